@@ -1,0 +1,7 @@
+"""Train one model on many machines that share only the internet.
+
+``import psyche_lightning`` registers the strategy ``"psyche"`` with Lightning's Trainer and Fabric; everything heavy
+is imported when it is used.
+"""
+
+__version__ = "0.1.0"

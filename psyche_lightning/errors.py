@@ -1,0 +1,49 @@
+"""The errors that a user may meet; the command line prints their text without a traceback."""
+
+from __future__ import annotations
+
+
+class PsycheError(Exception):
+    """Base of every error of this package: what happened, what was expected, what to do."""
+
+
+class ConfigError(PsycheError):
+    """A recipe, a run configuration or an option is wrong."""
+
+
+class WireError(PsycheError):
+    """Bytes from outside are not one of the canonical encodings that the decoder accepts."""
+
+
+class PayloadError(WireError):
+    """A DisTrO payload is malformed, non-canonical or does not fit the model's layout."""
+
+
+class TransportError(PsycheError):
+    """A transport could not start, reach a peer or fetch a blob."""
+
+
+class CoordinatorError(PsycheError):
+    """A coordinator refused a request or cannot be reached.
+
+    Attributes:
+        code: the machine's error name (spec S1.7, such as ``"InvalidWitness"``), ``"Unreachable"`` or a host's own.
+        retryable: whether the same request may succeed later.
+    """
+
+    def __init__(self, message: str, *, code: str = "Coordinator", retryable: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retryable = retryable
+
+
+class ManifestMismatchError(CoordinatorError):
+    """This node's run configuration differs from the run's.
+
+    Attributes:
+        differences: ``(field, the run's value, this node's value)`` for each field that differs.
+    """
+
+    def __init__(self, message: str, differences: list[tuple[str, object, object]]) -> None:
+        super().__init__(message, code="ManifestMismatch")
+        self.differences = differences

@@ -1,0 +1,86 @@
+"""The transport contract (the ``transport`` plugin kind): small messages by gossip, blobs by hash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from psyche_lightning.wire.identity import Identity
+
+
+@dataclass(frozen=True)
+class TransportContext:
+    """What a transport gets from its node.
+
+    Attributes:
+        identity: the node's key; peers are named by public keys, and a transport proves its own to them.
+        run_id: the run; transports of different runs do not talk to each other.
+        on_message: call with ``(peer, message)`` for each message that came in, on the event loop; must not block.
+        read_blob: returns the bytes of a blob by SHA-256, or None; may be called from any thread.
+    """
+
+    identity: Identity
+    run_id: str
+    on_message: Callable[[bytes, bytes], None]
+    read_blob: Callable[[bytes], bytes | None]
+
+
+@dataclass(frozen=True)
+class Link:
+    """How a peer is reached, for people to look at.
+
+    Attributes:
+        peer: public key.
+        connected: whether a connection is open.
+        round_trip: seconds, or None when not measured.
+        bytes_up: bytes written to sockets towards it, everything counted.
+        bytes_down: bytes read from sockets from it.
+        reason: why the link is down, or empty.
+    """
+
+    peer: bytes
+    connected: bool
+    round_trip: float | None
+    bytes_up: int
+    bytes_down: int
+    reason: str = ""
+
+
+class Transport(Protocol):
+    """Carries messages and blobs between the nodes of one run.
+
+    Messages may be lost, duplicated or reordered; blobs are checked against their hash by the transport.
+    """
+
+    async def start(self, context: TransportContext) -> str:
+        """Begin to listen and return the address under which peers reach this node.
+
+        Raises:
+            TransportError: it cannot listen.
+        """
+        ...
+
+    def set_peers(self, peers: Mapping[bytes, str]) -> None:
+        """Replace the peers: public key to address. Connections from and to anyone else are refused or closed."""
+
+    def send(self, peer: bytes, message: bytes) -> None:
+        """Queue a message for one peer; bounded, drops the oldest for a peer that does not keep up."""
+
+    def broadcast(self, message: bytes) -> None:
+        """Queue a message for every peer."""
+
+    async def fetch(self, digest: bytes, providers: Sequence[bytes], *, max_size: int, timeout: float) -> bytes:
+        """Get a blob by SHA-256 from the first provider that has it, trying them in order.
+
+        Raises:
+            TransportError: nobody delivered matching bytes of at most ``max_size`` within ``timeout`` seconds.
+        """
+        ...
+
+    def links(self) -> list[Link]:
+        """The state of the link to each peer."""
+        ...
+
+    async def stop(self) -> None:
+        """Close everything within a second or two; idempotent."""

@@ -1,0 +1,1 @@
+"""Identity, signatures, message types and their encoding, hashing."""

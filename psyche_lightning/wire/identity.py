@@ -1,0 +1,97 @@
+"""A node's Ed25519 key, and signatures that always name their purpose and run (invariant I5)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from psyche_lightning.errors import ConfigError
+
+KEY_SIZE = 32
+SIGNATURE_SIZE = 64
+
+
+def short(key: bytes) -> str:
+    """The first four bytes of a key in hex, as people read it in tables and logs."""
+    return key[:4].hex()
+
+
+def _statement(purpose: str, run_id: str, payload: bytes) -> bytes:
+    """What is signed: length-prefixed purpose and run id, then the payload, so that no two statements share bytes."""
+    head = b""
+    for text in (purpose, run_id):
+        raw = text.encode()
+        if len(raw) > 255:
+            raise ConfigError(f"{text[:40]!r}... has {len(raw)} bytes; a purpose or run id has at most 255")
+        head += bytes([len(raw)]) + raw
+    return head + payload
+
+
+class Identity:
+    """An Ed25519 key pair; the public key is the node's name on every transport.
+
+    Args:
+        secret: 32 raw secret bytes. They are never logged and never part of an error or ``repr``.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        if len(secret) != KEY_SIZE:
+            raise ConfigError(f"an identity has {KEY_SIZE} secret bytes, not {len(secret)}")
+        self._key = Ed25519PrivateKey.from_private_bytes(secret)
+        self.public: bytes = self._key.public_key().public_bytes_raw()
+
+    def __repr__(self) -> str:
+        return f"Identity({short(self.public)})"
+
+    @classmethod
+    def generate(cls) -> Identity:
+        """A fresh random identity."""
+        return cls(os.urandom(KEY_SIZE))
+
+    @classmethod
+    def load_or_create(cls, path: Path) -> Identity:
+        """Read 32 raw secret bytes from ``path``, or create it (mode 0600) with fresh ones.
+
+        Raises:
+            ConfigError: the file exists but is not a key, or cannot be read or written.
+        """
+        try:
+            if path.exists():
+                return cls(path.read_bytes())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            secret = os.urandom(KEY_SIZE)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(secret)
+                file.flush()
+                os.fsync(file.fileno())
+            return cls(secret)
+        except OSError as error:
+            raise ConfigError(f"cannot read or create the node key {path}: {error.strerror}") from error
+
+    @property
+    def private_key(self) -> Ed25519PrivateKey:
+        """The key object, for the TLS certificate of a transport."""
+        return self._key
+
+    def sign_raw(self, payload: bytes) -> bytes:
+        """A plain 64-byte Ed25519 signature over ``payload`` (Psyche's form, spec S2.4)."""
+        return self._key.sign(payload)
+
+    def sign(self, purpose: str, run_id: str, payload: bytes) -> bytes:
+        """Sign ``payload`` for one purpose within one run; 64 bytes."""
+        return self.sign_raw(_statement(purpose, run_id, payload))
+
+
+def verify(public: bytes, purpose: str, run_id: str, payload: bytes, signature: bytes) -> bool:
+    """Whether ``signature`` is ``public``'s over ``payload`` for that purpose and run. Never raises on bad bytes."""
+    if len(public) != KEY_SIZE or len(signature) != SIGNATURE_SIZE:
+        return False
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, _statement(purpose, run_id, payload))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
