@@ -23,6 +23,10 @@ class TransportError(PsycheError):
     """A transport could not start, reach a peer or fetch a blob."""
 
 
+class StoreError(PsycheError):
+    """A node's folder of blobs and promises is full, unwritable, in use or damaged."""
+
+
 class CoordinatorError(PsycheError):
     """A coordinator refused a request or cannot be reached.
 

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psyche_lightning.errors import PsycheError, StoreError
+from psyche_lightning.node.store import MAGIC, BlobStore, DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
+from psyche_lightning.wire.hashing import sha256
+
+
+@pytest.fixture(params=["memory", "directory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+    return MemoryBlobStore() if request.param == "memory" else DirectoryBlobStore(tmp_path / "blobs")
+
+
+def test_blobs_come_back_by_their_hash(store: BlobStore) -> None:
+    for data in (b"", b"a", os.urandom(100_000)):
+        digest = store.put(data, durable=bool(len(data) % 2))
+        assert digest == sha256(data)
+        assert store.get(digest) == data
+        assert store.has(digest)
+        assert store.size(digest) == len(data)
+        assert store.put(data) == digest
+    absent = sha256(b"never stored")
+    assert store.get(absent) is None
+    assert not store.has(absent)
+    assert store.size(absent) is None
+    store.delete(absent)
+    store.delete(digest)
+    assert store.get(digest) is None
+    assert store.put(data) == digest
+    assert store.get(digest) == data
+
+
+def test_threads_share_a_store(store: BlobStore) -> None:
+    failures: list[BaseException] = []
+
+    def work(worker: int) -> None:
+        try:
+            for i in range(30):
+                data = b"%d" % (i if worker % 2 else i + 1000 * worker)
+                digest = store.put(data, durable=False)
+                assert store.get(digest) == data
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_blobs_survive_the_process_and_leftovers_go(tmp_path: Path) -> None:
+    digest = DirectoryBlobStore(tmp_path).put(b"kept")
+    (tmp_path / "tmp" / "1-1").write_bytes(b"half written")
+    again = DirectoryBlobStore(tmp_path)
+    assert again.get(digest) == b"kept"
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("damage", [b"", b"kepT", b"kept and more"])
+def test_a_corrupt_blob_counts_as_absent_and_can_be_stored_again(tmp_path: Path, damage: bytes) -> None:
+    store = DirectoryBlobStore(tmp_path)
+    digest = store.put(b"kept")
+    file = tmp_path / digest.hex()[:2] / digest.hex()
+    file.write_bytes(damage)
+    assert store.get(digest) is None
+    assert not file.exists()
+    assert store.put(b"kept") == digest
+    assert store.get(digest) == b"kept"
+
+
+def _limited(tmp_path: Path, code: str) -> str:
+    """Run code in a process that may write files of at most 64 KiB: writing more fails as on a full disk."""
+    head = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
+        "from psyche_lightning.node.store import *\n"
+        "from psyche_lightning.errors import StoreError\n"
+        f"path = {str(tmp_path)!r}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_full_disk_is_explained_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    text = _limited(
+        tmp_path,
+        "store = DirectoryBlobStore(path)\n"
+        "small = store.put(b'small')\n"
+        "try:\n    store.put(bytes(100_000))\nexcept StoreError as error:\n    print(error)\n"
+        "assert store.get(small) == b'small'\n",
+    )
+    assert str(tmp_path) in text
+    assert "File too large" in text
+    assert "choose" in text
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_journal_goes_on_after_a_full_disk(tmp_path: Path) -> None:
+    _limited(
+        tmp_path,
+        "journal = Journal(path + '/journal')\n"
+        "journal.append('a', b'1')\n"
+        "try:\n    journal.append('b', bytes(100_000))\nexcept StoreError as error:\n    print(error)\n"
+        "else:\n    raise SystemExit('no error')\n"
+        "assert journal.load() == {'a': b'1'}\n"
+        "journal.append('c', b'3')\n",
+    )
+    assert Journal(tmp_path / "journal").load() == {"a": b"1", "c": b"3"}
+
+
+def test_a_folder_that_is_a_file_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(StoreError, match=r"taken.*choose another folder"):
+        DirectoryBlobStore(tmp_path / "taken")
+    with pytest.raises(StoreError, match=r"taken.*choose another folder"):
+        Journal(tmp_path / "taken" / "journal")
+
+
+def test_an_unwritable_folder_is_explained(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    text = _limited(
+        tmp_path,
+        "import os\n"
+        "if os.geteuid() == 0:\n    os.setuid(65534)  # root may write everywhere\n"
+        "for kind in (DirectoryBlobStore, Journal):\n"
+        "    try:\n        kind(path + '/inside')\n    except StoreError as error:\n        print(error)\n",
+    )
+    assert text.count("Make it writable for this user") == 2
+
+
+def test_the_newest_value_of_a_key_survives(tmp_path: Path) -> None:
+    for journal in (MemoryJournal(), Journal(tmp_path / "deep" / "journal")):
+        journal.append("round 1", b"first")
+        journal.append("round 2", b"")
+        journal.append("round 1", b"second")
+        journal.append("größer", b"x" * 5000)
+        expected = {"round 1": b"second", "round 2": b"", "größer": b"x" * 5000}
+        assert journal.load() == expected
+        journal.retain({"round 2", "größer", "unknown"})
+        journal.append("round 3", b"3")
+        assert journal.load() == {"round 2": b"", "größer": b"x" * 5000, "round 3": b"3"}
+        journal.close()
+        journal.close()
+    again = Journal(tmp_path / "deep" / "journal")
+    assert again.load() == {"round 2": b"", "größer": b"x" * 5000, "round 3": b"3"}
+    again.close()
+    with pytest.raises(StoreError, match="closed"):
+        again.append("late", b"")
+
+
+def test_a_torn_end_loses_only_the_last_record(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.append("a", b"1")
+    complete = path.stat().st_size
+    journal.append("b", bytes(range(40)))
+    journal.close()
+    whole = path.read_bytes()
+    for cut in range(complete, len(whole)):
+        for tail in (b"", bytes(len(whole) - cut)):  # cut short, or grown without its bytes
+            if whole[cut:] == tail:
+                continue
+            path.write_bytes(whole[:cut] + tail)
+            journal = Journal(path)
+            assert journal.load() == {"a": b"1"}
+            journal.append("c", b"3")
+            journal.close()
+            with contextlib.closing(Journal(path)) as journal:
+                assert journal.load() == {"a": b"1", "c": b"3"}
+    for cut in range(len(MAGIC)):
+        path.write_bytes(MAGIC[:cut])
+        with contextlib.closing(Journal(path)) as journal:
+            assert journal.load() == {}
+
+
+def test_damage_in_the_middle_is_never_taken_for_a_torn_end(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    for i in range(3):
+        journal.append(f"key {i}", b"value %d" % i)
+    journal.close()
+    whole = path.read_bytes()
+    last = len(whole) - (len(whole) - len(MAGIC)) // 3
+    for position in range(last):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x81
+        path.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"damaged at byte|not a journal"):
+            Journal(path)
+        assert path.read_bytes() == damaged
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=200), st.booleans())
+def test_arbitrary_files_load_or_are_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, magic: bool
+) -> None:
+    path = tmp_path_factory.mktemp("journal") / "file"
+    path.write_bytes((MAGIC if magic else b"") + data)
+    with contextlib.suppress(PsycheError):
+        Journal(path).close()
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.append("a", b"1")
+    journal.retain({"a"})  # the new file is claimed as well
+    code = f"from psyche_lightning.node.store import Journal; Journal({str(tmp_path / 'journal')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert "another process uses the journal" in done.stderr
+    journal.close()
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_promises_survive_a_kill(tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from psyche_lightning.node.store import DirectoryBlobStore, Journal\n"
+        f"path = {str(tmp_path)!r}\n"
+        "digest = DirectoryBlobStore(path + '/blobs').put(b'payload')\n"
+        "Journal(path + '/journal').append('batch', digest)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == -9
+    digest = Journal(tmp_path / "journal").load()["batch"]
+    assert DirectoryBlobStore(tmp_path / "blobs").get(digest) == b"payload"
