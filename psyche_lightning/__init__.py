@@ -4,4 +4,8 @@
 is imported when it is used.
 """
 
+from psyche_lightning.hookspecs import hookimpl
+
+__all__ = ["__version__", "hookimpl"]
+
 __version__ = "0.1.0"

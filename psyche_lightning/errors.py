@@ -11,6 +11,10 @@ class ConfigError(PsycheError):
     """A recipe, a run configuration or an option is wrong."""
 
 
+class PluginError(PsycheError):
+    """A plugin is malformed, or a name is registered by nobody or by several plugins."""
+
+
 class WireError(PsycheError):
     """Bytes from outside are not one of the canonical encodings that the decoder accepts."""
 

@@ -1,0 +1,130 @@
+"""The ``psyche`` command: a table of sub-commands, each imported only when it is the one that is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+import psyche_lightning
+from psyche_lightning.errors import PsycheError
+from psyche_lightning.plugins import Registration, load_plugins
+
+TRACEBACK_VARIABLE = "PSYCHE_TRACEBACK"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A built-in sub-command.
+
+    Attributes:
+        target: ``"module:name"`` of a function with typer's annotations, or of a ``typer.Typer`` with sub-commands.
+        help: its line in ``psyche --help``.
+    """
+
+    target: str
+    help: str
+
+
+# A new command is one line here and a module; third parties add theirs with the hook register_commands.
+COMMANDS = {
+    "plugins": Command("psyche_lightning.cli.plugins:plugins", "List what is installed, and what failed to load."),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``psyche`` and return its exit code: 0, 1 for an error that was explained, 2 for usage, 130 for Ctrl-C.
+
+    Args:
+        arguments: the command line without the program's name; None for this process'.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _app(_command_name(arguments))(arguments, prog_name="psyche")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        return 130
+    except PsycheError as error:
+        if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+            raise
+        _explain(str(error))
+        return 1
+    return 0
+
+
+def _command_name(arguments: list[str]) -> str | None:
+    """The sub-command that is called: the options before it take no values."""
+    return next((argument for argument in arguments if not argument.startswith("-")), None)
+
+
+def _app(called: str | None) -> typer.Typer:
+    """The application with the called command in full and only names and help lines of the others."""
+    app = typer.Typer(
+        name="psyche",
+        help="Train one model on many machines that share only the internet.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    app.callback()(_options)
+    for name, command in COMMANDS.items():
+        _add(app, name, command.help, _load(command.target) if name == called else None)
+    if called not in COMMANDS:
+        commands = load_plugins().commands()
+        for name, registration in commands.items():
+            if name in COMMANDS:
+                raise PsycheError(f"The {registration.owner} registers {name!r}, which is a command of psyche itself.")
+            _add(app, name, _help_line(registration), registration.factory() if name == called else None)
+        if called in commands.conflicts:
+            raise PsycheError(commands.conflict(called))
+    return app
+
+
+def _options(
+    traceback: bool = typer.Option(
+        False, "--traceback", envvar=TRACEBACK_VARIABLE, help="Show Python's traceback of an error."
+    ),
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    """Train one model on many machines that share only the internet."""
+    if traceback:  # The processes that a command starts follow.
+        os.environ[TRACEBACK_VARIABLE] = "1"
+    if version:
+        print(psyche_lightning.__version__)
+        raise typer.Exit
+
+
+def _add(app: typer.Typer, name: str, help_line: str, command: Callable[..., Any] | typer.Typer | None) -> None:
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=name, short_help=help_line)
+    else:
+        app.command(name, short_help=help_line)(command or _only_listed)
+
+
+def _only_listed() -> None:
+    """Stands in for a command that is listed but not called."""
+
+
+def _load(target: str) -> Callable[..., Any] | typer.Typer:
+    module, _, name = target.partition(":")
+    command: Callable[..., Any] | typer.Typer = getattr(importlib.import_module(module), name)
+    return command
+
+
+def _help_line(registration: Registration) -> str:
+    lines = (registration.factory.__doc__ or "").strip().splitlines()
+    return f"{lines[0] if lines else ''} [{registration.distribution}]".strip()
+
+
+def _explain(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))

@@ -1,0 +1,63 @@
+"""``psyche plugins``: what is installed, from which distribution, and what failed to load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from psyche_lightning.plugins import Plugins, load_plugins
+
+
+def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List what is installed, from which distribution, and what failed to load and why.
+
+    The exit code is 1 when something failed to load or a name has two owners.
+    """
+    loaded = load_plugins()
+    conflicts = [registry.conflict(name) for registry in loaded.registries() for name in registry.conflicts]
+    if as_json:
+        print(json.dumps(_report(loaded, conflicts), indent=2))
+    else:
+        _print(loaded, conflicts)
+    if conflicts or loaded.failures:
+        raise typer.Exit(1)
+
+
+def _report(loaded: Plugins, conflicts: list[str]) -> dict[str, object]:
+    return {
+        "plugins": [
+            {
+                "kind": found.kind,
+                "name": found.name,
+                "plugin": found.plugin,
+                "distribution": found.distribution,
+                "version": found.version,
+            }
+            for registry in loaded.registries()
+            for found in registry.values()
+        ],
+        "conflicts": conflicts,
+        "failures": [asdict(failure) for failure in loaded.failures],
+    }
+
+
+def _print(loaded: Plugins, conflicts: list[str]) -> None:
+    console = Console()
+    table = Table("Kind", "Name", "Plugin", "Distribution")
+    for registry in loaded.registries():
+        for found in registry.values():
+            origin = f"{found.distribution} {found.version}"
+            table.add_row(found.kind, Text(found.name, style="bold"), found.plugin, origin)
+        table.add_section()
+    console.print(table)
+    for failure in loaded.failures:
+        head = f"{failure.plugin} of {failure.distribution} {failure.version} failed to load: "
+        console.print(Text.assemble((head, "bold red"), failure.error), soft_wrap=True)
+    for conflict in conflicts:
+        console.print(Text(conflict, style="red"), soft_wrap=True)

@@ -1,0 +1,282 @@
+"""The hooks of psyche_lightning: everything that a plugin can add, and the manual of how.
+
+A plugin is an ordinary Python distribution, named ``psyche-lightning-<thing>`` by custom, with one entry point in the
+group ``psyche_lightning`` that names a module (or an object). The functions of that module marked with
+``@psyche_lightning.hookimpl`` are called once, when plugins are loaded::
+
+    # pyproject.toml of the distribution psyche-lightning-hello
+    [project.entry-points.psyche_lightning]
+    hello = "psyche_lightning_hello.plugin"
+
+    # psyche_lightning_hello/plugin.py
+    from psyche_lightning import hookimpl
+
+    @hookimpl
+    def register_models(register):
+        register("hello", build)
+
+    def build(config):
+        from psyche_lightning_hello.model import Hello  # heavy imports belong here
+
+        return Hello(**config)
+
+The rules are the same for all five hooks:
+
+* **Signature.** An implementation takes exactly the argument ``register``. A hook that does not exist here, or other
+  arguments, is an error of the plugin, which names the nearest hook and shows both signatures.
+* **What is registered.** ``register(name, factory)`` as often as the plugin likes. A name has lower-case letters,
+  digits, ``-``, ``_`` and ``.``, and begins with a letter; recipes and command lines use it. Nothing is built until
+  someone asks for the name: registering is cheap, and the factory imports what is heavy. The module of the entry point
+  is imported by ``psyche --help`` too, so it must not import torch.
+* **Order.** Built-ins first, then distributions by name. It decides nothing: every name has one owner.
+* **Conflicts.** A name that two plugins register belongs to neither. Using it is an error that names both plugins with
+  their distributions; uninstall one, or leave it out with ``PSYCHE_PLUGINS``. That holds against built-ins too.
+* **Failures.** A plugin that cannot be imported, or whose hook raises, adds nothing; the others are not affected.
+  ``psyche plugins`` lists it with its error, and so does the message about a name that is missing because of it.
+* **Choosing.** ``PSYCHE_PLUGINS=mla,psyche-lightning-text`` loads only the plugins with these entry-point or
+  distribution names, ``PSYCHE_PLUGINS=`` none. Built-ins are always there.
+
+``psyche_lightning.testing`` has a conformance kit for transports, coordinators, models and data providers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import pluggy
+
+if TYPE_CHECKING:
+    import torch
+    import typer
+
+    from psyche_lightning.coordinator.protocol import Coordinator
+    from psyche_lightning.transports.base import Transport
+    from psyche_lightning.wire.identity import Identity
+
+PROJECT = "psyche_lightning"
+
+_Marked = TypeVar("_Marked", bound=Callable[..., Any])
+hookspec: Callable[[_Marked], _Marked] = pluggy.HookspecMarker(PROJECT)
+hookimpl: Callable[[_Marked], _Marked] = pluggy.HookimplMarker(PROJECT)
+
+_Factory = TypeVar("_Factory", contravariant=True)
+
+
+class Register(Protocol[_Factory]):
+    """What a hook is given: call it once for each name."""
+
+    def __call__(self, name: str, factory: _Factory) -> None:
+        """Offer ``factory`` under ``name``.
+
+        Raises:
+            PluginError: the name is malformed, the factory cannot be called, or this plugin used the name before.
+        """
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How nodes talk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TransportFactory(Protocol):
+    """Builds a transport from a recipe's ``node.options``."""
+
+    def __call__(self, options: Mapping[str, Any]) -> Transport:
+        """Build one node's transport; it opens nothing before ``start``.
+
+        Args:
+            options: the recipe's ``node.options``, plain values. Options that the transport does not know are an error.
+
+        Raises:
+            ConfigError: an option is unknown or wrong; the text lists the choices.
+        """
+        ...
+
+
+@hookspec
+def register_transports(register: Register[TransportFactory]) -> None:
+    """Register ways for nodes to exchange messages and blobs, chosen by the recipe's ``node.transport``.
+
+    ``factory(options)`` returns a :class:`psyche_lightning.transports.base.Transport`, one for each node; called on
+    the thread that starts the node, before its event loop runs.
+
+    Example::
+
+        @hookimpl
+        def register_transports(register):
+            register("carrier-pigeon", lambda options: PigeonTransport(loft=options.get("loft", "roof")))
+
+    Built in: ``tcp`` (asyncio TCP with TLS bound to node keys), ``memory`` (nodes of one process).
+    """
+
+
+class CoordinatorFactory(Protocol):
+    """Builds the client of one run's coordinator."""
+
+    def __call__(self, url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
+        """Build the client; it connects when it is first used.
+
+        Args:
+            url: the whole coordinator URL as the user gave it; the registered name is its scheme.
+            run_id: the run.
+            identity: the node's key, which signs its requests.
+            options: further plain values; unknown ones are an error.
+
+        Raises:
+            ConfigError: the URL or an option is wrong.
+        """
+        ...
+
+
+@hookspec
+def register_coordinators(register: Register[CoordinatorFactory]) -> None:
+    """Register kinds of coordinators; the name is the scheme of the coordinator's URL (``solana`` for ``solana://...``).
+
+    ``factory(url, run_id, identity, options)`` returns a client that fulfils
+    :class:`psyche_lightning.coordinator.protocol.Coordinator`.
+
+    Example::
+
+        @hookimpl
+        def register_coordinators(register):
+            register("solana", lambda url, run_id, identity, options: SolanaCoordinator(url, run_id, identity))
+
+    Built in: ``http`` and ``https`` (``psyche coordinator``), ``embedded`` (inside the process).
+    """
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ModelFactory(Protocol):
+    """Builds a model from a recipe's ``model.config``."""
+
+    def __call__(self, config: Mapping[str, Any]) -> torch.nn.Module:
+        """Build the model, with freshly initialized parameters on the current default device.
+
+        Args:
+            config: the recipe's ``model.config``, plain values; with ``path`` in it, a folder to load parameters from.
+
+        Returns:
+            A module with ``forward(input_ids, labels=...)``, both int64 of shape [batch, seq_len] (labels are not
+            shifted, -100 is ignored), whose result has ``.loss`` (scalar, nats a token) and ``.logits``
+            ([batch, seq_len, vocab]), and with ``save_pretrained`` that writes a Hugging Face-format folder.
+
+        Raises:
+            ConfigError: a key is unknown or wrong.
+        """
+        ...
+
+
+@hookspec
+def register_models(register: Register[ModelFactory]) -> None:
+    """Register models, chosen by the recipe's ``model.name``.
+
+    ``factory(config)`` is also called under ``torch.device("meta")``, where it must not touch parameter values: that is
+    how ``--dry-run`` counts a model of any size. A plugin whose checkpoints have a ``model_type`` of their own
+    registers its classes with ``AutoConfig`` and ``AutoModelForCausalLM`` of ``transformers`` when the factory is
+    called, and registers the model under that name: ``psyche generate`` calls ``factory({})`` on the meta device
+    before it loads such a checkpoint.
+
+    Example::
+
+        @hookimpl
+        def register_models(register):
+            register("hello", lambda config: HelloModel(**config))
+
+    Built in: ``hf`` (any causal language model of ``transformers``).
+    """
+
+
+class DataProvider(Protocol):
+    """The samples of a run, the same on every node."""
+
+    vocab_size: int
+    seq_len: int
+    tokenizer: object | None
+
+    def __len__(self) -> int:
+        """How many training samples there are; ids wrap around after that."""
+        ...
+
+    def samples(self, start: int, end: int) -> list[dict[str, torch.Tensor]]:
+        """The training samples of the closed interval of ids ``[start, end]``, ids taken modulo the length.
+
+        Deterministic and independent of earlier calls.
+
+        Returns:
+            For each id a dictionary with ``input_ids`` and ``labels``, int64 of shape [seq_len].
+        """
+        ...
+
+    def validation(self) -> list[dict[str, torch.Tensor]]:
+        """Samples of the same form that training never sees; possibly none."""
+        ...
+
+
+class DataProviderFactory(Protocol):
+    """Builds a data provider from a recipe's ``data.config``."""
+
+    def __call__(self, config: Mapping[str, Any], *, seed: int) -> DataProvider:
+        """Open the data.
+
+        Args:
+            config: the recipe's ``data.config`` with ``seq_len`` filled in from ``data.seq_len``; plain values.
+            seed: the run's seed, for shuffling.
+
+        Raises:
+            ConfigError: a key is unknown or wrong, or there is no data where it points.
+        """
+        ...
+
+
+@hookspec
+def register_data_providers(register: Register[DataProviderFactory]) -> None:
+    """Register sources of samples, chosen by the recipe's ``data.name``.
+
+    ``factory(config, seed=...)`` returns a :class:`DataProvider`. All nodes of a run must see the same samples under
+    the same ids: whatever decides them belongs in ``config``, which is part of the run's manifest.
+
+    Example::
+
+        @hookimpl
+        def register_data_providers(register):
+            register("digits", lambda config, *, seed: Digits(config["seq_len"], seed))
+    """
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What people type
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CommandFactory(Protocol):
+    """Returns a sub-command of ``psyche``."""
+
+    def __call__(self) -> Callable[..., Any] | typer.Typer:
+        """Import and return the command: a function with typer's annotations, or an app with sub-commands."""
+        ...
+
+
+@hookspec
+def register_commands(register: Register[CommandFactory]) -> None:
+    """Register sub-commands of ``psyche``; the first line of the factory's docstring is the line in ``psyche --help``.
+
+    ``factory()`` is called when the command is run; a ``PsycheError`` that it raises is printed without a traceback and
+    ends with exit code 1. The names of the host's own commands are taken.
+
+    Example::
+
+        @hookimpl
+        def register_commands(register):
+            register("hello", hello)
+
+        def hello():
+            \"\"\"Greet the network.\"\"\"
+            from psyche_lightning_hello.command import greet
+
+            return greet
+    """

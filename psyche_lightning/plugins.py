@@ -1,0 +1,310 @@
+"""The plugin host: loads plugins, keeps what they register, and says what is wrong with those that do not load.
+
+Built-ins come in through the same hooks as third parties' distributions; :mod:`psyche_lightning.hookspecs` is the
+manual. Loading runs no factory, so it stays cheap.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import os
+import re
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pluggy
+
+import psyche_lightning
+from psyche_lightning import hookspecs
+from psyche_lightning.errors import ConfigError, PluginError
+
+ENTRY_POINT_GROUP = "psyche_lightning"
+PLUGINS_VARIABLE = "PSYCHE_PLUGINS"
+
+BUILTINS = (
+    "psyche_lightning.builtin.transports",
+    "psyche_lightning.builtin.coordinators",
+    "psyche_lightning.builtin.models",
+)
+
+# What each hook adds, in the words of messages.
+KINDS = {
+    "register_transports": "transport",
+    "register_coordinators": "coordinator",
+    "register_models": "model",
+    "register_data_providers": "data provider",
+    "register_commands": "command",
+}
+
+_Built = TypeVar("_Built")
+_NAME = re.compile(r"[a-z][a-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A name that a plugin registered.
+
+    Attributes:
+        kind: ``"transport"``, ``"coordinator"``, ``"model"``, ``"data provider"`` or ``"command"``.
+        name: what recipes and command lines call it.
+        factory: builds it; its signature is in :mod:`psyche_lightning.hookspecs`.
+        plugin: the entry point's name, or the module of a built-in.
+        distribution: the distribution that brought the plugin.
+        version: its version.
+    """
+
+    kind: str
+    name: str
+    factory: Callable[..., Any]
+    plugin: str
+    distribution: str
+    version: str
+
+    @property
+    def owner(self) -> str:
+        """The plugin and its distribution, as messages name them."""
+        return f"plugin {self.plugin!r} of {self.distribution} {self.version}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A plugin that adds nothing, and why.
+
+    Attributes:
+        plugin: the entry point's name.
+        distribution: the distribution that brought it.
+        version: its version.
+        error: what is wrong, for people.
+        details: the traceback, for the plugin's author.
+    """
+
+    plugin: str
+    distribution: str
+    version: str
+    error: str
+    details: str = ""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` when a choice is close to ``name``, else nothing."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class Registry(dict[str, Registration]):
+    """Names to registrations of one kind, by name; looking up any other name raises :class:`PluginError`.
+
+    Args:
+        kind: what is registered, in the words of messages.
+        registrations: everything that plugins registered of that kind.
+        failures: the plugins that failed to load, for the message about a missing name.
+
+    Attributes:
+        conflicts: the names that belong to nobody, with those who registered them.
+    """
+
+    def __init__(self, kind: str, registrations: Iterable[Registration], failures: Sequence[Failure]) -> None:
+        owners: dict[str, list[Registration]] = {}
+        for registration in registrations:
+            owners.setdefault(registration.name, []).append(registration)
+        super().__init__((name, found[0]) for name, found in sorted(owners.items()) if len(found) == 1)
+        self.kind = kind
+        self.conflicts = {name: tuple(found) for name, found in sorted(owners.items()) if len(found) > 1}
+        self._failures = tuple(failures)
+
+    def __missing__(self, name: str) -> Registration:
+        if name in self.conflicts:
+            raise PluginError(self.conflict(name))
+        choices = ", ".join(self) or "none"
+        message = f"There is no {self.kind} {name!r}.{nearest(name, self)} Installed: {choices}."
+        if self._failures:
+            failed = ", ".join(sorted({failure.plugin for failure in self._failures}))
+            message += f" Plugins that failed to load: {failed}; `psyche plugins` says why."
+        raise PluginError(message)
+
+    def conflict(self, name: str) -> str:
+        """The sentence about a name that several plugins registered."""
+        owners = " and by ".join(registration.owner for registration in self.conflicts[name])
+        return (
+            f"The {self.kind} {name!r} is registered by {owners}. Uninstall one of them, or set "
+            f"{PLUGINS_VARIABLE} to the plugins that you want."
+        )
+
+
+class Plugins:
+    """The plugins of this process.
+
+    Args:
+        builtins: modules that are loaded first.
+        only: entry-point or distribution names that are loaded; None for all that are installed.
+
+    Attributes:
+        failures: the plugins that failed to load.
+    """
+
+    def __init__(self, builtins: Sequence[str] = BUILTINS, only: Sequence[str] | None = None) -> None:
+        self.failures: list[Failure] = []
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._registrations: list[Registration] = []
+        for module in builtins:
+            self._load(module, "psyche-lightning", psyche_lightning.__version__, _importer(module))
+        wanted = None if only is None else {_normalized(name) for name in only}
+        for entry_point in _entry_points():
+            distribution, version = _origin(entry_point)
+            if wanted is None or wanted & {_normalized(entry_point.name), _normalized(distribution)}:
+                self._load(entry_point.name, distribution, version, entry_point.load)
+
+    def transports(self) -> Registry:
+        """Ways for nodes to exchange messages and blobs."""
+        return self._registry("transport")
+
+    def coordinators(self) -> Registry:
+        """Kinds of coordinators, by URL scheme."""
+        return self._registry("coordinator")
+
+    def models(self) -> Registry:
+        """Models, by the recipe's ``model.name``."""
+        return self._registry("model")
+
+    def data_providers(self) -> Registry:
+        """Sources of samples, by the recipe's ``data.name``."""
+        return self._registry("data provider")
+
+    def commands(self) -> Registry:
+        """Sub-commands of ``psyche`` that plugins add."""
+        return self._registry("command")
+
+    def registries(self) -> list[Registry]:
+        """All of them, in the order in which the manual describes them."""
+        return [self._registry(kind) for kind in KINDS.values()]
+
+    def _registry(self, kind: str) -> Registry:
+        return Registry(kind, (found for found in self._registrations if found.kind == kind), self.failures)
+
+    def _load(self, name: str, distribution: str, version: str, load: Callable[[], object]) -> None:
+        """Import one plugin and call its hooks; whatever goes wrong is recorded and leaves nothing behind."""
+        try:
+            plugin = load()
+            if self._manager.is_registered(plugin):
+                raise PluginError("this module is already loaded as another plugin; name it in one entry point only")
+            self._check(plugin)
+            self._manager.register(plugin, f"{distribution}:{name}")
+            found: list[Registration] = []
+            for hook in KINDS:
+                implementation = getattr(plugin, hook, None)
+                if implementation is not None and self._manager.parse_hookimpl_opts(plugin, hook) is not None:
+                    implementation(_Recorder(found, hook, name, distribution, version))
+        except Exception as error:
+            text = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+            self.failures.append(Failure(name, distribution, version, text, traceback.format_exc()))
+            return
+        self._registrations += found
+
+    def _check(self, plugin: object) -> None:
+        """Refuse hooks that do not exist and signatures other than the specification's.
+
+        Raises:
+            PluginError: shows the plugin's own signature beside the specification's.
+        """
+        for name in dir(plugin):
+            if self._manager.parse_hookimpl_opts(plugin, name) is None:
+                continue
+            implementation = getattr(plugin, name)
+            where = f"{name}{inspect.signature(implementation)} in {_file(implementation)}"
+            if name not in KINDS:
+                raise PluginError(
+                    f"There is no hook {name!r}.{nearest(name, KINDS)} Hooks: {', '.join(KINDS)}.\n"
+                    f"  the plugin's: {where}"
+                )
+            specification = inspect.signature(getattr(hookspecs, name))
+            if list(inspect.signature(implementation).parameters) != list(specification.parameters):
+                raise PluginError(
+                    f"The hook {name!r} has other arguments than its specification.\n"
+                    f"  the plugin's:  {where}\n"
+                    f"  the specified: {name}{specification} in {hookspecs.__name__}"
+                )
+
+
+class _Recorder:
+    """The ``register`` that one hook of one plugin is given."""
+
+    def __init__(self, found: list[Registration], hook: str, plugin: str, distribution: str, version: str) -> None:
+        self._found = found
+        self._kind = KINDS[hook]
+        self._origin = (plugin, distribution, version)
+
+    def __call__(self, name: str, factory: Callable[..., Any]) -> None:
+        if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+            raise PluginError(
+                f"A {self._kind} cannot be named {name!r}: a name begins with a lower-case letter and goes on with "
+                "lower-case letters, digits, '-', '_' and '.'."
+            )
+        if not callable(factory):
+            raise PluginError(f"The {self._kind} {name!r} needs a factory that can be called, not {factory!r}.")
+        if any((found.kind, found.name) == (self._kind, name) for found in self._found):
+            raise PluginError(f"The plugin registers the {self._kind} {name!r} twice.")
+        self._found.append(Registration(self._kind, name, factory, *self._origin))
+
+
+@functools.cache
+def load_plugins() -> Plugins:
+    """The plugins of this process, loaded at the first call as ``PSYCHE_PLUGINS`` says."""
+    names = os.environ.get(PLUGINS_VARIABLE)
+    only = None if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    return Plugins(only=only)
+
+
+def build(what: str, target: Callable[..., _Built], options: Mapping[str, Any]) -> _Built:
+    """Call ``target(**options)``, refusing options that it does not take; for factories.
+
+    Args:
+        what: what is built, as messages name it, such as ``"transport 'tcp'"``.
+        target: a class or function with named parameters.
+        options: values by parameter name.
+
+    Raises:
+        ConfigError: an option is unknown (the text names the nearest and the choices) or a required one is missing.
+    """
+    signature = inspect.signature(target)
+    for name in options:
+        if name not in signature.parameters:
+            choices = ", ".join(signature.parameters) or "none"
+            raise ConfigError(
+                f"The {what} has no option {name!r}.{nearest(name, signature.parameters)} Options: {choices}."
+            )
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise ConfigError(f"The {what} has an option that is not set: {error}.") from error
+    return target(**options)
+
+
+def _importer(module: str) -> Callable[[], object]:
+    return lambda: importlib.import_module(module)
+
+
+def _entry_points() -> list[importlib.metadata.EntryPoint]:
+    found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    return sorted(found, key=lambda entry_point: (_origin(entry_point), entry_point.name))
+
+
+def _origin(entry_point: importlib.metadata.EntryPoint) -> tuple[str, str]:
+    distribution = entry_point.dist
+    return (distribution.name, distribution.version) if distribution is not None else ("unknown distribution", "?")
+
+
+def _normalized(name: str) -> str:
+    """Distribution names compare like this (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _file(function: Callable[..., Any]) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else getattr(function, "__module__", "?")
