@@ -1,0 +1,1 @@
+"""Run state, state machine, committees, assignment, and the hosts that keep a run."""
