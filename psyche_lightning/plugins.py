@@ -154,7 +154,8 @@ class Plugins:
         self._manager.add_hookspecs(hookspecs)
         self._registrations: list[Registration] = []
         for module in builtins:
-            self._load(module, "psyche-lightning", psyche_lightning.__version__, _importer(module))
+            name = module.removeprefix("psyche_lightning.")
+            self._load(name, "psyche-lightning", psyche_lightning.__version__, _importer(module))
         wanted = None if only is None else {_normalized(name) for name in only}
         for entry_point in _entry_points():
             distribution, version = _origin(entry_point)

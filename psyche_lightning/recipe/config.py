@@ -1,0 +1,265 @@
+"""What a recipe says, as frozen dataclasses; their fields are the keys of the YAML file.
+
+Each class documents its section. ``Annotated`` bounds are checked by :mod:`psyche_lightning.recipe.loading`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, NamedTuple
+
+from psyche_lightning.coordinator.state import CoordinatorConfig
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.recipe.schedule import Constant, Cosine, Linear, Schedule, WarmupStableDecay
+
+
+class Range(NamedTuple):
+    """Bounds of a number: ``low <= value <= high``, or ``low < value`` where ``above``."""
+
+    low: float
+    high: float = float("inf")
+    above: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, (int, float))
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        low = f"more than {self.low:g}" if self.above else f"at least {self.low:g}"
+        return low if self.high == float("inf") else f"{low} and at most {self.high:g}"
+
+
+Count = Annotated[int, Range(1)]
+NonNegative = Annotated[int, Range(0)]
+Rate = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+
+
+@dataclass(frozen=True)
+class RunSection(CoordinatorConfig):
+    """``run``: the coordinator's configuration (see :class:`CoordinatorConfig`), and two values for all nodes.
+
+    Attributes:
+        overlap: whether results travel while the next round computes; they are then applied one round later.
+        seed: of the parameters' initialization and the order of the data.
+    """
+
+    overlap: bool = False
+    seed: NonNegative = 0
+
+    @property
+    def coordinator(self) -> CoordinatorConfig:
+        """What the coordinator is given."""
+        return CoordinatorConfig(**{item.name: getattr(self, item.name) for item in fields(CoordinatorConfig)})
+
+
+@dataclass(frozen=True)
+class DistroSection:
+    """``distro``: how updates are compressed, the same on all nodes.
+
+    Attributes:
+        chunk: side of the square chunks that are transformed.
+        k: coefficients sent of each chunk.
+        decay: what remains of the accumulated update before a gradient is added.
+        removal: fraction of the sent component that is subtracted from the accumulated update.
+        lookahead: whether gradients are taken ahead of the published parameters, on a copy.
+    """
+
+    chunk: Count = 64
+    k: Count = 4
+    decay: Annotated[float, Range(0, 1)] = 0.999
+    removal: Annotated[float, Range(0, 1)] = 1.0
+    lookahead: bool = True
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """``model``: what is trained.
+
+    Attributes:
+        name: a model of a plugin; ``psyche plugins`` lists them.
+        config: what the plugin's factory is given.
+        path: a local folder to load parameters from, for models that can; given to the factory as ``path``.
+        dtype: of the parameters; bfloat16 ones have float32 masters.
+    """
+
+    name: str = "hf"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    path: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the factory is given."""
+        return {**self.config, **({} if self.path is None else {"path": self.path})}
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """``data``: what it is trained on.
+
+    Attributes:
+        name: a data provider of a plugin; ``psyche plugins`` lists them.
+        config: what the plugin's factory is given.
+        seq_len: tokens of a sample; given to the factory as well.
+    """
+
+    name: str = "text"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    seq_len: Count = 256
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the factory is given."""
+        return {**self.config, "seq_len": self.seq_len}
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    """``optimizer.schedule``: how the learning rate changes with the run's step (spec S5.2).
+
+    Attributes:
+        kind: ``constant``, ``linear``, ``cosine`` or ``wsd`` (warm-up, stable, decay).
+        warmup_steps: length of the linear warm-up.
+        warmup_init_lr: the rate at which it begins.
+        final_lr: of ``linear`` and ``cosine``: the last rate.
+        total_steps: of ``linear`` and ``cosine``: where it is reached; the run's ``total_steps`` unless set.
+        stable_steps: of ``wsd``: steps at the base rate.
+        cosine_decay_steps: of ``wsd``: length of the cosine.
+        cosine_decay_final_lr: of ``wsd``: rate at its end.
+        linear_decay_steps: of ``wsd``: length of the line that follows.
+        linear_decay_final_lr: of ``wsd``: rate at its end.
+    """
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    warmup_steps: NonNegative = 0
+    warmup_init_lr: Rate = 0.0
+    final_lr: Rate | None = None
+    total_steps: Count | None = None
+    stable_steps: NonNegative | None = None
+    cosine_decay_steps: NonNegative | None = None
+    cosine_decay_final_lr: Rate | None = None
+    linear_decay_steps: NonNegative | None = None
+    linear_decay_final_lr: Rate | None = None
+
+    def build(self, lr: float, run_steps: int) -> Schedule:
+        """The schedule with base rate ``lr`` in a run of ``run_steps``.
+
+        Raises:
+            ConfigError: a field of another kind is set, one of this kind is missing, or they contradict each other.
+        """
+        kinds: dict[str, tuple[type[Schedule], tuple[str, ...]]] = {
+            "constant": (Constant, ()),
+            "linear": (Linear, ("final_lr", "total_steps")),
+            "cosine": (Cosine, ("final_lr", "total_steps")),
+            "wsd": (
+                WarmupStableDecay,
+                (
+                    "stable_steps",
+                    "cosine_decay_steps",
+                    "cosine_decay_final_lr",
+                    "linear_decay_steps",
+                    "linear_decay_final_lr",
+                ),
+            ),
+        }
+        build, own = kinds[self.kind]
+        shared = ("kind", "warmup_steps", "warmup_init_lr")
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in shared}
+        if "total_steps" in own and values["total_steps"] is None:
+            values["total_steps"] = run_steps
+        foreign = [name for name, value in values.items() if name not in own and value is not None]
+        missing = [name for name in own if values[name] is None]
+        if foreign or missing:
+            problem = f"has no {', '.join(foreign)}" if foreign else f"needs {', '.join(missing)}"
+            choices = ", ".join((*shared[1:], *own))
+            raise ConfigError(f"The schedule {self.kind!r} {problem}; its fields are {choices}.")
+        return build(lr, self.warmup_steps, self.warmup_init_lr, **{name: values[name] for name in own})
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """``optimizer``: the size of the steps; their direction is DisTrO's.
+
+    Attributes:
+        lr: base learning rate.
+        weight_decay: decoupled weight decay, applied with each agreed update.
+        clip_grad_norm: largest norm of a node's gradient; null for no clipping.
+        schedule: how the learning rate changes.
+    """
+
+    lr: Positive = 1e-3
+    weight_decay: Rate = 0.0
+    clip_grad_norm: Positive | None = None
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+
+
+@dataclass(frozen=True)
+class TrainerSection:
+    """``trainer``: how this node computes; nodes may differ.
+
+    Attributes:
+        precision: Lightning's ``precision``.
+        micro_batch_size: samples in one forward pass.
+        validate_every: rounds between validations; 0 for never.
+        validation_samples: samples of one validation.
+        checkpoint_every: rounds between checkpoints; 0 for one at the end.
+        log_every: rounds between log lines.
+        accelerator: Lightning's ``accelerator``.
+        threads: torch threads; null leaves torch's choice.
+    """
+
+    precision: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "32-true"
+    micro_batch_size: Count = 8
+    validate_every: NonNegative = 0
+    validation_samples: Count = 64
+    checkpoint_every: NonNegative = 0
+    log_every: Count = 10
+    accelerator: str = "auto"
+    threads: Count | None = None
+
+
+@dataclass(frozen=True)
+class NodeSection:
+    """``node``: how this node is connected; nodes may differ.
+
+    Attributes:
+        transport: a transport of a plugin; ``psyche plugins`` lists them.
+        options: what the plugin's factory is given.
+        dir: folder of the node's key, stored payloads and checkpoints; null for one named after the run.
+    """
+
+    transport: str = "tcp"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dir: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run, completely described.
+
+    Attributes:
+        name: the run's name unless another is given.
+        run: durations, sizes, seed.
+        distro: compression.
+        model: what is trained.
+        data: what on.
+        optimizer: step sizes.
+        trainer: how this node computes.
+        node: how this node is connected.
+    """
+
+    name: str
+    run: RunSection = field(default_factory=RunSection)
+    distro: DistroSection = field(default_factory=DistroSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    trainer: TrainerSection = field(default_factory=TrainerSection)
+    node: NodeSection = field(default_factory=NodeSection)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate as a function of the run's step."""
+        return self.optimizer.schedule.build(self.optimizer.lr, self.run.total_steps)

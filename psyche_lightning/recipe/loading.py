@@ -1,0 +1,237 @@
+"""Recipes: finding the YAML file, overriding keys, and resolving both into a typed :class:`Recipe`."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import psyche_lightning
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.plugins import nearest
+from psyche_lightning.recipe.config import Range, Recipe
+
+TWIN = "twin"
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes are looked up by name: ``./recipes``, then the folder beside the package."""
+    return [Path("recipes"), Path(psyche_lightning.__file__).resolve().parent.parent / "recipes"]
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe: a path, or the name of a file in one of :func:`recipe_folders`.
+
+    Raises:
+        ConfigError: there is none; the text lists the names that there are.
+    """
+    if Path(recipe).is_file():
+        return Path(recipe)
+    if recipe == Path(recipe).name:
+        for folder in recipe_folders():
+            if (folder / f"{recipe.removesuffix('.yaml')}.yaml").is_file():
+                return folder / f"{recipe.removesuffix('.yaml')}.yaml"
+    names = sorted({path.stem for folder in recipe_folders() for path in folder.glob("*.yaml")})
+    raise ConfigError(
+        f"There is no recipe {recipe!r}: it is neither a file nor a known name.{nearest(Path(recipe).stem, names)} "
+        f"Names: {', '.join(names) or 'none'}."
+    )
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, twin: bool = False) -> Recipe:
+    """Read a recipe and resolve it.
+
+    Args:
+        recipe: a path, or the name of a recipe.
+        overrides: ``key=value`` with dotted keys; a key that ends like exactly one key of the recipe is enough, so that
+            ``init_min_clients=2`` means ``run.init_min_clients=2``. Values are YAML; the last of several wins.
+        twin: whether the recipe's ``twin`` section, its CPU-sized form, replaces what it names (before the overrides).
+
+    Raises:
+        ConfigError: no such recipe, no YAML, an unknown key (with the nearest and the choices), a value of a wrong type
+            or out of bounds, or values that contradict each other.
+    """
+    path = find_recipe(str(recipe))
+    values = _read(path)
+    small = values.pop(TWIN, None)
+    if twin:
+        if not isinstance(small, dict):
+            raise ConfigError(f"{path} has no section {TWIN!r}, the recipe's CPU-sized form.")
+        _merge(values, small)
+    for key, value in map(_override, overrides):
+        node = values
+        *sections, leaf = key.split(".")
+        for section in sections:
+            if not isinstance(node.get(section), dict):
+                node[section] = {}
+            node = node[section]
+        node[leaf] = value
+    values.setdefault("name", path.stem)
+    return resolve(values, source=str(path))
+
+
+def resolve(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+    """Turn nested plain values into a typed recipe.
+
+    Args:
+        values: sections by name, as in a recipe's file without its ``twin``.
+        source: what messages name as the origin.
+
+    Raises:
+        ConfigError: as :func:`load_recipe`.
+    """
+    try:
+        recipe = _typed(Recipe, dict(values), "")
+        assert isinstance(recipe, Recipe)
+        recipe.schedule  # noqa: B018 - its fields are checked together when it is built
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return recipe
+
+
+def resolve_key(key: str) -> str:
+    """The full dotted key for one that ends like it, such as ``run.min_clients`` for ``min_clients``.
+
+    Raises:
+        ConfigError: no key or several keys end like it.
+    """
+    keys = dict(_leaves(Recipe, ""))
+    parts = key.split(".")
+    for cut in range(len(parts), 0, -1):  # what follows is a key inside a free section such as model.config
+        head, rest = ".".join(parts[:cut]), parts[cut:]
+        found = [full for full, free in keys.items() if f".{full}".endswith(f".{head}") and (free or not rest)]
+        if found:  # an outer key wins: total_steps is the run's, not the schedule's
+            outer = min(full.count(".") for full in found)
+            found = [full for full in found if full.count(".") == outer]
+        if len(found) > 1:
+            raise ConfigError(f"The key {key!r} could be any of {', '.join(found)}; write it in full.")
+        if found:
+            return ".".join([*found, *rest])
+    section: type = Recipe
+    prefix = ""
+    for name in parts[:-1]:
+        hint = typing.get_type_hints(section).get(name)
+        if not is_dataclass(hint):
+            break
+        section, prefix = typing.cast(type, hint), f"{prefix}{name}."
+    if is_dataclass(typing.get_type_hints(section).get(parts[-1])):
+        raise ConfigError(f"{key!r} is a section; set one of its keys, such as {_some_key(key)}=value.")
+    raise ConfigError(_unknown(key, section, prefix))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:  # PyYAML, OmegaConf and the file system raise many types, all of which mean this
+        raise ConfigError(f"{path} is not a YAML file that can be read: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path} does not contain sections; a recipe begins with keys such as 'model:' and 'run:'.")
+    return typing.cast("dict[str, Any]", values)
+
+
+def _override(text: str) -> tuple[str, Any]:
+    """The full key and the value of one ``key=value``."""
+    from omegaconf import OmegaConf
+
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"The override {text!r} is not of the form key=value, such as run.total_steps=100.")
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
+    except Exception as error:  # PyYAML and OmegaConf raise many types, all of which mean the same here
+        raise ConfigError(f"The override {text!r} has a value that is not YAML: {value!r}.") from error
+    assert isinstance(parsed, dict)
+    return resolve_key(key.strip()), parsed["value"]
+
+
+def _merge(values: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
+
+
+def _leaves(section: type, prefix: str) -> Iterator[tuple[str, bool]]:
+    """Every dotted key, and whether anything may be inside it."""
+    for name, hint in typing.get_type_hints(section).items():
+        if is_dataclass(hint):
+            yield from _leaves(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", typing.get_origin(hint) is Mapping
+
+
+def _some_key(section: str) -> str:
+    return next(leaf for leaf, _ in _leaves(Recipe, "") if leaf.startswith(f"{section}."))
+
+
+def _unknown(key: str, section: type, prefix: str) -> str:
+    """The sentence about a key that ``section`` lacks: the nearest one, there or elsewhere, and the choices."""
+    names = [item.name for item in fields(section)]
+    leaves = [leaf for leaf, _ in _leaves(Recipe, "")]
+    last = key.rpartition(".")[2]
+    candidates = {
+        **{leaf: leaf for leaf in leaves},
+        **{leaf.rpartition(".")[2]: leaf for leaf in leaves},
+        **{name: f"{prefix}{name}" for name in names},
+    }
+    close = difflib.get_close_matches(last, list(candidates), n=1) or difflib.get_close_matches(key, leaves, n=1)
+    hint = f" Did you mean {candidates[close[0]]!r}?" if close else ""
+    where = f"Keys of {prefix[:-1]!r}" if prefix else "Sections and keys"
+    return f"Unknown key {key!r}.{hint} {where}: {', '.join(names)}."
+
+
+def _typed(hint: Any, value: Any, key: str) -> Any:
+    """``value`` as the type ``hint`` says.
+
+    Raises:
+        ConfigError: it is another type, out of bounds, or has keys that the type lacks.
+    """
+    if is_dataclass(hint):
+        return _section(typing.cast(type, hint), value, key)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, Union):
+        return None if value is None else _typed(arguments[0], value, key)
+    if origin is Annotated:
+        number = _typed(arguments[0], value, key)
+        bounds: Range = arguments[1]
+        if number not in bounds:
+            raise ConfigError(f"{key} is {value!r}; it must be {bounds}.")
+        return number
+    if origin is Literal:
+        if value not in arguments:
+            choices = ", ".join(arguments)
+            raise ConfigError(
+                f"{key} is {value!r}, which is no choice.{nearest(str(value), arguments)} Choices: {choices}."
+            )
+        return value
+    if origin is Mapping and isinstance(value, dict):
+        return value
+    if hint is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    expected = _KINDS.get(hint, "a section with keys")
+    raise ConfigError(f"{key} is {value!r} ({_KINDS.get(type(value), type(value).__name__)}); {expected} was expected.")
+
+
+def _section(section: type, values: Any, key: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{key} is {values!r}; a section with keys was expected.")
+    prefix = f"{key}." if key else ""
+    hints = typing.get_type_hints(section, include_extras=True)
+    for name in values:
+        if name not in hints:
+            raise ConfigError(_unknown(f"{prefix}{name}", section, prefix))
+    return section(**{name: _typed(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
+
+
+# What a type is, in the words of messages.
+_KINDS = {type(None): "null", bool: "true or false", int: "an integer", float: "a number", str: "text", dict: "keys"}

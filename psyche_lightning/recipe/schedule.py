@@ -1,0 +1,114 @@
+"""Learning-rate schedules as pure functions of the run's step (spec S5.2), so that a late joiner stands where all do.
+
+Steps count from 1, as in the coordinator's rounds; every schedule warms up linearly for ``step < warmup_steps``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from psyche_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The base rate after the warm-up.
+
+    Attributes:
+        base_lr: the rate after the warm-up.
+        warmup_steps: length of the linear warm-up; 0 for none.
+        warmup_init_lr: the rate at which the warm-up begins.
+    """
+
+    base_lr: float
+    warmup_steps: int = 0
+    warmup_init_lr: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of ``step``."""
+        if step < self.warmup_steps:
+            return self.warmup_init_lr + (self.base_lr - self.warmup_init_lr) * step / self.warmup_steps
+        return self._after_warmup(step - self.warmup_steps)
+
+    def _after_warmup(self, step: int) -> float:
+        """The rate ``step`` steps after the warm-up."""
+        return self.base_lr
+
+
+@dataclass(frozen=True)
+class Linear(Constant):
+    """From the base rate in a straight line to ``final_lr`` at ``total_steps``, where it stays.
+
+    Attributes:
+        total_steps: the step at which the final rate is reached, warm-up included.
+        final_lr: the last rate.
+    """
+
+    total_steps: int = 1
+    final_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.total_steps <= self.warmup_steps:
+            raise ConfigError(
+                f"A schedule of {self.total_steps} steps has no steps left after a warm-up of {self.warmup_steps}."
+            )
+
+    def _after_warmup(self, step: int) -> float:
+        fraction = min(step / (self.total_steps - self.warmup_steps), 1.0)
+        return self.base_lr + (self.final_lr - self.base_lr) * fraction
+
+
+@dataclass(frozen=True)
+class Cosine(Linear):
+    """Half a cosine from the base rate to ``final_lr`` at ``total_steps``; not clamped beyond (as in Psyche)."""
+
+    def _after_warmup(self, step: int) -> float:
+        fraction = step / (self.total_steps - self.warmup_steps)
+        return _half_cosine(self.base_lr, self.final_lr, fraction)
+
+
+@dataclass(frozen=True)
+class WarmupStableDecay(Constant):
+    """The base rate for a while, half a cosine down, then a straight line, whose end stays.
+
+    Attributes:
+        stable_steps: steps at the base rate.
+        cosine_decay_steps: length of the cosine.
+        cosine_decay_final_lr: rate at its end.
+        linear_decay_steps: length of the line.
+        linear_decay_final_lr: rate at its end.
+    """
+
+    stable_steps: int = 0
+    cosine_decay_steps: int = 0
+    cosine_decay_final_lr: float = 0.0
+    linear_decay_steps: int = 0
+    linear_decay_final_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.linear_decay_final_lr <= self.cosine_decay_final_lr <= self.base_lr:
+            raise ConfigError(
+                "A schedule 'wsd' goes down: linear_decay_final_lr <= cosine_decay_final_lr <= lr is needed, not "
+                f"{self.linear_decay_final_lr} <= {self.cosine_decay_final_lr} <= {self.base_lr}."
+            )
+
+    def _after_warmup(self, step: int) -> float:
+        if step < self.stable_steps:
+            return self.base_lr
+        step -= self.stable_steps
+        if step < self.cosine_decay_steps:
+            return _half_cosine(self.base_lr, self.cosine_decay_final_lr, step / self.cosine_decay_steps)
+        step -= self.cosine_decay_steps
+        if step < self.linear_decay_steps:
+            fraction = step / self.linear_decay_steps
+            return self.cosine_decay_final_lr + (self.linear_decay_final_lr - self.cosine_decay_final_lr) * fraction
+        return self.linear_decay_final_lr
+
+
+Schedule = Constant
+"""What all schedules are: callable with a step."""
+
+
+def _half_cosine(start: float, end: float, fraction: float) -> float:
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * fraction))
