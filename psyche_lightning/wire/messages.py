@@ -7,6 +7,7 @@ so that two different ones for one batch are a proof of equivocation (invariant 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -166,7 +167,7 @@ def _check(message: Message) -> None:
         if len(message.commitments) % HASH_SIZE or len(message.commitments) > MAX_COMMITMENTS * HASH_SIZE:
             raise WireError(f"a list of {len(message.commitments)} bytes is not up to {MAX_COMMITMENTS} hashes")
         hashes = message.hashes()
-        if any(a >= b for a, b in zip(hashes, hashes[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(hashes)):
             raise WireError("the commitments of a witness are not in ascending order")
 
 

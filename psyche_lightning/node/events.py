@@ -1,0 +1,318 @@
+"""What goes into the node core (events) and what comes out (effects); see :mod:`psyche_lightning.node.core`.
+
+All are plain data: the runtime, the tests and the simulator carry them out, each with its own clock and network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from psyche_lightning.coordinator.state import Round, RunState, WitnessProof
+from psyche_lightning.wire.messages import Envelope, Result
+
+# --- events ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StateSeen:
+    """The coordinator's state changed; states in between may have been skipped."""
+
+    state: RunState
+
+
+@dataclass(frozen=True)
+class RoundsSeen:
+    """The answer to :class:`AskRounds`."""
+
+    epoch: int
+    first: int
+    rounds: tuple[Round, ...]
+
+
+@dataclass(frozen=True)
+class Received:
+    """A peer's message; its signature was verified."""
+
+    envelope: Envelope
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The answer to :class:`Train`: an update whose payload is in the blob store.
+
+    ``result`` is None when the batch gave no usable update (non-finite gradients, for example).
+    """
+
+    epoch: int
+    height: int
+    result: Result | None
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The answer to :class:`Fetch`. ``reason`` is empty when the payload is stored and well-formed.
+
+    ``refused`` tells a malformed payload, which no provider can mend, from one that could not be had.
+    """
+
+    payload: bytes
+    reason: str = ""
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The answer to :class:`Apply`; ``digest`` of the parameters afterwards where one was due, else empty."""
+
+    epoch: int
+    height: int
+    digest: bytes = b""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The answer to :class:`Load`. ``reason`` is empty when the parameters now have that digest."""
+
+    digest: bytes
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SnapshotTaken:
+    """The answer to :class:`TakeSnapshot`: the parameters' digest; their tensors are in the blob store."""
+
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class BuffersTaken:
+    """The answer to :class:`ShareBuffers`: the hash of their index blob."""
+
+    epoch: int
+    index: bytes
+
+
+@dataclass(frozen=True)
+class CallFailed:
+    """A coordinator call failed; ``code`` as in :class:`~psyche_lightning.errors.CoordinatorError`."""
+
+    effect: Effect
+    code: str
+    text: str
+    retryable: bool
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passed."""
+
+
+Event = (
+    StateSeen
+    | RoundsSeen
+    | Received
+    | Trained
+    | Fetched
+    | Applied
+    | Loaded
+    | SnapshotTaken
+    | BuffersTaken
+    | CallFailed
+    | Tick
+)
+
+# --- effects --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SetPeers:
+    """The nodes to talk to: ``(node key, address)`` pairs without this node."""
+
+    peers: tuple[tuple[bytes, str], ...]
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Send to every peer."""
+
+    envelope: Envelope
+
+
+@dataclass(frozen=True)
+class SendTo:
+    """Send to one peer."""
+
+    peer: bytes
+    envelope: Envelope
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Store durably before any later effect of the same list is carried out (invariant I8)."""
+
+    key: str
+    envelope: Envelope
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Get a payload from the first provider that has it, check its form, store it."""
+
+    payload: bytes
+    size: int
+    providers: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Compute and compress the update for the closed interval of data ids ``[start, end]``; store the payload."""
+
+    epoch: int
+    height: int
+    step: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Apply:
+    """Apply the agreed payloads of a round (ascending commitment order) with the agreed learning rates."""
+
+    epoch: int
+    height: int
+    payloads: tuple[bytes, ...]
+    lrs: tuple[int, ...]
+    digest_due: bool
+
+
+@dataclass(frozen=True)
+class Load:
+    """Replace the parameters by those with that digest, from the own store or from peers."""
+
+    digest: bytes
+    providers: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class TakeSnapshot:
+    """Put the parameters into the blob store and tell their digest."""
+
+
+@dataclass(frozen=True)
+class ShareBuffers:
+    """Put the model's buffers into the blob store and tell their index."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class LoadBuffers:
+    """Replace the model's buffers by those with that index."""
+
+    index: bytes
+    providers: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Diagnose:
+    """Compare two parameter digests tensor by tensor and tell the first that differs, for people."""
+
+    round: int
+    mine: bytes
+    theirs: bytes
+    providers: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Forget:
+    """These payloads are no longer needed."""
+
+    payloads: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Join:
+    """Ask the coordinator to count this node in."""
+
+
+@dataclass(frozen=True)
+class WarmupWitness:
+    """Tell the coordinator which parameters this node holds."""
+
+    epoch: int
+    index: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Witness:
+    """Report as a witness."""
+
+    epoch: int
+    height: int
+    proof: WitnessProof
+    merkle: bytes
+    participants: bytes
+    broadcasts: bytes
+
+
+@dataclass(frozen=True)
+class HealthCheck:
+    """Name silent clients."""
+
+    epoch: int
+    height: int
+    signers: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Vote:
+    """Tell the coordinator the parameters at the end of the epoch."""
+
+    epoch: int
+    step: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class AskRounds:
+    """Ask the coordinator for rounds that this node did not see."""
+
+    epoch: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Say:
+    """Something for people. ``level`` is "info" or "warning"."""
+
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The run is over and this node holds its parameters."""
+
+    reason: str
+
+
+Call = Join | WarmupWitness | Witness | HealthCheck | Vote | AskRounds
+Effect = (
+    SetPeers
+    | Broadcast
+    | SendTo
+    | Promise
+    | Fetch
+    | Train
+    | Apply
+    | Load
+    | TakeSnapshot
+    | ShareBuffers
+    | LoadBuffers
+    | Diagnose
+    | Forget
+    | Say
+    | Finish
+    | Call
+)

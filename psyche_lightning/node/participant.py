@@ -1,0 +1,279 @@
+"""A node's part in a run, as a training loop uses it: rounds come in, compressed updates go out.
+
+The network runs on an asyncio loop in a background thread. The thread that trains calls :meth:`Participant.next_round`
+and there also does all work on the parameters, so that a model is never touched by two threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import queue
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from psyche_lightning.coordinator.protocol import Coordinator, Report
+from psyche_lightning.errors import PsycheError
+from psyche_lightning.node.core import Settings
+from psyche_lightning.node.events import Apply, Event, Finish, Train, Trained
+from psyche_lightning.node.replica import Replica
+from psyche_lightning.node.runtime import Runtime, TrainerTask
+from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
+from psyche_lightning.transports.base import Transport
+from psyche_lightning.wire.identity import Identity
+from psyche_lightning.wire.messages import Result
+
+logger = logging.getLogger("psyche_lightning")
+
+_T = TypeVar("_T")
+START_TIMEOUT = 120.0
+REMIND_EVERY = 15.0
+"""Seconds of waiting after which the log says again for whom."""
+
+
+@dataclass(frozen=True)
+class RoundWork:
+    """One round's work for this node.
+
+    Attributes:
+        epoch: epoch of the run.
+        height: round within the epoch.
+        step: optimizer step over the run, from 1.
+        start: first data id.
+        end: last data id (closed interval).
+    """
+
+    epoch: int
+    height: int
+    step: int
+    start: int
+    end: int
+
+
+def _log(level: str, text: str) -> None:
+    logger.log(logging.WARNING if level == "warning" else logging.INFO, text)
+
+
+class Participant:
+    """Takes part in one run.
+
+    Args:
+        identity: the node's key.
+        run_id: the run.
+        coordinator: client of the run's coordinator.
+        transport: the transport, not yet started.
+        replica: the parameters; only touched on the thread that calls :meth:`next_round` and :meth:`settle`.
+        manifest: this node's run configuration; sections that the run does not have yet are fixed by it.
+        settings: what the node core must know.
+        store: blobs.
+        journal: promises.
+        say: tells people something: ``(level, text)``; by default the log.
+        traffic: returns bytes ``(up, down)`` counted at the node's sockets.
+        patience: longest wait for a round, in seconds; then an error says for whom it waited.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        run_id: str,
+        coordinator: Coordinator,
+        transport: Transport,
+        replica: Replica,
+        manifest: Mapping[str, Any],
+        settings: Settings,
+        store: BlobStore,
+        journal: Journal | MemoryJournal,
+        say: Callable[[str, str], None] = _log,
+        traffic: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        patience: float = 24 * 3600.0,
+    ) -> None:
+        self.run_id = run_id
+        self.identity = identity
+        self._say = say
+        self._patience = patience
+        self._inbox: queue.SimpleQueue[TrainerTask] = queue.SimpleQueue()
+        self._next: RoundWork | None = None
+        self._finished: Finish | None = None
+        self._started_at: dict[int, float] = {}
+        self._runtime = Runtime(
+            identity,
+            run_id,
+            coordinator,
+            transport,
+            replica,
+            manifest,
+            settings,
+            store,
+            journal,
+            self._inbox.put,
+            say,
+            traffic,
+        )
+        self._settings = settings
+        self._store = store
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name="psyche-node", daemon=True)
+        self._running = False
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def _on_loop(self, work: Any, timeout: float) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
+
+    def start(self) -> None:
+        """Connect and ask to be counted in.
+
+        Raises:
+            PsycheError: the transport cannot listen, or the coordinator cannot be reached or refuses this node.
+        """
+        self._thread.start()
+        self._running = True
+        try:
+            self._on_loop(self._runtime.start(), START_TIMEOUT)
+        except BaseException:
+            self.stop(withdraw=False)
+            raise
+
+    def stop(self, *, withdraw: bool | None = None, linger: float = 5.0) -> None:
+        """Leave the run and close everything within seconds; idempotent.
+
+        Args:
+            withdraw: whether to tell the coordinator; by default unless the run is finished.
+            linger: longest time that peers are still served who have not reported the last parameters, in seconds.
+        """
+        if not self._running:
+            return
+        self._running = False
+        leave = self._finished is None if withdraw is None else withdraw
+        try:
+            self._on_loop(self._runtime.stop(withdraw=leave, linger=linger), linger + 15.0)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(5.0)
+            if not self._thread.is_alive():
+                self._loop.close()
+
+    @property
+    def finished(self) -> str:
+        """Why the run ended for this node; empty as long as it has not."""
+        return self._finished.reason if self._finished else ""
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes ``(up, down)`` counted at the node's sockets."""
+        return self._runtime._traffic()
+
+    @property
+    def state(self) -> Any:
+        """The newest :class:`~psyche_lightning.coordinator.state.RunState` that this node saw, or None."""
+        return self._runtime.core.state
+
+    def waiting(self) -> str:
+        """For whom the node waits, in one line."""
+        return self._runtime.core.waiting()
+
+    # --- rounds -----------------------------------------------------------------------------------------------------
+
+    def next_round(self) -> RoundWork | None:
+        """Wait for the next batch of this node, meanwhile applying the results of others.
+
+        Returns:
+            The work, or None when the run is over and the parameters are its last.
+
+        Raises:
+            PsycheError: the coordinator refused this node, or nothing came within the node's patience.
+        """
+        while self._next is None and self._finished is None:
+            self._pump()
+        work, self._next = self._next, None
+        if work is not None:
+            self._started_at = {work.step: time.monotonic()}
+        return work
+
+    def settle(self, work: RoundWork) -> None:
+        """Wait until the results of that round are applied; returns at once where results overlap training."""
+        while not self._settings.overlap and self._next is None and self._finished is None:
+            task = self._pump()
+            if isinstance(task, Apply) and (task.epoch, task.height) >= (work.epoch, work.height):
+                return
+
+    def submit(
+        self,
+        work: RoundWork,
+        payload: bytes | None,
+        *,
+        nonce: int,
+        lrs: tuple[int, ...],
+        loss: float = math.nan,
+        tokens: int = 0,
+    ) -> None:
+        """Hand in the compressed update of a round; it is stored durably before it is announced.
+
+        Args:
+            work: the round.
+            payload: the encoded update; None when the batch gave none (non-finite gradients).
+            nonce: updates that this trainer had encoded before.
+            lrs: fp32 bits of the learning rate of each parameter group.
+            loss: mean training loss, for people.
+            tokens: tokens or samples trained on, for people.
+        """
+        result = None
+        if payload is not None:
+            seconds = max(time.monotonic() - self._started_at.get(work.step, time.monotonic()), 1e-6)
+            self._runtime.report = Report(work.step, loss, tokens / seconds)
+            result = Result(
+                work.epoch,
+                work.height,
+                work.step,
+                work.start,
+                work.end,
+                nonce,
+                self._store.put(payload),
+                len(payload),
+                self._settings.layout,
+                lrs,
+                int.from_bytes(struct.pack("<f", loss), "little"),
+                tokens,
+            )
+        self._handle(Trained(work.epoch, work.height, result))
+
+    def _handle(self, event: Event) -> None:
+        self._loop.call_soon_threadsafe(self._runtime.handle, event)
+
+    def _pump(self) -> TrainerTask:
+        """Take one task from the loop and do it; waits with reminders and a bound."""
+        began = time.monotonic()
+        while True:
+            try:
+                task = self._inbox.get(timeout=REMIND_EVERY)
+                break
+            except queue.Empty:
+                waited = time.monotonic() - began
+                if waited > self._patience:
+                    raise PsycheError(
+                        f"nothing happened in run {self.run_id!r} for {waited:.0f} s: {self.waiting()}. "
+                        "Start the missing nodes, or raise the node's patience."
+                    ) from None
+                self._say("info", f"{self.waiting()} ({waited:.0f} s)")
+        match task:
+            case Train(epoch, height, step, start, end):
+                self._next = RoundWork(epoch, height, step, start, end)
+            case Finish():
+                self._finished = task
+            case BaseException():
+                raise task
+            case _:
+                event = self._runtime.run_replica_task(task)
+                if event is not None:
+                    self._handle(event)
+        return task

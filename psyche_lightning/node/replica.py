@@ -1,0 +1,60 @@
+"""The parameters that a node trains, as the participant drives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from psyche_lightning.node.snapshot import Get, Put
+
+
+class Replica(Protocol):
+    """Published parameters and the rule that updates them; never touched by local state (invariant I2).
+
+    Every method but :meth:`check` is called on the thread that trains.
+
+    Attributes:
+        layout: 32-byte digest of what payload positions mean.
+        max_payload: largest payload in bytes.
+        has_buffers: whether the model has buffers to copy at the start of an epoch.
+    """
+
+    layout: bytes
+    max_payload: int
+    has_buffers: bool
+
+    def check(self, payload: bytes) -> None:
+        """Refuse a malformed payload; called from other threads.
+
+        Raises:
+            PayloadError: it is not canonical or does not fit the layout.
+        """
+
+    def apply(self, payloads: Sequence[bytes], lrs: tuple[int, ...]) -> None:
+        """Apply an agreed set of payloads; the result is a pure function of its arguments and the parameters (I1)."""
+
+    def digest(self, put: Put) -> bytes:
+        """Digest of the parameters; stores the index blob but no tensors."""
+        ...
+
+    def snapshot(self, put: Put) -> bytes:
+        """Store all parameters as blobs and return their digest."""
+        ...
+
+    def load(self, digest: bytes, get: Get) -> None:
+        """Replace the parameters by those of that digest.
+
+        Raises:
+            WireError: names, shapes or dtypes are not this model's.
+        """
+
+    def snapshot_buffers(self, put: Put) -> bytes:
+        """Store the buffers as blobs and return the hash of their index."""
+        ...
+
+    def load_buffers(self, index: bytes, get: Get) -> None:
+        """Replace the buffers by those of that index.
+
+        Raises:
+            WireError: names, shapes or dtypes are not this model's.
+        """

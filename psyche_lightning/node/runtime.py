@@ -1,0 +1,336 @@
+"""Carries out the node core's effects: transport, coordinator, blob store and journal on one asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from psyche_lightning.coordinator.protocol import Coordinator, Report
+from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, TransportError, WireError
+from psyche_lightning.node.core import NodeCore, Settings
+from psyche_lightning.node.events import (
+    Applied,
+    Apply,
+    AskRounds,
+    Broadcast,
+    BuffersTaken,
+    Call,
+    CallFailed,
+    Diagnose,
+    Effect,
+    Event,
+    Fetch,
+    Fetched,
+    Finish,
+    Forget,
+    HealthCheck,
+    Join,
+    Load,
+    LoadBuffers,
+    Loaded,
+    Promise,
+    Received,
+    RoundsSeen,
+    Say,
+    SendTo,
+    SetPeers,
+    ShareBuffers,
+    SnapshotTaken,
+    StateSeen,
+    TakeSnapshot,
+    Tick,
+    Train,
+    Vote,
+    WarmupWitness,
+    Witness,
+)
+from psyche_lightning.node.replica import Replica
+from psyche_lightning.node.snapshot import MAX_INDEX_SIZE, PIECE_SIZE, decode_index, first_difference
+from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
+from psyche_lightning.transports.base import Transport, TransportContext
+from psyche_lightning.wire.identity import Identity, short
+from psyche_lightning.wire.messages import Envelope, Message, Result, open_envelope, seal
+
+TICK = 0.25
+FETCH_TIMEOUT = 60.0
+LOAD_WIDTH = 4
+"""Pieces fetched at once while taking parameters."""
+
+ReplicaTask = Apply | TakeSnapshot | Load | ShareBuffers | LoadBuffers
+TrainerTask = ReplicaTask | Train | Finish | BaseException
+"""What the training thread gets to do; an exception ends it."""
+
+
+class Runtime:
+    """One node's loop. Everything here runs on it, except where a method says otherwise.
+
+    Args:
+        identity: the node's key.
+        run_id: the run.
+        coordinator: client of the run's coordinator.
+        transport: the transport, not yet started.
+        replica: the parameters.
+        manifest: this node's run configuration, which must equal the run's.
+        settings: what the core must know.
+        store: blobs.
+        journal: promises.
+        post: hands a task to the training thread; may be called from the loop.
+        say: tells people something: ``(level, text)``.
+        traffic: returns bytes ``(up, down)`` counted at the node's sockets.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        run_id: str,
+        coordinator: Coordinator,
+        transport: Transport,
+        replica: Replica,
+        manifest: Mapping[str, Any],
+        settings: Settings,
+        store: BlobStore,
+        journal: Journal | MemoryJournal,
+        post: Callable[[TrainerTask], None],
+        say: Callable[[str, str], None],
+        traffic: Callable[[], tuple[int, int]],
+    ) -> None:
+        self.identity = identity
+        self.run_id = run_id
+        self.coordinator = coordinator
+        self.transport = transport
+        self.replica = replica
+        self.manifest = dict(manifest)
+        self.settings = settings
+        self.store = store
+        self.journal = journal
+        self.report = Report()
+        self.address = ""
+        self._post = post
+        self._say = say
+        self._traffic = traffic
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self.core = NodeCore(identity.public, identity.public, run_id, settings, self._seal, self._kept_promises())
+
+    def _seal(self, message: Message) -> Envelope:
+        return seal(self.identity, self.run_id, message)
+
+    def _kept_promises(self) -> dict[str, Envelope]:
+        """What a former life of this node had signed, as far as its payload is still stored."""
+        kept = {}
+        for key, raw in self.journal.load().items():
+            try:
+                envelope = open_envelope(raw, self.run_id)
+            except WireError:
+                continue  # another run's journal in this folder
+            message = envelope.message
+            if not isinstance(message, Result) or self.store.has(message.payload):
+                kept[key] = envelope
+        return kept
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen, follow the coordinator and begin to tick.
+
+        Raises:
+            PsycheError: the transport cannot listen, or the coordinator cannot be reached or refuses this node.
+        """
+        context = TransportContext(self.identity, self.run_id, self._on_message, self.store.get)
+        self.address = await self.transport.start(context)
+        await self.coordinator.join(self.address, self.manifest)
+        self._spawn(self._watch())
+        self._spawn(self._tick())
+
+    async def stop(self, *, withdraw: bool, linger: float) -> None:
+        """Leave: wait for peers that still need this node, tell the coordinator, close everything."""
+        deadline = time.monotonic() + linger
+        while time.monotonic() < deadline and self._needed():
+            await asyncio.sleep(0.05)
+        self._stopping = True
+        if withdraw:
+            with contextlib.suppress(PsycheError, asyncio.TimeoutError, OSError):
+                await asyncio.wait_for(self.coordinator.withdraw(), 3.0)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for closing in (self.transport.stop(), self.coordinator.close()):
+            with contextlib.suppress(PsycheError, asyncio.TimeoutError, OSError):
+                await asyncio.wait_for(closing, 3.0)
+
+    def _needed(self) -> bool:
+        """Whether a healthy client of the finished epoch has not reported the last parameters yet."""
+        state = self.core.state
+        if state is None or not self.core.finished:
+            return False
+        voters = {vote[0] for vote in state.checkpoint_votes}
+        return any(client.signer not in voters for client in state.clients)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self._stopping:
+            self._post(error)
+
+    async def _watch(self) -> None:
+        async for state in self.coordinator.watch():
+            self.handle(StateSeen(state))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            self.handle(Tick())
+
+    def _on_message(self, peer: bytes, raw: bytes) -> None:
+        try:
+            envelope = open_envelope(raw, self.run_id)
+        except WireError as error:
+            self._say("warning", f"refused a message from {short(peer)}: {error}")
+            return
+        self.handle(Received(envelope))
+
+    def handle(self, event: Event) -> None:
+        """Give the core an event and carry out what follows."""
+        if self._stopping:
+            return
+        for effect in self.core.handle(event, time.monotonic()):
+            self._carry_out(effect)
+
+    # --- effects ----------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Broadcast(envelope):
+                self.transport.broadcast(envelope.raw)
+            case SendTo(peer, envelope):
+                self.transport.send(peer, envelope.raw)
+            case Promise(key, envelope):
+                self.journal.append(key, envelope.raw)
+            case SetPeers(peers):
+                self.transport.set_peers(dict(peers))
+            case Fetch():
+                self._spawn(self._fetch(effect))
+            case Load(digest, providers) | LoadBuffers(digest, providers):
+                self._spawn(self._load(effect, digest, providers))
+            case Train() | Apply() | TakeSnapshot() | ShareBuffers() | Finish():
+                self._post(effect)
+            case Diagnose():
+                self._spawn(self._diagnose(effect))
+            case Forget(payloads):
+                for payload in payloads:
+                    self.store.delete(payload)
+            case Say(level, text):
+                self._say(level, text)
+            case Join() | WarmupWitness() | Witness() | HealthCheck() | Vote() | AskRounds():
+                self._spawn(self._call(effect))
+
+    def run_replica_task(self, task: ReplicaTask) -> Event | None:
+        """Do replica work; called on the training thread. Returns the event for :meth:`handle`, if any."""
+        match task:
+            case Apply(epoch, height, payloads, lrs, digest_due):
+                blobs = [self._blob(payload) for payload in payloads]
+                if blobs:
+                    self.replica.apply(blobs, lrs)
+                return Applied(epoch, height, self.replica.digest(self.store.put) if digest_due else b"")
+            case TakeSnapshot():
+                return SnapshotTaken(self.replica.snapshot(self.store.put))
+            case Load(digest):
+                try:
+                    self.replica.load(digest, self._blob)
+                except PsycheError as error:
+                    return Loaded(digest, str(error))
+                return Loaded(digest)
+            case ShareBuffers(epoch):
+                return BuffersTaken(epoch, self.replica.snapshot_buffers(self.store.put))
+            case LoadBuffers(index):
+                self.replica.load_buffers(index, self._blob)
+                return None
+
+    def _blob(self, digest: bytes) -> bytes:
+        data = self.store.get(digest)
+        if data is None:
+            raise PsycheError(f"the blob {digest.hex()[:12]} vanished from this node's store; is its disk in order?")
+        return data
+
+    async def _fetch(self, effect: Fetch) -> None:
+        try:
+            data = await self.transport.fetch(
+                effect.payload, effect.providers, max_size=effect.size, timeout=FETCH_TIMEOUT
+            )
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, self.replica.check, data)
+            await loop.run_in_executor(None, self.store.put, data)
+        except PayloadError as error:
+            self.handle(Fetched(effect.payload, str(error), refused=True))
+        except TransportError as error:
+            self.handle(Fetched(effect.payload, str(error)))
+        else:
+            self.handle(Fetched(effect.payload))
+
+    async def _load(self, effect: Load | LoadBuffers, index: bytes, providers: tuple[bytes, ...]) -> None:
+        """Bring index and pieces into the store, then let the training thread load them."""
+        try:
+            entries = decode_index(await self._obtain(index, providers, MAX_INDEX_SIZE))
+            pieces = [piece for entry in entries for piece in entry.pieces]
+            for at in range(0, len(pieces), LOAD_WIDTH):
+                await asyncio.gather(*(self._obtain(p, providers, PIECE_SIZE) for p in pieces[at : at + LOAD_WIDTH]))
+        except (TransportError, WireError) as error:
+            if isinstance(effect, Load):
+                self.handle(Loaded(index, str(error)))
+            else:
+                self._say("warning", f"could not obtain the model's buffers: {error}")
+        else:
+            self._post(effect)
+
+    async def _obtain(self, digest: bytes, providers: tuple[bytes, ...], limit: int) -> bytes:
+        """A blob from the own store or from a peer, stored."""
+        loop = asyncio.get_running_loop()
+        data = await loop.run_in_executor(None, self.store.get, digest)
+        if data is None:
+            data = await self.transport.fetch(digest, providers, max_size=limit, timeout=FETCH_TIMEOUT)
+            await loop.run_in_executor(None, self.store.put, data)
+        return data
+
+    async def _diagnose(self, effect: Diagnose) -> None:
+        try:
+            mine = decode_index(await self._obtain(effect.mine, effect.providers, MAX_INDEX_SIZE))
+            theirs = decode_index(await self._obtain(effect.theirs, effect.providers, MAX_INDEX_SIZE))
+        except (TransportError, WireError) as error:
+            self._say("warning", f"which tensor differs after round {effect.round} could not be found out: {error}")
+            return
+        name = first_difference(mine, theirs)
+        self._say("warning", f"after round {effect.round} the first tensor that differs is {name!r}")
+
+    async def _call(self, call: Call) -> None:
+        """Make a coordinator call; what this node may never do ends it, the rest the core repeats."""
+        client = self.coordinator
+        try:
+            match call:
+                case Join():
+                    await client.join(self.address, self.manifest)
+                case WarmupWitness(epoch, index, digest):
+                    await client.warmup_witness(epoch, index, digest)
+                case Witness(epoch, height, proof, merkle, participants, broadcasts):
+                    up, down = self._traffic()
+                    report = Report(
+                        self.report.step, self.report.loss, self.report.tokens_per_second, bytes_up=up, bytes_down=down
+                    )
+                    await client.witness(epoch, height, proof, merkle, participants, broadcasts, report)
+                case HealthCheck(epoch, height, signers):
+                    await client.health_check(epoch, height, list(signers))
+                case Vote(epoch, step, digest):
+                    await client.checkpoint(epoch, step, digest)
+                case AskRounds(epoch, first):
+                    self.handle(RoundsSeen(epoch, first, tuple(await client.rounds(epoch, first))))
+        except CoordinatorError as error:
+            if isinstance(call, Join) and not error.retryable:
+                self._post(error)
+                return
+            self.handle(CallFailed(call, error.code, str(error), error.retryable))

@@ -1,0 +1,119 @@
+"""Parameters as blobs: an index that names every tensor, and pieces addressed by their hash (invariant I6).
+
+The SHA-256 of the index *is* the parameter digest: a two-level hash tree by name. Whoever knows the digest can fetch
+index and pieces from anybody, several sources at once, and every byte is checked.
+
+Index layout: canonical msgpack of ``[1, [name, dtype, [dimension, ...], bytes, [piece hash, ...]], ...]`` in ascending
+byte-wise order of names; pieces hold the little-endian contiguous tensor bytes, 16 MiB each, the last one shorter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from psyche_lightning.errors import WireError
+from psyche_lightning.wire.canonical import pack, unpack
+from psyche_lightning.wire.hashing import HASH_SIZE, sha256
+
+VERSION = 1
+PIECE_SIZE = 16 * 1024 * 1024
+MAX_INDEX_SIZE = 64 * 1024 * 1024
+MAX_TENSOR_SIZE = 1 << 40
+DTYPE_SIZES = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+}
+
+Put = Callable[[bytes], bytes]
+"""Stores a blob and returns its SHA-256."""
+Get = Callable[[bytes], bytes]
+"""Returns a blob by SHA-256."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of an index.
+
+    Attributes:
+        name: parameter name.
+        dtype: one of :data:`DTYPE_SIZES`.
+        shape: dimensions.
+        size: bytes of its data.
+        pieces: SHA-256 of each piece.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    pieces: tuple[bytes, ...]
+
+
+def cut(data: bytes | memoryview) -> list[memoryview]:
+    """The pieces of a tensor's bytes; none for an empty tensor."""
+    view = memoryview(data).cast("B")
+    return [view[i : i + PIECE_SIZE] for i in range(0, len(view), PIECE_SIZE)]
+
+
+def entry_of(name: str, dtype: str, shape: Sequence[int], data: bytes | memoryview, put: Put | None) -> TensorEntry:
+    """Describe a tensor, storing its pieces when ``put`` is given."""
+    pieces = cut(data)
+    hashes = tuple(put(bytes(piece)) if put else sha256(piece) for piece in pieces)
+    return TensorEntry(name, dtype, tuple(shape), sum(len(piece) for piece in pieces), hashes)
+
+
+def encode_index(entries: Iterable[TensorEntry]) -> bytes:
+    """Encode an index; its SHA-256 is the digest of the parameters."""
+    rows = sorted(entries, key=lambda entry: entry.name.encode())
+    return pack([VERSION, *([e.name, e.dtype, list(e.shape), e.size, list(e.pieces)] for e in rows)])
+
+
+def decode_index(data: bytes) -> list[TensorEntry]:
+    """Decode an index.
+
+    Raises:
+        WireError: it is not canonical, or sizes, types and pieces do not fit together.
+    """
+    rows = unpack(data, max_size=MAX_INDEX_SIZE)
+    if not isinstance(rows, list) or not rows or rows[0] != VERSION:
+        raise WireError(f"a parameter index begins with its version, {VERSION}")
+    entries = [_entry(row) for row in rows[1:]]
+    names = [entry.name.encode() for entry in entries]
+    if any(a >= b for a, b in itertools.pairwise(names)):
+        raise WireError("the tensors of a parameter index are not in ascending order of their names")
+    return entries
+
+
+def _entry(row: object) -> TensorEntry:
+    match row:
+        case [str(name), str(dtype), list(shape), int(size), list(pieces)] if dtype in DTYPE_SIZES:
+            pass
+        case _:
+            raise WireError("a tensor of a parameter index has name, known dtype, shape, size and pieces")
+    if any(type(n) is not int or not 0 <= n <= MAX_TENSOR_SIZE for n in shape) or len(shape) > 16:
+        raise WireError(f"tensor {name!r} has an impossible shape")
+    if size != math.prod(shape) * DTYPE_SIZES[dtype] or size > MAX_TENSOR_SIZE:
+        raise WireError(f"tensor {name!r} claims {size} bytes, which its shape and dtype do not give")
+    if len(pieces) != -(-size // PIECE_SIZE) or any(not isinstance(p, bytes) or len(p) != HASH_SIZE for p in pieces):
+        raise WireError(f"tensor {name!r} of {size} bytes has {-(-size // PIECE_SIZE)} pieces, each a SHA-256")
+    return TensorEntry(name, dtype, tuple(shape), size, tuple(pieces))
+
+
+def first_difference(mine: Sequence[TensorEntry], theirs: Sequence[TensorEntry]) -> str:
+    """The name of the first tensor, in name order, that differs between two indices; empty when none does."""
+    ours, others = {e.name: e for e in mine}, {e.name: e for e in theirs}
+    for name in sorted(ours.keys() | others.keys()):
+        if ours.get(name) != others.get(name):
+            return name
+    return ""

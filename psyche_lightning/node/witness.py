@@ -1,0 +1,49 @@
+"""What a witness reports, and the keys under which a node keeps its promises."""
+
+from __future__ import annotations
+
+from psyche_lightning.coordinator.bloom import Bloom
+from psyche_lightning.coordinator.merkle import attest_root
+from psyche_lightning.node.events import Witness
+from psyche_lightning.node.ledger import RoundLog
+from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.messages import Attest, Envelope
+
+
+def result_promise(epoch: int, height: int) -> str:
+    """Journal key of a node's result of a round: it never signs a second one (I8)."""
+    return f"result/{epoch}/{height}"
+
+
+def attest_promise(epoch: int, height: int) -> str:
+    """Journal key of a node's witness list of a round."""
+    return f"attest/{epoch}/{height}"
+
+
+def witness_report(here: RoundLog, index: int, envelope: Envelope, about: RoundLog | None) -> Witness:
+    """The coordinator call that binds a witness' list.
+
+    Args:
+        here: the round in which it is sent.
+        index: this node's place in its client list.
+        envelope: the signed :class:`Attest`.
+        about: the round whose results it lists, or None when it has none.
+
+    Returns:
+        The call. The Bloom filters are those of spec S2.5: participants holds ``S(signer)`` of every client that
+        showed a sign of life or owed none, broadcasts the commitments.
+    """
+    attest = envelope.message
+    assert isinstance(attest, Attest)
+    silent = set(about.unverified()) if about else set()
+    clients = (about or here).round.clients
+    participants = Bloom.of(here.round.seed, (sha256(s) for i, s in enumerate(clients) if i not in silent))
+    broadcasts = Bloom.of(here.round.seed, attest.hashes())
+    return Witness(
+        attest.epoch,
+        attest.height,
+        here.selection.witness_proof(index),
+        attest_root(attest),
+        participants.to_bytes(),
+        broadcasts.to_bytes(),
+    )
