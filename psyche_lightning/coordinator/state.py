@@ -120,7 +120,8 @@ class WitnessRecord:
         merkle: root over the list of its :class:`~psyche_lightning.wire.messages.Attest` (see ``attest_root``);
             in warm-up the digest of the parameters that the client holds.
         complete: whether it came during training, which means "I have everything".
-        participants: serialized Bloom filter (192 bytes) of clients whose results arrived; empty in nodes' views.
+        participants: serialized Bloom filter (192 bytes) of clients whose results arrived or who owed none; empty in
+            nodes' views.
         broadcasts: serialized Bloom filter of commitments; for Psyche's readers; empty in nodes' views.
     """
 
@@ -184,6 +185,7 @@ class RunState:
         step: the next optimizer step, from 1; ``total_steps + 1`` when all are trained.
         epoch_start_data_index: first data id of the epoch.
         epoch_start: time at which the epoch began.
+        gathered_at: time since which enough members wait for an epoch; None while there are too few.
         start_step: ``step`` when the epoch began.
         last_step: 0, or ``step`` when the epoch began to drain: no round trains it any more in this epoch.
         head: index of the current round in ``rounds`` (height modulo 4).
@@ -194,6 +196,8 @@ class RunState:
         exited_clients: members that left during the epoch.
         checkpoint: the parameters that joiners must hold.
         checkpoint_votes: ``(signer, step, digest)`` reported during this cool-down.
+        holders: signers of the clients that may hold the checkpoint: those of the last epoch, and those who said so
+            since, without those that had a whole warm-up to say so and did not. An epoch without any gives it up.
         pending_pause: whether the run pauses at the end of the epoch.
         cold_start_epoch: whether the epoch follows a pause (spec S1.10).
         nonce: grows by at least one with every change; updates with a smaller one are stale.
@@ -208,6 +212,7 @@ class RunState:
     step: int = 1
     epoch_start_data_index: int = 0
     epoch_start: float = 0.0
+    gathered_at: float | None = None
     start_step: int = 1
     last_step: int = 0
     head: int = 0
@@ -218,6 +223,7 @@ class RunState:
     exited_clients: tuple[Client, ...] = ()
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     checkpoint_votes: tuple[tuple[bytes, int, bytes], ...] = ()
+    holders: tuple[bytes, ...] = ()
     pending_pause: bool = False
     cold_start_epoch: bool = False
     nonce: int = 0

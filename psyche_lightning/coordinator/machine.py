@@ -1,0 +1,497 @@
+"""The coordinator's state machine: pure functions from a run's state to its next (spec S1, as DESIGN 6 corrects it).
+
+Inputs (:func:`witness` and the like) only record; :func:`tick` alone moves a run from phase to phase, one step a call,
+so a host ticks until nothing changes. Time and randomness come in as arguments. Every change makes ``nonce`` grow, and
+a call that changes nothing returns the very state that it got.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from psyche_lightning.coordinator.bloom import BLOOM_SIZE, Bloom
+from psyche_lightning.coordinator.committee import quorum, round_selection
+from psyche_lightning.coordinator.state import (
+    STORED_ROUNDS,
+    Checkpoint,
+    Client,
+    ClientStatus,
+    CoordinatorConfig,
+    Phase,
+    Round,
+    RunState,
+    WitnessProof,
+    WitnessRecord,
+)
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.wire.hashing import HASH_SIZE, sha256
+
+DRAIN_ROUNDS = 2
+"""Rounds without training at the end of an epoch, in which the last results are witnessed and applied."""
+
+
+class MachineError(CoordinatorError):
+    """A transition that the machine refuses; ``code`` is its name in spec S1.7 (``InvalidCheckpoint`` is ours)."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message, code=code)
+
+
+def batch_size(config: CoordinatorConfig, tokens: int) -> int:
+    """Samples of the round before which the run has seen ``tokens`` tokens (spec S1.8, in float64)."""
+    start, end = config.global_batch_size_start, config.global_batch_size_end
+    ramp = config.global_batch_size_warmup_tokens
+    if tokens >= ramp:
+        return end
+    return math.floor(start + (end - start) * (tokens / ramp) + 0.5)
+
+
+def healthy(state: RunState) -> list[Client]:
+    """The clients that are well, in list order."""
+    return [client for client in state.clients if client.status is ClientStatus.HEALTHY]
+
+
+def deadline(state: RunState) -> float | None:
+    """When the clock alone moves the run on; None when only an input can."""
+    config, start = state.config, state.phase_start
+    if state.phase is Phase.WAITING_FOR_MEMBERS:
+        return None if state.gathered_at is None else state.gathered_at + config.waiting_for_members_extra_time
+    length = {
+        Phase.WARMUP: config.warmup_time,
+        Phase.ROUND_TRAIN: config.max_round_train_time,
+        Phase.ROUND_WITNESS: config.round_witness_time,
+        Phase.COOLDOWN: config.cooldown_time,
+    }.get(state.phase)
+    return None if length is None else start + length
+
+
+def _expired(state: RunState, now: float) -> bool:
+    due = deadline(state)
+    return due is not None and now >= due
+
+
+def _heard_enough(state: RunState, round_: Round) -> bool:
+    """Whether a quorum of the expected witnesses has said "I have everything"."""
+    complete = sum(record.complete for record in round_.witnesses)
+    return complete >= quorum(round_selection(round_, state.config).witness_count)
+
+
+def _nobody_left_to_report(state: RunState, round_: Round) -> bool:
+    """Whether each witness has reported or is gone."""
+    selection = round_selection(round_, state.config)
+    reported = {record.proof.index for record in round_.witnesses}
+    present = {client.signer for client in healthy(state)}
+    return not any(
+        signer in present and index not in reported and selection.is_witness(index)
+        for index, signer in enumerate(round_.clients)
+    )
+
+
+def ending(state: RunState, round_: Round, now: float) -> str:
+    """Why the epoch ends after the training round ``round_``, in words; empty when it goes on.
+
+    ``state`` has the step counted and the clients that left removed.
+    """
+    expected = round_selection(round_, state.config).witness_count
+    if not round_.witnesses:
+        return "no witness reported"
+    if now >= state.epoch_start + state.config.epoch_time:
+        return "its time is over"
+    if len(state.clients) < state.config.min_clients:
+        return f"{len(state.clients)} clients are left and min_clients is {state.config.min_clients}"
+    if len(round_.witnesses) < quorum(expected):
+        return f"{len(round_.witnesses)} of {expected} witnesses reported and a quorum is {quorum(expected)}"
+    if state.step > state.config.total_steps:
+        return "all steps are trained"
+    return "a pause was asked for" if state.pending_pause else ""
+
+
+def _change(state: RunState, **fields: Any) -> RunState:
+    return replace(state, nonce=state.nonce + 1, **fields)
+
+
+def _enter(state: RunState, phase: Phase, now: float, **fields: Any) -> RunState:
+    return _change(state, phase=phase, phase_start=now, gathered_at=None, **fields)
+
+
+def _departed(state: RunState, height: int) -> dict[str, Any]:
+    """The fields that change when clients that are not healthy leave the list."""
+    leaving = tuple(replace(c, exited_height=height) for c in state.clients if c.status is not ClientStatus.HEALTHY)
+    return {"clients": tuple(healthy(state)), "exited_clients": state.exited_clients + leaving} if leaving else {}
+
+
+def _with_status(state: RunState, status: ClientStatus, signers: Collection[bytes]) -> tuple[Client, ...]:
+    return tuple(
+        replace(c, status=status) if c.signer in signers and c.status is ClientStatus.HEALTHY else c
+        for c in state.clients
+    )
+
+
+def _everyone_withdrawn(state: RunState) -> tuple[Client, ...]:
+    return _with_status(state, ClientStatus.WITHDRAWN, [client.signer for client in state.clients])
+
+
+def _next_members(state: RunState) -> Phase:
+    return Phase.FINISHED if state.step > state.config.total_steps else Phase.WAITING_FOR_MEMBERS
+
+
+def start(state: RunState, now: float) -> RunState:
+    """Open a new run to members.
+
+    Raises:
+        MachineError: it was opened before (``InvalidRunState``).
+    """
+    if state.phase is not Phase.UNINITIALIZED:
+        raise MachineError("InvalidRunState", f"the run is already in phase {state.phase.name}")
+    return _enter(state, Phase.WAITING_FOR_MEMBERS, now)
+
+
+def tick(state: RunState, pending: Sequence[Client] | None, now: float, seed: int) -> RunState:
+    """Take the next step that is due, if one is (spec S1.5).
+
+    Args:
+        state: the state.
+        pending: the members that wait for an epoch, no more than the host has room for; None when unknown.
+        now: the coordinator's time in seconds.
+        seed: u64 for the round that may begin.
+
+    Raises:
+        MachineError: only a command can move the run on (``Halted``).
+    """
+    if state.phase.halted:
+        raise MachineError("Halted", f"the run is halted in phase {state.phase.name}")
+    if state.phase is Phase.WAITING_FOR_MEMBERS:
+        return state if pending is None else _tick_waiting(state, pending, now)
+    if state.phase is Phase.WARMUP:
+        return _tick_warmup(state, now, seed)
+    if state.phase is Phase.COOLDOWN:
+        return _tick_cooldown(state, now)
+    round_ = state.current
+    assert round_ is not None
+    if not (_expired(state, now) or _heard_enough(state, round_) or _nobody_left_to_report(state, round_)):
+        return state
+    if state.phase is Phase.ROUND_TRAIN:
+        return _enter(state, Phase.ROUND_WITNESS, now)
+    return _end_round(state, round_, now, seed)
+
+
+def _tick_waiting(state: RunState, pending: Sequence[Client], now: float) -> RunState:
+    if len(pending) < state.config.init_min_clients:
+        return state if state.gathered_at is None else _change(state, gathered_at=None)
+    alone = state.config.init_min_clients == len(pending) == 1
+    if not alone:
+        if state.gathered_at is None:
+            return _change(state, gathered_at=now)
+        if not _expired(state, now):
+            return state
+    # Nobody is left who could serve the parameters: the first warm-up witness decides again.
+    lost = {client.signer for client in pending}.isdisjoint(state.holders)
+    return _enter(
+        state,
+        Phase.WARMUP,
+        now,
+        clients=tuple(replace(c, status=ClientStatus.HEALTHY, exited_height=0) for c in pending),
+        exited_clients=(),
+        rounds=(),
+        head=0,
+        warmup_witnesses=(),
+        checkpoint_votes=(),
+        epoch_digest=b"",
+        epoch_start=now,
+        start_step=state.step,
+        last_step=0,
+        checkpoint=Checkpoint() if lost else state.checkpoint,
+    )
+
+
+def _tick_warmup(state: RunState, now: float, seed: int) -> RunState:
+    departed = _departed(state, 0)
+    if departed:
+        # A record names its client by index, so those who remain get their new ones.
+        index = {client.signer: i for i, client in enumerate(departed["clients"])}
+        records = [(index.get(state.clients[record.proof.index].signer), record) for record in state.warmup_witnesses]
+        kept = tuple(replace(record, proof=WitnessProof(i, i)) for i, record in records if i is not None)
+        return _change(state, warmup_witnesses=kept, **departed)
+    if len(state.clients) < state.config.min_clients:
+        return _enter(state, Phase.WAITING_FOR_MEMBERS, now)
+    if len(state.warmup_witnesses) < len(state.clients) and not _expired(state, now):
+        return state
+    if not state.warmup_witnesses:
+        # They had the whole warm-up to show that they hold the checkpoint; those who did not, do not.
+        silent = {client.signer for client in state.clients}
+        holders = tuple(signer for signer in state.holders if signer not in silent)
+        return _enter(state, Phase.WAITING_FOR_MEMBERS, now, holders=holders)
+    digest = state.checkpoint.digest or state.warmup_witnesses[0].merkle
+    return _begin_round(replace(state, epoch_digest=digest), state.epoch_start_data_index, now, seed)
+
+
+def _begin_round(state: RunState, data_index: int, now: float, seed: int) -> RunState:
+    before = state.current
+    height = before.height + 1 if before else 0
+    training = not state.draining
+    round_ = Round(
+        height=height,
+        step=state.step if training else 0,
+        seed=seed,
+        data_index=data_index,
+        batch_size=batch_size(state.config, data_index * state.max_seq_len) if training else 0,
+        clients=tuple(client.signer for client in state.clients),
+    )
+    head = height % STORED_ROUNDS
+    rounds = (*state.rounds[:head], round_, *state.rounds[head + 1 :])
+    return _enter(state, Phase.ROUND_TRAIN, now, rounds=rounds, head=head)
+
+
+def _end_round(state: RunState, round_: Round, now: float, seed: int) -> RunState:
+    state = replace(state, step=state.step + (round_.step > 0), **_departed(state, round_.height))
+    if not state.draining:
+        if not round_.witnesses:
+            return _enter(state, Phase.COOLDOWN, now, clients=_everyone_withdrawn(state))
+        if ending(state, round_, now):
+            state = replace(state, last_step=state.step)
+    elif _drained(state) == DRAIN_ROUNDS:
+        return _enter(state, Phase.COOLDOWN, now)
+    return _begin_round(state, round_.data_index + round_.batch_size, now, seed)
+
+
+def _drained(state: RunState) -> int:
+    """How many of the stored rounds only drained; the ring holds more than there ever are."""
+    return sum(round_.step == 0 for round_ in state.rounds)
+
+
+def _tick_cooldown(state: RunState, now: float) -> RunState:
+    round_ = state.current
+    assert round_ is not None
+    present = {client.signer for client in healthy(state)}
+    counted = Counter(vote[1:] for vote in state.checkpoint_votes if vote[0] in present)
+    agreed = [vote for vote, count in counted.most_common(1) if count >= quorum(len(present))]
+    if not agreed and counted.total() < len(present) and not _expired(state, now):
+        return state
+    if not agreed and not state.checkpoint.digest:
+        # Nothing to fall back on: the most frequent, the earliest of equals (a Counter keeps the order of its keys).
+        agreed = [vote for vote, _ in Counter(vote[1:] for vote in state.checkpoint_votes).most_common(1)]
+    checkpoint = Checkpoint(step=agreed[0][0], digest=agreed[0][1]) if agreed else state.checkpoint
+    members = dict.fromkeys(client.signer for client in (*state.clients, *state.exited_clients))
+    state = replace(
+        state,
+        epoch=state.epoch + 1,
+        epoch_start_data_index=round_.data_index + round_.batch_size,
+        checkpoint=checkpoint,
+        holders=tuple(members),
+        cold_start_epoch=state.pending_pause,
+    )
+    if state.pending_pause:
+        return _enter(state, Phase.PAUSED, now, clients=_everyone_withdrawn(state), pending_pause=False)
+    return _enter(state, _next_members(state), now)
+
+
+def warmup_witness(state: RunState, signer: bytes, epoch: int, index: int, digest: bytes) -> RunState:
+    """Record that the client at ``index`` holds the parameters with that digest; too late, it changes nothing.
+
+    Raises:
+        MachineError: ``Halted``; ``InvalidRunState`` while no epoch is formed; ``InvalidWitness`` for another epoch,
+            client or digest; ``DuplicateWitness``.
+    """
+    _not_halted(state)
+    if state.phase is Phase.WAITING_FOR_MEMBERS:
+        raise MachineError("InvalidRunState", "no epoch is formed yet; wait for the warm-up")
+    _same_epoch(state, epoch, "InvalidWitness")
+    if state.phase is not Phase.WARMUP:
+        return state
+    at_index = 0 <= index < len(state.clients) and state.clients[index].signer == signer
+    if not (at_index and _is_healthy(state, signer)):
+        raise MachineError("InvalidWitness", f"{signer[:4].hex()} is not the healthy client at index {index}")
+    if any(record.proof.index == index for record in state.warmup_witnesses):
+        raise MachineError("DuplicateWitness", f"client {index} has reported its parameters already")
+    if len(digest) != HASH_SIZE:
+        raise MachineError("InvalidWitness", f"a parameter digest has {HASH_SIZE} bytes, not {len(digest)}")
+    if state.checkpoint.digest and digest != state.checkpoint.digest:
+        raise MachineError(
+            "InvalidWitness",
+            f"the parameters {digest[:4].hex()} are not the run's, {state.checkpoint.digest[:4].hex()} "
+            f"after {state.checkpoint.step} steps; fetch those from a peer",
+        )
+    record = WitnessRecord(WitnessProof(index, index), digest)
+    holders = state.holders if signer in state.holders else (*state.holders, signer)
+    return _change(state, warmup_witnesses=(*state.warmup_witnesses, record), holders=holders)
+
+
+def witness(
+    state: RunState,
+    signer: bytes,
+    epoch: int,
+    height: int,
+    proof: WitnessProof,
+    merkle: bytes,
+    participants: bytes,
+    broadcasts: bytes,
+) -> RunState:
+    """Record a witness' report on the current round; during training it means "I have everything".
+
+    Raises:
+        MachineError: ``Halted``; ``InvalidRunState`` outside a round; ``InvalidWitness`` for another round, a client
+            without that seat or one that is not healthy, or bytes of a wrong size; ``DuplicateWitness``.
+    """
+    round_ = _running_round(state)
+    if (epoch, height) != (state.epoch, round_.height):
+        raise MachineError(
+            "InvalidWitness",
+            f"a report on epoch {epoch}, height {height}; the run is at epoch {state.epoch}, height {round_.height}",
+        )
+    seated = round_selection(round_, state.config).verify_witness(proof) and round_.clients[proof.index] == signer
+    if not seated:
+        raise MachineError(
+            "InvalidWitness", f"{signer[:4].hex()} has no witness seat {proof.position} at index {proof.index}"
+        )
+    if not _is_healthy(state, signer):
+        raise MachineError("InvalidWitness", f"{signer[:4].hex()} is not a healthy client any more")
+    if any(record.proof.index == proof.index for record in round_.witnesses):
+        raise MachineError("DuplicateWitness", f"client {proof.index} has reported on height {height} already")
+    for name, value, size in (
+        ("merkle root", merkle, HASH_SIZE),
+        ("participants filter", participants, BLOOM_SIZE),
+        ("broadcasts filter", broadcasts, BLOOM_SIZE),
+    ):
+        if len(value) != size:
+            raise MachineError("InvalidWitness", f"the {name} has {len(value)} bytes, not {size}")
+    record = WitnessRecord(proof, merkle, state.phase is Phase.ROUND_TRAIN, participants, broadcasts)
+    filled = replace(round_, witnesses=(*round_.witnesses, record))
+    return _change(state, rounds=(*state.rounds[: state.head], filled, *state.rounds[state.head + 1 :]))
+
+
+def health_check(
+    state: RunState, signer: bytes, epoch: int, height: int, signers: Sequence[bytes]
+) -> tuple[RunState, int]:
+    """Drop clients from which the witnesses of the round before ``height`` heard nothing.
+
+    A client is healthy when a quorum of those witnesses' reports has it among its participants, when it was not in that
+    round, or when the round cannot tell (nobody reported on it, or it only drained). Clients that have left already
+    are passed over.
+
+    Returns:
+        The state, and how many clients were dropped.
+
+    Raises:
+        MachineError: ``Halted``; ``InvalidRunState`` outside a round; ``InvalidHealthCheck`` when a listed client is
+            healthy, the caller is not, the round is another or the first.
+    """
+    round_ = _running_round(state)
+    before = state.round_at(round_.height - 1)
+    if (epoch, height) != (state.epoch, round_.height) or before is None:
+        raise MachineError(
+            "InvalidHealthCheck",
+            f"a health check at epoch {epoch}, height {height}; the run is at epoch {state.epoch}, height "
+            f"{round_.height}, and the first round has none before it",
+        )
+    if not _is_healthy(state, signer):
+        raise MachineError("InvalidHealthCheck", f"{signer[:4].hex()} is not a healthy client of this epoch")
+    blooms = [Bloom.from_bytes(record.participants) for record in before.witnesses]
+    dropped = [listed for listed in dict.fromkeys(signers) if _is_healthy(state, listed)]
+    for listed in dropped:
+        item = sha256(listed)
+        unheard = listed in before.clients and before.step > 0 and blooms
+        if not unheard or sum(item in bloom for bloom in blooms) >= quorum(len(blooms)):
+            raise MachineError(
+                "InvalidHealthCheck", f"{listed[:4].hex()} is healthy as far as height {height - 1} shows"
+            )
+    if not dropped:
+        return state, 0
+    return _change(state, clients=_with_status(state, ClientStatus.DROPPED, dropped)), len(dropped)
+
+
+def checkpoint(state: RunState, signer: bytes, epoch: int, step: int, digest: bytes) -> RunState:
+    """Record a client's vote for the parameters that it holds at the end of the epoch; the same vote again is fine.
+
+    Raises:
+        MachineError: ``Halted``; ``InvalidRunState`` outside cool-down; ``InvalidCheckpoint`` for another epoch, a
+            client that is not healthy, a second different vote, or values out of range.
+    """
+    _not_halted(state)
+    if state.phase is not Phase.COOLDOWN:
+        raise MachineError("InvalidRunState", f"checkpoints are taken in cool-down; the run is in {state.phase.name}")
+    _same_epoch(state, epoch, "InvalidCheckpoint")
+    if not _is_healthy(state, signer):
+        raise MachineError("InvalidCheckpoint", f"{signer[:4].hex()} is not a healthy client of this epoch")
+    if len(digest) != HASH_SIZE or not 0 <= step < state.step:
+        raise MachineError(
+            "InvalidCheckpoint",
+            f"a checkpoint has a digest of {HASH_SIZE} bytes (got {len(digest)}) and at most {state.step - 1} steps "
+            f"(got {step})",
+        )
+    for voter, *vote in state.checkpoint_votes:
+        if voter == signer:
+            if vote == [step, digest]:
+                return state
+            raise MachineError("InvalidCheckpoint", f"{signer[:4].hex()} has voted for other parameters already")
+    return _change(state, checkpoint_votes=(*state.checkpoint_votes, (signer, step, digest)))
+
+
+def withdraw(state: RunState, signer: bytes, status: ClientStatus = ClientStatus.WITHDRAWN) -> RunState:
+    """A healthy client leaves: by its own will, or (``DROPPED``) because the host saw it vanish.
+
+    Raises:
+        MachineError: it is not one (``InvalidWithdraw``).
+    """
+    if not _is_healthy(state, signer):
+        raise MachineError("InvalidWithdraw", f"{signer[:4].hex()} is not a healthy client of this epoch")
+    return _change(state, clients=_with_status(state, status, [signer]))
+
+
+def move(state: RunState, signer: bytes, address: str) -> RunState:
+    """A client is reached at another address from now on; nothing changes for who is not a healthy client."""
+    clients = tuple(
+        replace(client, address=address)
+        if client.signer == signer and client.status is ClientStatus.HEALTHY
+        else client
+        for client in state.clients
+    )
+    return state if clients == state.clients else _change(state, clients=clients)
+
+
+def pause(state: RunState, now: float) -> RunState:
+    """Halt the run: at once between epochs and in warm-up, else when the epoch has drained.
+
+    Raises:
+        MachineError: it is halted already (``Halted``).
+    """
+    _not_halted(state)
+    if state.phase.active:
+        return state if state.pending_pause else _change(state, pending_pause=True)
+    return _enter(state, Phase.PAUSED, now, clients=_everyone_withdrawn(state), cold_start_epoch=True)
+
+
+def resume(state: RunState, now: float) -> RunState:
+    """Open a paused run to members again, or finish it when all is trained.
+
+    Raises:
+        MachineError: it is not paused (``CannotResume``).
+    """
+    if state.phase is not Phase.PAUSED:
+        raise MachineError("CannotResume", f"only a paused run resumes; this one is in phase {state.phase.name}")
+    return _enter(state, _next_members(state), now)
+
+
+def _not_halted(state: RunState) -> None:
+    if state.phase.halted:
+        raise MachineError("Halted", f"the run is halted in phase {state.phase.name}")
+
+
+def _running_round(state: RunState) -> Round:
+    _not_halted(state)
+    round_ = state.current
+    if state.phase not in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS) or round_ is None:
+        raise MachineError("InvalidRunState", f"no round is under way; the run is in phase {state.phase.name}")
+    return round_
+
+
+def _same_epoch(state: RunState, epoch: int, code: str) -> None:
+    if epoch != state.epoch:
+        raise MachineError(code, f"a message for epoch {epoch}; the run is in epoch {state.epoch}")
+
+
+def _is_healthy(state: RunState, signer: bytes) -> bool:
+    return any(client.signer == signer and client.status is ClientStatus.HEALTHY for client in state.clients)
