@@ -1,0 +1,348 @@
+"""A dense causal language model with Multi-head Latent Attention (MLA).
+
+The architecture is DeepSeek-V2's (arXiv 2405.04434, section 2.1) with DeepSeek-V3's parameter names: the same weights
+give the same logits in `transformers`' ``DeepseekV3ForCausalLM``.
+
+Shapes in this file: B sequences, T new tokens, S tokens seen (cached and new), H heads, R = kv_lora_rank.
+"""
+
+# mypy: allow-untyped-calls
+# (the base classes in transformers are partly without annotations)
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from psyche_lightning_mla.configuration import MLAConfig
+
+_LATENT_NORM_EPS = 1e-6
+
+
+def inverse_frequencies(config: MLAConfig) -> tuple[list[float], float]:
+    """The rotary frequencies.
+
+    Returns:
+        ``qk_rope_head_dim / 2`` frequencies in radians per position, and the factor on cosine and sine (YaRN's).
+    """
+    rope: dict[str, Any] = config.rope_parameters or {}
+    with torch.device("cpu"):  # these numbers are needed even when the model is built on the meta device
+        if rope["rope_type"] == "default":
+            dims = torch.arange(0, config.qk_rope_head_dim, 2, dtype=torch.float)
+            frequencies, factor = torch.pow(rope["rope_theta"], dims / config.qk_rope_head_dim).reciprocal(), 1.0
+        else:
+            frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+        return [float(frequency) for frequency in frequencies], float(factor)
+
+
+def softmax_scale(config: MLAConfig) -> float:
+    """The factor on attention scores: ``1 / sqrt(qk_head_dim)``, times YaRN's squared magnitude if it is in use."""
+    scale = 1.0 / math.sqrt(config.qk_head_dim)
+    rope: dict[str, Any] = config.rope_parameters or {}
+    if rope.get("rope_type") == "default" or not rope.get("mscale_all_dim") or rope["factor"] <= 1:
+        return scale
+    magnitude: float = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1.0
+    return scale * magnitude * magnitude
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate the pairs of the last dimension; the result holds all first elements, then all second ones.
+
+    Args:
+        x: [B, heads, T, D].
+        cos: [B or 1, 1, T, D / 2].
+        sin: like ``cos``.
+        interleaved: pairs are neighbours, else element i pairs with i + D / 2.
+    """
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class MLARMSNorm(nn.RMSNorm):
+    """RMSNorm whose result has the dtype of its input, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension of ``x``."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class ResidualLinear(nn.Linear):
+    """A projection that writes to the residual stream; it starts smaller than others."""
+
+
+class MLAAttention(nn.Module):
+    """Attention whose keys and values are expanded from one small latent per token."""
+
+    def __init__(self, config: MLAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.value, self.latent = config.v_head_dim, config.kv_lora_rank
+        self.interleaved = config.rope_interleave
+        self.scale = softmax_scale(config)
+
+        hidden, queries = config.hidden_size, config.num_attention_heads * config.qk_head_dim
+        self.direct_queries = config.q_lora_rank is None
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, queries, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=config.attention_bias)
+            self.q_a_layernorm = MLARMSNorm(config.q_lora_rank, eps=_LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, queries, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=config.attention_bias)
+        self.kv_a_layernorm = MLARMSNorm(self.latent, eps=_LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.latent, self.num_heads * (self.nope + self.value), bias=False)
+        self.o_proj = ResidualLinear(self.num_heads * self.value, hidden, bias=config.attention_bias)
+
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past_key_values: Cache | None
+    ) -> Tensor:
+        """Attend from ``hidden`` [B, T, hidden_size] to itself and to what the cache holds.
+
+        Args:
+            hidden: the normalized residual stream.
+            cos: [B or 1, 1, T, rope / 2].
+            sin: like ``cos``.
+            mask: bool or additive, [B, 1, T, S]; None when plainly causal.
+            past_key_values: the latents and rope keys of earlier tokens; the new ones are appended.
+        """
+        batch, length, _ = hidden.shape
+        q = self.q_proj(hidden) if self.direct_queries else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+        q_nope, q_rope = q.view(batch, length, self.num_heads, -1).transpose(1, 2).split([self.nope, self.rope], dim=-1)
+        q_rope = rotate(q_rope, cos, sin, self.interleaved)
+
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden).unsqueeze(1).split([self.latent, self.rope], dim=-1)
+        latent, k_rope = self.kv_a_layernorm(latent), rotate(k_rope, cos, sin, self.interleaved)
+        if past_key_values is not None:
+            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+        if mask is None and length > 1:
+            # Plainly causal from the first token on; a preallocated cache is longer than that.
+            latent, k_rope = latent[:, :, :length], k_rope[:, :, :length]
+
+        if past_key_values is not None and self._absorbing_is_cheaper(length) and (mask is not None or length == 1):
+            heads = self._attend_absorbed(q_nope, q_rope, latent, k_rope, mask)
+        else:
+            heads = self._attend_expanded(q_nope, q_rope, latent, k_rope, mask)
+        out: Tensor = self.o_proj(heads.transpose(1, 2).reshape(batch, length, -1))
+        return out
+
+    def _absorbing_is_cheaper(self, length: int) -> bool:
+        """Whether scores against latents cost less than expanding them, in multiplications per seen token and head."""
+        expanded = self.nope + self.value
+        return length * (2 * self.latent - expanded) < self.latent * expanded
+
+    def _attend_expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention over expanded keys and values: training and prefill. Returns [B, H, T, value]."""
+        batch, _, seen, _ = latent.shape
+        kv = self.kv_b_proj(latent).view(batch, seen, self.num_heads, -1).transpose(1, 2)
+        k_nope, v = kv.split([self.nope, self.value], dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        k = torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        padding = q.shape[-1] - v.shape[-1]
+        if padding and q.device.type == "cpu":
+            # The CPU's flash kernel wants one width; zeros change neither scores nor values.
+            q, k, v = (F.pad(x, (0, max(0, p))) for x, p in ((q, -padding), (k, -padding), (v, padding)))
+        causal = mask is None and q.shape[2] > 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
+        return out[..., : self.value]
+
+    def _attend_absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention to the latents themselves, with `kv_b_proj` moved into query and output: decoding.
+
+        Nothing is expanded per seen token (arXiv 2405.04434, section 2.1.2). Returns [B, H, T, value].
+        """
+        up = self.kv_b_proj.weight.to(latent.dtype).view(self.num_heads, self.nope + self.value, self.latent)
+        q_latent = q_nope @ up[:, : self.nope]  # [B, H, T, R]
+        scores = (q_latent @ latent.mT + q_rope @ k_rope.mT).float() * self.scale
+        if mask is not None:
+            floor = torch.finfo(scores.dtype).min  # not -inf: a row that sees nothing must not become NaN
+            scores = scores.masked_fill(~mask, floor) if mask.dtype == torch.bool else scores + mask
+        context = scores.softmax(dim=-1).to(latent.dtype) @ latent
+        return context @ up[:, self.nope :].mT
+
+
+class MLAMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: MLAConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., hidden_size] to [..., hidden_size]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class MLADecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention, then a pre-norm MLP, each added to the residual stream."""
+
+    def __init__(self, config: MLAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = MLAAttention(config, layer_idx)
+        self.mlp = MLAMLP(config)
+        self.input_layernorm = MLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """Map the residual stream [B, T, hidden_size] to the next one."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, mask, past_key_values)
+        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden
+
+
+class MLAPreTrainedModel(PreTrainedModel):
+    """What `transformers` needs to know about the family."""
+
+    config_class = MLAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MLADecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ResidualLinear):
+            # The residual stream is a sum of two of these per layer: its variance should not grow with depth.
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, mean=0.0, std=std)
+
+
+class MLAModel(MLAPreTrainedModel):
+    """The decoder without the output projection."""
+
+    def __init__(self, config: MLAConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(MLADecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = MLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # Numbers, not buffers: nothing to copy between nodes, and casting the model does not round them.
+        self.inv_freq, self.rope_factor = inverse_frequencies(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Map tokens to hidden states [B, T, hidden_size]; arguments as in `MLAForCausalLM.forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Expected either input_ids or inputs_embeds, got both or neither.")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            # Its "keys" hold the latents, its "values" the rope keys, one head each.
+            past_key_values = DynamicCache(config=self.config)
+        packed_positions = position_ids
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            # Positions that count from zero several times mean packed texts; only the caller's can.
+            position_ids=packed_positions,
+        )
+        angles = position_ids[:, None, :, None].float() * torch.tensor(self.inv_freq, device=hidden.device)
+        cos, sin = ((x * self.rope_factor).to(hidden.dtype) for x in (angles.cos(), angles.sin()))
+        for layer in self.layers:
+            hidden = layer(hidden, cos, sin, mask=mask, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+
+class MLAForCausalLM(MLAPreTrainedModel, GenerationMixin):
+    """A causal language model with Multi-head Latent Attention and a dense MLP."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MLAConfig) -> None:
+        super().__init__(config)
+        self.model = MLAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predict the next token at each position.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, S], 1 for tokens and 0 for padding; None when there is no padding.
+            position_ids: int64 [B, T]; None counts on from the cache.
+            past_key_values: a cache to read and extend; its entries are latents and rope keys.
+            inputs_embeds: [B, T, hidden_size] in place of ``input_ids``.
+            labels: int64 [B, T], the same tokens as ``input_ids`` (they are shifted here); -100 is ignored.
+            use_cache: whether to return a cache; None means ``config.use_cache``, and never in training.
+            logits_to_keep: compute only the last so many logits (0 for all), or those at these indices.
+            kwargs: passed on to the loss function (``num_items_in_batch``).
+
+        Returns:
+            ``loss`` (float32 scalar, nats per predicted token), ``logits`` [B, T, vocab_size], ``past_key_values``.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+
+AutoConfig.register(MLAConfig.model_type, MLAConfig, exist_ok=True)
+AutoModelForCausalLM.register(MLAConfig, MLAForCausalLM, exist_ok=True)
