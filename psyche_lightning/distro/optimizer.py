@@ -1,0 +1,399 @@
+"""The optimizer: compress the local update, apply the agreed ones (spec S4.3, invariants I1 and I2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from psyche_lightning.distro import codec, transform
+from psyche_lightning.distro.aggregate import batch_limit, sign_update
+from psyche_lightning.distro.arithmetic import full_precision
+from psyche_lightning.distro.config import DistroConfig
+from psyche_lightning.distro.layout import Layout
+from psyche_lightning.distro.select import Votes, select
+from psyche_lightning.errors import ConfigError, PayloadError, PsycheError
+
+
+class NonFiniteGradientError(PsycheError, FloatingPointError):
+    """The norm of a gradient is infinite or NaN in float32; nothing was changed and nothing may be sent."""
+
+
+class DisTrO(torch.optim.Optimizer):
+    """Decoupled momentum whose strongest DCT components, as signs, are all that nodes exchange.
+
+    Alone, it is used as any optimizer: ``loss.backward(); optimizer.step()``. In a run, :meth:`encode` makes this
+    node's payload, and :meth:`apply` takes the payloads that all nodes agreed on; equal parameters, payloads and
+    learning rates give equal parameters, to the bit. All numbers are float32 on the parameter's device; parameters of
+    another dtype have a float32 master, of which they hold the rounded value. A parameter that was changed from outside
+    (a checkpoint was loaded into the module) gives its value to the master where the two differ.
+
+    Args:
+        parameters: ``(name, parameter)`` pairs such as ``module.named_parameters()``, or groups: dictionaries whose
+            ``"params"`` holds such pairs (or parameters, with their names in ``"param_names"``), with their own ``lr``
+            and ``weight_decay`` if wanted. Frozen parameters are left alone.
+        lr: the size of each parameter's step; schedulers may change it in the groups.
+        weight_decay: ``p *= 1 - lr * weight_decay`` before each step.
+        config: the run's compression.
+
+    Attributes:
+        layout: how the parameters are cut into chunks.
+        config: as given.
+        nonce: how often :meth:`encode` ran since the accumulated update was empty.
+
+    Raises:
+        ConfigError: names are missing or not unique, nothing is trainable, or a value is out of range.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]],
+        lr: float,
+        weight_decay: float = 0.0,
+        config: DistroConfig | None = None,
+    ) -> None:
+        self.config = config or DistroConfig()
+        self.nonce = 0
+        self._saved: list[torch.Tensor] | None = None  # the published bytes, while look_ahead is active
+        super().__init__(_named_groups(parameters), {"lr": lr, "weight_decay": weight_decay})
+        named: dict[str, torch.Tensor] = {}
+        owner: dict[str, int] = {}
+        for number, group in enumerate(self.param_groups):
+            _check_weight_decay(group["weight_decay"])
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if name in named:
+                    raise ConfigError(f"two parameters are named {name!r}; give each its own name")
+                named[name], owner[name] = parameter, number
+        self.layout = Layout(named.items(), self.config.chunk)
+        self._parameters = [named[entry.name] for entry in self.layout.entries]
+        self._owners = [owner[entry.name] for entry in self.layout.entries]
+        self._devices = [parameter.device for parameter in self._parameters]
+        self._index = {entry.name: number for number, entry in enumerate(self.layout.entries)}
+        self.lr_bits()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the constructor adds groups: the layout is part of what all nodes agreed on.
+
+        Raises:
+            ConfigError: the optimizer exists already.
+        """
+        if hasattr(self, "layout"):
+            raise ConfigError("the parameters of a run are fixed; make them trainable before DisTrO is constructed")
+        super().add_param_group(param_group)
+
+    @property
+    def layout_digest(self) -> bytes:
+        """SHA-256 of names, shapes, chunk, k and wire version (:meth:`Layout.digest`)."""
+        return self.layout.digest(self.config)
+
+    @property
+    def max_payload(self) -> int:
+        """The size of every payload of this layout, in bytes."""
+        return codec.payload_size(self.layout.chunk_count, self.config)
+
+    def lr_bits(self) -> tuple[int, ...]:
+        """The current learning rate of each group, as the bits of its float32 value.
+
+        Raises:
+            ConfigError: one is negative or not finite.
+        """
+        values = np.array([float(group["lr"]) for group in self.param_groups], np.float32)
+        if not (np.isfinite(values) & (values >= 0)).all():
+            raise ConfigError(f"the learning rates are {values.tolist()}; each must be finite and not negative")
+        # -0.0 equals 0.0 and has other bits; the sum makes it 0.0.
+        return tuple((values + np.float32(0)).view(np.uint32).tolist())
+
+    def check(self, payload: bytes) -> None:
+        """Refuse what :meth:`apply` would refuse.
+
+        Raises:
+            PayloadError: the payload is not a canonical one for this layout.
+        """
+        codec.decode(payload, self.layout.chunk_count, self.config)
+
+    @torch.no_grad()
+    def encode(self) -> bytes:
+        """Add the gradients to the accumulated update, and compress it.
+
+        ``delta = decay * delta + lr * grad``; the k strongest coefficients of each chunk become votes, and ``removal``
+        of their part is taken out of delta. A missing gradient counts as zero.
+
+        Returns:
+            The payload: the signs of the chosen coefficients.
+
+        Raises:
+            NonFiniteGradientError: with the parameter's name; nothing has changed.
+        """
+        self._check_gradients()
+        config, layout = self.config, self.layout
+        lrs = _floats(self.lr_bits())
+        deltas = [self._delta(number) for number in range(len(layout.entries))]
+        for parameter, delta, group in zip(self._parameters, deltas, self._owners, strict=True):
+            delta.mul_(config.decay)
+            if parameter.grad is not None:
+                delta.add_(parameter.grad, alpha=lrs[group])
+        votes = Votes.empty(layout.chunk_count, config.k)
+        limit = min(map(batch_limit, self._devices))
+        work: torch.Tensor | None = None  # three batches of chunks: delta, and what the transform needs
+        for batch in layout.batches(limit, self._devices):
+            device = self._devices[batch.pieces[0].entry]
+            if work is None or work.device != device:
+                shape = (3, min(limit, layout.chunk_count), config.chunk, config.chunk)
+                work = torch.empty(shape, dtype=torch.float32, device=device)
+            blocks = layout.gather(batch, deltas, work[0])
+            with full_precision(device):
+                positions, values = select(
+                    transform.forward(blocks, (work[1, : len(batch)], work[2, : len(batch)])), config.k
+                )
+                votes.put(batch.start, positions, values)
+                if config.removal:
+                    transform.subtract(blocks, positions, values * config.removal)
+                    layout.scatter(batch, blocks, deltas)
+        self.nonce += 1
+        return codec.encode(votes, config)
+
+    @torch.no_grad()
+    def apply(self, payloads: Sequence[bytes], lrs: Sequence[int]) -> None:
+        """Move the parameters by the agreed payloads: ``p *= 1 - lr * weight_decay``, then ``p -= lr * sign``.
+
+        The outcome is a pure function of the parameters, the set of payloads and the learning rates (I1); no payloads
+        change nothing, not even by weight decay.
+
+        Args:
+            payloads: the agreed ones, in any order.
+            lrs: the agreed learning rate of each group, as :meth:`lr_bits` gives them.
+
+        Raises:
+            PayloadError: a payload or a learning rate is malformed; nothing has changed.
+        """
+        self._not_looking_ahead("apply")
+        rates = self._checked_rates(lrs)
+        votes = [codec.decode(payload, self.layout.chunk_count, self.config) for payload in payloads]
+        if not votes:
+            return
+        # 1 - lr * wd in double, rounded once to float32: the same factor everywhere.
+        decays = [group["weight_decay"] for group in self.param_groups]
+        factors = [float(np.float32(1 - lr * decay)) for lr, decay in zip(rates, decays, strict=True)]
+        for number, sign in enumerate(sign_update(votes, self.layout, self.config, devices=self._devices)):
+            lr, factor = rates[self._owners[number]], factors[self._owners[number]]
+            published = self._published(number)
+            # Two kernels, each rounding once: a fused one would round differently on some devices. That lr * sign is
+            # exact makes the second the same with and without FMA.
+            if factor != 1:
+                published.mul_(factor)
+            published.sub_(sign, alpha=lr)
+            if published is not self._parameters[number]:
+                self._parameters[number].copy_(published)
+        self._opt_called = True  # torch's schedulers warn when they are stepped before any optimizer step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """What a node alone in its run does: encode, and apply the own payload.
+
+        Args:
+            closure: computes the gradients and returns the loss; called at the look-ahead point where the configuration
+                says so.
+
+        Returns:
+            The closure's result.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                if self.config.lookahead:
+                    with self.look_ahead():
+                        loss = closure()
+                else:
+                    loss = closure()
+        lrs = self.lr_bits()
+        self.apply([self.encode()], lrs)
+        return loss
+
+    @contextmanager
+    def look_ahead(self) -> Iterator[None]:
+        """Within the block, parameters hold ``p - lr * sign(delta)``; after it, the very bytes from before (I2)."""
+        self._not_looking_ahead("look_ahead")
+        lrs = _floats(self.lr_bits())
+        with torch.no_grad():
+            self._saved = [parameter.detach().clone() for parameter in self._parameters]
+        try:
+            with torch.no_grad():
+                for number, parameter in enumerate(self._parameters):
+                    if "delta" in self.state[parameter]:
+                        ahead = self._delta(number).sign().mul_(-lrs[self._owners[number]])
+                        parameter.copy_(ahead.add_(self._published(number)))
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, saved in zip(self._parameters, self._saved, strict=True):
+                    parameter.copy_(saved)
+            self._saved = None
+
+    def reset(self) -> None:
+        """Forget the accumulated update; parameters stay."""
+        for parameter in self._parameters:
+            self.state[parameter].pop("delta", None)
+        self.nonce = 0
+
+    def published(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The parameters that all nodes share, in the layout's order: ``(name, float32 tensor)``, not copied.
+
+        For parameters of another dtype, the master.
+        """
+        self._not_looking_ahead("published")
+        for number, entry in enumerate(self.layout.entries):
+            yield entry.name, self._published(number).detach()
+
+    @torch.no_grad()
+    def load_published(self, name: str, tensor: torch.Tensor) -> None:
+        """Take over one of another node's :meth:`published` parameters.
+
+        Raises:
+            PsycheError: no such name, or another shape or dtype.
+        """
+        self._not_looking_ahead("load_published")
+        if name not in self._index:
+            raise PsycheError(f"no trainable parameter is named {name!r}; there are {', '.join(self._index)}")
+        published = self._published(self._index[name])
+        if tensor.shape != published.shape or tensor.dtype != torch.float32:
+            raise PsycheError(
+                f"parameter {name!r} was sent as {tensor.dtype} {tuple(tensor.shape)}; "
+                f"torch.float32 {tuple(published.shape)} is expected"
+            )
+        published.copy_(tensor)
+        if published is not self._parameters[self._index[name]]:
+            self._parameters[self._index[name]].copy_(published)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with ``delta`` and, where there is one, ``master`` per parameter, and the nonce."""
+        return {**super().state_dict(), "nonce": self.nonce}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict` exactly; torch's own would round the state to the parameters' dtype.
+
+        Raises:
+            ConfigError: it was saved for other parameters.
+        """
+        self._not_looking_ahead("load_state_dict")
+        groups = state_dict["param_groups"]
+        ours = [group["param_names"] for group in self.param_groups]
+        theirs = [group.get("param_names") for group in groups]
+        if ours != theirs:
+            raise ConfigError(f"this state is for the parameters {theirs}; the model has {ours}")
+        state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+        for mine, saved in zip(self.param_groups, groups, strict=True):
+            for parameter, key, name in zip(mine["params"], saved["params"], mine["param_names"], strict=True):
+                state[parameter] = {}
+                for what, tensor in state_dict["state"].get(key, {}).items():
+                    if tensor.shape != parameter.shape:
+                        raise ConfigError(
+                            f"the {what} of {name!r} was saved with shape {tuple(tensor.shape)}; "
+                            f"the parameter has {tuple(parameter.shape)}"
+                        )
+                    with torch.inference_mode(False):
+                        copy = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+                        state[parameter][what] = copy.copy_(tensor)
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        for parameter, values in state.items():
+            self.state[parameter] = values
+        self.nonce = int(state_dict["nonce"])
+
+    def _delta(self, number: int) -> torch.Tensor:
+        """The accumulated update of an entry: float32, contiguous, of its shape; zeros at first."""
+        parameter = self._parameters[number]
+        state = self.state[parameter]
+        if "delta" not in state:
+            with torch.inference_mode(False):
+                state["delta"] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        return cast(torch.Tensor, state["delta"])
+
+    @torch.no_grad()
+    def _published(self, number: int) -> torch.Tensor:
+        """The parameter itself if it is float32, else its master."""
+        parameter = self._parameters[number]
+        if parameter.dtype == torch.float32:
+            return parameter
+        state = self.state[parameter]
+        now = parameter if self._saved is None else self._saved[number]
+        if "master" not in state:
+            with torch.inference_mode(False):
+                state["master"] = now.detach().to(torch.float32).contiguous()
+        master = cast(torch.Tensor, state["master"])
+        changed = master.to(parameter.dtype) != now
+        if changed.any():
+            master.copy_(torch.where(changed, now.to(torch.float32), master))
+        return master
+
+    def _check_gradients(self) -> None:
+        norms: list[torch.Tensor] = []
+        numbers: list[int] = []
+        for number, parameter in enumerate(self._parameters):
+            if parameter.grad is None or parameter.numel() == 0:
+                continue
+            if parameter.grad.layout != torch.strided:
+                name = self.layout.entries[number].name
+                raise ConfigError(f"the gradient of {name!r} is sparse; DisTrO needs dense ones (sparse=False)")
+            norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+            numbers.append(number)
+        for number, value in zip(numbers, _values(norms), strict=True):
+            if not math.isfinite(value):
+                name = self.layout.entries[number].name
+                raise NonFiniteGradientError(
+                    f"the gradient of {name!r} has the norm {value}, where a finite one is expected; "
+                    "skip this batch, clip gradients, or lower the learning rate"
+                )
+
+    def _checked_rates(self, lrs: Sequence[int]) -> list[float]:
+        if len(lrs) != len(self.param_groups):
+            raise PayloadError(
+                f"{len(lrs)} learning rates; the optimizer has {len(self.param_groups)} parameter groups"
+            )
+        # The sign bit and the exponent of infinities and NaN: everything from 0x7F800000 on.
+        if not all(0 <= bits < 0x7F800000 for bits in lrs):
+            raise PayloadError(f"the learning rates have the bits {list(lrs)}; each must be finite and not negative")
+        return _floats(lrs)
+
+    def _not_looking_ahead(self, what: str) -> None:
+        if self._saved is not None:
+            raise PsycheError(f"{what} was called within look_ahead(), where parameters are not the published ones")
+
+
+def _named_groups(parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups with ``params`` and ``param_names``; a parameter that is tied within a group stands once."""
+    items = list(parameters)
+    groups = cast(list[dict[str, Any]], items if items and isinstance(items[0], dict) else [{"params": items}])
+    named = []
+    for group in groups:
+        pairs = list(group["params"])
+        if "param_names" in group:
+            pairs = list(zip(group["param_names"], pairs, strict=True))
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            raise ConfigError("DisTrO needs the parameters' names; pass module.named_parameters()")
+        unique: dict[int, tuple[str, torch.Tensor]] = {}
+        for name, parameter in pairs:
+            unique.setdefault(id(parameter), (name, parameter))
+        names, tensors = [name for name, _ in unique.values()], [tensor for _, tensor in unique.values()]
+        named.append({**group, "params": tensors, "param_names": names})
+    return named
+
+
+def _check_weight_decay(value: Any) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"weight_decay is {value!r}; choose a finite number that is not negative")
+
+
+def _floats(bits: Sequence[int]) -> list[float]:
+    return cast(list[float], np.array(bits, np.uint32).view(np.float32).tolist())
+
+
+def _values(scalars: list[torch.Tensor]) -> list[float]:
+    """Bring scalars to the host, with one synchronization per device."""
+    devices = {scalar.device for scalar in scalars}
+    values: dict[int, float] = {}
+    for device in devices:
+        here = [number for number, scalar in enumerate(scalars) if scalar.device == device]
+        values.update(zip(here, torch.stack([scalars[number] for number in here]).tolist(), strict=True))
+    return [values[number] for number in range(len(scalars))]
