@@ -441,14 +441,9 @@ def withdraw(state: RunState, signer: bytes, status: ClientStatus = ClientStatus
     return _change(state, clients=_with_status(state, status, [signer]))
 
 
-def move(state: RunState, signer: bytes, address: str) -> RunState:
-    """A client is reached at another address from now on; nothing changes for who is not a healthy client."""
-    clients = tuple(
-        replace(client, address=address)
-        if client.signer == signer and client.status is ClientStatus.HEALTHY
-        else client
-        for client in state.clients
-    )
+def move(state: RunState, signer: bytes, node: bytes, address: str) -> RunState:
+    """A client that came back is reached at ``address``; who is none, or has another node key, changes nothing."""
+    clients = tuple(replace(c, address=address) if (c.signer, c.node) == (signer, node) else c for c in state.clients)
     return state if clients == state.clients else _change(state, clients=clients)
 
 

@@ -1,0 +1,362 @@
+"""One run without I/O: the state machine, who waits for an epoch, the agreed manifest and the epoch's rounds.
+
+Hosts around it (in the process, the server, the simulator) bring the clock and carry messages. Every method that takes
+``now`` moves the run on as far as it goes; one that raises has changed nothing that decides anything.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+from typing import Any
+
+from psyche_lightning.coordinator import machine
+from psyche_lightning.coordinator.codec import from_json, round_from_json, round_to_json, state_from_json, to_json
+from psyche_lightning.coordinator.journal import Event, Journal, Metrics, plain_round
+from psyche_lightning.coordinator.limits import Limits, check_config, check_run_id
+from psyche_lightning.coordinator.machine import MachineError
+from psyche_lightning.coordinator.manifest import merge
+from psyche_lightning.coordinator.protocol import Report
+from psyche_lightning.coordinator.state import (
+    Client,
+    ClientStatus,
+    CoordinatorConfig,
+    Phase,
+    Round,
+    RunState,
+    WitnessProof,
+)
+from psyche_lightning.errors import ConfigError, CoordinatorError, WireError
+from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.identity import KEY_SIZE, short
+
+FORMAT = 1
+MAX_HISTORY = 4096
+"""Rounds of the epoch that are kept; a node that needs older ones takes a newer snapshot instead."""
+MAX_ADDRESS = 512
+
+
+class RunHost:
+    """One run, from its creation to its end.
+
+    Args:
+        run_id: its name, 1 to 32 bytes of UTF-8.
+        config: durations and sizes.
+        seed: u64 from which the seeds of all rounds follow.
+        max_seq_len: tokens of a sample.
+        manifest: the sections that are agreed already; None when the first node fixes everything.
+        limits: the sizes for which this host has room; roomy when None.
+
+    Attributes:
+        state: the run's state.
+        manifest: the agreed sections; None until a node joined or the creator gave some.
+        history: the newest rounds of the epoch ``history_epoch``, contiguous, the current one last; with all witness
+            records but without their Bloom filters.
+        history_epoch: their epoch.
+
+    Raises:
+        ConfigError: the name or the configuration is not acceptable.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        config: CoordinatorConfig,
+        *,
+        seed: int,
+        max_seq_len: int = 1,
+        manifest: dict[str, Any] | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        check_run_id(run_id)
+        check_config(config, self.limits)
+        if not 0 <= seed < 1 << 64:
+            raise ConfigError(f"the seed is {seed}; it must be 0 to 2^64 - 1")
+        if not 0 < max_seq_len < 1 << 32:
+            raise ConfigError(f"max_seq_len is {max_seq_len}; it must be 1 to 2^32 - 1")
+        self.state = RunState(run_id, config=config, max_seq_len=max_seq_len)
+        self.manifest = None if manifest is None else merge(None, manifest)
+        self.history: list[Round] = []
+        self.history_epoch = 0
+        self._seed = seed
+        self._members: dict[bytes, Client] = {}
+        self._journal = Journal()
+        self._now = 0.0
+
+    # What others look at.
+
+    @property
+    def events(self) -> list[Event]:
+        """The newest notable events, oldest first."""
+        return self._journal.events.since(0)
+
+    @property
+    def event_count(self) -> int:
+        """How many events there ever were; more than :attr:`events` holds when old ones were forgotten."""
+        return self._journal.events.count
+
+    def events_since(self, place: int) -> list[Event]:
+        """The events from number ``place`` (counted from 0 over the whole run) on."""
+        return self._journal.events.since(place)
+
+    @property
+    def metrics(self) -> list[Metrics]:
+        """The figures of the newest rounds, oldest first."""
+        return self._journal.metrics.since(0)
+
+    @property
+    def metric_count(self) -> int:
+        """How many rounds' figures there ever were."""
+        return self._journal.metrics.count
+
+    def metrics_since(self, place: int) -> list[Metrics]:
+        """The figures from number ``place`` (counted from 0 over the whole run) on; the last two may still change."""
+        return self._journal.metrics.since(place)
+
+    @property
+    def reports(self) -> dict[bytes, Report]:
+        """The latest report of each signer."""
+        return dict(self._journal.reports)
+
+    def members(self) -> list[bytes]:
+        """Signers of everyone who joined and is not gone, clients of the epoch and pending ones alike."""
+        return list(self._members)
+
+    def rounds(self, epoch: int, first: int) -> list[Round]:
+        """The rounds of that epoch from height ``first`` on; empty if not all of them are kept."""
+        if epoch != self.history_epoch or not self.history or not self.history[0].height <= first:
+            return []
+        return self.history[first - self.history[0].height :]
+
+    def deadline(self) -> float | None:
+        """When the clock alone moves the run on, in the coordinator's seconds; None when only an input can."""
+        return machine.deadline(self.state)
+
+    # What people ask for.
+
+    def begin(self, now: float) -> None:
+        """Open the run to members; the first node that joins does so, too, if nobody did."""
+        opened = machine.start(self.state, now) if self.state.phase is Phase.UNINITIALIZED else self.state
+        self._apply(opened, now)
+
+    def pause(self, now: float) -> None:
+        """Halt the run when its epoch has drained; at once when none is under way.
+
+        Raises:
+            CoordinatorError: ``Halted``.
+        """
+        self._apply(machine.pause(self.state, now), now)
+
+    def resume(self, now: float) -> None:
+        """Open a paused run to members again; those still connected are members already.
+
+        Raises:
+            CoordinatorError: ``CannotResume``.
+        """
+        self._apply(machine.resume(self.state, now), now)
+
+    # Members come and go.
+
+    def join(self, signer: bytes, node: bytes, address: str, manifest: dict[str, Any], now: float) -> None:
+        """Make a node a member, who takes part from the next epoch on; again, to tell a new address.
+
+        Args:
+            signer: 32-byte key that signs its requests.
+            node: 32-byte node key, by which transports know it.
+            address: where the transport reaches it.
+            manifest: its sections of the run's manifest.
+            now: the coordinator's seconds.
+
+        Raises:
+            ManifestMismatchError: the run has another manifest.
+            CoordinatorError: ``InvalidManifest``; ``InvalidMember`` for keys or an address that cannot be, or a node
+                key that another signer has; ``RunFull`` (retryable).
+        """
+        if len(signer) != KEY_SIZE or len(node) != KEY_SIZE or len(address) > MAX_ADDRESS:
+            raise CoordinatorError(
+                f"a member has keys of {KEY_SIZE} bytes and an address of at most {MAX_ADDRESS} characters",
+                code="InvalidMember",
+            )
+        if any(member.node == node and member.signer != signer for member in self._members.values()):
+            raise CoordinatorError(
+                f"another member has the node key {short(node)} already; every node needs a key of its own",
+                code="InvalidMember",
+            )
+        if signer not in self._members and len(self._members) >= self.limits.clients:
+            raise CoordinatorError(
+                f"the run has {len(self._members)} members and no room for more; try again later",
+                code="RunFull",
+                retryable=True,
+            )
+        self.manifest = merge(self.manifest, manifest)
+        if signer not in self._members:
+            self._journal.note(self.state, now, "joined", f"{short(signer)} joined", signer)
+        self._members[signer] = Client(signer, node, address)
+        self.begin(now)
+        self._apply(machine.move(self.state, signer, node, address), now)
+
+    def withdraw(self, signer: bytes, now: float) -> None:
+        """A node leaves: a pending member is forgotten, a client of the epoch becomes Withdrawn.
+
+        Raises:
+            CoordinatorError: it is neither (``InvalidWithdraw``).
+        """
+        if not self._forget(signer, ClientStatus.WITHDRAWN, "left", "left", now):
+            raise MachineError("InvalidWithdraw", f"{short(signer)} is not a member of this run")
+
+    def disconnected(self, signer: bytes, now: float, reason: str) -> None:
+        """A node vanished: a pending member is forgotten, a client of the epoch is dropped; no member, no effect."""
+        self._forget(signer, ClientStatus.DROPPED, "dropped", f"is gone: {reason}", now)
+
+    def _forget(self, signer: bytes, status: ClientStatus, kind: str, text: str, now: float) -> bool:
+        known = self._members.pop(signer, None) is not None
+        state = self.state
+        if any(client.signer == signer and client.status is ClientStatus.HEALTHY for client in state.clients):
+            known, state = True, machine.withdraw(state, signer, status)
+        if known:
+            self._journal.note(self.state, now, kind, f"{short(signer)} {text}", signer)
+            self._apply(state, now)
+        return known
+
+    # What clients report. All raise MachineError as the function of that name in `machine` says.
+
+    def warmup_witness(self, signer: bytes, epoch: int, index: int, digest: bytes, now: float) -> None:
+        """The client at ``index`` holds the parameters with that digest."""
+        self._apply(machine.warmup_witness(self.state, signer, epoch, index, digest), now)
+
+    def witness(
+        self,
+        signer: bytes,
+        epoch: int,
+        height: int,
+        proof: WitnessProof,
+        merkle: bytes,
+        participants: bytes,
+        broadcasts: bytes,
+        report: Report,
+        now: float,
+    ) -> None:
+        """A witness' report on the current round. The figures of one that comes too late are noted all the same."""
+        if any(client.signer == signer for client in self.state.clients):
+            self._journal.report(epoch, height, signer, report)
+        state = machine.witness(self.state, signer, epoch, height, proof, merkle, participants, broadcasts)
+        self._apply(state, now)
+
+    def health_check(self, signer: bytes, epoch: int, height: int, signers: list[bytes], now: float) -> int:
+        """Drop clients that gave no sign of life; returns how many. They may join again."""
+        before = {client.signer for client in machine.healthy(self.state)}
+        state, dropped = machine.health_check(self.state, signer, epoch, height, signers)
+        for gone in before - {client.signer for client in machine.healthy(state)}:
+            self._members.pop(gone, None)
+            text = f"{short(gone)} is dropped: the witnesses of height {height - 1} heard nothing from it"
+            self._journal.note(self.state, now, "dropped", text, gone)
+        self._apply(state, now)
+        return dropped
+
+    def checkpoint(self, signer: bytes, epoch: int, step: int, digest: bytes, now: float) -> None:
+        """A client's vote for the parameters that it holds at the end of the epoch."""
+        self._apply(machine.checkpoint(self.state, signer, epoch, step, digest), now)
+
+    # Time.
+
+    def tick(self, now: float) -> bool:
+        """Move the run on as far as it goes at ``now``; returns whether anything changed."""
+        before = self.state
+        self._apply(self.state, now)
+        return self.state is not before
+
+    def restarted(self, now: float) -> None:
+        """Go on after the host was down: the time since the last change does not count."""
+        shift, state = now - self._now, self.state
+        gathered = state.gathered_at
+        self._apply(
+            replace(
+                state,
+                phase_start=state.phase_start + shift,
+                epoch_start=state.epoch_start + shift,
+                gathered_at=None if gathered is None else gathered + shift,
+                nonce=state.nonce + 1,
+            ),
+            now,
+        )
+
+    def _round_seed(self) -> int:
+        """The seed of the round that may begin next: LE64 of S(LE64(seed), run id, LE64(epoch), LE64(height))."""
+        state, round_ = self.state, self.state.current
+        height = round_.height + 1 if round_ else 0
+        digest = sha256(struct.pack("<Q", self._seed), state.run_id.encode(), struct.pack("<QQ", state.epoch, height))
+        return int.from_bytes(digest[:8], "little")
+
+    def _apply(self, state: RunState, now: float) -> None:
+        """Take ``state``, then every step that is due."""
+        self._now = now
+        while True:
+            if state is not self.state:
+                self._set(state, now)
+            if self.state.phase.halted:
+                return
+            pending = list(self._members.values())
+            state = machine.tick(self.state, pending, now, self._round_seed())
+            if state is self.state:
+                return
+
+    def _set(self, state: RunState, now: float) -> None:
+        before, self.state = self.state, state
+        self._journal.observe(before, state, now)
+        if state.phase is Phase.WARMUP and before.phase is not Phase.WARMUP:
+            self.history, self.history_epoch = [], state.epoch
+        round_ = state.current
+        if round_ is not None and (before.current is not round_):
+            if self.history and self.history[-1].height == round_.height:
+                self.history.pop()
+            self.history.append(plain_round(round_))
+            del self.history[:-MAX_HISTORY]
+
+    # Durability.
+
+    def dump(self, *, rounds_from: int = 0, events_from: int = 0, metrics_from: int = 0) -> dict[str, Any]:
+        """Everything, JSON-able and exact.
+
+        A store that keeps what grows apart asks for the new entries only, and gives them all to :meth:`load`. What
+        was dumped stays as it was, except the last of ``history`` and the last two of ``metrics``.
+
+        Args:
+            rounds_from: height of the first round of ``history`` to give.
+            events_from: number of the first event.
+            metrics_from: number of the first row of figures.
+        """
+        return {
+            "format": FORMAT,
+            "seed": self._seed,
+            "now": float(self._now),
+            "manifest": self.manifest,
+            "state": to_json(self.state),
+            "members": [to_json(member) for member in self._members.values()],
+            "history_epoch": self.history_epoch,
+            "history": [round_to_json(round_) for round_ in self.history if round_.height >= rounds_from],
+            **self._journal.dump(events_from, metrics_from),
+        }
+
+    @classmethod
+    def load(cls, data: dict[str, Any], *, limits: Limits | None = None) -> RunHost:
+        """Read what :meth:`dump` wrote; call :meth:`restarted` before anything else.
+
+        Raises:
+            WireError: it is something else.
+        """
+        try:
+            if data["format"] != FORMAT:
+                raise WireError(f"a run stored in format {data['format']}; this version reads format {FORMAT}")
+            state = state_from_json(data["state"])
+            host = cls(state.run_id, state.config, seed=data["seed"], max_seq_len=state.max_seq_len, limits=limits)
+            host.state = state
+            host.manifest = data["manifest"]
+            host.history = [round_from_json(item) for item in data["history"]]
+            host.history_epoch = data["history_epoch"]
+            host._members = {member.signer: member for member in (from_json(Client, m) for m in data["members"])}
+            host._journal = Journal.load(data)
+            host._now = float(data["now"])
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+            raise WireError(f"not a stored run: {type(error).__name__}: {error}") from error
+        return host
