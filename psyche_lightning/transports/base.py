@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from psyche_lightning.errors import TransportError
 from psyche_lightning.wire.identity import Identity
+from psyche_lightning.wire.messages import MAX_MESSAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,25 @@ class Transport(Protocol):
         """Replace the peers: public key to address. Connections from and to anyone else are refused or closed."""
 
     def send(self, peer: bytes, message: bytes) -> None:
-        """Queue a message for one peer; bounded, drops the oldest for a peer that does not keep up."""
+        """Queue a message for one peer; bounded, drops the oldest for a peer that does not keep up.
+
+        A message for someone who is not a peer is dropped.
+
+        Raises:
+            TransportError: the message is longer than ``MAX_MESSAGE_SIZE``.
+        """
 
     def broadcast(self, message: bytes) -> None:
-        """Queue a message for every peer."""
+        """Queue a message for every peer, as :meth:`send` does."""
 
     async def fetch(self, digest: bytes, providers: Sequence[bytes], *, max_size: int, timeout: float) -> bytes:
         """Get a blob by SHA-256 from the first provider that has it, trying them in order.
 
+        A provider that does not answer uses up at most half of the time that is left when there are others after it.
+
         Raises:
-            TransportError: nobody delivered matching bytes of at most ``max_size`` within ``timeout`` seconds.
+            TransportError: nobody delivered matching bytes of at most ``max_size`` within ``timeout`` seconds, or the
+                transport was stopped; the text says for each provider what happened.
         """
         ...
 
@@ -84,3 +95,15 @@ class Transport(Protocol):
 
     async def stop(self) -> None:
         """Close everything within a second or two; idempotent."""
+
+
+def check_message(message: bytes) -> None:
+    """Refuse a message that no peer would accept.
+
+    Raises:
+        TransportError: it is longer than ``MAX_MESSAGE_SIZE``.
+    """
+    if len(message) > MAX_MESSAGE_SIZE:
+        raise TransportError(
+            f"a message of {len(message)} bytes; at most {MAX_MESSAGE_SIZE} can be sent: larger things travel as blobs"
+        )

@@ -1,0 +1,1 @@
+"""Built-in transports: in-process, and TCP with TLS bound to the nodes' keys."""

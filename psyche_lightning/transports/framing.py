@@ -1,0 +1,104 @@
+"""Frames of the TCP transport: body length (u32, big-endian), kind (u8), body.
+
+The length is checked against the limits of the kind before anything is read or allocated.
+
+=========  ==========================================================================================================
+HELLO      version u8 | server key 32 | challenge 32 | signature 64 (see :mod:`~psyche_lightning.transports.handshake`)
+PROOF      client key 32 | signature 64
+WELCOME    empty: the client is a peer, the link is open
+GOODBYE    up to 200 bytes of UTF-8: why the sender closes the connection
+MESSAGE    the message, up to ``MAX_MESSAGE_SIZE``
+PING       empty; the answer is PONG
+PONG       empty
+WANT       request u32 | SHA-256 32: send that blob
+FOUND      request u32 | size u64: its pieces follow
+PIECE      request u32 | the next 64 KiB of the blob, or what is left of it
+ABSENT     request u32: the sender does not have the blob
+CANCEL     request u32: send no more of it
+=========  ==========================================================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import struct
+from collections.abc import Collection
+
+from psyche_lightning.errors import WireError
+from psyche_lightning.wire.messages import MAX_MESSAGE_SIZE
+
+PIECE_SIZE = 64 * 1024
+_HEADER = struct.Struct("!IB")
+
+
+class Kind(enum.IntEnum):
+    """What a frame is."""
+
+    HELLO = 0
+    PROOF = 1
+    WELCOME = 2
+    GOODBYE = 3
+    MESSAGE = 4
+    PING = 5
+    PONG = 6
+    WANT = 7
+    FOUND = 8
+    PIECE = 9
+    ABSENT = 10
+    CANCEL = 11
+
+
+LIMITS: dict[int, tuple[int, int]] = {
+    Kind.HELLO: (129, 129),
+    Kind.PROOF: (96, 96),
+    Kind.WELCOME: (0, 0),
+    Kind.GOODBYE: (0, 200),
+    Kind.MESSAGE: (0, MAX_MESSAGE_SIZE),
+    Kind.PING: (0, 0),
+    Kind.PONG: (0, 0),
+    Kind.WANT: (36, 36),
+    Kind.FOUND: (12, 12),
+    Kind.PIECE: (5, 4 + PIECE_SIZE),
+    Kind.ABSENT: (4, 4),
+    Kind.CANCEL: (4, 4),
+}
+
+
+def frame(kind: Kind, *parts: bytes | memoryview) -> bytes:
+    """Encode one frame."""
+    return b"".join((_HEADER.pack(sum(map(len, parts)), kind), *parts))
+
+
+def goodbye(reason: str) -> bytes:
+    """A GOODBYE frame; a reason that is too long is cut."""
+    return frame(Kind.GOODBYE, reason.encode()[: LIMITS[Kind.GOODBYE][1]])
+
+
+def goodbye_text(body: bytes) -> str:
+    """The reason in a GOODBYE frame, with everything removed that could disturb a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in body.decode(errors="replace"))
+
+
+async def read_frame(reader: asyncio.StreamReader, allowed: Collection[int]) -> tuple[int, bytes]:
+    """Read one frame.
+
+    Args:
+        reader: where it comes from.
+        allowed: the kinds that are in order now.
+
+    Returns:
+        Kind and body.
+
+    Raises:
+        WireError: the kind is not allowed, or the length not within its limits.
+        EOFError: the connection ended.
+        OSError: the connection broke.
+    """
+    length, kind = _HEADER.unpack(await reader.readexactly(_HEADER.size))
+    if kind not in allowed:
+        raise WireError(f"a frame of kind {kind} is not in order here")
+    smallest, largest = LIMITS[kind]
+    if not smallest <= length <= largest:
+        raise WireError(f"a {Kind(kind).name} frame of {length} bytes; {smallest} to {largest} are accepted")
+    return kind, await reader.readexactly(length) if length else b""

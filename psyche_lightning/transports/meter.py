@@ -1,0 +1,115 @@
+"""Bytes counted where they enter and leave the process: at the sockets, with TLS and all framing included.
+
+Works with asyncio's selector event loop (the default on Unix), which reads and writes through the socket object; a loop
+in C, such as uvloop, goes past it. Bytes that the kernel adds (TCP/IP headers, retransmissions) are not visible here.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+
+class ByteMeter:
+    """Counts bytes, also from several threads; what it counts is counted in its parent as well.
+
+    Args:
+        parent: the meter of the whole of which this one is a part.
+
+    Attributes:
+        up: bytes written.
+        down: bytes read.
+    """
+
+    def __init__(self, parent: ByteMeter | None = None) -> None:
+        self.up = 0
+        self.down = 0
+        self._parent = parent
+        self._lock = threading.Lock()
+
+    def count(self, up: int = 0, down: int = 0) -> None:
+        """Add bytes."""
+        with self._lock:
+            self.up += up
+            self.down += down
+        if self._parent is not None:
+            self._parent.count(up, down)
+
+
+class MeteredSocket(socket.socket):
+    """A socket that counts its bytes in :attr:`meter`.
+
+    Sockets that it accepts have a meter of their own, whose parent is the listener's.
+    """
+
+    def __init__(
+        self,
+        family: int = -1,
+        type: int = -1,
+        proto: int = -1,
+        fileno: int | None = None,
+        *,
+        meter: ByteMeter | None = None,
+    ) -> None:
+        super().__init__(family, type, proto, fileno)
+        self.meter = meter or ByteMeter()
+
+    def accept(self) -> tuple[MeteredSocket, Any]:
+        """As of ``socket.socket``."""
+        plain, address = super().accept()
+        # By family, type and number as of the standard library; the blocking mode is not inherited through them.
+        timeout = plain.gettimeout()
+        accepted = MeteredSocket(
+            plain.family, plain.type, plain.proto, fileno=plain.detach(), meter=ByteMeter(self.meter)
+        )
+        accepted.settimeout(timeout)
+        return accepted, address
+
+    def send(self, data: ReadableBuffer, flags: int = 0, /) -> int:
+        """As of ``socket.socket``."""
+        sent = super().send(data, flags)
+        self.meter.count(up=sent)
+        return sent
+
+    def sendall(self, data: ReadableBuffer, flags: int = 0, /) -> None:
+        """As of ``socket.socket``, by way of :meth:`send`, so that a part sent before an error is counted too."""
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[self.send(view, flags) :]
+
+    def sendmsg(self, buffers: Iterable[ReadableBuffer], /, *rest: Any) -> int:
+        """As of ``socket.socket``."""
+        sent = super().sendmsg(buffers, *rest)
+        self.meter.count(up=sent)
+        return sent
+
+    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+        """As of ``socket.socket``; bytes that are only peeked at do not count."""
+        data = super().recv(bufsize, flags)
+        self._received(len(data), flags)
+        return data
+
+    def recv_into(self, buffer: WriteableBuffer, nbytes: int = 0, flags: int = 0) -> int:
+        """As of ``socket.socket``; bytes that are only peeked at do not count."""
+        size = super().recv_into(buffer, nbytes, flags)
+        self._received(size, flags)
+        return size
+
+    def _received(self, size: int, flags: int) -> None:
+        if not flags & socket.MSG_PEEK:
+            self.meter.count(down=size)
+
+
+def socket_factory(meter: ByteMeter) -> Callable[[Any], socket.socket]:
+    """What ``aiohttp.TCPConnector(socket_factory=...)`` takes, to count a client's traffic in ``meter``."""
+
+    def make(info: Any) -> socket.socket:
+        family, kind, proto, *_ = info
+        return MeteredSocket(family, kind, proto, meter=meter)
+
+    return make
