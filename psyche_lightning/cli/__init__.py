@@ -33,6 +33,9 @@ class Command:
 
 # A new command is one line here and a module; third parties add theirs with the hook register_commands.
 COMMANDS = {
+    "train": Command("psyche_lightning.cli.train:train", "Train as one node: join a run, or run alone."),
+    "generate": Command("psyche_lightning.cli.generate:generate", "Complete a text with a checkpoint."),
+    "sim": Command("psyche_lightning.cli.sim:sim", "Replay whole runs under faults in virtual time."),
     "plugins": Command("psyche_lightning.cli.plugins:plugins", "List what is installed, and what failed to load."),
 }
 

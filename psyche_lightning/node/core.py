@@ -13,45 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from psyche_lightning.coordinator.committee import quorum
 from psyche_lightning.coordinator.state import ClientStatus, Phase, Round, RunState
 from psyche_lightning.errors import WireError
-from psyche_lightning.node.events import (
-    Applied,
-    Apply,
-    AskRounds,
-    Broadcast,
-    BuffersTaken,
-    CallFailed,
-    Diagnose,
-    Effect,
-    Event,
-    Fetch,
-    Fetched,
-    Finish,
-    Forget,
-    HealthCheck,
-    Join,
-    Load,
-    LoadBuffers,
-    Loaded,
-    Promise,
-    Received,
-    RoundsSeen,
-    Say,
-    SendTo,
-    SetPeers,
-    ShareBuffers,
-    SnapshotTaken,
-    StateSeen,
-    TakeSnapshot,
-    Tick,
-    Train,
-    Trained,
-    Vote,
-    WarmupWitness,
-)
+from psyche_lightning.node import events as ev
+from psyche_lightning.node.events import Effect, Event
 from psyche_lightning.node.ledger import Agreement, Entry, EpochLog, RoundLog, Undecided, decide
+from psyche_lightning.node.retries import Retries
+from psyche_lightning.node.waiting import describe
 from psyche_lightning.node.witness import attest_promise, result_promise, witness_report
 from psyche_lightning.wire.identity import short
 from psyche_lightning.wire.messages import Ask, Attest, Buffers, Envelope, Message, Result
@@ -59,6 +27,8 @@ from psyche_lightning.wire.messages import Ask, Attest, Buffers, Envelope, Messa
 EARLY_ROUNDS = 3
 """Messages of at most this many rounds ahead of the coordinator's news are kept."""
 EARLY_MESSAGES = 4096
+STALE = ("InvalidWitness", "DuplicateWitness", "InvalidHealthCheck", "InvalidRunState", "Halted")
+"""Refusals that a request meets when the run moved on while it travelled."""
 FINAL_LOADS = 3
 """Attempts to obtain the parameters of a finished run."""
 
@@ -129,7 +99,7 @@ class NodeCore:
         self._promises = dict(promises or {})
         self._out: list[Effect] = []
         self._now = 0.0
-        self._timers: dict[object, tuple[int, float]] = {}
+        self._retries = Retries(settings.retry, settings.retry_most)
         self._fetching: dict[bytes, tuple[RoundLog, Entry]] = {}
         self._busy: object = None
         self._trained: tuple[int, int] = (-1, -1)
@@ -150,33 +120,34 @@ class NodeCore:
         """
         self._now = max(now, self._now)
         match event:
-            case StateSeen(state):
+            case ev.StateSeen(state):
                 self._see(state)
-            case RoundsSeen(epoch, _, rounds):
+            case ev.RoundsSeen(epoch, _, rounds):
                 if self.log and self.log.epoch == epoch:
-                    for record in rounds:
-                        self._observe(record, final=self._epoch_over() or record.height < self._head())
-            case Received(envelope):
+                    # The newest may have got more records since this answer was made.
+                    for record in rounds[:-1]:
+                        self._observe(record, final=True)
+            case ev.Received(envelope):
                 self._receive(envelope)
-            case Trained():
+            case ev.Trained():
                 self._announce(event)
-            case Fetched():
+            case ev.Fetched():
                 self._fetched(event)
-            case Applied(epoch, height, digest):
+            case ev.Applied(epoch, height, digest):
                 self._applied(epoch, height, digest)
-            case Loaded(digest, reason):
+            case ev.Loaded(digest, reason):
                 self._loaded(digest, reason)
-            case SnapshotTaken(digest):
+            case ev.SnapshotTaken(digest):
                 if self._busy == "snapshot":
                     self._busy = None
                     self.holding = digest
-            case BuffersTaken(epoch, index):
+            case ev.BuffersTaken(epoch, index):
                 self._buffers = self._seal(Buffers(epoch, index))
-                self._emit(Broadcast(self._buffers))
-            case CallFailed(_, code, text, retryable):
-                if not retryable and code not in ("InvalidWitness", "DuplicateWitness", "InvalidHealthCheck"):
+                self._emit(ev.Broadcast(self._buffers))
+            case ev.CallFailed(_, code, text, retryable):
+                if not retryable and code not in STALE:
                     self._say("warning", f"the coordinator refused a request: {text}")
-            case Tick():
+            case ev.Tick():
                 pass
         if self.state is not None and not self.finished:
             self._advance(self.state)
@@ -185,37 +156,7 @@ class NodeCore:
 
     def waiting(self) -> str:
         """What the node waits for and for whom, in one line for people (I4)."""
-        state = self.state
-        if state is None:
-            return "waiting for the coordinator's state"
-        match state.phase:
-            case Phase.WAITING_FOR_MEMBERS:
-                return f"epoch {state.epoch}: waiting for {state.config.init_min_clients} members"
-            case Phase.PAUSED:
-                return "the run is paused; waiting for `psyche run resume`"
-            case Phase.WARMUP:
-                ready = {record.proof.index for record in state.warmup_witnesses}
-                late = [short(client.node) for i, client in enumerate(state.clients) if i not in ready]
-                return f"epoch {state.epoch}: waiting for {', '.join(late) or 'nobody'} to hold the parameters"
-            case Phase.COOLDOWN:
-                return f"epoch {state.epoch}: waiting for its end to be agreed"
-        current = state.current
-        if current is None or self.log is None or current.height not in self.log.rounds:
-            return f"{state.phase.name.lower().replace('_', ' ')}: waiting for the coordinator"
-        if self.next_apply is None:
-            return f"round {current.height}: waiting for the epoch's parameters"
-        if not self._ready_for(current.height):
-            return f"round {current.height}: catching up, applying round {self.next_apply}"
-        log = self._attested(current.height)
-        missing = log.unverified() if log else []
-        if log and missing:
-            names = ", ".join(short(log.nodes[i]) for i in missing)
-            share = f"{len(missing)}/{len(log.batches)}"
-            return f"round {current.height}: waiting for results of {share} batches, from {names}"
-        have = {record.proof.index for record in current.witnesses}
-        here = self.log.rounds[current.height]
-        late = [short(n) for i, n in enumerate(here.nodes) if here.selection.is_witness(i) and i not in have]
-        return f"round {current.height}: waiting for witnesses {', '.join(late)}"
+        return describe(self.state, self.log, self.next_apply, self.settings.delay)
 
     # --- helpers --------------------------------------------------------------------------------------------------
 
@@ -225,16 +166,10 @@ class NodeCore:
     def _say(self, level: str, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            self._emit(Say(level, text))
+            self._emit(ev.Say(level, text))
 
     def _due(self, key: object, *, after: float = 0.0) -> bool:
-        """Whether it is time for something that is repeated until it succeeds: after ``after``, then ever rarer."""
-        attempt, at = self._timers.setdefault(key, (0, self._now + after))
-        if self._now < at:
-            return False
-        pause = min(self.settings.retry * 2**attempt, self.settings.retry_most)
-        self._timers[key] = (attempt + 1, self._now + pause)
-        return True
+        return self._retries.due(key, self._now, after=after)
 
     def _providers(self, first: bytes | None = None) -> tuple[bytes, ...]:
         peers = [key for key, _ in self._peers or ()]
@@ -266,14 +201,14 @@ class NodeCore:
                 return
             before, after = self.state.current, state.current
             if state.epoch != self.state.epoch or (before and before.height) != (after and after.height):
-                self._timers = {key: value for key, value in self._timers.items() if key in ("join", "load")}
+                self._retries.keep_only(("join", "load"))
             if state.phase != self.state.phase:
-                self._timers.pop("join", None)
+                self._retries.forget("join")
         self.state = state
         peers = tuple((c.node, c.address) for c in state.clients if c.node != self.public)
         if state.clients and peers != self._peers:
             self._peers = peers
-            self._emit(SetPeers(peers))
+            self._emit(ev.SetPeers(peers))
 
     def _head(self) -> int:
         """Height of the newest round that the coordinator announced, or -1."""
@@ -312,7 +247,7 @@ class NodeCore:
 
     def _open_epoch(self, epoch: int, digest: bytes) -> None:
         if self.log is not None:
-            self._emit(Forget(self.log.payloads()))
+            self._emit(ev.Forget(self.log.payloads()))
         early = self.log.early if self.log is not None and self.log.epoch == epoch else {}
         self.log = EpochLog(epoch, digest, early=early)
         self.next_apply = 0 if self.holding == digest else None
@@ -361,16 +296,14 @@ class NodeCore:
         if self.log is None or peer not in dict(self._peers or ()):
             return
         if self._buffers is not None and self._buffers.message.epoch == self.log.epoch:
-            self._emit(SendTo(peer, self._buffers))
+            self._emit(ev.SendTo(peer, self._buffers))
         log = self.log.rounds.get(height)
         if log is None:
             return
-        at = self._timers.get(("answer", peer, height), (0, self._now))[1]
-        if self._now < at:
+        if not self._retries.once(("answer", peer, height), self._now, every=self.settings.retry / 4):
             return
-        self._timers["answer", peer, height] = (0, self._now + self.settings.retry / 4)
         for envelope in log.messages():
-            self._emit(SendTo(peer, envelope))
+            self._emit(ev.SendTo(peer, envelope))
 
     def _take_buffers(self, envelope: Envelope) -> None:
         """The buffers of the epoch are those of its first warm-up witness."""
@@ -381,23 +314,30 @@ class NodeCore:
         first = state.warmup_witnesses[0].proof.index
         if first < len(state.clients) and state.clients[first].node == envelope.sender and self.settings.buffers:
             self._buffers = envelope
-            self._emit(LoadBuffers(message.index, self._providers(envelope.sender)))
+            self._emit(ev.LoadBuffers(message.index, self._providers(envelope.sender)))
 
     # --- answers from the replica and the network ---------------------------------------------------------------------
 
-    def _announce(self, event: Trained) -> None:
+    def _announce(self, event: ev.Trained) -> None:
         if event.result is None or self.log is None or self.log.epoch != event.epoch:
             return
         log = self.log.rounds.get(event.height)
         if log is None:
             return
-        envelope = self._seal(event.result)
         key = result_promise(event.epoch, event.height)
-        if key in self._promises:
+        if self._promised(key, event.result) is not None:
             return
+        envelope = self._seal(event.result)
         self._promises[key] = envelope
-        self._emit(Promise(key, envelope))
+        self._emit(ev.Promise(key, envelope))
         self._publish(log, envelope)
+
+    def _promised(self, key: str, batch: Result | tuple[int, int]) -> Envelope | None:
+        """The result that this node, perhaps in a former life, signed for that batch."""
+        start, end = (batch.start, batch.end) if isinstance(batch, Result) else batch
+        envelope = self._promises.get(key)
+        result = envelope.message if envelope else None
+        return envelope if isinstance(result, Result) and (result.start, result.end) == (start, end) else None
 
     def _publish(self, log: RoundLog, envelope: Envelope) -> None:
         """File and broadcast this node's own announcement, whose payload is stored."""
@@ -408,9 +348,9 @@ class NodeCore:
             return
         if entry is not None:
             entry.verified = True
-        self._emit(Broadcast(envelope))
+        self._emit(ev.Broadcast(envelope))
 
-    def _fetched(self, event: Fetched) -> None:
+    def _fetched(self, event: ev.Fetched) -> None:
         log, entry = self._fetching.pop(event.payload, (None, None))
         if log is None or entry is None:
             return
@@ -437,7 +377,7 @@ class NodeCore:
             self._say("warning", f"could not obtain the parameters {digest.hex()[:12]}: {reason}; trying again")
             return
         self.holding = digest
-        self._timers.pop("load", None)
+        self._retries.forget("load")
         if self.log is not None and digest == self.log.digest and self.next_apply is None:
             self.next_apply = 0
 
@@ -467,19 +407,19 @@ class NodeCore:
             return
         member = any(c.signer == self.signer and c.status is ClientStatus.HEALTHY for c in state.clients)
         if (not member or state.phase in (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED)) and self._due("join"):
-            self._emit(Join())
+            self._emit(ev.Join())
 
     def _load(self, digest: bytes, why: str) -> None:
         if self._busy is None and self._due("load"):
             self._say("info", why)
             self._busy = ("load", digest)
             self.holding = None
-            self._emit(Load(digest, self._providers()))
+            self._emit(ev.Load(digest, self._providers()))
 
     def _snapshot(self) -> None:
         if self._busy is None:
             self._busy = "snapshot"
-            self._emit(TakeSnapshot())
+            self._emit(ev.TakeSnapshot())
 
     def _warm_up(self, state: RunState) -> None:
         index = next((i for i, c in enumerate(state.clients) if c.signer == self.signer), None)
@@ -503,9 +443,9 @@ class NodeCore:
             return
         if not any(record.proof.index == index for record in records):
             if self._due(("warmup", state.epoch)):
-                self._emit(WarmupWitness(state.epoch, index, self.holding))
+                self._emit(ev.WarmupWitness(state.epoch, index, self.holding))
         elif records[0].proof.index == index and self.settings.buffers and self._due(("buffers", state.epoch)):
-            self._emit(ShareBuffers(state.epoch))
+            self._emit(ev.ShareBuffers(state.epoch))
 
     def _gather(self, state: RunState) -> None:
         """Obtain announcements and payloads of the rounds that are witnessed now or next."""
@@ -530,20 +470,20 @@ class NodeCore:
             if self._due(("fetch", payload)):
                 self._fetching[payload] = (log, entry)
                 providers = self._providers(log.nodes[entry.trainer])
-                self._emit(Fetch(payload, entry.result.size, providers))
+                self._emit(ev.Fetch(payload, entry.result.size, providers))
 
     def _ask(self, height: int, peer: bytes | None, *, after: float = 0.0) -> None:
         """Ask one peer (or all) for a round's messages; every third time all, as someone else may have them."""
         key = ("ask", height, peer)
         if not self._due(key, after=after):
             return
-        attempt = self._timers[key][0]
+        attempt = self._retries.attempts(key)
         assert self.log is not None
         envelope = self._seal(Ask(self.log.epoch, height, attempt))
         if peer is None or attempt % 3 == 0:
-            self._emit(Broadcast(envelope))
+            self._emit(ev.Broadcast(envelope))
         else:
-            self._emit(SendTo(peer, envelope))
+            self._emit(ev.SendTo(peer, envelope))
 
     def _catch_up(self) -> None:
         """Obtain what the replay needs: the epoch's first parameters, and rounds that were not seen."""
@@ -557,7 +497,7 @@ class NodeCore:
         known = self.log.rounds
         gaps = [h for h in range(self.next_apply, self._head()) if h not in known or not known[h].final]
         if gaps and self._due(("rounds", gaps[0])):
-            self._emit(AskRounds(self.log.epoch, gaps[0]))
+            self._emit(ev.AskRounds(self.log.epoch, gaps[0]))
 
     def _follow(self, state: RunState) -> None:
         """Apply every round whose agreed set can be known, in order."""
@@ -581,7 +521,7 @@ class NodeCore:
                 continue
             self._busy = ("apply", self.log.epoch, height)
             payloads = tuple(entry.result.payload for entry in agreement.entries)
-            self._emit(Apply(self.log.epoch, height, payloads, agreement.lrs, due))
+            self._emit(ev.Apply(self.log.epoch, height, payloads, agreement.lrs, due))
 
     def _agree(self, results: RoundLog, height: int) -> Agreement | None:
         """The agreed set of a round, or None while it is open."""
@@ -620,12 +560,12 @@ class NodeCore:
         if index is None or index not in log.batches or self._trained >= key or not self._ready_for(current.height):
             return
         self._trained = key
-        promise = self._promises.get(result_promise(*key))
+        start, end = log.batches[index]
+        promise = self._promised(result_promise(*key), (start, end))
         if promise is not None:
             self._publish(log, promise)
             return
-        start, end = log.batches[index]
-        self._emit(Train(state.epoch, current.height, current.step, start, end))
+        self._emit(ev.Train(state.epoch, current.height, current.step, start, end))
 
     def _attest(self, state: RunState) -> None:
         """Report as a witness: during training once everything is here, in the witness phase with what is here."""
@@ -654,9 +594,9 @@ class NodeCore:
             message = Attest(state.epoch, current.height, b"".join(hashes), applied if digest else 0, digest)
             envelope = self._seal(message)
             self._promises[key] = envelope
-            self._emit(Promise(key, envelope))
+            self._emit(ev.Promise(key, envelope))
         self._file(here, envelope)
-        self._emit(Broadcast(envelope))
+        self._emit(ev.Broadcast(envelope))
         self._emit(witness_report(here, index, envelope, about))
 
     def _check_health(self, state: RunState) -> None:
@@ -666,44 +606,28 @@ class NodeCore:
             return
         before = self.log.rounds.get(current.height - 1)
         about = self._attested(current.height - 1)
-        if before is None or about is None or ("health", current.height) in self._timers:
+        if before is None or about is None or not self._retries.once(("health", current.height), self._now):
             return
-        self._timers["health", current.height] = (1, self._now)
         index = self._my_index(before)
         if index is None or index not in {record.proof.index for record in before.round.witnesses}:
             return
         gone = self._gone(state, about)
         silent = [about.round.clients[i] for i in about.unverified() if i not in gone and about.nodes[i] != self.public]
         if silent:
-            self._emit(HealthCheck(state.epoch, current.height, tuple(silent)))
+            self._emit(ev.HealthCheck(state.epoch, current.height, tuple(silent)))
 
     def _compare(self) -> None:
-        """Notice parameters that differ from those of a quorum of witnesses, and repair them by replay (I6)."""
+        """Repair parameters that differ from those of a quorum of witnesses, by replaying the epoch (I6)."""
         if self.log is None or self.next_apply is None:
             return
-        recent = [log for height, log in self.log.rounds.items() if height >= self.next_apply - self.settings.delay]
-        for log in recent:
-            votes: dict[tuple[int, bytes], set[int]] = {}
-            for index, lists in log.attests.items():
-                for envelope in lists.values():
-                    attest = envelope.message
-                    if isinstance(attest, Attest) and attest.digest:
-                        votes.setdefault((attest.applied, attest.digest), set()).add(index)
-            for (applied, digest), voters in votes.items():
-                mine = self.digests.get(applied)
-                if (
-                    mine in (None, digest)
-                    or len(voters) < quorum(log.selection.witness_count)
-                    or applied in self._repaired
-                ):
-                    continue
-                self._repaired.add(applied)
-                assert mine is not None
-                self._emit(Diagnose(applied - 1, mine, digest, self._providers()))
-                self._say("warning", f"the parameters differ after round {applied - 1}; replaying the epoch")
-                self.next_apply, self.holding, self.digests = None, None, {}
-                self._busy = None
-                return
+        found = self.log.desync(self.digests, since=self.next_apply - self.settings.delay)
+        if found is None or found[0] in self._repaired:
+            return
+        applied, theirs = found
+        self._repaired.add(applied)
+        self._emit(ev.Diagnose(applied - 1, self.digests[applied], theirs, self._providers()))
+        self._say("warning", f"the parameters differ after round {applied - 1}; replaying the epoch")
+        self.next_apply, self.holding, self.digests, self._busy = None, None, {}, None
 
     def _conclude(self, state: RunState) -> None:
         """At the end of an epoch: report the parameters; at the end of the run: leave with them."""
@@ -718,7 +642,7 @@ class NodeCore:
         voted = any(vote[0] == self.signer for vote in state.checkpoint_votes)
         may = mine is not None and mine.status is ClientStatus.HEALTHY and state.phase is Phase.COOLDOWN
         if may and not voted and self._due(("vote", state.epoch)):
-            self._emit(Vote(state.epoch, state.step - 1, self.holding))
+            self._emit(ev.Vote(state.epoch, state.step - 1, self.holding))
 
     def _resolved(self) -> bool:
         """Whether every round of the epoch that ended is applied."""
@@ -727,8 +651,8 @@ class NodeCore:
     def _left(self, state: RunState) -> bool:
         """Leave the finished run once this node holds its parameters, or cannot get them; returns whether it left."""
         wanted = state.checkpoint.digest
-        if self.log is None or not wanted:
-            reason = "the run is finished" + ("" if wanted else "; no parameters were agreed")
+        if not wanted:
+            reason = "the run is finished; no parameters were agreed"
         elif self.holding == wanted:
             reason = "the run is finished"
         elif self._final_loads >= FINAL_LOADS:
@@ -741,5 +665,5 @@ class NodeCore:
                 self._load(wanted, f"taking the run's last parameters {wanted.hex()[:12]}")
             return False
         self.finished = True
-        self._emit(Finish(reason))
+        self._emit(ev.Finish(reason))
         return True

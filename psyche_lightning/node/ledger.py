@@ -7,6 +7,7 @@ same witness records and lists decides the same set, whatever else it heard.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from psyche_lightning.coordinator.assignment import assign
@@ -244,3 +245,29 @@ class EpochLog:
     def payloads(self) -> tuple[bytes, ...]:
         """Hashes of all payloads announced in the epoch."""
         return tuple(entry.result.payload for log in self.rounds.values() for entry in log.entries.values())
+
+    def desync(self, mine: Mapping[int, bytes], since: int) -> tuple[int, bytes] | None:
+        """Find parameters that differ from those of a quorum of witnesses (invariant I6).
+
+        Args:
+            mine: this node's digests by the number of rounds applied.
+            since: height of the first round whose lists are looked at.
+
+        Returns:
+            ``(rounds applied, the quorum's digest)`` for the earliest difference, or None.
+        """
+        found = []
+        for log in (log for height, log in self.rounds.items() if height >= since):
+            votes: dict[tuple[int, bytes], set[int]] = {}
+            for index, lists in log.attests.items():
+                for envelope in lists.values():
+                    attest = envelope.message
+                    if isinstance(attest, Attest) and attest.digest:
+                        votes.setdefault((attest.applied, attest.digest), set()).add(index)
+            needed = quorum(log.selection.witness_count)
+            found += [
+                (applied, digest)
+                for (applied, digest), voters in votes.items()
+                if len(voters) >= needed and mine.get(applied, digest) != digest
+            ]
+        return min(found, default=None)
