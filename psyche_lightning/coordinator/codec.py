@@ -4,8 +4,8 @@ The JSON form follows the dataclasses: objects with the fields' names in their o
 and statuses as numbers. A field that is None, or an empty Bloom filter, is left out.
 
 A change is a JSON object in the manner of JSON merge patch (RFC 7386): it holds what is different, null where a key
-goes away. Other than there, lists are patched, too: ``{"at": {"2": change}}`` changes elements in place (so a round is
-addressed by its slot), ``{"splice": [first, removed, [new, ...]]}`` replaces a stretch.
+goes away. Other than there, lists are patched, too, by ``{"at": {"2": change}}``, which changes elements in place (so a
+round is addressed by its slot), ``{"splice": [first, removed, [new, ...]]}``, which replaces a stretch, or both.
 """
 
 from __future__ import annotations
@@ -234,10 +234,15 @@ def _difference(old: Any, new: Any) -> Any:
         last = 0
         while last < min(len(old), len(new)) - first and _same(old[-1 - last], new[-1 - last]):
             last += 1
+        ends = len(old) - last, len(new) - last
+        both = min(ends)
+        change: dict[str, Any] = {}
+        places = [i for i in range(first, both) if not _same(old[i], new[i])]
+        if places:
+            change["at"] = {str(i): _difference(old[i], new[i]) for i in places}
         if len(old) != len(new):
-            return {"splice": [first, len(old) - first - last, new[first : len(new) - last]]}
-        changed = [i for i in range(first, len(old) - last) if not _same(old[i], new[i])]
-        return {"at": {str(i): _difference(old[i], new[i]) for i in changed}}
+            change["splice"] = [both, ends[0] - both, new[both : ends[1]]]
+        return change
     return new
 
 
@@ -264,16 +269,15 @@ def _patched(old: Any, change: Any) -> Any:
     if not (isinstance(old, list) and isinstance(change, dict)):
         return change
     new = list(old)
-    splice, places = change.get("splice"), change.get("at")
-    if len(change) == 1 and isinstance(places, dict):
-        for place, value in places.items():
-            if not (place.isascii() and place.isdecimal() and len(place) < 9 and int(place) < len(new)):
-                raise WireError(f"a change of element {place[:60]!r} in a list of {len(new)}")
-            new[int(place)] = _patched(new[int(place)], value)
-        return new
-    if len(change) == 1 and isinstance(splice, list) and [type(part) for part in splice] == [int, int, list]:
-        first, removed, items = splice
-        if 0 <= first <= first + removed <= len(new) and removed >= 0:
-            new[first : first + removed] = items
-            return new
-    raise WireError("a change of a list is one 'at' or one 'splice' within it")
+    places, splice = change.get("at", {}), change.get("splice", [0, 0, []])
+    if not (change and change.keys() <= {"at", "splice"} and isinstance(places, dict) and isinstance(splice, list)):
+        raise WireError("a change of a list is an 'at', a 'splice' or both")
+    for place, value in places.items():
+        if not (place.isascii() and place.isdecimal() and len(place) < 9 and int(place) < len(new)):
+            raise WireError(f"a change of element {place[:60]!r} in a list of {len(new)}")
+        new[int(place)] = _patched(new[int(place)], value)
+    if [type(part) for part in splice] != [int, int, list] or not 0 <= splice[0] <= sum(splice[:2]) <= len(new):
+        raise WireError(f"a splice that does not fit a list of {len(new)}")
+    first, removed, items = splice
+    new[first : first + removed] = items
+    return new
