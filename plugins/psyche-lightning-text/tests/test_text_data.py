@@ -1,0 +1,382 @@
+"""The data provider's contract, its bytes and its errors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from psyche_lightning_text import TextData, byte_tokenizer
+from psyche_lightning_text.plugin import build
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.plugins import Plugins
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Six files in three folders; no two blocks of 16 bytes are equal."""
+    root = tmp_path / "corpus"
+    for name in ("b.txt", "a/z.py", "a/b.md", "a.txt", "c/d/e.txt", "Z.txt"):
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(f"{name} line {line}: {line * line}\n" for line in range(60)), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BPE tokenizer with an end-of-text token, as save_pretrained leaves it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["a line of text, and another line of text\n"] * 5, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    return folder
+
+
+def open_bytes(path: Path | str, **options: Any) -> TextData:
+    return TextData(str(path), **{"seq_len": 16, "seed": 5, **options})
+
+
+def blocks(samples: list[dict[str, torch.Tensor]]) -> list[bytes]:
+    return [bytes(sample["input_ids"].tolist()) for sample in samples]
+
+
+def test_files_in_sorted_order_make_the_blocks(corpus: Path) -> None:
+    data = open_bytes(corpus, validation_samples=0)
+    order = ["Z.txt", "a.txt", "a/b.md", "a/z.py", "b.txt", "c/d/e.txt"]
+    stream = b"".join((corpus / name).read_bytes() + b"\0" for name in order)
+    expected = [stream[start : start + 16] for start in range(0, len(stream) - 15, 16)]
+    assert data.files == 6
+    assert len(data) == len(expected)
+    found = blocks(data.samples(0, len(data) - 1))
+    assert found != expected
+    assert sorted(found) == sorted(expected)
+    assert data.fingerprint == hashlib.sha256(stream).hexdigest()
+
+
+def test_samples_have_the_contract_s_form(corpus: Path) -> None:
+    data = open_bytes(corpus)
+    for sample in data.samples(0, 3) + data.validation():
+        assert set(sample) == {"input_ids", "labels"}
+        for tensor in sample.values():
+            assert tensor.dtype == torch.int64
+            assert tensor.shape == (16,)
+        assert torch.equal(sample["input_ids"], sample["labels"])
+        assert sample["input_ids"].data_ptr() != sample["labels"].data_ptr()
+    assert (data.vocab_size, data.seq_len) == (256, 16)
+
+
+def test_intervals_are_closed_wrap_and_do_not_depend_on_earlier_calls(corpus: Path) -> None:
+    data, other = open_bytes(corpus), open_bytes(corpus)
+    n = len(data)
+    whole = blocks(data.samples(0, n - 1))
+    assert len(whole) == n
+    assert blocks(other.samples(n - 2, n + 1)) == [whole[-2], whole[-1], whole[0], whole[1]]
+    assert blocks(other.samples(3 * n + 4, 3 * n + 4)) == [whole[4]]
+    assert [block for i in reversed(range(n)) for block in blocks(other.samples(i, i))] == whole[::-1]
+    assert blocks(other.samples(0, 2 * n - 1)) == whole * 2
+
+
+def test_a_change_to_a_sample_changes_nothing_else(corpus: Path) -> None:
+    data = open_bytes(corpus)
+    before = blocks(data.samples(2, 2))
+    data.samples(2, 2)[0]["input_ids"].zero_()
+    assert blocks(data.samples(2, 2)) == before
+
+
+def test_the_order_is_the_documented_one(tmp_path: Path) -> None:
+    file = tmp_path / "letters.txt"
+    file.write_bytes(b"".join(bytes([letter]) * 4 for letter in range(65, 75)))
+    data = TextData(str(file), seq_len=4, seed=1, validation_samples=0)
+    # Philox 4x64 with key 1: written down once, so that a change of any part of the chain shows.
+    assert b"".join(block[:1] for block in blocks(data.samples(0, 9))) == b"DFCJHAIGBE"
+
+
+def test_the_seed_decides_the_order_but_not_the_split(corpus: Path) -> None:
+    one, two = open_bytes(corpus), open_bytes(corpus, seed=6)
+    assert blocks(one.samples(0, 9)) != blocks(two.samples(0, 9))
+    assert blocks(one.validation()) == blocks(two.validation())
+    assert one.fingerprint == two.fingerprint
+    assert len(open_bytes(corpus, seed=-1)) == len(open_bytes(corpus, seed=2**200)) == len(one)
+
+
+def test_other_processes_and_hash_seeds_agree(corpus: Path) -> None:
+    script = (
+        "import sys; from psyche_lightning_text import TextData; d = TextData(sys.argv[1], seq_len=16, seed=5)\n"
+        "print(d.fingerprint, [x['input_ids'].tolist() for x in d.samples(0, 20)])"
+    )
+    data = open_bytes(corpus)
+    expected = f"{data.fingerprint} {[x['input_ids'].tolist() for x in data.samples(0, 20)]}"
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    command = [sys.executable, "-c", script, str(corpus)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert run.stdout.strip() == expected
+
+
+def test_fingerprints_differ_when_the_text_does(corpus: Path) -> None:
+    before = open_bytes(corpus).fingerprint
+    (corpus / "b.txt").write_text((corpus / "b.txt").read_text().replace("line 7:", "line 8:"))
+    assert open_bytes(corpus).fingerprint != before
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(40, 4000), held_out=st.integers(0, 12), seed=st.integers(0, 2**64))
+def test_training_and_validation_partition_the_blocks(
+    tmp_path_factory: pytest.TempPathFactory, length: int, held_out: int, seed: int
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "numbers.txt"
+    file.write_text("".join(f"{number:04d}" for number in range(length // 4 + 1)))
+    total = (4 * (length // 4 + 1) + 1) // 8
+    if total <= held_out:
+        with pytest.raises(ConfigError, match="too little text"):
+            TextData(str(file), seq_len=8, seed=seed, validation_samples=held_out)
+        return
+    data = TextData(str(file), seq_len=8, seed=seed, validation_samples=held_out)
+    training, validation = blocks(data.samples(0, len(data) - 1)), blocks(data.validation())
+    assert len(validation) == held_out
+    assert validation == sorted(validation)
+    assert len(set(training) | set(validation)) == len(training) + held_out == total
+    if held_out:  # spread: no stretch of the corpus is without one
+        places = [int(block[:4]) // 2 for block in validation]
+        gaps = [b - a for a, b in zip([-1, *places], [*places, total], strict=False)]
+        assert max(gaps) <= total // held_out + 1
+
+
+def test_validation_fraction(corpus: Path) -> None:
+    total = len(open_bytes(corpus, validation_fraction=0))
+    tenth = open_bytes(corpus, validation_fraction=0.1)
+    assert len(tenth.validation()) == round(total / 10)
+    assert len(tenth) + len(tenth.validation()) == total
+    assert len(open_bytes(corpus, validation_fraction=1e-9).validation()) == 1
+
+
+def test_globs(corpus: Path) -> None:
+    def files(glob: Any) -> int:
+        return open_bytes(corpus, glob=glob, validation_samples=0).files
+
+    assert files("*.txt") == 4
+    assert files(["*.py", "*.md"]) == 2
+    assert files("a/*") == 2
+    assert files("c/*.txt") == 1
+
+
+def test_hidden_and_binary_files_are_left_out(corpus: Path) -> None:
+    plain = open_bytes(corpus)
+    for name in (".git/config.txt", "a/.hidden.py", "a/__pycache__/x.py"):
+        (corpus / name).parent.mkdir(exist_ok=True)
+        (corpus / name).write_text("not part of the corpus")
+    (corpus / "picture.txt").write_bytes(b"GIF89a\0\1\2")
+    data = open_bytes(corpus)
+    assert data.fingerprint == plain.fingerprint
+    assert data.skipped == [str(corpus / "picture.txt")]
+    assert not plain.skipped
+
+
+def test_lists_of_paths_keep_their_order_and_count_files_once(corpus: Path) -> None:
+    paths = [str(corpus / "c"), str(corpus / "a" / "z.py"), str(corpus / "a")]
+    data = TextData(paths, seq_len=16, seed=0, validation_samples=0)
+    stream = b"".join((corpus / name).read_bytes() + b"\0" for name in ("c/d/e.txt", "a/z.py", "a/b.md"))
+    assert data.fingerprint == hashlib.sha256(stream).hexdigest()
+
+
+def test_max_bytes(corpus: Path) -> None:
+    first = (corpus / "Z.txt").read_bytes()
+    second = (corpus / "a.txt").read_bytes()
+    data = open_bytes(corpus, max_bytes=len(first) + 100)
+    assert data.fingerprint == hashlib.sha256(first + b"\0" + second[:100] + b"\0").hexdigest()
+    assert open_bytes(corpus, max_bytes=len(first)).fingerprint == hashlib.sha256(first + b"\0").hexdigest()
+
+
+def test_the_standard_library() -> None:
+    data = TextData("stdlib", seq_len=256, seed=0, max_bytes=2_000_000, validation_samples=8)
+    assert data.files > 20
+    assert len(data) > 7000
+    text = "".join(data.decode(sample["input_ids"].tolist()) for sample in data.samples(0, 50))
+    assert "self" in text
+    from psyche_lightning_text.files import read_corpus
+
+    everything = b"\n".join(read_corpus(["stdlib"], []).texts)
+    assert b"def namedtuple(" in everything
+    assert b"class TestCase" in everything  # unittest is library, not test
+    assert b"import test.support" not in everything
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=200))
+def test_byte_tokenizer_ids_are_utf8_and_round_trip(text: str) -> None:
+    tokenizer = _tokenizer()
+    ids = tokenizer.encode(text)
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+_TOKENIZERS: list[Any] = []
+
+
+def _tokenizer() -> Any:
+    if not _TOKENIZERS:
+        _TOKENIZERS.append(byte_tokenizer())
+    return _TOKENIZERS[0]
+
+
+def test_byte_tokenizer_saves_loads_and_decodes_anything(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    text = "def f(x):\n\treturn 'é 😀 \x00 Ā  '  \r\n"
+    assert loaded(text)["input_ids"] == list(text.encode())
+    assert loaded.decode(list(text.encode())) == text
+    assert len(loaded) == 256
+    assert len({loaded.convert_ids_to_tokens(byte) for byte in range(256)}) == 256
+    assert loaded.decode([0xFF, 0x41]) == "\ufffdA"
+
+
+def test_encode_and_decode(corpus: Path) -> None:
+    data = open_bytes(corpus)
+    assert data.encode("né") == [0x6E, 0xC3, 0xA9]
+    assert data.decode([0x6E, 0xC3, 0xA9]) == "né"
+
+
+def test_a_tokenizer_from_disk(corpus: Path, word_tokenizer: Path) -> None:
+    data = open_bytes(corpus, tokenizer=str(word_tokenizer), validation_samples=0, glob="a/*")
+    loaded = AutoTokenizer.from_pretrained(word_tokenizer, local_files_only=True)
+    stream: list[int] = []
+    for name in ("a/b.md", "a/z.py"):
+        stream += [*loaded.encode((corpus / name).read_text()), loaded.eos_token_id]
+    expected = sorted(stream[start : start + 16] for start in range(0, len(stream) - 15, 16))
+    assert sorted(sample["input_ids"].tolist() for sample in data.samples(0, len(data) - 1)) == expected
+    assert data.vocab_size == len(loaded) > 256
+    assert data.decode(data.encode("another line")) == "another line"
+    file = open_bytes(corpus, tokenizer=str(word_tokenizer / "tokenizer.json"), validation_samples=0, glob="a/*")
+    assert file.vocab_size == data.vocab_size
+
+
+def test_long_texts_are_tokenized_in_pieces_without_loss(
+    corpus: Path, word_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = open_bytes(corpus, tokenizer=str(word_tokenizer))
+    monkeypatch.setattr("psyche_lightning_text.tokens._PIECE_CHARACTERS", 50)
+    assert open_bytes(corpus, tokenizer=str(word_tokenizer)).fingerprint == whole.fingerprint
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path, word_tokenizer: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 40)
+    assert 0xE9 in open_bytes(tmp_path).samples(0, 0)[0]["input_ids"]
+    data = open_bytes(tmp_path, tokenizer=str(word_tokenizer))
+    assert "\ufffd" in data.decode(data.samples(0, 0)[0]["input_ids"].tolist())
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_progress_appears_only_when_it_takes_long(
+    slow: bool, corpus: Path, word_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("psyche_lightning_text.tokens._QUIET_SECONDS", -1.0 if slow else 1e9)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    open_bytes(corpus, tokenizer=str(word_tokenizer))
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert ("Tokenizing" in captured.err) == slow
+
+
+def test_no_progress_in_a_log(
+    corpus: Path, word_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("psyche_lightning_text.tokens._QUIET_SECONDS", -1.0)
+    open_bytes(corpus, tokenizer=str(word_tokenizer))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"paht": "x"}, "no option 'paht'. Did you mean 'path'"),
+        ({"path": None}, "path is None, expected a string or a list"),
+        ({"path": []}, "expected a string or a list"),
+        ({"path": "no/such/place"}, "'no/such/place' does not exist .looked for /"),
+        ({"seq_len": 1}, "seq_len is 1, expected a whole number, 2 or more"),
+        ({"seq_len": "16"}, "seq_len is '16'"),
+        ({"glob": ""}, "glob is '', expected"),
+        ({"glob": "*.rst"}, r"none of its 6 files matches \*.rst"),
+        ({"tokenizer": 3}, "tokenizer is 3, expected 'bytes' or the path"),
+        ({"tokenizer": "gpt2"}, "tokenizer 'gpt2' does not exist .*not looked up"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0, expected a share"),
+        ({"validation_fraction": "0.1"}, "validation_fraction is '0.1'"),
+        ({"validation_samples": -1}, "validation_samples is -1"),
+        ({"validation_samples": 5, "validation_fraction": 0.1}, "Both validation_fraction and validation_samples"),
+        ({"validation_samples": 10**6}, "too little text"),
+        ({"max_bytes": 0}, "max_bytes is 0, expected a whole number, 1 or more"),
+        ({"seq_len": 10**6}, "make 0 samples of seq_len=1000000"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str, corpus: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build({"path": str(corpus), "seq_len": 16, **options}, seed=0)
+
+
+@pytest.mark.parametrize("missing", ["path", "seq_len"])
+def test_required_options(missing: str, corpus: Path) -> None:
+    config = {"path": str(corpus), "seq_len": 16}
+    del config[missing]
+    with pytest.raises(ConfigError, match=f"needs the option '{missing}'"):
+        build(config, seed=0)
+
+
+def test_places_without_text_are_refused(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ConfigError, match=r"no text in the folder .*: none of its 0 files"):
+        open_bytes(empty)
+    (empty / "a.txt").touch()
+    (empty / "b.txt").write_bytes(b"\0" * 100)
+    with pytest.raises(ConfigError, match="it has 1 empty and 1 binary files"):
+        open_bytes(empty)
+    with pytest.raises(ConfigError, match=r"b.txt' is not text: it has zero bytes"):
+        open_bytes(empty / "b.txt")
+    (empty / "a.txt").write_text("short")
+    with pytest.raises(ConfigError, match="6 tokens make 0 samples of seq_len=16"):
+        open_bytes(empty)
+
+
+def test_an_unreadable_file_is_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ConfigError, match=r"Z.txt' cannot be read: Permission denied"):
+        open_bytes(corpus)
+
+
+def test_a_broken_tokenizer_is_refused(corpus: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "tokenizer.json"
+    broken.write_text("{}")
+    for place in (broken, tmp_path):
+        with pytest.raises(ConfigError, match="cannot be loaded"):
+            open_bytes(corpus, tokenizer=str(place))
+
+
+def test_the_host_finds_the_provider(corpus: Path) -> None:
+    plugins = Plugins(only=["psyche-lightning-text"])
+    assert not plugins.failures
+    registration = plugins.data_providers()["text"]
+    assert registration.distribution == "psyche-lightning-text"
+    assert len(registration.factory({"path": str(corpus), "seq_len": 16}, seed=3)) > 0
+
+
+def test_loading_the_plugin_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, psyche_lightning_text.plugin; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
