@@ -7,6 +7,7 @@ Hosts around it (in the process, the server, the simulator) bring the clock and 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from psyche_lightning.coordinator.codec import from_json, round_from_json, round
 from psyche_lightning.coordinator.journal import Event, Journal, Metrics, plain_round
 from psyche_lightning.coordinator.limits import Limits, check_config, check_run_id
 from psyche_lightning.coordinator.machine import MachineError
-from psyche_lightning.coordinator.manifest import merge
+from psyche_lightning.coordinator.manifest import merge, settle, with_terms
 from psyche_lightning.coordinator.protocol import Report
 from psyche_lightning.coordinator.state import (
     Client,
@@ -46,6 +47,8 @@ class RunHost:
         max_seq_len: tokens of a sample.
         manifest: the sections that are agreed already; None when the first node fixes everything.
         limits: the sizes for which this host has room; roomy when None.
+        unset: what of the configuration the first node fixes through the section ``run`` of its manifest: names of
+            :data:`~psyche_lightning.coordinator.manifest.TERMS`.
 
     Attributes:
         state: the run's state.
@@ -67,6 +70,7 @@ class RunHost:
         max_seq_len: int = 1,
         manifest: dict[str, Any] | None = None,
         limits: Limits | None = None,
+        unset: Sequence[str] = (),
     ) -> None:
         self.limits = limits or Limits()
         check_run_id(run_id)
@@ -80,6 +84,7 @@ class RunHost:
         self.history: list[Round] = []
         self.history_epoch = 0
         self._seed = seed
+        self._terms: dict[str, int | None] = dict.fromkeys(unset)
         self._members: dict[bytes, Client] = {}
         self._journal = Journal()
         self._now = 0.0
@@ -122,6 +127,16 @@ class RunHost:
     def members(self) -> list[bytes]:
         """Signers of everyone who joined and is not gone, clients of the epoch and pending ones alike."""
         return list(self._members)
+
+    def pending(self) -> list[Client]:
+        """Members who wait for the next epoch."""
+        present = {client.signer for client in self.state.clients}
+        return [member for signer, member in self._members.items() if signer not in present]
+
+    @property
+    def unset(self) -> list[str]:
+        """What of the configuration the first node will fix."""
+        return [name for name, value in self._terms.items() if value is None]
 
     def rounds(self, epoch: int, first: int) -> list[Round]:
         """The rounds of that epoch from height ``first`` on; empty if not all of them are kept."""
@@ -189,12 +204,27 @@ class RunHost:
                 code="RunFull",
                 retryable=True,
             )
-        self.manifest = merge(self.manifest, manifest)
+        manifest, terms = settle(self._terms, manifest)
+        state = self._with_terms(terms)
+        self.manifest, self._terms = merge(self.manifest, manifest), terms
         if signer not in self._members:
             self._journal.note(self.state, now, "joined", f"{short(signer)} joined", signer)
         self._members[signer] = Client(signer, node, address)
         self.begin(now)
-        self._apply(machine.move(self.state, signer, node, address), now)
+        self._apply(machine.move(state, signer, node, address), now)
+
+    def _with_terms(self, terms: dict[str, int | None]) -> RunState:
+        """The state with what a node fixed of the configuration."""
+        if terms == self._terms:
+            return self.state
+        config = with_terms(self.state.config, terms)
+        try:
+            check_config(config, self.limits)
+        except ConfigError as error:
+            raise CoordinatorError(
+                f"the run cannot take this node's values: {error}", code="InvalidManifest"
+            ) from error
+        return replace(self.state, config=config, nonce=self.state.nonce + 1)
 
     def withdraw(self, signer: bytes, now: float) -> None:
         """A node leaves: a pending member is forgotten, a client of the epoch becomes Withdrawn.
@@ -330,6 +360,7 @@ class RunHost:
             "format": FORMAT,
             "seed": self._seed,
             "now": float(self._now),
+            "terms": self._terms,
             "manifest": self.manifest,
             "state": to_json(self.state),
             "members": [to_json(member) for member in self._members.values()],
@@ -352,6 +383,7 @@ class RunHost:
             host = cls(state.run_id, state.config, seed=data["seed"], max_seq_len=state.max_seq_len, limits=limits)
             host.state = state
             host.manifest = data["manifest"]
+            host._terms = dict(data["terms"])
             host.history = [round_from_json(item) for item in data["history"]]
             host.history_epoch = data["history_epoch"]
             host._members = {member.signer: member for member in (from_json(Client, m) for m in data["members"])}

@@ -1,0 +1,149 @@
+"""What people ask of a coordinator server: create, list, look at, pause and resume runs. Plain HTTP, no asyncio."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
+from psyche_lightning.coordinator.problems import coordinator_error
+from psyche_lightning.errors import ConfigError, CoordinatorError
+
+URL_VARIABLE = "PSYCHE_COORDINATOR"
+TOKEN_VARIABLE = "PSYCHE_COORDINATOR_TOKEN"
+TIMEOUT = 5.0
+MAX_ANSWER_SIZE = 64 * 1024 * 1024
+
+
+def check_url(url: str) -> str:
+    """The URL without a slash at its end.
+
+    Raises:
+        ConfigError: it is not an http or https URL.
+    """
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ConfigError(f"{url!r} is not a coordinator's URL; expected one such as http://127.0.0.1:8080")
+    return url.rstrip("/")
+
+
+class CoordinatorAdmin:
+    """A client for people's requests.
+
+    Args:
+        url: of the server; None for the environment's ``PSYCHE_COORDINATOR``.
+        token: for a server that wants one; None for the environment's ``PSYCHE_COORDINATOR_TOKEN``.
+        attempts: tries to reach the server.
+    """
+
+    def __init__(self, url: str | None = None, *, token: str | None = None, attempts: int = 5) -> None:
+        url = url or os.environ.get(URL_VARIABLE)
+        if not url:
+            raise ConfigError(f"no coordinator given: pass --coordinator URL or set {URL_VARIABLE}")
+        self.url = check_url(url)
+        self._token = token or os.environ.get(TOKEN_VARIABLE)
+        self._attempts = attempts
+        # The environment's proxies are for the world outside; a coordinator on this machine is not behind them.
+        local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
+        self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+
+    def create(
+        self,
+        run_id: str,
+        config: dict[str, Any] | None = None,
+        *,
+        manifest: dict[str, Any] | None = None,
+        seed: int | None = None,
+        max_seq_len: int = 1,
+    ) -> dict[str, Any]:
+        """Create a run and return its status. Creating it again in the same way changes nothing.
+
+        Args:
+            run_id: its name, at most 32 bytes.
+            config: values of :class:`~psyche_lightning.coordinator.state.CoordinatorConfig`; the rest is default.
+            manifest: what is already known of the run's manifest.
+            seed: from which all committees and assignments follow; None for a random one.
+            max_seq_len: tokens of a sample.
+
+        Raises:
+            CoordinatorError: it was refused, or the server cannot be reached.
+        """
+        body = {
+            "run_id": run_id, "config": config or {}, "manifest": manifest, "seed": seed, "max_seq_len": max_seq_len
+        }  # fmt: skip
+        return self._ask("POST", "/v1/runs", body)
+
+    def status(self, run_id: str) -> dict[str, Any]:
+        """What ``GET /v1/runs/RUN`` answers: the run for people and programs to look at."""
+        return self._ask("GET", _path(run_id))
+
+    def runs(self) -> list[dict[str, Any]]:
+        """A line on each run: ``run_id``, ``phase``, ``epoch``, ``step``, ``total_steps``, ``clients``."""
+        runs: list[dict[str, Any]] = self._ask("GET", "/v1/runs")["runs"]
+        return runs
+
+    def pause(self, run_id: str) -> dict[str, Any]:
+        """Pause the run at the end of its epoch, at once when none is under way; returns the status."""
+        return self._ask("POST", _path(run_id) + "/pause", {})
+
+    def resume(self, run_id: str) -> dict[str, Any]:
+        """Resume a paused run; returns the status."""
+        return self._ask("POST", _path(run_id) + "/resume", {})
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        retrying = Retrying(
+            retry=retry_if_exception_type(OSError),
+            wait=wait_exponential_jitter(initial=0.5, max=3.0, jitter=0.5),
+            stop=stop_after_attempt(self._attempts),
+            reraise=True,
+        )
+        try:
+            return retrying(self._once, method, path, body)
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            raise CoordinatorError(
+                f"cannot reach the coordinator at {self.url}: {reason}. Tried {self._attempts} times. Start one with "
+                f"`psyche coordinator --port N`, or give its URL with --coordinator or {URL_VARIABLE}.",
+                code="Unreachable",
+                retryable=True,
+            ) from error
+
+    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        headers = {"Accept": "application/json"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
+        try:
+            with self._opener.open(request, timeout=TIMEOUT) as answer:
+                return self._parse(answer.read(MAX_ANSWER_SIZE), 200)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise coordinator_error(self._parse(error.read(MAX_ANSWER_SIZE), error.code)) from None
+
+    def _parse(self, data: bytes, status: int) -> dict[str, Any]:
+        try:
+            value = json.loads(data)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise CoordinatorError(
+                f"{self.url} answered {status} with something that is not JSON: no psyche coordinator listens there",
+                code="Unreachable",
+            )
+        return value
+
+
+def _path(run_id: str) -> str:
+    return f"/v1/runs/{quote(run_id, safe='')}"

@@ -1,0 +1,89 @@
+"""How a run is created from what people send: names checked, the rest default."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.coordinator.state import CoordinatorConfig
+from psyche_lightning.errors import ConfigError
+
+KEYS = ("run_id", "config", "manifest", "seed", "max_seq_len")
+SETTINGS = {field.name: field.type for field in fields(CoordinatorConfig)}
+
+
+def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHost:
+    """The run that a request describes, not yet open to members.
+
+    A batch size or number of steps that it leaves out is fixed by the first node that joins.
+
+    Args:
+        body: ``run_id``, and optionally ``config`` (fields of :class:`CoordinatorConfig`), ``manifest``, ``seed`` and
+            ``max_seq_len``.
+        entropy: returns that many random bytes, for the seed of a request that has none.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest), or a value of a wrong type or out of range.
+    """
+    _known(body, KEYS, "key of a run's creation")
+    run_id, config, manifest = body.get("run_id"), body.get("config") or {}, body.get("manifest")
+    seed, max_seq_len = body.get("seed"), body.get("max_seq_len", 1)
+    if not isinstance(run_id, str):
+        raise ConfigError(f"run_id is {run_id!r}; a run has a name of 1 to 32 bytes")
+    if not isinstance(config, dict):
+        raise ConfigError("config is not a JSON object of settings such as init_min_clients")
+    if not isinstance(manifest, (dict, type(None))):
+        raise ConfigError("manifest is not a JSON object of sections such as model")
+    if seed is None:
+        seed = int.from_bytes(entropy(8), "little")
+    for name, value in (("seed", seed), ("max_seq_len", max_seq_len)):
+        if type(value) is not int:
+            raise ConfigError(f"{name} is {value!r}; expected a whole number")
+    values = check_settings(config)
+    if "global_batch_size_start" in values:
+        values.setdefault("global_batch_size_end", values["global_batch_size_start"])
+    elif "global_batch_size_end" in values:
+        values["global_batch_size_start"] = values["global_batch_size_end"]
+    unset = [] if "global_batch_size_start" in values else ["global_batch_size"]
+    unset += [] if "total_steps" in values else ["total_steps"]
+    return RunHost(
+        run_id,
+        CoordinatorConfig(**values),
+        seed=seed,
+        max_seq_len=max_seq_len,
+        manifest=manifest or None,
+        unset=unset,
+    )
+
+
+def check_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings with numbers of the right kind; those that are null are left out.
+
+    Raises:
+        ConfigError: an unknown name, with the nearest and the choices, or something that is not a number.
+    """
+    _known(config, tuple(SETTINGS), "setting of a run")
+    values: dict[str, Any] = {}
+    for name, value in config.items():
+        if value is None:
+            continue
+        # The annotations are text, and only these two.
+        if SETTINGS[name] == "float" and type(value) in (int, float):
+            values[name] = float(value)
+        elif SETTINGS[name] == "int" and type(value) is int:
+            values[name] = value
+        else:
+            expected = "a number of seconds" if SETTINGS[name] == "float" else "a whole number"
+            raise ConfigError(f"{name} is {value!r}; expected {expected}")
+    return values
+
+
+def _known(given: dict[str, Any], names: tuple[str, ...], what: str) -> None:
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name!r} is not a {what}.{hint} There are: {', '.join(names)}.")
