@@ -336,7 +336,8 @@ class DisTrO(torch.optim.Optimizer):
             if parameter.grad.layout != torch.strided:
                 name = self.layout.entries[number].name
                 raise ConfigError(f"the gradient of {name!r} is sparse; DisTrO needs dense ones (sparse=False)")
-            norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+            wide = torch.promote_types(parameter.grad.dtype, torch.float32)
+            norms.append(torch.linalg.vector_norm(parameter.grad, dtype=wide).to(torch.float32))
             numbers.append(number)
         for number, value in zip(numbers, _values(norms), strict=True):
             if not math.isfinite(value):

@@ -1,0 +1,32 @@
+import pytest
+
+from psyche_lightning.distro import DistroConfig
+from psyche_lightning.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"chunk": 4},
+        {"chunk": 63},
+        {"chunk": 128},
+        {"k": 0},
+        {"k": 1025},
+        {"k": True},
+        {"k": 2.0},
+        {"chunk": 8, "k": 17},
+        {"decay": -0.1},
+        {"decay": 1.1},
+        {"decay": float("nan")},
+        {"removal": 2},
+        {"removal": None},
+    ],
+)
+def test_values_out_of_range_are_named(values):
+    with pytest.raises(ConfigError, match=rf"distro {list(values)[-1]} is .*; .*choose"):
+        DistroConfig(**values)
+
+
+def test_the_ends_of_the_ranges_are_allowed():
+    assert DistroConfig(chunk=8, k=16, decay=0, removal=1).area == 64
+    assert DistroConfig(chunk=64, k=1024, decay=1, removal=0.0).area == 4096
