@@ -86,6 +86,10 @@ class CoordinatorAdmin:
         """What ``GET /v1/runs/RUN`` answers: the run for people and programs to look at."""
         return self._ask("GET", _path(run_id))
 
+    def manifest(self, digest: str) -> dict[str, Any]:
+        """The manifest whose SHA-256 in hex a run's status gives as ``manifest_digest``."""
+        return self._ask("GET", f"/v1/manifests/{digest}")
+
     def runs(self) -> list[dict[str, Any]]:
         """A line on each run: ``run_id``, ``phase``, ``epoch``, ``step``, ``total_steps``, ``clients``."""
         runs: list[dict[str, Any]] = self._ask("GET", "/v1/runs")["runs"]

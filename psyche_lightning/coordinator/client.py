@@ -16,6 +16,7 @@ import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, stop_after_delay
 from tenacity.wait import wait_exponential_jitter
 
+from psyche_lightning.coordinator.admin import CoordinatorAdmin
 from psyche_lightning.coordinator.channel import (
     CLOSE_REPLACED,
     MAX_FRAME_SIZE,
@@ -27,8 +28,8 @@ from psyche_lightning.coordinator.channel import (
 )
 from psyche_lightning.coordinator.codec import patch, round_from_json, state_from_json
 from psyche_lightning.coordinator.problems import coordinator_error
-from psyche_lightning.coordinator.protocol import Report
-from psyche_lightning.coordinator.state import Round, RunState, WitnessProof
+from psyche_lightning.coordinator.protocol import Report, Terms
+from psyche_lightning.coordinator.state import CoordinatorConfig, Round, RunState, WitnessProof
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.wire.identity import Identity, short
 
@@ -112,6 +113,10 @@ class HttpCoordinator:
 
     # The protocol.
 
+    async def terms(self) -> Terms:
+        """What the run has fixed, by plain requests for its status and manifest."""
+        return await asyncio.get_running_loop().run_in_executor(None, self._terms)
+
     async def join(self, address: str, manifest: dict[str, Any]) -> None:
         """Join; the manifest itself travels only when the server does not hold it."""
         digest = manifest_digest(manifest)
@@ -182,6 +187,23 @@ class HttpCoordinator:
                 await self._task
             self._task = None
         self._fail(CoordinatorError(f"the connection to {self.url} was closed by this node", code="Closed"))
+
+    def _terms(self) -> Terms:
+        admin = CoordinatorAdmin(self.url, attempts=self._attempts)
+        for attempt in range(3):
+            status = admin.status(self.run_id)
+            digest, config = status["manifest_digest"], status["config"]
+            try:
+                manifest = None if digest is None else admin.manifest(digest)
+            except CoordinatorError as error:  # another node added a section just now
+                if error.code != "UnknownManifest" or attempt == 2:
+                    raise
+                continue
+            sizes = {"global_batch_size": config["global_batch_size_end"], "total_steps": config["total_steps"]}
+            values = {name: value for name, value in config.items() if value is not None}
+            unset = tuple(name for name, value in sizes.items() if value is None)
+            return Terms(CoordinatorConfig(**values), unset, manifest)
+        raise AssertionError("returned or raised in the last attempt")
 
     # The connection, one background task.
 

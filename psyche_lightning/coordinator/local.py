@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.coordinator.live import LiveRun, states
-from psyche_lightning.coordinator.protocol import Report
+from psyche_lightning.coordinator.protocol import Report, Terms
 from psyche_lightning.coordinator.state import Round, RunState, WitnessProof
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.wire.identity import Identity
@@ -34,6 +34,11 @@ class LocalCoordinator:
         self._signer = identity.public
         self._timekeeper: asyncio.Task[None] | None = None
         self._closed = False
+
+    async def terms(self) -> Terms:
+        """What the run has fixed."""
+        host = self._run.host
+        return Terms(host.state.config, tuple(host.unset), host.manifest)
 
     async def join(self, address: str, manifest: dict[str, Any]) -> None:
         """Join the run."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from psyche_lightning.coordinator.state import Round, RunState, WitnessProof
+from psyche_lightning.coordinator.state import CoordinatorConfig, Round, RunState, WitnessProof
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,31 @@ class Report:
     bytes_down: int = 0
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a run has fixed, as a node that thinks of joining sees it.
+
+    Attributes:
+        config: durations and sizes.
+        unset: what the first node to join fixes: ``global_batch_size`` and ``total_steps``, or one of them.
+        manifest: the agreed sections; None as long as there are none.
+    """
+
+    config: CoordinatorConfig
+    unset: tuple[str, ...] = ()
+    manifest: dict[str, Any] | None = None
+
+
 class Coordinator(Protocol):
     """A client of one run's coordinator. All methods raise :class:`~psyche_lightning.errors.CoordinatorError`.
 
     Implementations retry what is retryable with bounds of their own; what still fails is raised with
     ``retryable=True`` when trying again later makes sense. The signer of every call is the client itself.
     """
+
+    async def terms(self) -> Terms:
+        """What the run has fixed; does not join it."""
+        ...
 
     async def join(self, address: str, manifest: dict[str, Any]) -> None:
         """Become a pending member with this transport address and run manifest (idempotent).

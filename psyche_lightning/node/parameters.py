@@ -1,0 +1,170 @@
+"""The replica of a torch module that a DisTrO optimizer trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from psyche_lightning.distro import DisTrO
+from psyche_lightning.errors import ConfigError, WireError
+from psyche_lightning.node.snapshot import (
+    DTYPE_SIZES,
+    PIECE_SIZE,
+    Get,
+    Put,
+    TensorEntry,
+    decode_index,
+    encode_index,
+    entry_of,
+)
+
+
+class ParameterReplica:
+    """Published parameters of a module; implements :class:`~psyche_lightning.node.replica.Replica`.
+
+    Its digest covers what the optimizer trains (float32 masters where it has some) and the frozen parameters. Tensors
+    are read and written one at a time, so that no second copy of the model is ever in memory.
+
+    Args:
+        optimizer: trains some of the module's parameters, under the names that ``module.named_parameters()`` has.
+        module: the model; its persistent buffers are those that are copied at the start of an epoch.
+
+    Raises:
+        ConfigError: a parameter or buffer has a dtype that has no place in a snapshot.
+    """
+
+    def __init__(self, optimizer: DisTrO, module: torch.nn.Module) -> None:
+        self.layout = optimizer.layout_digest
+        self.max_payload = optimizer.max_payload
+        self._optimizer = optimizer
+        trained = {entry.name for entry in optimizer.layout.entries}
+        self._frozen = {name: value for name, value in module.named_parameters() if name not in trained}
+        self._frozen_entries: list[TensorEntry] | None = None
+        self._module = module
+        self.has_buffers = bool(persistent_buffers(module))
+        for name, tensor in {**self._frozen, **persistent_buffers(module)}.items():
+            if _dtype_name(tensor) not in DTYPE_SIZES:
+                raise ConfigError(
+                    f"{name!r} is {tensor.dtype}, which cannot be sent to other nodes; use one of "
+                    f"{', '.join(DTYPE_SIZES)}"
+                )
+
+    def check(self, payload: bytes) -> None:
+        """Refuse a malformed payload; called from other threads.
+
+        Raises:
+            PayloadError: it is not canonical or does not fit the layout.
+        """
+        self._optimizer.check(payload)
+
+    def apply(self, payloads: Sequence[bytes], lrs: tuple[int, ...]) -> None:
+        """Apply an agreed set of payloads."""
+        self._optimizer.apply(payloads, lrs)
+
+    def digest(self, put: Put) -> bytes:
+        """Digest of the parameters; stores the index blob but no tensors."""
+        return put(encode_index(self._entries(None)))
+
+    def snapshot(self, put: Put) -> bytes:
+        """Store all parameters as blobs and return their digest."""
+        return put(encode_index(self._entries(put)))
+
+    def load(self, digest: bytes, get: Get) -> None:
+        """Replace the parameters by those of that digest.
+
+        Raises:
+            WireError: names, shapes or dtypes are not this model's.
+        """
+        trained = dict(self._optimizer.published())
+        entries = _matching("parameter", decode_index(get(digest)), {**trained, **self._frozen})
+        for entry in entries:
+            tensor = _read(entry, get)
+            if entry.name in trained:
+                self._optimizer.load_published(entry.name, tensor)
+            else:
+                with torch.no_grad():
+                    self._frozen[entry.name].copy_(tensor)
+        self._frozen_entries = None
+
+    def snapshot_buffers(self, put: Put) -> bytes:
+        """Store the buffers as blobs and return the hash of their index."""
+        return put(encode_index(_describe(persistent_buffers(self._module).items(), put)))
+
+    def load_buffers(self, index: bytes, get: Get) -> None:
+        """Replace the buffers by those of that index.
+
+        Raises:
+            WireError: names, shapes or dtypes are not this model's.
+        """
+        buffers = persistent_buffers(self._module)
+        for entry in _matching("buffer", decode_index(get(index)), buffers):
+            with torch.no_grad():
+                buffers[entry.name].copy_(_read(entry, get))
+
+    def _entries(self, put: Put | None) -> list[TensorEntry]:
+        if self._frozen_entries is None or put is not None:
+            self._frozen_entries = list(_describe(self._frozen.items(), put))
+        return [*_describe(self._optimizer.published(), put), *self._frozen_entries]
+
+
+def persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a module's ``state_dict`` has, by name."""
+    found: dict[str, torch.Tensor] = {}
+    for prefix, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _describe(tensors: Iterable[tuple[str, torch.Tensor]], put: Put | None) -> Iterator[TensorEntry]:
+    """The index entries of named tensors, one after the other."""
+    for name, tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        data = memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+        yield entry_of(name, _dtype_name(tensor), tuple(tensor.shape), data, put)
+
+
+def _matching(what: str, entries: list[TensorEntry], ours: Mapping[str, torch.Tensor]) -> list[TensorEntry]:
+    """The entries, if they are exactly our tensors.
+
+    Raises:
+        WireError: which name is missing or unknown, or which shape or dtype differs.
+    """
+    theirs = {entry.name for entry in entries}
+    for complaint, names in (("lacks", ours.keys() - theirs), ("has unknown", theirs - ours.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:5])
+            raise WireError(f"the snapshot {complaint} {len(names)} {what}s of this model, such as {shown}")
+    for entry in entries:
+        tensor = ours[entry.name]
+        mine = (_dtype_name(tensor), tuple(tensor.shape))
+        if (entry.dtype, entry.shape) != mine:
+            raise WireError(
+                f"the {what} {entry.name!r} of the snapshot is {entry.dtype} {list(entry.shape)}; this model has "
+                f"{mine[0]} {list(mine[1])}"
+            )
+    return entries
+
+
+def _read(entry: TensorEntry, get: Get) -> torch.Tensor:
+    """A tensor of an index on the CPU.
+
+    Raises:
+        WireError: its pieces do not have the sizes that the index promises.
+    """
+    tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    done = 0
+    for piece in entry.pieces:
+        data = get(piece)
+        if len(data) != min(PIECE_SIZE, entry.size - done):
+            raise WireError(f"a piece of {entry.name!r} has {len(data)} bytes, not {min(PIECE_SIZE, entry.size - done)}")
+        view[done : done + len(data)] = data
+        done += len(data)
+    return tensor
