@@ -130,8 +130,9 @@ class RunHost:
 
     def pending(self) -> list[Client]:
         """Members who wait for the next epoch."""
-        present = {client.signer for client in self.state.clients}
-        return [member for signer, member in self._members.items() if signer not in present]
+        formed = self.state.phase is Phase.WARMUP or self.state.phase.active
+        busy = {client.signer for client in machine.healthy(self.state)} if formed else ()
+        return [member for signer, member in self._members.items() if signer not in busy]
 
     @property
     def unset(self) -> list[str]:
@@ -210,7 +211,8 @@ class RunHost:
         if signer not in self._members:
             self._journal.note(self.state, now, "joined", f"{short(signer)} joined", signer)
         self._members[signer] = Client(signer, node, address)
-        self.begin(now)
+        if state.phase is Phase.UNINITIALIZED:
+            state = machine.start(state, now)
         self._apply(machine.move(state, signer, node, address), now)
 
     def _with_terms(self, terms: dict[str, int | None]) -> RunState:

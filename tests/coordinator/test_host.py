@@ -1,0 +1,449 @@
+"""One run as its host keeps it: members, manifest, history, durability, and what people read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from psyche_lightning.coordinator import host as host_module
+from psyche_lightning.coordinator import journal as journal_module
+from psyche_lightning.coordinator.bloom import participants_bloom
+from psyche_lightning.coordinator.committee import round_selection
+from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.coordinator.limits import PSYCHE_LIMITS, Limits
+from psyche_lightning.coordinator.protocol import Report
+from psyche_lightning.coordinator.state import Checkpoint, ClientStatus, CoordinatorConfig, Phase
+from psyche_lightning.errors import ConfigError, CoordinatorError, ManifestMismatchError, WireError
+
+CONFIG = CoordinatorConfig(
+    warmup_time=10.0,
+    cooldown_time=10.0,
+    max_round_train_time=10.0,
+    round_witness_time=10.0,
+    epoch_time=1000.0,
+    global_batch_size_start=6,
+    global_batch_size_end=6,
+    total_steps=3,
+    init_min_clients=3,
+    min_clients=2,
+    waiting_for_members_extra_time=5.0,
+)
+DIGEST = b"d" * 32
+
+
+def key(i: int) -> bytes:
+    return bytes([i + 1]) * 32
+
+
+def make(seed: int = 7, limits: Limits | None = None, manifest: dict[str, Any] | None = None, **config: Any) -> RunHost:
+    return RunHost("run", replace(CONFIG, **config), seed=seed, manifest=manifest, limits=limits)
+
+
+def join(host: RunHost, who: Iterable[int], now: float = 0.0) -> None:
+    for i in who:
+        host.join(key(i), key(i), f"host:{i}", {"model": {"width": 8}}, now)
+
+
+def training(**arguments: Any) -> RunHost:
+    host = make(**arguments)
+    join(host, range(3))
+    host.tick(5.0)
+    for i in range(3):
+        host.warmup_witness(key(i), 0, i, DIGEST, 5.0)
+    assert host.state.phase is Phase.ROUND_TRAIN
+    return host
+
+
+def report(host: RunHost, i: int, now: float, figures: Report | None = None, heard: Iterable[int] = range(3)) -> None:
+    round_ = host.state.current
+    assert round_ is not None
+    proof = round_selection(round_, host.state.config).witness_proof(round_.clients.index(key(i)))
+    bloom = participants_bloom(round_.seed, [key(j) for j in heard])
+    host.witness(
+        key(i), host.state.epoch, round_.height, proof, DIGEST, bloom, bloom, figures or Report(round_.step), now
+    )
+
+
+def code_of(call: Callable[[], object]) -> str:
+    with pytest.raises(CoordinatorError) as caught:
+        call()
+    return caught.value.code
+
+
+def finished(**arguments: Any) -> RunHost:
+    host = training(**arguments)
+    while host.state.phase is Phase.ROUND_TRAIN:
+        report(host, 0, 6.0)
+        report(host, 1, 6.0)
+    for i in (0, 1):
+        host.checkpoint(key(i), 0, 3, DIGEST, 7.0)
+    return host
+
+
+def one_step(host: RunHost) -> None:
+    """Let the epoch, which lasts 11 seconds, end after its first round."""
+    host.tick(15.0)
+    for i in range(3):
+        report(host, i, 20.0)
+    while host.state.phase is not Phase.COOLDOWN:
+        report(host, 0, 20.0)
+        report(host, 1, 20.0)
+    for i in range(2):
+        host.checkpoint(key(i), 0, 1, DIGEST, 21.0)
+
+
+def test_a_run_from_beginning_to_end() -> None:
+    host = finished()
+    assert (host.state.phase, host.state.step) == (Phase.FINISHED, 4)
+    assert host.state.checkpoint == Checkpoint(DIGEST, 3)
+    assert [(r.height, r.step, r.data_index) for r in host.history] == [
+        (0, 1, 0), (1, 2, 6), (2, 3, 12), (3, 0, 18), (4, 0, 18)
+    ]  # fmt: skip
+    assert all(len(r.witnesses) == 2 and r.witnesses[0].participants == b"" for r in host.history)
+    assert host.state.rounds[0].witnesses[0].participants != b""
+    assert host.deadline() is None
+    assert not host.tick(1e9)
+
+
+def test_seeds_follow_from_run_epoch_and_height() -> None:
+    first, second, other = (training(seed=seed) for seed in (7, 7, 8))
+    expected = hashlib.sha256(struct.pack("<Q", 7) + b"run" + struct.pack("<QQ", 0, 0)).digest()
+    assert first.history[0].seed == second.history[0].seed == int.from_bytes(expected[:8], "little")
+    assert other.history[0].seed != first.history[0].seed
+    report(first, 0, 6.0)
+    report(first, 1, 6.0)
+    assert first.history[1].seed != first.history[0].seed
+
+
+def test_bad_runs_are_not_made() -> None:
+    for arguments in (
+        {"run_id": "", "config": CONFIG, "seed": 1},
+        {"run_id": "r", "config": replace(CONFIG, total_steps=0), "seed": 1},
+        {"run_id": "r", "config": replace(CONFIG, warmup_time=0.5), "seed": 1, "limits": PSYCHE_LIMITS},
+        {"run_id": "r", "config": CONFIG, "seed": -1},
+        {"run_id": "r", "config": CONFIG, "seed": 1, "max_seq_len": 0},
+    ):
+        with pytest.raises(ConfigError):
+            RunHost(**arguments)  # type: ignore[arg-type]
+
+
+def test_manifest_is_fixed_by_the_first_and_checked_for_the_others() -> None:
+    host = make(manifest={"data": {"path": "x"}})
+    host.join(key(0), key(0), "", {"model": {"width": 8}}, 0.0)
+    assert host.manifest == {"data": {"path": "x"}, "model": {"width": 8}}
+    with pytest.raises(ManifestMismatchError) as caught:
+        host.join(key(1), key(1), "", {"model": {"width": 9}, "data": {"path": "y"}}, 0.0)
+    assert caught.value.differences == [("data.path", "x", "y"), ("model.width", 8, 9)]
+    assert host.members() == [key(0)]
+
+
+def test_joining_is_idempotent_and_tells_a_new_address() -> None:
+    host = training()
+    host.join(key(1), key(1), "elsewhere", {}, 6.0)
+    assert host.state.clients[1].address == "elsewhere"
+    nonce = host.state.nonce
+    host.join(key(1), key(1), "elsewhere", {}, 6.0)
+    assert host.state.nonce == nonce
+    assert len(host.members()) == 3
+    assert sum(event.kind == "joined" for event in host.events) == 3
+
+
+def test_members_that_cannot_be_are_refused() -> None:
+    host = make(limits=Limits(clients=3))
+    join(host, [0])
+    assert code_of(lambda: host.join(key(1), key(0), "", {}, 0.0)) == "InvalidMember"
+    assert code_of(lambda: host.join(b"short", key(1), "", {}, 0.0)) == "InvalidMember"
+    assert code_of(lambda: host.join(key(1), b"short", "", {}, 0.0)) == "InvalidMember"
+    assert code_of(lambda: host.join(key(1), key(1), "x" * 513, {}, 0.0)) == "InvalidMember"
+    join(host, [1, 2])
+    with pytest.raises(CoordinatorError) as caught:
+        join(host, [3])
+    assert (caught.value.code, caught.value.retryable) == ("RunFull", True)
+    join(host, [2])
+    assert host.members() == [key(0), key(1), key(2)]
+
+
+def test_the_first_member_opens_a_run() -> None:
+    host = make()
+    assert (host.state.phase, host.tick(0.0)) == (Phase.UNINITIALIZED, False)
+    join(host, [0], 3.0)
+    assert (host.state.phase, host.state.phase_start) == (Phase.WAITING_FOR_MEMBERS, 3.0)
+    opened = make()
+    opened.begin(1.0)
+    opened.begin(2.0)
+    assert (opened.state.phase, opened.state.phase_start) == (Phase.WAITING_FOR_MEMBERS, 1.0)
+
+
+def test_leaving_before_an_epoch() -> None:
+    host = make()
+    join(host, range(3))
+    assert host.deadline() == 5.0
+    host.withdraw(key(1), 1.0)
+    assert host.deadline() is None
+    join(host, [1], 2.0)
+    host.disconnected(key(0), 3.0, "connection lost")
+    assert host.members() == [key(2), key(1)]
+    assert code_of(lambda: host.withdraw(key(0), 4.0)) == "InvalidWithdraw"
+    host.disconnected(key(0), 4.0, "again")
+    texts = [(event.kind, event.text) for event in host.events][-2:]
+    assert texts == [("joined", "02020202 joined"), ("dropped", "01010101 is gone: connection lost")]
+
+
+def test_leaving_within_an_epoch() -> None:
+    host = training()
+    host.withdraw(key(2), 6.0)
+    host.disconnected(key(1), 6.0, "connection lost")
+    assert [c.status for c in host.state.clients] == [
+        ClientStatus.HEALTHY, ClientStatus.DROPPED, ClientStatus.WITHDRAWN
+    ]  # fmt: skip
+    assert host.members() == [key(0)]
+    # Back again: a member for the next epoch, but not of this one.
+    join(host, [1], 7.0)
+    assert [member.signer for member in host.pending()] == [key(1)]
+    assert host.state.clients[1].status is ClientStatus.DROPPED
+    assert host.members() == [key(0), key(1)]
+
+
+def test_members_of_an_epoch_are_pending_again_after_it() -> None:
+    host = training(epoch_time=11.0)
+    join(host, [3], 6.0)
+    one_step(host)
+    assert (host.state.phase, host.deadline()) == (Phase.WAITING_FOR_MEMBERS, 26.0)
+    assert host.rounds(0, 1) == host.history[1:]
+    assert len(host.pending()) == 4
+    host.tick(26.0)
+    assert [c.signer for c in host.state.clients] == [key(i) for i in range(4)]
+    assert host.history == []
+    assert host.rounds(0, 0) == []
+    assert host.pending() == []
+
+
+def test_everybody_without_a_report_is_pending_again() -> None:
+    host = training()
+    host.tick(15.0)
+    host.tick(25.0)
+    assert (host.state.phase, host.state.epoch, len(host.members())) == (Phase.WAITING_FOR_MEMBERS, 1, 3)
+    host.tick(30.0)
+    assert host.state.phase is Phase.WARMUP
+
+
+def test_health_check_drops_members() -> None:
+    host = training()
+    report(host, 0, 6.0, heard=[0, 1])
+    report(host, 1, 6.0, heard=[0, 1])
+    assert host.health_check(key(0), 0, 1, [key(2)], 7.0) == 1
+    assert host.members() == [key(0), key(1)]
+    assert host.events[-1].kind == "dropped"
+    assert host.events[-1].signer == key(2).hex()
+    assert code_of(lambda: host.health_check(key(0), 0, 1, [key(1)], 7.0)) == "InvalidHealthCheck"
+
+
+def test_pause_and_resume() -> None:
+    host = make()
+    join(host, range(3))
+    host.pause(1.0)
+    assert (host.state.phase, host.deadline()) == (Phase.PAUSED, None)
+    assert code_of(lambda: host.pause(1.0)) == "Halted"
+    host.resume(50.0)
+    assert (host.state.phase, host.deadline()) == (Phase.WAITING_FOR_MEMBERS, 55.0)
+    assert code_of(lambda: host.resume(51.0)) == "CannotResume"
+
+
+def test_rounds_are_served_from_any_kept_height(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "MAX_HISTORY", 4)
+    host = finished()
+    assert [r.height for r in host.history] == [1, 2, 3, 4]
+    assert [r.height for r in host.rounds(0, 2)] == [2, 3, 4]
+    assert host.rounds(0, 0) == []
+    assert host.rounds(0, 5) == []
+    assert host.rounds(1, 1) == []
+
+
+def test_dump_and_load_are_exact_at_every_change() -> None:
+    host = make(manifest={"model": {"width": 8}})
+    seen = 0
+
+    def check() -> None:
+        data = host.dump()
+        again = RunHost.load(json.loads(json.dumps(data, allow_nan=False)))
+        assert json.dumps(again.dump()) == json.dumps(data)
+        assert again.state == host.state
+        assert (again.history, again.members(), again.manifest) == (host.history, host.members(), host.manifest)
+        assert (again.events, again.metrics) == (host.events, host.metrics)
+
+    def both(call: Callable[[], None]) -> None:
+        nonlocal seen
+        call()
+        check()
+        seen += 1
+
+    both(lambda: join(host, range(3)))
+    both(lambda: host.tick(5.0) and None)
+    for i in range(3):
+        both(lambda i=i: host.warmup_witness(key(i), 0, i, DIGEST, 5.0))  # type: ignore[misc]
+    both(lambda: report(host, 0, 6.0, Report(1, math.nan, math.inf, 5, 6)))
+    both(lambda: report(host, 1, 6.0, Report(1, 2.5, 3.0, 7, 8)))
+    both(lambda: host.disconnected(key(2), 6.5, "gone"))
+    while host.state.phase is Phase.ROUND_TRAIN:
+        both(lambda: report(host, 0, 7.0))
+        both(lambda: report(host, 1, 7.0))
+    both(lambda: host.checkpoint(key(0), 0, 3, DIGEST, 7.0))
+    both(lambda: host.checkpoint(key(1), 0, 3, DIGEST, 7.0))
+    assert host.state.phase is Phase.FINISHED
+    assert seen == 18
+
+
+def test_dump_in_parts_together_makes_the_whole() -> None:
+    host = training()
+    early = host.dump()
+    report(host, 0, 6.0)
+    report(host, 1, 6.0)
+    late = host.dump(rounds_from=1, events_from=host.event_count - 1, metrics_from=1)
+    whole = host.dump()
+    assert [r["height"] for r in late["history"]] == [1]
+    assert late["events"] == {"first": host.event_count - 1, "items": whole["events"]["items"][-1:]}
+    assert late["metrics"] == {"first": 1, "items": whole["metrics"]["items"][1:]}
+    assert late["state"] == whole["state"]
+    assert early["events"]["items"] == whole["events"]["items"][: len(early["events"]["items"])]
+    far = host.dump(events_from=99, metrics_from=99)
+    assert far["events"] == {"first": host.event_count, "items": []}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("format", 2), ("state", {}), ("members", None), ("events", []), ("events", {"first": 0, "items": [1]}),
+     ("history", [1]), ("seed", -1), ("reports", {"xx": {"loss": None}}), ("now", None)],
+)  # fmt: skip
+def test_other_data_is_not_loaded(name: str, value: Any) -> None:
+    data = finished().dump()
+    with pytest.raises(WireError):
+        RunHost.load({**data, name: value})
+    del data[name]
+    with pytest.raises(WireError):
+        RunHost.load(data)
+
+
+def test_downtime_does_not_count() -> None:
+    host = training()
+    report(host, 0, 8.0)
+    again = RunHost.load(host.dump())
+    again.restarted(1008.0)
+    assert (again.deadline(), again.state.epoch_start) == (1015.0, 1005.0)
+    assert again.state.nonce == host.state.nonce + 1
+    gathering = make()
+    join(gathering, range(3), 2.0)
+    again = RunHost.load(gathering.dump())
+    again.restarted(102.0)
+    assert again.deadline() == 107.0
+    waiting = make()
+    waiting.begin(0.0)
+    again = RunHost.load(waiting.dump())
+    again.restarted(9.0)
+    assert again.deadline() is None
+
+
+def test_figures_of_a_round() -> None:
+    host = training()
+    report(host, 0, 6.0, Report(1, 3.0, 100.0, 1000, 500))
+    report(host, 1, 6.0, Report(1, 1.0, 50.0, 2000, 700))
+    # The third comes when its round is over: refused as a witness, but its figures count.
+    seat = round_selection(host.history[0], host.state.config).witness_proof(2)
+    late = (key(2), 0, 0, seat, DIGEST, bytes(192), bytes(192), Report(1, math.nan, math.inf, 3000, 900), 7.0)
+    for _ in range(2):
+        assert code_of(lambda: host.witness(*late)) == "InvalidWitness"
+    row = host.metrics[0]
+    assert (row.height, row.step, row.clients, row.batch_size, row.reports, row.losses) == (0, 1, 3, 6, 3, 2)
+    assert (row.loss, row.tokens_per_second, row.bytes_up, row.bytes_down) == (2.0, 150.0, 2000.0, 700.0)
+    assert host.reports[key(1)].loss == 1.0
+    # Bytes are counted since the report before, or from zero after a restart.
+    report(host, 0, 8.0, Report(2, 2.0, 100.0, 1600, 600))
+    report(host, 1, 8.0, Report(2, 2.0, 100.0, 400, 100))
+    assert (host.metrics[1].bytes_up, host.metrics[1].bytes_down) == (500.0, 100.0)
+    strangers = len(host.reports)
+    assert code_of(lambda: host.witness(key(9), *late[1:])) == "InvalidWitness"
+    assert len(host.reports) == strangers
+
+
+def test_events_tell_the_story() -> None:
+    host = finished()
+    assert [event.text for event in host.events] == [
+        "01010101 joined",
+        "02020202 joined",
+        "03030303 joined",
+        "epoch 0 is formed by 3 nodes: 01010101, 02020202, 03030303",
+        "epoch 0 begins with step 1 from the parameters 64646464",
+        "epoch 0 ends: all steps are trained; two rounds exchange what is under way",
+        "epoch 0 has ended: the parameters 64646464 of step 3 are agreed by 2 of 2 nodes that reported",
+        "the run has finished after 3 steps",
+    ]
+
+
+def test_events_of_what_goes_wrong() -> None:
+    def story(host: RunHost) -> str:
+        return "\n".join(event.text for event in host.events)
+
+    host = make()
+    join(host, range(3))
+    host.tick(5.0)
+    host.tick(15.0)
+    assert "epoch 0 could not begin: nobody reported its parameters in time" in story(host)
+    host.tick(20.0)
+    host.withdraw(key(0), 21.0)
+    host.withdraw(key(1), 21.0)
+    assert "epoch 0 could not begin: only 1 nodes are left" in story(host)
+    join(host, range(2), 22.0)
+    host.tick(27.0)
+    for i, client in enumerate(host.state.clients):
+        host.warmup_witness(client.signer, 0, i, bytes([i]) * 32, 27.0)
+    assert "nodes started from different parameters; all take those of the first node to report, 00000000" in story(
+        host
+    )
+    host.pause(28.0)
+    report(host, 0, 28.0)
+    report(host, 1, 28.0)
+    assert "a pause was asked for; the epoch ends first" in story(host)
+    assert "epoch 0 ends: a pause was asked for; two rounds" in story(host)
+    host.tick(200.0)
+    host.tick(400.0)
+    while host.state.phase.active:
+        host.tick(host.deadline() or 0.0)
+    assert "epoch 0 has ended: no parameters were reported" in story(host)
+    assert "the run is paused" in story(host)
+    host.resume(500.0)
+    assert "the run is resumed" in story(host)
+    silent = training()
+    silent.tick(15.0)
+    silent.tick(25.0)
+    assert "epoch 0 ends: no witness reported" in story(silent)
+
+
+def test_events_of_lost_parameters() -> None:
+    host = training(epoch_time=11.0)
+    one_step(host)
+    for i in range(3):
+        host.withdraw(key(i), 22.0)
+    join(host, range(3, 6), 23.0)
+    host.tick(28.0)
+    assert host.events[-1].text == (
+        "nobody is left who holds the parameters 64646464 of step 1; "
+        "the run goes on from those of the first node to report"
+    )
+
+
+def test_events_and_figures_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "MAX_EVENTS", 4)
+    monkeypatch.setattr(journal_module, "MAX_METRICS", 3)
+    host = finished()
+    assert (len(host.events), host.event_count) == (4, 8)
+    assert (len(host.metrics), host.metric_count) == (3, 5)
+    assert host.events_since(6) == host.events[2:]
+    assert host.metrics_since(0) == host.metrics
+    again = RunHost.load(host.dump())
+    assert (again.events, again.event_count) == (host.events, 8)
