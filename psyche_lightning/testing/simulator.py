@@ -243,9 +243,8 @@ class Simulation:
         return self._outcome()
 
     def _error(self, what: str) -> SimulationError:
-        return SimulationError(
-            f"simulated history {self.scenario.seed}: {what}\n  replay it: psyche sim --seed {self.scenario.seed} --trace"
-        )
+        seed = self.scenario.seed
+        return SimulationError(f"simulated history {seed}: {what}\n  replay it: psyche sim --seed {seed} --trace")
 
     def _outcome(self) -> Outcome:
         state = self._state()
@@ -499,7 +498,8 @@ class Simulation:
                 )
                 event = Trained(epoch, height, result)
             case Apply(epoch, height, payloads, lrs, due):
-                node.head = sha256(node.head, *(node.blobs[payload] for payload in payloads), repr(lrs).encode())
+                if payloads:  # as in the runtime, an empty set leaves the parameters alone
+                    node.head = sha256(node.head, *(node.blobs[payload] for payload in payloads), repr(lrs).encode())
                 self._check(node, epoch, height)
                 event = Applied(epoch, height, self._digest_blob(node) if due else b"")
             case TakeSnapshot():
