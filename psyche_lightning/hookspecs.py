@@ -142,7 +142,7 @@ def register_coordinators(register: Register[CoordinatorFactory]) -> None:
         def register_coordinators(register):
             register("solana", lambda url, run_id, identity, options: SolanaCoordinator(url, run_id, identity))
 
-    Built in: ``http`` and ``https`` (``psyche coordinator``), ``embedded`` (inside the process).
+    Built in: ``http`` and ``https`` (``psyche coordinator``), ``embedded`` (a run of this process).
     """
 
 
@@ -192,7 +192,16 @@ def register_models(register: Register[ModelFactory]) -> None:
 
 
 class DataProvider(Protocol):
-    """The samples of a run, the same on every node."""
+    """The samples of a run, the same on every node.
+
+    Attributes:
+        vocab_size: number of token ids.
+        seq_len: tokens of a sample.
+        tokenizer: a ``transformers`` tokenizer that is saved with checkpoints, or None.
+
+    An attribute ``fingerprint`` (text), where there is one, is part of the run's manifest: nodes whose samples differ
+    have different ones, and are told so when they join.
+    """
 
     vocab_size: int
     seq_len: int
@@ -238,7 +247,8 @@ def register_data_providers(register: Register[DataProviderFactory]) -> None:
     """Register sources of samples, chosen by the recipe's ``data.name``.
 
     ``factory(config, seed=...)`` returns a :class:`DataProvider`. All nodes of a run must see the same samples under
-    the same ids: whatever decides them belongs in ``config``, which is part of the run's manifest.
+    the same ids: whatever decides them belongs in ``config``, which is part of the run's manifest except for its keys
+    ``path`` and ``tokenizer``, which may differ from machine to machine.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""The built-in coordinators: ``http`` and ``https`` for ``psyche coordinator``."""
+"""The built-in coordinators: ``http`` and ``https`` for ``psyche coordinator``, ``embedded`` for one process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from psyche_lightning.coordinator.state import CoordinatorConfig
 from psyche_lightning.hookspecs import CoordinatorFactory, Register, hookimpl
 from psyche_lightning.plugins import build
 
@@ -17,8 +18,18 @@ if TYPE_CHECKING:
 @hookimpl
 def register_coordinators(register: Register[CoordinatorFactory]) -> None:
     """Offer the coordinators that every installation has."""
+    register("embedded", embedded)
     register("http", http)
     register("https", http)
+
+
+def embedded(url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
+    """A new run that lives and ends with this process; the options are those of :class:`RunHost`."""
+    from psyche_lightning.coordinator.host import RunHost
+    from psyche_lightning.coordinator.local import LocalCoordinator
+
+    values = {"config": CoordinatorConfig(), "seed": 0, **options}
+    return LocalCoordinator(build("coordinator 'embedded'", partial(RunHost, run_id), values), identity)
 
 
 def http(url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:

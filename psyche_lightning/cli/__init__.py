@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 import psyche_lightning
-from psyche_lightning.errors import PsycheError
+from psyche_lightning.errors import PluginError, PsycheError
 from psyche_lightning.plugins import Registration, load_plugins
 
 TRACEBACK_VARIABLE = "PSYCHE_TRACEBACK"
@@ -36,6 +36,8 @@ COMMANDS = {
     "train": Command("psyche_lightning.cli.train:train", "Train as one node: join a run, or run alone."),
     "generate": Command("psyche_lightning.cli.generate:generate", "Complete a text with a checkpoint."),
     "sim": Command("psyche_lightning.cli.sim:sim", "Replay whole runs under faults in virtual time."),
+    "coordinator": Command("psyche_lightning.cli.coordinator:coordinator", "Serve runs to nodes, and a live page."),
+    "run": Command("psyche_lightning.cli.run:run", "Create, look at, pause and resume runs."),
     "plugins": Command("psyche_lightning.cli.plugins:plugins", "List what is installed, and what failed to load."),
 }
 
@@ -82,26 +84,30 @@ def _app(called: str | None) -> typer.Typer:
     if called not in COMMANDS:
         commands = load_plugins().commands()
         for name, registration in commands.items():
-            if name in COMMANDS:
-                raise PsycheError(f"The {registration.owner} registers {name!r}, which is a command of psyche itself.")
-            _add(app, name, _help_line(registration), registration.factory() if name == called else None)
+            if name not in COMMANDS:  # `psyche plugins` names those who try to take one
+                _add(app, name, _help_line(registration), registration.factory() if name == called else None)
         if called in commands.conflicts:
-            raise PsycheError(commands.conflict(called))
+            raise PluginError(commands.conflict(called))
     return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(psyche_lightning.__version__)
+        raise typer.Exit
 
 
 def _options(
     traceback: bool = typer.Option(
         False, "--traceback", envvar=TRACEBACK_VARIABLE, help="Show Python's traceback of an error."
     ),
-    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
 ) -> None:
     """Train one model on many machines that share only the internet."""
     if traceback:  # The processes that a command starts follow.
         os.environ[TRACEBACK_VARIABLE] = "1"
-    if version:
-        print(psyche_lightning.__version__)
-        raise typer.Exit
 
 
 def _add(app: typer.Typer, name: str, help_line: str, command: Callable[..., Any] | typer.Typer | None) -> None:
@@ -122,8 +128,10 @@ def _load(target: str) -> Callable[..., Any] | typer.Typer:
 
 
 def _help_line(registration: Registration) -> str:
+    from rich.markup import escape
+
     lines = (registration.factory.__doc__ or "").strip().splitlines()
-    return f"{lines[0] if lines else ''} [{registration.distribution}]".strip()
+    return escape(f"{lines[0] if lines else ''} ({registration.distribution})".strip())
 
 
 def _explain(message: str) -> None:

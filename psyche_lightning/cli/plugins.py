@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from psyche_lightning.cli import COMMANDS
 from psyche_lightning.plugins import Plugins, load_plugins
 
 
@@ -21,6 +22,9 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     """
     loaded = load_plugins()
     conflicts = [registry.conflict(name) for registry in loaded.registries() for name in registry.conflicts]
+    for name, found in loaded.commands().items():
+        if name in COMMANDS:
+            conflicts.append(f"The {found.owner} registers {name!r}, which is a command of psyche itself and stays so.")
     if as_json:
         print(json.dumps(_report(loaded, conflicts), indent=2))
     else:

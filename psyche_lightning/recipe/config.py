@@ -6,12 +6,15 @@ Each class documents its section. ``Annotated`` bounds are checked by :mod:`psyc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, NamedTuple
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from psyche_lightning.coordinator.state import CoordinatorConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.recipe.schedule import Constant, Cosine, Linear, Schedule, WarmupStableDecay
+
+if TYPE_CHECKING:
+    from psyche_lightning.distro import DistroConfig
 
 
 class Range(NamedTuple):
@@ -60,17 +63,24 @@ class DistroSection:
 
     Attributes:
         chunk: side of the square chunks that are transformed.
-        k: coefficients sent of each chunk.
+        k: coefficients sent of each chunk, at most a quarter of them.
         decay: what remains of the accumulated update before a gradient is added.
         removal: fraction of the sent component that is subtracted from the accumulated update.
         lookahead: whether gradients are taken ahead of the published parameters, on a copy.
     """
 
-    chunk: Count = 64
-    k: Count = 4
+    chunk: Literal[8, 16, 32, 64] = 64
+    k: Count = 8
     decay: Annotated[float, Range(0, 1)] = 0.999
     removal: Annotated[float, Range(0, 1)] = 1.0
-    lookahead: bool = True
+    lookahead: bool = False
+
+    @property
+    def config(self) -> DistroConfig:
+        """What the optimizer is given; imports torch."""
+        from psyche_lightning.distro import DistroConfig
+
+        return DistroConfig(**asdict(self))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import psyche_lightning
+from psyche_lightning.coordinator.limits import check_config, check_run_id
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.plugins import nearest
 from psyche_lightning.recipe.config import Range, Recipe
@@ -88,7 +89,7 @@ def resolve(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
     try:
         recipe = _typed(Recipe, dict(values), "")
         assert isinstance(recipe, Recipe)
-        recipe.schedule  # noqa: B018 - its fields are checked together when it is built
+        _check_together(recipe)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     return recipe
@@ -122,6 +123,16 @@ def resolve_key(key: str) -> str:
     if is_dataclass(typing.get_type_hints(section).get(parts[-1])):
         raise ConfigError(f"{key!r} is a section; set one of its keys, such as {_some_key(key)}=value.")
     raise ConfigError(_unknown(key, section, prefix))
+
+
+def _check_together(recipe: Recipe) -> None:
+    """The rules that involve several keys."""
+    recipe.schedule  # noqa: B018 - building it checks it
+    check_run_id(recipe.name)
+    check_config(recipe.run.coordinator)
+    most = recipe.distro.chunk**2 // 4
+    if recipe.distro.k > most:
+        raise ConfigError(f"distro.k is {recipe.distro.k}; with distro.chunk={recipe.distro.chunk} at most {most}.")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -206,11 +217,10 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"{key} is {value!r}; it must be {bounds}.")
         return number
     if origin is Literal:
-        if value not in arguments:
-            choices = ", ".join(arguments)
-            raise ConfigError(
-                f"{key} is {value!r}, which is no choice.{nearest(str(value), arguments)} Choices: {choices}."
-            )
+        if not any(type(value) is type(choice) and value == choice for choice in arguments):
+            choices = [str(choice) for choice in arguments]
+            hint = nearest(str(value), choices)
+            raise ConfigError(f"{key} is {value!r}, which is no choice.{hint} Choices: {', '.join(choices)}.")
         return value
     if origin is Mapping and isinstance(value, dict):
         return value

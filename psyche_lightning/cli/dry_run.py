@@ -1,0 +1,102 @@
+"""What ``psyche train --dry-run`` prints: the resolved recipe, and what it will take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from psyche_lightning.plugins import load_plugins
+from psyche_lightning.recipe import Recipe
+from psyche_lightning.recipe.estimate import Estimate, estimate
+
+
+def print_dry_run(recipe: Recipe) -> None:
+    """Check that the recipe's plugins are installed, build its model without values, and print tables.
+
+    Raises:
+        PluginError: a plugin that the recipe names is missing.
+        ConfigError: the model's configuration is wrong.
+    """
+    plugins = load_plugins()
+    plugins.data_providers()[recipe.data.name]
+    plugins.transports()[recipe.node.transport]
+    size = estimate(recipe)
+    console = Console()
+    console.print(_keys(recipe))
+    console.print(_learning_rates(recipe))
+    console.print(_size(recipe, size))
+    console.print(_traffic(recipe, size))
+
+
+def _keys(recipe: Recipe) -> Table:
+    table = Table("Key", "Value", title=f"Recipe {recipe.name}")
+    for section, values in asdict(recipe).items():
+        if isinstance(values, dict):
+            for key, value in _leaves(values, f"{section}."):
+                table.add_row(key, str(value))
+            table.add_section()
+    return table
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif value is not None and value != {}:
+            yield f"{prefix}{key}", value
+
+
+def _learning_rates(recipe: Recipe) -> Table:
+    total, warmup = recipe.run.total_steps, recipe.optimizer.schedule.warmup_steps
+    table = Table("Step", "Learning rate", title="Schedule")
+    for step in sorted({1, min(max(warmup, 1), total), (total + 1) // 2, total}):
+        table.add_row(f"{step:,}", f"{recipe.schedule(step):.4g}")
+    return table
+
+
+def _size(recipe: Recipe, size: Estimate) -> Table:
+    table = Table("What", "Amount", title="Size of one node")
+    table.add_row("parameters", f"{size.parameters:,} ({_short(size.parameters)})")
+    if size.trainable != size.parameters:
+        table.add_row("trainable parameters", f"{size.trainable:,}")
+    for what, amount in size.memory.items():
+        table.add_row(f"memory: {what}", _bytes(amount))
+    table.add_row("memory in all, without activations", _bytes(sum(size.memory.values())), style="bold")
+    first, last = (batch * recipe.data.seq_len for batch in _batches(recipe))
+    table.add_row("tokens of a round", f"{first:,}" if first == last else f"{first:,} to {last:,}")
+    return table
+
+
+def _batches(recipe: Recipe) -> tuple[int, int]:
+    return recipe.run.global_batch_size_start, recipe.run.global_batch_size_end
+
+
+def _traffic(recipe: Recipe, size: Estimate) -> Table:
+    table = Table("Nodes", "Up", "Down", "fp32 all-reduce", "Ratio", title="Payload bytes of a node and round")
+    for column in table.columns:
+        column.justify = "right"
+    for nodes in sorted({2, 3, 16, recipe.run.init_min_clients} - {1}):
+        own, dense = size.bytes_per_round(nodes), size.allreduce_bytes_per_round(nodes)
+        table.add_row(str(nodes), _bytes(own), _bytes(own), _bytes(dense), f"{dense / own:,.0f} x")
+    table.caption = f"One payload has {size.payload:,} bytes, {8 * size.payload / size.trainable:.3g} bits a parameter."
+    return table
+
+
+def _short(count: float) -> str:
+    return _scaled(count, ("", " K", " M", " B", " T"))
+
+
+def _bytes(count: float) -> str:
+    return _scaled(count, (" B", " kB", " MB", " GB", " TB"))
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}{units[-1]}"

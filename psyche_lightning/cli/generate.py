@@ -1,0 +1,86 @@
+"""``psyche generate``: complete a text with a trained model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.plugins import load_plugins
+
+
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder in Hugging Face format, such as a run's checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
+    seed: Annotated[int | None, typer.Option(help="Draw the same text every time.")] = None,
+) -> None:
+    """Complete a text with a checkpoint; nothing is downloaded."""
+    model_type = _model_type(checkpoint)
+    if not prompt:
+        raise ConfigError("The prompt is empty; give at least one character after --prompt.")
+    import torch
+    from transformers import TextStreamer
+
+    models = load_plugins().models()
+    if model_type in models:  # its factory makes the type known to transformers
+        with torch.device("meta"):
+            models[model_type].factory({})
+    model = _load_model(checkpoint, model_type)
+    tokenizer = _load_tokenizer(checkpoint)
+    if seed is not None:
+        torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    with torch.inference_mode():
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+        )
+
+
+def _model_type(checkpoint: Path) -> str:
+    """What ``config.json`` says the model is.
+
+    Raises:
+        ConfigError: the folder is missing or is no checkpoint.
+    """
+    expected = "a folder in Hugging Face format was expected, with config.json and model.safetensors"
+    if not checkpoint.is_dir():
+        raise ConfigError(f"There is no folder {str(checkpoint)!r}; {expected}.")
+    try:
+        model_type = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except FileNotFoundError:
+        raise ConfigError(f"{str(checkpoint)!r} has no config.json; {expected}.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{str(checkpoint / 'config.json')!r} names no model_type ({error}); {expected}.") from error
+    return str(model_type)
+
+
+def _load_model(checkpoint: Path, model_type: str) -> Any:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"The checkpoint's model_type {model_type!r} is unknown to transformers and to every installed plugin "
+            f"({', '.join(load_plugins().models())}); install the plugin that the model was trained with."
+        )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"The model in {str(checkpoint)!r} cannot be loaded: {error}") from error
+    model.eval()
+    return model
+
+
+def _load_tokenizer(checkpoint: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The tokenizer in {str(checkpoint)!r} cannot be loaded: {error}") from error

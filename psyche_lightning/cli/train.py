@@ -1,0 +1,39 @@
+"""``psyche train``: one node of a run that a recipe describes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from psyche_lightning.recipe import load_recipe
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of one that comes with psyche.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's, such as lr=1e-3."),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(envvar="PSYCHE_COORDINATOR", metavar="URL", help="Join this coordinator; alone without."),
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(envvar="PSYCHE_RUN", metavar="RUN", help="The run's name; the recipe's unless given.")
+    ] = None,
+    twin: Annotated[bool, typer.Option("--twin", help="Train the recipe's CPU-sized twin.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the resolved recipe, its size, memory and bytes per round.")
+    ] = False,
+) -> None:
+    """Train as one node: join a coordinator's run, or run alone."""
+    resolved = load_recipe(recipe, overrides or (), twin=twin)
+    if dry_run:
+        from psyche_lightning.cli.dry_run import print_dry_run
+
+        print_dry_run(resolved)
+        return
+    from psyche_lightning.lightning.recipe import train_recipe
+
+    train_recipe(resolved, coordinator_url=coordinator, run_id=run or resolved.name)

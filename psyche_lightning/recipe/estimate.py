@@ -1,0 +1,93 @@
+"""What a recipe will take, before anything is trained: parameters, memory and bytes per round.
+
+The model is built on the meta device, where parameters have shapes and no values, so any size works on any machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from psyche_lightning.plugins import load_plugins
+from psyche_lightning.recipe.config import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The size of a run, all in bytes except where it says otherwise.
+
+    Attributes:
+        parameters: number of parameters, tied ones counted once.
+        trainable: number of those that are trained.
+        memory: what one node holds, by name; activations and the framework come on top.
+        payload: what one node publishes in a round.
+    """
+
+    parameters: int
+    trainable: int
+    memory: dict[str, int]
+    payload: int
+
+    def bytes_per_round(self, nodes: int) -> int:
+        """Payload bytes that a node sends, and as many that it receives, where each fetches from each."""
+        return (nodes - 1) * self.payload
+
+    def allreduce_bytes_per_round(self, nodes: int) -> float:
+        """What each node sends in a ring all-reduce of float32 gradients: ``2 (n - 1) / n x 4 x parameters``."""
+        return 2 * (nodes - 1) / nodes * FLOAT32 * self.trainable
+
+
+def meta_model(recipe: Recipe) -> torch.nn.Module:
+    """The recipe's model on the meta device, in the recipe's dtype.
+
+    Raises:
+        PluginError: no plugin has the model.
+        ConfigError: its configuration is wrong.
+    """
+    registration = load_plugins().models()[recipe.model.name]
+    import torch
+
+    with torch.device("meta"):
+        model: torch.nn.Module = registration.factory(recipe.model.options)
+    return model.to(getattr(torch, recipe.model.dtype))
+
+
+def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
+    """Compute the size of a run.
+
+    Args:
+        recipe: the run.
+        model: its model, if it exists already; None builds it on the meta device.
+
+    Raises:
+        PluginError: no plugin has the model.
+        ConfigError: its configuration is wrong, or nothing in it can be trained.
+    """
+    model = meta_model(recipe) if model is None else model
+    from psyche_lightning.distro import Layout, payload_size
+
+    named = list(model.named_parameters())
+    trainable = [parameter for _, parameter in named if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trainable)
+    trained = sum(parameter.nbytes for parameter in trainable)
+    memory = {
+        "parameters": sum(parameter.nbytes for _, parameter in named),
+        "gradients": trained,
+        "accumulated update (delta)": FLOAT32 * count,
+    }
+    if recipe.model.dtype != "float32":
+        memory["float32 masters"] = FLOAT32 * count
+    if recipe.distro.lookahead:
+        memory["look-ahead copy"] = trained
+    layout = Layout(named, recipe.distro.chunk)
+    return Estimate(
+        parameters=sum(parameter.numel() for _, parameter in named),
+        trainable=count,
+        memory=memory,
+        payload=payload_size(layout.chunk_count, recipe.distro.config),
+    )

@@ -1,0 +1,52 @@
+"""What a recipe gives to the run's manifest: what must be equal on all nodes, and nothing else (invariant I9).
+
+The coordinator holds the manifest, compares it with each node's, and says in which fields they differ
+(:mod:`psyche_lightning.coordinator.manifest`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from psyche_lightning.recipe.config import Recipe
+
+PLACES = ("path", "tokenizer")
+"""Keys of ``model.config`` and ``data.config`` that say where something lies; nodes may keep it in other places."""
+
+
+def manifest(recipe: Recipe, fingerprint: str | None = None) -> dict[str, dict[str, Any]]:
+    """The manifest's sections, as plain JSON values.
+
+    The coordinator's own configuration is not part of it (the coordinator has it), nor are micro-batches, devices,
+    folders and connections. The schedule is: the same ``total_steps`` for all is written into it.
+
+    Args:
+        recipe: the node's recipe.
+        fingerprint: what the data provider says that its samples are, if it does.
+    """
+    data = {"name": recipe.data.name, "seq_len": recipe.data.seq_len, "config": _without_places(recipe.data.config)}
+    if fingerprint is not None:
+        data["fingerprint"] = fingerprint
+    optimizer = asdict(recipe.optimizer)
+    optimizer["schedule"] = {"kind": recipe.optimizer.schedule.kind, **asdict(recipe.schedule)}
+    del optimizer["lr"]  # the schedule has it as base_lr
+    sections = {
+        "run": {"overlap": recipe.run.overlap, "seed": recipe.run.seed},
+        "distro": asdict(recipe.distro),
+        "model": {
+            "name": recipe.model.name,
+            "dtype": recipe.model.dtype,
+            "config": _without_places(recipe.model.config),
+        },
+        "data": data,
+        "optimizer": optimizer,
+    }
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(sections, allow_nan=False))
+    return plain
+
+
+def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in PLACES}

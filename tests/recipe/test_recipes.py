@@ -1,0 +1,100 @@
+"""Every recipe that comes with psyche: as it is (on the meta device), and its CPU twin for real."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from psyche_lightning.distro import DisTrO
+from psyche_lightning.plugins import load_plugins
+from psyche_lightning.recipe import load_recipe
+from psyche_lightning.recipe.estimate import Estimate, estimate, meta_model
+from psyche_lightning.recipe.loading import recipe_folders
+
+RECIPES = sorted(path.stem for path in recipe_folders()[1].glob("*.yaml"))
+BILLION = 10**9
+
+
+def test_the_recipes_are_there() -> None:
+    assert {"consilience-40b", "demo", "hf-llama", "mla-200m"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_resolves_and_its_size_is_known(name: str) -> None:
+    recipe = load_recipe(name)
+    size = estimate(recipe)
+    assert size.trainable == size.parameters > 0
+    assert sum(size.memory.values()) >= 3 * 2 * size.parameters
+    load_plugins().data_providers()[recipe.data.name]
+    load_plugins().transports()[recipe.node.transport]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_twin_is_small_and_learns_on_this_machine(name: str) -> None:
+    recipe = load_recipe(name, ["data.config.max_bytes=2000000"], twin=True)
+    assert recipe.run.init_min_clients == 1
+    assert recipe.run.total_steps * recipe.run.global_batch_size_end <= 16
+    plugins = load_plugins()
+    data = plugins.data_providers()[recipe.data.name].factory(recipe.data.options, seed=recipe.run.seed)
+    torch.manual_seed(recipe.run.seed)
+    model = plugins.models()[recipe.model.name].factory(recipe.model.options)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
+    model.to(getattr(torch, recipe.model.dtype))
+    optimizer = DisTrO(model.named_parameters(), lr=0.01, config=recipe.distro.config)
+    samples = data.samples(0, 3)
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("input_ids", "labels")}
+    losses = []
+    for _ in range(8):
+        loss = model(**batch).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[0] == pytest.approx(math.log(256), rel=0.05)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_published_run_has_its_schedule_and_our_size() -> None:
+    recipe = load_recipe("consilience-40b")
+    size = estimate(recipe)
+    assert 39 * BILLION <= size.parameters <= 41 * BILLION
+    schedule = recipe.schedule
+    steps = [0, 1000, 2000, 163_000, 238_000, 313_000, 325_000]
+    assert [schedule(step) for step in steps] == pytest.approx([0, 1e-4, 2e-4, 2e-4, 1.1e-4, 2e-5, 2e-5])
+    run = recipe.run
+    assert (run.global_batch_size_start, run.global_batch_size_end) == (12288, 32768)
+    assert (run.global_batch_size_warmup_tokens, run.total_steps) == (549_755_813_888, 325_000)
+    assert (run.warmup_time, run.cooldown_time, run.epoch_time, run.max_round_train_time) == (3600, 120, 100_000, 360)
+    assert (run.min_clients, run.init_min_clients, recipe.data.seq_len) == (16, 16, 2048)
+    assert (recipe.distro.chunk, recipe.distro.k, recipe.distro.decay) == (64, 4, 0.995)
+    assert (recipe.optimizer.weight_decay, recipe.optimizer.clip_grad_norm) == (0.1, 1.0)
+    # bf16 parameters, gradients and look-ahead copy; float32 delta and masters
+    assert sum(size.memory.values()) == (2 + 2 + 2 + 4 + 4) * size.parameters
+
+
+def test_the_demo_is_of_the_size_that_it_promises() -> None:
+    size = estimate(load_recipe("demo"))
+    assert 1_000_000 <= size.parameters <= 4_000_000
+
+
+def test_bytes_per_round() -> None:
+    size = Estimate(parameters=10, trainable=8, memory={}, payload=100)
+    assert size.bytes_per_round(3) == 200
+    assert size.allreduce_bytes_per_round(2) == 32
+    assert size.allreduce_bytes_per_round(4) == 48
+
+
+def test_frozen_parameters_are_counted_apart() -> None:
+    recipe = load_recipe("demo", twin=True)
+    whole = estimate(recipe)
+    model: Any = meta_model(recipe)
+    model.get_input_embeddings().requires_grad_(False)
+    part = estimate(recipe, model)
+    assert part.parameters == whole.parameters
+    assert part.trainable == whole.trainable - 256 * 64
+    assert part.memory["parameters"] == whole.memory["parameters"]
+    assert part.memory["gradients"] == 4 * part.trainable
+    assert part.payload < whole.payload
