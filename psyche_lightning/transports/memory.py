@@ -75,6 +75,7 @@ class MemoryTransport:
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._address = self._network.enter(self)
+        self._peers.pop(context.identity.public, None)
         return self._address
 
     def set_peers(self, peers: Mapping[bytes, str]) -> None:

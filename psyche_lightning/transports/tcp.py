@@ -47,6 +47,7 @@ class _Peer:
         self.down = asyncio.Event()
         self.down.set()
         self.reason = "not connected yet"
+        self.lost = ""  # why the last connection ended
         self.dialler: asyncio.Task[None] | None = None
         self.past_up = self.past_down = 0  # bytes of earlier connections and failed attempts
 
@@ -238,7 +239,9 @@ class TcpTransport:
                 peer.absorb(meter)
                 attempts += 1
                 if peer.connection is None:
-                    peer.reason = f"cannot connect to {peer.address}: {_reason(error)}"
+                    peer.reason = f"cannot connect to {peer.address[:100]}: {_reason(error)}"
+                    if peer.lost:
+                        peer.reason += f" (the last connection ended: {peer.lost})"
                     _log.debug("%s: %s", short(peer.key), peer.reason)
             else:
                 self._adopt(peer, connection)
@@ -304,7 +307,7 @@ class TcpTransport:
             peer.absorb(connection.meter)
             if peer.connection is connection:
                 peer.connection = None
-                peer.reason = connection.reason
+                peer.reason = peer.lost = connection.reason
                 peer.up.clear()
                 peer.down.set()
 

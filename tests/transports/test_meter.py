@@ -18,16 +18,15 @@ class RawPeer:
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._listener.getsockname()
-        self._threads = [threading.Thread(target=self._serve, daemon=True)]
-        self._threads[0].start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
     def _serve(self) -> None:
-        client, _ = self._listener.accept()
-        server = socket.create_connection(self._target)
-        back = threading.Thread(target=self._copy, args=(server, client, "down"), daemon=True)
-        self._threads.append(back)
-        back.start()
-        self._copy(client, server, "up")
+        with self._listener.accept()[0] as client, socket.create_connection(self._target) as server:
+            back = threading.Thread(target=self._copy, args=(server, client, "down"), daemon=True)
+            back.start()
+            self._copy(client, server, "up")
+            back.join(20)
 
     def _copy(self, source: socket.socket, sink: socket.socket, name: str) -> None:
         try:
@@ -39,8 +38,7 @@ class RawPeer:
             pass
 
     def join(self) -> None:
-        for thread in self._threads:
-            thread.join(20)
+        self._thread.join(20)
         self._listener.close()
 
 
