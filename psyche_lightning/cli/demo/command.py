@@ -1,0 +1,195 @@
+"""The command itself: prepare, start, watch, sum up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from psyche_lightning.cli.demo.processes import Child, Processes
+from psyche_lightning.cli.demo.report import Figures, plot, read_results, read_validation
+from psyche_lightning.cli.demo.view import View, megabytes
+from psyche_lightning.errors import ConfigError, CoordinatorError, PsycheError
+
+RUN = "demo"
+MARK = "psyche-demo.json"
+POLL = 0.3
+GRACE = 60.0
+"""Seconds that nodes may take to write their results once the run is finished."""
+PROMPT = "def __init__(self"
+
+
+def demo(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's, such as k=16."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, max=64, help="How many nodes train.")] = 3,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How many rounds; the recipe's unless given.")] = None,
+    recipe: Annotated[str, typer.Option(help="What they train.")] = "demo",
+    twin: Annotated[bool, typer.Option("--twin", help="Train the recipe's CPU-sized twin.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    keep: Annotated[
+        Path, typer.Option("--keep", metavar="DIR", help="Folder for checkpoint, plot and logs; replaced if a demo's.")
+    ] = Path("psyche-demo"),
+) -> None:
+    """Train a small language model on real text with several nodes on this machine, over real sockets."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    console = Console()
+    given = [*(overrides or []), f"init_min_clients={nodes}", "min_clients=1"]
+    given += [f"total_steps={rounds}"] if rounds else []
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise ConfigError(f"the folder of --json {json_file} does not exist; create it first")
+
+    from psyche_lightning.recipe import load_recipe
+    from psyche_lightning.recipe.estimate import estimate
+
+    resolved = load_recipe(recipe, given, twin=twin)
+    size = estimate(resolved)
+    # A node alone exchanges nothing; it is compared with one of two.
+    all_reduce = size.allreduce_bytes_per_round(max(nodes, 2))
+    steps = resolved.run.coordinator.total_steps
+    _prepare(keep)
+    console.print(
+        f"[bold]psyche demo[/]: {nodes} nodes, {size.trainable / 1e6:.2f} M parameters, {steps} rounds; "
+        f"logs in {keep}/  (Ctrl-C stops everything)",
+        highlight=False,
+    )
+    with Processes() as processes:
+        console.print("[dim]starting the coordinator and the nodes ...[/]")
+        coordinator = processes.start(
+            "coordinator", ["coordinator", "--port", "0", "--dir", str(keep / "coordinator")], keep / "coordinator.log"
+        )
+        url = coordinator.url()
+        console.print(f"watch it in a browser: {url}", highlight=False)
+        common = [recipe, *given, *(["--twin"] if twin else []), "--coordinator", url]
+        _create(url, recipe, given, twin)
+        folders = [keep / f"node-{number}" for number in range(nodes)]
+        children = []
+        for number, folder in enumerate(folders):
+            folder.mkdir()
+            # All hold the same parameters, so one node is enough to validate them.
+            extra = [f"node.dir={folder}", *([] if number == 0 else ["trainer.validate_every=0"])]
+            children.append(
+                processes.start(f"node {number}", ["train", *common, "--run", RUN, *extra], folder / "log.txt")
+            )
+        with View(console, all_reduce=all_reduce, rounds=steps) as view:
+            status = _watch(url, coordinator, children, view)
+        _finish(children)
+    figures = _figures(status, folders, size.trainable, all_reduce, steps)
+    unit = "nats a byte" if resolved.data.config.get("tokenizer", "bytes") == "bytes" else "nats a token"
+    plot(figures, keep / "loss.png", unit)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures.as_json(), indent=1) + "\n")
+    _sum_up(console, figures, keep, unit)
+    if len(figures.digests) != 1:
+        raise PsycheError("the nodes ended with different parameters; their logs are in " + str(keep))
+
+
+def _prepare(folder: Path) -> None:
+    """Make an empty folder, replacing that of an earlier demo but nothing else."""
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            if not (folder / MARK).exists():
+                raise ConfigError(f"{folder} is not empty and not of an earlier demo; choose another with --keep DIR")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).write_text('{"made by": "psyche demo"}\n')
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another with --keep DIR") from error
+
+
+def _create(url: str, recipe: str, overrides: list[str], twin: bool) -> None:
+    from psyche_lightning.cli.run import create
+
+    create(RUN, [recipe, *overrides], url, None, twin)
+
+
+def _watch(url: str, coordinator: Child, nodes: list[Child], view: View) -> dict[str, Any]:
+    """Show the run until it is finished; returns its last status.
+
+    Raises:
+        PsycheError: no node is left to finish it.
+    """
+    from psyche_lightning.coordinator.admin import CoordinatorAdmin
+
+    admin = CoordinatorAdmin(url)
+    while True:
+        if coordinator.code is not None:
+            coordinator.restart()  # it kept everything, so the run goes on
+        try:
+            status = admin.status(RUN)
+        except CoordinatorError as error:
+            if not error.retryable:
+                raise
+            continue
+        view.show(status)
+        if status["phase"] == "finished":
+            return status
+        if all(node.code is not None for node in nodes):
+            raise PsycheError(f"all nodes ended before the run did; the last one said:\n{nodes[-1].tail()}")
+        time.sleep(POLL)
+
+
+def _finish(nodes: list[Child]) -> None:
+    """Wait for the nodes to write their results."""
+    deadline = time.monotonic() + GRACE
+    while any(node.code is None for node in nodes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _figures(status: dict[str, Any], folders: list[Path], parameters: int, all_reduce: float, rounds: int) -> Figures:
+    rows = [
+        {**row, "bytes_per_node": max(row["bytes_up"], row["bytes_down"])} for row in status["metrics"] if row["step"]
+    ]
+    times = [event["time"] for event in status["events"]]
+    return Figures(
+        parameters=parameters,
+        all_reduce=all_reduce,
+        rounds=rounds,
+        seconds=max(times) - min(times) if times else 0.0,
+        started=len(folders),
+        nodes=read_results(folders),
+        history=rows,
+        validation=read_validation(folders[0]),
+        events=status["events"],
+    )
+
+
+def _sum_up(console: Console, figures: Figures, folder: Path, unit: str) -> None:
+    summary = figures.as_json()
+    table = Table("node", "digest", "up / round", "down / round", "payload / round", "computed", box=None)
+    for node in figures.nodes:
+        rounds = figures.rounds
+        table.add_row(
+            node["id"][:8],
+            node["digest"][:16],
+            megabytes(node["socket_bytes_up"] / rounds),
+            megabytes(node["socket_bytes_down"] / rounds),
+            megabytes(node["payload_bytes_up"] / rounds),
+            megabytes(node["payload_bytes_computed"]),
+        )
+    console.print(table)
+    for name, ends in summary["loss"].items():
+        if ends:
+            console.print(f"{name:>10} loss  {ends[0]:.3f} -> [bold]{ends[1]:.3f}[/] {unit}", highlight=False)
+    equal = len(figures.digests) == 1
+    console.print(
+        f"{len(figures.nodes)} of {figures.started} nodes finished with "
+        + ("[green]equal[/] parameters" if equal else "[red]different[/] parameters")
+        + f"; {figures.ratio:.0f} times fewer bytes than an fp32 all-reduce, everything counted at the sockets"
+    )
+    gone = [event["text"] for event in figures.events if event["kind"] == "dropped"]
+    for text in gone:
+        console.print(f"[yellow]{text}[/]")
+    console.print(f"plot: {folder / 'loss.png'}", highlight=False)
+    checkpoint = folder / "node-0" / "checkpoint"
+    if checkpoint.exists():
+        console.print(f'try: psyche generate {checkpoint} --prompt "{PROMPT}"', highlight=False)

@@ -1,0 +1,123 @@
+"""The demo's processes: started in sessions of their own, watched, and always stopped within seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from psyche_lightning.errors import PsycheError
+
+START_TIMEOUT = 60.0
+ASK_SECONDS = 2.5
+"""How long a process may take to leave by itself before it is killed."""
+_URL = re.compile(r"https?://[\w.:\[\]-]+")
+_THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM")}
+
+
+class Child:
+    """A ``psyche`` command in a process of its own, with its output in a log file.
+
+    Args:
+        name: what it is called in messages.
+        arguments: of the command.
+        log: file that gets its output; appended to.
+        environment: variables besides this process' own.
+    """
+
+    def __init__(
+        self, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.name = name
+        self.log = log
+        self._arguments = list(arguments)
+        self._environment = {**os.environ, **_THREADS, "PYTHONUNBUFFERED": "1", **(environment or {})}
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", "psyche_lightning.cli", *self._arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,
+            )
+
+    def restart(self) -> None:
+        """Start it again with the same arguments."""
+        self.process = self._start()
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self.process.poll()
+
+    def tail(self, lines: int = 12) -> str:
+        """The end of its output."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def url(self) -> str:
+        """The first URL that it prints, once it has.
+
+        Raises:
+            PsycheError: it ended, or printed none in time.
+        """
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            found = _URL.search(self.log.read_text(errors="replace"))
+            if found:
+                return found.group()
+            if self.code is not None:
+                break
+            time.sleep(0.05)
+        raise PsycheError(f"the {self.name} did not start; its output ends with:\n{self.tail()}")
+
+    def signal(self, number: int) -> None:
+        """Send a signal to its whole session, if it still runs."""
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):  # it may end in between
+                os.killpg(self.process.pid, number)
+
+
+class Processes:
+    """All children; leaving the context stops them: asked first, killed after a few seconds."""
+
+    def __init__(self) -> None:
+        self.children: list[Child] = []
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(
+        self, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> Child:
+        """Start a child that is stopped with the others."""
+        child = Child(name, arguments, log, environment)
+        self.children.append(child)
+        return child
+
+    def stop(self) -> None:
+        """Stop everything in five seconds, the nodes first, so that they can still say goodbye to the coordinator."""
+        for group in (self.children[1:], self.children[:1]):
+            for child in group:
+                child.signal(signal.SIGINT)
+            deadline = time.monotonic() + ASK_SECONDS * (0.7 if group is self.children[:1] else 1.0)
+            while time.monotonic() < deadline and any(child.code is None for child in group):
+                time.sleep(0.02)
+            for child in group:
+                child.signal(signal.SIGKILL)
+                child.process.wait()

@@ -1,0 +1,124 @@
+"""What the demo shows at its end: figures, a plot, JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from psyche_lightning.errors import PsycheError
+
+
+@dataclass
+class Figures:
+    """The demo's result.
+
+    Attributes:
+        parameters: trainable parameters of the model.
+        all_reduce: bytes that a node would send each round for an all-reduce of fp32 gradients.
+        rounds: training rounds of the run.
+        seconds: time from the first to the last round.
+        started: number of nodes that were started.
+        nodes: each finished node's ``result.json``.
+        history: a row per round.
+        validation: ``(step, loss)`` of each validation.
+        events: what happened, as the coordinator tells it.
+    """
+
+    parameters: int
+    all_reduce: float
+    rounds: int
+    seconds: float
+    started: int
+    nodes: list[dict[str, Any]]
+    history: list[dict[str, Any]]
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def busiest(self) -> float:
+        """The larger of bytes up and down of the busiest node, per round."""
+        busiest: int = max(max(node["socket_bytes_up"], node["socket_bytes_down"]) for node in self.nodes)
+        return busiest / self.rounds
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer bytes than an fp32 all-reduce, everything counted at the sockets."""
+        return self.all_reduce / self.busiest if self.busiest else float("inf")
+
+    @property
+    def digests(self) -> set[str]:
+        """The parameter digests of the nodes; one, if they are equal."""
+        return {node["digest"] for node in self.nodes}
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of ``--json``."""
+        losses = [row["loss"] for row in self.history if row["loss"] is not None]
+        validation = [loss for _, loss in self.validation]
+        return {
+            "rounds": self.rounds,
+            "parameters": self.parameters,
+            "seconds": round(self.seconds, 2),
+            "loss": {"train": [losses[0], losses[-1]] if losses else [], "validation": _ends(validation)},
+            "ratio_to_fp32_allreduce": round(self.ratio, 2),
+            "equal_digests": len(self.digests) == 1,
+            "nodes_started": self.started,
+            "nodes": self.nodes,
+            "validation": self.validation,
+            "history": self.history,
+            "events": self.events,
+        }
+
+
+def _ends(values: list[float]) -> list[float]:
+    return [values[0], values[-1]] if values else []
+
+
+def read_results(folders: list[Path]) -> list[dict[str, Any]]:
+    """The ``result.json`` of each node that finished.
+
+    Raises:
+        PsycheError: none did.
+    """
+    results = [json.loads(path.read_text()) for folder in folders if (path := folder / "result.json").exists()]
+    if not results:
+        raise PsycheError(f"no node finished; their logs are in {folders[0].parent}")
+    return results
+
+
+def read_validation(folder: Path) -> list[tuple[int, float]]:
+    """The validation losses in a node's ``metrics.jsonl``."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
+
+
+def plot(figures: Figures, path: Path, unit: str) -> None:
+    """Draw training and validation loss over rounds, and bytes per round, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in figures.history if row["loss"] is not None]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained")
+    top.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#9db4d0", label="training")
+    if figures.validation:
+        steps, losses = zip(*figures.validation, strict=True)
+        top.plot(steps, losses, color="#c2410c", marker="o", markersize=4, label="validation")
+    top.set_ylabel(f"loss ({unit})")
+    top.legend(frameon=False)
+    top.set_title(
+        f"{figures.started} nodes, {figures.parameters / 1e6:.2f} M parameters: "
+        f"{figures.ratio:.0f} times fewer bytes than an fp32 all-reduce"
+    )
+    per_round = [row["bytes_per_node"] / 1e3 for row in figures.history]
+    bottom.plot([row["step"] for row in figures.history], per_round, color="#4d7c0f")
+    bottom.set_ylim(bottom=0)
+    bottom.set_ylabel("kB per node\nand round")
+    bottom.set_xlabel("round")
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
