@@ -36,6 +36,7 @@ def test_the_untouched_payload_is_accepted():
         (HEADER + chunk("00011 01000 1000 01"), "chunk 0 .*another number of high bits"),
         (HEADER + chunk("00011 01000 1110 01"), "chunk 0 .*another number of high bits"),
         (HEADER + chunk("00011 01000 1001 01"), "chunk 0 .*beyond its 64 coefficients"),
+        (HEADER + chunk("00011 00000 1001 01"), "chunk 0 .*beyond its 64 coefficients"),
         (HEADER + chunk("00011 00011 1100 00"), "chunk 0 .*do not ascend"),
         (HEADER + chunk("00100 00011 1100 00"), "chunk 0 .*do not ascend"),
         (HEADER + chunk("00000 00000 0000 01"), "casts no votes but is not all zeros"),
