@@ -214,14 +214,15 @@ def diff(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equality of JSON values, in which 1, 1.0 and true are three."""
+    """Equality of JSON values as they are written, in which 1, 1.0 and true are three."""
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
     if isinstance(a, list):
         return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
+    # 0.0 and -0.0 differ, too.
+    return repr(a) == repr(b) if isinstance(a, float) else bool(a == b)
 
 
 def _difference(old: Any, new: Any) -> Any:

@@ -225,8 +225,10 @@ def _tick_warmup(state: RunState, now: float, seed: int) -> RunState:
         silent = {client.signer for client in state.clients}
         holders = tuple(signer for signer in state.holders if signer not in silent)
         return _enter(state, Phase.WAITING_FOR_MEMBERS, now, holders=holders)
-    digest = state.checkpoint.digest or state.warmup_witnesses[0].merkle
-    return _begin_round(replace(state, epoch_digest=digest), state.epoch_start_data_index, now, seed)
+    # When parameters are agreed, every record is of those; else the first decides.
+    return _begin_round(
+        replace(state, epoch_digest=state.warmup_witnesses[0].merkle), state.epoch_start_data_index, now, seed
+    )
 
 
 def _begin_round(state: RunState, data_index: int, now: float, seed: int) -> RunState:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from psyche_lightning.coordinator.codec import (
@@ -56,6 +56,7 @@ def through_text(value: Any) -> Any:
 def test_states_come_back_exactly() -> None:
     assert state_from_json(through_text(state_to_json(STATE, blooms=True))) == STATE
     assert state_from_json(through_text(state_to_json(RunState("r")))) == RunState("r")
+    assert json.dumps(state_to_json(STATE)["config"]).startswith('{"warmup_time": 7.0,')
     assert list(state_to_json(STATE))[:3] == ["run_id", "phase", "phase_start"]
 
 
@@ -143,7 +144,9 @@ def lists_stay(old: Any, new: Any) -> bool:
     return not (isinstance(old, list) and isinstance(new, dict))
 
 
+@settings(deadline=None)
 @given(objects, objects)
+@example({"a": 0.0}, {"a": -0.0})
 def test_a_change_leads_from_old_to_new(old: dict[str, Any], new: dict[str, Any]) -> None:
     if not lists_stay(old, new):
         return

@@ -120,6 +120,13 @@ def test_seeds_follow_from_run_epoch_and_height() -> None:
     report(first, 0, 6.0)
     report(first, 1, 6.0)
     assert first.history[1].seed != first.history[0].seed
+    again = training(epoch_time=11.0)
+    one_step(again)
+    again.tick(26.0)
+    again.warmup_witness(key(0), 1, 0, DIGEST, 27.0)
+    again.tick(36.0)
+    expected = hashlib.sha256(struct.pack("<Q", 7) + b"run" + struct.pack("<QQ", 1, 0)).digest()
+    assert again.history[0].seed == int.from_bytes(expected[:8], "little")
 
 
 def test_bad_runs_are_not_made() -> None:

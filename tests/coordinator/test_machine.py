@@ -613,6 +613,15 @@ def test_pause_between_epochs_and_in_warm_up_is_immediate() -> None:
         assert formed.cold_start_epoch
 
 
+def test_who_left_before_everyone_was_withdrawn_keeps_its_status() -> None:
+    paused = machine.pause(machine.withdraw(warming(), key(1), ClientStatus.DROPPED), 7.0)
+    assert [c.status for c in paused.clients] == [
+        ClientStatus.WITHDRAWN,
+        ClientStatus.DROPPED,
+        ClientStatus.WITHDRAWN,
+    ]
+
+
 def test_pause_in_an_epoch_drains_it() -> None:
     state = machine.pause(training(), 6.0)
     assert machine.pause(state, 6.0) is state

@@ -1,0 +1,270 @@
+"""Random histories of a run: whatever members, clocks and restarts do, what must hold, holds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from psyche_lightning.coordinator.bloom import participants_bloom
+from psyche_lightning.coordinator.codec import diff, patch, state_to_json
+from psyche_lightning.coordinator.committee import quorum, round_selection
+from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.coordinator.protocol import Report
+from psyche_lightning.coordinator.state import CoordinatorConfig, Phase, Round, WitnessProof
+from psyche_lightning.errors import CoordinatorError
+
+KEYS = [bytes([i + 1]) * 32 for i in range(5)]
+DIGESTS = [bytes([i]) * 32 for i in range(2)]
+nodes = st.sampled_from(range(len(KEYS)))
+Name = tuple[int, int]
+
+
+class Histories(RuleBasedStateMachine):
+    @initialize(
+        minimum=st.integers(1, 3),
+        extra=st.integers(0, 2),
+        steps=st.integers(1, 6),
+        witnesses=st.integers(0, 3),
+        ramp=st.sampled_from([0, 40]),
+        seed=st.integers(0, 3),
+    )
+    def create(self, minimum: int, extra: int, steps: int, witnesses: int, ramp: int, seed: int) -> None:
+        config = CoordinatorConfig(
+            warmup_time=8.0,
+            cooldown_time=8.0,
+            max_round_train_time=8.0,
+            round_witness_time=4.0,
+            epoch_time=40.0,
+            global_batch_size_start=3,
+            global_batch_size_end=7,
+            global_batch_size_warmup_tokens=ramp,
+            total_steps=steps,
+            init_min_clients=minimum + extra,
+            min_clients=minimum,
+            witness_nodes=min(witnesses, minimum),
+            waiting_for_members_extra_time=2.0,
+        )
+        self.now = 0.0
+        self.host = RunHost("run", config, seed=seed, max_seq_len=2)
+        self.host.begin(self.now)
+        self.rounds: dict[Name, Round] = {}
+        self.view = state_to_json(self.host.state)
+        self.nonce = self.host.state.nonce
+
+    # What members do, sensible or not.
+
+    def attempt(self, name: str, *arguments: object) -> None:
+        state = self.host.state
+        try:
+            getattr(self.host, name)(*arguments, self.now)
+        except CoordinatorError:
+            assert self.host.state is state
+
+    @rule(i=nodes)
+    def join(self, i: int) -> None:
+        self.attempt("join", KEYS[i], KEYS[i], f"host:{i}", {"model": 1})
+
+    @rule(i=nodes)
+    def join_all(self, i: int) -> None:
+        for signer in KEYS:
+            self.attempt("join", signer, signer, "", {"model": 1})
+
+    @rule(i=nodes)
+    def withdraw(self, i: int) -> None:
+        self.attempt("withdraw", KEYS[i])
+
+    @rule(i=nodes)
+    def vanish(self, i: int) -> None:
+        self.host.disconnected(KEYS[i], self.now, "gone")
+
+    @rule(i=nodes, index=st.none() | nodes, digest=st.sampled_from(DIGESTS), late=st.booleans())
+    def warm_up(self, i: int, index: int | None, digest: bytes, late: bool) -> None:
+        signers = [client.signer for client in self.host.state.clients]
+        if index is None and KEYS[i] in signers:
+            index = signers.index(KEYS[i])
+        self.attempt("warmup_witness", KEYS[i], self.host.state.epoch - late, index or 0, digest)
+
+    @precondition(lambda self: self.host.state.phase is Phase.WARMUP)
+    @rule()
+    def warm_up_all(self) -> None:
+        digest = self.host.state.checkpoint.digest or DIGESTS[0]
+        for index, client in enumerate(self.host.state.clients):
+            self.attempt("warmup_witness", client.signer, self.host.state.epoch, index, digest)
+
+    def witness(
+        self, i: int, back: int = 0, heard: tuple[int, ...] = (0, 1, 2, 3, 4), claim: int | None = None
+    ) -> None:
+        round_ = self.host.state.current
+        if round_ is None or KEYS[i] not in round_.clients:
+            return
+        proof = round_selection(round_, self.host.state.config).witness_proof(round_.clients.index(KEYS[i]))
+        if claim is not None:
+            proof = WitnessProof(claim, proof.index)
+        bloom = participants_bloom(round_.seed, [KEYS[j] for j in heard])
+        figures = Report(round_.step, 2.0, 1.0, 10, 10)
+        place = self.host.state.epoch, round_.height - back
+        self.attempt("witness", KEYS[i], *place, proof, DIGESTS[0], bloom, bloom, figures)
+
+    @rule(
+        i=nodes,
+        back=st.sampled_from([0, 0, 0, 1]),
+        heard=st.sets(nodes).map(tuple),
+        claim=st.none() | st.none() | st.integers(0, 4),
+    )
+    def witness_somehow(self, i: int, back: int, heard: tuple[int, ...], claim: int | None) -> None:
+        self.witness(i, back, heard, claim)
+
+    @precondition(lambda self: self.host.state.phase in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS))
+    @rule(rounds=st.integers(1, 4))
+    def witness_all(self, rounds: int) -> None:
+        for _ in range(rounds):
+            for i in range(len(KEYS)):
+                self.witness(i)
+
+    @rule(i=nodes, named=st.lists(nodes, max_size=2), back=st.sampled_from([0, 0, 1]))
+    def health_check(self, i: int, named: list[int], back: int) -> None:
+        round_ = self.host.state.current
+        if round_ is not None:
+            place = self.host.state.epoch, round_.height - back
+            self.attempt("health_check", KEYS[i], *place, [KEYS[j] for j in named])
+
+    @rule(i=nodes, digest=st.sampled_from(DIGESTS), late=st.booleans())
+    def vote(self, i: int, digest: bytes, late: bool) -> None:
+        state = self.host.state
+        self.attempt("checkpoint", KEYS[i], state.epoch - late, state.step - 1, digest)
+
+    @precondition(lambda self: self.host.state.phase is Phase.COOLDOWN)
+    @rule()
+    def vote_all(self) -> None:
+        for signer in KEYS:
+            self.attempt("checkpoint", signer, self.host.state.epoch, self.host.state.step - 1, DIGESTS[1])
+
+    # What people, clocks and machines do.
+
+    @rule()
+    def pause(self) -> None:
+        self.attempt("pause")
+
+    @rule()
+    def resume(self) -> None:
+        self.attempt("resume")
+
+    @rule(seconds=st.sampled_from([0.5, 2.0, 8.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.host.tick(self.now)
+
+    @rule()
+    def wait_for_the_clock(self) -> None:
+        deadline = self.host.deadline()
+        if deadline is not None:
+            self.now = max(self.now, deadline)
+            assert self.host.tick(self.now), "the time that deadline() names changes nothing"
+
+    @rule(down=st.sampled_from([0.0, 100.0]))
+    def restart(self, down: float) -> None:
+        left = None if self.host.deadline() is None else self.host.deadline() - self.host.dump()["now"]  # type: ignore[operator]
+        self.host = RunHost.load(json.loads(json.dumps(self.host.dump())))
+        self.now += down
+        self.host.restarted(self.now)
+        if left is not None and self.host.deadline() is not None and self.host.state.nonce == self.nonce + 1:
+            assert self.host.deadline() == pytest.approx(self.now + left)
+
+    # What must hold.
+
+    @invariant()
+    def nothing_is_due(self) -> None:
+        if hasattr(self, "host"):
+            assert not self.host.tick(self.now)
+
+    @invariant()
+    def changes_count_and_travel(self) -> None:
+        if not hasattr(self, "host"):
+            return
+        state = self.host.state
+        current = state_to_json(state)
+        if current != self.view:
+            assert state.nonce > self.nonce
+        change = json.loads(json.dumps(diff(self.view, current)))
+        assert patch(self.view, change) == current
+        self.view, self.nonce = current, state.nonce
+
+    @invariant()
+    def stored_runs_are_exact(self) -> None:
+        if hasattr(self, "host"):
+            data = self.host.dump()
+            assert RunHost.load(json.loads(json.dumps(data))).dump() == data
+
+    @invariant()
+    def rounds_follow_one_another(self) -> None:
+        if not hasattr(self, "host"):
+            return
+        host = self.host
+        for height, round_ in enumerate(host.history):
+            name = host.history_epoch, round_.height
+            assert round_.height == height
+            known = self.rounds.get(name)
+            if known is not None:
+                # A round never changes, but for reports that are added to it.
+                assert replace(round_, witnesses=known.witnesses) == known
+                assert round_.witnesses[: len(known.witnesses)] == known.witnesses
+            self.rounds[name] = round_
+            selection = round_selection(round_, host.state.config)
+            seats = [record.proof.index for record in round_.witnesses]
+            assert len(set(seats)) == len(seats) <= selection.witness_count
+            assert all(selection.verify_witness(record.proof) for record in round_.witnesses)
+        ring = {round_.height for round_ in host.state.rounds}
+        assert ring == {round_.height for round_ in host.history[-4:]}
+
+    @invariant()
+    def steps_and_data_are_contiguous(self) -> None:
+        if not hasattr(self, "host"):
+            return
+        state = self.host.state
+        trained = [round_ for _, round_ in sorted(self.rounds.items()) if round_.step]
+        assert [round_.step for round_ in trained] == list(range(1, len(trained) + 1))
+        assert len(trained) <= state.config.total_steps
+        position = 0
+        for round_ in trained:
+            assert round_.data_index == position
+            assert 3 <= round_.batch_size <= 7
+            position += round_.batch_size
+        if state.phase is Phase.FINISHED:
+            assert len(trained) == state.config.total_steps == state.step - 1
+
+    @invariant()
+    def every_epoch_drains(self) -> None:
+        if not hasattr(self, "host"):
+            return
+        state = self.host.state
+        for epoch in {epoch for epoch, _ in self.rounds}:
+            rounds = [self.rounds[name] for name in sorted(self.rounds) if name[0] == epoch]
+            drained = [round_.height for round_ in rounds if not round_.step]
+            assert drained == list(range(len(rounds) - len(drained), len(rounds)))
+            if epoch < state.epoch:
+                collapsed = not rounds[-1].witnesses and not drained
+                assert len(drained) == 2 or collapsed
+            for before, after in itertools.pairwise(rounds):
+                selection = round_selection(before, state.config)
+                if before.step and after.step:
+                    assert len(before.witnesses) >= quorum(selection.witness_count)
+                assert set(after.clients) <= set(before.clients)
+
+    @invariant()
+    def clients_are_those_of_the_epoch(self) -> None:
+        if not hasattr(self, "host"):
+            return
+        state = self.host.state
+        everyone = [client.signer for client in (*state.clients, *state.exited_clients)]
+        assert len(set(everyone)) == len(everyone)
+        assert (state.phase is Phase.ROUND_TRAIN) <= bool(state.epoch_digest)
+
+
+Histories.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestHistories = Histories.TestCase
