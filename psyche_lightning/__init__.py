@@ -4,8 +4,26 @@
 is imported when it is used.
 """
 
-from psyche_lightning.hookspecs import hookimpl
+from __future__ import annotations
 
-__all__ = ["__version__", "hookimpl"]
+from typing import TYPE_CHECKING, Any
+
+from psyche_lightning.hookspecs import hookimpl
+from psyche_lightning.lightning.registration import register as _register
+
+if TYPE_CHECKING:
+    from psyche_lightning.lightning import CoordinatorCallback, PsycheStrategy
+
+__all__ = ["CoordinatorCallback", "PsycheStrategy", "__version__", "hookimpl"]
 
 __version__ = "0.1.0"
+
+_register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("CoordinatorCallback", "PsycheStrategy"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from psyche_lightning import lightning
+
+    return getattr(lightning, name)

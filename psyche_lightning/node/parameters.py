@@ -126,8 +126,7 @@ def _describe(tensors: Iterable[tuple[str, torch.Tensor]], put: Put | None) -> I
     """The index entries of named tensors, one after the other."""
     for name, tensor in tensors:
         plain = tensor.detach().cpu().contiguous()
-        data = memoryview(plain.reshape(-1).view(torch.uint8).numpy())
-        yield entry_of(name, _dtype_name(tensor), tuple(tensor.shape), data, put)
+        yield entry_of(name, _dtype_name(tensor), tuple(tensor.shape), _bytes(plain), put)
 
 
 def _matching(what: str, entries: list[TensorEntry], ours: Mapping[str, torch.Tensor]) -> list[TensorEntry]:
@@ -152,6 +151,11 @@ def _matching(what: str, entries: list[TensorEntry], ours: Mapping[str, torch.Te
     return entries
 
 
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
 def _read(entry: TensorEntry, get: Get) -> torch.Tensor:
     """A tensor of an index on the CPU.
 
@@ -159,12 +163,14 @@ def _read(entry: TensorEntry, get: Get) -> torch.Tensor:
         WireError: its pieces do not have the sizes that the index promises.
     """
     tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    view = _bytes(tensor)
     done = 0
     for piece in entry.pieces:
         data = get(piece)
         if len(data) != min(PIECE_SIZE, entry.size - done):
-            raise WireError(f"a piece of {entry.name!r} has {len(data)} bytes, not {min(PIECE_SIZE, entry.size - done)}")
+            raise WireError(
+                f"a piece of {entry.name!r} has {len(data)} bytes, not {min(PIECE_SIZE, entry.size - done)}"
+            )
         view[done : done + len(data)] = data
         done += len(data)
     return tensor

@@ -1,0 +1,51 @@
+"""The place where a Trainer and its run meet after each step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities import rank_zero_info
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from psyche_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from psyche_lightning.lightning.session import Session
+
+
+class CoordinatorCallback(Callback):
+    """Stops Trainer when the run is over, and logs the run's figures; the strategy adds one when there is none.
+
+    Logged are ``psyche/clients``, ``psyche/epoch`` and ``psyche/round`` (the coordinator's), ``psyche/bytes_up`` and
+    ``psyche/bytes_down`` (at this node's sockets since it joined), and ``psyche/waiting`` (seconds that it waited).
+
+    Args:
+        log_every: steps between figures; None for Trainer's ``log_every_n_steps``, 0 for none.
+
+    Raises:
+        ConfigError: ``log_every`` is no whole number from 0.
+    """
+
+    def __init__(self, log_every: int | None = None) -> None:
+        if log_every is not None and (type(log_every) is not int or log_every < 0):
+            raise ConfigError(f"log_every is {log_every!r}; expected a whole number from 0, or None for Trainer's")
+        self.log_every = log_every
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the run after each step."""
+        session = self._session(trainer)
+        if session is None:
+            return
+        every = trainer.log_every_n_steps if self.log_every is None else self.log_every  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
+            for name, value in session.figures().items():
+                pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+        if trainer.strategy.stop_if_finished():  # type: ignore[attr-defined]
+            rank_zero_info(f"psyche: {session.finished}, {trainer.global_step} steps")
+
+    def _session(self, trainer: Trainer) -> Session | None:
+        session: Session | None = getattr(trainer.strategy, "session", None)
+        return session

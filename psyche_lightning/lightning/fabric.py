@@ -1,0 +1,214 @@
+"""``Fabric(strategy="psyche")``: the user's own loop, fed by rounds."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import math
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.plugins import CheckpointIO, Precision
+from lightning.fabric.strategies.single_device import SingleDeviceStrategy
+from lightning.fabric.utilities import rank_zero_info
+from torch.nn import Module
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import _LRScheduler
+
+from psyche_lightning.distro import DisTrO
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.lightning.loader import RoundLoader, check_loader
+from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
+from psyche_lightning.lightning.optimizers import TakenStep, build_distro
+from psyche_lightning.lightning.options import Options, one_device
+from psyche_lightning.lightning.session import Session
+from psyche_lightning.node.participant import RoundWork
+
+
+class PsycheFabricStrategy(SingleDeviceStrategy):
+    """One node of a run, for loops of one's own.
+
+    The first DataLoader that is set up is the one for training: iterating over it gives this node's share of one round
+    after the other, one pass of the whole run over the data, and ends early when the run does (then :attr:`finished`
+    says why). Each batch wants one ``optimizer.step()``, which hands in the update and takes the agreed one. The node
+    leaves the run when the process ends, or by :meth:`close`.
+
+    With look-ahead, parameters are the looked-ahead ones from the moment in which a batch is given out to the
+    optimizer's step; save and validate between a step and the next batch.
+
+    Args:
+        coordinator: see :class:`~psyche_lightning.lightning.options.Options`, which lists all options.
+        run: likewise.
+        accelerator: as of Lightning's strategies.
+        checkpoint_io: as of Lightning's strategies.
+        precision: as of Lightning's strategies.
+        options: of :class:`~psyche_lightning.lightning.options.Options`.
+
+    Raises:
+        ConfigError: an option is unknown or wrong.
+    """
+
+    def __init__(
+        self,
+        coordinator: str | None = None,
+        run: str | None = None,
+        *,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+        **options: Any,
+    ) -> None:
+        self.options = Options.of({**options, "coordinator": coordinator, "run": run})
+        super().__init__("cpu", accelerator, checkpoint_io, precision)
+        self.session: Session | None = None
+        self._parallel_devices: list[torch.device] | None = None
+        self._module: Module | None = None
+        self._optimizer: Optimizer | None = None
+        self._distro: DisTrO | None = None
+        self._taken: TakenStep | None = None
+        self._loader: RoundLoader | None = None
+        self._ahead = ExitStack()
+
+    # --- devices ----------------------------------------------------------------------------------------------------
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The node's device in a list, as Fabric gives it."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        self._parallel_devices = devices
+        if devices:
+            self._root_device = torch.device(one_device(devices, "Fabric"))
+
+    # --- set-up -----------------------------------------------------------------------------------------------------
+
+    def setup_module_and_optimizers(
+        self, module: Module, optimizers: list[Optimizer], scheduler: _LRScheduler | None = None
+    ) -> tuple[Module, list[Optimizer], _LRScheduler | None]:
+        """Called by ``fabric.setup(module, optimizer)``; looks at the run and takes over the optimizer's step."""
+        if len(optimizers) != 1 or self._distro is not None:
+            raise ConfigError(
+                "the strategy 'psyche' trains one module with one optimizer (which may have several parameter groups): "
+                "fabric.setup(module, optimizer), once"
+            )
+        self._module, self._optimizer = module, optimizers[0]
+        self._distro = build_distro(optimizers[0], module, self._looked().agreement.distro)
+        self._taken = TakenStep(optimizers[0])
+        rank_zero_info(
+            f"psyche: DisTrO replaces the step of {type(optimizers[0]).__name__}, whose learning rate, weight decay "
+            f"and parameter groups it uses; {self._distro.max_payload:,} bytes a round"
+        )
+        return module, optimizers, scheduler
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Refuses: names and parameters are needed together.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("the strategy 'psyche' needs module and optimizer together: fabric.setup(module, optimizer)")
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Called by ``fabric.setup_dataloaders``; the first loader is fed by the run, the others stay as they are."""
+        if self._loader is not None:
+            return dataloader
+        batch = self._looked().global_batch(check_loader(dataloader))
+        self._loader = RoundLoader(dataloader, batch, self._looked().agreement.seed, self._rounds, split=False)
+        return self._loader
+
+    def _looked(self) -> Session:
+        if self.session is None:
+            self.session = Session(self.options)
+        return self.session
+
+    def _join(self) -> None:
+        if self._distro is None or self._module is None:
+            raise ConfigError("set up module and optimizer before training: fabric.setup(module, optimizer)")
+        assert self._loader is not None
+        order = self._loader.order
+        sections = {
+            "model": model_section(self._module, self._distro),
+            "optimizer": optimizer_section(self._distro, None),
+            "data": data_section(order.length, order.shuffle),
+        }
+        self._looked().join(
+            self._module, self._distro, sections, global_batch=self._loader.global_batch, total_steps=None
+        )
+        atexit.register(self.close)
+        default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if default and threading.current_thread() is threading.main_thread():
+            # Fabric leaves signals alone, and the default action would not tell the coordinator.
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    # --- rounds -----------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> str:
+        """Why the run is over; empty as long as it is not."""
+        return self.session.finished if self.session is not None else ""
+
+    def _rounds(self) -> Iterator[RoundWork]:
+        """The rounds of one pass over the data."""
+        session = self._looked()
+        if not session.joined:
+            self._join()
+        assert self._loader is not None
+        passes: int | None = None
+        while True:
+            self._published()
+            work = session.peek()
+            if work is None:
+                session.close()
+                return
+            now = (work.step - 1) // len(self._loader)
+            if passes not in (None, now):
+                return
+            passes = now
+            session.take()
+            self._look_ahead()
+            yield work
+
+    def _look_ahead(self) -> None:
+        assert self._distro is not None
+        assert self._optimizer is not None
+        if self._distro.config.lookahead:
+            for ours, theirs in zip(self._distro.param_groups, self._optimizer.param_groups, strict=True):
+                ours["lr"] = theirs["lr"]
+            self._ahead.enter_context(self._distro.look_ahead())
+
+    def _published(self) -> None:
+        """End the look-ahead."""
+        self._ahead.close()
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        """Called by ``optimizer.step()``: hand in the round's update, and take the agreed one."""
+        session, taken, loader = self.session, self._taken, self._loader
+        if session is None or taken is None or loader is None or loader.share is None or session.work is None:
+            raise ConfigError(
+                "optimizer.step() needs a batch of the run: iterate over the loader that fabric.setup_dataloaders "
+                "returned, and make one step for each batch"
+            )
+        taken.reset()
+        result = super().optimizer_step(optimizer, **kwargs)
+        self._published()
+        loss = float(result.detach()) if isinstance(result, torch.Tensor) and result.numel() == 1 else math.nan
+        session.submit(self._optimizer if taken.called else None, loss, loader.share.samples)
+        return result
+
+    def close(self) -> None:
+        """Leave the run; idempotent."""
+        self._published()
+        if self.session is not None:
+            self.session.close()
+        if self._loader is not None:
+            self._loader.close()
+        with contextlib.suppress(ValueError):
+            atexit.unregister(self.close)

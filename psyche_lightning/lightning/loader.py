@@ -1,0 +1,158 @@
+"""The user's DataLoader, fed one round at a time.
+
+A DataLoader asks its sampler ahead of time, up to two batches for each worker, which would wait for rounds that come
+only after the current one is trained. So data set, collate function and workers are the user's, and the sampler is the
+run: for each round the loader knows all the batches of this node's share before it asks for the first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.lightning.order import DataOrder
+from psyche_lightning.node.participant import RoundWork
+
+SHOWN = "give the Trainer a DataLoader over a map-style data set, with batch_size and shuffle"
+
+
+@dataclass
+class Share:
+    """This node's part of a round, as micro-batches.
+
+    Attributes:
+        work: the round.
+        sizes: samples of each micro-batch.
+        rest: the micro-batches after the first, loaded as they are taken.
+    """
+
+    work: RoundWork
+    sizes: list[int]
+    rest: Iterator[Any]
+
+    @property
+    def samples(self) -> int:
+        """Samples of the share."""
+        return sum(self.sizes)
+
+
+class RoundLoader:
+    """Yields the first micro-batch of each round's share; :attr:`share` has the others.
+
+    Args:
+        loader: the user's.
+        global_batch: samples of a round of the whole run.
+        seed: the run's.
+        rounds: called for each iteration; yields the rounds of one pass over the data.
+        split: whether a share is split into micro-batches of the user's ``batch_size``.
+
+    Attributes:
+        share: the round that was yielded last.
+        order: data ids to samples.
+
+    Raises:
+        ConfigError: the loader decides by itself which samples come when.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        global_batch: int,
+        seed: int,
+        rounds: Callable[[], Iterator[RoundWork]],
+        split: bool = True,
+    ) -> None:
+        batch_size = check_loader(loader)
+        _auto_add_worker_init_fn(loader, 0)
+        self.share: Share | None = None
+        self.order = DataOrder(len(loader.dataset), isinstance(loader.sampler, RandomSampler), seed)  # type: ignore[arg-type]
+        self.global_batch = global_batch
+        self._most = batch_size if split else None
+        self._rounds = rounds
+        self._loader = loader
+        self._plan: list[list[int]] = []
+        self._inner: DataLoader[Any] | None = None
+
+    @property
+    def dataset(self) -> Any:
+        """The user's data set."""
+        return self._loader.dataset
+
+    def __len__(self) -> int:
+        """Rounds of one pass of the whole run over the data."""
+        return -(-self.order.length // self.global_batch)
+
+    def __iter__(self) -> Iterator[Any]:
+        for work in self._rounds():
+            self.share = self.load(work)
+            yield next(self.share.rest)
+
+    def load(self, work: RoundWork) -> Share:
+        """Begin to load the share ``[work.start, work.end]``, cut into micro-batches as equal as can be."""
+        indices = self.order.indices(work.start, work.end)
+        parts = 1 if self._most is None else -(-len(indices) // self._most)
+        cuts = [len(indices) * part // parts for part in range(parts + 1)]
+        self._plan[:] = [indices[a:b] for a, b in itertools.pairwise(cuts)]
+        if self._inner is None:
+            self._inner = self._build()
+        return Share(work, [len(batch) for batch in self._plan], iter(self._inner))
+
+    def close(self) -> None:
+        """End the workers."""
+        self.share, self._inner = None, None
+
+    def _build(self) -> DataLoader[Any]:
+        user = self._loader
+        return DataLoader(
+            user.dataset,
+            batch_sampler=self._plan,
+            num_workers=user.num_workers,
+            collate_fn=user.collate_fn,
+            pin_memory=user.pin_memory,
+            timeout=user.timeout,
+            worker_init_fn=user.worker_init_fn,
+            multiprocessing_context=user.multiprocessing_context,
+            generator=user.generator,
+            prefetch_factor=user.prefetch_factor,
+            persistent_workers=user.num_workers > 0,  # else every round would start them anew
+        )
+
+
+def check_loader(loader: object) -> int:
+    """Refuse a loader that cannot be fed by rounds; returns its ``batch_size``.
+
+    Raises:
+        ConfigError: what is wrong, and what to give instead.
+    """
+    if not isinstance(loader, DataLoader):
+        raise ConfigError(f"the train dataloader is a {type(loader).__name__}, not a torch DataLoader; {SHOWN}")
+    if isinstance(loader.dataset, IterableDataset):
+        raise ConfigError(
+            f"the data set {type(loader.dataset).__name__} is an IterableDataset, but a run divides samples by number "
+            f"among its nodes; {SHOWN}"
+        )
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise ConfigError(f"{type(loader).__name__} has an iterator of its own, which the run cannot feed; {SHOWN}")
+    if loader.batch_size is None:
+        raise ConfigError(
+            f"the train dataloader has no batch_size (a batch_sampler, or batch_size=None), but the run decides which "
+            f"samples make a batch; {SHOWN}"
+        )
+    sampler = loader.sampler
+    plain = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+    )
+    if not plain:
+        raise ConfigError(
+            f"the train dataloader has the sampler {type(sampler).__name__}, but the run decides which node trains "
+            f"which samples; {SHOWN}"
+        )
+    if not len(loader.dataset):  # type: ignore[arg-type]
+        raise ConfigError("the train data set is empty")
+    return loader.batch_size

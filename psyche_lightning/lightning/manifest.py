@@ -1,0 +1,39 @@
+"""The sections of a run's manifest that follow from a module, its optimizer and its data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from psyche_lightning.distro import DisTrO
+from psyche_lightning.node.parameters import persistent_buffers
+
+
+def model_section(module: torch.nn.Module, optimizer: DisTrO) -> dict[str, Any]:
+    """Name, shape, dtype of every parameter (and whether it is trained) and buffer, in order of their names."""
+    trained = {entry.name for entry in optimizer.layout.entries}
+    parameters = sorted(module.named_parameters(), key=lambda item: item[0].encode())
+    buffers = sorted(persistent_buffers(module).items(), key=lambda item: item[0].encode())
+    return {
+        "parameters": [[*_describe(name, tensor), name in trained] for name, tensor in parameters],
+        "buffers": [_describe(name, tensor) for name, tensor in buffers],
+    }
+
+
+def optimizer_section(optimizer: DisTrO, clip: tuple[str, float] | None) -> dict[str, Any]:
+    """Weight decay and parameters of each group, and how gradients are clipped: ``(algorithm, value)`` or None."""
+    groups = [
+        {"weight_decay": float(group["weight_decay"]), "parameters": sorted(group["param_names"])}
+        for group in optimizer.param_groups
+    ]
+    return {"groups": groups, "clip": None if clip is None else [clip[0], float(clip[1])]}
+
+
+def data_section(length: int, shuffle: bool) -> dict[str, Any]:
+    """How many samples there are, and whether each pass has an order of its own."""
+    return {"length": length, "shuffle": shuffle}
+
+
+def _describe(name: str, tensor: torch.Tensor) -> list[Any]:
+    return [name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]

@@ -1,0 +1,67 @@
+"""DisTrO in place of the step of the user's optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from psyche_lightning.distro import DisTrO, DistroConfig
+from psyche_lightning.errors import ConfigError
+
+
+def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> DisTrO:
+    """A DisTrO with the parameter groups of the user's optimizer, their learning rates and weight decays.
+
+    Args:
+        optimizer: what the user configured; of any kind.
+        module: names the parameters.
+        config: the run's compression.
+
+    Raises:
+        ConfigError: the optimizer has parameters that the module does not.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        unknown = [parameter for parameter in group["params"] if id(parameter) not in names]
+        if unknown:
+            shapes = ", ".join(str(tuple(parameter.shape)) for parameter in unknown[:3])
+            raise ConfigError(
+                f"the optimizer trains {len(unknown)} tensors that are no parameters of {type(module).__name__} "
+                f"(of shapes {shapes}); only the module's own parameters can be shared with other nodes"
+            )
+        groups.append(
+            {
+                "params": [(names[id(parameter)], parameter) for parameter in group["params"]],
+                "lr": float(group["lr"]),
+                "weight_decay": float(group.get("weight_decay", 0.0)),
+            }
+        )
+    return DisTrO(groups, lr=float(optimizer.param_groups[0]["lr"]), config=config)
+
+
+class TakenStep:
+    """Stands in for the ``step`` of the user's optimizer: it computes gradients and notes that they are to be sent.
+
+    Attributes:
+        called: whether it was called since :meth:`reset`. Gradient scalers do not when a gradient is infinite.
+    """
+
+    # torch's schedulers look for these two marks, and warn of a step that was replaced after they were made.
+    _wrapped_by_lr_sched = True
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.called = False
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        optimizer.step = self  # type: ignore[method-assign]
+
+    def __call__(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Run the closure, if there is one, and return its result."""
+        self.called = True
+        return None if closure is None else closure()
+
+    def reset(self) -> None:
+        """Forget the last call."""
+        self.called = False

@@ -1,0 +1,75 @@
+"""Trainer's counters at the run's step, also after rounds in which this node had no part."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+class RunProgress:
+    """Moves Trainer to a step of the run. A Lightning epoch is one pass of the whole run over the data.
+
+    Args:
+        trainer: whose counters, schedulers and progress bar follow the run.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._length = int(trainer.num_training_batches)
+        self._scheduled = trainer.global_step  # the steps after which schedulers were stepped
+
+    def enter(self, step: int, fresh: bool) -> bool:
+        """Set all counters to the moment before ``step``.
+
+        Args:
+            step: of the run, from 1.
+            fresh: whether nothing was trained yet in this Lightning epoch, so that another may take its place.
+
+        Returns:
+            False when the step is not for this Lightning epoch, or not for this Trainer: the epoch is to end.
+        """
+        trainer, fit_loop = self._trainer, self._trainer.fit_loop
+        done = step - 1
+        epoch, index = divmod(done, self._length)
+        if epoch != trainer.current_epoch and not fresh:
+            return False
+        if -1 < trainer.max_steps < step:
+            self._count(done, index)
+            return False
+        if epoch != trainer.current_epoch:
+            last = trainer.max_epochs is not None and -1 < trainer.max_epochs <= epoch
+            passed = epoch - 1 if last else epoch
+            for progress in (fit_loop.epoch_progress.current, fit_loop.epoch_progress.total):
+                progress.ready = progress.started = passed + 1  # type: ignore[attr-defined]
+                progress.processed = progress.completed = passed  # type: ignore[attr-defined]
+            if last:
+                return False
+        self._step_schedulers(step)
+        self._count(done, index)
+        return True
+
+    def _count(self, done: int, index: int) -> None:
+        fit_loop = self._trainer.fit_loop
+        loop = fit_loop.epoch_loop
+        steps = loop.automatic_optimization.optim_progress.optimizer.step
+        for total, current in ((steps.total, steps.current), (loop.batch_progress.total, loop.batch_progress.current)):
+            for counter, value in ((total, done), (current, index)):
+                for name in vars(counter):
+                    setattr(counter, name, value)
+        loop._batches_that_stepped = done
+        if fit_loop._data_fetcher is not None:
+            fit_loop._data_fetcher.fetched = index
+
+    def _step_schedulers(self, step: int) -> None:
+        """What Trainer would have done after each step that this node missed; it does so itself after ``step``."""
+        module = self._trainer.lightning_module
+        for missed in range(self._scheduled + 1, step):
+            epoch, index = divmod(missed - 1, self._length)
+            for config in self._trainer.lr_scheduler_configs:
+                ended = index + 1 if config.interval == "step" else epoch + 1
+                due = config.interval == "step" or index == self._length - 1
+                if due and ended % config.frequency == 0:
+                    module.lr_scheduler_step(config.scheduler, None)
+        self._scheduled = step

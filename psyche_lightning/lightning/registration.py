@@ -1,0 +1,87 @@
+"""The name ``"psyche"`` in the strategy registries of Lightning's Trainer and Fabric.
+
+Lightning takes seconds to import and the ``psyche`` command does not need it, so ``import psyche_lightning`` must not
+import it. A registry that is there already gets the name at once; one that is not gets it in the moment in which
+Lightning makes it, by a finder on ``sys.meta_path`` that watches for these two modules and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+NAME = "psyche"
+DESCRIPTION = "Train one model on many machines that share only the internet."
+
+
+def _trainer_strategy(**options: Any) -> Any:
+    from psyche_lightning.lightning.strategy import PsycheStrategy
+
+    return PsycheStrategy(**options)
+
+
+def _fabric_strategy(**options: Any) -> Any:
+    from psyche_lightning.lightning.fabric import PsycheFabricStrategy
+
+    return PsycheFabricStrategy(**options)
+
+
+# Module that makes a registry -> the registry's name in it, and what the name "psyche" builds.
+REGISTRIES = {
+    "lightning.pytorch.strategies": ("StrategyRegistry", _trainer_strategy),
+    "lightning.fabric.strategies": ("STRATEGY_REGISTRY", _fabric_strategy),
+}
+
+
+def register() -> None:
+    """Give both registries the name, now or as soon as they exist; calling it again changes nothing."""
+    for module in REGISTRIES:
+        if module in sys.modules:
+            _add(sys.modules[module])
+    if not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watcher())
+
+
+def _add(module: ModuleType) -> None:
+    registry_name, strategy = REGISTRIES[module.__name__]
+    registry = getattr(module, registry_name, None)  # absent while Lightning itself is half imported
+    if registry is not None and NAME not in registry:
+        registry.register(NAME, strategy, description=DESCRIPTION)
+
+
+class _Watcher(importlib.abc.MetaPathFinder):
+    """Lets the ordinary finders find the modules, and adds the name after they were executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in REGISTRIES:
+            return None
+        for finder in sys.meta_path:
+            if finder is not self and (spec := finder.find_spec(fullname, path, target)) is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+class _Loader(importlib.abc.Loader):
+    """A loader that adds the name once the module is there; otherwise the one that it wraps."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _add(module)

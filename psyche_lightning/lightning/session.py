@@ -1,0 +1,329 @@
+"""One process' part in one run, as Trainer and Fabric share it: rounds in, updates out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from lightning.fabric.utilities import rank_zero_info
+
+from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.coordinator.local import LocalCoordinator
+from psyche_lightning.coordinator.protocol import Coordinator, Terms
+from psyche_lightning.coordinator.state import ClientStatus, CoordinatorConfig, RunState
+from psyche_lightning.distro import DisTrO, NonFiniteGradientError, Votes, encode
+from psyche_lightning.lightning.agreement import Agreement, agree, look
+from psyche_lightning.lightning.options import Options
+from psyche_lightning.node.core import Settings
+from psyche_lightning.node.parameters import ParameterReplica
+from psyche_lightning.node.participant import Participant, RoundWork
+from psyche_lightning.node.store import DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
+from psyche_lightning.plugins import load_plugins
+from psyche_lightning.transports.base import Transport
+from psyche_lightning.transports.memory import MemoryTransport
+from psyche_lightning.transports.meter import ByteMeter, socket_factory
+from psyche_lightning.wire.identity import Identity
+
+logger = logging.getLogger("psyche_lightning")
+
+ENDLESS = 2**32 - 1
+"""Steps of a run that nobody limited."""
+ALONE_RUN = "alone"
+ALONE_EPOCH = 1000
+"""Rounds of an epoch of a run of one process: then what it remembers of them is dropped."""
+ALONE_BLOBS = 8
+
+
+class Session:
+    """Membership in a run, from the first look at it to leaving.
+
+    Args:
+        options: how to take part.
+
+    Attributes:
+        agreement: what all nodes share.
+        waited: seconds that this node waited for others so far.
+        payload_bytes: bytes of the payloads that it made.
+        work: the round that it works on.
+
+    Raises:
+        PsycheError: the coordinator cannot be reached, has no such run, or its values are not the options'.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.waited = 0.0
+        self.payload_bytes = 0
+        self.work: RoundWork | None = None
+        self._next: RoundWork | None = None
+        self._participant: Participant | None = None
+        self._optimizer: DisTrO | None = None
+        self._replica: ParameterReplica | None = None
+        self._meter = ByteMeter()
+        self._nodes: Transport | None = None
+        self._ticks = 0
+        self._over = False
+        if options.alone:
+            terms = Terms(CoordinatorConfig(), ("global_batch_size", "total_steps"))
+        else:
+            terms = look(self._client(Identity.generate()))
+        self.agreement: Agreement = agree(options, terms)
+
+    # --- joining ----------------------------------------------------------------------------------------------------
+
+    def global_batch(self, local: int) -> int:
+        """Samples of a round of the whole run.
+
+        Args:
+            local: what the user's DataLoader and accumulation give one node.
+        """
+        agreement = self.agreement
+        if "global_batch_size" not in agreement.unset:
+            return agreement.config.global_batch_size_end
+        return self.options.global_batch_size or local * agreement.config.init_min_clients
+
+    def join(
+        self,
+        module: torch.nn.Module,
+        optimizer: DisTrO,
+        sections: Mapping[str, Any],
+        *,
+        global_batch: int,
+        total_steps: int | None,
+        done: int = 0,
+    ) -> None:
+        """Become a member; the rounds come by :meth:`next_round`.
+
+        Args:
+            module: the model.
+            optimizer: trains it.
+            sections: the manifest's sections of model, optimizer and data.
+            global_batch: as of :meth:`global_batch`.
+            total_steps: where this node's user wants to end; None for no end.
+            done: steps that were done before, in a run of this process alone.
+
+        Raises:
+            PsycheError: the run refuses this node, or the transport cannot listen.
+        """
+        options, agreement = self.options, self.agreement
+        total = options.total_steps or total_steps or ENDLESS
+        run = agreement.run_section
+        sizes = {"global_batch_size": global_batch, "total_steps": total}
+        run.update((name, sizes[name]) for name in agreement.unset)
+        manifest = {"run": run, "distro": agreement.distro_section, **sections}
+        manifest.update((name, section) for name, section in options.manifest.items() if name != "run")
+        self._optimizer = optimizer
+        self._replica = replica = ParameterReplica(optimizer, module)
+        settings = Settings(
+            overlap=agreement.overlap,
+            digest_every=agreement.digest_every,
+            layout=replica.layout,
+            max_payload=replica.max_payload,
+            buffers=replica.has_buffers,
+        )
+        folder = options.folder
+        identity = Identity.generate() if folder is None else Identity.load_or_create(folder / "node.key")
+        memory = _RecentBlobs() if options.alone else MemoryBlobStore()
+        store = memory if folder is None else DirectoryBlobStore(folder / "blobs")
+        self._journal = MemoryJournal() if folder is None else Journal(folder / "journal")
+        self._participant = Participant(
+            identity=identity,
+            run_id=options.run or ALONE_RUN,
+            coordinator=self._own_run(identity, global_batch, total, done) if options.alone else self._client(identity),
+            transport=MemoryTransport() if options.alone else self._transport(),
+            replica=replica,
+            manifest=manifest,
+            settings=settings,
+            store=store,
+            journal=self._journal,
+            say=_say,
+            traffic=lambda: self.traffic,
+            patience=options.patience,
+        )
+        self._participant.start()
+
+    def _client(self, identity: Identity) -> Coordinator:
+        url, run = self.options.coordinator, self.options.run
+        assert url is not None
+        assert run is not None
+        scheme = urlsplit(url).scheme
+        options = {"socket_factory": socket_factory(self._meter)} if scheme in ("http", "https") else {}
+        client: Coordinator = load_plugins().coordinators()[scheme].factory(url, run, identity, options)
+        return client
+
+    def _transport(self) -> Transport:
+        factory = load_plugins().transports()[self.options.transport].factory
+        transport: Transport = factory(self.options.transport_options)
+        self._nodes = transport
+        return transport
+
+    def _own_run(self, identity: Identity, global_batch: int, total: int, done: int) -> LocalCoordinator:
+        """A run of this process alone. Its seconds are its rounds: nothing in it depends on how long anything takes."""
+        config = CoordinatorConfig(
+            global_batch_size_start=global_batch,
+            global_batch_size_end=global_batch,
+            total_steps=total,
+            epoch_time=ALONE_EPOCH,
+            max_round_train_time=ALONE_EPOCH / 2,
+        )
+        host = RunHost(ALONE_RUN, config, seed=self.agreement.seed)
+        host.state = replace(host.state, step=done + 1, start_step=done + 1, epoch_start_data_index=done * global_batch)
+        return LocalCoordinator(host, identity, clock=lambda: float(self._ticks))
+
+    # --- rounds -----------------------------------------------------------------------------------------------------
+
+    @property
+    def joined(self) -> bool:
+        """Whether this process is, or was, a member."""
+        return self._participant is not None
+
+    @property
+    def finished(self) -> str:
+        """Why the run is over; empty as long as it is not."""
+        return self._participant.finished if self._participant else ""
+
+    @property
+    def state(self) -> RunState | None:
+        """The newest state of the run that this node saw."""
+        state: RunState | None = self._participant.state if self._participant else None
+        return state
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes ``(up, down)`` counted at the sockets, to the coordinator and to other nodes."""
+        meter, links = getattr(self._nodes, "meter", None), []
+        if self._nodes is not None and not isinstance(meter, ByteMeter):
+            meter, links = None, self._nodes.links()
+        up = self._meter.up + (meter.up if meter else 0) + sum(link.bytes_up for link in links)
+        down = self._meter.down + (meter.down if meter else 0) + sum(link.bytes_down for link in links)
+        return up, down
+
+    def peek(self) -> RoundWork | None:
+        """The next round of this node, which stays the next; waits for it. None when the run is over."""
+        if self._next is None and not self._over:
+            assert self._participant is not None
+            if self.work is not None:
+                logger.warning(
+                    "the optimizer made no step in round %d of epoch %d: this node gives nothing to it",
+                    self.work.height,
+                    self.work.epoch,
+                )
+                self.submit(None)
+            with self._waiting():
+                self._next = self._participant.next_round()
+            self._over = self._next is None
+        return self._next
+
+    def take(self) -> RoundWork | None:
+        """Like :meth:`peek`, and begin to work on it."""
+        self.work, self._next = self.peek(), None
+        return self.work
+
+    def submit(self, optimizer: torch.optim.Optimizer | None, loss: float = math.nan, samples: int = 0) -> None:
+        """Hand in the update of the round in work, and apply the round's results when they are not to overlap.
+
+        Args:
+            optimizer: the user's, whose groups have the learning rates; None when there are no usable gradients.
+            loss: mean loss of this node's samples, for people.
+            samples: how many there were.
+        """
+        work, self.work = self.work, None
+        distro, participant = self._optimizer, self._participant
+        assert work is not None
+        assert distro is not None
+        assert participant is not None
+        nonce = distro.nonce
+        payload = None
+        if optimizer is not None:
+            for ours, theirs in zip(distro.param_groups, optimizer.param_groups, strict=True):
+                ours["lr"] = theirs["lr"]
+            try:
+                payload = distro.encode()
+            except NonFiniteGradientError as error:
+                logger.warning("round %d of epoch %d: %s", work.height, work.epoch, error)
+        if payload is None:  # an abstention: nobody has to wait for the round's deadline
+            payload = encode(Votes.empty(distro.layout.chunk_count, distro.config.k), distro.config)
+        self.payload_bytes += len(payload)
+        participant.submit(
+            work,
+            payload,
+            nonce=nonce,
+            lrs=distro.lr_bits(),
+            loss=loss,
+            tokens=samples * self.options.tokens_per_sample,
+        )
+        self._ticks += 1
+        state = self.state
+        if state is not None and work.step >= state.config.total_steps:
+            self.peek()  # to the very end: everything is applied when the run is over
+        else:
+            with self._waiting():
+                participant.settle(work)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.waited += time.monotonic() - began
+
+    def figures(self) -> dict[str, float]:
+        """What loggers and people may want to know."""
+        state, (up, down) = self.state, self.traffic
+        clients = sum(c.status is ClientStatus.HEALTHY for c in state.clients) if state else 0
+        current = state.current if state else None
+        return {
+            "psyche/clients": float(clients),
+            "psyche/epoch": float(state.epoch if state else 0),
+            "psyche/round": float(current.height if current else 0),
+            "psyche/bytes_up": float(up),
+            "psyche/bytes_down": float(down),
+            "psyche/waiting": self.waited,
+        }
+
+    def digest(self) -> bytes:
+        """Digest of the parameters as they are now."""
+        assert self._replica is not None
+        return self._replica.digest(MemoryBlobStore().put)
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def interrupt(self, error: BaseException) -> None:
+        """End a wait of the training thread with ``error``; may be called from a signal handler."""
+        if self._participant is not None:
+            self._participant.interrupt(error)
+
+    def close(self) -> None:
+        """Leave the run; idempotent."""
+        self._over, self._next, self.work = True, None, None
+        if self._participant is not None:
+            self._participant.stop()
+            if isinstance(self._journal, Journal):
+                self._journal.close()
+
+
+class _RecentBlobs(MemoryBlobStore):
+    """Keeps only the newest blobs: alone, nobody asks for what was applied."""
+
+    def put(self, data: bytes, durable: bool = True) -> bytes:
+        """Keep ``data`` and forget the oldest."""
+        digest = super().put(data, durable)
+        self._blobs[digest] = self._blobs.pop(digest)  # the newest, also when it was there before
+        while len(self._blobs) > ALONE_BLOBS:
+            del self._blobs[next(iter(self._blobs))]
+        return digest
+
+
+def _say(level: str, text: str) -> None:
+    if level == "warning":
+        logger.warning(text)
+    else:
+        rank_zero_info(f"psyche: {text}")

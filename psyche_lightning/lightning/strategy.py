@@ -1,0 +1,385 @@
+"""``Trainer(strategy="psyche")``: each optimizer step is a round of a run of many nodes."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from psyche_lightning.distro import DisTrO
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.lightning.callback import CoordinatorCallback
+from psyche_lightning.lightning.loader import RoundLoader, Share, check_loader
+from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
+from psyche_lightning.lightning.optimizers import TakenStep, build_distro
+from psyche_lightning.lightning.options import Options, one_device
+from psyche_lightning.lightning.progress import RunProgress
+from psyche_lightning.lightning.session import Session
+from psyche_lightning.node.participant import RoundWork
+
+STATE_KEY = "psyche_distro"
+
+
+class PsycheStrategy(SingleDeviceStrategy):
+    """One node of a run: trains its share of each round, and takes the step that all nodes agreed on.
+
+    The user's optimizer gives learning rates (schedulers work on it), weight decay and parameter groups; its step is
+    DisTrO's. One round is one optimizer step is one Lightning batch: ``global_step``, ``max_steps`` and everything
+    that counts steps mean those of the run. A round's share that is larger than the DataLoader's ``batch_size`` is
+    trained in micro-batches, with the gradient of their mean. Callbacks, validation and checkpoints see the
+    parameters that all nodes have.
+
+    Args:
+        coordinator: see :class:`~psyche_lightning.lightning.options.Options`, which lists all options.
+        run: likewise.
+        accelerator: as of Lightning's strategies.
+        checkpoint_io: as of Lightning's strategies.
+        precision_plugin: as of Lightning's strategies.
+        options: of :class:`~psyche_lightning.lightning.options.Options`.
+
+    Raises:
+        ConfigError: an option is unknown or wrong.
+    """
+
+    strategy_name = "psyche"
+
+    def __init__(
+        self,
+        coordinator: str | None = None,
+        run: str | None = None,
+        *,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        **options: Any,
+    ) -> None:
+        self.options = Options.of({**options, "coordinator": coordinator, "run": run})
+        self.session: Session | None = None
+        self._parallel_devices: list[torch.device] | None = None
+        super().__init__("cpu", accelerator, checkpoint_io, precision_plugin)
+        self._forget()
+
+    def _forget(self) -> None:
+        """The state outside of fit."""
+        self._trainer: Trainer | None = None
+        self._distro: DisTrO | None = None
+        self._taken: TakenStep | None = None
+        self._progress: RunProgress | None = None
+        self._loaders: list[RoundLoader] = []
+        self._accumulate = 1
+        self._carried: list[torch.Tensor | None] | None = None
+        self._loss = math.nan
+        self._old_handler: Any = None
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Lightning's own registration is not used: see :mod:`psyche_lightning.lightning.registration`."""
+
+    # --- devices ----------------------------------------------------------------------------------------------------
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The node's device in a list, as Trainer gives it."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        self._parallel_devices = devices
+        if devices:
+            self._root_device = torch.device(one_device(devices, "Trainer"))
+
+    # --- set-up -----------------------------------------------------------------------------------------------------
+
+    def connect(self, model: LightningModule) -> None:
+        """Called by Trainer with the module; adds the :class:`CoordinatorCallback` when the user did not."""
+        super().connect(model)
+        trainer = model.trainer
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and not any(isinstance(callback, CoordinatorCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.callbacks.insert(0, CoordinatorCallback())  # type: ignore[attr-defined]
+
+    def setup(self, trainer: Trainer) -> None:
+        """Called by Trainer before anything runs; when fitting, looks at the run."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check(trainer)
+            self._trainer = trainer
+            self._accumulate, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, 1
+            self.session = Session(self.options)
+        super().setup(trainer)
+
+    def _check(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        if trainer.num_nodes > 1:
+            raise ConfigError(
+                f"Trainer has num_nodes={trainer.num_nodes}, but the nodes of a run are not Trainer's: leave num_nodes "
+                "at 1 and start the same program on every machine."
+            )
+        if not self.lightning_module.automatic_optimization:
+            raise ConfigError(
+                f"{type(self.lightning_module).__name__} has automatic_optimization=False, but the strategy 'psyche' "
+                "makes the optimizer's step itself. Return the loss from training_step and leave the rest to Trainer, "
+                'or write your own loop with Fabric(strategy="psyche").'
+            )
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ConfigError(
+                "GradientAccumulationScheduler changes the batch size during training, which all nodes of a run share. "
+                "Use Trainer's accumulate_grad_batches, or the run's global_batch_size_warmup_tokens."
+            )
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Called by Trainer; takes over the step of the module's optimizer."""
+        assert self.session is not None
+        module = self.lightning_module
+        assert module is not None
+        super().setup_optimizers(trainer)
+        if len(self.optimizers) != 1 or isinstance(self.optimizers[0], _MockOptimizer):
+            raise ConfigError(
+                f"{type(module).__name__}.configure_optimizers gives {len(self.optimizers)} optimizers, or none that "
+                "trains; the strategy 'psyche' needs exactly one (it may have several parameter groups)."
+            )
+        if any(config.reduce_on_plateau for config in self.lr_scheduler_configs):
+            raise ConfigError(
+                "A ReduceLROnPlateau follows a metric of this node alone, but all nodes must use the same learning "
+                "rate in each round. Use a scheduler that depends only on the step."
+            )
+        optimizer = self.optimizers[0]
+        self._distro = build_distro(optimizer, module, self.session.agreement.distro)
+        self._taken = TakenStep(optimizer)
+        config = self._distro.config
+        rank_zero_info(
+            f"psyche: DisTrO replaces the step of {type(optimizer).__name__}, whose learning rate, weight decay and "
+            f"parameter groups it uses: {config.k} signs of each {config.chunk}x{config.chunk} chunk, "
+            f"{self._distro.max_payload:,} bytes a round."
+        )
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Called by Trainer with each DataLoader; the one for training is fed by the run."""
+        session, trainer = self.session, self._trainer
+        if session is None or trainer is None or not trainer.training:
+            return dataloader
+        batch_size = check_loader(dataloader)
+        batch = session.global_batch(batch_size * self._accumulate)
+        loader = RoundLoader(dataloader, batch, session.agreement.seed, self._rounds)  # type: ignore[arg-type]
+        for old in self._loaders:
+            old.close()
+        self._loaders = [loader]
+        return loader
+
+    def on_train_start(self) -> None:
+        """Called by Trainer when everything is set up: join the run."""
+        session, trainer, module, distro = self.session, self._trainer, self.lightning_module, self._distro
+        assert session is not None
+        assert trainer is not None
+        assert module is not None
+        assert distro is not None
+        combined = trainer.fit_loop._combined_loader
+        if combined is None or len(combined.flattened) != 1 or not self._loaders:
+            raise ConfigError("the strategy 'psyche' trains with exactly one train dataloader")
+        loader = self._loaders[0]
+        clip = None
+        if trainer.gradient_clip_val:
+            algorithm = str(trainer.gradient_clip_algorithm or "norm").rpartition(".")[2].lower()
+            clip = (algorithm, float(trainer.gradient_clip_val))
+        sections = {
+            "model": model_section(module, distro),
+            "optimizer": optimizer_section(distro, clip),
+            "data": data_section(loader.order.length, loader.order.shuffle),
+        }
+        self._progress = RunProgress(trainer)
+        session.join(
+            module,
+            distro,
+            sections,
+            global_batch=loader.global_batch,
+            total_steps=self._last_step(trainer),
+            done=trainer.global_step,
+        )
+        self._listen()
+
+    def _last_step(self, trainer: Trainer) -> int | None:
+        """The step at which Trainer ends, by ``max_steps`` or ``max_epochs``; None when it does not."""
+        limits = [trainer.max_steps] if trainer.max_steps > -1 else []
+        if trainer.max_epochs is not None and trainer.max_epochs > -1:
+            limits.append(trainer.max_epochs * int(trainer.num_training_batches))
+        return min(limits, default=None)
+
+    # --- signals ----------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Let SIGTERM end a wait for other nodes, too; Trainer's own handler only notes it."""
+        if threading.current_thread() is threading.main_thread():
+            self._old_handler = signal.getsignal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, number: int, frame: Any) -> None:
+        if callable(self._old_handler):
+            self._old_handler(number, frame)
+        if self.session is not None:
+            self.session.interrupt(SIGTERMException())
+
+    # --- rounds -----------------------------------------------------------------------------------------------------
+
+    def _rounds(self) -> Iterator[RoundWork]:
+        """The rounds of one Lightning epoch, as the loader asks for them."""
+        assert self.session is not None
+        assert self._progress is not None
+        fresh = True
+        while (work := self.session.peek()) is not None:
+            if not self._progress.enter(work.step, fresh):
+                return
+            self.session.take()
+            fresh = False
+            yield work
+        self.stop_if_finished()
+
+    def stop_if_finished(self) -> bool:
+        """Tell Trainer to stop when the run is over; returns whether it is."""
+        finished = self.session is not None and bool(self.session.finished)
+        if finished and self._trainer is not None and not self._trainer.should_stop:
+            self._trainer.should_stop = True
+        return finished
+
+    @property
+    def _share(self) -> Share | None:
+        return self._loaders[0].share if self._loaders else None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Train the round's share: all micro-batches but one forward and backward here, that one by Trainer.
+
+        Returns:
+            What the module returned, with the mean of the whole share as the loss; its gradient is that of the part
+            that Trainer is to run backward.
+        """
+        share, trainer, optimizer = self._share, self._trainer, self.optimizers[0]
+        if share is None or trainer is None or len(share.sizes) == 1:
+            output = super().training_step(*args, **kwargs)
+            self._loss = _value(_loss_of(output))
+            return output
+        optimizer.zero_grad()
+        batch, *rest = args
+        mean: torch.Tensor | None = None
+        for size, micro in zip(share.sizes[1:], share.rest, strict=True):
+            micro = self._transferred(trainer, micro)
+            trainer._logger_connector.on_batch_start(micro)
+            loss = _loss_of(super().training_step(micro, *rest, **kwargs))
+            if loss is not None:
+                part = loss * (size / share.samples)
+                mean = part.detach() if mean is None else mean + part.detach()
+                self.backward(part, optimizer)
+        # Trainer zeroes the gradients before it runs backward on what we return; pre_backward puts these back.
+        self._carried = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        trainer._logger_connector.on_batch_start(batch)
+        output = super().training_step(batch, *rest, **kwargs)
+        last = _loss_of(output)
+        if last is not None:
+            whole = last * (share.sizes[0] / share.samples)
+            whole = whole if mean is None else whole + mean
+            output = {**output, "loss": whole} if isinstance(output, Mapping) else whole
+            self._loss = _value(whole)
+        else:
+            self._loss = math.nan
+        return output
+
+    def _transferred(self, trainer: Trainer, batch: Any) -> Any:
+        """A batch on the node's device, through the same hooks as those that Trainer fetches."""
+        assert self.lightning_module is not None
+        batch = self.precision_plugin.convert_input(batch)
+        batch = self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return self.batch_to_device(batch, dataloader_idx=0)
+
+    def pre_backward(self, closure_loss: torch.Tensor) -> None:
+        """Put the gradients of the other micro-batches back, so that backward adds to them."""
+        if self._carried is not None:
+            parameters = [p for group in self.optimizers[0].param_groups for p in group["params"]]
+            for parameter, gradient in zip(parameters, self._carried, strict=True):
+                parameter.grad = gradient
+            self._carried = None
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Called by Trainer: forward, backward and clipping, then the round's payload and its results."""
+        session, distro, taken, share = self.session, self._distro, self._taken, self._share
+        assert session is not None
+        assert distro is not None
+        assert taken is not None
+        assert share is not None
+
+        def ahead() -> Any:
+            for ours, theirs in zip(distro.param_groups, optimizer.param_groups, strict=True):
+                ours["lr"] = theirs["lr"]
+            with distro.look_ahead() if distro.config.lookahead else nullcontext():
+                return closure()
+
+        taken.reset()
+        self._carried = None
+        result = super().optimizer_step(optimizer, ahead, model, **kwargs)
+        usable = taken.called and not math.isnan(self._loss)
+        session.submit(optimizer if usable else None, self._loss, share.samples)
+        return result
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state that a checkpoint has: that of the user's groups, and DisTrO's."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        state = dict(optimizer.state_dict())
+        if self._distro is not None:
+            state[STATE_KEY] = self._distro.state_dict()
+        return state
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore :meth:`optimizer_state`; the state of another optimizer's own step is of no use and left out."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            optimizer.load_state_dict({"state": {}, "param_groups": saved["param_groups"]})
+            if STATE_KEY in saved and self._distro is not None:
+                self._distro.load_state_dict(saved[STATE_KEY])
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        """Called by Trainer at the end, also after an error: leave the run."""
+        try:
+            if self.session is not None:
+                self.session.close()
+        finally:
+            if self._old_handler is not None:
+                signal.signal(signal.SIGTERM, self._old_handler)
+            for loader in self._loaders:
+                loader.close()
+            if self._trainer is not None:
+                self._trainer.accumulate_grad_batches = self._accumulate
+            self._forget()
+            super().teardown()
+
+
+def _loss_of(output: Any) -> torch.Tensor | None:
+    """The loss in what ``training_step`` returned."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss if isinstance(loss, torch.Tensor) else None
+
+
+def _value(loss: torch.Tensor | None) -> float:
+    return math.nan if loss is None else float(loss.detach())
