@@ -163,6 +163,10 @@ class Participant:
             if not self._thread.is_alive():
                 self._loop.close()
 
+    def interrupt(self, error: BaseException) -> None:
+        """End the wait of the training thread, or its next one, with ``error``; a signal handler may call this."""
+        self._inbox.put(error)
+
     @property
     def finished(self) -> str:
         """Why the run ended for this node; empty as long as it has not."""
