@@ -1,0 +1,136 @@
+"""A small run in one process: real participants, coordinator machine, transport and optimizer, on threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.coordinator.local import LocalCoordinator
+from psyche_lightning.coordinator.state import CoordinatorConfig
+from psyche_lightning.distro import DisTrO, DistroConfig
+from psyche_lightning.node.core import Settings
+from psyche_lightning.node.parameters import ParameterReplica
+from psyche_lightning.node.participant import Participant, RoundWork
+from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
+from psyche_lightning.transports.memory import MemoryNetwork, MemoryTransport
+from psyche_lightning.wire.identity import Identity
+
+
+@dataclass
+class Trainee:
+    """A node that trains a linear layer towards its own noisy target."""
+
+    number: int
+    run: Run
+    overlap: bool = False
+    said: list[str] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    error: BaseException | None = None
+    store: MemoryBlobStore = field(default_factory=MemoryBlobStore)
+    journal: MemoryJournal = field(default_factory=MemoryJournal)
+    spoil: Callable[[Trainee, RoundWork], None] = lambda trainee, work: None
+
+    def __post_init__(self) -> None:
+        self.module = torch.nn.Linear(24, 12)
+        generator = torch.Generator().manual_seed(self.number)
+        for parameter in self.module.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        self.optimizer = DisTrO(self.module.named_parameters(), lr=0.01, weight_decay=0.1, config=DistroConfig(k=8))
+        self.replica = ParameterReplica(self.optimizer, self.module)
+        self.identity = Identity(bytes([self.number + 1]) * 32)
+        self.participant = self.make()
+
+    def make(self) -> Participant:
+        return Participant(
+            identity=self.identity,
+            run_id="test",
+            coordinator=LocalCoordinator(self.run.host, self.identity),
+            transport=MemoryTransport(self.run.network),
+            replica=self.replica,
+            manifest={"model": {"parameters": ["weight", "bias"]}},
+            settings=Settings(self.overlap, 2, self.replica.layout, self.replica.max_payload, retry=0.2),
+            store=self.store,
+            journal=self.journal,
+            say=lambda level, text: self.said.append(text),
+            patience=60.0,
+        )
+
+    def train(self) -> None:
+        try:
+            self.participant.start()
+            while (work := self.participant.next_round()) is not None:
+                self.steps.append(work.step)
+                self.ids.extend(range(work.start, work.end + 1))
+                generator = torch.Generator().manual_seed(work.start)
+                inputs = torch.randn(work.end - work.start + 1, 24, generator=generator)
+                loss = (self.module(inputs) - inputs[:, :12]).square().mean()
+                self.optimizer.zero_grad()
+                loss.backward()
+                nonce = self.optimizer.nonce
+                payload = self.optimizer.encode()
+                self.participant.submit(
+                    work, payload, nonce=nonce, lrs=self.optimizer.lr_bits(), loss=loss.item(), tokens=1
+                )
+                self.participant.settle(work)
+                self.spoil(self, work)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.participant.stop()
+
+    @property
+    def bytes(self) -> bytes:
+        return b"".join(p.detach().numpy().tobytes() for p in self.module.parameters())
+
+
+@dataclass
+class Run:
+    host: RunHost
+    network: MemoryNetwork = field(default_factory=MemoryNetwork)
+
+    def go(self, *trainees: Trainee) -> None:
+        threads = [threading.Thread(target=trainee.train, daemon=True) for trainee in trainees]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120.0)
+            assert not thread.is_alive(), [trainee.participant.waiting() for trainee in trainees]
+        for trainee in trainees:
+            if trainee.error is not None:
+                raise trainee.error
+
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def make_run() -> Iterator[MakeRun]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def make(nodes: int, steps: int, **values: float) -> Run:
+        config = CoordinatorConfig(
+            total_steps=steps,
+            init_min_clients=nodes,
+            global_batch_size_start=6,
+            global_batch_size_end=6,
+            waiting_for_members_extra_time=0.2,
+            **{"max_round_train_time": 10.0, "warmup_time": 10.0, "cooldown_time": 5.0, **values},  # type: ignore[arg-type]
+        )
+        host = RunHost("test", config, seed=7)
+        host.begin(0.0)
+        return Run(host)
+
+    yield make
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_trainee() -> type[Trainee]:
+    return Trainee

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from psyche_lightning.coordinator.state import Phase
+from psyche_lightning.errors import ManifestMismatchError
+
+
+def test_a_node_alone_trains_all_steps(make_run: Any, make_trainee: Any) -> None:
+    run = make_run(1, 20)
+    node = make_trainee(0, run)
+    run.go(node)
+    assert node.steps == list(range(1, 21))
+    assert node.ids == list(range(20 * 6))
+    assert run.host.state.phase is Phase.FINISHED
+    assert run.host.state.checkpoint.step == 20
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_nodes_that_began_differently_end_with_the_same_bytes(make_run: Any, make_trainee: Any, overlap: bool) -> None:
+    run = make_run(3, 12)
+    nodes = [make_trainee(number, run, overlap=overlap) for number in range(3)]
+    assert len({node.bytes for node in nodes}) == 3
+    run.go(*nodes)
+    assert len({node.bytes for node in nodes}) == 1
+    assert sorted(number for node in nodes for number in node.ids) == list(range(12 * 6))
+    assert sum(any("in place of the own ones" in text for text in node.said) for node in nodes) == 2
+
+
+def test_the_same_seed_gives_the_same_parameters(make_run: Any, make_trainee: Any) -> None:
+    seen = set()
+    for _ in range(2):
+        run = make_run(1, 8)
+        node = make_trainee(0, run)
+        run.go(node)
+        seen.add(node.bytes)
+    assert len(seen) == 1
+
+
+def test_parameters_that_changed_by_themselves_are_named_and_repaired(make_run: Any, make_trainee: Any) -> None:
+    run = make_run(3, 12)
+    nodes = [make_trainee(number, run) for number in range(3)]
+
+    def flip(node: Any, work: Any) -> None:
+        if work.step == 3:
+            with torch.no_grad():
+                node.module.weight.view(torch.int32)[0, 0] ^= 1
+
+    nodes[1].spoil = flip
+    run.go(*nodes)
+    assert len({node.bytes for node in nodes}) == 1
+    said = " ".join(nodes[1].said)
+    assert "the parameters differ after round" in said
+    assert "the first tensor that differs is 'weight'" in said
+
+
+def test_another_manifest_is_refused_with_the_fields_that_differ(make_run: Any, make_trainee: Any) -> None:
+    run = make_run(1, 4)
+    run.host.join(b"\x09" * 32, b"\x09" * 32, "", {"model": {"parameters": ["other"]}}, 0.0)
+    node = make_trainee(0, run)
+    with pytest.raises(ManifestMismatchError) as caught:
+        run.go(node)
+    assert any("parameters" in field for field, _, _ in caught.value.differences)

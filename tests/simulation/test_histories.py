@@ -1,0 +1,61 @@
+"""Three hundred histories of real node cores and the real coordinator machine under seeded faults."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import pytest
+
+from psyche_lightning.testing.simulator import Outcome, Scenario, Simulation, SimulationError, simulate
+
+FIRST, HISTORIES = 1000, 300
+
+
+def _play(seed: int) -> Outcome | str:
+    try:
+        return simulate(seed)
+    except SimulationError as error:
+        return str(error)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list[Outcome | str]:
+    workers = max(1, min(os.cpu_count() or 1, 8))
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        return pool.map(_play, range(FIRST, FIRST + HISTORIES), chunksize=10)
+
+
+def test_survivors_are_identical_at_every_round_and_no_history_hangs(outcomes: list[Outcome | str]) -> None:
+    failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    assert not failures, "\n".join(failures[:5])
+
+
+def test_the_histories_cover_what_they_are_for(outcomes: list[Outcome | str]) -> None:
+    played = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
+    scenarios = [outcome.scenario for outcome in played]
+    assert {scenario.overlap for scenario in scenarios} == {True, False}
+    assert {scenario.nodes for scenario in scenarios} == {4, 5, 6, 7, 8}
+    assert any(scenario.cheats for scenario in scenarios)
+    assert any(scenario.coordinator_kills for scenario in scenarios)
+    assert sum(scenario.kills for scenario in scenarios) > 200
+    assert any(outcome.epochs > 1 for outcome in played)
+    assert sum(outcome.faults for outcome in played) > 10_000
+
+
+def test_a_seed_replays_exactly() -> None:
+    traces: list[list[tuple[float, str]]] = [[], []]
+    outcomes = [simulate(7, lambda now, text, t=trace: t.append((now, text))) for trace in traces]  # type: ignore[misc]
+    assert outcomes[0] == outcomes[1]
+    assert traces[0] == traces[1]
+
+
+def test_a_node_that_applies_something_else_is_seen_and_the_error_says_how_to_replay() -> None:
+    simulation = Simulation(Scenario(5, 4, False, 6, 0.0, 0.1, 0.0, 0, 0, 0, 0, 150.0))
+
+    def spoil() -> None:
+        simulation.nodes[0].head = b"something else"
+
+    simulation.at(12.0, spoil)
+    with pytest.raises(SimulationError, match=r"psyche sim --seed 5 --trace"):
+        simulation.run()
