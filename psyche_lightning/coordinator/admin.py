@@ -9,7 +9,7 @@ import urllib.request
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 
 from psyche_lightning.coordinator.problems import coordinator_error
 from psyche_lightning.errors import ConfigError, CoordinatorError
@@ -106,7 +106,7 @@ class CoordinatorAdmin:
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         retrying = Retrying(
             retry=retry_if_exception_type(OSError),
-            wait=wait_exponential_jitter(initial=0.5, max=3.0, jitter=0.5),
+            wait=wait_exponential(multiplier=0.5, max=3.0) + wait_random(0.0, 0.5),
             stop=stop_after_attempt(self._attempts),
             reraise=True,
         )

@@ -36,6 +36,7 @@ HELLO = "psyche-lightning coordinator hello 1"
 REQUEST = "psyche-lightning coordinator request 1"
 
 METHODS: dict[str, tuple[type, ...]] = {
+    "terms": (),
     "join": (str, bytes, str),
     "withdraw": (),
     "warmup_witness": (int, int, bytes),

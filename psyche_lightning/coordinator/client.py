@@ -14,9 +14,9 @@ from urllib.parse import quote
 
 import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, stop_after_delay
-from tenacity.wait import wait_exponential_jitter
+from tenacity.wait import wait_exponential, wait_random
 
-from psyche_lightning.coordinator.admin import CoordinatorAdmin
+from psyche_lightning.coordinator.admin import check_url
 from psyche_lightning.coordinator.channel import (
     CLOSE_REPLACED,
     MAX_FRAME_SIZE,
@@ -26,14 +26,13 @@ from psyche_lightning.coordinator.channel import (
     seal_hello,
     seal_request,
 )
-from psyche_lightning.coordinator.codec import patch, round_from_json, state_from_json
+from psyche_lightning.coordinator.codec import from_json, patch, round_from_json, state_from_json
 from psyche_lightning.coordinator.problems import coordinator_error
 from psyche_lightning.coordinator.protocol import Report, Terms
 from psyche_lightning.coordinator.state import CoordinatorConfig, Round, RunState, WitnessProof
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.wire.identity import Identity, short
 
-CONNECT_TIMEOUT = 5.0
 ANSWER_TIMEOUT = 30.0
 HEARTBEAT = 20.0
 MAX_PROBLEM_SIZE = 64 * 1024
@@ -75,7 +74,11 @@ class HttpCoordinator:
         socket_factory: makes the sockets, for those who count bytes (as of ``aiohttp.TCPConnector``).
         attempts: tries to reach the server at the start.
         patience: seconds to keep trying once the run was reached.
+        connect_timeout: seconds for one try.
         on_status: called with a line for people when the connection changes.
+
+    Raises:
+        ConfigError: the URL is none.
     """
 
     def __init__(
@@ -87,15 +90,17 @@ class HttpCoordinator:
         socket_factory: Callable[[Any], socket.socket] | None = None,
         attempts: int = 5,
         patience: float = 600.0,
+        connect_timeout: float = 5.0,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
-        self.url = url.rstrip("/")
+        self.url = check_url(url)
         self.run_id = run_id
         self.status = f"not yet connected to {self.url}"
         self._identity = identity
         self._socket_factory = socket_factory
         self._attempts = attempts
         self._patience = patience
+        self._connect_timeout = connect_timeout
         self._on_status = on_status
         self._task: asyncio.Task[None] | None = None
         self._socket: aiohttp.ClientWebSocketResponse[bool] | None = None
@@ -114,8 +119,9 @@ class HttpCoordinator:
     # The protocol.
 
     async def terms(self) -> Terms:
-        """What the run has fixed, by plain requests for its status and manifest."""
-        return await asyncio.get_running_loop().run_in_executor(None, self._terms)
+        """What the run has fixed."""
+        config, unset, manifest = await self._call("terms", [])
+        return Terms(from_json(CoordinatorConfig, config), tuple(unset), manifest)
 
     async def join(self, address: str, manifest: dict[str, Any]) -> None:
         """Join; the manifest itself travels only when the server does not hold it."""
@@ -181,29 +187,11 @@ class HttpCoordinator:
 
     async def close(self) -> None:
         """End the connection; calls that are still open fail."""
+        self._fail(CoordinatorError(f"the connection to {self.url} was closed by this node", code="Closed"))
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
-        self._fail(CoordinatorError(f"the connection to {self.url} was closed by this node", code="Closed"))
-
-    def _terms(self) -> Terms:
-        admin = CoordinatorAdmin(self.url, attempts=self._attempts)
-        for attempt in range(3):
-            status = admin.status(self.run_id)
-            digest, config = status["manifest_digest"], status["config"]
-            try:
-                manifest = None if digest is None else admin.manifest(digest)
-            except CoordinatorError as error:  # another node added a section just now
-                if error.code != "UnknownManifest" or attempt == 2:
-                    raise
-                continue
-            sizes = {"global_batch_size": config["global_batch_size_end"], "total_steps": config["total_steps"]}
-            values = {name: value for name, value in config.items() if value is not None}
-            unset = tuple(name for name, value in sizes.items() if value is None)
-            return Terms(CoordinatorConfig(**values), unset, manifest)
-        raise AssertionError("returned or raised in the last attempt")
 
     # The connection, one background task.
 
@@ -216,16 +204,20 @@ class HttpCoordinator:
         self._start()
         call = _Call(method, arguments, asyncio.get_running_loop().create_future())
         self._waiting.append(call)
+        # The connection's task gives up by itself; this bounds what it cannot see.
+        timer = call.answer.get_loop().call_later(self._patience + ANSWER_TIMEOUT, self._overdue, call)
         try:
             await self._flush()
-            # The connection task gives up by itself; this bounds what it cannot see.
-            return await asyncio.wait_for(call.answer, self._patience + ANSWER_TIMEOUT)
-        except asyncio.TimeoutError as error:
-            text = f"{self.url} did not answer {method}; {self.status}"
-            raise CoordinatorError(text, code="Unreachable", retryable=True) from error
+            return await call.answer
         finally:
+            timer.cancel()
             self._waiting = [other for other in self._waiting if other is not call]
             self._in_flight = {number: other for number, other in self._in_flight.items() if other is not call}
+
+    def _overdue(self, call: _Call) -> None:
+        if not call.answer.done():
+            text = f"{self.url} did not answer {call.method}; {self.status}"
+            call.answer.set_exception(CoordinatorError(text, code="Unreachable", retryable=True))
 
     async def _flush(self) -> None:
         """Send what waits, in order, if there is a connection; what cannot be sent waits for the next one."""
@@ -246,9 +238,9 @@ class HttpCoordinator:
     async def _run(self) -> None:
         try:
             connector = aiohttp.TCPConnector(socket_factory=self._socket_factory)
-            timeout = aiohttp.ClientTimeout(total=CONNECT_TIMEOUT)
+            timeout = aiohttp.ClientTimeout(total=self._connect_timeout)
             async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-                while True:
+                while self._failure is None:
                     connection = await self._connect(session)
                     try:
                         await self._receive(connection)
@@ -271,7 +263,7 @@ class HttpCoordinator:
         reached = self._state is not None
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(_Lost),
-            wait=wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT),
+            wait=wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT) + wait_random(0.0, FIRST_WAIT),
             stop=stop_after_delay(self._patience) if reached else stop_after_attempt(self._attempts),
             before_sleep=self._before_sleep,
             reraise=True,
@@ -304,11 +296,11 @@ class HttpCoordinator:
                 raise _Lost(f"it answered {error.status}") from error
             raise await self._refusal(session, path, error.status) from error
         except asyncio.TimeoutError as error:
-            raise _Lost(f"no answer within {CONNECT_TIMEOUT:.0f} s") from error
+            raise _Lost(f"no answer within {self._connect_timeout:.0f} s") from error
         except (OSError, aiohttp.ClientError) as error:
             raise _Lost(str(error)) from error
         try:
-            kind, *values = self._frame(await connection.receive(CONNECT_TIMEOUT))
+            kind, *values = self._frame(await connection.receive(self._connect_timeout))
             if kind != "hello" or len(values) != 2 or values[0] != VERSION:
                 raise CoordinatorError(
                     f"{self.url} speaks another protocol than version {VERSION}: {[kind, *values]!r:.80}. "
@@ -318,10 +310,10 @@ class HttpCoordinator:
             self._challenge = bytes.fromhex(values[1])
             self._number = 0
             await connection.send_bytes(seal_hello(self._identity, self.run_id, self._challenge))
-            self._handle(self._frame(await connection.receive(CONNECT_TIMEOUT)))
+            self._handle(self._frame(await connection.receive(self._connect_timeout)))
         except asyncio.TimeoutError as error:
             await connection.close()
-            raise _Lost(f"it opened a websocket and fell silent for {CONNECT_TIMEOUT:.0f} s") from error
+            raise _Lost(f"it opened a websocket and fell silent for {self._connect_timeout:.0f} s") from error
         except (OSError, aiohttp.ClientError, ValueError, TypeError) as error:
             await connection.close()
             raise _Lost(str(error)) from error

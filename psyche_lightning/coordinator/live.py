@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
-from psyche_lightning.coordinator.state import Phase, Round, RunState
+from psyche_lightning.coordinator.state import Round, RunState
 from psyche_lightning.errors import PsycheError
 
 if TYPE_CHECKING:
@@ -62,12 +62,6 @@ class LiveRun:
             if run is None:
                 run = _shared[id(host)] = cls(host, clock)
             return run
-
-    def open(self) -> None:
-        """Open the run to members if it was not yet."""
-        with self._lock:
-            if self.host.state.phase is Phase.UNINITIALIZED:
-                self.act(lambda host, now: host.begin(now))
 
     def rounds(self, epoch: int, first: int) -> list[Round]:
         """The stored rounds of that epoch from height ``first`` on; empty if not all of them are kept."""
@@ -184,15 +178,16 @@ class News:
             with contextlib.suppress(RuntimeError):  # that loop was closed
                 self._loop.call_soon_threadsafe(self._event.set)
 
-    async def wait(self, timeout: float | None) -> bool:
-        """Return True after the next change, or at once if one came since the last call; False after ``timeout`` s."""
-        if not self._event.is_set():
-            try:
-                await asyncio.wait_for(self._event.wait(), timeout)
-            except asyncio.TimeoutError:
-                return False
+    async def wait(self, timeout: float | None) -> None:
+        """Return after the next change, at once if one came since the last call, or after ``timeout`` seconds."""
+        # Not asyncio.wait_for: before Python 3.12 it may swallow a cancellation that comes together with the event.
+        timer = None if timeout is None else self._loop.call_later(timeout, self._event.set)
+        try:
+            await self._event.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
         self._event.clear()
-        return True
 
 
 async def states(run: LiveRun) -> AsyncIterator[RunState]:

@@ -23,14 +23,13 @@ class LocalCoordinator:
     Several of them, also on the event loops of several threads, may share one host.
 
     Args:
-        host: the run; opened to members if it was not yet.
+        host: the run.
         identity: the node's key.
         clock: seconds.
     """
 
     def __init__(self, host: RunHost, identity: Identity, clock: Callable[[], float] = time.time) -> None:
         self._run = LiveRun.of(host, clock)
-        self._run.open()
         self._signer = identity.public
         self._timekeeper: asyncio.Task[None] | None = None
         self._closed = False

@@ -195,7 +195,7 @@ class CoordinatorServer:
             raise CoordinatorError("send application/json", code="BadRequest")
         try:
             value = await request.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CoordinatorError(f"the body is not JSON: {error}", code="BadRequest") from error
         if not isinstance(value, dict):
             raise CoordinatorError("the body is not a JSON object", code="BadRequest")

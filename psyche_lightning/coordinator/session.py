@@ -19,7 +19,7 @@ from psyche_lightning.coordinator.channel import (
     open_hello,
     open_request,
 )
-from psyche_lightning.coordinator.codec import diff, round_to_json, state_to_json
+from psyche_lightning.coordinator.codec import diff, round_to_json, state_to_json, to_json
 from psyche_lightning.coordinator.live import LiveRun
 from psyche_lightning.coordinator.problems import problem
 from psyche_lightning.coordinator.protocol import Report
@@ -142,6 +142,9 @@ class Session:
             return act(lambda host, now: host.checkpoint(signer, epoch, step, digest, now))
         if request.method == "rounds":
             return [round_to_json(value) for value in self.run.rounds(*arguments)]
+        if request.method == "terms":
+            host = self.run.host
+            return [to_json(host.state.config), host.unset, host.manifest]
         self._full = True  # sync, the one that is left
         self._news.wake()
         return None

@@ -9,7 +9,7 @@ from typing import Any
 from psyche_lightning.coordinator.channel import manifest_digest
 from psyche_lightning.coordinator.live import LiveRun
 from psyche_lightning.coordinator.protocol import Report
-from psyche_lightning.coordinator.state import Client, ClientStatus, RunState
+from psyche_lightning.coordinator.state import Client, ClientStatus, Phase
 from psyche_lightning.wire.identity import short
 
 
@@ -47,7 +47,9 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         config["global_batch_size_start"] = config["global_batch_size_end"] = None
     if "total_steps" in host.unset:
         config["total_steps"] = None
-    known = {client.signer for client in state.clients}
+    # Between two epochs the clients of the last one are members who wait again, or gone.
+    clients = () if state.phase is Phase.WAITING_FOR_MEMBERS else state.clients
+    known = {client.signer for client in clients}
     return {
         **run_line(run),
         "nonce": state.nonce,
@@ -55,7 +57,7 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         "checkpoint": {"step": state.checkpoint.step, "digest": state.checkpoint.digest.hex()},
         "manifest_digest": manifest_digest(host.manifest).hex() if host.manifest is not None else None,
         "config": config,
-        "clients": [_member(client, client.status.name.lower(), reports) for client in _shown(state)],
+        "clients": [_member(client, client.status.name.lower(), reports) for client in clients],
         "exited": [_member(client, client.status.name.lower(), reports) for client in state.exited_clients],
         "pending": [_member(client, "pending", reports) for client in host.pending() if client.signer not in known],
         "event_count": host.event_count,
@@ -63,12 +65,6 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         "events": [asdict(event) for event in host.events_since(events_from)],
         "metrics": [asdict(row) for row in host.metrics_since(metrics_from)],
     }
-
-
-def _shown(state: RunState) -> list[Client]:
-    """The clients of the list; those that left it are among the exited ones."""
-    gone = {client.signer for client in state.exited_clients}
-    return [client for client in state.clients if client.signer not in gone]
 
 
 def _member(client: Client, status: str, reports: dict[bytes, Report]) -> dict[str, Any]:

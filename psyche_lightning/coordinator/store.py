@@ -151,7 +151,7 @@ class SqliteStore:
                 host = RunHost.load(data)
                 self._saved[run_id] = _saved(host)
                 hosts.append(host)
-        except (sqlite3.Error, ValueError, WireError) as error:
+        except (sqlite3.Error, ValueError, TypeError, WireError) as error:
             raise CoordinatorError(
                 f"the coordinator's store {self._path} cannot be read: {error}. "
                 "Restore it, or start with another --dir.",
@@ -230,9 +230,11 @@ class SqliteStore:
             raise
 
     def _failed(self, what: str, reason: str) -> PsycheError:
+        advice = "Stop what uses it, make the directory writable, or start with another --dir."
+        if what == "write":
+            advice = "The run takes no change until it can be stored: free space or make the directory writable."
         return CoordinatorError(
-            f"cannot {what} the coordinator's store {self._path}: {reason}. The run takes no change until it can be "
-            "stored: free space, make the directory writable, or start with another --dir.",
+            f"cannot {what} the coordinator's store {self._path}: {reason}. {advice}",
             code="StoreFailed",
             retryable=what == "write",
         )
