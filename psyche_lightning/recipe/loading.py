@@ -64,7 +64,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, twin: bool
         if not isinstance(small, dict):
             raise ConfigError(f"{path} has no section {TWIN!r}, the recipe's CPU-sized form.")
         _merge(values, small)
-    for key, value in map(_override, overrides):
+    for key, value in map(parse_override, overrides):
         node = values
         *sections, leaf = key.split(".")
         for section in sections:
@@ -147,8 +147,12 @@ def _read(path: Path) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", values)
 
 
-def _override(text: str) -> tuple[str, Any]:
-    """The full key and the value of one ``key=value``."""
+def parse_override(text: str) -> tuple[str, Any]:
+    """The full key and the value of one ``key=value``, such as ``("run.min_clients", 2)`` for ``min_clients=2``.
+
+    Raises:
+        ConfigError: it is not of that form, the key is unknown or ambiguous, or the value is not YAML.
+    """
     from omegaconf import OmegaConf
 
     key, equals, value = text.partition("=")

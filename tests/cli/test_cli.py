@@ -160,6 +160,12 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
         assert "Traceback" not in process.stderr.read()
 
 
+def test_ctrl_c_while_a_command_loads_ends_with_130(psyche: Psyche, tmp_path: Path) -> None:
+    source = GREET.replace("    import typer\n", "    raise KeyboardInterrupt\n")
+    done = psyche("greet", path=(distribution(tmp_path / "site", "psyche-lightning-greet", "psyche_greet", source),))
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_a_plugin_adds_a_command(psyche: Psyche, tmp_path: Path) -> None:
     site = distribution(tmp_path / "site", "psyche-lightning-greet", "psyche_greet", GREET)
     listed = psyche("--help", path=(site,))
@@ -220,13 +226,15 @@ def test_plugins_prints_what_there_is_and_what_failed(psyche: Psyche, tmp_path: 
     assert report["conflicts"] == []
 
 
-def test_a_dry_run_prints_recipe_size_and_traffic(psyche: Psyche) -> None:
-    done = psyche("train", "consilience-40b", "init_min_clients=20", "--dry-run")
-    assert done.returncode == 0, done.stderr
-    for text in ("Recipe consilience-40b", "optimizer.schedule.stable_steps", "run.init_min_clients", "39.9 B",
+def test_a_dry_run_prints_recipe_size_and_traffic(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["train", "consilience-40b", "init_min_clients=20", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("Recipe consilience-40b", "optimizer.schedule.stable_steps", "run.init_min_clients", "39.9 B", "2e-05",
                  "float32 masters", "look-ahead copy", "memory in all", "fp32 all-reduce", "│    20 │"):  # fmt: skip
-        assert text in done.stdout, text
-    assert "2e-05" in done.stdout
+        assert text in printed, text
 
 
 def test_a_dry_run_of_the_twin(capsys: pytest.CaptureFixture[str]) -> None:

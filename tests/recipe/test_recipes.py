@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -18,6 +19,11 @@ RECIPES = sorted(path.stem for path in recipe_folders()[1].glob("*.yaml"))
 BILLION = 10**9
 
 
+@functools.cache
+def size_of(name: str) -> Estimate:
+    return estimate(load_recipe(name))
+
+
 def test_the_recipes_are_there() -> None:
     assert {"consilience-40b", "demo", "hf-llama", "mla-200m"} <= set(RECIPES)
 
@@ -25,7 +31,7 @@ def test_the_recipes_are_there() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_resolves_and_its_size_is_known(name: str) -> None:
     recipe = load_recipe(name)
-    size = estimate(recipe)
+    size = size_of(recipe.name)
     assert size.trainable == size.parameters > 0
     assert sum(size.memory.values()) >= 3 * 2 * size.parameters
     load_plugins().data_providers()[recipe.data.name]
@@ -59,7 +65,7 @@ def test_its_twin_is_small_and_learns_on_this_machine(name: str) -> None:
 
 def test_the_published_run_has_its_schedule_and_our_size() -> None:
     recipe = load_recipe("consilience-40b")
-    size = estimate(recipe)
+    size = size_of(recipe.name)
     assert 39 * BILLION <= size.parameters <= 41 * BILLION
     schedule = recipe.schedule
     steps = [0, 1000, 2000, 163_000, 238_000, 313_000, 325_000]
@@ -76,7 +82,7 @@ def test_the_published_run_has_its_schedule_and_our_size() -> None:
 
 
 def test_the_demo_is_of_the_size_that_it_promises() -> None:
-    size = estimate(load_recipe("demo"))
+    size = size_of("demo")
     assert 1_000_000 <= size.parameters <= 4_000_000
 
 
