@@ -1,0 +1,179 @@
+"""``psyche coordinator`` and ``psyche run`` as a user types them, against a coordinator process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from psyche_lightning.cli import main
+
+CODE = "import sys; from psyche_lightning.cli import main; sys.exit(main())"
+
+
+def start(directory, *options):
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE, "coordinator", "--port", "0", "--dir", str(directory), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    line = process.stdout.readline()
+    found = re.search(r"http://\S+", line)
+    assert found, line + process.stdout.read()
+    return process, found[0]
+
+
+@pytest.fixture(scope="module")
+def coordinator(tmp_path_factory):
+    process, url = start(tmp_path_factory.mktemp("coordinator"))
+    yield url
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 0
+    assert "Traceback" not in process.stdout.read()
+    process.stdout.close()
+
+
+@pytest.fixture
+def psyche(coordinator, capsys, monkeypatch):
+    """Run a command line; its exit code and what it printed."""
+    monkeypatch.setenv("PSYCHE_COORDINATOR", coordinator)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments):
+        code = main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+def status(psyche, run):
+    code, text = psyche("run", "status", run, "--json")
+    assert code == 0
+    return json.loads(text)
+
+
+def test_bare_keys_without_a_recipe(psyche, coordinator):
+    code, text = psyche("run", "create", "bare", "init_min_clients=2", "run.max_round_train_time=7.5", "seed=4")
+    assert code == 0
+    assert f"PSYCHE_COORDINATOR={coordinator} PSYCHE_RUN=bare" in text
+    found = status(psyche, "bare")
+    config = found["config"]
+    assert (config["init_min_clients"], config["max_round_train_time"]) == (2, 7.5)
+    # What was not said is left to the first node, down to the manifest.
+    assert (config["total_steps"], config["global_batch_size_start"], found["manifest_digest"]) == (None, None, None)
+
+
+def test_overlap_and_compression_are_fixed_by_the_creator(psyche, coordinator):
+    from psyche_lightning.coordinator.admin import CoordinatorAdmin
+
+    assert psyche("run", "create", "fixed", "overlap=true", "k=2", "global_batch_size_start=6")[0] == 0
+    found = status(psyche, "fixed")
+    manifest = CoordinatorAdmin(coordinator).manifest(found["manifest_digest"])
+    assert manifest["run"]["overlap"] is True
+    assert manifest["distro"]["k"] == 2
+    assert set(manifest) == {"run", "distro"}
+    assert found["config"]["global_batch_size_end"] == 6
+
+
+def test_a_recipe_fixes_everything_but_the_data(psyche, coordinator):
+    from psyche_lightning.coordinator.admin import CoordinatorAdmin
+    from psyche_lightning.recipe import load_recipe
+
+    assert psyche("run", "create", "full", "demo", "init_min_clients=3", "--twin")[0] == 0
+    found = status(psyche, "full")
+    recipe = load_recipe("demo", twin=True)
+    assert found["config"]["init_min_clients"] == 3
+    assert found["total_steps"] == recipe.run.total_steps
+    manifest = CoordinatorAdmin(coordinator).manifest(found["manifest_digest"])
+    assert set(manifest) == {"run", "distro", "model", "optimizer"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["int_min_clients=2"], "Did you mean 'run.init_min_clients'"),
+        (["init_min_clients=many"], "an integer was expected"),
+        (["init_min_clients=0"], "init_min_clients is 0"),
+        (["lr=3"], "name a recipe before it"),
+        (["init_min_clients=[2"], "not YAML"),
+        (["init_min_clients=2", "demo"], "the recipe comes first"),
+        (["nosuchrecipe"], "There is no recipe"),
+        (["--twin"], "name the recipe"),
+    ],
+)
+def test_wrong_settings_are_explained(psyche, arguments, text):
+    code, shown = psyche("run", "create", "wrong", *arguments)
+    assert code == 1
+    assert text in shown
+    assert "Traceback" not in shown
+    assert psyche("run", "status", "wrong")[0] == 1
+
+
+def test_list_status_pause_resume(psyche):
+    assert psyche("run", "create", "one", "total_steps=5", "global_batch_size_start=1")[0] == 0
+    assert psyche("run", "create", "one", "total_steps=6", "global_batch_size_start=1")[0] == 1
+    code, text = psyche("run", "list")
+    assert code == 0
+    assert re.search(r"one\s+│ waiting for members\s+│ 0\s+│ 0/5", text)
+    assert "one" in [row["run_id"] for row in json.loads(psyche("run", "list", "--json")[1])]
+    assert psyche("run", "pause", "one")[1] == "run one is paused\n"
+    code, text = psyche("run", "status", "one")
+    assert "one: paused, epoch 0, 0 of 5 steps trained" in text
+    assert "the run is paused" in text
+    assert psyche("run", "resume", "one")[0] == 0
+    code, text = psyche("run", "resume", "one")
+    assert (code, "only a paused run resumes" in text) == (1, True)
+
+
+def test_unknown_run(psyche):
+    psyche("run", "create", "known")
+    code, text = psyche("run", "status", "unknown")
+    assert code == 1
+    assert "known" in text.split("its runs are:")[1]
+
+
+def test_no_coordinator(psyche, monkeypatch):
+    from psyche_lightning.coordinator import admin
+
+    monkeypatch.setattr(admin, "wait_exponential", lambda **_: admin.wait_random(0, 0))  # the tries, without the waits
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("PSYCHE_COORDINATOR", f"http://127.0.0.1:{port}")
+    code, text = psyche("run", "list")
+    assert code == 1
+    assert f"cannot reach the coordinator at http://127.0.0.1:{port}" in text
+    assert "Tried 5 times" in text
+    monkeypatch.delenv("PSYCHE_COORDINATOR")
+    code, text = psyche("run", "list")
+    assert (code, "--coordinator URL" in text) == (1, True)
+
+
+def test_the_port_is_taken_and_the_directory_unusable(psyche, coordinator, tmp_path):
+    code, text = psyche("coordinator", "--port", coordinator.rpartition(":")[2], "--dir", str(tmp_path / "a"))
+    assert (code, "cannot listen on" in text) == (1, True)
+    (tmp_path / "file").write_text("")
+    code, text = psyche("coordinator", "--port", "0", "--dir", str(tmp_path / "file"))
+    assert (code, "cannot open the coordinator's store" in text) == (1, True)
+
+
+def test_a_token(tmp_path, psyche, monkeypatch):
+    process, url = start(tmp_path, "--token", "open sesame")
+    monkeypatch.setenv("PSYCHE_COORDINATOR", url)
+    code, text = psyche("run", "create", "r")
+    assert (code, "PSYCHE_COORDINATOR_TOKEN" in text) == (1, True)
+    assert psyche("run", "create", "r", "--token", "open sesame")[0] == 0
+    monkeypatch.setenv("PSYCHE_COORDINATOR_TOKEN", "open sesame")
+    assert psyche("run", "pause", "r")[0] == 0
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    process.stdout.close()
