@@ -17,7 +17,7 @@ class MLAConfig(PretrainedConfig):
     """Configuration of a dense causal language model with Multi-head Latent Attention.
 
     Field names and meanings are those of `transformers`' ``DeepseekV3Config``, without its experts. The defaults are
-    a byte-level model of about two million parameters that trains on a CPU.
+    a byte-level model of 1.8 million parameters that trains on a CPU.
 
     Attributes:
         vocab_size: number of token ids.

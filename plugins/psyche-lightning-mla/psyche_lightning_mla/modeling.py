@@ -131,7 +131,7 @@ class MLAAttention(nn.Module):
         if past_key_values is not None:
             latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
         if mask is None and length > 1:
-            # Plainly causal from the first token on; a preallocated cache is longer than that.
+            # Plainly causal from the first token on: what a preallocated cache has beyond them need not be expanded.
             latent, k_rope = latent[:, :, :length], k_rope[:, :, :length]
 
         if past_key_values is not None and self._absorbing_is_cheaper(length) and (mask is not None or length == 1):
