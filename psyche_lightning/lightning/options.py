@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from psyche_lightning.coordinator.state import CoordinatorConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.plugins import nearest
 
@@ -40,6 +41,7 @@ class Options:
             folder for each node. None keeps them in memory.
         transport: how nodes reach each other; ``psyche plugins`` lists the choices.
         transport_options: what the transport is given, such as ``{"host": "0.0.0.0", "advertise": "10.0.0.7"}``.
+        config: sizes of a run of this process alone; None for those that the DataLoader and Trainer give.
         manifest: sections of the run's manifest that replace those made from the module and its data.
         tokens_per_sample: what a sample counts in the figures for people.
         patience: longest time to wait for a round, in seconds.
@@ -60,6 +62,7 @@ class Options:
     directory: str | os.PathLike[str] | None = None
     transport: str = "tcp"
     transport_options: Mapping[str, Any] = field(default_factory=dict)
+    config: CoordinatorConfig | None = None
     manifest: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tokens_per_sample: int = 1
     patience: float = 24 * 3600.0

@@ -52,11 +52,13 @@ class DataOrder:
         left, right = values >> half, values & mask
         for key in keys[:ROUNDS]:
             left, right = right, left ^ (_mixed(right + key) & mask)
-        return (left << half) | right
+        joined: NDArray[np.uint64] = (left << half) | right
+        return joined
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finalizer of splitmix64 (Steele, Lea and Flood, 2014): every bit of the result depends on every bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed: NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+    return mixed

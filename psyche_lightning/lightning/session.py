@@ -21,14 +21,15 @@ from psyche_lightning.coordinator.state import ClientStatus, CoordinatorConfig, 
 from psyche_lightning.distro import DisTrO, NonFiniteGradientError, Votes, encode
 from psyche_lightning.lightning.agreement import Agreement, agree, look
 from psyche_lightning.lightning.options import Options
-from psyche_lightning.node.core import Settings
+from psyche_lightning.lightning.traffic import Traffic
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
+from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.transports.base import Transport
 from psyche_lightning.transports.memory import MemoryTransport
-from psyche_lightning.transports.meter import ByteMeter, socket_factory
+from psyche_lightning.transports.meter import socket_factory
 from psyche_lightning.wire.identity import Identity
 
 logger = logging.getLogger("psyche_lightning")
@@ -39,6 +40,14 @@ ALONE_RUN = "alone"
 ALONE_EPOCH = 1000
 """Rounds of an epoch of a run of one process: then what it remembers of them is dropped."""
 ALONE_BLOBS = 8
+_TIMES = (
+    "warmup_time",
+    "cooldown_time",
+    "max_round_train_time",
+    "round_witness_time",
+    "epoch_time",
+    "waiting_for_members_extra_time",
+)
 
 
 class Session:
@@ -49,8 +58,11 @@ class Session:
 
     Attributes:
         agreement: what all nodes share.
+        traffic: what it sends and receives.
         waited: seconds that this node waited for others so far.
-        payload_bytes: bytes of the payloads that it made.
+        payload_bytes: bytes of payloads that it owed its peers so far, computed: one to each in each round.
+        loss: mean loss of the last round that it trained.
+        samples: samples that it trained in that round.
         work: the round that it works on.
 
     Raises:
@@ -61,17 +73,19 @@ class Session:
         self.options = options
         self.waited = 0.0
         self.payload_bytes = 0
+        self.loss = math.nan
+        self.samples = 0
         self.work: RoundWork | None = None
         self._next: RoundWork | None = None
         self._participant: Participant | None = None
         self._optimizer: DisTrO | None = None
         self._replica: ParameterReplica | None = None
-        self._meter = ByteMeter()
-        self._nodes: Transport | None = None
+        self.traffic = Traffic()
         self._ticks = 0
         self._over = False
         if options.alone:
-            terms = Terms(CoordinatorConfig(), ("global_batch_size", "total_steps"))
+            unset = () if options.config else ("global_batch_size", "total_steps")
+            terms = Terms(options.config or CoordinatorConfig(), unset)
         else:
             terms = look(self._client(Identity.generate()))
         self.agreement: Agreement = agree(options, terms)
@@ -121,6 +135,7 @@ class Session:
         manifest.update((name, section) for name, section in options.manifest.items() if name != "run")
         self._optimizer = optimizer
         self._replica = replica = ParameterReplica(optimizer, module)
+        self.traffic.payload_size = replica.max_payload
         settings = Settings(
             overlap=agreement.overlap,
             digest_every=agreement.digest_every,
@@ -144,7 +159,7 @@ class Session:
             store=store,
             journal=self._journal,
             say=_say,
-            traffic=lambda: self.traffic,
+            traffic=lambda: self.traffic.total,
             patience=options.patience,
         )
         self._participant.start()
@@ -154,30 +169,35 @@ class Session:
         assert url is not None
         assert run is not None
         scheme = urlsplit(url).scheme
-        options = {"socket_factory": socket_factory(self._meter)} if scheme in ("http", "https") else {}
+        options = {"socket_factory": socket_factory(self.traffic.coordinator)} if scheme in ("http", "https") else {}
         client: Coordinator = load_plugins().coordinators()[scheme].factory(url, run, identity, options)
         return client
 
     def _transport(self) -> Transport:
         factory = load_plugins().transports()[self.options.transport].factory
-        transport: Transport = factory(self.options.transport_options)
-        self._nodes = transport
-        return transport
+        return self.traffic.watch(factory(self.options.transport_options))
 
     def _own_run(self, identity: Identity, global_batch: int, total: int, done: int) -> LocalCoordinator:
         """A run of this process alone. Its seconds are its rounds: nothing in it depends on how long anything takes."""
-        config = CoordinatorConfig(
-            global_batch_size_start=global_batch,
-            global_batch_size_end=global_batch,
-            total_steps=total,
-            epoch_time=ALONE_EPOCH,
-            max_round_train_time=ALONE_EPOCH / 2,
+        sizes = CoordinatorConfig(
+            global_batch_size_start=global_batch, global_batch_size_end=global_batch, total_steps=total
         )
-        host = RunHost(ALONE_RUN, config, seed=self.agreement.seed)
+        times = CoordinatorConfig(epoch_time=ALONE_EPOCH, max_round_train_time=ALONE_EPOCH / 2)
+        config = replace(
+            self.options.config or sizes,
+            **{name: getattr(times, name) for name in (*_TIMES, "init_min_clients", "min_clients", "witness_nodes")},
+        )
+        host = RunHost(ALONE_RUN, config, seed=self.agreement.seed, max_seq_len=self.options.tokens_per_sample)
         host.state = replace(host.state, step=done + 1, start_step=done + 1, epoch_start_data_index=done * global_batch)
         return LocalCoordinator(host, identity, clock=lambda: float(self._ticks))
 
     # --- rounds -----------------------------------------------------------------------------------------------------
+
+    @property
+    def identity(self) -> bytes:
+        """The node's public key."""
+        assert self._participant is not None
+        return self._participant.identity.public
 
     @property
     def joined(self) -> bool:
@@ -194,16 +214,6 @@ class Session:
         """The newest state of the run that this node saw."""
         state: RunState | None = self._participant.state if self._participant else None
         return state
-
-    @property
-    def traffic(self) -> tuple[int, int]:
-        """Bytes ``(up, down)`` counted at the sockets, to the coordinator and to other nodes."""
-        meter, links = getattr(self._nodes, "meter", None), []
-        if self._nodes is not None and not isinstance(meter, ByteMeter):
-            meter, links = None, self._nodes.links()
-        up = self._meter.up + (meter.up if meter else 0) + sum(link.bytes_up for link in links)
-        down = self._meter.down + (meter.down if meter else 0) + sum(link.bytes_down for link in links)
-        return up, down
 
     def peek(self) -> RoundWork | None:
         """The next round of this node, which stays the next; waits for it. None when the run is over."""
@@ -250,7 +260,8 @@ class Session:
                 logger.warning("round %d of epoch %d: %s", work.height, work.epoch, error)
         if payload is None:  # an abstention: nobody has to wait for the round's deadline
             payload = encode(Votes.empty(distro.layout.chunk_count, distro.config.k), distro.config)
-        self.payload_bytes += len(payload)
+        self.loss, self.samples = loss, samples
+        self.payload_bytes += len(payload) * max(0, self._clients() - 1)
         participant.submit(
             work,
             payload,
@@ -277,17 +288,19 @@ class Session:
 
     def figures(self) -> dict[str, float]:
         """What loggers and people may want to know."""
-        state, (up, down) = self.state, self.traffic
-        clients = sum(c.status is ClientStatus.HEALTHY for c in state.clients) if state else 0
+        state, (up, down) = self.state, self.traffic.total
         current = state.current if state else None
         return {
-            "psyche/clients": float(clients),
+            "psyche/clients": float(self._clients()),
             "psyche/epoch": float(state.epoch if state else 0),
             "psyche/round": float(current.height if current else 0),
             "psyche/bytes_up": float(up),
             "psyche/bytes_down": float(down),
             "psyche/waiting": self.waited,
         }
+
+    def _clients(self) -> int:
+        return sum(c.status is ClientStatus.HEALTHY for c in self.state.clients) if self.state else 0
 
     def digest(self) -> bytes:
         """Digest of the parameters as they are now."""

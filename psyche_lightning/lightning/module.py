@@ -1,0 +1,84 @@
+"""The LightningModule and the data set of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch.utils.data import Dataset
+
+from psyche_lightning.hookspecs import DataProvider
+from psyche_lightning.recipe.config import OptimizerSection
+from psyche_lightning.recipe.schedule import Schedule
+
+
+class CausalModule(LightningModule):
+    """A causal language model with the recipe's optimizer; its learning rate is a pure function of the run's step.
+
+    Args:
+        model: as of :class:`~psyche_lightning.hookspecs.ModelFactory`.
+        optimizer: the recipe's section.
+        schedule: the learning rate of each step, from 1.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: OptimizerSection, schedule: Schedule) -> None:
+        super().__init__()
+        self.model = model
+        self._optimizer = optimizer
+        self._schedule = schedule
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """The mean loss in nats a token; input_ids and labels are int64 [batch, seq_len]."""
+        loss: torch.Tensor = self.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, samples: Sequence[dict[str, torch.Tensor]], batch_size: int) -> float:
+        """The mean loss over samples in nats a token."""
+        training = self.training
+        self.eval()
+        total = 0.0
+        for start in range(0, len(samples), batch_size):
+            part = samples[start : start + batch_size]
+            batch = {name: torch.stack([s[name] for s in part]).to(self.device) for name in ("input_ids", "labels")}
+            with self.trainer.precision_plugin.forward_context():
+                total += float(self.training_step(batch, 0)) * len(part)
+        self.train(training)
+        return total / len(samples)
+
+    def configure_optimizers(self) -> Any:
+        """One group with all trainable parameters."""
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        base = self._optimizer.lr
+        optimizer = torch.optim.SGD(trainable, lr=base, weight_decay=self._optimizer.weight_decay)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: self._schedule(done + 1) / base)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class ProviderDataset(Dataset[dict[str, torch.Tensor]]):
+    """A data provider's training samples by id.
+
+    Args:
+        provider: of a data plugin.
+    """
+
+    def __init__(self, provider: DataProvider) -> None:
+        self._provider = provider
+
+    def __len__(self) -> int:
+        return len(self._provider)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self._provider.samples(index, index)[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
+        """The samples of several ids, asking for each stretch of neighbours at once."""
+        samples: list[dict[str, torch.Tensor]] = []
+        start = 0
+        for place in range(1, len(indices) + 1):
+            if place == len(indices) or indices[place] != indices[place - 1] + 1:
+                samples += self._provider.samples(indices[start], indices[place - 1])
+                start = place
+        return samples

@@ -1,0 +1,270 @@
+"""``psyche train``: a recipe as one node of a run, or alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader
+
+from psyche_lightning.errors import ConfigError, PsycheError
+from psyche_lightning.hookspecs import DataProvider
+from psyche_lightning.lightning.callback import CoordinatorCallback
+from psyche_lightning.lightning.module import CausalModule, ProviderDataset
+from psyche_lightning.lightning.session import Session
+from psyche_lightning.lightning.strategy import PsycheStrategy
+from psyche_lightning.plugins import load_plugins
+from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.recipe.manifest import manifest
+
+CHECKPOINT = "checkpoint"
+METRICS = "metrics.jsonl"
+RESULT = "result.json"
+
+
+def train_recipe(
+    recipe: Recipe,
+    *,
+    coordinator_url: str | None = None,
+    run_id: str | None = None,
+    directory: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Train a recipe to the end of its run.
+
+    The node's folder gets ``metrics.jsonl`` (a row for each step with ``step``, ``loss``, ``lr``,
+    ``tokens_per_second``, ``bytes_up`` and ``bytes_down``; rows with ``step`` and ``validation_loss``), ``checkpoint``
+    in Hugging Face format (``checkpoint-STEP`` on the way, if the recipe wants it) and ``result.json``.
+
+    Args:
+        recipe: what to train.
+        coordinator_url: the run's coordinator; None to train alone.
+        run_id: the run; the recipe's name unless given.
+        directory: the node's folder; ``node.dir`` of the recipe, else ``psyche-RUN``, unless given.
+
+    Returns:
+        The content of ``result.json``: ``id`` and ``digest`` (hex), ``steps``, ``loss`` (``train`` and
+        ``validation``, each ``[first, last]``), ``socket_bytes_up``, ``socket_bytes_down``, ``payload_bytes_up`` (of
+        payloads that peers fetched from this node) and ``payload_bytes_computed`` (per round: one payload to each peer).
+
+    Raises:
+        PsycheError: anything that a user can do something about.
+    """
+    _quiet()
+    run = run_id or recipe.name
+    folder = Path(directory or recipe.node.dir or f"psyche-{run}")
+    if recipe.trainer.threads is not None:
+        torch.set_num_threads(recipe.trainer.threads)
+    plugins = load_plugins()
+    provider: DataProvider = plugins.data_providers()[recipe.data.name].factory(
+        recipe.data.options, seed=recipe.run.seed
+    )
+    torch.manual_seed(recipe.run.seed)  # nodes of one kind begin with equal parameters, which need not travel then
+    model = plugins.models()[recipe.model.name].factory(recipe.model.options)
+    model = model.to(getattr(torch, recipe.model.dtype)).train()
+    _check_vocabulary(model, provider)
+    module = CausalModule(model, recipe.optimizer, recipe.schedule)
+    alone = coordinator_url is None
+    strategy = PsycheStrategy(
+        coordinator_url,
+        None if alone else run,
+        directory=None if alone else folder,
+        transport=recipe.node.transport,
+        transport_options=recipe.node.options,
+        config=recipe.run.coordinator if alone else None,
+        manifest=manifest(recipe, getattr(provider, "fingerprint", None)),
+        tokens_per_sample=provider.seq_len,
+    )
+    diary = _Diary(recipe, provider, folder)
+    trainer = Trainer(
+        strategy=strategy,
+        accelerator=recipe.trainer.accelerator,
+        devices=1,
+        precision=recipe.trainer.precision,
+        max_steps=recipe.run.total_steps,
+        max_epochs=-1,
+        gradient_clip_val=recipe.optimizer.clip_grad_norm,
+        callbacks=[CoordinatorCallback(log_every=0), diary],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    loader: DataLoader[Any] = DataLoader(ProviderDataset(provider), batch_size=recipe.trainer.micro_batch_size)
+    trainer.fit(module, loader)
+    return diary.result
+
+
+class _Diary(Callback):
+    """Shows progress, and writes what is left of a training: metrics, checkpoints and the result."""
+
+    def __init__(self, recipe: Recipe, provider: DataProvider, folder: Path) -> None:
+        self.result: dict[str, Any] = {}
+        self._recipe = recipe
+        self._provider = provider
+        self._folder = folder
+        self._samples = provider.validation()[: recipe.trainer.validation_samples] if self._validates else []
+        self._losses: list[float] = []
+        self._validation: list[tuple[int, float]] = []
+        self._began = 0.0
+        self._saved = 0
+        self._trained = 0
+        self._console = Console()
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(recipe.name, total=recipe.run.total_steps, figures="")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._metrics = (folder / METRICS).open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to the node's folder {folder}: {error.strerror}; choose another with node.dir=DIR"
+            ) from error
+
+    @property
+    def _validates(self) -> bool:
+        return self._recipe.trainer.validate_every > 0
+
+    # --- hooks ------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._bar.start()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._losses:  # now the parameters are the run's
+            self._validate(trainer, pl_module)
+        self._began = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        session, step = _session(trainer), trainer.global_step
+        seconds = max(time.monotonic() - self._began, 1e-6)
+        up, down = session.traffic.total
+        self._losses.append(session.loss)
+        self._trained += 1
+        rate = session.samples * self._provider.seq_len / seconds
+        lr = self._recipe.schedule(step)
+        self._write(step=step, loss=session.loss, lr=lr, tokens_per_second=round(rate, 1), bytes_up=up, bytes_down=down)
+        figures = f"loss {session.loss:.3f}  {rate:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, figures=figures)
+        if step % self._recipe.trainer.log_every == 0 and not self._console.is_terminal:
+            print(f"step {step}/{self._recipe.run.total_steps}  {figures}  up {up:,} down {down:,} bytes", flush=True)
+        every = self._recipe.trainer.validate_every
+        if every and self._validation and step // every > self._validation[-1][0] // every:
+            self._validate(trainer, pl_module)
+        every = self._recipe.trainer.checkpoint_every
+        if every and step // every > self._saved // every:
+            self._save(pl_module, f"{CHECKPOINT}-{step}", step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._validation or self._validation[-1][0] != trainer.global_step:
+            self._validate(trainer, pl_module)
+        self._save(pl_module, CHECKPOINT, trainer.global_step)
+        session = _session(trainer)
+        up, down = session.traffic.total
+        validation = [loss for _, loss in self._validation]
+        self.result = {
+            "id": session.identity.hex(),
+            "digest": session.digest().hex(),
+            "steps": trainer.global_step,
+            "loss": {"train": _ends(self._losses), "validation": _ends(validation)},
+            "socket_bytes_up": up,
+            "socket_bytes_down": down,
+            "payload_bytes_up": session.traffic.payloads_up,
+            "payload_bytes_computed": round(session.payload_bytes / max(1, self._trained)),
+        }
+        self._replace(self._folder / RESULT, json.dumps(self.result, indent=1) + "\n")
+        self._bar.stop()
+        print(f"{trainer.global_step} steps, digest {self.result['digest'][:16]}, in {self._folder}/", flush=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    # --- what they do -----------------------------------------------------------------------------------------------
+
+    def _close(self) -> None:
+        self._bar.stop()
+        self._metrics.close()
+
+    def _validate(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self._samples:
+            return
+        assert isinstance(module, CausalModule)
+        loss = module.evaluate(self._samples, self._recipe.trainer.micro_batch_size)
+        self._validation.append((trainer.global_step, loss))
+        self._write(step=trainer.global_step, validation_loss=loss)
+        if not self._console.is_terminal:
+            print(f"step {trainer.global_step}  validation loss {loss:.4f}", flush=True)
+
+    def _write(self, **row: Any) -> None:
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+
+    def _save(self, module: LightningModule, name: str, step: int) -> None:
+        """Write a checkpoint beside its place, then put it there."""
+        assert isinstance(module, CausalModule)
+        target, fresh = self._folder / name, self._folder / f"{name}.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            module.model.save_pretrained(fresh)  # type: ignore[operator]
+            tokenizer: Any = self._provider.tokenizer
+            if tokenizer is not None:
+                tokenizer.save_pretrained(fresh)
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.rename(target)
+        except OSError as error:
+            raise PsycheError(f"cannot write the checkpoint {target}: {error.strerror}; is the disk full?") from error
+        self._saved = step
+
+    def _replace(self, path: Path, text: str) -> None:
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
+
+
+def _session(trainer: Trainer) -> Session:
+    strategy = trainer.strategy
+    assert isinstance(strategy, PsycheStrategy)
+    assert strategy.session is not None
+    return strategy.session
+
+
+def _ends(values: list[float]) -> list[float]:
+    return [values[0], values[-1]] if values else []
+
+
+def _check_vocabulary(model: torch.nn.Module, provider: DataProvider) -> None:
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if isinstance(size, int) and size < provider.vocab_size:
+        raise ConfigError(
+            f"the data has {provider.vocab_size} token ids and the model room for {size}; set "
+            f"model.config.vocab_size={provider.vocab_size} or more"
+        )
+
+
+def _quiet() -> None:
+    """Keep what Trainer says about itself to a Trainer user out of the command's output."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\.")
