@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
 
 from psyche_lightning.coordinator.admin import CoordinatorAdmin
 from psyche_lightning.coordinator.client import HttpCoordinator
+from psyche_lightning.coordinator.codec import state_from_json, state_to_json
 from psyche_lightning.coordinator.state import Phase
 from psyche_lightning.errors import ConfigError, CoordinatorError, ManifestMismatchError
 from psyche_lightning.wire.identity import Identity
@@ -290,3 +292,40 @@ def test_close_ends_what_waits(served, run):
             await client.close()
 
     run(main())
+
+
+def test_terms_come_over_the_same_connection(served, run):
+    async def main():
+        async with served() as (_, url):
+            body = {"init_min_clients": 3, "max_round_train_time": 9.5}
+            manifest = {"model": {"name": "m"}}
+            await asyncio.to_thread(CoordinatorAdmin(url).create, "r", body, manifest=manifest)
+            client = HttpCoordinator(url, "r", Identity.generate())
+            terms = await client.terms()
+            assert (terms.config.init_min_clients, terms.config.max_round_train_time) == (3, 9.5)
+            assert (terms.unset, terms.manifest) == (("global_batch_size", "total_steps"), manifest)
+            await client.close()
+
+    run(main())
+
+
+def test_a_gap_in_the_changes_is_noticed_and_filled(served, run):
+    async def main():
+        async with served() as (server, url):
+            await create(url)
+            client = HttpCoordinator(url, "r", Identity.generate())
+            await client.join("a", {})
+            # As if a change had been lost on the way.
+            client._state = replace(client._state, nonce=client._state.nonce - 1)
+            server.runs["r"].act(lambda host, now: host.pause(now))
+            async for state in client.watch():
+                if state == without_blooms(server.runs["r"].state):
+                    break
+            assert state.phase is Phase.PAUSED
+            await client.close()
+
+    run(main())
+
+
+def without_blooms(state):
+    return state_from_json(state_to_json(state))
