@@ -10,55 +10,23 @@ verified, and apply the agreed set before the next training (without overlap) or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 from psyche_lightning.coordinator.state import ClientStatus, Phase, Round, RunState
-from psyche_lightning.errors import WireError
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.events import Effect, Event
-from psyche_lightning.node.ledger import Agreement, Entry, EpochLog, RoundLog, Undecided, decide
-from psyche_lightning.node.retries import Retries
+from psyche_lightning.node.exchange import Exchange, gone
+from psyche_lightning.node.ledger import Agreement, EpochLog, RoundLog, Undecided, decide
+from psyche_lightning.node.outbox import Outbox
+from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.waiting import describe
 from psyche_lightning.node.witness import attest_promise, result_promise, witness_report
-from psyche_lightning.wire.identity import short
-from psyche_lightning.wire.messages import Ask, Attest, Buffers, Envelope, Message, Result
+from psyche_lightning.wire.messages import Attest, Envelope, Message
 
-EARLY_ROUNDS = 3
-"""Messages of at most this many rounds ahead of the coordinator's news are kept."""
-EARLY_MESSAGES = 4096
 STALE = ("InvalidWitness", "DuplicateWitness", "InvalidHealthCheck", "InvalidRunState", "Halted")
 """Refusals that a request meets when the run moved on while it travelled."""
 FINAL_LOADS = 3
 """Attempts to obtain the parameters of a finished run."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a node must know besides the run's state; equal on all nodes through the manifest.
-
-    Attributes:
-        overlap: whether results are witnessed one round later and applied two rounds later.
-        digest_every: a parameter digest is due each time this many rounds have been applied.
-        layout: digest of the meaning of payload positions.
-        max_payload: largest payload in bytes.
-        buffers: whether the model has buffers that are copied at the start of an epoch.
-        retry: seconds until a fetch, a question or a call is repeated first; doubles up to ``retry_most``.
-        retry_most: longest such interval in seconds.
-    """
-
-    overlap: bool
-    digest_every: int
-    layout: bytes
-    max_payload: int
-    buffers: bool = False
-    retry: float = 2.0
-    retry_most: float = 15.0
-
-    @property
-    def delay(self) -> int:
-        """Rounds from training to applying."""
-        return 2 if self.overlap else 1
 
 
 class NodeCore:
@@ -95,18 +63,11 @@ class NodeCore:
         self.digests: dict[int, bytes] = {}
         """Digests in this epoch, by the number of rounds applied."""
         self.finished = False
-        self._seal = seal
-        self._promises = dict(promises or {})
-        self._out: list[Effect] = []
-        self._now = 0.0
-        self._retries = Retries(settings.retry, settings.retry_most)
-        self._fetching: dict[bytes, tuple[RoundLog, Entry]] = {}
+        self._out = Outbox(settings.retry, settings.retry_most)
+        self._exchange = Exchange(public, settings, seal, promises or {}, self._out)
         self._busy: object = None
         self._trained: tuple[int, int] = (-1, -1)
-        self._peers: tuple[tuple[bytes, str], ...] | None = None
-        self._said: set[str] = set()
         self._repaired: set[int] = set()
-        self._buffers: Envelope | None = None
         self._final_loads = 0
 
     # --- the door -------------------------------------------------------------------------------------------------
@@ -118,7 +79,7 @@ class NodeCore:
             event: what happened.
             now: seconds of any clock that never goes back.
         """
-        self._now = max(now, self._now)
+        self._out.now = max(now, self._out.now)
         match event:
             case ev.StateSeen(state):
                 self._see(state)
@@ -128,13 +89,18 @@ class NodeCore:
                     for record in rounds[:-1]:
                         self._observe(record, final=True)
             case ev.Received(envelope):
-                self._receive(envelope)
-            case ev.Trained():
-                self._announce(event)
+                self._exchange.receive(envelope, self.log, self.state)
+                if isinstance(envelope.message, Attest):
+                    self._compare()
+            case ev.Trained(epoch, height, result):
+                if result is not None and self.log is not None and self.log.epoch == epoch:
+                    self._exchange.announce(self.log.rounds[height], result, result_promise(epoch, height))
             case ev.Fetched():
-                self._fetched(event)
+                self._exchange.fetched(event)
             case ev.Applied(epoch, height, digest):
                 self._applied(epoch, height, digest)
+                if digest:
+                    self._compare()
             case ev.Loaded(digest, reason):
                 self._loaded(digest, reason)
             case ev.SnapshotTaken(digest):
@@ -142,43 +108,21 @@ class NodeCore:
                     self._busy = None
                     self.holding = digest
             case ev.BuffersTaken(epoch, index):
-                self._buffers = self._seal(Buffers(epoch, index))
-                self._emit(ev.Broadcast(self._buffers))
+                self._exchange.share_buffers(epoch, index)
             case ev.CallFailed(_, code, text, retryable):
                 if not retryable and code not in STALE:
-                    self._say("warning", f"the coordinator refused a request: {text}")
+                    self._out.say("warning", f"the coordinator refused a request: {text}")
             case ev.Tick():
                 pass
         if self.state is not None and not self.finished:
             self._advance(self.state)
-        out, self._out = self._out, []
-        return out
+        return self._out.take()
 
     def waiting(self) -> str:
         """What the node waits for and for whom, in one line for people (I4)."""
         return describe(self.state, self.log, self.next_apply, self.settings.delay)
 
     # --- helpers --------------------------------------------------------------------------------------------------
-
-    def _emit(self, effect: Effect) -> None:
-        self._out.append(effect)
-
-    def _say(self, level: str, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self._emit(ev.Say(level, text))
-
-    def _due(self, key: object, *, after: float = 0.0) -> bool:
-        return self._retries.due(key, self._now, after=after)
-
-    def _providers(self, first: bytes | None = None) -> tuple[bytes, ...]:
-        peers = [key for key, _ in self._peers or ()]
-        return tuple(sorted(peers, key=lambda key: key != first))
-
-    def _gone(self, state: RunState, log: RoundLog) -> set[int]:
-        """Indices of clients of a round that cannot be waited for any more."""
-        healthy = {client.signer for client in state.clients if client.status is ClientStatus.HEALTHY}
-        return {i for i, signer in enumerate(log.round.clients) if signer not in healthy}
 
     def _attested(self, height: int) -> RoundLog | None:
         """The round whose results are witnessed in round ``height``; None when it has none."""
@@ -201,14 +145,11 @@ class NodeCore:
                 return
             before, after = self.state.current, state.current
             if state.epoch != self.state.epoch or (before and before.height) != (after and after.height):
-                self._retries.keep_only(("join", "load"))
+                self._out.keep_only(("join", "load"))
             if state.phase != self.state.phase:
-                self._retries.forget("join")
+                self._out.forget("join")
         self.state = state
-        peers = tuple((c.node, c.address) for c in state.clients if c.node != self.public)
-        if state.clients and peers != self._peers:
-            self._peers = peers
-            self._emit(ev.SetPeers(peers))
+        self._exchange.meet(state)
 
     def _head(self) -> int:
         """Height of the newest round that the coordinator announced, or -1."""
@@ -228,7 +169,7 @@ class NodeCore:
             )
             self.log.rounds[record.height] = log
             for envelope in self.log.early.pop(record.height, []):
-                self._file(log, envelope)
+                self._exchange.file(log, envelope)
         if not log.final:
             log.round, log.final = record, final
 
@@ -247,118 +188,15 @@ class NodeCore:
 
     def _open_epoch(self, epoch: int, digest: bytes) -> None:
         if self.log is not None:
-            self._emit(ev.Forget(self.log.payloads()))
+            self._out.emit(ev.Forget(self.log.payloads()))
         early = self.log.early if self.log is not None and self.log.epoch == epoch else {}
         self.log = EpochLog(epoch, digest, early=early)
         self.next_apply = 0 if self.holding == digest else None
         self.digests = {}
-        self._said.clear()
+        self._out.new_epoch()
         self._repaired.clear()
 
-    # --- messages from peers ----------------------------------------------------------------------------------------
-
-    def _receive(self, envelope: Envelope) -> None:
-        message = envelope.message
-        log = self.log
-        if log is None or message.epoch != log.epoch:
-            if isinstance(message, Buffers):
-                self._take_buffers(envelope)
-            return
-        match message:
-            case Ask(_, height, _):
-                self._answer(envelope.sender, height)
-            case Buffers():
-                self._take_buffers(envelope)
-            case Result(height=height) | Attest(height=height):
-                known = log.rounds.get(height)
-                newest = max(log.rounds, default=-1)
-                if known is not None:
-                    self._file(known, envelope)
-                elif newest < height <= newest + EARLY_ROUNDS:
-                    waiting = log.early.setdefault(height, [])
-                    if len(waiting) < EARLY_MESSAGES and envelope not in waiting:
-                        waiting.append(envelope)
-
-    def _file(self, log: RoundLog, envelope: Envelope) -> None:
-        try:
-            if isinstance(envelope.message, Result):
-                entry = log.add_result(envelope)
-                if entry and len(log.of(entry.trainer)) > 1:
-                    self._say(
-                        "warning", f"{short(envelope.sender)} signed two results for one batch; both are excluded"
-                    )
-            else:
-                log.add_attest(envelope)
-        except WireError as error:
-            self._say("warning", f"refused a message: {error}")
-
-    def _answer(self, peer: bytes, height: int) -> None:
-        if self.log is None or peer not in dict(self._peers or ()):
-            return
-        if self._buffers is not None and self._buffers.message.epoch == self.log.epoch:
-            self._emit(ev.SendTo(peer, self._buffers))
-        log = self.log.rounds.get(height)
-        if log is None:
-            return
-        if not self._retries.once(("answer", peer, height), self._now, every=self.settings.retry / 4):
-            return
-        for envelope in log.messages():
-            self._emit(ev.SendTo(peer, envelope))
-
-    def _take_buffers(self, envelope: Envelope) -> None:
-        """The buffers of the epoch are those of its first warm-up witness."""
-        state, message = self.state, envelope.message
-        assert isinstance(message, Buffers)
-        if state is None or message.epoch != state.epoch or not state.warmup_witnesses or self._buffers is not None:
-            return
-        first = state.warmup_witnesses[0].proof.index
-        if first < len(state.clients) and state.clients[first].node == envelope.sender and self.settings.buffers:
-            self._buffers = envelope
-            self._emit(ev.LoadBuffers(message.index, self._providers(envelope.sender)))
-
     # --- answers from the replica and the network ---------------------------------------------------------------------
-
-    def _announce(self, event: ev.Trained) -> None:
-        if event.result is None or self.log is None or self.log.epoch != event.epoch:
-            return
-        log = self.log.rounds.get(event.height)
-        if log is None:
-            return
-        key = result_promise(event.epoch, event.height)
-        if self._promised(key, event.result) is not None:
-            return
-        envelope = self._seal(event.result)
-        self._promises[key] = envelope
-        self._emit(ev.Promise(key, envelope))
-        self._publish(log, envelope)
-
-    def _promised(self, key: str, batch: Result | tuple[int, int]) -> Envelope | None:
-        """The result that this node, perhaps in a former life, signed for that batch."""
-        start, end = (batch.start, batch.end) if isinstance(batch, Result) else batch
-        envelope = self._promises.get(key)
-        result = envelope.message if envelope else None
-        return envelope if isinstance(result, Result) and (result.start, result.end) == (start, end) else None
-
-    def _publish(self, log: RoundLog, envelope: Envelope) -> None:
-        """File and broadcast this node's own announcement, whose payload is stored."""
-        try:
-            entry = log.add_result(envelope)
-        except WireError as error:
-            self._say("warning", f"the own result does not fit its round: {error}")
-            return
-        if entry is not None:
-            entry.verified = True
-        self._emit(ev.Broadcast(envelope))
-
-    def _fetched(self, event: ev.Fetched) -> None:
-        log, entry = self._fetching.pop(event.payload, (None, None))
-        if log is None or entry is None:
-            return
-        entry.verified = not event.reason
-        if event.refused:
-            entry.refused = event.reason
-            who = short(entry.envelope.sender)
-            self._say("warning", f"refused the payload of {who} in round {log.round.height}: {event.reason}")
 
     def _applied(self, epoch: int, height: int, digest: bytes) -> None:
         if self._busy != ("apply", epoch, height):
@@ -374,10 +212,10 @@ class NodeCore:
             self._busy = None
         if reason:
             self._final_loads += self.state is not None and self.state.phase is Phase.FINISHED
-            self._say("warning", f"could not obtain the parameters {digest.hex()[:12]}: {reason}; trying again")
+            self._out.say("warning", f"could not obtain the parameters {digest.hex()[:12]}: {reason}; trying again")
             return
         self.holding = digest
-        self._retries.forget("load")
+        self._out.forget("load")
         if self.log is not None and digest == self.log.digest and self.next_apply is None:
             self.next_apply = 0
 
@@ -389,13 +227,13 @@ class NodeCore:
         if state.phase is Phase.WARMUP:
             self._warm_up(state)
         if state.phase in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS):
-            self._gather(state)
+            if self.log is not None:
+                self._exchange.gather(self.log, state)
             self._catch_up()
             self._follow(state)
             self._train(state)
             self._attest(state)
             self._check_health(state)
-            self._compare()
         if state.phase in (Phase.COOLDOWN, Phase.WAITING_FOR_MEMBERS, Phase.FINISHED, Phase.PAUSED):
             self._catch_up()
             self._follow(state)
@@ -406,20 +244,20 @@ class NodeCore:
         if state.phase in (Phase.FINISHED, Phase.UNINITIALIZED):
             return
         member = any(c.signer == self.signer and c.status is ClientStatus.HEALTHY for c in state.clients)
-        if (not member or state.phase in (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED)) and self._due("join"):
-            self._emit(ev.Join())
+        if (not member or state.phase in (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED)) and self._out.due("join"):
+            self._out.emit(ev.Join())
 
     def _load(self, digest: bytes, why: str) -> None:
-        if self._busy is None and self._due("load"):
-            self._say("info", why)
+        if self._busy is None and self._out.due("load"):
+            self._out.say("info", why)
             self._busy = ("load", digest)
             self.holding = None
-            self._emit(ev.Load(digest, self._providers()))
+            self._out.emit(ev.Load(digest, self._exchange.providers()))
 
     def _snapshot(self) -> None:
         if self._busy is None:
             self._busy = "snapshot"
-            self._emit(ev.TakeSnapshot())
+            self._out.emit(ev.TakeSnapshot())
 
     def _warm_up(self, state: RunState) -> None:
         index = next((i for i, c in enumerate(state.clients) if c.signer == self.signer), None)
@@ -435,55 +273,17 @@ class NodeCore:
         target = state.checkpoint.digest or (records[0].merkle if records else b"")
         if not target:
             # Nobody decided yet: the first in the list goes at once, another when that one seems to be away.
-            if index and not self._due(("first", state.epoch), after=state.config.warmup_time / 2):
+            if index and not self._out.due(("first", state.epoch), after=state.config.warmup_time / 2):
                 return
             target = self.holding
         if self.holding != target:
             self._load(target, f"taking the run's parameters {target.hex()[:12]} in place of the own ones")
             return
         if not any(record.proof.index == index for record in records):
-            if self._due(("warmup", state.epoch)):
-                self._emit(ev.WarmupWitness(state.epoch, index, self.holding))
-        elif records[0].proof.index == index and self.settings.buffers and self._due(("buffers", state.epoch)):
-            self._emit(ev.ShareBuffers(state.epoch))
-
-    def _gather(self, state: RunState) -> None:
-        """Obtain announcements and payloads of the rounds that are witnessed now or next."""
-        current = state.current
-        if self.log is None or current is None:
-            return
-        for height in range(max(0, current.height - self.settings.delay + 1), current.height + 1):
-            log = self.log.rounds.get(height)
-            if log is None:
-                continue
-            self._fetch(log, log.entries.values())
-            silent = [i for i in log.unannounced() if i not in self._gone(state, log)]
-            for index in silent:
-                if log.nodes[index] != self.public:
-                    self._ask(height, log.nodes[index], after=2 * self.settings.retry)
-
-    def _fetch(self, log: RoundLog, entries: Iterable[Entry]) -> None:
-        for entry in entries:
-            payload = entry.result.payload
-            if entry.verified or entry.refused or payload in self._fetching:
-                continue
-            if self._due(("fetch", payload)):
-                self._fetching[payload] = (log, entry)
-                providers = self._providers(log.nodes[entry.trainer])
-                self._emit(ev.Fetch(payload, entry.result.size, providers))
-
-    def _ask(self, height: int, peer: bytes | None, *, after: float = 0.0) -> None:
-        """Ask one peer (or all) for a round's messages; every third time all, as someone else may have them."""
-        key = ("ask", height, peer)
-        if not self._due(key, after=after):
-            return
-        attempt = self._retries.attempts(key)
-        assert self.log is not None
-        envelope = self._seal(Ask(self.log.epoch, height, attempt))
-        if peer is None or attempt % 3 == 0:
-            self._emit(ev.Broadcast(envelope))
-        else:
-            self._emit(ev.SendTo(peer, envelope))
+            if self._out.due(("warmup", state.epoch)):
+                self._out.emit(ev.WarmupWitness(state.epoch, index, self.holding))
+        elif records[0].proof.index == index and self.settings.buffers and self._out.due(("buffers", state.epoch)):
+            self._out.emit(ev.ShareBuffers(state.epoch))
 
     def _catch_up(self) -> None:
         """Obtain what the replay needs: the epoch's first parameters, and rounds that were not seen."""
@@ -496,8 +296,8 @@ class NodeCore:
             return
         known = self.log.rounds
         gaps = [h for h in range(self.next_apply, self._head()) if h not in known or not known[h].final]
-        if gaps and self._due(("rounds", gaps[0])):
-            self._emit(ev.AskRounds(self.log.epoch, gaps[0]))
+        if gaps and self._out.due(("rounds", gaps[0])):
+            self._out.emit(ev.AskRounds(self.log.epoch, gaps[0]))
 
     def _follow(self, state: RunState) -> None:
         """Apply every round whose agreed set can be known, in order."""
@@ -511,7 +311,7 @@ class NodeCore:
                 return
             missing = [entry for entry in agreement.entries if not entry.verified]
             if missing:
-                self._fetch(results, missing)
+                self._exchange.fetch(results, missing)
                 return
             self._warn_of_rates(results, agreement)
             due = (height + 1) % self.settings.digest_every == 0
@@ -521,7 +321,7 @@ class NodeCore:
                 continue
             self._busy = ("apply", self.log.epoch, height)
             payloads = tuple(entry.result.payload for entry in agreement.entries)
-            self._emit(ev.Apply(self.log.epoch, height, payloads, agreement.lrs, due))
+            self._out.emit(ev.Apply(self.log.epoch, height, payloads, agreement.lrs, due))
 
     def _agree(self, results: RoundLog, height: int) -> Agreement | None:
         """The agreed set of a round, or None while it is open."""
@@ -535,9 +335,9 @@ class NodeCore:
         outcome = decide(results, attesting)
         if isinstance(outcome, Undecided):
             for index in outcome.lists:
-                self._ask(attesting.round.height, attesting.nodes[index])
+                self._exchange.ask(self.log.epoch, attesting.round.height, attesting.nodes[index])
             if outcome.results:
-                self._ask(height, None)
+                self._exchange.ask(self.log.epoch, height, None)
             return None
         return outcome
 
@@ -549,7 +349,7 @@ class NodeCore:
     def _warn_of_rates(self, results: RoundLog, agreement: Agreement) -> None:
         mine = next((e for e in results.entries.values() if e.envelope.sender == self.public), None)
         if mine is not None and agreement.lrs and mine.result.lrs != agreement.lrs:
-            self._say("warning", "this node's learning rate differs from the agreed one, which is used")
+            self._out.say("warning", "this node's learning rate differs from the agreed one, which is used")
 
     def _train(self, state: RunState) -> None:
         current = state.current
@@ -561,11 +361,11 @@ class NodeCore:
             return
         self._trained = key
         start, end = log.batches[index]
-        promise = self._promised(result_promise(*key), (start, end))
+        promise = self._exchange.promised(result_promise(*key), start, end)
         if promise is not None:
-            self._publish(log, promise)
+            self._exchange.publish(log, promise)
             return
-        self._emit(ev.Train(state.epoch, current.height, current.step, start, end))
+        self._out.emit(ev.Train(state.epoch, current.height, current.step, start, end))
 
     def _attest(self, state: RunState) -> None:
         """Report as a witness: during training once everything is here, in the witness phase with what is here."""
@@ -577,27 +377,23 @@ class NodeCore:
         if index is None or not here.selection.is_witness(index) or index in {w.proof.index for w in current.witnesses}:
             return
         about = self._attested(current.height)
-        gone = self._gone(state, here)
+        away = gone(state, here)
         if state.phase is Phase.ROUND_TRAIN:
-            if about and any(i not in self._gone(state, about) for i in about.unverified()):
+            if about and any(i not in gone(state, about) for i in about.unverified()):
                 return
-            if self.settings.overlap and any(i not in gone for i in here.unannounced()):
+            if self.settings.overlap and any(i not in away for i in here.unannounced()):
                 return
-        if not self._due(("witness", state.epoch, current.height)):
+        if not self._out.due(("witness", state.epoch, current.height)):
             return
         key = attest_promise(state.epoch, current.height)
-        envelope = self._promises.get(key)
-        if envelope is None:
-            applied = self.next_apply or 0
-            digest = self.digests.get(applied, b"")
-            hashes = sorted(entry.commitment for entry in about.verified()) if about else []
-            message = Attest(state.epoch, current.height, b"".join(hashes), applied if digest else 0, digest)
-            envelope = self._seal(message)
-            self._promises[key] = envelope
-            self._emit(ev.Promise(key, envelope))
-        self._file(here, envelope)
-        self._emit(ev.Broadcast(envelope))
-        self._emit(witness_report(here, index, envelope, about))
+        envelope = self._exchange.attest(here, key, lambda: self._list(state.epoch, current.height, about))
+        self._out.emit(witness_report(here, index, envelope, about))
+
+    def _list(self, epoch: int, height: int, about: RoundLog | None) -> Attest:
+        applied = self.next_apply or 0
+        digest = self.digests.get(applied, b"")
+        hashes = sorted(entry.commitment for entry in about.verified()) if about else []
+        return Attest(epoch, height, b"".join(hashes), applied if digest else 0, digest)
 
     def _check_health(self, state: RunState) -> None:
         """Name the trainers from which nothing was witnessed in the round before."""
@@ -606,15 +402,15 @@ class NodeCore:
             return
         before = self.log.rounds.get(current.height - 1)
         about = self._attested(current.height - 1)
-        if before is None or about is None or not self._retries.once(("health", current.height), self._now):
+        if before is None or about is None or not self._out.once(("health", current.height)):
             return
         index = self._my_index(before)
         if index is None or index not in {record.proof.index for record in before.round.witnesses}:
             return
-        gone = self._gone(state, about)
-        silent = [about.round.clients[i] for i in about.unverified() if i not in gone and about.nodes[i] != self.public]
+        away = gone(state, about)
+        silent = [about.round.clients[i] for i in about.unverified() if i not in away and about.nodes[i] != self.public]
         if silent:
-            self._emit(ev.HealthCheck(state.epoch, current.height, tuple(silent)))
+            self._out.emit(ev.HealthCheck(state.epoch, current.height, tuple(silent)))
 
     def _compare(self) -> None:
         """Repair parameters that differ from those of a quorum of witnesses, by replaying the epoch (I6)."""
@@ -625,8 +421,8 @@ class NodeCore:
             return
         applied, theirs = found
         self._repaired.add(applied)
-        self._emit(ev.Diagnose(applied - 1, self.digests[applied], theirs, self._providers()))
-        self._say("warning", f"the parameters differ after round {applied - 1}; replaying the epoch")
+        self._out.emit(ev.Diagnose(applied - 1, self.digests[applied], theirs, self._exchange.providers()))
+        self._out.say("warning", f"the parameters differ after round {applied - 1}; replaying the epoch")
         self.next_apply, self.holding, self.digests, self._busy = None, None, {}, None
 
     def _conclude(self, state: RunState) -> None:
@@ -641,8 +437,8 @@ class NodeCore:
         mine = next((c for c in state.clients if c.signer == self.signer), None)
         voted = any(vote[0] == self.signer for vote in state.checkpoint_votes)
         may = mine is not None and mine.status is ClientStatus.HEALTHY and state.phase is Phase.COOLDOWN
-        if may and not voted and self._due(("vote", state.epoch)):
-            self._emit(ev.Vote(state.epoch, state.step - 1, self.holding))
+        if may and not voted and self._out.due(("vote", state.epoch)):
+            self._out.emit(ev.Vote(state.epoch, state.step - 1, self.holding))
 
     def _resolved(self) -> bool:
         """Whether every round of the epoch that ended is applied."""
@@ -659,11 +455,11 @@ class NodeCore:
             reason = f"the run is finished, but nobody gave this node its last parameters {wanted.hex()[:12]}"
         else:
             replayed = self._resolved() and self.holding is not None
-            if replayed or (not self._resolved() and self._due("patience", after=4 * self.settings.retry)):
+            if replayed or (not self._resolved() and self._out.due("patience", after=4 * self.settings.retry)):
                 self.next_apply = None
             if self.next_apply is None:
                 self._load(wanted, f"taking the run's last parameters {wanted.hex()[:12]}")
             return False
         self.finished = True
-        self._emit(ev.Finish(reason))
+        self._out.emit(ev.Finish(reason))
         return True

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from psyche_lightning.coordinator.assignment import assign
-from psyche_lightning.coordinator.committee import CommitteeSelection, quorum
+from psyche_lightning.coordinator.committee import CommitteeSelection, quorum, round_selection
 from psyche_lightning.coordinator.merkle import attest_root
 from psyche_lightning.coordinator.state import CoordinatorConfig, Round
 from psyche_lightning.errors import WireError
@@ -101,9 +101,7 @@ class RoundLog:
         cls, round: Round, nodes: tuple[bytes, ...], config: CoordinatorConfig, run_id: str, layout: bytes, limit: int
     ) -> RoundLog:
         """Derive committees and assignment of a round that the coordinator announced."""
-        selection = CommitteeSelection(
-            round.tie_breaker_tasks, config.witness_nodes, config.verification_percent, len(round.clients), round.seed
-        )
+        selection = round_selection(round, config)
         log = cls(round, nodes, run_id, layout, limit, selection)
         if round.step:
             shares = assign(round.seed, round.data_index, round.batch_size, selection)

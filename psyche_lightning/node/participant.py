@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 
 from psyche_lightning.coordinator.protocol import Coordinator, Report
 from psyche_lightning.errors import PsycheError
-from psyche_lightning.node.core import Settings
 from psyche_lightning.node.events import Apply, Event, Finish, Train, Trained
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.runtime import Runtime, TrainerTask
+from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
 from psyche_lightning.transports.base import Transport
 from psyche_lightning.wire.identity import Identity

@@ -10,7 +10,7 @@ from typing import Any
 
 from psyche_lightning.coordinator.protocol import Coordinator, Report
 from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, TransportError, WireError
-from psyche_lightning.node.core import NodeCore, Settings
+from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.events import (
     Applied,
     Apply,
@@ -48,6 +48,7 @@ from psyche_lightning.node.events import (
     Witness,
 )
 from psyche_lightning.node.replica import Replica
+from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.snapshot import MAX_INDEX_SIZE, PIECE_SIZE, decode_index, first_difference
 from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
 from psyche_lightning.transports.base import Transport, TransportContext

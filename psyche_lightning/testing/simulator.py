@@ -18,7 +18,7 @@ from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.coordinator.protocol import Report
 from psyche_lightning.coordinator.state import CoordinatorConfig, Phase, RunState
 from psyche_lightning.errors import CoordinatorError, PsycheError
-from psyche_lightning.node.core import NodeCore, Settings
+from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.events import (
     Applied,
     Apply,
@@ -53,6 +53,7 @@ from psyche_lightning.node.events import (
     WarmupWitness,
     Witness,
 )
+from psyche_lightning.node.settings import Settings
 from psyche_lightning.wire.hashing import sha256
 from psyche_lightning.wire.identity import Identity, short
 from psyche_lightning.wire.messages import Envelope, Result, seal

@@ -13,9 +13,9 @@ from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.coordinator.local import LocalCoordinator
 from psyche_lightning.coordinator.state import CoordinatorConfig
 from psyche_lightning.distro import DisTrO, DistroConfig
-from psyche_lightning.node.core import Settings
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
+from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
 from psyche_lightning.transports.memory import MemoryNetwork, MemoryTransport
 from psyche_lightning.wire.identity import Identity

@@ -96,7 +96,8 @@ def test_two_agreed_results_of_one_trainer_exclude_both() -> None:
         log.add_result(result(log, 0, nonce=1)),
         log.add_result(result(log, 1)),
     )
-    assert one and other
+    assert one
+    assert other
     assert third
     for index in range(3):
         attest(log, index, [one.commitment, other.commitment, third.commitment])

@@ -1,0 +1,73 @@
+"""What a node core gives out while it handles an event, and when it is time to repeat something."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from psyche_lightning.node.events import Effect, Say
+
+
+class Outbox:
+    """Collects effects; things that must be repeated until they succeed are due ever more rarely.
+
+    Args:
+        first: seconds until the first repetition.
+        most: longest interval in seconds; intervals double up to it.
+
+    Attributes:
+        now: time of the event that is being handled.
+    """
+
+    def __init__(self, first: float, most: float) -> None:
+        self.now = 0.0
+        self._first = first
+        self._most = most
+        self._effects: list[Effect] = []
+        self._due: dict[object, tuple[int, float]] = {}
+        self._said: set[str] = set()
+
+    def emit(self, effect: Effect) -> None:
+        """Give out an effect."""
+        self._effects.append(effect)
+
+    def take(self) -> list[Effect]:
+        """The effects since the last call, in order."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    def say(self, level: str, text: str) -> None:
+        """Tell people something, once an epoch."""
+        if text not in self._said:
+            self._said.add(text)
+            self.emit(Say(level, text))
+
+    def due(self, key: object, *, after: float = 0.0) -> bool:
+        """Whether to do it now: ``after`` seconds from the first question on, then ever rarer."""
+        attempt, at = self._due.setdefault(key, (0, self.now + after))
+        if self.now < at:
+            return False
+        self._due[key] = (attempt + 1, self.now + min(self._first * 2**attempt, self._most))
+        return True
+
+    def once(self, key: object, *, every: float = float("inf")) -> bool:
+        """Whether it was not done yet, or not within ``every`` seconds; notes that it is done now."""
+        if self.now < self._due.get(key, (0, self.now))[1]:
+            return False
+        self._due[key] = (1, self.now + every)
+        return True
+
+    def attempts(self, key: object) -> int:
+        """How often it was due."""
+        return self._due.get(key, (0, 0.0))[0]
+
+    def forget(self, key: object) -> None:
+        """Make it due at once."""
+        self._due.pop(key, None)
+
+    def keep_only(self, keys: Collection[object]) -> None:
+        """Make all but these due at once."""
+        self._due = {key: value for key, value in self._due.items() if key in keys}
+
+    def new_epoch(self) -> None:
+        """What was said may be said again."""
+        self._said.clear()

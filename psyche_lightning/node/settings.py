@@ -1,0 +1,33 @@
+"""What a node must know besides the run's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Equal on all nodes through the manifest, except the intervals.
+
+    Attributes:
+        overlap: whether results are witnessed one round later and applied two rounds later.
+        digest_every: a parameter digest is due each time this many rounds have been applied.
+        layout: digest of the meaning of payload positions.
+        max_payload: largest payload in bytes.
+        buffers: whether the model has buffers that are copied at the start of an epoch.
+        retry: seconds until a fetch, a question or a call is repeated first; doubles up to ``retry_most``.
+        retry_most: longest such interval in seconds.
+    """
+
+    overlap: bool
+    digest_every: int
+    layout: bytes
+    max_payload: int
+    buffers: bool = False
+    retry: float = 2.0
+    retry_most: float = 15.0
+
+    @property
+    def delay(self) -> int:
+        """Rounds from training to applying."""
+        return 2 if self.overlap else 1
