@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -55,7 +56,7 @@ def train_recipe(
     Returns:
         The content of ``result.json``: ``id`` and ``digest`` (hex), ``steps``, ``loss`` (``train`` and
         ``validation``, each ``[first, last]``), ``socket_bytes_up``, ``socket_bytes_down``, ``payload_bytes_up`` (of
-        payloads that peers fetched from this node) and ``payload_bytes_computed`` (per round: one payload to each peer).
+        payloads that peers fetched from this node) and ``payload_bytes_computed`` (a round: one payload to each peer).
 
     Raises:
         PsycheError: anything that a user can do something about.
@@ -268,3 +269,7 @@ def _quiet() -> None:
     """Keep what Trainer says about itself to a Trainer user out of the command's output."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\.")
+    with contextlib.suppress(ImportError):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
