@@ -55,12 +55,12 @@ class MLAConfig(PretrainedConfig):
     hidden_size: int = 192
     intermediate_size: int = 512
     num_hidden_layers: int = 4
-    num_attention_heads: int = 6
+    num_attention_heads: int = 3
     q_lora_rank: int | None = None
     kv_lora_rank: int = 96
-    qk_nope_head_dim: int = 16
-    qk_rope_head_dim: int = 16
-    v_head_dim: int = 32
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 32
+    v_head_dim: int = 64
     max_position_embeddings: int = 2048
     rope_parameters: dict[str, Any] | None = None
     rope_interleave: bool = True
