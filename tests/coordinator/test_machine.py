@@ -288,6 +288,15 @@ def test_nobody_waits_for_a_witness_that_is_gone() -> None:
     assert [c.exited_height for c in state.exited_clients] == [0, 0]
 
 
+def test_nobody_waits_for_clients_without_a_seat() -> None:
+    state = training(witness_nodes=2)
+    round_ = state.current
+    assert round_ is not None
+    first, second = round_selection(round_, state.config).witnesses()
+    state = settle(machine.withdraw(report(state, first), key(second)), 6.0)
+    assert (state.phase, state.draining) == (Phase.ROUND_TRAIN, True)
+
+
 def test_a_witness_must_hold_its_seat_in_the_current_round() -> None:
     state = training(5, witness_nodes=2)
     round_ = state.current
