@@ -182,7 +182,8 @@ class Session:
         sizes = CoordinatorConfig(
             global_batch_size_start=global_batch, global_batch_size_end=global_batch, total_steps=total
         )
-        times = CoordinatorConfig(epoch_time=ALONE_EPOCH, max_round_train_time=ALONE_EPOCH / 2)
+        half = ALONE_EPOCH / 2
+        times = CoordinatorConfig(epoch_time=ALONE_EPOCH, max_round_train_time=half, warmup_time=half)
         config = replace(
             self.options.config or sizes,
             **{name: getattr(times, name) for name in (*_TIMES, "init_min_clients", "min_clients", "witness_nodes")},

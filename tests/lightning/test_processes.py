@@ -1,0 +1,166 @@
+"""Several nodes over a real coordinator and real sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from psyche_lightning import PsycheStrategy
+from psyche_lightning.coordinator.admin import CoordinatorAdmin
+
+Make = Callable[..., Any]
+SCRIPT = Path(__file__).with_name("user_script.py")
+PATIENCE = 120.0
+
+
+def start(url: str, run: str, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PSYCHE_COORDINATOR": url, "PSYCHE_RUN": run}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_unmodified_program_in_two_processes_ends_with_the_same_bytes(create_run: Make, tmp_path: Path) -> None:
+    url, run = create_run(init_min_clients=2)
+    outputs = [tmp_path / f"{seed}.json" for seed in (1, 2)]
+    processes = [start(url, run, str(seed), str(output)) for seed, output in zip((1, 2), outputs, strict=True)]
+    for process in processes:
+        text, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, text
+        assert "DisTrO replaces the step of AdamW" in text
+    first, second = (json.loads(output.read_text()) for output in outputs)
+    assert first["before"] != second["before"]
+    assert first["parameters"] == second["parameters"]
+    assert first["parameters"]["net.0.weight"] not in (first["before"]["net.0.weight"], second["before"]["net.0.weight"])
+    assert (first["steps"], second["steps"]) == (12, 12)
+    assert (first["lr"], second["lr"]) == (0.0025, 0.0025)
+    status = CoordinatorAdmin(url).status(run)
+    assert status["phase"] == "finished"
+    assert status["config"]["total_steps"] == 12, "the nodes' max_steps"
+    assert status["config"]["global_batch_size_end"] == 16, "two nodes with batches of eight"
+
+
+def test_sigterm_while_waiting_for_others_leaves_the_run(create_run: Make, tmp_path: Path) -> None:
+    url, run = create_run(init_min_clients=2)
+    admin = CoordinatorAdmin(url)
+    process = start(url, run, "1", str(tmp_path / "out"))
+    try:
+        until(lambda: len(admin.status(run)["pending"]) == 1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    finally:
+        process.kill()
+        process.communicate()
+    until(lambda: not admin.status(run)["pending"])
+    assert any("left" in event["text"] for event in admin.status(run)["events"])
+
+
+class Notes(Callback):
+    """What one node saw."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.epochs: list[int] = []
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.steps.append(trainer.global_step + 1)
+        self.epochs.append(trainer.current_epoch)
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        assert batch_idx == trainer.global_step % trainer.num_training_batches
+
+
+def together(*nodes: Callable[[], None]) -> None:
+    """Run nodes in threads of this process; each has its own sockets and its own Trainer."""
+    errors: list[BaseException] = []
+
+    def guarded(node: Callable[[], None]) -> None:
+        try:
+            node()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(node,), daemon=True) for node in nodes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not errors, errors
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_node_without_a_batch_applies_the_round_and_counts_it(
+    classifier: Make, loader: Make, trainer: Make, create_run: Make, parameter_bytes: Make
+) -> None:
+    url, run = create_run(init_min_clients=2, global_batch_size_start=1, total_steps=12)
+
+    class Scheduled(classifier):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    modules, notes = [Scheduled(), Scheduled()], [Notes(), Notes()]
+
+    def node(number: int) -> None:
+        fit = trainer(strategy=PsycheStrategy(url, run), limit_train_batches=5, max_epochs=9, callbacks=[notes[number]])
+        fit.fit(modules[number], loader())
+
+    together(lambda: node(0), lambda: node(1))
+    assert sorted(notes[0].steps + notes[1].steps) == list(range(1, 13)), "one sample a round goes to one of the two"
+    for one in notes:
+        assert one.epochs == [(step - 1) // 5 for step in one.steps]
+        assert one.rates == pytest.approx([0.01 / step for step in one.steps])
+    assert parameter_bytes(modules[0]) == parameter_bytes(modules[1])
+
+
+def test_overlap_and_look_ahead_end_with_the_same_bytes_everywhere(
+    classifier: Make, loader: Make, trainer: Make, create_run: Make, parameter_bytes: Make
+) -> None:
+    url, run = create_run({"run": {"overlap": True}, "distro": {"lookahead": True}}, init_min_clients=2)
+    modules = [classifier(norm=True), classifier(norm=True)]
+    strategies = [PsycheStrategy(url, run), PsycheStrategy(url, run)]
+
+    def node(number: int) -> None:
+        fit = trainer(strategy=strategies[number], max_steps=8)
+        fit.fit(modules[number], loader())
+        assert fit.global_step == 8
+
+    together(lambda: node(0), lambda: node(1))
+    assert strategies[0].session is not None
+    assert strategies[0].session.agreement.overlap
+    assert strategies[0].session.agreement.distro.lookahead
+    assert parameter_bytes(modules[0]) == parameter_bytes(modules[1])
+
+
+def test_a_node_that_wants_fewer_steps_leaves_and_the_other_goes_on(
+    classifier: Make, loader: Make, trainer: Make, create_run: Make
+) -> None:
+    url, run = create_run(init_min_clients=2, min_clients=1, total_steps=8, max_round_train_time=20)
+    fits = [trainer(strategy=PsycheStrategy(url, run), max_steps=steps) for steps in (3, 50)]
+    together(*(lambda fit=fit: fit.fit(classifier(), loader()) for fit in fits))
+    assert [fit.global_step for fit in fits] == [3, 8]
+    assert CoordinatorAdmin(url).status(run)["phase"] == "finished"
