@@ -190,7 +190,10 @@ class TcpTransport:
         for peer in self._peers.values():
             peer.reason = "this node stopped"
             peer.up.set()  # nobody waits for it any longer
-        while tasks := [*self._tasks, *self._arriving]:
+        for _ in range(4):  # a library below may lose a cancellation
+            tasks = [*self._tasks, *self._arriving]
+            if not tasks:
+                break
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=0.5)
