@@ -255,7 +255,7 @@ def test_garbage_at_the_port_leaves_nothing_behind_and_peers_get_through() -> No
     async def scene() -> None:
         rng = random.Random(5)
         async with living(TcpTransport(handshake_timeout=5), TcpTransport()) as (a, b):
-            await eventually(lambda: a.connected(b), "they are connected")
+            await eventually(lambda: a.connected(b) and b.connected(a), "they are connected")
             tasks, files = len(asyncio.all_tasks()), descriptors()
 
             async def annoy() -> None:
