@@ -64,9 +64,7 @@ def demo(
     )
     with Processes() as processes:
         console.print("[dim]starting the coordinator and the nodes ...[/]")
-        coordinator = processes.start(
-            "coordinator", ["coordinator", "--port", "0", "--dir", str(keep / "coordinator")], keep / "coordinator.log"
-        )
+        coordinator = processes.start("coordinator", _serve(keep), keep / "coordinator.log")
         url = coordinator.url()
         console.print(f"watch it in a browser: {url}", highlight=False)
         common = [recipe, *given, *(["--twin"] if twin else []), "--coordinator", url]
@@ -81,7 +79,7 @@ def demo(
                 processes.start(f"node {number}", ["train", *common, "--run", RUN, *extra], folder / "log.txt")
             )
         with View(console, all_reduce=all_reduce, rounds=steps) as view:
-            status = _watch(url, coordinator, children, view)
+            status = _watch(url, coordinator, _serve(keep, url), children, view)
         _finish(children)
     figures = _figures(status, folders, size.trainable, all_reduce, steps)
     unit = "nats a byte" if resolved.data.config.get("tokenizer", "bytes") == "bytes" else "nats a token"
@@ -112,7 +110,12 @@ def _create(url: str, recipe: str, overrides: list[str], twin: bool) -> None:
     create(RUN, [recipe, *overrides], url, None, twin)
 
 
-def _watch(url: str, coordinator: Child, nodes: list[Child], view: View) -> dict[str, Any]:
+def _serve(folder: Path, url: str = "http://127.0.0.1:0") -> list[str]:
+    """The coordinator's arguments; a free port as long as it has no URL."""
+    return ["coordinator", "--port", url.rpartition(":")[2], "--dir", str(folder / "coordinator")]
+
+
+def _watch(url: str, coordinator: Child, serve: list[str], nodes: list[Child], view: View) -> dict[str, Any]:
     """Show the run until it is finished; returns its last status.
 
     Raises:
@@ -123,7 +126,7 @@ def _watch(url: str, coordinator: Child, nodes: list[Child], view: View) -> dict
     admin = CoordinatorAdmin(url)
     while True:
         if coordinator.code is not None:
-            coordinator.restart()  # it kept everything, so the run goes on
+            coordinator.restart(serve)  # it kept everything, so the run goes on
         try:
             status = admin.status(RUN)
         except CoordinatorError as error:

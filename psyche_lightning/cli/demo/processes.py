@@ -52,8 +52,9 @@ class Child:
                 start_new_session=True,
             )
 
-    def restart(self) -> None:
-        """Start it again with the same arguments."""
+    def restart(self, arguments: Sequence[str]) -> None:
+        """Start it again."""
+        self._arguments = list(arguments)
         self.process = self._start()
 
     @property

@@ -1,0 +1,84 @@
+"""There is no bad time to kill a node or the coordinator."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def digests(figures: dict[str, Any]) -> set[str]:
+    return {node["digest"] for node in figures["nodes"]}
+
+
+def test_three_nodes_end_with_equal_parameters_and_the_figures_are_there(start_demo: Callable[..., Any]) -> None:
+    figures = start_demo("--rounds", "8").finish()
+    assert len(figures["nodes"]) == 3
+    assert len(digests(figures)) == 1
+    assert figures["rounds"] == 8
+    assert len(figures["history"]) == 8
+    assert len(figures["loss"]["train"]) == len(figures["loss"]["validation"]) == 2
+    assert figures["ratio_to_fp32_allreduce"] > 1
+    for node in figures["nodes"]:
+        assert node["socket_bytes_up"] > node["payload_bytes_up"] > 0
+        # Each payload goes to both peers once, a repeated fetch aside.
+        assert node["payload_bytes_up"] >= 8 * node["payload_bytes_computed"]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_killed_node_does_not_stop_the_others(start_demo: Callable[..., Any], seed: int) -> None:
+    rng = random.Random(seed)
+    demo = start_demo("--rounds", "30", "max_round_train_time=15")
+    demo.wait_for_step(rng.randint(1, 8))
+    time.sleep(rng.uniform(0, 0.5))
+    victim = rng.choice(demo.children("train"))
+    os.kill(victim, signal.SIGKILL)
+    figures = demo.finish()
+    assert len(figures["nodes"]) == 2
+    assert len(digests(figures)) == 1
+    assert len(figures["history"]) == 30
+    gone = [event for event in figures["events"] if event["kind"] == "dropped"]
+    assert len(gone) == 1
+    survivors = {node["id"][:8] for node in figures["nodes"]}
+    assert gone[0]["text"].split()[0] not in survivors
+    assert gone[0]["time"] > 0
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_a_killed_coordinator_goes_on_from_where_it_was(start_demo: Callable[..., Any], seed: int) -> None:
+    rng = random.Random(seed)
+    demo = start_demo("--rounds", "30")
+    demo.wait_for_step(rng.randint(2, 10))
+    time.sleep(rng.uniform(0, 0.5))
+    [victim] = demo.children("coordinator")
+    os.kill(victim, signal.SIGKILL)
+    figures = demo.finish()
+    assert len(figures["nodes"]) == 3
+    assert len(digests(figures)) == 1
+    steps = [row["step"] for row in figures["history"]]
+    assert steps == list(range(1, 31))
+
+
+def test_one_node_twice_gives_the_same_digest(start_demo: Callable[..., Any]) -> None:
+    seen = [digests(start_demo("--nodes", "1", "--rounds", "6").finish()) for _ in range(2)]
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_no_process_behind(start_demo: Callable[..., Any], number: signal.Signals) -> None:
+    demo = start_demo("--rounds", "500")
+    demo.wait_for_step(2)
+    children = demo.children("train") + demo.children("coordinator")
+    assert len(children) == 4
+    demo.process.send_signal(number)
+    demo.process.communicate(timeout=60)
+    assert demo.process.returncode == 130
+    assert not [pid for pid in children if os.path.exists(f"/proc/{pid}")]
