@@ -26,7 +26,7 @@ from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
 from psyche_lightning.lightning.optimizers import TakenStep, build_distro
-from psyche_lightning.lightning.options import Options, one_device
+from psyche_lightning.lightning.options import Options, one_device, one_machine
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.node.participant import RoundWork
 
@@ -87,6 +87,15 @@ class PsycheFabricStrategy(SingleDeviceStrategy):
         self._parallel_devices = devices
         if devices:
             self._root_device = torch.device(one_device(devices, "Fabric"))
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines of Fabric's own world: always one."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, count: int) -> None:
+        one_machine(count, "Fabric")
 
     # --- set-up -----------------------------------------------------------------------------------------------------
 

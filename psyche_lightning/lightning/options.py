@@ -104,6 +104,10 @@ class Options:
                 f"The strategy 'psyche' knows {known} but not {missing}: set {variable}, or neither of "
                 f"{COORDINATOR_VARIABLE} and {RUN_VARIABLE} to train alone."
             )
+        if self.coordinator is not None and "://" not in self.coordinator:
+            raise ConfigError(
+                f"The coordinator {self.coordinator!r} is not a URL; expected one such as http://127.0.0.1:8080."
+            )
         for name in ("global_batch_size", "total_steps", "digest_every", "tokens_per_sample"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -137,3 +141,16 @@ def one_device(devices: Sequence[_Device], owner: str) -> _Device:
             "devices=1 and start a process for each device: each is a node of the run."
         )
     return devices[0]
+
+
+def one_machine(count: int, owner: str) -> None:
+    """Refuse a world of several machines.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    if count > 1:
+        raise ConfigError(
+            f"{owner} has num_nodes={count}, but the nodes of a run are not {owner}'s: leave num_nodes at 1 and start "
+            "the same program on every machine."
+        )

@@ -50,6 +50,12 @@ class RunProgress:
         self._count(done, index)
         return True
 
+    def end(self, done: int) -> None:
+        """Take over the steps of the whole run when it is over; the last ones may have been without this node."""
+        if done > self._trainer.global_step:
+            self._step_schedulers(done + 1)
+            self._count(done, self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
     def _count(self, done: int, index: int) -> None:
         fit_loop = self._trainer.fit_loop
         loop = fit_loop.epoch_loop

@@ -272,4 +272,4 @@ def _quiet() -> None:
     with contextlib.suppress(ImportError):
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -29,7 +29,7 @@ from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.loader import RoundLoader, Share, check_loader
 from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
 from psyche_lightning.lightning.optimizers import TakenStep, build_distro
-from psyche_lightning.lightning.options import Options, one_device
+from psyche_lightning.lightning.options import Options, one_device, one_machine
 from psyche_lightning.lightning.progress import RunProgress
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.node.participant import RoundWork
@@ -105,6 +105,15 @@ class PsycheStrategy(SingleDeviceStrategy):
         if devices:
             self._root_device = torch.device(one_device(devices, "Trainer"))
 
+    @property
+    def num_nodes(self) -> int:
+        """Machines of Trainer's own world: always one."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, count: int) -> None:
+        one_machine(count, "Trainer")
+
     # --- set-up -----------------------------------------------------------------------------------------------------
 
     def connect(self, model: LightningModule) -> None:
@@ -126,16 +135,16 @@ class PsycheStrategy(SingleDeviceStrategy):
 
     def _check(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
-        if trainer.num_nodes > 1:
-            raise ConfigError(
-                f"Trainer has num_nodes={trainer.num_nodes}, but the nodes of a run are not Trainer's: leave num_nodes "
-                "at 1 and start the same program on every machine."
-            )
         if not self.lightning_module.automatic_optimization:
             raise ConfigError(
                 f"{type(self.lightning_module).__name__} has automatic_optimization=False, but the strategy 'psyche' "
                 "makes the optimizer's step itself. Return the loss from training_step and leave the rest to Trainer, "
                 'or write your own loop with Fabric(strategy="psyche").'
+            )
+        if trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            raise ConfigError(
+                "Trainer has overfit_batches set, which repeats batches, but the run decides "
+                "which samples come. Give the Trainer a small data set instead (torch.utils.data.Subset)."
             )
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise ConfigError(
@@ -247,13 +256,18 @@ class PsycheStrategy(SingleDeviceStrategy):
             self.session.take()
             fresh = False
             yield work
-        self.stop_if_finished()
+        state = self.session.state
+        if self.stop_if_finished() and state is not None:
+            self._progress.end(state.step - 1)
 
     def stop_if_finished(self) -> bool:
         """Tell Trainer to stop when the run is over; returns whether it is."""
         finished = self.session is not None and bool(self.session.finished)
-        if finished and self._trainer is not None and not self._trainer.should_stop:
+        if finished and self._trainer is not None:
             self._trainer.should_stop = True
+            # Trainer would wait for its minimum, but no more rounds come.
+            self._trainer.fit_loop.min_epochs = 0
+            self._trainer.fit_loop.epoch_loop.min_steps = None
         return finished
 
     @property
@@ -277,7 +291,7 @@ class PsycheStrategy(SingleDeviceStrategy):
         mean: torch.Tensor | None = None
         for size, micro in zip(share.sizes[1:], share.rest, strict=True):
             micro = self._transferred(trainer, micro)
-            trainer._logger_connector.on_batch_start(micro)
+            _weigh(trainer, micro)
             loss = _loss_of(super().training_step(micro, *rest, **kwargs))
             if loss is not None:
                 part = loss * (size / share.samples)
@@ -285,7 +299,7 @@ class PsycheStrategy(SingleDeviceStrategy):
                 self.backward(part, optimizer)
         # Trainer zeroes the gradients before it runs backward on what we return; pre_backward puts these back.
         self._carried = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        trainer._logger_connector.on_batch_start(batch)
+        _weigh(trainer, batch)
         output = super().training_step(batch, *rest, **kwargs)
         last = _loss_of(output)
         if last is not None:
@@ -373,6 +387,13 @@ class PsycheStrategy(SingleDeviceStrategy):
                 self._trainer.accumulate_grad_batches = self._accumulate
             self._forget()
             super().teardown()
+
+
+def _weigh(trainer: Trainer, batch: Any) -> None:
+    """Let ``self.log`` weigh what it gets by the size of this batch."""
+    results = trainer._results
+    assert results is not None
+    results.batch, results.batch_size = batch, None
 
 
 def _loss_of(output: Any) -> torch.Tensor | None:

@@ -167,10 +167,9 @@ def _read(entry: TensorEntry, get: Get) -> torch.Tensor:
     done = 0
     for piece in entry.pieces:
         data = get(piece)
-        if len(data) != min(PIECE_SIZE, entry.size - done):
-            raise WireError(
-                f"a piece of {entry.name!r} has {len(data)} bytes, not {min(PIECE_SIZE, entry.size - done)}"
-            )
+        expected = min(PIECE_SIZE, entry.size - done)
+        if len(data) != expected:
+            raise WireError(f"a piece of {entry.name!r} has {len(data)} bytes; {expected} are expected")
         view[done : done + len(data)] = data
         done += len(data)
     return tensor

@@ -54,7 +54,10 @@ def test_an_unmodified_program_in_two_processes_ends_with_the_same_bytes(create_
     first, second = (json.loads(output.read_text()) for output in outputs)
     assert first["before"] != second["before"]
     assert first["parameters"] == second["parameters"]
-    assert first["parameters"]["net.0.weight"] not in (first["before"]["net.0.weight"], second["before"]["net.0.weight"])
+    assert first["parameters"]["net.0.weight"] not in (
+        first["before"]["net.0.weight"],
+        second["before"]["net.0.weight"],
+    )
     assert (first["steps"], second["steps"]) == (12, 12)
     assert (first["lr"], second["lr"]) == (0.0025, 0.0025)
     status = CoordinatorAdmin(url).status(run)
@@ -63,19 +66,22 @@ def test_an_unmodified_program_in_two_processes_ends_with_the_same_bytes(create_
     assert status["config"]["global_batch_size_end"] == 16, "two nodes with batches of eight"
 
 
-def test_sigterm_while_waiting_for_others_leaves_the_run(create_run: Make, tmp_path: Path) -> None:
-    url, run = create_run(init_min_clients=2)
+def test_signals_while_waiting_for_others_leave_the_run(create_run: Make, tmp_path: Path) -> None:
+    url, run = create_run(init_min_clients=3)
     admin = CoordinatorAdmin(url)
-    process = start(url, run, "1", str(tmp_path / "out"))
+    processes = [start(url, run, "1", str(tmp_path / "out")) for _ in range(2)]
     try:
-        until(lambda: len(admin.status(run)["pending"]) == 1)
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        until(lambda: len(admin.status(run)["pending"]) == 2)
+        for process, number in zip(processes, (signal.SIGTERM, signal.SIGINT), strict=True):
+            process.send_signal(number)
+        for process in processes:
+            process.wait(30)
     finally:
-        process.kill()
-        process.communicate()
-    until(lambda: not admin.status(run)["pending"])
-    assert any("left" in event["text"] for event in admin.status(run)["events"])
+        for process in processes:
+            process.kill()
+            process.communicate()
+    # They said so themselves: who only vanishes is dropped.
+    assert [event["kind"] for event in admin.status(run)["events"]].count("left") == 2
 
 
 class Notes(Callback):
@@ -128,6 +134,7 @@ def test_a_node_without_a_batch_applies_the_round_and_counts_it(
     def node(number: int) -> None:
         fit = trainer(strategy=PsycheStrategy(url, run), limit_train_batches=5, max_epochs=9, callbacks=[notes[number]])
         fit.fit(modules[number], loader())
+        assert fit.global_step == 12
 
     together(lambda: node(0), lambda: node(1))
     assert sorted(notes[0].steps + notes[1].steps) == list(range(1, 13)), "one sample a round goes to one of the two"
@@ -156,11 +163,27 @@ def test_overlap_and_look_ahead_end_with_the_same_bytes_everywhere(
     assert parameter_bytes(modules[0]) == parameter_bytes(modules[1])
 
 
-def test_a_node_that_wants_fewer_steps_leaves_and_the_other_goes_on(
+def test_buffers_are_those_of_one_node(classifier: Make, loader: Make, trainer: Make, create_run: Make) -> None:
+    url, run = create_run(init_min_clients=2, total_steps=3)
+    modules = [classifier(norm=True), classifier(norm=True)]
+    for number, module in enumerate(modules):
+        module.net[1].momentum = 0.0  # training leaves the running statistics as they were
+        module.net[1].running_mean.fill_(number + 1.0)
+
+    def node(number: int) -> None:
+        trainer(strategy=PsycheStrategy(url, run)).fit(modules[number], loader())
+
+    together(lambda: node(0), lambda: node(1))
+    means = [module.net[1].running_mean for module in modules]
+    assert torch.equal(*means)
+    assert means[0].unique().tolist() in ([1.0], [2.0])
+
+
+def test_a_node_that_wants_fewer_steps_leaves_and_the_others_go_on(
     classifier: Make, loader: Make, trainer: Make, create_run: Make
 ) -> None:
-    url, run = create_run(init_min_clients=2, min_clients=1, total_steps=8, max_round_train_time=20)
-    fits = [trainer(strategy=PsycheStrategy(url, run), max_steps=steps) for steps in (3, 50)]
-    together(*(lambda fit=fit: fit.fit(classifier(), loader()) for fit in fits))
-    assert [fit.global_step for fit in fits] == [3, 8]
+    url, run = create_run(init_min_clients=3, min_clients=1, total_steps=8)
+    fits = [trainer(strategy=PsycheStrategy(url, run), max_steps=steps) for steps in (3, 50, -1)]
+    together(*(lambda fit=fit: fit.fit(classifier(), loader()) for fit in fits))  # type: ignore[misc]
+    assert [fit.global_step for fit in fits] == [3, 8, 8]
     assert CoordinatorAdmin(url).status(run)["phase"] == "finished"

@@ -49,7 +49,9 @@ def by_hand(module: Any, dataset: Any, *, steps: int, batch: int, shuffle: bool,
 
         def closure(indices: list[int] = indices) -> torch.Tensor:
             optimizer.zero_grad()
-            loss: torch.Tensor = module.loss([torch.stack(part) for part in zip(*(dataset[i] for i in indices))])
+            loss: torch.Tensor = module.loss(
+                [torch.stack(part) for part in zip(*(dataset[i] for i in indices), strict=True)]
+            )
             loss.backward()
             return loss
 
@@ -224,6 +226,14 @@ def test_clipping_applies_to_the_gradient_of_the_whole_round(
     options = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm, "accumulate_grad_batches": 2}
     trainer(max_steps=2, **options).fit(Clipped(), loader())
     assert norms == pytest.approx([limit, limit], rel=1e-3)
+
+
+def test_bf16_true_has_parameters_in_bfloat16_that_move(classifier: Make, loader: Make, trainer: Make) -> None:
+    module = classifier(lr=1e-4)
+    before = [parameter.detach().bfloat16() for parameter in module.parameters()]
+    trainer(max_steps=40, precision="bf16-true").fit(module, loader())
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+    assert not all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
 def test_bf16_mixed_computes_in_bfloat16_and_steps_in_float32(classifier: Make, loader: Make, trainer: Make) -> None:

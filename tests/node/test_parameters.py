@@ -1,0 +1,141 @@
+"""A torch module as the replica that a node drives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from psyche_lightning.distro import DisTrO, DistroConfig
+from psyche_lightning.errors import ConfigError, PayloadError, WireError
+from psyche_lightning.node.parameters import ParameterReplica, persistent_buffers
+from psyche_lightning.node.snapshot import PIECE_SIZE, TensorEntry, decode_index, encode_index
+from psyche_lightning.node.store import MemoryBlobStore
+from psyche_lightning.wire.hashing import sha256
+
+
+def module(seed: int, dtype: torch.dtype = torch.float32, width: int = 8) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    made = torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.BatchNorm1d(width), torch.nn.Linear(width, 2))
+    made.register_buffer("scratch", torch.randn(2), persistent=False)
+    made[2].bias.requires_grad_(False)
+    made[2].bias.data.normal_()
+    return made.to(dtype)
+
+
+def replica(of: torch.nn.Module) -> ParameterReplica:
+    return ParameterReplica(DisTrO(of.named_parameters(), lr=0.1, config=DistroConfig(k=4)), of)
+
+
+def get(store: MemoryBlobStore):  # type: ignore[no-untyped-def]
+    def found(digest: bytes) -> bytes:
+        data = store.get(digest)
+        assert data is not None
+        return data
+
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_go_from_one_module_to_another(dtype: torch.dtype) -> None:
+    mine, theirs, store = module(0, dtype), module(1, dtype), MemoryBlobStore()
+    digest = replica(mine).snapshot(store.put)
+    taken = replica(theirs)
+    assert taken.digest(store.put) != digest
+    taken.load(digest, get(store))
+    assert taken.digest(store.put) == digest
+    for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_digest_is_that_of_the_index_and_stores_no_tensor() -> None:
+    store = MemoryBlobStore()
+    digest = replica(module(0)).digest(store.put)
+    index = store.get(digest)
+    assert index is not None
+    assert sha256(index) == digest
+    entries = decode_index(index)
+    assert [entry.name for entry in entries] == ["0.bias", "0.weight", "1.bias", "1.weight", "2.bias", "2.weight"]
+    assert not any(store.has(piece) for entry in entries for piece in entry.pieces)
+
+
+def test_frozen_parameters_are_part_of_it() -> None:
+    of = module(0)
+    before = replica(of).digest(MemoryBlobStore().put)
+    of[2].bias.data.add_(1)  # type: ignore[union-attr, operator, index]
+    assert replica(of).digest(MemoryBlobStore().put) != before
+
+
+def test_large_tensors_travel_in_pieces() -> None:
+    width = PIECE_SIZE // (6 * 4) + 1
+    mine, theirs, store = module(0, width=width), module(1, width=width), MemoryBlobStore()
+    digest = replica(mine).snapshot(store.put)
+    index = store.get(digest)
+    assert index is not None
+    assert max(len(entry.pieces) for entry in decode_index(index)) == 2
+    replica(theirs).load(digest, get(store))
+    assert torch.equal(mine[0].weight, theirs[0].weight)  # type: ignore[index, union-attr, arg-type]
+
+
+def test_buffers_that_are_saved_are_copied() -> None:
+    mine, theirs, store = module(0), module(1), MemoryBlobStore()
+    mine.train()(torch.randn(4, 6))
+    assert sorted(persistent_buffers(mine)) == ["1.num_batches_tracked", "1.running_mean", "1.running_var"]
+    taken = replica(theirs)
+    assert taken.has_buffers
+    scratch = theirs.scratch.clone()  # type: ignore[operator, union-attr]
+    taken.load_buffers(replica(mine).snapshot_buffers(store.put), get(store))
+    for a, b in zip(persistent_buffers(mine).values(), persistent_buffers(theirs).values(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(theirs.scratch, scratch)  # type: ignore[arg-type]
+
+
+def test_applying_is_the_optimizer_s() -> None:
+    of = module(0)
+    mine = replica(of)
+    with pytest.raises(PayloadError):
+        mine.check(b"nonsense")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda entries: entries[1:], "lacks 1 parameters of this model, such as 0.bias"),
+        (lambda entries: [*entries, TensorEntry("zz", "float32", (), 4, (bytes(32),))], "has unknown 1 parameters"),
+        (
+            lambda entries: [TensorEntry("0.bias", "float32", (2, 4), 32, entries[0].pieces), *entries[1:]],
+            r"'0.bias' of the snapshot is float32 \[2, 4\]; this model has float32 \[8\]",
+        ),
+        (
+            lambda entries: [TensorEntry("0.bias", "bfloat16", (8,), 16, entries[0].pieces), *entries[1:]],
+            r"is bfloat16 \[8\]; this model has float32 \[8\]",
+        ),
+    ],
+)
+def test_another_model_s_parameters_are_refused_untouched(other, words: str) -> None:  # type: ignore[no-untyped-def]
+    of, store = module(0), MemoryBlobStore()
+    mine = replica(of)
+    index = store.get(mine.snapshot(store.put))
+    assert index is not None
+    before = mine.digest(store.put)
+    wrong = store.put(encode_index(other(decode_index(index))))
+    with pytest.raises(WireError, match=words):
+        mine.load(wrong, get(store))
+    assert mine.digest(store.put) == before
+
+
+def test_a_piece_of_another_size_is_refused() -> None:
+    store = MemoryBlobStore()
+    mine = replica(module(0))
+    index = store.get(mine.snapshot(store.put))
+    assert index is not None
+    first, *rest = decode_index(index)
+    wrong = TensorEntry(first.name, first.dtype, first.shape, first.size, (store.put(b"short"),))
+    with pytest.raises(WireError, match=r"a piece of '0.bias' has 5 bytes; 32 are expected"):
+        mine.load(store.put(encode_index([wrong, *rest])), get(store))
+
+
+def test_dtypes_without_a_place_in_a_snapshot() -> None:
+    of = module(0)
+    of.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ConfigError, match=r"'phase' is torch.complex64"):
+        replica(of)
