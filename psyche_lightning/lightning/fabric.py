@@ -25,7 +25,7 @@ from psyche_lightning.distro import DisTrO
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
-from psyche_lightning.lightning.optimizers import TakenStep, build_distro
+from psyche_lightning.lightning.optimizers import TakenStep, build_distro, copy_rates
 from psyche_lightning.lightning.options import Options, one_device, one_machine
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.node.participant import RoundWork
@@ -189,8 +189,7 @@ class PsycheFabricStrategy(SingleDeviceStrategy):
         assert self._distro is not None
         assert self._optimizer is not None
         if self._distro.config.lookahead:
-            for ours, theirs in zip(self._distro.param_groups, self._optimizer.param_groups, strict=True):
-                ours["lr"] = theirs["lr"]
+            copy_rates(self._optimizer, self._distro)
             self._ahead.enter_context(self._distro.look_ahead())
 
     def _published(self) -> None:

@@ -42,6 +42,12 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
     return DisTrO(groups, lr=float(optimizer.param_groups[0]["lr"]), config=config)
 
 
+def copy_rates(optimizer: torch.optim.Optimizer, distro: DisTrO) -> None:
+    """Take over the learning rates of the user's optimizer, on which schedulers work."""
+    for theirs, ours in zip(optimizer.param_groups, distro.param_groups, strict=True):
+        ours["lr"] = theirs["lr"]
+
+
 class TakenStep:
     """Stands in for the ``step`` of the user's optimizer: it computes gradients and notes that they are to be sent.
 

@@ -20,6 +20,7 @@ from psyche_lightning.coordinator.protocol import Coordinator, Terms
 from psyche_lightning.coordinator.state import ClientStatus, CoordinatorConfig, RunState
 from psyche_lightning.distro import DisTrO, NonFiniteGradientError, Votes, encode
 from psyche_lightning.lightning.agreement import Agreement, agree, look
+from psyche_lightning.lightning.optimizers import copy_rates
 from psyche_lightning.lightning.options import Options
 from psyche_lightning.lightning.traffic import Traffic
 from psyche_lightning.node.parameters import ParameterReplica
@@ -253,8 +254,7 @@ class Session:
         nonce = distro.nonce
         payload = None
         if optimizer is not None:
-            for ours, theirs in zip(distro.param_groups, optimizer.param_groups, strict=True):
-                ours["lr"] = theirs["lr"]
+            copy_rates(optimizer, distro)
             try:
                 payload = distro.encode()
             except NonFiniteGradientError as error:

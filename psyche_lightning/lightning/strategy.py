@@ -6,7 +6,6 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.loader import RoundLoader, Share, check_loader
 from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
-from psyche_lightning.lightning.optimizers import TakenStep, build_distro
+from psyche_lightning.lightning.optimizers import TakenStep, build_distro, copy_rates
 from psyche_lightning.lightning.options import Options, one_device, one_machine
 from psyche_lightning.lightning.progress import RunProgress
 from psyche_lightning.lightning.session import Session
@@ -341,14 +340,13 @@ class PsycheStrategy(SingleDeviceStrategy):
         assert share is not None
 
         def ahead() -> Any:
-            for ours, theirs in zip(distro.param_groups, optimizer.param_groups, strict=True):
-                ours["lr"] = theirs["lr"]
-            with distro.look_ahead() if distro.config.lookahead else nullcontext():
+            copy_rates(optimizer, distro)
+            with distro.look_ahead():
                 return closure()
 
         taken.reset()
         self._carried = None
-        result = super().optimizer_step(optimizer, ahead, model, **kwargs)
+        result = super().optimizer_step(optimizer, ahead if distro.config.lookahead else closure, model, **kwargs)
         usable = taken.called and not math.isnan(self._loss)
         session.submit(optimizer if usable else None, self._loss, share.samples)
         return result

@@ -287,6 +287,10 @@ def test_schedulers_of_the_user_s_optimizer_set_the_learning_rate(
     module = Scheduled(lr=0.5)
     fit.fit(module, loader())
     assert watch.rates == pytest.approx([0.5, 0.5 / 2, 0.5 / 3, 0.5 / 4])
+    values = [torch.frombuffer(bytearray(raw), dtype=torch.float32) for raw in watch.seen]
+    for before, after, lr in zip(values, values[1:], watch.rates[1:], strict=False):
+        moved = (after - before * (1 - lr * 0.1)).abs()
+        assert float(moved.max()) == pytest.approx(lr, rel=1e-4)
 
 
 def test_parameter_groups_keep_their_rates_and_what_is_frozen_stays(
