@@ -68,6 +68,7 @@ class NodeCore:
         self._busy: object = None
         self._trained: tuple[int, int] = (-1, -1)
         self._repaired: set[int] = set()
+        self._snapshots: set[bytes] = set()
         self._final_loads = 0
 
     # --- the door -------------------------------------------------------------------------------------------------
@@ -107,6 +108,7 @@ class NodeCore:
                 if self._busy == "snapshot":
                     self._busy = None
                     self.holding = digest
+                self._snapshots.add(digest)
             case ev.BuffersTaken(epoch, index):
                 self._exchange.share_buffers(epoch, index)
             case ev.CallFailed(_, code, text, retryable):
@@ -187,14 +189,18 @@ class NodeCore:
                 self._observe(record, final=self._epoch_over() or record.height < state.current.height)
 
     def _open_epoch(self, epoch: int, digest: bytes) -> None:
-        if self.log is not None:
-            self._out.emit(ev.Forget(self.log.payloads()))
-        early = self.log.early if self.log is not None and self.log.epoch == epoch else {}
-        self.log = EpochLog(epoch, digest, early=early)
+        old = self.log
+        self.log = EpochLog(epoch, digest)
         self.next_apply = 0 if self.holding == digest else None
+        stored = {*self._snapshots, *self.digests.values()}
+        keep = {digest, self.holding or digest}
+        self._snapshots = stored & keep
         self.digests = {}
         self._out.new_epoch()
         self._repaired.clear()
+        promises = self._exchange.keep_promises(epoch)
+        if old is not None:
+            self._out.emit(ev.Forget(old.payloads(), tuple(sorted(stored - keep)), tuple(sorted(keep)), promises))
 
     # --- answers from the replica and the network ---------------------------------------------------------------------
 
@@ -215,6 +221,7 @@ class NodeCore:
             self._out.say("warning", f"could not obtain the parameters {digest.hex()[:12]}: {reason}; trying again")
             return
         self.holding = digest
+        self._snapshots.add(digest)
         self._out.forget("load")
         if self.log is not None and digest == self.log.digest and self.next_apply is None:
             self.next_apply = 0

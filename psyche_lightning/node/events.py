@@ -225,9 +225,19 @@ class Diagnose:
 
 @dataclass(frozen=True)
 class Forget:
-    """These payloads are no longer needed."""
+    """An epoch began; what belongs to earlier ones is no longer needed.
+
+    Attributes:
+        payloads: hashes of payloads to delete.
+        snapshots: digests of parameters to delete, with their tensors as far as those of ``keep`` have other ones.
+        keep: digests of parameters that are still needed.
+        promises: keys of all promises that are still needed.
+    """
 
     payloads: tuple[bytes, ...]
+    snapshots: tuple[bytes, ...]
+    keep: tuple[bytes, ...]
+    promises: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,11 @@ class Exchange:
         result = envelope.message if envelope else None
         return envelope if isinstance(result, Result) and (result.start, result.end) == (start, end) else None
 
+    def keep_promises(self, epoch: int) -> tuple[str, ...]:
+        """Drop the promises of epochs before ``epoch`` and return the keys of the others."""
+        self._promises = {key: kept for key, kept in self._promises.items() if kept.message.epoch >= epoch}
+        return tuple(self._promises)
+
     def publish(self, log: RoundLog, envelope: Envelope) -> None:
         """File and broadcast this node's own announcement."""
         try:

@@ -224,13 +224,27 @@ class Runtime:
                 self._post(effect)
             case Diagnose():
                 self._spawn(self._diagnose(effect))
-            case Forget(payloads):
-                for payload in payloads:
-                    self.store.delete(payload)
+            case Forget():
+                self._forget(effect)
             case Say(level, text):
                 self._say(level, text)
             case Join() | WarmupWitness() | Witness() | HealthCheck() | Vote() | AskRounds():
                 self._spawn(self._call(effect))
+
+    def _forget(self, effect: Forget) -> None:
+        for payload in effect.payloads:
+            self.store.delete(payload)
+        needed = {*effect.keep, *(piece for digest in effect.keep for piece in self._pieces(digest))}
+        for digest in effect.snapshots:
+            for blob in (*self._pieces(digest), digest):
+                if blob not in needed:
+                    self.store.delete(blob)
+        self.journal.retain(effect.promises)
+
+    def _pieces(self, digest: bytes) -> list[bytes]:
+        """The pieces of stored parameters; none if their index is not here."""
+        index = self.store.get(digest)
+        return [piece for entry in decode_index(index) for piece in entry.pieces] if index is not None else []
 
     def run_replica_task(self, task: ReplicaTask) -> Event | None:
         """Do replica work; called on the training thread. Returns the event for :meth:`handle`, if any."""

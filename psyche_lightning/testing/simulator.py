@@ -8,9 +8,10 @@ anything else than the others is seen at once. ``psyche sim --seed N`` replays o
 from __future__ import annotations
 
 import heapq
+import multiprocessing
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -424,9 +425,10 @@ class Simulation:
             case Train() | Apply() | TakeSnapshot() | Load():
                 node.queue.append(effect)
                 self._work(node)
-            case Forget(payloads):
-                for payload in payloads:
-                    node.blobs.pop(payload, None)
+            case Forget(payloads, snapshots, _, promises):
+                for blob in (*payloads, *snapshots):
+                    node.blobs.pop(blob, None)
+                node.promises = {key: node.promises[key] for key in promises}
             case Say(_, text):
                 self.trace(f"{node.name}: {text}")
             case Finish(reason):
@@ -536,6 +538,22 @@ class Simulation:
 
 def _digest(head: bytes) -> bytes:
     return sha256(head)
+
+
+def _attempt(seed: int) -> Outcome | SimulationError:
+    try:
+        return simulate(seed)
+    except SimulationError as error:
+        return error
+
+
+def simulate_all(seeds: Iterable[int], workers: int) -> Iterator[Outcome | SimulationError]:
+    """Play many histories in that many processes; yields outcomes and failures in the order of the seeds."""
+    if workers == 1:
+        yield from map(_attempt, seeds)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap(_attempt, seeds, chunksize=4)
 
 
 def simulate(seed: int, trace: Callable[[float, str], None] | None = None) -> Outcome:
