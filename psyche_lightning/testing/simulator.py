@@ -61,7 +61,7 @@ from psyche_lightning.wire.messages import Envelope, Result, seal
 
 RUN = "sim"
 LAYOUT = sha256(b"simulated layout")
-TICK = 0.25
+TICK = 0.5
 BAD = b"malformed"
 HORIZON = 4000.0
 """Virtual seconds after which a history that has not finished counts as hanging."""

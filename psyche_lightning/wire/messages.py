@@ -119,6 +119,7 @@ Message = Result | Attest | Ask | Buffers
 _KINDS: dict[int, type[Result] | type[Attest] | type[Ask] | type[Buffers]] = {
     cls.kind: cls for cls in (Result, Attest, Ask, Buffers)
 }
+_HINTS = {cls: get_type_hints(cls) for cls in _KINDS.values()}
 _HASHES = {"payload", "layout", "index"}
 _M = TypeVar("_M", Result, Attest, Ask, Buffers)
 
@@ -144,10 +145,9 @@ def _values(message: Message) -> list[Any]:
 
 def _check(message: Message) -> None:
     """Refuse values outside their range, whoever made them."""
-    hints = get_type_hints(type(message))
     for field in dataclasses.fields(message):
         value = getattr(message, field.name)
-        hint = hints[field.name]
+        hint = _HINTS[type(message)][field.name]
         if hint is int and (type(value) is not int or not 0 <= value < 1 << 64):
             raise WireError(f"{type(message).__name__}.{field.name} is not an unsigned 64-bit integer")
         if hint is bytes and not isinstance(value, bytes):
