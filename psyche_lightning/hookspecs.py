@@ -36,7 +36,7 @@ The rules are the same for all five hooks:
 * **Choosing.** ``PSYCHE_PLUGINS=mla,psyche-lightning-text`` loads only the plugins with these entry-point or
   distribution names, ``PSYCHE_PLUGINS=`` none. Built-ins are always there.
 
-``psyche_lightning.testing`` has a conformance kit for transports, coordinators, models and data providers.
+``psyche_lightning.testing.transport`` is the conformance kit of transports; ``docs/plugins.md`` builds a whole plugin.
 """
 
 from __future__ import annotations

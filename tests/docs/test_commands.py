@@ -1,0 +1,135 @@
+"""Every command in the documentation exists, with its options, recipes and keys."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from psyche_lightning.cli import COMMANDS, _app
+from psyche_lightning.plugins import Plugins
+from psyche_lightning.recipe import load_recipe
+from psyche_lightning.recipe.loading import find_recipe, parse_override
+
+ASSIGNMENT = re.compile(r"[A-Z_]+=")
+
+
+def commands_of(line: str) -> Iterator[list[str]]:
+    """The calls of psyche in a line of shell."""
+    words: list[str] = []
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
+    lexer.whitespace_split = True
+    for word in [*lexer, "&"]:
+        if not set(word) <= set("&|;"):
+            words.append(word)
+            continue
+        while words and ASSIGNMENT.match(words[0]):
+            del words[0]
+        if words and words[0] == "psyche":
+            yield words[1:]
+        words = []
+
+
+def parse(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Parse a call as psyche does, without running it: the names of its commands and their parameters."""
+    path: list[str] = []
+    rest = [*arguments]
+    while rest[0].startswith("-"):
+        assert rest[0] in ("--traceback", "--version", "--help")
+        del rest[0]
+    command: Any = typer.main.get_command(_app(rest[0]))
+    while hasattr(command, "commands"):
+        assert rest, f"`psyche {' '.join(path)}` wants a sub-command"
+        assert rest[0] in command.commands, f"there is no `psyche {' '.join([*path, rest[0]])}`"
+        path.append(rest[0])
+        command = command.commands[rest.pop(0)]
+    return path, command.make_context(path[-1], rest).params
+
+
+def check_recipe(path: list[str], parameters: dict[str, Any]) -> None:
+    if path[0] in ("train", "demo"):
+        load_recipe(parameters["recipe"], parameters["overrides"] or (), twin=parameters["twin"])
+    elif path == ["run", "create"]:
+        recipe, *overrides = parameters["arguments"] or [""]
+        if "=" in recipe or not recipe:
+            for override in filter(None, [recipe, *overrides]):
+                assert parse_override(override)[0].startswith(("run.", "distro."))
+        else:
+            load_recipe(recipe, overrides, twin=parameters["twin"])
+
+
+def test_every_command_in_a_block_can_be_typed(pages: list[Any], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("PSYCHE_PLUGINS", "mla,text")
+    found = set()
+    for page in pages:
+        page.write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for page in pages:
+        for block in page.blocks:
+            if block.language not in ("bash", "sh", "console"):
+                continue
+            for line in block.text.replace("\\\n", " ").splitlines():
+                for arguments in commands_of(line):
+                    if arguments[0] == "sums":  # the example's own, which its test runs
+                        continue
+                    try:
+                        path, parameters = parse(arguments)
+                        check_recipe(path, parameters)
+                    except (Exception, SystemExit) as error:
+                        pytest.fail(f"{block.place}: psyche {' '.join(arguments)}: {error!r}")
+                    found.add(" ".join(path))
+    assert found >= {"demo", "train", "coordinator", "run create", "run status", "run pause", "plugins", "generate"}
+
+
+def test_every_command_in_the_text_exists(pages: list[Any]) -> None:
+    for page in pages:
+        for span in page.spans:
+            if not span.startswith("psyche ") or span.startswith("psyche NAME"):
+                continue
+            words = shlex.split(span)[1:]
+            command: Any = None
+            options = [word for word in words if word.startswith("-")]
+            for word in [word for word in words if not word.startswith("-")]:
+                group = typer.main.get_command(_app(words[0])) if command is None else command
+                if hasattr(group, "commands"):
+                    assert word in group.commands, f"{page.name}: `{span}` does not exist"
+                    command = group.commands[word]
+            if command is not None:
+                known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+                assert set(options) <= known | {"--traceback"}, f"{page.name}: `{span}` has unknown options"
+
+
+def test_every_option_in_the_text_is_one_of_some_command(pages: list[Any]) -> None:
+    known = {"--help", "--traceback", "--version", "--strict"}
+    for name in COMMANDS:
+        pending: list[Any] = [typer.main.get_command(_app(name)).commands[name]]  # type: ignore[attr-defined]
+        while pending:
+            command = pending.pop()
+            pending += getattr(command, "commands", {}).values()
+            known |= {option for parameter in command.params for option in parameter.opts}
+    for page in pages:
+        for span in page.spans:
+            for option in re.findall(r"(?:^| )(--[a-z-]+)", span):
+                assert option in known, f"{page.name}: no command has {option} (in `{span}`)"
+
+
+def test_every_command_is_in_the_documentation(pages: list[Any]) -> None:
+    text = "\n".join(page.text for page in pages)
+    assert [name for name in COMMANDS if f"psyche {name}" not in text] == []
+
+
+def test_every_recipe_is_on_the_page_of_recipes(page: Callable[[str], Any]) -> None:
+    table = page("recipes.md").text.partition("## A small one")[0]
+    names = re.findall(r"^\| `([a-z0-9-]+)` \|", table, re.MULTILINE)
+    folder = Path(__file__).parents[2] / "recipes"
+    assert sorted(names) == sorted(path.stem for path in folder.glob("*.yaml"))
+    assert all(find_recipe(name) for name in names)
+
+
+def test_the_example_s_command_is_there_once_it_is_installed(example: Path) -> None:
+    assert "sums" in Plugins(only=["sums"]).commands()

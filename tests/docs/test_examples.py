@@ -1,0 +1,88 @@
+"""The code of the documentation: it compiles, and what is marked so runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.plugins import Plugins
+
+
+def run(arguments: list[str], folder: Path, **environment: str) -> str:
+    """Run a program as a reader would; returns what it printed."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PSYCHE_")}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_python_block_compiles(pages: list[Any]) -> None:
+    for page in pages:
+        for block in page.blocks:
+            if block.language == "python":
+                compile(textwrap.dedent(block.text), block.place, "exec")
+
+
+def test_blocks_marked_as_runnable_run(pages: list[Any], tmp_path: Path) -> None:
+    blocks = [block for page in pages for block in page.blocks if "runnable" in block.words]
+    assert {block.place.partition(":")[0] for block in blocks} == {"docs/lightning.md", "docs/tutorial.md"}
+    for number, block in enumerate(blocks):
+        (tmp_path / f"block_{number}.py").write_text(block.text)
+    # One process, as most of the time goes into imports.
+    calls = [f"runpy.run_path('block_{number}.py', run_name='__main__'); print('ran')" for number in range(len(blocks))]
+    output = run(["-c", "\n".join(["import runpy", *calls])], tmp_path)
+    assert output.count("ran\n") == len(blocks)
+
+
+def test_the_plugin_of_the_page_loads_through_the_host(example: Path) -> None:
+    plugins = Plugins(only=["psyche-lightning-sums"])
+    assert plugins.failures == []
+    found = plugins.data_providers()["sums"]
+    assert (found.plugin, found.distribution, found.version) == ("sums", "psyche-lightning-sums", "1.0")
+    data = found.factory({"seq_len": 32, "largest": 9}, seed=1)
+    assert data.seq_len == 32
+    first, second = data.samples(0, 1)
+    assert first["input_ids"].tolist() == data.samples(len(data), len(data))[0]["input_ids"].tolist()
+    assert first["input_ids"].shape == second["labels"].shape == (32,)
+    assert first["input_ids"].tolist() != second["input_ids"].tolist()
+    line = bytes(first["input_ids"].tolist()).decode().splitlines()[0]
+    left, _, right = line.partition("=")
+    assert sum(map(int, left.split("+"))) == int(right)
+    with pytest.raises(ConfigError, match=r"no option 'larges'\. Did you mean 'largest'"):
+        found.factory({"seq_len": 32, "larges": 9}, seed=1)
+
+
+def test_its_commands_and_its_recipe_work_as_the_page_says(example: Path) -> None:
+    psyche = ["-m", "psyche_lightning.cli"]
+    path = os.pathsep.join([str(example), *filter(None, [os.environ.get("PYTHONPATH")])])
+    assert "sums" in run([*psyche, "plugins"], example, PYTHONPATH=path)
+    lines = run([*psyche, "sums", "--count", "5"], example, PYTHONPATH=path).splitlines()
+    assert len(lines) == 5
+    assert all("=" in line for line in lines)
+    output = run([*psyche, "train", "sums.yaml"], example, PYTHONPATH=path)
+    assert "4 steps, digest" in output
+    assert (example / "psyche-sums" / "checkpoint" / "config.json").exists()
+
+
+def test_the_conformance_kit_runs_as_the_page_says(example: Path, page: Callable[[str], Any]) -> None:
+    file = "tests/test_contract.py"
+    assert (example / file).exists()
+    output = run(["-m", "pytest", "-q", "-p", "no:pytest_anchorpy", "-p", "no:cacheprovider", file], example)
+    assert " passed" in output
+    assert "failed" not in output

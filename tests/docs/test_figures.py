@@ -1,0 +1,46 @@
+"""Figures in the README follow from what they are said to follow from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from psyche_lightning.recipe import load_recipe
+from psyche_lightning.recipe.estimate import estimate
+
+README = Path(__file__).parents[2] / "README.md"
+RECIPES = ("demo", "mla-200m", "consilience-40b")
+NODES = (2, 3, 16, 64)
+
+
+def amount(count: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}{units[-1]}"
+
+
+def rows() -> list[str]:
+    found = []
+    for name in RECIPES:
+        recipe = load_recipe(name)
+        size = estimate(recipe)
+        ratios = [size.allreduce_bytes_per_round(n) / size.bytes_per_round(n) for n in NODES]
+        cells = [
+            f"`{name}`, k = {recipe.distro.k}",
+            amount(size.parameters, ("", " K", " M", " B")),
+            amount(size.payload, (" B", " kB", " MB", " GB")),
+            *(f"{ratio:,.0f}" for ratio in ratios),
+        ]
+        found.append(f"| {' | '.join(cells)} |")
+        # The formula beside the table.
+        assert all(
+            abs(8 * size.trainable / (n * size.payload) / r - 1) < 1e-9 for n, r in zip(NODES, ratios, strict=True)
+        )
+    return found
+
+
+def test_the_table_of_ratios_is_what_the_recipes_give() -> None:
+    text = README.read_text()
+    assert re.findall(r"^\| `.*? k = .*$", text, re.MULTILINE) == rows(), "put these rows in:\n" + "\n".join(rows())

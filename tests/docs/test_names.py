@@ -1,0 +1,131 @@
+"""Names in the documentation are real, and what has a name is documented."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from psyche_lightning import hookspecs
+from psyche_lightning.lightning.options import Options
+from psyche_lightning.plugins import KINDS
+from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.recipe.loading import resolve
+
+ROOT = Path(__file__).parents[2]
+PathOf = Callable[[str], Any]
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def keys_of(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    hints = get_type_hints(section)
+    for item in fields(section):
+        if is_dataclass(hints[item.name]):
+            yield from keys_of(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item.default
+
+
+def test_every_link_leads_somewhere(pages: list[Any]) -> None:
+    for page in pages:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.prose):
+            if target.startswith("https://"):
+                continue
+            path, _, anchor = target.partition("#")
+            file = (page.path.parent / path).resolve() if path else page.path
+            assert file.exists(), f"{page.name} links to {target}, which is not there"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+                assert anchor in map(slug, headings), f"{page.name} links to {target}, which has no such heading"
+
+
+def test_every_page_is_reachable_from_the_readme(pages: list[Any]) -> None:
+    readme = pages[0].text
+    for page in pages[1:]:
+        linked = f"](docs/{page.path.name}" in readme or any(f"]({page.path.name}" in p.text for p in pages[1:])
+        assert linked, f"nothing links to {page.name}"
+
+
+def test_every_hook_is_documented_and_every_documented_hook_exists(page: PathOf) -> None:
+    text = page("plugins.md").text
+    table = re.findall(r"^\| `(register_\w+)` \| `factory\((.*?)\)`", text, re.MULTILINE)
+    assert [name for name, _ in table] == list(KINDS)
+    for name, arguments in table:
+        assert f"factory({arguments})" in (getattr(hookspecs, name).__doc__ or "")
+
+
+def test_hooks_elsewhere_exist(pages: list[Any]) -> None:
+    for page in pages:
+        assert set(re.findall(r"\bregister_[a-z_]+\b", page.text)) <= {*KINDS, "register_*"}, page.name
+
+
+def test_environment_variables_are_real(pages: list[Any]) -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "psyche_lightning").rglob("*.py"))
+    for page in pages:
+        for name in set(re.findall(r"\bPSYCHE_[A-Z_]+\b", page.text)):
+            assert re.search(rf"\b{name}\b", sources), f"{page.name} names {name}"
+
+
+def test_modules_and_their_attributes_are_real(pages: list[Any]) -> None:
+    import importlib
+
+    for page in pages:
+        for span in page.spans:
+            if re.fullmatch(r"psyche_lightning(\.\w+)+", span):
+                module, _, name = span.rpartition(".")
+                assert hasattr(importlib.import_module(module), name), f"{page.name} names {span}"
+
+
+def test_paths_in_this_repository_are_real(pages: list[Any]) -> None:
+    for page in pages:
+        for path in re.findall(r"`((?:psyche_lightning|tests|plugins|recipes|\.ci)/[\w./-]*)`", page.text):
+            assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_the_table_of_recipe_keys_is_complete_and_its_defaults_are_true(page: PathOf) -> None:
+    rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \|([^|]*)\|", page("recipes.md").text, re.MULTILINE)
+    given = dict(rows)
+    real = dict(keys_of(Recipe))
+    del real["name"]
+    assert set(given) == set(real)
+    defaults = resolve({"name": "x"})
+    for key, cell in given.items():
+        text = cell.strip()
+        value: Any = defaults
+        for part in key.split("."):
+            value = getattr(value, part)
+        if text and text[0] != "`" and text != "the run's":
+            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+            assert text == shown or (isinstance(value, (int, float)) and float(text) == value), f"{key} is {value}"
+
+
+def test_the_table_of_strategy_options_is_complete(page: PathOf) -> None:
+    table = page("lightning.md").text.partition("## Options")[2].partition("## Fabric")[0]
+    names = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(names))) == sorted(item.name for item in fields(Options))
+
+
+def test_the_events_and_effects_of_the_core_are_all_there(page: PathOf) -> None:
+    from psyche_lightning.node import events
+
+    section = page("architecture.md").text.partition("## The node core")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([A-Z]\w+)`", section)) - {"NodeCore"}
+    real = {kind.__name__ for kind in (*events.Event.__args__, *events.Effect.__args__)}  # type: ignore[attr-defined]
+    assert named == real
+
+
+def test_the_readme_has_exactly_the_two_set_up_commands(pages: list[Any]) -> None:
+    lines = [line for block in pages[0].blocks for line in block.text.splitlines() if "pip install" in line]
+    assert lines == ["pip install -r requirements.txt && psyche demo", "pip install -r requirements.txt && pytest"]
+
+
+def test_the_pictures_are_pictures(pages: list[Any]) -> None:
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", pages[0].text):
+        head = (ROOT / name).read_bytes()[:200]
+        assert head.startswith(b"\x89PNG") if name.endswith(".png") else b"<svg" in head, name
