@@ -238,8 +238,14 @@ class RunHost:
             raise MachineError("InvalidWithdraw", f"{short(signer)} is not a member of this run")
 
     def disconnected(self, signer: bytes, now: float, reason: str) -> None:
-        """A node vanished: a pending member is forgotten, a client of the epoch is dropped; no member, no effect."""
-        self._forget(signer, ClientStatus.DROPPED, "dropped", f"is gone: {reason}", now)
+        """A node vanished: a pending member is forgotten, a client of the epoch is dropped; no member, no effect.
+
+        Once the run is finished, going is what nodes do.
+        """
+        if self.state.phase is Phase.FINISHED:
+            self._forget(signer, ClientStatus.WITHDRAWN, "left", "left the finished run", now)
+        else:
+            self._forget(signer, ClientStatus.DROPPED, "dropped", f"is gone: {reason}", now)
 
     def _forget(self, signer: bytes, status: ClientStatus, kind: str, text: str, now: float) -> bool:
         known = self._members.pop(signer, None) is not None

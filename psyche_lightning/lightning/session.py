@@ -19,6 +19,7 @@ from psyche_lightning.coordinator.local import LocalCoordinator
 from psyche_lightning.coordinator.protocol import Coordinator, Terms
 from psyche_lightning.coordinator.state import ClientStatus, CoordinatorConfig, RunState
 from psyche_lightning.distro import DisTrO, NonFiniteGradientError, Votes, encode
+from psyche_lightning.lightning import residual
 from psyche_lightning.lightning.agreement import Agreement, agree, look
 from psyche_lightning.lightning.optimizers import copy_rates
 from psyche_lightning.lightning.options import Options
@@ -145,13 +146,15 @@ class Session:
             buffers=replica.has_buffers,
         )
         folder = options.folder
+        if folder is not None and residual.load(folder, self._run, optimizer):
+            logger.info("taking up the accumulated update of %d rounds from %s", optimizer.nonce, folder)
         identity = Identity.generate() if folder is None else Identity.load_or_create(folder / "node.key")
         memory = _RecentBlobs() if options.alone else MemoryBlobStore()
         store = memory if folder is None else DirectoryBlobStore(folder / "blobs")
         self._journal = MemoryJournal() if folder is None else Journal(folder / "journal")
         self._participant = Participant(
             identity=identity,
-            run_id=options.run or ALONE_RUN,
+            run_id=self._run,
             coordinator=self._own_run(identity, global_batch, total, done) if options.alone else self._client(identity),
             transport=MemoryTransport() if options.alone else self._transport(),
             replica=replica,
@@ -164,6 +167,10 @@ class Session:
             patience=options.patience,
         )
         self._participant.start()
+
+    @property
+    def _run(self) -> str:
+        return self.options.run or ALONE_RUN
 
     def _client(self, identity: Identity) -> Coordinator:
         url, run = self.options.coordinator, self.options.run
@@ -272,6 +279,9 @@ class Session:
             tokens=samples * self.options.tokens_per_sample,
         )
         self._ticks += 1
+        folder = self.options.folder
+        if folder is not None and self._ticks % residual.SAVE_EVERY == 0:
+            residual.save(folder, self._run, distro)
         state = self.state
         if state is not None and work.step >= state.config.total_steps:
             self.peek()  # to the very end: everything is applied when the run is over
@@ -317,6 +327,8 @@ class Session:
 
     def close(self) -> None:
         """Leave the run; idempotent."""
+        if self._participant is not None and not self._over and self.options.folder and self._optimizer:
+            residual.save(self.options.folder, self._run, self._optimizer)
         self._over, self._next, self.work = True, None, None
         if self._participant is not None:
             self._participant.stop()

@@ -18,7 +18,7 @@ from typing import Any
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.coordinator.protocol import Report
 from psyche_lightning.coordinator.state import CoordinatorConfig, Phase, RunState
-from psyche_lightning.errors import CoordinatorError, PsycheError
+from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.events import (
     Applied,
@@ -55,6 +55,7 @@ from psyche_lightning.node.events import (
     Witness,
 )
 from psyche_lightning.node.settings import Settings
+from psyche_lightning.testing.scenario import Outcome, Scenario, SimulationError
 from psyche_lightning.wire.hashing import sha256
 from psyche_lightning.wire.identity import Identity, short
 from psyche_lightning.wire.messages import Envelope, Result, seal
@@ -65,63 +66,6 @@ TICK = 0.5
 BAD = b"malformed"
 HORIZON = 4000.0
 """Virtual seconds after which a history that has not finished counts as hanging."""
-
-
-class SimulationError(PsycheError):
-    """A history broke a promise; the text names the seed and the command that replays it."""
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """What may happen in one history; everything else follows from the seed.
-
-    Attributes:
-        seed: the seed of all randomness.
-        nodes: number of nodes.
-        overlap: whether results travel while the next round trains.
-        steps: training rounds of the run.
-        loss: probability that a message or a request is lost.
-        delay: longest one-way delay in seconds; shorter ones are drawn uniformly, which reorders.
-        duplicate: probability that a message arrives twice.
-        kills: node kills, each followed by a restart.
-        coordinator_kills: coordinator kills, each followed by a restart.
-        cuts: pairs of nodes that cannot reach each other for a while.
-        cheats: nodes that send malformed payloads or sign two results for one batch.
-        calm: virtual time after which nothing fails any more.
-    """
-
-    seed: int
-    nodes: int
-    overlap: bool
-    steps: int
-    loss: float
-    delay: float
-    duplicate: float
-    kills: int
-    coordinator_kills: int
-    cuts: int
-    cheats: int
-    calm: float
-
-    @classmethod
-    def draw(cls, seed: int) -> Scenario:
-        """The scenario of a seed."""
-        rng = random.Random(f"scenario {seed}")
-        nodes = rng.randint(4, 8)
-        return cls(
-            seed=seed,
-            nodes=nodes,
-            overlap=rng.random() < 0.5,
-            steps=rng.randint(6, 16),
-            loss=rng.choice([0.0, 0.02, 0.1, 0.25]),
-            delay=rng.choice([0.01, 0.1, 0.5, 1.5]),
-            duplicate=rng.choice([0.0, 0.05, 0.3]),
-            kills=rng.choice([0, 1, 2, 4]),
-            coordinator_kills=rng.choice([0, 0, 1, 2]),
-            cuts=rng.choice([0, 0, 1, 3]),
-            cheats=rng.choice([0, 0, 0, 1]),
-            calm=150.0,
-        )
 
 
 @dataclass
@@ -146,27 +90,6 @@ class SimNode:
     def name(self) -> str:
         """Short key, as in the logs."""
         return short(self.identity.public)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a history showed.
-
-    Attributes:
-        scenario: what was simulated.
-        seconds: virtual seconds it took.
-        rounds: rounds applied by somebody.
-        digest: parameters that all surviving nodes ended with.
-        epochs: epochs of the run.
-        faults: kills, cuts, lost and duplicated messages.
-    """
-
-    scenario: Scenario
-    seconds: float
-    rounds: int
-    digest: bytes
-    epochs: int
-    faults: int
 
 
 class Simulation:
@@ -267,6 +190,8 @@ class Simulation:
             self.at(rng.uniform(5, calm), lambda node=node: self._kill(node))  # type: ignore[misc]
         for _ in range(self.scenario.coordinator_kills):
             self.at(rng.uniform(5, calm), self._kill_coordinator)
+        for _ in range(self.scenario.pauses):
+            self.at(rng.uniform(3, 60), self._pause)
         for _ in range(self.scenario.cuts):
             pair = frozenset(rng.sample(range(self.scenario.nodes), 2))
             start = rng.uniform(5, calm)
@@ -299,6 +224,25 @@ class Simulation:
         self.trace("kill the coordinator")
         self._disk, self.host = self.host.dump(), None  # it had stored every change before it announced it
         self.at(self.rng.uniform(0.5, 15), self._restart_coordinator)
+
+    def _pause(self) -> None:
+        if self.host is None:
+            self.at(1.0, self._pause)
+        elif not self.host.state.phase.halted:
+            self.faults += 1
+            self.trace("pause")
+            self.host.pause(self.now)
+            self._changed()
+            self.at(self.rng.uniform(1, 30), self._resume)
+
+    def _resume(self) -> None:
+        """Resume once the run has halted; nothing to do where it came to its end."""
+        if self.host is None or self.host.state.pending_pause:
+            self.at(1.0, self._resume)
+        elif self.host.state.phase is Phase.PAUSED:
+            self.trace("resume")
+            self.host.resume(self.now)
+            self._changed()
 
     def _restart_coordinator(self) -> None:
         self.trace("restart the coordinator")

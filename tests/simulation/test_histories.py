@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from psyche_lightning.testing.simulator import Outcome, Scenario, Simulation, SimulationError, simulate, simulate_all
+from psyche_lightning.testing.scenario import Outcome, Scenario, SimulationError
+from psyche_lightning.testing.simulator import Simulation, simulate, simulate_all
 
 FIRST, HISTORIES = 1000, 300
 
@@ -29,6 +30,7 @@ def test_the_histories_cover_what_they_are_for(outcomes: list[Outcome | Simulati
     assert {scenario.nodes for scenario in scenarios} == {4, 5, 6, 7, 8}
     assert any(scenario.cheats for scenario in scenarios)
     assert any(scenario.coordinator_kills for scenario in scenarios)
+    assert any(scenario.pauses for scenario in scenarios)
     assert sum(scenario.kills for scenario in scenarios) > 200
     assert any(outcome.epochs > 1 for outcome in played)
     assert sum(outcome.faults for outcome in played) > 10_000
@@ -42,7 +44,7 @@ def test_a_seed_replays_exactly() -> None:
 
 
 def test_a_node_that_applies_something_else_is_seen_and_the_error_says_how_to_replay() -> None:
-    simulation = Simulation(Scenario(5, 4, False, 6, 0.0, 0.1, 0.0, 0, 0, 0, 0, 150.0))
+    simulation = Simulation(Scenario(5, 4, False, 6, 0.0, 0.1, 0.0, 0, 0, 0, 0, 0, 150.0))
 
     def spoil() -> None:
         simulation.nodes[0].head = b"something else"

@@ -1,0 +1,89 @@
+"""What may happen in a simulated history, and what came of it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from psyche_lightning.errors import PsycheError
+
+
+class SimulationError(PsycheError):
+    """A history broke a promise; the text names the seed and the command that replays it."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What may happen in one history; everything else follows from the seed.
+
+    Attributes:
+        seed: the seed of all randomness.
+        nodes: number of nodes.
+        overlap: whether results travel while the next round trains.
+        steps: training rounds of the run.
+        loss: probability that a message or a request is lost.
+        delay: longest one-way delay in seconds; shorter ones are drawn uniformly, which reorders.
+        duplicate: probability that a message arrives twice.
+        kills: node kills, each followed by a restart.
+        coordinator_kills: coordinator kills, each followed by a restart.
+        pauses: times that the run is paused, and resumed a while after it halted.
+        cuts: pairs of nodes that cannot reach each other for a while.
+        cheats: nodes that send malformed payloads or sign two results for one batch.
+        calm: virtual time after which nothing fails any more.
+    """
+
+    seed: int
+    nodes: int
+    overlap: bool
+    steps: int
+    loss: float
+    delay: float
+    duplicate: float
+    kills: int
+    coordinator_kills: int
+    pauses: int
+    cuts: int
+    cheats: int
+    calm: float
+
+    @classmethod
+    def draw(cls, seed: int) -> Scenario:
+        """The scenario of a seed."""
+        rng = random.Random(f"scenario {seed}")
+        nodes = rng.randint(4, 8)
+        return cls(
+            seed=seed,
+            nodes=nodes,
+            overlap=rng.random() < 0.5,
+            steps=rng.randint(6, 16),
+            loss=rng.choice([0.0, 0.02, 0.1, 0.25]),
+            delay=rng.choice([0.01, 0.1, 0.5, 1.5]),
+            duplicate=rng.choice([0.0, 0.05, 0.3]),
+            kills=rng.choice([0, 1, 2, 4]),
+            coordinator_kills=rng.choice([0, 0, 1, 2]),
+            pauses=rng.choice([0, 0, 0, 1]),
+            cuts=rng.choice([0, 0, 1, 3]),
+            cheats=rng.choice([0, 0, 0, 1]),
+            calm=150.0,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a history showed.
+
+    Attributes:
+        scenario: what was simulated.
+        seconds: virtual seconds it took.
+        rounds: rounds applied by somebody.
+        digest: parameters that all surviving nodes ended with.
+        epochs: epochs of the run.
+        faults: kills, cuts, lost and duplicated messages.
+    """
+
+    scenario: Scenario
+    seconds: float
+    rounds: int
+    digest: bytes
+    epochs: int
+    faults: int
