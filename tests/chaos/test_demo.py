@@ -51,7 +51,7 @@ def test_a_killed_node_does_not_stop_the_others(start_demo: Callable[..., Any], 
     assert gone[0]["time"] > 0
 
 
-@pytest.mark.parametrize("seed", [3, 4])
+@pytest.mark.parametrize("seed", [3])
 def test_a_killed_coordinator_goes_on_from_where_it_was(start_demo: Callable[..., Any], seed: int) -> None:
     rng = random.Random(seed)
     demo = start_demo("--rounds", "30")
