@@ -51,7 +51,8 @@ class _Code:
         count = self.groups(len(positions))
         missing = count * group - len(positions)
         if missing:
-            positions, signs = (np.pad(array, ((0, missing), (0, 0))) for array in (positions, signs))
+            positions = np.pad(positions, ((0, missing), (0, 0)))
+            signs = np.pad(signs, ((0, missing), (0, 0)))
         silent = signs[:, 0] == 0
         words = self.ranks.rank((positions.T >> shape.low) + self.spread)
         words[-1] += 1
@@ -64,8 +65,8 @@ class _Code:
         bits = np.empty((count, self.bits), np.uint8)
         wide = np.unpackbits(to_bytes(words).reshape(-1)).reshape(count, -1)
         bits[:, : shape.word] = wide[:, wide.shape[1] - shape.word :]
-        wide = np.unpackbits(fields.view(np.uint8).reshape(-1)).reshape(count, -1, 16)
-        bits[:, shape.word :].reshape(count, -1, shape.low + 1)[:] = wide[:, :, 15 - shape.low :]
+        parts = np.unpackbits(fields.view(np.uint8).reshape(-1)).reshape(-1, 16)[:, 15 - shape.low :]
+        bits[:, shape.word :] = parts.reshape(count, -1)
         return bits
 
     def read(self, bits: NDArray[np.uint8], first: int) -> tuple[NDArray[np.int16], NDArray[np.int8]]:
@@ -81,9 +82,9 @@ class _Code:
         silent = ~words.any(axis=0)
         words[-1] -= ~silent
         positions = self.ranks.unrank(carry(words)) - self.spread
-        wide = np.zeros((count, self.votes, 16), np.uint8)
-        wide[:, :, 15 - shape.low :] = bits[:, shape.word :].reshape(count, self.votes, -1)
-        fields = np.packbits(wide.reshape(-1)).view(">u2").astype(np.int16).reshape(-1, k)
+        parts = np.zeros((count * self.votes, 16), np.uint8)
+        parts[:, 15 - shape.low :] = bits[:, shape.word :].reshape(len(parts), -1)
+        fields = np.packbits(parts.reshape(-1)).view(">u2").astype(np.int16).reshape(-1, k)
         _refuse(silent & fields.any(axis=1), first * group, 1, "low bits or signs but no votes")
         positions = (positions.T << shape.low | fields >> 1).astype(np.int16)
         if shape.low:
@@ -188,6 +189,6 @@ def _check_frame(payload: bytes, chunk_count: int, config: DistroConfig) -> None
         raise PayloadError(f"the payload has {len(payload)} bytes; {size} are expected for {chunk_count} chunks")
 
 
-def _refuse(wrong: NDArray[np.bool_], start: int, step: int, what: str) -> None:
+def _refuse(wrong: NDArray[np.bool_] | np.bool_, start: int, step: int, what: str) -> None:
     if wrong.any():
         raise PayloadError(f"chunk {(start + int(wrong.argmax())) * step} of the payload has {what}")

@@ -458,7 +458,8 @@ def _check_weight_decay(value: Any) -> None:
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient, dtype=wide).to(torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
+    return norm.to(torch.float32)
 
 
 def _floats(bits: Sequence[int]) -> list[float]:

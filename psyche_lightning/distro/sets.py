@@ -117,13 +117,15 @@ class _Guess:
         self._positions = np.searchsorted(ends, tops, side="left") - 1
 
     def find(self, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Guesses for ranks, [limbs, count]."""
         value = ranks[0].astype(np.float64)
         for limb in ranks[1:]:
             value *= 2.0**LIMB
             value += limb
         value *= 1 + 2.0**-40  # more than what was lost by rounding, less than neighbours differ by
         keys = np.maximum(value, 0.5).view(np.int64) >> self._drop
-        return np.take(self._positions, keys - self._first)
+        found: NDArray[np.int64] = np.take(self._positions, keys - self._first)
+        return found
 
 
 def carry(limbs: NDArray[np.int64]) -> NDArray[np.int64]:
