@@ -38,6 +38,7 @@ COMMANDS = {
     "sim": Command("psyche_lightning.cli.sim:sim", "Replay whole runs under faults in virtual time."),
     "coordinator": Command("psyche_lightning.cli.coordinator:coordinator", "Serve runs to nodes, and a live page."),
     "run": Command("psyche_lightning.cli.run:run", "Create, look at, pause and resume runs."),
+    "bench": Command("psyche_lightning.cli.bench:bench", "Measure bytes, speed and quality."),
     "plugins": Command("psyche_lightning.cli.plugins:plugins", "List what is installed, and what failed to load."),
 }
 

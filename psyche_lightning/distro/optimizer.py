@@ -228,7 +228,7 @@ class DisTrO(torch.optim.Optimizer):
         self, rates: Sequence[float], batch: Batch, some: Sequence[Any], others: Sequence[Any]
     ) -> Iterator[tuple[float, list[torch.Tensor], list[torch.Tensor]]]:
         """The tiles of a batch, put together by the rate of their parameter's group; None are left out."""
-        if len(rates) == 1 and None not in others:
+        if len(rates) == 1 and all(other is not None for other in others):
             yield rates[0], list(some), list(others)
             return
         owners = [self._owners[tile.entry] for tile in batch.tiles]
