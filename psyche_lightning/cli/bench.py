@@ -132,3 +132,21 @@ def engine(
     for name in ("adamw", *(["reference"] if theirs else [])):
         lines[name] = (names, [1e9 * one.times[name] / one.parameters for one in results])
     picture(png, "One step with 4 peers", "model", "ns per parameter", lines)
+
+
+@bench.command()
+def fuzz(
+    inputs: Annotated[int, typer.Option(min=1, help="Inputs for each decoder.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same inputs.")] = 0,
+    json_file: Json = None,
+) -> None:
+    """Hostile bytes for the decoders of payloads and partial sums: refused by name, or canonical."""
+    from psyche_lightning.bench.fuzz import fuzz as run
+
+    check_folder(json_file, "--json")
+    outcomes = run(inputs, seed)
+    table = _table(f"Fuzzed with seed {seed}", "decoder", "inputs", "accepted, all canonical", "slowest, ms")
+    for name, outcome in outcomes.items():
+        table.add_row(name, f"{outcome.inputs:,}", f"{outcome.accepted:,}", f"{1e3 * outcome.slowest:.1f}")
+    Console().print(table)
+    write_json(json_file, {name: asdict(outcome) for name, outcome in outcomes.items()})

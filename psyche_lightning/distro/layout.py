@@ -134,6 +134,7 @@ class Layout:
             entries.append(self._place(name, trainable[name]))
             self.chunk_count += entries[-1].chunks
         self.entries = tuple(entries)
+        self._batches: dict[tuple[int, tuple[Hashable, ...] | None], tuple[Batch, ...]] = {}
 
     def _place(self, name: str, parameter: torch.Tensor) -> Entry:
         shape, c = tuple(parameter.shape), self.chunk
@@ -156,13 +157,21 @@ class Layout:
             state.update(struct.pack(f">{len(entry.shape)}Q", *entry.shape))
         return state.digest()
 
-    def batches(self, limit: int, split: Sequence[Hashable] | None = None) -> Iterator[Batch]:
+    def batches(self, limit: int, split: Sequence[Hashable] | None = None) -> tuple[Batch, ...]:
         """Cut the chunks, in order, into batches.
 
         Args:
             limit: the most chunks in a batch.
             split: one value per entry; a batch never holds entries of two values (such as devices).
         """
+        key = limit, None if split is None else tuple(split)
+        if key not in self._batches:
+            if len(self._batches) == 4:
+                self._batches.clear()
+            self._batches[key] = tuple(self._cut(limit, split))
+        return self._batches[key]
+
+    def _cut(self, limit: int, split: Sequence[Hashable] | None) -> Iterator[Batch]:
         tiles: list[Tile] = []
         start = stop = 0
         for index, entry in enumerate(self.entries):

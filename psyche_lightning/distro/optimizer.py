@@ -248,7 +248,7 @@ class DisTrO(torch.optim.Optimizer):
         chunk = 4 * (6 * config.area + 4 * votes * config.chunk)  # bytes of all buffers, generously
         roomy = max(1, self.budget // 2 // chunk)
         if all(device.type == "cpu" for device in self._devices):
-            return min(roomy, 32 * (64 // config.chunk) ** 2 * min(8, torch.get_num_threads()))
+            return min(roomy, 64 * (64 // config.chunk) ** 2 * min(8, torch.get_num_threads()))
         return min(roomy, 8192)
 
     def _span(self, peers: int) -> int:
