@@ -39,6 +39,7 @@ COMMANDS = {
     "coordinator": Command("psyche_lightning.cli.coordinator:coordinator", "Serve runs to nodes, and a live page."),
     "run": Command("psyche_lightning.cli.run:run", "Create, look at, pause and resume runs."),
     "demo": Command("psyche_lightning.cli.demo:demo", "Watch a few nodes on this machine train a model."),
+    "bench": Command("psyche_lightning.cli.bench:bench", "Measure bytes, speed and quality."),
     "plugins": Command("psyche_lightning.cli.plugins:plugins", "List what is installed, and what failed to load."),
 }
 

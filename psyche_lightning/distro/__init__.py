@@ -8,6 +8,7 @@ from psyche_lightning.distro.codec import decode, encode, payload_size
 from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
 from psyche_lightning.distro.layout import Layout
 from psyche_lightning.distro.optimizer import DisTrO, NonFiniteGradientError
+from psyche_lightning.distro.partial import Tally, decode_tally, encode_tally, merge
 from psyche_lightning.distro.select import Votes, select
 
 __all__ = [
@@ -16,9 +17,13 @@ __all__ = [
     "DistroConfig",
     "Layout",
     "NonFiniteGradientError",
+    "Tally",
     "Votes",
     "decode",
+    "decode_tally",
     "encode",
+    "encode_tally",
+    "merge",
     "payload_size",
     "select",
     "sign_update",

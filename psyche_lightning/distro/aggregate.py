@@ -1,26 +1,32 @@
 """Exact aggregation: from the agreed votes to the sign of the update, the same bytes everywhere (invariant I1).
 
-Votes of n = peers * k are summed as integers into V, and the update is ``sign(B V B.T)`` with the integer basis B of
-:func:`~psyche_lightning.distro.transform.integer_basis`, |B| <= 127. Both matrix products are exact, whatever the
-order of their sums and whether or not they contract into FMA, because each term and each partial sum is an integer that
-the format represents:
+Votes of n = peers * k are summed as integers into V, and the update is ``sign(X)``, ``X = B V B.T`` with the integer
+basis B of :func:`~psyche_lightning.distro.transform.integer_basis`, |B| <= 127. It is computed in one of two ways:
 
-- ``T = V B.T``: any partial sum of a row b of V is at most ``127 * sum_d |V[b, d]|``, and ``sum |V| <= n``;
-- ``X = B T``: any partial sum of column l is at most ``127 * sum_b |T[b, l]| <= 127 * 127 * n``.
+- few votes: as the sum of their outer products ``s B[:, b] B[:, d].T``. Each product is at most ``127 * 127``, so that
+  any partial sum is at most ``127 * 127 * n``;
+- many votes: as ``T = V B.T``, any partial sum of a row b of V being at most ``127 * sum_d |V[b, d]|`` with
+  ``sum |V| <= n``; then ``X = B T``, any partial sum of column l being at most
+  ``127 * sum_b |T[b, l]| <= 127 * 127 * n``.
 
-float32 represents all integers up to 2^24, and 127^2 n <= 2^24 for n <= 1040; float64 goes to 2^53, n <= 5e11. Below
-the limit both give the same integers, hence the same signs. Nothing depends on peers' order, batch size or threads.
+Each term and each partial sum is an integer that the format represents, so that both ways are exact, whatever the order
+of their sums and whether or not they contract into FMA: float32 represents all integers up to 2^24, and
+``127^2 n <= 2^24`` for n <= 1040; float64 goes to 2^53, n <= 5e11. Below the limit all give the same integers, hence
+the same signs. Nothing depends on peers' order, batch size or threads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import cast
 
+import numpy as np
 import torch
 
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import DistroConfig
-from psyche_lightning.distro.layout import Batch, Layout
+from psyche_lightning.distro.layout import Layout
 from psyche_lightning.distro.select import Votes
 from psyche_lightning.distro.transform import integer_basis, sandwich
 
@@ -28,9 +34,8 @@ FLOAT32_VOTES = 2**24 // 127**2
 """The most votes per chunk (peers * k) that float32 sums exactly: 1040."""
 
 
-def batch_limit(device: torch.device) -> int:
-    """Chunks that are worked on at a time: what stays in a CPU's cache, or fills an accelerator."""
-    return 256 if device.type == "cpu" else 8192
+OUTER_VOTES = 64
+"""The most votes per chunk for which outer products are the quicker way."""
 
 
 def sign_update(
@@ -40,17 +45,17 @@ def sign_update(
     *,
     devices: Sequence[torch.device] | None = None,
     dtype: torch.dtype | None = None,
-    limit: int | None = None,
+    limit: int = 64,
 ) -> Iterator[torch.Tensor]:
     """Aggregate the votes of all peers.
 
     Args:
-        votes: one per peer, in any order.
+        votes: one per peer, in any order, or those of partial sums (:meth:`Tally.votes`).
         layout: the model's layout.
         config: the run's configuration.
         devices: where each entry's result is computed; the CPU unless given.
         dtype: float32 or float64, by the number of votes unless given.
-        limit: chunks per batch, by the device unless given. Neither changes the outcome.
+        limit: chunks per batch. Neither changes the outcome.
 
     Yields:
         For each entry of the layout in order a contiguous float32 tensor of its shape on its device, of -1, 0 and 1
@@ -58,45 +63,100 @@ def sign_update(
     """
     entries = layout.entries
     devices = devices or [torch.device("cpu")] * len(entries)
-    dtype = dtype or (torch.float32 if len(votes) * config.k <= FLOAT32_VOTES else torch.float64)
-    limit = limit or min(map(batch_limit, devices))
-    engine: _Engine | None = None
-    results: dict[int, torch.Tensor] = {}
+    aggregator: Aggregator | None = None
+    results: list[torch.Tensor | None] = [None] * len(entries)
     following = 0
     for batch in layout.batches(limit, devices):
-        device = devices[batch.pieces[0].entry]
-        if engine is None or engine.device != device:
-            engine = _Engine(config, dtype, device, min(limit, layout.chunk_count))
-        for piece in batch.pieces:
-            if piece.start == 0:
-                shape = entries[piece.entry].shape
-                results[piece.entry] = torch.empty(shape, dtype=torch.float32, device=device)
-        layout.scatter(batch, engine.signs(votes, batch), results)
+        device = devices[batch.tiles[0].entry]
+        if aggregator is None or aggregator.device != device:
+            count = sum(ballot.positions.shape[1] for ballot in votes)
+            aggregator = Aggregator(config, count, device, dtype)
+        for tile in batch.tiles:
+            if results[tile.entry] is None:
+                entry = entries[tile.entry]
+                results[tile.entry] = torch.empty(entry.rows, entry.cols, dtype=torch.float32, device=device)
+        here = [ballot.part(batch.start, batch.stop) for ballot in votes]
+        aggregator.load(here or [Votes.empty(len(batch), config.k)])
+        with full_precision(device):
+            signs = aggregator.signs(0, len(batch))
+        for view, block in zip(layout.views(batch, results), layout.blocks(batch, signs), strict=True):
+            cast(torch.Tensor, view).copy_(block)
         while following < len(entries) and entries[following].offset + entries[following].chunks <= batch.stop:
-            if entries[following].chunks == 0:  # a parameter without elements
-                results[following] = torch.empty(entries[following].shape, device=devices[following])
-            yield results.pop(following)
+            done = results[following]
+            if done is None:  # a parameter without elements
+                done = torch.empty(0, dtype=torch.float32, device=devices[following])
+            yield done.view(entries[following].shape)
+            results[following] = None
             following += 1
 
 
-class _Engine:
-    """The basis and the working memory on one device, reused from batch to batch."""
+class Aggregator:
+    """The basis on one device, and the arithmetic that n votes a chunk need; use it within ``full_precision``.
 
-    def __init__(self, config: DistroConfig, dtype: torch.dtype, device: torch.device, limit: int) -> None:
-        self.config, self.device = config, device
-        self.basis = torch.tensor(integer_basis(config.chunk), dtype=dtype, device=device)
-        self.sums, *work = torch.empty(3, limit, config.chunk, config.chunk, dtype=dtype, device=device)
-        self.work = (work[0], work[1])
+    Args:
+        config: the run's configuration.
+        votes: how many are summed per chunk, peers * k.
+        device: where.
+        dtype: float32 or float64, by the number of votes unless given.
+        outer: whether to sum outer products, by the number of votes unless given.
+    """
 
-    def signs(self, votes: Sequence[Votes], batch: Batch) -> torch.Tensor:
-        """The signs of a batch, [chunks, c, c], in memory that the next call overwrites."""
-        count = len(batch)
-        sums = self.sums[:count].zero_()
-        first = torch.arange(0, count * self.config.area, self.config.area, device=self.device)[:, None]
-        for ballot in votes:
-            positions = torch.from_numpy(ballot.positions[batch.start : batch.stop]).to(self.device, torch.int64)
-            signs = torch.from_numpy(ballot.signs[batch.start : batch.stop]).to(self.device, sums.dtype)
-            sums.view(-1).scatter_add_(0, (positions + first).view(-1), signs.view(-1))
-        with full_precision(self.device):
-            work = (self.work[0][:count], self.work[1][:count])
-            return sandwich(self.basis, sums, self.basis.T, work).sign_()
+    def __init__(
+        self,
+        config: DistroConfig,
+        votes: int,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        outer: bool | None = None,
+    ) -> None:
+        self.device = device
+        self._side = config.chunk
+        self._dtype = dtype or (torch.float32 if votes <= FLOAT32_VOTES else torch.float64)
+        self._outer = votes <= OUTER_VOTES if outer is None else outer
+        self._basis = torch.tensor(integer_basis(config.chunk), dtype=self._dtype, device=device)
+        # Columns of B with either sign, and one of zeros for chunks without votes.
+        columns = self._basis.T
+        self._columns = torch.cat([columns, -columns, torch.zeros_like(columns[:1])])
+        self._work: list[torch.Tensor] = []
+
+    def load(self, votes: Sequence[Votes]) -> None:
+        """Take over the votes of all peers, of one at least, for the same chunks."""
+        positions = np.concatenate([ballot.positions for ballot in votes], axis=1)
+        signs = np.concatenate([ballot.signs for ballot in votes], axis=1)
+        if not self._outer:
+            self._first, self._second = torch.from_numpy(positions), torch.from_numpy(signs)
+            return
+        rows = positions >> (self._side.bit_length() - 1)
+        rows[signs < 0] += self._side
+        rows[signs == 0] = 2 * self._side
+        columns = positions & (self._side - 1)
+        self._first, self._second = (
+            torch.from_numpy(index.astype(np.int32)).to(self.device) for index in (rows, columns)
+        )
+
+    def signs(self, start: int, stop: int) -> torch.Tensor:
+        """The signs of the sums for some of the loaded chunks, float32 [chunks, c, c].
+
+        They are in memory that the next call overwrites.
+        """
+        chunks, c = stop - start, self._side
+        first, second = self._first[start:stop], self._second[start:stop]
+        sums = self._buffer(0, chunks, c, c)
+        if self._outer:
+            size = chunks, first.shape[1], c
+            left, right = self._buffer(1, *size), self._buffer(2, *size)
+            torch.index_select(self._columns, 0, first.reshape(-1), out=left.view(-1, c))
+            torch.index_select(self._columns, 0, second.reshape(-1), out=right.view(-1, c))
+            torch.bmm(left.transpose(1, 2), right, out=sums)
+        else:
+            where, values = first.to(self.device, torch.int64), second.to(self.device, self._dtype)
+            sums.zero_().view(chunks, c * c).scatter_add_(1, where, values)
+            sums = sandwich(self._basis, sums, self._basis.T, (self._buffer(1, chunks, c, c), sums))
+        return sums.sign_().to(torch.float32)
+
+    def _buffer(self, number: int, *size: int) -> torch.Tensor:
+        """Working memory, reused from call to call."""
+        elements = math.prod(size)
+        if len(self._work) <= number or self._work[number].numel() < elements:
+            self._work[number:] = [torch.empty(elements, dtype=self._dtype, device=self.device)]
+        return self._work[number][:elements].view(size)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Run a block with IEEE float32 matrix products: no autocast, no TF32, no bfloat16, no gradients.
+def full_precision(*devices: torch.device) -> Iterator[None]:
+    """Run a block with IEEE float32 matrix products on devices: no autocast, no TF32, no bfloat16, no gradients.
 
     ``set_float32_matmul_precision`` alone does not undo what the newer ``torch.backends.*.fp32_precision`` settings
     hold, so those are saved and put back as well. The settings are the process's; they are back when the block ends.
@@ -25,7 +25,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
         legacy = None
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for kind in {device.type for device in devices}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         if legacy is not None:

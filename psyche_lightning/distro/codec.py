@@ -1,53 +1,117 @@
-"""The payload: votes as canonical bytes.
+"""The payload: votes as canonical bytes, version 2 (``docs/wire-format.md`` is the format on one page).
 
-Version 1, big-endian, most significant bit first::
+Big-endian, most significant bit first::
 
     u8  version      u8  log2(chunk side)      u16  k      u32  number of chunks
-    per chunk, as one stream of bits without gaps, zero-padded to a whole byte at its end:
-        k fields of l bits     the low bits of the ascending positions, l = floor(log2(area / k))
-        k + (area >> l) bits   their high bits in unary: bit (high_i + i) is set for i = 0 .. k - 1
-        k bits                 the signs, 1 = negative
+    per group of g chunks, as one stream of bits without gaps, zero-padded to a whole byte at its end:
+        w bits             the ranks of the g chunks' sets, as digits to the base C(n, k) + 1, the last chunk's highest
+        g k (l + 1) bits   for each vote its position's l low bits and its sign, 1 = negative
 
-which is the Elias-Fano form of the set of positions, of fixed width, so that any chunk can be found. A chunk without
-votes is all zeros, which no set of k >= 1 positions is. Each value has exactly one encoding:
-``encode(decode(x)) == x``. At chunk 64 and k = 8 that is 12 bits per vote.
+The order of a chunk's positions carries nothing, so their set is numbered (:mod:`~psyche_lightning.distro.sets`). The
+digit 0 stands for a chunk without votes, whose other bits are zero as well, and for the chunks that the last group
+lacks. Every value has exactly one encoding: ``encode(decode(x)) == x``.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
 from psyche_lightning.distro.select import Votes
+from psyche_lightning.distro.sets import LIMB, Ranks, carry, from_bytes, plan, to_bytes, to_limbs
 from psyche_lightning.errors import PayloadError
 
 _HEADER = struct.Struct(">BBHI")
-_BATCH_BITS = 1 << 22  # one byte of working memory each, a few times over
+_BATCH_BITS = 1 << 21  # one byte of working memory each, a few times over
 
 
-class _Fields:
-    """Where the fields of a chunk lie, in bits from its start."""
+class _Code:
+    """The groups of one chunk area and k."""
 
-    def __init__(self, config: DistroConfig) -> None:
-        self.low = (config.area // config.k).bit_length() - 1
-        self.buckets = config.area >> self.low
-        self.upper = config.k * self.low
-        self.signs = self.upper + config.k + self.buckets
-        self.width = self.signs + config.k
+    def __init__(self, area: int, k: int) -> None:
+        self.plan, self.k, self.area = plan(area, k), k, area
+        self.votes = self.plan.group * k
+        self.bits = self.plan.word + self.votes * (self.plan.low + 1)
+        self.batch = max(8, _BATCH_BITS // self.bits // 8 * 8)  # groups at a time: whole bytes
+        self.ranks = Ranks(self.plan.universe, k, self.plan.limbs)
+        self.spread = np.arange(k)[:, None] if self.plan.low else 0
+        self.places = [self.plan.states**place for place in range(self.plan.group)]
+        self.last = to_limbs([self.plan.states**self.plan.group - 1], self.plan.limbs)
 
-    def batches(self, chunks: int) -> Iterator[tuple[int, int]]:
-        """Ranges of chunks that begin at whole bytes and need bounded memory."""
-        step = max(8, _BATCH_BITS // self.width // 8 * 8)
-        return ((start, min(start + step, chunks)) for start in range(0, chunks, step))
+    def groups(self, chunks: int) -> int:
+        return -(-chunks // self.plan.group)
+
+    def write(self, positions: NDArray[np.int16], signs: NDArray[np.int8]) -> NDArray[np.uint8]:
+        """The bits of whole groups, [groups, bits], one in each byte."""
+        shape, group = self.plan, self.plan.group
+        count = self.groups(len(positions))
+        missing = count * group - len(positions)
+        if missing:
+            positions = np.pad(positions, ((0, missing), (0, 0)))
+            signs = np.pad(signs, ((0, missing), (0, 0)))
+        silent = signs[:, 0] == 0
+        words = self.ranks.rank((positions.T >> shape.low) + self.spread)
+        words[-1] += 1
+        words = carry(words)
+        words[:, silent] = 0
+        if group > 1:
+            words = np.array(self.places) @ words.reshape(count, group).T[None]
+        fields = ((positions & ((1 << shape.low) - 1)) << 1 | (signs < 0)).astype(">u2")
+        fields[silent] = 0
+        bits = np.empty((count, self.bits), np.uint8)
+        wide = np.unpackbits(to_bytes(words).reshape(-1)).reshape(count, -1)
+        bits[:, : shape.word] = wide[:, wide.shape[1] - shape.word :]
+        parts = np.unpackbits(fields.view(np.uint8).reshape(-1)).reshape(-1, 16)[:, 15 - shape.low :]
+        bits[:, shape.word :] = parts.reshape(count, -1)
+        return bits
+
+    def read(self, bits: NDArray[np.uint8], first: int) -> tuple[NDArray[np.int16], NDArray[np.int8]]:
+        """Undo :meth:`write`; ``first`` is the number of the first group, for the error messages."""
+        shape, group, k = self.plan, self.plan.group, self.k
+        count = len(bits)
+        wide = np.zeros((count, shape.limbs * LIMB), np.uint8)
+        wide[:, wide.shape[1] - shape.word :] = bits[:, : shape.word]
+        words = from_bytes(np.packbits(wide.reshape(-1)).reshape(count, -1))
+        _refuse(self._beyond(words), first, group, "a word beyond the number of sets")
+        if group > 1:
+            words = np.stack([words[0] // place % shape.states for place in self.places], 1).reshape(1, -1)
+        silent = ~words.any(axis=0)
+        words[-1] -= ~silent
+        positions = self.ranks.unrank(carry(words)) - self.spread
+        parts = np.zeros((count * self.votes, 16), np.uint8)
+        parts[:, 15 - shape.low :] = bits[:, shape.word :].reshape(len(parts), -1)
+        fields = np.packbits(parts.reshape(-1)).view(">u2").astype(np.int16).reshape(-1, k)
+        _refuse(silent & fields.any(axis=1), first * group, 1, "low bits or signs but no votes")
+        positions = (positions.T << shape.low | fields >> 1).astype(np.int16)
+        if shape.low:
+            positions[silent] = np.arange(k)
+            _refuse((np.diff(positions, axis=1) <= 0).any(axis=1), first * group, 1, "positions that do not ascend")
+        signs = (1 - 2 * (fields & 1)).astype(np.int8)
+        signs[silent] = 0
+        return positions, signs
+
+    def _beyond(self, words: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which words are not below ``states ** group``."""
+        beyond = np.zeros(words.shape[1], np.bool_)
+        for limb, last in zip(words[::-1], self.last[::-1], strict=True):
+            beyond = (limb > last) | ((limb == last) & beyond)
+        return beyond
+
+
+@cache
+def _code(area: int, k: int) -> _Code:
+    return _Code(area, k)
 
 
 def payload_size(chunk_count: int, config: DistroConfig) -> int:
     """Bytes of a payload; they depend on the layout and the configuration alone."""
-    return _HEADER.size + (chunk_count * _Fields(config).width + 7) // 8
+    shape = plan(config.area, config.k)
+    groups = -(-chunk_count // shape.group)
+    return _HEADER.size + (groups * (shape.word + shape.group * config.k * (shape.low + 1)) + 7) // 8
 
 
 def encode(votes: Votes, config: DistroConfig) -> bytes:
@@ -59,56 +123,51 @@ def encode(votes: Votes, config: DistroConfig) -> bytes:
     chunks, k = votes.positions.shape
     if k != config.k or votes.signs.shape != (chunks, k):
         raise ValueError(f"votes of shape {votes.positions.shape} and {votes.signs.shape}; k is {config.k}")
-    fields = _Fields(config)
+    code = _code(config.area, k)
     parts = [_HEADER.pack(WIRE_VERSION, config.chunk.bit_length() - 1, k, chunks)]
-    for start, stop in fields.batches(chunks):
-        positions, signs = votes.positions[start:stop].astype(np.intp), votes.signs[start:stop]
-        bits = np.zeros((stop - start, fields.width), np.uint8)
-        for i in range(fields.low):
-            bits[:, i : fields.upper : fields.low] = positions >> (fields.low - 1 - i) & 1
-        np.put_along_axis(bits[:, fields.upper : fields.signs], (positions >> fields.low) + np.arange(k), 1, axis=1)
-        bits[:, fields.signs :] = signs < 0
-        bits[signs[:, 0] == 0] = 0
+    step = code.batch * code.plan.group
+    for start in range(0, chunks, step):
+        bits = code.write(votes.positions[start : start + step], votes.signs[start : start + step])
         parts.append(np.packbits(bits).tobytes())
     return b"".join(parts)
 
 
-def decode(payload: bytes, chunk_count: int, config: DistroConfig) -> Votes:
+def decode(payload: bytes, chunk_count: int, config: DistroConfig, start: int = 0, stop: int | None = None) -> Votes:
     """Read a payload that must be for this layout and configuration.
 
     Args:
         payload: bytes from anyone.
         chunk_count: :attr:`Layout.chunk_count` of this node.
         config: this run's configuration.
+        start: the first chunk that is wanted.
+        stop: the first that is not wanted any more, all of them unless given; the others are not looked at.
+
+    Returns:
+        The votes of the chunks ``start`` to ``stop``.
 
     Raises:
         PayloadError: the bytes are not the one encoding of votes for this layout.
     """
     _check_frame(payload, chunk_count, config)
-    k, fields = config.k, _Fields(config)
+    stop = chunk_count if stop is None else stop
+    code = _code(config.area, config.k)
+    group = code.plan.group
     body = np.frombuffer(payload, np.uint8, offset=_HEADER.size)
-    votes = Votes.empty(chunk_count, k)
-    for start, stop in fields.batches(chunk_count):
-        stream = np.unpackbits(body[start * fields.width // 8 : (stop * fields.width + 7) // 8])
-        if stream[(stop - start) * fields.width :].any():
-            raise PayloadError("the payload's last byte is not padded with zeros")
-        bits = stream[: (stop - start) * fields.width].reshape(stop - start, fields.width)
-        unary = bits[:, fields.upper : fields.signs]
-        ones = unary.sum(axis=1, dtype=np.intp)
-        voted = ones != 0
-        _refuse(voted & (ones != k), start, f"sets another number of high bits than k = {k}")
-        _refuse(~voted & bits.any(axis=1), start, "casts no votes but is not all zeros")
-        positions = (np.nonzero(unary)[1].reshape(-1, k) - np.arange(k)) << fields.low
-        for i in range(fields.low):
-            bit = bits[:, i : fields.upper : fields.low][voted].astype(np.intp)
-            positions |= bit << (fields.low - 1 - i)
-        wrong = np.zeros(stop - start, np.bool_)
-        wrong[voted] = positions[:, -1] >= config.area
-        _refuse(wrong, start, f"has a position beyond its {config.area} coefficients")
-        wrong[voted] = (np.diff(positions, axis=1) <= 0).any(axis=1)
-        _refuse(wrong, start, "has positions that do not ascend")
-        votes.positions[start:stop][voted] = positions
-        votes.signs[start:stop][voted] = 1 - 2 * bits[:, fields.signs :][voted].astype(np.int8)
+    unused = -(-chunk_count // group) * code.bits % 8
+    if unused and body[-1] & ((1 << (8 - unused)) - 1):
+        raise PayloadError("the payload's last byte is not padded with zeros")
+    votes = Votes.empty(stop - start, config.k)
+    last = -(-stop // group)
+    for first in range(start // group, last, code.batch):
+        count = min(code.batch, last - first)
+        begin, end = first * code.bits, (first + count) * code.bits
+        stream = np.unpackbits(body[begin // 8 : (end + 7) // 8])[begin % 8 :][: end - begin]
+        positions, signs = code.read(stream.reshape(count, code.bits), first)
+        _refuse(signs[max(0, chunk_count - first * group) :].any(axis=1), chunk_count, 1, "votes beyond the last chunk")
+        skip, room = max(0, start - first * group), first * group - start
+        here = slice(max(0, room), min(room + count * group, stop - start))
+        votes.positions[here] = positions[skip : skip + here.stop - here.start]
+        votes.signs[here] = signs[skip : skip + here.stop - here.start]
     return votes
 
 
@@ -130,6 +189,6 @@ def _check_frame(payload: bytes, chunk_count: int, config: DistroConfig) -> None
         raise PayloadError(f"the payload has {len(payload)} bytes; {size} are expected for {chunk_count} chunks")
 
 
-def _refuse(wrong: NDArray[np.bool_], start: int, what: str) -> None:
+def _refuse(wrong: NDArray[np.bool_] | np.bool_, start: int, step: int, what: str) -> None:
     if wrong.any():
-        raise PayloadError(f"chunk {start + int(wrong.argmax())} of the payload {what}")
+        raise PayloadError(f"chunk {(start + int(wrong.argmax())) * step} of the payload has {what}")

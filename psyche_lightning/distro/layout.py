@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,21 +54,43 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Chunks ``start`` to ``stop`` of one entry: whole chunk rows, or a part of one."""
+class Tile:
+    """A part of one entry that is a regular grid in the matrix and in the chunks: whole chunks, or parts of edge ones.
+
+    Attributes:
+        entry: number of the entry.
+        size: chunk rows, rows within a chunk, chunk columns, columns within a chunk.
+        row: its first row in the matrix.
+        column: its first column there.
+        width: columns of the matrix that a chunk spans: the side, or the area for runs.
+        offset: elements before its first one in the batch's chunks.
+        strides: of the four dimensions there.
+    """
 
     entry: int
-    start: int
-    stop: int
+    size: tuple[int, int, int, int]
+    row: int
+    column: int
+    width: int
+    offset: int
+    strides: tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Chunks ``start`` to ``stop`` of the whole model, and the pieces that they consist of."""
+    """Chunks ``start`` to ``stop`` of the whole model, and the tiles that they consist of.
+
+    Attributes:
+        start: its first chunk.
+        stop: the first chunk after it.
+        tiles: what there is to copy.
+        padded: whether some elements of its chunks belong to no parameter.
+    """
 
     start: int
     stop: int
-    pieces: tuple[Piece, ...]
+    tiles: tuple[Tile, ...]
+    padded: bool
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -112,6 +134,7 @@ class Layout:
             entries.append(self._place(name, trainable[name]))
             self.chunk_count += entries[-1].chunks
         self.entries = tuple(entries)
+        self._batches: dict[tuple[int, tuple[Hashable, ...] | None], tuple[Batch, ...]] = {}
 
     def _place(self, name: str, parameter: torch.Tensor) -> Entry:
         shape, c = tuple(parameter.shape), self.chunk
@@ -134,105 +157,110 @@ class Layout:
             state.update(struct.pack(f">{len(entry.shape)}Q", *entry.shape))
         return state.digest()
 
-    def batches(self, limit: int, split: Sequence[Hashable] | None = None) -> Iterator[Batch]:
+    def batches(self, limit: int, split: Sequence[Hashable] | None = None) -> tuple[Batch, ...]:
         """Cut the chunks, in order, into batches.
 
         Args:
             limit: the most chunks in a batch.
             split: one value per entry; a batch never holds entries of two values (such as devices).
         """
-        pieces: list[Piece] = []
+        key = limit, None if split is None else tuple(split)
+        if key not in self._batches:
+            if len(self._batches) == 4:
+                self._batches.clear()
+            self._batches[key] = tuple(self._cut(limit, split))
+        return self._batches[key]
+
+    def _cut(self, limit: int, split: Sequence[Hashable] | None) -> Iterator[Batch]:
+        tiles: list[Tile] = []
         start = stop = 0
         for index, entry in enumerate(self.entries):
             columns, done = entry.grid[1], 0
-            if pieces and split is not None and split[index] != split[pieces[-1].entry]:
-                yield Batch(start, stop, tuple(pieces))
-                pieces, start = [], stop
+            if stop > start and split is not None and split[index] != split[tiles[-1].entry]:
+                yield self._batch(start, stop, tiles)
+                tiles, start = [], stop
             while done < entry.chunks:
                 room = limit - (stop - start)
                 if done % columns == 0 and room >= columns:
                     count = min(room // columns * columns, entry.chunks - done)
                 else:
                     count = min(room, columns - done % columns)
-                pieces.append(Piece(index, done, done + count))
+                tiles.extend(self._tiles(index, done, count, stop - start))
                 done, stop = done + count, stop + count
                 if stop - start == limit:
-                    yield Batch(start, stop, tuple(pieces))
-                    pieces, start = [], stop
-        if pieces:
-            yield Batch(start, stop, tuple(pieces))
+                    yield self._batch(start, stop, tiles)
+                    tiles, start = [], stop
+        if stop > start:
+            yield self._batch(start, stop, tiles)
 
-    def gather(self, batch: Batch, tensors: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        """Copy the chunks of a batch out of tensors.
+    def blocks(self, batch: Batch, chunks: torch.Tensor) -> list[torch.Tensor]:
+        """The tiles of a batch as views of its chunks.
 
         Args:
             batch: one of :meth:`batches`.
-            tensors: one per entry, in order, of any strides.
-            out: at least ``len(batch)`` chunks, [chunks, c, c], overwritten; padding becomes zero.
+            chunks: contiguous, at least ``len(batch)`` chunks, [chunks, c, c].
+        """
+        first = chunks.storage_offset()
+        return [chunks.as_strided(tile.size, tile.strides, first + tile.offset) for tile in batch.tiles]
+
+    def views(self, batch: Batch, matrices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The tiles of a batch as views of the parameters, or of what has their shapes.
+
+        Args:
+            batch: one of :meth:`batches`.
+            matrices: one :func:`folded` tensor per entry, or None.
 
         Returns:
-            ``out[: len(batch)]``.
+            For each tile the view whose elements are those of its view in :meth:`blocks`; None where there is no
+            matrix.
         """
-        for piece, blocks in self._blocks(batch, out):
-            entry = self.entries[piece.entry]
-            if entry.in_runs:
-                values = self._run(piece, tensors[piece.entry].reshape(-1))
-                flat = blocks.view(-1)
-                flat[: len(values)] = values
-                flat[len(values) :] = 0
+        found: list[torch.Tensor | None] = []
+        for tile in batch.tiles:
+            matrix = matrices[tile.entry]
+            if matrix is None:
+                found.append(None)
                 continue
-            grid, rectangle = self._rectangle(piece, tensors[piece.entry].reshape(entry.rows, entry.cols))
-            height, width = grid[0] * self.chunk, grid[1] * self.chunk
-            if rectangle.shape != (height, width):
-                padding = (0, width - rectangle.shape[1], 0, height - rectangle.shape[0])
-                rectangle = torch.nn.functional.pad(rectangle, padding)
-            blocks.view(*grid, self.chunk, self.chunk).copy_(self._chunked(rectangle, grid))
-        return out[: len(batch)]
+            down, right = matrix.stride()
+            strides = (self.chunk * down, down, tile.width * right, right)
+            first = matrix.storage_offset() + tile.row * down + tile.column * right
+            found.append(matrix.as_strided(tile.size, strides, first))
+        return found
 
-    def scatter(
-        self, batch: Batch, blocks: torch.Tensor, tensors: Sequence[torch.Tensor] | Mapping[int, torch.Tensor]
-    ) -> None:
-        """Copy the chunks of a batch into tensors.
+    def folded(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of an entry's shape as its matrix: a view where its strides allow one, else a copy."""
+        entry = self.entries[number]
+        return tensor.detach().reshape(entry.rows, entry.cols)
 
-        Args:
-            batch: one of :meth:`batches`.
-            blocks: [chunks, c, c]; what lies in the padding is dropped.
-            tensors: contiguous, by number of entry; those that the batch touches suffice.
-        """
-        for piece, source in self._blocks(batch, blocks):
-            entry = self.entries[piece.entry]
-            if entry.in_runs:
-                values = self._run(piece, tensors[piece.entry].view(-1))
-                values.copy_(source.reshape(-1)[: len(values)])
-                continue
-            grid, rectangle = self._rectangle(piece, tensors[piece.entry].view(entry.rows, entry.cols))
-            height, width = grid[0] * self.chunk, grid[1] * self.chunk
-            whole = source.view(*grid, self.chunk, self.chunk)
-            if rectangle.shape == (height, width):
-                self._chunked(rectangle, grid).copy_(whole)
-            else:
-                plain = whole.transpose(1, 2).reshape(height, width)
-                rectangle.copy_(plain[: rectangle.shape[0], : rectangle.shape[1]])
-
-    def _blocks(self, batch: Batch, blocks: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
-        done = 0
-        for piece in batch.pieces:
-            count = piece.stop - piece.start
-            yield piece, blocks[done : done + count]
-            done += count
-
-    def _run(self, piece: Piece, flat: torch.Tensor) -> torch.Tensor:
+    def _batch(self, start: int, stop: int, tiles: list[Tile]) -> Batch:
         area = self.chunk * self.chunk
-        return flat[piece.start * area : piece.stop * area]
+        return Batch(start, stop, tuple(tiles), sum(math.prod(tile.size) for tile in tiles) < (stop - start) * area)
 
-    def _rectangle(self, piece: Piece, matrix: torch.Tensor) -> tuple[tuple[int, int], torch.Tensor]:
-        """The grid of a piece's chunks, and the part of the matrix that they cover."""
-        columns, c = self.entries[piece.entry].grid[1], self.chunk
-        row, column = divmod(piece.start, columns)
-        count = piece.stop - piece.start
-        height, width = (count // columns, columns) if count >= columns else (1, count)
-        return (height, width), matrix[row * c : (row + height) * c, column * c : (column + width) * c]
+    def _tiles(self, index: int, first: int, count: int, before: int) -> Iterator[Tile]:
+        """Chunks of one entry, whole chunk rows or a part of one, that follow ``before`` others in their batch."""
+        entry, c = self.entries[index], self.chunk
+        area, columns = c * c, entry.grid[1]
+        if entry.in_runs:
+            spans = [(0, 0, 1, 1)], _spans(first, count, entry.cols, area)
+            width, strides = area, (0, 0, area, 1)
+        else:
+            row, column = divmod(first, columns)
+            height, wide = (count // columns, columns) if count >= columns else (1, count)
+            spans = _spans(row, height, entry.rows, c), _spans(column, wide, entry.cols, c)
+            width, strides = c, (wide * area, c, area, 1)
+        for down, top, chunk_rows, rows in spans[0]:
+            for right, left, chunk_columns, cols in spans[1]:
+                offset = before * area + down * strides[0] + right * area
+                yield Tile(index, (chunk_rows, rows, chunk_columns, cols), top, left, width, offset, strides)
 
-    def _chunked(self, rectangle: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """A view of [rows, columns] as [chunk rows, chunk columns, c, c]."""
-        return rectangle.view(grid[0], self.chunk, grid[1], self.chunk).transpose(1, 2)
+
+def _spans(first: int, count: int, length: int, side: int) -> list[tuple[int, int, int, int]]:
+    """Along one dimension: whole chunks, and what of the last one is in use.
+
+    Returns:
+        ``(chunks before it here, first element, chunks, elements of each)``.
+    """
+    whole = min(first + count, length // side) - first
+    spans = [(0, first * side, whole, side)] if whole else []
+    if whole < count:
+        spans.append((whole, (first + whole) * side, 1, length % side))
+    return spans

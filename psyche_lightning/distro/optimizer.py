@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from psyche_lightning.distro import codec, transform
-from psyche_lightning.distro.aggregate import batch_limit, sign_update
+from psyche_lightning.distro.aggregate import Aggregator
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import DistroConfig
-from psyche_lightning.distro.layout import Layout
+from psyche_lightning.distro.layout import Batch, Layout
 from psyche_lightning.distro.select import Votes, select
 from psyche_lightning.errors import ConfigError, PayloadError, PsycheError
 
@@ -39,10 +39,13 @@ class DisTrO(torch.optim.Optimizer):
         lr: the size of each parameter's step; schedulers may change it in the groups.
         weight_decay: ``p *= 1 - lr * weight_decay`` before each step.
         config: the run's compression.
+        budget: bytes of working memory that :meth:`encode` and :meth:`apply` may take, beside payloads and, in
+            encode, 3 k bytes a chunk for the votes. It is this node's own affair: results do not depend on it.
 
     Attributes:
         layout: how the parameters are cut into chunks.
         config: as given.
+        budget: as given.
         nonce: how often :meth:`encode` ran since the accumulated update was empty.
 
     Raises:
@@ -55,8 +58,12 @@ class DisTrO(torch.optim.Optimizer):
         lr: float,
         weight_decay: float = 0.0,
         config: DistroConfig | None = None,
+        budget: int = 128 << 20,
     ) -> None:
         self.config = config or DistroConfig()
+        if budget <= 0:
+            raise ConfigError(f"budget is {budget!r}; choose the bytes that encode and apply may work in")
+        self.budget = budget
         self.nonce = 0
         self._saved: list[torch.Tensor] | None = None  # the published bytes, while look_ahead is active
         super().__init__(_named_groups(parameters), {"lr": lr, "weight_decay": weight_decay})
@@ -130,31 +137,37 @@ class DisTrO(torch.optim.Optimizer):
         """
         self._check_gradients()
         config, layout = self.config, self.layout
-        lrs = _floats(self.lr_bits())
-        deltas = [self._delta(number) for number in range(len(layout.entries))]
-        for parameter, delta, group in zip(self._parameters, deltas, self._owners, strict=True):
-            delta.mul_(config.decay)
-            if parameter.grad is not None:
-                delta.add_(parameter.grad, alpha=lrs[group])
-        votes = Votes.empty(layout.chunk_count, config.k)
-        limit = min(map(batch_limit, self._devices))
+        rates = _floats(self.lr_bits())
+        deltas = [layout.folded(number, self._delta(number)) for number in range(len(layout.entries))]
+        gradients = [
+            None if parameter.grad is None else layout.folded(number, parameter.grad)
+            for number, parameter in enumerate(self._parameters)
+        ]
+        positions = np.empty((layout.chunk_count, config.k), np.int16)
+        signs = np.empty((layout.chunk_count, config.k), np.int8)
+        shape = (3, min(self._limit(config.k), layout.chunk_count), config.chunk, config.chunk)
         work: torch.Tensor | None = None  # three batches of chunks: delta, and what the transform needs
-        for batch in layout.batches(limit, self._devices):
-            device = self._devices[batch.pieces[0].entry]
-            if work is None or work.device != device:
-                shape = (3, min(limit, layout.chunk_count), config.chunk, config.chunk)
-                work = torch.empty(shape, dtype=torch.float32, device=device)
-            blocks = layout.gather(batch, deltas, work[0])
-            with full_precision(device):
-                positions, values = select(
-                    transform.forward(blocks, (work[1, : len(batch)], work[2, : len(batch)])), config.k
-                )
-                votes.put(batch.start, positions, values)
+        with full_precision(*self._devices):
+            for batch in layout.batches(shape[1], self._devices):
+                device = self._devices[batch.tiles[0].entry]
+                if work is None or work.device != device:
+                    work = torch.empty(shape, dtype=torch.float32, device=device)
+                chunks, half, whole = work[:, : len(batch)]
+                blocks, ours = layout.blocks(batch, chunks), cast(list[torch.Tensor], layout.views(batch, deltas))
+                if batch.padded:
+                    chunks.zero_()
+                torch._foreach_copy_(blocks, ours)
+                chunks.mul_(config.decay)
+                for rate, some, added in self._by_rate(rates, batch, blocks, layout.views(batch, gradients)):
+                    torch._foreach_add_(some, added, alpha=rate)
+                chosen, values = select(transform.forward(chunks, (half, whole)), config.k, half)
+                positions[batch.start : batch.stop] = chosen.cpu()
+                signs[batch.start : batch.stop] = values.sign().cpu()
                 if config.removal:
-                    transform.subtract(blocks, positions, values * config.removal)
-                    layout.scatter(batch, blocks, deltas)
+                    transform.subtract(chunks, chosen, values.mul_(config.removal))
+                torch._foreach_copy_(ours, blocks)
         self.nonce += 1
-        return codec.encode(votes, config)
+        return codec.encode(Votes.of(positions, signs), config)
 
     @torch.no_grad()
     def apply(self, payloads: Sequence[bytes], lrs: Sequence[int]) -> None:
@@ -172,23 +185,76 @@ class DisTrO(torch.optim.Optimizer):
         """
         self._not_looking_ahead("apply")
         rates = self._checked_rates(lrs)
-        votes = [codec.decode(payload, self.layout.chunk_count, self.config) for payload in payloads]
-        if not votes:
+        layout, config = self.layout, self.config
+        span = self._span(len(payloads))
+        if span < layout.chunk_count:  # votes are decoded in several parts: all must be good before the first is used
+            for payload in payloads:
+                self.check(payload)
+        if not payloads:
             return
         # 1 - lr * wd in double, rounded once to float32: the same factor everywhere.
         decays = [group["weight_decay"] for group in self.param_groups]
         factors = [float(np.float32(1 - lr * decay)) for lr, decay in zip(rates, decays, strict=True)]
-        for number, sign in enumerate(sign_update(votes, self.layout, self.config, devices=self._devices)):
-            lr, factor = rates[self._owners[number]], factors[self._owners[number]]
-            published = self._published(number)
-            # Two kernels, each rounding once: a fused one would round differently on some devices. That lr * sign is
-            # exact makes the second the same with and without FMA.
-            if factor != 1:
-                published.mul_(factor)
-            published.sub_(sign, alpha=lr)
-            if published is not self._parameters[number]:
-                self._parameters[number].copy_(published)
+        targets = [self._published(number) for number in range(len(layout.entries))]
+        matrices = [layout.folded(number, target) for number, target in enumerate(targets)]
+        aggregator: Aggregator | None = None
+        first = last = 0  # the chunks whose votes are at hand
+        with full_precision(*self._devices):
+            for batch in layout.batches(self._limit(len(payloads) * config.k), self._devices):
+                device = self._devices[batch.tiles[0].entry]
+                if aggregator is None or aggregator.device != device:
+                    aggregator, last = Aggregator(config, len(payloads) * config.k, device), batch.start
+                if batch.stop > last:
+                    first, last = batch.start, min(batch.start + span, layout.chunk_count)
+                    some = [codec.decode(payload, layout.chunk_count, config, first, last) for payload in payloads]
+                    aggregator.load(some)
+                signs = layout.blocks(batch, aggregator.signs(batch.start - first, batch.stop - first))
+                views = layout.views(batch, matrices)
+                # Two kernels, each rounding once: a fused one would round differently on some devices. That lr * sign
+                # is exact makes the second the same with and without FMA.
+                for factor, ours, _ in self._by_rate(factors, batch, views, signs):
+                    if factor != 1:
+                        torch._foreach_mul_(ours, factor)
+                for rate, ours, theirs in self._by_rate(rates, batch, views, signs):
+                    torch._foreach_sub_(ours, theirs, alpha=rate)
+        for number, (parameter, target) in enumerate(zip(self._parameters, targets, strict=True)):
+            if matrices[number].untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
+                target.copy_(matrices[number].view(target.shape))  # its strides had allowed no view
+            if target is not parameter:
+                parameter.copy_(target)
         self._opt_called = True  # torch's schedulers warn when they are stepped before any optimizer step
+
+    def _by_rate(
+        self, rates: Sequence[float], batch: Batch, some: Sequence[Any], others: Sequence[Any]
+    ) -> Iterator[tuple[float, list[torch.Tensor], list[torch.Tensor]]]:
+        """The tiles of a batch, put together by the rate of their parameter's group; None are left out."""
+        if len(rates) == 1 and all(other is not None for other in others):
+            yield rates[0], list(some), list(others)
+            return
+        owners = [self._owners[tile.entry] for tile in batch.tiles]
+        for owner in dict.fromkeys(owners):
+            pairs = [
+                (one, other)
+                for one, other, its in zip(some, others, owners, strict=True)
+                if its == owner and one is not None and other is not None
+            ]
+            if pairs:
+                ones, twos = zip(*pairs, strict=True)
+                yield rates[owner], list(ones), list(twos)
+
+    def _limit(self, votes: int) -> int:
+        """Chunks per batch: what stays in the caches of a CPU, or what the budget has room for."""
+        config = self.config
+        chunk = 4 * (6 * config.area + 4 * votes * config.chunk)  # bytes of all buffers, generously
+        roomy = max(1, self.budget // 2 // chunk)
+        if all(device.type == "cpu" for device in self._devices):
+            return min(roomy, 64 * (64 // config.chunk) ** 2 * min(8, torch.get_num_threads()))
+        return min(roomy, 8192)
+
+    def _span(self, peers: int) -> int:
+        """Chunks whose votes of all peers fit into half the budget; at least a batch's."""
+        votes = max(1, peers * self.config.k)
+        return max(self._limit(votes), self.budget // 2 // (16 * votes))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """What a node alone in its run does: encode, and apply the own payload.
@@ -328,7 +394,7 @@ class DisTrO(torch.optim.Optimizer):
         return master
 
     def _check_gradients(self) -> None:
-        norms: list[torch.Tensor] = []
+        squares: list[torch.Tensor] = []
         numbers: list[int] = []
         for number, parameter in enumerate(self._parameters):
             if parameter.grad is None or parameter.numel() == 0:
@@ -336,14 +402,18 @@ class DisTrO(torch.optim.Optimizer):
             if parameter.grad.layout != torch.strided:
                 name = self.layout.entries[number].name
                 raise ConfigError(f"the gradient of {name!r} is sparse; DisTrO needs dense ones (sparse=False)")
-            wide = torch.promote_types(parameter.grad.dtype, torch.float32)
-            norms.append(torch.linalg.vector_norm(parameter.grad, dtype=wide).to(torch.float32))
+            if parameter.grad.dtype == torch.float32 and parameter.grad.is_contiguous():
+                flat = parameter.grad.view(-1)
+                squares.append(torch.dot(flat, flat))  # at the speed of memory, and finite unless values are absurd
+            else:
+                squares.append(_norm(parameter.grad))
             numbers.append(number)
-        for number, value in zip(numbers, _values(norms), strict=True):
-            if not math.isfinite(value):
+        for number, value in zip(numbers, _values(squares), strict=True):
+            gradient = self._parameters[number].grad
+            if not math.isfinite(value) and gradient is not None and not math.isfinite(norm := float(_norm(gradient))):
                 name = self.layout.entries[number].name
                 raise NonFiniteGradientError(
-                    f"the gradient of {name!r} has the norm {value}, where a finite one is expected; "
+                    f"the gradient of {name!r} has the norm {norm}, where a finite one is expected; "
                     "skip this batch, clip gradients, or lower the learning rate"
                 )
 
@@ -384,6 +454,12 @@ def _named_groups(parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict
 def _check_weight_decay(value: Any) -> None:
     if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
         raise ConfigError(f"weight_decay is {value!r}; choose a finite number that is not negative")
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
+    return norm.to(torch.float32)
 
 
 def _floats(bits: Sequence[int]) -> list[float]:

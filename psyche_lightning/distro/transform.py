@@ -35,9 +35,11 @@ def integer_basis(size: int) -> NDArray[np.int64]:
     return rounded
 
 
+@cache
 def basis_tensor(size: int, device: torch.device) -> torch.Tensor:
-    """:func:`basis` as float32 on a device."""
-    return torch.tensor(basis(size), dtype=torch.float32, device=device)
+    """:func:`basis` as float32 on a device; its columns are contiguous."""
+    with torch.inference_mode(False):
+        return torch.tensor(np.ascontiguousarray(basis(size).T), dtype=torch.float32, device=device).T
 
 
 def forward(blocks: torch.Tensor, work: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
@@ -86,6 +88,7 @@ def subtract(blocks: torch.Tensor, positions: torch.Tensor, values: torch.Tensor
         values: float32 [chunks, k], what to subtract there.
     """
     c = blocks.shape[-1]
-    vectors = basis_tensor(c, blocks.device).T.contiguous()
-    rows = vectors[positions // c] * values[:, :, None]
-    torch.baddbmm(blocks, rows.transpose(1, 2), vectors[positions % c], alpha=-1, out=blocks)
+    columns = basis_tensor(c, blocks.device).T
+    left = columns.index_select(0, (positions >> (c.bit_length() - 1)).view(-1)).view(*positions.shape, c)
+    right = columns.index_select(0, (positions & (c - 1)).view(-1)).view(*positions.shape, c)
+    torch.baddbmm(blocks, left.mul_(values[:, :, None]).transpose(1, 2), right, alpha=-1, out=blocks)

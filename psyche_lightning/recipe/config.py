@@ -63,7 +63,7 @@ class DistroSection:
 
     Attributes:
         chunk: side of the square chunks that are transformed.
-        k: coefficients sent of each chunk, at most a quarter of them.
+        k: coefficients sent of each chunk, at most a quarter of them and at most 128.
         decay: what remains of the accumulated update before a gradient is added.
         removal: fraction of the sent component that is subtracted from the accumulated update.
         lookahead: whether gradients are taken ahead of the published parameters, on a copy.

@@ -37,6 +37,14 @@ def sums(votes, config):
     return total.reshape(-1, config.chunk, config.chunk)
 
 
+def put_back(layout, batch, blocks, tensors):
+    """Copy the chunks of a batch into contiguous tensors."""
+    matrices = [layout.folded(number, tensor) for number, tensor in enumerate(tensors)]
+    source = layout.blocks(batch, blocks[batch.start : batch.stop])
+    for view, block in zip(layout.views(batch, matrices), source, strict=True):
+        view.copy_(block)
+
+
 def flat(tensors):
     return b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)
 
@@ -53,7 +61,7 @@ def test_the_update_is_that_of_integer_arithmetic(ballot, device):
     blocks = torch.from_numpy(np.sign(b @ sums(votes, config) @ b.T)).float()
     expected = [torch.full(entry.shape, torch.nan) for entry in layout.entries]
     for batch in layout.batches(1000):
-        layout.scatter(batch, blocks[batch.start : batch.stop], expected)
+        put_back(layout, batch, blocks, expected)
     found = list(sign_update(votes, layout, config, devices=[device] * len(layout.entries)))
     assert [tensor.shape for tensor in found] == [entry.shape for entry in layout.entries]
     assert {tensor.dtype for tensor in found} == {torch.float32}
@@ -113,7 +121,7 @@ def test_many_peers_switch_to_float64_and_stay_exact():
     expected = [torch.empty(entry.shape) for entry in layout.entries]
     blocks = torch.from_numpy(np.sign(b @ sums(votes, config) @ b.T)).float()
     for batch in layout.batches(100):
-        layout.scatter(batch, blocks[batch.start : batch.stop], expected)
+        put_back(layout, batch, blocks, expected)
     assert flat(sign_update(votes, layout, config)) == flat(expected)
     assert flat(sign_update(votes, layout, config)) == flat(sign_update(votes[::-1], layout, config, limit=1))
 
@@ -155,7 +163,7 @@ def test_a_programs_precision_settings_do_not_matter_and_stay(surroundings, ball
     blocks = torch.from_numpy(np.sign(b @ sums(votes, config) @ b.T)).float()
     expected = [torch.empty(entry.shape, dtype=torch.float32) for entry in layout.entries]
     for batch in layout.batches(1000):
-        layout.scatter(batch, blocks[batch.start : batch.stop], expected)
+        put_back(layout, batch, blocks, expected)
     assert flat(sign_update(votes, layout, config, devices=[device] * len(layout.entries))) == flat(expected)
     assert current() == before
     with full_precision(device):

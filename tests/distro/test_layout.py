@@ -33,7 +33,12 @@ def parameters(shapes, *, strided=False):
 def gather(layout, tensors, limit):
     blocks = torch.full((layout.chunk_count, layout.chunk, layout.chunk), math.nan)
     for batch in layout.batches(limit):
-        layout.gather(batch, tensors, blocks[batch.start : batch.stop])
+        chunks = blocks[batch.start : batch.stop]
+        if batch.padded:
+            chunks.zero_()
+        matrices = [layout.folded(number, tensor) for number, tensor in enumerate(tensors)]
+        for view, block in zip(layout.views(batch, matrices), layout.blocks(batch, chunks), strict=True):
+            block.copy_(view)
     return blocks
 
 
@@ -54,7 +59,7 @@ def plain(entry, tensor, c):
 
 @settings(max_examples=150, deadline=None)
 @given(shapes=shapes, limit=st.integers(1, 40), strided=st.booleans())
-def test_gather_cuts_and_pads_and_scatter_puts_back(shapes, limit, strided):
+def test_tiles_cut_and_pad_and_put_back(shapes, limit, strided):
     named = list(parameters(shapes, strided=strided))
     layout = Layout(named, chunk=8)
     tensors = [dict(named)[entry.name].detach() for entry in layout.entries]
@@ -66,8 +71,11 @@ def test_gather_cuts_and_pads_and_scatter_puts_back(shapes, limit, strided):
     if expected:
         assert torch.equal(blocks, torch.stack(expected))
     back = [torch.full(entry.shape, math.nan) for entry in layout.entries]
+    matrices = [layout.folded(number, tensor) for number, tensor in enumerate(back)]
     for batch in layout.batches(limit):
-        layout.scatter(batch, blocks[batch.start : batch.stop] + 0, back)
+        source = layout.blocks(batch, blocks[batch.start : batch.stop].clone())
+        for view, block in zip(layout.views(batch, matrices), source, strict=True):
+            view.copy_(block)
     assert all(torch.equal(one, other) for one, other in zip(tensors, back, strict=True))
 
 
@@ -81,8 +89,9 @@ def test_batches_are_bounded_and_in_order(shapes, limit):
         for batch in layout.batches(limit, devices):
             assert batch.start == at
             assert 0 < len(batch) <= limit
-            assert len(batch) == sum(piece.stop - piece.start for piece in batch.pieces)
-            assert devices is None or len({devices[piece.entry] for piece in batch.pieces}) == 1
+            elements = sum(math.prod(tile.size) for tile in batch.tiles)
+            assert elements == 64 * len(batch) - (64 * len(batch) - elements) * batch.padded
+            assert devices is None or len({devices[tile.entry] for tile in batch.tiles}) == 1
             at = batch.stop
         assert at == layout.chunk_count
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 
 from psyche_lightning.distro import Votes, select
@@ -24,9 +25,20 @@ def test_ties_are_decided_alike_each_time():
 def test_a_chunk_of_zeros_casts_no_votes():
     coefficients = torch.zeros(3, 8, 8)
     coefficients[1, 4, 4] = -2
-    votes = Votes.empty(3, 4)
-    votes.put(0, *select(coefficients, 4))
+    positions, values = select(coefficients, 4)
+    votes = Votes.of(positions.numpy().astype(np.int16), values.sign().numpy().astype(np.int8))
     assert (votes.signs[[0, 2]] == 0).all()
     assert (votes.positions[[0, 2]] == np.arange(4)).all()
     assert votes.signs[1, votes.positions[1].tolist().index(36)] == -1
     assert (np.abs(votes.signs[1]) == 1).all()
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, 9, 32, 128])
+def test_the_groups_hold_what_a_plain_search_finds(k, device):
+    coefficients = torch.randn(30, 32, 32, generator=torch.Generator().manual_seed(k)).to(device)
+    positions, values = select(coefficients, k)
+    expected = coefficients.flatten(1).abs().topk(k, dim=1).indices.sort(dim=1).values
+    assert torch.equal(positions, expected)
+    again = select(coefficients, k, torch.empty_like(coefficients))
+    assert torch.equal(again[0], positions)
+    assert torch.equal(again[1], values)

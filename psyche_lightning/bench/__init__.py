@@ -1,0 +1,1 @@
+"""Measurements behind ``psyche bench``: bytes on the wire, speed of the engine, quality for bytes."""

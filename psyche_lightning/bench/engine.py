@@ -1,0 +1,178 @@
+"""Time and memory of one DisTrO step, beside AdamW's step, the machine's limits and the public reference."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from psyche_lightning.distro import DisTrO, DistroConfig, decode, encode
+from psyche_lightning.errors import ConfigError
+
+PEERS = 4
+TRAFFIC = 20
+"""Bytes per float32 parameter that a step cannot avoid: gradient read, delta and parameter read and written."""
+
+
+@dataclass
+class Measured:
+    """One model.
+
+    Attributes:
+        name: what kind of model.
+        parameters: how many.
+        tensors: in how many tensors.
+        times: seconds by what was timed, the best of several.
+        memory: bytes at the peak above what was there before, by step; empty where the system does not tell.
+        bandwidth: bytes per second of a large copy, read and written.
+        arithmetic: multiply-adds per second of a large float32 matrix product.
+    """
+
+    name: str
+    parameters: int
+    tensors: int
+    times: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    bandwidth: float = 0.0
+    arithmetic: float = 0.0
+
+    @property
+    def step(self) -> float:
+        """Seconds of encode and apply."""
+        return self.times["encode"] + self.times["apply"]
+
+    def bound(self, config: DistroConfig) -> float:
+        """Seconds of the larger of a step's unavoidable traffic and its arithmetic, at the measured rates."""
+        products = 2 * config.chunk + config.k + min(PEERS * config.k, 2 * config.chunk)
+        return self.parameters * max(TRAFFIC / self.bandwidth, products / self.arithmetic)
+
+
+def shapes(kind: str, millions: float) -> list[tuple[int, ...]]:
+    """Shapes of a model: ``blocks`` of a transformer of width 1024, or ``small``: 300 tensors."""
+    total = int(millions * 1e6)
+    if kind == "small":
+        width = max(1, int((total / 100 / 1.5) ** 0.5))
+        return [(width, width * 3 // 2)] * 100 + [(width,)] * 200
+    width = 1024 if total >= 20e6 else 512
+    block: list[tuple[int, ...]] = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)] + [(width,)] * 2
+    return block * max(1, round(total / (12 * width**2)))
+
+
+def load_reference(path: Path) -> Any:
+    """The class ``DeMo`` of a checkout of bloc97/DeMo, its gather replaced by copies of the own result.
+
+    Raises:
+        ConfigError: there is no ``demo.py``, or a package that it imports is missing.
+    """
+    file = path / "demo.py" if path.is_dir() else path
+    spec = importlib.util.spec_from_file_location("reference_demo", file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise ConfigError(f"{file} does not exist; give the folder of a checkout of github.com/bloc97/DeMo")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ConfigError(f"the reference needs a package that is missing ({error}); install it first") from error
+
+    class Alone(module.DeMo):  # type: ignore[misc, name-defined]
+        def _demo_all_gather(self, idx: torch.Tensor, val: torch.Tensor) -> Any:
+            return [idx.clone() for _ in range(PEERS)], [val.clone() for _ in range(PEERS)]
+
+    return Alone
+
+
+def limits() -> tuple[float, float]:
+    """Bytes per second of a large copy and multiply-adds per second of a large matrix product."""
+    source, target = torch.ones(2, 16 << 20)
+    copy = best(lambda: target.copy_(source), 5)
+    matrix = torch.randn(1536, 1536)
+    return 8 * source.numel() / copy, 1536**3 / best(lambda: matrix @ matrix, 5)
+
+
+def measure(kind: str, millions: float, config: DistroConfig, reference: Any, repeats: int) -> Measured:
+    """Time a model's step; all candidates in turn, the best of each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def parameters() -> list[tuple[str, torch.nn.Parameter]]:
+        found = []
+        for number, shape in enumerate(shapes(kind, millions)):
+            parameter = torch.nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
+            parameter.grad = torch.randn(shape, generator=generator)
+            found.append((f"p{number:04}", parameter))
+        return found
+
+    named = parameters()
+    count = sum(parameter.numel() for _, parameter in named)
+    result = Measured({"blocks": "transformer", "small": "300 tensors"}[kind], count, len(named))
+    result.bandwidth, result.arithmetic = limits()
+    _measure_ours(result, named, config, repeats)
+    gc.collect()
+    plain = [parameter for _, parameter in named]
+    if reference is not None:
+        _measure_reference(result, plain, config, reference, max(1, repeats - 2))
+        gc.collect()
+    result.times["adamw"] = best(torch.optim.AdamW(plain, lr=1e-3).step, repeats)
+    return result
+
+
+def _measure_ours(
+    result: Measured, named: list[tuple[str, torch.nn.Parameter]], config: DistroConfig, repeats: int
+) -> None:
+    optimizer = DisTrO(named, lr=1e-3, config=config)
+    rates, payload = optimizer.lr_bits(), optimizer.encode()
+    chunks = optimizer.layout.chunk_count
+    votes = decode(payload, chunks, config)
+    result.memory["step"] = peak(lambda: optimizer.apply([optimizer.encode()] * PEERS, rates))
+    result.times["encode"] = best(optimizer.encode, repeats)
+    result.times["apply"] = best(lambda: optimizer.apply([payload] * PEERS, rates), repeats)
+    result.times["of it pack"] = best(lambda: encode(votes, config), repeats)
+    result.times["of it unpack"] = best(lambda: [decode(payload, chunks, config) for _ in range(PEERS)], repeats)
+
+
+def _measure_reference(
+    result: Measured, plain: list[torch.nn.Parameter], config: DistroConfig, reference: Any, repeats: int
+) -> None:
+    theirs = reference(
+        plain, lr=1e-3, compression_decay=config.decay, compression_topk=config.k, compression_chunk=config.chunk
+    )
+    result.memory["reference"] = peak(theirs.step)
+    result.times["reference"] = best(theirs.step, repeats)
+
+
+def best(call: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest of several calls, after one to warm up."""
+    call()
+    found = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        found = min(found, time.perf_counter() - began)
+    return found
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Bytes by which the process grew at most during a call; 0 where only Linux could tell."""
+    gc.collect()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident size so far
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    call()
+    return 0
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0

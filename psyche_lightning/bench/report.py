@@ -1,0 +1,50 @@
+"""What the benchmarks share: writing figures and pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from psyche_lightning.errors import ConfigError
+
+
+def check_folder(path: Path | None, option: str) -> None:
+    """Refuse, before anything is measured, a file that could not be written.
+
+    Raises:
+        ConfigError: its folder does not exist.
+    """
+    if path is not None and not path.resolve().parent.is_dir():
+        raise ConfigError(f"the folder of {option} {path} does not exist; create it first")
+
+
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write figures for programs."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def picture(path: Path | None, title: str, x: str, y: str, lines: dict[str, tuple[list[Any], list[float]]]) -> None:
+    """Draw lines, on logarithmic axes where x are numbers, else bars."""
+    if path is None:
+        return
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for number, (label, (xs, ys)) in enumerate(lines.items()):
+        if all(isinstance(value, str) for value in xs):
+            width = 0.8 / len(lines)
+            axes.bar([place + number * width for place in range(len(xs))], ys, width, label=label)
+            axes.set_xticks(range(len(xs)), xs)
+        else:
+            axes.plot(xs, ys, "o-" if len(xs) > 1 else "o", label=label)
+            axes.set_xscale("log", base=2)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,152 @@
+"""``psyche bench``: bytes on the wire, speed of the engine, quality for bytes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from psyche_lightning.bench.report import check_folder, picture, write_json
+
+bench = typer.Typer(help="Measure bytes, speed and quality; tables, JSON and pictures.", no_args_is_help=True)
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")]
+Png = Annotated[Path | None, typer.Option("--png", help="Draw a picture into this file.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads that torch uses; its own choice unless given.")]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+@bench.command()
+def wire(
+    millions: Annotated[float, typer.Option(min=1, help="Parameters of the model, in millions.")] = 100,
+    chunk: Annotated[int, typer.Option(help="Side of the chunks.")] = 64,
+    k: Annotated[int, typer.Option(min=1, help="Votes per chunk of the relays.")] = 4,
+    json_file: Json = None,
+    png: Png = None,
+) -> None:
+    """Bytes of a payload for each k, and of what a relay that merged N peers sends on."""
+    from psyche_lightning.bench.wire import as_json, payloads, relays
+
+    check_folder(json_file, "--json")
+    check_folder(png, "--png")
+    console = Console()
+    ks = [value for value in (1, 2, 4, 8, 16, 32, 64) if value <= chunk * chunk // 4]
+    rows = payloads(int(millions * 1e6), ks, chunk)
+    table = _table(
+        f"Payloads of {millions:g} M parameters, chunks {chunk}x{chunk}",
+        "k", "bits per vote", "limit", "over", "MB", "Psyche's form", "reference's", "fp32 gradient / payload",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            str(row.k), f"{row.bits:.3f}", f"{row.limit:.3f}", f"{100 * (row.bits / row.limit - 1):.2f} %",
+            f"{row.megabytes:.3f}", f"{row.psyche:.3f}", f"{row.reference:.3f}", f"{row.parameters_ratio:,.0f}",
+        )  # fmt: skip
+    console.print(table)
+    from psyche_lightning.distro import DistroConfig, payload_size
+
+    size = payload_size(40_000_000_000 // 4096, DistroConfig(k=4)) / 1e6
+    console.print(f"40 B parameters, k=4: {size:.1f} MB a round (Psyche's form of the same votes: 83.0 MB)\n")
+    merged = relays(2048, k, [2, 4, 8, 16, 32, 64])
+    table = _table(f"A relay of N peers, k={k}, 8.4 M parameters", "N", "N payloads, MB", "merged, MB", "bits per vote")
+    for relay in merged:
+        table.add_row(str(relay.peers), f"{relay.separate:.3f}", f"{relay.merged:.3f}", f"{relay.bits:.2f}")
+    console.print(table)
+    write_json(json_file, as_json({"payloads": rows, "relays": merged}))
+    lines = {
+        "this wire": (ks, [row.bits for row in rows]),
+        "limit": (ks, [row.limit for row in rows]),
+        "Psyche": (ks, [17.0] * len(ks)),
+    }
+    picture(png, "Bits per vote, sign and header included", "votes per chunk", "bits", lines)
+
+
+@bench.command()
+def engine(
+    millions: Annotated[
+        list[float] | None, typer.Option("--millions", min=1, help="Sizes in millions of parameters; repeatable.")
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="Votes per chunk.")] = 8,
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of a checkout of github.com/bloc97/DeMo to compare with.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of which the fastest counts.")] = 5,
+    threads: Threads = None,
+    json_file: Json = None,
+    png: Png = None,
+) -> None:
+    """Time of a DisTrO step with 4 peers beside AdamW's, the machine's limits and the public reference."""
+    import torch
+
+    from psyche_lightning.bench.engine import load_reference, measure
+    from psyche_lightning.distro import DistroConfig
+
+    check_folder(json_file, "--json")
+    check_folder(png, "--png")
+    if threads:
+        torch.set_num_threads(threads)
+    config = DistroConfig(k=k)
+    theirs = None if reference is None else load_reference(reference)
+    console = Console()
+    models = [("blocks", 10.0), ("small", 10.0), ("blocks", 100.0)]
+    if millions:
+        models = [("blocks", size) for size in millions]
+    results = [measure(kind, size, config, theirs, repeats) for kind, size in track(models, console=console)]
+    table = _table(
+        f"One step, ns per parameter: k={k}, 4 peers, {torch.get_num_threads()} threads, float32",
+        *("", *(f"{one.parameters / 1e6:.0f} M, {one.name}" for one in results)),
+    )
+    for name in ("encode", "of it pack", "apply", "of it unpack"):
+        table.add_row(name, *(f"{1e9 * one.times[name] / one.parameters:.2f}" for one in results))
+    table.add_row("[bold]whole step", *(f"[bold]{1e9 * one.step / one.parameters:.2f}" for one in results))
+    for name in ("adamw", *(["reference"] if theirs else [])):
+        table.add_row(f"{name}'s step", *(f"{1e9 * one.times[name] / one.parameters:.2f}" for one in results))
+        table.add_row(f"  {name} / step", *(f"{one.times[name] / one.step:.2f}" for one in results))
+    table.add_row(
+        "step / larger of traffic and arithmetic", *(f"{one.step / one.bound(config):.2f}" for one in results)
+    )
+    table.add_row("copy, GB/s (read + written)", *(f"{one.bandwidth / 1e9:.1f}" for one in results))
+    table.add_row("matrix product, G multiply-adds/s", *(f"{one.arithmetic / 1e9:.0f}" for one in results))
+    for name in ("step", *(["reference"] if theirs else [])):
+        if all(one.memory for one in results):
+            table.add_row(f"peak memory of the {name}, MB", *(f"{one.memory[name] / 1e6:.0f}" for one in results))
+    console.print(table)
+    console.print(
+        "Kept besides parameters and gradients: delta (4 bytes a parameter); float32 masters of other dtypes (4); "
+        "during look-ahead a copy of the parameters.",
+        style="dim",
+    )
+    write_json(json_file, {"threads": torch.get_num_threads(), "k": k, "models": [asdict(one) for one in results]})
+    names = [f"{one.parameters / 1e6:.0f} M, {one.name}" for one in results]
+    lines = {"this engine": (names, [1e9 * one.step / one.parameters for one in results])}
+    for name in ("adamw", *(["reference"] if theirs else [])):
+        lines[name] = (names, [1e9 * one.times[name] / one.parameters for one in results])
+    picture(png, "One step with 4 peers", "model", "ns per parameter", lines)
+
+
+@bench.command()
+def fuzz(
+    inputs: Annotated[int, typer.Option(min=1, help="Inputs for each decoder.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same inputs.")] = 0,
+    json_file: Json = None,
+) -> None:
+    """Hostile bytes for the decoders of payloads and partial sums: refused by name, or canonical."""
+    from psyche_lightning.bench.fuzz import fuzz as run
+
+    check_folder(json_file, "--json")
+    outcomes = run(inputs, seed)
+    table = _table(f"Fuzzed with seed {seed}", "decoder", "inputs", "accepted, all canonical", "slowest, ms")
+    for name, outcome in outcomes.items():
+        table.add_row(name, f"{outcome.inputs:,}", f"{outcome.accepted:,}", f"{1e3 * outcome.slowest:.1f}")
+    Console().print(table)
+    write_json(json_file, {name: asdict(outcome) for name, outcome in outcomes.items()})
