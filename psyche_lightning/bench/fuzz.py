@@ -74,10 +74,10 @@ def fuzz(inputs: int, seed: int) -> dict[str, Outcome]:
             tally = reduce(merge, [Tally.of(one, config) for one in votes])
             pool.append((config, chunks, encode(votes[0], config), encode_tally(tally)))
     for _ in range(inputs):
-        config, chunks, payload, encoded = source.choice(pool)
+        config, chunks, payload, sums = source.choice(pool)
         data = mutated(payload, source)
         _try(outcomes["payloads"], data, partial(_payload_again, data, chunks, config))
-        data = mutated(encoded, source)
+        data = mutated(sums, source)
         _try(outcomes["tallies"], data, partial(_tally_again, data, chunks, config))
     return outcomes
 

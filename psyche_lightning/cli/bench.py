@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.progress import track
 from rich.table import Table
 
@@ -132,6 +133,51 @@ def engine(
     for name in ("adamw", *(["reference"] if theirs else [])):
         lines[name] = (names, [1e9 * one.times[name] / one.parameters for one in results])
     picture(png, "One step with 4 peers", "model", "ns per parameter", lines)
+
+
+@bench.command()
+def quality(
+    sizes: Annotated[list[str] | None, typer.Option("--size", help="small or medium; both unless given.")] = None,
+    ks: Annotated[list[int] | None, typer.Option("--k", help="Votes per chunk; 2, 8 and 32 unless given.")] = None,
+    chunk: Annotated[int, typer.Option(help="Side of the chunks.")] = 64,
+    nodes: Annotated[int, typer.Option(min=2, help="Nodes that train together.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each training.")] = 80,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a node in a round.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of which mean and spread are shown.")] = 3,
+    threads: Threads = None,
+    json_file: Json = None,
+    png: Png = None,
+) -> None:
+    """Validation loss against bytes: AdamW with all-reduce, the DeMo rule in floats, this engine."""
+    import torch
+
+    from psyche_lightning.bench.quality import SIZES, compare
+    from psyche_lightning.errors import ConfigError
+
+    check_folder(json_file, "--json")
+    check_folder(png, "--png")
+    for size in sizes or ():
+        if size not in SIZES:
+            raise ConfigError(f"--size is {size!r}; choose {' or '.join(SIZES)}")
+    if threads:
+        torch.set_num_threads(threads)
+    table = _table(
+        f"{nodes} nodes, {rounds} rounds, the same tokens; {seeds} seeds",
+        *("model", "method", "rate", "loss, nats per byte", "bytes per round", "fewer bytes"),
+    )
+    rows = []
+    with Live(table, console=Console(), refresh_per_second=2):
+        for row in compare(
+            sizes or list(SIZES), sorted(ks or [2, 8, 32]), chunk, nodes=nodes, rounds=rounds, batch=batch, seeds=seeds
+        ):
+            rows.append(row)
+            table.add_row(
+                row.model, row.method, f"{row.rate:g}", f"{row.loss:.3f} ± {row.spread:.3f}", f"{row.sent:,.0f}",
+                f"{row.ratio:,.0f}",
+            )  # fmt: skip
+    write_json(json_file, {"nodes": nodes, "rounds": rounds, "seeds": seeds, "rows": [asdict(row) for row in rows]})
+    lines = {f"{row.model}: {row.method}": ([row.sent], [row.loss]) for row in rows}
+    picture(png, "Loss for bytes", "bytes that a node sends per round", "validation loss, nats per byte", lines)
 
 
 @bench.command()

@@ -154,12 +154,13 @@ class DisTrO(torch.optim.Optimizer):
                     work = torch.empty(shape, dtype=torch.float32, device=device)
                 chunks, half, whole = work[:, : len(batch)]
                 blocks, ours = layout.blocks(batch, chunks), cast(list[torch.Tensor], layout.views(batch, deltas))
+                # In the parameters' own order, so that memory is read in long runs; the chunks then come from caches.
+                torch._foreach_mul_(ours, config.decay)
+                for rate, some, added in self._by_rate(rates, batch, ours, layout.views(batch, gradients)):
+                    torch._foreach_add_(some, added, alpha=rate)
                 if batch.padded:
                     chunks.zero_()
                 torch._foreach_copy_(blocks, ours)
-                chunks.mul_(config.decay)
-                for rate, some, added in self._by_rate(rates, batch, blocks, layout.views(batch, gradients)):
-                    torch._foreach_add_(some, added, alpha=rate)
                 chosen, values = select(transform.forward(chunks, (half, whole)), config.k, half)
                 positions[batch.start : batch.stop] = chosen.cpu()
                 signs[batch.start : batch.stop] = values.sign().cpu()

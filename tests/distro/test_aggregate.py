@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from psyche_lightning.distro import DistroConfig, Layout, Votes, sign_update
-from psyche_lightning.distro.aggregate import FLOAT32_VOTES
+from psyche_lightning.distro.aggregate import FLOAT32_VOTES, Aggregator
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.transform import integer_basis, sandwich
 
@@ -111,6 +111,24 @@ def test_float32_is_exact_up_to_its_limit_and_float64_beyond(chunk, device):
     assert exact(total(FLOAT32_VOTES), torch.float32)
     assert exact(total(100 * FLOAT32_VOTES + 1), torch.float64)
     assert not exact(total(100 * FLOAT32_VOTES + 1), torch.float32)
+
+
+@pytest.mark.parametrize("chunk", [8, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outer_products_and_the_dense_inverse_give_the_same_signs(chunk, dtype, device):
+    config = DistroConfig(chunk, k=8)
+    peers = FLOAT32_VOTES // 8
+    few = [random_votes(9, config, seed) for seed in range(4)]
+    alike = [random_votes(9, config, 5)] * peers  # as large as float32 sums get
+    for votes in (few, alike, [*alike, *few] if dtype == torch.float64 else few[:1]):
+        b = integer_basis(chunk)
+        expected = torch.from_numpy(np.sign(b @ sums(votes, config) @ b.T)).float()
+        for outer in (False, True):
+            aggregator = Aggregator(config, 8 * len(votes), device, dtype, outer)
+            aggregator.load(votes)
+            with full_precision(device):
+                assert torch.equal(aggregator.signs(0, 9).cpu(), expected)
+                assert torch.equal(aggregator.signs(2, 5).cpu(), expected[2:5])
 
 
 def test_many_peers_switch_to_float64_and_stay_exact():

@@ -417,6 +417,41 @@ def test_any_strides_do():
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.parametrize("budget", [1, 100_000, 1 << 30])
+def test_the_budget_does_not_change_what_is_applied(budget):
+    model, other = Model(), Model()
+    optimizer = DisTrO(model.named_parameters(), 1e-3, 0.1, CONFIG)
+    payloads = []
+    for step in range(3):
+        backward(model, optimizer, step)
+        payloads.append(optimizer.encode())
+    optimizer.apply(payloads, optimizer.lr_bits())
+    tight = DisTrO(other.named_parameters(), 1e-3, 0.1, CONFIG, budget=budget)
+    before = bytes_of(other)
+    with pytest.raises(PayloadError):  # wherever it is found, nothing has been applied
+        tight.apply([*payloads, payloads[0][:-3] + b"\xff\xff\xff"], optimizer.lr_bits())
+    assert bytes_of(other) == before
+    tight.apply(payloads, optimizer.lr_bits())
+    assert bytes_of(other) == bytes_of(model)
+    with pytest.raises(ConfigError, match="budget is 0"):
+        DisTrO(other.named_parameters(), 1e-3, budget=0)
+
+
+def test_strides_that_fold_into_no_matrix_are_copied():
+    generator = torch.Generator().manual_seed(0)
+    values, gradient = torch.randn(2, 6, 8, 10, 5, generator=generator)[:, :, :, :, 0]
+    outcomes = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        parameter = torch.nn.Parameter(values[None].clone(memory_format=form))
+        parameter.grad = gradient[None].clone(memory_format=form)
+        optimizer = DisTrO([("w", parameter)], 1e-2, config=CONFIG)
+        payload = optimizer.encode()
+        optimizer.apply([payload], optimizer.lr_bits())
+        assert not torch.equal(parameter, values[None])
+        outcomes.append((payload, parameter.detach().contiguous().numpy().tobytes()))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_it_works_when_begun_in_inference_mode():
     weight = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
     optimizer = DisTrO([("w", weight)], 1e-2, config=DistroConfig(chunk=8))

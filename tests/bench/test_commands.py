@@ -1,0 +1,77 @@
+import json
+
+import pytest
+
+from psyche_lightning.bench.engine import load_reference, measure
+from psyche_lightning.cli import main
+from psyche_lightning.distro import DistroConfig
+from psyche_lightning.errors import ConfigError
+
+REFERENCE = """
+import torch
+class DeMo(torch.optim.SGD):
+    def __init__(self, params, compression_decay, compression_topk, compression_chunk, **kwargs):
+        super().__init__(params, **kwargs)
+    def step(self, closure=None):
+        own = torch.zeros(3)
+        gathered, _ = self._demo_all_gather(own, own)
+        assert len(gathered) == 4
+        assert all(one is not own for one in gathered)
+        return super().step(closure)
+"""
+
+
+def test_wire_counts_bytes(tmp_path):
+    assert (
+        main(["bench", "wire", "--millions", "1", "--json", str(tmp_path / "j"), "--png", str(tmp_path / "p.png")]) == 0
+    )
+    figures = json.loads((tmp_path / "j").read_text())
+    assert [row["k"] for row in figures["payloads"]] == [1, 2, 4, 8, 16, 32, 64]
+    assert all(row["limit"] < row["bits"] < 1.05 * row["limit"] for row in figures["payloads"])
+    assert [row["peers"] for row in figures["relays"]] == [2, 4, 8, 16, 32, 64]
+    assert figures["relays"][-1]["merged"] < 0.7 * figures["relays"][-1]["separate"]
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_engine_times_every_part(tmp_path):
+    (tmp_path / "demo.py").write_text(REFERENCE)
+    for kind in ("blocks", "small"):
+        result = measure(kind, 1, DistroConfig(k=4), load_reference(tmp_path), 1)
+        assert set(result.times) == {"encode", "apply", "of it pack", "of it unpack", "reference", "adamw"}
+        assert all(seconds > 0 for seconds in result.times.values())
+        assert result.step > 0
+        assert result.bound(DistroConfig(k=4)) > 0
+    with pytest.raises(ConfigError, match="checkout"):
+        load_reference(tmp_path / "nowhere")
+
+
+def test_engine_as_a_command(tmp_path):
+    arguments = ["--millions", "1", "--repeats", "1", "--json", str(tmp_path / "j"), "--png", str(tmp_path / "p.png")]
+    assert main(["bench", "engine", *arguments]) == 0
+    assert json.loads((tmp_path / "j").read_text())["models"][0]["times"]["encode"] > 0
+
+
+def test_quality_trains_every_method(tmp_path):
+    arguments = ["--size", "small", "--k", "8", "--rounds", "2", "--seeds", "2", "--nodes", "2", "--batch", "1"]
+    assert main(["bench", "quality", *arguments, "--json", str(tmp_path / "j")]) == 0
+    rows = json.loads((tmp_path / "j").read_text())["rows"]
+    assert [row["method"] for row in rows] == [
+        "AdamW, all-reduce",
+        "DeMo rule in floats, k=8",
+        "this engine, k=8",
+        "this engine, k=8, overlap",
+    ]
+    assert all(0 < row["loss"] < 6 for row in rows)
+    assert rows[2]["ratio"] > 100
+
+
+def test_fuzz_finds_nothing(tmp_path):
+    assert main(["bench", "fuzz", "--inputs", "1000", "--seed", "3", "--json", str(tmp_path / "j")]) == 0
+    figures = json.loads((tmp_path / "j").read_text())
+    assert all(outcome["inputs"] == 1000 for outcome in figures.values())
+    assert all(0 < outcome["accepted"] < 500 for outcome in figures.values())
+
+
+def test_what_cannot_be_written_is_said_first(tmp_path, capsys):
+    assert main(["bench", "wire", "--json", str(tmp_path / "no" / "j")]) == 1
+    assert "does not exist" in capsys.readouterr().err
