@@ -25,7 +25,10 @@ def generate(
         raise ConfigError("The prompt is empty; give at least one character after --prompt.")
     import torch
     from transformers import TextStreamer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     models = load_plugins().models()
     if model_type in models:  # its factory makes the type known to transformers
         with torch.device("meta"):
@@ -36,6 +39,12 @@ def generate(
         torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and ids.shape[1] >= room:
+        raise ConfigError(f"The prompt has {ids.shape[1]} tokens; the model sees {room}, so give it a shorter one.")
+    if room is not None and ids.shape[1] + max_new_tokens > room:
+        max_new_tokens = room - ids.shape[1]
+        typer.echo(f"(the model sees {room} tokens: at most {max_new_tokens} are added)", err=True)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     with torch.inference_mode():
         model.generate(
