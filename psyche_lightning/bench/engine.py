@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.util
 import sys
@@ -162,7 +163,8 @@ def best(call: Callable[[], object], repeats: int) -> float:
 def peak(call: Callable[[], object]) -> int:
     """Bytes by which the process grew at most during a call; 0 where only Linux could tell."""
     gc.collect()
-    with suppress(OSError):
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed is to count again
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident size so far
         before = _status("VmRSS")
         call()
