@@ -41,7 +41,8 @@ def demo(
     ] = Path("psyche-demo"),
 ) -> None:
     """Train a small language model on real text with several nodes on this machine, over real sockets."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for interrupt in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this with interrupts ignored
+        signal.signal(interrupt, signal.default_int_handler)
     console = Console()
     given = [*(overrides or []), f"init_min_clients={nodes}", "min_clients=1"]
     given += [f"total_steps={rounds}"] if rounds else []

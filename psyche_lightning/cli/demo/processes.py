@@ -16,7 +16,7 @@ from types import TracebackType
 from psyche_lightning.errors import PsycheError
 
 START_TIMEOUT = 60.0
-ASK_SECONDS = 2.5
+ASK_SECONDS = 2.0
 """How long a process may take to leave by itself before it is killed."""
 _URL = re.compile(r"https?://[\w.:\[\]-]+")
 _THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM")}
@@ -116,7 +116,7 @@ class Processes:
         for group in (self.children[1:], self.children[:1]):
             for child in group:
                 child.signal(signal.SIGINT)
-            deadline = time.monotonic() + ASK_SECONDS * (0.7 if group is self.children[:1] else 1.0)
+            deadline = time.monotonic() + ASK_SECONDS
             while time.monotonic() < deadline and any(child.code is None for child in group):
                 time.sleep(0.02)
             for child in group:
