@@ -121,26 +121,20 @@ def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
 
 def _bare(run_id: str, overrides: list[str]) -> dict[str, Any]:
     """What is created without a recipe: only what was given; the first node fixes the rest."""
-    from omegaconf import OmegaConf
-
     from psyche_lightning.recipe import resolve
-    from psyche_lightning.recipe.loading import resolve_key
+    from psyche_lightning.recipe.loading import parse_override
     from psyche_lightning.recipe.manifest import manifest
 
     given: dict[str, dict[str, Any]] = {"run": {}, "distro": {}}
     for text in overrides:
-        key, _, value = text.partition("=")
-        section, _, name = resolve_key(key.strip()).partition(".")
+        key, value = parse_override(text)
+        section, _, name = key.partition(".")
         if section not in given:
             raise ConfigError(
-                f"{key!r} belongs to what is trained; name a recipe before it: `psyche run create RUN RECIPE {text}`"
+                f"{text.partition('=')[0]!r} belongs to what is trained; name a recipe before it: "
+                f"`psyche run create RUN RECIPE {text}`"
             )
-        try:
-            parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
-            assert isinstance(parsed, dict)
-            given[section][name] = parsed["value"]
-        except Exception as error:  # PyYAML and OmegaConf raise many types, all of which mean this
-            raise ConfigError(f"the value of {text!r} is not YAML") from error
+        given[section][name] = value
     if "global_batch_size_start" in given["run"]:
         given["run"].setdefault("global_batch_size_end", given["run"]["global_batch_size_start"])
     recipe: Recipe = resolve({"name": run_id, **given}, source="psyche run create")

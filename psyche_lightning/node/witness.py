@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from psyche_lightning.coordinator.bloom import Bloom
+from psyche_lightning.coordinator.bloom import Bloom, participants_bloom
 from psyche_lightning.coordinator.merkle import attest_root
 from psyche_lightning.node.events import Witness
 from psyche_lightning.node.ledger import RoundLog
-from psyche_lightning.wire.hashing import sha256
 from psyche_lightning.wire.messages import Attest, Envelope
 
 
@@ -37,13 +36,13 @@ def witness_report(here: RoundLog, index: int, envelope: Envelope, about: RoundL
     assert isinstance(attest, Attest)
     silent = set(about.unverified()) if about else set()
     clients = (about or here).round.clients
-    participants = Bloom.of(here.round.seed, (sha256(s) for i, s in enumerate(clients) if i not in silent))
+    participants = participants_bloom(here.round.seed, (s for i, s in enumerate(clients) if i not in silent))
     broadcasts = Bloom.of(here.round.seed, attest.hashes())
     return Witness(
         attest.epoch,
         attest.height,
         here.selection.witness_proof(index),
         attest_root(attest),
-        participants.to_bytes(),
+        participants,
         broadcasts.to_bytes(),
     )

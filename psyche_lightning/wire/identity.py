@@ -72,11 +72,6 @@ class Identity:
         except OSError as error:
             raise ConfigError(f"cannot read or create the node key {path}: {error.strerror}") from error
 
-    @property
-    def private_key(self) -> Ed25519PrivateKey:
-        """The key object, for the TLS certificate of a transport."""
-        return self._key
-
     def sign_raw(self, payload: bytes) -> bytes:
         """A plain 64-byte Ed25519 signature over ``payload`` (Psyche's form, spec S2.4)."""
         return self._key.sign(payload)
