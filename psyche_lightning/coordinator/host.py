@@ -30,6 +30,7 @@ from psyche_lightning.coordinator.state import (
 from psyche_lightning.errors import ConfigError, CoordinatorError, WireError
 from psyche_lightning.wire.hashing import sha256
 from psyche_lightning.wire.identity import KEY_SIZE, short
+from psyche_lightning.wire.messages import Result, open_envelope
 
 FORMAT = 1
 MAX_HISTORY = 4096
@@ -86,6 +87,7 @@ class RunHost:
         self._seed = seed
         self._terms: dict[str, int | None] = dict.fromkeys(unset)
         self._members: dict[bytes, Client] = {}
+        self._ejected: set[bytes] = set()
         self._journal = Journal()
         self._now = 0.0
 
@@ -187,12 +189,18 @@ class RunHost:
         Raises:
             ManifestMismatchError: the run has another manifest.
             CoordinatorError: ``InvalidManifest``; ``InvalidMember`` for keys or an address that cannot be, or a node
-                key that another signer has; ``RunFull`` (retryable).
+                key that another signer has; ``Ejected``; ``RunFull`` (retryable).
         """
         if len(signer) != KEY_SIZE or len(node) != KEY_SIZE or len(address) > MAX_ADDRESS:
             raise CoordinatorError(
                 f"a member has keys of {KEY_SIZE} bytes and an address of at most {MAX_ADDRESS} characters",
                 code="InvalidMember",
+            )
+        if node in self._ejected:
+            raise CoordinatorError(
+                f"{short(node)} is ejected from this run: it signed two results for one batch. A node whose folder "
+                "was lost or copied needs a new key.",
+                code="Ejected",
             )
         if any(member.node == node and member.signer != signer for member in self._members.values()):
             raise CoordinatorError(
@@ -292,6 +300,37 @@ class RunHost:
         self._apply(state, now)
         return dropped
 
+    def accuse(self, signer: bytes, first: bytes, second: bytes, now: float) -> None:
+        """Eject for good who signed two results for one batch; who is ejected already stays it.
+
+        Args:
+            signer: the member that found out.
+            first: one signed result, as it was gossiped.
+            second: the other.
+            now: the coordinator's seconds.
+
+        Raises:
+            CoordinatorError: they do not prove it, or a stranger asks (``InvalidAccusation``).
+        """
+        try:
+            one, other = (open_envelope(raw, self.state.run_id) for raw in (first, second))
+        except WireError as error:
+            raise CoordinatorError(f"the proof cannot be read: {error}", code="InvalidAccusation") from error
+        a, b, culprit = one.message, other.message, one.sender
+        same = isinstance(a, Result) and isinstance(b, Result) and (a.epoch, a.height) == (b.epoch, b.height)
+        if signer not in self._members or not same or culprit != other.sender or a == b:
+            raise CoordinatorError(
+                "a proof of equivocation is two different results of one trainer for one round, shown by a member",
+                code="InvalidAccusation",
+            )
+        if culprit in self._ejected:
+            return
+        self._ejected.add(culprit)
+        known = [member.signer for member in (*self.state.clients, *self._members.values()) if member.node == culprit]
+        for each in dict.fromkeys(known):
+            text = "is ejected: it signed two results for one batch"
+            self._forget(each, ClientStatus.EJECTED, "ejected", text, now)
+
     def checkpoint(self, signer: bytes, epoch: int, step: int, digest: bytes, now: float) -> None:
         """A client's vote for the parameters that it holds at the end of the epoch."""
         self._apply(machine.checkpoint(self.state, signer, epoch, step, digest), now)
@@ -371,6 +410,7 @@ class RunHost:
             "terms": self._terms,
             "manifest": self.manifest,
             "state": to_json(self.state),
+            "ejected": sorted(key.hex() for key in self._ejected),
             "members": [to_json(member) for member in self._members.values()],
             "history_epoch": self.history_epoch,
             "history": [round_to_json(round_) for round_ in self.history if round_.height >= rounds_from],
@@ -395,6 +435,7 @@ class RunHost:
             host.history = [round_from_json(item) for item in data["history"]]
             host.history_epoch = data["history_epoch"]
             host._members = {member.signer: member for member in (from_json(Client, m) for m in data["members"])}
+            host._ejected = {bytes.fromhex(key) for key in data.get("ejected", [])}
             host._journal = Journal.load(data)
             host._now = float(data["now"])
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
