@@ -1,0 +1,28 @@
+"""The plugin: the commands ``psyche solana ...``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from psyche_lightning import hookimpl
+
+if TYPE_CHECKING:
+    import typer
+
+
+@hookimpl
+def register_commands(register: Callable[[str, Callable[..., Any]], None]) -> None:
+    """Register the commands."""
+    register("solana", commands)
+
+
+def commands() -> typer.Typer:
+    """Programs and local chain of the Solana coordinator."""
+    import typer
+
+    from psyche_lightning_solana.toolchain.command import build
+
+    app = typer.Typer(no_args_is_help=True, help="Programs and local chain of the Solana coordinator.")
+    app.command("build")(build)
+    return app
