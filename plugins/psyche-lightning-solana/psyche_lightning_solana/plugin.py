@@ -19,10 +19,6 @@ def register_commands(register: Callable[[str, Callable[..., Any]], None]) -> No
 
 def commands() -> typer.Typer:
     """Programs and local chain of the Solana coordinator."""
-    import typer
+    from psyche_lightning_solana.commands import app
 
-    from psyche_lightning_solana.toolchain.command import build
-
-    app = typer.Typer(no_args_is_help=True, help="Programs and local chain of the Solana coordinator.")
-    app.command("build")(build)
-    return app
+    return app()
