@@ -99,7 +99,7 @@ def engine(
     config = DistroConfig(k=k)
     theirs = None if reference is None else load_reference(reference)
     console = Console()
-    models = [("blocks", 10.0), ("small", 10.0), ("blocks", 100.0)]
+    models = [("blocks", 10.0), ("small", 10.0), ("odd", 10.0), ("blocks", 100.0)]
     if millions:
         models = [("blocks", size) for size in millions]
     results = [measure(kind, size, config, theirs, repeats) for kind, size in track(models, console=console)]

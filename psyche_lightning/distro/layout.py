@@ -84,13 +84,13 @@ class Batch:
         start: its first chunk.
         stop: the first chunk after it.
         tiles: what there is to copy.
-        padded: whether some elements of its chunks belong to no parameter.
+        padding: what of its chunks belongs to no parameter, as pairs of size and offset, with the strides of tiles.
     """
 
     start: int
     stop: int
     tiles: tuple[Tile, ...]
-    padded: bool
+    padding: tuple[tuple[tuple[int, int, int, int], int, tuple[int, int, int, int]], ...]
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -193,6 +193,12 @@ class Layout:
         if stop > start:
             yield self._batch(start, stop, tiles)
 
+    def whole(self, number: int) -> Batch:
+        """All chunks of one entry, as a batch."""
+        entry = self.entries[number]
+        stop = entry.offset + entry.chunks
+        return self._batch(entry.offset, stop, list(self._tiles(number, 0, entry.chunks, 0)))
+
     def blocks(self, batch: Batch, chunks: torch.Tensor) -> list[torch.Tensor]:
         """The tiles of a batch as views of its chunks.
 
@@ -202,6 +208,11 @@ class Layout:
         """
         first = chunks.storage_offset()
         return [chunks.as_strided(tile.size, tile.strides, first + tile.offset) for tile in batch.tiles]
+
+    def padding(self, batch: Batch, chunks: torch.Tensor) -> list[torch.Tensor]:
+        """What of a batch's chunks belongs to no parameter, as views; ``chunks`` as for :meth:`blocks`."""
+        first = chunks.storage_offset()
+        return [chunks.as_strided(size, strides, first + offset) for size, offset, strides in batch.padding]
 
     def views(self, batch: Batch, matrices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The tiles of a batch as views of the parameters, or of what has their shapes.
@@ -232,8 +243,16 @@ class Layout:
         return tensor.detach().reshape(entry.rows, entry.cols)
 
     def _batch(self, start: int, stop: int, tiles: list[Tile]) -> Batch:
-        area = self.chunk * self.chunk
-        return Batch(start, stop, tuple(tiles), sum(math.prod(tile.size) for tile in tiles) < (stop - start) * area)
+        padding = []
+        for tile in tiles:
+            down, rows, right, cols = tile.size
+            full = tile.width if self.entries[tile.entry].in_runs else self.chunk
+            if cols < full:
+                padding.append(((down, rows, right, full - cols), tile.offset + cols, tile.strides))
+            if rows < self.chunk and not self.entries[tile.entry].in_runs:
+                size = down, self.chunk - rows, right, self.chunk
+                padding.append((size, tile.offset + rows * self.chunk, tile.strides))
+        return Batch(start, stop, tuple(tiles), tuple(padding))
 
     def _tiles(self, index: int, first: int, count: int, before: int) -> Iterator[Tile]:
         """Chunks of one entry, whole chunk rows or a part of one, that follow ``before`` others in their batch."""

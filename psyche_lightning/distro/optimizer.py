@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from psyche_lightning.distro import codec, transform
+from psyche_lightning.distro.accumulated import Accumulated
 from psyche_lightning.distro.aggregate import Aggregator
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import DistroConfig
@@ -65,6 +66,7 @@ class DisTrO(torch.optim.Optimizer):
             raise ConfigError(f"budget is {budget!r}; choose the bytes that encode and apply may work in")
         self.budget = budget
         self.nonce = 0
+        self._accumulated: Accumulated | None = None
         self._saved: list[torch.Tensor] | None = None  # the published bytes, while look_ahead is active
         super().__init__(_named_groups(parameters), {"lr": lr, "weight_decay": weight_decay})
         named: dict[str, torch.Tensor] = {}
@@ -138,35 +140,33 @@ class DisTrO(torch.optim.Optimizer):
         self._check_gradients()
         config, layout = self.config, self.layout
         rates = _floats(self.lr_bits())
-        deltas = [layout.folded(number, self._delta(number)) for number in range(len(layout.entries))]
+        if self._accumulated is None:
+            self._accumulated = Accumulated(layout, self._devices)
         gradients = [
             None if parameter.grad is None else layout.folded(number, parameter.grad)
             for number, parameter in enumerate(self._parameters)
         ]
         positions = np.empty((layout.chunk_count, config.k), np.int16)
         signs = np.empty((layout.chunk_count, config.k), np.int8)
-        shape = (3, min(self._limit(config.k), layout.chunk_count), config.chunk, config.chunk)
-        work: torch.Tensor | None = None  # three batches of chunks: delta, and what the transform needs
+        shape = (2, min(self._limit(config.k), layout.chunk_count), config.chunk, config.chunk)
+        work: torch.Tensor | None = None  # two batches of chunks: what the transform needs
         with full_precision(*self._devices):
             for batch in layout.batches(shape[1], self._devices):
-                device = self._devices[batch.tiles[0].entry]
-                if work is None or work.device != device:
-                    work = torch.empty(shape, dtype=torch.float32, device=device)
-                chunks, half, whole = work[:, : len(batch)]
-                blocks, ours = layout.blocks(batch, chunks), cast(list[torch.Tensor], layout.views(batch, deltas))
-                # In the parameters' own order, so that memory is read in long runs; the chunks then come from caches.
-                torch._foreach_mul_(ours, config.decay)
-                for rate, some, added in self._by_rate(rates, batch, ours, layout.views(batch, gradients)):
-                    torch._foreach_add_(some, added, alpha=rate)
-                if batch.padded:
-                    chunks.zero_()
-                torch._foreach_copy_(blocks, ours)
-                chosen, values = select(transform.forward(chunks, (half, whole)), config.k, half)
+                chunks = self._accumulated.chunks(batch)
+                if work is None or work.device != chunks.device:
+                    work = torch.empty(shape, dtype=torch.float32, device=chunks.device)
+                half, whole = work[:, : len(batch)]
+                chunks.mul_(config.decay)
+                views = layout.views(batch, gradients)
+                for rate, ours, added in self._by_rate(rates, batch, layout.blocks(batch, chunks), views):
+                    torch._foreach_add_(ours, added, alpha=rate)
+                chosen, values = select(transform.forward(chunks, (half, whole)), config.k)
                 positions[batch.start : batch.stop] = chosen.cpu()
                 signs[batch.start : batch.stop] = values.sign().cpu()
                 if config.removal:
                     transform.subtract(chunks, chosen, values.mul_(config.removal))
-                torch._foreach_copy_(ours, blocks)
+                    if batch.padding:
+                        torch._foreach_zero_(layout.padding(batch, chunks))
         self.nonce += 1
         return codec.encode(Votes.of(positions, signs), config)
 
@@ -289,8 +289,8 @@ class DisTrO(torch.optim.Optimizer):
         try:
             with torch.no_grad():
                 for number, parameter in enumerate(self._parameters):
-                    if "delta" in self.state[parameter]:
-                        ahead = self._delta(number).sign().mul_(-lrs[self._owners[number]])
+                    if self._accumulated is not None:
+                        ahead = self._accumulated.get(number).sign_().mul_(-lrs[self._owners[number]])
                         parameter.copy_(ahead.add_(self._published(number)))
             yield
         finally:
@@ -301,9 +301,25 @@ class DisTrO(torch.optim.Optimizer):
 
     def reset(self) -> None:
         """Forget the accumulated update; parameters stay."""
-        for parameter in self._parameters:
-            self.state[parameter].pop("delta", None)
+        self._accumulated = None
         self.nonce = 0
+
+    def accumulated(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The accumulated update of each parameter, in the layout's order: ``(name, float32 copy)``; none at first."""
+        if self._accumulated is not None:
+            for number, entry in enumerate(self.layout.entries):
+                yield entry.name, self._accumulated.get(number)
+
+    def load_accumulated(self, name: str, tensor: torch.Tensor) -> None:
+        """Replace the accumulated update of one parameter.
+
+        Raises:
+            PsycheError: no such name, or another shape or dtype.
+        """
+        number = self._expected(name, tensor)
+        if self._accumulated is None:
+            self._accumulated = Accumulated(self.layout, self._devices)
+        self._accumulated.put(number, tensor)
 
     def published(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The parameters that all nodes share, in the layout's order: ``(name, float32 tensor)``, not copied.
@@ -322,21 +338,31 @@ class DisTrO(torch.optim.Optimizer):
             PsycheError: no such name, or another shape or dtype.
         """
         self._not_looking_ahead("load_published")
-        if name not in self._index:
-            raise PsycheError(f"no trainable parameter is named {name!r}; there are {', '.join(self._index)}")
-        published = self._published(self._index[name])
-        if tensor.shape != published.shape or tensor.dtype != torch.float32:
-            raise PsycheError(
-                f"parameter {name!r} was sent as {tensor.dtype} {tuple(tensor.shape)}; "
-                f"torch.float32 {tuple(published.shape)} is expected"
-            )
+        published = self._published(self._expected(name, tensor))
         published.copy_(tensor)
         if published is not self._parameters[self._index[name]]:
             self._parameters[self._index[name]].copy_(published)
 
+    def _expected(self, name: str, tensor: torch.Tensor) -> int:
+        """The number of the entry that a float32 tensor of its shape is for."""
+        if name not in self._index:
+            raise PsycheError(f"no trainable parameter is named {name!r}; there are {', '.join(self._index)}")
+        shape = self.layout.entries[self._index[name]].shape
+        if tensor.shape != shape or tensor.dtype != torch.float32:
+            raise PsycheError(
+                f"parameter {name!r} was sent as {tensor.dtype} {tuple(tensor.shape)}; "
+                f"torch.float32 {shape} is expected"
+            )
+        return self._index[name]
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with ``delta`` and, where there is one, ``master`` per parameter, and the nonce."""
-        return {**super().state_dict(), "nonce": self.nonce}
+        found = super().state_dict()
+        state = {key: dict(values) for key, values in found["state"].items()}
+        names = [name for group in self.param_groups for name in group["param_names"]]  # torch numbers in this order
+        for name, delta in self.accumulated():
+            state.setdefault(names.index(name), {})["delta"] = delta
+        return {**found, "state": state, "nonce": self.nonce}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict` exactly; torch's own would round the state to the parameters' dtype.
@@ -364,18 +390,17 @@ class DisTrO(torch.optim.Optimizer):
                         copy = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
                         state[parameter][what] = copy.copy_(tensor)
         super().load_state_dict({"state": {}, "param_groups": groups})
+        self.reset()
+        names = {
+            id(p): name
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        }
         for parameter, values in state.items():
+            if "delta" in values and parameter.requires_grad:
+                self.load_accumulated(names[id(parameter)], values.pop("delta"))
             self.state[parameter] = values
         self.nonce = int(state_dict["nonce"])
-
-    def _delta(self, number: int) -> torch.Tensor:
-        """The accumulated update of an entry: float32, contiguous, of its shape; zeros at first."""
-        parameter = self._parameters[number]
-        state = self.state[parameter]
-        if "delta" not in state:
-            with torch.inference_mode(False):
-                state["delta"] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        return cast(torch.Tensor, state["delta"])
 
     @torch.no_grad()
     def _published(self, number: int) -> torch.Tensor:
