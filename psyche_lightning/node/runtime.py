@@ -189,13 +189,14 @@ class Runtime:
             await asyncio.sleep(TICK)
             self.handle(Tick())
 
-    def _on_message(self, peer: bytes, raw: bytes) -> None:
+    def _on_message(self, peer: bytes, raw: bytes) -> bool:
         try:
             envelope = open_envelope(raw, self.run_id)
         except WireError as error:
             self._say("warning", f"refused a message from {short(peer)}: {error}")
-            return
+            return False
         self.handle(Received(envelope))
+        return True
 
     def handle(self, event: Event) -> None:
         """Give the core an event and carry out what follows."""

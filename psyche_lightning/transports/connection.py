@@ -365,6 +365,7 @@ class Connection:
             self._reply(Kind.ABSENT, _REQUEST.pack(number))
         else:
             self._reply(Kind.FOUND, _FOUND.pack(number, len(data)))
+            self._context.on_served(len(data), len(data))
             if data:
                 self._served.append(_Served(number, memoryview(data)))
         self._load_more()

@@ -18,7 +18,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from psyche_lightning.errors import TransportError, WireError
-from psyche_lightning.transports.base import Link, TransportContext, check_message
+from psyche_lightning.transports.base import Link, Progress, TransportContext, check_message
 from psyche_lightning.transports.connection import Connection, Outbox
 from psyche_lightning.transports.handshake import Handshake
 from psyche_lightning.transports.meter import ByteMeter, MeteredSocket
@@ -165,7 +165,15 @@ class TcpTransport:
         for peer in self._peers:
             self.send(peer, message)
 
-    async def fetch(self, digest: bytes, providers: Sequence[bytes], *, max_size: int, timeout: float) -> bytes:
+    async def fetch(
+        self,
+        digest: bytes,
+        providers: Sequence[bytes],
+        *,
+        max_size: int,
+        timeout: float,
+        progress: Progress | None = None,
+    ) -> bytes:
         """See the contract; providers whose link is down are tried after the others."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
@@ -175,7 +183,10 @@ class TcpTransport:
             left = deadline - loop.time()
             allowance = left if index == len(order) - 1 else left / 2
             try:
-                return await self._fetch_from(provider, digest, max_size, allowance)
+                data = await self._fetch_from(provider, digest, max_size, allowance)
+                if progress is not None:
+                    progress(len(data), len(data))
+                return data
             except TransportError as error:
                 failures.append(f"{short(provider)} {error}")
         raise TransportError(f"nobody delivered blob {short(digest)}: {'; '.join(failures) or 'no provider is known'}")
