@@ -15,8 +15,8 @@ from typing import Any
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from psyche_lightning.data.order import DataOrder
 from psyche_lightning.errors import ConfigError
-from psyche_lightning.lightning.order import DataOrder
 from psyche_lightning.node.participant import RoundWork
 
 SHOWN = "give the Trainer a DataLoader over a map-style data set, with batch_size and shuffle"

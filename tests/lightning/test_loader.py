@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
+from psyche_lightning.data.order import DataOrder
 from psyche_lightning.lightning.loader import RoundLoader
-from psyche_lightning.lightning.order import DataOrder
 from psyche_lightning.node.participant import RoundWork
 
 PINNED = [6, 7, 1, 9, 8, 3, 2, 5, 4, 0, 7, 3, 5, 1, 2, 6, 0, 4, 8, 9]
