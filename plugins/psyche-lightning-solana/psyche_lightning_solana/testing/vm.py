@@ -139,7 +139,7 @@ class Vm:
         must(self.send([self._create(buffer, LOADER, 37 + len(image)), initialize], [buffer]))
         for start in range(0, len(image), _CHUNK_BYTES):
             chunk = image[start : start + _CHUNK_BYTES]
-            metas = _metas(buffer.pubkey(), write=1) + [AccountMeta(payer, True, False)]
+            metas = [*_metas(buffer.pubkey(), write=1), AccountMeta(payer, True, False)]
             must(self.send([Instruction(LOADER, struct.pack("<IIQ", 1, start, len(chunk)) + chunk, metas)]))
         data = Pubkey.find_program_address([bytes(program.pubkey())], LOADER)[0]
         metas = [

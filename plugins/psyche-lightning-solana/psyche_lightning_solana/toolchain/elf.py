@@ -18,6 +18,8 @@ STB_LOCAL, STB_GLOBAL, STB_WEAK = 0, 1, 2
 STT_FUNC = 2
 SHN_LORESERVE, SHN_COMMON = 0xFF00, 0xFFF2  # from the first on: not a section
 
+MAX_BYTES, MAX_ALIGN = 10 << 20, 4096  # an account's size; what a page would need
+
 FILE_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 SECTION_HEADER = struct.Struct("<IIQQQQIIQQ")
 PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
@@ -133,12 +135,12 @@ def _read(name: str, data: bytes) -> ObjectFile:
             f"{name} is not a relocatable eBPF object (type {kind}, machine {machine}; expected {ET_REL}, {EM_BPF}); "
             "compile it with clang -target bpfel -c."
         )
-    headers = [SECTION_HEADER.unpack_from(data, table + SECTION_HEADER.size * i) for i in range(count)]
+    headers = list(SECTION_HEADER.iter_unpack(_slice(data, table, SECTION_HEADER.size * count)))
     contents = [b"" if h[1] == SHT_NOBITS else _slice(data, h[4], h[5]) for h in headers]
     sections = []
     for h, content in zip(headers, contents, strict=True):
-        if h[1] == SHT_NOBITS and h[5] > 1 << 32:
-            raise IndexError("section size")
+        if (h[1] == SHT_NOBITS and h[5] > MAX_BYTES) or h[8] > MAX_ALIGN:
+            raise LinkError(f"{name} has a section of {h[5]} bytes, aligned to {h[8]}: more than a program can be.")
         filled = bytearray(h[5]) if h[1] == SHT_NOBITS else bytearray(content)
         sections.append(Section(_text(contents[names_index], h[0]), h[1], h[2], max(1, h[8]), filled))
     symbols: list[Symbol] = []

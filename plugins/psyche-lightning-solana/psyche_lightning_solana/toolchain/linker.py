@@ -126,7 +126,11 @@ class _Linker:
         rodata_end = self._lay_out(data, rodata_start, 1)
         image = bytearray(rodata_end)
         for place in live:
-            content = self._relocated(place)
+            try:
+                content = self._relocated(place)
+            except struct.error:
+                name = self.objects[place.object].name
+                raise LinkError(f"{name} is damaged: a relocation does not fit its place.") from None
             image[self.addresses[place] : self.addresses[place] + len(content)] = content
         entry_place, entry_symbol = self.globals[self.entry]
         _finish(
