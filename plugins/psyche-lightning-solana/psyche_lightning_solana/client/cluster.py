@@ -1,7 +1,7 @@
 """Which chain, which programs, and how much a node may pay: what a ``solana:`` URL and its options say.
 
-``solana:localnet``, ``solana:devnet``, ``solana:mainnet``, or ``solana:`` and one or several RPC URLs with commas between
-them. Options follow as a fragment, which no server ever sees: ``solana:devnet#program=ADDRESS&priority_fee_max=2000``.
+``solana:localnet``, ``solana:devnet``, ``solana:mainnet``, or ``solana:`` and one or several RPC URLs with commas
+between them. Options follow as a fragment, which no server ever sees: ``solana:devnet#program=ADDRESS&priority_fee_max=2000``.
 Each may also be a variable of the environment, such as ``PSYCHE_SOLANA_PROGRAM``.
 """
 
@@ -137,7 +137,9 @@ class Cluster:
         )
 
 
-def parse(url: str, options: Mapping[str, object] | None = None, environment: Mapping[str, str] = os.environ) -> Cluster:
+def parse(
+    url: str, options: Mapping[str, object] | None = None, environment: Mapping[str, str] = os.environ
+) -> Cluster:
     """Read a ``solana:`` URL; what it says wins over ``options``, and those over the environment.
 
     Raises:

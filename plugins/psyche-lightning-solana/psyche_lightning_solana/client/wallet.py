@@ -64,7 +64,7 @@ class Wallet:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None, environment: Mapping[str, str] = os.environ) -> Wallet:
-        """Find the wallet: ``path``, ``PSYCHE_WALLET_SECRET``, ``PSYCHE_WALLET``, solana-cli's default file; in this order.
+        """Find the wallet: ``path``, ``PSYCHE_WALLET_SECRET``, ``PSYCHE_WALLET``, else solana-cli's default file.
 
         Args:
             path: a file in solana-cli's form, a JSON list of 64 numbers.
@@ -112,8 +112,8 @@ def _read(path: Path, *, chosen: bool) -> Wallet:
         raise ConfigError(f"cannot read the wallet {path}: {error.strerror}") from None
     if os.name == "posix" and stat.S_ISREG(status.st_mode) and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ConfigError(
-            f"the wallet {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o}): whoever reads it owns what "
-            f"it holds. Close it with `chmod 600 {path}`."
+            f"the wallet {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o}): whoever reads it owns "
+            f"what it holds. Close it with `chmod 600 {path}`."
         )
     return _parse(text, str(path))
 
@@ -130,8 +130,8 @@ def _parse(text: str, source: str) -> Wallet:
             raise ValueError
     except (ValueError, TypeError, RecursionError):
         raise ConfigError(
-            f"{source} is not a wallet; expected solana-cli's form, a JSON list of {KEYPAIR_SIZE} numbers from 0 to 255 "
-            f"whose second half is the public key of the first. {_MAKE_ONE}"
+            f"{source} is not a wallet; expected solana-cli's form, a JSON list of {KEYPAIR_SIZE} numbers from 0 to "
+            f"255 whose second half is the public key of the first. {_MAKE_ONE}"
         ) from None
     return Wallet(keypair, source)
 

@@ -1,7 +1,7 @@
 import pytest
+from psyche_lightning_solana.client.cluster import CLUSTERS, Options, local_program, parse, shown_url
 
 from psyche_lightning.errors import ConfigError
-from psyche_lightning_solana.client.cluster import CLUSTERS, Options, local_program, parse, shown_url
 
 ID = "4SHugWqSXwKE5fqDchkJcPEqnoZE22VYKtSTVm7axbT7"
 

@@ -5,11 +5,11 @@ import pickle
 import traceback
 
 import pytest
+from psyche_lightning_solana.client.wallet import PATH_VARIABLE, SECRET_VARIABLE, Wallet, create
 from solders.keypair import Keypair
 from solders.message import MessageV0
 
 from psyche_lightning.errors import ConfigError
-from psyche_lightning_solana.client.wallet import PATH_VARIABLE, SECRET_VARIABLE, Wallet, create
 
 KEYPAIR = Keypair.from_seed(bytes(range(32)))
 NUMBERS = json.dumps(list(bytes(KEYPAIR)))
