@@ -119,9 +119,7 @@ OPTIMIZER = Enum(
     "OptimizerDefinition",
     {
         "Dummy": None,
-        "AdamW": Struct(
-            "AdamW", {"betas": Array(F32, 2), "weight_decay": F32, "eps": F32, "clip_grad_norm": _MAYBE}
-        ),
+        "AdamW": Struct("AdamW", {"betas": Array(F32, 2), "weight_decay": F32, "eps": F32, "clip_grad_norm": _MAYBE}),
         "Distro": Struct(
             "Distro",
             {
