@@ -120,15 +120,37 @@ NOINLINE u64 create_derived(
   return 0;
 }
 
+// The loader reads the new length from before the data.
+static void set_length(Account *account, u64 length) {
+  *(u64 *)(account->data - 8) = length;
+  account->data_length = length;
+}
+
+NOINLINE u64 resize_account(const Input *input, Account *payer, Account *account, u64 length) {
+  u64 before = rent_exempt(account->data_length), after = rent_exempt(length);
+  if (after > before) {
+    if (length - account->data_length > GROWTH) return AccountReallocExceedsLimit;
+    AccountMeta metas[2] = {{payer->key, true, true}, {account->key, true, false}};
+    AmountArguments transfer = {TRANSFER, after - before};
+    Instruction instruction = {&SYSTEM_PROGRAM, metas, 2, (const u8 *)&transfer, sizeof transfer};
+    TRY(sol_invoke_signed_c(&instruction, input->accounts, input->accounts_length, 0, 0));
+  } else {
+    REQUIRE(*account->lamports >= before - after, ConstraintRaw);
+    *account->lamports -= before - after;
+    *payer->lamports += before - after;
+  }
+  set_length(account, length);
+  return 0;
+}
+
 NOINLINE u64 close_account(Account *account, Account *to) {
   u64 sum;
   if (__builtin_add_overflow(*to->lamports, *account->lamports, &sum)) return ConstraintRaw;
   *to->lamports = sum;
   *account->lamports = 0;
   fill_zero(account->data, account->data_length);
-  // The loader reads the new length from before the data; a system account without data or lamports ceases to exist.
-  *(u64 *)(account->data - 8) = 0;
-  account->data_length = 0;
+  // A system account without data or lamports ceases to exist.
+  set_length(account, 0);
   *account->owner = SYSTEM_PROGRAM;
   return 0;
 }

@@ -37,5 +37,9 @@ u64 create_derived(const Input *input, const Account *payer, Account *account, D
 // Lamports with which an account of that length is exempt from rent.
 u64 rent_exempt(u64 length);
 
+// Give an account of this program another length; `payer` pays the rent of what is added, and gets that of what is cut.
+// What is added is zero. At most 10,240 bytes are added in one instruction.
+u64 resize_account(const Input *input, Account *payer, Account *account, u64 length);
+
 // Give the account's lamports to `to`, clear its data and give it back to the system.
 u64 close_account(Account *account, Account *to);

@@ -66,6 +66,15 @@ void read_bytes(Reader *reader, void *to, u64 length) {
 
 void read_key(Reader *reader, Key *key) { read_bytes(reader, key, sizeof *key); }
 
+NOINLINE void read_fixed(Reader *reader, u8 *text, u64 length) {
+  read_bytes(reader, text, length);
+  bool over = false;
+  for (u64 i = 0; i < length; i++) {
+    if (over && text[i] != 0) reader->bad = true;
+    over |= text[i] == 0;
+  }
+}
+
 void read_string(Reader *reader, u64 most, Slice *text) {
   u64 length = read_u32(reader);
   if (length > most) reader->bad = true;

@@ -28,6 +28,8 @@ u32 read_f32(Reader *reader);
 u64 read_f64(Reader *reader);
 void read_key(Reader *reader, Key *key);
 void read_bytes(Reader *reader, void *to, u64 length);
+// A text filled up with zeros: exactly `length` bytes, none but zeros after the first zero.
+void read_fixed(Reader *reader, u8 *text, u64 length);
 // A length u32, and as many bytes of UTF-8, at most `most`; they stay in place.
 void read_string(Reader *reader, u64 most, Slice *text);
 

@@ -1,7 +1,5 @@
 #include "common/entry.h"
 
-// Room that the loader leaves after the data of each account, in which it may grow.
-#define GROWTH 10240
 #define NOT_A_DUPLICATE 0xff
 
 NOINLINE void read_input(u8 *buffer, Input *input) {

@@ -3,6 +3,8 @@
 #include "common/syscalls.h"
 
 #define MAX_ACCOUNTS 16
+// Room that the loader leaves after the data of each account, in which it may grow.
+#define GROWTH 10240
 
 typedef struct {
   Account accounts[MAX_ACCOUNTS];

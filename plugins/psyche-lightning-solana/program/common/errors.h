@@ -27,7 +27,8 @@
   X(InvalidProgramExecutable, 3009, "Program account is not executable")                               \
   X(AccountNotSigner, 3010, "The given account did not sign")                                          \
   X(AccountNotInitialized, 3012, "The program expected this account to be already initialized")        \
-  X(AccountSysvarMismatch, 3015, "The given public key does not match the required sysvar")
+  X(AccountSysvarMismatch, 3015, "The given public key does not match the required sysvar")            \
+  X(AccountReallocExceedsLimit, 3016, "The account reallocation exceeds the MAX_PERMITTED_DATA_INCREASE limit")
 
 enum {
 #define X(name, number, message) name = number,
