@@ -87,7 +87,7 @@ u64 authorization_grantee_update(Input *input) {
   TRY(need_program(&input->accounts[3], &SYSTEM_PROGRAM, "system_program"));
 
   u64 kept = clear ? 0 : authorization.delegates_length;
-  u8 *delegates = account->data + (authorization.delegates - account->data);
+  u8 *delegates = (u8 *)authorization.delegates;
   TRY(resize_account(input, payer, account, authorization_length(authorization.scope.length, kept + added_length)));
   copy(delegates + kept * sizeof(Key), added, added_length * sizeof(Key));
   authorization.delegates_length = (u32)(kept + added_length);
@@ -112,7 +112,7 @@ u64 authorization_close(Input *input) {
   REQUIRE(!authorization.active, AuthorizationIsActive);
   Clock clock;
   sol_get_clock_sysvar(&clock);
-  // Delegates may rely on what they were granted, for a while: their grantee pays for the list.
+  // The grantee paid for the list of delegates: the grantor cannot take that rent at once.
   if (authorization.delegates_length > 0)
     REQUIRE(clock.unix_timestamp - authorization.grantor_update >= CLOSING_DELAY, ClosingConditionsNotReached);
   return close_account(account, spill);
