@@ -114,7 +114,7 @@ class Runtime:
         self._traffic = traffic
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self.core = NodeCore(identity.public, identity.public, run_id, settings, self._seal, self._kept_promises())
+        self.core = NodeCore(identity.public, coordinator.signer, run_id, settings, self._seal, self._kept_promises())
 
     def _seal(self, message: Message) -> Envelope:
         return seal(self.identity, self.run_id, message)
