@@ -2,12 +2,6 @@
 #pragma once
 #include "common/authorization.h"
 
-// S("global:<name>")[:8]
-#define AUTHORIZATION_CREATE 0x666ddfe7b3c49d14ull
-#define AUTHORIZATION_GRANTOR_UPDATE 0xf93abd61a141741dull
-#define AUTHORIZATION_GRANTEE_UPDATE 0x43c19059c77f6fbaull
-#define AUTHORIZATION_CLOSE 0x175785c820f8d081ull
-
 // For so long after the grantor's last update an authorization with delegates cannot be closed.
 #define CLOSING_DELAY (30 * 86400)
 

@@ -1,5 +1,4 @@
-// What an owner configures, from its borsh form to the form that it has in the account.
-#include "coordinator/context.h"
+#include "coordinator/arguments.h"
 
 void read_metadata(Reader *reader, Metadata *metadata) {
   read_fixed(reader, metadata->name, sizeof metadata->name);

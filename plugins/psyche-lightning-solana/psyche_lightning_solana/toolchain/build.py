@@ -25,11 +25,11 @@ SUMS = "SHA256SUMS"
 SOURCES = Path(__file__).parents[2] / "program"
 PROGRAMS = Path(__file__).parents[1] / "programs"
 
-# Program to the folders under `program/` whose *.c it consists of; what it does not use is not linked.
+# Program to the files and folders of *.c under `program/` that it consists of; what it does not use is not linked.
 PARTS = {
     "coordinator": ("common", "machine", "coordinator"),
     "authorizer": ("common", "authorizer"),
-    "treasurer": ("common", "treasurer"),
+    "treasurer": ("common", "coordinator/arguments.c", "treasurer"),
 }
 
 FLAGS = (
@@ -81,7 +81,8 @@ def compile_program(name: str, sources: Path = SOURCES, clang: str | None = None
         LinkError: the objects do not make a program.
     """
     compiler = clang or find_clang()
-    files = sorted(file.relative_to(sources) for part in PARTS[name] for file in (sources / part).glob("*.c"))
+    found = (sources.glob(part if part.endswith(".c") else f"{part}/*.c") for part in PARTS[name])
+    files = sorted(file.relative_to(sources) for part in found for file in part)
     if not files:
         raise BuildError(
             f"There are no sources of the program {name!r} in {sources}. They are part of the repository, not of the "
