@@ -148,13 +148,18 @@ class Layout:
         )
 
     def digest(self, config: DistroConfig) -> bytes:
-        """SHA-256 of what payloads depend on: wire version, chunk, k, names and shapes (not the dtypes)."""
+        """SHA-256 of what payloads depend on: wire version, chunk, k, names and shapes (not the dtypes).
+
+        Where parameters have their own k, those follow.
+        """
         state = hashlib.sha256(b"psyche distro layout\0")
         state.update(struct.pack(">BHII", WIRE_VERSION, self.chunk, config.k, len(self.entries)))
         for entry in self.entries:
             name = entry.name.encode()
             state.update(struct.pack(">I", len(name)) + name + struct.pack(">I", len(entry.shape)))
             state.update(struct.pack(f">{len(entry.shape)}Q", *entry.shape))
+        if config.k_for:
+            state.update(struct.pack(f">{len(self.entries)}H", *(config.k_of(entry.name) for entry in self.entries)))
         return state.digest()
 
     def batches(self, limit: int, split: Sequence[Hashable] | None = None) -> tuple[Batch, ...]:

@@ -10,12 +10,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from psyche_lightning.distro import codec, transform
+from psyche_lightning.distro import transform
 from psyche_lightning.distro.accumulated import Accumulated
 from psyche_lightning.distro.aggregate import Aggregator
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import DistroConfig
+from psyche_lightning.distro.groups import check_weight_decay, named_groups
 from psyche_lightning.distro.layout import Batch, Layout
+from psyche_lightning.distro.payload import PayloadForm
 from psyche_lightning.distro.select import Votes, select
 from psyche_lightning.errors import ConfigError, PayloadError, PsycheError
 
@@ -68,20 +70,26 @@ class DisTrO(torch.optim.Optimizer):
         self.nonce = 0
         self._accumulated: Accumulated | None = None
         self._saved: list[torch.Tensor] | None = None  # the published bytes, while look_ahead is active
-        super().__init__(_named_groups(parameters), {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(named_groups(parameters), {"lr": lr, "weight_decay": weight_decay})
         named: dict[str, torch.Tensor] = {}
         owner: dict[str, int] = {}
         for number, group in enumerate(self.param_groups):
-            _check_weight_decay(group["weight_decay"])
+            check_weight_decay(group["weight_decay"])
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if name in named:
                     raise ConfigError(f"two parameters are named {name!r}; give each its own name")
                 named[name], owner[name] = parameter, number
         self.layout = Layout(named.items(), self.config.chunk)
+        self._form = PayloadForm(self.layout, self.config)
         self._parameters = [named[entry.name] for entry in self.layout.entries]
         self._owners = [owner[entry.name] for entry in self.layout.entries]
         self._devices = [parameter.device for parameter in self._parameters]
         self._index = {entry.name: number for number, entry in enumerate(self.layout.entries)}
+        if self.config.float32_gradients:
+            if not hasattr(torch.Tensor, "grad_dtype"):
+                raise ConfigError(f"distro float32_gradients needs torch 2.10 or newer; this is {torch.__version__}")
+            for parameter in self._parameters:
+                parameter.grad_dtype = torch.float32
         self.lr_bits()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -102,7 +110,11 @@ class DisTrO(torch.optim.Optimizer):
     @property
     def max_payload(self) -> int:
         """The size of every payload of this layout, in bytes."""
-        return codec.payload_size(self.layout.chunk_count, self.config)
+        return self._form.size
+
+    def abstention(self) -> bytes:
+        """The payload that votes for nothing."""
+        return self._form.silent()
 
     def lr_bits(self) -> tuple[int, ...]:
         """The current learning rate of each group, as the bits of its float32 value.
@@ -122,7 +134,7 @@ class DisTrO(torch.optim.Optimizer):
         Raises:
             PayloadError: the payload is not a canonical one for this layout.
         """
-        codec.decode(payload, self.layout.chunk_count, self.config)
+        self._form.decode(payload)
 
     @torch.no_grad()
     def encode(self) -> bytes:
@@ -146,12 +158,12 @@ class DisTrO(torch.optim.Optimizer):
             None if parameter.grad is None else layout.folded(number, parameter.grad)
             for number, parameter in enumerate(self._parameters)
         ]
-        positions = np.empty((layout.chunk_count, config.k), np.int16)
-        signs = np.empty((layout.chunk_count, config.k), np.int8)
-        shape = (2, min(self._limit(config.k), layout.chunk_count), config.chunk, config.chunk)
+        votes = Votes.empty(layout.chunk_count, config.widest)
+        shape = (2, min(self._limit(config.widest), layout.chunk_count), config.chunk, config.chunk)
         work: torch.Tensor | None = None  # two batches of chunks: what the transform needs
         with full_precision(*self._devices):
-            for batch in layout.batches(shape[1], self._devices):
+            for batch in layout.batches(shape[1], list(zip(self._devices, self._form.ks, strict=True))):
+                k = self._form.ks[batch.tiles[0].entry]
                 chunks = self._accumulated.chunks(batch)
                 if work is None or work.device != chunks.device:
                     work = torch.empty(shape, dtype=torch.float32, device=chunks.device)
@@ -160,15 +172,16 @@ class DisTrO(torch.optim.Optimizer):
                 views = layout.views(batch, gradients)
                 for rate, ours, added in self._by_rate(rates, batch, layout.blocks(batch, chunks), views):
                     torch._foreach_add_(ours, added, alpha=rate)
-                chosen, values = select(transform.forward(chunks, (half, whole)), config.k)
-                positions[batch.start : batch.stop] = chosen.cpu()
-                signs[batch.start : batch.stop] = values.sign().cpu()
+                chosen, values = select(transform.forward(chunks, (half, whole)), k)
+                some = Votes.of(chosen.cpu().numpy().astype(np.int16), values.sign().cpu().numpy().astype(np.int8))
+                votes.positions[batch.start : batch.stop, :k] = some.positions
+                votes.signs[batch.start : batch.stop, :k] = some.signs
                 if config.removal:
                     transform.subtract(chunks, chosen, values.mul_(config.removal))
                     if batch.padding:
                         torch._foreach_zero_(layout.padding(batch, chunks))
         self.nonce += 1
-        return codec.encode(Votes.of(positions, signs), config)
+        return self._form.encode(votes)
 
     @torch.no_grad()
     def apply(self, payloads: Sequence[bytes], lrs: Sequence[int]) -> None:
@@ -201,13 +214,13 @@ class DisTrO(torch.optim.Optimizer):
         aggregator: Aggregator | None = None
         first = last = 0  # the chunks whose votes are at hand
         with full_precision(*self._devices):
-            for batch in layout.batches(self._limit(len(payloads) * config.k), self._devices):
+            for batch in layout.batches(self._limit(len(payloads) * config.widest), self._devices):
                 device = self._devices[batch.tiles[0].entry]
                 if aggregator is None or aggregator.device != device:
-                    aggregator, last = Aggregator(config, len(payloads) * config.k, device), batch.start
+                    aggregator, last = Aggregator(config, len(payloads) * config.widest, device), batch.start
                 if batch.stop > last:
                     first, last = batch.start, min(batch.start + span, layout.chunk_count)
-                    some = [codec.decode(payload, layout.chunk_count, config, first, last) for payload in payloads]
+                    some = [self._form.decode(payload, first, last) for payload in payloads]
                     aggregator.load(some)
                 signs = layout.blocks(batch, aggregator.signs(batch.start - first, batch.stop - first))
                 views = layout.views(batch, matrices)
@@ -254,7 +267,7 @@ class DisTrO(torch.optim.Optimizer):
 
     def _span(self, peers: int) -> int:
         """Chunks whose votes of all peers fit into half the budget; at least a batch's."""
-        votes = max(1, peers * self.config.k)
+        votes = max(1, peers * self.config.widest)
         return max(self._limit(votes), self.budget // 2 // (16 * votes))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -456,30 +469,6 @@ class DisTrO(torch.optim.Optimizer):
     def _not_looking_ahead(self, what: str) -> None:
         if self._saved is not None:
             raise PsycheError(f"{what} was called within look_ahead(), where parameters are not the published ones")
-
-
-def _named_groups(parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups with ``params`` and ``param_names``; a parameter that is tied within a group stands once."""
-    items = list(parameters)
-    groups = cast(list[dict[str, Any]], items if items and isinstance(items[0], dict) else [{"params": items}])
-    named = []
-    for group in groups:
-        pairs = list(group["params"])
-        if "param_names" in group:
-            pairs = list(zip(group["param_names"], pairs, strict=True))
-        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
-            raise ConfigError("DisTrO needs the parameters' names; pass module.named_parameters()")
-        unique: dict[int, tuple[str, torch.Tensor]] = {}
-        for name, parameter in pairs:
-            unique.setdefault(id(parameter), (name, parameter))
-        names, tensors = [name for name, _ in unique.values()], [tensor for _, tensor in unique.values()]
-        named.append({**group, "params": tensors, "param_names": names})
-    return named
-
-
-def _check_weight_decay(value: Any) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise ConfigError(f"weight_decay is {value!r}; choose a finite number that is not negative")
 
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.coordinator.local import LocalCoordinator
 from psyche_lightning.coordinator.protocol import Coordinator, Terms
 from psyche_lightning.coordinator.state import ClientStatus, CoordinatorConfig, RunState
-from psyche_lightning.distro import DisTrO, NonFiniteGradientError, Votes, encode
+from psyche_lightning.distro import DisTrO, NonFiniteGradientError
 from psyche_lightning.lightning import residual
 from psyche_lightning.lightning.agreement import Agreement, agree, look
 from psyche_lightning.lightning.optimizers import copy_rates
@@ -267,7 +267,7 @@ class Session:
             except NonFiniteGradientError as error:
                 logger.warning("round %d of epoch %d: %s", work.height, work.epoch, error)
         if payload is None:  # an abstention: nobody has to wait for the round's deadline
-            payload = encode(Votes.empty(distro.layout.chunk_count, distro.config.k), distro.config)
+            payload = distro.abstention()
         self.loss, self.samples = loss, samples
         self.payload_bytes += len(payload) * max(0, self._clients() - 1)
         participant.submit(
