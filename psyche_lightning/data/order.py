@@ -100,9 +100,9 @@ def psyche_seed(shuffle: object) -> bytes | None:
     """
     if isinstance(shuffle, bool):
         return None
-    if isinstance(shuffle, (list, tuple)) and len(shuffle) == SEED_SIZE:
-        if all(type(value) is int and 0 <= value < 256 for value in shuffle):
-            return bytes(shuffle)
+    numbers = list(shuffle) if isinstance(shuffle, (list, tuple)) else []
+    if len(numbers) == SEED_SIZE and all(type(value) is int and 0 <= value < 256 for value in numbers):
+        return bytes(numbers)
     raise ConfigError(
         f"shuffle is {shuffle!r}, expected true (an order by the run's seed), false, or a seed of Psyche's shuffle: a "
         f"list of {SEED_SIZE} numbers from 0 to 255."

@@ -72,7 +72,8 @@ class ChaCha8:
                 _quarter(x, a, 4 + a, 8 + a, 12 + a)
             for a in range(4):
                 _quarter(x, a, 4 + (a + 1) % 4, 8 + (a + 2) % 4, 12 + (a + 3) % 4)
-        return (np.stack(x) + start).T.reshape(-1)
+        words: Words = (np.stack(x) + start).T.reshape(-1)
+        return words
 
 
 def _quarter(x: list[Words], a: int, b: int, c: int, d: int) -> None:
