@@ -30,7 +30,8 @@ NOINLINE void read_input(u8 *buffer, Input *input) {
   input->accounts_length = count < MAX_ACCOUNTS ? count : MAX_ACCOUNTS;
   input->data_length = *(u64 *)at;
   input->data = at + 8;
-  input->program = (const Key *)(at + 8 + input->data_length);
+  copy(&input->program_key, input->data + input->data_length, sizeof(Key));
+  input->program = &input->program_key;
 }
 
 bool take_discriminator(Input *input, u64 *discriminator) {

@@ -12,6 +12,7 @@ typedef struct {
   const u8 *data;
   u64 data_length;
   const Key *program;
+  Key program_key;  // what `program` points to: behind the instruction's bytes it is not aligned
 } Input;
 
 // Read the buffer that the loader hands to the entry point (its aligned form). Accounts beyond MAX_ACCOUNTS are not kept.
@@ -20,3 +21,6 @@ void read_input(u8 *buffer, Input *input);
 
 // The first eight bytes of the instruction, Anchor's discriminator; false when there are fewer.
 bool take_discriminator(Input *input, u64 *discriminator);
+
+// Each program's, called with that buffer.
+u64 entrypoint(u8 *buffer);

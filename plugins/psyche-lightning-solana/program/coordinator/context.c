@@ -63,35 +63,10 @@ u64 close_context(Context *context) {
   return 0;
 }
 
-// Whether one of `count` delegates is the user; the reader stands at the first.
-static NOINLINE bool reads_delegate(Reader *reader, u64 count, const Key *user) {
-  bool found = false;
-  for (u64 i = 0; i < count && !reader->bad; i++) {
-    Key delegate;
-    read_key(reader, &delegate);
-    found |= same_key(&delegate, user);
-  }
-  return found;
-}
-
 NOINLINE u64 need_authorization(
-    const Context *context, const Account *authorization, const Key *grantor, const Slice *scope) {
-  const char *name = "authorization";
-  const Key *user = context->user->key;
-  TRY(need_owned(authorization, &context->run.manifest->authorizer, AUTHORIZATION_DISCRIMINATOR, 8, name));
-  Reader fields = reader(authorization->data + 8, authorization->data_length - 8);
-  read_u8(&fields);  // bump
-  Key granted_by, grantee;
-  read_key(&fields, &granted_by);
-  read_key(&fields, &grantee);
-  u64 length = read_u32(&fields);
-  const u8 *granted = read_raw(&fields, length);
-  bool active = read_bool(&fields);
-  bool delegate = reads_delegate(&fields, read_u32(&fields), user);
-  read_u64(&fields);  // time of the grantor's last update
-  if (fields.bad) return fail_account(name, AccountDidNotDeserialize);
-  bool in_scope = length == scope->length && same_bytes(granted, scope->at, length);
-  bool for_user = zero_key(&grantee) || same_key(&grantee, user) || delegate;
-  bool valid = active && same_key(&granted_by, grantor) && in_scope && for_user;
-  return valid ? 0 : fail_account(name, ConstraintRaw);
+    const Context *context, const Account *account, const Key *grantor, const Slice *scope) {
+  Authorization authorization;
+  TRY(read_authorization(account, &context->run.manifest->authorizer, &authorization, "authorization"));
+  if (authorizes(&authorization, grantor, context->user->key, scope)) return 0;
+  return fail_account("authorization", ConstraintRaw);
 }

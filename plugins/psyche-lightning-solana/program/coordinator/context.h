@@ -1,11 +1,10 @@
 // The accounts of an instruction on a run, checked.
 #pragma once
-#include "common/accounts.h"
-#include "common/borsh.h"
+#include "common/authorization.h"
+#include "coordinator/arguments.h"
 #include "machine/run.h"
 
-#define INSTANCE_DISCRIMINATOR 0xfc1f18af1099099cull      // S("account:CoordinatorInstance")[:8]
-#define AUTHORIZATION_DISCRIMINATOR 0x4b20a8c3f3a84403ull  // S("account:Authorization")[:8]
+#define INSTANCE_DISCRIMINATOR 0xfc1f18af1099099cull  // S("account:CoordinatorInstance")[:8]
 #define INSTANCE_SIZE 173
 
 // The instance account: which coordinator account the run has, and who decides (spec S7.1; borsh).
@@ -44,8 +43,11 @@ u64 open_context(Context *context, Input *input, u64 at, u64 flags);
 // The last of what an instruction does.
 u64 close_context(Context *context);
 
-// Whether `authorization` lets the user do what `scope` names in the name of `grantor` (spec S7.2).
-u64 need_authorization(const Context *context, const Account *authorization, const Key *grantor, const Slice *scope);
+// The authorization in `account` lets the user do what `scope` names in the name of `grantor` (spec S7.2).
+u64 need_authorization(const Context *context, const Account *account, const Key *grantor, const Slice *scope);
+
+// What the entry point does once the input is read.
+u64 process_instruction(Input *input);
 
 // Handlers. Each decodes its arguments, checks its accounts, and does its work.
 u64 init_coordinator(Input *input);
@@ -64,10 +66,3 @@ u64 send_checkpoint_vote(Input *input);
 u64 set_checkpoint(Input *input);
 u64 set_manifest(Input *input);
 u64 set_address(Input *input);
-
-// arguments.c
-void read_metadata(Reader *reader, Metadata *metadata);
-void read_config(Reader *reader, Config *config);
-void read_progress(Reader *reader, Progress *progress);
-void read_checkpoint(Reader *reader, CheckpointSource *checkpoint);
-void read_model(Reader *reader, Model *model);

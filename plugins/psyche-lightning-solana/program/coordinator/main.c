@@ -40,8 +40,10 @@ static u64 dispatch(Input *input) {
   }
 }
 
+u64 process_instruction(Input *input) { return report(dispatch(input)); }
+
 u64 entrypoint(u8 *buffer) {
   Input input;
   read_input(buffer, &input);
-  return report(dispatch(&input));
+  return process_instruction(&input);
 }
