@@ -23,6 +23,7 @@ from psyche_lightning_solana.localnet.accounts import Accounts
 from psyche_lightning_solana.localnet.clock import SlotClock
 from psyche_lightning_solana.localnet.encoding import inner_json, return_data_json, token_balances
 from psyche_lightning_solana.localnet.errors import error_json
+from psyche_lightning_solana.localnet.faucet import FAUCET_LAMPORTS, faucet_keypair
 from psyche_lightning_solana.localnet.fees import fee_of
 from psyche_lightning_solana.localnet.history import History, Record
 from psyche_lightning_solana.localnet.transactions import Named, memo_of, named
@@ -36,17 +37,11 @@ RECENT_SLOTS = 300
 SLOT_HASHES = 512
 MAX_ANNOUNCED = 64
 """When many slots pass at once, only the last of them are announced."""
-FAUCET_LAMPORTS = 500_000_000 * 10**9
 GENESIS = Hash(sha256(b"psyche-lightning localnet genesis"))
 """Every local chain has this as its first block, so that it is known as one."""
 MEMO = Pubkey.from_string("MemoSq4gqABAXKb96qnH8TysNcWxMyWCqXgDLGmfcHr")
 _LOOKUP_TABLES = Pubkey.from_string("AddressLookupTab1e1111111111111111111111111")
 _SLOT_HASHES = Pubkey.from_string("SysvarS1otHashes111111111111111111111111111")
-
-
-def faucet_keypair() -> Keypair:
-    """The faucet's key pair, which also may upgrade the programs that are there from the start. Its seed is public."""
-    return Keypair.from_seed(sha256(b"psyche-lightning localnet faucet"))
 
 
 @dataclass

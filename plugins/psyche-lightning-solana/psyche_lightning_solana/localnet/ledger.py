@@ -11,7 +11,7 @@ import fcntl
 import hmac
 import os
 import threading
-from dataclasses import astuple, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +30,7 @@ MAGIC = b"psyloc\x00\x01"
 MAX_SIZE = 8 << 30
 """Bytes of a snapshot, unpacked."""
 SNAPSHOT = "snapshot"
+_FIELDS = [item.name for item in fields(Record)]
 _TUPLES = {item.name for item in fields(Record) if str(item.type).startswith("tuple")}
 
 
@@ -154,7 +155,7 @@ class Ledger:
             (bytes(key), account.lamports, bytes(account.owner), account.executable, bytes(account.data))
             for key, account in state["accounts"]
         ]
-        state["records"] = [astuple(record) for record in state["records"]]
+        state["records"] = [[getattr(record, name) for name in _FIELDS] for record in state["records"]]
         body = zstandard.ZstdCompressor(level=1).compress(msgpack.packb(state))
         new = self.folder / f"{SNAPSHOT}.{generation}.new"
         with self._writing:
@@ -198,7 +199,5 @@ def _account(row: list[Any]) -> Account:
 
 
 def _record(row: list[Any]) -> Record:
-    names = [item.name for item in fields(Record)]
-    if len(row) != len(names):
-        raise ValueError("a transaction has other fields")
-    return Record(*(tuple(value) if name in _TUPLES else value for name, value in zip(names, row, strict=True)))
+    values: list[Any] = [tuple(value) if name in _TUPLES else value for name, value in zip(_FIELDS, row, strict=True)]
+    return Record(*values)
