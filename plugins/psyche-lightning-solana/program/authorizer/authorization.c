@@ -113,7 +113,7 @@ u64 authorization_close(Input *input) {
   Clock clock;
   sol_get_clock_sysvar(&clock);
   // The grantee paid for the list of delegates: the grantor cannot take that rent at once.
-  if (authorization.delegates_length > 0)
-    REQUIRE(clock.unix_timestamp - authorization.grantor_update >= CLOSING_DELAY, ClosingConditionsNotReached);
+  if (authorization.delegates_length > 0 && clock.unix_timestamp - authorization.grantor_update < CLOSING_DELAY)
+    return ClosingConditionsNotReached;
   return close_account(account, spill);
 }

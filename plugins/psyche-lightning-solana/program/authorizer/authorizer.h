@@ -5,7 +5,7 @@
 // For so long after the grantor's last update an authorization with delegates cannot be closed.
 #define CLOSING_DELAY (30 * 86400)
 
-#define AUTHORIZER_ERRORS(X)                                                          \
+#define AUTHORIZER_ERRORS(X)                                                            \
   X(AuthorizationIsActive, "An active authorization cannot be closed; revoke it first") \
   X(ClosingConditionsNotReached, "An authorization with delegates is closed 30 days after the grantor's last update")
 

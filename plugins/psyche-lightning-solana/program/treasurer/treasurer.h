@@ -6,8 +6,8 @@
 #define RUN_DISCRIMINATOR 0xbdf673eb569b36c7ull          // S("account:Run")[:8]
 #define PARTICIPANT_DISCRIMINATOR 0x0636b3f74f6c8e20ull  // S("account:Participant")[:8]
 
-#define TREASURER_ERRORS(X)                  \
-  X(InvalidParameter, "Invalid parameter")   \
+#define TREASURER_ERRORS(X)                      \
+  X(InvalidParameter, "A parameter is invalid") \
   X(RunIdInvalidLength, "The run id has 1 to 32 bytes")
 
 enum {
