@@ -199,3 +199,59 @@ AUTHORIZER = _program(
         ),
     ),
 )
+
+_COMMAND = "authority s, run, coordinator_instance, coordinator_account w, coordinator_program, coordinator_manifest w"
+
+TREASURER = _program(
+    "treasurer",
+    _instruction(
+        "run_create",
+        "payer sw, run w, run_collateral w, collateral_mint, coordinator_instance w, coordinator_account w, "
+        "coordinator_program, associated_token_program, token_program, system_program, authorizer, "
+        "coordinator_manifest w",
+        index=U64,
+        run_id=String(1 << 16),
+        client_version=String(MAX_CLIENT_VERSION),
+        main_authority=PUBKEY,
+        join_authority=PUBKEY,
+    ),
+    _instruction(
+        "run_update",
+        _COMMAND,
+        metadata=Option(METADATA),
+        config=Option(CONFIG),
+        model=Option(MODEL),
+        progress=Option(PROGRESS),
+        epoch_earning_rate_total_shared=Option(U64),
+        epoch_slashing_rate_per_client=Option(U64),
+        paused=Option(BOOL),
+        client_version=Option(String(MAX_CLIENT_VERSION)),
+    ),
+    # Ours: the run is the coordinator's main authority, so what only that may do goes through the treasurer.
+    _instruction("run_set_manifest", _COMMAND, digest=Raw(32), address=String(MAX_MANIFEST_ADDRESS)),
+    _instruction("run_checkpoint", _COMMAND, repo=CHECKPOINT),
+    _instruction("participant_create", "payer sw, user s, run, participant w, system_program"),
+    _instruction(
+        "participant_claim",
+        "user s, user_collateral w, run w, run_collateral w, participant w, coordinator_account, token_program",
+        claim_earned_points=U64,
+    ),
+    accounts=(
+        Struct(
+            "Run",
+            {
+                "bump": U8,
+                "index": U64,
+                "main_authority": PUBKEY,
+                "join_authority": PUBKEY,
+                "coordinator_instance": PUBKEY,
+                "coordinator_account": PUBKEY,
+                "collateral_mint": PUBKEY,
+                "total_claimed_collateral_amount": U64,
+                "total_claimed_earned_points": U64,
+                "coordinator_program": PUBKEY,
+            },
+        ),
+        Struct("Participant", {"bump": U8, "claimed_collateral_amount": U64, "claimed_earned_points": U64}),
+    ),
+)
