@@ -36,7 +36,7 @@ def deploy(
         str | None,
         typer.Option(
             "--program",
-            help="Where: a key pair's file, or the address of a program to upgrade. Without: one that the wallet makes.",
+            help="Where: a key pair's file, or the address of a program to upgrade. Without: one of the wallet.",
         ),
     ] = None,
     priority_fee: Annotated[
