@@ -1,8 +1,8 @@
 """Which chain, which programs, and how much a node may pay: what a ``solana:`` URL and its options say.
 
 ``solana:localnet``, ``solana:devnet``, ``solana:mainnet``, or ``solana:`` and one or several RPC URLs with commas
-between them. Options follow as a fragment, which no server ever sees: ``solana:devnet#program=ADDRESS&priority_fee_max=2000``.
-Each may also be a variable of the environment, such as ``PSYCHE_SOLANA_PROGRAM``.
+between them. Options follow as a fragment, which no server ever sees: ``solana:devnet#program=ADDRESS&poll=1``. Each
+may also be a variable of the environment, such as ``PSYCHE_SOLANA_PROGRAM``.
 """
 
 from __future__ import annotations

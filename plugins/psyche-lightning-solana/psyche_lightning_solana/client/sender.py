@@ -237,8 +237,8 @@ class Sender:
     def _late(self, name: str, tries: int) -> CoordinatorError:
         return CoordinatorError(
             f"the transaction {name} did not land on {self._cluster} within {self._patience:.0f} s "
-            f"({tries} blockhashes). The network may be busy, or the RPC service behind: a higher priority_fee_max than "
-            f"{self._options.priority_fee_max} or another service may help.",
+            f"({tries} blockhashes). The network may be busy, or the RPC service behind: a higher priority_fee_max "
+            f"than {self._options.priority_fee_max} or another service may help.",
             code="Unreachable",
             retryable=True,
         )
