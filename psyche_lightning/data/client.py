@@ -114,8 +114,8 @@ class Refused(Exception):
 class Client:
     """Requests on an event loop in a thread.
 
-    When a server did not answer for ``fetch.retry_seconds``, requests that waited meanwhile fail with it, and later
-    ones are tried once until one succeeds: a server that is away costs a round little.
+    When a server did not answer for ``fetch.retry_seconds``, requests that waited meanwhile fail with it: a server
+    that is away costs a round that time once, however many requests it needs.
 
     Args:
         fetch: how to fetch.
@@ -186,7 +186,7 @@ class Client:
                 raise Temporary(self._failure)
             try:
                 async for attempt in AsyncRetrying(
-                    stop=stop_after_delay(self._fetch.retry_seconds if self._failed_at < 0 else 0.0),
+                    stop=stop_after_delay(self._fetch.retry_seconds),
                     wait=wait_random_exponential(multiplier=0.2, max=3.0),
                     retry=retry_if_exception_type(Temporary),
                     before_sleep=_say,
@@ -198,7 +198,6 @@ class Client:
                 if error.server:
                     self._failed_at, self._failure = time.monotonic(), str(error)
                 raise
-            self._failed_at = -1.0
             return found
 
     async def _part(self, url: str, start: int, length: int) -> Answer:
@@ -245,14 +244,15 @@ class Client:
                 yield response
         except asyncio.TimeoutError as error:
             raise Temporary(f"{url}: the server does not answer in time") from error
+        except aiohttp.ClientConnectorError as error:
+            raise Temporary(f"{url}: no connection to {error.host}:{error.port} ({error.os_error.strerror})") from error
         except (aiohttp.ClientError, OSError) as error:
             raise Temporary(f"{url}: {error or type(error).__name__}") from error
 
 
 def _say(attempt: RetryCallState) -> None:
-    error = attempt.outcome.exception() if attempt.outcome else None
-    pause = attempt.next_action.sleep if attempt.next_action else 0.0
-    logger.info("data: %s; trying again in %.1f s", error, pause)
+    if attempt.attempt_number == 1:
+        logger.info("data: %s; trying again", attempt.outcome.exception() if attempt.outcome else "failed")
 
 
 def check_url(url: object) -> str:
