@@ -2,8 +2,8 @@
 
 // TokenkegQfeZyiNwAJbNbGKPFXCWuBvf9Ss623VQ5DA
 const Key TOKEN_PROGRAM = {{0x93a165d7e1f6dd06, 0xac79ebce46e1cbd9, 0x91375b5fed85b41c, 0xa900ff7e85f58c3a}};
-// ATokenGPvbdGVxr1b9hvZbsiqW5xWH25efTNsLJA8knL
-const Key ASSOCIATED_TOKEN_PROGRAM = {{0xf189244e8f25978c, 0x8cc5371d29103dbb, 0x248f00513db0f6a9, 0x59f8e9571582973c}};
+// ATokenGPvbdGVxr1b2hvZbsiqW5xWH25efTNsLJA8knL
+const Key ASSOCIATED_TOKEN_PROGRAM = {{0xf189244e8f25978c, 0x830d8e1429103dbb, 0x8410ffda99135a0b, 0x59f8e9dbd87b8e04}};
 
 // The layout of spl_token::state::Account.
 typedef struct __attribute__((packed)) {
