@@ -19,7 +19,7 @@ from psyche_lightning.errors import TransportError, WireError
 from psyche_lightning.transports.base import TransportContext
 from psyche_lightning.transports.budget import Throttle
 from psyche_lightning.transports.framing import Kind, Source, frame, goodbye_text, read_frame
-from psyche_lightning.transports.pipe import Pipe
+from psyche_lightning.transports.pipe import GoodbyeError, Pipe
 from psyche_lightning.transports.waiting import within
 from psyche_lightning.wire.identity import short
 
@@ -78,7 +78,7 @@ class Part(Protocol):
         """Learn the size of the blob; whether the part is still wanted. Raises TransportError to refuse it."""
         ...
 
-    def write(self, piece: bytes, now: float) -> bool:
+    def write(self, piece: bytes | memoryview, now: float) -> bool:
         """Take the next bytes; whether more are wanted."""
         ...
 
@@ -292,7 +292,7 @@ class Connection:
                 request.done.set_exception(error)
                 return
         else:
-            piece = body[4:]
+            piece = memoryview(body)[_NUMBER.size :]
             if request.expected is None or len(piece) > request.expected - request.received:
                 raise WireError("a piece of a blob has the wrong length")
             request.received += len(piece)
@@ -380,6 +380,9 @@ class Connection:
             self._lost(error)
 
     def _lost(self, error: OSError | EOFError) -> None:
+        if isinstance(error, GoodbyeError):
+            self.close(f"it said goodbye: {error}")
+            return
         text = (error.strerror or str(error)) if isinstance(error, OSError) else "end of stream"
         self.close(f"the connection broke ({text})")
 

@@ -71,6 +71,7 @@ class Span:
         source: who delivers it, or did.
         moved: time of the last progress.
         patience: seconds without progress after which the rest may be taken away.
+        pieces: its bytes.
     """
 
     download: Download
@@ -80,6 +81,7 @@ class Span:
     source: bytes | None = None
     moved: float = 0.0
     patience: float = PATIENCE
+    pieces: list[bytes | memoryview] = field(default_factory=list)
 
     @property
     def digest(self) -> bytes:
@@ -104,14 +106,14 @@ class Span:
         self.download.found(self, size)
         return self.left > 0
 
-    def write(self, piece: bytes, now: float) -> bool:
+    def write(self, piece: bytes | memoryview, now: float) -> bool:
         """Take the next bytes, as far as they belong to the span.
 
         Returns:
             Whether more is wanted.
         """
         size = min(len(piece), self.left)
-        self.download.data[self.at : self.at + size] = piece if size == len(piece) else piece[:size]
+        self.pieces.append(piece[:size])
         if self.at // STRIDE != (self.at + size) // STRIDE:
             self.moved = now
         self.at += size
@@ -128,7 +130,6 @@ class Download:
         max_size: the most that is accepted.
         size: bytes of the blob, once a source has told.
         received: how many of them are here.
-        data: the blob, with gaps.
         spans: all parts.
         known: set once the size is known.
     """
@@ -137,7 +138,6 @@ class Download:
     max_size: int
     size: int | None = None
     received: int = 0
-    data: bytearray = field(default_factory=bytearray)
     spans: list[Span] = field(default_factory=list)
     known: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -146,9 +146,13 @@ class Download:
         """Whether all bytes are here, right or wrong."""
         return self.received == self.size
 
+    def join(self) -> bytes:
+        """The blob, when it is complete."""
+        return b"".join(piece for span in sorted(self.spans, key=lambda span: span.start) for piece in span.pieces)
+
     def reset(self) -> None:
         """Forget everything."""
-        self.size, self.received, self.data, self.spans = None, 0, bytearray(), []
+        self.size, self.received, self.spans = None, 0, []
         self.known.clear()
 
     def found(self, span: Span, size: int) -> None:
@@ -157,7 +161,6 @@ class Download:
             raise TransportError(f"has {size} bytes, more than the {self.max_size} expected")
         if self.size is None:
             self.size = size
-            self.data = bytearray(size)
             for other in self.spans:  # they may take their parts once their sources are back
                 other.end = min(other.end, size) if other is span else 0
             if span.end < size:
@@ -277,7 +280,7 @@ class Fetch:
         """
         await self._fill(self._suppliers, self._deadline)
         while self._download.complete:
-            data = bytes(self._download.data)
+            data = self._download.join()
             if await self._matches(data):
                 return data
             shares = self._download.shares()
@@ -300,7 +303,7 @@ class Fetch:
             await self._fill([supplier], self._loop.time() + share)
             if not self._download.complete:
                 continue
-            data = bytes(self._download.data)
+            data = self._download.join()
             if await self._matches(data):
                 for key, parts in shares.items():
                     if any(wrong[part] != data[part] for part in parts) or len(wrong) != len(data):

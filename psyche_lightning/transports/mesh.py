@@ -71,7 +71,7 @@ class MeshTransport(abc.ABC):
         handshake_timeout: float = 10.0,
         overhead: float = 1.0,
     ) -> None:
-        self.meter = meter or ByteMeter()
+        self._meter = meter or ByteMeter()
         self._upload = Throttle(upload, overhead=overhead, what="upload")
         self._download = Throttle(download, overhead=overhead, what="download")
         self._rng = rng or random.Random()
@@ -89,6 +89,11 @@ class MeshTransport(abc.ABC):
         self._arriving: dict[asyncio.Task[None], None] = {}  # in order of arrival
         self._tasks: set[asyncio.Task[None]] = set()
         self._complaints: dict[str, float] = {}
+
+    @property
+    def meter(self) -> ByteMeter:
+        """Counts the bytes of everything."""
+        return self._meter
 
     # -- what a subclass does -----------------------------------------------------------------------------------------
 
@@ -272,7 +277,7 @@ class MeshTransport(abc.ABC):
             pause = pause * self._rng.uniform(0.5, 1.5) + (GRACE * self._rng.uniform(1.0, 1.5) if patient else 0.0)
             if pause and await happens(peer.up, pause):
                 continue
-            meter = ByteMeter(self.meter)
+            meter = ByteMeter(self._meter)
             try:
                 pipe = await self._timed(self._dial(peer.key, peer.address, meter))
             except (TransportError, WireError, OSError, EOFError) as error:

@@ -14,14 +14,17 @@ BULK = frozenset({Kind.FOUND, Kind.PIECE, Kind.ABSENT})
 URGENT = frozenset(LIMITS) - HANDSHAKE - BULK
 
 
+class GoodbyeError(OSError):
+    """The peer closed the connection and said why; the text is the reason, fit to be shown."""
+
+
 class Pipe(Protocol):
-    """Two lanes of frames in each direction, so that what is urgent does not wait for what is bulky; or one for both.
+    """Frames in each direction: in two lanes, so that what is urgent does not wait for what is bulky, or in one."""
 
-    Attributes:
-        meter: counts the bytes, up and down, with everything that is put around them.
-    """
-
-    meter: ByteMeter
+    @property
+    def meter(self) -> ByteMeter:
+        """Counts the bytes, up and down, with everything that is put around them."""
+        ...
 
     @property
     def lanes(self) -> Sequence[tuple[Source, Collection[int]]]:
@@ -33,6 +36,7 @@ class Pipe(Protocol):
 
         Raises:
             OSError: the connection broke.
+            GoodbyeError: the peer closed it.
         """
 
     def close(self, reason: str) -> None:

@@ -130,7 +130,7 @@ class TcpTransport(MeshTransport):
                 self._host or None, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
             family, kind, proto, _, target = found[0]
-            listener = MeteredSocket(family, kind, proto, meter=self.meter)
+            listener = MeteredSocket(family, kind, proto, meter=self._meter)
             try:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.setblocking(False)
@@ -187,7 +187,7 @@ class TlsPipe:
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, meter: ByteMeter) -> None:
-        self.meter = meter
+        self._meter = meter
         self._reader = reader
         self._writer = writer
         self._turn = asyncio.Lock()
@@ -196,6 +196,11 @@ class TlsPipe:
         sock = writer.get_extra_info("socket")
         if sock is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2 * PIECE_SIZE)
+
+    @property
+    def meter(self) -> ByteMeter:
+        """See :class:`~psyche_lightning.transports.pipe.Pipe`."""
+        return self._meter
 
     @property
     def lanes(self) -> Sequence[tuple[Source, Collection[int]]]:
