@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from psyche_lightning.coordinator.bloom import BLOOM_SIZE
 from psyche_lightning.coordinator.machine import batch_size
 from psyche_lightning.coordinator.state import (
     Checkpoint,
@@ -412,6 +413,8 @@ def write_coordinator(run: RunAccounts) -> bytes:
     record["client_version"] = _array(run.client_version.encode("utf-8", "surrogateescape").ljust(96, b"\0"))
     for slot, round_ in enumerate(state.rounds):
         _write_round(record["rounds"][slot], round_)
+    if state.phase is Phase.WARMUP:  # Psyche's readers look for the reports there; there is room for 32
+        _write_witnesses(record["rounds"][0], state.warmup_witnesses[:MAX_WITNESSES])
     for field, clients in (("clients", state.clients), ("exited_clients", state.exited_clients)):
         parts = [
             c.signer + c.node + bytes([c.status, 0, 0, 0]) + c.exited_height.to_bytes(4, "little") for c in clients
@@ -426,18 +429,23 @@ def write_coordinator(run: RunAccounts) -> bytes:
     return bytes(data)
 
 
-def _write_round(record: Any, round_: Round) -> None:
+def _write_witnesses(record: Any, witnesses: tuple[WitnessRecord, ...]) -> None:
+    nothing = bytes(BLOOM_SIZE)
     parts = [
         w.proof.position.to_bytes(8, "little")
         + w.proof.index.to_bytes(8, "little")
         + bytes([w.proof.witness, 0, 0, 0, 0, 0, 0, 0])
-        + w.participants
-        + w.broadcasts
+        + (w.participants or nothing)
+        + (w.broadcasts or nothing)
         + w.merkle
-        for w in round_.witnesses
+        for w in witnesses
     ]
     record["witnesses"][: len(parts)] = np.frombuffer(b"".join(parts), WITNESS)
     record["witnesses_len"] = len(parts)
+
+
+def _write_round(record: Any, round_: Round) -> None:
+    _write_witnesses(record, round_.witnesses)
     record["data_index"] = round_.data_index
     record["seed"] = round_.seed
     record["height"] = round_.height

@@ -19,11 +19,11 @@ from psyche_lightning.wire.hashing import ZERO_HASH, sha256
 from psyche_lightning_solana.account import Member, Rates, RunAccounts
 from psyche_lightning_solana.errors import NUMBERS
 from psyche_lightning_solana.layout import MAX_CLIENTS
-from psyche_lightning_solana.types import CHECKPOINT, METADATA, MODEL, cold_start_problem, model_problem
+from psyche_lightning_solana.types import CHECKPOINT, LLM, METADATA, MODEL, cold_start_problem, model_problem
 
 LAST_EPOCH = 2**16 - 1
 MAX_U64 = 2**64 - 1
-_CHECKPOINT_AT = 8 + 20
+_CHECKPOINT_AT = MODEL.body + LLM.offsets["checkpoint"]
 """Place of the checkpoint in the model section."""
 _IN_ROUND = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
 _COMMITTEES = {"TieBreaker": Committee.TIE_BREAKER, "Verifier": Committee.VERIFIER, "Trainer": Committee.TRAINER}
@@ -321,6 +321,5 @@ def health_check(
 
 def vote_checkpoint(run: RunAccounts, user: bytes, epoch: int, step: int, digest: bytes, clock: Clock) -> RunAccounts:
     """A client's vote for the parameters with which the epoch ends."""
-    need_member(run, user)
     require(run.state.phase is not Phase.COOLDOWN or digest != ZERO_HASH, "InvalidCheckpoint")
     return settle(replace(run, state=machine.checkpoint(run.state, user, epoch, step, digest)), clock)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from solders.instruction import AccountMeta, Instruction
@@ -89,12 +90,12 @@ class RunKeys:
     run_id: str
     coordinator_account: Pubkey
 
-    @property
+    @cached_property
     def instance(self) -> Pubkey:
         """The instance account."""
         return instance_address(self.program, self.run_id)
 
-    @property
+    @cached_property
     def manifest(self) -> Pubkey:
         """The manifest account."""
         return manifest_address(self.program, self.run_id)

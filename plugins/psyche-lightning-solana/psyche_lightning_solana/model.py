@@ -179,11 +179,18 @@ class ModelProgram:
         keys = (instance_at.key, coordinator.key, manifest.key)
         return _Context(given[0].key, instance, keys, self._run(coordinator.key, data, more))
 
+    def run(self, coordinator: bytes, manifest: bytes) -> RunAccounts:
+        """The run whose accounts have these keys."""
+        return self._run(coordinator, self.accounts[coordinator].data, self.accounts[manifest].data)
+
     def _run(self, key: bytes, data: bytes, manifest: bytes) -> RunAccounts:
         known = self._remembered.get(key)
         if known is not None and known[0] is data and known[1] is manifest:
             return known[2]
-        return read(data, manifest)
+        run = read(data, manifest)
+        if self._remember:
+            self._remembered[key] = (data, manifest, run)
+        return run
 
     def _store(self, context: _Context, run: RunAccounts) -> None:
         """Write the run; its nonce grows if any byte changed."""
@@ -333,31 +340,38 @@ class ModelProgram:
     def _set_address(self, given: list[_Given], address: str) -> None:
         require(len(given) >= 4, "AccountNotEnoughKeys")
         user, account, instance_at, system = given[:4]
-        kind = COORDINATOR.accounts["NodeAddress"]
-        start = discriminator(kind.name)
-        instance = self._instance(user, instance_at, owner=False)
+        require(user.signer, "AccountNotSigner")
         require(user.writable, "AccountNotMutable")
+        exists = account.account.owner != SYSTEM_PROGRAM
+        if not address:  # whether or not the run still exists
+            if exists:
+                self._address(user, account)
+                del self.accounts[account.key]
+            return
+        instance = self._instance(user, instance_at, owner=False)
         require(system.key == SYSTEM_PROGRAM, "InvalidProgramId")
         seeds = (b"address", instance["run_id"].encode(), user.key)
-        exists = account.account.owner != SYSTEM_PROGRAM
         if exists:
-            require(account.writable, "AccountNotMutable")
-            bump = self._owned(account, self.program_id, start, ADDRESS_SIZE)[8]
+            bump = self._address(user, account)[8]
             require(self._is_derived(account.key, *seeds, bytes([bump])), "ConstraintSeeds")
-            if not address:
-                del self.accounts[account.key]
-        elif address:
+        else:
             bump = self._create(account, *seeds)
-        if address:
-            text = address.encode()
-            values = {
-                "bump": bump,
-                "pad": bytes(7),
-                "wallet": user.key,
-                "len": len(text),
-                "address": text.ljust(126, b"\0"),
-            }
-            self.accounts[account.key] = Account(self.program_id, start + kind.write(values))
+        text = address.encode()
+        values = {
+            "bump": bump,
+            "pad": bytes(7),
+            "wallet": user.key,
+            "len": len(text),
+            "address": text.ljust(126, b"\0"),
+        }
+        kind = COORDINATOR.accounts["NodeAddress"]
+        self.accounts[account.key] = Account(self.program_id, discriminator(kind.name) + kind.write(values))
+
+    def _address(self, user: _Given, given: _Given) -> bytes:
+        require(given.writable, "AccountNotMutable")
+        data = self._owned(given, self.program_id, discriminator("NodeAddress"), ADDRESS_SIZE)
+        require(data[16:48] == user.key, "ConstraintHasOne")
+        return data
 
 
 def decode(data: bytes) -> tuple[str, dict[str, Any]]:

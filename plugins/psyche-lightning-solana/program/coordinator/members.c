@@ -41,7 +41,7 @@ typedef struct {
 SIZE(NodeAddress, 176);
 AT(NodeAddress, address, 50);
 
-static NOINLINE u64 make_address(Context *context, Account *account) {
+static NOINLINE u64 make_address(const Context *context, Account *account) {
   const Account *user = context->user;
   Derivation derivation = {{TEXT("address"), context->run_id, {user->key, 32}}, 3, 0};
   TRY(create_derived(context->input, user, account, &derivation, sizeof(NodeAddress)));
@@ -52,9 +52,22 @@ static NOINLINE u64 make_address(Context *context, Account *account) {
   return 0;
 }
 
-static NOINLINE u64 check_address(const Context *context, const Account *account) {
+static NOINLINE u64 check_address(const Input *input, const Account *account) {
   TRY(need_writable(account, "address"));
-  TRY(need_owned(account, context->input->program, ADDRESS_DISCRIMINATOR, sizeof(NodeAddress), "address"));
+  TRY(need_owned(account, input->program, ADDRESS_DISCRIMINATOR, sizeof(NodeAddress), "address"));
+  const NodeAddress *address = (const NodeAddress *)account->data;
+  return need_key(&input->accounts[0], &address->wallet, "address");
+}
+
+// An address is given up whether or not its run still exists, so that its rent comes back.
+static NOINLINE u64 give_up_address(Input *input, Account *account) {
+  if (same_key(account->owner, &SYSTEM_PROGRAM)) return 0;
+  TRY(check_address(input, account));
+  return close_account(account, &input->accounts[0]);
+}
+
+static NOINLINE u64 check_place(const Context *context, Account *account) {
+  TRY(check_address(context->input, account));
   const NodeAddress *address = (const NodeAddress *)account->data;
   Slice seeds[4] = {TEXT("address"), context->run_id, {context->user->key, 32}, {&address->bump, 1}};
   return need_seeds(account, seeds, COUNT(seeds), context->input->program, "address");
@@ -69,13 +82,13 @@ NOINLINE u64 set_address(Input *input) {
   read_string(&fields, sizeof ((NodeAddress *)0)->address, &text);
   TRY(ended(&fields));
   TRY(need_accounts(input, 4));
-  TRY(open_instance(&context, input, 2, 0));
+  TRY(need_signer(user, "user"));
   TRY(need_writable(user, "user"));
+  if (text.length == 0) return give_up_address(input, account);
+  TRY(open_instance(&context, input, 2, 0));
   TRY(need_program(&input->accounts[3], &SYSTEM_PROGRAM, "system_program"));
   bool exists = !same_key(account->owner, &SYSTEM_PROGRAM);
-  if (exists) TRY(check_address(&context, account));
-  if (text.length == 0) return exists ? close_account(account, user) : 0;
-  if (!exists) TRY(make_address(&context, account));
+  TRY((exists ? check_place : make_address)(&context, account));
   NodeAddress *address = (NodeAddress *)account->data;
   address->length = (u16)text.length;
   fill_zero(address->address, sizeof address->address);

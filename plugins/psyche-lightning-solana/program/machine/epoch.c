@@ -45,7 +45,6 @@ NOINLINE void form_epoch(Run *run) {
   Manifest *manifest = run->manifest;
   fill_zero(account->rounds, sizeof account->rounds);
   fill_zero(&account->exited, sizeof account->exited);
-  clear_votes(run);
   manifest->epoch_digest = (Key){{0, 0, 0, 0}};
   account->rounds_head = 0;
   account->start_step = account->progress.step;

@@ -22,10 +22,19 @@ bool is_healthy(const Run *run, const Key *signer) {
   return index != NOBODY && run->account->clients.items[index].state == HEALTHY;
 }
 
+// Whether another member's node has that key.
+static bool is_taken(const Run *run, const Key *p2p, u64 index) {
+  const Coordinator *account = run->account;
+  for (u64 i = 0; i < within(account->members_length, MAX_CLIENTS); i++)
+    if (i != index && same_key(&account->members[i].p2p, p2p)) return true;
+  return false;
+}
+
 // A wallet becomes pending for the next epoch; one that came before may bring a new node key.
 NOINLINE u64 join(Run *run, const Key *signer, const Key *p2p) {
   Coordinator *account = run->account;
   u64 index = find_member(run, signer, 0);
+  REQUIRE(!is_taken(run, p2p, index), SignerMismatch);
   if (index == NOBODY) {
     index = account->members_length;
     REQUIRE(index < account->config.global_batch_size_end, MoreClientsThanBatches);

@@ -33,8 +33,14 @@ NOINLINE void close_run(Run *run) {
 }
 
 void enter(Run *run, u8 phase) {
-  run->account->run_state = phase;
-  run->account->phase_start = run->now;
+  Coordinator *account = run->account;
+  // Reports of warm-up stay for as long as its epoch trains, votes until they are counted.
+  if (phase != ROUND_TRAIN && phase != ROUND_WITNESS) {
+    if (account->run_state == WARMUP) fill_zero(&account->rounds[0], sizeof account->rounds[0]);
+    clear_votes(run);
+  }
+  account->run_state = phase;
+  account->phase_start = run->now;
   run->gathered = false;
   run->heard = false;
   run->changed = true;
@@ -110,7 +116,6 @@ static bool step_warmup(Run *run) {
   }
   // When parameters are agreed, every report is of those; else the first decides.
   manifest->epoch_digest = manifest->votes[0].digest;
-  clear_votes(run);
   begin_round(run, 0, account->progress.epoch_start_data_index);
   return true;
 }
