@@ -7,6 +7,7 @@ versions of clang write other instructions, so the version is fixed too; Debian 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -88,12 +89,14 @@ def compile_program(name: str, sources: Path = SOURCES, clang: str | None = None
             f"There are no sources of the program {name!r} in {sources}. They are part of the repository, not of the "
             "installed package; run this in a checkout, or name its folder with --sources."
         )
+    # Nothing else: variables such as CPATH change what a compiler finds.
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
     with tempfile.TemporaryDirectory() as folder:
         objects = []
         for number, file in enumerate(files):
             target = Path(folder, f"{number}.o")
             command = [compiler, *FLAGS, f"-ffile-prefix-map={sources}=.", "-c", str(file), "-o", str(target)]
-            done = subprocess.run(command, cwd=sources, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise BuildError(f"clang refuses {sources / file}:\n{done.stderr.strip()}")
             objects.append((file.as_posix(), target.read_bytes()))
