@@ -156,6 +156,10 @@ class Feed:
         """Set it no more."""
         self._news.discard(event)
 
+    def look(self) -> None:
+        """Have it look soon."""
+        self._look.set()
+
     def chain_time(self) -> float:
         """The chain's clock now, as far as the last look tells."""
         return self._chain_time + self._clock() - self._chain_time_at

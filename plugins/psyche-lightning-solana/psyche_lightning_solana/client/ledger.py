@@ -86,11 +86,11 @@ class Ledger:
         self._entries: list[Entry] = []
         self._lock = asyncio.Lock()
 
-    async def entries(self, *, most: int = MAX_TRANSACTIONS) -> list[Entry]:
-        """All transactions so far, oldest first.
+    async def entries(self, *, since: int = 0) -> list[Entry]:
+        """Transactions so far, oldest first, and at most the newest 20,000.
 
         Args:
-            most: the newest so many, if there are more.
+            since: Unix seconds before which they do not matter.
 
         Raises:
             RpcProblem: no service answers, or it no longer keeps some of them.
@@ -99,16 +99,16 @@ class Ledger:
             until = Signature.from_string(self._entries[-1].signature) if self._entries else None
             rows: list[dict[str, Any]] = []
             before: Signature | None = None
-            while len(rows) < most:
+            while len(rows) < MAX_TRANSACTIONS:
                 page = await self._reader.signatures(self._key, before, until)
                 rows += page
-                if len(page) < PAGE:
+                if len(page) < PAGE or (page[-1].get("blockTime") or since) < since:
                     break
                 before = Signature.from_string(page[-1]["signature"])
             gate = asyncio.Semaphore(WIDTH)
-            fresh = await asyncio.gather(*(self._entry(row, gate) for row in reversed(rows[:most])))
-            self._entries += fresh
-            return list(self._entries[-most:])
+            wanted = [row for row in reversed(rows) if (row.get("blockTime") or since) >= since]
+            self._entries += await asyncio.gather(*(self._entry(row, gate) for row in wanted))
+            return list(self._entries)
 
     async def _entry(self, row: Mapping[str, Any], gate: asyncio.Semaphore) -> Entry:
         signature = str(row["signature"])

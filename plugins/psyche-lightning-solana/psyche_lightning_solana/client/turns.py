@@ -1,7 +1,7 @@
 """Whose turn it is to tick, so that a deadline of the run costs one transaction and not one of every node.
 
-Every instruction moves the run on as far as it goes; a tick is only needed where the clock alone does. The clients stand
-in an order that the state's own bytes give; the first sends when time has come, each next one only if by then nothing
+Every instruction moves the run on as far as it goes; a tick is only needed where the clock alone does. The clients
+stand in an order that the state gives; the first sends when time has come, each next one only if by then nothing
 happened. Whoever is not in the list comes after it, so a run whose clients are all gone does not stand still.
 """
 
