@@ -60,7 +60,7 @@ NOINLINE void move_votes(Run *run, const u16 *places) {
   for (u64 i = 0; i < length; i++) {
     u16 place = places[manifest->votes[i].client];
     if (place == NO_PLACE) continue;
-    copy(&manifest->votes[kept], &manifest->votes[i], sizeof(Vote));
+    if (kept != i) copy(&manifest->votes[kept], &manifest->votes[i], sizeof(Vote));
     manifest->votes[kept].client = (u8)place;
     mirror_report(run, kept);
     kept++;
