@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class PsycheError(Exception):
     """Base of every error of this package: what happened, what was expected, what to do."""
@@ -29,6 +31,23 @@ class TransportError(PsycheError):
 
 class StoreError(PsycheError):
     """A node's folder of blobs and promises is full, unwritable, in use or damaged."""
+
+
+class DataError(PsycheError):
+    """Samples cannot be obtained.
+
+    A node whose training samples raise this gives nothing to the round, and their ids are assigned again later; where
+    the error is lasting, the node leaves the run with it.
+
+    Attributes:
+        ids: the samples, as they were asked for; empty where it is not about some of them.
+        lasting: whether asking again is of no use, as when the data is not what it was at the start.
+    """
+
+    def __init__(self, message: str, *, ids: Sequence[int] = (), lasting: bool = False) -> None:
+        super().__init__(message)
+        self.ids = tuple(ids)
+        self.lasting = lasting
 
 
 class CoordinatorError(PsycheError):

@@ -194,18 +194,25 @@ def register_models(register: Register[ModelFactory]) -> None:
 class DataProvider(Protocol):
     """The samples of a run, the same on every node.
 
+    ``psyche_lightning.testing.data`` is its conformance kit. Two more things are used where a provider has them:
+
+    * an attribute ``fingerprint`` (text), which is part of the run's manifest: nodes whose samples differ have
+      different ones, and are told so when they join;
+    * a method ``prefetch(start, end)``, which is told that these ids will be asked for soon, begins to obtain them
+      within bounds of its own, and returns at once.
+
     Attributes:
         vocab_size: number of token ids.
         seq_len: tokens of a sample.
-        tokenizer: a ``transformers`` tokenizer that is saved with checkpoints, or None.
-
-    An attribute ``fingerprint`` (text), where there is one, is part of the run's manifest: nodes whose samples differ
-    have different ones, and are told so when they join.
     """
 
     vocab_size: int
     seq_len: int
-    tokenizer: object | None
+
+    @property
+    def tokenizer(self) -> Any:
+        """A ``transformers`` tokenizer that is saved with checkpoints, or None; an attribute does as well."""
+        ...
 
     def __len__(self) -> int:
         """How many training samples there are; ids wrap around after that."""
@@ -217,7 +224,12 @@ class DataProvider(Protocol):
         Deterministic and independent of earlier calls.
 
         Returns:
-            For each id a dictionary with ``input_ids`` and ``labels``, int64 of shape [seq_len].
+            For each id a dictionary with ``input_ids`` and ``labels``, and where all samples have them
+            ``position_ids``, int64 of shape [seq_len]. Labels are not shifted; -100 is ignored.
+
+        Raises:
+            DataError: some of them cannot be obtained, after trying again for a while; it has their ids. The node gives
+                nothing to the round then, and the ids are assigned again. Where it is lasting, the node leaves the run.
         """
         ...
 
@@ -248,13 +260,16 @@ def register_data_providers(register: Register[DataProviderFactory]) -> None:
 
     ``factory(config, seed=...)`` returns a :class:`DataProvider`. All nodes of a run must see the same samples under
     the same ids: whatever decides them belongs in ``config``, which is part of the run's manifest except for its keys
-    ``path`` and ``tokenizer``, which may differ from machine to machine.
+    ``path``, ``url``, ``tokenizer`` and ``fetch``, which may differ from machine to machine.
 
     Example::
 
         @hookimpl
         def register_data_providers(register):
             register("digits", lambda config, *, seed: Digits(config["seq_len"], seed))
+
+    Built in: ``tokens`` (token files, on disk or behind HTTP), ``mix`` (a weighted mix of them), ``datasets`` (texts of
+    Hugging Face data sets), ``parquet`` (samples with labels and positions).
     """
 
 

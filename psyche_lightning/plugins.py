@@ -31,6 +31,7 @@ BUILTINS = (
     "psyche_lightning.builtin.transports",
     "psyche_lightning.builtin.coordinators",
     "psyche_lightning.builtin.models",
+    "psyche_lightning.builtin.data",
 )
 
 # What each hook adds, in the words of messages.

@@ -57,10 +57,15 @@ class Measured:
 
 
 def shapes(kind: str, millions: float) -> list[tuple[int, ...]]:
-    """Shapes of a model: ``blocks`` of a transformer of width 1024, or ``small``: 300 tensors."""
+    """Shapes of a model: ``blocks`` of a transformer, or 300 tensors, ``small`` ones or ``odd`` ones.
+
+    The dimensions are multiples of 64, as those of language models are; but for ``odd``, where padding to whole chunks
+    adds half as much again.
+    """
     total = int(millions * 1e6)
-    if kind == "small":
+    if kind in ("small", "odd"):
         width = max(1, int((total / 100 / 1.5) ** 0.5))
+        width = width if kind == "odd" else max(128, round(width / 128) * 128)
         return [(width, width * 3 // 2)] * 100 + [(width,)] * 200
     width = 1024 if total >= 20e6 else 512
     block: list[tuple[int, ...]] = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)] + [(width,)] * 2
@@ -113,7 +118,8 @@ def measure(kind: str, millions: float, config: DistroConfig, reference: Any, re
 
     named = parameters()
     count = sum(parameter.numel() for _, parameter in named)
-    result = Measured({"blocks": "transformer", "small": "300 tensors"}[kind], count, len(named))
+    names = {"blocks": "transformer", "small": "300 tensors", "odd": "300 odd tensors"}
+    result = Measured(names[kind], count, len(named))
     result.bandwidth, result.arithmetic = limits()
     _measure_ours(result, named, config, repeats)
     gc.collect()

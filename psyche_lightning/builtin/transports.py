@@ -21,9 +21,10 @@ def register_transports(register: Register[TransportFactory]) -> None:
 
 def tcp(options: Mapping[str, Any]) -> Transport:
     """Asyncio TCP with TLS bound to the nodes' keys."""
+    from psyche_lightning.transports.environment import with_environment
     from psyche_lightning.transports.tcp import TcpTransport
 
-    return build("transport 'tcp'", TcpTransport, options)
+    return build("transport 'tcp'", TcpTransport, with_environment(options))
 
 
 def memory(options: Mapping[str, Any]) -> Transport:

@@ -99,7 +99,7 @@ def engine(
     config = DistroConfig(k=k)
     theirs = None if reference is None else load_reference(reference)
     console = Console()
-    models = [("blocks", 10.0), ("small", 10.0), ("blocks", 100.0)]
+    models = [("blocks", 10.0), ("small", 10.0), ("odd", 10.0), ("blocks", 100.0)]
     if millions:
         models = [("blocks", size) for size in millions]
     results = [measure(kind, size, config, theirs, repeats) for kind, size in track(models, console=console)]
@@ -196,3 +196,39 @@ def fuzz(
         table.add_row(name, f"{outcome.inputs:,}", f"{outcome.accepted:,}", f"{1e3 * outcome.slowest:.1f}")
     Console().print(table)
     write_json(json_file, {name: asdict(outcome) for name, outcome in outcomes.items()})
+
+
+@bench.command()
+def transport(
+    names: Annotated[
+        list[str] | None, typer.Option("--transport", help="Which; repeatable. All that use the network unless given.")
+    ] = None,
+    megabytes: Annotated[float, typer.Option(min=1, max=1000, help="Size of a blob in MB.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Blobs of which the fastest and the median are shown.")] = 8,
+    json_file: Json = None,
+) -> None:
+    """MB/s and latency of the transports between two processes of this machine, beside plain sockets."""
+    from psyche_lightning.bench.transport import Speed, measure, sockets
+    from psyche_lightning.plugins import load_plugins
+
+    check_folder(json_file, "--json")
+    known = load_plugins().transports()
+    chosen = names or [name for name in known if name != "memory"]
+    for name in chosen:
+        known[name]  # an unknown one is an error before anything is measured
+    size = int(megabytes * 1e6)
+    table = _table(
+        f"Blobs of {megabytes:g} MB over loopback, {repeats} of each",
+        *("transport", "best, MB/s", "median, MB/s", "of plain sockets", "round trip, ms", "bytes on the wire / blob"),
+    )
+    results: list[Speed] = []
+    console = Console()
+    for number, name in enumerate(track(["", *chosen], console=console, transient=True)):
+        results.append(sockets(size, repeats) if number == 0 else measure(name, {}, size, repeats))
+    for one in results:
+        trip = "" if one.round_trip is None else f"{1e3 * one.round_trip:.2f}"
+        overhead = "" if one.overhead is None else f"{one.overhead:.3f}"
+        ratio = f"{one.median / results[0].median:.3f}"
+        table.add_row(one.name, f"{one.best / 1e6:.0f}", f"{one.median / 1e6:.0f}", ratio, trip, overhead)
+    console.print(table)
+    write_json(json_file, {"size": size, "repeats": repeats, "transports": [asdict(one) for one in results]})

@@ -95,6 +95,7 @@ class HttpCoordinator:
     ) -> None:
         self.url = check_url(url)
         self.run_id = run_id
+        self.signer = identity.public
         self.status = f"not yet connected to {self.url}"
         self._identity = identity
         self._socket_factory = socket_factory

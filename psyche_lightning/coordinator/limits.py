@@ -33,8 +33,10 @@ class Limits:
     whole_seconds: bool = False
 
 
-PSYCHE_LIMITS = Limits(clients=256, witnesses=32, batch=65535, extra_time=255, whole_seconds=True)
-"""What fits into Psyche's account layout (spec S1.3, appendix B)."""
+PSYCHE_LIMITS = Limits(
+    clients=256, witnesses=32, batch=65535, steps=2**32 - 2, extra_time=255, whole_seconds=True
+)
+"""What fits into Psyche's account layout (spec S1.3, appendix B); the step after the last must fit, too."""
 
 _DURATIONS = (
     "epoch_time",
@@ -76,9 +78,10 @@ def check_config(config: CoordinatorConfig, limits: Limits | None = None) -> Non
     # Written so that NaN, which no comparison accepts, fails.
     rule(config.epoch_time > 0, "epoch_time", "more than 0 seconds")
     rule(
-        0 <= config.warmup_time < config.epoch_time,
+        # S1.3 allows 0; here an epoch begins only when a client has reported in warm-up, which takes time.
+        0 < config.warmup_time < config.epoch_time,
         "warmup_time",
-        f"0 or more and less than epoch_time ({config.epoch_time})",
+        f"more than 0 and less than epoch_time ({config.epoch_time})",
     )
     rule(
         0 < config.max_round_train_time < config.epoch_time,

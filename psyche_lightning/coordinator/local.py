@@ -30,7 +30,7 @@ class LocalCoordinator:
 
     def __init__(self, host: RunHost, identity: Identity, clock: Callable[[], float] = time.time) -> None:
         self._run = LiveRun.of(host, clock)
-        self._signer = identity.public
+        self.signer = identity.public
         self._timekeeper: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -41,15 +41,15 @@ class LocalCoordinator:
 
     async def join(self, address: str, manifest: dict[str, Any]) -> None:
         """Join the run."""
-        self._act(lambda host, now: host.join(self._signer, self._signer, address, manifest, now))
+        self._act(lambda host, now: host.join(self.signer, self.signer, address, manifest, now))
 
     async def withdraw(self) -> None:
         """Leave the run."""
-        self._act(lambda host, now: host.withdraw(self._signer, now))
+        self._act(lambda host, now: host.withdraw(self.signer, now))
 
     async def warmup_witness(self, epoch: int, index: int, digest: bytes) -> None:
         """Say which parameters this client holds."""
-        self._act(lambda host, now: host.warmup_witness(self._signer, epoch, index, digest, now))
+        self._act(lambda host, now: host.warmup_witness(self.signer, epoch, index, digest, now))
 
     async def witness(
         self,
@@ -64,17 +64,17 @@ class LocalCoordinator:
         """Report as a witness."""
         self._act(
             lambda host, now: host.witness(
-                self._signer, epoch, height, proof, merkle, participants, broadcasts, report, now
+                self.signer, epoch, height, proof, merkle, participants, broadcasts, report, now
             )
         )
 
     async def health_check(self, epoch: int, height: int, signers: list[bytes]) -> int:
         """Name silent clients."""
-        return self._act(lambda host, now: host.health_check(self._signer, epoch, height, signers, now))
+        return self._act(lambda host, now: host.health_check(self.signer, epoch, height, signers, now))
 
     async def checkpoint(self, epoch: int, step: int, digest: bytes) -> None:
         """Vote for the parameters at the end of an epoch."""
-        self._act(lambda host, now: host.checkpoint(self._signer, epoch, step, digest, now))
+        self._act(lambda host, now: host.checkpoint(self.signer, epoch, step, digest, now))
 
     async def accuse(self, first: bytes, second: bytes) -> None:
         """Show two signed results of one trainer for one batch."""

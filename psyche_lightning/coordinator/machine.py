@@ -7,7 +7,6 @@ a call that changes nothing returns the very state that it got.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -42,12 +41,12 @@ class MachineError(CoordinatorError):
 
 
 def batch_size(config: CoordinatorConfig, tokens: int) -> int:
-    """Samples of the round before which the run has seen ``tokens`` tokens (spec S1.8, in float64)."""
+    """Samples of the round before which the run has seen ``tokens`` tokens (spec S1.8, exactly; half rounds up)."""
     start, end = config.global_batch_size_start, config.global_batch_size_end
     ramp = config.global_batch_size_warmup_tokens
     if tokens >= ramp:
         return end
-    return math.floor(start + (end - start) * (tokens / ramp) + 0.5)
+    return start + (2 * (end - start) * tokens + ramp) // (2 * ramp)
 
 
 def healthy(state: RunState) -> list[Client]:

@@ -50,6 +50,11 @@ class Coordinator(Protocol):
     ``retryable=True`` when trying again later makes sense. The signer of every call is the client itself.
     """
 
+    @property
+    def signer(self) -> bytes:
+        """The 32-byte key that the coordinator knows this client by: the node's own, or a wallet's."""
+        ...
+
     async def terms(self) -> Terms:
         """What the run has fixed; does not join it."""
         ...

@@ -9,6 +9,7 @@ from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
 from psyche_lightning.distro.layout import Layout
 from psyche_lightning.distro.optimizer import DisTrO, NonFiniteGradientError
 from psyche_lightning.distro.partial import Tally, decode_tally, encode_tally, merge
+from psyche_lightning.distro.payload import PayloadForm
 from psyche_lightning.distro.select import Votes, select
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "DistroConfig",
     "Layout",
     "NonFiniteGradientError",
+    "PayloadForm",
     "Tally",
     "Votes",
     "decode",

@@ -76,7 +76,7 @@ def sign_update(
                 entry = entries[tile.entry]
                 results[tile.entry] = torch.empty(entry.rows, entry.cols, dtype=torch.float32, device=device)
         here = [ballot.part(batch.start, batch.stop) for ballot in votes]
-        aggregator.load(here or [Votes.empty(len(batch), config.k)])
+        aggregator.load(here or [Votes.empty(len(batch), config.widest)])
         with full_precision(device):
             signs = aggregator.signs(0, len(batch))
         for view, block in zip(layout.views(batch, results), layout.blocks(batch, signs), strict=True):

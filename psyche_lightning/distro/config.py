@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from psyche_lightning.errors import ConfigError
 
@@ -21,6 +23,9 @@ class DistroConfig:
         decay: factor on the accumulated update (delta) per step, 0 to 1.
         removal: fraction of the sent component that is subtracted from delta after encoding, 0 to 1.
         lookahead: whether gradients are taken at ``p - lr * sign(delta)`` (S4.3).
+        k_for: another k for the parameters whose names a pattern matches (``{"*embed*": 2}``); the first one counts.
+        float32_gradients: whether gradients of parameters of lower precision are accumulated over micro-batches in
+            float32 (at the cost of their memory), where their own dtype would lose small ones.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -31,14 +36,19 @@ class DistroConfig:
     decay: float = 0.999
     removal: float = 1.0
     lookahead: bool = False
+    k_for: Mapping[str, int] = field(default_factory=dict, hash=False)
+    float32_gradients: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk not in (8, 16, 32, 64):
             raise ConfigError(f"distro chunk is {self.chunk!r}; choose 8, 16, 32 or 64")
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or not 1 <= self.k <= self.most:
-            raise ConfigError(
-                f"distro k is {self.k!r}; with chunk {self.chunk} choose a whole number from 1 to {self.most}"
-            )
+        if not isinstance(self.k_for, Mapping) or not all(isinstance(pattern, str) for pattern in self.k_for):
+            raise ConfigError(f"distro k_for is {self.k_for!r}; expected a k for each of some patterns of names")
+        for name, k in {"k": self.k, **{f"k_for[{pattern!r}]": k for pattern, k in self.k_for.items()}}.items():
+            if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= self.most:
+                raise ConfigError(
+                    f"distro {name} is {k!r}; with chunk {self.chunk} choose a whole number from 1 to {self.most}"
+                )
         for name in ("decay", "removal"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 <= value <= 1:
@@ -48,6 +58,19 @@ class DistroConfig:
     def area(self) -> int:
         """Coefficients in a chunk."""
         return self.chunk * self.chunk
+
+    def k_of(self, name: str) -> int:
+        """The k of a parameter."""
+        return next((k for pattern, k in self.k_for.items() if fnmatch.fnmatchcase(name, pattern)), self.k)
+
+    def uniform(self, k: int) -> DistroConfig:
+        """This configuration with one k for all parameters."""
+        return replace(self, k=k, k_for={}) if self.k_for else self
+
+    @property
+    def widest(self) -> int:
+        """The largest k of any parameter."""
+        return max(self.k, *self.k_for.values()) if self.k_for else self.k
 
     @property
     def most(self) -> int:

@@ -84,13 +84,13 @@ class Batch:
         start: its first chunk.
         stop: the first chunk after it.
         tiles: what there is to copy.
-        padded: whether some elements of its chunks belong to no parameter.
+        padding: what of its chunks belongs to no parameter, as pairs of size and offset, with the strides of tiles.
     """
 
     start: int
     stop: int
     tiles: tuple[Tile, ...]
-    padded: bool
+    padding: tuple[tuple[tuple[int, int, int, int], int, tuple[int, int, int, int]], ...]
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -148,13 +148,18 @@ class Layout:
         )
 
     def digest(self, config: DistroConfig) -> bytes:
-        """SHA-256 of what payloads depend on: wire version, chunk, k, names and shapes (not the dtypes)."""
+        """SHA-256 of what payloads depend on: wire version, chunk, k, names and shapes (not the dtypes).
+
+        Where parameters have their own k, those follow.
+        """
         state = hashlib.sha256(b"psyche distro layout\0")
         state.update(struct.pack(">BHII", WIRE_VERSION, self.chunk, config.k, len(self.entries)))
         for entry in self.entries:
             name = entry.name.encode()
             state.update(struct.pack(">I", len(name)) + name + struct.pack(">I", len(entry.shape)))
             state.update(struct.pack(f">{len(entry.shape)}Q", *entry.shape))
+        if config.k_for:
+            state.update(struct.pack(f">{len(self.entries)}H", *(config.k_of(entry.name) for entry in self.entries)))
         return state.digest()
 
     def batches(self, limit: int, split: Sequence[Hashable] | None = None) -> tuple[Batch, ...]:
@@ -193,6 +198,12 @@ class Layout:
         if stop > start:
             yield self._batch(start, stop, tiles)
 
+    def whole(self, number: int) -> Batch:
+        """All chunks of one entry, as a batch."""
+        entry = self.entries[number]
+        stop = entry.offset + entry.chunks
+        return self._batch(entry.offset, stop, list(self._tiles(number, 0, entry.chunks, 0)))
+
     def blocks(self, batch: Batch, chunks: torch.Tensor) -> list[torch.Tensor]:
         """The tiles of a batch as views of its chunks.
 
@@ -202,6 +213,11 @@ class Layout:
         """
         first = chunks.storage_offset()
         return [chunks.as_strided(tile.size, tile.strides, first + tile.offset) for tile in batch.tiles]
+
+    def padding(self, batch: Batch, chunks: torch.Tensor) -> list[torch.Tensor]:
+        """What of a batch's chunks belongs to no parameter, as views; ``chunks`` as for :meth:`blocks`."""
+        first = chunks.storage_offset()
+        return [chunks.as_strided(size, strides, first + offset) for size, offset, strides in batch.padding]
 
     def views(self, batch: Batch, matrices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The tiles of a batch as views of the parameters, or of what has their shapes.
@@ -232,8 +248,16 @@ class Layout:
         return tensor.detach().reshape(entry.rows, entry.cols)
 
     def _batch(self, start: int, stop: int, tiles: list[Tile]) -> Batch:
-        area = self.chunk * self.chunk
-        return Batch(start, stop, tuple(tiles), sum(math.prod(tile.size) for tile in tiles) < (stop - start) * area)
+        padding = []
+        for tile in tiles:
+            down, rows, right, cols = tile.size
+            full = tile.width if self.entries[tile.entry].in_runs else self.chunk
+            if cols < full:
+                padding.append(((down, rows, right, full - cols), tile.offset + cols, tile.strides))
+            if rows < self.chunk and not self.entries[tile.entry].in_runs:
+                size = down, self.chunk - rows, right, self.chunk
+                padding.append((size, tile.offset + rows * self.chunk, tile.strides))
+        return Batch(start, stop, tuple(tiles), tuple(padding))
 
     def _tiles(self, index: int, first: int, count: int, before: int) -> Iterator[Tile]:
         """Chunks of one entry, whole chunk rows or a part of one, that follow ``before`` others in their batch."""

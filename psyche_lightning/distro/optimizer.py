@@ -10,11 +10,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from psyche_lightning.distro import codec, transform
+from psyche_lightning.distro import transform
+from psyche_lightning.distro.accumulated import Accumulated
 from psyche_lightning.distro.aggregate import Aggregator
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import DistroConfig
+from psyche_lightning.distro.groups import check_weight_decay, named_groups
 from psyche_lightning.distro.layout import Batch, Layout
+from psyche_lightning.distro.payload import PayloadForm
 from psyche_lightning.distro.select import Votes, select
 from psyche_lightning.errors import ConfigError, PayloadError, PsycheError
 
@@ -65,21 +68,28 @@ class DisTrO(torch.optim.Optimizer):
             raise ConfigError(f"budget is {budget!r}; choose the bytes that encode and apply may work in")
         self.budget = budget
         self.nonce = 0
+        self._accumulated: Accumulated | None = None
         self._saved: list[torch.Tensor] | None = None  # the published bytes, while look_ahead is active
-        super().__init__(_named_groups(parameters), {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(named_groups(parameters), {"lr": lr, "weight_decay": weight_decay})
         named: dict[str, torch.Tensor] = {}
         owner: dict[str, int] = {}
         for number, group in enumerate(self.param_groups):
-            _check_weight_decay(group["weight_decay"])
+            check_weight_decay(group["weight_decay"])
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if name in named:
                     raise ConfigError(f"two parameters are named {name!r}; give each its own name")
                 named[name], owner[name] = parameter, number
         self.layout = Layout(named.items(), self.config.chunk)
+        self._form = PayloadForm(self.layout, self.config)
         self._parameters = [named[entry.name] for entry in self.layout.entries]
         self._owners = [owner[entry.name] for entry in self.layout.entries]
         self._devices = [parameter.device for parameter in self._parameters]
         self._index = {entry.name: number for number, entry in enumerate(self.layout.entries)}
+        if self.config.float32_gradients:
+            if not hasattr(torch.Tensor, "grad_dtype"):
+                raise ConfigError(f"distro float32_gradients needs torch 2.10 or newer; this is {torch.__version__}")
+            for parameter in self._parameters:
+                parameter.grad_dtype = torch.float32
         self.lr_bits()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -100,7 +110,11 @@ class DisTrO(torch.optim.Optimizer):
     @property
     def max_payload(self) -> int:
         """The size of every payload of this layout, in bytes."""
-        return codec.payload_size(self.layout.chunk_count, self.config)
+        return self._form.size
+
+    def abstention(self) -> bytes:
+        """The payload that votes for nothing."""
+        return self._form.silent()
 
     def lr_bits(self) -> tuple[int, ...]:
         """The current learning rate of each group, as the bits of its float32 value.
@@ -120,7 +134,7 @@ class DisTrO(torch.optim.Optimizer):
         Raises:
             PayloadError: the payload is not a canonical one for this layout.
         """
-        codec.decode(payload, self.layout.chunk_count, self.config)
+        self._form.decode(payload)
 
     @torch.no_grad()
     def encode(self) -> bytes:
@@ -138,37 +152,36 @@ class DisTrO(torch.optim.Optimizer):
         self._check_gradients()
         config, layout = self.config, self.layout
         rates = _floats(self.lr_bits())
-        deltas = [layout.folded(number, self._delta(number)) for number in range(len(layout.entries))]
+        if self._accumulated is None:
+            self._accumulated = Accumulated(layout, self._devices)
         gradients = [
             None if parameter.grad is None else layout.folded(number, parameter.grad)
             for number, parameter in enumerate(self._parameters)
         ]
-        positions = np.empty((layout.chunk_count, config.k), np.int16)
-        signs = np.empty((layout.chunk_count, config.k), np.int8)
-        shape = (3, min(self._limit(config.k), layout.chunk_count), config.chunk, config.chunk)
-        work: torch.Tensor | None = None  # three batches of chunks: delta, and what the transform needs
+        votes = Votes.empty(layout.chunk_count, config.widest)
+        shape = (2, min(self._limit(config.widest), layout.chunk_count), config.chunk, config.chunk)
+        work: torch.Tensor | None = None  # two batches of chunks: what the transform needs
         with full_precision(*self._devices):
-            for batch in layout.batches(shape[1], self._devices):
-                device = self._devices[batch.tiles[0].entry]
-                if work is None or work.device != device:
-                    work = torch.empty(shape, dtype=torch.float32, device=device)
-                chunks, half, whole = work[:, : len(batch)]
-                blocks, ours = layout.blocks(batch, chunks), cast(list[torch.Tensor], layout.views(batch, deltas))
-                # In the parameters' own order, so that memory is read in long runs; the chunks then come from caches.
-                torch._foreach_mul_(ours, config.decay)
-                for rate, some, added in self._by_rate(rates, batch, ours, layout.views(batch, gradients)):
-                    torch._foreach_add_(some, added, alpha=rate)
-                if batch.padded:
-                    chunks.zero_()
-                torch._foreach_copy_(blocks, ours)
-                chosen, values = select(transform.forward(chunks, (half, whole)), config.k, half)
-                positions[batch.start : batch.stop] = chosen.cpu()
-                signs[batch.start : batch.stop] = values.sign().cpu()
+            for batch in layout.batches(shape[1], list(zip(self._devices, self._form.ks, strict=True))):
+                k = self._form.ks[batch.tiles[0].entry]
+                chunks = self._accumulated.chunks(batch)
+                if work is None or work.device != chunks.device:
+                    work = torch.empty(shape, dtype=torch.float32, device=chunks.device)
+                half, whole = work[:, : len(batch)]
+                chunks.mul_(config.decay)
+                views = layout.views(batch, gradients)
+                for rate, ours, added in self._by_rate(rates, batch, layout.blocks(batch, chunks), views):
+                    torch._foreach_add_(ours, added, alpha=rate)
+                chosen, values = select(transform.forward(chunks, (half, whole)), k)
+                some = Votes.of(chosen.cpu().numpy().astype(np.int16), values.sign().cpu().numpy().astype(np.int8))
+                votes.positions[batch.start : batch.stop, :k] = some.positions
+                votes.signs[batch.start : batch.stop, :k] = some.signs
                 if config.removal:
                     transform.subtract(chunks, chosen, values.mul_(config.removal))
-                torch._foreach_copy_(ours, blocks)
+                    if batch.padding:
+                        torch._foreach_zero_(layout.padding(batch, chunks))
         self.nonce += 1
-        return codec.encode(Votes.of(positions, signs), config)
+        return self._form.encode(votes)
 
     @torch.no_grad()
     def apply(self, payloads: Sequence[bytes], lrs: Sequence[int]) -> None:
@@ -201,13 +214,13 @@ class DisTrO(torch.optim.Optimizer):
         aggregator: Aggregator | None = None
         first = last = 0  # the chunks whose votes are at hand
         with full_precision(*self._devices):
-            for batch in layout.batches(self._limit(len(payloads) * config.k), self._devices):
+            for batch in layout.batches(self._limit(len(payloads) * config.widest), self._devices):
                 device = self._devices[batch.tiles[0].entry]
                 if aggregator is None or aggregator.device != device:
-                    aggregator, last = Aggregator(config, len(payloads) * config.k, device), batch.start
+                    aggregator, last = Aggregator(config, len(payloads) * config.widest, device), batch.start
                 if batch.stop > last:
                     first, last = batch.start, min(batch.start + span, layout.chunk_count)
-                    some = [codec.decode(payload, layout.chunk_count, config, first, last) for payload in payloads]
+                    some = [self._form.decode(payload, first, last) for payload in payloads]
                     aggregator.load(some)
                 signs = layout.blocks(batch, aggregator.signs(batch.start - first, batch.stop - first))
                 views = layout.views(batch, matrices)
@@ -254,7 +267,7 @@ class DisTrO(torch.optim.Optimizer):
 
     def _span(self, peers: int) -> int:
         """Chunks whose votes of all peers fit into half the budget; at least a batch's."""
-        votes = max(1, peers * self.config.k)
+        votes = max(1, peers * self.config.widest)
         return max(self._limit(votes), self.budget // 2 // (16 * votes))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -289,8 +302,8 @@ class DisTrO(torch.optim.Optimizer):
         try:
             with torch.no_grad():
                 for number, parameter in enumerate(self._parameters):
-                    if "delta" in self.state[parameter]:
-                        ahead = self._delta(number).sign().mul_(-lrs[self._owners[number]])
+                    if self._accumulated is not None:
+                        ahead = self._accumulated.get(number).sign_().mul_(-lrs[self._owners[number]])
                         parameter.copy_(ahead.add_(self._published(number)))
             yield
         finally:
@@ -301,9 +314,25 @@ class DisTrO(torch.optim.Optimizer):
 
     def reset(self) -> None:
         """Forget the accumulated update; parameters stay."""
-        for parameter in self._parameters:
-            self.state[parameter].pop("delta", None)
+        self._accumulated = None
         self.nonce = 0
+
+    def accumulated(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The accumulated update of each parameter, in the layout's order: ``(name, float32 copy)``; none at first."""
+        if self._accumulated is not None:
+            for number, entry in enumerate(self.layout.entries):
+                yield entry.name, self._accumulated.get(number)
+
+    def load_accumulated(self, name: str, tensor: torch.Tensor) -> None:
+        """Replace the accumulated update of one parameter.
+
+        Raises:
+            PsycheError: no such name, or another shape or dtype.
+        """
+        number = self._expected(name, tensor)
+        if self._accumulated is None:
+            self._accumulated = Accumulated(self.layout, self._devices)
+        self._accumulated.put(number, tensor)
 
     def published(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The parameters that all nodes share, in the layout's order: ``(name, float32 tensor)``, not copied.
@@ -322,21 +351,31 @@ class DisTrO(torch.optim.Optimizer):
             PsycheError: no such name, or another shape or dtype.
         """
         self._not_looking_ahead("load_published")
-        if name not in self._index:
-            raise PsycheError(f"no trainable parameter is named {name!r}; there are {', '.join(self._index)}")
-        published = self._published(self._index[name])
-        if tensor.shape != published.shape or tensor.dtype != torch.float32:
-            raise PsycheError(
-                f"parameter {name!r} was sent as {tensor.dtype} {tuple(tensor.shape)}; "
-                f"torch.float32 {tuple(published.shape)} is expected"
-            )
+        published = self._published(self._expected(name, tensor))
         published.copy_(tensor)
         if published is not self._parameters[self._index[name]]:
             self._parameters[self._index[name]].copy_(published)
 
+    def _expected(self, name: str, tensor: torch.Tensor) -> int:
+        """The number of the entry that a float32 tensor of its shape is for."""
+        if name not in self._index:
+            raise PsycheError(f"no trainable parameter is named {name!r}; there are {', '.join(self._index)}")
+        shape = self.layout.entries[self._index[name]].shape
+        if tensor.shape != shape or tensor.dtype != torch.float32:
+            raise PsycheError(
+                f"parameter {name!r} was sent as {tensor.dtype} {tuple(tensor.shape)}; "
+                f"torch.float32 {shape} is expected"
+            )
+        return self._index[name]
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with ``delta`` and, where there is one, ``master`` per parameter, and the nonce."""
-        return {**super().state_dict(), "nonce": self.nonce}
+        found = super().state_dict()
+        state = {key: dict(values) for key, values in found["state"].items()}
+        names = [name for group in self.param_groups for name in group["param_names"]]  # torch numbers in this order
+        for name, delta in self.accumulated():
+            state.setdefault(names.index(name), {})["delta"] = delta
+        return {**found, "state": state, "nonce": self.nonce}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict` exactly; torch's own would round the state to the parameters' dtype.
@@ -364,18 +403,17 @@ class DisTrO(torch.optim.Optimizer):
                         copy = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
                         state[parameter][what] = copy.copy_(tensor)
         super().load_state_dict({"state": {}, "param_groups": groups})
+        self.reset()
+        names = {
+            id(p): name
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        }
         for parameter, values in state.items():
+            if "delta" in values and parameter.requires_grad:
+                self.load_accumulated(names[id(parameter)], values.pop("delta"))
             self.state[parameter] = values
         self.nonce = int(state_dict["nonce"])
-
-    def _delta(self, number: int) -> torch.Tensor:
-        """The accumulated update of an entry: float32, contiguous, of its shape; zeros at first."""
-        parameter = self._parameters[number]
-        state = self.state[parameter]
-        if "delta" not in state:
-            with torch.inference_mode(False):
-                state["delta"] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        return cast(torch.Tensor, state["delta"])
 
     @torch.no_grad()
     def _published(self, number: int) -> torch.Tensor:
@@ -431,30 +469,6 @@ class DisTrO(torch.optim.Optimizer):
     def _not_looking_ahead(self, what: str) -> None:
         if self._saved is not None:
             raise PsycheError(f"{what} was called within look_ahead(), where parameters are not the published ones")
-
-
-def _named_groups(parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups with ``params`` and ``param_names``; a parameter that is tied within a group stands once."""
-    items = list(parameters)
-    groups = cast(list[dict[str, Any]], items if items and isinstance(items[0], dict) else [{"params": items}])
-    named = []
-    for group in groups:
-        pairs = list(group["params"])
-        if "param_names" in group:
-            pairs = list(zip(group["param_names"], pairs, strict=True))
-        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
-            raise ConfigError("DisTrO needs the parameters' names; pass module.named_parameters()")
-        unique: dict[int, tuple[str, torch.Tensor]] = {}
-        for name, parameter in pairs:
-            unique.setdefault(id(parameter), (name, parameter))
-        names, tensors = [name for name, _ in unique.values()], [tensor for _, tensor in unique.values()]
-        named.append({**group, "params": tensors, "param_names": names})
-    return named
-
-
-def _check_weight_decay(value: Any) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise ConfigError(f"weight_decay is {value!r}; choose a finite number that is not negative")
 
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:

@@ -119,8 +119,9 @@ def decode_tally(payload: bytes, chunk_count: int, config: DistroConfig, peers: 
     kind, log2, chunks, count = _HEADER.unpack_from(payload)
     if (kind, log2, chunks) != (_KIND, config.chunk.bit_length() - 1, chunk_count):
         raise PayloadError(f"the tally's header is {payload[: _HEADER.size].hex()}, that of another version or layout")
-    if count > peers * config.k * chunk_count:
-        raise PayloadError(f"the tally has {count} votes; {peers} peers have at most {peers * config.k * chunk_count}")
+    most = peers * config.widest * chunk_count
+    if count > most:
+        raise PayloadError(f"the tally has {count} votes; {peers} peers have at most {most}")
     low, upper = _shape(chunk_count * config.area, count)
     size = count * (low + 1) + upper
     if len(payload) != _HEADER.size + (size + 7) // 8:

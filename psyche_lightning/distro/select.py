@@ -41,13 +41,12 @@ class Votes:
         return Votes(self.positions[start:stop], self.signs[start:stop])
 
 
-def select(coefficients: torch.Tensor, k: int, work: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def select(coefficients: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k coefficients of largest magnitude of each chunk.
 
     Args:
         coefficients: float32 [chunks, c, c].
         k: how many to keep.
-        work: a buffer like ``coefficients``, so that a loop over batches allocates little.
 
     Returns:
         Positions, int64 [chunks, k], ascending, and the values there, float32 [chunks, k]. Which of several equal
@@ -56,33 +55,32 @@ def select(coefficients: torch.Tensor, k: int, work: torch.Tensor | None = None)
     flat = coefficients.flatten(1)
     chunks, area = flat.shape
     # Every one of the k largest is in one of the k groups with the largest maxima.
-    depth = 1 << (area // k).bit_length() // 2
+    depth = 1 << ((area // k).bit_length() - 1) // 2
     groups = area // depth
-    magnitudes = flat.abs() if work is None else torch.abs(flat, out=work.view(chunks, area))
     if depth > 1 and groups > k:
-        best = _largest(magnitudes.view(chunks, depth, groups).amax(dim=1), k)
+        grid = flat.view(chunks, depth, groups)
+        best = _largest(torch.maximum(grid.amax(dim=1), grid.amin(dim=1).neg_()), k)
         rows = torch.arange(0, area, groups, device=flat.device)
-        candidates = (best[:, None, :] + rows[:, None]).flatten(1)
-        chosen = _largest(magnitudes.gather(1, candidates), k)
-        positions = candidates.gather(1, chosen)
+        candidates = (best[:, None, :] + rows[:, None]).flatten(1)  # in ascending order, as the groups are
+        positions = candidates.gather(1, _largest(flat.gather(1, candidates).abs_(), k))
     else:
-        positions = _largest(magnitudes, k)
-    if positions.is_cpu:
-        positions = torch.from_numpy(np.sort(positions.numpy(), axis=1))
-    else:
-        positions = positions.sort(dim=1).values
+        positions = _largest(flat.abs(), k)
     return positions, flat.gather(1, positions)
 
 
 def _largest(magnitudes: torch.Tensor, k: int) -> torch.Tensor:
-    """Where the k largest of each row are, int64 [rows, k], in any order; magnitudes are float32 and not negative."""
+    """Where the k largest of each row are, int64 [rows, k], ascending; magnitudes are float32 and not negative."""
     if not magnitudes.is_cpu:
-        return magnitudes.topk(k, dim=1, sorted=False).indices
-    # numpy's vectorized partition of whole numbers beats torch's: magnitudes order like their bits.
-    count = magnitudes.shape[1]
+        return magnitudes.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    # numpy's vectorized partition of whole numbers beats torch's top-k: magnitudes order like their bits.
+    bits = magnitudes.numpy().view(np.int32)
+    rows, count = bits.shape
+    least = np.partition(bits, count - k, axis=1)[:, count - k, None]
+    found = np.flatnonzero(bits >= least)
+    if len(found) == rows * k:
+        return torch.from_numpy(found.reshape(rows, k) - np.arange(rows)[:, None] * count)
+    # Some row has more that are equal to its k-th largest: their places make the difference.
     shift = (count - 1).bit_length()
-    keys = magnitudes.numpy().view(np.int32).astype(np.int64)
-    keys <<= shift
-    keys |= np.arange(count)
+    keys = bits.astype(np.int64) << shift | np.arange(count)
     keys.partition(count - k, axis=1)
-    return torch.from_numpy(keys[:, count - k :] & ((1 << shift) - 1))
+    return torch.from_numpy(np.sort(keys[:, count - k :] & ((1 << shift) - 1), axis=1))

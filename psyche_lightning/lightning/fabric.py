@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import _LRScheduler
 
 from psyche_lightning.distro import DisTrO
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
 from psyche_lightning.lightning.optimizers import TakenStep, build_distro, copy_rates
@@ -130,7 +130,16 @@ class PsycheFabricStrategy(SingleDeviceStrategy):
         if self._loader is not None:
             return dataloader
         batch = self._looked().global_batch(check_loader(dataloader))
-        self._loader = RoundLoader(dataloader, batch, self._looked().agreement.seed, self._rounds, split=False)
+        session = self._looked()
+        self._loader = RoundLoader(
+            dataloader,
+            batch,
+            session.agreement.seed,
+            self._rounds,
+            split=False,
+            decline=self._decline,
+            upcoming=session.upcoming,
+        )
         return self._loader
 
     def _looked(self) -> Session:
@@ -184,6 +193,10 @@ class PsycheFabricStrategy(SingleDeviceStrategy):
             session.take()
             self._look_ahead()
             yield work
+
+    def _decline(self, error: DataError) -> None:
+        self._published()
+        self._looked().decline(error)
 
     def _look_ahead(self) -> None:
         assert self._distro is not None

@@ -15,8 +15,8 @@ from typing import Any
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from psyche_lightning.errors import ConfigError
-from psyche_lightning.lightning.order import DataOrder
+from psyche_lightning.data.order import DataOrder
+from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.node.participant import RoundWork
 
 SHOWN = "give the Trainer a DataLoader over a map-style data set, with batch_size and shuffle"
@@ -42,6 +42,10 @@ class Share:
         return sum(self.sizes)
 
 
+def _fail(error: DataError) -> None:
+    raise error
+
+
 class RoundLoader:
     """Yields the first micro-batch of each round's share; :attr:`share` has the others.
 
@@ -51,6 +55,9 @@ class RoundLoader:
         seed: the run's.
         rounds: called for each iteration; yields the rounds of one pass over the data.
         split: whether a share is split into micro-batches of the user's ``batch_size``.
+        decline: told when the first samples of the round in work cannot be obtained; then the next round comes.
+        upcoming: first and last data id of what may come after the round in work; None for unknown. A data set with a
+            method ``prefetch(indices)`` is told of a whole share when it begins, and of this.
 
     Attributes:
         share: the round that was yielded last.
@@ -67,6 +74,8 @@ class RoundLoader:
         seed: int,
         rounds: Callable[[], Iterator[RoundWork]],
         split: bool = True,
+        decline: Callable[[DataError], None] = _fail,
+        upcoming: Callable[[], tuple[int, int] | None] = lambda: None,
     ) -> None:
         batch_size = check_loader(loader)
         _auto_add_worker_init_fn(loader, 0)
@@ -75,7 +84,11 @@ class RoundLoader:
         self.global_batch = global_batch
         self._most = batch_size if split else None
         self._rounds = rounds
+        self._decline = decline
+        self._upcoming = upcoming
         self._loader = loader
+        # Worker processes have copies of the data set, to which it would have to be said.
+        self._ahead = getattr(loader.dataset, "prefetch", None) if loader.num_workers == 0 else None
         self._plan: list[list[int]] = []
         self._inner: DataLoader[Any] | None = None
 
@@ -91,7 +104,12 @@ class RoundLoader:
     def __iter__(self) -> Iterator[Any]:
         for work in self._rounds():
             self.share = self.load(work)
-            yield next(self.share.rest)
+            try:
+                first = next(self.share.rest)
+            except DataError as error:
+                self._decline(error)
+                continue
+            yield first
 
     def load(self, work: RoundWork) -> Share:
         """Begin to load the share ``[work.start, work.end]``, cut into micro-batches as equal as can be."""
@@ -99,6 +117,10 @@ class RoundLoader:
         parts = 1 if self._most is None else -(-len(indices) // self._most)
         cuts = [len(indices) * part // parts for part in range(parts + 1)]
         self._plan[:] = [indices[a:b] for a, b in itertools.pairwise(cuts)]
+        if self._ahead is not None:
+            self._ahead(indices)
+            if (upcoming := self._upcoming()) is not None:
+                self._ahead(self.order.indices(*upcoming))
         if self._inner is None:
             self._inner = self._build()
         return Share(work, [len(batch) for batch in self._plan], iter(self._inner))

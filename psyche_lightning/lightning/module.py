@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch.utils.data import Dataset
 from psyche_lightning.hookspecs import DataProvider
 from psyche_lightning.recipe.config import OptimizerSection
 from psyche_lightning.recipe.schedule import Schedule
+
+INPUTS = ("input_ids", "labels", "position_ids")
+"""What a model is given of a sample."""
 
 
 class CausalModule(LightningModule):
@@ -30,8 +33,8 @@ class CausalModule(LightningModule):
         self._schedule = schedule
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """The mean loss in nats a token; input_ids and labels are int64 [batch, seq_len]."""
-        loss: torch.Tensor = self.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+        """The mean loss in nats a token; input_ids, labels and perhaps position_ids are int64 [batch, seq_len]."""
+        loss: torch.Tensor = self.model(**{name: batch[name] for name in INPUTS if name in batch}).loss
         return loss
 
     @torch.no_grad()
@@ -42,7 +45,7 @@ class CausalModule(LightningModule):
         total = 0.0
         for start in range(0, len(samples), batch_size):
             part = samples[start : start + batch_size]
-            batch = {name: torch.stack([s[name] for s in part]).to(self.device) for name in ("input_ids", "labels")}
+            batch = {name: torch.stack([s[name] for s in part]).to(self.device) for name in INPUTS if name in part[0]}
             with self.trainer.precision_plugin.forward_context():
                 total += float(self.training_step(batch, 0)) * len(part)
         self.train(training)
@@ -75,10 +78,20 @@ class ProviderDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
         """The samples of several ids, asking for each stretch of neighbours at once."""
-        samples: list[dict[str, torch.Tensor]] = []
-        start = 0
-        for place in range(1, len(indices) + 1):
-            if place == len(indices) or indices[place] != indices[place - 1] + 1:
-                samples += self._provider.samples(indices[start], indices[place - 1])
-                start = place
-        return samples
+        return [sample for start, end in _stretches(indices) for sample in self._provider.samples(start, end)]
+
+    def prefetch(self, indices: list[int]) -> None:
+        """Tell the provider that these ids will be asked for soon, if it wants to know."""
+        ahead = getattr(self._provider, "prefetch", None)
+        if ahead is not None:
+            for start, end in _stretches(indices):
+                ahead(start, end)
+
+
+def _stretches(indices: list[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each stretch of neighbours."""
+    start = 0
+    for place in range(1, len(indices) + 1):
+        if place == len(indices) or indices[place] != indices[place - 1] + 1:
+            yield indices[start], indices[place - 1]
+            start = place

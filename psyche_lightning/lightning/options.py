@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -32,6 +33,8 @@ class Options:
         decay: what remains of the accumulated update before a gradient is added.
         removal: fraction of the sent component that is subtracted from the accumulated update.
         lookahead: whether gradients are taken ahead of the published parameters.
+        k_for: another k for the parameters whose names match a pattern, such as ``{"*embed*": 2}``.
+        float32_gradients: whether gradients of parameters of lower precision are accumulated in float32.
         seed: of the order of the data.
         digest_every: rounds between digests of the parameters, by which nodes notice that theirs differ.
         global_batch_size: samples of a round of the whole run; by default the DataLoader's ``batch_size`` times
@@ -55,6 +58,8 @@ class Options:
     decay: float | None = None
     removal: float | None = None
     lookahead: bool | None = None
+    k_for: Mapping[str, int] | None = None
+    float32_gradients: bool | None = None
     seed: int | None = None
     digest_every: int | None = None
     global_batch_size: int | None = None
@@ -104,7 +109,7 @@ class Options:
                 f"The strategy 'psyche' knows {known} but not {missing}: set {variable}, or neither of "
                 f"{COORDINATOR_VARIABLE} and {RUN_VARIABLE} to train alone."
             )
-        if self.coordinator is not None and "://" not in self.coordinator:
+        if self.coordinator is not None and not re.match(r"[a-z][a-z0-9_.-]*:(?!\d+$)", self.coordinator):
             raise ConfigError(
                 f"The coordinator {self.coordinator!r} is not a URL; expected one such as http://127.0.0.1:8080."
             )
@@ -114,7 +119,7 @@ class Options:
                 raise ConfigError(f"The option {name} is {value!r}; expected a whole number from 1.")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 64):
             raise ConfigError(f"The option seed is {self.seed!r}; expected a whole number from 0 to 2^64 - 1.")
-        for name in ("overlap", "lookahead"):
+        for name in ("overlap", "lookahead", "float32_gradients"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise ConfigError(f"The option {name} is {getattr(self, name)!r}; expected True or False.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -73,7 +74,7 @@ def train_recipe(
     torch.manual_seed(recipe.run.seed)  # nodes of one kind begin with equal parameters, which need not travel then
     model = plugins.models()[recipe.model.name].factory(recipe.model.options)
     model = model.to(getattr(torch, recipe.model.dtype)).train()
-    _check_vocabulary(model, provider)
+    check_data(model, provider)
     module = CausalModule(model, recipe.optimizer, recipe.schedule)
     alone = coordinator_url is None
     strategy = PsycheStrategy(
@@ -160,11 +161,12 @@ class _Diary(Callback):
         session, step = _session(trainer), trainer.global_step
         seconds = max(time.monotonic() - self._began, 1e-6)
         up, down = session.traffic.total
-        self._losses.append(session.loss)
         self._trained += 1
         rate = session.samples * self._provider.seq_len / seconds
-        lr = self._recipe.schedule(step)
-        self._write(step=step, loss=session.loss, lr=lr, tokens_per_second=round(rate, 1), bytes_up=up, bytes_down=down)
+        lr, loss = self._recipe.schedule(step), session.loss
+        if session.samples:  # else they could not be obtained
+            self._losses.append(loss)
+            self._write(step=step, loss=loss, lr=lr, tokens_per_second=round(rate, 1), bytes_up=up, bytes_down=down)
         figures = f"loss {session.loss:.3f}  {rate:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, figures=figures)
         if step % self._recipe.trainer.log_every == 0 and not self._console.is_terminal:
@@ -256,13 +258,26 @@ def _ends(values: list[float]) -> list[float]:
     return [values[0], values[-1]] if values else []
 
 
-def _check_vocabulary(model: torch.nn.Module, provider: DataProvider) -> None:
+def check_data(model: torch.nn.Module, provider: DataProvider) -> None:
+    """Refuse data that does not fit the model; reads one sample.
+
+    Raises:
+        ConfigError: the vocabulary is too large for the model, or it takes no positions and the data has some.
+        DataError: the sample cannot be obtained.
+    """
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if isinstance(size, int) and size < provider.vocab_size:
         raise ConfigError(
             f"the data has {provider.vocab_size} token ids and the model room for {size}; set "
             f"model.config.vocab_size={provider.vocab_size} or more"
         )
+    if "position_ids" in provider.samples(0, 0)[0]:
+        taken = inspect.signature(model.forward).parameters.values()
+        if not any(one.name == "position_ids" or one.kind is one.VAR_KEYWORD for one in taken):
+            raise ConfigError(
+                f"the data has position_ids, which {type(model).__name__} does not take; train another model, or make "
+                "the data without them (each sample one text)"
+            )
 
 
 def _quiet() -> None:

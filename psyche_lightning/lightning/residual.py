@@ -25,25 +25,13 @@ SAVE_EVERY = 50
 """Rounds between two saves: so much of the accumulated update a kill may cost."""
 
 
-def _parameters(optimizer: DisTrO) -> list[tuple[str, torch.Tensor]]:
-    return [
-        (name, parameter)
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-    ]
-
-
 def save(folder: Path, run: str, optimizer: DisTrO) -> None:
     """Write the delta; a kill in between leaves the file before.
 
     Raises:
         StoreError: the folder cannot be written.
     """
-    deltas = {
-        name: optimizer.state[parameter]["delta"].detach().cpu().contiguous()
-        for name, parameter in _parameters(optimizer)
-        if "delta" in optimizer.state[parameter]
-    }
+    deltas = {name: delta.cpu() for name, delta in optimizer.accumulated()}
     if not deltas:
         return
     about = {"run": run, "layout": optimizer.layout_digest.hex(), "nonce": optimizer.nonce}
@@ -71,14 +59,10 @@ def load(folder: Path, run: str, optimizer: DisTrO) -> bool:
     except (OSError, SafetensorError, ValueError) as error:
         logger.warning("the accumulated update in %s cannot be read and is left out: %s", path, error)
         return False
-    parameters = dict(_parameters(optimizer))
-    fits = all(
-        name in parameters and delta.shape == parameters[name].shape and delta.dtype == torch.float32
-        for name, delta in deltas.items()
-    )
-    if not fits:
+    shapes = {entry.name: entry.shape for entry in optimizer.layout.entries}
+    if any(delta.shape != shapes.get(name) or delta.dtype != torch.float32 for name, delta in deltas.items()):
         return False
     for name, delta in deltas.items():
-        optimizer.state[parameters[name]]["delta"] = delta.to(parameters[name].device)
+        optimizer.load_accumulated(name, delta)
     optimizer.nonce = int(about["nonce"])
     return True

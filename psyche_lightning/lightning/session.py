@@ -18,7 +18,8 @@ from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.coordinator.local import LocalCoordinator
 from psyche_lightning.coordinator.protocol import Coordinator, Terms
 from psyche_lightning.coordinator.state import ClientStatus, CoordinatorConfig, RunState
-from psyche_lightning.distro import DisTrO, NonFiniteGradientError, Votes, encode
+from psyche_lightning.distro import DisTrO, NonFiniteGradientError
+from psyche_lightning.errors import DataError
 from psyche_lightning.lightning import residual
 from psyche_lightning.lightning.agreement import Agreement, agree, look
 from psyche_lightning.lightning.optimizers import copy_rates
@@ -42,6 +43,10 @@ ALONE_RUN = "alone"
 ALONE_EPOCH = 1000
 """Rounds of an epoch of a run of one process: then what it remembers of them is dropped."""
 ALONE_BLOBS = 8
+LOST_ROUNDS = 20
+"""Rounds in a row without samples after which a node leaves, so that others train its share."""
+AHEAD_NODES = 4
+"""Most nodes of a run in which each looks ahead to the next round, whose division nobody knows yet."""
 _TIMES = (
     "warmup_time",
     "cooldown_time",
@@ -66,6 +71,7 @@ class Session:
         loss: mean loss of the last round that it trained.
         samples: samples that it trained in that round.
         work: the round that it works on.
+        lost_rounds: rounds in a row, up to now, to which it gave nothing for want of samples.
 
     Raises:
         PsycheError: the coordinator cannot be reached, has no such run, or its values are not the options'.
@@ -78,6 +84,7 @@ class Session:
         self.loss = math.nan
         self.samples = 0
         self.work: RoundWork | None = None
+        self.lost_rounds = 0
         self._next: RoundWork | None = None
         self._participant: Participant | None = None
         self._optimizer: DisTrO | None = None
@@ -266,9 +273,9 @@ class Session:
                 payload = distro.encode()
             except NonFiniteGradientError as error:
                 logger.warning("round %d of epoch %d: %s", work.height, work.epoch, error)
-        if payload is None:  # an abstention: nobody has to wait for the round's deadline
-            payload = encode(Votes.empty(distro.layout.chunk_count, distro.config.k), distro.config)
-        self.loss, self.samples = loss, samples
+        if payload is None:  # an abstention: nobody has to wait for the round's deadline, and no tokens say that it is
+            payload = distro.abstention()
+        self.loss, self.samples, self.lost_rounds = loss, samples, 0
         self.payload_bytes += len(payload) * max(0, self._clients() - 1)
         participant.submit(
             work,
@@ -288,6 +295,45 @@ class Session:
         else:
             with self._waiting():
                 participant.settle(work)
+
+    def decline(self, error: DataError) -> None:
+        """Give nothing to the round in work, whose samples cannot be obtained: its data ids stay open.
+
+        Raises:
+            DataError: the error is lasting, or it was like this for too many rounds in a row; the node has to leave.
+        """
+        work = self.work
+        assert work is not None
+        if error.lasting:
+            raise error
+        lost = self.lost_rounds + 1
+        if lost >= LOST_ROUNDS:
+            raise DataError(
+                f"this node leaves the run, as it could not obtain its samples in {lost} rounds in a row: {error}",
+                ids=error.ids,
+                lasting=True,
+            ) from error
+        logger.warning(
+            "round %d of epoch %d: this node gives nothing to it, and its data ids %d-%d stay open: %s",
+            work.height,
+            work.epoch,
+            work.start,
+            work.end,
+            error,
+        )
+        self.submit(None)
+        self.lost_rounds = lost
+
+    def upcoming(self) -> tuple[int, int] | None:
+        """First and last data id of the whole run's next round, where it is worth while to look ahead to it.
+
+        Which of them are this node's is not known before the round begins; so only in a run of few nodes.
+        """
+        current = self.state.current if self.state else None
+        if current is None or not current.batch_size or len(current.clients) > AHEAD_NODES:
+            return None
+        first = current.data_index + current.batch_size
+        return first, first + current.batch_size - 1
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from psyche_lightning.distro import DisTrO
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.loader import RoundLoader, Share, check_loader
 from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
@@ -85,6 +85,7 @@ class PsycheStrategy(SingleDeviceStrategy):
         self._accumulate = 1
         self._carried: list[torch.Tensor | None] | None = None
         self._loss = math.nan
+        self._lost: DataError | None = None
         self._old_handler: Any = None
 
     @classmethod
@@ -184,7 +185,14 @@ class PsycheStrategy(SingleDeviceStrategy):
             return dataloader
         batch_size = check_loader(dataloader)
         batch = session.global_batch(batch_size * self._accumulate)
-        loader = RoundLoader(dataloader, batch, session.agreement.seed, self._rounds)  # type: ignore[arg-type]
+        loader = RoundLoader(
+            dataloader,  # type: ignore[arg-type]
+            batch,
+            session.agreement.seed,
+            self._rounds,
+            decline=session.decline,
+            upcoming=session.upcoming,
+        )
         for old in self._loaders:
             old.close()
         self._loaders = [loader]
@@ -253,8 +261,8 @@ class PsycheStrategy(SingleDeviceStrategy):
             if not self._progress.enter(work.step, fresh):
                 return
             self.session.take()
-            fresh = False
             yield work
+            fresh = fresh and self.session.lost_rounds > 0
         state = self.session.state
         if self.stop_if_finished() and state is not None:
             self._progress.end(state.step - 1)
@@ -288,14 +296,17 @@ class PsycheStrategy(SingleDeviceStrategy):
         optimizer.zero_grad()
         batch, *rest = args
         mean: torch.Tensor | None = None
-        for size, micro in zip(share.sizes[1:], share.rest, strict=True):
-            micro = self._transferred(trainer, micro)
-            _weigh(trainer, micro)
-            loss = _loss_of(super().training_step(micro, *rest, **kwargs))
-            if loss is not None:
-                part = loss * (size / share.samples)
-                mean = part.detach() if mean is None else mean + part.detach()
-                self.backward(part, optimizer)
+        try:
+            for size, micro in zip(share.sizes[1:], share.rest, strict=True):
+                micro = self._transferred(trainer, micro)
+                _weigh(trainer, micro)
+                loss = _loss_of(super().training_step(micro, *rest, **kwargs))
+                if loss is not None:
+                    part = loss * (size / share.samples)
+                    mean = part.detach() if mean is None else mean + part.detach()
+                    self.backward(part, optimizer)
+        except DataError as error:  # Trainer gets its loss all the same; the round is declined after its step
+            self._lost = error
         # Trainer zeroes the gradients before it runs backward on what we return; pre_backward puts these back.
         self._carried = [p.grad for group in optimizer.param_groups for p in group["params"]]
         _weigh(trainer, batch)
@@ -345,10 +356,13 @@ class PsycheStrategy(SingleDeviceStrategy):
                 return closure()
 
         taken.reset()
-        self._carried = None
+        self._carried = self._lost = None
         result = super().optimizer_step(optimizer, ahead if distro.config.lookahead else closure, model, **kwargs)
-        usable = taken.called and not math.isnan(self._loss)
-        session.submit(optimizer if usable else None, self._loss, share.samples)
+        if self._lost is not None:
+            session.decline(self._lost)
+        else:
+            usable = taken.called and not math.isnan(self._loss)
+            session.submit(optimizer if usable else None, self._loss, share.samples)
         return result
 
     # --- checkpoints ------------------------------------------------------------------------------------------------

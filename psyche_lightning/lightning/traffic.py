@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from psyche_lightning.transports.base import Link, Transport, TransportContext
+from psyche_lightning.transports.base import Link, Progress, Transport, TransportContext
 from psyche_lightning.transports.meter import ByteMeter
 
 
@@ -40,10 +40,10 @@ class Traffic:
             up, down = sum(link.bytes_up for link in links), sum(link.bytes_down for link in links)
         return self.coordinator.up + up, self.coordinator.down + down
 
-    def gave(self, blob: bytes | None) -> None:
-        """Note a blob that a peer fetched."""
-        if blob is not None and len(blob) == self.payload_size:
-            self.payloads_up += len(blob)
+    def gave(self, size: int, given: int) -> None:
+        """Note what a peer was given of a blob of ``size`` bytes."""
+        if size == self.payload_size:
+            self.payloads_up += given
 
 
 class _Watched:
@@ -54,12 +54,7 @@ class _Watched:
         self._traffic = traffic
 
     async def start(self, context: TransportContext) -> str:
-        def read_blob(digest: bytes) -> bytes | None:
-            blob = context.read_blob(digest)
-            self._traffic.gave(blob)
-            return blob
-
-        return await self._transport.start(replace(context, read_blob=read_blob))
+        return await self._transport.start(replace(context, on_served=self._traffic.gave))
 
     def set_peers(self, peers: Mapping[bytes, str]) -> None:
         self._transport.set_peers(peers)
@@ -70,8 +65,16 @@ class _Watched:
     def broadcast(self, message: bytes) -> None:
         self._transport.broadcast(message)
 
-    async def fetch(self, digest: bytes, providers: Sequence[bytes], *, max_size: int, timeout: float) -> bytes:
-        return await self._transport.fetch(digest, providers, max_size=max_size, timeout=timeout)
+    async def fetch(
+        self,
+        digest: bytes,
+        providers: Sequence[bytes],
+        *,
+        max_size: int,
+        timeout: float,
+        progress: Progress | None = None,
+    ) -> bytes:
+        return await self._transport.fetch(digest, providers, max_size=max_size, timeout=timeout, progress=progress)
 
     def links(self) -> list[Link]:
         return self._transport.links()

@@ -114,7 +114,7 @@ class Runtime:
         self._traffic = traffic
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self.core = NodeCore(identity.public, identity.public, run_id, settings, self._seal, self._kept_promises())
+        self.core = NodeCore(identity.public, coordinator.signer, run_id, settings, self._seal, self._kept_promises())
 
     def _seal(self, message: Message) -> Envelope:
         return seal(self.identity, self.run_id, message)
@@ -189,13 +189,14 @@ class Runtime:
             await asyncio.sleep(TICK)
             self.handle(Tick())
 
-    def _on_message(self, peer: bytes, raw: bytes) -> None:
+    def _on_message(self, peer: bytes, raw: bytes) -> bool:
         try:
             envelope = open_envelope(raw, self.run_id)
         except WireError as error:
             self._say("warning", f"refused a message from {short(peer)}: {error}")
-            return
+            return False
         self.handle(Received(envelope))
+        return True
 
     def handle(self, event: Event) -> None:
         """Give the core an event and carry out what follows."""

@@ -67,6 +67,8 @@ class DistroSection:
         decay: what remains of the accumulated update before a gradient is added.
         removal: fraction of the sent component that is subtracted from the accumulated update.
         lookahead: whether gradients are taken ahead of the published parameters, on a copy.
+        k_for: another k for the parameters whose names match a pattern; the first match counts.
+        float32_gradients: whether gradients of bfloat16 parameters are accumulated in float32.
     """
 
     chunk: Literal[8, 16, 32, 64] = 64
@@ -74,6 +76,8 @@ class DistroSection:
     decay: Annotated[float, Range(0, 1)] = 0.999
     removal: Annotated[float, Range(0, 1)] = 1.0
     lookahead: bool = False
+    k_for: Mapping[str, Any] = field(default_factory=dict)
+    float32_gradients: bool = False
 
     @property
     def config(self) -> DistroConfig:

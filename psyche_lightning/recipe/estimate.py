@@ -69,7 +69,7 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
         ConfigError: its configuration is wrong, or nothing in it can be trained.
     """
     model = meta_model(recipe) if model is None else model
-    from psyche_lightning.distro import Layout, payload_size
+    from psyche_lightning.distro import Layout, PayloadForm
 
     named = list(model.named_parameters())
     trainable = [parameter for _, parameter in named if parameter.requires_grad]
@@ -89,5 +89,5 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
         parameters=sum(parameter.numel() for _, parameter in named),
         trainable=count,
         memory=memory,
-        payload=payload_size(layout.chunk_count, recipe.distro.config),
+        payload=PayloadForm(layout, recipe.distro.config).size,
     )

@@ -13,8 +13,8 @@ from typing import Any
 
 from psyche_lightning.recipe.config import Recipe
 
-PLACES = ("path", "tokenizer")
-"""Keys of ``model.config`` and ``data.config`` that say where something lies; nodes may keep it in other places."""
+PLACES = ("path", "url", "tokenizer", "fetch")
+"""Keys of ``model.config`` and ``data.config`` that say where something lies or how it is fetched; nodes may differ."""
 
 
 def manifest(recipe: Recipe, fingerprint: str | None = None) -> dict[str, dict[str, Any]]:

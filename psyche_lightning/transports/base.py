@@ -18,14 +18,18 @@ class TransportContext:
     Attributes:
         identity: the node's key; peers are named by public keys, and a transport proves its own to them.
         run_id: the run; transports of different runs do not talk to each other.
-        on_message: call with ``(peer, message)`` for each message that came in, on the event loop; must not block.
+        on_message: call with ``(peer, message)`` for each message that came in, on the event loop; must not block. The
+            peer is the one that delivered it, perhaps for another. False says that the message is bad: it is not passed
+            on to others.
         read_blob: returns the bytes of a blob by SHA-256, or None; may be called from any thread.
+        on_served: call with ``(size of the blob, bytes given out)`` when a peer was given a blob or a part of one.
     """
 
     identity: Identity
     run_id: str
-    on_message: Callable[[bytes, bytes], None]
+    on_message: Callable[[bytes, bytes], bool | None]
     read_blob: Callable[[bytes], bytes | None]
+    on_served: Callable[[int, int], None] = lambda size, given: None
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Link:
         bytes_up: bytes written to sockets towards it, everything counted.
         bytes_down: bytes read from sockets from it.
         reason: why the link is down, or empty.
+        bandwidth: bytes a second that blobs from it came with lately, or None when not measured.
+        last_seen: seconds since the peer was last heard, or None when it never was.
+        path: how its bytes travel, such as ``"direct"`` or ``"relay https://..."``; empty when not known.
     """
 
     peer: bytes
@@ -47,6 +54,13 @@ class Link:
     bytes_up: int
     bytes_down: int
     reason: str = ""
+    bandwidth: float | None = None
+    last_seen: float | None = None
+    path: str = ""
+
+
+Progress = Callable[[int, int], None]
+"""Called with ``(bytes here so far, bytes of the whole)`` as a blob comes in; on the event loop, must not block."""
 
 
 class Transport(Protocol):
@@ -78,10 +92,20 @@ class Transport(Protocol):
     def broadcast(self, message: bytes) -> None:
         """Queue a message for every peer, as :meth:`send` does."""
 
-    async def fetch(self, digest: bytes, providers: Sequence[bytes], *, max_size: int, timeout: float) -> bytes:
-        """Get a blob by SHA-256 from the first provider that has it, trying them in order.
+    async def fetch(
+        self,
+        digest: bytes,
+        providers: Sequence[bytes],
+        *,
+        max_size: int,
+        timeout: float,
+        progress: Progress | None = None,
+    ) -> bytes:
+        """Get a blob by SHA-256 from whoever of the providers has it.
 
-        A provider that does not answer uses up at most half of the time that is left when there are others after it.
+        The order says who is preferred; a transport may ask those first that answered better before, and take a large
+        blob from several of them at once. A provider that does not answer uses up at most half of the time that is
+        left when there are others after it.
 
         Raises:
             TransportError: nobody delivered matching bytes of at most ``max_size`` within ``timeout`` seconds, or the

@@ -1,4 +1,4 @@
-"""Frames of the TCP transport: body length (u32, big-endian), kind (u8), body.
+"""Frames of the network transports: body length (u32, big-endian), kind (u8), body.
 
 The length is checked against the limits of the kind before anything is read or allocated.
 
@@ -10,20 +10,21 @@ GOODBYE    up to 200 bytes of UTF-8: why the sender closes the connection
 MESSAGE    the message, up to ``MAX_MESSAGE_SIZE``
 PING       empty; the answer is PONG
 PONG       empty
-WANT       request u32 | SHA-256 32: send that blob
-FOUND      request u32 | size u64: its pieces follow
-PIECE      request u32 | the next 64 KiB of the blob, or what is left of it
+WANT       request u32 | SHA-256 32 | offset u64 | length u64: send that part of that blob
+FOUND      request u32 | size of the whole blob u64: the part follows, as far as the blob has it
+PIECE      request u32 | the next bytes of the part, at most 64 KiB
 ABSENT     request u32: the sender does not have the blob
 CANCEL     request u32: send no more of it
+GOSSIP     a message that is passed on (see :mod:`~psyche_lightning.transports.gossip`)
 =========  ==========================================================================================================
 """
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import struct
 from collections.abc import Collection
+from typing import Protocol
 
 from psyche_lightning.errors import WireError
 from psyche_lightning.wire.messages import MAX_MESSAGE_SIZE
@@ -47,6 +48,7 @@ class Kind(enum.IntEnum):
     PIECE = 9
     ABSENT = 10
     CANCEL = 11
+    GOSSIP = 12
 
 
 LIMITS: dict[int, tuple[int, int]] = {
@@ -57,12 +59,26 @@ LIMITS: dict[int, tuple[int, int]] = {
     Kind.MESSAGE: (0, MAX_MESSAGE_SIZE),
     Kind.PING: (0, 0),
     Kind.PONG: (0, 0),
-    Kind.WANT: (36, 36),
+    Kind.WANT: (52, 52),
     Kind.FOUND: (12, 12),
     Kind.PIECE: (5, 4 + PIECE_SIZE),
     Kind.ABSENT: (4, 4),
     Kind.CANCEL: (4, 4),
+    Kind.GOSSIP: (43, 43 + 8 * 32 + MAX_MESSAGE_SIZE),
 }
+
+
+class Source(Protocol):
+    """Where frames come from, such as an ``asyncio.StreamReader``."""
+
+    async def readexactly(self, n: int) -> bytes:
+        """The next ``n`` bytes.
+
+        Raises:
+            EOFError: the stream ends before.
+            OSError: the connection broke.
+        """
+        ...
 
 
 def frame(kind: Kind, *parts: bytes | memoryview) -> bytes:
@@ -80,7 +96,7 @@ def goodbye_text(body: bytes) -> str:
     return "".join(c if c.isprintable() else "?" for c in body.decode(errors="replace"))
 
 
-async def read_frame(reader: asyncio.StreamReader, allowed: Collection[int]) -> tuple[int, bytes]:
+async def read_frame(reader: Source, allowed: Collection[int]) -> tuple[int, bytes]:
     """Read one frame.
 
     Args:

@@ -45,14 +45,19 @@ from psyche_lightning.transports.framing import Kind, frame, goodbye, goodbye_te
 from psyche_lightning.wire.hashing import sha256
 from psyche_lightning.wire.identity import KEY_SIZE, Identity, short, verify
 
-VERSION = 1
+VERSION = 2
 CHALLENGE_SIZE = 32
 SERVER_PURPOSE = "psyche-lightning tcp server 1"
 CLIENT_PURPOSE = "psyche-lightning tcp client 1"
+WRONG_PROOF = "wrong proof of identity, or another run"
 
 
 class HandshakeError(TransportError):
     """The other side did not prove what it had to, or refused; the text is the reason."""
+
+
+class UnwelcomeError(HandshakeError):
+    """The other side proved who it is, and is not welcome now."""
 
 
 class Handshake:
@@ -134,7 +139,8 @@ class Handshake:
             The public key of the client, proven.
 
         Raises:
-            HandshakeError: the client proved nothing, or is not welcome.
+            HandshakeError: the client proved nothing.
+            UnwelcomeError: there is an objection.
             WireError: the client sent what is no handshake.
             EOFError, OSError: the connection ended.
         """
@@ -143,13 +149,13 @@ class Handshake:
         writer.write(frame(Kind.HELLO, bytes([VERSION]), key, challenge, signature))
         _, body = await read_frame(reader, {Kind.PROOF})
         client, proof = body[:KEY_SIZE], body[KEY_SIZE:]
-        if verify(client, CLIENT_PURPOSE, self._run_id, challenge + key + self._binding, proof):
-            reason = objection(client)
-        else:
-            reason = "wrong proof of identity, or another run"
+        if not verify(client, CLIENT_PURPOSE, self._run_id, challenge + key + self._binding, proof):
+            writer.write(goodbye(WRONG_PROOF))
+            raise HandshakeError(WRONG_PROOF)
+        reason = objection(client)
         if reason is not None:
             writer.write(goodbye(reason))
-            raise HandshakeError(reason)
+            raise UnwelcomeError(f"{short(client)} is not welcome: {reason}")
         writer.write(frame(Kind.WELCOME))
         return client
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from psyche_lightning.errors import TransportError
-from psyche_lightning.transports.base import Link, TransportContext, check_message
+from psyche_lightning.transports.base import Link, Progress, TransportContext, check_message
 from psyche_lightning.wire.hashing import sha256
 from psyche_lightning.wire.identity import short
 
@@ -100,7 +100,15 @@ class MemoryTransport:
         for peer in list(self._peers):
             self.send(peer, message)
 
-    async def fetch(self, digest: bytes, providers: Sequence[bytes], *, max_size: int, timeout: float) -> bytes:
+    async def fetch(
+        self,
+        digest: bytes,
+        providers: Sequence[bytes],
+        *,
+        max_size: int,
+        timeout: float,
+        progress: Progress | None = None,
+    ) -> bytes:
         """See the contract."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
@@ -109,7 +117,10 @@ class MemoryTransport:
             left = deadline - loop.time()
             last = index == len(providers) - 1
             try:
-                return await self._fetch_from(provider, digest, max_size, left if last else left / 2)
+                data = await self._fetch_from(provider, digest, max_size, left if last else left / 2)
+                if progress is not None:
+                    progress(len(data), len(data))
+                return data
             except TransportError as error:
                 failures.append(f"{short(provider)} {error}")
         raise TransportError(f"nobody delivered blob {short(digest)}: {'; '.join(failures) or 'no provider is known'}")
@@ -164,6 +175,7 @@ class MemoryTransport:
         self._count(provider, down=len(data))
         if self._context is not None:
             target._count(self._context.identity.public, up=len(data))
+        target._context.on_served(len(data), len(data))
         if sha256(data) != digest:
             raise TransportError("delivered other bytes")
         return bytes(data)

@@ -1,71 +1,28 @@
-"""The built-in network transport: TCP with TLS 1.3 bound to the nodes' keys, for processes and machines on a LAN.
-
-Each pair of nodes has one connection for both directions, so it is enough when one of the two can be reached. The node
-with the smaller key dials at once, the other one only when no connection has come for a moment; a newer connection
-takes the place of an older one, except that one dialled by the smaller key is left alone while it is young, so that
-two made at the same time do not end each other.
-"""
+"""The built-in network transport: TCP with TLS 1.3 bound to the nodes' keys, for processes and machines on a LAN."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import random
 import socket
-from collections.abc import Awaitable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Collection, Sequence
 from urllib.parse import urlsplit
 
-from psyche_lightning.errors import TransportError, WireError
-from psyche_lightning.transports.base import Link, TransportContext, check_message
-from psyche_lightning.transports.connection import Connection, Outbox
+from psyche_lightning.errors import TransportError
+from psyche_lightning.transports.base import TransportContext
+from psyche_lightning.transports.framing import PIECE_SIZE, Source, goodbye
 from psyche_lightning.transports.handshake import Handshake
+from psyche_lightning.transports.mesh import MAX_ARRIVING, MeshTransport, reason
 from psyche_lightning.transports.meter import ByteMeter, MeteredSocket
-from psyche_lightning.transports.waiting import happens, within
-from psyche_lightning.wire.identity import short
+from psyche_lightning.transports.pipe import BULK, URGENT, Pipe
 
-MAX_ARRIVING = 256  # connections that have not proved who they are
-GRACE = 2.0  # seconds that the node with the larger key waits for the other to dial
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds between attempts to connect
-CONNECT_WAIT = 5.0  # seconds that a fetch waits for a link that is down
+OVERHEAD = 1.04
+"""What a byte costs on the wire: TLS records, and headers of TCP, IP and Ethernet, in packets of 1500 bytes."""
 _READ_LIMIT = 256 * 1024
 _WILDCARDS = ("", "0.0.0.0", "::")
-_T = TypeVar("_T")
-_log = logging.getLogger(__name__)
 
 
-class _Peer:
-    """What is known about one peer, across connections."""
-
-    def __init__(self, key: bytes, address: str) -> None:
-        self.key = key
-        self.address = address
-        self.outbox = Outbox()
-        self.connection: Connection | None = None
-        self.up = asyncio.Event()
-        self.down = asyncio.Event()
-        self.down.set()
-        self.reason = "not connected yet"
-        self.lost = ""  # why the last connection ended
-        self.dialler: asyncio.Task[None] | None = None
-        self.past_up = self.past_down = 0  # bytes of earlier connections and failed attempts
-
-    def absorb(self, meter: ByteMeter) -> None:
-        """Add the bytes of a connection that has ended."""
-        self.past_up += meter.up
-        self.past_down += meter.down
-
-    def link(self) -> Link:
-        """For people to look at."""
-        up, down, connection = self.past_up, self.past_down, self.connection
-        if connection is None:
-            return Link(self.key, False, None, up, down, self.reason)
-        meter = connection.meter
-        return Link(self.key, True, connection.round_trip, up + meter.up, down + meter.down)
-
-
-class TcpTransport:
+class TcpTransport(MeshTransport):
     """A :class:`~psyche_lightning.transports.base.Transport` over TCP; addresses look like ``tcp://10.0.0.7:4000``.
 
     Args:
@@ -73,10 +30,15 @@ class TcpTransport:
         port: port to listen on; 0 takes a free one.
         advertise: ``HOST`` or ``HOST:PORT`` that peers are to dial, when it is not ``host`` and ``port``.
         meter: counts the bytes of all sockets, refused strangers included; one of its own by default.
-        rng: spreads the attempts to reconnect.
+        upload: bytes a second that this node sends at most, headers of the network included; None for no limit.
+        download: bytes a second that it receives at most; None for no limit.
+        rng: spreads the attempts to reconnect, and chooses who passes messages on.
         ping_interval: seconds between pings on each link.
         silence: seconds after which a peer that sends nothing, or takes nothing, is disconnected.
         handshake_timeout: seconds in which a new connection must have proved who it is.
+
+    Raises:
+        ConfigError: a limit is not a positive number.
     """
 
     def __init__(
@@ -86,173 +48,51 @@ class TcpTransport:
         advertise: str | None = None,
         meter: ByteMeter | None = None,
         *,
+        upload: float | None = None,
+        download: float | None = None,
         rng: random.Random | None = None,
         ping_interval: float = 5.0,
         silence: float = 20.0,
         handshake_timeout: float = 10.0,
     ) -> None:
-        self.meter = meter or ByteMeter()
+        super().__init__(
+            meter=meter,
+            upload=upload,
+            download=download,
+            rng=rng,
+            ping_interval=ping_interval,
+            silence=silence,
+            handshake_timeout=handshake_timeout,
+            overhead=OVERHEAD,
+        )
         self._host = host
         self._port = port
         self._advertise = advertise
-        self._rng = rng or random.Random()
-        self._ping_interval = ping_interval
-        self._silence = silence
-        self._handshake_timeout = handshake_timeout
-        self._context: TransportContext | None = None
         self._handshake: Handshake | None = None
         self._listener: MeteredSocket | None = None
-        self._peers: dict[bytes, _Peer] = {}
-        self._arriving: dict[asyncio.Task[None], None] = {}  # in order of arrival
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._running = False
 
-    async def start(self, context: TransportContext) -> str:
-        """See the contract."""
-        if self._context is not None:
-            raise TransportError("this transport was started before; make a new one")
+    async def _open(self, context: TransportContext) -> str:
         if self._host in _WILDCARDS and self._advertise is None:
             raise TransportError(
                 f"listening on every interface (host={self._host!r}) says nothing about where peers find this node: "
                 "give advertise='HOST' or 'HOST:PORT' too, as they can reach it"
             )
-        self._context = context
         self._handshake = Handshake(context.identity, context.run_id)
         self._listener = await self._listen()
         port = self._listener.getsockname()[1]
         address = _address(self._advertise or self._host, port)
         _locate(address)
-        self._running = True
         self._spawn(self._accept(self._listener))
-        self._spawn(self._tend())
-        peers, self._peers = self._peers, {}
-        self.set_peers({key: peer.address for key, peer in peers.items()})
         return address
 
-    def set_peers(self, peers: Mapping[bytes, str]) -> None:
-        """See the contract."""
-        own = self._context.identity.public if self._context else None
-        for key in [key for key in self._peers if key not in peers]:
-            peer = self._peers.pop(key)
-            if peer.dialler is not None:
-                peer.dialler.cancel()
-            if peer.connection is not None:
-                peer.connection.close("you are not among the peers any more")
-        for key, address in peers.items():
-            if key == own:
-                continue
-            peer = self._peers.setdefault(key, _Peer(key, address))
-            if not self._running or (peer.dialler is not None and peer.address == address):
-                continue
-            peer.address = address
-            if peer.dialler is not None:
-                peer.dialler.cancel()
-            peer.dialler = self._spawn(self._keep_linked(peer))
-
-    def send(self, peer: bytes, message: bytes) -> None:
-        """See the contract."""
-        check_message(message)
-        known = self._peers.get(peer)
-        if known is None:
-            return
-        known.outbox.put(bytes(message))
-        if known.connection is not None:
-            known.connection.wake()
-
-    def broadcast(self, message: bytes) -> None:
-        """See the contract."""
-        check_message(message)
-        for peer in self._peers:
-            self.send(peer, message)
-
-    async def fetch(self, digest: bytes, providers: Sequence[bytes], *, max_size: int, timeout: float) -> bytes:
-        """See the contract; providers whose link is down are tried after the others."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout
-        order = sorted(providers, key=lambda key: self._connection(key) is None)
-        failures = []
-        for index, provider in enumerate(order):
-            left = deadline - loop.time()
-            allowance = left if index == len(order) - 1 else left / 2
-            try:
-                return await self._fetch_from(provider, digest, max_size, allowance)
-            except TransportError as error:
-                failures.append(f"{short(provider)} {error}")
-        raise TransportError(f"nobody delivered blob {short(digest)}: {'; '.join(failures) or 'no provider is known'}")
-
-    def links(self) -> list[Link]:
-        """See the contract."""
-        return [peer.link() for peer in self._peers.values()]
-
-    async def stop(self) -> None:
-        """See the contract."""
-        self._running = False
-        for peer in self._peers.values():
-            peer.reason = "this node stopped"
-            peer.up.set()  # nobody waits for it any longer
-        for _ in range(4):  # a library below may lose a cancellation
-            tasks = [*self._tasks, *self._arriving]
-            if not tasks:
-                break
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks, timeout=0.5)
+    async def _shut(self) -> None:
         if self._listener is not None:
             self._listener.close()
 
-    # -- links --------------------------------------------------------------------------------------------------------
-
-    def _connection(self, key: bytes) -> Connection | None:
-        peer = self._peers.get(key)
-        return peer.connection if peer is not None else None
-
-    async def _fetch_from(self, key: bytes, digest: bytes, max_size: int, allowance: float) -> bytes:
-        peer = self._peers.get(key)
-        if peer is None:
-            raise TransportError("is not a peer")
-        if allowance <= 0:
-            raise TransportError("was not asked for lack of time")
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + allowance
-        if self._running and peer.connection is None:
-            await happens(peer.up, min(allowance, CONNECT_WAIT))
-        connection = peer.connection
-        if not self._running or connection is None:
-            raise TransportError(f"is not connected ({peer.reason})")
-        return await connection.fetch(digest, max_size, deadline - loop.time())
-
-    async def _keep_linked(self, peer: _Peer) -> None:
-        """Dial whenever there is no connection, with growing pauses."""
-        loop = asyncio.get_running_loop()
-        patient = self._context is not None and self._context.identity.public > peer.key
-        attempts = 0
-        while self._running:
-            if peer.connection is not None:
-                begun = loop.time()
-                await peer.down.wait()
-                attempts = 0 if loop.time() - begun > self._ping_interval else attempts + 1
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempts - 1, 10)) if attempts else 0.0
-            pause = pause * self._rng.uniform(0.5, 1.5) + (GRACE * self._rng.uniform(1.0, 1.5) if patient else 0.0)
-            if pause and await happens(peer.up, pause):
-                continue
-            meter = ByteMeter(self.meter)
-            try:
-                connection = await self._timed(self._dial(peer, meter))
-            except (TransportError, WireError, OSError, EOFError) as error:
-                peer.absorb(meter)
-                attempts += 1
-                if peer.connection is None:
-                    peer.reason = f"cannot connect to {peer.address[:100]}: {_reason(error)}"
-                    if peer.lost:
-                        peer.reason += f" (the last connection ended: {peer.lost})"
-                    _log.debug("%s: %s", short(peer.key), peer.reason)
-            else:
-                self._adopt(peer, connection)
-
-    async def _dial(self, peer: _Peer, meter: ByteMeter) -> Connection:
+    async def _dial(self, key: bytes, address: str, meter: ByteMeter) -> Pipe:
         assert self._handshake is not None
         loop = asyncio.get_running_loop()
-        host, port = _locate(peer.address)
+        host, port = _locate(address)
         failure: OSError = OSError("the name has no address")
         for family, kind, proto, _, target in (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[:4]:
             sock = MeteredSocket(family, kind, proto, meter=meter)
@@ -276,45 +116,12 @@ class TcpTransport:
             )
             writer = asyncio.StreamWriter(transport, protocol, reader, loop)
             try:
-                await self._handshake.meet(reader, writer, peer.key)
+                await self._handshake.meet(reader, writer, key)
             except BaseException:
                 transport.abort()
                 raise
-            return self._connect(peer, True, reader, writer, meter)
+            return TlsPipe(reader, writer, meter)
         raise failure
-
-    def _connect(
-        self, peer: _Peer, dialled: bool, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, meter: ByteMeter
-    ) -> Connection:
-        assert self._context is not None
-        stall = self._silence / 2
-        return Connection(peer.key, dialled, reader, writer, self._context, peer.outbox, meter, stall)
-
-    def _adopt(self, peer: _Peer, connection: Connection) -> None:
-        """Make a proven connection the link of its peer."""
-        if not self._running or self._peers.get(peer.key) is not peer:
-            self._spawn(self._serve(peer, connection))
-            connection.close("you are not among the peers any more")
-            return
-        old, peer.connection = peer.connection, connection
-        if old is not None:
-            old.close("a newer connection took its place")
-        peer.down.clear()
-        peer.up.set()
-        self._spawn(self._serve(peer, connection))
-
-    async def _serve(self, peer: _Peer, connection: Connection) -> None:
-        try:
-            await connection.run()
-        finally:
-            peer.absorb(connection.meter)
-            if peer.connection is connection:
-                peer.connection = None
-                peer.reason = peer.lost = connection.reason
-                peer.up.clear()
-                peer.down.set()
-
-    # -- arrivals -----------------------------------------------------------------------------------------------------
 
     async def _listen(self) -> MeteredSocket:
         loop = asyncio.get_running_loop()
@@ -323,7 +130,7 @@ class TcpTransport:
                 self._host or None, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
             family, kind, proto, _, target = found[0]
-            listener = MeteredSocket(family, kind, proto, meter=self.meter)
+            listener = MeteredSocket(family, kind, proto, meter=self._meter)
             try:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.setblocking(False)
@@ -334,7 +141,7 @@ class TcpTransport:
                 raise
         except (OSError, OverflowError) as error:
             raise TransportError(
-                f"cannot listen on {self._host}:{self._port}: {_reason(error)}. Choose a free port (0 finds one) and "
+                f"cannot listen on {self._host}:{self._port}: {reason(error)}. Choose a free port (0 finds one) and "
                 "an address of this machine"
             ) from error
         return listener
@@ -343,28 +150,15 @@ class TcpTransport:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                sock, _ = await loop.sock_accept(listener)
+                sock, target = await loop.sock_accept(listener)
             except OSError as error:  # no descriptor left, or the client was gone before it was accepted
-                _log.warning("accepting a connection failed: %s", _reason(error))
+                self._complain("this node", f"accepting a connection failed: {reason(error)}")
                 await asyncio.sleep(0.2)
                 continue
-            if len(self._arriving) >= MAX_ARRIVING:
-                next(iter(self._arriving)).cancel()  # the oldest: honest ones are quick
             assert isinstance(sock, MeteredSocket)
-            task = asyncio.create_task(self._receive(sock))
-            self._arriving[task] = None
-            task.add_done_callback(lambda done: self._arriving.pop(done, None))
+            self._arrive(self._admit(sock), f"{target[0]}:{target[1]}")
 
-    async def _receive(self, sock: MeteredSocket) -> None:
-        """Bring a new connection through the handshake, or drop it."""
-        try:
-            peer, connection = await self._timed(self._admit(sock))
-        except (TransportError, WireError, OSError, EOFError) as error:
-            _log.debug("refused a connection: %s", _reason(error))
-        else:
-            self._adopt(peer, connection)
-
-    async def _admit(self, sock: MeteredSocket) -> tuple[_Peer, Connection]:
+    async def _admit(self, sock: MeteredSocket) -> tuple[bytes, Pipe]:
         assert self._handshake is not None
         loop = asyncio.get_running_loop()
         reader, protocol = _stream_protocol(loop)
@@ -380,58 +174,58 @@ class TcpTransport:
         except BaseException:
             transport.abort()
             raise
-        peer = self._peers[key]
-        return peer, self._connect(peer, False, reader, writer, sock.meter)
+        return key, TlsPipe(reader, writer, sock.meter)
 
-    def _objection(self, key: bytes) -> str | None:
-        """Why a node with this key is not let in, or None."""
-        peer = self._peers.get(key)
-        if peer is None or self._context is None:
-            return "you are not among the peers"
-        old, own = peer.connection, self._context.identity.public
-        young = old is not None and asyncio.get_running_loop().time() - old.since < 2 * GRACE
-        if old is not None and young and old.dialled and own < key:
-            return "a connection to you was made at the same time"
-        return None
 
-    # -- upkeep -------------------------------------------------------------------------------------------------------
+class TlsPipe:
+    """A TLS connection after the handshake; both lanes in one, of which each writes a little in turn.
 
-    async def _tend(self) -> None:
-        """Ping, and close what is silent or takes nothing."""
-        loop = asyncio.get_running_loop()
-        period = min(1.0, self._ping_interval / 2)
-        last = loop.time()
-        while True:
-            await asyncio.sleep(period)
-            now = loop.time()
-            late, last = now - last - period, now
-            for peer in self._peers.values():
-                connection = peer.connection
-                if connection is None:
-                    continue
-                if late > period:  # this process slept: what came meanwhile has not been read yet
-                    connection.heard += late
-                    if connection.stuck is not None:
-                        connection.stuck += late
-                if now - connection.heard > self._silence:
-                    connection.close(f"silent for {self._silence:g} s")
-                elif connection.stuck is not None and now - connection.stuck > self._silence:
-                    connection.close(f"took no bytes for {self._silence:g} s")
-                else:
-                    connection.ping(now, self._ping_interval)
+    Args:
+        reader: the stream.
+        writer: the same.
+        meter: what counts the bytes of its socket.
+    """
 
-    async def _timed(self, handshake: Awaitable[_T]) -> _T:
-        try:
-            return await within(self._handshake_timeout, handshake)
-        except asyncio.TimeoutError:
-            raise TransportError(f"no connection within {self._handshake_timeout:g} s") from None
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, meter: ByteMeter) -> None:
+        self._meter = meter
+        self._reader = reader
+        self._writer = writer
+        self._turn = asyncio.Lock()
+        # The less waits below, the sooner something urgent goes out.
+        writer.transport.set_write_buffer_limits(high=PIECE_SIZE)
+        sock = writer.get_extra_info("socket")
+        if sock is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2 * PIECE_SIZE)
 
-    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(work)
-        assert isinstance(task, asyncio.Task)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    @property
+    def meter(self) -> ByteMeter:
+        """See :class:`~psyche_lightning.transports.pipe.Pipe`."""
+        return self._meter
+
+    @property
+    def lanes(self) -> Sequence[tuple[Source, Collection[int]]]:
+        """See :class:`~psyche_lightning.transports.pipe.Pipe`."""
+        return [(self._reader, URGENT | BULK)]
+
+    async def write(self, data: bytes, *, bulk: bool) -> None:
+        """See :class:`~psyche_lightning.transports.pipe.Pipe`."""
+        async with self._turn:
+            self._writer.write(data)
+            await self._writer.drain()
+
+    def close(self, reason: str) -> None:
+        """See :class:`~psyche_lightning.transports.pipe.Pipe`."""
+        if not self._turn.locked():
+            self._writer.write(goodbye(reason))
+        self._writer.transport.abort()
+
+    async def closed(self) -> None:
+        """See :class:`~psyche_lightning.transports.pipe.Pipe`."""
+        await self._writer.wait_closed()
+
+    def path(self) -> str:
+        """See :class:`~psyche_lightning.transports.pipe.Pipe`."""
+        return "direct"
 
 
 def _stream_protocol(loop: asyncio.AbstractEventLoop) -> tuple[asyncio.StreamReader, asyncio.StreamReaderProtocol]:
@@ -460,12 +254,3 @@ def _locate(address: str) -> tuple[str, int]:
     except ValueError:
         pass
     raise TransportError(f"{address[:100]!r} is not an address of the tcp transport, such as tcp://10.0.0.7:4000")
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in few words."""
-    if isinstance(error, OSError):
-        return error.strerror or (os.strerror(error.errno) if error.errno else type(error).__name__)
-    if isinstance(error, EOFError):
-        return "the connection was closed during the handshake"
-    return str(error)

@@ -72,6 +72,10 @@ class Identity:
         except OSError as error:
             raise ConfigError(f"cannot read or create the node key {path}: {error.strerror}") from error
 
+    def secret_bytes(self) -> bytes:
+        """The 32 raw secret bytes, for a library that proves the node's key itself, as QUIC does."""
+        return self._key.private_bytes_raw()
+
     def sign_raw(self, payload: bytes) -> bytes:
         """A plain 64-byte Ed25519 signature over ``payload`` (Psyche's form, spec S2.4)."""
         return self._key.sign(payload)

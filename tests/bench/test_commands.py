@@ -35,7 +35,7 @@ def test_wire_counts_bytes(tmp_path):
 
 def test_engine_times_every_part(tmp_path):
     (tmp_path / "demo.py").write_text(REFERENCE)
-    for kind in ("blocks", "small"):
+    for kind in ("blocks", "small", "odd"):
         result = measure(kind, 1, DistroConfig(k=4), load_reference(tmp_path), 1)
         assert set(result.times) == {"encode", "apply", "of it pack", "of it unpack", "reference", "adamw"}
         assert all(seconds > 0 for seconds in result.times.values())

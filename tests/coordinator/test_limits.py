@@ -45,6 +45,7 @@ def test_the_first_broken_rule_is_named(first: int) -> None:
 @pytest.mark.parametrize(
     ("field", "values"),
     [
+        ("warmup_time", {"warmup_time": 0.0}),
         ("warmup_time", {"warmup_time": -1.0}),
         ("warmup_time", {"warmup_time": math.nan}),
         ("epoch_time", {"epoch_time": math.nan}),

@@ -34,7 +34,7 @@ def gather(layout, tensors, limit):
     blocks = torch.full((layout.chunk_count, layout.chunk, layout.chunk), math.nan)
     for batch in layout.batches(limit):
         chunks = blocks[batch.start : batch.stop]
-        if batch.padded:
+        if batch.padding:
             chunks.zero_()
         matrices = [layout.folded(number, tensor) for number, tensor in enumerate(tensors)]
         for view, block in zip(layout.views(batch, matrices), layout.blocks(batch, chunks), strict=True):
@@ -89,8 +89,10 @@ def test_batches_are_bounded_and_in_order(shapes, limit):
         for batch in layout.batches(limit, devices):
             assert batch.start == at
             assert 0 < len(batch) <= limit
-            elements = sum(math.prod(tile.size) for tile in batch.tiles)
-            assert elements == 64 * len(batch) - (64 * len(batch) - elements) * batch.padded
+            covered = torch.zeros(len(batch), 8, 8)
+            for view in layout.blocks(batch, covered) + layout.padding(batch, covered):
+                view.add_(1)
+            assert (covered == 1).all()
             assert devices is None or len({devices[tile.entry] for tile in batch.tiles}) == 1
             at = batch.stop
         assert at == layout.chunk_count

@@ -36,9 +36,6 @@ def test_a_chunk_of_zeros_casts_no_votes():
 @pytest.mark.parametrize("k", [1, 2, 8, 9, 32, 128])
 def test_the_groups_hold_what_a_plain_search_finds(k, device):
     coefficients = torch.randn(30, 32, 32, generator=torch.Generator().manual_seed(k)).to(device)
-    positions, values = select(coefficients, k)
+    positions, _ = select(coefficients, k)
     expected = coefficients.flatten(1).abs().topk(k, dim=1).indices.sort(dim=1).values
     assert torch.equal(positions, expected)
-    again = select(coefficients, k, torch.empty_like(coefficients))
-    assert torch.equal(again[0], positions)
-    assert torch.equal(again[1], values)

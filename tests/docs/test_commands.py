@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.core import TyperGroup
 
 from psyche_lightning.cli import COMMANDS, _app
 from psyche_lightning.plugins import Plugins
@@ -35,6 +36,12 @@ def commands_of(line: str) -> Iterator[list[str]]:
         words = []
 
 
+def child(command: Any, name: str) -> Any:
+    """The sub-command, in full, though its group may load it only when it is called; None if there is none."""
+    context = typer.Context(command, resilient_parsing=True)
+    return command.resolve_command(context, [name])[1] if name in command.list_commands(context) else None
+
+
 def parse(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Parse a call as psyche does, without running it: the names of its commands and their parameters."""
     path: list[str] = []
@@ -43,11 +50,11 @@ def parse(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
         assert rest[0] in ("--traceback", "--version", "--help")
         del rest[0]
     command: Any = typer.main.get_command(_app(rest[0]))
-    while hasattr(command, "commands"):
+    while isinstance(command, TyperGroup):
         assert rest, f"`psyche {' '.join(path)}` wants a sub-command"
-        assert rest[0] in command.commands, f"there is no `psyche {' '.join([*path, rest[0]])}`"
-        path.append(rest[0])
-        command = command.commands[rest.pop(0)]
+        path.append(rest.pop(0))
+        command = child(command, path[-1])
+        assert command, f"there is no `psyche {' '.join(path)}`"
     return path, command.make_context(path[-1], rest).params
 
 
@@ -64,7 +71,7 @@ def check_recipe(path: list[str], parameters: dict[str, Any]) -> None:
 
 
 def test_every_command_in_a_block_can_be_typed(pages: list[Any], tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("PSYCHE_PLUGINS", "mla,text")
+    monkeypatch.setenv("PSYCHE_PLUGINS", "mla,text,solana")
     found = set()
     for page in pages:
         page.write_files(tmp_path)
@@ -96,9 +103,9 @@ def test_every_command_in_the_text_exists(pages: list[Any]) -> None:
             options = [word for word in words if word.startswith("-")]
             for word in [word for word in words if not word.startswith("-")]:
                 group = typer.main.get_command(_app(words[0])) if command is None else command
-                if hasattr(group, "commands"):
-                    assert word in group.commands, f"{page.name}: `{span}` does not exist"
-                    command = group.commands[word]
+                if isinstance(group, TyperGroup):
+                    command = child(group, word)
+                    assert command, f"{page.name}: `{span}` does not exist"
             if command is not None:
                 known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
                 assert set(options) <= known | {"--traceback"}, f"{page.name}: `{span}` has unknown options"
@@ -106,11 +113,12 @@ def test_every_command_in_the_text_exists(pages: list[Any]) -> None:
 
 def test_every_option_in_the_text_is_one_of_some_command(pages: list[Any]) -> None:
     known = {"--help", "--traceback", "--version", "--strict"}
-    for name in COMMANDS:
-        pending: list[Any] = [typer.main.get_command(_app(name)).commands[name]]  # type: ignore[attr-defined]
+    for name in (*COMMANDS, "solana"):
+        pending = [child(typer.main.get_command(_app(name)), name)]
         while pending:
             command = pending.pop()
-            pending += getattr(command, "commands", {}).values()
+            if isinstance(command, TyperGroup):
+                pending += [child(command, each) for each in command.list_commands(typer.Context(command))]
             known |= {option for parameter in command.params for option in parameter.opts}
     for page in pages:
         for span in page.spans:

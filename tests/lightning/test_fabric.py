@@ -10,10 +10,10 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
+from psyche_lightning.data.order import DataOrder
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning import PsycheFabricStrategy
-from psyche_lightning.lightning.order import DataOrder
 
 Make = Callable[..., Any]
 

@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from psyche_lightning import CoordinatorCallback, PsycheStrategy
+from psyche_lightning.data.order import DataOrder
 from psyche_lightning.distro import DisTrO, DistroConfig
-from psyche_lightning.lightning.order import DataOrder
 
 Make = Callable[..., Any]
 

@@ -49,10 +49,11 @@ def test_built_ins_come_through_the_same_door() -> None:
     assert set(plugins.transports()) == {"memory", "tcp"}
     assert {"http", "https"} <= set(plugins.coordinators())
     assert set(plugins.models()) == {"hf"}
+    assert set(plugins.data_providers()) == {"tokens", "mix", "datasets", "parquet"}
     found = plugins.transports()["tcp"]
     assert (found.kind, found.plugin, found.distribution) == ("transport", "builtin.transports", "psyche-lightning")
     assert set(Plugins(builtins=[], only=[]).transports()) == set()
-    assert len(BUILTINS) == 3
+    assert len(BUILTINS) == 4
 
 
 @pytest.mark.parametrize(("hook", "kind"), KINDS.items())
@@ -137,6 +138,7 @@ def test_functions_without_the_mark_are_not_hooks(install: Install) -> None:
     install("psyche-lightning-hello", "psyche_hello", source)
     plugins = Plugins(only=["psyche_hello"])
     assert set(plugins.models()) == {"hf"}
+    assert set(plugins.data_providers()) == {"tokens", "mix", "datasets", "parquet"}
     assert plugins.failures == []
 
 

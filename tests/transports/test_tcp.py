@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from psyche_lightning.errors import TransportError
 from psyche_lightning.testing.transport import Node, eventually
-from psyche_lightning.transports import tcp
+from psyche_lightning.transports import mesh
 from psyche_lightning.transports.framing import LIMITS, PIECE_SIZE, Kind, frame, goodbye_text, read_frame
 from psyche_lightning.transports.handshake import SERVER_PURPOSE, Handshake, HandshakeError
 from psyche_lightning.transports.tcp import TcpTransport, _address, _locate
@@ -27,6 +27,7 @@ from psyche_lightning.wire.identity import Identity
 
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 EVERY = frozenset(LIMITS)
+WHOLE = struct.pack("!QQ", 0, 1 << 40)
 
 
 def play(scene: Callable[[], Awaitable[None]]) -> None:
@@ -162,7 +163,7 @@ def test_a_proof_meant_for_one_node_does_not_serve_at_another() -> None:
                 async with encrypted(victim, relay) as (onward_reader, onward_writer):
                     _, hello = await read_frame(onward_reader, {Kind.HELLO})
                     signature = middle.sign(SERVER_PURPOSE, "run", relay._binding)
-                    writer.write(frame(Kind.HELLO, bytes([1]), middle.public, hello[33:65], signature))
+                    writer.write(frame(Kind.HELLO, bytes([2]), middle.public, hello[33:65], signature))
                     _, proof = await read_frame(reader, {Kind.PROOF})
                     assert proof[:32] == guest.public
                     onward_writer.write(frame(Kind.PROOF, proof))
@@ -295,7 +296,7 @@ frames = st.one_of(
         st.integers(0, 3),
         st.binary(max_size=40),
     ),
-    st.builds(lambda number: frame(Kind.WANT, struct.pack("!I", number), bytes(32)), st.integers(0, 2**32 - 1)),
+    st.builds(lambda number: frame(Kind.WANT, struct.pack("!I", number), bytes(32), WHOLE), st.integers(0, 2**32 - 1)),
     st.builds(lambda length, kind: struct.pack("!IB", length, kind), st.integers(0, 2**32 - 1), st.integers(0, 255)),
 )
 
@@ -326,7 +327,7 @@ def test_hostile_frames_inside_the_encryption_do_no_harm(proven: bool, chunks: l
 
 def test_what_breaks_the_protocol_is_answered_with_the_reason() -> None:
     number = struct.pack("!I", 1)
-    want = frame(Kind.WANT, number, bytes(32))
+    want = frame(Kind.WANT, number, bytes(32), WHOLE)
     cases = [
         (struct.pack("!IB", 2**32 - 1, Kind.MESSAGE), "a MESSAGE frame of 4294967295 bytes"),
         (struct.pack("!IB", 5 + PIECE_SIZE, Kind.PIECE), "a PIECE frame of"),
@@ -360,7 +361,6 @@ def test_a_provider_that_lies_about_sizes_is_cut_off_and_the_next_one_asked() ->
             digest = b.add(bytes(100))
             lies: list[Callable[[bytes], bytes]] = [
                 lambda n: frame(Kind.FOUND, n, struct.pack("!Q", 100)) + frame(Kind.PIECE, n, bytes(101)),
-                lambda n: frame(Kind.FOUND, n, struct.pack("!Q", 100)) + frame(Kind.PIECE, n, bytes(99)),
                 lambda n: frame(Kind.FOUND, n, struct.pack("!Q", 100)) * 2,
                 lambda n: frame(Kind.PIECE, n, bytes(100)),
             ]
@@ -424,7 +424,7 @@ def test_a_connection_that_does_not_prove_itself_in_time_is_closed(stage: str) -
 
 
 def test_a_crowd_of_idle_connections_does_not_keep_peers_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "MAX_ARRIVING", 10)
+    monkeypatch.setattr(mesh, "MAX_ARRIVING", 10)
 
     async def scene() -> None:
         guest = Identity.generate()
@@ -460,7 +460,7 @@ def test_a_peer_that_talks_but_never_reads_is_disconnected() -> None:
             digest = node.add(bytes(50_000_000))
             async with admitted(node, guest) as (reader, writer):
                 reader._transport.pause_reading()  # type: ignore[attr-defined]
-                writer.write(frame(Kind.WANT, struct.pack("!I", 1), digest))
+                writer.write(frame(Kind.WANT, struct.pack("!I", 1), digest, WHOLE))
                 await eventually(
                     lambda: "took no bytes" in link(node, guest.public)[1],
                     "it is disconnected",
@@ -478,7 +478,7 @@ def test_requests_without_reading_the_answers_are_bounded() -> None:
             node.gate.clear()
             async with admitted(node, guest) as (reader, writer):
                 for number in range(1, 200):
-                    writer.write(frame(Kind.WANT, struct.pack("!I", number), bytes(32)))
+                    writer.write(frame(Kind.WANT, struct.pack("!I", number), bytes(32), WHOLE))
                 assert "asks for more without reading" in await farewell(reader)
             node.gate.set()
 
@@ -504,7 +504,7 @@ def test_a_long_sleep_of_the_process_is_not_taken_for_silence() -> None:
 
 @pytest.mark.parametrize("reachable", [0, 1])
 def test_it_is_enough_that_one_of_two_can_be_reached(reachable: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "GRACE", 0.2)
+    monkeypatch.setattr(mesh, "GRACE", 0.2)
 
     async def scene() -> None:
         identities = sorted([Identity.generate(), Identity.generate()], key=lambda identity: identity.public)
@@ -522,7 +522,7 @@ def _hello(*nodes: Node) -> None:
 
 
 def test_two_connections_made_at_the_same_time_do_not_end_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "GRACE", 0.0)  # both dial at once, again and again
+    monkeypatch.setattr(mesh, "GRACE", 0.0)  # both dial at once, again and again
 
     async def scene() -> None:
         for _ in range(5):
@@ -546,7 +546,7 @@ def test_a_young_connection_of_the_smaller_key_stays_and_an_old_one_is_replaced(
             with pytest.raises(HandshakeError, match="at the same time"):
                 async with admitted(a, larger):
                     pass
-            monkeypatch.setattr(tcp, "GRACE", 0.0)
+            monkeypatch.setattr(mesh, "GRACE", 0.0)
             async with admitted(a, larger) as (_, writer):
                 writer.write(frame(Kind.MESSAGE, b"from the new one"))
                 await eventually(lambda: a.texts(), "the new connection serves")
@@ -562,7 +562,7 @@ def test_a_message_overtakes_a_blob() -> None:
             introduce([node], guest)
             digest = node.add(os.urandom(400 * PIECE_SIZE))
             async with admitted(node, guest) as (reader, writer):
-                writer.write(frame(Kind.WANT, struct.pack("!I", 1), digest))
+                writer.write(frame(Kind.WANT, struct.pack("!I", 1), digest, WHOLE))
                 order: list[int] = []
                 while order.count(Kind.PIECE) < 400:
                     order.append((await read_frame(reader, EVERY))[0])

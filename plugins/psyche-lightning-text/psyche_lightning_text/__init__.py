@@ -10,13 +10,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from psyche_lightning.data.tokenizer import byte_tokenizer
     from psyche_lightning_text.provider import TextData
-    from psyche_lightning_text.tokens import byte_tokenizer
 
 __all__ = ["TextData", "byte_tokenizer"]
 __version__ = "0.1.0"
 
-_HOMES = {"TextData": "psyche_lightning_text.provider", "byte_tokenizer": "psyche_lightning_text.tokens"}
+_HOMES = {"TextData": "psyche_lightning_text.provider", "byte_tokenizer": "psyche_lightning.data.tokenizer"}
 
 
 def __getattr__(name: str) -> object:

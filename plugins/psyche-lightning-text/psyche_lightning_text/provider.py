@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from psyche_lightning.data.options import strings, whole
+from psyche_lightning.data.order import Order, Table
+from psyche_lightning.data.packed import PackedData
+from psyche_lightning.data.tokenizer import BYTES, Encoder, Tokens
 from psyche_lightning.errors import ConfigError
 from psyche_lightning_text.files import DEFAULT_PATTERNS, read_corpus
-from psyche_lightning_text.tokens import (
-    BYTE_VOCABULARY,
-    BYTES,
-    byte_tokenizer,
-    encode_bytes,
-    encode_texts,
-    load_tokenizer,
-)
 
 DEFAULT_VALIDATION_FRACTION = 0.01
 
 
-class TextData:
+class TextData(PackedData):
     """Local text or source files as samples of ``seq_len`` tokens.
 
     The files' tokens, in the order of the files and with an end-of-text id after each, are cut into blocks of
@@ -70,57 +64,23 @@ class TextData:
         validation_samples: int | None = None,
         max_bytes: int | None = None,
     ) -> None:
-        paths = _strings("path", path)
-        patterns = DEFAULT_PATTERNS if glob is None else _strings("glob", glob)
-        self.seq_len = _whole("seq_len", seq_len, least=2)
-        if not isinstance(tokenizer, str):
-            raise ConfigError(f"tokenizer is {tokenizer!r}, expected {BYTES!r} or the path of a tokenizer.")
-
-        # Before the corpus is read, so that a wrong path is noticed at once.
-        self._loaded = None if tokenizer == BYTES else load_tokenizer(tokenizer)
-        self.vocab_size: int = BYTE_VOCABULARY if self._loaded is None else len(self._loaded)
-
-        corpus = read_corpus(paths, patterns, None if max_bytes is None else _whole("max_bytes", max_bytes, least=1))
-        texts, self.skipped = corpus.texts, corpus.skipped
-        self.files = len(texts)
-        self._tokens = encode_bytes(texts) if self._loaded is None else encode_texts(self._loaded, texts)
-        little_endian = self._tokens.astype(self._tokens.dtype.newbyteorder("<"), copy=False)
-        self.fingerprint = hashlib.sha256(little_endian.view(np.uint8).data).hexdigest()
-
-        blocks = len(self._tokens) // self.seq_len
-        held_out = _held_out(blocks, validation_fraction, validation_samples)
-        if blocks - held_out < 1:
-            raise ConfigError(
-                f"There is too little text in {', '.join(paths)}: {len(self._tokens)} tokens make {blocks} samples of "
-                f"seq_len={self.seq_len}, of which {held_out} are for validation; expected at least one more for "
-                "training. Add text, or choose a smaller seq_len or validation split."
-            )
-        # The middles of as many equal stretches: distinct, because a stretch has at least one block.
-        self._validation = (2 * np.arange(held_out) + 1) * blocks // (2 * held_out or 1)
-        training = np.delete(np.arange(blocks), self._validation)
-        words = np.random.Philox(key=seed % (1 << 128)).random_raw(len(training))
-        self._training: npt.NDArray[np.int64] = training[np.argsort(words, kind="stable")]
-
-    def __len__(self) -> int:
-        """How many training samples there are."""
-        return len(self._training)
-
-    def samples(self, start: int, end: int) -> list[dict[str, torch.Tensor]]:
-        """The training samples with the ids ``start`` to ``end``, both included; ids wrap modulo the length.
-
-        Returns:
-            For each id ``input_ids`` and ``labels``, int64 of shape [seq_len], equal (the model shifts the labels).
-        """
-        return [self._block(int(self._training[index % len(self)])) for index in range(start, end + 1)]
-
-    def validation(self) -> list[dict[str, torch.Tensor]]:
-        """The held-out samples, in the order of the corpus; of the same form as those for training."""
-        return [self._block(int(index)) for index in self._validation]
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer as a `transformers` object, to be saved with checkpoints."""
-        return byte_tokenizer() if self._loaded is None else self._loaded
+        paths = strings("path", path)
+        patterns = DEFAULT_PATTERNS if glob is None else strings("glob", glob)
+        whole("seq_len", seq_len, least=2)
+        encoder = Encoder(tokenizer)  # before the corpus is read, so that a wrong path is noticed at once
+        corpus = read_corpus(paths, patterns, None if max_bytes is None else whole("max_bytes", max_bytes, least=1))
+        self.files = len(corpus.texts)
+        self.skipped = corpus.skipped
+        blocks = _MemoryBlocks(encoder.encode_all(corpus.texts), seq_len)
+        super().__init__(
+            blocks,
+            seq_len=seq_len,
+            vocab_size=encoder.vocab_size,
+            order=lambda length: _order(length, seed),
+            encoder=encoder,
+            validation_samples=_held_out(blocks.count, validation_fraction, validation_samples),
+            source=", ".join(paths),
+        )
 
     def encode(self, text: str) -> list[int]:
         """The token ids of ``text``, without special tokens."""
@@ -132,23 +92,26 @@ class TextData:
         text: str = self.tokenizer.decode(ids)
         return text
 
-    def _block(self, index: int) -> dict[str, torch.Tensor]:
-        block = self._tokens[index * self.seq_len : (index + 1) * self.seq_len].astype(np.int64)
-        tokens = torch.from_numpy(block)
-        return {"input_ids": tokens, "labels": tokens.clone()}
+
+class _MemoryBlocks:
+    """Blocks of tokens in memory."""
+
+    def __init__(self, tokens: Tokens, seq_len: int) -> None:
+        self.count = len(tokens) // seq_len
+        little_endian = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False)
+        self.fingerprint = hashlib.sha256(little_endian.view(np.uint8).data).hexdigest()
+        self._blocks = tokens[: self.count * seq_len].reshape(self.count, seq_len)
+
+    def read(self, numbers: Sequence[int]) -> list[npt.NDArray[Any]]:
+        return list(self._blocks[numbers])
+
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """Nothing: all is here."""
 
 
-def _strings(name: str, value: object) -> list[str]:
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple)) or not values or not all(isinstance(x, str) and x for x in values):
-        raise ConfigError(f"{name} is {value!r}, expected a string or a list of strings.")
-    return list(values)
-
-
-def _whole(name: str, value: object, least: int) -> int:
-    if type(value) is not int or value < least:
-        raise ConfigError(f"{name} is {value!r}, expected a whole number, {least} or more.")
-    return value
+def _order(length: int, seed: int) -> Order:
+    words = np.random.Philox(key=seed % (1 << 128)).random_raw(length)
+    return Table(np.argsort(words, kind="stable"))
 
 
 def _held_out(blocks: int, fraction: float | None, samples: int | None) -> int:
@@ -156,7 +119,7 @@ def _held_out(blocks: int, fraction: float | None, samples: int | None) -> int:
     if samples is not None:
         if fraction is not None:
             raise ConfigError("Both validation_fraction and validation_samples are set; expected one of them.")
-        return _whole("validation_samples", samples, least=0)
+        return whole("validation_samples", samples, least=0)
     if fraction is None:
         fraction = DEFAULT_VALIDATION_FRACTION
     if type(fraction) not in (int, float) or not 0 <= fraction < 1:

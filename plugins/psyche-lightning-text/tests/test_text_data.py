@@ -142,7 +142,7 @@ def test_training_and_validation_partition_the_blocks(
     file.write_text("".join(f"{number:04d}" for number in range(length // 4 + 1)))
     total = (4 * (length // 4 + 1) + 1) // 8
     if total <= held_out:
-        with pytest.raises(ConfigError, match="too little text"):
+        with pytest.raises(ConfigError, match="too little data"):
             TextData(str(file), seq_len=8, seed=seed, validation_samples=held_out)
         return
     data = TextData(str(file), seq_len=8, seed=seed, validation_samples=held_out)
@@ -268,7 +268,7 @@ def test_long_texts_are_tokenized_in_pieces_without_loss(
     corpus: Path, word_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = open_bytes(corpus, tokenizer=str(word_tokenizer))
-    monkeypatch.setattr("psyche_lightning_text.tokens._PIECE_CHARACTERS", 50)
+    monkeypatch.setattr("psyche_lightning.data.tokenizer._PIECE_CHARACTERS", 50)
     assert open_bytes(corpus, tokenizer=str(word_tokenizer)).fingerprint == whole.fingerprint
 
 
@@ -283,7 +283,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path, word_tokenizer: Path) -> None:
 def test_progress_appears_only_when_it_takes_long(
     slow: bool, corpus: Path, word_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("psyche_lightning_text.tokens._QUIET_SECONDS", -1.0 if slow else 1e9)
+    monkeypatch.setattr("psyche_lightning.data.tokenizer._QUIET_SECONDS", -1.0 if slow else 1e9)
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     open_bytes(corpus, tokenizer=str(word_tokenizer))
     captured = capsys.readouterr()
@@ -294,7 +294,7 @@ def test_progress_appears_only_when_it_takes_long(
 def test_no_progress_in_a_log(
     corpus: Path, word_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("psyche_lightning_text.tokens._QUIET_SECONDS", -1.0)
+    monkeypatch.setattr("psyche_lightning.data.tokenizer._QUIET_SECONDS", -1.0)
     open_bytes(corpus, tokenizer=str(word_tokenizer))
     assert not capsys.readouterr().err
 
@@ -316,9 +316,9 @@ def test_no_progress_in_a_log(
         ({"validation_fraction": "0.1"}, "validation_fraction is '0.1'"),
         ({"validation_samples": -1}, "validation_samples is -1"),
         ({"validation_samples": 5, "validation_fraction": 0.1}, "Both validation_fraction and validation_samples"),
-        ({"validation_samples": 10**6}, "too little text"),
+        ({"validation_samples": 10**6}, "too little data"),
         ({"max_bytes": 0}, "max_bytes is 0, expected a whole number, 1 or more"),
-        ({"seq_len": 10**6}, "make 0 samples of seq_len=1000000"),
+        ({"seq_len": 10**6}, "makes 0 samples of seq_len=1000000"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str, corpus: Path) -> None:
@@ -346,7 +346,7 @@ def test_places_without_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"b.txt' is not text: it has zero bytes"):
         open_bytes(empty / "b.txt")
     (empty / "a.txt").write_text("short")
-    with pytest.raises(ConfigError, match="6 tokens make 0 samples of seq_len=16"):
+    with pytest.raises(ConfigError, match="makes 0 samples of seq_len=16"):
         open_bytes(empty)
 
 

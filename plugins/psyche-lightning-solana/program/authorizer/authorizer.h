@@ -1,0 +1,29 @@
+// The authorizer: who may do what in whose name (spec S7.2). Other programs read its accounts.
+#pragma once
+#include "common/authorization.h"
+
+// For so long after the grantor's last update an authorization with delegates cannot be closed.
+#define CLOSING_DELAY (30 * 86400)
+
+#define AUTHORIZER_ERRORS(X)                                                            \
+  X(AuthorizationIsActive, "An active authorization cannot be closed; revoke it first") \
+  X(ClosingConditionsNotReached, "An authorization with delegates is closed 30 days after the grantor's last update")
+
+enum {
+  BeforeAuthorizerErrors = 5999,
+#define X(name, message) name,
+  AUTHORIZER_ERRORS(X)
+#undef X
+};
+
+// payer (signs, pays), grantor (signs), authorization (made), system program; grantee, scope (at most 32 bytes)
+u64 authorization_create(Input *input);
+// grantor (signs), authorization; active
+u64 authorization_grantor_update(Input *input);
+// payer (signs, pays), grantee (signs), authorization, system program; delegates_clear, delegates_added
+u64 authorization_grantee_update(Input *input);
+// grantor (signs), spill (gets the lamports), authorization
+u64 authorization_close(Input *input);
+
+// The authorization account, writable and at the address that its content says.
+u64 load_authorization(const Input *input, const Account *account, Authorization *authorization);

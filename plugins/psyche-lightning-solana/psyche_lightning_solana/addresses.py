@@ -1,0 +1,50 @@
+"""Program ids and derived addresses (S7.1 to S7.3, appendices A 14 and C); the functions take the program's id."""
+
+from __future__ import annotations
+
+from solders.pubkey import Pubkey
+
+from psyche_lightning.wire.hashing import sha256
+
+PSYCHE_COORDINATOR = Pubkey.from_string("4SHugWqSXwKE5fqDchkJcPEqnoZE22VYKtSTVm7axbT7")
+PSYCHE_AUTHORIZER = Pubkey.from_string("PsyAUmhpmiUouWsnJdNGFSX8vZ6rWjXjgDPHsgqPGyw")
+PSYCHE_TREASURER = Pubkey.from_string("EnU7DRx5az5YWxaxgqEGbXSYtudcfnjXewyBRRZCjJPw")
+
+
+def _derived(program: Pubkey, *seeds: bytes) -> Pubkey:
+    return Pubkey.find_program_address(seeds, program)[0]
+
+
+def instance_address(program: Pubkey, run_id: str) -> Pubkey:
+    """The instance account of a run, which names its coordinator account."""
+    return _derived(program, b"coordinator", run_id.encode())
+
+
+def manifest_address(program: Pubkey, run_id: str) -> Pubkey:
+    """The manifest account of a run."""
+    return _derived(program, b"manifest", run_id.encode())
+
+
+def node_address(program: Pubkey, run_id: str, wallet: Pubkey) -> Pubkey:
+    """The account that says where the node of that wallet is reached."""
+    return _derived(program, b"address", run_id.encode(), bytes(wallet))
+
+
+def authorization_address(authorizer: Pubkey, grantor: Pubkey, grantee: Pubkey, scope: bytes) -> Pubkey:
+    """The authorization of ``grantee`` (zero: everybody) by ``grantor``."""
+    return _derived(authorizer, b"Authorization", bytes(grantor), bytes(grantee), scope)
+
+
+def treasurer_index(run_id: str) -> int:
+    """The index that a run's treasurer has by convention: LE64 of S(run id)."""
+    return int.from_bytes(sha256(run_id.encode())[:8], "little")
+
+
+def treasurer_run_address(treasurer: Pubkey, index: int) -> Pubkey:
+    """The account of a run in the treasurer."""
+    return _derived(treasurer, b"Run", index.to_bytes(8, "little"))
+
+
+def participant_address(treasurer: Pubkey, run: Pubkey, user: Pubkey) -> Pubkey:
+    """What a user has claimed of a run in the treasurer."""
+    return _derived(treasurer, b"Participant", bytes(run), bytes(user))

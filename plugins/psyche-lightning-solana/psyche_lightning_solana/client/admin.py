@@ -1,0 +1,483 @@
+"""What a run's owner does on the chain: create it, change it, let wallets join, pay and close.
+
+Every method does only what is not done yet, so one that was interrupted is simply called again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from solders.instruction import Instruction
+from solders.pubkey import Pubkey
+from solders.system_program import ID as SYSTEM_PROGRAM
+from solders.system_program import CreateAccountWithSeedParams, create_account_with_seed
+
+from psyche_lightning.coordinator.state import Phase
+from psyche_lightning.errors import ConfigError, CoordinatorError
+from psyche_lightning_solana import instructions
+from psyche_lightning_solana.account import RunAccounts
+from psyche_lightning_solana.addresses import authorization_address
+from psyche_lightning_solana.client import manifest as store
+from psyche_lightning_solana.client.fees import SIGNATURE_FEE, sol
+from psyche_lightning_solana.client.owner import Direct, Owner, Treasury, find_owner
+from psyche_lightning_solana.client.problems import RpcProblem
+from psyche_lightning_solana.client.rpc import unreachable
+from psyche_lightning_solana.client.run import EVERYBODY, SolanaRun
+from psyche_lightning_solana.client.sender import Receipt
+from psyche_lightning_solana.client.translate import config_section, metadata_section, plain_model
+from psyche_lightning_solana.client.units import units
+from psyche_lightning_solana.instructions import RunKeys
+from psyche_lightning_solana.interface import AUTHORIZER, CHECKPOINT_SCOPE, JOIN_SCOPE
+from psyche_lightning_solana.layout import COORDINATOR_SIZE, MANIFEST_SIZE
+from psyche_lightning_solana.types import CONFIG, METADATA, MODEL
+
+INSTANCE_SIZE = 8 + 165
+AUTHORIZATION_SIZE = 8 + 1 + 32 + 32 + 4 + 20 + 1 + 4 + 8
+SCOPES = {"join": JOIN_SCOPE, "checkpoint": CHECKPOINT_SCOPE}
+RESERVE = 20
+"""Transactions that creating a run may take, with room."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """What a wallet earned.
+
+    Attributes:
+        wallet: its address.
+        earned: points by epochs that succeeded.
+        slashed: points taken away.
+        claimed: points that the treasurer has paid; 0 for a run without one.
+    """
+
+    wallet: Pubkey
+    earned: int
+    slashed: int
+    claimed: int = 0
+
+
+class SolanaAdmin:
+    """The owner's side of one run; an asynchronous context manager.
+
+    Args:
+        run: access to it, with the owner's wallet.
+    """
+
+    def __init__(self, run: SolanaRun) -> None:
+        self.run = run
+
+    async def __aenter__(self) -> SolanaAdmin:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.run.close()
+
+    # --- looking ----------------------------------------------------------------------------------------------------
+
+    async def look(self) -> RunAccounts:
+        """The run as it is now.
+
+        Raises:
+            CoordinatorError: there is no such run, or it cannot be read or reached.
+        """
+        return self.run.decode(await self.run.snapshot())
+
+    # --- making -----------------------------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        config: Mapping[str, Any],
+        *,
+        manifest: Mapping[str, Any] | None = None,
+        model: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        max_seq_len: int = 1,
+        client_version: str = "",
+        everybody: bool = False,
+        mint: Pubkey | None = None,
+    ) -> RunAccounts:
+        """Create a run, not yet open to nodes: accounts, configuration, manifest.
+
+        Args:
+            config: durations and sizes, the fields of
+                :class:`~psyche_lightning.coordinator.state.CoordinatorConfig`.
+            manifest: what all nodes must agree on; without one nobody can join until :meth:`update` sets it.
+            model: Psyche's model section; made up from the run's name unless given.
+            metadata: name, description, ``num_parameters``, ``vocab_size``.
+            max_seq_len: tokens of a sample, where ``model`` is not given.
+            client_version: which version of this plugin nodes must have; any, if empty.
+            everybody: whether every wallet may join; otherwise :meth:`authorize` says who.
+            mint: the token in which a treasurer pays points; without one, points are only counted.
+
+        Returns:
+            The run.
+
+        Raises:
+            ConfigError: values that the layout has no room for.
+            CoordinatorError: the run is another's (``NotOwner``), was created with other values and is under way
+                (``UpdateConfigNotHalted``), or the wallet cannot pay (``Unfunded``).
+        """
+        wanted = config_section(config)
+        model = dict(model or plain_model(self.run.run_id, max_seq_len))
+        metadata = dict(metadata or metadata_section(self.run.run_id))
+        instance = await self.run.instance()
+        if instance is None:
+            await self._check_funds()
+            await self._init(client_version, mint)
+        await self.update(
+            config=wanted, model=model, metadata=metadata, manifest=manifest, client_version=client_version
+        )
+        if everybody:
+            await self.authorize(None)
+        return await self.look()
+
+    async def _init(self, client_version: str, mint: Pubkey | None) -> None:
+        """Make the three accounts in one transaction, so that there are all or none."""
+        me, seed = self.run.wallet.public, self.run.run_id
+        account = Pubkey.create_with_seed(me, seed, self.run.program)
+        make = create_account_with_seed(
+            CreateAccountWithSeedParams(
+                from_pubkey=me,
+                to_pubkey=account,
+                base=me,
+                seed=seed,
+                lamports=await self._rent(COORDINATOR_SIZE),
+                space=COORDINATOR_SIZE,
+                owner=self.run.program,
+            )
+        )
+        keys = RunKeys(self.run.program, self.run.run_id, account)
+        authorizer = self.run.cluster.program("authorizer")
+        if mint is None:
+            name, init = "init_coordinator", keys.init_coordinator(me, authorizer, me, me, client_version)
+        else:
+            name = "run_create"
+            init = Treasury.create(self.run, keys, authorizer, mint, client_version)
+        await self._transact(name, [make, init])
+
+    # --- changing ---------------------------------------------------------------------------------------------------
+
+    async def update(
+        self,
+        *,
+        config: Mapping[str, Any] | None = None,
+        model: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        progress: Mapping[str, Any] | None = None,
+        manifest: Mapping[str, Any] | None = None,
+        client_version: str | None = None,
+        rates: tuple[int | None, int | None] = (None, None),
+    ) -> RunAccounts:
+        """Change what is given and not so yet; all but metadata and rates only while the run is halted.
+
+        Args:
+            config: as of :meth:`create`.
+            model: as of :meth:`create`.
+            metadata: as of :meth:`create`.
+            progress: ``epoch``, ``step`` and ``epoch_start_data_index`` with which the run goes on.
+            manifest: as of :meth:`create`.
+            client_version: as of :meth:`create`.
+            rates: points of each epoch that begins from now on: shared by all, and taken from an ejected node.
+
+        Raises:
+            ConfigError: values that the layout has no room for.
+            CoordinatorError: ``NotOwner``, ``UpdateConfigNotHalted`` and the program's other refusals.
+        """
+        run, owner = await self._owned()
+        changes: dict[str, Any] = {}
+        if metadata is not None and METADATA.pack(dict(metadata)) != run.metadata:
+            changes["metadata"] = dict(metadata)
+        if config is not None:
+            wanted = config_section(config)
+            if CONFIG.pack(wanted) != CONFIG.pack({name: int(getattr(run.state.config, name)) for name in wanted}):
+                changes["config"] = wanted
+        # The checkpoint moves by itself; what it was created with says nothing about where it is now.
+        if model is not None and _model(model) != _model(run.llm if any(run.model) else {}):
+            changes["model"] = dict(model)
+        if progress is not None:
+            changes["progress"] = dict(progress)
+        if changes:
+            await self._command("update", owner.update(**changes), owner)
+        if client_version is not None and client_version != run.client_version:
+            await self._command("update_client_version", owner.version(client_version), owner)
+        if rates != (None, None):
+            await self._command("set_future_epoch_rates", owner.rates(*rates), owner)
+        if manifest is not None:
+            await self._set_manifest(run, owner, dict(manifest))
+        return await self.look()
+
+    async def _set_manifest(self, run: RunAccounts, owner: Owner, manifest: dict[str, Any]) -> None:
+        assert run.manifest is not None
+        digest, _ = store.compress(manifest)
+        try:
+            if digest == run.manifest.digest and await self.run.run_manifest(run) is not None:
+                return
+        except CoordinatorError as error:
+            if error.code != "InvalidManifest":
+                raise
+        try:
+            digest, address = await store.store(self.run.sender, self.run.reader, manifest)
+        except RpcProblem as problem:
+            raise unreachable(problem, "the manifest", self.run.cluster.name) from problem
+        if (digest, address) != (run.manifest.digest, run.manifest.address):
+            await self._command("set_manifest", owner.manifest(digest, address), owner)
+
+    async def start(self) -> RunAccounts:
+        """Open a new or paused run to nodes.
+
+        Raises:
+            CoordinatorError: ``CannotResume`` when it is not halted, or finished; ``ConfigSanityCheckFailed`` and
+                ``ModelSanityCheckFailed``.
+        """
+        run, owner = await self._owned()
+        phase = run.state.phase
+        if phase is Phase.FINISHED:
+            raise CoordinatorError(
+                f"run {self.run.run_id!r} is finished: all {run.state.config.total_steps} steps are trained. Create "
+                "another run to train on.",
+                code="CannotResume",
+            )
+        if not phase.halted:
+            raise CoordinatorError(
+                f"run {self.run.run_id!r} is open already, in phase {phase.name}", code="CannotResume"
+            )
+        await self._command("set_paused", owner.paused(False), owner)
+        return await self.look()
+
+    async def resume(self) -> RunAccounts:
+        """Open a paused run to nodes again; the same as :meth:`start`."""
+        return await self.start()
+
+    async def pause(self) -> RunAccounts:
+        """Halt the run when its epoch has ended; at once when none is under way. One that is halted stays so.
+
+        Raises:
+            CoordinatorError: ``NotOwner``; ``Halted`` when it was never started or is finished.
+        """
+        run, owner = await self._owned()
+        phase = run.state.phase
+        if phase in (Phase.UNINITIALIZED, Phase.FINISHED):
+            words = "was never started" if phase is Phase.UNINITIALIZED else "is finished"
+            raise CoordinatorError(f"run {self.run.run_id!r} {words}; there is nothing to pause", code="Halted")
+        if phase is not Phase.PAUSED and not run.state.pending_pause:
+            await self._command("set_paused", owner.paused(True), owner)
+        return await self.look()
+
+    async def set_checkpoint(self, checkpoint: Mapping[str, Any]) -> RunAccounts:
+        """Say where a checkpoint lies, as ``{"Hub": {"repo_id": ...}}``: as the owner, or with an authorization."""
+        run = await self.look()
+        owner = await find_owner(self.run)
+        if owner is None:
+            keys, instance = await self.run.keys(), await self.run.instance()
+            assert instance is not None
+            assert run.manifest is not None
+            me = self.run.wallet.public
+            place = authorization_address(
+                Pubkey(run.manifest.authorizer), instance.main_authority, me, CHECKPOINT_SCOPE
+            )
+            await self._transact("checkpoint", [keys.checkpoint(me, dict(checkpoint), place)])
+        else:
+            await self._command("checkpoint", owner.checkpoint(dict(checkpoint)), owner)
+        return await self.look()
+
+    async def close(self) -> int:
+        """Close a halted run and take back what its accounts hold; returns the lamports that came back.
+
+        Raises:
+            CoordinatorError: ``CloseCoordinatorNotHalted`` while it is open; ``NotOwner``.
+        """
+        run, owner = await self._owned()
+        if not run.state.phase.halted:
+            raise CoordinatorError(
+                f"run {self.run.run_id!r} is open, in phase {run.state.phase.name}; pause it first: "
+                f"`psyche run pause {self.run.run_id}`",
+                code="CloseCoordinatorNotHalted",
+            )
+        me, reader = self.run.wallet.public, self.run.reader
+        assert run.manifest is not None
+        authorizer = Pubkey(run.manifest.authorizer)
+        try:
+            before = await reader.balance(me)
+            await self._close_authorization(authorizer, EVERYBODY, JOIN_SCOPE)
+            await store.discard(self.run.sender, reader, run.manifest.address)
+            await self._command("free_coordinator", owner.free(), owner)
+            return await reader.balance(me) - before
+        except RpcProblem as problem:
+            raise unreachable(problem, "closing the run", self.run.cluster.name) from problem
+
+    # --- who may join -----------------------------------------------------------------------------------------------
+
+    async def authorize(self, wallet: Pubkey | None, scope: str = "join") -> None:
+        """Let a wallet join, or everybody (None), or let one set the checkpoint (scope ``checkpoint``).
+
+        Raises:
+            ConfigError: there is no such scope.
+            CoordinatorError: this wallet is not the run's join authority, or main authority for the checkpoint.
+        """
+        authorizer, name = await self._grantor(scope)
+        me, grantee = self.run.wallet.public, wallet or EVERYBODY
+        place = authorization_address(authorizer, me, grantee, name)
+        held = await self._authorization(place)
+        parts, names = [], []
+        if held is None:
+            parts.append(instructions.authorization_create(authorizer, me, me, grantee, name))
+            names.append("authorization_create")
+        if held is None or not held["active"]:
+            parts.append(instructions.authorization_grantor_update(authorizer, me, place, True))
+            names.append("authorization_grantor_update")
+        if parts:
+            await self._transact("+".join(names), parts)
+
+    async def revoke(self, wallet: Pubkey | None, scope: str = "join") -> bool:
+        """Take an authorization back; returns whether there was an active one. Clients stay until their epoch ends."""
+        authorizer, name = await self._grantor(scope)
+        grantee = wallet or EVERYBODY
+        held = await self._authorization(authorization_address(authorizer, self.run.wallet.public, grantee, name))
+        await self._close_authorization(authorizer, grantee, name)
+        return held is not None and bool(held["active"])
+
+    async def _grantor(self, scope: str) -> tuple[Pubkey, bytes]:
+        """The authorizer's program and the scope's name, if this wallet grants such authorizations."""
+        if scope not in SCOPES:
+            raise ConfigError(f"there is no scope {scope!r}; choose {', '.join(SCOPES)}")
+        run, instance = await self.look(), await self.run.instance()
+        assert instance is not None
+        assert run.manifest is not None
+        needed = instance.join_authority if scope == "join" else instance.main_authority
+        if needed != self.run.wallet.public:
+            raise CoordinatorError(
+                f"the wallet {self.run.wallet.public} cannot authorize anybody for run {self.run.run_id!r}: its "
+                f"{scope} authority is {needed}",
+                code="NotOwner",
+            )
+        return Pubkey(run.manifest.authorizer), SCOPES[scope]
+
+    async def _authorization(self, place: Pubkey) -> dict[str, Any] | None:
+        try:
+            found = await self.run.reader.account(place)
+        except RpcProblem as problem:
+            raise unreachable(problem, "an authorization", self.run.cluster.name) from problem
+        if found is None:
+            return None
+        values: dict[str, Any] = AUTHORIZER.accounts["Authorization"].decode(found.data[8:])
+        return values
+
+    async def _close_authorization(self, authorizer: Pubkey, grantee: Pubkey, scope: bytes) -> None:
+        """Revoke; and take the storage back where that is possible at once."""
+        me = self.run.wallet.public
+        place = authorization_address(authorizer, me, grantee, scope)
+        held = await self._authorization(place)
+        if held is None:
+            return
+        parts, names = [], []
+        if held["active"]:
+            parts.append(instructions.authorization_grantor_update(authorizer, me, place, False))
+            names.append("authorization_grantor_update")
+        if not held["delegates"]:
+            parts.append(instructions.authorization_close(authorizer, me, me, place))
+            names.append("authorization_close")
+        if parts:
+            await self._transact("+".join(names), parts)
+
+    # --- points -----------------------------------------------------------------------------------------------------
+
+    async def points(self) -> list[Points]:
+        """What each wallet earned, in the order in which they came."""
+        run = await self.look()
+        treasury = await Treasury.of(self.run)
+        claimed = await treasury.claimed([Pubkey(m.signer) for m in run.members]) if treasury else {}
+        return [Points(Pubkey(m.signer), m.earned, m.slashed, claimed.get(Pubkey(m.signer), 0)) for m in run.members]
+
+    async def claim(self, points: int | None = None) -> int:
+        """Have the treasurer pay this wallet's points: all, or as many as given; returns how many it paid.
+
+        Raises:
+            CoordinatorError: the run has no treasurer (``NoTreasurer``), or the points are not there.
+        """
+        run, treasury = await self.look(), await Treasury.of(self.run)
+        if treasury is None:
+            raise CoordinatorError(
+                f"run {self.run.run_id!r} has no treasurer: its points are counted, and nothing pays them",
+                code="NoTreasurer",
+            )
+        me = self.run.wallet.public
+        mine = next((member for member in run.members if member.signer == bytes(me)), None)
+        claimed = (await treasury.claimed([me])).get(me, 0)
+        earned = mine.earned if mine else 0
+        wanted = min(earned - claimed, await treasury.vault()) if points is None else points
+        if not 0 <= wanted <= earned - claimed:
+            raise CoordinatorError(
+                f"the wallet {me} earned {earned} points of run {self.run.run_id!r} and claimed {claimed} of them; "
+                f"{points} cannot be claimed",
+                code="InvalidParameter",
+            )
+        if wanted:
+            names, parts = await treasury.claim(me, wanted)
+            await self._transact(names, parts)
+        return wanted
+
+    # --- sending ----------------------------------------------------------------------------------------------------
+
+    async def _owned(self) -> tuple[RunAccounts, Owner]:
+        """The run, and the hand in which it is.
+
+        Raises:
+            CoordinatorError: it is not this wallet's (``NotOwner``).
+        """
+        run = await self.look()
+        owner = await find_owner(self.run)
+        if owner is None:
+            instance = await self.run.instance()
+            assert instance is not None
+            raise CoordinatorError(
+                f"run {self.run.run_id!r} on {self.run.cluster.name} belongs to {instance.main_authority}, and this "
+                f"wallet is {self.run.wallet.public}. Use the owner's wallet, or another run id.",
+                code="NotOwner",
+            )
+        return run, owner
+
+    async def _command(self, name: str, part: Instruction, owner: Owner) -> Receipt:
+        return await self._transact(name if isinstance(owner, Direct) else f"treasurer:{name}", [part])
+
+    async def _transact(self, name: str, parts: list[Instruction]) -> Receipt:
+        receipt = await self.run.sender.send(name, parts, units=units(name, 256))
+        # What follows builds on it; a service that is behind would not see it.
+        await self._settled(receipt)
+        return receipt
+
+    async def _settled(self, receipt: Receipt) -> None:
+        try:
+            await self.run.reader.accounts([SYSTEM_PROGRAM], receipt.slot)
+        except RpcProblem as problem:
+            raise unreachable(problem, "what was just changed", self.run.cluster.name) from problem
+
+    async def _rent(self, size: int) -> int:
+        try:
+            return await self.run.reader.rent(size)
+        except RpcProblem as problem:
+            raise unreachable(problem, "the price of storage", self.run.cluster.name) from problem
+
+    async def _check_funds(self) -> None:
+        """Say before the first transaction what the whole of it needs."""
+        sizes = (COORDINATOR_SIZE, INSTANCE_SIZE, MANIFEST_SIZE, AUTHORIZATION_SIZE, 2048, 0)
+        needed = sum([await self._rent(size) for size in sizes]) + RESERVE * SIGNATURE_FEE
+        try:
+            balance = await self.run.reader.balance(self.run.wallet.public)
+        except RpcProblem as problem:
+            raise unreachable(problem, "the wallet's balance", self.run.cluster.name) from problem
+        if balance < needed:
+            raise CoordinatorError(
+                f"the wallet {self.run.wallet.public} holds {sol(balance)} on {self.run.cluster.name}; creating a run "
+                f"needs {sol(needed)}, of which all but the fees come back when it is closed. On a local chain and on "
+                "devnet `psyche solana airdrop` gives SOL away.",
+                code="Unfunded",
+            )
+
+
+def _model(model: Mapping[str, Any]) -> bytes:
+    """A model section as bytes, without its checkpoint."""
+    if not model:
+        return b""
+    llm = {**model["LLM"], "checkpoint": "Ephemeral"}
+    return MODEL.pack({"LLM": llm})

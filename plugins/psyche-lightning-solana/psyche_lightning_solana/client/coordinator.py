@@ -1,0 +1,501 @@
+"""A node's client of a run on the chain: the :class:`~psyche_lightning.coordinator.protocol.Coordinator` protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import struct
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from typing import Any, TypeVar
+
+from solders.instruction import Instruction
+from solders.pubkey import Pubkey
+
+from psyche_lightning.coordinator.committee import round_selection
+from psyche_lightning.coordinator.machine import healthy
+from psyche_lightning.coordinator.manifest import merge, settle
+from psyche_lightning.coordinator.protocol import Report, Terms
+from psyche_lightning.coordinator.state import Phase, Round, RunState, WitnessProof
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.wire.identity import Identity
+from psyche_lightning_solana.account import Member, RunAccounts
+from psyche_lightning_solana.client import turns
+from psyche_lightning_solana.client.addressbook import MAX_AGE, AddressBook
+from psyche_lightning_solana.client.cluster import Cluster
+from psyche_lightning_solana.client.feed import Feed, Snapshot
+from psyche_lightning_solana.client.fees import SIGNATURE_FEE, sol
+from psyche_lightning_solana.client.history import History
+from psyche_lightning_solana.client.ledger import Ledger
+from psyche_lightning_solana.client.problems import RpcProblem
+from psyche_lightning_solana.client.replay import replay
+from psyche_lightning_solana.client.rpc import Sleep, unreachable
+from psyche_lightning_solana.client.run import SolanaRun
+from psyche_lightning_solana.client.sender import Receipt
+from psyche_lightning_solana.client.units import units
+from psyche_lightning_solana.client.wallet import Wallet
+from psyche_lightning_solana.instructions import RunKeys
+from psyche_lightning_solana.interface import MAX_NODE_ADDRESS
+
+logger = logging.getLogger("psyche_lightning")
+
+ADDRESS_SIZE = 176
+FEW_TRANSACTIONS = 100
+"""A wallet that cannot pay for so many need not join."""
+LARGEST_FLOAT = 3.0e38
+
+_Result = TypeVar("_Result")
+
+
+class SolanaCoordinator:
+    """A client of one run (a :class:`~psyche_lightning.coordinator.protocol.Coordinator`).
+
+    The wallet is the signer; the node's own key goes along with each join. A node joins each epoch anew, as the program
+    wants it. While services stumble, calls fail with ``retryable`` errors and the state stays as it was last seen.
+
+    Args:
+        cluster: the chain and the options.
+        run_id: the run.
+        identity: the node's key.
+        wallet: who signs and pays; None to load it as the options say.
+        patience: seconds without any answer of any service after which :meth:`watch` gives up.
+        clock: monotonic seconds.
+        sleep: waits.
+        randomness: spreads the waits of many nodes.
+        on_status: called with a line for people when a subscription comes or goes.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        run_id: str,
+        identity: Identity,
+        *,
+        wallet: Wallet | None = None,
+        patience: float = 600.0,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Sleep = asyncio.sleep,
+        randomness: random.Random | None = None,
+        on_status: Callable[[str], None] | None = None,
+    ) -> None:
+        self.run = SolanaRun(cluster, run_id, wallet, clock=clock, sleep=sleep, randomness=randomness)
+        self._node = identity.public
+        self._patience = patience
+        self._clock = clock
+        self._sleep = sleep
+        self._on_status = on_status or logger.info
+        self._feed: Feed | None = None
+        self._keys: RunKeys | None = None
+        self._book = AddressBook(self.run, clock)
+        self._history = History()
+        self._ledger: Ledger | None = None
+        self._decoded: tuple[Snapshot, RunAccounts] | None = None
+        self._joined = False
+        self._bytes: tuple[float, int] | None = None
+        self._in_flight: dict[Hashable, asyncio.Task[Any]] = {}
+        self._ticker: asyncio.Task[None] | None = None
+        self._replayed: tuple[int, int] = (-1, -1)
+        self._closed = False
+
+    @property
+    def signer(self) -> bytes:
+        """The wallet's address, by which the run knows this client.
+
+        Raises:
+            ConfigError: there is no usable wallet.
+        """
+        return bytes(self.run.wallet.public)
+
+    # --- the protocol -----------------------------------------------------------------------------------------------
+
+    async def terms(self) -> Terms:
+        """What the run has fixed."""
+        run = await self._look()
+        return Terms(run.state.config, (), await self.run.run_manifest(run))
+
+    async def join(self, address: str, manifest: dict[str, Any]) -> None:
+        """Become a member of the next epoch, and say where the node is reached; sends only what is not so yet.
+
+        Raises:
+            ManifestMismatchError: the run has another manifest.
+            CoordinatorError: ``NoManifest``, ``NotAuthorized``, ``Unfunded``; ``Halted`` when this node comes new to a
+                run that is not open; ``Replaced`` when another process uses the wallet.
+        """
+        run = await self._look()
+        await self._check_manifest(run, manifest)
+        if run.state.phase.halted:
+            if not self._joined:
+                raise _halted(run.state)
+            return  # who was there waits; joining counts only once the run is open again
+        await self._once("join", lambda: self._join(address))
+        self._joined = True
+
+    async def withdraw(self) -> None:
+        """Leave the run."""
+        run = await self._look()
+        state = run.state
+        inside = any(client.signer == self.signer for client in healthy(state))
+        if inside or any(client.signer == self.signer for client in run.pending):
+            await self._send("withdraw", lambda keys, me: keys.withdraw(me))
+
+    async def warmup_witness(self, epoch: int, index: int, digest: bytes) -> None:
+        """Say which parameters this client holds."""
+        await self._send("warmup_witness", lambda keys, me: keys.warmup_witness(me, index, digest, epoch), epoch)
+
+    async def witness(
+        self,
+        epoch: int,
+        height: int,
+        proof: WitnessProof,
+        merkle: bytes,
+        participants: bytes,
+        broadcasts: bytes,
+        report: Report,
+    ) -> None:
+        """Report as a witness."""
+        figures = self._figures(report, epoch, height)
+        await self._send(
+            "witness",
+            lambda keys, me: keys.witness(
+                me, proof, merkle, participants, broadcasts, metadata=figures, at=(epoch, height)
+            ),
+            epoch,
+            height,
+        )
+
+    async def health_check(self, epoch: int, height: int, signers: list[bytes]) -> int:
+        """Name silent clients. Each costs a transaction, so the witnesses do it in turn, as far as needed."""
+        return await self._once(("health", epoch, height), lambda: self._health_check(epoch, height, signers))
+
+    async def checkpoint(self, epoch: int, step: int, digest: bytes) -> None:
+        """Vote for the parameters at the end of an epoch."""
+        await self._send("vote_checkpoint", lambda keys, me: keys.vote_checkpoint(me, epoch, step, digest), epoch)
+
+    async def rounds(self, epoch: int, first: int) -> list[Round]:
+        """The rounds of an epoch from height ``first`` on: as seen, or else made again from the ledger."""
+        run = await self._look()
+        self._history.observe(run.state)
+        if self._history.missing(epoch, first) and run.state.phase.active and run.state.epoch == epoch:
+            await self._once(("replay", epoch), lambda: self._replay(run))
+        return self._history.rounds(epoch, first)
+
+    async def watch(self) -> AsyncIterator[RunState]:
+        """The state now and after every change, newest only."""
+        feed = await self._open()
+        feed.start()
+        if self._ticker is None:
+            self._ticker = asyncio.get_running_loop().create_task(self._keep_time(feed))
+        news = feed.news()
+        shown: RunState | None = None
+        try:
+            while True:
+                if feed.failure is not None:
+                    raise feed.failure
+                if self._closed:
+                    raise CoordinatorError("this coordinator client was closed", code="Closed")
+                news.clear()
+                if feed.latest is not None:
+                    run = self._decode(feed.latest)
+                    self._check_alone(run)
+                    self._history.observe(run.state)
+                    await self._look_up(run)
+                    state = self._book.fill(run.state)
+                    if state != shown:
+                        shown = state
+                        yield state
+                if not news.is_set():
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(news.wait(), MAX_AGE)
+        finally:
+            feed.forget(news)
+
+    async def close(self) -> None:
+        """Stop following the run and release connections; the log is finished first."""
+        self._closed = True
+        tasks = [*self._in_flight.values(), *([self._ticker] if self._ticker else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._feed is not None:
+            await self._feed.stop()
+        await self.run.close()
+
+    # --- looking ----------------------------------------------------------------------------------------------------
+
+    async def _open(self) -> Feed:
+        if self._closed:
+            raise CoordinatorError("this coordinator client was closed", code="Closed")
+        if self._feed is None:
+            self._keys = await self.run.keys()
+            self._feed = Feed(
+                self.run.cluster,
+                self.run.reader,
+                self._keys.coordinator_account,
+                self.run.manifest_address,
+                check=self.run.check_account,
+                patience=self._patience,
+                on_status=self._on_status,
+                clock=self._clock,
+                sleep=self._sleep,
+            )
+        return self._feed
+
+    async def _look(self, min_slot: int | None = None) -> RunAccounts:
+        """The run as it is now."""
+        feed = await self._open()
+        try:
+            return self._decode(await feed.refresh(min_slot))
+        except RpcProblem as problem:
+            raise unreachable(problem, f"run {self.run.run_id!r}", self.run.cluster.name) from problem
+
+    def _decode(self, snapshot: Snapshot) -> RunAccounts:
+        if self._decoded is None or self._decoded[0] is not snapshot:
+            self._decoded = snapshot, self.run.decode(snapshot)
+        return self._decoded[1]
+
+    async def _look_up(self, run: RunAccounts) -> None:
+        """Addresses of those who matter; while services stumble, the old ones serve."""
+        gathering = run.state.phase in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP)
+        clients = run.pending if run.state.phase is Phase.WAITING_FOR_MEMBERS else run.state.clients
+        signers = [client.signer for client in clients if client.signer != self.signer]
+        with contextlib.suppress(RpcProblem):
+            await self._book.update(signers, all_of_them=gathering)
+
+    def _check_alone(self, run: RunAccounts) -> None:
+        """Refuse to go on when another process joined with this wallet."""
+        mine = self._member(run)
+        if self._joined and mine is not None and mine.p2p != self._node:
+            raise CoordinatorError(
+                f"another process joined run {self.run.run_id!r} with the wallet {self.run.wallet.public}. Give each "
+                "node a wallet of its own.",
+                code="Replaced",
+            )
+
+    def _member(self, run: RunAccounts) -> Member | None:
+        return next((member for member in run.members if member.signer == self.signer), None)
+
+    async def _replay(self, run: RunAccounts) -> None:
+        state = run.state
+        height = state.current.height if state.current else 0
+        if self._replayed == (state.epoch, height):
+            return  # it did not help at this height
+        self._replayed = state.epoch, height
+        assert self._keys is not None
+        if self._ledger is None:
+            self._ledger = Ledger(self.run.reader, self._keys.coordinator_account)
+        try:
+            entries = await self._ledger.entries(since=int(state.epoch_start))
+        except RpcProblem as problem:
+            raise unreachable(problem, "the transactions of the epoch", self.run.cluster.name) from problem
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(None, replay, run, entries, self.run.program, self._keys.coordinator_account)
+        if not found:
+            logger.warning("the ledger does not show the epoch's earlier rounds; this node waits for the next epoch")
+        self._history.fill(state.epoch, found[:height])
+
+    # --- joining ----------------------------------------------------------------------------------------------------
+
+    async def _check_manifest(self, run: RunAccounts, manifest: dict[str, Any]) -> None:
+        held = await self.run.run_manifest(run)
+        if held is None:
+            raise CoordinatorError(
+                f"run {self.run.run_id!r} has no manifest, so nobody knows what it trains. Its owner sets it with "
+                f"`psyche run update {self.run.run_id} RECIPE`.",
+                code="NoManifest",
+            )
+        offered, _ = settle({}, manifest)
+        merge(held, offered)
+
+    async def _join(self, address: str) -> None:
+        run = await self._look()
+        me, state = self.run.wallet.public, run.state
+        if len(address.encode()) > MAX_NODE_ADDRESS:
+            raise CoordinatorError(
+                f"the transport's address has {len(address.encode())} bytes; the chain keeps {MAX_NODE_ADDRESS}",
+                code="InvalidMember",
+            )
+        with contextlib.suppress(RpcProblem):
+            await self._book.update([self.signer], all_of_them=True)
+        keys, parts, names = self._keys, [], []
+        assert keys is not None
+        if address != self._book.get(self.signer):
+            parts.append(keys.set_address(me, address))
+            names.append("set_address")
+        mine = self._member(run)
+        waits = mine is not None and mine.active == run.next_active and mine.p2p == self._node
+        inside = any(c.signer == self.signer and c.node == self._node for c in healthy(state))
+        formed = state.phase is Phase.WARMUP or state.phase.active
+        if not waits and not (inside and formed):
+            instance = await self.run.instance()
+            assert instance is not None
+            parts.append(keys.join_run(me, self._node, await self.run.authorization(run, instance)))
+            names.append("join_run")
+        if not parts:
+            return
+        await self._check_funds(new_address=bool(address) and not self._book.get(self.signer))
+        receipt = await self._transact("+".join(names), parts, run)
+        await self._book.update([self.signer], all_of_them=True)
+        await self._look(receipt.slot)
+
+    async def _check_funds(self, *, new_address: bool) -> None:
+        """Say before the first transaction what is missing, rather than after the hundredth."""
+        try:
+            balance = await self.run.reader.balance(self.run.wallet.public)
+            needed = await self.run.reader.rent(0) + FEW_TRANSACTIONS * SIGNATURE_FEE
+            needed += await self.run.reader.rent(ADDRESS_SIZE) if new_address else 0
+        except RpcProblem as problem:
+            raise unreachable(problem, "the wallet's balance", self.run.cluster.name) from problem
+        if balance < needed:
+            raise CoordinatorError(
+                f"the wallet {self.run.wallet.public} holds {sol(balance)} on {self.run.cluster.name}; a node needs at "
+                f"least {sol(needed)} to begin: storage for its address, which comes back, and {FEW_TRANSACTIONS} "
+                "transactions. `psyche solana cost RECIPE` says what a whole run costs; on a local chain and on devnet "
+                f"`psyche solana airdrop` gives SOL away.",
+                code="Unfunded",
+            )
+
+    # --- sending ----------------------------------------------------------------------------------------------------
+
+    async def _once(self, key: Hashable, work: Callable[[], Awaitable[_Result]]) -> _Result:
+        """Do ``work``, or wait for the one that is being done under that key: nothing is sent twice."""
+        task = self._in_flight.get(key)
+        if task is None:
+            task = asyncio.ensure_future(work())
+            self._in_flight[key] = task
+            task.add_done_callback(lambda _: self._in_flight.pop(key, None))
+        result: _Result = await asyncio.shield(task)
+        return result
+
+    async def _send(self, name: str, build: Callable[[RunKeys, Pubkey], Instruction], *place: int) -> None:
+        async def work() -> None:
+            feed = await self._open()
+            assert self._keys is not None
+            run = self._decode(feed.latest) if feed.latest is not None else await self._look()
+            await self._transact(name, [build(self._keys, self.run.wallet.public)], run)
+
+        await self._once((name, *place), work)
+
+    async def _transact(self, name: str, parts: list[Instruction], run: RunAccounts) -> Receipt:
+        assert self._feed is not None
+        slot = self._feed.latest.slot if self._feed.latest is not None else None
+        limit = sum(units(part, len(run.members)) for part in name.split("+"))
+        try:
+            return await self.run.sender.send(name, parts, units=limit, min_slot=slot)
+        except CoordinatorError as error:
+            if not error.retryable:
+                self._feed.look()  # the run may have moved on
+            raise
+
+    def _figures(self, report: Report, epoch: int, height: int) -> dict[str, Any]:
+        """A report in the form of Psyche's metadata; figures of another round's step are not taken by the program."""
+        now, total = self._clock(), report.bytes_up + report.bytes_down
+        before, self._bytes = self._bytes, (now, total)
+        rate = (total - before[1]) / max(now - before[0], 1e-3) if before is not None else 0.0
+        latest = self._decode(self._feed.latest).state if self._feed is not None and self._feed.latest else None
+        current = latest.current if latest is not None and latest.epoch == epoch else None
+        of_now = current is not None and (current.height, current.step) == (height, report.step)
+        return {
+            "step": report.step if of_now else 0,
+            "tokens_per_sec": _single(report.tokens_per_second),
+            "bandwidth_per_sec": _single(rate),
+            "loss": _single(report.loss) if of_now and not math.isnan(report.loss) else math.inf,
+        }
+
+    async def _health_check(self, epoch: int, height: int, signers: list[bytes]) -> int:
+        run = await self._look()
+        if not await self._my_turn(run, epoch, height):
+            return 0
+        dropped = 0
+        for listed in signers:
+            run = await self._look()
+            state, before = run.state, run.state.round_at(height - 1)
+            if not _at(state, epoch, height) or before is None or listed not in before.clients:
+                break
+            client = next((client for client in healthy(state) if client.signer == listed), None)
+            if client is None:
+                continue
+            index = before.clients.index(listed)
+            selection = round_selection(before, state.config)
+            position, committee = selection.committee_position(index), selection.committee(index)
+            assert self._keys is not None
+            part = self._keys.health_check(self.run.wallet.public, listed, client.node, position, index, committee)
+            await self._transact("health_check", [part], run)
+            dropped += 1
+        return dropped
+
+    async def _my_turn(self, run: RunAccounts, epoch: int, height: int) -> bool:
+        """Wait until it is this node's turn in that round; false when the round ended before."""
+        assert self._feed is not None
+        end = self._clock() + turns.STAGGER * turns.turn(run, self.signer)
+        while self._clock() < end:
+            await self._sleep(turns.STAGGER / 4)
+            latest = self._feed.latest
+            if latest is not None and not _at(self._decode(latest).state, epoch, height):
+                return False
+        return True
+
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    async def _keep_time(self, feed: Feed) -> None:
+        """Tick at the run's deadlines, when it is this node's turn."""
+        news = feed.news()
+        try:
+            while feed.failure is None:
+                news.clear()
+                wait = await self._tick_if_due(feed) if feed.latest is not None else None
+                if not news.is_set():
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(news.wait(), wait)
+        finally:
+            feed.forget(news)
+
+    async def _tick_if_due(self, feed: Feed) -> float | None:
+        """Send a tick if one is due; returns the seconds until the next look, None for until something happens."""
+        assert feed.latest is not None
+        try:
+            run = self._decode(feed.latest)
+            due = turns.due(run)
+            if due is None or not self._joined:
+                return None if due is None else turns.STAGGER
+            mine = due + turns.STAGGER * turns.turn(run, self.signer)
+            early = mine - feed.chain_time()
+            if early > 0:
+                return early
+            snapshot = await feed.refresh()
+            if snapshot.nonce != run.state.nonce:
+                return 0.0
+            if feed.chain_time() < due:
+                return due - feed.chain_time()
+            await self._send("tick", lambda keys, me: keys.tick(me), snapshot.nonce)
+            await feed.refresh()
+        except RpcProblem:
+            return turns.STAGGER
+        except CoordinatorError as error:
+            logger.debug("tick: %s", error)
+            return turns.STAGGER
+        return 0.2
+
+
+def _at(state: RunState, epoch: int, height: int) -> bool:
+    return state.epoch == epoch and state.current is not None and state.current.height == height
+
+
+def _single(value: float) -> float:
+    """A number that a 32-bit float can hold; not a number becomes infinity, as Psyche has it."""
+    if math.isnan(value):
+        return math.inf
+    return struct.unpack("<f", struct.pack("<f", min(max(value, -LARGEST_FLOAT), LARGEST_FLOAT)))[0]  # type: ignore[no-any-return]
+
+
+def _halted(state: RunState) -> CoordinatorError:
+    text = {
+        Phase.UNINITIALIZED: f"is not started yet; its owner starts it with `psyche run start {state.run_id}`",
+        Phase.PAUSED: f"is paused; its owner resumes it with `psyche run resume {state.run_id}`",
+        Phase.FINISHED: f"is finished: all {state.config.total_steps} steps are trained",
+    }[state.phase]
+    return CoordinatorError(
+        f"run {state.run_id!r} {text}. A node that joins now would have nothing to do.", code="Halted"
+    )

@@ -1,0 +1,296 @@
+"""A run's accounts as they change: subscriptions with every RPC service, and looks in between where these fail.
+
+The coordinator account has a nonce, and only a higher one counts: services differ in how far they are, answers overtake
+each other, and states in between are skipped. The manifest account has none, so both are read together, as of one slot;
+only within an epoch's rounds, when the manifest cannot change, does a notification of the coordinator account suffice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from solana.rpc.commitment import Commitment
+from solana.rpc.websocket_api import connect
+from solders.pubkey import Pubkey
+from solders.rpc.responses import AccountNotification, SubscriptionResult
+
+from psyche_lightning.coordinator.state import Phase
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning_solana.client.cluster import Cluster, Endpoint
+from psyche_lightning_solana.client.problems import RpcProblem
+from psyche_lightning_solana.client.reader import Account, Reader
+from psyche_lightning_solana.client.rpc import Sleep, unreachable
+from psyche_lightning_solana.layout import COORDINATOR
+
+CLOCK = Pubkey.from_string("SysvarC1ock11111111111111111111111111111111")
+MAX_NOTIFICATION = 1024 * 1024
+OPEN_TIMEOUT = 10.0
+HEARTBEAT = 10.0
+LONGEST_GAP = 30.0
+"""Seconds between attempts to subscribe; two more for each that failed."""
+SLOW_POLL = 15.0
+"""Seconds between looks while a subscription works: it may have died without a word."""
+ROUNDS = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's accounts as of one moment.
+
+    Attributes:
+        slot: the newest slot that it shows.
+        coordinator: bytes of the coordinator account.
+        manifest: bytes of the manifest account; empty where there is none.
+    """
+
+    slot: int
+    coordinator: bytes
+    manifest: bytes
+
+    @property
+    def nonce(self) -> int:
+        """Changes so far."""
+        return _number(self.coordinator, "nonce", 8)
+
+    @property
+    def within_rounds(self) -> int | None:
+        """The epoch whose rounds are under way; None between."""
+        return _within_rounds(self.coordinator)
+
+
+def _number(coordinator: bytes, field: str, size: int) -> int:
+    fields = COORDINATOR.fields
+    assert fields is not None
+    offset = fields[field][1]
+    return int.from_bytes(coordinator[offset : offset + size], "little")
+
+
+def _within_rounds(coordinator: bytes) -> int | None:
+    return _number(coordinator, "epoch", 2) if _number(coordinator, "run_state", 1) in ROUNDS else None
+
+
+class Feed:
+    """Follows one run's accounts.
+
+    Args:
+        cluster: the chain.
+        reader: the RPC services.
+        coordinator: address of the coordinator account.
+        manifest: address of the manifest account.
+        check: refuses bytes that are not the run's account any more.
+        patience: seconds without any answer after which it gives up.
+        on_status: is told when subscriptions come and go.
+        clock: monotonic seconds.
+        sleep: waits.
+
+    Attributes:
+        latest: the newest snapshot; None before the first.
+        failure: why it ended, once it did.
+        subscriptions: how many work now.
+        polls: how often it looked.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        reader: Reader,
+        coordinator: Pubkey,
+        manifest: Pubkey,
+        *,
+        check: Callable[[Account | None], None],
+        patience: float = 600.0,
+        on_status: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        self.latest: Snapshot | None = None
+        self.failure: CoordinatorError | None = None
+        self.subscriptions = 0
+        self.polls = 0
+        self._cluster = cluster
+        self._reader = reader
+        self._coordinator = coordinator
+        self._manifest = manifest
+        self._check = check
+        self._patience = patience
+        self._on_status = on_status or (lambda text: None)
+        self._clock = clock
+        self._sleep = sleep
+        self._chain_time = 0
+        self._chain_time_at = clock()
+        self._heard = clock()
+        self._wanted = 0
+        self._look = asyncio.Event()
+        self._news: set[asyncio.Event] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._reading = asyncio.Lock()
+
+    def start(self) -> None:
+        """Begin to follow; :meth:`stop` ends it."""
+        if not self._tasks:
+            self._spawn(self._poll())
+            for endpoint in self._cluster.endpoints:
+                self._spawn(self._subscribe(endpoint))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.get_running_loop().create_task(work))
+
+    async def stop(self) -> None:
+        """End all of it."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def news(self) -> asyncio.Event:
+        """An event that is set at every change, and when the feed fails; give it back to :meth:`forget`."""
+        event = asyncio.Event()
+        self._news.add(event)
+        return event
+
+    def forget(self, event: asyncio.Event) -> None:
+        """Set it no more."""
+        self._news.discard(event)
+
+    def look(self) -> None:
+        """Have it look soon."""
+        self._look.set()
+
+    def chain_time(self) -> float:
+        """The chain's clock now, as far as the last look tells."""
+        return self._chain_time + self._clock() - self._chain_time_at
+
+    async def refresh(self, min_slot: int | None = None) -> Snapshot:
+        """Look now; returns the newest snapshot, which may be another one's.
+
+        Args:
+            min_slot: a service that is behind this slot does not count.
+
+        Raises:
+            RpcProblem: no service answers.
+            CoordinatorError: the account is gone, or is none of a run any more.
+        """
+        async with self._reading:
+            slot, found = await self._reader.accounts([self._coordinator, self._manifest, CLOCK], min_slot)
+        coordinator, manifest, clock = found
+        self._check(coordinator)
+        assert coordinator is not None
+        if clock is not None:
+            self._chain_time, self._chain_time_at = int.from_bytes(clock.data[32:40], "little"), self._clock()
+        self._heard = self._clock()
+        return self._take(Snapshot(slot, coordinator.data, b"" if manifest is None else manifest.data))
+
+    def _take(self, snapshot: Snapshot) -> Snapshot:
+        if self.latest is None or snapshot.nonce > self.latest.nonce:
+            self.latest = snapshot
+            self._tell()
+        elif snapshot.nonce == self.latest.nonce and snapshot.slot >= self.latest.slot:
+            # What has no nonce of its own: the owner set the manifest.
+            changed, self.latest = snapshot.manifest != self.latest.manifest, snapshot
+            if changed:
+                self._tell()
+        return self.latest
+
+    def _tell(self) -> None:
+        for event in self._news:
+            event.set()
+
+    def _fail(self, error: CoordinatorError) -> None:
+        self.failure = error
+        self._tell()
+
+    # --- looking --------------------------------------------------------------------------------------------------
+
+    async def _poll(self) -> None:
+        while self.failure is None:
+            self.polls += 1
+            try:
+                await self.refresh()
+                if self.latest is not None and self.latest.nonce < self._wanted:
+                    await self._sleep(0.05)  # a notification overtook the service that was asked
+                    continue
+            except RpcProblem as problem:
+                if not problem.retryable or self._clock() - self._heard > self._patience:
+                    self._fail(unreachable(problem, "the run's account", self._cluster.name))
+                    return
+            except CoordinatorError as error:
+                self._fail(error)
+                return
+            self._look.clear()
+            pause = asyncio.ensure_future(self._sleep(SLOW_POLL if self.subscriptions else self._cluster.options.poll))
+            look = asyncio.ensure_future(self._look.wait())
+            try:
+                await asyncio.wait((pause, look), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                pause.cancel()
+                look.cancel()
+
+    # --- being told -----------------------------------------------------------------------------------------------
+
+    async def _subscribe(self, endpoint: Endpoint) -> None:
+        failed = 0
+        while self.failure is None:
+            try:
+                await self._listen(endpoint)
+            except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # whatever a service sends: solders panics on some of it
+                failed += 1
+                self._on_status(
+                    f"no subscription with {endpoint.name} ({type(error).__name__}); "
+                    f"looking every {self._cluster.options.poll:g} s meanwhile"
+                )
+                self._look.set()
+            else:
+                failed = 0
+            await self._sleep(min(LONGEST_GAP, 2.0 * failed) if failed else 0.5)
+
+    async def _listen(self, endpoint: Endpoint) -> None:
+        """Subscribe and take notifications until the connection ends."""
+        level = Commitment(self._cluster.options.commitment)
+        async with connect(
+            endpoint.ws,
+            open_timeout=OPEN_TIMEOUT,
+            ping_interval=HEARTBEAT,
+            ping_timeout=HEARTBEAT,
+            close_timeout=1.0,
+            max_size=MAX_NOTIFICATION,
+        ) as socket:
+            await socket.account_subscribe(self._coordinator, level, "base64+zstd")
+            subscribed = False
+            try:
+                while self.failure is None:
+                    for message in await socket.recv():
+                        if isinstance(message, SubscriptionResult) and not subscribed:
+                            subscribed = True
+                            self.subscriptions += 1
+                            self._on_status(f"subscribed with {endpoint.name}")
+                            self._look.set()  # for what changed before
+                        elif isinstance(message, AccountNotification):
+                            self._notified(message)
+            finally:
+                if subscribed:
+                    self.subscriptions -= 1
+                with contextlib.suppress(Exception):
+                    await socket.close()
+
+    def _notified(self, message: AccountNotification) -> None:
+        data = bytes(message.result.value.data)
+        slot, latest = message.result.context.slot, self.latest
+        self._heard = self._clock()
+        if len(data) != COORDINATOR.itemsize:
+            self._look.set()  # closed, perhaps: a look will tell
+            return
+        nonce = _number(data, "nonce", 8)
+        if latest is not None and nonce <= latest.nonce:
+            return
+        epoch = _within_rounds(data)
+        if latest is not None and epoch is not None and latest.within_rounds == epoch:
+            self._take(Snapshot(slot, data, latest.manifest))
+        else:
+            self._wanted = max(self._wanted, nonce)
+            self._look.set()

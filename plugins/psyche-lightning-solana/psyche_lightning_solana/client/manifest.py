@@ -1,0 +1,175 @@
+"""The run's manifest itself: the chain holds its SHA-256, and an account beside it the text.
+
+The text lies, compressed, in a buffer of the chain's own loader, which is how programs of any size are stored: no other
+program is needed, every RPC service gives it out, and its rent comes back when the run is closed. Nobody has to trust
+it, because only a text with the right digest is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from typing import Any
+
+from solders.instruction import AccountMeta, Instruction
+from solders.pubkey import Pubkey
+from solders.system_program import CreateAccountWithSeedParams, create_account_with_seed
+
+from psyche_lightning.coordinator.channel import manifest_text
+from psyche_lightning.coordinator.manifest import MAX_MANIFEST_SIZE
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.wire.hashing import sha256
+from psyche_lightning_solana.client.reader import Account, Reader
+from psyche_lightning_solana.client.sender import Sender
+
+LOADER = Pubkey.from_string("BPFLoaderUpgradeab1e11111111111111111111111")
+PLACE = "account:"
+"""How the address of a manifest begins that lies in an account."""
+HEADER = 37
+"""Bytes of a buffer before its content: kind, and who may change it."""
+WRITE_SIZE = 900
+WRITE_UNITS = 20_000
+
+
+def buffer_address(owner: Pubkey, digest: bytes) -> Pubkey:
+    """Where ``owner`` stores the manifest with that digest; always the same place, so a repeated call finds it."""
+    return Pubkey.create_with_seed(owner, digest.hex()[:32], LOADER)
+
+
+def compress(manifest: dict[str, Any]) -> tuple[bytes, bytes]:
+    """SHA-256 of a manifest's canonical text, and the text as it is stored.
+
+    Raises:
+        CoordinatorError: it is not JSON, or too large (``InvalidManifest``).
+    """
+    text = manifest_text(manifest).encode()
+    if len(text) > MAX_MANIFEST_SIZE:
+        raise CoordinatorError(
+            f"the manifest has {len(text)} bytes; at most {MAX_MANIFEST_SIZE} are stored", code="InvalidManifest"
+        )
+    return sha256(text), zlib.compress(text, 9)
+
+
+def decompress(data: bytes, digest: bytes) -> dict[str, Any]:
+    """The manifest with that digest.
+
+    Raises:
+        CoordinatorError: ``data`` is another one, or none (``InvalidManifest``).
+    """
+    try:
+        text = zlib.decompressobj().decompress(data, MAX_MANIFEST_SIZE + 1)
+        manifest = json.loads(text)
+    except (zlib.error, ValueError, RecursionError):
+        text, manifest = b"", None
+    if not isinstance(manifest, dict) or sha256(text) != digest:
+        raise CoordinatorError(
+            f"what is stored as the run's manifest is not the one with the digest {digest.hex()[:12]}, which the run's "
+            "owner set. Only that owner can store it again: `psyche run update RUN RECIPE`.",
+            code="InvalidManifest",
+        )
+    return manifest
+
+
+async def fetch(reader: Reader, digest: bytes, address: str) -> dict[str, Any]:
+    """Read a run's manifest from the place that its manifest account names.
+
+    Raises:
+        CoordinatorError: it is not there, or another one (``InvalidManifest``).
+        RpcProblem: no service answers.
+    """
+    try:
+        key = Pubkey.from_string(address.removeprefix(PLACE)) if address.startswith(PLACE) else None
+    except ValueError:
+        key = None
+    if key is None:
+        raise CoordinatorError(
+            f"the run's manifest lies at {address[:80]!r}; this version reads it only from {PLACE}ADDRESS",
+            code="InvalidManifest",
+        )
+    account = await reader.account(key)
+    if account is None or account.owner != LOADER:
+        raise CoordinatorError(
+            f"the run's manifest should lie in the account {key}, and nothing is there. The run's owner stores it "
+            "again with `psyche run update RUN RECIPE`.",
+            code="InvalidManifest",
+        )
+    return decompress(account.data[HEADER:], digest)
+
+
+async def store(sender: Sender, reader: Reader, manifest: dict[str, Any]) -> tuple[bytes, str]:
+    """Put a manifest on the chain, going on where an earlier call was interrupted.
+
+    Args:
+        sender: pays, and may change or close the account later.
+        reader: the RPC services.
+        manifest: the run's sections.
+
+    Returns:
+        Its digest, and its address for the manifest account.
+
+    Raises:
+        CoordinatorError: a transaction failed.
+        RpcProblem: no service answers.
+    """
+    digest, data = compress(manifest)
+    owner = sender.wallet.public
+    key = buffer_address(owner, digest)
+    found = await reader.account(key)
+    if found is not None and len(found.data) != HEADER + len(data):
+        # Compressed by another version of zlib: fine if whole, else made anew.
+        if _whole(found, digest):
+            return digest, f"{PLACE}{key}"
+        await sender.send("close manifest", [_close(key, owner)], units=WRITE_UNITS)
+        found = None
+    if found is None:
+        size = HEADER + len(data)
+        parameters = CreateAccountWithSeedParams(
+            from_pubkey=owner,
+            to_pubkey=key,
+            base=owner,
+            seed=digest.hex()[:32],
+            lamports=await reader.rent(size),
+            space=size,
+            owner=LOADER,
+        )
+        begin = Instruction(
+            LOADER, struct.pack("<I", 0), [AccountMeta(key, False, True), AccountMeta(owner, False, False)]
+        )
+        await sender.send("create manifest", [create_account_with_seed(parameters), begin], units=WRITE_UNITS)
+        held = bytes(len(data))
+    else:
+        held = found.data[HEADER:]
+    for at in range(0, len(data), WRITE_SIZE):
+        part = data[at : at + WRITE_SIZE]
+        if held[at : at + len(part)] != part:
+            body = struct.pack("<IIQ", 1, at, len(part)) + part
+            write = Instruction(LOADER, body, [AccountMeta(key, False, True), AccountMeta(owner, True, False)])
+            await sender.send("write manifest", [write], units=WRITE_UNITS)
+    return digest, f"{PLACE}{key}"
+
+
+async def discard(sender: Sender, reader: Reader, address: str) -> bool:
+    """Close the account of a manifest that the sender's wallet stored; returns whether there was one."""
+    if not address.startswith(PLACE):
+        return False
+    key = Pubkey.from_string(address.removeprefix(PLACE))
+    found = await reader.account(key)
+    owner = sender.wallet.public
+    if found is None or found.owner != LOADER or found.data[5:HEADER] != bytes(owner):
+        return False
+    await sender.send("close manifest", [_close(key, owner)], units=WRITE_UNITS)
+    return True
+
+
+def _whole(account: Account, digest: bytes) -> bool:
+    try:
+        decompress(account.data[HEADER:], digest)
+    except CoordinatorError:
+        return False
+    return True
+
+
+def _close(key: Pubkey, owner: Pubkey) -> Instruction:
+    accounts = [AccountMeta(key, False, True), AccountMeta(owner, False, True), AccountMeta(owner, True, False)]
+    return Instruction(LOADER, struct.pack("<I", 5), accounts)

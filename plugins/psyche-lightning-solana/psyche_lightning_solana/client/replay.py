@@ -1,0 +1,119 @@
+"""Rounds that nobody of us saw, made again from the transactions of the run.
+
+The account keeps four rounds; the ledger keeps what made all of them. The epoch's first state follows from its present
+one, each transaction has its slot and time, and the program's model in Python does what the program did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from solders.pubkey import Pubkey
+
+from psyche_lightning.coordinator import machine
+from psyche_lightning.coordinator.state import ClientStatus, Phase, Round, RunState
+from psyche_lightning_solana import hosting
+from psyche_lightning_solana.account import RunAccounts
+from psyche_lightning_solana.client.history import History
+from psyche_lightning_solana.client.ledger import Call, Entry
+from psyche_lightning_solana.hosting import Clock, Refused
+from psyche_lightning_solana.model import decode
+
+
+def beginning(run: RunAccounts) -> RunAccounts:
+    """The run as it was when the epoch under way was formed."""
+    state = run.state
+    order = {member.signer: place for place, member in enumerate(run.members)}
+    everyone = sorted((*state.clients, *state.exited_clients), key=lambda client: order.get(client.signer, len(order)))
+    return replace(
+        run,
+        state=replace(
+            state,
+            phase=Phase.WARMUP,
+            phase_start=state.epoch_start,
+            gathered_at=None,
+            step=state.start_step,
+            last_step=0,
+            head=0,
+            rounds=(),
+            warmup_witnesses=(),
+            epoch_digest=b"",
+            clients=tuple(replace(client, status=ClientStatus.HEALTHY, exited_height=0) for client in everyone),
+            exited_clients=(),
+            checkpoint_votes=(),
+            pending_pause=False,
+        ),
+    )
+
+
+def replay(run: RunAccounts, entries: Iterable[Entry], program: Pubkey, account: Pubkey) -> list[Round]:
+    """All rounds of the epoch under way.
+
+    Args:
+        run: the run as it is now, within an epoch.
+        entries: transactions of the account, oldest first, at least those since the epoch was formed.
+        program: the coordinator program.
+        account: the run's coordinator account.
+
+    Returns:
+        The rounds from the first to the newest, without Bloom filters; empty if what comes out is not what the account
+        shows, which means that the ledger no longer has all of it.
+    """
+    history = History()
+    now = beginning(run)
+    for entry in entries:
+        if entry.error is not None or entry.time < run.state.epoch_start:
+            continue
+        for call in entry.calls:
+            if call.program == program and account in call.accounts:
+                now = _apply(now, call, Clock(entry.time, entry.slot))
+        if now.state.epoch != run.state.epoch:
+            break
+        history.observe(now.state)
+    rounds = history.rounds(run.state.epoch, 0)
+    return rounds if _shows(run.state, rounds) else []
+
+
+def _apply(run: RunAccounts, call: Call, clock: Clock) -> RunAccounts:
+    user = bytes(call.accounts[0])
+    try:
+        name, given = decode(call.data)
+        return _act(run, name, user, given, clock)
+    except (Refused, machine.MachineError):
+        return run  # it belongs to the time before the epoch, in the same second
+
+
+def _act(run: RunAccounts, name: str, user: bytes, given: dict[str, Any], clock: Clock) -> RunAccounts:
+    if name == "witness":
+        record = {key: value for key, value in given.items() if key not in ("epoch", "height")}
+        return hosting.witness(run, user, record, given.get("epoch"), given.get("height"), clock)
+    if name == "warmup_witness":
+        index, digest = given["proof"]["index"], given["broadcast_merkle"]
+        return hosting.warmup_witness(run, user, index, digest, given.get("epoch"), clock)
+    if name == "health_check":
+        listed = given["id"]["signer"]
+        return hosting.health_check(run, user, listed, given["committee"], given["position"], given["index"], clock)
+    if name == "vote_checkpoint":
+        return hosting.vote_checkpoint(run, user, given["epoch"], given["step"], given["digest"], clock)
+    if name == "withdraw":
+        return hosting.withdraw(run, user, clock)
+    if name == "set_paused" and given["paused"]:
+        return hosting.pause(run, clock)
+    if name in ("tick", "join_run", "checkpoint"):
+        return hosting.settle(run, clock)  # who joins takes part in the next epoch
+    return run
+
+
+def _shows(state: RunState, rounds: list[Round]) -> bool:
+    """Whether the account's own rounds are the last of ``rounds``."""
+    current = state.current
+    if current is None or not rounds or rounds[-1].height < current.height:
+        return False
+    return all(_told(round_) == _told(rounds[round_.height]) for round_ in state.rounds)
+
+
+def _told(round_: Round) -> tuple[Any, ...]:
+    records = tuple((record.proof, record.merkle) for record in round_.witnesses)
+    return (round_.height, round_.seed, round_.data_index, round_.step, round_.clients, records)

@@ -1,0 +1,373 @@
+"""One run on one chain: found, checked, and ready for instructions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from solders.pubkey import Pubkey
+
+from psyche_lightning.coordinator.limits import check_run_id
+from psyche_lightning.errors import CoordinatorError, WireError
+from psyche_lightning_solana import account
+from psyche_lightning_solana.account import RunAccounts
+from psyche_lightning_solana.addresses import authorization_address, instance_address, manifest_address, node_address
+from psyche_lightning_solana.client import manifest
+from psyche_lightning_solana.client.cluster import CLUSTERS, Cluster, parse
+from psyche_lightning_solana.client.feed import Snapshot
+from psyche_lightning_solana.client.problems import RpcProblem
+from psyche_lightning_solana.client.reader import Account, Reader
+from psyche_lightning_solana.client.record import Log
+from psyche_lightning_solana.client.rpc import PoolProvider, Sleep, unreachable
+from psyche_lightning_solana.client.sender import Sender
+from psyche_lightning_solana.client.wallet import Wallet
+from psyche_lightning_solana.instructions import RunKeys
+from psyche_lightning_solana.interface import AUTHORIZER, COORDINATOR, JOIN_SCOPE
+from psyche_lightning_solana.layout import discriminator, view_coordinator
+
+logger = logging.getLogger("psyche_lightning")
+
+EVERYBODY = Pubkey.default()
+"""The grantee of an authorization for everyone."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """What the run's instance account says.
+
+    Attributes:
+        main_authority: who may change the run.
+        join_authority: whose authorizations let wallets join.
+        coordinator_account: where the state is.
+    """
+
+    main_authority: Pubkey
+    join_authority: Pubkey
+    coordinator_account: Pubkey
+
+
+class SolanaRun:
+    """Access to one run.
+
+    Args:
+        cluster: the chain.
+        run_id: the run.
+        wallet: who signs; None to load it when it is first needed.
+        clock: monotonic seconds.
+        wall: Unix seconds.
+        sleep: waits.
+        randomness: spreads the waits of many nodes.
+
+    Attributes:
+        cluster: as given.
+        run_id: as given.
+        program: address of the coordinator program.
+        reader: the RPC services.
+        log: what became of this client's transactions.
+
+    Raises:
+        ConfigError: the run cannot have that name, nobody said which program, or the log cannot be written.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        run_id: str,
+        wallet: Wallet | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        sleep: Sleep = asyncio.sleep,
+        randomness: random.Random | None = None,
+    ) -> None:
+        check_run_id(run_id)
+        self.cluster = cluster
+        self.run_id = run_id
+        self.program = cluster.program()
+        self.log = Log(cluster.options.log)
+        self.provider = PoolProvider(cluster.endpoints, sleep=sleep, randomness=randomness, on_problem=self._stumbled)
+        self.reader = Reader(self.provider, cluster.options.commitment)
+        self.clock = clock
+        self.sleep = sleep
+        self._wall = wall
+        self._wallet = wallet
+        self._sender: Sender | None = None
+        self._instance: Instance | None = None
+        self._checked = False
+        self._manifests: dict[bytes, dict[str, Any]] = {}
+
+    @classmethod
+    def at(cls, url: str, run_id: str, wallet: Wallet | None = None, **given: Any) -> SolanaRun:
+        """Access by a ``solana:`` URL."""
+        return cls(parse(url), run_id, wallet, **given)
+
+    def _stumbled(self, problem: RpcProblem) -> None:
+        logger.debug("%s: %s", problem.endpoint, problem.text)
+
+    # --- addresses --------------------------------------------------------------------------------------------------
+
+    @property
+    def instance_address(self) -> Pubkey:
+        """Where the instance account is."""
+        return instance_address(self.program, self.run_id)
+
+    @property
+    def manifest_address(self) -> Pubkey:
+        """Where the manifest account is."""
+        return manifest_address(self.program, self.run_id)
+
+    @property
+    def wallet(self) -> Wallet:
+        """Who signs.
+
+        Raises:
+            ConfigError: there is no usable wallet.
+        """
+        if self._wallet is None:
+            self._wallet = Wallet.load(self.cluster.options.wallet)
+        return self._wallet
+
+    @property
+    def sender(self) -> Sender:
+        """Sends the wallet's transactions."""
+        if self._sender is None:
+            self._sender = Sender(
+                self.reader,
+                self.wallet,
+                self.run_id,
+                self.cluster.options,
+                self.cluster.name,
+                self.log,
+                clock=self.clock,
+                wall=self._wall,
+                sleep=self.sleep,
+            )
+        return self._sender
+
+    # --- finding and checking ---------------------------------------------------------------------------------------
+
+    async def check_chain(self) -> None:
+        """See that this is the chain that was meant, and that the program is on it; once.
+
+        Raises:
+            CoordinatorError: another chain (``WrongCluster``), no program (``NotDeployed``), or no answer.
+        """
+        if self._checked:
+            return
+        try:
+            await self._check_genesis()
+            program = await self.reader.account(self.program)
+        except RpcProblem as problem:
+            raise unreachable(problem, "a first look", self.cluster.name) from problem
+        if program is None or not program.executable:
+            what = "is no program" if program else "is not there"
+            raise CoordinatorError(
+                f"the coordinator program {self.program} {what} on {self.cluster.name}. Put it there with "
+                "`psyche solana deploy`, or say which one is meant with #program=ADDRESS after the URL.",
+                code="NotDeployed",
+            )
+        self._checked = True
+
+    async def _check_genesis(self) -> None:
+        found = str(await self.reader.genesis())
+        if self.cluster.genesis not in (None, found):
+            known = next((name for name, (_, genesis) in CLUSTERS.items() if genesis == found), "another chain")
+            raise CoordinatorError(
+                f"the RPC service at {self.provider.endpoint.name} is not of {self.cluster.name}: its first block is "
+                f"{found} ({known}), and that of {self.cluster.name} is {self.cluster.genesis}. Give the URL of a "
+                f"service of {self.cluster.name}, or name the cluster that is meant.",
+                code="WrongCluster",
+            )
+        if len(self.cluster.endpoints) == 1:
+            return
+        for endpoint in self.cluster.endpoints:
+            alone = PoolProvider([endpoint], tries=1, sleep=self.sleep)
+            try:
+                other = str(await Reader(alone, self.cluster.options.commitment).genesis())
+            except RpcProblem:
+                continue  # one that is down now is asked again when it is needed
+            finally:
+                await alone.close()
+            if other != found:
+                raise CoordinatorError(
+                    f"the RPC services are of different chains: {endpoint.name} has the first block {other}, another "
+                    f"has {found}. Give services of one cluster.",
+                    code="WrongCluster",
+                )
+
+    async def instance(self) -> Instance | None:
+        """What the instance account says; None if there is no such run.
+
+        Raises:
+            CoordinatorError: as of :meth:`check_chain`, or what is there is something else (``WrongAccount``).
+        """
+        await self.check_chain()
+        if self._instance is None:
+            try:
+                found = await self.reader.account(self.instance_address)
+            except RpcProblem as problem:
+                raise unreachable(problem, f"run {self.run_id!r}", self.cluster.name) from problem
+            if found is None:
+                return None
+            self._instance = self._decode_instance(found)
+        return self._instance
+
+    def _decode_instance(self, found: Account) -> Instance:
+        kind = COORDINATOR.accounts["CoordinatorInstance"]
+        try:
+            if found.owner != self.program or found.data[:8] != discriminator(kind.name):
+                raise WireError("it is no instance of the program")
+            values = kind.decode(found.data[8:].rstrip(b"\0").ljust(_instance_size(found.data) - 8, b"\0"))
+        except WireError as error:
+            raise CoordinatorError(
+                f"the account {self.instance_address} of run {self.run_id!r} cannot be read: {error}. Is "
+                f"{self.program} the right program?",
+                code="WrongAccount",
+            ) from error
+        return Instance(*(Pubkey(values[name]) for name in ("main_authority", "join_authority", "coordinator_account")))
+
+    async def keys(self) -> RunKeys:
+        """The run's addresses, which build its instructions.
+
+        Raises:
+            CoordinatorError: as of :meth:`instance`; there is no such run (``NoSuchRun``).
+        """
+        instance = await self.instance()
+        if instance is None:
+            raise CoordinatorError(
+                f"there is no run {self.run_id!r} of the program {self.program} on {self.cluster.name}; create it with "
+                f"`psyche run create {self.run_id} RECIPE`",
+                code="NoSuchRun",
+            )
+        return RunKeys(self.program, self.run_id, instance.coordinator_account)
+
+    def check_account(self, found: Account | None) -> None:
+        """Refuse a coordinator account that is not this run's, or of another version or size.
+
+        Raises:
+            CoordinatorError: ``WrongAccount``; ``Closed`` when there is none any more.
+        """
+        if found is None:
+            raise CoordinatorError(f"run {self.run_id!r} was closed on {self.cluster.name}", code="Closed")
+        problem = ""
+        if found.owner != self.program:
+            problem = f"it belongs to the program {found.owner}, not to {self.program}"
+        else:
+            try:
+                record = view_coordinator(found.data)
+                name = record["run_id"].tobytes().rstrip(b"\0")
+                if name != self.run_id.encode():
+                    problem = f"it is of the run {name.decode('utf-8', 'replace')!r}"
+            except WireError as error:
+                problem = str(error)
+        if problem:
+            raise CoordinatorError(
+                f"the coordinator account of run {self.run_id!r} cannot be used: {problem}. Install the version of "
+                "psyche-lightning-solana with which the run was created, or name the right program.",
+                code="WrongAccount",
+            )
+
+    def decode(self, snapshot: Snapshot) -> RunAccounts:
+        """The run as a snapshot shows it.
+
+        Raises:
+            CoordinatorError: the accounts are damaged, or the manifest account is missing (``WrongAccount``).
+        """
+        if not snapshot.manifest:
+            raise CoordinatorError(
+                f"run {self.run_id!r} has no manifest account: another program than psyche_lightning's created it. It "
+                "can be looked at (`psyche run status`), not joined.",
+                code="WrongAccount",
+            )
+        try:
+            return account.read(snapshot.coordinator, snapshot.manifest)
+        except WireError as error:
+            raise CoordinatorError(f"run {self.run_id!r} cannot be read: {error}", code="WrongAccount") from error
+
+    async def snapshot(self, min_slot: int | None = None) -> Snapshot:
+        """The run's accounts as they are now.
+
+        Raises:
+            CoordinatorError: there is no such run, it cannot be read, or no service answers.
+        """
+        keys = await self.keys()
+        try:
+            slot, found = await self.reader.accounts([keys.coordinator_account, self.manifest_address], min_slot)
+        except RpcProblem as problem:
+            raise unreachable(problem, f"run {self.run_id!r}", self.cluster.name) from problem
+        coordinator, beside = found
+        self.check_account(coordinator)
+        assert coordinator is not None
+        return Snapshot(slot, coordinator.data, b"" if beside is None else beside.data)
+
+    async def run_manifest(self, run: RunAccounts) -> dict[str, Any] | None:
+        """The run's manifest; None as long as its owner set none.
+
+        Raises:
+            CoordinatorError: it is not where it should be (``InvalidManifest``), or no service answers.
+        """
+        fixed = run.manifest
+        if fixed is None or not fixed.digest:
+            return None
+        if fixed.digest not in self._manifests:
+            try:
+                self._manifests[fixed.digest] = await manifest.fetch(self.reader, fixed.digest, fixed.address)
+            except RpcProblem as problem:
+                raise unreachable(problem, "the run's manifest", self.cluster.name) from problem
+        return self._manifests[fixed.digest]
+
+    async def authorization(self, run: RunAccounts, instance: Instance) -> Pubkey:
+        """The authorization with which the wallet may join: its own, everybody's, or that of a grantee who delegated.
+
+        Raises:
+            CoordinatorError: there is none that is valid (``NotAuthorized``), or no service answers.
+        """
+        assert run.manifest is not None
+        authorizer = Pubkey(run.manifest.authorizer)
+        given = self.cluster.options.grantee
+        grantees = [Pubkey.from_string(given)] if given else [self.wallet.public, EVERYBODY]
+        places = [
+            authorization_address(authorizer, instance.join_authority, grantee, JOIN_SCOPE) for grantee in grantees
+        ]
+        try:
+            _, found = await self.reader.accounts(places)
+        except RpcProblem as problem:
+            raise unreachable(problem, "the authorization to join", self.cluster.name) from problem
+        kind = AUTHORIZER.accounts["Authorization"]
+        for place, grantee, held in zip(places, grantees, found, strict=True):
+            if held is None or held.owner != authorizer:
+                continue
+            values = kind.decode(held.data[8:])
+            delegates = [Pubkey(key) for key in values["delegates"]]
+            mine = grantee in (EVERYBODY, self.wallet.public) or self.wallet.public in delegates
+            if values["active"] and mine:
+                return place
+        raise CoordinatorError(
+            f"the wallet {self.wallet.public} may not join run {self.run_id!r}: its join authority "
+            f"{instance.join_authority} has given it no authorization, or revoked it. Ask the run's owner for "
+            f"`psyche run authorize {self.run_id} {self.wallet.public}`"
+            + ("" if given else "; if another key was authorized and delegated to this wallet, name it with #grantee=")
+            + ".",
+            code="NotAuthorized",
+        )
+
+    def node_address(self, wallet: bytes) -> Pubkey:
+        """The account that says where the node of that wallet is reached."""
+        return node_address(self.program, self.run_id, Pubkey(wallet))
+
+    async def close(self) -> None:
+        """Close connections, and finish the log."""
+        if self._sender is not None:
+            await self._sender.close()
+        await self.provider.close()
+
+
+def _instance_size(data: bytes) -> int:
+    """Bytes of an instance account that are used: the name at its end has a length of its own."""
+    at = 8 + 1 + 3 * 32
+    return at + 4 + min(int.from_bytes(data[at : at + 4], "little"), len(data))

@@ -1,0 +1,335 @@
+"""Sends transactions: signed once, sent until they land or their blockhash expires, never landing twice.
+
+A transaction is resent as the same bytes, which a chain takes at most once. A new one, with a new blockhash, is made
+only when the old one can land no more: every service refused it, or its last block has passed without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from solders.instruction import Instruction
+from solders.message import MessageV0
+from solders.pubkey import Pubkey
+from solders.signature import Signature
+from solders.transaction import VersionedTransaction
+
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning_solana.client.blockhash import Blockhash, Blockhashes
+from psyche_lightning_solana.client.cluster import COMMITMENTS, MAX_COMPUTE_UNITS, Options
+from psyche_lightning_solana.client.fees import SIGNATURE_FEE, Fees, sol
+from psyche_lightning_solana.client.problems import ALREADY, UNFUNDED, RpcProblem, custom_code, error_name, is_retryable
+from psyche_lightning_solana.client.reader import Reader, Status
+from psyche_lightning_solana.client.record import Log, Record
+from psyche_lightning_solana.client.rpc import Sleep, unreachable
+from psyche_lightning_solana.client.wallet import Wallet
+
+MAX_TRANSACTION_SIZE = 1232
+RESEND_EVERY = 2.0
+FIRST_LOOK, LONGEST_LOOK = 0.05, 1.0
+HEIGHT_EVERY = 4
+"""Looks at a transaction's status for one at the height of the chain."""
+DETAIL_TRIES = 4
+_ANCHOR = re.compile(r"Error Code: (\w+)\. Error Number: (\d+)\. Error Message: (.*)")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A transaction that is on the chain and succeeded.
+
+    Attributes:
+        signature: its first signature.
+        slot: where it landed.
+    """
+
+    signature: Signature
+    slot: int
+
+
+class _Open(Exception):
+    """Nobody knows yet what becomes of a transaction."""
+
+
+class Sender:
+    """One wallet's transactions.
+
+    Args:
+        reader: the RPC services.
+        wallet: signs, and pays.
+        run: the run's name, for the log.
+        options: limits.
+        cluster: the chain's name, for messages.
+        log: where each transaction is recorded.
+        patience: seconds after which an unsettled transaction is given up.
+        clock: monotonic seconds.
+        wall: Unix seconds.
+        sleep: waits.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        wallet: Wallet,
+        run: str,
+        options: Options,
+        cluster: str,
+        log: Log,
+        *,
+        patience: float = 180.0,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        self.wallet = wallet
+        self.log = log
+        self._reader = reader
+        self._run = run
+        self._options = options
+        self._cluster = cluster
+        self._patience = patience
+        self._clock = clock
+        self._wall = wall
+        self._sleep = sleep
+        self._blockhashes = Blockhashes(reader.provider, reader.level, clock)
+        self._fees = Fees(reader.provider, options, clock)
+        self._details: set[asyncio.Task[None]] = set()
+        # Transactions that may still land; asked for again, they are taken up and not made anew.
+        self._open: dict[tuple[str | bytes, ...], tuple[VersionedTransaction, Blockhash]] = {}
+
+    async def send(
+        self,
+        name: str,
+        instructions: Sequence[Instruction],
+        *,
+        units: int = MAX_COMPUTE_UNITS,
+        signers: Sequence[Wallet] = (),
+        min_slot: int | None = None,
+    ) -> Receipt:
+        """Send one transaction and wait until it counts.
+
+        Args:
+            name: what it does, for log and messages.
+            instructions: of the programs; those of the compute budget are added.
+            units: compute units that it may need.
+            signers: who signs besides the wallet.
+            min_slot: the slot whose state it builds on: a service that is behind is passed over.
+
+        Raises:
+            CoordinatorError: the program refused (``code`` is its name for the error), the wallet cannot pay
+                (``Unfunded``), or no service could be reached for too long (``Unreachable``, retryable).
+        """
+        deadline = self._clock() + self._patience
+        key: tuple[str | bytes, ...] = (name, *(bytes(part.data) for part in instructions))
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                if key not in self._open:
+                    blockhash = await self._blockhashes.get()
+                    self._open[key] = await self._build(name, instructions, units, signers, blockhash), blockhash
+                transaction, blockhash = self._open[key]
+                status = await self._land(name, transaction, blockhash, min_slot, deadline, tries)
+                del self._open[key]
+            except _Open:
+                raise self._late(name, tries) from None
+            except RpcProblem as problem:
+                self._open.pop(key, None)
+                raise unreachable(problem, name, self._cluster) from problem
+            except CoordinatorError:
+                self._open.pop(key, None)
+                raise
+            if status is not None:
+                signature = transaction.signatures[0]
+                self._note(name, transaction, status, tries)
+                if status.error is not None:
+                    raise await self._refused(name, signature, status.error)
+                return Receipt(signature, status.slot)
+            if self._clock() >= deadline:
+                raise self._late(name, tries)
+            self._blockhashes.forget(blockhash)
+
+    async def close(self) -> None:
+        """Finish what the log waits for, for a moment."""
+        if self._details:
+            _, rest = await asyncio.wait(self._details, timeout=2.0)
+            for task in rest:
+                task.cancel()
+            await asyncio.gather(*rest, return_exceptions=True)
+
+    # --- one transaction ------------------------------------------------------------------------------------------
+
+    async def _build(
+        self,
+        name: str,
+        instructions: Sequence[Instruction],
+        units: int,
+        signers: Sequence[Wallet],
+        blockhash: Blockhash,
+    ) -> VersionedTransaction:
+        written = dict.fromkeys(meta.pubkey for part in instructions for meta in part.accounts if meta.is_writable)
+        budget = await self._fees.instructions(units, list(written))
+        message = MessageV0.try_compile(self.wallet.public, [*budget, *instructions], [], blockhash.value)
+        by_key: dict[Pubkey, Wallet] = {signer.public: signer for signer in (self.wallet, *signers)}
+        keys = message.account_keys[: message.header.num_required_signatures]
+        transaction = VersionedTransaction.populate(message, [by_key[key].sign(message) for key in keys])
+        size = len(bytes(transaction))
+        if size > MAX_TRANSACTION_SIZE:
+            raise CoordinatorError(
+                f"the transaction {name} has {size} bytes; a chain takes at most {MAX_TRANSACTION_SIZE}",
+                code="TooLarge",
+            )
+        return transaction
+
+    async def _land(
+        self,
+        name: str,
+        transaction: VersionedTransaction,
+        blockhash: Blockhash,
+        min_slot: int | None,
+        deadline: float,
+        tries: int,
+    ) -> Status | None:
+        """Send it until it counts; None when it can land no more.
+
+        Raises:
+            _Open: time is up, and it may still land.
+        """
+        signature, raw = transaction.signatures[0], bytes(transaction)
+        try:
+            await self._reader.send(raw, min_slot)
+        except RpcProblem as problem:
+            error = problem.transaction_error
+            if error is not None and error_name(error) != ALREADY and not problem.lost:
+                self._note_refusal(name, transaction, problem, tries)
+                if not is_retryable(error):
+                    raise self._refusal(name, error, problem.data.get("logs")) from problem
+                await self._sleep(FIRST_LOOK * 4)
+                return None
+            if error is None and not problem.lost:
+                raise
+            # Some service may have it: only its end is known, not its beginning.
+        sent, look, looks = self._clock(), FIRST_LOOK, 0
+        while self._clock() < deadline:
+            await self._sleep(look)
+            look, looks = min(look * 1.5, LONGEST_LOOK), looks + 1
+            with contextlib.suppress(RpcProblem):
+                # What is not there after the last block never will be; a service that is behind cannot tell.
+                slot, height = await self._reader.height() if looks % HEIGHT_EVERY == 0 else (0, 0)
+                over = height > blockhash.last_valid
+                known, status = await self._reader.status(signature, past=over)
+                if status is not None and COMMITMENTS.index(status.level) >= COMMITMENTS.index(
+                    self._options.commitment
+                ):
+                    return status
+                if over and status is None and known >= slot:
+                    return None
+                if status is None and self._clock() - sent >= RESEND_EVERY:
+                    sent = self._clock()
+                    await self._reader.send(raw, min_slot)
+        raise _Open
+
+    def _late(self, name: str, tries: int) -> CoordinatorError:
+        return CoordinatorError(
+            f"the transaction {name} did not land on {self._cluster} within {self._patience:.0f} s "
+            f"({tries} blockhashes). The network may be busy, or the RPC service behind: a higher priority_fee_max "
+            f"than {self._options.priority_fee_max} or another service may help.",
+            code="Unreachable",
+            retryable=True,
+        )
+
+    # --- what people see ------------------------------------------------------------------------------------------
+
+    def _refusal(self, name: str, error: Any, logs: Any) -> CoordinatorError:
+        """Why a transaction failed, as the program's log says it."""
+        if error_name(error) in UNFUNDED or (custom_code(error) == 1 and _mentions(logs, "insufficient lamports")):
+            return CoordinatorError(
+                f"the wallet {self.wallet.public} cannot pay for {name} on {self._cluster}: a transaction costs at "
+                f"least {sol(SIGNATURE_FEE)}, and storage what the chain asks for its bytes. Send it SOL"
+                " (on a local chain and on devnet: `psyche solana airdrop`).",
+                code="Unfunded",
+            )
+        found = next((match for line in _lines(logs) if (match := _ANCHOR.search(line))), None)
+        if found is not None:
+            return CoordinatorError(f"the program refused {name}: {found[3].rstrip('.')} ({found[2]})", code=found[1])
+        if error_name(error) == "InvalidProgramForExecution" or error_name(error) == "ProgramAccountNotFound":
+            return CoordinatorError(
+                f"{name} needs a program that is not deployed on {self._cluster}; `psyche solana deploy` puts it there",
+                code="NotDeployed",
+            )
+        return CoordinatorError(f"the chain refused {name}: {error_name(error)}", code=error_name(error))
+
+    async def _refused(self, name: str, signature: Signature, error: Any) -> CoordinatorError:
+        """Why a transaction that landed failed: its log is asked for."""
+        details = await self._detail(signature)
+        logs = details["meta"].get("logMessages") if details else None
+        return self._refusal(name, error, logs)
+
+    async def _detail(self, signature: Signature) -> dict[str, Any] | None:
+        for _ in range(DETAIL_TRIES):
+            with contextlib.suppress(RpcProblem):
+                found = await self._reader.transaction(signature)
+                if found is not None:
+                    return found
+            await self._sleep(0.5)
+        return None
+
+    def _note(self, name: str, transaction: VersionedTransaction, status: Status, tries: int) -> None:
+        """Record a transaction that landed, as soon as the chain tells what it used."""
+
+        async def note() -> None:
+            found = await self._detail(transaction.signatures[0])
+            meta: dict[str, Any] = found["meta"] if found else {}
+            result = "ok"
+            if status.error is not None:
+                result = self._refusal(name, status.error, meta.get("logMessages")).code
+            units, fee = meta.get("computeUnitsConsumed"), meta.get("fee")
+            self._write(name, transaction, result, True, status.slot, units, fee, tries)
+
+        task = asyncio.ensure_future(note())
+        self._details.add(task)
+        task.add_done_callback(self._details.discard)
+
+    def _note_refusal(self, name: str, transaction: VersionedTransaction, problem: RpcProblem, tries: int) -> None:
+        code = self._refusal(name, problem.transaction_error, problem.data.get("logs")).code
+        self._write(name, transaction, code, False, None, problem.data.get("unitsConsumed"), None, tries)
+
+    def _write(
+        self,
+        name: str,
+        transaction: VersionedTransaction,
+        result: str,
+        landed: bool,
+        slot: int | None,
+        units: Any,
+        fee: Any,
+        tries: int,
+    ) -> None:
+        self.log.write(
+            Record(
+                time=round(self._wall(), 3),
+                run=self._run,
+                instruction=name,
+                signature=str(transaction.signatures[0]),
+                result=result,
+                landed=landed,
+                slot=slot,
+                units=units if isinstance(units, int) else None,
+                fee=fee if isinstance(fee, int) else None,
+                tries=tries,
+                size=len(bytes(transaction)),
+            )
+        )
+
+
+def _lines(logs: Any) -> list[str]:
+    return [line for line in logs if isinstance(line, str)] if isinstance(logs, list) else []
+
+
+def _mentions(logs: Any, text: str) -> bool:
+    return any(text in line for line in _lines(logs))

@@ -1,0 +1,72 @@
+"""``psyche solana ...``: a table of sub-commands, each imported only when it is the one that is called."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command of ``psyche solana``.
+
+    Attributes:
+        target: ``"module:name"`` of a function with typer's annotations.
+        help: its line in ``psyche solana --help``.
+    """
+
+    target: str
+    help: str
+
+
+# A new command is one line here and a module.
+COMMANDS = {
+    "localnet": Command(
+        "psyche_lightning_solana.localnet.command:localnet", "Serve a local chain with the programs on it."
+    ),
+    "airdrop": Command("psyche_lightning_solana.localnet.airdrop:airdrop", "Ask a faucet for SOL."),
+    "deploy": Command("psyche_lightning_solana.deploy.command:deploy", "Put a program on a chain, or upgrade it."),
+    "build": Command("psyche_lightning_solana.toolchain.command:build", "Build the programs from their C sources."),
+}
+
+
+def app() -> typer.Typer:
+    """The sub-commands, as an app for the hook ``register_commands``."""
+    group = typer.Typer(cls=_Lazy, no_args_is_help=True, help="Programs and local chain of the Solana coordinator.")
+    group.callback()(_group)
+    return group
+
+
+def _group() -> None:
+    """Programs and local chain of the Solana coordinator."""
+
+
+class _Lazy(TyperGroup):
+    """Lists names and help lines, and imports the command that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        command = COMMANDS.get(cmd_name)
+        return None if command is None else click.Command(cmd_name, help=command.help)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name is None else _load(name), rest
+
+
+def _load(name: str) -> click.Command:
+    module, _, attribute = COMMANDS[name].target.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    single.command(name)(function)
+    return typer.main.get_command(single)

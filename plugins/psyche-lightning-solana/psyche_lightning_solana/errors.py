@@ -1,0 +1,115 @@
+"""The numbers with which the programs refuse, as errors that people can read (spec S7.1 to S7.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One way in which a program refuses.
+
+    Attributes:
+        number: what the transaction's ``Custom`` error holds.
+        name: its name, in the log line and as a ``CoordinatorError.code``.
+        message: the log line's text.
+        retryable: whether the same instruction may succeed later without anybody doing anything about it.
+    """
+
+    number: int
+    name: str
+    message: str
+    retryable: bool = False
+
+
+def _table(first: int, *rows: tuple[str, str]) -> dict[int, Refusal]:
+    return {first + i: Refusal(first + i, *row, retryable=row[0] in _PASSING) for i, row in enumerate(rows)}
+
+
+# These depend on what the run is at: it may have moved on between an update and the transaction, or be about to.
+_PASSING = {"NoActiveRound", "InvalidRunState", "Halted", "ClientsFull", "UpdateConfigNotHalted"}
+
+_ANCHOR = {
+    number: Refusal(number, name, message)
+    for number, name, message in (
+        (101, "InstructionFallbackNotFound", "Fallback functions are not supported"),
+        (102, "InstructionDidNotDeserialize", "The program could not deserialize the given instruction"),
+        (2001, "ConstraintHasOne", "A has one constraint was violated"),
+        (2003, "ConstraintRaw", "A raw constraint was violated"),
+        (2006, "ConstraintSeeds", "A seeds constraint was violated"),
+        (2014, "ConstraintTokenMint", "A token mint constraint was violated"),
+        (2015, "ConstraintTokenOwner", "A token owner constraint was violated"),
+        (2040, "ConstraintDuplicateMutableAccount", "A duplicate mutable account was passed"),
+        (3000, "AccountDiscriminatorAlreadySet", "The account discriminator was already set on this account"),
+        (3001, "AccountDiscriminatorNotFound", "No discriminator was found on the account"),
+        (3002, "AccountDiscriminatorMismatch", "Account discriminator did not match what was expected"),
+        (3003, "AccountDidNotDeserialize", "Failed to deserialize the account"),
+        (3005, "AccountNotEnoughKeys", "Not enough account keys given to the instruction"),
+        (3006, "AccountNotMutable", "The given account is not mutable"),
+        (3007, "AccountOwnedByWrongProgram", "The given account is owned by a different program than expected"),
+        (3008, "InvalidProgramId", "Program ID was not as expected"),
+        (3009, "InvalidProgramExecutable", "Program account is not executable"),
+        (3010, "AccountNotSigner", "The given account did not sign"),
+        (3012, "AccountNotInitialized", "The program expected this account to be already initialized"),
+        (3015, "AccountSysvarMismatch", "The given public key does not match the required sysvar"),
+    )
+}
+
+_COORDINATOR = _table(
+    6000,
+    ("UpdateConfigFinished", "Cannot update config of finished run"),
+    ("UpdateConfigNotHalted", "Cannot update config when not halted"),
+    ("CoordinatorAccountIncorrectSize", "Coordinator account incorrect size"),
+    ("ClientsFull", "All client slots are taken"),
+    ("ConfigSanityCheckFailed", "Config sanity check failed"),
+    ("ModelSanityCheckFailed", "Model sanity check failed"),
+    ("ProgressSanityCheckFailed", "Progress sanity check failed"),
+    ("SignerNotAClient", "Signer not a client"),
+    ("SignerMismatch", "Signer mismatch"),
+    ("CloseCoordinatorNotHalted", "Cannot close coordinator account when not halted"),
+    ("NoActiveRound", "Coordinator error: No active round"),
+    ("InvalidWitness", "Coordinator error: Invalid witness"),
+    ("InvalidRunState", "Coordinator error: Invalid run state"),
+    ("DuplicateWitness", "Coordinator error: Duplicate witness"),
+    ("InvalidHealthCheck", "Coordinator error: Invalid health check"),
+    ("Halted", "Coordinator error: Halted"),
+    ("InvalidCheckpoint", "Coordinator error: Invalid checkpoint"),
+    ("WitnessesFull", "Coordinator error: Witnesses full"),
+    ("CannotResume", "Coordinator error: Cannot resume"),
+    ("InvalidWithdraw", "Coordinator error: Invalid withdraw"),
+    ("InvalidCommitteeSelection", "Coordinator error: Invalid committee selection"),
+    ("InvalidCommitteeProof", "Coordinator error: Invalid committee proof"),
+    ("MoreClientsThanBatches", "There are more clients than batches in a round"),
+    ("RunIdInvalidLength", "The run id has 1 to 32 bytes"),
+)
+
+_AUTHORIZER = _table(
+    6000,
+    ("AuthorizationIsActive", "An active authorization cannot be closed; revoke it first"),
+    (
+        "ClosingConditionsNotReached",
+        "An authorization with delegates is closed 30 days after the grantor's last update",
+    ),
+)
+
+_TREASURER = _table(
+    6000,
+    ("InvalidParameter", "A parameter is invalid"),
+    ("RunIdInvalidLength", "The run id has 1 to 32 bytes"),
+)
+
+REFUSALS: dict[str, dict[int, Refusal]] = {
+    "coordinator": _ANCHOR | _COORDINATOR,
+    "authorizer": _ANCHOR | _AUTHORIZER,
+    "treasurer": _ANCHOR | _TREASURER,
+}
+"""Of each program: number to refusal."""
+
+NUMBERS: dict[str, int] = {refusal.name: number for number, refusal in REFUSALS["coordinator"].items()}
+"""Of the coordinator: name to number."""
+
+
+def refusal(number: int, program: str = "coordinator") -> Refusal:
+    """What the number means; a number that no program of ours uses is named ``Custom<number>``."""
+    known = REFUSALS[program].get(number)
+    return known or Refusal(number, f"Custom{number}", f"the {program} program refused with the number {number}")

@@ -1,0 +1,325 @@
+"""What each instruction does to a run, without accounts and bytes: the state machine as the program hosts it.
+
+:mod:`psyche_lightning.coordinator.machine` decides; this adds what only the chain has: the list of members, points,
+Psyche's flags and checkpoint kinds, and the limits of the layout. ``program/machine`` is the same in C.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from psyche_lightning.coordinator import machine
+from psyche_lightning.coordinator.committee import Committee, round_selection
+from psyche_lightning.coordinator.limits import PSYCHE_LIMITS, check_config
+from psyche_lightning.coordinator.state import CoordinatorConfig, Phase, Round, RunState, WitnessProof
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.wire.hashing import ZERO_HASH, sha256
+from psyche_lightning_solana.account import Member, Rates, RunAccounts
+from psyche_lightning_solana.errors import NUMBERS
+from psyche_lightning_solana.layout import MAX_CLIENTS
+from psyche_lightning_solana.types import CHECKPOINT, LLM, METADATA, MODEL, cold_start_problem, model_problem
+
+LAST_EPOCH = 2**16 - 1
+MAX_U64 = 2**64 - 1
+_CHECKPOINT_AT = MODEL.body + LLM.offsets["checkpoint"]
+"""Place of the checkpoint in the model section."""
+_IN_ROUND = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
+_COMMITTEES = {"TieBreaker": Committee.TIE_BREAKER, "Verifier": Committee.VERIFIER, "Trainer": Committee.TRAINER}
+
+
+class Refused(Exception):
+    """The program refuses.
+
+    Attributes:
+        name: of the error.
+        number: what the transaction reports as ``Custom``.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+        self.number = NUMBERS[name]
+
+
+def require(holds: object, name: str) -> None:
+    """Refuse with that error unless ``holds``."""
+    if not holds:
+        raise Refused(name)
+
+
+class Clock(NamedTuple):
+    """What the clock sysvar says: seconds since 1970, and the slot."""
+
+    unix_timestamp: int
+    slot: int
+
+    @property
+    def now(self) -> int:
+        """The machine's time."""
+        return max(self.unix_timestamp, 0)
+
+    @property
+    def seed(self) -> int:
+        """The seed of a round that begins now: LE64 of S(unix_timestamp, slot) (spec S7.1)."""
+        digest = sha256(struct.pack("<qQ", self.unix_timestamp, self.slot))
+        return int.from_bytes(digest[:8], "little")
+
+
+# What follows from an instruction and from the clock.
+
+
+def settle(run: RunAccounts, clock: Clock) -> RunAccounts:
+    """Take every step that is due; none when the run is halted."""
+    while not run.state.phase.halted:
+        state = machine.tick(run.state, run.pending, clock.now, clock.seed)
+        if state is run.state:
+            break
+        run = _stepped(run, state, clock)
+    return run
+
+
+def _stepped(run: RunAccounts, after: RunState, clock: Clock) -> RunAccounts:
+    """The run after a step of its machine, with what the step changes besides."""
+    before = run.state
+    if before.gathered_at is not None and after.phase is before.phase and after.gathered_at is None:
+        after = replace(after, phase_start=clock.now)
+    if after.phase is Phase.WARMUP and before.phase is not Phase.WARMUP:
+        run = replace(run, current_rates=run.future_rates)
+        if {client.signer for client in after.clients}.isdisjoint(before.holders):
+            run = _checkpoint_moves(run, {"P2P": "Hub", "P2PGcs": "Gcs"})
+    if after.phase is Phase.ROUND_TRAIN and before.phase is Phase.WARMUP:
+        run = replace(run, next_active=(run.next_active + 1) & MAX_U64)
+    if before.phase is Phase.COOLDOWN:
+        run = _checkpoint_moves(_paid(run), {"Hub": "P2P", "Dummy": "P2P", "Gcs": "P2PGcs"})
+        if after.epoch > LAST_EPOCH:  # the layout counts no further
+            over = after.phase is Phase.WAITING_FOR_MEMBERS
+            after = replace(after, epoch=LAST_EPOCH, phase=Phase.FINISHED if over else after.phase)
+    return replace(run, state=after)
+
+
+def _paid(run: RunAccounts) -> RunAccounts:
+    """An epoch that succeeded pays those who are healthy at its end, in equal shares."""
+    paid = {client.signer for client in machine.healthy(run.state)}
+    share = run.current_rates.earning_total_shared // max(len(paid), 1)
+    members = (replace(m, earned=min(m.earned + share, MAX_U64)) if m.signer in paid else m for m in run.members)
+    return replace(run, members=tuple(members))
+
+
+def _checkpoint_kind(run: RunAccounts) -> str:
+    return list(CHECKPOINT.variants)[run.model[_CHECKPOINT_AT]]
+
+
+def _checkpoint_moves(run: RunAccounts, moves: dict[str, str]) -> RunAccounts:
+    """The same place under another kind."""
+    to = moves.get(_checkpoint_kind(run))
+    if to is None:
+        return run
+    tag = struct.pack("<I", list(CHECKPOINT.variants).index(to))
+    return replace(run, model=run.model[:_CHECKPOINT_AT] + tag + run.model[_CHECKPOINT_AT + 4 :])
+
+
+def flagged(run: RunAccounts) -> RunAccounts:
+    """The run with Psyche's flags, which are functions of phase and height here."""
+    phase, round_ = run.state.phase, run.state.current
+    return replace(
+        run,
+        first_round=phase is Phase.WARMUP or (phase in _IN_ROUND and round_ is not None and round_.height == 0),
+        is_warmup_first_tick=phase is Phase.WAITING_FOR_MEMBERS,
+        is_training_first_tick=phase in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP),
+    )
+
+
+# What the main authority sets.
+
+
+def update(run: RunAccounts, metadata: Any, config: Any, model: Any, progress: Any) -> RunAccounts:
+    """Set what is not None; all but the metadata only while the run is halted."""
+    state = run.state
+    require(state.phase is not Phase.FINISHED, "UpdateConfigFinished")
+    halting = not (config is None and model is None and progress is None)
+    require(state.phase.halted or not halting, "UpdateConfigNotHalted")
+    if metadata is not None:
+        run = replace(run, metadata=METADATA.pack(metadata))
+    if config is not None:
+        state = replace(state, config=CoordinatorConfig(**config))
+        require(_sane(state.config), "ConfigSanityCheckFailed")
+    if model is not None:
+        require(not model_problem(model), "ModelSanityCheckFailed")
+        run = replace(run, model=MODEL.pack(model))
+        state = replace(state, max_seq_len=model["LLM"]["max_seq_len"])
+    if config is not None or model is not None:
+        require(not cold_start_problem(vars(state.config), run.llm), "ModelSanityCheckFailed")
+    if progress is not None:
+        # Below 2^63: no sum of the run's batches, 2^32 of at most 2^16, overflows.
+        sane = progress["step"] > 0 and progress["epoch_start_data_index"] < 1 << 63
+        require(sane, "ProgressSanityCheckFailed")
+        state = replace(state, **progress)
+    return replace(run, state=state)
+
+
+def _sane(config: CoordinatorConfig) -> bool:
+    try:
+        check_config(config, PSYCHE_LIMITS)
+    except ConfigError:
+        return False
+    return True
+
+
+def set_rates(run: RunAccounts, earning: int | None, slashing: int | None) -> RunAccounts:
+    """Points of the epochs that begin from now on; None leaves a rate as it is."""
+    rates = run.future_rates
+    return replace(
+        run,
+        future_rates=Rates(
+            rates.earning_total_shared if earning is None else earning,
+            rates.slashing_per_client if slashing is None else slashing,
+        ),
+    )
+
+
+def pause(run: RunAccounts, clock: Clock) -> RunAccounts:
+    """Halt the run, or have it halt at the end of the epoch; nothing else happens yet."""
+    return replace(run, state=machine.pause(run.state, clock.now))
+
+
+def resume(run: RunAccounts, clock: Clock) -> RunAccounts:
+    """Open the run to members, who all join anew; also for the first time."""
+    state = run.state
+    require(_sane(state.config), "ConfigSanityCheckFailed")
+    require(not model_problem(run.llm), "ModelSanityCheckFailed")
+    require(not cold_start_problem(vars(state.config), run.llm), "ModelSanityCheckFailed")
+    if state.phase is Phase.UNINITIALIZED:
+        state = replace(state, phase=Phase.PAUSED, step=state.step or 1)
+    state = machine.resume(state, clock.now)
+    return settle(replace(run, state=state, next_active=(run.next_active + 1) & MAX_U64), clock)
+
+
+def set_checkpoint(run: RunAccounts, repo: Any, clock: Clock) -> RunAccounts:
+    """Another place for the checkpoint, where S1.7's table has an entry; else it changes nothing."""
+    peers = {"Hub": "P2P", "Gcs": "P2PGcs"}
+    offered = repo if isinstance(repo, str) else next(iter(repo))
+    current = _checkpoint_kind(run)
+    if offered in peers and current in (offered, *peers.values()):
+        kept = peers[offered] if current in peers.values() else offered
+        packed = CHECKPOINT.pack({kept: repo[offered]})
+        model = run.model[:_CHECKPOINT_AT] + packed + run.model[_CHECKPOINT_AT + CHECKPOINT.size :]
+        run = replace(run, model=model)
+    return settle(run, clock)
+
+
+# Members come and go.
+
+
+def join(run: RunAccounts, user: bytes, signer: bytes, p2p: bytes, clock: Clock) -> RunAccounts:
+    """The wallet takes part from the next epoch on; one that came before may bring a new node key."""
+    require(signer == user, "SignerMismatch")
+    members = list(run.members)
+    place = next((i for i, member in enumerate(members) if member.signer == signer), None)
+    # Every node needs a key of its own, and nobody takes that of another.
+    require(all(m.p2p != p2p for i, m in enumerate(members) if i != place), "SignerMismatch")
+    if place is None:
+        require(len(members) < run.state.config.global_batch_size_end, "MoreClientsThanBatches")
+        require(len(members) < MAX_CLIENTS, "ClientsFull")
+        members.append(Member(signer, p2p, active=run.next_active))
+    else:
+        members[place] = replace(members[place], p2p=p2p, active=run.next_active)
+    return settle(replace(run, members=tuple(members)), clock)
+
+
+def withdraw(run: RunAccounts, user: bytes, clock: Clock) -> RunAccounts:
+    """A client of the epoch becomes Withdrawn; a pending member is forgotten."""
+    state = run.state
+    client = any(client.signer == user for client in machine.healthy(state))
+    require(client or any(waiting.signer == user for waiting in run.pending), "InvalidWithdraw")
+    if client:
+        state = machine.withdraw(state, user)
+    return settle(replace(_forgotten(run, user), state=state), clock)
+
+
+def _forgotten(run: RunAccounts, signer: bytes) -> RunAccounts:
+    """The member is not pending any more."""
+    pending = run.next_active
+    members = (replace(m, active=0) if (m.signer, m.active) == (signer, pending) else m for m in run.members)
+    return replace(run, members=tuple(members))
+
+
+# What clients report.
+
+
+def need_member(run: RunAccounts, user: bytes) -> None:
+    """Refuse a wallet that never joined."""
+    require(any(member.signer == user for member in run.members), "SignerNotAClient")
+
+
+def _running(state: RunState) -> Round | None:
+    return state.current if state.phase in _IN_ROUND else None
+
+
+def tick(run: RunAccounts, clock: Clock) -> RunAccounts:
+    """Time has passed."""
+    require(not run.state.phase.halted, "Halted")
+    return settle(run, clock)
+
+
+def witness(
+    run: RunAccounts, user: bytes, record: dict[str, Any], epoch: int | None, height: int | None, clock: Clock
+) -> RunAccounts:
+    """A witness' report; ``epoch`` and ``height`` are None when it does not say which round it means."""
+    need_member(run, user)
+    state, round_ = run.state, _running(run.state)
+    require(round_ is None or record["metadata"]["step"] in (0, state.step), "InvalidWitness")
+    state = machine.witness(
+        state,
+        user,
+        state.epoch if epoch is None else epoch,
+        (round_.height if round_ else 0) if height is None else height,
+        WitnessProof(**record["proof"]),
+        record["broadcast_merkle"],
+        _bloom(record["participant_bloom"]),
+        _bloom(record["broadcast_bloom"]),
+    )
+    return settle(replace(run, state=state), clock)
+
+
+def _bloom(value: dict[str, Any]) -> bytes:
+    return struct.pack("<24Q", *value["keys"], *value["bits"])
+
+
+def warmup_witness(
+    run: RunAccounts, user: bytes, index: int, digest: bytes, epoch: int | None, clock: Clock
+) -> RunAccounts:
+    """The client at ``index`` holds these parameters."""
+    need_member(run, user)
+    epoch = run.state.epoch if epoch is None else epoch
+    state = machine.warmup_witness(run.state, user, epoch, index, digest)
+    require(state is run.state or digest != ZERO_HASH, "InvalidWitness")
+    return settle(replace(run, state=state), clock)
+
+
+def health_check(
+    run: RunAccounts, user: bytes, listed: bytes, committee: str, position: int, index: int, clock: Clock
+) -> RunAccounts:
+    """Drop the client ``listed``, which was at ``index`` of the round before, with that seat."""
+    need_member(run, user)
+    state, round_ = run.state, _running(run.state)
+    if round_ is not None:
+        before = state.round_at(round_.height - 1)
+        caller = any(client.signer == user for client in machine.healthy(state))
+        require(before is not None and caller, "InvalidHealthCheck")
+        assert before is not None
+        require(index < len(before.clients) and before.clients[index] == listed, "InvalidCommitteeProof")
+        selection = round_selection(before, state.config)
+        seat = selection.committee(index), selection.committee_position(index)
+        require(seat == (_COMMITTEES[committee], position), "InvalidCommitteeProof")
+    height = round_.height if round_ else 0
+    state, dropped = machine.health_check(state, user, state.epoch, height, [listed])
+    run = _forgotten(run, listed) if dropped else run
+    return settle(replace(run, state=state), clock)
+
+
+def vote_checkpoint(run: RunAccounts, user: bytes, epoch: int, step: int, digest: bytes, clock: Clock) -> RunAccounts:
+    """A client's vote for the parameters with which the epoch ends."""
+    require(run.state.phase is not Phase.COOLDOWN or digest != ZERO_HASH, "InvalidCheckpoint")
+    return settle(replace(run, state=machine.checkpoint(run.state, user, epoch, step, digest)), clock)

@@ -1,0 +1,339 @@
+"""Builds every instruction of the coordinator and the authorizer (spec S7.1, S7.2).
+
+A :class:`RunKeys` holds the addresses of one run and its instructions; the authorizer's are functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from solders.instruction import AccountMeta, Instruction
+from solders.pubkey import Pubkey
+from solders.system_program import ID as SYSTEM_PROGRAM
+from solders.system_program import CreateAccountParams, create_account
+
+from psyche_lightning.coordinator.bloom import BLOOM_SIZE, Bloom
+from psyche_lightning.coordinator.committee import Committee
+from psyche_lightning.coordinator.state import WitnessProof
+from psyche_lightning_solana.addresses import (
+    authorization_address,
+    instance_address,
+    manifest_address,
+    node_address,
+)
+from psyche_lightning_solana.interface import (
+    AUTHORIZER,
+    COORDINATOR,
+    WARMUP_TRAILER,
+    WITNESS_TRAILER,
+    InstructionSpec,
+)
+from psyche_lightning_solana.layout import COORDINATOR_SIZE
+
+_COMMITTEES = {Committee.TIE_BREAKER: "TieBreaker", Committee.VERIFIER: "Verifier", Committee.TRAINER: "Trainer"}
+
+
+def build(
+    spec: InstructionSpec,
+    program: Pubkey,
+    accounts: Mapping[str, Pubkey],
+    arguments: Mapping[str, Any] | None = None,
+    trailer: bytes = b"",
+) -> Instruction:
+    """Any instruction of any of the programs.
+
+    Args:
+        spec: from :mod:`psyche_lightning_solana.interface`.
+        program: the program's id.
+        accounts: an address for each name in ``spec.accounts``; those of ``spec.more`` may be left out.
+        arguments: its arguments by name.
+        trailer: bytes after them.
+
+    Raises:
+        ConfigError: an argument is not what the instruction takes.
+    """
+    given = [*spec.accounts, *(meta for meta in spec.more if meta.name in accounts)]
+    metas = [AccountMeta(accounts[meta.name], meta.signer, meta.writable) for meta in given]
+    return Instruction(program, spec.discriminator + spec.arguments.write(dict(arguments or {})) + trailer, metas)
+
+
+def new_coordinator_account(payer: Pubkey, account: Pubkey, program: Pubkey, lamports: int) -> Instruction:
+    """Make the coordinator account, a plain one of 119,160 bytes, before ``init``; ``account`` signs, too.
+
+    Args:
+        payer: who pays.
+        account: its address, a new key.
+        program: the coordinator program.
+        lamports: what an account of that size needs to be exempt from rent.
+    """
+    return create_account(
+        CreateAccountParams(
+            from_pubkey=payer, to_pubkey=account, lamports=lamports, space=COORDINATOR_SIZE, owner=program
+        )
+    )
+
+
+@dataclass(frozen=True)
+class RunKeys:
+    """The addresses of a run; each method builds one instruction.
+
+    Attributes:
+        program: the coordinator program.
+        run_id: the run's name.
+        coordinator_account: address of its coordinator account.
+    """
+
+    program: Pubkey
+    run_id: str
+    coordinator_account: Pubkey
+
+    @cached_property
+    def instance(self) -> Pubkey:
+        """The instance account."""
+        return instance_address(self.program, self.run_id)
+
+    @cached_property
+    def manifest(self) -> Pubkey:
+        """The manifest account."""
+        return manifest_address(self.program, self.run_id)
+
+    def _build(
+        self, name: str, accounts: Mapping[str, Pubkey], arguments: Mapping[str, Any], trailer: bytes = b""
+    ) -> Instruction:
+        own = {
+            "instance": self.instance,
+            "coordinator_account": self.coordinator_account,
+            "manifest": self.manifest,
+            "system_program": SYSTEM_PROGRAM,
+        }
+        return build(COORDINATOR.instructions[name], self.program, {**own, **accounts}, arguments, trailer)
+
+    # Its owner.
+
+    def init_coordinator(
+        self,
+        payer: Pubkey,
+        authorizer: Pubkey,
+        main_authority: Pubkey,
+        join_authority: Pubkey,
+        client_version: str = "",
+    ) -> Instruction:
+        """Make the run; the coordinator account must exist, full of zeros."""
+        return self._build(
+            "init_coordinator",
+            {"payer": payer, "authorizer": authorizer},
+            {
+                "main_authority": bytes(main_authority),
+                "join_authority": bytes(join_authority),
+                "run_id": self.run_id,
+                "client_version": client_version,
+            },
+        )
+
+    def free_coordinator(self, authority: Pubkey, spill: Pubkey) -> Instruction:
+        """Close the run's accounts; ``spill`` gets what they hold."""
+        return self._build("free_coordinator", {"authority": authority, "spill": spill}, {})
+
+    def update(
+        self,
+        authority: Pubkey,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
+        model: Mapping[str, Any] | None = None,
+        progress: Mapping[str, Any] | None = None,
+    ) -> Instruction:
+        """Set what is given, in the forms of a TOML run configuration (``model`` is ``{"LLM": {...}}``)."""
+        arguments = {"metadata": metadata, "config": config, "model": model, "progress": progress}
+        return self._build("update", {"authority": authority}, arguments)
+
+    def update_client_version(self, authority: Pubkey, client_version: str) -> Instruction:
+        """Ask for another version of the client."""
+        return self._build("update_client_version", {"authority": authority}, {"client_version": client_version})
+
+    def set_future_epoch_rates(self, authority: Pubkey, earning: int | None, slashing: int | None) -> Instruction:
+        """Points of the epochs that begin from now on; None leaves a rate as it is."""
+        arguments = {"epoch_earning_rate_total_shared": earning, "epoch_slashing_rate_per_client": slashing}
+        return self._build("set_future_epoch_rates", {"authority": authority}, arguments)
+
+    def set_paused(self, authority: Pubkey, paused: bool) -> Instruction:
+        """Pause the run, or resume it, also for the first time."""
+        return self._build("set_paused", {"authority": authority}, {"paused": paused})
+
+    def set_manifest(self, authority: Pubkey, digest: bytes, address: str) -> Instruction:
+        """Say which manifest the run has, and where it lies."""
+        return self._build("set_manifest", {"authority": authority}, {"digest": digest, "address": address})
+
+    def checkpoint(self, user: Pubkey, checkpoint: Any, authorization: Pubkey | None = None) -> Instruction:
+        """Say where the checkpoint lies (``{"Hub": {...}}``); the main authority needs no authorization."""
+        accounts = {"user": user} | ({} if authorization is None else {"authorization": authorization})
+        return self._build("checkpoint", accounts, {"repo": checkpoint})
+
+    # Its clients.
+
+    def join_run(self, user: Pubkey, node: bytes, authorization: Pubkey) -> Instruction:
+        """Take part from the next epoch on, with that node key (32 bytes)."""
+        identity = {"signer": bytes(user), "p2p_identity": node}
+        return self._build("join_run", {"user": user, "authorization": authorization}, {"client_id": identity})
+
+    def withdraw(self, user: Pubkey) -> Instruction:
+        """Leave the run."""
+        return self._build("withdraw", {"user": user}, {})
+
+    def tick(self, user: Pubkey) -> Instruction:
+        """Let the run take the steps that are due."""
+        return self._build("tick", {"user": user}, {})
+
+    def warmup_witness(self, user: Pubkey, index: int, digest: bytes, epoch: int | None = None) -> Instruction:
+        """Report that the client at ``index`` holds the parameters with that digest."""
+        arguments = _report(WitnessProof(index, index), digest)
+        trailer = b"" if epoch is None else WARMUP_TRAILER.write({"epoch": epoch})
+        return self._build("warmup_witness", {"user": user}, arguments, trailer)
+
+    def witness(
+        self,
+        user: Pubkey,
+        proof: WitnessProof,
+        merkle: bytes,
+        participants: bytes = bytes(BLOOM_SIZE),
+        broadcasts: bytes = bytes(BLOOM_SIZE),
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        at: tuple[int, int] | None = None,
+    ) -> Instruction:
+        """A witness' report.
+
+        Args:
+            user: who signs.
+            proof: its seat.
+            merkle: root of its list.
+            participants: serialized Bloom filter (192 bytes).
+            broadcasts: serialized Bloom filter (192 bytes).
+            metadata: figures; zeros where they are left out.
+            at: epoch and height that it means; None for whichever the run is at.
+        """
+        arguments = {
+            **_report(proof, merkle, participants, broadcasts),
+            "metadata": {**_NO_FIGURES, **(metadata or {})},
+        }
+        trailer = b"" if at is None else WITNESS_TRAILER.write({"epoch": at[0], "height": at[1]})
+        return self._build("witness", {"user": user}, arguments, trailer)
+
+    def health_check(
+        self,
+        user: Pubkey,
+        listed: bytes,
+        node: bytes,
+        position: int,
+        index: int,
+        committee: Committee = Committee.TRAINER,
+    ) -> Instruction:
+        """Have the client ``listed`` dropped, from which the witnesses of the round before heard nothing.
+
+        Args:
+            user: who signs.
+            listed: the client's signer.
+            node: its node key.
+            position: its committee position in the round before.
+            index: its index in the round before.
+            committee: its committee there.
+        """
+        identity = {"signer": listed, "p2p_identity": node}
+        arguments = {"id": identity, "committee": _COMMITTEES[committee], "position": position, "index": index}
+        return self._build("health_check", {"user": user}, arguments)
+
+    def vote_checkpoint(self, user: Pubkey, epoch: int, step: int, digest: bytes) -> Instruction:
+        """Vote for the parameters with which the epoch ends."""
+        return self._build("vote_checkpoint", {"user": user}, {"epoch": epoch, "step": step, "digest": digest})
+
+    def set_address(self, user: Pubkey, address: str) -> Instruction:
+        """Say where the user's node is reached; an empty address gives the rent back."""
+        where = node_address(self.program, self.run_id, user)
+        return self._build("set_address", {"user": user, "address": where}, {"address": address})
+
+
+_NO_FIGURES: dict[str, Any] = {
+    "step": 0,
+    "tokens_per_sec": 0.0,
+    "bandwidth_per_sec": 0.0,
+    "loss": 0.0,
+    "evals": [],
+    "prompt_results": [],
+    "prompt_index": 0,
+    "efficency": 0.0,
+}
+
+
+def _filter(data: bytes) -> dict[str, Any]:
+    bloom = Bloom.from_bytes(data)
+    mask = (1 << 64) - 1
+    return {"keys": list(bloom.keys), "bits": [bloom.bits >> 64 * i & mask for i in range(bloom.words)]}
+
+
+def _report(
+    proof: WitnessProof,
+    merkle: bytes,
+    participants: bytes = bytes(BLOOM_SIZE),
+    broadcasts: bytes = bytes(BLOOM_SIZE),
+) -> dict[str, Any]:
+    return {
+        "proof": {"position": proof.position, "index": proof.index, "witness": proof.witness},
+        "participant_bloom": _filter(participants),
+        "broadcast_bloom": _filter(broadcasts),
+        "broadcast_merkle": merkle,
+    }
+
+
+# The authorizer.
+
+
+def authorization_create(
+    authorizer: Pubkey, payer: Pubkey, grantor: Pubkey, grantee: Pubkey, scope: bytes
+) -> Instruction:
+    """Make an authorization, which is not active yet; a grantee of zeros means everybody."""
+    accounts = {
+        "payer": payer,
+        "grantor": grantor,
+        "authorization": authorization_address(authorizer, grantor, grantee, scope),
+        "system_program": SYSTEM_PROGRAM,
+    }
+    spec = AUTHORIZER.instructions["authorization_create"]
+    return build(spec, authorizer, accounts, {"grantee": bytes(grantee), "scope": list(scope)})
+
+
+def authorization_grantor_update(
+    authorizer: Pubkey, grantor: Pubkey, authorization: Pubkey, active: bool
+) -> Instruction:
+    """Grant, or revoke."""
+    spec = AUTHORIZER.instructions["authorization_grantor_update"]
+    accounts = {"grantor": grantor, "authorization": authorization}
+    return build(spec, authorizer, accounts, {"active": active})
+
+
+def authorization_grantee_update(
+    authorizer: Pubkey,
+    payer: Pubkey,
+    grantee: Pubkey,
+    authorization: Pubkey,
+    delegates: Sequence[Pubkey],
+    clear: bool = False,
+) -> Instruction:
+    """Let delegates use the grantee's authorization, besides those of before or (``clear``) in their place."""
+    spec = AUTHORIZER.instructions["authorization_grantee_update"]
+    accounts = {
+        "payer": payer,
+        "grantee": grantee,
+        "authorization": authorization,
+        "system_program": SYSTEM_PROGRAM,
+    }
+    arguments = {"delegates_clear": clear, "delegates_added": [bytes(key) for key in delegates]}
+    return build(spec, authorizer, accounts, arguments)
+
+
+def authorization_close(authorizer: Pubkey, grantor: Pubkey, spill: Pubkey, authorization: Pubkey) -> Instruction:
+    """Close an authorization that is not active; ``spill`` gets the rent."""
+    spec = AUTHORIZER.instructions["authorization_close"]
+    return build(spec, authorizer, {"grantor": grantor, "spill": spill, "authorization": authorization})

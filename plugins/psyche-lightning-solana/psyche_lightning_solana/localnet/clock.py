@@ -1,0 +1,102 @@
+"""Slots and their time: the wall clock's, or virtual."""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Callable
+
+MAX_ANCHORS = 64
+
+
+class SlotClock:
+    """Counts slots of equal length. Time is that of the slot: it stands still within one.
+
+    Args:
+        slot_ms: length of a slot in milliseconds.
+        now: the wall clock, seconds since 1970.
+        running: whether slots pass with the wall clock, or only when somebody advances them.
+        slot: the first slot.
+        unix_ms: time of the first slot in milliseconds since 1970; None for the wall clock's.
+
+    Attributes:
+        slot: the current slot.
+        slot_ms: as given.
+        running: whether slots pass by themselves.
+    """
+
+    def __init__(
+        self,
+        slot_ms: int = 400,
+        *,
+        now: Callable[[], float] = time.time,
+        running: bool = True,
+        slot: int = 0,
+        unix_ms: int | None = None,
+    ) -> None:
+        self.slot_ms = slot_ms
+        self.running = running
+        self._now = now
+        self.begin(slot, self._wall_ms() if unix_ms is None else unix_ms)
+
+    def begin(self, slot: int, unix_ms: int) -> None:
+        """Start over at a slot and its time."""
+        self.slot = slot
+        # Time is linear after each anchor: (slot, its time in milliseconds).
+        self._anchors = [(slot, unix_ms)]
+        self._ahead = unix_ms - self._wall_ms()
+
+    def unix_ms(self, slot: int | None = None) -> int:
+        """Time of a slot, the current one unless given, in milliseconds since 1970."""
+        slot = self.slot if slot is None else slot
+        place = max(0, bisect.bisect_right(self._anchors, (slot, 1 << 80)) - 1)
+        since, at = self._anchors[place]
+        return at + (slot - since) * self.slot_ms
+
+    def unix_time(self, slot: int | None = None) -> int:
+        """Time of a slot in whole seconds since 1970, as programs see it."""
+        return self.unix_ms(slot) // 1000
+
+    def due(self) -> int:
+        """How many slots should begin by now; 0 while frozen."""
+        if not self.running:
+            return 0
+        late = self._wall_ms() + self._ahead - self.unix_ms()
+        if late < 0:  # the wall clock was set back; the chain's never is
+            self.resume()
+            return 0
+        return late // self.slot_ms
+
+    def until_next(self) -> float:
+        """Seconds until the next slot is due, of a running clock."""
+        late = self._wall_ms() + self._ahead - self.unix_ms()
+        return max(0.0, (self.slot_ms - late) / 1000)
+
+    def passed(self, slots: int) -> None:
+        """Slots that were due began."""
+        self.slot += slots
+
+    def advance(self, slots: int) -> None:
+        """Let slots pass at once, with their time; a running clock goes on from there."""
+        self.slot += slots
+        self._ahead += slots * self.slot_ms
+
+    def freeze(self) -> None:
+        """No slot passes any more by itself."""
+        self.running = False
+
+    def resume(self) -> None:
+        """Slots pass with the wall clock, from the time at which the chain stands."""
+        self.running = True
+        self._ahead = self.unix_ms() - self._wall_ms()
+
+    def catch_up(self) -> None:
+        """Begin a slot whose time is the wall clock's, if that is later: after having been away."""
+        self.slot += 1
+        at = max(self._wall_ms(), self.unix_ms())
+        if at > self.unix_ms():
+            self._anchors = [*self._anchors, (self.slot, at)][-MAX_ANCHORS:]
+        self._ahead = at - self._wall_ms()
+
+    def _wall_ms(self) -> int:
+        return int(self._now() * 1000)

@@ -1,0 +1,41 @@
+"""The plugin: the coordinator ``solana:...`` and the commands ``psyche solana ...``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from psyche_lightning import hookimpl
+
+if TYPE_CHECKING:
+    import typer
+
+    from psyche_lightning.coordinator.protocol import Coordinator
+    from psyche_lightning.wire.identity import Identity
+
+
+@hookimpl
+def register_coordinators(register: Callable[[str, Callable[..., Any]], None]) -> None:
+    """Register the coordinator."""
+    register("solana", coordinator)
+
+
+def coordinator(url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
+    """A run on a Solana chain; the options are those of :class:`~psyche_lightning_solana.client.cluster.Options`."""
+    from psyche_lightning_solana.client.cluster import parse
+    from psyche_lightning_solana.client.coordinator import SolanaCoordinator
+
+    return SolanaCoordinator(parse(url, options), run_id, identity)
+
+
+@hookimpl
+def register_commands(register: Callable[[str, Callable[..., Any]], None]) -> None:
+    """Register the commands."""
+    register("solana", commands)
+
+
+def commands() -> typer.Typer:
+    """Programs and local chain of the Solana coordinator."""
+    from psyche_lightning_solana.commands import app
+
+    return app()

@@ -1,0 +1,1 @@
+"""A virtual machine for tests of the programs."""

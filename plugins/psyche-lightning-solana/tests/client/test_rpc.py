@@ -1,0 +1,153 @@
+import asyncio
+
+import pytest
+from psyche_lightning_solana.client.cluster import Endpoint
+from psyche_lightning_solana.client.problems import RpcProblem, custom_code, error_name, is_retryable
+from psyche_lightning_solana.client.rpc import PoolProvider, connect, unreachable
+from solders.pubkey import Pubkey
+
+PASSING = [
+    "drop",
+    "lost",
+    "garbage",
+    "empty",
+    "wrong",
+    "status 500",
+    "status 429",
+    "status 403",
+    "error -32005 Node is behind by 42 slots",
+    "error -32016 Minimum context slot has not been reached",
+    "error 17 new",
+]
+FINAL = ["error -32602 Invalid params", "error -32601 Method not found", "error -32600 Invalid request"]
+
+
+@pytest.mark.parametrize("failure", PASSING)
+def test_what_passes_is_tried_again_at_the_same_service(run, failure):
+    async def test(world):
+        world.proxies[0].fail("getBalance", failure, failure)
+        key = world.wallet(5_000_000).public
+        assert await world.reader().balance(key) == 5_000_000
+        assert world.proxies[0].counts["getBalance"] == 3
+        assert len(world.problems) == 2
+        assert world.problems[0].retryable
+
+    run(test)
+
+
+@pytest.mark.parametrize("failure", PASSING)
+def test_then_the_next_service_is_asked_and_stays_the_first(run, failure):
+    async def test(world):
+        first, second = world.proxies
+        first.always("getBalance", failure)
+        reader = world.reader()
+        assert await reader.balance(Pubkey.new_unique()) == 0
+        assert (first.counts["getBalance"], second.counts["getBalance"]) == (3, 1)
+        await reader.balance(Pubkey.new_unique())
+        assert (first.counts["getBalance"], second.counts["getBalance"]) == (3, 2)
+
+    run(test, services=2)
+
+
+@pytest.mark.parametrize("failure", FINAL)
+def test_what_is_wrong_with_the_request_is_final(run, failure):
+    async def test(world):
+        world.proxies[0].fail("getBalance", failure)
+        with pytest.raises(RpcProblem) as caught:
+            await world.reader().balance(Pubkey.new_unique())
+        assert not caught.value.retryable
+        assert caught.value.code == int(failure.split()[1])
+        assert world.proxies[1].counts["getBalance"] == 0
+
+    run(test, services=2)
+
+
+def test_a_service_that_never_answers_is_left(run):
+    async def test(world):
+        world.proxies[0].always("*", "hang")
+        reader = world.reader(timeout=0.1)
+        assert await reader.balance(Pubkey.new_unique()) == 0
+        assert world.proxies[0].counts["getBalance"] == 3
+
+    run(test, services=2)
+
+
+def test_when_all_fail_the_error_says_where_and_hides_keys(run):
+    async def test(world):
+        world.proxies[0].down = True
+        endpoint = Endpoint(world.proxies[0].url + "/v2/SECRET?api-key=SECRET", "")
+        provider = PoolProvider([endpoint], sleep=lambda _: asyncio.sleep(0))
+        with pytest.raises(RpcProblem) as caught:
+            await connect(provider, "confirmed").get_balance(Pubkey.new_unique())
+        error = unreachable(caught.value, "the balance", "localnet")
+        assert error.retryable
+        assert error.code == "Unreachable"
+        assert world.proxies[0].url in str(error)
+        assert "SECRET" not in str(error)
+        assert "SECRET" not in repr(caught.value)
+        assert caught.value.lost
+
+    run(test)
+
+
+def test_nothing_listens():
+    async def main():
+        provider = PoolProvider([Endpoint("http://127.0.0.1:9", "ws://127.0.0.1:9")], sleep=lambda _: asyncio.sleep(0))
+        with pytest.raises(RpcProblem, match="no connection"):
+            await provider.call("getHealth", [])
+        await provider.close()
+
+    asyncio.run(main())
+
+
+def test_an_ordinary_client_goes_through_the_pool(run):
+    async def test(world):
+        world.proxies[0].always("*", "status 503")
+        client = connect(world.provider(), "confirmed")
+        assert (await client.get_slot()).value >= 0
+        assert (await client.is_connected()) in (True, False)
+        assert world.proxies[1].counts["getSlot"] == 1
+
+    run(test, services=2)
+
+
+def test_accounts_are_read_together_and_in_any_number(run):
+    async def test(world):
+        keys = [world.wallet(1_000_000 + i).public for i in range(3)]
+        unknown = Pubkey.new_unique()
+        slot, found = await world.reader().accounts([keys[0], unknown])
+        assert slot > 0
+        assert (found[0].lamports, found[1]) == (1_000_000, None)
+        many = await world.reader().many([*keys, *[unknown] * 150])
+        assert [account.lamports for account in many[:3]] == [1_000_000, 1_000_001, 1_000_002]
+        assert len(many) == 153
+        assert set(many[3:]) == {None}
+
+    run(test)
+
+
+def test_a_service_that_is_behind_does_not_count(run):
+    async def test(world):
+        slot = world.chain.slot
+        with pytest.raises(RpcProblem) as caught:
+            await world.reader().accounts([Pubkey.new_unique()], min_slot=slot + 10_000)
+        assert caught.value.code == -32016
+        assert caught.value.retryable
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "custom", "retryable"),
+    [
+        ("BlockhashNotFound", "BlockhashNotFound", None, True),
+        ({"InstructionError": [2, {"Custom": 6011}]}, "Custom 6011", 6011, False),
+        ({"InstructionError": [0, "MissingRequiredSignature"]}, "MissingRequiredSignature", None, False),
+        ({"InsufficientFundsForRent": {"account_index": 0}}, "InsufficientFundsForRent", None, False),
+        ("AccountInUse", "AccountInUse", None, True),
+        (None, "an unknown error", None, False),
+        ({"a": 1, "b": 2}, "an unknown error", None, False),
+    ],
+)
+def test_errors_of_transactions(error, name, custom, retryable):
+    assert (error_name(error), custom_code(error), is_retryable(error)) == (name, custom, retryable)

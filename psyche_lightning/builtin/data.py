@@ -1,0 +1,50 @@
+"""The built-in data providers: ``tokens``, ``mix``, ``datasets`` and ``parquet``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from psyche_lightning.hookspecs import DataProviderFactory, Register, hookimpl
+from psyche_lightning.plugins import build
+
+if TYPE_CHECKING:
+    from psyche_lightning.hookspecs import DataProvider
+
+
+@hookimpl
+def register_data_providers(register: Register[DataProviderFactory]) -> None:
+    """Offer the data providers that every installation has."""
+    register("tokens", tokens)
+    register("mix", mix)
+    register("datasets", datasets)
+    register("parquet", parquet)
+
+
+def tokens(config: Mapping[str, Any], *, seed: int) -> DataProvider:
+    """Token files in Psyche's formats, on disk or behind HTTP."""
+    from psyche_lightning.data.tokens import TokenData
+
+    return build("data provider 'tokens'", partial(TokenData, seed), config)
+
+
+def mix(config: Mapping[str, Any], *, seed: int) -> DataProvider:
+    """A weighted mix of token files that a JSON index describes."""
+    from psyche_lightning.data.mix import MixedData
+
+    return build("data provider 'mix'", partial(MixedData, seed), config)
+
+
+def datasets(config: Mapping[str, Any], *, seed: int) -> DataProvider:
+    """The texts of a Hugging Face data set, tokenized and packed."""
+    from psyche_lightning.data.documents import DocumentData
+
+    return build("data provider 'datasets'", partial(DocumentData, seed), config)
+
+
+def parquet(config: Mapping[str, Any], *, seed: int) -> DataProvider:
+    """Samples that were prepared before, with labels and positions."""
+    from psyche_lightning.data.parquet import PreparedData
+
+    return build("data provider 'parquet'", partial(PreparedData, seed), config)

@@ -1,0 +1,199 @@
+"""The provider ``datasets``: the texts of a Hugging Face data set, tokenized and packed into samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from psyche_lightning.data.client import Fetch
+from psyche_lightning.data.options import whole
+from psyche_lightning.data.order import make_order, psyche_seed
+from psyche_lightning.data.packed import PackedData
+from psyche_lightning.data.spool import Spool
+from psyche_lightning.data.tokenizer import Encoder
+from psyche_lightning.errors import ConfigError
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+_SAVED = "state.json"
+_SAVED_SPLITS = "dataset_dict.json"
+
+
+class DocumentData(PackedData):
+    """The texts of a data set as samples.
+
+    The tokens of all texts in their order, with an end-of-text id after each, are cut into blocks of ``seq_len``; an
+    incomplete last block is dropped. They lie in a temporary file (``TMPDIR`` says where), so that memory is bounded.
+    With ``streaming`` nothing is downloaded beforehand: texts are fetched and tokenized up to the sample that is asked
+    for, in the order of the data set.
+
+    Args:
+        seed: the run's, for ``shuffle: true``.
+        seq_len: tokens of a sample, at least 2.
+        path: a folder of ``save_to_disk``, or a file or folder of jsonl, json, csv, parquet or arrow files.
+        dataset: in place of ``path``: the name of a data set on the Hugging Face Hub.
+        name: its configuration, if it has several.
+        revision: its commit, so that all nodes have the same.
+        split: which part of it.
+        text: the column of the texts.
+        tokenizer: ``"bytes"``, a path, or the name of a tokenizer on the Hub.
+        streaming: whether the data set is read while the run goes on.
+        max_samples: how many samples are made at most; needed for streaming.
+        shuffle: true for an order by the run's seed, false, or the 32 numbers of a seed of Psyche's; true unless
+            streaming, where it is false.
+        validation_samples: samples that are held out, spread evenly over the data; none with streaming.
+        fetch: see :class:`~psyche_lightning.data.client.Fetch`.
+
+    Raises:
+        ConfigError: an option is wrong, or there is no such data set or column.
+        DataError: the data set cannot be read, or there is no room for its tokens.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        seq_len: int,
+        *,
+        path: str | None = None,
+        dataset: str | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+        split: str = "train",
+        text: str = "text",
+        tokenizer: str = "bytes",
+        streaming: bool = False,
+        max_samples: int | None = None,
+        shuffle: Any = None,
+        validation_samples: int = 0,
+        fetch: Any = None,
+    ) -> None:
+        whole("seq_len", seq_len, least=2)
+        whole("validation_samples", validation_samples, least=0)
+        if max_samples is not None:
+            whole("max_samples", max_samples, least=1)
+        shuffle = not streaming if shuffle is None else shuffle
+        psyche_seed(shuffle)
+        if streaming and (max_samples is None or shuffle is not False or validation_samples):
+            raise ConfigError(
+                "A data set that is streamed is read in its own order: set max_samples to the samples that the run may "
+                "use, and leave out shuffle and validation_samples."
+            )
+        if (path is None) == (dataset is None):
+            raise ConfigError(
+                "The data provider 'datasets' needs either path (on this machine) or dataset (a name on the Hugging "
+                f"Face Hub); it got {'neither' if path is None else 'both'}."
+            )
+        fetching = Fetch.of(fetch)
+        encoder = Encoder(tokenizer, download=True)
+        source = str(path or dataset)
+        if path is None:
+            opened = _open_hub(source, name, split, revision, streaming)
+        else:
+            opened = _open_local(Path(source).expanduser(), split)
+        spool = Spool(
+            Column(opened, text, source),
+            encoder,
+            seq_len,
+            most=max_samples,
+            lazily=streaming,
+            retry_seconds=0.0 if path is not None else fetching.retry_seconds,
+        )
+        super().__init__(
+            spool,
+            seq_len=seq_len,
+            vocab_size=encoder.vocab_size,
+            order=partial(make_order, shuffle=shuffle, seed=seed),
+            encoder=encoder,
+            validation_samples=validation_samples,
+            source=source,
+        )
+
+
+class Column:
+    """The texts in a column of a data set, as :data:`~psyche_lightning.data.spool.Documents`.
+
+    Args:
+        dataset: of the ``datasets`` library, either kind.
+        name: of the column.
+        source: for messages.
+    """
+
+    def __init__(self, dataset: Any, name: str, source: str) -> None:
+        self._dataset = dataset
+        self._name = name
+        self._source = source
+
+    def __call__(self, first: int) -> Iterator[bytes]:
+        """The texts from number ``first`` on.
+
+        Raises:
+            ConfigError: there is no such column, or it has something other than text.
+        """
+        for number, row in enumerate(self._dataset.skip(first) if first else self._dataset, start=first):
+            text = row.get(self._name)
+            if not isinstance(text, str):
+                raise ConfigError(
+                    f"Row {number} of {self._source} has no text in the column {self._name!r}: it is "
+                    f"{str(text)[:40]!r}. Columns: {', '.join(row)}. Set data.config.text to the one with the texts."
+                )
+            yield text.encode("utf-8", errors="replace")
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            "The data provider 'datasets' needs the package datasets: pip install 'psyche-lightning[data]'."
+        ) from error
+    return datasets
+
+
+def _open_hub(dataset: str, name: str | None, split: str, revision: str | None, streaming: bool) -> Any:
+    datasets = _library()
+    try:
+        return datasets.load_dataset(dataset, name, split=split, revision=revision, streaming=streaming)
+    except Exception as error:  # the library has no common type for what is missing, misspelt or unreachable
+        raise ConfigError(
+            f"The data set {dataset!r} (configuration {name or 'default'}, split {split!r}, revision "
+            f"{revision or 'newest'}) cannot be opened: {type(error).__name__}: {error}. Check the names, and whether "
+            "there is a network; a data set that is on disk already is named by path."
+        ) from error
+
+
+def _open_local(place: Path, split: str) -> Any:
+    datasets = _library()
+    try:
+        if (place / _SAVED).is_file():
+            return datasets.load_from_disk(str(place))
+        if (place / _SAVED_SPLITS).is_file():
+            return datasets.load_from_disk(str(place))[split]
+        files = _files(place)
+        builder = _BUILDERS[files[0].suffix]
+        # Streamed from disk: nothing is written to the library's cache, and memory stays small.
+        return datasets.load_dataset(builder, data_files=[str(file) for file in files], split="train", streaming=True)
+    except ConfigError:
+        raise
+    except Exception as error:  # as above
+        raise ConfigError(f"The data set {str(place)!r} cannot be opened: {type(error).__name__}: {error}.") from error
+
+
+def _files(place: Path) -> list[Path]:
+    """The files of a data set, sorted by name; all of one kind."""
+    suffixes = ", ".join(_BUILDERS)
+    if not place.exists():
+        raise ConfigError(
+            f"The data path {str(place)!r} does not exist (looked for {place.absolute()}). Expected a folder written "
+            f"by save_to_disk, or a file or folder of {suffixes}."
+        )
+    files = [place]
+    if place.is_dir():
+        files = sorted((file for file in place.iterdir() if file.suffix in _BUILDERS), key=lambda file: file.name)
+    kinds = sorted({file.suffix for file in files})
+    if len(kinds) != 1 or kinds[0] not in _BUILDERS:
+        raise ConfigError(
+            f"The data path {str(place)!r} has {'files of ' + ', '.join(kinds) if kinds else 'no data files'}, "
+            f"expected files of one of the kinds {suffixes}."
+        )
+    return files

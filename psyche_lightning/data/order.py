@@ -1,0 +1,141 @@
+"""Which sample a data id stands for: the same on every node, for data of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psyche_lightning.data.shuffle import MAX_TABLE, psyche_shuffle
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.wire.hashing import sha256
+
+ROUNDS = 4
+SEED_SIZE = 32
+
+Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+"""Ids below a length to places below it, one to one."""
+
+
+class DataOrder:
+    """Data ids to indices of samples.
+
+    Ids wrap around at the end of the data. With ``shuffle``, each pass over the data is a permutation of its own: a
+    Feistel network on the smallest even number of bits that holds all indices, walked until it is back in range.
+
+    Args:
+        length: samples of the data.
+        shuffle: whether to permute.
+        seed: the run's.
+    """
+
+    def __init__(self, length: int, shuffle: bool, seed: int) -> None:
+        self.length = length
+        self.shuffle = shuffle
+        self._seed = seed
+        self._half = max(1, ((length - 1).bit_length() + 1) // 2)
+
+    def indices(self, start: int, end: int) -> list[int]:
+        """The indices of the closed interval of ids ``[start, end]``."""
+        found: list[int] = []
+        while start <= end:
+            epoch, first = divmod(start, self.length)
+            last = min(self.length - 1, first + end - start)
+            places = np.arange(first, last + 1, dtype=np.uint64)
+            found += (self._permuted(places, epoch) if self.shuffle else places).tolist()
+            start += last - first + 1
+        return found
+
+    def __call__(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The first pass, as an :data:`Order`."""
+        return self._permuted(ids.astype(np.uint64), 0).astype(np.int64) if self.shuffle else ids
+
+    def _permuted(self, places: NDArray[np.uint64], epoch: int) -> NDArray[np.uint64]:
+        key = sha256(b"psyche data order\0", self._seed.to_bytes(8, "little"), epoch.to_bytes(8, "little"))
+        keys = np.frombuffer(key, "<u8")  # one for each round
+        out: NDArray[np.uint64] = self._network(places, keys)
+        while (outside := out >= self.length).any():
+            out[outside] = self._network(out[outside], keys)
+        return out
+
+    def _network(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        half, mask = np.uint64(self._half), np.uint64((1 << self._half) - 1)
+        left, right = values >> half, values & mask
+        for key in keys[:ROUNDS]:
+            left, right = right, left ^ (_mixed(right + key) & mask)
+        joined: NDArray[np.uint64] = (left << half) | right
+        return joined
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014): every bit of the result depends on every bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+    return mixed
+
+
+class Table:
+    """An order that is written down.
+
+    Args:
+        table: the place of each id.
+    """
+
+    def __init__(self, table: NDArray[Any]) -> None:
+        self._table = table
+
+    def __call__(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The places of these ids."""
+        return self._table[ids].astype(np.int64)
+
+
+def psyche_seed(shuffle: object) -> bytes | None:
+    """The 32 bytes of ``shuffle``: false, true, or a seed of Psyche's as 32 numbers; None for true and false.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if isinstance(shuffle, bool):
+        return None
+    numbers = list(shuffle) if isinstance(shuffle, (list, tuple)) else []
+    if len(numbers) == SEED_SIZE and all(type(value) is int and 0 <= value < 256 for value in numbers):
+        return bytes(numbers)
+    raise ConfigError(
+        f"shuffle is {shuffle!r}, expected true (an order by the run's seed), false, or a seed of Psyche's shuffle: a "
+        f"list of {SEED_SIZE} numbers from 0 to 255."
+    )
+
+
+def make_order(length: int, *, shuffle: object, seed: int) -> Order:
+    """The order of ``length`` samples.
+
+    Args:
+        length: how many there are.
+        shuffle: true for a permutation that takes no memory, false for none, 32 numbers for Psyche's (spec S8.2),
+            which is a table of four bytes a sample.
+        seed: the run's, for true.
+
+    Raises:
+        ConfigError: ``shuffle`` is wrong, or the table would be too large.
+    """
+    key = psyche_seed(shuffle)
+    if key is None:
+        return DataOrder(length, bool(shuffle), seed % (1 << 64))
+    check_table(length)
+    return Table(psyche_shuffle(length, key))
+
+
+def check_table(length: int) -> None:
+    """Refuse a table of too many samples.
+
+    Raises:
+        ConfigError: there are more than :data:`~psyche_lightning.data.shuffle.MAX_TABLE`.
+    """
+    if length > MAX_TABLE:
+        raise ConfigError(
+            f"Psyche's orders are tables, and {length:,} samples are more than the {MAX_TABLE:,} of the largest. Use "
+            "token files with shuffle: true, which takes no memory, or false."
+        )

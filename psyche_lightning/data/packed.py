@@ -1,0 +1,190 @@
+"""The provider of all data that is a row of tokens cut into blocks: its order, validation, checks and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psyche_lightning.data.order import Order
+from psyche_lightning.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    from psyche_lightning.data.tokenizer import Encoder
+
+_SHOWN = 8
+
+
+class Unavailable(Exception):
+    """Blocks that a source cannot give.
+
+    Attributes:
+        numbers: of the blocks.
+        lasting: whether asking again is of no use.
+    """
+
+    def __init__(self, reason: str, numbers: Iterable[int], *, lasting: bool = False) -> None:
+        super().__init__(reason)
+        self.numbers = frozenset(numbers)
+        self.lasting = lasting
+
+
+class Blocks(Protocol):
+    """Numbered blocks of ``seq_len`` tokens.
+
+    Attributes:
+        count: how many there are.
+        fingerprint: the same on two machines when their blocks are, as text.
+    """
+
+    count: int
+    fingerprint: str
+
+    def read(self, numbers: Sequence[int]) -> list[NDArray[Any]]:
+        """The blocks with these numbers, unsigned integers of shape [seq_len].
+
+        Raises:
+            Unavailable: some of them cannot be given.
+        """
+        ...
+
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """Begin to obtain blocks that will be read soon, as many as there is room for; returns at once."""
+        ...
+
+
+class PackedData:
+    """A data provider over blocks of tokens (:class:`psyche_lightning.hookspecs.DataProvider`).
+
+    Blocks spread evenly over the data are held out for validation; the others, in their order, have the ids.
+
+    Args:
+        blocks: the source.
+        seq_len: tokens of a block.
+        vocab_size: number of token ids; blocks with others are refused.
+        order: makes the order of so many training blocks.
+        encoder: whose tokenizer is saved with checkpoints.
+        validation_samples: blocks that are held out.
+        source: where the data comes from, for messages.
+
+    Attributes:
+        seq_len: tokens of a sample.
+        vocab_size: number of token ids.
+        fingerprint: of the data.
+
+    Raises:
+        ConfigError: there are too few blocks.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        *,
+        seq_len: int,
+        vocab_size: int,
+        order: Callable[[int], Order],
+        encoder: Encoder | None = None,
+        validation_samples: int = 0,
+        source: str,
+    ) -> None:
+        self.seq_len = seq_len
+        self.vocab_size = vocab_size
+        self.fingerprint = blocks.fingerprint
+        self._blocks = blocks
+        self._encoder = encoder
+        self._source = source
+        self._length = blocks.count - validation_samples
+        if self._length < 1:
+            raise ConfigError(
+                f"There is too little data in {source}: it makes {blocks.count} samples of seq_len={seq_len}, of which "
+                f"{validation_samples} are for validation; expected at least one more for training. Add data, or "
+                "choose a smaller seq_len or validation_samples."
+            )
+        # The middles of as many equal stretches: distinct, because a stretch has at least one block.
+        held_out = np.arange(validation_samples, dtype=np.int64)
+        self._held_out = (2 * held_out + 1) * blocks.count // (2 * validation_samples or 1)
+        self._skips = self._held_out - held_out
+        self._order = order(self._length)
+
+    def __len__(self) -> int:
+        """How many training samples there are."""
+        return self._length
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer as a ``transformers`` object, or None when the data does not say which it was made with."""
+        return None if self._encoder is None else self._encoder.tokenizer
+
+    def samples(self, start: int, end: int) -> list[dict[str, torch.Tensor]]:
+        """The training samples with the ids ``start`` to ``end``, both included; ids wrap modulo the length.
+
+        Returns:
+            For each id ``input_ids`` and ``labels``, int64 of shape [seq_len], equal (the model shifts the labels).
+
+        Raises:
+            DataError: some of them cannot be obtained; it has their ids.
+        """
+        return self._samples(self._numbers(start, end), range(start, end + 1), "samples")
+
+    def prefetch(self, start: int, end: int) -> None:
+        """Begin to obtain samples that will be asked for soon; returns at once, and keeps within bounds."""
+        self._blocks.ahead(self._numbers(start, end))
+
+    def validation(self) -> list[dict[str, torch.Tensor]]:
+        """The held-out samples, in the order of the data; of the same form as those for training.
+
+        Raises:
+            DataError: some of them cannot be obtained.
+        """
+        return self._samples(self._held_out.tolist(), range(len(self._held_out)), "validation samples")
+
+    def _numbers(self, start: int, end: int) -> list[int]:
+        """The blocks of these ids."""
+        ids = np.array([number % self._length for number in range(start, end + 1)], dtype=np.int64)
+        places = self._order(ids)
+        numbers: list[int] = (places + np.searchsorted(self._skips, places, side="right")).tolist()
+        return numbers
+
+    def _samples(self, numbers: list[int], ids: range, what: str) -> list[dict[str, torch.Tensor]]:
+        try:
+            blocks = self._blocks.read(numbers)
+        except Unavailable as error:
+            lost = [one for one, number in zip(ids, numbers, strict=True) if number in error.numbers]
+            raise DataError(
+                f"{what} {intervals(lost)} of {self._source} cannot be obtained: {error}",
+                ids=lost,
+                lasting=error.lasting,
+            ) from error
+        wrong = [one for one, block in zip(ids, blocks, strict=True) if int(block.max()) >= self.vocab_size]
+        if wrong:
+            largest = max(int(block.max()) for block in blocks)
+            raise DataError(
+                f"{what} {intervals(wrong)} of {self._source} have token ids up to {largest}, but the vocabulary has "
+                f"{self.vocab_size}: the data was made with another tokenizer, or token_size is not that of the files",
+                ids=wrong,
+                lasting=True,
+            )
+        return [self._sample(block) for block in blocks]
+
+    def _sample(self, block: NDArray[Any]) -> dict[str, torch.Tensor]:
+        import torch
+
+        tokens = torch.from_numpy(block.astype(np.int64))
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def intervals(ids: Sequence[int]) -> str:
+    """Numbers for people: ``3-5, 9``."""
+    found: list[list[int]] = []
+    for one in sorted(ids):
+        if found and one - found[-1][1] <= 1:
+            found[-1][1] = one
+        else:
+            found.append([one, one])
+    texts = [f"{first}" if first == last else f"{first}-{last}" for first, last in found]
+    more = [f"and {len(texts) - _SHOWN} more stretches"] if len(texts) > _SHOWN else []
+    return ", ".join([*texts[:_SHOWN], *more])

@@ -1,0 +1,327 @@
+"""The provider ``parquet``: samples that were prepared before, with labels and positions (spec S8.3)."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psyche_lightning.data.client import Fetch
+from psyche_lightning.data.options import strings, whole
+from psyche_lightning.data.order import make_order, psyche_seed
+from psyche_lightning.data.packed import intervals
+from psyche_lightning.data.tokenizer import Encoder
+from psyche_lightning.data.tokens import vocabulary
+from psyche_lightning.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""The label that no loss is computed for."""
+INPUTS, LABELS, POSITIONS, LENGTHS = "inputs", "labels", "position_ids", "sequence_lengths"
+_EDGE = 1 << 16
+
+Rows = dict[str, NDArray[np.int64]]
+
+
+class Group(NamedTuple):
+    """A row group: the unit in which parquet is read.
+
+    Attributes:
+        file: number of its file.
+        number: its own there.
+        rows: how many it has.
+    """
+
+    file: int
+    number: int
+    rows: int
+
+
+class PreparedData:
+    """Rows of parquet files as samples: ``inputs``, and if they are there, ``labels`` and ``position_ids``.
+
+    Each is a list of ``seq_len`` integers. Where there are no ``position_ids`` but ``sequence_lengths`` (the lengths of
+    the texts that are packed into the row), positions count from 0 in each text. Row groups that were used last are
+    kept up to ``fetch.cache_mb``.
+
+    Args:
+        seed: the run's, for ``shuffle: true``.
+        seq_len: tokens of a sample, at least 2; every row has as many.
+        path: a parquet file, a folder of them (in the order of their names), or a list.
+        vocab_size: number of token ids; None for that of the tokenizer.
+        tokenizer: with which the samples were made, to be saved with checkpoints: ``"bytes"`` or a path.
+        shuffle: true for an order by the run's seed, false for that of the rows, or the 32 numbers of a seed of
+            Psyche's. A shuffled order reads row groups again and again unless they all fit into memory.
+        validation_samples: rows at the end that are held out.
+        fetch: see :class:`~psyche_lightning.data.client.Fetch`.
+
+    Attributes:
+        seq_len: tokens of a sample.
+        vocab_size: number of token ids.
+        fingerprint: lengths, beginnings and ends of the files.
+
+    Raises:
+        ConfigError: an option is wrong, or there are no such rows where ``path`` points.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        seq_len: int,
+        *,
+        path: str | list[str],
+        vocab_size: int | None = None,
+        tokenizer: str | None = None,
+        shuffle: Any = False,
+        validation_samples: int = 0,
+        fetch: Any = None,
+    ) -> None:
+        self.seq_len = whole("seq_len", seq_len, least=2)
+        psyche_seed(shuffle)
+        self._memory = Fetch.of(fetch).cache_mb << 20
+        self._encoder = None if tokenizer is None else Encoder(tokenizer)
+        self.vocab_size = vocabulary(vocab_size, self._encoder)
+        places = strings("path", path)
+        self._source = ", ".join(places)
+        self._files = _find(places)
+        self._columns, self._groups = self._look()
+        self.fingerprint = _fingerprint(self._files)
+        self._ends = np.cumsum([group.rows for group in self._groups], dtype=np.int64)
+        rows = int(self._ends[-1]) if self._groups else 0
+        held_out = whole("validation_samples", validation_samples, least=0)
+        self._length = rows - held_out
+        if self._length < 1:
+            raise ConfigError(
+                f"There is too little data in {self._source}: {rows} rows, of which {held_out} are for validation; "
+                "expected at least one more for training."
+            )
+        self._rows = rows
+        self._order = make_order(self._length, shuffle=shuffle, seed=seed)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[int, Rows] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_kept")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def __len__(self) -> int:
+        """How many training samples there are."""
+        return self._length
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer as a ``transformers`` object, or None when nobody said which it is."""
+        return None if self._encoder is None else self._encoder.tokenizer
+
+    def samples(self, start: int, end: int) -> list[dict[str, torch.Tensor]]:
+        """The training samples with the ids ``start`` to ``end``, both included; ids wrap modulo the length.
+
+        Returns:
+            For each id ``input_ids``, ``labels`` and, where the rows have positions, ``position_ids``, int64 of shape
+            [seq_len].
+
+        Raises:
+            DataError: some of them cannot be read; it has their ids.
+        """
+        ids = np.array([number % self._length for number in range(start, end + 1)], dtype=np.int64)
+        return self._read(self._order(ids).tolist(), range(start, end + 1), "samples")
+
+    def validation(self) -> list[dict[str, torch.Tensor]]:
+        """The held-out rows; of the same form as those for training.
+
+        Raises:
+            DataError: some of them cannot be read.
+        """
+        return self._read(range(self._length, self._rows), range(self._rows - self._length), "validation samples")
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def _read(self, rows: Sequence[int], ids: range, what: str) -> list[dict[str, torch.Tensor]]:
+        import torch
+
+        found = []
+        for one, row in zip(ids, rows, strict=True):
+            number = int(np.searchsorted(self._ends, row, side="right"))
+            place = row - (int(self._ends[number - 1]) if number else 0)
+            try:
+                group = self._group(number)
+            except DataError as error:
+                lost = [i for i, r in zip(ids, rows, strict=True) if np.searchsorted(self._ends, r, "right") == number]
+                text = f"{what} {intervals(lost)} of {self._source} cannot be obtained: {error}"
+                raise DataError(text, ids=lost, lasting=error.lasting) from error
+            found.append({name: torch.from_numpy(values[place].copy()) for name, values in group.items()})
+            del one
+        return found
+
+    def _group(self, number: int) -> Rows:
+        with self._lock:
+            if number in self._kept:
+                self._kept.move_to_end(number)
+            else:
+                self._kept[number] = self._load(self._groups[number])
+                while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > self._memory:
+                    self._kept.popitem(last=False)
+            return self._kept[number]
+
+    def _load(self, group: Group) -> Rows:
+        """One row group, checked."""
+        path = self._files[group.file]
+        try:
+            table = _library().ParquetFile(path).read_row_group(group.number, columns=list(self._columns))
+        except Exception as error:  # pyarrow raises its own and the system's types
+            raise DataError(f"row group {group.number} of {path} cannot be read ({error})") from error
+        where = f"row group {group.number} of {path}"
+        rows: Rows = {}
+        for name in self._columns:
+            lengths, values = _lists(table.column(name), where, name)
+            if name == LENGTHS:
+                rows["position_ids"] = self._positions(lengths, values, where)
+                continue
+            if len(lengths) != group.rows or (lengths != self.seq_len).any():
+                wrong = int(lengths[lengths != self.seq_len][0]) if (lengths != self.seq_len).any() else len(lengths)
+                raise DataError(
+                    f"{where}: a row of {name!r} has {wrong} entries, not seq_len={self.seq_len}", lasting=True
+                )
+            rows["input_ids" if name == INPUTS else name] = values.reshape(group.rows, self.seq_len)
+        rows.setdefault("labels", rows["input_ids"])
+        self._check(rows, where)
+        return rows
+
+    def _check(self, rows: Rows, where: str) -> None:
+        for name, values in rows.items():
+            limit = self.seq_len if name == "position_ids" else self.vocab_size
+            bad = (values < 0) | (values >= limit)
+            if name == "labels":
+                bad &= values != IGNORED
+            if bad.any():
+                raise DataError(
+                    f"{where}: {name} has the value {int(values[bad][0])}, but "
+                    + (
+                        f"positions are below seq_len={limit}"
+                        if name == "position_ids"
+                        else f"the vocabulary has {limit}"
+                    ),
+                    lasting=True,
+                )
+
+    def _positions(self, counts: NDArray[np.int64], lengths: NDArray[np.int64], where: str) -> NDArray[np.int64]:
+        """Positions that count from 0 in each of the texts that are packed into a row."""
+        positions = np.empty((len(counts), self.seq_len), np.int64)
+        begin = 0
+        for row, count in enumerate(counts.tolist()):
+            texts = lengths[begin : begin + count]
+            begin += count
+            if (texts < 1).any() or int(texts.sum()) != self.seq_len:
+                raise DataError(f"{where}: {LENGTHS} of a row do not add up to seq_len={self.seq_len}", lasting=True)
+            starts = np.repeat(np.cumsum(texts) - texts, texts)
+            positions[row] = np.arange(self.seq_len) - starts
+        return positions
+
+    def _look(self) -> tuple[tuple[str, ...], list[Group]]:
+        """Which columns are read, and the row groups of all files."""
+        columns: tuple[str, ...] | None = None
+        groups = []
+        for number, path in enumerate(self._files):
+            try:
+                file = _library().ParquetFile(path)
+                names = file.schema_arrow.names
+                metadata = file.metadata
+            except Exception as error:  # as above
+                if isinstance(error, ConfigError):
+                    raise
+                raise ConfigError(f"{path} is not a parquet file that can be read: {error}.") from error
+            if INPUTS not in names:
+                raise ConfigError(
+                    f"{path} has no column {INPUTS!r}, which has the token ids; columns: {', '.join(names)}."
+                )
+            found = tuple(name for name in (INPUTS, LABELS, POSITIONS) if name in names)
+            if LENGTHS in names and POSITIONS not in names:
+                found = (*found, LENGTHS)
+            if columns not in (None, found):
+                raise ConfigError(f"{path} has the columns {found}, but the files before it {columns}.")
+            columns = found
+            for index in range(metadata.num_row_groups):
+                group = metadata.row_group(index)
+                size = 8 * group.num_rows * self.seq_len * (len(found) + 1)
+                if max(size, group.total_byte_size) > self._memory:
+                    raise ConfigError(
+                        f"Row group {index} of {path} has {group.num_rows} rows, which take {size >> 20} MiB; "
+                        f"fetch.cache_mb allows {self._memory >> 20}. Write the file with a smaller row_group_size, or "
+                        "raise fetch.cache_mb."
+                    )
+                groups.append(Group(number, index, group.num_rows))
+        assert columns is not None
+        return columns, groups
+
+
+def _lists(column: Any, where: str, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The length of each row's list, and the entries of all lists one after the other."""
+    import pyarrow
+    from pyarrow import compute
+
+    kind = column.type
+    lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
+    if not lists or not pyarrow.types.is_integer(kind.value_type):
+        raise DataError(f"{where}: {name!r} is a column of {kind}, expected lists of integers", lasting=True)
+    flat = compute.list_flatten(column)
+    if column.null_count or flat.null_count:
+        raise DataError(f"{where}: {name!r} has missing values", lasting=True)
+    lengths = compute.list_value_length(column).to_numpy().astype(np.int64)
+    return lengths, flat.to_numpy().astype(np.int64)
+
+
+def _size(rows: Rows) -> int:
+    return sum(values.nbytes for values in rows.values())
+
+
+def _find(places: Sequence[str]) -> list[Path]:
+    found: dict[Path, None] = {}
+    for place in places:
+        path = Path(place).expanduser()
+        if path.is_dir():
+            inside = sorted(path.glob("*.parquet"), key=lambda file: file.name)
+        else:
+            inside = [path] if path.is_file() else []
+        if not inside:
+            raise ConfigError(
+                f"The data path {place!r} is neither a parquet file nor a folder with some (looked for "
+                f"{path.absolute()})."
+            )
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    total = 0
+    for path in files:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            digest.update(size.to_bytes(8, "little"))
+            for start in (0, max(0, size - _EDGE)):
+                file.seek(start)
+                digest.update(file.read(_EDGE))
+        total += size
+    return f"{len(files)} files, {total} bytes, {digest.hexdigest()}"
+
+
+def _library() -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError("The data provider 'parquet' needs pyarrow: pip install 'psyche-lightning[data]'.") from error
+    return parquet

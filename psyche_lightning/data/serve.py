@@ -1,0 +1,83 @@
+"""A folder of token files behind HTTP with range requests, for nodes that have no copy."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+from aiohttp import web
+
+from psyche_lightning.errors import ConfigError
+
+START_TIMEOUT = 30.0
+
+
+class FileServer:
+    """Serves the files of a folder, read-only, from a thread; a context manager.
+
+    Args:
+        folder: whose files are served, also those of folders in it; links that lead out of it are not followed.
+        host: address to listen on.
+        port: to listen on; 0 for any free one.
+
+    Attributes:
+        url: of the folder, without a slash at its end; once it is started.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+
+    def __init__(self, folder: str | Path, host: str = "127.0.0.1", port: int = 0) -> None:
+        self._folder = Path(folder).expanduser()
+        if not self._folder.is_dir():
+            raise ConfigError(f"The folder {str(folder)!r} does not exist (looked for {self._folder.absolute()}).")
+        self._host = host
+        self._port = port
+        self.url = ""
+
+    def __enter__(self) -> FileServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Listen; after :meth:`stop` again, on the same port.
+
+        Raises:
+            ConfigError: the address cannot be listened on.
+        """
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="psyche-files", daemon=True)
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(START_TIMEOUT)
+        except OSError as error:
+            self.stop()
+            raise ConfigError(
+                f"cannot listen on {self._host}:{self._port}: {error.strerror or error}. Choose another port; 0 takes "
+                "any."
+            ) from error
+
+    def stop(self) -> None:
+        """Close every connection and stop listening."""
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(START_TIMEOUT)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def application(self) -> web.Application:
+        """What answers requests."""
+        application = web.Application()
+        application.router.add_static("/", self._folder, follow_symlinks=False)
+        return application
+
+    async def _listen(self) -> None:
+        self._runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=0.5)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._host, self._port)
+        await site.start()
+        host, self._port = self._runner.addresses[0][:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._port}"

@@ -1,0 +1,207 @@
+"""Documents, tokenized into a temporary file as far as samples are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tenacity import Retrying, retry_if_exception_type, retry_if_not_exception_type, stop_after_delay
+from tenacity import wait_random_exponential as wait
+
+from psyche_lightning.data.packed import Unavailable
+from psyche_lightning.data.tokenizer import Encoder, QuietProgress
+from psyche_lightning.errors import ConfigError, DataError
+
+Documents = Callable[[int], Iterator[bytes]]
+"""The texts from the one with this number on; called again after a failure."""
+
+
+class Spool:
+    """Blocks of ``seq_len`` tokens cut from the tokens of all documents; memory is that of one document.
+
+    The file lies where ``TMPDIR`` says and goes with this object.
+
+    Args:
+        documents: the texts; may fail for a while.
+        encoder: makes the ids.
+        seq_len: tokens of a block.
+        most: blocks that are made at most; None for all.
+        lazily: whether documents are read only when their blocks are asked for; ``most`` is then the count.
+        retry_seconds: how long reading is tried again before blocks count as lost.
+
+    Attributes:
+        count: how many blocks there are.
+        fingerprint: of all blocks; lazily, of the first.
+
+    Raises:
+        DataError: the documents cannot be read, or there is no room for their tokens.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        encoder: Encoder,
+        seq_len: int,
+        *,
+        most: int | None = None,
+        lazily: bool = False,
+        retry_seconds: float = 0.0,
+    ) -> None:
+        self._documents = documents
+        self._encoder = encoder
+        self._seq_len = seq_len
+        self._most = most
+        self._lazily = lazily
+        self._retry_seconds = retry_seconds
+        self._begin()
+        try:
+            with QuietProgress("Tokenizing documents", None) as progress:
+                self._fill(1 if lazily else None, progress)
+        except Unavailable as error:
+            raise DataError(str(error)) from error
+        made = self._tokens // seq_len
+        self.count = min(made, most) if most is not None else made
+        digest = self._sha256(self.count)
+        self.fingerprint = f"{self.count} samples, {digest}"
+        if lazily:
+            assert most is not None
+            self.count = most
+            self.fingerprint = f"stream of {most} samples, the first {digest}"
+
+    def _begin(self) -> None:
+        handle, name = tempfile.mkstemp(prefix="psyche-", suffix=".tokens")
+        os.close(handle)
+        self._path = Path(name)
+        weakref.finalize(self, _remove, self._path, os.getpid())
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._texts: Iterator[bytes] | None = None
+        self._read = 0
+        self._tokens = 0
+        self._ended = False
+        self._target = 0
+        self._worker: threading.Thread | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("_lock", "_texts", "_worker")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock, self._texts, self._worker = threading.Lock(), None, None
+        if self._lazily:
+            self._begin()
+
+    # --- blocks -----------------------------------------------------------------------------------------------------
+
+    def read(self, numbers: Sequence[int]) -> list[NDArray[Any]]:
+        """The blocks with these numbers, after all before them.
+
+        Raises:
+            Unavailable: the documents cannot be read that far.
+        """
+        if self._lazily:
+            if self._process != os.getpid():  # a forked worker must not write to its parent's file
+                self._begin()
+            self._fill(max(numbers, default=-1) + 1)
+        size = self._seq_len * self._encoder.dtype.itemsize
+        blocks = []
+        with self._path.open("rb") as file:
+            for number in numbers:
+                file.seek(number * size)
+                blocks.append(np.frombuffer(file.read(size), self._encoder.dtype))
+        return blocks
+
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """Begin to tokenize as far as these blocks."""
+        self._target = max(self._target, max(numbers, default=-1) + 1)
+        if self._lazily and self._process == os.getpid() and (self._worker is None or not self._worker.is_alive()):
+            self._worker = threading.Thread(target=self._fill_ahead, name="psyche-spool", daemon=True)
+            self._worker.start()
+
+    def _fill_ahead(self) -> None:
+        with contextlib.suppress(Unavailable):  # whoever reads the blocks is told
+            self._fill(self._target)
+
+    # --- filling ----------------------------------------------------------------------------------------------------
+
+    def _fill(self, blocks: int | None, progress: QuietProgress | None = None) -> None:
+        """Tokenize until there are so many blocks, or all of them."""
+        wanted = self._most if blocks is None else blocks
+        retrying = Retrying(
+            stop=stop_after_delay(self._retry_seconds),
+            wait=wait(multiplier=0.2, max=3.0),
+            retry=retry_if_exception_type(Exception) & retry_if_not_exception_type((ConfigError, DataError)),
+            reraise=True,
+        )
+        with self._lock:
+            try:
+                retrying(self._append, wanted, progress)
+            except (ConfigError, DataError):
+                raise
+            except Exception as error:  # what a data set raises when its files or its network fail has no common type
+                self._texts = None
+                here, end = self._tokens // self._seq_len, self._most if wanted is None else wanted
+                reason = f"the documents after number {self._read} cannot be read ({type(error).__name__}: {error})"
+                raise Unavailable(reason, range(here, end or here + 1)) from error
+
+    def _append(self, blocks: int | None, progress: QuietProgress | None) -> None:
+        if self._ended or (blocks is not None and self._tokens >= blocks * self._seq_len):
+            return
+        if self._texts is None:
+            self._texts = self._documents(self._read)
+        try:
+            self._append_from(self._texts, blocks, progress)
+        except BaseException:
+            self._texts = None
+            raise
+
+    def _append_from(self, texts: Iterator[bytes], blocks: int | None, progress: QuietProgress | None) -> None:
+        with self._path.open("ab") as file:
+            file.truncate(self._tokens * self._encoder.dtype.itemsize)
+            while blocks is None or self._tokens < blocks * self._seq_len:
+                text = next(texts, None)
+                if text is None:
+                    self._ended = True
+                    break
+                ids = self._encoder.encode(text)
+                try:
+                    file.write(ids.tobytes())
+                except OSError as error:
+                    raise DataError(
+                        f"There is no room for the tokens in {self._path.parent}: {error.strerror}. Set TMPDIR to a "
+                        "folder on a larger disk."
+                    ) from error
+                self._read += 1
+                self._tokens += len(ids)
+                if progress is not None:
+                    progress.advance(1)
+        needed = (blocks or 0) * self._seq_len
+        if self._lazily and self._tokens < needed:
+            raise ConfigError(
+                f"The data set ended after {self._tokens // self._seq_len} samples of seq_len={self._seq_len}, fewer "
+                f"than max_samples={self._most}; set max_samples to that number or less."
+            )
+
+    def _sha256(self, blocks: int) -> str:
+        digest = hashlib.sha256()
+        left = blocks * self._seq_len * self._encoder.dtype.itemsize
+        with self._path.open("rb") as file:
+            while left and (chunk := file.read(min(left, 1 << 20))):
+                digest.update(chunk)
+                left -= len(chunk)
+        return digest.hexdigest()
+
+
+def _remove(path: Path, process: int) -> None:
+    if os.getpid() == process:  # not in a forked worker
+        path.unlink(missing_ok=True)

@@ -1,0 +1,147 @@
+"""The provider ``tokens``: token files in Psyche's formats, on disk or behind HTTP (spec S8.1 to S8.3)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from psyche_lightning.data.client import Fetch
+from psyche_lightning.data.description import MAX_SIZE, NAME, Description, read_description
+from psyche_lightning.data.files import TOKEN_SIZES, Files, LocalFiles, TokenBlocks, find_files
+from psyche_lightning.data.options import strings, whole
+from psyche_lightning.data.order import make_order, psyche_seed
+from psyche_lightning.data.packed import PackedData
+from psyche_lightning.data.remote import RemoteFiles, numbered, read_text
+from psyche_lightning.data.tokenizer import Encoder
+from psyche_lightning.errors import ConfigError
+
+
+class TokenData(PackedData):
+    """Token files as samples; sample i of a file is its i-th ``seq_len`` tokens.
+
+    Args:
+        seed: the run's, for ``shuffle: true``.
+        seq_len: tokens of a sample, at least 2.
+        path: a token file, a folder of them (``.bin``, ``.npy``, ``.ds``, in the order of their names), or a list.
+        url: in place of ``path``: a file, a folder's ``dataset.json``, or with ``count`` numbered files, where ``{}``
+            stands for the number.
+        count: how many numbered files there are.
+        start: number of the first.
+        pad: digits to which numbers are filled up with zeros.
+        token_size: bytes of a token: 2 or 4; None for what ``dataset.json`` or the header of a ``.npy`` says, else 2.
+        vocab_size: number of token ids; None for that of ``dataset.json`` or the tokenizer.
+        tokenizer: with which the files were made, to be saved with checkpoints: ``"bytes"`` or a path.
+        shuffle: true for an order by the run's seed, false for that of the files, or the 32 numbers of a seed of
+            Psyche's, for its order.
+        validation_samples: samples that are held out, spread evenly over the data.
+        fetch: see :class:`~psyche_lightning.data.client.Fetch`.
+
+    Raises:
+        ConfigError: an option is wrong, or there is no data of that form where it points.
+        DataError: a server cannot be reached.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        seq_len: int,
+        *,
+        path: str | list[str] | None = None,
+        url: str | None = None,
+        count: int | None = None,
+        start: int = 0,
+        pad: int = 0,
+        token_size: int | None = None,
+        vocab_size: int | None = None,
+        tokenizer: str | None = None,
+        shuffle: Any = True,
+        validation_samples: int = 0,
+        fetch: Any = None,
+    ) -> None:
+        whole("seq_len", seq_len, least=2)
+        whole("validation_samples", validation_samples, least=0)
+        psyche_seed(shuffle)
+        check_token_size(token_size)
+        fetching = Fetch.of(fetch)
+        if (path is None) == (url is None):
+            raise ConfigError(
+                "The data provider 'tokens' needs either path (files on this machine) or url (files behind HTTP); it "
+                f"got {'neither' if path is None else 'both'}."
+            )
+        files: Files
+        if path is not None:
+            places = strings("path", path)
+            description = read_description(Path(places[0]).expanduser()) if len(places) == 1 else None
+            files = LocalFiles(find_files(places))
+            source = ", ".join(places)
+            if description is not None and tokenizer is None:
+                tokenizer = description.tokenizer
+                tokenizer = tokenizer if tokenizer == "bytes" else str(Path(places[0]).expanduser() / tokenizer)
+        else:
+            urls, description = _addresses(url, fetching, start=start, pad=pad, count=count)
+            files = RemoteFiles(urls, fetching)
+            source = str(url)
+        if description is not None:
+            _check_same("token_size", token_size, description.token_size)
+            token_size = description.token_size
+            vocab_size = description.vocab_size if vocab_size is None else vocab_size
+        encoder = None if tokenizer is None else Encoder(tokenizer)
+        super().__init__(
+            TokenBlocks(files, seq_len, token_size),
+            seq_len=seq_len,
+            vocab_size=vocabulary(vocab_size, encoder),
+            order=partial(make_order, shuffle=shuffle, seed=seed),
+            encoder=encoder,
+            validation_samples=validation_samples,
+            source=source,
+        )
+
+
+def _addresses(
+    url: Any, fetch: Fetch, *, start: int, pad: int, count: int | None
+) -> tuple[list[str], Description | None]:
+    """The files behind ``url``, and what their ``dataset.json`` says."""
+    if count is not None:
+        return numbered(url, start=start, pad=pad, count=count), None
+    if not isinstance(url, str) or not url.endswith(f"/{NAME}"):
+        return [url], None
+    description = Description.parse(read_text(url, fetch, MAX_SIZE), url)
+    return [url.removesuffix(NAME) + file.name for file in description.files], description
+
+
+def check_token_size(token_size: object) -> None:
+    """Refuse token sizes that no file has.
+
+    Raises:
+        ConfigError: it is neither None nor one of them.
+    """
+    if token_size is not None and token_size not in TOKEN_SIZES:
+        raise ConfigError(f"token_size is {token_size!r}, expected {' or '.join(map(str, TOKEN_SIZES))} bytes.")
+
+
+def _check_same(name: str, given: object, described: object) -> None:
+    if given is not None and given != described:
+        raise ConfigError(f"{name} is {given!r}, but {NAME} of the data says {described!r}; leave {name} out.")
+
+
+def vocabulary(vocab_size: object, encoder: Encoder | None) -> int:
+    """The number of token ids, which the files themselves do not tell.
+
+    Raises:
+        ConfigError: nobody says it, or the tokenizer has more.
+    """
+    if vocab_size is None and encoder is None:
+        raise ConfigError(
+            "Token files do not say how many token ids there are: set data.config.vocab_size, or data.config.tokenizer "
+            "to the tokenizer that made them ('bytes' or a path)."
+        )
+    size = whole("vocab_size", vocab_size, least=1) if vocab_size is not None else 0
+    if encoder is not None:
+        if size and encoder.vocab_size > size:
+            raise ConfigError(
+                f"The tokenizer has {encoder.vocab_size} ids, but vocab_size is {size}: the tokenizer is not that of "
+                "the data, or vocab_size is too small."
+            )
+        size = size or encoder.vocab_size
+    return size

@@ -1,0 +1,85 @@
+"""The payload of a whole model: one part for each k in use, in ascending order of k.
+
+A part is the code of :mod:`~psyche_lightning.distro.codec` for the chunks of that k, in the layout's order. With one k
+for all parameters there is one part, and the payload is it.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psyche_lightning.distro import codec
+from psyche_lightning.distro.config import DistroConfig
+from psyche_lightning.distro.layout import Layout
+from psyche_lightning.distro.select import Votes
+from psyche_lightning.errors import ConfigError, PayloadError
+
+
+class PayloadForm:
+    """Writes and reads the payloads of one layout and configuration.
+
+    Args:
+        layout: the model's layout.
+        config: the run's configuration.
+
+    Attributes:
+        ks: the k of each entry of the layout.
+        size: the size of every payload, in bytes.
+
+    Raises:
+        ConfigError: a pattern of ``k_for`` matches no parameter.
+    """
+
+    def __init__(self, layout: Layout, config: DistroConfig) -> None:
+        self.ks = [config.k_of(entry.name) for entry in layout.entries]
+        for pattern in config.k_for:
+            only = DistroConfig(config.chunk, 1, k_for={pattern: 2})
+            if all(only.k_of(entry.name) == 1 for entry in layout.entries):
+                names = ", ".join(entry.name for entry in layout.entries[:8])
+                raise ConfigError(f"distro k_for[{pattern!r}] matches no parameter; there are {names}, ...")
+        self._layout, self._config = layout, config
+        self.size = sum(codec.payload_size(len(chunks), part) for part, chunks in self._parts)
+
+    @cached_property
+    def _parts(self) -> list[tuple[DistroConfig, NDArray[np.int64]]]:
+        """The configuration of each part and the numbers of its chunks, ascending."""
+        of_chunk = np.repeat(self.ks, [entry.chunks for entry in self._layout.entries])
+        return [(self._config.uniform(int(k)), np.flatnonzero(of_chunk == k)) for k in np.unique(of_chunk)]
+
+    def silent(self) -> bytes:
+        """The payload without any vote."""
+        return self.encode(Votes.empty(self._layout.chunk_count, self._config.widest))
+
+    def encode(self, votes: Votes) -> bytes:
+        """Write votes, [chunks, widest k]; of a chunk with a smaller k, the first columns count."""
+        if len(self._parts) == 1:
+            return codec.encode(votes, self._parts[0][0])
+        return b"".join(
+            codec.encode(Votes(votes.positions[chunks, : part.k], votes.signs[chunks, : part.k]), part)
+            for part, chunks in self._parts
+        )
+
+    def decode(self, payload: bytes, start: int = 0, stop: int | None = None) -> Votes:
+        """Read the votes of the chunks ``start`` to ``stop``; a column beyond a chunk's k has the sign 0.
+
+        Raises:
+            PayloadError: the bytes are not the one encoding of votes for this layout.
+        """
+        stop = self._layout.chunk_count if stop is None else stop
+        if len(self._parts) == 1:
+            return codec.decode(payload, self._layout.chunk_count, self._parts[0][0], start, stop)
+        if len(payload) != self.size:
+            raise PayloadError(f"the payload has {len(payload)} bytes; {self.size} are expected")
+        votes = Votes.empty(stop - start, self._config.widest)
+        offset = 0
+        for part, chunks in self._parts:
+            end = offset + codec.payload_size(len(chunks), part)
+            first, last = np.searchsorted(chunks, (start, stop)).tolist()
+            some = codec.decode(payload[offset:end], len(chunks), part, first, last)
+            votes.positions[chunks[first:last] - start, : part.k] = some.positions
+            votes.signs[chunks[first:last] - start, : part.k] = some.signs
+            offset = end
+        return votes

@@ -1,0 +1,217 @@
+"""Messages for everybody: who passes what on to whom. Without I/O; time and randomness come in.
+
+Nodes send their messages to every peer that they are connected to. A peer that they cannot reach (two nodes behind home
+routers, a link that is down at the moment) is named in the message, and a few neighbours are asked to pass it on, which
+they do in the same way: so a message floods exactly as far as it must. Each node acts on a message once, however often
+it comes, and only on one that its own node does not refuse. When a link comes up, what was said in the last minute is
+said again, because nobody knows what was lost with the link before it.
+
+A message for one peer that cannot be reached goes the same way, private: those who pass it on do not take it
+themselves (but can read it, as all participants of the run can).
+
+Body of a GOSSIP frame::
+
+    number u64 | hops u8 | private u8 | names u8 | origin 32 | names x 8 bytes | message
+
+``number`` is fresh for each message of its origin, ``hops`` (1 to 4) how often it may be passed on still, and the names
+are the beginnings of the keys of those who have not been reached, in ascending order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+from psyche_lightning.errors import WireError
+from psyche_lightning.transports.framing import Kind, frame
+from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.identity import KEY_SIZE
+from psyche_lightning.wire.messages import MAX_MESSAGE_SIZE
+
+MAX_HOPS = 4
+MAX_NAMES = 32
+FAN = 4  # neighbours that are asked to pass a message on
+RECENT = 60.0  # seconds in which a message is said again on a new link
+RECENT_BYTES, RECENT_COUNT = 1 << 20, 512
+SEEN_COUNT = 16384  # messages that are remembered, so as to act on them once
+_HEAD = struct.Struct("!QBBB32s")
+_NAME = 8
+
+Delivery = tuple[bytes, bytes]
+"""A peer, and the frame that goes to it."""
+
+
+@dataclass(frozen=True)
+class Rumor:
+    """A message on its way.
+
+    Attributes:
+        number: fresh for each message of its origin.
+        hops: how often it may be passed on still.
+        private: whether only those named take it.
+        origin: key of the node that it comes from; not proven.
+        names: beginnings of the keys of those who have not been reached.
+        message: what is said.
+    """
+
+    number: int
+    hops: int
+    private: bool
+    origin: bytes
+    names: tuple[bytes, ...]
+    message: bytes
+
+    def frame(self) -> bytes:
+        """The whole GOSSIP frame."""
+        head = _HEAD.pack(self.number, self.hops, self.private, len(self.names), self.origin)
+        return frame(Kind.GOSSIP, head, *self.names, self.message)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Rumor:
+        """Read the body of a GOSSIP frame.
+
+        Raises:
+            WireError: it is not the one encoding of a rumor.
+        """
+        if len(body) < _HEAD.size:
+            raise WireError(f"a GOSSIP frame of {len(body)} bytes; its head alone has {_HEAD.size}")
+        number, hops, private, count, origin = _HEAD.unpack_from(body)
+        end = _HEAD.size + count * _NAME
+        names = tuple(body[at : at + _NAME] for at in range(_HEAD.size, end, _NAME))
+        message = body[end:]
+        if not 1 <= hops <= MAX_HOPS or private > 1 or count > MAX_NAMES or len(body) < end:
+            raise WireError(f"a GOSSIP frame with hops {hops}, private {private}, {count} names in {len(body)} bytes")
+        if any(a >= b for a, b in itertools.pairwise(names)) or (private and not names):
+            raise WireError("a GOSSIP frame whose names are missing or not in ascending order")
+        if len(message) > MAX_MESSAGE_SIZE:
+            raise WireError(f"a GOSSIP frame with a message of {len(message)} bytes; at most {MAX_MESSAGE_SIZE}")
+        return cls(number, hops, bool(private), origin, names, message)
+
+    @property
+    def id(self) -> bytes:
+        """The same however it came here, and different for all others."""
+        return sha256(_HEAD.pack(self.number, 0, self.private, 0, self.origin) + self.message)[:16]
+
+
+class Gossip:
+    """One node's memory of what was said.
+
+    Args:
+        own: the node's key.
+        rng: chooses numbers and neighbours.
+    """
+
+    def __init__(self, own: bytes, rng: random.Random) -> None:
+        self._own = own
+        self._rng = rng
+        self._number = rng.getrandbits(63)
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._recent: OrderedDict[bytes, tuple[float, Rumor]] = OrderedDict()
+        self._recent_bytes = 0
+
+    def say(self, message: bytes, now: float, near: Collection[bytes], far: Collection[bytes]) -> list[Delivery]:
+        """Tell everybody.
+
+        Args:
+            message: what.
+            now: seconds.
+            near: the peers that the node is connected to.
+            far: its other peers.
+        """
+        rumor = self._new(message, False, far)
+        self._remember(rumor, now)
+        plain = replace(rumor, names=()).frame()
+        helpers = self._choose(near) if far else ()
+        return [(peer, rumor.frame() if peer in helpers else plain) for peer in near]
+
+    def whisper(self, peer: bytes, message: bytes, now: float, near: Collection[bytes]) -> list[Delivery]:
+        """Have others pass a message on to a peer that the node is not connected to; arguments as of :meth:`say`."""
+        rumor = self._new(message, True, [peer])
+        return [(neighbour, rumor.frame()) for neighbour in self._choose(near)]
+
+    def hear(
+        self,
+        body: bytes,
+        sender: bytes,
+        now: float,
+        peers: Collection[bytes],
+        near: Collection[bytes],
+        take: Callable[[bytes], bool],
+    ) -> list[Delivery]:
+        """Act on a GOSSIP frame.
+
+        Args:
+            body: of the frame.
+            sender: the peer that it came from.
+            now: seconds.
+            peers: all peers of the node.
+            near: those that it is connected to.
+            take: gives the node the message; False if that refused it.
+
+        Returns:
+            What is to be passed on.
+
+        Raises:
+            WireError: the frame is malformed.
+        """
+        rumor = Rumor.decode(body)
+        if rumor.origin not in peers or rumor.id in self._seen:  # the own key is not among the peers either
+            return []
+        self._seen[rumor.id] = None
+        while len(self._seen) > SEEN_COUNT:
+            self._seen.popitem(last=False)
+        mine = self._own[:_NAME]
+        if (not rumor.private or mine in rumor.names) and not take(rumor.message):
+            return []
+        named = [peer for peer in near if peer[:_NAME] in rumor.names and peer not in (sender, rumor.origin)]
+        reached = {mine, *(peer[:_NAME] for peer in named)}
+        left = tuple(name for name in rumor.names if name not in reached)
+        if left and not rumor.private:
+            self._remember(replace(rumor, names=left, hops=1), now)
+        last = replace(rumor, names=tuple(sorted(peer[:_NAME] for peer in named)) if rumor.private else (), hops=1)
+        deliveries = [(peer, last.frame()) for peer in named]
+        if left and rumor.hops > 1:
+            onward = replace(rumor, names=left, hops=rumor.hops - 1).frame()
+            others = [peer for peer in near if peer not in (sender, rumor.origin) and peer not in named]
+            deliveries += [(peer, onward) for peer in self._choose(others)]
+        return deliveries
+
+    def again(self, peer: bytes, now: float) -> list[bytes]:
+        """Frames for a peer whose link has just come up: what this node said, and what others had no way to tell it."""
+        self._forget(now)
+        return [
+            replace(rumor, names=(), hops=1).frame()
+            for _, rumor in self._recent.values()
+            if rumor.origin == self._own or peer[:_NAME] in rumor.names
+        ]
+
+    def _new(self, message: bytes, private: bool, far: Collection[bytes]) -> Rumor:
+        self._number = (self._number + 1) % (1 << 64)
+        names = [peer[:_NAME] for peer in far]
+        if len(names) > MAX_NAMES:
+            names = self._rng.sample(names, MAX_NAMES)
+        return Rumor(self._number, MAX_HOPS, private, self._own, tuple(sorted(set(names))), message)
+
+    def _choose(self, peers: Collection[bytes]) -> Sequence[bytes]:
+        return self._rng.sample(sorted(peers), min(FAN, len(peers)))
+
+    def _remember(self, rumor: Rumor, now: float) -> None:
+        self._recent[rumor.id] = (now, rumor)
+        self._recent_bytes += len(rumor.message)
+        self._forget(now)
+
+    def _forget(self, now: float) -> None:
+        while self._recent:
+            then, rumor = next(iter(self._recent.values()))
+            full = len(self._recent) > RECENT_COUNT or self._recent_bytes > RECENT_BYTES
+            if not full and now - then < RECENT:
+                return
+            self._recent.popitem(last=False)
+            self._recent_bytes -= len(rumor.message)
+
+
+assert _HEAD.size == 11 + KEY_SIZE

@@ -1,0 +1,425 @@
+"""What the network transports share: one link to each peer, gossip, blobs from several peers, limits, liveness.
+
+Each pair of nodes has one connection for both directions, so it is enough when one of the two can be reached. The node
+with the smaller key dials at once, the other one only when no connection has come for a moment; a newer connection
+takes the place of an older one, except that one dialled by the smaller key is left alone while it is young, so that
+two made at the same time do not end each other.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import logging
+import math
+import os
+import random
+from collections import OrderedDict
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from psyche_lightning.errors import TransportError, WireError
+from psyche_lightning.transports.base import Link, Progress, TransportContext, check_message
+from psyche_lightning.transports.budget import Throttle
+from psyche_lightning.transports.connection import Connection, Surroundings
+from psyche_lightning.transports.download import Download, Fetch
+from psyche_lightning.transports.framing import Kind, frame
+from psyche_lightning.transports.gossip import Gossip
+from psyche_lightning.transports.handshake import UnwelcomeError
+from psyche_lightning.transports.library import KEPT_SECONDS, BlobLibrary
+from psyche_lightning.transports.meter import ByteMeter
+from psyche_lightning.transports.peer import Peer
+from psyche_lightning.transports.pipe import Pipe
+from psyche_lightning.transports.waiting import happens, within
+from psyche_lightning.wire.identity import short
+
+MAX_ARRIVING = 256  # connections that have not proved who they are
+GRACE = 2.0  # seconds that the node with the larger key waits for the other to dial
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds between attempts to connect
+PARTIAL_BYTES = 256 << 20  # of blobs that could not be completed, kept for the next attempt
+COMPLAIN_EVERY = 30.0  # seconds between log lines about one who misbehaves
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+
+class MeshTransport(abc.ABC):
+    """A :class:`~psyche_lightning.transports.base.Transport` over connections; a subclass makes the connections.
+
+    Args:
+        meter: counts the bytes of everything, refused strangers included; one of its own by default.
+        upload: bytes a second that this node sends at most; None for no limit.
+        download: bytes a second that it receives at most; None for no limit.
+        rng: spreads the attempts to reconnect, and chooses who passes messages on.
+        ping_interval: seconds between pings on each link.
+        silence: seconds after which a peer that sends nothing, or takes nothing, is disconnected.
+        handshake_timeout: seconds in which a new connection must have proved who it is.
+        overhead: what a byte costs on the wire, with everything that is put around it.
+
+    Raises:
+        ConfigError: a limit is not a positive number.
+    """
+
+    def __init__(
+        self,
+        *,
+        meter: ByteMeter | None = None,
+        upload: float | None = None,
+        download: float | None = None,
+        rng: random.Random | None = None,
+        ping_interval: float = 5.0,
+        silence: float = 20.0,
+        handshake_timeout: float = 10.0,
+        overhead: float = 1.0,
+    ) -> None:
+        self._meter = meter or ByteMeter()
+        self._upload = Throttle(upload, overhead=overhead, what="upload")
+        self._download = Throttle(download, overhead=overhead, what="download")
+        self._rng = rng or random.Random()
+        self._ping_interval = ping_interval
+        self._silence = silence
+        self._handshake_timeout = handshake_timeout
+        self._started = False
+        self._running = False
+        self._context: TransportContext | None = None
+        self._around: Surroundings | None = None
+        self._gossip: Gossip | None = None
+        self._library: BlobLibrary | None = None
+        self._peers: dict[bytes, Peer] = {}
+        self._partial: OrderedDict[bytes, Download] = OrderedDict()
+        self._arriving: dict[asyncio.Task[None], None] = {}  # in order of arrival
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._complaints: dict[str, float] = {}
+
+    @property
+    def meter(self) -> ByteMeter:
+        """Counts the bytes of everything."""
+        return self._meter
+
+    # -- what a subclass does -----------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    async def _open(self, context: TransportContext) -> str:
+        """Begin to listen, give each arrival to :meth:`_arrive`, and return the node's address.
+
+        Raises:
+            TransportError: it cannot.
+        """
+
+    @abc.abstractmethod
+    async def _dial(self, key: bytes, address: str, meter: ByteMeter) -> Pipe:
+        """Connect to a peer, prove this node's key in this run, and have the peer prove its own.
+
+        Raises:
+            TransportError, WireError, OSError, EOFError: the reason why that failed.
+        """
+        ...
+
+    @abc.abstractmethod
+    async def _shut(self) -> None:
+        """Stop listening; called once all connections are closed, perhaps without :meth:`_open` before."""
+
+    # -- the contract -------------------------------------------------------------------------------------------------
+
+    async def start(self, context: TransportContext) -> str:
+        """See the contract."""
+        if self._started:
+            raise TransportError("this transport was started before; make a new one")
+        self._started = True
+        self._context = context
+        self._library = BlobLibrary(context.read_blob)
+        self._gossip = Gossip(context.identity.public, self._rng)
+        self._around = Surroundings(
+            context, self._library, self._upload, self._download, self._heard, stall=self._silence / 2
+        )
+        address = await self._open(context)
+        self._running = True
+        self._spawn(self._tend())
+        peers, self._peers = self._peers, {}
+        self.set_peers({key: peer.address for key, peer in peers.items()})
+        return address
+
+    def set_peers(self, peers: Mapping[bytes, str]) -> None:
+        """See the contract."""
+        own = self._context.identity.public if self._context else None
+        for key in [key for key in self._peers if key not in peers]:
+            peer = self._peers.pop(key)
+            if peer.dialler is not None:
+                peer.dialler.cancel()
+            if peer.connection is not None:
+                peer.connection.close("you are not among the peers any more")
+        for key, address in peers.items():
+            if key == own:
+                continue
+            peer = self._peers.get(key) or Peer(key, address)
+            self._peers[key] = peer
+            if not self._running or (peer.dialler is not None and peer.address == address):
+                continue
+            peer.address = address
+            if peer.dialler is not None:
+                peer.dialler.cancel()
+            peer.dialler = self._spawn(self._keep_linked(peer))
+
+    def send(self, peer: bytes, message: bytes) -> None:
+        """See the contract; a peer that is not connected gets it once it is, and now if others can reach it."""
+        check_message(message)
+        known = self._peers.get(peer)
+        if known is None:
+            return
+        known.put(frame(Kind.MESSAGE, message))
+        if known.connection is None and self._gossip is not None:
+            self._deliver(self._gossip.whisper(peer, bytes(message), self._now(), self._near()))
+
+    def broadcast(self, message: bytes) -> None:
+        """See the contract; it reaches also those that only others are connected to."""
+        check_message(message)
+        if self._gossip is not None and self._running:
+            near = self._near()
+            self._deliver(self._gossip.say(bytes(message), self._now(), near, self._peers.keys() - near))
+
+    async def fetch(
+        self,
+        digest: bytes,
+        providers: Sequence[bytes],
+        *,
+        max_size: int,
+        timeout: float,
+        progress: Progress | None = None,
+    ) -> bytes:
+        """See the contract.
+
+        Of the providers, those are asked first that are connected and whose blobs came fastest before; a large blob
+        comes from several at once. What is here of a blob that nobody completed is kept for the next attempt.
+        """
+        unknown = [key for key in providers if key not in self._peers]
+        if not self._running:
+            raise TransportError(f"nobody delivered blob {short(digest)}: this node's transport is not running")
+        download = self._partial.pop(digest, None)
+        if download is None or download.size is None or download.size > max_size:
+            download = Download(digest, max_size)
+        known = [self._peers[key] for key in dict.fromkeys(providers) if key in self._peers]
+        known.sort(key=lambda peer: peer.rank(download.max_size))
+        fetch = Fetch(download, known, timeout, self._download, progress)
+        try:
+            return await fetch.run()
+        except TransportError as error:
+            text = "".join(f"; {short(key)} is not a peer" for key in unknown)
+            raise TransportError(f"{error}{text}") from None
+        finally:
+            if not download.complete and download.received:
+                self._keep(download)
+
+    def links(self) -> list[Link]:
+        """See the contract."""
+        now = self._now() if self._running else math.nan
+        return [peer.link(now) for peer in self._peers.values()]
+
+    async def stop(self) -> None:
+        """See the contract."""
+        self._running = False
+        for peer in self._peers.values():
+            peer.reason = "this node stopped"
+            peer.up.set()  # nobody waits for it any longer
+        for _ in range(4):  # a library below may lose a cancellation
+            tasks = [*self._tasks, *self._arriving]
+            if not tasks:
+                break
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=0.5)
+        self._upload.close()
+        self._download.close()
+        self._partial.clear()
+        await self._shut()
+
+    # -- messages -----------------------------------------------------------------------------------------------------
+
+    def _near(self) -> set[bytes]:
+        return {key for key, peer in self._peers.items() if peer.connection is not None}
+
+    def _deliver(self, deliveries: Iterable[tuple[bytes, bytes]]) -> None:
+        for key, data in deliveries:
+            self._peers[key].put(data)
+
+    def _heard(self, sender: bytes, body: bytes) -> None:
+        """Act on a GOSSIP frame; raises WireError when it is malformed."""
+        assert self._gossip is not None
+        take = lambda message: self._take(sender, message)  # noqa: E731
+        self._deliver(self._gossip.hear(body, sender, self._now(), self._peers.keys(), self._near(), take))
+
+    def _take(self, sender: bytes, message: bytes) -> bool:
+        assert self._context is not None
+        try:
+            return self._context.on_message(sender, message) is not False
+        except Exception:
+            _log.exception("handling a message from %s failed", short(sender))
+            return True
+
+    # -- blobs --------------------------------------------------------------------------------------------------------
+
+    def _keep(self, download: Download) -> None:
+        self._partial[download.digest] = download
+        while sum(one.received for one in self._partial.values()) > PARTIAL_BYTES:
+            self._partial.popitem(last=False)
+
+    # -- links --------------------------------------------------------------------------------------------------------
+
+    async def _keep_linked(self, peer: Peer) -> None:
+        """Dial whenever there is no connection, with growing pauses."""
+        loop = asyncio.get_running_loop()
+        patient = self._context is not None and self._context.identity.public > peer.key
+        attempts = 0
+        while self._running:
+            if peer.connection is not None:
+                begun = loop.time()
+                await peer.down.wait()
+                attempts = 0 if loop.time() - begun > self._ping_interval else attempts + 1
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempts - 1, 10)) if attempts else 0.0
+            pause = pause * self._rng.uniform(0.5, 1.5) + (GRACE * self._rng.uniform(1.0, 1.5) if patient else 0.0)
+            if pause and await happens(peer.up, pause):
+                continue
+            meter = ByteMeter(self._meter)
+            try:
+                pipe = await self._timed(self._dial(peer.key, peer.address, meter))
+            except (TransportError, WireError, OSError, EOFError) as error:
+                peer.absorb(meter)
+                attempts += 1
+                if peer.connection is None:
+                    peer.reason = f"cannot connect to {peer.address[:100]}: {reason(error)}"
+                    if peer.lost:
+                        peer.reason += f" (the last connection ended: {peer.lost})"
+                    _log.debug("%s: %s", short(peer.key), peer.reason)
+            else:
+                self._adopt(peer, pipe, dialled=True)
+
+    def _adopt(self, peer: Peer, pipe: Pipe, *, dialled: bool) -> None:
+        """Make a proven connection the link of its peer."""
+        assert self._around is not None
+        assert self._gossip is not None
+        connection = Connection(peer.key, dialled, pipe, peer.outbox, self._around)
+        self._spawn(self._serve(peer, connection))
+        if not self._running or self._peers.get(peer.key) is not peer:
+            connection.close("you are not among the peers any more")
+            return
+        old, peer.connection = peer.connection, connection
+        if old is not None:
+            old.close("a newer connection took its place")
+        for data in self._gossip.again(peer.key, self._now()):
+            peer.put(data)
+        peer.down.clear()
+        peer.up.set()
+        _log.debug("%s is connected (%s)", short(peer.key), pipe.path())
+
+    async def _serve(self, peer: Peer, connection: Connection) -> None:
+        try:
+            await connection.run()
+        finally:
+            peer.absorb(connection.pipe.meter)
+            peer.seen = max(peer.seen or 0.0, connection.heard)
+            if connection.offence:
+                self._complain(short(peer.key), connection.reason)
+            if peer.connection is connection:
+                peer.connection = None
+                peer.reason = peer.lost = connection.reason
+                peer.up.clear()
+                peer.down.set()
+                if self._running and self._peers.get(peer.key) is peer:
+                    _log.info("%s is gone: %s", short(peer.key), connection.reason)
+
+    # -- arrivals -----------------------------------------------------------------------------------------------------
+
+    def _arrive(self, admission: Awaitable[tuple[bytes, Pipe]], whence: str) -> None:
+        """Bring a new connection through its handshake; those that take too long give way to newer ones.
+
+        Args:
+            admission: proves the peer's key; fails like :meth:`_dial`.
+            whence: where it comes from, for the log.
+        """
+        if len(self._arriving) >= MAX_ARRIVING:
+            next(iter(self._arriving)).cancel()  # the oldest: honest ones are quick
+            self._complain(whence.rpartition(":")[0], f"one of {MAX_ARRIVING} connections that prove nothing")
+        task = asyncio.create_task(self._receive(admission, whence))
+        self._arriving[task] = None
+        task.add_done_callback(lambda done: self._arriving.pop(done, None))
+
+    async def _receive(self, admission: Awaitable[tuple[bytes, Pipe]], whence: str) -> None:
+        try:
+            key, pipe = await self._timed(admission)
+        except UnwelcomeError as error:  # peers learn of each other at different times
+            _log.info("refused a connection from %s: %s", whence, error)
+        except (TransportError, WireError, OSError, EOFError) as error:
+            self._complain(whence.rpartition(":")[0], f"refused a connection: {reason(error)}")
+        else:
+            self._adopt(self._peers[key], pipe, dialled=False)
+
+    def _objection(self, key: bytes) -> str | None:
+        """Why a node with this key is not let in, or None."""
+        peer = self._peers.get(key)
+        if peer is None or self._context is None:
+            return "you are not among the peers"
+        old, own = peer.connection, self._context.identity.public
+        young = old is not None and asyncio.get_running_loop().time() - old.since < 2 * GRACE
+        if old is not None and young and old.dialled and own < key:
+            return "a connection to you was made at the same time"
+        return None
+
+    def _complain(self, who: str, what: str) -> None:
+        """Name in the log who misbehaves, but not over and over."""
+        now = self._now()
+        if now - self._complaints.get(who, -math.inf) < COMPLAIN_EVERY:
+            _log.debug("%s: %s", who, what)
+            return
+        if len(self._complaints) >= 1024:
+            self._complaints.clear()
+        self._complaints[who] = now
+        _log.warning("%s: %s", who, what)
+
+    # -- upkeep -------------------------------------------------------------------------------------------------------
+
+    async def _tend(self) -> None:
+        """Ping, close what is silent or takes nothing, and forget."""
+        loop = asyncio.get_running_loop()
+        period = min(1.0, self._ping_interval / 2)
+        last = loop.time()
+        while True:
+            await asyncio.sleep(period)
+            now = loop.time()
+            late, last = now - last - period, now
+            assert self._library is not None
+            self._library.forget(now - KEPT_SECONDS)
+            for peer in self._peers.values():
+                connection = peer.connection
+                if connection is None:
+                    continue
+                if late > period:  # this process slept: what came meanwhile has not been read yet
+                    connection.forgive(late)
+                if now - connection.heard > self._silence:
+                    connection.close(f"silent for {self._silence:g} s")
+                elif connection.stuck is not None and now - connection.stuck > self._silence:
+                    connection.close(f"took no bytes for {self._silence:g} s")
+                else:
+                    connection.ping(now, self._ping_interval)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def _timed(self, handshake: Awaitable[_T]) -> _T:
+        try:
+            return await within(self._handshake_timeout, handshake)
+        except asyncio.TimeoutError:
+            raise TransportError(f"no connection within {self._handshake_timeout:g} s") from None
+
+    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        assert isinstance(task, asyncio.Task)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in few words."""
+    if isinstance(error, OSError):
+        return error.strerror or (os.strerror(error.errno) if error.errno else str(error) or type(error).__name__)
+    if isinstance(error, EOFError):
+        return "the connection was closed during the handshake"
+    return str(error)

@@ -1,0 +1,119 @@
+"""What a node knows about one peer, across connections."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+
+from psyche_lightning.errors import TransportError
+from psyche_lightning.transports.base import Link
+from psyche_lightning.transports.connection import Connection, Outbox, StalledError
+from psyche_lightning.transports.download import Span
+from psyche_lightning.transports.meter import ByteMeter
+from psyche_lightning.transports.waiting import happens
+from psyche_lightning.wire.identity import short
+
+CONNECT_WAIT = 5.0  # seconds that a fetch waits for a link that is down
+USUAL_BANDWIDTH = 2.5e6  # bytes a second of a peer that has not delivered anything yet
+USUAL_ROUND_TRIP = 0.05
+MEASURED = 64 * 1024  # bytes from which on the time that they took says something
+_log = logging.getLogger(__name__)
+
+
+class Peer:
+    """A peer and its link.
+
+    Args:
+        key: public key.
+        address: where it listens.
+
+    Attributes:
+        outbox: frames for it.
+        connection: the link, or None.
+        up: set while there is a connection.
+        down: set while there is none.
+        reason: why there is none.
+        lost: why the last connection ended.
+        seen: loop time at which an earlier connection last heard it.
+        bandwidth: bytes a second with which parts of blobs came from it lately; None when not measured.
+        trusted: whether it never delivered other bytes than were asked for.
+        dialler: the task that keeps the link.
+    """
+
+    def __init__(self, key: bytes, address: str) -> None:
+        self.key = key
+        self.address = address
+        self.outbox = Outbox()
+        self.connection: Connection | None = None
+        self.up = asyncio.Event()
+        self.down = asyncio.Event()
+        self.down.set()
+        self.reason = "not connected yet"
+        self.lost = ""
+        self.seen: float | None = None
+        self.bandwidth: float | None = None
+        self.trusted = True
+        self.dialler: asyncio.Task[None] | None = None
+        self._past_up = self._past_down = 0  # bytes of earlier connections and failed attempts
+
+    def put(self, data: bytes) -> None:
+        """Queue a frame."""
+        self.outbox.put(data)
+        if self.connection is not None:
+            self.connection.wake()
+
+    def absorb(self, meter: ByteMeter) -> None:
+        """Add the bytes of a connection that has ended."""
+        self._past_up += meter.up
+        self._past_down += meter.down
+
+    def link(self, now: float) -> Link:
+        """For people to look at."""
+        up, down, connection = self._past_up, self._past_down, self.connection
+        if connection is None:
+            seen = None if self.seen is None else now - self.seen
+            return Link(self.key, False, None, up, down, self.reason, self.bandwidth, seen)
+        meter, seen = connection.pipe.meter, now - connection.heard
+        up, down, path = up + meter.up, down + meter.down, connection.pipe.path()
+        return Link(self.key, True, connection.round_trip, up, down, "", self.bandwidth, seen, path)
+
+    def rank(self, size: int) -> tuple[bool, bool, int]:
+        """Sorts peers by how soon they would deliver a blob: those that differ by less than a factor of 4 are equal.
+
+        Args:
+            size: bytes of the blob, at most.
+        """
+        trip = self.connection.round_trip if self.connection is not None else None
+        expected = (USUAL_ROUND_TRIP if trip is None else trip) + size / (self.bandwidth or USUAL_BANDWIDTH)
+        return not self.trusted, self.connection is None, round(math.log(max(expected, 0.05), 4))
+
+    # -- as a supplier of a download ----------------------------------------------------------------------------------
+
+    async def pull(self, span: Span) -> None:
+        """Fill a span over the link, once it is up.
+
+        Raises:
+            TransportError: it is not connected, does not have the blob, or does not deliver it.
+        """
+        loop = asyncio.get_running_loop()
+        if self.connection is None:
+            await happens(self.up, CONNECT_WAIT)
+        if self.connection is None:
+            raise TransportError(f"is not connected ({self.reason})")
+        begun = loop.time()
+        try:
+            await self.connection.pull(span)
+        except StalledError:
+            self.bandwidth = (self.bandwidth or USUAL_BANDWIDTH) / 2
+            raise
+        finally:
+            got = span.at - span.start
+            if got >= MEASURED:
+                rate = got / max(loop.time() - begun, 1e-6)
+                self.bandwidth = rate if self.bandwidth is None else (self.bandwidth + rate) / 2
+
+    def lied(self, what: str) -> None:
+        """Remember that it delivered something else, and say so."""
+        self.trusted = False
+        _log.warning("%s %s; it is asked last from now on", short(self.key), what)

@@ -1,0 +1,94 @@
+"""Parameters with their own k, and gradients in float32."""
+
+import numpy as np
+import pytest
+import torch
+
+from psyche_lightning.distro import DisTrO, DistroConfig, Layout, PayloadForm, Votes, encode
+from psyche_lightning.errors import ConfigError, PayloadError
+
+SHAPES = {"embed": (40, 16), "layers.0": (16, 24), "layers.1": (24, 16), "norm": (70,)}
+CONFIG = DistroConfig(chunk=8, k=3, k_for={"embed*": 1, "layers.1": 9})
+
+
+def named(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in SHAPES.items():
+        parameter = torch.nn.Parameter(torch.randn(shape, generator=generator))
+        parameter.grad = torch.randn(shape, generator=generator)
+        yield name, parameter
+
+
+def test_each_parameter_sends_its_own_k_and_all_of_it_arrives():
+    parameters = dict(named())
+    optimizer = DisTrO(parameters.items(), lr=0.1, config=CONFIG)
+    payload = optimizer.encode()
+    assert len(payload) == optimizer.max_payload
+    form, layout = PayloadForm(optimizer.layout, CONFIG), optimizer.layout
+    votes = form.decode(payload)
+    cast = np.abs(votes.signs).sum(axis=1)
+    for entry, k in zip(layout.entries, (1, 3, 9, 3), strict=True):
+        assert (cast[entry.offset : entry.offset + entry.chunks] == k).all()
+    assert form.encode(votes) == payload
+    for start, stop in ((0, 1), (3, 17), (9, layout.chunk_count), (11, 11)):
+        part = form.decode(payload, start, stop)
+        assert (part.positions == votes.positions[start:stop]).all()
+        assert (part.signs == votes.signs[start:stop]).all()
+
+
+def test_the_update_is_that_of_each_parameter_alone():
+    together = dict(named())
+    optimizer = DisTrO(together.items(), lr=0.1, config=CONFIG)
+    optimizer.step()
+    for (name, parameter), k in zip(named(), (1, 3, 9, 3), strict=True):
+        DisTrO([(name, parameter)], lr=0.1, config=DistroConfig(chunk=8, k=k)).step()
+        assert torch.equal(parameter, together[name])
+
+
+@pytest.mark.parametrize("budget", [1, 20_000, 1 << 27])
+def test_the_budget_does_not_change_the_update(budget):
+    outcomes = []
+    for size in (budget, 1 << 27):
+        parameters = dict(named())
+        optimizer = DisTrO(parameters.items(), lr=0.1, config=CONFIG, budget=size)
+        payload = optimizer.encode()
+        optimizer.apply([payload, optimizer.encode(), optimizer.abstention()], optimizer.lr_bits())
+        outcomes.append([payload, *(parameter.detach().numpy().tobytes() for parameter in parameters.values())])
+    assert outcomes[0] == outcomes[1]
+
+
+def test_one_k_for_all_is_the_plain_code():
+    layout = Layout(named(), 8)
+    config = DistroConfig(chunk=8, k=5)
+    votes = Votes.empty(layout.chunk_count, 5)
+    assert PayloadForm(layout, config).encode(votes) == encode(votes, config)
+    assert layout.digest(config) != layout.digest(DistroConfig(chunk=8, k=5, k_for={"norm": 4}))
+
+
+@pytest.mark.parametrize("spoil", [lambda p: p[:-1], lambda p: p + b"\0", lambda p: b"\3" + p[1:], lambda p: b""])
+def test_other_bytes_are_refused(spoil):
+    optimizer = DisTrO(named(), lr=0.1, config=CONFIG)
+    with pytest.raises(PayloadError):
+        optimizer.check(spoil(optimizer.encode()))
+
+
+def test_patterns_that_match_nothing_or_ask_too_much_are_refused():
+    with pytest.raises(ConfigError, match=r"matches no parameter; there are embed"):
+        DisTrO(named(), lr=0.1, config=DistroConfig(chunk=8, k=3, k_for={"embedding*": 1}))
+    with pytest.raises(ConfigError, match=r"k_for\['norm'\] is 17; .* from 1 to 16"):
+        DistroConfig(chunk=8, k=3, k_for={"norm": 17})
+    with pytest.raises(ConfigError, match="expected a k for each"):
+        DistroConfig(chunk=8, k=3, k_for=4)
+
+
+def test_gradients_of_micro_batches_add_up_in_float32():
+    outcomes = {}
+    for wide in (True, False):
+        weight = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.bfloat16))
+        optimizer = DisTrO([("w", weight)], lr=1.0, config=DistroConfig(8, 16, float32_gradients=wide))
+        (weight.sum() * 256).backward()
+        for _ in range(64):
+            weight.sum().backward()  # 256 + 1 is 256 in bfloat16
+        optimizer.encode()
+        outcomes[wide] = float(weight.grad.float().mean())
+    assert outcomes == {True: 320.0, False: 256.0}
