@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from psyche_lightning.coordinator.admin import TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
+from psyche_lightning.cli.ledger import ledger
 from psyche_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,6 +92,9 @@ def resume(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
     """Resume a paused run."""
     after = CoordinatorAdmin(coordinator, token=token).resume(run_id)
     print(f"run {run_id} is resumed: {_words(after['phase'])}")
+
+
+run.command()(ledger)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -78,7 +78,7 @@ class LocalCoordinator:
 
     async def accuse(self, first: bytes, second: bytes) -> None:
         """Show two signed results of one trainer for one batch."""
-        self._act(lambda host, now: host.accuse(self._signer, first, second, now))
+        self._act(lambda host, now: host.accuse(self.signer, first, second, now))
 
     async def rounds(self, epoch: int, first: int) -> list[Round]:
         """The stored rounds of an epoch, from height ``first`` on."""

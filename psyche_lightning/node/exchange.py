@@ -145,7 +145,7 @@ class Exchange:
     def ask(
         self, epoch: int, height: int, peer: bytes | None = None, *, after: float = 0.0, everybody: bool = False
     ) -> None:
-        """Ask that peer, or one after the other, for a round's messages; at times all, as someone else may have them."""
+        """Ask that peer, or one after the other, for a round's messages; at times all: someone else may have them."""
         key = ("ask", height, "all" if everybody else peer)
         if self._out.due(key, after=after):
             attempt = self._out.attempts(key)

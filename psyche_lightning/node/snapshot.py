@@ -77,6 +77,21 @@ def entry_of(name: str, dtype: str, shape: Sequence[int], data: bytes | memoryvi
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A part of a tensor.
+
+    Attributes:
+        digest: SHA-256 of its bytes.
+        size: how many there are.
+        tensor: name of the (first) tensor that it belongs to.
+    """
+
+    digest: bytes
+    size: int
+    tensor: str
+
+
+@dataclass(frozen=True)
 class Index:
     """Parameters by their hashes.
 
@@ -94,13 +109,14 @@ class Index:
         return sum(entry.size for entry in self.tensors)
 
     @property
-    def pieces(self) -> dict[bytes, str]:
-        """Each piece, with the name of the (first) tensor that it belongs to."""
-        found: dict[bytes, str] = {}
+    def pieces(self) -> list[Piece]:
+        """Every piece once, tensor by tensor."""
+        found: dict[bytes, Piece] = {}
         for entry in self.tensors:
-            for piece in entry.pieces:
-                found.setdefault(piece, entry.name)
-        return found
+            for place, digest in enumerate(entry.pieces):
+                size = min(PIECE_SIZE, entry.size - place * PIECE_SIZE)
+                found.setdefault(digest, Piece(digest, size, entry.name))
+        return list(found.values())
 
 
 def encode_index(tensors: Iterable[TensorEntry], open_ids: OpenIds = ()) -> bytes:

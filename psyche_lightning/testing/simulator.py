@@ -237,7 +237,8 @@ class Simulation:
         for number in range(self.scenario.replacements):
             self.at(rng.uniform(20, calm), lambda node=self.nodes[-1 - number]: self._replace(node))  # type: ignore[misc]
         for _ in range(self.scenario.flips):
-            self.at(rng.uniform(10, calm), lambda node=rng.choice(self.nodes): self._flip(node))  # type: ignore[misc]
+            node = rng.choice(self.nodes)
+            self.at(rng.uniform(10, calm), lambda node=node: self._flip(node))  # type: ignore[misc]
         for _ in range(self.scenario.coordinator_kills):
             self.at(rng.uniform(5, calm), self._kill_coordinator)
         for _ in range(self.scenario.pauses):

@@ -39,7 +39,7 @@ class Result:
         layout: digest of what the payload's positions mean (shapes, chunk, k).
         lrs: fp32 bits of the learning rate of each parameter group.
         loss: fp32 bits of the mean training loss of the batch; information only.
-        tokens: tokens or samples trained on. 0 tells an abstention: the payload is empty, and the ids are trained again.
+        tokens: tokens or samples trained on. 0 tells an abstention: the payload is empty, the ids are trained again.
         again: further ids of the batch, as ``(first, last)``: those of earlier rounds that were not agreed. Ascending,
             without stretches that touch.
     """
@@ -142,7 +142,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Stuck:
-    """The sender cannot apply a round: nobody gives it what it lacks. It asks for an :class:`Offer` of later parameters.
+    """The sender cannot apply a round: nobody gives it what it lacks. It asks for an :class:`Offer` of later ones.
 
     Attributes:
         epoch: epoch of the run.
