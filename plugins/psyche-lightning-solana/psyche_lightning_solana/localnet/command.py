@@ -59,11 +59,10 @@ async def _serve(
     frozen: bool,
     **settings: Any,
 ) -> None:
-    from psyche_lightning_solana.localnet.chain import LocalChain
     from psyche_lightning_solana.localnet.clock import SlotClock
     from psyche_lightning_solana.localnet.faucet import FAUCET_LAMPORTS
     from psyche_lightning_solana.localnet.ledger import Ledger
-    from psyche_lightning_solana.localnet.programs import install_ours
+    from psyche_lightning_solana.localnet.programs import fresh_chain, install_ours
     from psyche_lightning_solana.localnet.server import LocalServer
 
     # Before anything can go wrong with a half-started server, and before the URL invites a signal.
@@ -76,9 +75,11 @@ async def _serve(
         clock = SlotClock(slot_ms, running=not frozen)
         if ledger is not None and reset:
             ledger.reset()
-        kept_chain = None if ledger is None else ledger.load(clock, **settings)
-        chain = kept_chain or LocalChain(clock, **settings)
-        installed = install_ours(chain) if programs else {}
+        chain = None if ledger is None else ledger.load(clock, **settings)
+        if chain is None:
+            chain, installed = fresh_chain(clock, programs=programs, **settings)
+        else:
+            installed = install_ours(chain) if programs else {}
         async with LocalServer(chain, host=host, port=port, ledger=ledger) as server:
             kept = "" if folder is None else f", kept in {folder}"
             print(
