@@ -10,6 +10,7 @@ from psyche_lightning import hookimpl
 if TYPE_CHECKING:
     import typer
 
+    from psyche_lightning.cli.demo.stage import Stage
     from psyche_lightning.coordinator.protocol import Coordinator
     from psyche_lightning.wire.identity import Identity
 
@@ -26,6 +27,15 @@ def coordinator(url: str, run_id: str, identity: Identity, options: Mapping[str,
     from psyche_lightning_solana.client.coordinator import SolanaCoordinator
 
     return SolanaCoordinator(parse(url, options), run_id, identity)
+
+
+def _demo() -> Stage:
+    from psyche_lightning_solana.demo import SolanaStage
+
+    return SolanaStage()
+
+
+coordinator.demo = _demo  # type: ignore[attr-defined]
 
 
 @hookimpl
