@@ -25,7 +25,7 @@ typedef struct {
   u32 checkpoint_step;
   u32 votes_length;
   Key epoch_digest;  // the parameters with which round 0 began; zero before
-  u32 holders[MAX_CLIENTS / 32];  // bit i: member i may hold the checkpoint
+  u32 holders[(MAX_CLIENTS + 31) / 32];  // bit i: member i may hold the checkpoint
   Vote votes[MAX_CLIENTS];
 } Manifest;
 

@@ -66,8 +66,8 @@ bool decide_checkpoint(Run *run, bool expired);
 // committee.c
 u64 quorum(u64 expected);
 u64 witness_count(const Run *run, const Round *round);
-// Whether the shuffle of `round` for `salt` gives that position to that index.
-bool has_position(const Round *round, const Slice *salt, u64 index, u64 position);
+// The position that the shuffle of `round` for `salt` gives to the client at `index`; NOBODY if there is none.
+u64 position_in(const Round *round, const Slice *salt, u64 index);
 // Whether each witness of the current round has reported or is gone.
 bool nobody_left_to_report(const Run *run);
 
