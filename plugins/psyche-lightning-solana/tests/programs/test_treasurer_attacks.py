@@ -119,6 +119,13 @@ def test_creation_needs_the_right_addresses(world: Treasury) -> None:
     must(world.create())
 
 
+def test_who_pays_is_writable(world: Treasury) -> None:
+    poor = AccountMeta(world.user.pubkey(), True, False)
+    assert error_of(world.create(payer=poor), "payer") == 3006
+    must(world.create())
+    assert error_of(world.participate(payer=poor), "payer") == 3006
+
+
 def test_a_token_that_is_none_is_refused(world: Treasury) -> None:
     fake = world.vm.keypair().pubkey()
     world.vm.put(fake, SYSTEM_PROGRAM, bytes(82))
