@@ -256,3 +256,5 @@ TREASURER = _program(
         Struct("Participant", {"bump": U8, "claimed_collateral_amount": U64, "claimed_earned_points": U64}),
     ),
 )
+
+PROGRAMS = {program.name: program for program in (COORDINATOR, AUTHORIZER, TREASURER)}

@@ -219,11 +219,10 @@ class Traffic:
             Phase.ROUND_WITNESS: [(6, self._witness), (0.7, self._health)],
             Phase.COOLDOWN: [(6, self._vote), (1, self._join)],
         }
-        weights, choices = zip(*general, *special.get(phase, []), strict=True)
-        if self.patient:
-            weights = (*(weight / 4 for weight in weights[: len(general)]), *weights[len(general) :])
-        chosen = self.random.choices(choices, weights)[0]
-        return chosen(run)
+        share = 0.25 if self.patient else 1
+        weighted = [(share * weight, choose) for weight, choose in general] + special.get(phase, [])
+        choose = self.random.choices([choose for _, choose in weighted], [weight for weight, _ in weighted])[0]
+        return choose(run)
 
     def _someone(self) -> Pubkey:
         return self.random.choice(self.world.wallets)
@@ -237,14 +236,11 @@ class Traffic:
     def _any(self, run: RunAccounts) -> Instruction:
         """Any arguments."""
         random, keys, owner = self.random, self.world.keys, self.world.owner
-        return random.choice(
-            [
-                lambda: keys.update(owner, config=any_value(CONFIG, random)),
-                lambda: keys.update(owner, model=any_value(MODEL, random)),
-                lambda: keys.update(owner, progress=any_value(PROGRESS, random)),
-                lambda: keys.checkpoint(owner, any_value(CHECKPOINT, random)),
-            ]
-        )()
+        what = random.choice(["config", "model", "progress", "checkpoint"])
+        if what == "checkpoint":
+            return keys.checkpoint(owner, any_value(CHECKPOINT, random))
+        kind = {"config": CONFIG, "model": MODEL, "progress": PROGRESS}[what]
+        return keys.update(owner, **{what: any_value(kind, random)})
 
     def _configure(self, run: RunAccounts) -> Instruction:
         random, keys = self.random, self.world.keys

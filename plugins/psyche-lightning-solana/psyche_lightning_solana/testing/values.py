@@ -61,8 +61,8 @@ def _number(kind: Number, random: Random) -> int | float:
         return float(struct.unpack(kind.form, struct.pack(kind.form, chosen))[0])
     bits = _BITS[kind.name]
     if kind.name.startswith("i"):
-        return random.choice([0, 1, -1, 2 ** (bits - 1) - 1, -(2 ** (bits - 1))])
-    return random.choice([0, 1, 2, 7, random.getrandbits(bits), 2**bits - 1, 2**bits - 2, 2 ** (bits - 1)])
+        return random.choice([0, 1, -1, (1 << bits - 1) - 1, -(1 << bits - 1)])
+    return random.choice([0, 1, 2, 7, random.getrandbits(bits), (1 << bits) - 1, (1 << bits) - 2, 1 << bits - 1])
 
 
 def sane_model(random: Random) -> dict[str, Any]:
