@@ -90,3 +90,11 @@ def play():
         return asyncio.run(main())
 
     return play
+
+
+@pytest.fixture(scope="session")
+def small_program():
+    """A real program: SPL's memo, as it comes with the virtual machine."""
+    from solders.litesvm import LiteSVM
+
+    return bytes(LiteSVM().get_account(MEMO).data)
