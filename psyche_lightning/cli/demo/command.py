@@ -39,6 +39,9 @@ def demo(
     coordinator: Annotated[
         str, typer.Option(help="Who coordinates: `server`, or a plugin's that has a demo, such as `solana`.")
     ] = "server",
+    transport: Annotated[
+        str | None, typer.Option(help="How nodes talk; the recipe's way unless given. `psyche plugins` lists them.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     keep: Annotated[
         Path, typer.Option("--keep", metavar="DIR", help="Folder for checkpoint, plot and logs; replaced if a demo's.")
@@ -51,6 +54,7 @@ def demo(
     stage = find_stage(coordinator)
     given = [*(overrides or []), f"init_min_clients={nodes}", "min_clients=1"]
     given += [f"total_steps={rounds}"] if rounds else []
+    given += [f"node.transport={transport}"] if transport else []
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise ConfigError(f"the folder of --json {json_file} does not exist; create it first")
 
