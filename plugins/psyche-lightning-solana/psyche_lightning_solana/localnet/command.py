@@ -19,7 +19,7 @@ def localnet(
         Path | None, typer.Option(help="Folder that keeps the chain; without, it is gone when this ends.")
     ] = None,
     reset: Annotated[bool, typer.Option("--reset", help="Start over in that folder.")] = False,
-    programs: Annotated[bool, typer.Option(help="Deploy the coordinator's programs.")] = True,
+    no_programs: Annotated[bool, typer.Option("--no-programs", help="An empty chain, without our programs.")] = False,
     slot_ms: Annotated[int, typer.Option(min=1, max=60_000, help="Milliseconds of a slot.")] = 400,
     confirmed_lag: Annotated[int, typer.Option(min=0, help="Slots until a transaction counts as confirmed.")] = 1,
     finalized_lag: Annotated[int, typer.Option(min=0, help="Slots until it counts as finalized.")] = 32,
@@ -38,7 +38,7 @@ def localnet(
             port,
             ledger,
             reset=reset,
-            programs=programs,
+            programs=not no_programs,
             slot_ms=slot_ms,
             frozen=frozen,
             confirmed_lag=confirmed_lag,
