@@ -359,13 +359,14 @@ class Traffic:
 
     def _spoiled(self, instruction: Instruction) -> Instruction:
         data, metas = bytearray(instruction.data), list(instruction.accounts)
+        begins = not self.world.exists  # with other authorities nothing more would come of the run
         for _ in range(self.random.choice([1, 1, 1, 2])):
             kind = self.random.randrange(7)
             if kind == 0:
                 del data[self.random.randrange(len(data)) :]
             elif kind == 1:
                 data += self.random.randbytes(self.random.randint(1, 8))
-            elif kind == 2 and data:
+            elif kind == 2 and data and not begins:
                 data[self.random.randrange(len(data))] = self.random.choice([0, 1, 2, 255, self.random.getrandbits(8)])
             elif kind == 3 and metas:
                 at = self.random.randrange(len(metas))
