@@ -130,7 +130,11 @@ class Ledger:
         Raises:
             StoreError: the disk is full or the like; what was there stays.
         """
-        await asyncio.get_running_loop().run_in_executor(None, self._write, *self._capture(chain))
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._write, *self._capture(chain))
+        except StoreError:
+            self._saved = -1
+            raise
 
     @property
     def _path(self) -> Path:

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from psyche_lightning.errors import PsycheError
+from psyche_lightning.errors import PsycheError, StoreError
 from psyche_lightning_solana.localnet.chain import LocalChain
 from psyche_lightning_solana.localnet.ledger import Ledger
 from psyche_lightning_solana.localnet.methods_state import STATE_METHODS
@@ -138,7 +138,10 @@ class LocalServer:
         while True:
             await asyncio.sleep(ledger.interval)
             if ledger.behind(self.chain):
-                await ledger.save_aside(self.chain)
+                try:
+                    await ledger.save_aside(self.chain)
+                except StoreError as error:  # what was saved before stays, and the next time may do better
+                    _log.error("%s", error)
 
     def _snapshot(self, chain: LocalChain, params: Params) -> bool:
         if self._ledger is not None:

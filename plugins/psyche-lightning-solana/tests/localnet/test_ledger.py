@@ -187,6 +187,31 @@ def test_the_server_saves_at_its_end_now_and_then_and_when_told(play, tmp_path):
     assert (again.history.get(str(signature)).slot, again.slot) == (slot, slot)
 
 
+def test_a_disk_that_is_full_for_a_while(play, tmp_path, monkeypatch, caplog):
+    ledger = Ledger(tmp_path, interval=0.02)
+    snapshot, sync = tmp_path / "snapshot", os.fsync
+    full = [True]
+
+    def fsync(descriptor):
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+    async def test(world):
+        world.keypair()
+        while "No space left on device" not in caplog.text:
+            await asyncio.sleep(0.01)
+        assert not snapshot.exists()
+        full[0] = False
+        while not snapshot.exists():
+            await asyncio.sleep(0.01)
+
+    play(test, ledger=ledger)
+    ledger.close()
+
+
 def test_without_a_ledger_nothing_can_be_saved(play):
     async def test(world):
         assert (await world.refusal("psyche_snapshot"))["code"] == -32601

@@ -163,6 +163,7 @@ def test_a_port_that_is_taken(local, psyche):
         LocalnetProcess("--slot-ms", "0")
 
 
+@pytest.mark.slow
 def test_a_ledger_outlives_its_process(tmp_path):
     folder = str(tmp_path / "ledger")
     arguments = ("--ledger", folder, "--slot-ms", "20", "--no-programs")
