@@ -1,4 +1,4 @@
-// The coordinator account: Psyche's layout, byte for byte, and read in place. Its unused elements and its padding are zero.
+// The coordinator account: Psyche's layout, byte for byte, read in place. Its unused elements and its padding are zero.
 #pragma once
 #include "common/types.h"
 

@@ -5,7 +5,7 @@
 #define MANIFEST_DISCRIMINATOR 0x2db4649a093605dbull  // S("account:RunManifest")[:8]
 #define MAX_ADDRESS 192
 
-// What a client reported of its parameters: in cool-down its vote, in warm-up what it holds (then step and first are 0).
+// What a client reported of its parameters: in cool-down its vote, in warm-up what it holds (step and first are 0).
 typedef struct __attribute__((packed)) {
   u8 client;  // index in the epoch's list of clients
   u8 first;   // index of the first vote with the same step and digest

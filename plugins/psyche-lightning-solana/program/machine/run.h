@@ -1,7 +1,7 @@
 // A run: its two accounts, and the time of the instruction.
 //
-// The rules are those of psyche_lightning/coordinator/machine.py. Inputs (reports.c, members.c) only record; `settle` moves
-// the run from phase to phase as far as it goes. Times are whole Unix seconds.
+// The rules are those of psyche_lightning/coordinator/machine.py. Inputs (reports.c, members.c) only record; `settle`
+// moves the run from phase to phase as far as it goes. Times are whole Unix seconds.
 #pragma once
 #include "machine/errors.h"
 #include "machine/manifest.h"

@@ -12,7 +12,7 @@ static bool zeros(const void *at, u64 length) {
 
 static void check_clients(const ClientList *list, bool left) {
   must(list->length <= MAX_CLIENTS, "a list of clients is in bounds");
-  must(zeros(&list->items[list->length], (MAX_CLIENTS - list->length) * sizeof(Client)), "its unused elements are zero");
+  must(zeros(&list->items[list->length], (MAX_CLIENTS - list->length) * sizeof(Client)), "the rest of it is zero");
   for (u64 i = 0; i < list->length; i++) {
     const Client *client = &list->items[i];
     ZERO(client->padding);
@@ -72,7 +72,7 @@ static void check_votes(void) {
   bool in_round = account->run_state == ROUND_TRAIN || account->run_state == ROUND_WITNESS;
   const Manifest *kept = manifest();
   must(kept->votes_length <= MAX_CLIENTS, "votes are in bounds");
-  must(zeros(&kept->votes[kept->votes_length], (MAX_CLIENTS - kept->votes_length) * sizeof(Vote)), "unused votes are zero");
+  must(zeros(&kept->votes[kept->votes_length], (MAX_CLIENTS - kept->votes_length) * sizeof(Vote)), "unused votes");
   for (u64 i = 0; i < kept->votes_length; i++) {
     const Vote *vote = &kept->votes[i];
     Key digest = vote->digest;
@@ -101,7 +101,7 @@ static void check_phase(const Coordinator *account) {
   must(account->last_step == 0 || account->last_step > account->start_step, "an epoch that drains has trained");
   must(account->first_round == (phase == WARMUP || (in_round && round->height == 0)), "the first round");
   must(account->is_warmup_first_tick == (phase == WAITING_FOR_MEMBERS), "the first tick of warm-up");
-  must(account->is_training_first_tick == (phase == WAITING_FOR_MEMBERS || phase == WARMUP), "the first tick of training");
+  must(account->is_training_first_tick == (phase == WAITING_FOR_MEMBERS || phase == WARMUP), "the first training tick");
   if (phase == UNINITIALIZED) return;
   must(account->progress.step > 0 && config_is_sane(&account->config), "a run that goes on is configured");
 }
