@@ -36,7 +36,8 @@ from typing import Any, Protocol
 import pytest
 
 from psyche_lightning.errors import ConfigError, TransportError
-from psyche_lightning.testing.transport import LONG, Node, TransportContract, eventually
+from psyche_lightning.testing.peers import LONG, Node, eventually
+from psyche_lightning.testing.transport import TransportContract
 from psyche_lightning.transports.base import Link, Transport
 from psyche_lightning.transports.framing import Kind, frame
 from psyche_lightning.wire.identity import Identity, short

@@ -356,14 +356,17 @@ class Connection:
         return True
 
     def _next_bulk(self) -> bytes:
-        """What answers wait, and one piece of the blob whose turn it is."""
+        """What answers wait, and one piece of each blob in turn, as many as go at once."""
         parts = [*self._answers]
         self._answers.clear()
-        if self._served:
+        most = min(self.pipe.batch, self._around.upload.batch)
+        size = 0
+        while self._served and size < most:
             served = self._served.popleft()
             piece = served.data[served.sent : served.sent + self._around.upload.piece]
             parts.append(frame(Kind.PIECE, _NUMBER.pack(served.number), piece))
             served.sent += len(piece)
+            size += len(piece)
             self._around.context.on_served(served.size, len(piece))
             if served.sent < len(served.data):
                 self._served.append(served)

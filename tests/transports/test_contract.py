@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from psyche_lightning.testing.network import Intruder, NetworkTransportContract
-from psyche_lightning.testing.transport import Node, TransportContract
+from psyche_lightning.testing.peers import Node
+from psyche_lightning.testing.transport import TransportContract
 from psyche_lightning.transports.base import Transport
 from psyche_lightning.transports.handshake import Handshake
 from psyche_lightning.transports.memory import MemoryNetwork, MemoryTransport

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from psyche_lightning.errors import TransportError
-from psyche_lightning.testing.transport import Node, eventually
+from psyche_lightning.testing.peers import Node, eventually
 from psyche_lightning.transports import mesh
 from psyche_lightning.transports.framing import LIMITS, PIECE_SIZE, Kind, frame, goodbye_text, read_frame
 from psyche_lightning.transports.handshake import SERVER_PURPOSE, Handshake, HandshakeError
