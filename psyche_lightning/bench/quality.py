@@ -7,23 +7,74 @@ state, and what they exchange is what the engine sends.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from torch import nn
 
 from psyche_lightning.distro import DisTrO, DistroConfig, select, transform
 from psyche_lightning.distro.layout import Layout
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.plugins import load_plugins
+from psyche_lightning.recipe import load_recipe
 
-SIZES = {"small": (64, 2), "medium": (96, 3)}
-"""Width and layers."""
+SIZES: dict[str, dict[str, int]] = {
+    "small": {
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "kv_lora_rank": 48,
+        "v_head_dim": 32,
+    },
+    "demo": {},
+}
+"""What differs from the model of the recipe ``demo``."""
 CONTEXT = 64
-RATES = (2e-3, 4e-3, 8e-3)
+DEFAULT_RATES = (1e-3, 2e-3, 4e-3)
+SETTINGS = ("32/64", "2/64", "8/64", "32/32", "64/32")
+""""K/CHUNK" of what is compared by default."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train together.
+
+    Attributes:
+        name: as the table shows it.
+        rule: ``adamw`` (all-reduce), ``floats`` (the DeMo rule) or ``engine``.
+        config: the compression.
+        overlap: whether a round's results are applied one round later.
+    """
+
+    name: str
+    rule: str
+    config: DistroConfig = field(default_factory=DistroConfig)
+    overlap: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all trainings share.
+
+    Attributes:
+        nodes: nodes that train together.
+        rounds: rounds of each training.
+        batch: samples of a node in a round.
+        seeds: trainings with the best rate.
+        rates: learning rates that are tried on the first seed.
+    """
+
+    nodes: int = 4
+    rounds: int = 120
+    batch: int = 4
+    seeds: int = 3
+    rates: tuple[float, ...] = DEFAULT_RATES
 
 
 @dataclass(frozen=True)
@@ -49,22 +100,12 @@ class Row:
     ratio: float
 
 
-class Model(nn.Module):
-    """A causal transformer over bytes; called with tokens, [batch, length], it gives the mean loss."""
-
-    def __init__(self, width: int, layers: int) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(256, width), nn.Embedding(CONTEXT, width)
-        block = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 256)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of each next byte, in nats."""
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        mask = nn.Transformer.generate_square_subsequent_mask(inputs.shape[1])
-        hidden = self.blocks(self.tokens(inputs) + self.places.weight, mask=mask, is_causal=True)
-        return nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten())
+def build_model(size: str, seed: int) -> torch.nn.Module:
+    """The model of the recipe ``demo``, of one of :data:`SIZES`."""
+    model = load_recipe("demo").model
+    torch.manual_seed(seed)
+    built: torch.nn.Module = load_plugins().models()[model.name].factory({**model.config, **SIZES[size]})
+    return built
 
 
 class Text:
@@ -77,17 +118,17 @@ class Text:
         self.train, self.held_out = data[:cut].long(), data[cut:].long()
 
     def batch(self, generator: torch.Generator, count: int, *, held_out: bool = False) -> torch.Tensor:
-        """Random windows, [count, CONTEXT + 1]."""
+        """Random windows, [count, CONTEXT]."""
         data = self.held_out if held_out else self.train
-        starts = torch.randint(0, len(data) - CONTEXT - 1, (count, 1), generator=generator)
-        return data[starts + torch.arange(CONTEXT + 1)]
+        starts = torch.randint(0, len(data) - CONTEXT, (count, 1), generator=generator)
+        return data[starts + torch.arange(CONTEXT)]
 
 
 Step = Callable[[list[list[torch.Tensor]], float], None]
 """Takes each node's gradients and the learning rate, and moves the model."""
 
 
-def all_reduce(model: Model, nodes: int) -> tuple[Step, float]:
+def all_reduce(model: torch.nn.Module, nodes: int) -> tuple[Step, float]:
     """AdamW on the mean gradient."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
@@ -101,7 +142,7 @@ def all_reduce(model: Model, nodes: int) -> tuple[Step, float]:
     return step, 2 * (nodes - 1) / nodes * size
 
 
-def engine(model: Model, nodes: int, config: DistroConfig, *, overlap: bool = False) -> tuple[Step, float]:
+def engine(model: torch.nn.Module, nodes: int, config: DistroConfig, *, overlap: bool = False) -> tuple[Step, float]:
     """This package; with overlap, a round's results are applied one round later."""
     optimizers = [DisTrO(model.named_parameters(), 0.0, config=config) for _ in range(nodes)]
     waiting: deque[list[bytes]] = deque()
@@ -120,7 +161,7 @@ def engine(model: Model, nodes: int, config: DistroConfig, *, overlap: bool = Fa
     return step, optimizers[0].max_payload
 
 
-def float_rule(model: Model, nodes: int, config: DistroConfig) -> tuple[Step, float]:
+def float_rule(model: torch.nn.Module, nodes: int, config: DistroConfig) -> tuple[Step, float]:
     """The DeMo rule: values in floats, the mean of those that hit a position, and the sign of its inverse."""
     layout = Layout(model.named_parameters(), config.chunk)
     named = dict(model.named_parameters())
@@ -155,67 +196,81 @@ def float_rule(model: Model, nodes: int, config: DistroConfig) -> tuple[Step, fl
     return step, 12 * config.k * layout.chunk_count
 
 
-def train(
-    size: str,
-    build: Callable[[Model, int], tuple[Step, float]],
-    rate: float,
-    seed: int,
-    text: Text,
-    *,
-    nodes: int,
-    rounds: int,
-    batch: int,
-) -> tuple[float, float]:
+def build_step(method: Method, model: torch.nn.Module, nodes: int) -> tuple[Step, float]:
+    """A method's step, and the bytes that a node sends in it."""
+    if method.rule == "adamw":
+        return all_reduce(model, nodes)
+    if method.rule == "floats":
+        return float_rule(model, nodes, method.config)
+    return engine(model, nodes, method.config, overlap=method.overlap)
+
+
+def train(size: str, method: Method, rate: float, seed: int, plan: Plan) -> tuple[float, float]:
     """Train one model.
 
     Returns:
         The validation loss, and the bytes that a node sends per round.
     """
-    torch.manual_seed(seed)
-    model = Model(*SIZES[size])
-    step, sent = build(model, nodes)
+    text, model = Text(), build_model(size, seed)
+    step, sent = build_step(method, model, plan.nodes)
     data = torch.Generator().manual_seed(seed)
     parameters = list(model.parameters())
-    for number in range(rounds):
+    for number in range(plan.rounds):
         gradients = []
-        for _ in range(nodes):
-            loss = model(text.batch(data, batch))
-            gradients.append(list(torch.autograd.grad(loss, parameters)))
-        schedule = min(1.0, (number + 1) / 10) * (0.55 + 0.45 * math.cos(math.pi * number / rounds))
+        for _ in range(plan.nodes):
+            tokens = text.batch(data, plan.batch)
+            gradients.append(list(torch.autograd.grad(model(input_ids=tokens, labels=tokens).loss, parameters)))
+        schedule = min(1.0, (number + 1) / 10) * (0.55 + 0.45 * math.cos(math.pi * number / plan.rounds))
         step(gradients, rate * schedule)
-    fixed = torch.Generator().manual_seed(12345)
+    fixed, losses = torch.Generator().manual_seed(12345), []
     with torch.no_grad():
-        losses = [float(model(text.batch(fixed, 64, held_out=True))) for _ in range(8)]
+        for _ in range(8):
+            tokens = text.batch(fixed, 64, held_out=True)
+            losses.append(float(model(input_ids=tokens, labels=tokens).loss))
     return mean(losses), sent
 
 
-def methods(ks: list[int], chunk: int) -> dict[str, Callable[[Model, int], tuple[Step, float]]]:
-    """What is compared, by name; the all-reduce comes first."""
-    found: dict[str, Callable[[Model, int], tuple[Step, float]]] = {"AdamW, all-reduce": all_reduce}
-    middle = DistroConfig(chunk, ks[len(ks) // 2])
-    found[f"DeMo rule in floats, k={middle.k}"] = lambda model, nodes: float_rule(model, nodes, middle)
-    for k in ks:
-        config = DistroConfig(chunk, k)
-        found[f"this engine, k={k}"] = lambda model, nodes, config=config: engine(model, nodes, config)  # type: ignore[misc]
-    found[f"this engine, k={middle.k}, overlap"] = lambda model, nodes: engine(model, nodes, middle, overlap=True)
+def methods(settings: Sequence[str], decay: float) -> list[Method]:
+    """What is compared; the all-reduce comes first.
+
+    Args:
+        settings: ``"K/CHUNK"`` each; the first one is also run with overlap, and the DeMo rule at all of them.
+        decay: see :class:`DistroConfig`.
+
+    Raises:
+        ConfigError: one is not of that form, or out of range.
+    """
+    found = [Method("AdamW, all-reduce", "adamw")]
+    for number, setting in enumerate(settings):
+        try:
+            k, chunk = map(int, setting.split("/"))
+        except ValueError:
+            raise ConfigError(f"the setting {setting!r} is not of the form K/CHUNK, such as 8/64") from None
+        config, name = DistroConfig(chunk, k, decay), f"k={k}, {chunk}x{chunk}"
+        found.append(Method(f"DeMo rule in floats, {name}", "floats", config))
+        found.append(Method(f"this engine, {name}", "engine", config))
+        if number == 0:
+            found.append(Method(f"this engine, {name}, overlap", "engine", config, overlap=True))
     return found
 
 
-def compare(
-    sizes: list[str], ks: list[int], chunk: int, *, nodes: int, rounds: int, batch: int, seeds: int
-) -> Iterator[Row]:
-    """Train each size with each method; rates are tuned on the first seed."""
-    text = Text()
-    for size in sizes:
-        reference = 0.0
-        for name, build in methods(ks, chunk).items():
-            outcomes = {}
-            for rate in RATES:
-                outcomes[rate] = train(size, build, rate, 0, text, nodes=nodes, rounds=rounds, batch=batch)
-            rate = min(outcomes, key=lambda tried: outcomes[tried][0])
-            losses, sent = [outcomes[rate][0]], outcomes[rate][1]
-            for seed in range(1, seeds):
-                losses.append(train(size, build, rate, seed, text, nodes=nodes, rounds=rounds, batch=batch)[0])
-            reference = reference or sent
-            spread = stdev(losses) if seeds > 1 else 0.0
-            yield Row(size, name, rate, mean(losses), spread, sent, reference / sent)
+def compare(sizes: Sequence[str], compared: Sequence[Method], plan: Plan, workers: int = 2) -> Iterator[Row]:
+    """Train each size with each method, several at a time in processes of one thread."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for size in sizes:
+            tried = {
+                (method, rate): pool.submit(train, size, method, rate, 0, plan)
+                for method in compared
+                for rate in plan.rates
+            }
+            reference = 0.0
+            for method in compared:
+                outcomes = {rate: tried[method, rate].result() for rate in plan.rates}
+                rate = min(outcomes, key=lambda one: outcomes[one][0])
+                further = [pool.submit(train, size, method, rate, seed, plan) for seed in range(1, plan.seeds)]
+                losses = [outcomes[rate][0], *(one.result()[0] for one in further)]
+                sent = outcomes[rate][1]
+                reference = reference or sent
+                spread = stdev(losses) if len(losses) > 1 else 0.0
+                yield Row(size, method.name, rate, mean(losses), spread, sent, reference / sent)

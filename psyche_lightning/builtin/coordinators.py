@@ -11,6 +11,7 @@ from psyche_lightning.hookspecs import CoordinatorFactory, Register, hookimpl
 from psyche_lightning.plugins import build
 
 if TYPE_CHECKING:
+    from psyche_lightning.coordinator.administration import RunAdmin
     from psyche_lightning.coordinator.protocol import Coordinator
     from psyche_lightning.wire.identity import Identity
 
@@ -32,8 +33,17 @@ def embedded(url: str, run_id: str, identity: Identity, options: Mapping[str, An
     return LocalCoordinator(build("coordinator 'embedded'", partial(RunHost, run_id), values), identity)
 
 
+def _admin(url: str, run_id: str, token: str | None) -> RunAdmin:
+    from psyche_lightning.coordinator.admin import ServerRun
+
+    return ServerRun(url, run_id, token)
+
+
 def http(url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
     """A coordinator that ``psyche coordinator`` runs somewhere."""
     from psyche_lightning.coordinator.client import HttpCoordinator
 
     return build(f"coordinator {url!r}", partial(HttpCoordinator, url, run_id, identity), options)
+
+
+http.admin = _admin  # type: ignore[attr-defined]

@@ -37,6 +37,7 @@ COMMANDS = {
     "generate": Command("psyche_lightning.cli.generate:generate", "Complete a text with a checkpoint."),
     "sim": Command("psyche_lightning.cli.sim:sim", "Replay whole runs under faults in virtual time."),
     "coordinator": Command("psyche_lightning.cli.coordinator:coordinator", "Serve runs to nodes, and a live page."),
+    "data": Command("psyche_lightning.cli.data:data", "Make token files, look at data, serve it to other nodes."),
     "run": Command("psyche_lightning.cli.run:run", "Create, look at, pause and resume runs."),
     "demo": Command("psyche_lightning.cli.demo:demo", "Watch a few nodes on this machine train a model."),
     "bench": Command("psyche_lightning.cli.bench:bench", "Measure bytes, speed and quality."),

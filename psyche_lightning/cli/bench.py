@@ -137,21 +137,25 @@ def engine(
 
 @bench.command()
 def quality(
-    sizes: Annotated[list[str] | None, typer.Option("--size", help="small or medium; both unless given.")] = None,
-    ks: Annotated[list[int] | None, typer.Option("--k", help="Votes per chunk; 2, 8 and 32 unless given.")] = None,
-    chunk: Annotated[int, typer.Option(help="Side of the chunks.")] = 64,
+    sizes: Annotated[list[str] | None, typer.Option("--size", help="small or demo; both unless given.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--setting", metavar="K/CHUNK", help="Votes per chunk and its side, such as 8/64; repeatable."),
+    ] = None,
+    decay: Annotated[float, typer.Option(help="What remains of the accumulated update each round.")] = 0.9,
     nodes: Annotated[int, typer.Option(min=2, help="Nodes that train together.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each training.")] = 80,
+    rounds: Annotated[int, typer.Option(min=12, help="Rounds of each training.")] = 120,
     batch: Annotated[int, typer.Option(min=1, help="Samples of a node in a round.")] = 4,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of which mean and spread are shown.")] = 3,
-    threads: Threads = None,
+    rates: Annotated[
+        list[float] | None, typer.Option("--rate", help="Learning rates to try on the first seed.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Trainings at a time, each in a process of one thread.")] = 2,
     json_file: Json = None,
     png: Png = None,
 ) -> None:
     """Validation loss against bytes: AdamW with all-reduce, the DeMo rule in floats, this engine."""
-    import torch
-
-    from psyche_lightning.bench.quality import SIZES, compare
+    from psyche_lightning.bench.quality import DEFAULT_RATES, SETTINGS, SIZES, Plan, compare, methods
     from psyche_lightning.errors import ConfigError
 
     check_folder(json_file, "--json")
@@ -159,23 +163,21 @@ def quality(
     for size in sizes or ():
         if size not in SIZES:
             raise ConfigError(f"--size is {size!r}; choose {' or '.join(SIZES)}")
-    if threads:
-        torch.set_num_threads(threads)
+    compared = methods(settings or list(SETTINGS), decay)
+    plan = Plan(nodes, rounds, batch, seeds, tuple(rates or DEFAULT_RATES))
     table = _table(
         f"{nodes} nodes, {rounds} rounds, the same tokens; {seeds} seeds",
         *("model", "method", "rate", "loss, nats per byte", "bytes per round", "fewer bytes"),
     )
     rows = []
     with Live(table, console=Console(), refresh_per_second=2):
-        for row in compare(
-            sizes or list(SIZES), sorted(ks or [2, 8, 32]), chunk, nodes=nodes, rounds=rounds, batch=batch, seeds=seeds
-        ):
+        for row in compare(sizes or list(SIZES), compared, plan, workers):
             rows.append(row)
             table.add_row(
                 row.model, row.method, f"{row.rate:g}", f"{row.loss:.3f} ± {row.spread:.3f}", f"{row.sent:,.0f}",
                 f"{row.ratio:,.0f}",
             )  # fmt: skip
-    write_json(json_file, {"nodes": nodes, "rounds": rounds, "seeds": seeds, "rows": [asdict(row) for row in rows]})
+    write_json(json_file, {"plan": asdict(plan), "decay": decay, "rows": [asdict(row) for row in rows]})
     lines = {f"{row.model}: {row.method}": ([row.sent], [row.loss]) for row in rows}
     picture(png, "Loss for bytes", "bytes that a node sends per round", "validation loss, nats per byte", lines)
 

@@ -1,21 +1,27 @@
-"""``psyche run``: create, look at, pause and resume the runs of a coordinator."""
+"""``psyche run``: what a run's owner does, on any coordinator."""
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from psyche_lightning.coordinator.admin import TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
 from psyche_lightning.cli.ledger import ledger
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.coordinator.admin import TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
+from psyche_lightning.coordinator.administration import Creation
+from psyche_lightning.errors import ConfigError, CoordinatorError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from psyche_lightning.recipe import Recipe
 
-run = typer.Typer(no_args_is_help=True, help="Create, look at, pause and resume the runs of a coordinator.")
+run = typer.Typer(no_args_is_help=True, help="Create, look at, change and close the runs of a coordinator.")
 
 Url = Annotated[
     str | None, typer.Option("--coordinator", envvar=URL_VARIABLE, metavar="URL", help="The coordinator's URL.")
@@ -23,44 +29,178 @@ Url = Annotated[
 Token = Annotated[str | None, typer.Option(envvar=TOKEN_VARIABLE, help="The coordinator's token, if it has one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE] [KEY=VALUE]...",
+        help="A recipe, and values that replace its own or the defaults, such as init_min_clients=2.",
+    ),
+]
+Twin = Annotated[bool, typer.Option("--twin", help="The recipe's CPU-sized twin.")]
+Node = Annotated[
+    str, typer.Argument(metavar="NODE", help="A node's key in hex, on a chain its wallet's address; or 'everybody'.")
+]
+EVERYBODY = "everybody"
 EVENTS = 10
 
 
 @run.command()
 def create(
     run_id: RunId,
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RECIPE] [KEY=VALUE]...",
-            help="A recipe, and values that replace its own or the defaults, such as init_min_clients=2.",
-        ),
-    ] = None,
+    arguments: Arguments = None,
     coordinator: Url = None,
     token: Token = None,
-    twin: Annotated[bool, typer.Option("--twin", help="The recipe's CPU-sized twin.")] = False,
+    twin: Twin = False,
+    paused: Annotated[bool, typer.Option("--paused", help="Do not open it yet; `psyche run start` does.")] = False,
+    invited: Annotated[
+        bool, typer.Option("--invited", help="Only nodes that `psyche run authorize` names may join.")
+    ] = False,
 ) -> None:
     """Create a run. Without a recipe, the first node that joins decides what it trains."""
-    admin = CoordinatorAdmin(coordinator, token=token)
-    recipe, overrides = _split(arguments or [])
-    if recipe is None and twin:
-        raise ConfigError("--twin is a form of a recipe; name the recipe as well")
-    request = _bare(run_id, overrides) if recipe is None else _from_recipe(recipe, overrides, twin)
-    status = admin.create(run_id, **request)
-    config = status["config"]
+    from psyche_lightning.cli.owner import administer
+
+    admin = administer(coordinator, run_id, token)
+    wanted = _wanted(run_id, arguments or [], twin, everybody=not invited)
+    status = admin.create(wanted)
+    if paused and status["phase"] not in ("paused", "uninitialized"):
+        status = admin.pause()
+    elif not paused and status["phase"] in ("paused", "uninitialized"):
+        status = admin.start()
+    config, url = status["config"], coordinator or os.environ[URL_VARIABLE]
     steps = "steps until its nodes' max_steps" if config["total_steps"] is None else f"{config['total_steps']} steps"
-    print(f"created run {run_id} on {admin.url}: {steps}, begins with {config['init_min_clients']} node(s)")
-    print(f"on each node: PSYCHE_COORDINATOR={admin.url} PSYCHE_RUN={run_id}")
+    print(f"created run {run_id} on {url}: {steps}, begins with {config['init_min_clients']} node(s)")
+    if paused:
+        print(f"it is not open yet: psyche run start {run_id}")
+    print(f"on each node: PSYCHE_COORDINATOR={url} PSYCHE_RUN={run_id}")
 
 
 @run.command()
-def status(run_id: RunId, coordinator: Url = None, as_json: Json = False) -> None:
+def update(
+    run_id: RunId, arguments: Arguments = None, coordinator: Url = None, token: Token = None, twin: Twin = False
+) -> None:
+    """Change the settings of a run that is paused or not started yet."""
+    from psyche_lightning.cli.owner import administer
+
+    if not arguments:
+        raise ConfigError("nothing to change; give settings such as total_steps=2000, or a recipe")
+    after = administer(coordinator, run_id, token).update(_wanted(run_id, arguments, twin))
+    print(f"run {run_id} is changed: {after['config']['total_steps'] or '?'} steps, {_words(after['phase'])}")
+
+
+@run.command()
+def status(
+    run_id: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="The run's name; on a chain also its account's address.")
+    ] = None,
+    coordinator: Url = None,
+    as_json: Json = False,
+    account_file: Annotated[
+        Path | None, typer.Option("--account-file", metavar="FILE", help="A dump of a run's account, of any version 1.")
+    ] = None,
+) -> None:
     """Show where a run stands."""
-    found = CoordinatorAdmin(coordinator).status(run_id)
+    from psyche_lightning.cli.owner import administer, read_account_file
+
+    if (run_id is None) == (account_file is None):
+        raise ConfigError("give the name of a run, or --account-file FILE")
+    if account_file is not None:
+        found = read_account_file(account_file)
+    else:
+        assert run_id is not None
+        found = administer(coordinator, run_id).status()
     if as_json:
         print(json.dumps(found, indent=2))
     else:
         _show(found)
+
+
+@run.command()
+def watch(
+    run_id: RunId,
+    coordinator: Url = None,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+) -> None:
+    """Show where a run stands, again and again, until it is finished or you press Ctrl-C."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from psyche_lightning.cli.owner import administer
+
+    admin, console = administer(coordinator, run_id), Console()
+    found = admin.status()
+    with Live(_picture(found), console=console, auto_refresh=False) as live:
+        while found["phase"] != "finished":
+            time.sleep(every)
+            try:
+                found = admin.status()
+            except CoordinatorError as error:
+                if not error.retryable:
+                    raise
+                continue
+            live.update(_picture(found), refresh=True)
+
+
+@run.command()
+def start(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
+    """Open a run that is not open yet to nodes."""
+    from psyche_lightning.cli.owner import administer
+
+    after = administer(coordinator, run_id, token).start()
+    print(f"run {run_id} is open: {_words(after['phase'])}")
+
+
+@run.command()
+def close(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
+    """Remove a run that is paused or finished; on a chain, what its accounts hold comes back."""
+    from psyche_lightning.cli.owner import administer
+
+    print(administer(coordinator, run_id, token).close())
+
+
+@run.command()
+def authorize(run_id: RunId, node: Node, coordinator: Url = None, token: Token = None) -> None:
+    """Let a node join, or everybody."""
+    from psyche_lightning.cli.owner import administer
+
+    print(administer(coordinator, run_id, token).authorize(None if node == EVERYBODY else node))
+
+
+@run.command()
+def revoke(run_id: RunId, node: Node, coordinator: Url = None, token: Token = None) -> None:
+    """Take that back; who trains already stays until its epoch ends."""
+    from psyche_lightning.cli.owner import administer
+
+    print(administer(coordinator, run_id, token).revoke(None if node == EVERYBODY else node))
+
+
+@run.command()
+def points(run_id: RunId, coordinator: Url = None, as_json: Json = False) -> None:
+    """Show what the nodes earned: an epoch pays in equal shares those who were well at its end."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from psyche_lightning.cli.owner import administer
+
+    rows = administer(coordinator, run_id).points()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("node", "earned", "slashed", "claimed")
+    for row in sorted(rows, key=lambda row: -row["earned"]):
+        table.add_row(row["node"], *(f"{row[name]:,}" for name in ("earned", "slashed", "claimed")))
+    Console().print(table if rows else "nobody has earned anything yet: points are given when an epoch ends")
+
+
+@run.command()
+def claim(
+    run_id: RunId,
+    number: Annotated[int | None, typer.Argument(metavar="[POINTS]", min=1, help="How many; all unless given.")] = None,
+    coordinator: Url = None,
+) -> None:
+    """Have your points paid, where the run has a treasurer."""
+    from psyche_lightning.cli.owner import administer
+
+    print(administer(coordinator, run_id).claim(number))
 
 
 @run.command("list")
@@ -83,18 +223,31 @@ def list_runs(coordinator: Url = None, as_json: Json = False) -> None:
 @run.command()
 def pause(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
     """Pause a run at the end of its epoch."""
-    after = CoordinatorAdmin(coordinator, token=token).pause(run_id)
+    from psyche_lightning.cli.owner import administer
+
+    after = administer(coordinator, run_id, token).pause()
     print(f"run {run_id} is paused" if after["phase"] == "paused" else f"run {run_id} pauses when its epoch has ended")
 
 
 @run.command()
 def resume(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
     """Resume a paused run."""
-    after = CoordinatorAdmin(coordinator, token=token).resume(run_id)
+    from psyche_lightning.cli.owner import administer
+
+    after = administer(coordinator, run_id, token).resume()
     print(f"run {run_id} is resumed: {_words(after['phase'])}")
 
 
 run.command()(ledger)
+
+
+def _wanted(run_id: str, arguments: list[str], twin: bool, *, everybody: bool = True) -> Creation:
+    """What the arguments of ``create`` and ``update`` say."""
+    recipe, overrides = _split(arguments)
+    if recipe is None and twin:
+        raise ConfigError("--twin is a form of a recipe; name the recipe as well")
+    values = _bare(run_id, overrides) if recipe is None else _from_recipe(recipe, overrides, twin)
+    return Creation(**values, everybody=everybody)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -120,6 +273,7 @@ def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
         "manifest": sections,
         "seed": recipe.run.seed,
         "max_seq_len": recipe.data.seq_len,
+        "recipe": recipe,
     }
 
 
@@ -159,20 +313,28 @@ def _words(phase: str) -> str:
 
 
 def _show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    Console().print(_picture(found))
+
+
+def _picture(found: dict[str, Any]) -> RenderableType:
     from datetime import datetime
 
-    from rich.console import Console
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
     height = "" if found["height"] is None else f", round {found['height']}"
-    console.print(
-        f"[bold]{found['run_id']}[/]: {_words(found['phase'])}, epoch {found['epoch']}{height}, "
-        f"{found['step'] - 1} of {found['total_steps'] or '?'} steps trained"
+    head = (
+        f"{_words(found['phase'])}, epoch {found['epoch']}{height}, "
+        f"{max(0, found['step'] - 1)} of {found['total_steps'] or '?'} steps trained"
     )
+    parts: list[RenderableType] = [Text.assemble((found["run_id"], "bold"), ": ", head)]
+    parts += [Text(f"{name}: {value}") for name, value in found.get("about", {}).items()]
     losses = [row["loss"] for row in found["metrics"] if row["loss"] is not None]
     if losses:
-        console.print(f"training loss {losses[-1]:.4f}, at first {losses[0]:.4f}")
+        parts.append(Text(f"training loss {losses[-1]:.4f}, at first {losses[0]:.4f}"))
     table = Table("node", "status", "address", "step", "loss", "tokens/s", "bytes up", "bytes down")
     for node in (*found["clients"], *found["pending"], *found["exited"]):
         loss, rate = node["loss"], node["tokens_per_second"]
@@ -186,6 +348,7 @@ def _show(found: dict[str, Any]) -> None:
             *("" if node[name] is None else f"{node[name]:,}" for name in ("bytes_up", "bytes_down")),
         )
     if table.row_count:
-        console.print(table)
+        parts.append(table)
     for event in found["events"][-EVENTS:]:
-        console.print(f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  {event['text']}", highlight=False)
+        parts.append(Text(f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  {event['text']}"))
+    return Group(*parts)

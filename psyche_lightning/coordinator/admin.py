@@ -11,6 +11,7 @@ from urllib.parse import quote, urlsplit
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 
+from psyche_lightning.coordinator.administration import Creation
 from psyche_lightning.coordinator.problems import coordinator_error
 from psyche_lightning.errors import ConfigError, CoordinatorError
 
@@ -97,11 +98,21 @@ class CoordinatorAdmin:
 
     def pause(self, run_id: str) -> dict[str, Any]:
         """Pause the run at the end of its epoch, at once when none is under way; returns the status."""
-        return self._ask("POST", _path(run_id) + "/pause", {})
+        return self.command(run_id, "pause")
 
     def resume(self, run_id: str) -> dict[str, Any]:
         """Resume a paused run; returns the status."""
-        return self._ask("POST", _path(run_id) + "/resume", {})
+        return self.command(run_id, "resume")
+
+    def command(self, run_id: str, name: str, **body: Any) -> dict[str, Any]:
+        """Ask one of the owner's commands of a run; returns the answer.
+
+        Args:
+            run_id: the run.
+            name: ``pause``, ``resume``, ``start``, ``update``, ``close``, ``authorize`` or ``revoke``.
+            body: what the command takes.
+        """
+        return self._ask("POST", f"{_path(run_id)}/{name}", body)
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         retrying = Retrying(
@@ -147,6 +158,77 @@ class CoordinatorAdmin:
                 code="Unreachable",
             )
         return value
+
+
+class ServerRun:
+    """The owner's side of one run of a server (:class:`~psyche_lightning.coordinator.administration.RunAdmin`).
+
+    Args:
+        url: of the server.
+        run_id: the run.
+        token: for a server that wants one; None for the environment's.
+    """
+
+    def __init__(self, url: str, run_id: str, token: str | None = None) -> None:
+        self._admin = CoordinatorAdmin(url, token=token)
+        self._run = run_id
+
+    def create(self, wanted: Creation) -> dict[str, Any]:
+        """Create the run; it is open at once."""
+        manifest = None if wanted.manifest is None else dict(wanted.manifest)
+        status = self._admin.create(
+            self._run, dict(wanted.config), manifest=manifest, seed=wanted.seed, max_seq_len=wanted.max_seq_len
+        )
+        return status if wanted.everybody else self._admin.command(self._run, "revoke", node=None)
+
+    def update(self, wanted: Creation) -> dict[str, Any]:
+        """Change the configuration of a halted run."""
+        return self._admin.command(self._run, "update", config=dict(wanted.config))
+
+    def start(self) -> dict[str, Any]:
+        """Open a halted run."""
+        return self._admin.command(self._run, "start")
+
+    def pause(self) -> dict[str, Any]:
+        """Halt the run at the end of its epoch."""
+        return self._admin.pause(self._run)
+
+    def resume(self) -> dict[str, Any]:
+        """Open a paused run."""
+        return self._admin.resume(self._run)
+
+    def status(self) -> dict[str, Any]:
+        """Where the run stands."""
+        return self._admin.status(self._run)
+
+    def close(self) -> str:
+        """Remove a halted run from the server."""
+        self._admin.command(self._run, "close")
+        return f"run {self._run} is removed from {self._admin.url}"
+
+    def authorize(self, node: str | None) -> str:
+        """Let a node join, by its key in hex, or everybody."""
+        self._admin.command(self._run, "authorize", node=node)
+        return f"{node or 'everybody'} may join run {self._run}"
+
+    def revoke(self, node: str | None) -> str:
+        """Take it back."""
+        self._admin.command(self._run, "revoke", node=node)
+        if node is None:
+            return f"only nodes that were authorized by their keys may join run {self._run}"
+        return f"{node} may not join run {self._run} again"
+
+    def points(self) -> list[dict[str, Any]]:
+        """A point is a sample's share: an epoch's samples in equal parts to those who were well at its end."""
+        points: list[dict[str, Any]] = self.status()["points"]
+        return points
+
+    def claim(self, points: int | None) -> str:
+        """Refused: a server pays nothing."""
+        raise CoordinatorError(
+            f"{self._admin.url} counts points and pays nothing; a run on a chain with a treasurer does",
+            code="NoTreasurer",
+        )
 
 
 def _path(run_id: str) -> str:

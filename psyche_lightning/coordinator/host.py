@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from psyche_lightning.coordinator import machine
+from psyche_lightning.coordinator.accusation import equivocator
 from psyche_lightning.coordinator.codec import from_json, round_from_json, round_to_json, state_from_json, to_json
 from psyche_lightning.coordinator.journal import Event, Journal, Metrics, plain_round
 from psyche_lightning.coordinator.limits import Limits, check_config, check_run_id
@@ -30,7 +31,6 @@ from psyche_lightning.coordinator.state import (
 from psyche_lightning.errors import ConfigError, CoordinatorError, WireError
 from psyche_lightning.wire.hashing import sha256
 from psyche_lightning.wire.identity import KEY_SIZE, short
-from psyche_lightning.wire.messages import Result, open_envelope
 
 FORMAT = 1
 MAX_HISTORY = 4096
@@ -88,6 +88,8 @@ class RunHost:
         self._terms: dict[str, int | None] = dict.fromkeys(unset)
         self._members: dict[bytes, Client] = {}
         self._ejected: set[bytes] = set()
+        self._allowed: set[bytes] | None = None  # the node keys that may join; everyone while None
+        self._points: dict[bytes, int] = {}
         self._journal = Journal()
         self._now = 0.0
 
@@ -141,6 +143,16 @@ class RunHost:
         """What of the configuration the first node will fix."""
         return [name for name, value in self._terms.items() if value is None]
 
+    @property
+    def points(self) -> dict[bytes, int]:
+        """What each signer earned: an epoch's samples, in equal parts to the clients that were well at its end."""
+        return dict(self._points)
+
+    @property
+    def allowed(self) -> list[bytes] | None:
+        """The node keys that may join; None for everyone."""
+        return None if self._allowed is None else sorted(self._allowed)
+
     def rounds(self, epoch: int, first: int) -> list[Round]:
         """The rounds of that epoch from height ``first`` on; empty if not all of them are kept."""
         if epoch != self.history_epoch or not self.history or not self.history[0].height <= first:
@@ -174,6 +186,47 @@ class RunHost:
         """
         self._apply(machine.resume(self.state, now), now)
 
+    def start(self, now: float) -> None:
+        """Open a halted run to members, whether it is new or paused.
+
+        Raises:
+            CoordinatorError: ``CannotResume``: it is open already, or finished.
+        """
+        self.begin(now) if self.state.phase is Phase.UNINITIALIZED else self.resume(now)
+
+    def update(self, config: dict[str, Any], now: float) -> None:
+        """Change settings of a halted run.
+
+        Raises:
+            CoordinatorError: it is open (``UpdateConfigNotHalted``).
+            ConfigError: the run could not proceed with them.
+        """
+        if not self.state.phase.halted:
+            raise CoordinatorError(
+                f"the run is open, in phase {self.state.phase.name}; pause it before it is changed",
+                code="UpdateConfigNotHalted",
+            )
+        changed = replace(self.state.config, **config)
+        check_config(changed, self.limits)
+        # What the first node would fix is fixed now.
+        fixed = {"total_steps": "total_steps", "global_batch_size_start": "global_batch_size"}
+        for setting in config.keys() & fixed.keys():
+            self._terms.pop(fixed[setting], None)
+        self._apply(replace(self.state, config=changed, nonce=self.state.nonce + 1), now)
+
+    def allow(self, node: bytes | None) -> None:
+        """Let a node with that key join, or everyone."""
+        if node is None:
+            self._allowed = None
+        elif self._allowed is not None:
+            self._allowed.add(node)
+
+    def forbid(self, node: bytes | None) -> None:
+        """Let a node with that key not join again, or nobody who is not allowed by key; members stay until they go."""
+        if self._allowed is None:
+            self._allowed = {member.node for member in self._members.values()} if node is not None else set()
+        self._allowed.discard(node or b"")
+
     # Members come and go.
 
     def join(self, signer: bytes, node: bytes, address: str, manifest: dict[str, Any], now: float) -> None:
@@ -189,7 +242,7 @@ class RunHost:
         Raises:
             ManifestMismatchError: the run has another manifest.
             CoordinatorError: ``InvalidManifest``; ``InvalidMember`` for keys or an address that cannot be, or a node
-                key that another signer has; ``Ejected``; ``RunFull`` (retryable).
+                key that another signer has; ``NotAuthorized``; ``Ejected``; ``RunFull`` (retryable).
         """
         if len(signer) != KEY_SIZE or len(node) != KEY_SIZE or len(address) > MAX_ADDRESS:
             raise CoordinatorError(
@@ -201,6 +254,12 @@ class RunHost:
                 f"{short(node)} is ejected from this run: it signed two results for one batch. A node whose folder "
                 "was lost or copied needs a new key.",
                 code="Ejected",
+            )
+        if self._allowed is not None and node not in self._allowed:
+            raise CoordinatorError(
+                f"the node {node.hex()} may not join this run; its owner can let it: "
+                f"`psyche run authorize {self.state.run_id} {node.hex()}`",
+                code="NotAuthorized",
             )
         if any(member.node == node and member.signer != signer for member in self._members.values()):
             raise CoordinatorError(
@@ -312,17 +371,9 @@ class RunHost:
         Raises:
             CoordinatorError: they do not prove it, or a stranger asks (``InvalidAccusation``).
         """
-        try:
-            one, other = (open_envelope(raw, self.state.run_id) for raw in (first, second))
-        except WireError as error:
-            raise CoordinatorError(f"the proof cannot be read: {error}", code="InvalidAccusation") from error
-        a, b, culprit = one.message, other.message, one.sender
-        same = isinstance(a, Result) and isinstance(b, Result) and (a.epoch, a.height) == (b.epoch, b.height)
-        if signer not in self._members or not same or culprit != other.sender or a == b:
-            raise CoordinatorError(
-                "a proof of equivocation is two different results of one trainer for one round, shown by a member",
-                code="InvalidAccusation",
-            )
+        culprit = equivocator(self.state.run_id, first, second)
+        if signer not in self._members:
+            raise CoordinatorError(f"{short(signer)} is not a member of this run", code="InvalidAccusation")
         if culprit in self._ejected:
             return
         self._ejected.add(culprit)
@@ -381,6 +432,11 @@ class RunHost:
     def _set(self, state: RunState, now: float) -> None:
         before, self.state = self.state, state
         self._journal.observe(before, state, now)
+        if before.phase is Phase.COOLDOWN and state.phase is not Phase.COOLDOWN:
+            well = machine.healthy(before)
+            samples = state.epoch_start_data_index - before.epoch_start_data_index
+            for client in well:
+                self._points[client.signer] = self._points.get(client.signer, 0) + samples // len(well)
         if state.phase is Phase.WARMUP and before.phase is not Phase.WARMUP:
             self.history, self.history_epoch = [], state.epoch
         round_ = state.current
@@ -411,6 +467,8 @@ class RunHost:
             "manifest": self.manifest,
             "state": to_json(self.state),
             "ejected": sorted(key.hex() for key in self._ejected),
+            "allowed": None if self._allowed is None else sorted(key.hex() for key in self._allowed),
+            "points": {signer.hex(): points for signer, points in self._points.items()},
             "members": [to_json(member) for member in self._members.values()],
             "history_epoch": self.history_epoch,
             "history": [round_to_json(round_) for round_ in self.history if round_.height >= rounds_from],
@@ -436,6 +494,9 @@ class RunHost:
             host.history_epoch = data["history_epoch"]
             host._members = {member.signer: member for member in (from_json(Client, m) for m in data["members"])}
             host._ejected = {bytes.fromhex(key) for key in data.get("ejected", [])}
+            allowed = data.get("allowed")
+            host._allowed = None if allowed is None else {bytes.fromhex(key) for key in allowed}
+            host._points = {bytes.fromhex(key): int(points) for key, points in data.get("points", {}).items()}
             host._journal = Journal.load(data)
             host._now = float(data["now"])
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:

@@ -33,9 +33,7 @@ class Limits:
     whole_seconds: bool = False
 
 
-PSYCHE_LIMITS = Limits(
-    clients=256, witnesses=32, batch=65535, steps=2**32 - 2, extra_time=255, whole_seconds=True
-)
+PSYCHE_LIMITS = Limits(clients=256, witnesses=32, batch=65535, steps=2**32 - 2, extra_time=255, whole_seconds=True)
 """What fits into Psyche's account layout (spec S1.3, appendix B); the step after the last must fit, too."""
 
 _DURATIONS = (

@@ -1,7 +1,7 @@
 """The coordinator as a server: several runs, JSON for people, a websocket for each node, a page at ``/``.
 
-Who may do what: nodes sign everything (see :mod:`~psyche_lightning.coordinator.channel`); creating, pausing and
-resuming runs takes the token if the server has one; looking is free.
+Who may do what: nodes sign everything (see :mod:`~psyche_lightning.coordinator.channel`); creating and changing
+runs takes the token if the server has one; looking is free.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from aiohttp import web
 
 from psyche_lightning.coordinator.channel import CHALLENGE_SIZE, MAX_FRAME_SIZE, manifest_digest, manifest_text
 from psyche_lightning.coordinator.codec import round_to_json
-from psyche_lightning.coordinator.creation import create_host
+from psyche_lightning.coordinator.creation import check_settings, create_host
 from psyche_lightning.coordinator.live import LiveRun
 from psyche_lightning.coordinator.problems import problem
 from psyche_lightning.coordinator.session import Session
 from psyche_lightning.coordinator.status import run_line, run_status
 from psyche_lightning.coordinator.store import Store
 from psyche_lightning.errors import CoordinatorError, PsycheError
+from psyche_lightning.wire.identity import KEY_SIZE
 
 MAX_BODY_SIZE = MAX_FRAME_SIZE
 RECONNECT_TIME = 10.0
@@ -35,6 +36,8 @@ STATUS = {
     "UnknownManifest": 404,
     "Unauthorized": 401,
     "RunExists": 409,
+    "UpdateConfigNotHalted": 409,
+    "CloseCoordinatorNotHalted": 409,
     "StoreFailed": 503,
     "TooLarge": 413,
 }
@@ -48,7 +51,7 @@ class CoordinatorServer:
         store: where the runs are kept; what it holds goes on.
         clock: seconds since 1970.
         entropy: returns that many random bytes.
-        token: what those must show who create, pause and resume runs; None lets everybody.
+        token: what those must show who create and change runs; None lets everybody.
         grace: seconds in which a node whose connection broke may come back before it counts as gone.
         heartbeat: seconds between pings; a node that is silent for one and a half of them is disconnected.
     """
@@ -73,7 +76,7 @@ class CoordinatorServer:
         self._sessions: dict[tuple[str, bytes], Session] = {}
         self._sockets: set[web.WebSocketResponse] = set()
         self._leaving: dict[tuple[str, bytes], asyncio.TimerHandle] = {}
-        self._timekeepers: list[asyncio.Task[None]] = []
+        self._timekeepers: dict[str, asyncio.Task[None]] = {}
         self._runner: web.AppRunner | None = None
         self._stopping = False
 
@@ -107,9 +110,9 @@ class CoordinatorServer:
         self._stopping = True
         for handle in self._leaving.values():
             handle.cancel()
-        for task in self._timekeepers:
+        for task in self._timekeepers.values():
             task.cancel()
-        await asyncio.gather(*self._timekeepers, return_exceptions=True)
+        await asyncio.gather(*self._timekeepers.values(), return_exceptions=True)
         closing = [asyncio.wait_for(socket.close(code=1001, message=b"going down"), 1.0) for socket in self._sockets]
         await asyncio.gather(*closing, return_exceptions=True)
         if self._runner is not None:
@@ -117,7 +120,7 @@ class CoordinatorServer:
 
     def _add(self, run: LiveRun) -> LiveRun:
         self.runs[run.state.run_id] = run
-        self._timekeepers.append(asyncio.get_running_loop().create_task(run.keep_time()))
+        self._timekeepers[run.state.run_id] = asyncio.get_running_loop().create_task(run.keep_time())
         return run
 
     # Nodes that come and go.
@@ -164,6 +167,11 @@ class CoordinatorServer:
                 web.get(run + "/watch", self._watch),
                 web.post(run + "/pause", self._pause),
                 web.post(run + "/resume", self._resume),
+                web.post(run + "/start", self._start),
+                web.post(run + "/update", self._update),
+                web.post(run + "/authorize", self._allow),
+                web.post(run + "/revoke", self._forbid),
+                web.post(run + "/close", self._close),
                 web.get("/v1/manifests/{digest}", self._manifest),
             ]
         )
@@ -184,7 +192,7 @@ class CoordinatorServer:
         shown = request.headers.get("Authorization", "")
         if self._token is not None and not hmac.compare_digest(shown.encode(), f"Bearer {self._token}".encode()):
             raise CoordinatorError(
-                "creating, pausing and resuming runs takes this coordinator's token: "
+                "creating and changing runs takes this coordinator's token: "
                 "pass --token or set PSYCHE_COORDINATOR_TOKEN",
                 code="Unauthorized",
             )
@@ -239,6 +247,59 @@ class CoordinatorServer:
 
     async def _resume(self, request: web.Request) -> web.Response:
         return await self._command(request, lambda host, now: host.resume(now))
+
+    async def _start(self, request: web.Request) -> web.Response:
+        return await self._command(request, lambda host, now: host.start(now))
+
+    async def _update(self, request: web.Request) -> web.Response:
+        config = (await self._body(request)).get("config")
+        if not isinstance(config, dict):
+            raise CoordinatorError("config is not a JSON object of settings such as total_steps", code="BadRequest")
+        values = check_settings(config)
+        return await self._command(request, lambda host, now: host.update(values, now))
+
+    async def _allow(self, request: web.Request) -> web.Response:
+        node = await self._node(request)
+        return await self._command(request, lambda host, _: host.allow(node))
+
+    async def _forbid(self, request: web.Request) -> web.Response:
+        node = await self._node(request)
+        return await self._command(request, lambda host, _: host.forbid(node))
+
+    async def _node(self, request: web.Request) -> bytes | None:
+        """The node key in a request's body; None for everybody."""
+        node = (await self._body(request)).get("node")
+        if node is None:
+            return None
+        try:
+            key = bytes.fromhex(node)
+        except (TypeError, ValueError):
+            key = b""
+        if len(key) != KEY_SIZE:
+            raise CoordinatorError(
+                f"{str(node)[:80]!r} is not a node key: expected {2 * KEY_SIZE} hexadecimal digits, as `psyche run "
+                "status --json` shows them",
+                code="BadRequest",
+            )
+        return key
+
+    async def _close(self, request: web.Request) -> web.Response:
+        run = self._run(request)
+        self._authorize(request)
+        await self._body(request)
+        run_id = run.state.run_id
+        if not run.state.phase.halted:
+            raise CoordinatorError(
+                f"run {run_id!r} is open, in phase {run.state.phase.name}; pause it first: `psyche run pause {run_id}`",
+                code="CloseCoordinatorNotHalted",
+            )
+        self._store.remove(run_id)
+        del self.runs[run_id]
+        self._timekeepers.pop(run_id).cancel()
+        for key, session in list(self._sessions.items()):
+            if key[0] == run_id:
+                session.end()
+        return web.json_response({"closed": run_id})
 
     async def _command(self, request: web.Request, action: Callable[[Any, float], None]) -> web.Response:
         run = self._run(request)

@@ -83,6 +83,10 @@ class Session:
         """End the connection because its node has a newer one."""
         self._closing = asyncio.ensure_future(self._socket.close(code=CLOSE_REPLACED))
 
+    def end(self) -> None:
+        """End the connection because the run is gone."""
+        self._closing = asyncio.ensure_future(self._socket.close(message=b"the run is closed"))
+
     async def _send(self, frame: list[Any]) -> None:
         async with self._sending:
             await self._socket.send_str(json.dumps(frame, separators=(",", ":")))

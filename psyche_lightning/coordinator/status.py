@@ -38,7 +38,8 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
     Returns:
         JSON-able: the fields of :func:`run_line`, ``nonce``, ``config`` (null for what the first node will fix),
         ``pending_pause``, ``checkpoint``, ``manifest_digest``; ``clients`` (of the epoch), ``exited`` and ``pending``,
-        each with key, status and latest figures; ``events`` and ``metrics``, and how many there are of each.
+        each with key, status and latest figures; ``points``; ``allowed`` (node keys that may join, null for everyone);
+        ``events`` and ``metrics``, and how many there are of each.
     """
     host, state = run.host, run.state
     reports = host.reports
@@ -60,6 +61,11 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         "clients": [_member(client, client.status.name.lower(), reports) for client in clients],
         "exited": [_member(client, client.status.name.lower(), reports) for client in state.exited_clients],
         "pending": [_member(client, "pending", reports) for client in host.pending() if client.signer not in known],
+        "points": [
+            {"node": signer.hex(), "earned": points, "slashed": 0, "claimed": 0}
+            for signer, points in host.points.items()
+        ],
+        "allowed": None if host.allowed is None else [key.hex() for key in host.allowed],
         "event_count": host.event_count,
         "metric_count": host.metric_count,
         "events": [asdict(event) for event in host.events_since(events_from)],

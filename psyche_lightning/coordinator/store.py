@@ -47,6 +47,13 @@ class Store(Protocol):
         """The request that made the run."""
         ...
 
+    def remove(self, run_id: str) -> None:
+        """Forget a run.
+
+        Raises:
+            CoordinatorError: as :meth:`create`; it is still there.
+        """
+
     def save(self, host: RunHost) -> None:
         """Keep a change of a run.
 
@@ -76,6 +83,10 @@ class MemoryStore:
     def created(self, run_id: str) -> dict[str, Any]:
         """The request that made the run."""
         return self._created[run_id]
+
+    def remove(self, run_id: str) -> None:
+        """Forget the run."""
+        del self._hosts[run_id], self._created[run_id]
 
     def save(self, host: RunHost) -> None:
         """Nothing to do: the run is the one that is kept."""
@@ -172,6 +183,13 @@ class SqliteStore:
         row = self._database.execute("SELECT created FROM run WHERE run_id = ?", (run_id,)).fetchone()
         created: dict[str, Any] = json.loads(row[0])
         return created
+
+    def remove(self, run_id: str) -> None:
+        """Delete the run."""
+        with self._transaction():
+            for table in ("run", "manifest", "entry"):
+                self._database.execute(f"DELETE FROM {table} WHERE run_id = ?", (run_id,))
+        self._saved.pop(run_id, None)
 
     def save(self, host: RunHost) -> None:
         """Write what changed."""

@@ -128,7 +128,7 @@ class TokenWriter:
         folder: a new or empty one.
         encoder: makes the ids.
         token_size: bytes of a token; None for the smaller that holds the vocabulary.
-        shard_tokens: tokens after which a new file is begun.
+        file_tokens: tokens after which a new file is begun.
 
     Attributes:
         tokens: written so far.
@@ -138,7 +138,7 @@ class TokenWriter:
     """
 
     def __init__(
-        self, folder: Path, encoder: Encoder, *, token_size: int | None = None, shard_tokens: int = 1 << 30
+        self, folder: Path, encoder: Encoder, *, token_size: int | None = None, file_tokens: int = 1 << 30
     ) -> None:
         size = token_size or (2 if encoder.vocab_size <= 1 << 16 else 4)
         if size not in TOKEN_SIZES or encoder.vocab_size > 1 << (8 * size):
@@ -156,7 +156,7 @@ class TokenWriter:
         self._folder = folder
         self._encoder = encoder
         self._size = size
-        self._shard = shard_tokens
+        self._most = file_tokens
         self._files: list[TokenFile] = []
         self._open: IO[bytes] | None = None
         self._here = 0
@@ -170,7 +170,7 @@ class TokenWriter:
         """
         try:
             while len(ids):
-                part, ids = ids[: self._shard - self._here], ids[self._shard - self._here :]
+                part, ids = ids[: self._most - self._here], ids[self._most - self._here :]
                 if self._open is None:
                     self._open = (self._folder / self._name).open("wb")
                 data = part.astype(f"<u{self._size}").tobytes()
@@ -178,7 +178,7 @@ class TokenWriter:
                 self._digest.update(data)
                 self._here += len(part)
                 self.tokens += len(part)
-                if self._here == self._shard:
+                if self._here == self._most:
                     self._finish_file()
         except OSError as error:
             raise DataError(f"{self._folder / self._name} cannot be written: {error.strerror}.") from error
@@ -216,7 +216,7 @@ class TokenWriter:
             self._open, self._here, self._digest = None, 0, hashlib.sha256()
 
 
-def verify(folder: Path, description: Description) -> list[str]:
+def changed_files(folder: Path, description: Description) -> list[str]:
     """The names of the files whose bytes are not those that the description names."""
     return [file.name for file in description.files if _sha256(folder / file.name) != file.sha256]
 

@@ -16,6 +16,7 @@ from psyche_lightning.data.tokenizer import Encoder
 from psyche_lightning.errors import ConfigError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+_ROWS = 16
 _SAVED = "state.json"
 _SAVED_SPLITS = "dataset_dict.json"
 
@@ -130,14 +131,22 @@ class Column:
         Raises:
             ConfigError: there is no such column, or it has something other than text.
         """
-        for number, row in enumerate(self._dataset.skip(first) if first else self._dataset, start=first):
-            text = row.get(self._name)
-            if not isinstance(text, str):
+        rest = self._dataset.skip(first) if first else self._dataset
+        number = first
+        for rows in rest.iter(batch_size=_ROWS):  # in batches, as __iter__ would divide the rows among workers
+            if self._name not in rows:
                 raise ConfigError(
-                    f"Row {number} of {self._source} has no text in the column {self._name!r}: it is "
-                    f"{str(text)[:40]!r}. Columns: {', '.join(row)}. Set data.config.text to the one with the texts."
+                    f"{self._source} has no column {self._name!r}. Columns: {', '.join(rows)}. Set data.config.text to "
+                    "the one with the texts."
                 )
-            yield text.encode("utf-8", errors="replace")
+            for text in rows[self._name]:
+                if not isinstance(text, str):
+                    raise ConfigError(
+                        f"Row {number} of {self._source} has {str(text)[:40]!r} in the column {self._name!r}, expected "
+                        "a text."
+                    )
+                yield text.encode("utf-8", errors="replace")
+                number += 1
 
 
 def _library() -> Any:

@@ -200,6 +200,8 @@ class TokenBlocks:
         count: how many blocks there are.
         fingerprint: lengths and beginnings of the files.
         token_size: bytes of a token.
+        tokens: of all files.
+        starts: bytes before the tokens of each file.
 
     Raises:
         ConfigError: the files are not token files, or contradict each other or ``token_size``.
@@ -218,17 +220,19 @@ class TokenBlocks:
                 "(option token_size, headers of .npy files); expected one size."
             )
         self.token_size = sizes.pop()
-        self._starts = [header[0] if header else 0 for header in headers]
+        self.starts = [header[0] if header else 0 for header in headers]
         self._dtype = np.dtype(f"<u{self.token_size}")
+        self.tokens = 0
         counts = []
         digest = hashlib.sha256()
-        for info, start in zip(files.infos, self._starts, strict=True):
+        for info, start in zip(files.infos, self.starts, strict=True):
             tokens, rest = divmod(info.size - start, self.token_size)
             if rest:
                 raise ConfigError(
                     f"{info.name} has {info.size} bytes, which are no whole number of tokens of {self.token_size} "
                     "bytes; it is not a token file, token_size is wrong, or the file is not complete."
                 )
+            self.tokens += tokens
             counts.append(tokens // seq_len)
             digest.update(info.size.to_bytes(8, "little") + hashlib.sha256(info.head).digest())
         self._ends = np.cumsum(counts, dtype=np.int64)
@@ -260,5 +264,5 @@ class TokenBlocks:
         ranges = []
         for file, number in zip(files, numbers, strict=True):
             place = number - (int(self._ends[file - 1]) if file else 0)
-            ranges.append(Range(file, self._starts[file] + place * size, size))
+            ranges.append(Range(file, self.starts[file] + place * size, size))
         return ranges

@@ -153,18 +153,27 @@ class PreparedData:
     def _read(self, rows: Sequence[int], ids: range, what: str) -> list[dict[str, torch.Tensor]]:
         import torch
 
-        found = []
+        found: list[dict[str, torch.Tensor]] = []
+        failed: dict[int, DataError] = {}
+        lost: list[int] = []
         for one, row in zip(ids, rows, strict=True):
             number = int(np.searchsorted(self._ends, row, side="right"))
-            place = row - (int(self._ends[number - 1]) if number else 0)
             try:
-                group = self._group(number)
+                group = self._group(number) if number not in failed else {}
             except DataError as error:
-                lost = [i for i, r in zip(ids, rows, strict=True) if np.searchsorted(self._ends, r, "right") == number]
-                text = f"{what} {intervals(lost)} of {self._source} cannot be obtained: {error}"
-                raise DataError(text, ids=lost, lasting=error.lasting) from error
+                failed[number] = error
+            if number in failed:
+                lost.append(one)
+                continue
+            place = row - (int(self._ends[number - 1]) if number else 0)
             found.append({name: torch.from_numpy(values[place].copy()) for name, values in group.items()})
-            del one
+        if failed:
+            reasons = "; ".join(dict.fromkeys(map(str, failed.values())))
+            raise DataError(
+                f"{what} {intervals(lost)} of {self._source} cannot be obtained: {reasons}",
+                ids=lost,
+                lasting=any(error.lasting for error in failed.values()),
+            )
         return found
 
     def _group(self, number: int) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,10 +32,14 @@ class CausalModule(LightningModule):
         self.model = model
         self._optimizer = optimizer
         self._schedule = schedule
+        # With a cache, models of transformers do not see that positions from 0 begin another text.
+        takes = inspect.signature(model.forward).parameters
+        self._options = {"use_cache": False} if "use_cache" in takes else {}
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """The mean loss in nats a token; input_ids, labels and perhaps position_ids are int64 [batch, seq_len]."""
-        loss: torch.Tensor = self.model(**{name: batch[name] for name in INPUTS if name in batch}).loss
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        loss: torch.Tensor = self.model(**inputs, **self._options).loss
         return loss
 
     @torch.no_grad()

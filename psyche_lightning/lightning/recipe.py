@@ -45,7 +45,8 @@ def train_recipe(
     """Train a recipe to the end of its run.
 
     The node's folder gets ``metrics.jsonl`` (a row for each step with ``step``, ``loss``, ``lr``,
-    ``tokens_per_second``, ``bytes_up`` and ``bytes_down``; rows with ``step`` and ``validation_loss``), ``checkpoint``
+    ``tokens_per_second``, ``bytes_up`` and ``bytes_down``, ``seconds`` since it began and how many of them it
+    ``waited`` for others; rows with ``step`` and ``validation_loss``), ``checkpoint``
     in Hugging Face format (``checkpoint-STEP`` on the way, if the recipe wants it) and ``result.json``.
 
     Args:
@@ -119,7 +120,7 @@ class _Diary(Callback):
         self._samples = provider.validation()[: recipe.trainer.validation_samples] if self._validates else []
         self._losses: list[float] = []
         self._validation: list[tuple[int, float]] = []
-        self._began = 0.0
+        self._started = self._began = 0.0
         self._saved = 0
         self._trained = 0
         self._console = Console()
@@ -149,6 +150,7 @@ class _Diary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._bar.start()
+        self._started = time.monotonic()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._losses:  # now the parameters are the run's
@@ -166,7 +168,10 @@ class _Diary(Callback):
         lr, loss = self._recipe.schedule(step), session.loss
         if session.samples:  # else they could not be obtained
             self._losses.append(loss)
-            self._write(step=step, loss=loss, lr=lr, tokens_per_second=round(rate, 1), bytes_up=up, bytes_down=down)
+            self._write(
+                step=step, loss=loss, lr=lr, tokens_per_second=round(rate, 1), bytes_up=up, bytes_down=down,
+                seconds=round(time.monotonic() - self._started, 3), waited=round(session.waited, 3),
+            )  # fmt: skip
         figures = f"loss {session.loss:.3f}  {rate:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, figures=figures)
         if step % self._recipe.trainer.log_every == 0 and not self._console.is_terminal:

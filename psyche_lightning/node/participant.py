@@ -283,6 +283,9 @@ class Participant:
                         "Start the missing nodes, or raise the node's patience."
                     ) from None
                 self._say("info", f"{self.waiting()} ({waited:.0f} s)")
+                for link in self._runtime.transport.links():
+                    if not link.connected:
+                        self._say("info", str(link))
         match task:
             case Train(epoch, height, step, batch):
                 self._next = RoundWork(epoch, height, step, *batch[0], again=batch[1:])

@@ -48,7 +48,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, twin: bool
     """Read a recipe and resolve it.
 
     Args:
-        recipe: a path, or the name of a recipe.
+        recipe: a path, or the name of a recipe; a ``.toml`` file is a run configuration of Psyche's.
         overrides: ``key=value`` with dotted keys; a key that ends like exactly one key of the recipe is enough, so that
             ``init_min_clients=2`` means ``run.init_min_clients=2``. Values are YAML; the last of several wins.
         twin: whether the recipe's ``twin`` section, its CPU-sized form, replaces what it names (before the overrides).
@@ -136,6 +136,10 @@ def _check_together(recipe: Recipe) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.suffix == ".toml":
+        from psyche_lightning.recipe.toml import read_toml
+
+        return read_toml(path)
     from omegaconf import OmegaConf
 
     try:

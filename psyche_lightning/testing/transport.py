@@ -9,6 +9,7 @@ Example::
         def make_transport(self):
             return PigeonTransport(loft="127.0.0.1")
 
+A transport that uses a network subclasses :class:`psyche_lightning.testing.network.NetworkTransportContract` instead.
 Needs pytest and nothing else (``pip install psyche-lightning[testing]``). Every test has an event loop of its own, ends
 within :attr:`TransportContract.limit` seconds, and checks that no task was left behind.
 """
@@ -20,98 +21,16 @@ import abc
 import asyncio
 import contextlib
 import os
-import threading
 from collections.abc import Awaitable, Callable, Mapping
 
 import pytest
 
 from psyche_lightning.errors import TransportError
-from psyche_lightning.transports.base import Transport, TransportContext
+from psyche_lightning.testing.peers import LONG, Node, eventually
+from psyche_lightning.transports.base import Transport
 from psyche_lightning.wire.hashing import sha256
 from psyche_lightning.wire.identity import Identity, short
 from psyche_lightning.wire.messages import MAX_MESSAGE_SIZE
-
-LONG = 60.0  # a timeout that an answer must not need
-
-
-class Node:
-    """A node with a real transport and blobs in memory.
-
-    Args:
-        transport: not started yet.
-        identity: the node's key.
-        run_id: the run.
-
-    Attributes:
-        address: what ``start`` returned.
-        messages: ``(peer, message)`` in order of arrival.
-        blobs: what ``read_blob`` answers with, by the hash that is asked for (right or wrong).
-        asked: the hashes that ``read_blob`` was called with.
-        gate: ``read_blob`` waits for it; set unless a test clears it.
-        faulty: whether both handlers raise, after they noted the call.
-    """
-
-    def __init__(self, transport: Transport, identity: Identity, run_id: str = "run") -> None:
-        self.transport = transport
-        self.identity = identity
-        self.run_id = run_id
-        self.address = ""
-        self.messages: list[tuple[bytes, bytes]] = []
-        self.blobs: dict[bytes, bytes] = {}
-        self.asked: list[bytes] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.faulty = False
-
-    @property
-    def key(self) -> bytes:
-        """The public key."""
-        return self.identity.public
-
-    async def start(self) -> None:
-        """Start the transport."""
-        context = TransportContext(self.identity, self.run_id, self._on_message, self._read_blob)
-        self.address = await self.transport.start(context)
-
-    def add(self, data: bytes) -> bytes:
-        """Have a blob; returns its hash."""
-        digest = sha256(data)
-        self.blobs[digest] = data
-        return digest
-
-    def texts(self, peer: Node | None = None) -> list[bytes]:
-        """The messages that came, from one peer or from all."""
-        return [message for sender, message in self.messages if peer is None or sender == peer.key]
-
-    def connected(self, peer: Node) -> bool:
-        """Whether the link to a peer is up."""
-        return any(link.connected for link in self.transport.links() if link.peer == peer.key)
-
-    def _on_message(self, peer: bytes, message: bytes) -> None:
-        self.messages.append((peer, message))
-        if self.faulty:
-            raise RuntimeError("a handler failed, as the test wants it to")
-
-    def _read_blob(self, digest: bytes) -> bytes | None:
-        self.asked.append(digest)
-        self.gate.wait(LONG)
-        if self.faulty:
-            raise RuntimeError("a disk failed, as the test wants it to")
-        return self.blobs.get(digest)
-
-
-async def eventually(condition: Callable[[], object], what: str, act: Callable[[], object] = lambda: None) -> None:
-    """Wait until ``condition()`` holds, calling ``act()`` again and again (messages may be lost)."""
-    try:
-        await asyncio.wait_for(_poll(condition, act), 20)
-    except asyncio.TimeoutError:
-        raise AssertionError(f"waited in vain until {what}") from None
-
-
-async def _poll(condition: Callable[[], object], act: Callable[[], object]) -> None:
-    while not condition():
-        act()
-        await asyncio.sleep(0.02)
 
 
 class TransportContract(abc.ABC):
@@ -335,7 +254,7 @@ class TransportContract(abc.ABC):
 
         self.play(scene)
 
-    def test_the_first_provider_that_has_it_serves(self) -> None:
+    def test_one_provider_that_has_it_serves(self) -> None:
         async def scene() -> None:
             a, b, c, d = await self.nodes(4)
             digest = c.add(b"blob")
@@ -343,9 +262,9 @@ class TransportContract(abc.ABC):
             gone = Identity.generate().public
             providers = [gone, b.key, c.key, d.key]
             assert await a.transport.fetch(digest, providers, max_size=4, timeout=LONG) == b"blob"
-            assert b.asked == [digest]
-            assert c.asked == [digest]
-            assert not d.asked
+            assert c.asked + d.asked == [digest]
+            assert c.served + d.served == [(4, 4)]
+            assert not b.served
 
         self.play(scene)
 
@@ -358,6 +277,21 @@ class TransportContract(abc.ABC):
             assert short(c.key) in str(caught.value)
             with pytest.raises(TransportError):
                 await a.transport.fetch(sha256(b"?"), [], max_size=100, timeout=LONG)
+
+        self.play(scene)
+
+    def test_progress_is_told_up_to_the_whole(self) -> None:
+        async def scene() -> None:
+            a, b = await self.nodes(2)
+            told: list[tuple[int, int]] = []
+            data = os.urandom(1_000_000)
+            await a.transport.fetch(
+                b.add(data), [b.key], max_size=2_000_000, timeout=LONG, progress=lambda *at: told.append(at)
+            )
+            assert told[-1] == (1_000_000, 1_000_000)
+            assert told == sorted(set(told))
+            assert sum(given for _, given in b.served) == 1_000_000
+            assert {size for size, _ in b.served} == {1_000_000}
 
         self.play(scene)
 

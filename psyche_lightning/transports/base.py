@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from psyche_lightning.errors import TransportError
-from psyche_lightning.wire.identity import Identity
+from psyche_lightning.wire.identity import Identity, short
 from psyche_lightning.wire.messages import MAX_MESSAGE_SIZE
 
 
@@ -57,6 +57,16 @@ class Link:
     bandwidth: float | None = None
     last_seen: float | None = None
     path: str = ""
+
+    def __str__(self) -> str:
+        """One line for people."""
+        if not self.connected:
+            seen = "" if self.last_seen is None else f"; last heard {self.last_seen:.0f} s ago"
+            return f"no link to {short(self.peer)}: {self.reason}{seen}"
+        trip = "" if self.round_trip is None else f", {1e3 * self.round_trip:.0f} ms"
+        speed = "" if self.bandwidth is None else f", {self.bandwidth / 1e6:.1f} MB/s"
+        moved = f"up {self.bytes_up / 1e6:.2f} MB, down {self.bytes_down / 1e6:.2f} MB"
+        return f"{short(self.peer)} {self.path or 'connected'}{trip}{speed}, {moved}"
 
 
 Progress = Callable[[int, int], None]

@@ -28,6 +28,7 @@ MAX_WANTED = 64  # requests of one peer that wait
 _NUMBER = struct.Struct("!I")
 _WANT = struct.Struct("!I32sQQ")
 _FOUND = struct.Struct("!IQ")
+_ENOUGH = struct.Struct("!IQ")
 _BATCH = 64 * 1024
 _log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class Part(Protocol):
 
     at: int
     end: int
+    shortened: Callable[[], None] | None  # called when the end has come nearer, while the part is on its way
 
     @property
     def digest(self) -> bytes:
@@ -184,7 +186,7 @@ class Connection:
         self._last_wanted = 0
         self._wanted: deque[tuple[int, bytes, int, int]] = deque()
         self._loading: dict[int, asyncio.Task[None]] = {}
-        self._cancelled: set[int] = set()  # requests that are being loaded for nobody
+        self._enough: dict[int, int] = {}  # of requests that are being loaded: length, if it has changed
         self._served: deque[_Served] = deque()
 
     @property
@@ -250,13 +252,17 @@ class Connection:
                     raise TransportError(f"was lost: {self.reason}")
                 self._requests[number] = request
                 self._post(frame(Kind.WANT, _WANT.pack(number, part.digest, request.offset, request.length)))
+                part.shortened = lambda: self._post(
+                    frame(Kind.ENOUGH, _ENOUGH.pack(number, max(0, part.end - request.offset)))
+                )
                 await self._progress(request)
             finally:
+                part.shortened = None
                 self._requests.pop(number, None)
                 if not request.done.done():
                     request.done.cancel()
                 if request.expected is None or request.received < request.expected:
-                    self._post(frame(Kind.CANCEL, _NUMBER.pack(number)))
+                    self._post(frame(Kind.ENOUGH, _ENOUGH.pack(number, 0)))
 
     async def _progress(self, request: _Request) -> None:
         """Wait until the request is done, as long as it makes progress."""
@@ -350,14 +356,17 @@ class Connection:
         return True
 
     def _next_bulk(self) -> bytes:
-        """What answers wait, and one piece of the blob whose turn it is."""
+        """What answers wait, and one piece of each blob in turn, as many as go at once."""
         parts = [*self._answers]
         self._answers.clear()
-        if self._served:
+        most = min(self.pipe.batch, self._around.upload.batch)
+        size = 0
+        while self._served and size < most:
             served = self._served.popleft()
             piece = served.data[served.sent : served.sent + self._around.upload.piece]
             parts.append(frame(Kind.PIECE, _NUMBER.pack(served.number), piece))
             served.sent += len(piece)
+            size += len(piece)
             self._around.context.on_served(served.size, len(piece))
             if served.sent < len(served.data):
                 self._served.append(served)
@@ -406,8 +415,8 @@ class Connection:
             self.close(f"it said goodbye: {goodbye_text(body)}")
         elif kind == Kind.WANT:
             self._want(*_WANT.unpack(body))
-        elif kind == Kind.CANCEL:
-            self._cancel(_NUMBER.unpack(body)[0])
+        elif kind == Kind.ENOUGH:
+            self._shorten(*_ENOUGH.unpack(body))
         else:
             self._answer(kind, body)
 
@@ -432,20 +441,27 @@ class Connection:
             data = await self._around.library.read(digest)
         finally:
             del self._loading[number]
-        if number in self._cancelled:
-            self._cancelled.discard(number)
+        limit = self._enough.pop(number, length)
+        if limit == 0 < length:
+            pass  # not wanted any more
         elif data is None:
             self._reply(Kind.ABSENT, _NUMBER.pack(number))
         else:
             self._reply(Kind.FOUND, _FOUND.pack(number, len(data)))
-            part = memoryview(data)[offset : offset + length]
+            part = memoryview(data)[offset : offset + min(length, limit)]
             if part:
                 self._served.append(_Served(number, part, len(data)))
         self._load_more()
 
-    def _cancel(self, number: int) -> None:
+    def _shorten(self, number: int, length: int) -> None:
         if number in self._loading:
-            self._cancelled.add(number)
-        self._wanted = deque(item for item in self._wanted if item[0] != number)
-        self._served = deque(item for item in self._served if item.number != number)
+            self._enough[number] = min(length, self._enough.get(number, length))
+        for item in [item for item in self._wanted if item[0] == number]:
+            self._wanted.remove(item)
+            if length:
+                self._wanted.appendleft((*item[:3], min(length, item[3])))
+        for served in self._served:
+            if served.number == number:
+                served.data = served.data[:length]
+        self._served = deque(served for served in self._served if served.sent < len(served.data))
         self._load_more()

@@ -11,7 +11,7 @@ from one of them after the other: the first that is right shows who was wrong.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from psyche_lightning.wire.hashing import sha256
 from psyche_lightning.wire.identity import short
 
 MAX_SOURCES = 6  # peers that deliver parts of one blob at a time
-SPLIT = 256 * 1024  # bytes from which on a span is worth sharing
+SPLIT = 512 * 1024  # bytes from which on a span is worth sharing
 STRIDE = 64 * 1024  # bytes that count as progress
 PATIENCE = 1.5  # seconds without progress after which someone else is asked, too; longer each time
 LOOK = 0.2  # seconds between looks at the progress
@@ -72,6 +72,7 @@ class Span:
         moved: time of the last progress.
         patience: seconds without progress after which the rest may be taken away.
         pieces: its bytes.
+        shortened: called when the end has come nearer, while the source delivers.
     """
 
     download: Download
@@ -82,6 +83,7 @@ class Span:
     moved: float = 0.0
     patience: float = PATIENCE
     pieces: list[bytes | memoryview] = field(default_factory=list)
+    shortened: Callable[[], None] | None = None
 
     @property
     def digest(self) -> bytes:
@@ -92,6 +94,12 @@ class Span:
     def left(self) -> int:
         """Bytes that are still to come."""
         return self.end - self.at
+
+    def shorten(self, end: int) -> None:
+        """Let the span end earlier, and its source know."""
+        self.end = end
+        if self.shortened is not None:
+            self.shortened()
 
     def found(self, size: int, now: float) -> bool:
         """Learn the size of the blob.
@@ -227,7 +235,7 @@ class Download:
             return None
         middle = largest.at + (largest.left + 1) // 2
         span = self._new(middle, largest.end)
-        largest.end = middle
+        largest.shorten(middle)
         return span
 
     def _stuck(self, now: float) -> Span | None:
@@ -235,7 +243,7 @@ class Download:
         for span in self.spans:
             if span.left and now - span.moved >= span.patience:
                 rest = self._new(span.at, span.end, 2 * span.patience)
-                span.end = span.at
+                span.shorten(span.at)
                 return rest
         return None
 

@@ -14,7 +14,7 @@ WANT       request u32 | SHA-256 32 | offset u64 | length u64: send that part of
 FOUND      request u32 | size of the whole blob u64: the part follows, as far as the blob has it
 PIECE      request u32 | the next bytes of the part, at most 64 KiB
 ABSENT     request u32: the sender does not have the blob
-CANCEL     request u32: send no more of it
+ENOUGH     request u32 | length u64: send no more than so many bytes of the part; 0 if it is not wanted any more
 GOSSIP     a message that is passed on (see :mod:`~psyche_lightning.transports.gossip`)
 =========  ==========================================================================================================
 """
@@ -47,7 +47,7 @@ class Kind(enum.IntEnum):
     FOUND = 8
     PIECE = 9
     ABSENT = 10
-    CANCEL = 11
+    ENOUGH = 11
     GOSSIP = 12
 
 
@@ -63,7 +63,7 @@ LIMITS: dict[int, tuple[int, int]] = {
     Kind.FOUND: (12, 12),
     Kind.PIECE: (5, 4 + PIECE_SIZE),
     Kind.ABSENT: (4, 4),
-    Kind.CANCEL: (4, 4),
+    Kind.ENOUGH: (12, 12),
     Kind.GOSSIP: (43, 43 + 8 * 32 + MAX_MESSAGE_SIZE),
 }
 

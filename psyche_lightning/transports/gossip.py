@@ -172,12 +172,14 @@ class Gossip:
         left = tuple(name for name in rumor.names if name not in reached)
         if left and not rumor.private:
             self._remember(replace(rumor, names=left, hops=1), now)
-        last = replace(rumor, names=tuple(sorted(peer[:_NAME] for peer in named)) if rumor.private else (), hops=1)
-        deliveries = [(peer, last.frame()) for peer in named]
+        helpers: Collection[bytes] = ()
         if left and rumor.hops > 1:
-            onward = replace(rumor, names=left, hops=rumor.hops - 1).frame()
-            others = [peer for peer in near if peer not in (sender, rumor.origin) and peer not in named]
-            deliveries += [(peer, onward) for peer in self._choose(others)]
+            helpers = self._choose([peer for peer in near if peer not in (sender, rumor.origin)])
+        deliveries = []
+        for peer in sorted({*named, *helpers}):
+            names = (*(left if peer in helpers else ()), *([peer[:_NAME]] if rumor.private and peer in named else ()))
+            onward = replace(rumor, names=tuple(sorted(names)), hops=max(1, rumor.hops - 1))
+            deliveries.append((peer, onward.frame()))
         return deliveries
 
     def again(self, peer: bytes, now: float) -> list[bytes]:

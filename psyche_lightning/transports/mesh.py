@@ -78,7 +78,7 @@ class MeshTransport(abc.ABC):
         self._ping_interval = ping_interval
         self._silence = silence
         self._handshake_timeout = handshake_timeout
-        self._started = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._running = False
         self._context: TransportContext | None = None
         self._around: Surroundings | None = None
@@ -122,9 +122,9 @@ class MeshTransport(abc.ABC):
 
     async def start(self, context: TransportContext) -> str:
         """See the contract."""
-        if self._started:
+        if self._loop is not None:
             raise TransportError("this transport was started before; make a new one")
-        self._started = True
+        self._loop = asyncio.get_running_loop()
         self._context = context
         self._library = BlobLibrary(context.read_blob)
         self._gossip = Gossip(context.identity.public, self._rng)
@@ -209,9 +209,9 @@ class MeshTransport(abc.ABC):
                 self._keep(download)
 
     def links(self) -> list[Link]:
-        """See the contract."""
-        now = self._now() if self._running else math.nan
-        return [peer.link(now) for peer in self._peers.values()]
+        """See the contract; may be called from any thread."""
+        now = self._now() if self._loop is not None else 0.0
+        return [peer.link(now) for peer in list(self._peers.values())]
 
     async def stop(self) -> None:
         """See the contract."""
@@ -265,14 +265,13 @@ class MeshTransport(abc.ABC):
 
     async def _keep_linked(self, peer: Peer) -> None:
         """Dial whenever there is no connection, with growing pauses."""
-        loop = asyncio.get_running_loop()
         patient = self._context is not None and self._context.identity.public > peer.key
         attempts = 0
         while self._running:
             if peer.connection is not None:
-                begun = loop.time()
+                begun = self._now()
                 await peer.down.wait()
-                attempts = 0 if loop.time() - begun > self._ping_interval else attempts + 1
+                attempts = 0 if self._now() - begun > self._ping_interval else attempts + 1
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempts - 1, 10)) if attempts else 0.0
             pause = pause * self._rng.uniform(0.5, 1.5) + (GRACE * self._rng.uniform(1.0, 1.5) if patient else 0.0)
             if pause and await happens(peer.up, pause):
@@ -349,7 +348,10 @@ class MeshTransport(abc.ABC):
         except (TransportError, WireError, OSError, EOFError) as error:
             self._complain(whence.rpartition(":")[0], f"refused a connection: {reason(error)}")
         else:
-            self._adopt(self._peers[key], pipe, dialled=False)
+            if key in self._peers:
+                self._adopt(self._peers[key], pipe, dialled=False)
+            else:
+                pipe.close("you are not among the peers any more")
 
     def _objection(self, key: bytes) -> str | None:
         """Why a node with this key is not let in, or None."""
@@ -357,7 +359,7 @@ class MeshTransport(abc.ABC):
         if peer is None or self._context is None:
             return "you are not among the peers"
         old, own = peer.connection, self._context.identity.public
-        young = old is not None and asyncio.get_running_loop().time() - old.since < 2 * GRACE
+        young = old is not None and self._now() - old.since < 2 * GRACE
         if old is not None and young and old.dialled and own < key:
             return "a connection to you was made at the same time"
         return None
@@ -377,12 +379,11 @@ class MeshTransport(abc.ABC):
 
     async def _tend(self) -> None:
         """Ping, close what is silent or takes nothing, and forget."""
-        loop = asyncio.get_running_loop()
         period = min(1.0, self._ping_interval / 2)
-        last = loop.time()
+        last = self._now()
         while True:
             await asyncio.sleep(period)
-            now = loop.time()
+            now = self._now()
             late, last = now - last - period, now
             assert self._library is not None
             self._library.forget(now - KEPT_SECONDS)
@@ -400,7 +401,8 @@ class MeshTransport(abc.ABC):
                     connection.ping(now, self._ping_interval)
 
     def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+        assert self._loop is not None
+        return self._loop.time()
 
     async def _timed(self, handshake: Awaitable[_T]) -> _T:
         try:

@@ -27,6 +27,11 @@ class Pipe(Protocol):
         ...
 
     @property
+    def batch(self) -> int:
+        """Bytes of something bulky that are best written at once, where no limit says less."""
+        ...
+
+    @property
     def lanes(self) -> Sequence[tuple[Source, Collection[int]]]:
         """Where frames come from, and which kinds may come there."""
         ...

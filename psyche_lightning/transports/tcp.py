@@ -203,6 +203,11 @@ class TlsPipe:
         return self._meter
 
     @property
+    def batch(self) -> int:
+        """One piece: what is urgent waits for it."""
+        return PIECE_SIZE
+
+    @property
     def lanes(self) -> Sequence[tuple[Source, Collection[int]]]:
         """See :class:`~psyche_lightning.transports.pipe.Pipe`."""
         return [(self._reader, URGENT | BULK)]

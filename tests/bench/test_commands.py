@@ -52,14 +52,15 @@ def test_engine_as_a_command(tmp_path):
 
 
 def test_quality_trains_every_method(tmp_path):
-    arguments = ["--size", "small", "--k", "8", "--rounds", "2", "--seeds", "2", "--nodes", "2", "--batch", "1"]
+    arguments = ["--size", "small", "--setting", "8/64", "--rate", "1e-3", "--rounds", "12", "--seeds", "2"]
+    arguments += ["--nodes", "2", "--batch", "1"]
     assert main(["bench", "quality", *arguments, "--json", str(tmp_path / "j")]) == 0
     rows = json.loads((tmp_path / "j").read_text())["rows"]
     assert [row["method"] for row in rows] == [
         "AdamW, all-reduce",
-        "DeMo rule in floats, k=8",
-        "this engine, k=8",
-        "this engine, k=8, overlap",
+        "DeMo rule in floats, k=8, 64x64",
+        "this engine, k=8, 64x64",
+        "this engine, k=8, 64x64, overlap",
     ]
     assert all(0 < row["loss"] < 6 for row in rows)
     assert rows[2]["ratio"] > 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -177,3 +178,91 @@ def test_a_token(tmp_path, psyche, monkeypatch):
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
     process.stdout.close()
+
+
+def test_a_run_is_changed_started_and_closed(psyche):
+    assert psyche("run", "create", "owned", "total_steps=4", "global_batch_size_start=2", "--paused")[0] == 0
+    code, text = psyche("run", "update", "owned", "total_steps=9")
+    assert (code, status(psyche, "owned")["config"]["total_steps"]) == (0, 9)
+    assert "9 steps" in text
+    assert psyche("run", "update", "owned", "total_steps=0")[0] == 1
+    assert "nothing to change" in psyche("run", "update", "owned")[1]
+    assert "is open" in psyche("run", "start", "owned")[1]
+    for command in (["update", "owned", "total_steps=5"], ["close", "owned"]):
+        code, text = psyche("run", *command)
+        assert code == 1
+        assert "pause it" in text
+    assert status(psyche, "owned")["config"]["total_steps"] == 9
+    assert psyche("run", "pause", "owned")[0] == 0
+    assert "is removed" in psyche("run", "close", "owned")[1]
+    code, text = psyche("run", "status", "owned")
+    assert code == 1
+    assert "no run 'owned'" in text
+    assert psyche("run", "create", "owned")[0] == 0  # the name is free again
+
+
+def test_who_may_join(psyche, coordinator):
+    from psyche_lightning.coordinator.client import HttpCoordinator
+    from psyche_lightning.errors import CoordinatorError
+    from psyche_lightning.wire.identity import Identity
+
+    one, two = (Identity(bytes([number] * 32)) for number in (1, 2))
+
+    def join(identity):
+        async def work():
+            client = HttpCoordinator(coordinator, "club", identity)
+            try:
+                await client.join("127.0.0.1:1", {"model": {"parameters": "x"}})
+            finally:
+                await client.close()
+
+        asyncio.run(work())
+
+    made = ["total_steps=4", "global_batch_size_start=2"]
+    assert psyche("run", "create", "club", *made, "--invited")[0] == 0
+    with pytest.raises(CoordinatorError, match=f"psyche run authorize club {one.public.hex()}"):
+        join(one)
+    assert "may join" in psyche("run", "authorize", "club", one.public.hex())[1]
+    join(one)
+    assert psyche("run", "revoke", "club", one.public.hex())[0] == 0
+    for identity in (one, two):
+        with pytest.raises(CoordinatorError, match="may not join"):
+            join(identity)
+    assert "everybody may join" in psyche("run", "authorize", "club", "everybody")[1]
+    join(two)
+    assert "not a node key" in psyche("run", "authorize", "club", "xyz")[1]
+
+
+def test_points_are_counted_and_not_paid(psyche):
+    assert psyche("run", "create", "unpaid")[0] == 0
+    assert "nobody has earned" in psyche("run", "points", "unpaid")[1]
+    assert psyche("run", "points", "unpaid", "--json")[1].strip() == "[]"
+    code, text = psyche("run", "claim", "unpaid")
+    assert code == 1
+    assert "pays nothing" in text
+
+
+def test_status_wants_a_run_or_a_file(psyche, tmp_path):
+    assert "--account-file" in psyche("run", "status")[1]
+    (tmp_path / "junk").write_bytes(b"junk")
+    for name in ("junk", "missing"):
+        code, text = psyche("run", "status", "--account-file", str(tmp_path / name))
+        assert code == 1
+        assert name in text
+
+
+def test_watch_ends_with_the_run(psyche, monkeypatch):
+    from psyche_lightning.coordinator.admin import ServerRun
+
+    assert psyche("run", "create", "seen")[0] == 0
+    looks = []
+    plain = ServerRun.status
+
+    def ends_at_the_third_look(self):
+        looks.append(1)
+        return {**plain(self), "phase": "finished" if len(looks) == 3 else "warmup"}
+
+    monkeypatch.setattr(ServerRun, "status", ends_at_the_third_look)
+    code, text = psyche("run", "watch", "seen", "--every", "0.1")
+    assert (code, len(looks)) == (0, 3)
+    assert "seen: finished" in text

@@ -19,7 +19,7 @@ from psyche_lightning.coordinator.committee import round_selection
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.coordinator.limits import PSYCHE_LIMITS, Limits
 from psyche_lightning.coordinator.protocol import Report
-from psyche_lightning.coordinator.state import Checkpoint, ClientStatus, CoordinatorConfig, Phase
+from psyche_lightning.coordinator.state import Checkpoint, Client, ClientStatus, CoordinatorConfig, Phase
 from psyche_lightning.errors import ConfigError, CoordinatorError, ManifestMismatchError, WireError
 
 CONFIG = CoordinatorConfig(
@@ -454,3 +454,15 @@ def test_events_and_figures_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert host.metrics_since(0) == host.metrics
     again = RunHost.load(host.dump())
     assert (again.events, again.event_count) == (host.events, 8)
+
+
+def test_an_epoch_that_succeeds_pays_those_who_are_well_at_its_end():
+    host = RunHost("r", CoordinatorConfig(min_clients=1), seed=0)
+    three = tuple(Client(bytes([n] * 32), bytes([n] * 32)) for n in (1, 2, 3))
+    gone = replace(three[2], status=ClientStatus.DROPPED)
+    cooling = replace(host.state, phase=Phase.COOLDOWN, clients=(*three[:2], gone), epoch_start_data_index=10)
+    host.state = cooling
+    host._set(replace(cooling, phase=Phase.WAITING_FOR_MEMBERS, epoch_start_data_index=31), 5.0)
+    assert host.points == {three[0].signer: 10, three[1].signer: 10}
+    again = RunHost.load(json.loads(json.dumps(host.dump())))
+    assert again.points == host.points

@@ -41,7 +41,8 @@ def test_every_python_block_compiles(pages: list[Any]) -> None:
 
 def test_blocks_marked_as_runnable_run(pages: list[Any], tmp_path: Path) -> None:
     blocks = [block for page in pages for block in page.blocks if "runnable" in block.words]
-    assert {block.place.partition(":")[0] for block in blocks} == {"docs/lightning.md", "docs/tutorial.md"}
+    pages_of = {block.place.partition(":")[0] for block in blocks}
+    assert pages_of == {"docs/data.md", "docs/lightning.md", "docs/solana-localnet.md", "docs/tutorial.md"}
     for number, block in enumerate(blocks):
         (tmp_path / f"block_{number}.py").write_text(block.text)
     # One process, as most of the time goes into imports.

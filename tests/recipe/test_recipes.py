@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from psyche_lightning.cli import main
 from psyche_lightning.distro import DisTrO
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe import load_recipe
@@ -19,13 +21,22 @@ RECIPES = sorted(path.stem for path in recipe_folders()[1].glob("*.yaml"))
 BILLION = 10**9
 
 
+def data_of(provider: str, folder: Path) -> list[str]:
+    """Overrides that give a recipe a little data of this machine."""
+    if provider == "text":
+        return ["data.config.max_bytes=2000000"]
+    assert provider == "tokens"
+    assert main(["data", "tokenize", functools.__file__, "--out", str(folder)]) == 0
+    return [f"data.config.path={folder}"]
+
+
 @functools.cache
 def size_of(name: str) -> Estimate:
     return estimate(load_recipe(name))
 
 
 def test_the_recipes_are_there() -> None:
-    assert {"consilience-40b", "demo", "hf-llama", "mla-200m"} <= set(RECIPES)
+    assert {"consilience-40b", "demo", "hf-llama", "mla-200m", "tokens"} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -39,8 +50,8 @@ def test_it_resolves_and_its_size_is_known(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_its_twin_is_small_and_learns_on_this_machine(name: str) -> None:
-    recipe = load_recipe(name, ["data.config.max_bytes=2000000"], twin=True)
+def test_its_twin_is_small_and_learns_on_this_machine(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name, data_of(load_recipe(name).data.name, tmp_path / "tokens"), twin=True)
     assert recipe.run.init_min_clients == 1
     assert recipe.run.total_steps * recipe.run.global_batch_size_end <= 16
     plugins = load_plugins()

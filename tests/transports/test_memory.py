@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from psyche_lightning.testing.transport import Node, eventually
+from psyche_lightning.testing.peers import Node, eventually
 from psyche_lightning.transports.memory import MemoryTransport
 from psyche_lightning.wire.identity import Identity
 

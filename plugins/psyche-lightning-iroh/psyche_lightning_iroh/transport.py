@@ -12,6 +12,7 @@ import contextlib
 import ipaddress
 import logging
 import random
+import re
 import socket
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -34,10 +35,12 @@ from psyche_lightning_iroh.binding import quicken
 VERSION = 1
 OVERHEAD = 1.03
 """What a byte costs on the wire: headers of QUIC, UDP, IP and Ethernet, and acknowledgements."""
-READ_SIZE = 256 * 1024
+READ_SIZE = WRITE_SIZE = 256 * 1024
 ONLINE_WAIT = 10.0  # seconds to wait for a relay
 CLOSE_WAIT = 1.0
+ROUTER_WAIT = 2.0  # seconds to wait for a router to open a port
 _CLOSED_BY_PEER = "closed by peer: "
+_PLACE = re.compile(r" *\(\S*\.rs:\d+:\d+\)")
 _log = logging.getLogger(__name__)
 
 
@@ -50,9 +53,10 @@ class IrohTransport(MeshTransport):
         host: interface to listen on (UDP); ``0.0.0.0`` for all, whose addresses peers then try.
         port: port to listen on; 0 takes a free one.
         advertise: ``HOST`` or ``HOST:PORT`` that peers are to try besides, such as a router's forwarded port.
-        relay: who helps nodes that cannot reach each other. ``"off"`` (or False): nobody, and nothing but the peers is
-            ever contacted. ``"on"`` (or True): the public relays of iroh's makers. A URL or several: relays of your
-            own. Relays see who talks to whom, and not what; paths become direct where routers allow it.
+        relay: who helps nodes that cannot reach each other. ``"off"`` (or False): nobody; only peers are contacted, and
+            the router of the local network, which iroh always asks for a port. ``"on"`` (or True): the public relays
+            of iroh's makers. A URL or several: relays of your own. Relays see who talks to whom, and not what; paths
+            become direct where routers allow it.
         upload: bytes a second that this node sends at most, headers of the network included; None for no limit.
         download: bytes a second that it receives at most; None for no limit.
         meter: counts the bytes of all connections; one of its own by default.
@@ -112,7 +116,7 @@ class IrohTransport(MeshTransport):
         self._endpoint = await self._bind(host, context.identity.secret_bytes())
         relay = await self._online()
         self._spawn(self._accept())
-        found = usable(self._endpoint.addr().direct_addresses(), host)
+        found = await self._found(host)
         if self._advertise is not None:
             try:
                 found.insert(0, split(self._advertise, default=self._own_port()))
@@ -146,7 +150,7 @@ class IrohTransport(MeshTransport):
             try:
                 return await iroh.Endpoint.bind(options)
             except iroh.IrohError as error:
-                failure = error.message()
+                failure = _text(error)
         raise TransportError(
             f"cannot listen on {self._host}:{self._port}: {failure}. Choose a free UDP port (0 finds one) and an "
             "address of this machine"
@@ -164,6 +168,16 @@ class IrohTransport(MeshTransport):
         url: str | None = self._endpoint.addr().relay_url()
         _log.info("nodes that cannot reach this one directly come through the relay %s", url)
         return url
+
+    async def _found(self, host: str) -> list[tuple[str, int]]:
+        """Addresses of this node; on all interfaces, one that the internet can reach is waited for a little."""
+        deadline = self._now() + (ROUTER_WAIT if ipaddress.ip_address(host).is_unspecified else 0.0)
+        while True:
+            found = usable(self._endpoint.addr().direct_addresses(), host)
+            public = any(ipaddress.ip_address(one).is_global for one, _ in found)
+            if public or self._advertise is not None or self._now() >= deadline:
+                return found
+            await asyncio.sleep(0.1)
 
     def _own_port(self) -> int:
         ports = [split(text) for text in self._endpoint.bound_sockets()]
@@ -199,7 +213,7 @@ class IrohTransport(MeshTransport):
             raise HandshakeError(f"it refused: {error}") from None
         except iroh.IrohError as error:
             said = _farewell(connection)
-            raise TransportError(f"it refused: {said}" if said else error.message()) from None
+            raise TransportError(f"it refused: {said}" if said else _text(error)) from None
         except BaseException:
             if connection is not None:
                 connection.close(0, b"")
@@ -207,7 +221,15 @@ class IrohTransport(MeshTransport):
         return pipe
 
     async def _accept(self) -> None:
-        while (incoming := await self._endpoint.accept_next()) is not None:
+        while True:
+            try:
+                incoming = await self._endpoint.accept_next()
+            except iroh.IrohError as error:
+                self._complain("this node", f"accepting a connection failed: {_text(error)}")
+                await asyncio.sleep(0.2)
+                continue
+            if incoming is None:
+                return
             self._arrive(self._admit(incoming), await _whence(incoming))
 
     async def _admit(self, incoming: Any) -> tuple[bytes, Pipe]:
@@ -227,7 +249,7 @@ class IrohTransport(MeshTransport):
                 await read_frame(source, {Kind.WELCOME})
             await pipe.write(frame(Kind.WELCOME), bulk=False)
         except iroh.IrohError as error:
-            raise TransportError(error.message()) from None
+            raise TransportError(_text(error)) from None
         except BaseException:
             if connection is not None:
                 connection.close(0, b"")
@@ -266,6 +288,11 @@ class QuicPipe:
         """See :class:`~psyche_lightning.transports.pipe.Pipe`."""
         self.count()
         return self._meter
+
+    @property
+    def batch(self) -> int:
+        """Some pieces: each call of the library costs, and what is urgent goes another way."""
+        return WRITE_SIZE
 
     @property
     def lanes(self) -> Sequence[tuple[Source, Collection[int]]]:
@@ -367,7 +394,7 @@ def _relay_mode(relays: list[str] | None) -> Any:
     try:
         return iroh.RelayMode.custom_from_urls(relays) if relays else iroh.RelayMode.disabled()
     except iroh.IrohError as error:
-        raise TransportError(f"the option relay has a URL that iroh does not accept: {error.message()}") from None
+        raise TransportError(f"the option relay has a URL that iroh does not accept: {_text(error)}") from None
 
 
 async def _lookup(host: str) -> str:
@@ -379,6 +406,12 @@ async def _lookup(host: str) -> str:
     except OSError as error:
         raise TransportError(f"cannot listen on {host}: {error.strerror}") from error
     return str(found[0][4][0])
+
+
+def _text(error: Any) -> str:
+    """What an error of iroh comes down to: the last of its causes, without places in its sources."""
+    lines = [line.strip() for line in error.message().splitlines() if line.strip() not in ("", "Caused by:")]
+    return _PLACE.sub("", lines[-1]) if lines else "unknown error"
 
 
 async def _whence(incoming: Any) -> str:
@@ -401,4 +434,4 @@ def _farewell(connection: Any) -> str:
 
 def _broken(connection: Any, error: Any) -> OSError:
     said = _farewell(connection)
-    return GoodbyeError(said) if said else OSError(error.message())
+    return GoodbyeError(said) if said else OSError(_text(error))

@@ -9,6 +9,7 @@ rounds, and which of a round's records came during its training.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +51,8 @@ from psyche_lightning_solana.layout import (
 )
 from psyche_lightning_solana.types import METADATA, MODEL
 
+_CLIENT, _MEMBER = struct.Struct("<32s32sBxxxI"), struct.Struct("<32s32s4Q")
+_WITNESS = struct.Struct("<QQB7x192s192s32s")
 _TRAINING = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
 REPORTING = (Phase.WARMUP, *_TRAINING)
 """Phases in which the votes of the manifest account are warm-up records."""
@@ -158,11 +161,7 @@ def at_rest(run: RunAccounts) -> RunAccounts:
     waits = state.phase is Phase.WAITING_FOR_MEMBERS and state.gathered_at is not None
     training = state.phase is Phase.ROUND_TRAIN
     rounds = tuple(
-        replace(
-            round_,
-            witnesses=tuple(replace(w, complete=training and slot == state.head) for w in round_.witnesses),
-            **_planned(state, round_.height, round_.data_index),
-        )
+        _round_at_rest(state, round_, complete=training and slot == state.head)
         for slot, round_ in enumerate(state.rounds)
     )
     state = replace(
@@ -174,6 +173,14 @@ def at_rest(run: RunAccounts) -> RunAccounts:
         holders=tuple(sorted(state.holders, key=order.__getitem__)),
     )
     return replace(run, state=state)
+
+
+def _round_at_rest(state: RunState, round_: Round, complete: bool) -> Round:
+    if any(witness.complete is not complete for witness in round_.witnesses):
+        round_ = replace(round_, witnesses=tuple(replace(w, complete=complete) for w in round_.witnesses))
+    planned = _planned(state, round_.height, round_.data_index)
+    same = planned == {"step": round_.step, "batch_size": round_.batch_size}
+    return round_ if same else replace(round_, **planned)
 
 
 def _planned(state: RunState, height: int, data_index: int) -> dict[str, Any]:
@@ -416,15 +423,10 @@ def write_coordinator(run: RunAccounts) -> bytes:
     if state.phase is Phase.WARMUP:  # Psyche's readers look for the reports there; there is room for 32
         _write_witnesses(record["rounds"][0], state.warmup_witnesses[:MAX_WITNESSES])
     for field, clients in (("clients", state.clients), ("exited_clients", state.exited_clients)):
-        parts = [
-            c.signer + c.node + bytes([c.status, 0, 0, 0]) + c.exited_height.to_bytes(4, "little") for c in clients
-        ]
+        parts = [_CLIENT.pack(c.signer, c.node, c.status, c.exited_height) for c in clients]
         record[field]["items"][: len(parts)] = np.frombuffer(b"".join(parts), CLIENT)
         record[field]["len"] = len(parts)
-    parts = [
-        m.signer + m.p2p + bytes(8) + b"".join(n.to_bytes(8, "little") for n in (m.earned, m.slashed, m.active))
-        for m in run.members
-    ]
+    parts = [_MEMBER.pack(m.signer, m.p2p, 0, m.earned, m.slashed, m.active) for m in run.members]
     record["members"][: len(parts)] = np.frombuffer(b"".join(parts), MEMBER)
     return bytes(data)
 
@@ -432,12 +434,14 @@ def write_coordinator(run: RunAccounts) -> bytes:
 def _write_witnesses(record: Any, witnesses: tuple[WitnessRecord, ...]) -> None:
     nothing = bytes(BLOOM_SIZE)
     parts = [
-        w.proof.position.to_bytes(8, "little")
-        + w.proof.index.to_bytes(8, "little")
-        + bytes([w.proof.witness, 0, 0, 0, 0, 0, 0, 0])
-        + (w.participants or nothing)
-        + (w.broadcasts or nothing)
-        + w.merkle
+        _WITNESS.pack(
+            w.proof.position,
+            w.proof.index,
+            w.proof.witness,
+            w.participants or nothing,
+            w.broadcasts or nothing,
+            w.merkle,
+        )
         for w in witnesses
     ]
     record["witnesses"][: len(parts)] = np.frombuffer(b"".join(parts), WITNESS)

@@ -274,6 +274,8 @@ class Array(Type):
         return b"".join(map(self.item.write, value))
 
     def read(self, reader: Reader) -> Any:
+        if isinstance(self.item, Number) and not self.item.floating:
+            return list(struct.unpack(f"<{self.count}{self.item.form[1:]}", reader.take(self.size)))
         return [self.item.read(reader) for _ in range(self.count)]
 
     def idl(self) -> Any:

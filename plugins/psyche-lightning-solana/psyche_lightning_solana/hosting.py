@@ -73,7 +73,8 @@ class Clock(NamedTuple):
 def settle(run: RunAccounts, clock: Clock) -> RunAccounts:
     """Take every step that is due; none when the run is halted."""
     while not run.state.phase.halted:
-        state = machine.tick(run.state, run.pending, clock.now, clock.seed)
+        pending = run.pending if run.state.phase is Phase.WAITING_FOR_MEMBERS else None
+        state = machine.tick(run.state, pending, clock.now, clock.seed)
         if state is run.state:
             break
         run = _stepped(run, state, clock)

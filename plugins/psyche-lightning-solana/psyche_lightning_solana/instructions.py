@@ -109,7 +109,12 @@ class RunKeys:
             "manifest": self.manifest,
             "system_program": SYSTEM_PROGRAM,
         }
-        return build(COORDINATOR.instructions[name], self.program, {**own, **accounts}, arguments, trailer)
+        return self._instruction(name, {**own, **accounts}, arguments, trailer)
+
+    def _instruction(
+        self, name: str, accounts: Mapping[str, Pubkey], arguments: Mapping[str, Any], trailer: bytes
+    ) -> Instruction:
+        return build(COORDINATOR.instructions[name], self.program, accounts, arguments, trailer)
 
     # Its owner.
 

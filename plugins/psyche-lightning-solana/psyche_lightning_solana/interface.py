@@ -7,6 +7,7 @@ the programs. Psyche's accounts come first and in Psyche's order; ours follow.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from psyche_lightning.wire.hashing import sha256
 from psyche_lightning_solana.borsh import (
@@ -64,7 +65,7 @@ class InstructionSpec:
     arguments: Struct
     more: tuple[Meta, ...] = ()
 
-    @property
+    @cached_property
     def discriminator(self) -> bytes:
         """The first 8 bytes of the instruction's data (Anchor's rule)."""
         return sha256(f"global:{self.name}".encode())[:8]
@@ -255,3 +256,5 @@ TREASURER = _program(
         Struct("Participant", {"bump": U8, "claimed_collateral_amount": U64, "claimed_earned_points": U64}),
     ),
 )
+
+PROGRAMS = {program.name: program for program in (COORDINATOR, AUTHORIZER, TREASURER)}

@@ -10,6 +10,8 @@ from psyche_lightning import hookimpl
 if TYPE_CHECKING:
     import typer
 
+    from psyche_lightning.cli.demo.stage import Stage
+    from psyche_lightning.coordinator.administration import RunAdmin
     from psyche_lightning.coordinator.protocol import Coordinator
     from psyche_lightning.wire.identity import Identity
 
@@ -26,6 +28,29 @@ def coordinator(url: str, run_id: str, identity: Identity, options: Mapping[str,
     from psyche_lightning_solana.client.coordinator import SolanaCoordinator
 
     return SolanaCoordinator(parse(url, options), run_id, identity)
+
+
+def _demo() -> Stage:
+    from psyche_lightning_solana.demo import SolanaStage
+
+    return SolanaStage()
+
+
+def _admin(url: str, run_id: str, token: str | None) -> RunAdmin:
+    from psyche_lightning_solana.owner_side import SolanaRunAdmin
+
+    return SolanaRunAdmin(url, run_id)
+
+
+def _read_account(data: bytes, name: str) -> dict[str, Any]:
+    from psyche_lightning_solana.owner_side import read_account
+
+    return read_account(data, name)
+
+
+coordinator.demo = _demo  # type: ignore[attr-defined]
+coordinator.admin = _admin  # type: ignore[attr-defined]
+coordinator.read_account = _read_account  # type: ignore[attr-defined]
 
 
 @hookimpl

@@ -9,7 +9,6 @@ from psyche_lightning_solana.borsh import (
     F32,
     F64,
     I32,
-    PUBKEY,
     U8,
     U16,
     U32,
@@ -151,7 +150,8 @@ LLM = Struct(
 )
 MODEL = Enum("Model", {"LLM": LLM})
 
-CLIENT_ID = Struct("ClientId", {"signer": PUBKEY, "p2p_identity": Raw(32)})
+# Not a public key in the IDL: anchorpy 0.21 cannot write one that is within a struct.
+CLIENT_ID = Struct("ClientId", {"signer": Raw(32), "p2p_identity": Raw(32)})
 BLOOM = Struct("WitnessBloom", {"keys": Array(U64, 8), "bits": Array(U64, 16)})
 PROOF = Struct("WitnessProof", {"position": U64, "index": U64, "witness": BOOL})
 COMMITTEE = Enum("Committee", {"TieBreaker": None, "Verifier": None, "Trainer": None})

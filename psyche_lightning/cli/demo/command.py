@@ -15,8 +15,9 @@ from rich.table import Table
 
 from psyche_lightning.cli.demo.processes import Child, Processes
 from psyche_lightning.cli.demo.report import Figures, plot, read_results, read_validation
+from psyche_lightning.cli.demo.stage import Stage, find_stage
 from psyche_lightning.cli.demo.view import View, megabytes
-from psyche_lightning.errors import ConfigError, CoordinatorError, PsycheError
+from psyche_lightning.errors import ConfigError, PsycheError
 
 RUN = "demo"
 MARK = "psyche-demo.json"
@@ -35,6 +36,12 @@ def demo(
     rounds: Annotated[int | None, typer.Option(min=1, help="How many rounds; the recipe's unless given.")] = None,
     recipe: Annotated[str, typer.Option(help="What they train.")] = "demo",
     twin: Annotated[bool, typer.Option("--twin", help="Train the recipe's CPU-sized twin.")] = False,
+    coordinator: Annotated[
+        str, typer.Option(help="Who coordinates: `server`, or a plugin's that has a demo, such as `solana`.")
+    ] = "server",
+    transport: Annotated[
+        str | None, typer.Option(help="How nodes talk; the recipe's way unless given. `psyche plugins` lists them.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     keep: Annotated[
         Path, typer.Option("--keep", metavar="DIR", help="Folder for checkpoint, plot and logs; replaced if a demo's.")
@@ -44,8 +51,10 @@ def demo(
     for interrupt in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this with interrupts ignored
         signal.signal(interrupt, signal.default_int_handler)
     console = Console()
+    stage = find_stage(coordinator)
     given = [*(overrides or []), f"init_min_clients={nodes}", "min_clients=1"]
     given += [f"total_steps={rounds}"] if rounds else []
+    given += [f"node.transport={transport}"] if transport else []
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise ConfigError(f"the folder of --json {json_file} does not exist; create it first")
 
@@ -64,29 +73,28 @@ def demo(
         highlight=False,
     )
     with Processes() as processes:
-        console.print("[dim]starting the coordinator and the nodes ...[/]")
-        coordinator = processes.start("coordinator", _serve(keep), keep / "coordinator.log")
-        url = coordinator.url()
-        console.print(f"watch it in a browser: {url}", highlight=False)
-        common = [recipe, *given, *(["--twin"] if twin else []), "--coordinator", url]
-        _create(url, recipe, given, twin)
+        console.print(f"[dim]starting {stage.what} and the nodes ...[/]")
         folders = [keep / f"node-{number}" for number in range(nodes)]
+        url = stage.open(processes, keep, nodes, console)
+        stage.create(RUN, recipe, given, twin)
+        common = [recipe, *given, *(["--twin"] if twin else []), "--coordinator", url]
         children = []
         for number, folder in enumerate(folders):
             folder.mkdir()
             # All hold the same parameters, so one node is enough to validate them.
             extra = [f"node.dir={folder}", *([] if number == 0 else ["trainer.validate_every=0"])]
-            children.append(
-                processes.start(f"node {number}", ["train", *common, "--run", RUN, *extra], folder / "log.txt")
-            )
+            arguments = ["train", *common, "--run", RUN, *extra]
+            children.append(processes.start(f"node {number}", arguments, folder / "log.txt", stage.environment(number)))
         with View(console, all_reduce=all_reduce, rounds=steps) as view:
-            status = _watch(url, coordinator, _serve(keep, url), children, view)
+            status = _watch(stage, children, view)
         _finish(children)
+        more = stage.finish(folders)
     figures = _figures(status, folders, size.trainable, all_reduce, steps)
     unit = "nats a byte" if resolved.data.config.get("tokenizer", "bytes") == "bytes" else "nats a token"
     plot(figures, keep / "loss.png", unit)
     if json_file is not None:
-        json_file.write_text(json.dumps(figures.as_json(), indent=1) + "\n")
+        json_file.write_text(json.dumps({**figures.as_json(), **more}, indent=1) + "\n")
+    stage.show(console)
     _sum_up(console, figures, keep, unit)
     if len(figures.digests) != 1:
         raise PsycheError("the nodes ended with different parameters; their logs are in " + str(keep))
@@ -105,34 +113,15 @@ def _prepare(folder: Path) -> None:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another with --keep DIR") from error
 
 
-def _create(url: str, recipe: str, overrides: list[str], twin: bool) -> None:
-    from psyche_lightning.cli.run import create
-
-    create(RUN, [recipe, *overrides], url, None, twin)
-
-
-def _serve(folder: Path, url: str = "http://127.0.0.1:0") -> list[str]:
-    """The coordinator's arguments; a free port as long as it has no URL."""
-    return ["coordinator", "--port", url.rpartition(":")[2], "--dir", str(folder / "coordinator")]
-
-
-def _watch(url: str, coordinator: Child, serve: list[str], nodes: list[Child], view: View) -> dict[str, Any]:
+def _watch(stage: Stage, nodes: list[Child], view: View) -> dict[str, Any]:
     """Show the run until it is finished; returns its last status.
 
     Raises:
         PsycheError: no node is left to finish it.
     """
-    from psyche_lightning.coordinator.admin import CoordinatorAdmin
-
-    admin = CoordinatorAdmin(url)
     while True:
-        if coordinator.code is not None:
-            coordinator.restart(serve)  # it kept everything, so the run goes on
-        try:
-            status = admin.status(RUN)
-        except CoordinatorError as error:
-            if not error.retryable:
-                raise
+        status = stage.look(nodes)
+        if status is None:
             continue
         view.show(status)
         if status["phase"] == "finished":

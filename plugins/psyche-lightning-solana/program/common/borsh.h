@@ -1,6 +1,6 @@
 // A reader of borsh arguments. Errors stick: read everything, then ask `ended`.
 //
-// It takes exactly one encoding of each value: booleans and tags in range, strings of valid UTF-8, no NaN, nothing left.
+// It takes one encoding of each value: booleans and tags in range, strings of valid UTF-8, no NaN, nothing left.
 #pragma once
 #include "common/errors.h"
 #include "common/syscalls.h"

@@ -15,7 +15,7 @@ typedef struct {
   Key program_key;  // what `program` points to: behind the instruction's bytes it is not aligned
 } Input;
 
-// Read the buffer that the loader hands to the entry point (its aligned form). Accounts beyond MAX_ACCOUNTS are not kept.
+// Read the buffer that the loader hands to a program (its aligned form). Accounts beyond MAX_ACCOUNTS are dropped.
 // An account that is given twice is the same memory twice.
 void read_input(u8 *buffer, Input *input);
 

@@ -1,7 +1,7 @@
 // Refusals. A function that may refuse returns 0 or an error; TRY passes it on.
 //
 // An error is the number that the transaction reports as Custom(n): Anchor's numbers for what its framework checks
-// (100 to 4999), the program's own from 6000 (Anchor's convention), each with its line in the log in Anchor's form, which
+// (100 to 4999), the program's own from 6000 (Anchor's convention), each with its line in the log in the form that
 // Anchor's clients read. A refusal undoes everything that the instruction did.
 #pragma once
 #include "common/types.h"

@@ -60,7 +60,8 @@ extern u64 sol_get_rent_sysvar(Rent *rent);
 extern u64 sol_create_program_address(const Slice *seeds, u64 count, const Key *program, Key *address);
 extern u64 sol_try_find_program_address(const Slice *seeds, u64 count, const Key *program, Key *address, u8 *bump);
 extern u64 sol_invoke_signed_c(
-    const Instruction *instruction, const Account *accounts, u64 accounts_length, const Signer *signers, u64 signers_length);
+    const Instruction *instruction, const Account *accounts, u64 accounts_length, const Signer *signers,
+    u64 signers_length);
 extern u64 sol_log_data(const Slice *fields, u64 count);
 
 INLINE void copy(void *to, const void *from, u64 length) { sol_memcpy_(to, from, length); }

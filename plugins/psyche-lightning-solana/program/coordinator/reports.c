@@ -35,8 +35,8 @@ static NOINLINE void read_witness(Reader *reader, Witness *witness) {
 #define MAX_EVALS 8
 #define MAX_PROMPTS 16
 
-// Figures for whoever reads the transaction; here only its step counts. Psyche's vectors have all their elements, used or
-// not, then their length.
+// Figures for whoever reads the transaction; here only the step counts. Psyche's vectors have all their elements, used
+// or not, then their length.
 static NOINLINE u32 read_metrics(Reader *reader) {
   u32 step = read_u32(reader);
   for (int i = 0; i < 3; i++) read_f32(reader);  // tokens and bytes per second, loss

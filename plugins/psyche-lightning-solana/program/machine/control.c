@@ -24,7 +24,7 @@ u64 resume(Run *run) {
   REQUIRE(cold_start_fits(&account->config, &account->model), ModelSanityCheckFailed);
   bool unstarted = account->run_state == UNINITIALIZED;
   if (unstarted && account->progress.step == 0) account->progress.step = 1;
-  REQUIRE(progress_is_sane(&account->progress), ProgressSanityCheckFailed);
+  REQUIRE(account->progress.step > 0, ProgressSanityCheckFailed);
   REQUIRE(unstarted || account->run_state == PAUSED, CannotResume);
   enter(run, account->progress.step > account->config.total_steps ? FINISHED : WAITING_FOR_MEMBERS);
   account->next_active++;

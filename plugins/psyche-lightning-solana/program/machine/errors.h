@@ -34,4 +34,4 @@ enum {
   COORDINATOR_ERRORS(X)
 #undef X
 };
-_Static_assert(UpdateConfigFinished == 6000 && NoActiveRound == 6010 && RunIdInvalidLength == 6023, "numbers of errors");
+_Static_assert(UpdateConfigFinished == 6000 && NoActiveRound == 6010 && RunIdInvalidLength == 6023, "numbers");

@@ -59,7 +59,7 @@ NOINLINE u64 health_check(Run *run, const Key *signer, const HealthClaim *claim)
   const Round *before = &account->rounds[(height - 1) % STORED_ROUNDS];
   // There are no verifiers and tie-breakers (config_is_sane): everybody trains.
   REQUIRE(claim->committee == TRAINER && was_at(run, before, &claim->signer, claim->index), InvalidCommitteeProof);
-  REQUIRE(has_position(before, &TEXT("committee"), claim->index, claim->position), InvalidCommitteeProof);
+  REQUIRE(position_in(before, &TEXT("committee"), claim->index) == claim->position, InvalidCommitteeProof);
   u64 client = find_client(run, &claim->signer);
   if (client == NOBODY || account->clients.items[client].state != HEALTHY) return 0;  // gone already
   u64 reports = before->witnesses_length;

@@ -5,7 +5,7 @@
 #define MANIFEST_DISCRIMINATOR 0x2db4649a093605dbull  // S("account:RunManifest")[:8]
 #define MAX_ADDRESS 192
 
-// What a client reported of its parameters: in cool-down its vote, in warm-up what it holds (then step and first are 0).
+// What a client reported of its parameters: in cool-down its vote, in warm-up what it holds (step and first are 0).
 typedef struct __attribute__((packed)) {
   u8 client;  // index in the epoch's list of clients
   u8 first;   // index of the first vote with the same step and digest
@@ -25,7 +25,7 @@ typedef struct {
   u32 checkpoint_step;
   u32 votes_length;
   Key epoch_digest;  // the parameters with which round 0 began; zero before
-  u32 holders[MAX_CLIENTS / 32];  // bit i: member i may hold the checkpoint
+  u32 holders[(MAX_CLIENTS + 31) / 32];  // bit i: member i may hold the checkpoint
   Vote votes[MAX_CLIENTS];
 } Manifest;
 

@@ -32,7 +32,7 @@ NOINLINE u64 witness(Run *run, const Key *signer, const Witness *report) {
   REQUIRE(report->witness && report->position < witness_count(run, round), InvalidWitness);
   REQUIRE(index < account->clients.length && index < MAX_CLIENTS, InvalidWitness);
   REQUIRE(same_key(&account->clients.items[index].signer, signer), InvalidWitness);
-  REQUIRE(has_position(round, &TEXT("witness"), index, report->position), InvalidWitness);
+  REQUIRE(position_in(round, &TEXT("witness"), index) == report->position, InvalidWitness);
   REQUIRE(account->clients.items[index].state == HEALTHY, InvalidWitness);
   for (u64 i = 0; i < length; i++) REQUIRE(round->witnesses[i].index != index, DuplicateWitness);
   REQUIRE(length < MAX_WITNESSES, WitnessesFull);

@@ -1,7 +1,7 @@
 // A run: its two accounts, and the time of the instruction.
 //
-// The rules are those of psyche_lightning/coordinator/machine.py. Inputs (reports.c, members.c) only record; `settle` moves
-// the run from phase to phase as far as it goes. Times are whole Unix seconds.
+// The rules are those of psyche_lightning/coordinator/machine.py. Inputs (reports.c, members.c) only record; `settle`
+// moves the run from phase to phase as far as it goes. Times are whole Unix seconds.
 #pragma once
 #include "machine/errors.h"
 #include "machine/manifest.h"
@@ -66,8 +66,8 @@ bool decide_checkpoint(Run *run, bool expired);
 // committee.c
 u64 quorum(u64 expected);
 u64 witness_count(const Run *run, const Round *round);
-// Whether the shuffle of `round` for `salt` gives that position to that index.
-bool has_position(const Round *round, const Slice *salt, u64 index, u64 position);
+// The position that the shuffle of `round` for `salt` gives to the client at `index`; NOBODY if there is none.
+u64 position_in(const Round *round, const Slice *salt, u64 index);
 // Whether each witness of the current round has reported or is gone.
 bool nobody_left_to_report(const Run *run);
 

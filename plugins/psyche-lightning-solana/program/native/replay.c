@@ -1,6 +1,6 @@
-// Runs recorded instructions: from standard input, for each, `slot u64, timestamp i64, length u64` and as many bytes, which
-// are the buffer that the loader would hand to the program (common/entry.c); to standard output `result u64, log length
-// u64`, the log, and the buffer as the program left it. What it leaves after a refusal is to be dropped.
+// Runs recorded instructions. From standard input it reads, for each, `slot u64, timestamp i64, length u64` and as many
+// bytes: the buffer that the loader would hand to the program (common/entry.c). To standard output it writes `result
+// u64, log length u64`, the log, and the buffer as the program left it. What a refusal leaves is to be dropped.
 #include "native/shim.h"
 
 #include <stdio.h>

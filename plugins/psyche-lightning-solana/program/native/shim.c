@@ -1,7 +1,7 @@
 // The runtime's syscalls, for programs compiled natively.
 //
-// Addresses are derived as on the chain, with one difference: a derived address must not be a point of the curve, and here
-// the search for a bump takes the first whose address is among the instruction's accounts instead of testing that.
+// Addresses are derived as on the chain, with one difference: a derived address must not be a point of the curve. Here
+// the search for a bump does not test that, but takes the first address that is among the instruction's accounts.
 #include "native/shim.h"
 
 #include <string.h>
@@ -105,7 +105,8 @@ static void allocate(Account *account, u64 space) {
 
 // The system program's create, assign, transfer and allocate.
 u64 sol_invoke_signed_c(
-    const Instruction *instruction, const Account *accounts, u64 accounts_length, const Signer *signers, u64 signers_length) {
+    const Instruction *instruction, const Account *accounts, u64 accounts_length, const Signer *signers,
+    u64 signers_length) {
   u32 kind;
   u64 amount = 0, space = 0;
   Account *touched[2] = {0, 0};

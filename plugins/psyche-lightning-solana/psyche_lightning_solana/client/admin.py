@@ -28,7 +28,6 @@ from psyche_lightning_solana.client.run import EVERYBODY, SolanaRun
 from psyche_lightning_solana.client.sender import Receipt
 from psyche_lightning_solana.client.translate import config_section, metadata_section, plain_model
 from psyche_lightning_solana.client.units import units
-from psyche_lightning_solana.instructions import RunKeys
 from psyche_lightning_solana.interface import AUTHORIZER, CHECKPOINT_SCOPE, JOIN_SCOPE
 from psyche_lightning_solana.layout import COORDINATOR_SIZE, MANIFEST_SIZE
 from psyche_lightning_solana.types import CONFIG, METADATA, MODEL
@@ -147,7 +146,7 @@ class SolanaAdmin:
                 owner=self.run.program,
             )
         )
-        keys = RunKeys(self.run.program, self.run.run_id, account)
+        keys = self.run.keys_of(account)
         authorizer = self.run.cluster.program("authorizer")
         if mint is None:
             name, init = "init_coordinator", keys.init_coordinator(me, authorizer, me, me, client_version)

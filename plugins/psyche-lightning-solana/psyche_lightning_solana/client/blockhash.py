@@ -15,7 +15,7 @@ from solders.rpc.responses import GetLatestBlockhashResp
 
 from psyche_lightning_solana.client.rpc import PoolProvider
 
-MAX_AGE = 15.0
+MAX_AGE = 10.0
 """Seconds after which a newer one is asked for: a transaction should have most of its life before it."""
 
 

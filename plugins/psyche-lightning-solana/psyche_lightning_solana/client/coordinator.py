@@ -23,7 +23,7 @@ from psyche_lightning.coordinator.state import Phase, Round, RunState, WitnessPr
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.wire.identity import Identity
 from psyche_lightning_solana.account import Member, RunAccounts
-from psyche_lightning_solana.client import turns
+from psyche_lightning_solana.client import turns, waiting
 from psyche_lightning_solana.client.addressbook import MAX_AGE, AddressBook
 from psyche_lightning_solana.client.cluster import Cluster
 from psyche_lightning_solana.client.feed import Feed, Snapshot
@@ -35,6 +35,7 @@ from psyche_lightning_solana.client.replay import replay
 from psyche_lightning_solana.client.rpc import Sleep, unreachable
 from psyche_lightning_solana.client.run import SolanaRun
 from psyche_lightning_solana.client.sender import Receipt
+from psyche_lightning_solana.client.timekeeper import Timekeeper
 from psyche_lightning_solana.client.units import units
 from psyche_lightning_solana.client.wallet import Wallet
 from psyche_lightning_solana.instructions import RunKeys
@@ -187,7 +188,8 @@ class SolanaCoordinator:
         feed = await self._open()
         feed.start()
         if self._ticker is None:
-            self._ticker = asyncio.get_running_loop().create_task(self._keep_time(feed))
+            keeper = Timekeeper(feed, self._decode, self.signer, lambda: self._joined, self._tick)
+            self._ticker = asyncio.get_running_loop().create_task(keeper.run())
         news = feed.news()
         shown: RunState | None = None
         try:
@@ -206,9 +208,7 @@ class SolanaCoordinator:
                     if state != shown:
                         shown = state
                         yield state
-                if not news.is_set():
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(news.wait(), MAX_AGE)
+                await waiting.news(news, MAX_AGE)
         finally:
             feed.forget(news)
 
@@ -312,6 +312,7 @@ class SolanaCoordinator:
     async def _join(self, address: str) -> None:
         run = await self._look()
         me, state = self.run.wallet.public, run.state
+        self._check_alone(run)
         if len(address.encode()) > MAX_NODE_ADDRESS:
             raise CoordinatorError(
                 f"the transport's address has {len(address.encode())} bytes; the chain keeps {MAX_NODE_ADDRESS}",
@@ -365,9 +366,14 @@ class SolanaCoordinator:
         if task is None:
             task = asyncio.ensure_future(work())
             self._in_flight[key] = task
-            task.add_done_callback(lambda _: self._in_flight.pop(key, None))
+            task.add_done_callback(lambda done: self._ended(key, done))
         result: _Result = await asyncio.shield(task)
         return result
+
+    def _ended(self, key: Hashable, task: asyncio.Future[Any]) -> None:
+        self._in_flight.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # whoever asked may have gone meanwhile
 
     async def _send(self, name: str, build: Callable[[RunKeys, Pubkey], Instruction], *place: int) -> None:
         async def work() -> None:
@@ -377,6 +383,9 @@ class SolanaCoordinator:
             await self._transact(name, [build(self._keys, self.run.wallet.public)], run)
 
         await self._once((name, *place), work)
+
+    async def _tick(self, nonce: int) -> None:
+        await self._send("tick", lambda keys, me: keys.tick(me), nonce)
 
     async def _transact(self, name: str, parts: list[Instruction], run: RunAccounts) -> Receipt:
         assert self._feed is not None
@@ -436,47 +445,6 @@ class SolanaCoordinator:
             if latest is not None and not _at(self._decode(latest).state, epoch, height):
                 return False
         return True
-
-    # --- time -------------------------------------------------------------------------------------------------------
-
-    async def _keep_time(self, feed: Feed) -> None:
-        """Tick at the run's deadlines, when it is this node's turn."""
-        news = feed.news()
-        try:
-            while feed.failure is None:
-                news.clear()
-                wait = await self._tick_if_due(feed) if feed.latest is not None else None
-                if not news.is_set():
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(news.wait(), wait)
-        finally:
-            feed.forget(news)
-
-    async def _tick_if_due(self, feed: Feed) -> float | None:
-        """Send a tick if one is due; returns the seconds until the next look, None for until something happens."""
-        assert feed.latest is not None
-        try:
-            run = self._decode(feed.latest)
-            due = turns.due(run)
-            if due is None or not self._joined:
-                return None if due is None else turns.STAGGER
-            mine = due + turns.STAGGER * turns.turn(run, self.signer)
-            early = mine - feed.chain_time()
-            if early > 0:
-                return early
-            snapshot = await feed.refresh()
-            if snapshot.nonce != run.state.nonce:
-                return 0.0
-            if feed.chain_time() < due:
-                return due - feed.chain_time()
-            await self._send("tick", lambda keys, me: keys.tick(me), snapshot.nonce)
-            await feed.refresh()
-        except RpcProblem:
-            return turns.STAGGER
-        except CoordinatorError as error:
-            logger.debug("tick: %s", error)
-            return turns.STAGGER
-        return 0.2
 
 
 def _at(state: RunState, epoch: int, height: int) -> bool:

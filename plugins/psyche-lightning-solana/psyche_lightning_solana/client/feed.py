@@ -35,6 +35,8 @@ LONGEST_GAP = 30.0
 """Seconds between attempts to subscribe; two more for each that failed."""
 SLOW_POLL = 15.0
 """Seconds between looks while a subscription works: it may have died without a word."""
+CLOCK_JUMP = 2.0
+"""Seconds by which the chain's clock may differ from what was expected before anybody is told."""
 ROUNDS = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
 
 
@@ -180,7 +182,10 @@ class Feed:
         self._check(coordinator)
         assert coordinator is not None
         if clock is not None:
+            expected = self.chain_time()
             self._chain_time, self._chain_time_at = int.from_bytes(clock.data[32:40], "little"), self._clock()
+            if abs(self._chain_time - expected) > CLOCK_JUMP:
+                self._tell()  # whoever waits for a time looks again
         self._heard = self._clock()
         return self._take(Snapshot(slot, coordinator.data, b"" if manifest is None else manifest.data))
 

@@ -80,12 +80,18 @@ def _apply(run: RunAccounts, call: Call, clock: Clock) -> RunAccounts:
     user = bytes(call.accounts[0])
     try:
         name, given = decode(call.data)
-        return _act(run, name, user, given, clock)
+        return act(run, name, user, given, clock)
     except (Refused, machine.MachineError):
         return run  # it belongs to the time before the epoch, in the same second
 
 
-def _act(run: RunAccounts, name: str, user: bytes, given: dict[str, Any], clock: Clock) -> RunAccounts:
+def act(run: RunAccounts, name: str, user: bytes, given: dict[str, Any], clock: Clock) -> RunAccounts:
+    """The run after an instruction that the program took: its checks of accounts and authority are not made again.
+
+    Raises:
+        Refused: the run is not what the program found.
+        MachineError: likewise.
+    """
     if name == "witness":
         record = {key: value for key, value in given.items() if key not in ("epoch", "height")}
         return hosting.witness(run, user, record, given.get("epoch"), given.get("height"), clock)
@@ -99,10 +105,19 @@ def _act(run: RunAccounts, name: str, user: bytes, given: dict[str, Any], clock:
         return hosting.vote_checkpoint(run, user, given["epoch"], given["step"], given["digest"], clock)
     if name == "withdraw":
         return hosting.withdraw(run, user, clock)
-    if name == "set_paused" and given["paused"]:
-        return hosting.pause(run, clock)
-    if name in ("tick", "join_run", "checkpoint"):
-        return hosting.settle(run, clock)  # who joins takes part in the next epoch
+    if name == "join_run":
+        return hosting.join(run, user, given["client_id"]["signer"], given["client_id"]["p2p_identity"], clock)
+    if name == "tick":
+        return hosting.tick(run, clock)
+    if name == "set_paused":
+        return hosting.pause(run, clock) if given["paused"] else hosting.resume(run, clock)
+    if name == "checkpoint":
+        return hosting.set_checkpoint(run, given["repo"], clock)
+    if name == "update":
+        return hosting.update(run, given["metadata"], given["config"], given["model"], given["progress"])
+    if name == "set_future_epoch_rates":
+        rates = given["epoch_earning_rate_total_shared"], given["epoch_slashing_rate_per_client"]
+        return hosting.set_rates(run, *rates)
     return run
 
 

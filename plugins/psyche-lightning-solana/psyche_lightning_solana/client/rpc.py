@@ -19,6 +19,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_aft
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning_solana.client.cluster import LOOPBACK, Endpoint
 from psyche_lightning_solana.client.problems import RpcProblem, from_error
+from psyche_lightning_solana.client.waiting import within
 
 TRIES = 3
 """Attempts at one service before the next one is asked."""
@@ -129,7 +130,7 @@ class PoolProvider(AsyncHTTPProvider):
     async def _once(self, endpoint: Endpoint, request: str, decode: Callable[[str], _Answer]) -> _Answer:
         try:
             try:
-                text = await asyncio.wait_for(self._post(endpoint, request), self._longest)
+                text = await within(self._longest, self._post(endpoint, request))
             except asyncio.TimeoutError:
                 raise RpcProblem(f"no answer within {self._longest:.0f} s", retryable=True) from None
             return decode(text)

@@ -99,6 +99,7 @@ class SolanaRun:
         self._sender: Sender | None = None
         self._instance: Instance | None = None
         self._checked = False
+        self._anchor: Any = None
         self._manifests: dict[bytes, dict[str, Any]] = {}
 
     @classmethod
@@ -244,7 +245,15 @@ class SolanaRun:
                 f"`psyche run create {self.run_id} RECIPE`",
                 code="NoSuchRun",
             )
-        return RunKeys(self.program, self.run_id, instance.coordinator_account)
+        return self.keys_of(instance.coordinator_account)
+
+    def keys_of(self, coordinator_account: Pubkey) -> RunKeys:
+        """The addresses of a run with that coordinator account, whose instructions anchorpy builds."""
+        from psyche_lightning_solana.client import anchor  # it takes its time
+
+        if self._anchor is None:
+            self._anchor = anchor.program(self.program, self.provider, self.cluster.options.commitment)
+        return anchor.AnchorKeys(self.program, self.run_id, coordinator_account, self._anchor)
 
     def check_account(self, found: Account | None) -> None:
         """Refuse a coordinator account that is not this run's, or of another version or size.

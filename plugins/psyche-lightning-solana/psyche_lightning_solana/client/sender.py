@@ -36,7 +36,7 @@ FIRST_LOOK, LONGEST_LOOK = 0.05, 1.0
 HEIGHT_EVERY = 4
 """Looks at a transaction's status for one at the height of the chain."""
 DETAIL_TRIES = 4
-_ANCHOR = re.compile(r"Error Code: (\w+)\. Error Number: (\d+)\. Error Message: (.*)")
+ANCHOR_ERROR = re.compile(r"Error Code: (\w+)\. Error Number: (\d+)\. Error Message: (.*)")
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class Sender:
                 " (on a local chain and on devnet: `psyche solana airdrop`).",
                 code="Unfunded",
             )
-        found = next((match for line in _lines(logs) if (match := _ANCHOR.search(line))), None)
+        found = next((match for line in _lines(logs) if (match := ANCHOR_ERROR.search(line))), None)
         if found is not None:
             return CoordinatorError(f"the program refused {name}: {found[3].rstrip('.')} ({found[2]})", code=found[1])
         if error_name(error) == "InvalidProgramForExecution" or error_name(error) == "ProgramAccountNotFound":

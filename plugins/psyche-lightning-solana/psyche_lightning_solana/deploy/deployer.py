@@ -30,6 +30,7 @@ from solders.system_program import (
     create_account_with_seed,
 )
 from solders.transaction import VersionedTransaction
+from solders.transaction_status import TransactionConfirmationStatus
 
 from psyche_lightning.errors import PsycheError
 from psyche_lightning_solana.client.wallet import Wallet
@@ -42,9 +43,13 @@ WRITE_UNITS, DEPLOY_UNITS = 3_000, 20_000
 STATUS_BATCH = 256
 POLL = 0.2
 """Seconds between looks at what landed."""
-MAX_IDLE_ROUNDS = 4
+LOOKS = 10
+"""After so many, what did not land is sent again."""
+MAX_IDLE_ROUNDS = 2
 """After so many blockhashes with which nothing landed, it is given up; the same call goes on."""
 MAX_TRIES = 6
+PAUSE = 0.25
+"""Seconds before the second try; each further one waits twice as long."""
 
 _Answer = TypeVar("_Answer")
 
@@ -171,9 +176,12 @@ class Deployer:
         # A deployment returns what the buffer held before it takes what the program is to hold; an upgrade afterwards.
         held = 0 if buffer is None else rent_buffer
         needed = fees + (max(rent_buffer, kept) if code is None else rent_buffer + kept) - held
+        lowest = await self._rent(0)  # a payer may not be left with less, unless with nothing
         balance = (await self._retried(lambda: self._client.get_balance(self._payer.public, Confirmed))).value
         same = code is not None and code.holds(image)
-        return Plan(code is not None, same, self._buffer, buffer is not None, max(0, needed), kept, balance, more)
+        return Plan(
+            code is not None, same, self._buffer, buffer is not None, max(0, needed) + lowest, kept, balance, more
+        )
 
     async def run(self, plan: Plan) -> None:
         """Deploy, as planned.
@@ -229,45 +237,50 @@ class Deployer:
             idle = 0 if landed else idle + 1
 
     async def _write_round(self, missing: list[tuple[int, bytes]]) -> int:
-        """Send pieces, and wait until they landed or no longer can; how many did."""
+        """Send pieces, again and again, until they landed or their blockhash is over; how many did."""
         blockhash, last = await self._blockhash()
-        total = len(self._image)
-        done = total - sum(len(piece) for _, piece in missing)
-        self._progress(done, total)
-        waiting: dict[Signature, int] = {}
-
-        async def send(offset: int, piece: bytes) -> None:
+        waiting: dict[Signature, tuple[bytes, int]] = {}
+        for offset, piece in missing:
             instruction = loader.write(self._buffer, self._authority.public, offset, piece)
             transaction = self._signed(self._priced([instruction], WRITE_UNITS), blockhash)
-            options = TxOpts(skip_preflight=True, skip_confirmation=True)
-            async with self._slots:
-                try:
-                    await self._retried(lambda: self._client.send_raw_transaction(bytes(transaction), options))
-                except DeployError:
-                    return  # the next round has it again
-            waiting[transaction.signatures[0]] = len(piece)
-
-        await asyncio.gather(*(send(offset, piece) for offset, piece in missing))
-        landed = 0
-        while waiting:
-            batches = list(waiting)
-            for start in range(0, len(batches), STATUS_BATCH):
-                some = batches[start : start + STATUS_BATCH]
-                statuses = (await self._retried(lambda some=some: self._client.get_signature_statuses(some))).value  # type: ignore[misc]
-                for signature, status in zip(some, statuses, strict=True):
-                    if status is None or str(status.confirmation_status).endswith("Processed"):
-                        continue
-                    if status.err is not None:
-                        raise DeployError(f"the cluster refused a piece of the program: {status.err}")
-                    landed += 1
-                    done += waiting.pop(signature)
-            self._progress(done, total)
-            height = (await self._retried(lambda: self._client.get_block_height(Confirmed))).value
-            if height > last:
-                break
-            if waiting:
+            waiting[transaction.signatures[0]] = (bytes(transaction), len(piece))
+        while True:
+            await asyncio.gather(*(self._offer(raw) for raw, _ in waiting.values()))
+            for _ in range(LOOKS):
+                await self._collect(waiting)
+                self._progress(len(self._image) - sum(size for _, size in waiting.values()), len(self._image))
+                height = (await self._retried(lambda: self._client.get_block_height(Confirmed))).value
+                if not waiting or height > last:
+                    return len(missing) - len(waiting)
                 await asyncio.sleep(POLL)
-        return landed
+
+    async def _offer(self, raw: bytes) -> None:
+        """Send a transaction once; whether it arrived is seen when it lands."""
+        async with self._slots:
+            try:
+                await self._client.send_raw_transaction(raw, TxOpts(skip_preflight=True, skip_confirmation=True))
+            except RPCException as error:
+                raise DeployError(f"the cluster refused a piece of the program: {_reason(error)}") from error
+            except SolanaRpcException:
+                return
+
+    async def _collect(self, waiting: dict[Signature, tuple[bytes, int]]) -> None:
+        """Take out what is confirmed."""
+        signatures = list(waiting)
+        for start in range(0, len(signatures), STATUS_BATCH):
+            some = signatures[start : start + STATUS_BATCH]
+            for signature, status in zip(some, await self._statuses(some), strict=True):
+                if status:
+                    del waiting[signature]
+
+    async def _statuses(self, signatures: list[Signature]) -> list[bool]:
+        """Which of these transactions are confirmed."""
+        found = (await self._retried(lambda: self._client.get_signature_statuses(signatures))).value
+        for signature, status in zip(signatures, found, strict=True):
+            if status is not None and status.err is not None:
+                raise DeployError(f"the cluster took the transaction {signature}, and it failed: {status.err}")
+        levels = (TransactionConfirmationStatus.Confirmed, TransactionConfirmationStatus.Finalized)
+        return [status is not None and status.confirmation_status in levels for status in found]
 
     def _pieces(self, present: bytes) -> list[tuple[int, bytes]]:
         empty = loader.write(self._buffer, self._authority.public, 0, b"")
@@ -307,15 +320,12 @@ class Deployer:
             options = TxOpts(skip_confirmation=True, preflight_commitment=Confirmed)
             await self._retried(lambda: self._client.send_raw_transaction(bytes(transaction), options))  # noqa: B023
             signature = transaction.signatures[0]
-            while True:
-                status = (await self._retried(lambda: self._client.get_signature_statuses([signature]))).value[0]  # noqa: B023
-                if status is not None and not str(status.confirmation_status).endswith("Processed"):
-                    if status.err is not None:
-                        raise DeployError(f"the cluster refused the transaction {signature}: {status.err}")
-                    return
+            while not (await self._statuses([signature]))[0]:
                 if (await self._retried(lambda: self._client.get_block_height(Confirmed))).value > last:
                     break
                 await asyncio.sleep(POLL)
+            else:
+                return
         raise DeployError("the cluster takes no transactions of ours; run the same command again to go on")
 
     async def _next_slot(self) -> None:
@@ -359,7 +369,7 @@ class Deployer:
                 raise DeployError(f"the cluster refused: {_reason(error)}") from error
             except SolanaRpcException as error:
                 problem = error
-            await asyncio.sleep(0.25 * 2**attempt)
+            await asyncio.sleep(PAUSE * 2**attempt)
         raise DeployError(
             f"the cluster does not answer ({_reason(problem)}); run the same command again to go on where it stopped"
         )
@@ -372,4 +382,4 @@ def _reason(error: Exception) -> str:
             logs = getattr(getattr(item, "data", None), "logs", None) or []
             return " ".join([str(message), *logs[-3:]])
     cause = error.__cause__ or error
-    return str(cause) or type(cause).__name__
+    return (str(cause) or type(cause).__name__).splitlines()[0]

@@ -21,6 +21,7 @@ class Accounts:
         self._versions: dict[Pubkey, list[tuple[int, Account | None]]] = {}
         self._owners: dict[Pubkey, dict[Pubkey, None]] = {}
         self._pending: deque[tuple[int, Pubkey]] = deque()
+        self._settled = -1
 
     def __len__(self) -> int:
         return len(self._versions)
@@ -32,10 +33,11 @@ class Accounts:
         """Store an account as of a slot, which is never before those stored already; without lamports it is gone."""
         kept = account if account.lamports else None
         versions = self._versions.setdefault(key, [])
-        if versions and versions[-1][0] == slot:
-            versions[-1] = (slot, kept)
-        else:
-            versions.append((slot, kept))
+        fresh = not versions or versions[-1][0] != slot
+        if not fresh:
+            del versions[-1]
+        versions.append((slot, kept))
+        if fresh or slot <= self._settled:
             self._pending.append((slot, key))
         if kept is not None:
             self._owners.setdefault(kept.owner, {})[key] = None
@@ -55,6 +57,7 @@ class Accounts:
 
     def settle(self, slot: int) -> None:
         """Forget what nobody can see who looks at this slot or a later one."""
+        self._settled = slot
         while self._pending and self._pending[0][0] <= slot:
             _, key = self._pending.popleft()
             versions = self._versions.get(key)

@@ -35,6 +35,8 @@ MAX_PROCESSING_AGE = 150
 RECENT_SLOTS = 300
 """Slots for which statuses are in memory, as in a validator's status cache."""
 SLOT_HASHES = 512
+CONFIRMED_LAG, FINALIZED_LAG = 1, 32
+"""Slots until most votes are in, and until nothing can undo a slot any more, as on a cluster where nothing fails."""
 MAX_ANNOUNCED = 64
 """When many slots pass at once, only the last of them are announced."""
 GENESIS = Hash(sha256(b"psyche-lightning localnet genesis"))
@@ -96,8 +98,8 @@ class LocalChain:
         self,
         clock: SlotClock | None = None,
         *,
-        confirmed_lag: int = 1,
-        finalized_lag: int = 32,
+        confirmed_lag: int = CONFIRMED_LAG,
+        finalized_lag: int = FINALIZED_LAG,
         max_transactions: int = 20_000,
         seed: bytes | None = None,
     ) -> None:
@@ -117,6 +119,8 @@ class LocalChain:
         self._slot_of_vm = -1
         self._remember_blockhashes()
         self.store({self.faucet.pubkey(): Account(FAUCET_LAMPORTS, b"", SYSTEM_PROGRAM)})
+        if self.slot == 0:  # the genesis block has no transactions
+            self.advance()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Time
@@ -150,11 +154,10 @@ class LocalChain:
             self._passed(before)
         return due
 
-    def catch_up(self) -> None:
-        """Go on at the wall clock's time after having been away."""
-        before = self.clock.slot
-        self.clock.catch_up()
-        self._passed(before)
+    def follow_wall(self) -> None:
+        """Let all slots pass that the wall clock is ahead, and go on with it."""
+        self.clock.follow_wall()
+        self.keep_time()
 
     def _passed(self, before: int) -> None:
         now = self.clock.slot
@@ -162,7 +165,6 @@ class LocalChain:
         while self._statuses and next(iter(self._statuses.values())) < now - RECENT_SLOTS:
             self._statuses.popitem(last=False)
         finalized = self.slot_at("finalized")
-        self.accounts.settle(finalized)
         if self.observer is not None:
             for slot in range(max(before + 1, now - MAX_ANNOUNCED + 1), now + 1):
                 self.observer.slot(slot, slot - 1, max(0, slot - self.lags["finalized"]))
@@ -171,6 +173,7 @@ class LocalChain:
                 for block in self._blocks:
                     if since < block.slot <= self.slot_at(commitment):
                         self.observer.settled(commitment, block)
+        self.accounts.settle(finalized)
         while self._blocks and self._blocks[0].slot <= finalized:
             self._blocks.popleft()
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import time
 from collections.abc import Callable
-
-MAX_ANCHORS = 64
 
 
 class SlotClock:
@@ -37,21 +34,19 @@ class SlotClock:
         self.slot_ms = slot_ms
         self.running = running
         self._now = now
+        self._ahead = 0  # of the wall clock, in milliseconds
         self.begin(slot, self._wall_ms() if unix_ms is None else unix_ms)
 
     def begin(self, slot: int, unix_ms: int) -> None:
         """Start over at a slot and its time."""
         self.slot = slot
-        # Time is linear after each anchor: (slot, its time in milliseconds).
-        self._anchors = [(slot, unix_ms)]
-        self._ahead = unix_ms - self._wall_ms()
+        self._origin = unix_ms - slot * self.slot_ms
+        if self.running:
+            self.resume()
 
     def unix_ms(self, slot: int | None = None) -> int:
         """Time of a slot, the current one unless given, in milliseconds since 1970."""
-        slot = self.slot if slot is None else slot
-        place = max(0, bisect.bisect_right(self._anchors, (slot, 1 << 80)) - 1)
-        since, at = self._anchors[place]
-        return at + (slot - since) * self.slot_ms
+        return self._origin + (self.slot if slot is None else slot) * self.slot_ms
 
     def unix_time(self, slot: int | None = None) -> int:
         """Time of a slot in whole seconds since 1970, as programs see it."""
@@ -90,13 +85,10 @@ class SlotClock:
         self.running = True
         self._ahead = self.unix_ms() - self._wall_ms()
 
-    def catch_up(self) -> None:
-        """Begin a slot whose time is the wall clock's, if that is later: after having been away."""
-        self.slot += 1
-        at = max(self._wall_ms(), self.unix_ms())
-        if at > self.unix_ms():
-            self._anchors = [*self._anchors, (self.slot, at)][-MAX_ANCHORS:]
-        self._ahead = at - self._wall_ms()
+    def follow_wall(self) -> None:
+        """Slots pass with the wall clock, and all those are due that it is ahead."""
+        self.running = True
+        self._ahead = max(0, self.unix_ms() - self._wall_ms())
 
     def _wall_ms(self) -> int:
         return int(self._now() * 1000)

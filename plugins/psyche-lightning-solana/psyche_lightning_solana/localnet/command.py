@@ -19,7 +19,7 @@ def localnet(
         Path | None, typer.Option(help="Folder that keeps the chain; without, it is gone when this ends.")
     ] = None,
     reset: Annotated[bool, typer.Option("--reset", help="Start over in that folder.")] = False,
-    programs: Annotated[bool, typer.Option(help="Deploy the coordinator's programs.")] = True,
+    no_programs: Annotated[bool, typer.Option("--no-programs", help="An empty chain, without our programs.")] = False,
     slot_ms: Annotated[int, typer.Option(min=1, max=60_000, help="Milliseconds of a slot.")] = 400,
     confirmed_lag: Annotated[int, typer.Option(min=0, help="Slots until a transaction counts as confirmed.")] = 1,
     finalized_lag: Annotated[int, typer.Option(min=0, help="Slots until it counts as finalized.")] = 32,
@@ -38,7 +38,7 @@ def localnet(
             port,
             ledger,
             reset=reset,
-            programs=programs,
+            programs=not no_programs,
             slot_ms=slot_ms,
             frozen=frozen,
             confirmed_lag=confirmed_lag,
@@ -59,11 +59,10 @@ async def _serve(
     frozen: bool,
     **settings: Any,
 ) -> None:
-    from psyche_lightning_solana.localnet.chain import LocalChain
     from psyche_lightning_solana.localnet.clock import SlotClock
     from psyche_lightning_solana.localnet.faucet import FAUCET_LAMPORTS
     from psyche_lightning_solana.localnet.ledger import Ledger
-    from psyche_lightning_solana.localnet.programs import install_ours
+    from psyche_lightning_solana.localnet.programs import fresh_chain, install_ours
     from psyche_lightning_solana.localnet.server import LocalServer
 
     # Before anything can go wrong with a half-started server, and before the URL invites a signal.
@@ -76,9 +75,11 @@ async def _serve(
         clock = SlotClock(slot_ms, running=not frozen)
         if ledger is not None and reset:
             ledger.reset()
-        kept_chain = None if ledger is None else ledger.load(clock, **settings)
-        chain = kept_chain or LocalChain(clock, **settings)
-        installed = install_ours(chain) if programs else {}
+        chain = None if ledger is None else ledger.load(clock, **settings)
+        if chain is None:
+            chain, installed = fresh_chain(clock, programs=programs, **settings)
+        else:
+            installed = install_ours(chain) if programs else {}
         async with LocalServer(chain, host=host, port=port, ledger=ledger) as server:
             kept = "" if folder is None else f", kept in {folder}"
             print(

@@ -80,8 +80,8 @@ class Ledger:
         """The chain that was saved, or None if there is none.
 
         Args:
-            clock: how its slots pass from now on; where the chain stood is set here. A running one goes on at the wall
-                clock's time, a frozen one at the chain's.
+            clock: how its slots pass from now on; where the chain stood is set here. A running one follows the wall
+                clock, a frozen one goes on at the chain's time.
             settings: further arguments of :class:`LocalChain`.
 
         Raises:
@@ -108,7 +108,7 @@ class Ledger:
                 f"{self._path} is damaged or of another version ({error}). Move it away, or start with --reset."
             ) from error
         if clock.running:
-            chain.catch_up()
+            chain.follow_wall()
         self._saved = chain.history.count
         return chain
 
@@ -130,7 +130,11 @@ class Ledger:
         Raises:
             StoreError: the disk is full or the like; what was there stays.
         """
-        await asyncio.get_running_loop().run_in_executor(None, self._write, *self._capture(chain))
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._write, *self._capture(chain))
+        except StoreError:
+            self._saved = -1
+            raise
 
     @property
     def _path(self) -> Path:

@@ -113,9 +113,9 @@ def get_account_info(chain: LocalChain, params: Params) -> Any:
     """One account."""
     key, config = params.pubkey(0), params.config(1)
     require_context(chain, config)
-    encoding = config.choice("encoding", ACCOUNT_ENCODINGS, "binary")
+    form = config.choice("encoding", ACCOUNT_ENCODINGS, "binary"), config.data_slice
     account = chain.account(key, config.commitment)
-    shown = None if account is None else account_json(account, encoding, config.data_slice)
+    shown = None if account is None else account_json(account, *form)
     return with_context(chain, config, shown)
 
 
@@ -123,9 +123,9 @@ def get_multiple_accounts(chain: LocalChain, params: Params) -> Any:
     """Up to a hundred accounts."""
     keys, config = params.pubkeys(0, MAX_MULTIPLE_ACCOUNTS), params.config(1)
     require_context(chain, config)
-    encoding = config.choice("encoding", ACCOUNT_ENCODINGS, "base64")
+    form = config.choice("encoding", ACCOUNT_ENCODINGS, "base64"), config.data_slice
     accounts = [chain.account(key, config.commitment) for key in keys]
-    shown = [None if item is None else account_json(item, encoding, config.data_slice) for item in accounts]
+    shown = [None if item is None else account_json(item, *form) for item in accounts]
     return with_context(chain, config, shown)
 
 
@@ -133,10 +133,10 @@ def get_program_accounts(chain: LocalChain, params: Params) -> Any:
     """The accounts of a program that pass filters."""
     program, config = params.pubkey(0), params.config(1)
     require_context(chain, config)
-    encoding = config.choice("encoding", ACCOUNT_ENCODINGS, "binary")
+    form = config.choice("encoding", ACCOUNT_ENCODINGS, "binary"), config.data_slice
     filters = filters_of(config.get("filters"))
     shown = [
-        {"pubkey": str(key), "account": account_json(account, encoding, config.data_slice)}
+        {"pubkey": str(key), "account": account_json(account, *form)}
         for key, account in chain.accounts.owned(chain.slot_at(config.commitment), program)
         if matches(account, filters)
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from solders.instruction import Instruction
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
@@ -10,11 +12,14 @@ from solders.system_program import CreateAccountParams, create_account
 from psyche_lightning.errors import PsycheError
 from psyche_lightning_solana.client.cluster import local_program
 from psyche_lightning_solana.deploy import loader
-from psyche_lightning_solana.localnet.chain import LocalChain
+from psyche_lightning_solana.localnet.chain import FINALIZED_LAG, LocalChain
+from psyche_lightning_solana.localnet.clock import SlotClock
 from psyche_lightning_solana.localnet.errors import error_text
 from psyche_lightning_solana.toolchain.build import PROGRAMS
 
 PIECE = 900
+INSTALL_SLOTS = 16
+"""More than installing our programs takes."""
 
 
 def install(chain: LocalChain, program: Keypair, image: bytes) -> bool:
@@ -61,6 +66,25 @@ def install(chain: LocalChain, program: Keypair, image: bytes) -> bool:
         _land(chain, [loader.upgrade(key, place, payer, payer)], faucet)
     chain.advance()
     return True
+
+
+def fresh_chain(clock: SlotClock, *, programs: bool = True, **settings: Any) -> tuple[LocalChain, dict[str, Pubkey]]:
+    """A new chain, with our programs on it and all of that finalized.
+
+    Args:
+        clock: how its slots pass; where it begins is set here.
+        programs: whether to install the programs.
+        settings: further arguments of :class:`LocalChain`.
+
+    Returns:
+        The chain, and the programs' addresses by name.
+    """
+    now, lag = clock.unix_ms(), settings.get("finalized_lag", FINALIZED_LAG)
+    clock.begin(0, now - (lag + INSTALL_SLOTS) * clock.slot_ms)
+    chain = LocalChain(clock, **settings)
+    installed = install_ours(chain) if programs else {}
+    chain.advance(lag + INSTALL_SLOTS - chain.slot)
+    return chain, installed
 
 
 def install_ours(chain: LocalChain) -> dict[str, Pubkey]:

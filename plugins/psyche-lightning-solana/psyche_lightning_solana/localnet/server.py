@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections.abc import Callable
 from types import TracebackType
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from psyche_lightning.errors import PsycheError
+from psyche_lightning.errors import PsycheError, StoreError
 from psyche_lightning_solana.localnet.chain import LocalChain
 from psyche_lightning_solana.localnet.ledger import Ledger
 from psyche_lightning_solana.localnet.methods_state import STATE_METHODS
@@ -137,7 +138,10 @@ class LocalServer:
         while True:
             await asyncio.sleep(ledger.interval)
             if ledger.behind(self.chain):
-                await ledger.save_aside(self.chain)
+                try:
+                    await ledger.save_aside(self.chain)
+                except StoreError as error:  # what was saved before stays, and the next time may do better
+                    _log.error("%s", error)
 
     def _snapshot(self, chain: LocalChain, params: Params) -> bool:
         if self._ledger is not None:
@@ -166,11 +170,12 @@ class LocalServer:
             return web.Response(status=503, text="Too many connections.")
         connection = web.WebSocketResponse(max_msg_size=MAX_BODY_SIZE, heartbeat=HEARTBEAT)
         await connection.prepare(request)
-        outbox = _Outbox()
+        transport = request.transport
+        outbox = _Outbox(transport.abort if transport is not None else lambda: None)
         listener = Listener(self._hub, outbox.put)
         self._hub.listeners.add(listener)
         self._sockets.add(connection)
-        writer = asyncio.get_running_loop().create_task(_write(connection, outbox))
+        writer = asyncio.get_running_loop().create_task(outbox.write(connection))
         try:
             async for message in connection:
                 if message.type == WSMsgType.TEXT:
@@ -187,37 +192,32 @@ class LocalServer:
 
 
 class _Outbox:
-    """What waits to be sent to one subscriber; bounded."""
+    """What waits to be sent to one subscriber; bounded.
 
-    def __init__(self) -> None:
-        self._queue: asyncio.Queue[str | None] = asyncio.Queue()
+    Args:
+        overflow: called when more waits than may.
+    """
+
+    def __init__(self, overflow: Callable[[], None]) -> None:
+        self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._waiting = 0
+        self._overflow = overflow
 
     def put(self, text: str) -> None:
-        """Add a text; one too many ends the connection."""
-        if self._waiting > MAX_WAITING:
-            return
+        """Add a text, unless there are too many."""
         self._waiting += len(text)
-        self._queue.put_nowait(text if self._waiting <= MAX_WAITING else None)
+        if self._waiting > MAX_WAITING:
+            self._overflow()
+        else:
+            self._queue.put_nowait(text)
 
-    async def get(self) -> str | None:
-        """The next text; None for the end."""
-        text = await self._queue.get()
-        if text is not None:
-            self._waiting -= len(text)
-        return text
-
-
-async def _write(connection: web.WebSocketResponse, outbox: _Outbox) -> None:
-    while True:
-        text = await outbox.get()
-        if text is None:
-            await connection.close(code=WSCloseCode.TRY_AGAIN_LATER, message=b"too slow")
-            return
-        try:
-            await connection.send_str(text)
-        except ConnectionError:
-            return
+    async def write(self, connection: web.WebSocketResponse) -> None:
+        """Send what there is, until the connection ends."""
+        with contextlib.suppress(ConnectionError):
+            while True:
+                text = await self._queue.get()
+                await connection.send_str(text)
+                self._waiting -= len(text)
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:

@@ -50,6 +50,9 @@ class NativeProgram:
         self._process = subprocess.Popen(
             [folder / f"replay-{name}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
+        assert self._process.stdin
+        assert self._process.stdout
+        self._to, self._from = self._process.stdin, self._process.stdout
 
     def __enter__(self) -> NativeProgram:
         return self
@@ -59,10 +62,9 @@ class NativeProgram:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
+        self._to.close()
         self._process.wait(timeout=30)
-        self._process.stdout.close()
+        self._from.close()
         self._errors.close()
 
     def run(
@@ -84,10 +86,9 @@ class NativeProgram:
             AssertionError: a sanitizer ended the process.
         """
         buffer, places = _serialize(program, accounts, data)
-        assert self._process.stdin and self._process.stdout
         try:
-            self._process.stdin.write(struct.pack("<QqQ", slot, timestamp, len(buffer)) + buffer)
-            self._process.stdin.flush()
+            self._to.write(struct.pack("<QqQ", slot, timestamp, len(buffer)) + buffer)
+            self._to.flush()
             result, length = struct.unpack("<QQ", self._read(16))
             log = self._read(length).decode("utf-8", "replace")
             after = self._read(len(buffer))
@@ -102,8 +103,7 @@ class NativeProgram:
         return result, log
 
     def _read(self, size: int) -> bytes:
-        assert self._process.stdout
-        data = self._process.stdout.read(size)
+        data = self._from.read(size)
         if len(data) < size:
             raise EOFError
         return data

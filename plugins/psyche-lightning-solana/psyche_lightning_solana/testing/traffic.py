@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from random import Random
 
 from solders.instruction import AccountMeta, Instruction
@@ -27,9 +28,6 @@ from psyche_lightning_solana.testing.twins import Disagreement, Seen, Twins
 from psyche_lightning_solana.testing.values import any_value, sane_config, sane_model
 from psyche_lightning_solana.types import CHECKPOINT, CONFIG, METADATA, MODEL, PROGRESS
 
-SPARE_ACCOUNTS = 4
-"""How often the run can be made anew."""
-
 
 @dataclass(frozen=True)
 class Step:
@@ -46,8 +44,7 @@ class World:
         self.twins = twins = Twins(remember=remember, native=native)
         self.owner, self.stranger = twins.wallet(), twins.wallet()
         self.wallets = [twins.wallet() for _ in range(wallets)]
-        self.runs = [RunKeys(twins.program, "traffic", twins.blank()) for _ in range(SPARE_ACCOUNTS)]
-        self.made = 0
+        self.keys = RunKeys(twins.program, "traffic", twins.blank())
         other = RunKeys(twins.program, "other", twins.blank())
         twins.send(other.init_coordinator(self.stranger, twins.authorizer, self.stranger, self.stranger, "test"))
         first = self.wallets[0]
@@ -75,13 +72,8 @@ class World:
         self.places = [
             *(self.owner, self.stranger, *self.wallets[:4], *self.authorizations, self.keeper, *self.odd),
             *(other.instance, other.manifest, other.coordinator_account),
-            *(self.runs[0].instance, self.runs[0].manifest, self.runs[0].coordinator_account),
+            *(self.keys.instance, self.keys.manifest, self.keys.coordinator_account),
         ]
-
-    @property
-    def keys(self) -> RunKeys:
-        """The run, or the one to be made."""
-        return self.runs[min(self.made, SPARE_ACCOUNTS - 1)]
 
     def _authorization(
         self,
@@ -111,9 +103,13 @@ class World:
 
     def describe(self, instruction: Instruction) -> str:
         """An instruction on one line."""
-        known = {self.keys.instance: "instance", self.keys.manifest: "manifest", self.owner: "owner"}
+        known = {
+            self.keys.instance: "instance",
+            self.keys.manifest: "manifest",
+            self.owner: "owner",
+            self.keys.coordinator_account: "run",
+        }
         known |= {wallet: f"wallet{i}" for i, wallet in enumerate(self.wallets)}
-        known |= {keys.coordinator_account: "run" for keys in self.runs}
         flags = ("", "s", "w", "sw")
         accounts = " ".join(
             f"{known.get(meta.pubkey, str(meta.pubkey)[:6])}:{flags[meta.is_signer + 2 * meta.is_writable]}"
@@ -135,11 +131,18 @@ class World:
         before = twins.run(self.keys).state.epoch if existed else 0
         twins.send(step.instruction)
         if existed and not self.exists:
-            self.made += 1
+            twins.put(self.keys.coordinator_account, twins.program, bytes(COORDINATOR_SIZE))  # to be made anew
         elif self.exists:
             state = twins.run(self.keys).state
             twins.seen.phases[state.phase.name] += 1
             twins.seen.epochs += state.epoch == before + 1
+
+
+@lru_cache(maxsize=64)
+def _heard(seed: int, clients: tuple[bytes, ...], silence: float, variant: int) -> bytes:
+    """The filter of a witness that heard from some of the clients; two witnesses need not agree."""
+    random = Random(seed + variant)
+    return participants_bloom(seed, [signer for signer in clients if random.random() >= silence])
 
 
 class Traffic:
@@ -216,11 +219,10 @@ class Traffic:
             Phase.ROUND_WITNESS: [(6, self._witness), (0.7, self._health)],
             Phase.COOLDOWN: [(6, self._vote), (1, self._join)],
         }
-        weights, choices = zip(*general, *special.get(phase, []), strict=True)
-        if self.patient:
-            weights = (*(weight / 4 for weight in weights[: len(general)]), *weights[len(general) :])
-        chosen = self.random.choices(choices, weights)[0]
-        return chosen(run)
+        share = 0.25 if self.patient else 1
+        weighted = [(share * weight, choose) for weight, choose in general] + special.get(phase, [])
+        choose = self.random.choices([choose for _, choose in weighted], [weight for weight, _ in weighted])[0]
+        return choose(run)
 
     def _someone(self) -> Pubkey:
         return self.random.choice(self.world.wallets)
@@ -234,14 +236,11 @@ class Traffic:
     def _any(self, run: RunAccounts) -> Instruction:
         """Any arguments."""
         random, keys, owner = self.random, self.world.keys, self.world.owner
-        return random.choice(
-            [
-                lambda: keys.update(owner, config=any_value(CONFIG, random)),
-                lambda: keys.update(owner, model=any_value(MODEL, random)),
-                lambda: keys.update(owner, progress=any_value(PROGRESS, random)),
-                lambda: keys.checkpoint(owner, any_value(CHECKPOINT, random)),
-            ]
-        )()
+        what = random.choice(["config", "model", "progress", "checkpoint"])
+        if what == "checkpoint":
+            return keys.checkpoint(owner, any_value(CHECKPOINT, random))
+        kind = {"config": CONFIG, "model": MODEL, "progress": PROGRESS}[what]
+        return keys.update(owner, **{what: any_value(kind, random)})
 
     def _configure(self, run: RunAccounts) -> Instruction:
         random, keys = self.random, self.world.keys
@@ -323,9 +322,9 @@ class Traffic:
         if not seats or self.random.random() < self.silence:
             return self._tick(run)
         index = self.random.choice(seats)
-        heard = [signer for signer in round_.clients if self.random.random() > self.silence]
         random = self.random.randbytes(BLOOM_SIZE)
-        filters = [participants_bloom(round_.seed, heard), self.random.choice([bytes(BLOOM_SIZE), random])]
+        heard = _heard(round_.seed, round_.clients, self.silence, self.random.randrange(2))
+        filters = [heard, self.random.choice([bytes(BLOOM_SIZE), random])]
         at = self.random.choice([None, (state.epoch, round_.height)])
         step = self.random.choice([0, state.step])
         return self.world.keys.witness(
@@ -360,13 +359,14 @@ class Traffic:
 
     def _spoiled(self, instruction: Instruction) -> Instruction:
         data, metas = bytearray(instruction.data), list(instruction.accounts)
+        begins = not self.world.exists  # with other authorities nothing more would come of the run
         for _ in range(self.random.choice([1, 1, 1, 2])):
             kind = self.random.randrange(7)
             if kind == 0:
                 del data[self.random.randrange(len(data)) :]
             elif kind == 1:
                 data += self.random.randbytes(self.random.randint(1, 8))
-            elif kind == 2 and data:
+            elif kind == 2 and data and not begins:
                 data[self.random.randrange(len(data))] = self.random.choice([0, 1, 2, 255, self.random.getrandbits(8)])
             elif kind == 3 and metas:
                 at = self.random.randrange(len(metas))

@@ -15,10 +15,11 @@ from solders.transaction_metadata import FailedTransactionMetadata
 from solders.transaction_status import InstructionErrorCustom, TransactionErrorInstructionError
 
 from psyche_lightning_solana.account import RunAccounts
-from psyche_lightning_solana.hosting import Clock, Refused
+from psyche_lightning_solana.hosting import Clock
 from psyche_lightning_solana.instructions import RunKeys
+from psyche_lightning_solana.interface import COORDINATOR
 from psyche_lightning_solana.layout import COORDINATOR_SIZE
-from psyche_lightning_solana.model import Account, ModelProgram, decode
+from psyche_lightning_solana.model import Account, ModelProgram
 from psyche_lightning_solana.testing.native import NativeAccount, NativeProgram
 from psyche_lightning_solana.testing.vm import Vm
 from psyche_lightning_solana.toolchain.build import PROGRAMS
@@ -71,12 +72,10 @@ class Twins:
     """
 
     def __init__(self, *, remember: bool = True, native: NativeProgram | None = None) -> None:
-        self.vm = Vm()
+        self.vm = Vm(tokens=False)
         self.native = native
         self.vm.svm = self.vm.svm.with_sigverify(False)
-        self.program = self.vm.deploy((PROGRAMS / "coordinator.so").read_bytes())
-        self.authorizer = self.vm.keypair().pubkey()
-        self.vm.svm.add_program(self.authorizer, (PROGRAMS / "authorizer.so").read_bytes())
+        self.program, self.authorizer = (self._place(name) for name in ("coordinator", "authorizer"))
         executable = {bytes(key): Account(bytes(32), executable=True) for key in (self.program, self.authorizer)}
         self.chain: dict[bytes, Account] = executable
         self.model = ModelProgram(bytes(self.program), self.chain, remember=remember)
@@ -84,6 +83,11 @@ class Twins:
         self.seen = Seen()
         self.logs: list[str] = []
         self._sent = 0
+
+    def _place(self, name: str) -> Pubkey:
+        address = self.vm.keypair().pubkey()
+        self.vm.svm.add_program(address, (PROGRAMS / f"{name}.so").read_bytes())
+        return address
 
     @property
     def clock(self) -> Clock:
@@ -140,11 +144,10 @@ class Twins:
         return expected
 
     def name(self, instruction: Instruction) -> str:
-        """The instruction's name, or that of the error when it is none."""
-        try:
-            return decode(instruction.data)[0]
-        except Refused as refused:
-            return refused.name
+        """The instruction's name."""
+        specs = COORDINATOR.instructions.values()
+        start = bytes(instruction.data[:8])
+        return next((spec.name for spec in specs if spec.discriminator == start), "unknown")
 
     def _on_chain(self, instruction: Instruction) -> int | str | None:
         """The program's error; signatures are not checked, so that whoever is listed as a signer has signed."""

@@ -61,8 +61,8 @@ def _number(kind: Number, random: Random) -> int | float:
         return float(struct.unpack(kind.form, struct.pack(kind.form, chosen))[0])
     bits = _BITS[kind.name]
     if kind.name.startswith("i"):
-        return random.choice([0, 1, -1, 2 ** (bits - 1) - 1, -(2 ** (bits - 1))])
-    return random.choice([0, 1, 2, 7, random.getrandbits(bits), 2**bits - 1, 2**bits - 2, 2 ** (bits - 1)])
+        return random.choice([0, 1, -1, (1 << bits - 1) - 1, -(1 << bits - 1)])
+    return random.choice([0, 1, 2, 7, random.getrandbits(bits), (1 << bits) - 1, (1 << bits) - 2, 1 << bits - 1])
 
 
 def sane_model(random: Random) -> dict[str, Any]:
@@ -87,6 +87,8 @@ def sane_config(random: Random, clients: int, *, patient: bool = False) -> dict[
     epoch = random.choice([8, 60, 300]) if not patient else 100_000
     witness_nodes = random.choice([0, 0, 1, 2, 3])
     least = min(max(1, witness_nodes, random.randint(1, max(clients // 2, 1))), clients)
+    if patient:
+        least = random.choice([clients // 2, clients * 9 // 10])
     start = random.choice([1, 3, 16])
     return {
         "warmup_time": random.randint(1, epoch - 1) if not patient else 10_000,
@@ -96,11 +98,13 @@ def sane_config(random: Random, clients: int, *, patient: bool = False) -> dict[
         "global_batch_size_warmup_tokens": random.choice([0, 10, 1 << 40, 2**64 - 1]),
         "epoch_time": epoch if random.random() < 0.95 else 2**64 - 1,
         "total_steps": random.choice([2, 4, 8, 1000, 2**32 - 2]),
-        "init_min_clients": min(least + random.randint(0, 2), clients, 256),
+        "init_min_clients": clients if patient else min(least + random.randint(0, 2), clients),
         "min_clients": least,
         "witness_nodes": min(witness_nodes, least) if not patient else random.choice([0, min(32, least)]),
         "global_batch_size_start": start,
-        "global_batch_size_end": random.choice([max(start, clients - 1), max(start, clients), 65535]),
+        "global_batch_size_end": random.choice(
+            [max(start, clients), 65535] if random.random() < 0.9 else [max(start, clients - 1)]
+        ),
         "verification_percent": 0,
         "waiting_for_members_extra_time": random.randint(1, 5),
     }

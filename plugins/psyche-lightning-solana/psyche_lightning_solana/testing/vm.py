@@ -52,15 +52,17 @@ class Vm:
     Args:
         features: switch on every feature of the runtime, also those that no cluster has yet. Programs are then placed
             without the loader, which these features retire.
+        tokens: have the SPL programs; a chain without them is made faster.
     """
 
-    def __init__(self, *, features: bool = False) -> None:
+    def __init__(self, *, features: bool = False, tokens: bool = True) -> None:
         self.features = features
         if features:
             self.svm = LiteSVM()
         else:
             base = LiteSVM.default().with_sysvars().with_builtins(FeatureSet.default()).with_lamports(1 << 60)
-            self.svm = base.with_sigverify(True).with_blockhash_check(True).with_spl_programs()
+            base = base.with_sigverify(True).with_blockhash_check(True)
+            self.svm = base.with_spl_programs() if tokens else base
         self._wallets = 0
         self.slot = 0
         self.time = START_TIME

@@ -1,22 +1,51 @@
-"""A local chain, real RPC services before it that fail as told, and funded wallets."""
+"""A local chain, real RPC services before it that fail as told, funded wallets, and runs with clients."""
 
 import asyncio
 import contextlib
 import itertools
 import random
+from dataclasses import asdict
 
 import pytest
-from psyche_lightning_solana.client.cluster import Endpoint, Options
+from psyche_lightning_solana.client.admin import SolanaAdmin
+from psyche_lightning_solana.client.cluster import Cluster, Endpoint, Options
+from psyche_lightning_solana.client.coordinator import SolanaCoordinator
+from psyche_lightning_solana.client.ledger import Ledger
 from psyche_lightning_solana.client.reader import Reader
 from psyche_lightning_solana.client.record import Log
 from psyche_lightning_solana.client.rpc import PoolProvider
+from psyche_lightning_solana.client.run import SolanaRun
 from psyche_lightning_solana.client.sender import Sender
+from psyche_lightning_solana.client.story import Story
 from psyche_lightning_solana.client.wallet import Wallet
 from psyche_lightning_solana.localnet.chain import LocalChain
 from psyche_lightning_solana.localnet.clock import SlotClock
+from psyche_lightning_solana.localnet.programs import fresh_chain
 from psyche_lightning_solana.localnet.server import LocalServer
 from psyche_lightning_solana.testing.proxy import Proxy
 from solders.system_program import TransferParams, transfer
+
+from psyche_lightning.coordinator.bloom import participants_bloom
+from psyche_lightning.coordinator.committee import round_selection
+from psyche_lightning.coordinator.protocol import Report
+from psyche_lightning.coordinator.state import CoordinatorConfig, Phase
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.identity import Identity
+
+CONFIG = {
+    **asdict(CoordinatorConfig()),
+    "total_steps": 4,
+    "global_batch_size_start": 8,
+    "global_batch_size_end": 8,
+    "init_min_clients": 2,
+    "warmup_time": 600,
+    "max_round_train_time": 600,
+    "round_witness_time": 600,
+    "cooldown_time": 600,
+    "waiting_for_members_extra_time": 1,
+}
+MANIFEST = {"run": {"overlap": False, "seed": 1}, "model": {"layers": 2, "name": "x"}}
 
 
 async def quickly(seconds):
@@ -29,7 +58,7 @@ class World:
 
     def __init__(self, server, proxies):
         self.server, self.chain, self.proxies = server, server.chain, proxies
-        self.problems = []
+        self.problems, self.said, self.opened = [], [], []
 
     def endpoints(self):
         return [Endpoint(proxy.url, proxy.ws_url) for proxy in self.proxies]
@@ -58,12 +87,116 @@ class World:
         account = self.chain.account(key)
         return account.lamports if account else 0
 
+    # --- runs -------------------------------------------------------------------------------------------------------
+
+    def cluster(self, genesis=None, **options):
+        return Cluster("localnet", tuple(self.endpoints()), genesis, Options(**{"poll": 1.0, **options}))
+
+    def access(self, run_id="run", wallet=None, **options):
+        found = SolanaRun(self.cluster(**options), run_id, wallet or self.wallet(), sleep=quickly)
+        found.provider._longest = 1.0
+        self.opened.append(found)
+        return found
+
+    async def owner(self, run_id="run", *, start=True, manifest=MANIFEST, everybody=True, **config):
+        """A created run's administrator."""
+        admin = SolanaAdmin(self.access(run_id))
+        await admin.create({**CONFIG, **config}, manifest=manifest, everybody=everybody)
+        if start:
+            await admin.start()
+        return admin
+
+    def node(self, run_id="run", wallet=None, patience=60.0, cluster=None, **options):
+        """A node's client."""
+        wallet = wallet or self.wallet()
+        client = SolanaCoordinator(
+            cluster or self.cluster(**options),
+            run_id,
+            Identity.generate(),
+            wallet=wallet,
+            patience=patience,
+            sleep=quickly,
+            on_status=self.said.append,
+        )
+        client.run.provider._longest = 1.0
+        self.opened.append(client)
+        return client
+
+    async def ledger(self, admin):
+        """Names and results of all transactions of a run that landed, and its story."""
+        self.chain.advance(2)
+        keys = await admin.run.keys()
+        story = Story(keys.program, keys.coordinator_account)
+        story.take(await Ledger(admin.run.reader, keys.coordinator_account).entries())
+        return [(row.instruction, row.result) for row in story.rows], story
+
+    async def rows(self, *clients):
+        """``(instruction, result)`` of what these clients sent."""
+        for client in clients:
+            await client.run.sender.close()  # the log knows units only a moment later
+        return [(row.instruction, row.result) for client in clients for row in client.run.log.records]
+
+
+class Player:
+    """Plays a node: reports whatever the state asks of it, except what ``silent`` names."""
+
+    def __init__(self, client, silent=()):
+        self.client, self.silent = client, set(silent)
+        self.states, self.errors = [], []
+
+    async def play(self, until):
+        async for state in self.client.watch():
+            self.states.append(state)
+            if until(state):
+                return state
+            try:
+                await self.act(state)
+            except CoordinatorError as error:
+                self.errors.append(error)
+        raise AssertionError("the watch ended")
+
+    async def act(self, state):
+        me, client = self.client.signer, self.client
+        index = next((i for i, c in enumerate(state.clients) if c.signer == me), None)
+        if state.phase.name.lower() in self.silent:
+            return
+        if state.phase is Phase.WAITING_FOR_MEMBERS:
+            await client.join("tcp://127.0.0.1:1", MANIFEST)
+        if index is None:
+            return
+        reported = {record.proof.index for record in state.warmup_witnesses}
+        if state.phase is Phase.WARMUP and index not in reported:
+            await client.warmup_witness(state.epoch, index, state.checkpoint.digest or b"\1" * 32)
+        elif state.phase is Phase.ROUND_TRAIN:
+            round_ = state.current
+            seat = round_.clients.index(me)
+            selection = round_selection(round_, state.config)
+            if selection.is_witness(seat) and seat not in {w.proof.index for w in round_.witnesses}:
+                proof = selection.witness_proof(seat)
+                merkle = sha256(me, bytes([round_.height]))
+                report = Report(round_.step, 2.0, 100.0, 10, 20)
+                filters = participants_bloom(round_.seed, round_.clients), bytes(192)
+                await client.witness(state.epoch, round_.height, proof, merkle, *filters, report)
+        elif state.phase is Phase.COOLDOWN and all(vote[0] != me for vote in state.checkpoint_votes):
+            await client.checkpoint(state.epoch, state.step - 1, sha256(bytes([state.step])))
+
+
+def reached(phase, epoch=None):
+    return lambda state: state.phase is phase and epoch in (None, state.epoch)
+
 
 @contextlib.asynccontextmanager
-async def world(services=1, slot_ms=20):
-    async with LocalServer(LocalChain(SlotClock(slot_ms))) as server, contextlib.AsyncExitStack() as stack:
+async def world(services=1, slot_ms=20, programs=False):
+    clock = SlotClock(slot_ms)
+    chain = fresh_chain(clock)[0] if programs else LocalChain(clock)
+    async with LocalServer(chain) as server, contextlib.AsyncExitStack() as stack:
         proxies = [await stack.enter_async_context(Proxy(server.url, server.ws_url)) for _ in range(services)]
-        yield World(server, proxies)
+        here = World(server, proxies)
+        try:
+            yield here
+        finally:
+            for client in here.opened:
+                await client.close()
 
 
 def run(test, **settings):
@@ -91,3 +224,39 @@ def run_fixture():
 @pytest.fixture(name="payment")
 def payment_fixture():
     return payment
+
+
+@pytest.fixture(name="play")
+def play_fixture():
+    """``play(players, until)``: let players act together until one of them sees it."""
+
+    async def play(players, until, timeout=60.0):
+        tasks = [asyncio.ensure_future(player.play(until)) for player in players]
+        done, rest = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+        assert done, [(p.states[-1].phase, p.states[-1].nonce, p.errors[-1:]) for p in players if p.states]
+        return next(iter(done)).result()
+
+    return play
+
+
+@pytest.fixture(name="player")
+def player_fixture():
+    return Player
+
+
+@pytest.fixture(name="reached")
+def reached_fixture():
+    return reached
+
+
+@pytest.fixture(name="manifest")
+def manifest_fixture():
+    return MANIFEST
+
+
+@pytest.fixture(name="config")
+def config_fixture():
+    return dict(CONFIG)

@@ -119,6 +119,19 @@ def test_an_authorization_from_beginning_to_end(world: World) -> None:
     assert world.read()["delegates"] == []
 
 
+def test_units_are_as_documented(world: World) -> None:
+    text = (SOURCES.parents[2] / "docs/solana-programs.md").read_text()
+    table = dict(re.findall(r"^\| `authorization_(\w+)`[^|]*\| ([\d,]+) \|", text, re.MULTILINE))
+    measured = {"create": world.create(), "grantor_update": world.grant(), "grantee_update": world.delegate(keys(25))}
+    must(world.delegate(clear=True))
+    must(world.grant(False))
+    measured["close"] = world.close()
+    assert set(table) == set(measured)
+    for name, outcome in measured.items():
+        most = int(table[name].replace(",", ""))
+        assert most / 3 < must(outcome).units <= most, name
+
+
 def test_rent_follows_the_list_of_delegates(world: World) -> None:
     must(world.create())
     rent = world.vm.svm.minimum_balance_for_rent_exemption
@@ -248,9 +261,23 @@ def test_accounts_have_to_be_writable_and_enough(world: World) -> None:
     assert error_of(world.close(authorization=read_only), "authorization") == 3006
     assert error_of(world.close(spill=AccountMeta(world.vm.keypair().pubkey(), False, False)), "spill") == 3006
     assert error_of(world.delegate(keys(1), authorization=read_only), "authorization") == 3006
-    whole = call(world.program, CREATE, world.accounts(), {"grantee": bytes(32), "scope": []})
-    for count in range(4):
-        assert world.send(Instruction(world.program, bytes(whole.data), whole.accounts[:count])).error == 3005
+    poor = AccountMeta(world.grantee.pubkey(), True, False)
+    assert error_of(world.create(payer=poor), "payer") == 3006
+    assert error_of(world.delegate(keys(1), payer=poor), "payer") == 3006
+
+
+def test_accounts_are_counted(world: World) -> None:
+    must(world.create())
+    no_delegates = {"delegates_clear": False, "delegates_added": []}
+    for spec, arguments in [
+        (CREATE, {"grantee": bytes(32), "scope": []}),
+        (GRANT, {"active": True}),
+        (DELEGATE, no_delegates),
+        (CLOSE, {}),
+    ]:
+        whole = call(world.program, spec, world.accounts(), arguments)
+        for count in range(len(spec.accounts)):
+            assert world.send(Instruction(world.program, bytes(whole.data), whole.accounts[:count])).error == 3005
 
 
 def test_another_program_in_the_place_of_the_system(world: World) -> None:

@@ -8,7 +8,7 @@ import struct
 import pytest
 import spl.token.instructions as token
 from psyche_lightning_solana.errors import REFUSALS
-from psyche_lightning_solana.interface import COORDINATOR
+from psyche_lightning_solana.interface import AUTHORIZER, COORDINATOR, TREASURER
 from psyche_lightning_solana.layout import view_coordinator, view_manifest
 from psyche_lightning_solana.testing.treasury import CONFIG, MODEL, PROGRESS, Treasury
 from psyche_lightning_solana.testing.vm import MAX_TRANSACTION_BYTES, Vm, must
@@ -224,6 +224,32 @@ def test_who_never_joined_has_no_points(world: Treasury) -> None:
     for points, error in [(0, None), (1, 6000)]:
         claim = world.instruction("participant_claim", {"claim_earned_points": points}, **accounts)
         assert world.vm.send([claim], [stranger]).error == error
+
+
+def test_units_are_as_documented(world: Treasury) -> None:
+    text = (SOURCES.parents[2] / "docs/solana-programs.md").read_text()
+    table = {
+        name: int(units.replace(",", "")) for name, units in re.findall(r"^\| `(\w+)`[^|]*\| ([\d,]+) \|", text, re.M)
+    }
+    measured = {"run_create": must(world.create())}
+    everything = {"config": CONFIG, "model": MODEL, "progress": PROGRESS, "epoch_earning_rate_total_shared": 1}
+    measured["run_update"] = must(world.update(**everything, paused=False))
+    must(world.update(paused=True))
+    manifest = {"digest": bytes([9]) * 32, "address": "x" * 192}
+    measured["run_set_manifest"] = must(world.send(world.instruction("run_set_manifest", manifest)))
+    repo = {"Hub": {"repo_id": "another/place", "revision": "main"}}
+    measured["run_checkpoint"] = must(world.send(world.instruction("run_checkpoint", {"repo": repo})))
+    for number in range(255):
+        world.give_points(1, Pubkey(number.to_bytes(32, "little")))
+    world.give_points(1)
+    world.hold(world.run, 1)
+    world.hold(world.user.pubkey())
+    measured["participant_create"] = must(world.participate())
+    measured["participant_claim"] = must(world.claim(1))
+    for name, outcome in measured.items():
+        assert table[name] / 3 < outcome.units <= table[name], name
+        assert outcome.size <= MAX_TRANSACTION_BYTES
+    assert set(table) == {*AUTHORIZER.instructions, *TREASURER.instructions}
 
 
 def test_the_errors_are_those_of_the_python_table() -> None:

@@ -119,6 +119,13 @@ def test_creation_needs_the_right_addresses(world: Treasury) -> None:
     must(world.create())
 
 
+def test_who_pays_is_writable(world: Treasury) -> None:
+    poor = AccountMeta(world.user.pubkey(), True, False)
+    assert error_of(world.create(payer=poor), "payer") == 3006
+    must(world.create())
+    assert error_of(world.participate(payer=poor), "payer") == 3006
+
+
 def test_a_token_that_is_none_is_refused(world: Treasury) -> None:
     fake = world.vm.keypair().pubkey()
     world.vm.put(fake, SYSTEM_PROGRAM, bytes(82))
@@ -179,7 +186,9 @@ def test_the_authority_of_another_run_commands_its_own_only(world: Treasury) -> 
     signs = {"authority": thief.pubkey()}
     assert error_of(world.update(signs | {"run": victim}, paused=True), "run") == 2001
     for name, address in accounts.items():
-        assert error_of(world.update(signs | {name: address}, paused=True), name) == 2001
+        outcome = world.update(signs | {name: address}, paused=True)
+        assert error_of(outcome, name) == 2001
+        assert not any(str(world.coordinator) in line for line in outcome.logs), "refused before anything is forwarded"
     assert error_of(world.update(signs | {"coordinator_manifest": manifest}, paused=True), "manifest") == 2006
     assert (
         error_of(world.update(signs | {"coordinator_program": world.authorizer}, paused=True), "coordinator_program")
@@ -227,6 +236,14 @@ def test_commands_have_one_encoding(world: Treasury, data: bytes) -> None:
     before = world.vm.data(world.account)
     assert world.send(world.instruction("run_update", data)).error == 102
     assert world.vm.data(world.account) == before
+
+
+@pytest.mark.parametrize("name", ["run_set_manifest", "run_checkpoint"])
+def test_what_is_forwarded_is_bounded(world: Treasury, name: str) -> None:
+    """More than a transaction holds comes from another program that calls."""
+    must(world.create())
+    for size in (0, 1024, 1025, 4000):
+        assert world.send(world.instruction(name, bytes(size))).error == 102
 
 
 def test_a_command_that_fails_undoes_those_before_it(world: Treasury) -> None:

@@ -1,0 +1,57 @@
+"""The coordinator program through anchorpy: its IDL, its ``Program``, and a ``Provider`` over the pool of RPC services.
+
+``Program`` builds the instructions; sending them is :mod:`~psyche_lightning_solana.client.sender`'s, because anchorpy's
+provider sends once, with neither limits nor price.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from anchorpy.program.context import Context
+from anchorpy.program.core import Program
+from anchorpy.provider import Provider, Wallet
+from solders.instruction import AccountMeta, Instruction
+from solders.pubkey import Pubkey
+
+from psyche_lightning_solana import legacy_idl
+from psyche_lightning_solana.client.rpc import PoolProvider, connect
+from psyche_lightning_solana.instructions import RunKeys
+from psyche_lightning_solana.interface import COORDINATOR
+
+
+@functools.cache
+def _idl() -> Any:
+    return legacy_idl.load("coordinator")
+
+
+def program(address: Pubkey, pool: PoolProvider, commitment: str) -> Program:
+    """The coordinator program at an address. Its provider only reads: no key is in it."""
+    return Program(_idl(), address, Provider(connect(pool, commitment), Wallet.dummy()))
+
+
+@dataclass(frozen=True)
+class AnchorKeys(RunKeys):
+    """The addresses of a run, whose instructions anchorpy builds.
+
+    Attributes:
+        anchor: the program.
+    """
+
+    anchor: Program = field(repr=False)
+
+    def _instruction(
+        self, name: str, accounts: Mapping[str, Pubkey], arguments: Mapping[str, Any], trailer: bytes
+    ) -> Instruction:
+        spec = COORDINATOR.instructions[name]
+        # anchorpy has a class of its own for every struct and enum; its coder makes them out of the canonical bytes.
+        values = self.anchor.coder.instruction.parse(spec.discriminator + spec.arguments.write(dict(arguments))).data
+        more = [AccountMeta(accounts[m.name], m.signer, m.writable) for m in spec.more if m.name in accounts]
+        named = {meta.name: accounts[meta.name] for meta in spec.accounts}
+        given = [values[argument] for argument in spec.arguments.fields]
+        built = self.anchor.instruction[name](*given, ctx=Context(accounts=named, remaining_accounts=more))
+        # What follows Psyche's arguments is no part of the IDL, which Psyche's tools share.
+        return Instruction(built.program_id, bytes(built.data) + trailer, built.accounts)

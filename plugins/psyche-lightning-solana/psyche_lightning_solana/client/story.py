@@ -1,0 +1,221 @@
+"""A run told from its transactions: what happened, each round's figures, and who sent what at which price.
+
+The account shows where a run stands; witness reports' figures and the past are only in the ledger. The program's model
+in Python takes each transaction, so the story is the chain's own and needs no observer that was there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from solders.pubkey import Pubkey
+
+from psyche_lightning.coordinator import machine
+from psyche_lightning.coordinator.journal import Journal
+from psyche_lightning.coordinator.protocol import Report
+from psyche_lightning.coordinator.state import Client, CoordinatorConfig, Phase, RunState
+from psyche_lightning.wire.identity import short
+from psyche_lightning_solana.account import ManifestAccount, RunAccounts
+from psyche_lightning_solana.client.ledger import Call, Entry
+from psyche_lightning_solana.client.replay import act
+from psyche_lightning_solana.client.sender import ANCHOR_ERROR
+from psyche_lightning_solana.hosting import Clock, Refused
+from psyche_lightning_solana.interface import AUTHORIZER, TREASURER
+from psyche_lightning_solana.model import decode
+
+COMPUTE_BUDGET = Pubkey.from_string("ComputeBudget111111111111111111111111111111")
+NAMES = {spec.discriminator: spec.name for program in (AUTHORIZER, TREASURER) for spec in program.instructions.values()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One transaction for people.
+
+    Attributes:
+        signature: its first signature in base58.
+        slot: where it landed.
+        time: the chain's clock there.
+        payer: who sent it.
+        instruction: what it did; several names with ``+`` between them.
+        units: compute units that it used.
+        fee: lamports that it cost.
+        size: bytes.
+        result: ``ok``, or the error's name.
+    """
+
+    signature: str
+    slot: int
+    time: int
+    payer: str
+    instruction: str
+    units: int
+    fee: int
+    size: int
+    result: str
+
+
+class Story:
+    """Takes a run's transactions in their order.
+
+    Args:
+        program: the coordinator program.
+        account: the run's coordinator account.
+
+    Attributes:
+        run: the run after them; None before it was made.
+        journal: what is worth telling.
+        rows: a line for each.
+    """
+
+    def __init__(self, program: Pubkey, account: Pubkey) -> None:
+        self.run: RunAccounts | None = None
+        self.journal = Journal()
+        self.rows: list[Row] = []
+        self._program = program
+        self._account = account
+
+    def take(self, entries: Iterable[Entry]) -> None:
+        """Take the transactions that come next."""
+        for entry in entries:
+            names = []
+            for call in entry.calls:
+                name = self._name(call)
+                if name:
+                    names.append(name)
+                if call.program == self._program and self._account in call.accounts and entry.error is None:
+                    self._apply(call, Clock(entry.time, entry.slot))
+            self.rows.append(
+                Row(
+                    entry.signature,
+                    entry.slot,
+                    entry.time,
+                    str(entry.payer),
+                    "+".join(names),
+                    entry.units,
+                    entry.fee,
+                    entry.size,
+                    _result(entry),
+                )
+            )
+
+    def _name(self, call: Call) -> str:
+        if call.program == self._program:
+            try:
+                return decode(call.data)[0]
+            except Refused as error:
+                return error.name
+        return NAMES.get(call.data[:8], "")
+
+    def _apply(self, call: Call, clock: Clock) -> None:
+        user = bytes(call.accounts[0])
+        try:
+            name, given = decode(call.data)
+            if name == "init_coordinator":
+                self._begin(call, given)
+            elif self.run is not None:
+                self._step(name, user, given, clock)
+        except (Refused, machine.MachineError):
+            pass  # the chain took it; then the story has missed something, and the account will tell
+
+    def _begin(self, call: Call, given: dict[str, Any]) -> None:
+        self.run = RunAccounts(
+            RunState(given["run_id"], config=CoordinatorConfig(*[0] * 14), max_seq_len=0, step=0, start_step=0),
+            client_version=given["client_version"],
+            manifest=ManifestAccount(0, bytes(self._account), bytes(call.accounts[4])),
+        )
+
+    def _step(self, name: str, user: bytes, given: dict[str, Any], clock: Clock) -> None:
+        assert self.run is not None
+        before, state = self.run, self.run.state
+        if name == "witness" and state.current is not None:
+            figures = given["metadata"]
+            report = Report(figures["step"], figures["loss"], figures["tokens_per_sec"])
+            at = given.get("epoch", state.epoch), given.get("height", state.current.height)
+            self.journal.report(*at, user, replace(report, loss=report.loss if figures["step"] else math.nan))
+        self.run = act(self.run, name, user, given, clock)
+        after = self.run.state
+        self._note(before, name, user, given, clock.now)
+        if state.phase is Phase.ROUND_TRAIN and after.phase in (Phase.ROUND_TRAIN, Phase.COOLDOWN) and after.current:
+            assert state.current is not None
+            if after.current.height != state.current.height or after.phase is Phase.COOLDOWN:
+                # The instruction took two steps at once.
+                between = replace(state, phase=Phase.ROUND_WITNESS)
+                self.journal.observe(state, between, clock.now)
+                state = between
+        self.journal.observe(state, after, clock.now)
+
+    def _note(self, before: RunAccounts, name: str, user: bytes, given: dict[str, Any], now: float) -> None:
+        assert self.run is not None
+        state = self.run.state
+        if name == "join_run" and all(member.signer != user for member in before.members):
+            self.journal.note(state, now, "joined", f"{short(user)} joined", user)
+        elif name == "withdraw":
+            self.journal.note(state, now, "left", f"{short(user)} left", user)
+        elif name == "health_check":
+            gone = given["id"]["signer"]
+            if any(client.signer == gone for client in machine.healthy(before.state)):
+                text = f"{short(gone)} is dropped: the witnesses of the round before heard nothing from it"
+                self.journal.note(state, now, "dropped", text, gone)
+
+    # --- for people and programs ------------------------------------------------------------------------------------
+
+    def status(self, run: RunAccounts, *, address: str = "") -> dict[str, Any]:
+        """A run as JSON, in the form of :func:`psyche_lightning.coordinator.status.run_status`.
+
+        Args:
+            run: the run as its accounts show it now.
+            address: of its coordinator account.
+        """
+        state, reports = run.state, self.journal.reports
+        clients = () if state.phase is Phase.WAITING_FOR_MEMBERS else state.clients
+        known = {client.signer for client in clients}
+        pending = [client for client in run.pending if client.signer not in known] if not state.phase.halted else []
+        events, metrics = self.journal.events, self.journal.metrics
+        return {
+            "run_id": state.run_id,
+            "phase": state.phase.name.lower(),
+            "epoch": state.epoch,
+            "height": state.current.height if state.current and state.phase.active else None,
+            "step": state.step,
+            "total_steps": state.config.total_steps,
+            "clients": [_member(client, client.status.name.lower(), reports) for client in clients],
+            "nonce": state.nonce,
+            "pending_pause": state.pending_pause,
+            "checkpoint": {"step": state.checkpoint.step, "digest": state.checkpoint.digest.hex()},
+            "manifest_digest": run.manifest.digest.hex() if run.manifest and run.manifest.digest else None,
+            "config": asdict(state.config),
+            "exited": [_member(client, client.status.name.lower(), reports) for client in state.exited_clients],
+            "pending": [_member(client, "pending", reports) for client in pending],
+            "event_count": events.count,
+            "metric_count": metrics.count,
+            "events": [asdict(event) for event in events.since(0)],
+            "metrics": [asdict(row) for row in metrics.since(0)],
+            "account": address,
+        }
+
+
+def _member(client: Client, status: str, reports: dict[bytes, Report]) -> dict[str, Any]:
+    report = reports.get(client.signer)
+    return {
+        "key": short(client.signer),
+        "signer": client.signer.hex(),
+        "wallet": str(Pubkey(client.signer)),
+        "address": client.address,
+        "status": status,
+        "step": report.step if report else None,
+        "loss": report.loss if report and math.isfinite(report.loss) else None,
+        "tokens_per_second": report.tokens_per_second if report else None,
+        "bytes_up": None,
+        "bytes_down": None,
+    }
+
+
+def _result(entry: Entry) -> str:
+    if entry.error is not None:
+        found = next((match for line in entry.logs if (match := ANCHOR_ERROR.search(line))), None)
+        if found is not None:
+            return found[1]
+    return entry.result

@@ -1,0 +1,244 @@
+"""``psyche run ...`` on a chain: the owner's side of a run, and runs that are only looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from solders.pubkey import Pubkey
+
+from psyche_lightning.coordinator.administration import Creation
+from psyche_lightning.coordinator.state import CoordinatorConfig, Phase
+from psyche_lightning.errors import ConfigError, CoordinatorError, WireError
+from psyche_lightning_solana import account
+from psyche_lightning_solana.account import RunAccounts
+from psyche_lightning_solana.client.admin import SolanaAdmin
+from psyche_lightning_solana.client.fees import sol
+from psyche_lightning_solana.client.ledger import Ledger
+from psyche_lightning_solana.client.problems import RpcProblem
+from psyche_lightning_solana.client.rpc import unreachable
+from psyche_lightning_solana.client.run import SolanaRun
+from psyche_lightning_solana.client.story import Story
+from psyche_lightning_solana.client.translate import of_recipe
+from psyche_lightning_solana.layout import COORDINATOR_SIZE
+
+NOWHERE = Pubkey.default()
+_Result = TypeVar("_Result")
+
+
+class SolanaRunAdmin:
+    """The owner's side of one run (:class:`~psyche_lightning.coordinator.administration.RunAdmin`).
+
+    Args:
+        url: a ``solana:`` URL.
+        run_id: the run; to look at one, also the address of its coordinator account.
+    """
+
+    def __init__(self, url: str, run_id: str) -> None:
+        self._url = url
+        self._run = run_id
+
+    def _do(self, work: Callable[[SolanaAdmin], Coroutine[Any, Any, _Result]]) -> _Result:
+        async def run() -> _Result:
+            async with SolanaAdmin(SolanaRun.at(self._url, self._run)) as admin:
+                return await work(admin)
+
+        return asyncio.run(run())
+
+    def create(self, wanted: Creation) -> dict[str, Any]:
+        """Make the run's accounts; :meth:`start` opens it."""
+
+        async def work(admin: SolanaAdmin) -> dict[str, Any]:
+            await admin.create(_config(wanted), everybody=wanted.everybody, **_described(wanted))
+            return await self._status(admin)
+
+        return self._do(work)
+
+    def update(self, wanted: Creation) -> dict[str, Any]:
+        """Change what differs; a run that is open takes none of it."""
+
+        async def work(admin: SolanaAdmin) -> dict[str, Any]:
+            before = await admin.look()
+            if wanted.recipe is None:
+                await admin.update(config={**asdict(before.state.config), **wanted.config})
+            else:
+                await admin.update(config=_config(wanted), **_described(wanted))
+            return await self._status(admin)
+
+        return self._do(work)
+
+    def start(self) -> dict[str, Any]:
+        """Open the run."""
+        return self._act(lambda admin: admin.start())
+
+    def pause(self) -> dict[str, Any]:
+        """Halt the run when its epoch has ended."""
+        return self._act(lambda admin: admin.pause())
+
+    def resume(self) -> dict[str, Any]:
+        """Open the paused run."""
+        return self._act(lambda admin: admin.resume())
+
+    def _act(self, action: Callable[[SolanaAdmin], Coroutine[Any, Any, Any]]) -> dict[str, Any]:
+        async def work(admin: SolanaAdmin) -> dict[str, Any]:
+            await action(admin)
+            return await self._status(admin)
+
+        return self._do(work)
+
+    def status(self) -> dict[str, Any]:
+        """Where the run stands, with what its transactions tell; of an address, what the account says."""
+        try:
+            address = Pubkey.from_string(self._run)
+        except ValueError:
+            return self._do(self._status)
+
+        async def look() -> dict[str, Any]:
+            run = SolanaRun.at(self._url, "?")
+            try:
+                await run.check_chain()
+                found = await run.reader.account(address)
+            except RpcProblem as problem:
+                raise unreachable(problem, f"the account {address}", run.cluster.name) from problem
+            finally:
+                await run.close()
+            if found is None:
+                raise CoordinatorError(f"there is no account {address} on {run.cluster.name}", code="NoSuchRun")
+            return read_account(found.data, str(address))
+
+        return asyncio.run(look())
+
+    async def _status(self, admin: SolanaAdmin) -> dict[str, Any]:
+        keys, snapshot = await admin.run.keys(), await admin.run.snapshot()
+        run = account.read(snapshot.coordinator, snapshot.manifest or None)
+        story = Story(keys.program, keys.coordinator_account)
+        try:
+            story.take(await Ledger(admin.run.reader, keys.coordinator_account).entries())
+        except RpcProblem as problem:  # services forget old transactions; the account itself is here
+            story.journal.note(run.state, run.state.phase_start, "run", f"no transactions: {problem.text}")
+        return {**story.status(run, address=str(keys.coordinator_account)), "about": _about(run)}
+
+    def close(self) -> str:
+        """Close the accounts; their lamports come back."""
+        back = self._do(lambda admin: admin.close())
+        return f"run {self._run} is closed; {sol(back)} came back"
+
+    def authorize(self, node: str | None) -> str:
+        """Let a wallet join."""
+        self._do(lambda admin: admin.authorize(_wallet(node)))
+        return f"{node or 'everybody'} may join run {self._run}"
+
+    def revoke(self, node: str | None) -> str:
+        """Take it back."""
+        held = self._do(lambda admin: admin.revoke(_wallet(node)))
+        who = node or "everybody"
+        return f"{who} may not join run {self._run} again" if held else f"{who} had no authorization"
+
+    def points(self) -> list[dict[str, Any]]:
+        """What each wallet earned."""
+        found = self._do(lambda admin: admin.points())
+        return [
+            {"node": str(row.wallet), "earned": row.earned, "slashed": row.slashed, "claimed": row.claimed}
+            for row in found
+        ]
+
+    def claim(self, points: int | None) -> str:
+        """Have the treasurer pay this wallet."""
+        paid = self._do(lambda admin: admin.claim(points))
+        return f"{paid:,} points were paid" if paid else "there is nothing to pay"
+
+
+def read_account(data: bytes, name: str) -> dict[str, Any]:
+    """The status that a coordinator account shows by itself, also one of Psyche's own runs.
+
+    Args:
+        data: the account's bytes, or the JSON in which ``solana account --output json`` or an RPC service writes them.
+        name: what the account is called in messages.
+
+    Raises:
+        CoordinatorError: it is another kind, size or version of account, or damaged (``WrongAccount``).
+    """
+    if len(data) != COORDINATOR_SIZE and data.lstrip()[:1] == b"{":
+        data = _from_json(data, name)
+    try:
+        run = account.read(data)
+    except WireError as error:
+        raise CoordinatorError(f"{name} cannot be read: {error}", code="WrongAccount") from error
+    return {**Story(NOWHERE, NOWHERE).status(run, address=name), "about": _about(run)}
+
+
+def _from_json(text: bytes, name: str) -> bytes:
+    try:
+        value = json.loads(text)
+        for key in ("result", "value", "account"):
+            value = value.get(key, value)
+        encoded, encoding = value["data"]
+        if encoding != "base64":
+            raise ValueError(f"its encoding is {encoding!r}, and base64 is read")
+        return base64.b64decode(encoded, validate=True)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CoordinatorError(f"{name} is no account in JSON: {error}", code="WrongAccount") from error
+
+
+def _about(run: RunAccounts) -> dict[str, str]:
+    """What Psyche's own fields say of the run, as far as they are set."""
+    described, about = run.described, {}
+    for field in ("name", "description"):
+        if described[field]:
+            about[field] = str(described[field])
+    if described["num_parameters"]:
+        about["parameters"] = f"{described['num_parameters']:,}"
+    if any(run.model):
+        model = run.llm.get("LLM", {})
+        for field in ("architecture", "checkpoint", "data_location", "optimizer", "lr_schedule"):
+            about[field.replace("_", " ")] = _short(model[field])
+        about["tokens of a sample"] = str(model["max_seq_len"])
+    if run.client_version:
+        about["client version"] = run.client_version
+    if run.state.phase is Phase.UNINITIALIZED:
+        about["note"] = "it was never started"
+    return about
+
+
+def _short(value: Any) -> str:
+    """``{"Hub": {"repo_id": "x"}}`` as ``Hub repo_id=x``."""
+    if not isinstance(value, dict):
+        return str(value)
+    words = []
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            words.append(f"{key} {_short(inner)}")
+        elif inner not in (None, ""):
+            words.append(f"{key}={inner}")
+    return " ".join(words)
+
+
+def _wallet(node: str | None) -> Pubkey | None:
+    if node is None:
+        return None
+    try:
+        return Pubkey.from_string(node)
+    except ValueError:
+        raise ConfigError(f"{node!r} is not a wallet's address: expected 32 bytes in base58") from None
+
+
+def _config(wanted: Creation) -> dict[str, Any]:
+    if wanted.recipe is None and not {"total_steps", "global_batch_size_start"} <= wanted.config.keys():
+        raise ConfigError(
+            "a run on a chain needs a recipe, or at least total_steps and global_batch_size_start: there is no first "
+            "node that could fix them"
+        )
+    return asdict(CoordinatorConfig(**wanted.config))
+
+
+def _described(wanted: Creation) -> dict[str, Any]:
+    """Manifest, model and metadata."""
+    if wanted.recipe is None:
+        return {"manifest": dict(wanted.manifest or {})}
+    found = of_recipe(wanted.recipe)
+    del found["config"]
+    return found

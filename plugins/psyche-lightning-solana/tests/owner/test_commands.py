@@ -1,0 +1,133 @@
+"""``psyche run ...`` on a local chain in a process of its own, as a user types it."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+from psyche_lightning_solana.account import write_coordinator
+from psyche_lightning_solana.client.wallet import create
+
+from psyche_lightning.cli import main
+
+OTHER = "4SHugWqSXwKE5fqDchkJcPEqnoZE22VYKtSTVm7axbT7"
+
+
+@pytest.fixture(scope="module")
+def chain():
+    command = [sys.executable, "-m", "psyche_lightning.cli", "solana", "localnet", "--port", "0", "--slot-ms", "50"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        found = re.search(r"http://\S+", process.stdout.readline())
+        yield found[0]
+        process.terminate()
+
+
+def ask(chain, method, *params):
+    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode()
+    request = urllib.request.Request(chain, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)["result"]
+
+
+@pytest.fixture
+def psyche(chain, capsys, monkeypatch, tmp_path):
+    """Run a command line with a funded wallet; its exit code and what it printed."""
+    wallet = create(tmp_path / "owner.json")
+    ask(chain, "requestAirdrop", str(wallet.public), 5 * 10**9)
+    while ask(chain, "getBalance", str(wallet.public), {"commitment": "confirmed"})["value"] == 0:
+        pass
+    monkeypatch.setenv("PSYCHE_COORDINATOR", f"solana:{chain}")
+    monkeypatch.setenv("PSYCHE_WALLET", str(tmp_path / "owner.json"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments):
+        code = main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+def test_a_run_from_its_creation_to_its_end(psyche, chain, tmp_path):
+    code, text = psyche("run", "create", "r", "demo", "--twin", "--paused")
+    assert code == 0, text
+    assert "psyche run start r" in text
+    assert "9 steps" in psyche("run", "update", "r", "total_steps=9")[1]
+    assert "is open" in psyche("run", "start", "r")[1]
+    for command, reason in (("update", "not halted"), ("close", "pause it first"), ("claim", "no treasurer")):
+        code, text = psyche("run", command, "r", *(["total_steps=3"] if command == "update" else []))
+        assert code == 1
+        assert reason in text
+    assert f"{OTHER} may join" in psyche("run", "authorize", "r", OTHER)[1]
+    assert f"{OTHER} may not join" in psyche("run", "revoke", "r", OTHER)[1]
+    assert f"{OTHER} had no authorization" in psyche("run", "revoke", "r", OTHER)[1]
+    assert "not a wallet's address" in psyche("run", "authorize", "r", "someone")[1]
+    assert "nobody has earned" in psyche("run", "points", "r")[1]
+    assert "is paused" in psyche("run", "pause", "r")[1]
+    found = json.loads(psyche("run", "status", "r", "--json")[1])
+    assert (found["phase"], found["total_steps"], found["about"]["name"]) == ("paused", 9, "demo")
+
+    # The same by the account's address, and from dumps of it.
+    address = found["account"]
+    assert "paused, epoch 0, 0 of 9 steps trained" in psyche("run", "status", address)[1]
+    answer = ask(chain, "getAccountInfo", address, {"encoding": "base64", "commitment": "confirmed"})
+    (tmp_path / "account.json").write_text(json.dumps(answer))
+    (tmp_path / "account.bin").write_bytes(base64.b64decode(answer["value"]["data"][0]))
+    for name in ("account.json", "account.bin"):
+        text = psyche("run", "status", "--account-file", str(tmp_path / name))[1]
+        assert "r: paused, epoch 0, 0 of 9 steps trained" in text
+        assert "architecture: HfAuto" in text
+
+    code, text = psyche("run", "close", "r")
+    assert code == 0
+    assert "SOL came back" in text
+    code, text = psyche("run", "status", "r")
+    assert code == 1
+    assert "there is no run 'r'" in text
+
+
+def test_an_account_that_never_was_ours_is_shown(psyche, tmp_path):
+    """One of Psyche's own: no manifest account, and every field that only Psyche's programs set."""
+    from psyche_lightning_solana.account import RunAccounts
+    from psyche_lightning_solana.client.translate import metadata_section
+    from psyche_lightning_solana.types import METADATA
+
+    from psyche_lightning.coordinator.state import CoordinatorConfig, Phase, RunState
+
+    state = RunState("consilience", phase=Phase.WAITING_FOR_MEMBERS, step=7, config=CoordinatorConfig(total_steps=100))
+    run = RunAccounts(state, METADATA.pack(metadata_section("Consilience", "40 B", 40_000_000_000)))
+    (tmp_path / "dump").write_bytes(write_coordinator(run))
+    code, text = psyche("run", "status", "--account-file", str(tmp_path / "dump"))
+    assert code == 0
+    assert "consilience: waiting for members, epoch 0, 6 of 100 steps trained" in text
+    assert "parameters: 40,000,000,000" in text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda data: data[:-1], "119,159"),
+        (lambda data: b"\1" * 8 + data[8:], "not a coordinator account"),
+        (lambda data: data[:8] + b"\2" + data[9:], "version"),
+        (lambda data: b"{}", "no account in JSON"),
+    ],
+)
+def test_other_accounts_are_refused(psyche, tmp_path, spoil, reason):
+    from psyche_lightning_solana.account import RunAccounts
+
+    from psyche_lightning.coordinator.state import RunState
+
+    (tmp_path / "dump").write_bytes(spoil(write_coordinator(RunAccounts(RunState("x")))))
+    code, text = psyche("run", "status", "--account-file", str(tmp_path / "dump"))
+    assert code == 1
+    assert reason in text
+
+
+def test_a_run_without_a_recipe_needs_sizes(psyche):
+    code, text = psyche("run", "create", "bare")
+    assert code == 1
+    assert "needs a recipe" in text
+    assert psyche("run", "create", "x" * 33, "demo", "--twin")[0] == 1

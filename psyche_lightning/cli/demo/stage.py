@@ -1,0 +1,121 @@
+"""What a demo is played on: a coordinator of some kind, which it starts, fills with a run, and looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from psyche_lightning.cli.demo.processes import Child, Processes
+from psyche_lightning.errors import ConfigError, CoordinatorError
+from psyche_lightning.plugins import load_plugins, nearest
+
+SERVER = "server"
+
+
+class Stage(Protocol):
+    """One kind of coordinator in the demo. A plugin's coordinator factory has one if its attribute ``demo`` makes it.
+
+    Attributes:
+        what: it, in words.
+    """
+
+    what: str
+
+    def open(self, processes: Processes, folder: Path, nodes: int, console: Console) -> str:
+        """Start the coordinator, its files in ``folder``; returns its URL for the nodes."""
+        ...
+
+    def create(self, run_id: str, recipe: str, overrides: list[str], twin: bool) -> None:
+        """Create the run."""
+
+    def environment(self, node: int) -> Mapping[str, str]:
+        """Variables that a node needs."""
+        ...
+
+    def look(self, nodes: list[Child]) -> dict[str, Any] | None:
+        """The run's status, as ``psyche run status --json`` gives it, or None while it cannot be had.
+
+        What a demo does to the run and its nodes on the way, it does here.
+        """
+        ...
+
+    def finish(self, folders: list[Path]) -> dict[str, Any]:
+        """Called when the nodes have finished; returns what the demo's JSON has besides."""
+        ...
+
+    def show(self, console: Console) -> None:
+        """Print what only this kind of coordinator has to tell."""
+
+
+def find_stage(name: str) -> Stage:
+    """The stage of that name.
+
+    Raises:
+        ConfigError: there is no such coordinator, or it has no demo.
+    """
+    if name == SERVER:
+        return ServerStage()
+    found = load_plugins().coordinators()
+    have = [SERVER, *(other for other, entry in found.items() if hasattr(entry.factory, "demo"))]
+    if name not in have:
+        raise ConfigError(
+            f"There is no demo with the coordinator {name!r}.{nearest(name, have)} Choose {', '.join(have)}."
+        )
+    stage: Stage = found[name].factory.demo()  # type: ignore[attr-defined]
+    return stage
+
+
+class ServerStage:
+    """``psyche coordinator`` in a process of its own."""
+
+    what = "the coordinator"
+
+    def __init__(self) -> None:
+        self._folder = Path()
+        self._url = ""
+        self._run = ""
+
+    def open(self, processes: Processes, folder: Path, nodes: int, console: Console) -> str:
+        """Start the server on a free port."""
+        self._folder = folder
+        self._server = processes.start("coordinator", self._serve("0"), folder / "coordinator.log")
+        self._url = self._server.url()
+        console.print(f"watch it in a browser: {self._url}", highlight=False)
+        return self._url
+
+    def _serve(self, port: str) -> list[str]:
+        return ["coordinator", "--port", port, "--dir", str(self._folder / "coordinator")]
+
+    def create(self, run_id: str, recipe: str, overrides: list[str], twin: bool) -> None:
+        """Create the run."""
+        from psyche_lightning.cli.run import create
+
+        self._run = run_id
+        create(run_id, [recipe, *overrides], self._url, None, twin)
+
+    def environment(self, node: int) -> Mapping[str, str]:
+        """Nothing."""
+        return {}
+
+    def look(self, nodes: list[Child]) -> dict[str, Any] | None:
+        """Ask the server; one that died is started again."""
+        from psyche_lightning.coordinator.admin import CoordinatorAdmin
+
+        if self._server.code is not None:
+            self._server.restart(self._serve(self._url.rpartition(":")[2]))  # it kept everything, so the run goes on
+        try:
+            return CoordinatorAdmin(self._url).status(self._run)
+        except CoordinatorError as error:
+            if not error.retryable:
+                raise
+            return None
+
+    def finish(self, folders: list[Path]) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def show(self, console: Console) -> None:
+        """Nothing."""

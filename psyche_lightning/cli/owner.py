@@ -1,0 +1,59 @@
+"""Which plugin knows the owner's side of a run, and which reads the accounts of runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from psyche_lightning.coordinator.admin import URL_VARIABLE
+from psyche_lightning.coordinator.administration import RunAdmin
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.plugins import load_plugins
+
+
+def administer(url: str | None, run_id: str, token: str | None = None) -> RunAdmin:
+    """The owner's side of a run, by the coordinator's URL.
+
+    Args:
+        url: the coordinator; its scheme names the plugin, as for nodes. None for the environment's.
+        run_id: the run.
+        token: what a server may want to be shown.
+
+    Raises:
+        ConfigError: the URL is wrong, or runs of that kind cannot be administered.
+        PluginError: no plugin has the scheme.
+    """
+    url = url or os.environ.get(URL_VARIABLE)
+    if not url:
+        raise ConfigError(f"no coordinator given: pass --coordinator URL or set {URL_VARIABLE}")
+    scheme, colon, _ = url.partition(":")
+    if not colon:
+        raise ConfigError(f"{url!r} is not a coordinator's URL; expected one such as http://127.0.0.1:8080")
+    found = load_plugins().coordinators()
+    make = getattr(found[scheme].factory, "admin", None)
+    if make is None:
+        raise ConfigError(f"a run of the coordinator {scheme!r} lives in one process and has no owner's side")
+    admin: RunAdmin = make(url, run_id, token)
+    return admin
+
+
+def read_account_file(path: Path) -> dict[str, Any]:
+    """The status in a dump of a run's account, read by the plugin that knows its form.
+
+    Raises:
+        ConfigError: the file cannot be read, or no plugin knows it.
+    """
+    readers = [
+        getattr(entry.factory, "read_account")  # noqa: B009 - an optional attribute that the type does not have
+        for entry in load_plugins().coordinators().values()
+        if hasattr(entry.factory, "read_account")
+    ]
+    if not readers:
+        raise ConfigError("no plugin reads account files; pip install psyche-lightning-solana")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    status: dict[str, Any] = readers[0](data, path.name)
+    return status

@@ -1,0 +1,79 @@
+"""Text files for ``psyche data tokenize``: which, in which order, and the texts in them, a piece at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from psyche_lightning.errors import ConfigError
+
+MAX_LINE = 64 << 20
+"""Bytes of the longest line of a ``.jsonl`` file."""
+
+
+def find_texts(paths: Sequence[Path], globs: Sequence[str]) -> list[Path]:
+    """Files in the order of ``paths``, those of folders sorted by their path below it; each once.
+
+    Args:
+        paths: files and folders. Files that are named themselves always belong.
+        globs: patterns for the names of files in folders; hidden files and folders are left out.
+
+    Raises:
+        ConfigError: a path does not exist, or a folder has no such file.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        inside = [path]
+        if path.is_dir():
+            below = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+            kept = [name for name in below if not any(part.startswith(".") for part in name.split("/"))]
+            inside = [path / name for name in kept if any(fnmatchcase(name.rpartition("/")[2], one) for one in globs)]
+            if not inside:
+                raise ConfigError(
+                    f"There is no text in the folder {str(path)!r}: none of its {len(kept)} files matches "
+                    f"{', '.join(globs)}; give --glob."
+                )
+        elif not path.is_file():
+            raise ConfigError(f"The text {str(path)!r} does not exist (looked for {path.absolute()}).")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def read_texts(file: Path, column: str) -> Iterator[bytes]:
+    """The texts of a file: one, or one for each line of a ``.jsonl`` file.
+
+    Args:
+        file: UTF-8.
+        column: the key of the text in each line.
+
+    Raises:
+        ConfigError: it cannot be read, or a line is not an object with such a text.
+    """
+    try:
+        if file.suffix != ".jsonl":
+            yield file.read_bytes()
+            return
+        with file.open("rb") as lines:
+            number = 0
+            while line := lines.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise ConfigError(f"Line {number} of {file} is longer than {MAX_LINE} bytes.")
+                if line.strip():
+                    yield _text(line, column, f"Line {number} of {file}")
+    except OSError as error:
+        raise ConfigError(f"The text {str(file)!r} cannot be read: {error.strerror}.") from error
+
+
+def _text(line: bytes, column: str, where: str) -> bytes:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not JSON: {error}.") from error
+    text = row.get(column) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        keys = f"it has the keys {', '.join(row)}" if isinstance(row, dict) else "it is no object"
+        raise ConfigError(f"{where} has no text under {column!r}: {keys}. Give the right one with --column.")
+    return text.encode("utf-8", errors="replace")

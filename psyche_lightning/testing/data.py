@@ -1,0 +1,260 @@
+"""The conformance kit of data providers: subclass one class, and pytest runs the contract, failures included.
+
+Example::
+
+    # tests/test_digits.py
+    from psyche_lightning.testing.data import DataContract
+
+    class TestDigits(DataContract):
+        def make_factory(self):
+            return digits  # as it is registered
+
+        def make_config(self, folder):
+            return {"seq_len": 16, "largest": 9}
+
+A provider that obtains its samples from somewhere that can fail is tested by :class:`OutageContract` as well. Needs
+pytest and nothing else (``pip install psyche-lightning[testing]``).
+"""
+
+# ruff: noqa: D102 - a test is named after what it shows
+from __future__ import annotations
+
+import abc
+import contextlib
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from psyche_lightning.errors import ConfigError, DataError
+from psyche_lightning.hookspecs import DataProvider
+
+IGNORED = -100
+SEED = 7
+MOST = 64
+"""Samples that a test looks at, of data sets that have more."""
+
+Sample = dict[str, torch.Tensor]
+
+
+def same(first: list[Sample], second: list[Sample]) -> bool:
+    """Whether two lists of samples are equal to the bit."""
+    return len(first) == len(second) and all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+class _Ids(Dataset[Sample]):
+    """Samples by id, as a DataLoader's workers see them."""
+
+    def __init__(self, provider: DataProvider, count: int) -> None:
+        self._provider = provider
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._provider.samples(index, index)[0]
+
+
+class DataContract(abc.ABC):
+    """What every data provider must do; subclass it as ``Test...`` and define the two methods.
+
+    Attributes:
+        picklable: whether the provider can be sent to a worker process; set it to False where that makes no sense.
+    """
+
+    picklable: bool = True
+
+    @abc.abstractmethod
+    def make_factory(self) -> Callable[..., DataProvider]:
+        """The factory that the plugin registers: ``factory(config, seed=...)``."""
+
+    @abc.abstractmethod
+    def make_config(self, folder: Path) -> dict[str, Any]:
+        """A valid configuration with ``seq_len``, for at least three samples.
+
+        Args:
+            folder: an empty folder, for files that the provider reads. The same one always gets the same files.
+        """
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    @pytest.fixture
+    def config(self, tmp_path: Path) -> dict[str, Any]:
+        """The configuration of one test."""
+        return self.make_config(tmp_path)
+
+    @pytest.fixture
+    def provider(self, config: dict[str, Any]) -> DataProvider:
+        """The provider of one test."""
+        return self.make_factory()(config, seed=SEED)
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    def test_it_says_what_it_has(self, provider: DataProvider, config: dict[str, Any]) -> None:
+        assert len(provider) >= 3
+        assert type(provider.vocab_size) is int
+        assert provider.vocab_size >= 2
+        assert provider.seq_len == config["seq_len"]
+
+    def test_samples_have_the_contract_s_form(self, provider: DataProvider) -> None:
+        samples = provider.samples(0, min(len(provider), MOST) - 1) + provider.validation()
+        names = set(samples[0])
+        assert {"input_ids", "labels"} <= names <= {"input_ids", "labels", "position_ids"}
+        for sample in samples:
+            assert set(sample) == names, "all samples must have the same tensors"
+            for tensor in sample.values():
+                assert tensor.dtype == torch.int64
+                assert tensor.shape == (provider.seq_len,)
+                assert tensor.device.type == "cpu"
+
+    def test_ids_are_within_the_vocabulary(self, provider: DataProvider) -> None:
+        for sample in provider.samples(0, min(len(provider), MOST) - 1) + provider.validation():
+            ids, labels = sample["input_ids"], sample["labels"]
+            assert int(ids.min()) >= 0
+            assert int(ids.max()) < provider.vocab_size
+            trained = labels[labels != IGNORED]
+            assert not len(trained) or (int(trained.min()) >= 0 and int(trained.max()) < provider.vocab_size)
+            positions = sample.get("position_ids")
+            assert positions is None or (int(positions.min()) >= 0 and int(positions.max()) < provider.seq_len)
+
+    def test_the_tokenizer_fits_and_can_be_saved(self, provider: DataProvider, tmp_path: Path) -> None:
+        tokenizer = provider.tokenizer
+        if tokenizer is not None:
+            assert len(tokenizer) <= provider.vocab_size
+            tokenizer.save_pretrained(tmp_path / "saved")
+            assert any((tmp_path / "saved").iterdir())
+
+    def test_the_fingerprint_is_text(self, provider: DataProvider) -> None:
+        assert isinstance(getattr(provider, "fingerprint", ""), str)
+
+    # -- the same on every node ----------------------------------------------------------------------------------------
+
+    def test_two_nodes_see_the_same(self, provider: DataProvider, config: dict[str, Any]) -> None:
+        other = self.make_factory()(config, seed=SEED)
+        assert len(other) == len(provider)
+        last = min(len(provider), MOST) - 1
+        assert same(other.samples(0, last), provider.samples(0, last))
+        assert same(other.validation(), provider.validation())
+        assert getattr(other, "fingerprint", None) == getattr(provider, "fingerprint", None)
+
+    def test_the_order_of_calls_does_not_matter(self, provider: DataProvider, config: dict[str, Any]) -> None:
+        count = min(len(provider), MOST)
+        whole = provider.samples(0, count - 1)
+        other = self.make_factory()(config, seed=SEED)
+        chance = random.Random(0)
+        for number in chance.sample(range(count), count):
+            assert same(other.samples(number, number), [whole[number]])
+        for _ in range(20):
+            start = chance.randrange(count)
+            end = chance.randrange(start, count)
+            assert same(other.samples(start, end), whole[start : end + 1])
+
+    def test_intervals_are_closed(self, provider: DataProvider) -> None:
+        assert len(provider.samples(1, 2)) == 2
+        assert len(provider.samples(2, 2)) == 1
+
+    def test_ids_wrap_around(self, provider: DataProvider) -> None:
+        length = len(provider)
+        first, last = provider.samples(0, 1), provider.samples(length - 1, length - 1)
+        assert same(provider.samples(length, length + 1), first)
+        assert same(provider.samples(length - 1, length + 1), [*last, *first])
+        for far in (5 * length, length * (2**62 // length), length * (2**70 // length)):
+            assert same(provider.samples(far + 1, far + 1), first[1:])
+
+    def test_an_interval_may_be_longer_than_the_data(self, provider: DataProvider) -> None:
+        length = len(provider)
+        if length <= MOST:
+            once = provider.samples(0, length - 1)
+            assert same(provider.samples(0, 2 * length), [*once, *once, once[0]])
+
+    def test_samples_are_the_caller_s(self, provider: DataProvider) -> None:
+        before = [{name: tensor.clone() for name, tensor in sample.items()} for sample in provider.samples(0, 1)]
+        for sample in provider.samples(0, 1):
+            for tensor in sample.values():
+                tensor.fill_(1)
+        assert same(provider.samples(0, 1), before), "a change to a sample changed the data"
+        sample = provider.samples(0, 0)[0]
+        sample["labels"].fill_(0)
+        assert torch.equal(sample["input_ids"], before[0]["input_ids"]), "labels and input_ids share their memory"
+
+    def test_validation_is_always_the_same(self, provider: DataProvider) -> None:
+        first = provider.validation()
+        provider.samples(0, 2)
+        assert same(provider.validation(), first)
+
+    def test_looking_ahead_changes_nothing(self, provider: DataProvider) -> None:
+        before = provider.samples(0, 2)
+        prefetch = getattr(provider, "prefetch", None)
+        if prefetch is not None:
+            length = len(provider)
+            for start, end in ((0, 2), (length - 1, length + 1), (0, min(3 * length, 10_000))):
+                prefetch(start, end)
+        assert same(provider.samples(0, 2), before)
+
+    # -- worker processes ----------------------------------------------------------------------------------------------
+
+    def test_it_can_be_sent_to_another_process(self, provider: DataProvider) -> None:
+        if self.picklable:
+            before = provider.samples(0, 2)
+            assert same(pickle.loads(pickle.dumps(provider)).samples(0, 2), before)
+
+    def test_workers_of_a_data_loader_see_the_same(self, provider: DataProvider) -> None:
+        count = min(len(provider), 6)
+        before = provider.samples(0, count - 1)
+        loader = DataLoader(_Ids(provider, count), batch_size=None, num_workers=2 if self.picklable else 0)
+        assert same(list(loader), before)
+
+    # -- what is refused -----------------------------------------------------------------------------------------------
+
+    def test_an_unknown_option_is_refused_by_name(self, config: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError, match="no_such_option"):
+            self.make_factory()({**config, "no_such_option": 1}, seed=SEED)
+
+    @pytest.mark.parametrize("length", [0, -1, 1.5, "16", None, True])
+    def test_a_sample_has_a_whole_number_of_tokens(self, config: dict[str, Any], length: Any) -> None:
+        with pytest.raises(ConfigError, match="seq_len"):
+            self.make_factory()({**config, "seq_len": length}, seed=SEED)
+
+
+class OutageContract(DataContract):
+    """What a provider must do whose samples come from somewhere that can fail; define :meth:`outage` as well."""
+
+    @abc.abstractmethod
+    def outage(self) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, nothing can be obtained from where the samples come from; afterwards everything again.
+
+        The configuration should make the provider give up soon. Called after the provider was opened.
+        """
+
+    def test_a_failure_names_the_ids_and_passes(self, config: dict[str, Any]) -> None:
+        factory = self.make_factory()
+        before = factory(config, seed=SEED).samples(0, len(factory(config, seed=SEED)) - 1)
+        provider = factory(config, seed=SEED)
+        with self.outage():
+            for _ in range(2):
+                with pytest.raises(DataError) as caught:
+                    provider.samples(0, len(before) - 1)
+                assert caught.value.ids, "the error must have the ids"
+                assert set(caught.value.ids) <= set(range(len(before)))
+                assert not caught.value.lasting, "it would have come back"
+        assert same(provider.samples(0, len(before) - 1), before)
+
+    def test_what_was_obtained_ahead_is_there(self, config: dict[str, Any]) -> None:
+        provider = self.make_factory()(config, seed=SEED)
+        before = provider.samples(0, 1)
+        with self.outage():
+            assert same(provider.samples(0, 1), before), "what was obtained should be kept for a while"
+
+    def test_looking_ahead_never_fails(self, config: dict[str, Any]) -> None:
+        provider = self.make_factory()(config, seed=SEED)
+        with self.outage():
+            provider.prefetch(0, 2)  # type: ignore[attr-defined]

@@ -1,0 +1,43 @@
+"""Token files, texts and tables small enough to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    torch.set_num_threads(1)
+
+
+def write_tokens(path: Path, count: int, *, first: int = 0, vocab: int = 1000, size: int = 2) -> np.ndarray[Any, Any]:
+    """A raw file of ``count`` tokens that count from ``first``."""
+    tokens = (np.arange(first, first + count) % vocab).astype(f"<u{size}")
+    path.write_bytes(tokens.tobytes())
+    return tokens
+
+
+def write_texts(path: Path, count: int) -> list[str]:
+    """A jsonl file of texts."""
+    texts = [f"text {number}: {number * number * 7919} {'ä' * (number % 3)}" for number in range(count)]
+    path.write_text("".join(json.dumps({"text": text, "number": 1}) + "\n" for text in texts))
+    return texts
+
+
+@pytest.fixture
+def tokens_at() -> Callable[..., Any]:
+    return write_tokens
+
+
+@pytest.fixture
+def texts_at() -> Callable[..., Any]:
+    return write_texts

@@ -1,0 +1,209 @@
+"""Texts of Hugging Face data sets: packing, order, streams that break, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from psyche_lightning.data.documents import DocumentData
+from psyche_lightning.data.packed import Unavailable
+from psyche_lightning.data.spool import Spool
+from psyche_lightning.data.tokenizer import Encoder
+from psyche_lightning.errors import ConfigError, DataError
+
+Make = Callable[..., Any]
+
+
+def packed(texts: list[str], seq_len: int) -> list[bytes]:
+    stream = b"".join(text.encode() + b"\0" for text in texts)
+    return [stream[start : start + seq_len] for start in range(0, len(stream) - seq_len + 1, seq_len)]
+
+
+def blocks(data: Any) -> list[bytes]:
+    return [bytes(sample["input_ids"].tolist()) for sample in data.samples(0, len(data) - 1)]
+
+
+def opened(place: Path, **options: Any) -> DocumentData:
+    return DocumentData(1, **{"seq_len": 16, "path": str(place), "shuffle": False, **options})
+
+
+def test_texts_are_packed_in_their_order(tmp_path: Path, texts_at: Make) -> None:
+    first, second = texts_at(tmp_path / "a.jsonl", 40), texts_at(tmp_path / "b.jsonl", 7)
+    data = opened(tmp_path)
+    assert blocks(data) == packed(first + second, 16)
+    assert sorted(blocks(opened(tmp_path, shuffle=True))) == sorted(blocks(data))
+    assert blocks(opened(tmp_path, max_samples=5)) == packed(first, 16)[:5]
+    assert (data.vocab_size, len(data.tokenizer)) == (256, 256)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "disk", "splits"])
+def test_other_formats(tmp_path: Path, kind: str) -> None:
+    texts = [f'row {number}, "quoted"' for number in range(30)]
+    made = datasets.Dataset.from_dict({"text": texts, "n": list(range(30))})
+    place = tmp_path / f"data.{kind}"
+    match kind:
+        case "parquet":
+            made.to_parquet(str(place))
+        case "csv":
+            made.to_csv(str(place))
+        case "disk":
+            made.save_to_disk(str(place))
+        case _:
+            datasets.DatasetDict({"train": made, "test": made.select(range(3))}).save_to_disk(str(place))
+            assert blocks(opened(place, split="test")) == packed(texts[:3], 16)
+    assert blocks(opened(place)) == packed(texts, 16)
+
+
+def test_the_fingerprint_tells_other_texts(tmp_path: Path, texts_at: Make) -> None:
+    texts_at(tmp_path / "a.jsonl", 40)
+    one = opened(tmp_path).fingerprint
+    assert opened(tmp_path).fingerprint == one
+    text = (tmp_path / "a.jsonl").read_text().replace("text 30:", "text 31:")
+    (tmp_path / "a.jsonl").write_text(text)
+    assert opened(tmp_path).fingerprint != one
+
+
+def test_the_temporary_file_goes_with_the_provider(
+    tmp_path: Path, texts_at: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tempfile
+
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    texts_at(tmp_path / "a.jsonl", 40)
+    data = opened(tmp_path / "a.jsonl")
+    (file,) = (tmp_path / "tmp").iterdir()
+    assert file.stat().st_size >= 16 * len(data)
+    del data
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_stream_is_read_as_far_as_it_is_asked_for() -> None:
+    taken = itertools.count()
+    read = [0]
+
+    def documents(first: int) -> Iterator[bytes]:
+        for number in itertools.count(first):
+            read[0] = next(taken) + 1
+            yield b"%07d" % number
+
+    spool = Spool(documents, Encoder("bytes"), 16, most=1000, lazily=True)
+    assert spool.count == 1000
+    assert read[0] == 2
+    (block,) = spool.read([3])
+    assert bytes(block.tolist()) == b"0000006\x000000007\x00"
+    assert read[0] == 8
+    spool.read([1])
+    assert read[0] == 8
+    spool.ahead([9])
+    assert spool._worker is not None
+    spool._worker.join(20)
+    assert read[0] == 20
+
+
+class Flaky:
+    """Texts from somewhere that fails every few of them."""
+
+    def __init__(self, count: int, every: int) -> None:
+        self.calls: list[int] = []
+        self.broken = False
+        self._count = count
+        self._every = every
+
+    def __call__(self, first: int) -> Iterator[bytes]:
+        self.calls.append(first)
+        for number in range(first, self._count):
+            if self.broken or (number and number % self._every == 0 and number != first):
+                raise OSError("the network is away")
+            yield b"%07d" % number
+
+
+def test_a_stream_that_breaks_is_taken_up_where_it_broke() -> None:
+    texts = Flaky(100, every=40)
+    spool = Spool(texts, Encoder("bytes"), 16, most=40, lazily=True, retry_seconds=30)
+    found = b"".join(bytes(block.tolist()) for block in spool.read(range(40)))
+    assert found == b"".join(b"%07d\0" % number for number in range(80))
+    assert texts.calls == [0, 40]
+
+
+def test_a_stream_that_stays_away_names_its_blocks_and_comes_back() -> None:
+    texts = Flaky(100, every=1000)
+    spool = Spool(texts, Encoder("bytes"), 16, most=40, lazily=True)
+    spool.read([2])
+    texts.broken = True
+    with pytest.raises(
+        Unavailable, match=r"documents after number 6 cannot be read .OSError: the network is away"
+    ) as caught:
+        spool.read([1, 2, 5])
+    assert set(caught.value.numbers) & {1, 2, 5} == {5}
+    assert len(spool.read([1, 2])) == 2
+    texts.broken = False
+    assert bytes(spool.read([5])[0].tolist()) == b"0000010\x000000011\x00"
+
+
+def test_a_stream_that_ends_too_early() -> None:
+    spool = Spool(Flaky(10, every=1000), Encoder("bytes"), 16, most=40, lazily=True)
+    assert len(spool.read([4])) == 1
+    with pytest.raises(ConfigError, match="ended after 5 samples of seq_len=16, fewer than max_samples=40"):
+        spool.read([5])
+
+
+def test_a_data_set_that_breaks_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 3 + "{not json\n")
+    with pytest.raises(DataError, match=r"documents after number \d+ cannot be read"):
+        opened(tmp_path)
+
+
+def test_no_room_for_the_tokens(tmp_path: Path, texts_at: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(np.ndarray):  # type: ignore[type-arg]
+        def tobytes(self, order: Any = "C") -> Any:
+            raise OSError(28, "No space left on device")
+
+    texts_at(tmp_path / "a.jsonl", 3)
+    monkeypatch.setattr(Encoder, "encode", lambda self, text: np.zeros(3, np.uint8).view(Full))
+    with pytest.raises(DataError, match=r"no room for the tokens in .*: No space left on device. Set TMPDIR"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "no/such"}, r"'no/such' does not exist \(looked for /"),
+        ({"path": None}, "got neither"),
+        ({"dataset": "someone/something"}, "got both"),
+        ({"text": "body"}, r"has no column 'body'. Columns: text, number. Set data.config.text"),
+        ({"text": "number"}, "Row 0 of .* has '1' in the column 'number', expected a text"),
+        ({"streaming": True}, "set max_samples"),
+        ({"streaming": True, "max_samples": 9, "shuffle": True}, "leave out shuffle"),
+        ({"streaming": True, "max_samples": 9, "validation_samples": 1}, "leave out shuffle and validation_samples"),
+        ({"max_samples": 0}, "max_samples is 0"),
+        ({"tokenizer": 5}, "tokenizer is 5"),
+        ({"validation_samples": 999}, "too little data"),
+    ],
+)
+def test_wrong_options_are_refused(tmp_path: Path, texts_at: Make, options: dict[str, Any], message: str) -> None:
+    texts_at(tmp_path / "a.jsonl", 20)
+    with pytest.raises(ConfigError, match=message):
+        opened(tmp_path, **options)
+
+
+def test_places_that_are_no_data_sets(tmp_path: Path, texts_at: Make) -> None:
+    with pytest.raises(ConfigError, match="has no data files, expected files of one of the kinds"):
+        opened(tmp_path)
+    texts_at(tmp_path / "a.jsonl", 2)
+    (tmp_path / "b.csv").write_text("text\nx\n")
+    with pytest.raises(ConfigError, match=r"has files of .csv, .jsonl"):
+        opened(tmp_path)
+
+
+def test_a_data_set_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"data set 'someone/nothing' .* cannot be opened: .* there is a network"):
+        DocumentData(1, 16, dataset="someone/nothing")

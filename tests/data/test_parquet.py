@@ -1,0 +1,159 @@
+"""Prepared rows: labels, positions, memory, and rows that are not what they should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from psyche_lightning.data.parquet import PreparedData
+from psyche_lightning.errors import ConfigError, DataError
+
+ROWS = [[10 * row + place for place in range(6)] for row in range(9)]
+
+
+def write(path: Path, group: int = 4, **columns: Any) -> Path:
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=group)
+    return path
+
+
+def opened(place: Path, **options: Any) -> PreparedData:
+    return PreparedData(1, **{"seq_len": 6, "path": str(place), "vocab_size": 100, **options})
+
+
+def column(data: PreparedData, name: str) -> list[list[int]]:
+    return [sample[name].tolist() for sample in data.samples(0, len(data) - 1)]
+
+
+def test_rows_are_samples_in_their_order(tmp_path: Path) -> None:
+    write(tmp_path / "b.parquet", inputs=ROWS[5:])
+    write(tmp_path / "a.parquet", inputs=ROWS[:5])
+    (tmp_path / "notes.txt").write_text("not a row")
+    data = opened(tmp_path)
+    assert column(data, "input_ids") == column(data, "labels") == ROWS
+    assert set(data.samples(0, 0)[0]) == {"input_ids", "labels"}
+    held = opened(tmp_path, validation_samples=2)
+    assert column(held, "input_ids") == ROWS[:7]
+    assert [sample["input_ids"].tolist() for sample in held.validation()] == ROWS[7:]
+
+
+def test_labels_and_positions(tmp_path: Path) -> None:
+    labels = [[-100, *row[1:]] for row in ROWS]
+    positions = [[0, 1, 2, 0, 1, 2]] * 9
+    data = opened(write(tmp_path / "a.parquet", inputs=ROWS, labels=labels, position_ids=positions))
+    assert column(data, "labels") == labels
+    assert column(data, "position_ids") == positions
+
+
+def test_positions_follow_from_the_lengths_of_packed_texts(tmp_path: Path) -> None:
+    lengths = [[6], [2, 4], [1, 1, 1, 1, 1, 1], [3, 2, 1], [5, 1], [6], [6], [6], [1, 5]]
+    data = opened(write(tmp_path / "a.parquet", inputs=ROWS, sequence_lengths=lengths))
+    expected = [[place for length in row for place in range(length)] for row in lengths]
+    assert column(data, "position_ids") == expected
+    given = [[5, 4, 3, 2, 1, 0]] * 9
+    both = opened(write(tmp_path / "b.parquet", inputs=ROWS, sequence_lengths=lengths, position_ids=given))
+    assert column(both, "position_ids") == given
+
+
+@pytest.mark.parametrize("kind", [pyarrow.list_(pyarrow.int32()), pyarrow.large_list(pyarrow.uint16()),
+                                  pyarrow.list_(pyarrow.int64(), 6)])  # fmt: skip
+def test_every_kind_of_list_of_integers(tmp_path: Path, kind: Any) -> None:
+    data = opened(write(tmp_path / "a.parquet", inputs=pyarrow.array(ROWS, kind)))
+    assert column(data, "input_ids") == ROWS
+
+
+def test_row_groups_are_kept_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.zeros((4000, 100), np.int32).tolist()
+    path = write(tmp_path / "a.parquet", group=400, inputs=rows)
+    data = opened(path, seq_len=100, fetch={"cache_mb": 1})
+    read: list[int] = []
+    load = data._load
+    monkeypatch.setattr(data, "_load", lambda group: read.append(group.number) or load(group))
+    data.samples(0, 3999)
+    assert read == list(range(10))
+    assert len(data._kept) <= 2
+    data.samples(3990, 3999)
+    assert len(read) == 10
+    with pytest.raises(ConfigError, match=r"Row group 0 of .* smaller row_group_size"):
+        opened(write(tmp_path / "b.parquet", group=4000, inputs=rows), seq_len=100, fetch={"cache_mb": 1})
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"inputs": [*ROWS[:8], [1, 2]]}, r"row group 2 of .*: a row of 'inputs' has 2 entries, not seq_len=6"),
+        ({"inputs": [*ROWS[:8], None]}, "'inputs' has missing values"),
+        ({"inputs": [*ROWS[:8], [1, 2, 3, None, 5, 6]]}, "'inputs' has missing values"),
+        ({"inputs": [*ROWS[:8], [1, 2, 3, 100, 5, 6]]}, "input_ids has the value 100, but the vocabulary has 100"),
+        ({"inputs": [*ROWS[:8], [1, 2, 3, -1, 5, 6]]}, "input_ids has the value -1"),
+        ({"inputs": ROWS, "labels": [*ROWS[:8], [-100, -1, 0, 0, 0, 0]]}, "labels has the value -1"),
+        ({"inputs": ROWS, "position_ids": [*ROWS[:1] * 8, [6] * 6]}, "position_ids has the value 6, but positions"),
+        ({"inputs": ROWS, "sequence_lengths": [[6]] * 8 + [[5]]}, "sequence_lengths of a row do not add up"),
+        ({"inputs": ROWS, "sequence_lengths": [[6]] * 8 + [[7, -1]]}, "sequence_lengths of a row do not add up"),
+    ],
+)
+def test_rows_that_are_not_what_they_should_be(tmp_path: Path, columns: Any, message: str) -> None:
+    data = opened(write(tmp_path / "a.parquet", **columns))
+    assert len(data.samples(0, 7)) == 8
+    with pytest.raises(DataError, match=message) as caught:
+        data.samples(6, 8)
+    assert caught.value.lasting
+    assert caught.value.ids == (8,)
+
+
+@pytest.mark.parametrize("inputs", [[1.5] * 9, list(range(9)), [["a"] * 6] * 9])
+def test_columns_of_another_type(tmp_path: Path, inputs: Any) -> None:
+    with pytest.raises(DataError, match="expected lists of integers"):
+        opened(write(tmp_path / "a.parquet", inputs=inputs)).samples(0, 0)
+
+
+def test_a_file_that_breaks_under_way(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", inputs=ROWS)
+    data = opened(path, validation_samples=1)
+    whole = path.read_bytes()
+    path.unlink()
+    with pytest.raises(DataError, match=r"samples 2-6 of .* cannot be read") as caught:
+        data.samples(2, 6)
+    assert caught.value.ids == (2, 3, 4, 5, 6)
+    assert not caught.value.lasting
+    path.write_bytes(whole)
+    assert len(data.samples(2, 6)) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "nowhere"}, "'nowhere' is neither a parquet file nor a folder with some"),
+        ({"vocab_size": None}, "set data.config.vocab_size"),
+        ({"validation_samples": 9}, "9 rows, of which 9 are for validation"),
+        ({"shuffle": "x"}, "shuffle is 'x'"),
+        ({"tokenizer": "bytes"}, "tokenizer has 256 ids, but vocab_size is 100"),
+    ],
+)
+def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    write(tmp_path / "a.parquet", inputs=ROWS)
+    with pytest.raises(ConfigError, match=message):
+        opened(tmp_path, **options)
+
+
+def test_files_that_are_not_such_tables(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really PAR1")
+    with pytest.raises(ConfigError, match="is not a parquet file that can be read"):
+        opened(tmp_path)
+    write(tmp_path / "a.parquet", tokens=ROWS)
+    with pytest.raises(ConfigError, match=r"has no column 'inputs', .*; columns: tokens"):
+        opened(tmp_path)
+    write(tmp_path / "a.parquet", inputs=ROWS)
+    write(tmp_path / "b.parquet", inputs=ROWS, labels=ROWS)
+    with pytest.raises(ConfigError, match="but the files before it"):
+        opened(tmp_path)
+
+
+def test_the_fingerprint_tells_other_rows(tmp_path: Path) -> None:
+    one = opened(write(tmp_path / "a.parquet", inputs=ROWS)).fingerprint
+    assert opened(tmp_path / "a.parquet").fingerprint == one
+    assert opened(write(tmp_path / "a.parquet", inputs=ROWS[::-1])).fingerprint != one

@@ -1,0 +1,155 @@
+"""Several machines on one: network namespaces, each with one link to a relay in user space that shapes it.
+
+A link is a TUN device whose packets the relay reads, delays, drops and writes to the device of the machine that they
+are for. Nothing else connects the namespaces, to each other or to the world. Needs root and ``/dev/net/tun``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import heapq
+import multiprocessing
+import os
+import random
+import selectors
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+MTU = 1500
+QUEUE = 256_000
+"""Bytes that wait for a link before it drops what comes, as a home router's buffer would."""
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+
+
+@dataclass(frozen=True)
+class Link:
+    """One machine's way to the others.
+
+    Attributes:
+        rate: bits per second that it can send; None for no limit.
+        delay: seconds that each packet takes (half of a round trip).
+        loss: share of its packets that vanish, 0 to 1.
+    """
+
+    rate: float | None = None
+    delay: float = 0.0
+    loss: float = 0.0
+
+
+class Machine:
+    """A network namespace.
+
+    Attributes:
+        name: of the namespace.
+        address: its IPv4 address.
+    """
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name, self.address = name, address
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """What runs ``arguments`` in it."""
+        return ["ip", "netns", "exec", self.name, *arguments]
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes ``(up, down)`` on its link so far, headers of IP and TCP included."""
+        found = subprocess.run(
+            self.command(["cat", *(f"/sys/class/net/tun0/statistics/{way}_bytes" for way in ("tx", "rx"))]),
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        up, down = found.stdout.split()
+        return int(up), int(down)
+
+
+@contextmanager
+def network(links: Sequence[Link], seed: int = 0) -> Iterator[list[Machine]]:
+    """One machine for each link, while the block runs.
+
+    Raises:
+        PermissionError: this process may not make namespaces.
+    """
+    if os.geteuid() != 0 or not os.path.exists("/dev/net/tun"):
+        raise PermissionError("shaped links need root and /dev/net/tun: run this as root on Linux")
+    machines = [Machine(f"links-{os.getpid()}-{number}", f"10.77.0.{number + 1}") for number in range(len(links))]
+    devices: list[int] = []
+    try:
+        for machine in machines:
+            devices.append(_join(machine))
+        # A process of its own: the relay's speed must not depend on what the measuring program does.
+        relay: Any = multiprocessing.get_context("fork").Process(target=_relay, args=(devices, list(links), seed))
+        relay.start()
+        try:
+            yield machines
+        finally:
+            relay.terminate()
+            relay.join()
+    finally:
+        for device in devices:
+            os.close(device)
+        for machine in machines:
+            subprocess.run(["ip", "netns", "del", machine.name], check=False, capture_output=True)
+
+
+def _join(machine: Machine) -> int:
+    """Make the namespace and its device; returns the relay's end."""
+    device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    here = f"ln{machine.address.rpartition('.')[2]}-{os.getpid() % 100000}"
+    fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH", here.encode(), _IFF_TUN | _IFF_NO_PI))
+    for command in (
+        f"ip netns add {machine.name}",
+        f"ip link set {here} netns {machine.name} name tun0",
+        f"ip -n {machine.name} addr add {machine.address}/24 dev tun0",
+        f"ip -n {machine.name} link set tun0 up mtu {MTU}",
+        f"ip -n {machine.name} link set lo up",
+    ):
+        subprocess.run(command.split(), check=True, capture_output=True)
+    return device
+
+
+def _relay(devices: list[int], links: list[Link], seed: int) -> None:
+    """Carry packets until the process is ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who interrupts the measurement ends it, and that ends this
+    chance = random.Random(seed)
+    owner = {bytes([10, 77, 0, number + 1]): number for number in range(len(devices))}
+    free = [0.0] * len(devices)  # when each link has sent what it was given
+    waiting: list[tuple[float, int, int, bytes]] = []
+    count = 0
+    selector = selectors.DefaultSelector()
+    for number, device in enumerate(devices):
+        selector.register(device, selectors.EVENT_READ, number)
+    while True:
+        timeout = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
+        for key, _ in selector.select(timeout):
+            link = links[key.data]
+            for _ in range(64):
+                try:
+                    packet = os.read(key.fd, MTU)
+                except BlockingIOError:
+                    break
+                target = owner.get(packet[16:20])  # the destination, if this is IPv4
+                if target is None or packet[0] >> 4 != 4 or chance.random() < link.loss:
+                    continue
+                now = time.monotonic()
+                due = now
+                if link.rate is not None:
+                    begins = max(free[key.data], now)
+                    if (begins - now) * link.rate > 8 * QUEUE:
+                        continue
+                    due = free[key.data] = begins + 8 * len(packet) / link.rate
+                count += 1
+                heapq.heappush(waiting, (due + link.delay, count, target, packet))
+        now = time.monotonic()
+        while waiting and waiting[0][0] <= now:
+            _, _, target, packet = heapq.heappop(waiting)
+            try:
+                os.write(devices[target], packet)
+            except OSError:  # the machine's own queue is full: a loss like any other
+                pass

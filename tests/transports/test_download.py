@@ -1,0 +1,182 @@
+"""The rule by which sources share a blob, with sources that are played: the real ones are in the conformance kit."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Callable
+
+import pytest
+
+from psyche_lightning.errors import TransportError
+from psyche_lightning.transports import download as module
+from psyche_lightning.transports.budget import Throttle
+from psyche_lightning.transports.download import Download, Fetch, Span
+from psyche_lightning.wire.hashing import sha256
+
+PIECE = 64 * 1024
+DATA = os.urandom(5_000_003)
+
+
+class Played:
+    """A source that delivers what the test says."""
+
+    def __init__(self, name: str, data: bytes | None = DATA, pause: float = 0.0, dies_after: float = 1e18) -> None:
+        self.key = name.encode().ljust(32)
+        self.trusted = True
+        self.data = data
+        self.pause = pause
+        self.dies_after = dies_after
+        self.given = 0
+        self.requests = 0
+        self.lies: list[str] = []
+
+    async def pull(self, span: Span) -> None:
+        self.requests += 1
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(self.pause)
+        if self.data is None:
+            raise TransportError("does not have it")
+        at, wanted = span.at, span.found(len(self.data), loop.time())
+        while wanted:
+            if self.given >= self.dies_after:
+                raise TransportError("was lost: it died")
+            piece = self.data[at : at + PIECE]
+            at += len(piece)
+            self.given += len(piece)
+            wanted = span.write(piece, loop.time())
+            await asyncio.sleep(self.pause)
+
+    def lied(self, what: str) -> None:
+        self.lies.append(what)
+        self.trusted = False
+
+
+def fetch(*sources: Played, download: Download | None = None, timeout: float = 30, limit: float | None = None) -> bytes:
+    async def main() -> bytes:
+        return await Fetch(download or Download(sha256(DATA), 6_000_000), list(sources), timeout, Throttle(limit)).run()
+
+    return asyncio.run(main())
+
+
+def test_one_source_gets_one_request() -> None:
+    one = Played("one")
+    assert fetch(one) == DATA
+    assert (one.requests, one.given) == (1, len(DATA))
+
+
+def test_sources_share_by_their_speed() -> None:
+    quick, slow = Played("quick", pause=0.001), Played("slow", pause=0.02)
+    assert fetch(slow, quick) == DATA
+    assert quick.given > 3 * slow.given > 0
+    assert quick.given + slow.given <= len(DATA) + 6 * PIECE
+
+
+def test_a_small_blob_is_not_divided() -> None:
+    small = b"x" * 100_000
+    one, two = Played("one", small, 0.01), Played("two", small)
+    assert fetch(one, two, download=Download(sha256(small), 200_000)) == small
+    assert two.requests == 0
+
+
+def test_whoever_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    silent, one = Played("silent", pause=1000), Played("one")
+    assert fetch(silent, one) == DATA
+
+
+def test_whoever_hardly_moves_loses_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    stops, one = Played("stops", pause=0.0), Played("one", pause=0.001)
+
+    async def pull(span: Span) -> None:
+        span.found(len(DATA), asyncio.get_running_loop().time())
+        for at in range(span.at, span.end):
+            span.write(DATA[at : at + 1], asyncio.get_running_loop().time())
+            await asyncio.sleep(0.01)
+
+    stops.pull = pull  # type: ignore[method-assign]
+    assert fetch(stops, one) == DATA
+
+
+def test_what_a_lost_source_gave_is_not_fetched_again() -> None:
+    dying, one = Played("dying", dies_after=1_000_000), Played("one", pause=0.001)
+    assert fetch(dying, one) == DATA
+    assert one.given <= len(DATA) - 900_000
+
+
+def test_a_later_attempt_goes_on() -> None:
+    download = Download(sha256(DATA), 6_000_000)
+    with pytest.raises(TransportError, match=r"\(\d+ of 5000003 bytes are kept\): .* was lost: it died"):
+        fetch(Played("dying", dies_after=2_000_000), download=download)
+    one = Played("one")
+    assert fetch(one, download=download) == DATA
+    assert one.given <= len(DATA) - 2_000_000
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_liars_are_found_out_whatever_they_lie_about(seed: int) -> None:
+    rng = random.Random(seed)
+    wrong = bytearray(DATA)
+    for _ in range(200):
+        wrong[rng.randrange(len(DATA))] ^= 1
+    lies = [bytes(wrong), DATA[:-1], DATA + b"x", b"", None]
+    sources = [Played(f"honest {n}", pause=rng.random() / 100) for n in range(2)]
+    liars = [Played(f"liar {n}", rng.choice(lies), rng.random() / 100) for n in range(2)]
+    sources += liars
+    rng.shuffle(sources)
+    assert fetch(*sources) == DATA
+    for source in sources:
+        assert not source.lies or source in liars
+
+
+def test_all_wrong_is_an_error_that_names_everyone_and_keeps_nothing() -> None:
+    sources = [Played("one", DATA[:-1], 0.001), Played("two", bytes(len(DATA)), 0.001)]
+    download = Download(sha256(DATA), 6_000_000)
+    with pytest.raises(TransportError) as caught:
+        fetch(*sources, download=download)
+    for source in sources:
+        assert f"{source.key[:4].hex()} delivered other bytes" in str(caught.value)
+        assert source.lies
+    assert download.received == 0
+
+
+def test_one_who_lied_serves_only_when_nobody_else_does() -> None:
+    liar, one = Played("liar", pause=0.001), Played("one", pause=0.001)
+    liar.trusted = False
+    assert fetch(one, liar) == DATA
+    assert liar.requests == 0
+    assert fetch(Played("lost", dies_after=0), liar) == DATA
+
+
+def test_too_much_is_refused_before_anything_comes() -> None:
+    with pytest.raises(TransportError, match="has 5000003 bytes, more than the 10 expected"):
+        fetch(one := Played("one"), download=Download(sha256(DATA), 10))
+    assert one.given == 0
+
+
+def test_nobody_and_no_time_are_errors_that_say_so() -> None:
+    with pytest.raises(TransportError, match="no provider is known"):
+        fetch()
+    with pytest.raises(TransportError, match="was not asked for lack of time"):
+        fetch(Played("one"), timeout=0)
+    with pytest.raises(TransportError, match=r"took too long \(no answer after 0.1 s\)"):
+        fetch(Played("one", pause=1000), timeout=0.1)
+
+
+def test_with_a_limit_no_more_is_asked_for_than_may_come() -> None:
+    asked: list[int] = []
+
+    class Watched(Played):
+        async def pull(self, span: Span) -> None:
+            asked.append(span.left)
+            await super().pull(span)
+
+    small = os.urandom(200_000)
+    sources = [Watched("one", small), Watched("two", small)]
+    begun: Callable[[], float] = __import__("time").monotonic
+    start = begun()
+    assert fetch(*sources, download=Download(sha256(small), 200_000), limit=100_000) == small
+    assert max(asked) <= 25_000
+    assert 100_000 * (begun() - start) + 10_000 + 2 * 25_001 >= 200_000
