@@ -28,6 +28,7 @@ from psyche_lightning.coordinator.state import (
     WitnessProof,
     WitnessRecord,
 )
+from psyche_lightning.errors import WireError
 from psyche_lightning.wire.hashing import ZERO_HASH
 from psyche_lightning_solana.layout import (
     CLIENT,
@@ -229,7 +230,9 @@ def read(coordinator: bytes | memoryview, manifest: bytes | memoryview | None = 
     try:
         state = _state(record, members)
         MODEL.unpack(_bytes(record["model"]))
-    except (ValueError, KeyError) as error:
+    except AccountError:
+        raise
+    except (ValueError, WireError) as error:
         raise AccountError(f"the account is damaged: {error}") from error
     run = RunAccounts(
         state,
