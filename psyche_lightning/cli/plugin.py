@@ -148,9 +148,9 @@ def _check_name(kind: Kind, name: str) -> None:
     if name in installed.conflicts:
         raise PsycheError(installed.conflict(name))
     if kind is Kind.MODEL:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+        from transformers import CONFIG_MAPPING
 
-        if name in CONFIG_MAPPING_NAMES:
+        if name in CONFIG_MAPPING:
             raise ConfigError(
                 f"transformers has models of the type {name!r}, and a checkpoint says its type; choose another name"
             )
