@@ -367,7 +367,7 @@ class Traffic:
         begins = not self.world.exists  # with other authorities nothing more would come of the run
         for _ in range(self.random.choice([1, 1, 1, 2])):
             kind = self.random.randrange(7)
-            if kind == 0:
+            if kind == 0 and data:
                 del data[self.random.randrange(len(data)) :]
             elif kind == 1:
                 data += self.random.randbytes(self.random.randint(1, 8))
