@@ -36,7 +36,8 @@ The rules are the same for all five hooks:
 * **Choosing.** ``PSYCHE_PLUGINS=mla,psyche-lightning-text`` loads only the plugins with these entry-point or
   distribution names, ``PSYCHE_PLUGINS=`` none. Built-ins are always there.
 
-``psyche_lightning.testing.transport`` is the conformance kit of transports; ``docs/plugins.md`` builds a whole plugin.
+``psyche_lightning.testing`` has the conformance kits: ``transport``, ``coordinators``, ``models`` and ``data``.
+``psyche plugin new`` writes a package to begin with, and ``docs/plugins.md`` builds one.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ COMMANDS = {
     "run": Command("psyche_lightning.cli.run:run", "Create, look at, pause and resume runs."),
     "demo": Command("psyche_lightning.cli.demo:demo", "Watch a few nodes on this machine train a model."),
     "bench": Command("psyche_lightning.cli.bench:bench", "Measure bytes, speed and quality."),
+    "plugin": Command("psyche_lightning.cli.plugin:plugin", "Begin a plugin of your own."),
     "plugins": Command("psyche_lightning.cli.plugins:plugins", "List what is installed, and what failed to load."),
 }
 

@@ -221,7 +221,7 @@ def transport(
     size = int(megabytes * 1e6)
     table = _table(
         f"Blobs of {megabytes:g} MB over loopback, {repeats} of each",
-        *("transport", "best, MB/s", "median, MB/s", "of plain sockets", "round trip, ms", "bytes on the wire / blob"),
+        *("", "best MB/s", "median MB/s", "/ plain", "trip, ms", "wire/blob"),
     )
     results: list[Speed] = []
     console = Console()

@@ -7,9 +7,7 @@ import hashlib
 import os
 import tempfile
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,8 @@ Documents = Callable[[int], Iterator[bytes]]
 class Spool:
     """Blocks of ``seq_len`` tokens cut from the tokens of all documents; memory is that of one document.
 
-    The file lies where ``TMPDIR`` says and goes with this object.
+    The file lies where ``TMPDIR`` says. It has no name, so that nothing is left of it however the process ends. A copy
+    in another process reads the documents again, as far as its blocks are asked for.
 
     Args:
         documents: the texts; may fail for a while.
@@ -78,10 +77,7 @@ class Spool:
             self.fingerprint = f"stream of {most} samples, the first {digest}"
 
     def _begin(self) -> None:
-        handle, name = tempfile.mkstemp(prefix="psyche-", suffix=".tokens")
-        os.close(handle)
-        self._path = Path(name)
-        weakref.finalize(self, _remove, self._path, os.getpid())
+        self._file = tempfile.TemporaryFile(prefix="psyche-")  # noqa: SIM115 - closed with this object
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._texts: Iterator[bytes] | None = None
@@ -92,14 +88,12 @@ class Spool:
         self._worker: threading.Thread | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_lock", "_texts", "_worker")
+        left_out = ("_file", "_lock", "_texts", "_worker")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock, self._texts, self._worker = threading.Lock(), None, None
-        if self._lazily:
-            self._begin()
+        self._begin()
 
     # --- blocks -----------------------------------------------------------------------------------------------------
 
@@ -109,17 +103,12 @@ class Spool:
         Raises:
             Unavailable: the documents cannot be read that far.
         """
-        if self._lazily:
-            if self._process != os.getpid():  # a forked worker must not write to its parent's file
-                self._begin()
-            self._fill(max(numbers, default=-1) + 1)
+        if self._lazily and self._process != os.getpid():  # a forked worker must not write to its parent's file
+            self._begin()
+        self._fill(max(numbers, default=-1) + 1)
         size = self._seq_len * self._encoder.dtype.itemsize
-        blocks = []
-        with self._path.open("rb") as file:
-            for number in numbers:
-                file.seek(number * size)
-                blocks.append(np.frombuffer(file.read(size), self._encoder.dtype))
-        return blocks
+        handle = self._file.fileno()
+        return [np.frombuffer(os.pread(handle, size, number * size), self._encoder.dtype) for number in numbers]
 
     def ahead(self, numbers: Sequence[int]) -> None:
         """Begin to tokenize as far as these blocks."""
@@ -166,25 +155,20 @@ class Spool:
             raise
 
     def _append_from(self, texts: Iterator[bytes], blocks: int | None, progress: QuietProgress | None) -> None:
-        with self._path.open("ab") as file:
-            file.truncate(self._tokens * self._encoder.dtype.itemsize)
+        try:
             while blocks is None or self._tokens < blocks * self._seq_len:
                 text = next(texts, None)
                 if text is None:
                     self._ended = True
                     break
                 ids = self._encoder.encode(text)
-                try:
-                    file.write(ids.tobytes())
-                except OSError as error:
-                    raise DataError(
-                        f"There is no room for the tokens in {self._path.parent}: {error.strerror}. Set TMPDIR to a "
-                        "folder on a larger disk."
-                    ) from error
+                self._write(ids.tobytes())
                 self._read += 1
                 self._tokens += len(ids)
                 if progress is not None:
                     progress.advance(1)
+        finally:
+            self._write(b"", flush=True)
         needed = (blocks or 0) * self._seq_len
         if self._lazily and self._tokens < needed:
             raise ConfigError(
@@ -192,16 +176,20 @@ class Spool:
                 f"than max_samples={self._most}; set max_samples to that number or less."
             )
 
+    def _write(self, data: bytes, *, flush: bool = False) -> None:
+        try:
+            self._file.write(data)
+            if flush:
+                self._file.flush()
+        except OSError as error:
+            raise DataError(
+                f"There is no room for the tokens in {tempfile.gettempdir()}: {error.strerror}. Set TMPDIR to a folder "
+                "on a larger disk."
+            ) from error
+
     def _sha256(self, blocks: int) -> str:
         digest = hashlib.sha256()
-        left = blocks * self._seq_len * self._encoder.dtype.itemsize
-        with self._path.open("rb") as file:
-            while left and (chunk := file.read(min(left, 1 << 20))):
-                digest.update(chunk)
-                left -= len(chunk)
+        end = blocks * self._seq_len * self._encoder.dtype.itemsize
+        for start in range(0, end, 1 << 20):
+            digest.update(os.pread(self._file.fileno(), min(1 << 20, end - start), start))
         return digest.hexdigest()
-
-
-def _remove(path: Path, process: int) -> None:
-    if os.getpid() == process:  # not in a forked worker
-        path.unlink(missing_ok=True)

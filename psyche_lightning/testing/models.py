@@ -12,8 +12,8 @@ Example::
         def make_config(self):
             return {"vocab_size": 64, "hidden_size": 16}
 
-Needs pytest and nothing else (``pip install psyche-lightning[testing]``). Choose a configuration so small that a forward
-pass takes milliseconds.
+Needs pytest and nothing else (``pip install psyche-lightning[testing]``). Choose a configuration so small that a
+forward pass takes milliseconds.
 """
 
 # ruff: noqa: D102 - a test is named after what it shows
@@ -91,7 +91,7 @@ class ModelContract(abc.ABC):
             result.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
         )
         assert abs(float(result.loss - expected)) <= self.tolerance, (
-            "the loss must be the mean cross-entropy of logits[:, :-1] and labels[:, 1:]: the model shifts, not the caller"
+            "the loss must be the mean cross-entropy of logits[:, :-1] and labels[:, 1:]: shifting is the model's"
         )
 
     # -- what it is ---------------------------------------------------------------------------------------------------

@@ -347,6 +347,30 @@ class NetworkTransportContract(TransportContract):
 
         self.play(scene)
 
+    def test_announcements_do_not_wait_for_the_blobs_of_many(self) -> None:
+        async def scene() -> None:
+            a = await self.special(upload=RATE)
+            takers = [await self.node() for _ in range(8)]
+            self.introduce([a, *takers])
+            await self.connected([a, *takers])
+            fetches = [
+                asyncio.ensure_future(
+                    node.transport.fetch(a.add(os.urandom(RATE // 4)), [a.key], max_size=RATE, timeout=LONG)
+                )
+                for node in takers
+            ]
+            await eventually(lambda: a.given > RATE // 2, "blobs are on their way")
+            before = a.given
+            a.transport.broadcast(b"urgent")
+            while not all(b"urgent" in node.texts() for node in takers):
+                await asyncio.sleep(0.001)
+            assert a.given - before < RATE // 6
+            for fetch in fetches:
+                fetch.cancel()
+            await asyncio.gather(*fetches, return_exceptions=True)
+
+        self.play(scene)
+
     @pytest.mark.parametrize("value", [0, -1, "fast", True, float("nan")])
     def test_a_limit_that_makes_no_sense_is_refused(self, value: Any) -> None:
         for name in ("upload", "download"):
@@ -382,7 +406,8 @@ class NetworkTransportContract(TransportContract):
                     assert peak < 5_000_000
             await self.still_well(a, b)
             if proven:
-                assert short(guest.public) in caplog.text
+                warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+                assert any(short(guest.public) in text for text in warnings)
                 assert not self.link(a, guest.public).connected
                 assert self.link(a, guest.public).reason
 

@@ -19,7 +19,7 @@ def test_the_transports_are_measured_beside_plain_sockets(tmp_path, capsys):
     assert tcp["median"] < plain["best"]
     assert tcp["round_trip"] > 0
     assert 1 < tcp["overhead"] < 1.05
-    assert "of plain" in capsys.readouterr().out
+    assert "/ plain" in capsys.readouterr().out
 
 
 def test_a_limit_shows(tmp_path):

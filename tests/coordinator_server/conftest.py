@@ -15,65 +15,11 @@ from pathlib import Path
 import pytest
 
 from psyche_lightning.coordinator.admin import CoordinatorAdmin
-from psyche_lightning.coordinator.bloom import participants_bloom
-from psyche_lightning.coordinator.committee import round_selection
-from psyche_lightning.coordinator.protocol import Coordinator, Report
 from psyche_lightning.coordinator.server import CoordinatorServer
-from psyche_lightning.coordinator.state import Phase, RunState
 from psyche_lightning.coordinator.store import MemoryStore
-from psyche_lightning.errors import CoordinatorError
-from psyche_lightning.wire.hashing import sha256
-from psyche_lightning.wire.identity import Identity
+from psyche_lightning.testing.walking import walk
 
-LATE = {"InvalidWitness", "InvalidRunState", "DuplicateWitness", "Halted", "InvalidCheckpoint"}
 QUICK = {"waiting_for_members_extra_time": 0.05, "warmup_time": 20, "cooldown_time": 5, "max_round_train_time": 20}
-
-
-async def walk(
-    client: Coordinator,
-    identity: Identity,
-    *,
-    manifest: dict[str, object] | None = None,
-    seen: Callable[[RunState], None] = lambda state: None,
-    until: Callable[[RunState], bool] = lambda state: state.phase is Phase.FINISHED,
-) -> RunState:
-    """Be a node: join, report in every phase, and return the state in which the run finished (or ``until`` holds)."""
-    me = identity.public
-    await client.join("nowhere", manifest or {"model": {"name": "none"}})
-    async for state in client.watch():
-        seen(state)
-        if until(state):
-            return state
-        try:
-            await report(client, me, state)
-        except CoordinatorError as error:
-            if error.code not in LATE:
-                raise
-    raise AssertionError("the stream of states ended")
-
-
-async def report(client: Coordinator, me: bytes, state: RunState) -> None:
-    signers = [member.signer for member in state.clients]
-    if me not in signers:
-        return
-    index, round_ = signers.index(me), state.current
-    if state.phase is Phase.WARMUP and all(record.proof.index != index for record in state.warmup_witnesses):
-        await client.warmup_witness(state.epoch, index, state.checkpoint.digest or sha256(b"start"))
-    elif state.phase in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS) and round_ is not None and me in round_.clients:
-        index, selection = round_.clients.index(me), round_selection(round_, state.config)
-        if selection.is_witness(index) and all(record.proof.index != index for record in round_.witnesses):
-            bloom = participants_bloom(round_.seed, round_.clients)
-            await client.witness(
-                state.epoch,
-                round_.height,
-                selection.witness_proof(index),
-                sha256(b"list", bytes([round_.height % 256])),
-                bloom,
-                bloom,
-                Report(round_.step, 3.0 - 0.01 * round_.step, 1000.0, 100 * round_.height, 100 * round_.height),
-            )
-    elif state.phase is Phase.COOLDOWN and all(vote[0] != me for vote in state.checkpoint_votes):
-        await client.checkpoint(state.epoch, state.step - 1, sha256(b"end", bytes([state.step % 256])))
 
 
 class ServerProcess:

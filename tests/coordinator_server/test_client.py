@@ -153,7 +153,7 @@ def test_cut_links_lose_nothing(served, walk, run, quick):
             relay = Relay(url)
             through = await relay.start()
             clients = [HttpCoordinator(through, "r", identity) for identity in identities]
-            walks = asyncio.gather(*map(walk, clients, identities))
+            walks = asyncio.gather(*map(walk, clients))
             for _ in range(4):
                 nonce = server.runs["r"].state.nonce
                 while server.runs["r"].state.nonce < nonce + 7 and not walks.done():
@@ -179,8 +179,8 @@ def test_a_node_that_vanishes_is_dropped_after_the_grace_and_named(served, walk,
         async with served(grace=0.2) as (server, url):
             await create(url, **{**quick, "waiting_for_members_extra_time": 1})
             *others, client = (HttpCoordinator(url, "r", identity) for identity in (*stay, vanishes))
-            walking = asyncio.gather(*map(walk, others, stay))
-            await walk(client, vanishes, until=lambda state: state.step == 5)
+            walking = asyncio.gather(*map(walk, others))
+            await walk(client, until=lambda state: state.step == 5)
             await client.close()
             assert {state.step for state in await walking} == {31}
             while not [event for event in server.runs["r"].host.events if event.kind == "dropped"]:

@@ -27,7 +27,7 @@ def test_several_runs_side_by_side(served, walk, run, quick):
             ids = [Identity.generate() for _ in range(3)]
             for name, identity, steps in zip(("a", "b", "ü/ö ?"), ids, (3, 6, 4), strict=True):
                 client = HttpCoordinator(url, name, identity)
-                assert (await walk(client, identity)).step == steps + 1
+                assert (await walk(client)).step == steps + 1
                 await client.close()
             _, found = await ask("GET", f"{url}/v1/runs")
             assert [(row["run_id"], row["phase"], row["step"]) for row in found["runs"]] == [
@@ -143,7 +143,7 @@ def test_pause_ends_the_epoch_and_resume_goes_on_from_its_parameters(served, wal
             live = server.runs["r"]
 
             async def walk_until(condition):
-                return await walk(client, identity, until=condition)
+                return await walk(client, until=condition)
 
             await walk_until(lambda state: state.step > 5)
             await ask("POST", f"{url}/v1/runs/r/pause", json={})
@@ -167,7 +167,7 @@ def test_status_and_page_show_who_does_what(served, walk, run, quick):
             await ask("POST", f"{url}/v1/runs", json=body)
             identity = Identity.generate()
             client = HttpCoordinator(url, "r", identity)
-            await walk(client, identity)
+            await walk(client)
             await client.close()
             _, found = await ask("GET", f"{url}/v1/runs/r")
             (member,) = found["clients"]

@@ -39,7 +39,7 @@ def test_a_lone_node_never_waits_for_the_clock(walk, run):
 
         loop.call_at = counted
         client = LocalCoordinator(RunHost("r", CoordinatorConfig(total_steps=50), seed=1), identity, clock)
-        state = await walk(client, identity)
+        state = await walk(client)
         await client.close()
         return state
 
@@ -61,7 +61,7 @@ def test_several_share_a_host_also_across_threads(walk, run, quick):
     def node(identity):
         async def main():
             client = LocalCoordinator(host, identity)
-            states[identity.public] = await walk(client, identity)
+            states[identity.public] = await walk(client)
             await client.close()
 
         run(main())

@@ -52,7 +52,7 @@ def test_kills_at_random_moments(server_process, walk, run, quick, seed, steps, 
     async def node(identity, watcher):
         client = HttpCoordinator(server.url, "r", identity)
         try:
-            return await walk(client, identity, seen=watcher)
+            return await walk(client, seen=watcher)
         finally:
             await client.close()
 
@@ -115,7 +115,7 @@ def test_a_coordinator_with_another_directory_is_noticed(tmp_path, server_proces
             if state.nonce > 20:
                 moved.set()
 
-        node = asyncio.ensure_future(walk(client, identity, seen=seen))
+        node = asyncio.ensure_future(walk(client, seen=seen))
         await moved.wait()
         await asyncio.to_thread(server.end)
         server.directory = tmp_path / "another"

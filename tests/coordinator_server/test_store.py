@@ -40,7 +40,7 @@ def test_what_is_read_back_is_what_was_saved_at_every_change(tmp_path, walk, run
     async def alone():
         client = LocalCoordinator(host, identity)
         client._run = live
-        return await walk(client, identity, manifest={"data": {"seed": 3}})
+        return await walk(client, manifest={"data": {"seed": 3}})
 
     assert run(alone()).phase is Phase.FINISHED
     assert len(checked) > 14
@@ -61,7 +61,7 @@ def test_rounds_of_an_earlier_epoch_are_dropped(tmp_path, walk, run):
     async def alone():
         client = LocalCoordinator(host, identity)
         client._run = live
-        return await walk(client, identity, until=lambda state: state.epoch == 1 and state.step > state.start_step)
+        return await walk(client, until=lambda state: state.epoch == 1 and state.step > state.start_step)
 
     run(alone())
     (again,) = store.load()

@@ -277,7 +277,7 @@ def test_changes_add_up_to_the_full_state_and_leave_blooms_out(served, walk, run
 
             spectator = asyncio.ensure_future(spectate())
             clients = [HttpCoordinator(url, "r", identity) for identity in identities]
-            await asyncio.gather(*map(walk, clients, identities))
+            await asyncio.gather(*map(walk, clients))
             await asyncio.gather(*(client.close() for client in clients))
             await asyncio.sleep(0.1)
             await session.close()

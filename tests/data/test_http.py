@@ -397,8 +397,10 @@ def test_a_mix_without_weights_goes_by_length_and_may_be_local(server: Server) -
     found = first_ids(data)
     assert len(found) == 8
     assert sorted(found) == [0, 4, 8, 12, 16, 20, 100, 104]
-    shuffled = entry({"Local": "a.bin"}, shuffle={"Seeded": [1] * 32})
-    assert sorted(first_ids(mixed(server, shuffled, where=local))) == [0, 4, 8, 12, 16, 20]
+    write(server, "c.bin", 80)
+    shuffled = entry({"Local": "c.bin"}, shuffle={"Seeded": list(range(1, 33))})
+    expected = [18, 1, 17, 6, 15, 9, 8, 14, 16, 12, 19, 5, 0, 2, 4, 7, 11, 10, 3, 13]
+    assert [first // 4 for first in first_ids(mixed(server, shuffled, where=local))] == expected, "its own order"
 
 
 def test_part_of_a_mix_may_be_away(server: Server) -> None:

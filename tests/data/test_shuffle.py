@@ -53,7 +53,7 @@ def plain(length: int, seed: bytes) -> list[int]:
     return out
 
 
-@pytest.mark.parametrize("length", [0, 1, 2, 13, 1000, 65_535, 65_536, 65_537, 200_000])
+@pytest.mark.parametrize("length", [0, 1, 2, 13, 1000, 65_535, 65_536, 65_537, 80_000])
 def test_the_shuffle_is_the_plain_algorithm(length: int) -> None:
     for seed in (SEED, bytes(32)):
         assert psyche_shuffle(length, seed).tolist() == plain(length, seed)

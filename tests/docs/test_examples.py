@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +80,9 @@ def test_its_commands_and_its_recipe_work_as_the_page_says(example: Path) -> Non
     assert (example / "psyche-sums" / "checkpoint" / "config.json").exists()
 
 
-def test_the_conformance_kit_runs_as_the_page_says(example: Path, page: Callable[[str], Any]) -> None:
-    file = "tests/test_contract.py"
-    assert (example / file).exists()
-    output = run(["-m", "pytest", "-q", "-p", "no:pytest_anchorpy", "-p", "no:cacheprovider", file], example)
+def test_the_conformance_kits_run_as_the_page_says(example: Path) -> None:
+    files = [f"tests/test_{name}.py" for name in ("contract", "model", "coordinator")]
+    assert all((example / file).exists() for file in files)
+    output = run(["-m", "pytest", "-q", "-p", "no:pytest_anchorpy", "-p", "no:cacheprovider", *files], example)
     assert " passed" in output
     assert "failed" not in output

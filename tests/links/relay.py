@@ -6,6 +6,7 @@ are for. Nothing else connects the namespaces, to each other or to the world. Ne
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import heapq
 import multiprocessing
@@ -149,7 +150,5 @@ def _relay(devices: list[int], links: list[Link], seed: int) -> None:
         now = time.monotonic()
         while waiting and waiting[0][0] <= now:
             _, _, target, packet = heapq.heappop(waiting)
-            try:
+            with contextlib.suppress(OSError):  # the machine's own queue is full: a loss like any other
                 os.write(devices[target], packet)
-            except OSError:  # the machine's own queue is full: a loss like any other
-                pass

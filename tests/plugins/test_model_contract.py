@@ -42,7 +42,8 @@ class Broken(ModelContract):
         def build(config: dict[str, Any]) -> torch.nn.Module:
             model = hf(config)
             forward = model.forward
-            model.forward = lambda input_ids, labels=None: self.change(forward, input_ids, labels)  # type: ignore
+            change = self.change
+            model.forward = lambda input_ids, labels=None: change(forward, input_ids, labels)  # type: ignore[method-assign]
             return model
 
         return build

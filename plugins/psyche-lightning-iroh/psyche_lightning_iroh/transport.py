@@ -19,7 +19,7 @@ from typing import Any
 
 import iroh
 
-from psyche_lightning.errors import ConfigError, TransportError
+from psyche_lightning.errors import ConfigError, TransportError, WireError
 from psyche_lightning.transports.base import TransportContext
 from psyche_lightning.transports.framing import Kind, Source, frame, goodbye_text, read_frame
 from psyche_lightning.transports.handshake import HandshakeError, UnwelcomeError
@@ -201,9 +201,6 @@ class IrohTransport(MeshTransport):
         try:
             target = iroh.EndpointAddr(iroh.EndpointId.from_bytes(key), relay, addresses)
             connection = await self._endpoint.connect(target, self._alpn)
-            # It opens no streams here: what is read comes on those that this side opens.
-            connection.set_max_concurrent_bi_streams(0)
-            connection.set_max_concurrent_uni_streams(0)
             urgent, bulk = await connection.open_bi(), await connection.open_bi()
             for stream in (urgent, bulk):  # the peer sees a stream when something comes on it
                 await stream.send().write_all(frame(Kind.WELCOME))
@@ -236,8 +233,6 @@ class IrohTransport(MeshTransport):
         connection = None
         try:
             connection = await (await incoming.accept()).connect()
-            connection.set_max_concurrent_bi_streams(2)
-            connection.set_max_concurrent_uni_streams(0)
             key = bytes(connection.remote_id().to_bytes())
             objection = self._objection(key)
             if objection is not None:
@@ -245,7 +240,7 @@ class IrohTransport(MeshTransport):
                 raise UnwelcomeError(f"{short(key)} is not welcome: {objection}")
             urgent, bulk = await connection.accept_bi(), await connection.accept_bi()
             pipe = await self._pipe(connection, urgent, bulk, ByteMeter(self._meter))
-            for source, _ in pipe.lanes:
+            for source, _ in pipe.lanes[:2]:
                 await read_frame(source, {Kind.WELCOME})
             await pipe.write(frame(Kind.WELCOME), bulk=False)
         except iroh.IrohError as error:
@@ -297,7 +292,8 @@ class QuicPipe:
     @property
     def lanes(self) -> Sequence[tuple[Source, Collection[int]]]:
         """See :class:`~psyche_lightning.transports.pipe.Pipe`."""
-        return (self._sources[0], URGENT), (self._sources[1], BULK)
+        more = _NoMoreStreams(self._connection, both_ways=True), _NoMoreStreams(self._connection, both_ways=False)
+        return (self._sources[0], URGENT), (self._sources[1], BULK), (more[0], ()), (more[1], ())
 
     def count(self) -> None:
         """Bring the meter up to date with iroh's counters."""
@@ -359,6 +355,25 @@ class _StreamSource:
         if not data:
             raise EOFError
         return data
+
+
+class _NoMoreStreams:
+    """Where the peer would open further streams, whose unread bytes would fill this process' memory.
+
+    iroh lets a connection begin with a hundred, and takes none of them back.
+    """
+
+    def __init__(self, connection: Any, *, both_ways: bool) -> None:
+        self._connection = connection
+        self._accept = connection.accept_bi if both_ways else connection.accept_uni
+
+    async def readexactly(self, n: int) -> bytes:
+        """Wait for what must not come; see :class:`~psyche_lightning.transports.framing.Source`."""
+        try:
+            await self._accept()
+        except iroh.IrohError as error:
+            raise _broken(self._connection, error) from None
+        raise WireError("it opened more streams than the two of a link")
 
 
 class _Settings(iroh.Preset):

@@ -105,26 +105,34 @@ def test_nobody_sits_at_the_address_of_another() -> None:
     play(scene)
 
 
-def test_a_peer_opens_no_more_streams_than_it_needs(reach: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_a_peer_that_opens_more_streams_is_cut_off(both_ways: bool, reach: Callable[..., Any]) -> None:
     async def scene() -> None:
         guest = Identity.generate()
         async with living(IrohTransport()) as (node,):
             node.transport.set_peers({guest.public: "iroh://127.0.0.1:9"})
-            alpn = node.transport._alpn  # type: ignore[attr-defined]
-            endpoint, connection = await reach(node, guest, alpn)
+            endpoint, connection = await reach(node, guest, node.transport._alpn)  # type: ignore[attr-defined]
             streams = [await connection.open_bi() for _ in range(2)]
             for stream in streams:
                 await stream.send().write_all(frame(Kind.WELCOME))
             await streams[0].recv().read_exact(5)
-            opened = 0
-            with contextlib.suppress(asyncio.TimeoutError):
-                while opened < 500:
-                    stream = await asyncio.wait_for(connection.open_bi(), 0.5)
-                    await stream.send().write_all(b"x")
-                    opened += 1
-            assert opened < 150  # what iroh's defaults let a connection begin with
-            connection.close(0, b"")
+            more = (await connection.open_bi()).send() if both_ways else await connection.open_uni()
+            await more.write_all(bytes(1000))
+            assert "it opened more streams" in await connection.closed()
+            await eventually(lambda: "it opened more streams" in link(node, guest.public).reason, "the link says why")
             await endpoint.close()
+
+    play(scene)
+
+
+def test_what_is_urgent_has_priority() -> None:
+    async def scene() -> None:
+        async with living(IrohTransport(), IrohTransport()) as (a, b):
+            await eventually(lambda: a.connected(b) and b.connected(a), "they are connected")
+            for node in (a, b):
+                (pipe,) = [pipe for pipe in node.transport._pipes if not pipe.over]  # type: ignore[attr-defined]
+                urgent, bulk = pipe._streams
+                assert await urgent.priority() > await bulk.priority()
 
     play(scene)
 

@@ -1,0 +1,1 @@
+"""The Solana coordinator of psyche_lightning: programs, local chain, clients."""

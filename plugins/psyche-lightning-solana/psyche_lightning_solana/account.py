@@ -28,6 +28,7 @@ from psyche_lightning.coordinator.state import (
     WitnessProof,
     WitnessRecord,
 )
+from psyche_lightning.errors import WireError
 from psyche_lightning.wire.hashing import ZERO_HASH
 from psyche_lightning_solana.layout import (
     CLIENT,
@@ -207,10 +208,6 @@ def _count(record: Any, field: str, most: int) -> int:
     return count
 
 
-def _flag(record: Record, field: str) -> bool:
-    return bool(record[field])
-
-
 # Reading.
 
 
@@ -229,7 +226,9 @@ def read(coordinator: bytes | memoryview, manifest: bytes | memoryview | None = 
     try:
         state = _state(record, members)
         MODEL.unpack(_bytes(record["model"]))
-    except (ValueError, KeyError) as error:
+    except AccountError:
+        raise
+    except (ValueError, WireError) as error:
         raise AccountError(f"the account is damaged: {error}") from error
     run = RunAccounts(
         state,
@@ -239,9 +238,9 @@ def read(coordinator: bytes | memoryview, manifest: bytes | memoryview | None = 
         int(record["next_active"]),
         Rates(*map(int, record["current_rates"].item())),
         Rates(*map(int, record["future_rates"].item())),
-        _flag(record, "first_round"),
-        _flag(record, "is_warmup_first_tick"),
-        _flag(record, "is_training_first_tick"),
+        bool(record["first_round"]),
+        bool(record["is_warmup_first_tick"]),
+        bool(record["is_training_first_tick"]),
         _text(record["client_version"]),
     )
     return run if manifest is None else _with_manifest(run, view_manifest(manifest))
@@ -295,8 +294,8 @@ def _state(record: Record, members: tuple[Member, ...]) -> RunState:
         head=_count(record, "rounds_head", 3),
         clients=clients,
         exited_clients=exited,
-        pending_pause=_flag(record, "pending_pause"),
-        cold_start_epoch=_flag(record, "cold_start_epoch"),
+        pending_pause=bool(record["pending_pause"]),
+        cold_start_epoch=bool(record["cold_start_epoch"]),
         nonce=int(record["nonce"]),
     )
     order = {member.signer: place for place, member in enumerate(members)}

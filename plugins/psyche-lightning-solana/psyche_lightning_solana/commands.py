@@ -50,21 +50,21 @@ def _group() -> None:
 class _Lazy(TyperGroup):
     """Lists names and help lines, and imports the command that is called."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    # typer brings a click of its own in newer versions, so these types differ from one to the next.
+
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         command = COMMANDS.get(cmd_name)
         return None if command is None else click.Command(cmd_name, help=command.help)
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         return name, command if name is None else _load(name), rest
 
 
-def _load(name: str) -> click.Command:
+def _load(name: str) -> Any:
     module, _, attribute = COMMANDS[name].target.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")

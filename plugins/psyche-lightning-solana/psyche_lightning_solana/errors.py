@@ -52,6 +52,7 @@ _ANCHOR = {
         (3010, "AccountNotSigner", "The given account did not sign"),
         (3012, "AccountNotInitialized", "The program expected this account to be already initialized"),
         (3015, "AccountSysvarMismatch", "The given public key does not match the required sysvar"),
+        (3016, "AccountReallocExceedsLimit", "The account reallocation exceeds the MAX_PERMITTED_DATA_INCREASE limit"),
     )
 }
 

@@ -63,8 +63,18 @@ static void check_rest(Draft *draft) {
   must(memcmp(&now, &after, sizeof now) == 0, "a tick at rest changes nothing");
 }
 
-#define BEGINNINGS 8
-static Snapshot beginnings[BEGINNINGS];
+// A run with that configuration after so many times in which everybody said what is due.
+typedef struct {
+  u8 config;
+  u8 steps;
+  u8 phase;
+} Beginning;
+
+static const Beginning BEGINNINGS[] = {
+    {0x05, 0, WAITING_FOR_MEMBERS}, {0x05, 1, WARMUP},      {0x05, 2, ROUND_TRAIN}, {0x02, 4, ROUND_TRAIN},
+    {0x49, 4, ROUND_TRAIN},         {0x01, 5, ROUND_TRAIN}, {0x01, 6, COOLDOWN},
+};
+static Snapshot nothing, beginnings[COUNT(BEGINNINGS)];
 
 static void begin(u8 config) {
   Draft draft;
@@ -90,11 +100,11 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
   (void)argc;
   (void)argv;
   build_world();
-  save(&beginnings[0]);
-  for (int i = 1; i < BEGINNINGS; i++) {
-    restore(&beginnings[0]);
-    begin((u8)(i < 4 ? 0x05 : i == 4 ? 0x02 : 0x49));
-    for (int steps = 1; steps < i; steps++) {
+  save(&nothing);
+  for (u64 i = 0; i < COUNT(BEGINNINGS); i++) {
+    restore(&nothing);
+    begin(BEGINNINGS[i].config);
+    for (u8 step = 0; step < BEGINNINGS[i].steps; step++) {
       everybody(&draft, 0xff);
       advance(2, 1);
       start(&draft, TICK, STRANGER);
@@ -102,6 +112,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
       must(send(&draft) == 0, "a run goes on");
       check_world();
     }
+    must(coordinator()->run_state == BEGINNINGS[i].phase, "a run begins as it should");
     save(&beginnings[i]);
   }
   return 0;
@@ -118,7 +129,8 @@ static const u8 KINDS[32] = {
 int LLVMFuzzerTestOneInput(const u8 *data, size_t size) {
   Bytes bytes = {data, size};
   Draft draft;
-  restore(&beginnings[next(&bytes) % BEGINNINGS]);
+  u64 beginning = next(&bytes) % (COUNT(BEGINNINGS) + 1);
+  restore(beginning < COUNT(BEGINNINGS) ? &beginnings[beginning] : &nothing);
   for (int i = 0; i < MOST_INSTRUCTIONS && bytes.left > 0; i++) {
     u8 choice = next(&bytes), kind = KINDS[choice % COUNT(KINDS)];
     u64 nonce = coordinator()->nonce;

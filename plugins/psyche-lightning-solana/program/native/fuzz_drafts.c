@@ -151,7 +151,8 @@ static void draft_update(Draft *draft, Bytes *bytes) {
 void draft_join(Draft *draft, u8 node, u8 p2p) {
   start(draft, JOIN, node);
   put(draft, key_of(node), 32);
-  put_filled(draft, p2p, 32);
+  put8(draft, p2p == 0 ? NODE : node);  // with 0, the first node's key
+  put_filled(draft, p2p & 1, 31);
   meta(draft, ANYBODY, false, false);
   run_accounts(draft);
 }

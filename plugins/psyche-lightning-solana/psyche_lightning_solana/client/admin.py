@@ -216,7 +216,7 @@ class SolanaAdmin:
             if error.code != "InvalidManifest":
                 raise
         try:
-            digest, address = await store.store(self.run.sender, self.run.reader, manifest)
+            digest, address = await store.store(self.run.sender, self.run.reader, self.run.run_id, manifest)
         except RpcProblem as problem:
             raise unreachable(problem, "the manifest", self.run.cluster.name) from problem
         if (digest, address) != (run.manifest.digest, run.manifest.address):

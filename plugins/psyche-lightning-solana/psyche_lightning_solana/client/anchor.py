@@ -18,7 +18,7 @@ from solders.instruction import AccountMeta, Instruction
 from solders.pubkey import Pubkey
 
 from psyche_lightning_solana import legacy_idl
-from psyche_lightning_solana.client.rpc import PoolProvider, connect
+from psyche_lightning_solana.client.rpc import PoolClient, PoolProvider
 from psyche_lightning_solana.instructions import RunKeys
 from psyche_lightning_solana.interface import COORDINATOR
 
@@ -30,7 +30,7 @@ def _idl() -> Any:
 
 def program(address: Pubkey, pool: PoolProvider, commitment: str) -> Program:
     """The coordinator program at an address. Its provider only reads: no key is in it."""
-    return Program(_idl(), address, Provider(connect(pool, commitment), Wallet.dummy()))
+    return Program(_idl(), address, Provider(PoolClient(pool, commitment), Wallet.dummy()))
 
 
 @dataclass(frozen=True)

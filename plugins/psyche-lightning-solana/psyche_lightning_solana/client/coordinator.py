@@ -98,6 +98,7 @@ class SolanaCoordinator:
         self._bytes: tuple[float, int] | None = None
         self._in_flight: dict[Hashable, asyncio.Task[Any]] = {}
         self._ticker: asyncio.Task[None] | None = None
+        self._landed: set[tuple[Hashable, ...]] = set()
         self._replayed: tuple[int, int] = (-1, -1)
         self._closed = False
 
@@ -144,7 +145,9 @@ class SolanaCoordinator:
 
     async def warmup_witness(self, epoch: int, index: int, digest: bytes) -> None:
         """Say which parameters this client holds."""
-        await self._send("warmup_witness", lambda keys, me: keys.warmup_witness(me, index, digest, epoch), epoch)
+        await self._report(
+            "warmup_witness", lambda keys, me: keys.warmup_witness(me, index, digest, epoch), epoch, index, digest
+        )
 
     async def witness(
         self,
@@ -158,7 +161,7 @@ class SolanaCoordinator:
     ) -> None:
         """Report as a witness."""
         figures = self._figures(report, epoch, height)
-        await self._send(
+        await self._report(
             "witness",
             lambda keys, me: keys.witness(
                 me, proof, merkle, participants, broadcasts, metadata=figures, at=(epoch, height)
@@ -173,7 +176,13 @@ class SolanaCoordinator:
 
     async def checkpoint(self, epoch: int, step: int, digest: bytes) -> None:
         """Vote for the parameters at the end of an epoch."""
-        await self._send("vote_checkpoint", lambda keys, me: keys.vote_checkpoint(me, epoch, step, digest), epoch)
+        await self._report(
+            "vote_checkpoint",
+            lambda keys, me: keys.vote_checkpoint(me, epoch, step, digest),
+            epoch,
+            step,
+            digest,
+        )
 
     async def rounds(self, epoch: int, first: int) -> list[Round]:
         """The rounds of an epoch from height ``first`` on: as seen, or else made again from the ledger."""
@@ -375,7 +384,15 @@ class SolanaCoordinator:
         if not task.cancelled():
             task.exception()  # whoever asked may have gone meanwhile
 
-    async def _send(self, name: str, build: Callable[[RunKeys, Pubkey], Instruction], *place: int) -> None:
+    async def _report(self, name: str, build: Callable[[RunKeys, Pubkey], Instruction], *place: Hashable) -> None:
+        """Send what counts once in an epoch; a repeated call, because the state does not show it yet, sends nothing."""
+        began = self._decode(self._feed.latest).state.epoch_start if self._feed and self._feed.latest else None
+        key = (name, began, *place)
+        if key not in self._landed:
+            await self._send(name, build, *place)
+            self._landed = {other for other in self._landed if other[1] == began} | {key}
+
+    async def _send(self, name: str, build: Callable[[RunKeys, Pubkey], Instruction], *place: Hashable) -> None:
         async def work() -> None:
             feed = await self._open()
             assert self._keys is not None

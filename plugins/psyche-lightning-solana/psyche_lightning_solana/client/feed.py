@@ -126,7 +126,7 @@ class Feed:
         self._chain_time = 0
         self._chain_time_at = clock()
         self._heard = clock()
-        self._wanted = 0
+        self._wanted, self._wanted_slot = 0, 0
         self._look = asyncio.Event()
         self._news: set[asyncio.Event] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -214,7 +214,7 @@ class Feed:
         while self.failure is None:
             self.polls += 1
             try:
-                await self.refresh()
+                await self.refresh(self._wanted_slot)
                 if self.latest is not None and self.latest.nonce < self._wanted:
                     await self._sleep(0.05)  # a notification overtook the service that was asked
                     continue
@@ -297,5 +297,5 @@ class Feed:
         if latest is not None and epoch is not None and latest.within_rounds == epoch:
             self._take(Snapshot(slot, data, latest.manifest))
         else:
-            self._wanted = max(self._wanted, nonce)
+            self._wanted, self._wanted_slot = max(self._wanted, nonce), slot
             self._look.set()

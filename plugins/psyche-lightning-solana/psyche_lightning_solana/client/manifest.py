@@ -32,9 +32,9 @@ WRITE_SIZE = 900
 WRITE_UNITS = 20_000
 
 
-def buffer_address(owner: Pubkey, digest: bytes) -> Pubkey:
-    """Where ``owner`` stores the manifest with that digest; always the same place, so a repeated call finds it."""
-    return Pubkey.create_with_seed(owner, digest.hex()[:32], LOADER)
+def _seed(run_id: str, digest: bytes) -> str:
+    """One place for each manifest of each run: a repeated call finds it, and closing a run takes only its own."""
+    return sha256(digest, run_id.encode()).hex()[:32]
 
 
 def compress(manifest: dict[str, Any]) -> tuple[bytes, bytes]:
@@ -97,12 +97,13 @@ async def fetch(reader: Reader, digest: bytes, address: str) -> dict[str, Any]:
     return decompress(account.data[HEADER:], digest)
 
 
-async def store(sender: Sender, reader: Reader, manifest: dict[str, Any]) -> tuple[bytes, str]:
+async def store(sender: Sender, reader: Reader, run_id: str, manifest: dict[str, Any]) -> tuple[bytes, str]:
     """Put a manifest on the chain, going on where an earlier call was interrupted.
 
     Args:
         sender: pays, and may change or close the account later.
         reader: the RPC services.
+        run_id: the run.
         manifest: the run's sections.
 
     Returns:
@@ -114,7 +115,8 @@ async def store(sender: Sender, reader: Reader, manifest: dict[str, Any]) -> tup
     """
     digest, data = compress(manifest)
     owner = sender.wallet.public
-    key = buffer_address(owner, digest)
+    seed = _seed(run_id, digest)
+    key = Pubkey.create_with_seed(owner, seed, LOADER)
     found = await reader.account(key)
     if found is not None and len(found.data) != HEADER + len(data):
         # Compressed by another version of zlib: fine if whole, else made anew.
@@ -128,7 +130,7 @@ async def store(sender: Sender, reader: Reader, manifest: dict[str, Any]) -> tup
             from_pubkey=owner,
             to_pubkey=key,
             base=owner,
-            seed=digest.hex()[:32],
+            seed=seed,
             lamports=await reader.rent(size),
             space=size,
             owner=LOADER,

@@ -102,6 +102,11 @@ class Treasury:
         run: access to the run.
         keys: its addresses.
         values: the treasurer's account of it.
+
+    Attributes:
+        authority: whose commands the treasurer passes on.
+        mint: the token in which it pays.
+        place: the treasurer's account of the run, which is the run's main authority.
     """
 
     def __init__(self, run: SolanaRun, keys: RunKeys, values: dict[str, Any]) -> None:
@@ -110,7 +115,7 @@ class Treasury:
         self._run = run
         self._keys = keys
         self._program = run.cluster.program("treasurer")
-        self._place = treasurer_run_address(self._program, treasurer_index(run.run_id))
+        self.place = treasurer_run_address(self._program, treasurer_index(run.run_id))
 
     @classmethod
     async def of(cls, run: SolanaRun) -> Treasury | None:
@@ -166,7 +171,7 @@ class Treasury:
     def _command(self, name: str, arguments: dict[str, Any]) -> Instruction:
         accounts = {
             "authority": self._run.wallet.public,
-            "run": self._place,
+            "run": self.place,
             "coordinator_instance": self._keys.instance,
             "coordinator_account": self._keys.coordinator_account,
             "coordinator_program": self._keys.program,
@@ -210,7 +215,7 @@ class Treasury:
 
     async def claimed(self, wallets: Sequence[Pubkey]) -> dict[Pubkey, int]:
         """Points that each wallet has claimed; those who never did are left out."""
-        places = [participant_address(self._program, self._place, wallet) for wallet in wallets]
+        places = [participant_address(self._program, self.place, wallet) for wallet in wallets]
         try:
             found = await self._run.reader.many(places)
         except RpcProblem as problem:
@@ -225,14 +230,14 @@ class Treasury:
     async def vault(self) -> int:
         """Tokens that the treasury holds."""
         try:
-            found = await self._run.reader.account(token_account(self._place, self.mint))
+            found = await self._run.reader.account(token_account(self.place, self.mint))
         except RpcProblem as problem:
             raise unreachable(problem, "the treasury", self._run.cluster.name) from problem
         return 0 if found is None else int.from_bytes(found.data[AMOUNT_AT : AMOUNT_AT + 8], "little")
 
     async def claim(self, me: Pubkey, points: int) -> tuple[str, list[Instruction]]:
         """The instructions that pay a wallet; they make its token account and its participant where these lack."""
-        participant = participant_address(self._program, self._place, me)
+        participant = participant_address(self._program, self.place, me)
         mine = token_account(me, self.mint)
         try:
             _, (held, tokens) = await self._run.reader.accounts([participant, mine])
@@ -243,15 +248,15 @@ class Treasury:
             parts.append(make_token_account(me, me, self.mint))
             names.append("create_token_account")
         if held is None:
-            accounts = {"payer": me, "user": me, "run": self._place, "participant": participant}
+            accounts = {"payer": me, "user": me, "run": self.place, "participant": participant}
             accounts["system_program"] = SYSTEM_PROGRAM
             parts.append(build(TREASURER.instructions["participant_create"], self._program, accounts))
             names.append("participant_create")
         accounts = {
             "user": me,
             "user_collateral": mine,
-            "run": self._place,
-            "run_collateral": token_account(self._place, self.mint),
+            "run": self.place,
+            "run_collateral": token_account(self.place, self.mint),
             "participant": participant,
             "coordinator_account": self._keys.coordinator_account,
             "token_program": TOKEN_PROGRAM,
@@ -272,7 +277,7 @@ async def find_owner(run: SolanaRun) -> Owner | None:
     if instance.main_authority == me:
         return Direct(keys, me)
     treasury = await Treasury.of(run)
-    if treasury is not None and treasury.authority == me and treasury._place == instance.main_authority:
+    if treasury is not None and treasury.authority == me and treasury.place == instance.main_authority:
         return treasury
     return None
 

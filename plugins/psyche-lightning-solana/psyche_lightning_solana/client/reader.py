@@ -107,9 +107,15 @@ class Reader:
         config = RpcAccountInfoConfig(
             encoding=UiAccountEncoding.Base64Zstd, commitment=self.level, min_context_slot=min_slot
         )
-        answer = await self.provider.make_request(GetMultipleAccounts(list(keys), config), GetMultipleAccountsResp)
-        if len(answer.value) != len(keys):
-            raise RpcProblem("it answered with another number of accounts", retryable=True)
+
+        def check(answer: GetMultipleAccountsResp) -> None:
+            if len(answer.value) != len(keys):
+                raise RpcProblem("it answered with another number of accounts", retryable=True)
+            if min_slot is not None and answer.context.slot < min_slot:
+                raise RpcProblem(f"it is behind: at slot {answer.context.slot}, not {min_slot}", retryable=True)
+
+        request = GetMultipleAccounts(list(keys), config)
+        answer = await self.provider.make_request(request, GetMultipleAccountsResp, check)
         return answer.context.slot, [
             None if a is None else Account(a.owner, bytes(a.data), a.lamports, a.executable) for a in answer.value
         ]

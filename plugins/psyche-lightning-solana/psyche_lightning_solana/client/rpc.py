@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import random
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import certifi
 import httpx
 from solana.rpc.async_api import AsyncClient
 from solana.rpc.commitment import Commitment
@@ -55,10 +58,15 @@ class PoolProvider(AsyncHTTPProvider):
         randomness: random.Random | None = None,
         on_problem: Callable[[RpcProblem], None] | None = None,
     ) -> None:
-        super().__init__(endpoints[0].http, timeout=timeout)
-        local = all(urlsplit(endpoint.http).hostname in LOOPBACK for endpoint in endpoints)
-        # The environment's proxies are for the world outside; one time-out for the whole request is ours.
-        self.session = httpx.AsyncClient(timeout=None, trust_env=not local)
+        super(AsyncHTTPProvider, self).__init__(endpoints[0].http)  # without its session, which would be another one
+        urls = [urlsplit(endpoint.http) for endpoint in endpoints]
+        # The environment's proxies are for the world outside; one time-out for the whole request is ours; and reading
+        # all certificates of the world takes a while.
+        self.session = httpx.AsyncClient(
+            timeout=None,
+            trust_env=any(url.hostname not in LOOPBACK for url in urls),
+            verify=_certificates() if any(url.scheme == "https" for url in urls) else False,
+        )
         self._endpoints = tuple(endpoints)
         self._first = 0
         self._tries = tries
@@ -72,13 +80,27 @@ class PoolProvider(AsyncHTTPProvider):
         """The service that is asked first."""
         return self._endpoints[self._first]
 
-    async def make_request(self, body: Body, parser: type[_Answer]) -> _Answer:
+    async def make_request(
+        self, body: Body, parser: type[_Answer], check: Callable[[_Answer], None] | None = None
+    ) -> _Answer:
         """Ask, and decode the answer.
+
+        Args:
+            body: the request.
+            parser: the class of the answer.
+            check: raises :class:`RpcProblem` for an answer that does not do.
 
         Raises:
             RpcProblem: a service refused for good, or all of them failed.
         """
-        return await self._ask(body.to_json(), lambda text: _decode(text, parser))
+
+        def decode(text: str) -> _Answer:
+            answer: _Answer = _decode(text, parser)
+            if check is not None:
+                check(answer)
+            return answer
+
+        return await self._ask(body.to_json(), decode)
 
     async def make_request_unparsed(self, body: Body) -> str:
         """Ask, and return the answer's text."""
@@ -183,11 +205,22 @@ def _decode(text: str, parser: Any) -> Any:
         raise RpcProblem(f"its answer is not one to this request ({type(error).__name__})", retryable=True) from None
 
 
-def connect(provider: PoolProvider, commitment: str) -> AsyncClient:
-    """An ordinary ``solana`` client whose requests go through the pool."""
-    client = AsyncClient(provider.endpoint.http, commitment=Commitment(commitment))
-    client._provider = provider
-    return client
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=certifi.where())
+
+
+class PoolClient(AsyncClient):
+    """An ordinary ``solana`` client whose requests go through the pool.
+
+    Args:
+        provider: the pool.
+        commitment: how settled what it reads must be.
+    """
+
+    def __init__(self, provider: PoolProvider, commitment: str) -> None:
+        super(AsyncClient, self).__init__(Commitment(commitment))
+        self._provider = provider
 
 
 def unreachable(problem: RpcProblem, what: str, cluster: str) -> CoordinatorError:

@@ -151,7 +151,7 @@ class Proxy:
             self._sockets.discard(socket)
         return socket
 
-    async def _forward(self, upstream: aiohttp.ClientWebSocketResponse, socket: web.WebSocketResponse) -> None:
+    async def _forward(self, upstream: Any, socket: web.WebSocketResponse) -> None:
         async for message in upstream:
             if message.type is WSMsgType.TEXT and not (self.deaf and "method" in json.loads(message.data)):
                 failure = self._failures["notification"].popleft() if self._failures["notification"] else ""

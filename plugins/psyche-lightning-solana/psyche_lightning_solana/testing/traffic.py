@@ -5,6 +5,7 @@ A run of traffic follows from its seed. What was sent is recorded, so that a fai
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -158,6 +159,7 @@ class Traffic:
         self.random = Random(seed)
         self.world = world
         self.patient = patient
+        self.recent: deque[Instruction] = deque(maxlen=12)
         self.silence = self.random.choice([0.0, 0.05, 0.4])
         self.discord = self.random.choice([0.0, 0.1, 0.5])
         self.spoil = 0.02 if patient else self.random.choice([0.05, 0.2])
@@ -165,6 +167,9 @@ class Traffic:
     def next(self) -> Step:
         """What happens next."""
         instruction = self._valid()
+        if self.recent and self.random.random() < 0.04:
+            instruction = self.random.choice(self.recent)  # once more
+        self.recent.append(instruction)
         if self.random.random() < self.spoil:
             instruction = self._spoiled(instruction)
         return Step(self._seconds(), instruction)
@@ -362,7 +367,7 @@ class Traffic:
         begins = not self.world.exists  # with other authorities nothing more would come of the run
         for _ in range(self.random.choice([1, 1, 1, 2])):
             kind = self.random.randrange(7)
-            if kind == 0:
+            if kind == 0 and data:
                 del data[self.random.randrange(len(data)) :]
             elif kind == 1:
                 data += self.random.randbytes(self.random.randint(1, 8))

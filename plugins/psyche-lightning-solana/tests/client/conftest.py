@@ -50,7 +50,7 @@ MANIFEST = {"run": {"overlap": False, "seed": 1}, "model": {"layers": 2, "name":
 
 async def quickly(seconds):
     """A sleep for tests: a thousandth as long, so that slots still pass."""
-    await asyncio.sleep(min(seconds / 20, 0.1))
+    await asyncio.sleep(min(seconds / 20, 0.5))
 
 
 class World:

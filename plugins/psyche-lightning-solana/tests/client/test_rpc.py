@@ -3,7 +3,7 @@ import asyncio
 import pytest
 from psyche_lightning_solana.client.cluster import Endpoint
 from psyche_lightning_solana.client.problems import RpcProblem, custom_code, error_name, is_retryable
-from psyche_lightning_solana.client.rpc import PoolProvider, connect, unreachable
+from psyche_lightning_solana.client.rpc import PoolClient, PoolProvider, unreachable
 from solders.pubkey import Pubkey
 
 PASSING = [
@@ -78,7 +78,7 @@ def test_when_all_fail_the_error_says_where_and_hides_keys(run):
         endpoint = Endpoint(world.proxies[0].url + "/v2/SECRET?api-key=SECRET", "")
         provider = PoolProvider([endpoint], sleep=lambda _: asyncio.sleep(0))
         with pytest.raises(RpcProblem) as caught:
-            await connect(provider, "confirmed").get_balance(Pubkey.new_unique())
+            await PoolClient(provider, "confirmed").get_balance(Pubkey.new_unique())
         error = unreachable(caught.value, "the balance", "localnet")
         assert error.retryable
         assert error.code == "Unreachable"
@@ -103,7 +103,7 @@ def test_nothing_listens():
 def test_an_ordinary_client_goes_through_the_pool(run):
     async def test(world):
         world.proxies[0].always("*", "status 503")
-        client = connect(world.provider(), "confirmed")
+        client = PoolClient(world.provider(), "confirmed")
         assert (await client.get_slot()).value >= 0
         assert (await client.is_connected()) in (True, False)
         assert world.proxies[1].counts["getSlot"] == 1

@@ -92,7 +92,7 @@ def test_equal_instructions_are_two_transactions(run):
 
 def test_one_blockhash_serves_many_transactions(run, payment):
     async def test(world):
-        sender = world.sender()
+        sender = world.sender(clock=lambda: 0.0)
         for _ in range(5):
             await pay(world, sender, Pubkey.new_unique(), payment)
         assert world.proxies[0].counts["getLatestBlockhash"] == 1

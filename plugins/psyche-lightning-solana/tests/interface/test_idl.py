@@ -18,7 +18,10 @@ from psyche_lightning_solana.toolchain.build import SOURCES
 def _sources(program: str) -> str:
     folders = ("common", "machine", program) if program == "coordinator" else ("common", program)
     return "\n".join(
-        path.read_text() for folder in folders for path in sorted((SOURCES / folder).iterdir()) if path.suffix in (".c", ".h")
+        path.read_text()
+        for folder in folders
+        for path in sorted((SOURCES / folder).iterdir())
+        if path.suffix in (".c", ".h")
     )
 
 

@@ -1,0 +1,173 @@
+"""The run's accounts as they change, through services that fail."""
+
+import asyncio
+import copy
+
+from psyche_lightning_solana.client.feed import Feed
+from psyche_lightning_solana.client.replay import replay
+
+from psyche_lightning.coordinator.state import Phase
+
+
+async def following(world, **options):
+    owner = await world.owner(init_min_clients=1, min_clients=1, total_steps=1000)
+    access = world.access(**options)
+    keys = await access.keys()
+    feed = Feed(
+        access.cluster,
+        access.reader,
+        keys.coordinator_account,
+        access.manifest_address,
+        check=access.check_account,
+        on_status=world.said.append,
+        sleep=access.sleep,
+    )
+    return owner, feed
+
+
+async def seen(feed, condition, timeout=30.0):
+    news = feed.news()
+    end = asyncio.get_running_loop().time() + timeout
+    while not (feed.latest is not None and condition()):
+        news.clear()
+        await asyncio.wait({asyncio.ensure_future(news.wait())}, timeout=0.2)
+        assert asyncio.get_running_loop().time() < end, "it was not seen"
+    feed.forget(news)
+
+
+async def change(owner, number):
+    await owner.update(rates=(number, None))
+    return (await owner.run.snapshot()).nonce
+
+
+def test_changes_come_by_subscription_and_again_after_it_broke(run):
+    async def test(world):
+        owner, feed = await following(world, poll=3600.0)
+        feed.start()
+        await seen(feed, lambda: feed.subscriptions == 1)
+        for number in range(1, 4):
+            nonce = await change(owner, number)
+            await seen(feed, lambda nonce=nonce: feed.latest.nonce == nonce)
+            await world.proxies[0].cut()
+        assert any("no subscription" in text for text in world.said)
+        await feed.stop()
+
+    run(test, programs=True)
+
+
+def test_without_any_subscription_it_looks(run):
+    async def test(world):
+        owner, feed = await following(world, poll=1.0)
+        world.proxies[0].fail("notification", *["x"] * 1000)
+        feed.start()
+        nonce = await change(owner, 1)
+        await seen(feed, lambda: feed.latest.nonce == nonce)
+        # A subscription over which nothing comes is not believed for long.
+        world.proxies[0].deaf = True
+        nonce = await change(owner, 2)
+        await seen(feed, lambda: feed.latest.nonce == nonce)
+        await feed.stop()
+
+    run(test, programs=True)
+
+
+def test_of_two_services_the_newest_counts_and_nothing_goes_back(run):
+    old = {}
+
+    def behind(method, answer):
+        if method == "getMultipleAccounts" and len(answer["result"]["value"]) == 3:
+            return old.setdefault("answer", copy.deepcopy(answer))
+        return answer
+
+    async def test(world):
+        owner, feed = await following(world, poll=1.0)
+        world.proxies[0].edit(behind)  # it stands still, and says nothing on its subscription
+        world.proxies[0].deaf = True
+        feed.start()
+        await seen(feed, lambda: feed.subscriptions == 2)
+        nonces = []
+        for number in range(1, 4):
+            await change(owner, number)
+            await asyncio.sleep(0.2)
+            nonces.append(feed.latest.nonce)
+        assert nonces == sorted(nonces)
+        assert nonces[-1] > nonces[0]
+        assert feed.failure is None
+        await feed.stop()
+
+    run(test, programs=True, services=2)
+
+
+def test_a_closed_run_ends_it(run):
+    async def test(world):
+        owner, feed = await following(world)
+        feed.start()
+        await seen(feed, lambda: True)
+        await owner.pause()
+        before = await owner.run.reader.balance(owner.run.wallet.public)
+        assert await owner.close() > 800_000_000
+        assert await owner.run.reader.balance(owner.run.wallet.public) > before
+        news = feed.news()
+        while feed.failure is None:
+            news.clear()
+            await asyncio.wait({asyncio.ensure_future(news.wait())}, timeout=0.2)
+        assert feed.failure.code == "Closed"
+        await feed.stop()
+
+    run(test, programs=True)
+
+
+def test_when_nothing_answers_for_too_long_it_gives_up(run):
+    async def test(world):
+        _, feed = await following(world)
+        feed._patience = 0.2
+        feed.start()
+        await seen(feed, lambda: True)
+        world.proxies[0].down = True
+        await world.proxies[0].cut()
+        news = feed.news()
+        while feed.failure is None:
+            news.clear()
+            await asyncio.wait({asyncio.ensure_future(news.wait())}, timeout=0.2)
+        assert feed.failure.code == "Unreachable"
+        await feed.stop()
+
+    run(test, programs=True)
+
+
+def test_rounds_that_were_not_seen_come_from_the_ledger(run, play, player, reached):
+    async def test(world):
+        owner = await world.owner(total_steps=40, init_min_clients=3)
+        clients = [world.node() for _ in range(3)]
+        for client in clients:
+            await client.join("tcp://127.0.0.1:1", MANIFEST)
+        players = [player(client) for client in clients]
+        await play(players, lambda state: state.current is not None and state.current.height >= 6)
+        watched = await clients[0].rounds(0, 0)
+        await asyncio.sleep(0.2)
+        world.chain.advance(3)
+        late = world.node(wallet=clients[2].run.wallet)
+        made = await late.rounds(0, 0)
+        assert len(made) >= len(watched) > 5
+        assert [strip(r) for r in made[: len(watched) - 1]] == [strip(r) for r in watched[:-1]]
+        assert await late.rounds(0, 3) == made[3:]
+        assert late._replayed[0] == 0
+        # A ledger that lost something is noticed.
+        now = await late._look()
+        entries = await late._ledger.entries()
+        keys = await owner.run.keys()
+        assert replay(now, entries, keys.program, keys.coordinator_account)
+        witness = next(i for i, entry in enumerate(entries) if len(entry.calls) > 2 and entry.size > 1000)
+        lost = [*entries[:witness], *entries[witness + 6 :]]
+        assert replay(now, lost, keys.program, keys.coordinator_account) == []
+        assert now.state.phase in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
+
+    run(test, programs=True)
+
+
+def strip(round_):
+    place = round_.height, round_.step, round_.seed, round_.data_index, round_.batch_size, round_.clients
+    return *place, *((record.proof, record.merkle) for record in round_.witnesses)
+
+
+MANIFEST = {"run": {"overlap": False, "seed": 1}, "model": {"layers": 2, "name": "x"}}

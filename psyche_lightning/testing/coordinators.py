@@ -1,0 +1,441 @@
+"""The conformance kit of coordinators: subclass one class, and pytest runs the contract, failures included.
+
+Example::
+
+    # tests/test_notary.py
+    from psyche_lightning.testing.coordinators import CoordinatorContract
+
+    class TestNotary(CoordinatorContract):
+        @contextlib.asynccontextmanager
+        async def open_run(self, run_id, config):
+            async with notary() as url:
+                await create(url, run_id, config)
+                yield lambda identity: NotaryCoordinator(url, run_id, identity)
+
+Needs pytest and nothing else (``pip install psyche-lightning[testing]``). Every test has a run and an event loop of
+its own, and ends within :attr:`CoordinatorContract.limit` seconds. Nothing is trained:
+:mod:`psyche_lightning.testing.walking` goes through the motions of nodes.
+"""
+
+# ruff: noqa: D102 - a test is named after what it shows
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from psyche_lightning.coordinator.bloom import participants_bloom
+from psyche_lightning.coordinator.committee import round_selection
+from psyche_lightning.coordinator.protocol import Coordinator, Report
+from psyche_lightning.coordinator.state import ClientStatus, CoordinatorConfig, Phase, RunState, WitnessProof
+from psyche_lightning.errors import CoordinatorError, ManifestMismatchError
+from psyche_lightning.testing.walking import MANIFEST, START, finished, state_when, walk, witness
+from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.identity import Identity
+
+RUN_ID = "contract"
+
+Connect = Callable[[Identity], Coordinator]
+
+
+class CoordinatorContract(abc.ABC):
+    """What every coordinator must do; subclass it as ``Test...`` and define :meth:`open_run`.
+
+    Attributes:
+        limit: seconds after which a test that hangs fails.
+        config: of the runs; clients decide how fast they are, so the long times below are never waited for. Override it
+            where yours cannot have these values, such as whole seconds.
+    """
+
+    limit: float = 60.0
+    config = CoordinatorConfig(
+        warmup_time=600.0,
+        cooldown_time=600.0,
+        max_round_train_time=600.0,
+        round_witness_time=600.0,
+        epoch_time=3600.0,
+        global_batch_size_start=2,
+        global_batch_size_end=2,
+        total_steps=5,
+        init_min_clients=2,
+        min_clients=1,
+        waiting_for_members_extra_time=0.1,
+    )
+
+    @abc.abstractmethod
+    def open_run(self, run_id: str, config: CoordinatorConfig) -> contextlib.AbstractAsyncContextManager[Connect]:
+        """A new run that anyone may join, without a manifest, until the context ends.
+
+        Returns:
+            A context manager; what it gives returns a new client for a node's key, however often it is called.
+        """
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def play(self, scene: Callable[[Callable[[], Coordinator]], Awaitable[None]], clients: int = 2) -> None:
+        """Run one test: ``scene`` gets a function that returns a new node's client.
+
+        Args:
+            scene: the test.
+            clients: how many nodes the run waits for.
+        """
+
+        async def main() -> None:
+            opened: list[Coordinator] = []
+            async with self.open_run(RUN_ID, replace(self.config, init_min_clients=clients)) as connect:
+
+                def client() -> Coordinator:
+                    opened.append(connect(Identity.generate()))
+                    return opened[-1]
+
+                try:
+                    await asyncio.wait_for(scene(client), self.limit)
+                finally:
+                    for each in opened:
+                        await asyncio.wait_for(each.close(), self.limit)
+
+        asyncio.run(main())
+
+    @staticmethod
+    async def refused(call: Awaitable[object], *codes: str) -> CoordinatorError:
+        """The error with which a call must fail, and its code must be one of these."""
+        with pytest.raises(CoordinatorError) as caught:
+            await call
+        assert caught.value.code in codes, f"{caught.value.code!r} ({caught.value}) instead of {codes}"
+        assert str(caught.value)
+        return caught.value
+
+    async def gathered(self, *clients: Coordinator) -> RunState:
+        """All join; the state in which the warm-up began."""
+        for client in clients:
+            await client.join("nowhere", MANIFEST)
+        return await state_when(clients[0], lambda state: state.phase is Phase.WARMUP)
+
+    async def training(self, *clients: Coordinator) -> RunState:
+        """All join and hold the parameters; the state in which the first round began."""
+        state = await self.gathered(*clients)
+        for client in clients:
+            await client.warmup_witness(state.epoch, seat(state, client), START)
+        return await state_when(clients[0], lambda state: state.phase is Phase.ROUND_TRAIN)
+
+    # -- what the run has fixed ---------------------------------------------------------------------------------------
+
+    def test_terms_are_the_run_s_and_asking_does_not_join(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second = new(), new()
+            terms = await first.terms()
+            assert terms.config == replace(self.config, init_min_clients=2)
+            assert terms.unset == ()
+            assert terms.manifest is None
+            await second.join("nowhere", MANIFEST)
+            assert (await first.terms()).manifest == MANIFEST
+            state = await state_when(first, lambda state: state.phase is Phase.WAITING_FOR_MEMBERS)
+            assert state.gathered_at is None, "one of the two that it waits for only asked for the terms"
+
+        self.play(scene)
+
+    def test_every_client_has_a_key_of_its_own(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second = new(), new()
+            assert len(first.signer) == len(second.signer) == 32
+            assert first.signer != second.signer
+
+        self.play(scene)
+
+    # -- joining and leaving ------------------------------------------------------------------------------------------
+
+    def test_joining_again_changes_the_address_only(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second = new(), new()
+            await first.join("old", MANIFEST)
+            await first.join("old", MANIFEST)
+            await first.join("new", MANIFEST)
+            await second.join("other", MANIFEST)
+            state = await state_when(second, lambda state: state.phase is Phase.WARMUP)
+            addresses = [(client.signer, client.address) for client in state.clients]
+            assert sorted(addresses) == sorted([(first.signer, "new"), (second.signer, "other")])
+
+        self.play(scene)
+
+    def test_another_manifest_is_refused_field_by_field(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second = new(), new()
+            await first.join("nowhere", MANIFEST)
+            other = {"model": {"name": "none", "layers": 3}}
+            with pytest.raises(ManifestMismatchError, match=r"model\.layers") as caught:
+                await second.join("nowhere", other)
+            assert caught.value.differences == [("model.layers", 2, 3)]
+            assert not caught.value.retryable
+            assert (await first.terms()).manifest == MANIFEST
+            await second.join("nowhere", MANIFEST)  # and with the right one it is welcome
+            state = await state_when(first, lambda state: state.phase is Phase.WARMUP)
+            assert {client.signer for client in state.clients} == {first.signer, second.signer}
+
+        self.play(scene)
+
+    def test_who_withdraws_before_the_epoch_is_forgotten(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            gone, first, second = new(), new(), new()
+            await gone.join("nowhere", MANIFEST)
+            await gone.withdraw()
+            state = await self.gathered(first, second)
+            assert {client.signer for client in state.clients} == {first.signer, second.signer}
+
+        self.play(scene)
+
+    def test_who_withdraws_in_a_round_leaves_the_list_and_the_run_goes_on(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second, leaving = new(), new(), new()
+            await self.training(first, second, leaving)
+            await leaving.withdraw()
+            state = await state_when(first, lambda state: not healthy(state, leaving))
+            known = {client.signer: client.status for client in (*state.clients, *state.exited_clients)}
+            assert known[leaving.signer] is ClientStatus.WITHDRAWN
+            states = await asyncio.gather(walk(first), walk(second))
+            assert {state.step for state in states} == {self.config.total_steps + 1}
+
+        self.play(scene, clients=3)
+
+    def test_who_is_no_member_cannot_withdraw(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, stranger = new(), new()
+            await first.join("nowhere", MANIFEST)
+            await self.refused(stranger.withdraw(), "InvalidWithdraw")
+
+        self.play(scene)
+
+    # -- watching -----------------------------------------------------------------------------------------------------
+
+    def test_watching_begins_with_the_state_and_the_nonce_grows(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second = new(), new()
+            nonces: dict[Coordinator, list[int]] = {first: [], second: []}
+            state = await state_when(first, lambda state: True)
+            assert state.run_id == RUN_ID
+            assert not state.clients
+            await asyncio.gather(*(walk(c, seen=lambda s, c=c: nonces[c].append(s.nonce)) for c in (first, second)))  # type: ignore[misc]
+            for seen in nonces.values():
+                assert len(seen) > 3
+                assert all(a < b for a, b in itertools.pairwise(seen)), f"nonces must grow: {seen}"
+            assert nonces[first][-1] == nonces[second][-1]
+
+        self.play(scene)
+
+    def test_several_may_watch_through_one_client(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second = new(), new()
+            watching = [asyncio.ensure_future(state_when(first, finished)) for _ in range(2)]
+            await asyncio.gather(walk(first), walk(second))
+            assert {state.phase for state in await asyncio.gather(*watching)} == {Phase.FINISHED}
+
+        self.play(scene)
+
+    # -- warm-up ------------------------------------------------------------------------------------------------------
+
+    def test_nobody_reports_before_an_epoch_is_formed(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first = new()
+            await first.join("nowhere", MANIFEST)
+            await self.refused(first.warmup_witness(0, 0, START), "InvalidRunState")
+            await self.refused(first.checkpoint(0, 0, START), "InvalidRunState")
+
+        self.play(scene)
+
+    def test_a_warm_up_witness_has_its_own_index_and_the_epoch(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second, stranger = new(), new(), new()
+            state = await self.gathered(first, second)
+            own, other = seat(state, first), seat(state, second)
+            await self.refused(first.warmup_witness(state.epoch, other, START), "InvalidWitness")
+            await self.refused(first.warmup_witness(state.epoch, 2, START), "InvalidWitness")
+            await self.refused(stranger.warmup_witness(state.epoch, own, START), "InvalidWitness")
+            await self.refused(first.warmup_witness(state.epoch + 1, own, START), "InvalidWitness")
+            await first.warmup_witness(state.epoch, own, START)
+            state = await state_when(second, lambda state: bool(state.warmup_witnesses))
+            assert [(record.proof.index, record.merkle) for record in state.warmup_witnesses] == [(own, START)]
+            assert state.phase is Phase.WARMUP
+
+        self.play(scene)
+
+    def test_a_warm_up_witness_reports_once(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second = new(), new()
+            state = await self.gathered(first, second)
+            await first.warmup_witness(state.epoch, seat(state, first), START)
+            again = first.warmup_witness(state.epoch, seat(state, first), sha256(b"something else"))
+            await self.refused(again, "DuplicateWitness")
+
+        self.play(scene)
+
+    # -- rounds -------------------------------------------------------------------------------------------------------
+
+    def test_a_witness_reports_once_a_round(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            clients = [new() for _ in range(3)]
+            state = await self.training(*clients)
+            await witness(clients[0], state)
+            await self.refused(witness(clients[0], state), "DuplicateWitness")
+            state = await state_when(clients[1], lambda state: bool(state.current and state.current.witnesses))
+            assert state.current is not None
+            assert [record.complete for record in state.current.witnesses] == [True]
+
+        self.play(scene, clients=3)
+
+    def test_a_witness_has_its_own_seat_and_the_current_round(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second, stranger = new(), new(), new()
+            state = await self.training(first, second)
+            await self.refused(witness(first, state, as_client=second.signer), "InvalidWitness")
+            await self.refused(witness(stranger, state, as_client=first.signer), "InvalidWitness")
+            await self.refused(witness(first, state, ahead=1), "InvalidWitness")
+            await self.refused(
+                first.witness(0, 0, WitnessProof(9, 9), START, bytes(192), bytes(192), Report()), "InvalidWitness"
+            )
+            assert (await state_when(first, lambda state: True)).nonce == state.nonce, "what is refused changes nothing"
+
+        self.play(scene)
+
+    def test_rounds_follow_the_reports(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second = new(), new()
+            state = await self.training(first, second)
+            assert state.current is not None
+            assert (state.current.height, state.current.step, state.current.data_index) == (0, 1, 0)
+            for client in (first, second):
+                await witness(client, state)
+            state = await state_when(second, lambda state: bool(state.current and state.current.height == 1))
+            before, now = state.round_at(0), state.current
+            assert before is not None
+            assert now is not None
+            assert len(before.witnesses) == 2
+            assert (now.step, now.data_index) == (2, before.data_index + before.batch_size)
+            assert now.seed != before.seed
+
+        self.play(scene)
+
+    def test_a_healthy_client_cannot_be_dropped(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second = new(), new()
+            state = await self.training(first, second)
+            for client in (first, second):
+                await witness(client, state)
+            await state_when(first, lambda state: bool(state.current and state.current.height == 1))
+            await self.refused(first.health_check(state.epoch, 1, [second.signer]), "InvalidHealthCheck")
+            assert healthy(await state_when(first, lambda state: True), second)
+
+        self.play(scene)
+
+    def test_a_client_that_no_witness_heard_is_dropped(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            *heard, silent = new(), new(), new()
+            state = await self.training(*heard, silent)
+            round_ = state.current
+            assert round_ is not None
+            bloom = participants_bloom(round_.seed, [client.signer for client in heard])
+            for client in heard:
+                proof = round_selection(round_, state.config).witness_proof(round_.clients.index(client.signer))
+                await client.witness(state.epoch, 0, proof, START, bloom, bytes(192), Report())
+            state = await state_when(heard[0], lambda state: bool(state.current and state.current.height == 1))
+            assert await heard[0].health_check(state.epoch, 1, [silent.signer]) == 1
+            state = await state_when(heard[1], lambda state: not healthy(state, silent))
+            assert all(healthy(state, client) for client in heard)
+
+        self.play(scene, clients=3)
+
+    # -- a whole epoch ------------------------------------------------------------------------------------------------
+
+    def test_two_clients_go_through_a_whole_epoch(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            clients = [new(), new()]
+            phases: list[Phase] = []
+            states = await asyncio.gather(
+                walk(clients[0], seen=lambda state: phases.append(state.phase)), walk(clients[1])
+            )
+            assert states[0] == states[1]
+            state = states[0]
+            assert (state.epoch, state.step) == (1, self.config.total_steps + 1)
+            assert state.checkpoint.step == self.config.total_steps
+            assert state.checkpoint.digest == sha256(b"end", bytes([state.step]))
+            assert set(phases) >= {Phase.ROUND_TRAIN, Phase.FINISHED}
+            await self.refused(clients[0].checkpoint(1, 0, START), "Halted")
+            rounds = await clients[0].rounds(0, 0)
+            assert [round_.height for round_ in rounds] == list(range(len(rounds)))
+            assert [round_.step for round_ in rounds if round_.step] == list(range(1, state.step))
+            for round_ in rounds:
+                assert set(round_.clients) == {client.signer for client in clients}
+                assert round_.witnesses
+                assert {record.merkle for record in round_.witnesses} == {sha256(b"list", bytes([round_.height]))}
+            for first, second in itertools.pairwise(rounds):
+                assert second.data_index == first.data_index + first.batch_size
+            assert await clients[1].rounds(0, 3) == rounds[3:]
+            assert await clients[1].rounds(7, 0) == []
+
+        self.play(scene)
+
+    def test_one_who_joins_under_way_waits_for_the_next_epoch(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second, late = new(), new(), new()
+            await self.training(first, second)
+            await late.join("nowhere", MANIFEST)
+            walking = asyncio.gather(walk(first), walk(second))
+            seen = [state async for state in until_finished(late)]
+            await walking
+            assert all(late.signer not in state.current.clients for state in seen if state.current)
+
+        self.play(scene)
+
+    def test_a_vote_counts_once(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second = new(), new()
+            cooling = await asyncio.gather(
+                *(walk(client, until=lambda state: state.phase is Phase.COOLDOWN) for client in (first, second))
+            )
+            state, digest = cooling[0], sha256(b"the end")
+            await self.refused(first.checkpoint(state.epoch, state.step, digest), "InvalidCheckpoint")
+            await self.refused(first.checkpoint(state.epoch + 1, 1, digest), "InvalidCheckpoint")
+            await first.checkpoint(state.epoch, state.step - 1, digest)
+            await first.checkpoint(state.epoch, state.step - 1, digest)
+            await self.refused(first.checkpoint(state.epoch, state.step - 1, START), "InvalidCheckpoint")
+            await second.checkpoint(state.epoch, state.step - 1, digest)
+            state = await state_when(first, finished)
+            assert (state.checkpoint.step, state.checkpoint.digest) == (self.config.total_steps, digest)
+
+        self.play(scene)
+
+    # -- closing ------------------------------------------------------------------------------------------------------
+
+    def test_a_closed_client_says_so(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second = new(), new()
+            await first.join("nowhere", MANIFEST)
+            await first.close()
+            await first.close()
+            with pytest.raises(CoordinatorError):
+                await first.join("nowhere", MANIFEST)
+            await second.join("nowhere", MANIFEST)
+
+        self.play(scene)
+
+
+def seat(state: RunState, client: Coordinator) -> int:
+    """The index of a client in the list."""
+    return [member.signer for member in state.clients].index(client.signer)
+
+
+def healthy(state: RunState, client: Coordinator) -> bool:
+    """Whether a client is in the list and well."""
+    return any(c.signer == client.signer and c.status is ClientStatus.HEALTHY for c in state.clients)
+
+
+async def until_finished(client: Coordinator) -> Any:
+    """The states up to the run's end."""
+    async for state in client.watch():
+        yield state
+        if finished(state):
+            return
