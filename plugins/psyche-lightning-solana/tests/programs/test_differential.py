@@ -51,8 +51,8 @@ def test_the_program_and_its_model_never_differ() -> None:
 
     small()
     large = Seen()
-    for seed in (3, 5):
-        large.add(Trial(seed, 1200, wallets=256, patient=True, remember=seed == 3).run())
+    for seed in (1, 2):
+        large.add(Trial(seed, 1200, wallets=256, patient=True, remember=seed == 1).run())
     assert seen.total + large.total >= INSTRUCTIONS
     # The traffic went everywhere.
     assert set(seen.instructions) == set(COORDINATOR.instructions)
