@@ -51,7 +51,7 @@ u64 count_healthy(const Run *run);
 // Those who said nothing in a whole warm-up do not hold the checkpoint.
 void forget_silent_holders(Run *run);
 // The end of a successful epoch: points, and who holds the parameters.
-void reward_and_hold(Run *run);
+void reward_and_hold(Run *run, bool succeeded);
 
 // votes.c
 void add_vote(Run *run, u64 client, u32 step, const Key *digest);
@@ -61,7 +61,7 @@ void clear_votes(Run *run);
 #define NO_PLACE 0xffff
 void move_votes(Run *run, const u16 *places);
 // Cool-down: decide on the checkpoint; false while more votes may come and `expired` is not yet true.
-bool decide_checkpoint(Run *run, bool expired);
+bool decide_checkpoint(Run *run, bool expired, bool *agreed);
 
 // committee.c
 u64 quorum(u64 expected);
