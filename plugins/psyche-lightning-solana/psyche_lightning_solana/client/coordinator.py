@@ -411,9 +411,8 @@ class SolanaCoordinator:
     async def _transact(self, name: str, parts: list[Instruction], run: RunAccounts) -> Receipt:
         assert self._feed is not None
         slot = self._feed.latest.slot if self._feed.latest is not None else None
-        limit = sum(units(part, len(run.members)) for part in name.split("+"))
         try:
-            return await self.run.sender.send(name, parts, units=limit, min_slot=slot)
+            return await self.run.sender.send(name, parts, units=units(name), min_slot=slot)
         except CoordinatorError as error:
             if not error.retryable:
                 self._feed.look()  # the run may have moved on

@@ -100,7 +100,7 @@ def test_nodes_train_on_while_their_services_stumble(run, manifest):
 
     async def test(world):
         owner, nodes = await begin(
-            world, 3, manifest, total_steps=12, max_round_train_time=20, round_witness_time=5, cooldown_time=10
+            world, 3, manifest, total_steps=12, max_round_train_time=20, round_witness_time=5, cooldown_time=90
         )
         fails = 0
         while not all(node.steps for node in nodes):
