@@ -447,6 +447,11 @@ def test_batch_ramp_and_data_index() -> None:
     # Halves are rounded away from zero: 1 + 1 * 1/2.
     assert machine.batch_size(replace(config, global_batch_size_start=1, global_batch_size_end=2,
                                       global_batch_size_warmup_tokens=2), 1) == 2  # fmt: skip
+    # Exact where floats are not: one token before the half, of 2^64 - 2.
+    long = replace(
+        config, global_batch_size_start=1, global_batch_size_end=2, global_batch_size_warmup_tokens=2**64 - 2
+    )
+    assert [machine.batch_size(long, 2**63 - 1 - i) for i in (0, 1)] == [2, 1]
     state = training(global_batch_size_start=2, global_batch_size_end=6, global_batch_size_warmup_tokens=200)
     state = replace(state, max_seq_len=10)
     for _ in range(3):

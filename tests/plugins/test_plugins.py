@@ -166,7 +166,7 @@ def test_the_variable_narrows_loading(install: Install, variable: str | None, ex
         environment["PSYCHE_PLUGINS"] = variable
     script = "import json; from psyche_lightning.plugins import *; print(json.dumps([*load_plugins().transports()]))"
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert set(json.loads(done.stdout)) - {"memory", "tcp"} == expected
+    assert set(json.loads(done.stdout)) & {"first", "second"} == expected
 
 
 def test_hooks_of_an_object_with_methods_work() -> None:

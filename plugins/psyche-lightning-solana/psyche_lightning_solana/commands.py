@@ -32,6 +32,8 @@ COMMANDS = {
     ),
     "airdrop": Command("psyche_lightning_solana.localnet.airdrop:airdrop", "Ask a faucet for SOL."),
     "deploy": Command("psyche_lightning_solana.deploy.command:deploy", "Put a program on a chain, or upgrade it."),
+    "keygen": Command("psyche_lightning_solana.client.keygen:keygen", "Write a new wallet to a file."),
+    "cost": Command("psyche_lightning_solana.client.cost:cost", "Measure what a recipe's run costs on a chain."),
     "build": Command("psyche_lightning_solana.toolchain.command:build", "Build the programs from their C sources."),
 }
 

@@ -440,7 +440,7 @@ class SolanaAdmin:
         return await self._transact(name if isinstance(owner, Direct) else f"treasurer:{name}", [part])
 
     async def _transact(self, name: str, parts: list[Instruction]) -> Receipt:
-        receipt = await self.run.sender.send(name, parts, units=units(name, 256))
+        receipt = await self.run.sender.send(name, parts, units=units(name))
         # What follows builds on it; a service that is behind would not see it.
         await self._settled(receipt)
         return receipt

@@ -174,6 +174,10 @@ class SolanaCoordinator:
         """Name silent clients. Each costs a transaction, so the witnesses do it in turn, as far as needed."""
         return await self._once(("health", epoch, height), lambda: self._health_check(epoch, height, signers))
 
+    async def accuse(self, first: bytes, second: bytes) -> None:
+        """Refused: the program ejects nobody yet; both results are left out by everyone all the same."""
+        raise CoordinatorError("a run on a chain cannot eject a node that signed two results", code="Unsupported")
+
     async def checkpoint(self, epoch: int, step: int, digest: bytes) -> None:
         """Vote for the parameters at the end of an epoch."""
         await self._report(
@@ -407,9 +411,8 @@ class SolanaCoordinator:
     async def _transact(self, name: str, parts: list[Instruction], run: RunAccounts) -> Receipt:
         assert self._feed is not None
         slot = self._feed.latest.slot if self._feed.latest is not None else None
-        limit = sum(units(part, len(run.members)) for part in name.split("+"))
         try:
-            return await self.run.sender.send(name, parts, units=limit, min_slot=slot)
+            return await self.run.sender.send(name, parts, units=units(name), min_slot=slot)
         except CoordinatorError as error:
             if not error.retryable:
                 self._feed.look()  # the run may have moved on

@@ -28,6 +28,11 @@ def sol(lamports: int) -> str:
     return f"{lamports / LAMPORTS:.9f}".rstrip("0").rstrip(".") + " SOL"
 
 
+def budget(limit: int, price: int) -> list[Instruction]:
+    """The instructions that give a transaction its compute limit and its price in micro-lamports for each unit."""
+    return [set_compute_unit_limit(limit), set_compute_unit_price(price)]
+
+
 class Fees:
     """Chooses limit and price of each transaction.
 
@@ -56,7 +61,7 @@ class Fees:
         # one. That is wanted for one that is sent again, and wrong for two ticks.
         self._count += 1
         limit = max(1, min(units, self._options.compute_limit - VARIANTS)) + self._count % VARIANTS
-        return [set_compute_unit_limit(min(limit, self._options.compute_limit)), set_compute_unit_price(price)]
+        return budget(min(limit, self._options.compute_limit), price)
 
     async def price(self, accounts: Sequence[Pubkey]) -> int:
         """Micro-lamports for each compute unit: what three quarters of the recent transactions paid at most."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 from solders.instruction import AccountMeta, Instruction
@@ -29,12 +30,41 @@ PLACE = "account:"
 HEADER = 37
 """Bytes of a buffer before its content: kind, and who may change it."""
 WRITE_SIZE = 900
-WRITE_UNITS = 20_000
+UNITS = 20_000
 
 
 def _seed(run_id: str, digest: bytes) -> str:
     """One place for each manifest of each run: a repeated call finds it, and closing a run takes only its own."""
     return sha256(digest, run_id.encode()).hex()[:32]
+
+
+def buffer_address(owner: Pubkey, run_id: str, digest: bytes) -> Pubkey:
+    """Where ``owner`` stores that manifest of that run."""
+    return Pubkey.create_with_seed(owner, _seed(run_id, digest), LOADER)
+
+
+def beginning(owner: Pubkey, run_id: str, digest: bytes, size: int, lamports: int) -> list[Instruction]:
+    """Make the account, for ``size`` bytes of content."""
+    key = buffer_address(owner, run_id, digest)
+    parameters = CreateAccountWithSeedParams(
+        from_pubkey=owner,
+        to_pubkey=key,
+        base=owner,
+        seed=_seed(run_id, digest),
+        lamports=lamports,
+        space=HEADER + size,
+        owner=LOADER,
+    )
+    accounts = [AccountMeta(key, False, True), AccountMeta(owner, False, False)]
+    return [create_account_with_seed(parameters), Instruction(LOADER, struct.pack("<I", 0), accounts)]
+
+
+def writing(owner: Pubkey, run_id: str, digest: bytes, data: bytes) -> Iterator[tuple[int, Instruction]]:
+    """Fill it, piece by piece; each with its place."""
+    accounts = [AccountMeta(buffer_address(owner, run_id, digest), False, True), AccountMeta(owner, True, False)]
+    for at in range(0, len(data), WRITE_SIZE):
+        part = data[at : at + WRITE_SIZE]
+        yield at, Instruction(LOADER, struct.pack("<IIQ", 1, at, len(part)) + part, accounts)
 
 
 def compress(manifest: dict[str, Any]) -> tuple[bytes, bytes]:
@@ -115,39 +145,24 @@ async def store(sender: Sender, reader: Reader, run_id: str, manifest: dict[str,
     """
     digest, data = compress(manifest)
     owner = sender.wallet.public
-    seed = _seed(run_id, digest)
-    key = Pubkey.create_with_seed(owner, seed, LOADER)
+    key = buffer_address(owner, run_id, digest)
     found = await reader.account(key)
     if found is not None and len(found.data) != HEADER + len(data):
         # Compressed by another version of zlib: fine if whole, else made anew.
         if _whole(found, digest):
             return digest, f"{PLACE}{key}"
-        await sender.send("close manifest", [_close(key, owner)], units=WRITE_UNITS)
+        await sender.send("close manifest", [_close(key, owner)], units=UNITS)
         found = None
     if found is None:
-        size = HEADER + len(data)
-        parameters = CreateAccountWithSeedParams(
-            from_pubkey=owner,
-            to_pubkey=key,
-            base=owner,
-            seed=seed,
-            lamports=await reader.rent(size),
-            space=size,
-            owner=LOADER,
-        )
-        begin = Instruction(
-            LOADER, struct.pack("<I", 0), [AccountMeta(key, False, True), AccountMeta(owner, False, False)]
-        )
-        await sender.send("create manifest", [create_account_with_seed(parameters), begin], units=WRITE_UNITS)
+        parts = beginning(owner, run_id, digest, len(data), await reader.rent(HEADER + len(data)))
+        await sender.send("create manifest", parts, units=UNITS)
         held = bytes(len(data))
     else:
         held = found.data[HEADER:]
-    for at in range(0, len(data), WRITE_SIZE):
+    for at, write in writing(owner, run_id, digest, data):
         part = data[at : at + WRITE_SIZE]
         if held[at : at + len(part)] != part:
-            body = struct.pack("<IIQ", 1, at, len(part)) + part
-            write = Instruction(LOADER, body, [AccountMeta(key, False, True), AccountMeta(owner, True, False)])
-            await sender.send("write manifest", [write], units=WRITE_UNITS)
+            await sender.send("write manifest", [write], units=UNITS)
     return digest, f"{PLACE}{key}"
 
 
@@ -160,7 +175,7 @@ async def discard(sender: Sender, reader: Reader, address: str) -> bool:
     owner = sender.wallet.public
     if found is None or found.owner != LOADER or found.data[5:HEADER] != bytes(owner):
         return False
-    await sender.send("close manifest", [_close(key, owner)], units=WRITE_UNITS)
+    await sender.send("close manifest", [_close(key, owner)], units=UNITS)
     return True
 
 

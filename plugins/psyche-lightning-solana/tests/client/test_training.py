@@ -1,0 +1,156 @@
+"""Real nodes train through the chain while their RPC services fail."""
+
+import asyncio
+import random
+import threading
+
+import pytest
+import torch
+from psyche_lightning_solana.client.cluster import Cluster, Endpoint, Options
+from psyche_lightning_solana.client.coordinator import SolanaCoordinator
+
+from psyche_lightning.coordinator.state import Phase
+from psyche_lightning.distro import DisTrO, DistroConfig
+from psyche_lightning.node.parameters import ParameterReplica
+from psyche_lightning.node.participant import Participant
+from psyche_lightning.node.settings import Settings
+from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
+from psyche_lightning.transports.memory import MemoryNetwork, MemoryTransport
+from psyche_lightning.wire.identity import Identity
+
+KINDS = ["drop", "lost", "garbage", "status 500", "status 429", "error -32005 behind", "", "", ""]
+
+
+class Node:
+    """A node with a linear layer, in a thread of its own, behind RPC services of its own."""
+
+    def __init__(self, number, network, proxies, wallet, manifest):
+        torch.manual_seed(number)
+        self.module = torch.nn.Linear(24, 12)
+        self.optimizer = DisTrO(self.module.named_parameters(), lr=0.01, config=DistroConfig(k=8))
+        self.replica = ParameterReplica(self.optimizer, self.module)
+        self.wallet, self.manifest, self.network, self.proxies = wallet, manifest, network, proxies
+        self.identity = Identity.generate()
+        self.steps, self.said, self.error = [], [], None
+        self.journal, self.store = MemoryJournal(), MemoryBlobStore()
+        self.thread = threading.Thread(target=self.train, daemon=True)
+        self.stopping = threading.Event()
+
+    def participant(self):
+        cluster = Cluster("localnet", tuple(Endpoint(p.url, p.ws_url) for p in self.proxies), None, Options(poll=0.2))
+        client = SolanaCoordinator(cluster, "run", self.identity, wallet=self.wallet)
+        client.run.provider._longest = 1.0
+        self.client = client
+        return Participant(
+            identity=self.identity,
+            run_id="run",
+            coordinator=client,
+            transport=MemoryTransport(self.network),
+            replica=self.replica,
+            manifest=self.manifest,
+            settings=Settings(False, 2, self.replica.layout, self.replica.max_payload, retry=0.2),
+            store=self.store,
+            journal=self.journal,
+            say=lambda level, text: self.said.append(text),
+            patience=60.0,
+        )
+
+    def train(self):
+        torch.set_num_threads(1)
+        node = self.participant()
+        try:
+            node.start()
+            while not self.stopping.is_set() and (work := node.next_round()) is not None:
+                self.steps.append(work.step)
+                inputs = torch.randn(work.end - work.start + 1, 24, generator=torch.Generator().manual_seed(work.start))
+                loss = (self.module(inputs) - inputs[:, :12]).square().mean()
+                self.optimizer.zero_grad()
+                loss.backward()
+                nonce, payload = self.optimizer.nonce, self.optimizer.encode()
+                node.submit(work, payload, nonce=nonce, lrs=self.optimizer.lr_bits(), loss=loss.item(), tokens=1)
+                node.settle(work)
+        except BaseException as error:
+            self.error = error
+        finally:
+            node.stop(withdraw=False, linger=1.0)
+
+    def digest(self):
+        return self.replica.digest(MemoryBlobStore().put)
+
+
+async def finished(nodes, timeout=120.0):
+    end = asyncio.get_running_loop().time() + timeout
+    while any(node.thread.is_alive() for node in nodes):
+        await asyncio.sleep(0.05)
+        assert asyncio.get_running_loop().time() < end, [(node.steps, node.said[-3:]) for node in nodes]
+    assert not any(node.error for node in nodes), [(str(node.error), node.steps, node.said[-8:]) for node in nodes]
+
+
+async def begin(world, count, manifest, **config):
+    owner = await world.owner(init_min_clients=count, **config)
+    network = MemoryNetwork()
+    nodes = [Node(i, network, world.proxies[i : i + 1], world.wallet(), manifest) for i in range(count)]
+    for node in nodes:
+        node.thread.start()
+    return owner, nodes
+
+
+def test_nodes_train_on_while_their_services_stumble(run, manifest):
+    choice = random.Random(3)
+
+    async def test(world):
+        owner, nodes = await begin(
+            world, 3, manifest, total_steps=12, max_round_train_time=20, round_witness_time=5, cooldown_time=90
+        )
+        fails = 0
+        while not all(node.steps for node in nodes):
+            await asyncio.sleep(0.02)
+            assert not any(node.error for node in nodes), nodes
+        while any(node.thread.is_alive() for node in nodes) and fails < 400:
+            await asyncio.sleep(0.15)
+            fails += 1
+            proxy = choice.choice(world.proxies)
+            proxy.fail("*", *choice.choices(KINDS, k=3))
+            if fails % 8 == 0:
+                await proxy.cut()
+            if fails == 20:  # nobody reaches the chain for a while
+                for each in world.proxies:
+                    each.down = True
+                await asyncio.sleep(1.5)
+                for each in world.proxies:
+                    each.down = False
+        await finished(nodes)
+        assert len({node.digest() for node in nodes}) == 1
+        state = (await owner.look()).state
+        assert state.phase is Phase.FINISHED
+        assert nodes[0].digest() == state.checkpoint.digest
+        assert state.checkpoint.step == 12
+        rows, story = await world.ledger(owner)
+        # Whatever was lost on the way, no report landed twice.
+        landed = [row for row in rows if row[1] == "ok"]
+        assert len(story.rows) - len(landed) <= 2
+        assert story.run.state.checkpoint == state.checkpoint
+
+    run(test, programs=True, services=3)
+
+
+@pytest.mark.slow
+def test_a_node_that_comes_back_makes_the_rounds_again_from_the_ledger(run, manifest):
+    """Killed in the middle of an epoch, with its store; what it missed only the chain remembers."""
+
+    async def test(world):
+        _, nodes = await begin(world, 3, manifest, total_steps=30, max_round_train_time=60, cooldown_time=30)
+        while len(nodes[2].steps) < 6:
+            await asyncio.sleep(0.02)
+        nodes[2].stopping.set()
+        while nodes[2].thread.is_alive():
+            await asyncio.sleep(0.02)
+        again = Node(2, nodes[2].network, world.proxies[2:3], nodes[2].wallet, manifest)
+        again.identity, again.journal, again.store = nodes[2].identity, nodes[2].journal, nodes[2].store
+        again.thread.start()
+        await finished([nodes[0], nodes[1], again])
+        assert len({node.digest() for node in (nodes[0], nodes[1], again)}) == 1
+        assert again.client._replayed[0] == 0
+        assert again.steps
+
+    run(test, programs=True, services=3)
