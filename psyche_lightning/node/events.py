@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from psyche_lightning.coordinator.open_ids import Interval, OpenIds
 from psyche_lightning.coordinator.state import Round, RunState, WitnessProof
-from psyche_lightning.node.ledger import Record
 from psyche_lightning.wire.messages import Envelope, Result
 
 # --- events ---------------------------------------------------------------------------------------------------------
@@ -64,34 +62,19 @@ class Fetched:
 
 @dataclass(frozen=True)
 class Applied:
-    """The answer to :class:`Apply`.
-
-    Attributes:
-        epoch: as of the effect.
-        height: as of the effect.
-        digest: of the parameters afterwards where one was due, else empty.
-        prints: a fingerprint of 8 bytes of each trained parameter afterwards, where they were asked for, else empty.
-    """
+    """The answer to :class:`Apply`; ``digest`` of the parameters afterwards where one was due, else empty."""
 
     epoch: int
     height: int
     digest: bytes = b""
-    prints: bytes = b""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The answer to :class:`Load`.
-
-    Attributes:
-        digest: as of the effect.
-        reason: empty when the parameters now have that digest.
-        open_ids: the data ids that are open after those parameters.
-    """
+    """The answer to :class:`Load`. ``reason`` is empty when the parameters now have that digest."""
 
     digest: bytes
     reason: str = ""
-    open_ids: OpenIds = ()
 
 
 @dataclass(frozen=True)
@@ -182,37 +165,24 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Train:
-    """Compute and compress the update for the data ids of ``batch`` (closed intervals); store the payload."""
+    """Compute and compress the update for the closed interval of data ids ``[start, end]``; store the payload."""
 
     epoch: int
     height: int
     step: int
-    batch: tuple[Interval, ...]
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
 class Apply:
-    """Apply the agreed payloads of a round (ascending commitment order) with the agreed learning rates.
-
-    Attributes:
-        epoch: of the run.
-        height: of the round.
-        payloads: what to apply.
-        lrs: fp32 bits of the learning rate of each parameter group.
-        digest_due: whether the parameters' digest is wanted.
-        snapshot: whether their tensors are to be stored, too, so that peers can take them.
-        prints: whether the fingerprints are wanted.
-        open_ids: what is open after the round; part of the digest.
-    """
+    """Apply the agreed payloads of a round (ascending commitment order) with the agreed learning rates."""
 
     epoch: int
     height: int
     payloads: tuple[bytes, ...]
     lrs: tuple[int, ...]
-    digest_due: bool = False
-    snapshot: bool = False
-    prints: bool = False
-    open_ids: OpenIds = ()
+    digest_due: bool
 
 
 @dataclass(frozen=True)
@@ -225,9 +195,7 @@ class Load:
 
 @dataclass(frozen=True)
 class TakeSnapshot:
-    """Put the parameters into the blob store and tell their digest, to which ``open_ids`` belong."""
-
-    open_ids: OpenIds = ()
+    """Put the parameters into the blob store and tell their digest."""
 
 
 @dataclass(frozen=True)
@@ -256,25 +224,20 @@ class Diagnose:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Everything in the blob store and among the promises but this is no longer needed.
+class Forget:
+    """An epoch began; what belongs to earlier ones is no longer needed.
 
     Attributes:
-        snapshots: digests of parameters.
-        payloads: hashes of payloads.
-        promises: keys of promises.
+        payloads: hashes of payloads to delete.
+        snapshots: digests of parameters to delete, with their tensors as far as those of ``keep`` have other ones.
+        keep: digests of parameters that are still needed.
+        promises: keys of all promises that are still needed.
     """
 
-    snapshots: tuple[bytes, ...]
     payloads: tuple[bytes, ...]
+    snapshots: tuple[bytes, ...]
+    keep: tuple[bytes, ...]
     promises: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class WriteDown:
-    """Rounds whose agreed set is certain, for this node's ledger."""
-
-    records: tuple[Record, ...]
 
 
 @dataclass(frozen=True)
@@ -330,14 +293,6 @@ class AskRounds:
 
 
 @dataclass(frozen=True)
-class Accuse:
-    """Show the coordinator two results that one trainer signed for one batch."""
-
-    first: Envelope
-    second: Envelope
-
-
-@dataclass(frozen=True)
 class Say:
     """Something for people. ``level`` is "info" or "warning"."""
 
@@ -352,7 +307,7 @@ class Finish:
     reason: str
 
 
-Call = Join | WarmupWitness | Witness | HealthCheck | Vote | AskRounds | Accuse
+Call = Join | WarmupWitness | Witness | HealthCheck | Vote | AskRounds
 Effect = (
     SetPeers
     | Broadcast
@@ -366,8 +321,7 @@ Effect = (
     | ShareBuffers
     | LoadBuffers
     | Diagnose
-    | Keep
-    | WriteDown
+    | Forget
     | Say
     | Finish
     | Call
