@@ -66,7 +66,8 @@ def test_hooks_elsewhere_exist(pages: list[Any]) -> None:
 
 
 def test_environment_variables_are_real(pages: list[Any]) -> None:
-    sources = "\n".join(path.read_text() for path in (ROOT / "psyche_lightning").rglob("*.py"))
+    packages = [ROOT / "psyche_lightning", *(ROOT / "plugins").glob("*/psyche_lightning_*")]
+    sources = "\n".join(path.read_text() for package in packages for path in package.rglob("*.py"))
     for page in pages:
         for name in set(re.findall(r"\bPSYCHE_[A-Z_]+\b", page.text)):
             assert re.search(rf"\b{name}\b", sources), f"{page.name} names {name}"

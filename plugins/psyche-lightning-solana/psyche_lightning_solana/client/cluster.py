@@ -2,7 +2,7 @@
 
 ``solana:localnet``, ``solana:devnet``, ``solana:mainnet``, or ``solana:`` and one or several RPC URLs with commas
 between them. Options follow as a fragment, which no server ever sees: ``solana:devnet#program=ADDRESS&poll=1``. Each
-may also be a variable of the environment, such as ``PSYCHE_SOLANA_PROGRAM``.
+may also be a variable of the environment, such as ``PSYCHE_SOLANA_PROGRAM`` or ``PSYCHE_SOLANA_AUTHORIZER``.
 """
 
 from __future__ import annotations

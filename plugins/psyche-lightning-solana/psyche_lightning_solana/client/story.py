@@ -134,9 +134,12 @@ class Story:
             figures = given["metadata"]
             report = Report(figures["step"], figures["loss"], figures["tokens_per_sec"])
             at = given.get("epoch", state.epoch), given.get("height", state.current.height)
-            self.journal.report(*at, user, replace(report, loss=report.loss if figures["step"] else math.nan))
+            if figures["step"]:  # else nothing was trained that the figures could be of
+                self.journal.report(*at, user, report)
         self.run = act(self.run, name, user, given, clock)
         after = self.run.state
+        if name == "vote_checkpoint":  # the vote and what follows from it are one instruction
+            state = machine.checkpoint(state, user, given["epoch"], given["step"], given["digest"])
         self._note(before, name, user, given, clock.now)
         if state.phase is Phase.ROUND_TRAIN and after.phase in (Phase.ROUND_TRAIN, Phase.COOLDOWN) and after.current:
             assert state.current is not None

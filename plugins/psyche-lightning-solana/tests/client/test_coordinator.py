@@ -58,6 +58,7 @@ def test_a_run_from_the_first_join_to_its_end(run, play, player, reached):
         assert [(row["step"], row["loss"]) for row in told["metrics"]][:4] == [(i, 2.0) for i in range(1, 5)]
         assert [event["kind"] for event in told["events"]].count("joined") == 3
         assert told["events"][-1]["text"] == "the run has finished after 4 steps"
+        assert "agreed by 2 of 2 nodes" in told["events"][-2]["text"]
 
     run(test, programs=True)
 

@@ -83,7 +83,8 @@ async def finished(nodes, timeout=120.0):
     while any(node.thread.is_alive() for node in nodes):
         await asyncio.sleep(0.05)
         assert asyncio.get_running_loop().time() < end, [(node.steps, node.said[-3:]) for node in nodes]
-    assert not any(node.error for node in nodes), [(str(node.error), node.steps, node.said[-8:]) for node in nodes]
+    told = "\n".join(f"{node.error}\n  {node.steps}\n  {node.said}\n  {node.client.run.log.records}" for node in nodes)
+    assert not any(node.error for node in nodes), told
 
 
 async def begin(world, count, manifest, **config):
