@@ -97,7 +97,7 @@ class ModelProgram:
     def __init__(self, program_id: bytes, accounts: dict[bytes, Account], *, remember: bool = True) -> None:
         self.program_id = program_id
         self.accounts = accounts
-        self._remembered: dict[bytes, tuple[bytes, bytes, RunAccounts]] = {}
+        self._known: dict[bytes, tuple[bytes, bytes, RunAccounts]] = {}
         self._remember = remember
         self._clock = Clock(0, 0)
 
@@ -177,20 +177,16 @@ class ModelProgram:
         require(self._is_derived(manifest.key, *seeds), "ConstraintSeeds")
         require(record["coordinator_account"].tobytes() == coordinator.key, "ConstraintHasOne")
         keys = (instance_at.key, coordinator.key, manifest.key)
-        return _Context(given[0].key, instance, keys, self._run(coordinator.key, data, more))
+        run = self.run(coordinator.key, manifest.key) if self._remember else read(data, more)
+        return _Context(given[0].key, instance, keys, run)
 
     def run(self, coordinator: bytes, manifest: bytes) -> RunAccounts:
         """The run whose accounts have these keys."""
-        return self._run(coordinator, self.accounts[coordinator].data, self.accounts[manifest].data)
-
-    def _run(self, key: bytes, data: bytes, manifest: bytes) -> RunAccounts:
-        known = self._remembered.get(key)
-        if known is not None and known[0] is data and known[1] is manifest:
-            return known[2]
-        run = read(data, manifest)
-        if self._remember:
-            self._remembered[key] = (data, manifest, run)
-        return run
+        data, more = self.accounts[coordinator].data, self.accounts[manifest].data
+        known = self._known.get(coordinator)
+        if known is None or known[0] is not data or known[1] is not more:
+            known = self._known[coordinator] = (data, more, read(data, more))
+        return known[2]
 
     def _store(self, context: _Context, run: RunAccounts) -> None:
         """Write the run; its nonce grows if any byte changed."""
@@ -201,8 +197,7 @@ class ModelProgram:
             run = replace(run, state=replace(run.state, nonce=(run.state.nonce + 1) & hosting.MAX_U64))
             data = data[:-8] + struct.pack("<Q", run.state.nonce)
         coordinator.data, manifest.data = data, more
-        if self._remember:
-            self._remembered[context.keys[1]] = (data, more, run)
+        self._known[context.keys[1]] = (data, more, run)
 
     def _authorized(self, context: _Context, given: _Given, grantor: bytes, scope: bytes) -> None:
         """Refuse unless the authorization lets the user do what ``scope`` names (spec S7.2)."""

@@ -47,6 +47,10 @@ ADDRESS_SIZE = 176
 FEW_TRANSACTIONS = 100
 """A wallet that cannot pay for so many need not join."""
 LARGEST_FLOAT = 3.0e38
+REPEATABLE = ("vote_checkpoint",)
+"""Reports that may be made again, as long as they say the same."""
+OUTSIDERS = {"witness": "InvalidWitness", "warmup_witness": "InvalidWitness", "vote_checkpoint": "InvalidCheckpoint"}
+"""What the machine calls a report of one who is no client."""
 
 _Result = TypeVar("_Result")
 
@@ -136,12 +140,11 @@ class SolanaCoordinator:
         self._joined = True
 
     async def withdraw(self) -> None:
-        """Leave the run."""
+        """Leave the run; refused without a transaction when there is nothing to leave."""
         run = await self._look()
-        state = run.state
-        inside = any(client.signer == self.signer for client in healthy(state))
-        if inside or any(client.signer == self.signer for client in run.pending):
-            await self._send("withdraw", lambda keys, me: keys.withdraw(me))
+        if all(client.signer != self.signer for client in (*healthy(run.state), *run.pending)):
+            raise CoordinatorError(f"{self.run.wallet.public} is not a member of this run", code="InvalidWithdraw")
+        await self._send("withdraw", lambda keys, me: keys.withdraw(me))
 
     async def warmup_witness(self, epoch: int, index: int, digest: bytes) -> None:
         """Say which parameters this client holds."""
@@ -273,9 +276,8 @@ class SolanaCoordinator:
         """Addresses of those who matter; while services stumble, the old ones serve."""
         gathering = run.state.phase in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP)
         clients = run.pending if run.state.phase is Phase.WAITING_FOR_MEMBERS else run.state.clients
-        signers = [client.signer for client in clients if client.signer != self.signer]
         with contextlib.suppress(RpcProblem):
-            await self._book.update(signers, all_of_them=gathering)
+            await self._book.update((client.signer for client in clients), all_of_them=gathering)
 
     def _check_alone(self, run: RunAccounts) -> None:
         """Refuse to go on when another process joined with this wallet."""
@@ -392,9 +394,17 @@ class SolanaCoordinator:
         """Send what counts once in an epoch; a repeated call, because the state does not show it yet, sends nothing."""
         began = self._decode(self._feed.latest).state.epoch_start if self._feed and self._feed.latest else None
         key = (name, began, *place)
-        if key not in self._landed:
+        if key in self._landed and name in REPEATABLE:
+            return
+        if key in self._landed:
+            raise CoordinatorError(f"this node's {name} has landed already", code="DuplicateWitness")
+        try:
             await self._send(name, build, *place)
-            self._landed = {other for other in self._landed if other[1] == began} | {key}
+        except CoordinatorError as error:
+            if error.code == "SignerNotAClient":  # the machine, which knows no wallets that never joined
+                raise CoordinatorError(str(error), code=OUTSIDERS[name]) from error
+            raise
+        self._landed = {other for other in self._landed if other[1] == began} | {key}
 
     async def _send(self, name: str, build: Callable[[RunKeys, Pubkey], Instruction], *place: Hashable) -> None:
         async def work() -> None:
