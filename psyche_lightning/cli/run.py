@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from psyche_lightning.cli.ledger import ledger
 from psyche_lightning.coordinator.admin import TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
 from psyche_lightning.coordinator.administration import Creation
 from psyche_lightning.errors import ConfigError, CoordinatorError
@@ -235,6 +236,9 @@ def resume(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
 
     after = administer(coordinator, run_id, token).resume()
     print(f"run {run_id} is resumed: {_words(after['phase'])}")
+
+
+run.command()(ledger)
 
 
 def _wanted(run_id: str, arguments: list[str], twin: bool, *, everybody: bool = True) -> Creation:

@@ -43,6 +43,7 @@ METHODS: dict[str, tuple[type, ...]] = {
     "witness": (int, int, int, int, bool, bytes, bytes, bytes, list),
     "health_check": (int, int, list),
     "checkpoint": (int, int, bytes),
+    "accuse": (bytes, bytes),
     "rounds": (int, int),
     "sync": (),
 }

@@ -164,6 +164,10 @@ class HttpCoordinator:
         """Vote for the parameters at the end of an epoch."""
         await self._call("checkpoint", [epoch, step, digest])
 
+    async def accuse(self, first: bytes, second: bytes) -> None:
+        """Show two signed results of one trainer for one batch."""
+        await self._call("accuse", [first, second])
+
     async def rounds(self, epoch: int, first: int) -> list[Round]:
         """The stored rounds of an epoch, from height ``first`` on."""
         return [round_from_json(value) for value in await self._call("rounds", [epoch, first])]

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from psyche_lightning.coordinator import machine
+from psyche_lightning.coordinator.accusation import equivocator
 from psyche_lightning.coordinator.codec import from_json, round_from_json, round_to_json, state_from_json, to_json
 from psyche_lightning.coordinator.journal import Event, Journal, Metrics, plain_round
 from psyche_lightning.coordinator.limits import Limits, check_config, check_run_id
@@ -86,6 +87,7 @@ class RunHost:
         self._seed = seed
         self._terms: dict[str, int | None] = dict.fromkeys(unset)
         self._members: dict[bytes, Client] = {}
+        self._ejected: set[bytes] = set()
         self._allowed: set[bytes] | None = None  # the node keys that may join; everyone while None
         self._points: dict[bytes, int] = {}
         self._journal = Journal()
@@ -240,12 +242,18 @@ class RunHost:
         Raises:
             ManifestMismatchError: the run has another manifest.
             CoordinatorError: ``InvalidManifest``; ``InvalidMember`` for keys or an address that cannot be, or a node
-                key that another signer has; ``NotAuthorized``; ``RunFull`` (retryable).
+                key that another signer has; ``NotAuthorized``; ``Ejected``; ``RunFull`` (retryable).
         """
         if len(signer) != KEY_SIZE or len(node) != KEY_SIZE or len(address) > MAX_ADDRESS:
             raise CoordinatorError(
                 f"a member has keys of {KEY_SIZE} bytes and an address of at most {MAX_ADDRESS} characters",
                 code="InvalidMember",
+            )
+        if node in self._ejected:
+            raise CoordinatorError(
+                f"{short(node)} is ejected from this run: it signed two results for one batch. A node whose folder "
+                "was lost or copied needs a new key.",
+                code="Ejected",
             )
         if self._allowed is not None and node not in self._allowed:
             raise CoordinatorError(
@@ -351,6 +359,29 @@ class RunHost:
         self._apply(state, now)
         return dropped
 
+    def accuse(self, signer: bytes, first: bytes, second: bytes, now: float) -> None:
+        """Eject for good who signed two results for one batch; who is ejected already stays it.
+
+        Args:
+            signer: the member that found out.
+            first: one signed result, as it was gossiped.
+            second: the other.
+            now: the coordinator's seconds.
+
+        Raises:
+            CoordinatorError: they do not prove it, or a stranger asks (``InvalidAccusation``).
+        """
+        culprit = equivocator(self.state.run_id, first, second)
+        if signer not in self._members:
+            raise CoordinatorError(f"{short(signer)} is not a member of this run", code="InvalidAccusation")
+        if culprit in self._ejected:
+            return
+        self._ejected.add(culprit)
+        known = [member.signer for member in (*self.state.clients, *self._members.values()) if member.node == culprit]
+        for each in dict.fromkeys(known):
+            text = "is ejected: it signed two results for one batch"
+            self._forget(each, ClientStatus.EJECTED, "ejected", text, now)
+
     def checkpoint(self, signer: bytes, epoch: int, step: int, digest: bytes, now: float) -> None:
         """A client's vote for the parameters that it holds at the end of the epoch."""
         self._apply(machine.checkpoint(self.state, signer, epoch, step, digest), now)
@@ -435,6 +466,7 @@ class RunHost:
             "terms": self._terms,
             "manifest": self.manifest,
             "state": to_json(self.state),
+            "ejected": sorted(key.hex() for key in self._ejected),
             "allowed": None if self._allowed is None else sorted(key.hex() for key in self._allowed),
             "points": {signer.hex(): points for signer, points in self._points.items()},
             "members": [to_json(member) for member in self._members.values()],
@@ -461,6 +493,7 @@ class RunHost:
             host.history = [round_from_json(item) for item in data["history"]]
             host.history_epoch = data["history_epoch"]
             host._members = {member.signer: member for member in (from_json(Client, m) for m in data["members"])}
+            host._ejected = {bytes.fromhex(key) for key in data.get("ejected", [])}
             allowed = data.get("allowed")
             host._allowed = None if allowed is None else {bytes.fromhex(key) for key in allowed}
             host._points = {bytes.fromhex(key): int(points) for key, points in data.get("points", {}).items()}

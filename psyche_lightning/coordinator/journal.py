@@ -25,7 +25,7 @@ class Event:
 
     Attributes:
         time: the coordinator's seconds.
-        kind: ``joined``, ``left`` or ``dropped`` (a node); ``epoch`` or ``run`` (the whole).
+        kind: ``joined``, ``left``, ``dropped`` or ``ejected`` (a node); ``epoch`` or ``run`` (the whole).
         text: for people.
         epoch: the run's epoch then.
         step: its next optimizer step then.
@@ -272,8 +272,6 @@ def _notable(before: RunState, after: RunState, now: float) -> list[tuple[str, s
 
 def _outcome(before: RunState, after: RunState) -> str:
     held = after.checkpoint
-    if not held.digest:
-        return "no parameters were reported"
     name = f"parameters {held.digest[:4].hex()} of step {held.step}"
     votes = sum(vote[1:] == (held.step, held.digest) for vote in before.checkpoint_votes)
     if not votes:

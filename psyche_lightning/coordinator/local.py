@@ -76,6 +76,10 @@ class LocalCoordinator:
         """Vote for the parameters at the end of an epoch."""
         self._act(lambda host, now: host.checkpoint(self.signer, epoch, step, digest, now))
 
+    async def accuse(self, first: bytes, second: bytes) -> None:
+        """Show two signed results of one trainer for one batch."""
+        self._act(lambda host, now: host.accuse(self.signer, first, second, now))
+
     async def rounds(self, epoch: int, first: int) -> list[Round]:
         """The stored rounds of an epoch, from height ``first`` on."""
         self._start()

@@ -224,10 +224,11 @@ def _tick_warmup(state: RunState, now: float, seed: int) -> RunState:
         silent = {client.signer for client in state.clients}
         holders = tuple(signer for signer in state.holders if signer not in silent)
         return _enter(state, Phase.WAITING_FOR_MEMBERS, now, holders=holders)
-    # When parameters are agreed, every record is of those; else the first decides.
-    return _begin_round(
-        replace(state, epoch_digest=state.warmup_witnesses[0].merkle), state.epoch_start_data_index, now, seed
-    )
+    # When parameters are agreed, every record is of those; else the first decides, and they are what is agreed.
+    digest = state.warmup_witnesses[0].merkle
+    agreed = state.checkpoint if state.checkpoint.digest else Checkpoint(digest, state.step - 1)
+    state = replace(state, epoch_digest=digest, checkpoint=agreed)
+    return _begin_round(state, state.epoch_start_data_index, now, seed)
 
 
 def _begin_round(state: RunState, data_index: int, now: float, seed: int) -> RunState:
@@ -272,19 +273,13 @@ def _tick_cooldown(state: RunState, now: float) -> RunState:
     agreed = [vote for vote, count in counted.most_common(1) if count >= quorum(len(present))]
     if not agreed and counted.total() < len(present) and not _expired(state, now):
         return state
-    if not agreed and not state.checkpoint.digest:
-        # Nothing to fall back on: the most frequent, the earliest of equals (a Counter keeps the order of its keys).
-        agreed = [vote for vote, _ in Counter(vote[1:] for vote in state.checkpoint_votes).most_common(1)]
-    checkpoint = Checkpoint(step=agreed[0][0], digest=agreed[0][1]) if agreed else state.checkpoint
+    if agreed:
+        checkpoint = Checkpoint(step=agreed[0][0], digest=agreed[0][1])
+        state = replace(state, checkpoint=checkpoint, epoch_start_data_index=round_.data_index + round_.batch_size)
+    else:  # back to where the epoch began: its steps are trained again
+        state = replace(state, step=state.start_step)
     members = dict.fromkeys(client.signer for client in (*state.clients, *state.exited_clients))
-    state = replace(
-        state,
-        epoch=state.epoch + 1,
-        epoch_start_data_index=round_.data_index + round_.batch_size,
-        checkpoint=checkpoint,
-        holders=tuple(members),
-        cold_start_epoch=state.pending_pause,
-    )
+    state = replace(state, epoch=state.epoch + 1, holders=tuple(members), cold_start_epoch=state.pending_pause)
     if state.pending_pause:
         return _enter(state, Phase.PAUSED, now, clients=_everyone_withdrawn(state), pending_pause=False)
     return _enter(state, _next_members(state), now)

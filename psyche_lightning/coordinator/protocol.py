@@ -90,6 +90,12 @@ class Coordinator(Protocol):
     async def checkpoint(self, epoch: int, step: int, digest: bytes) -> None:
         """Vote in cool-down for the parameters that this client holds after ``step`` training steps."""
 
+    async def accuse(self, first: bytes, second: bytes) -> None:
+        """Show two signed results of one trainer for one batch, for which it is ejected.
+
+        A coordinator that cannot eject raises ``CoordinatorError`` with the code ``Unsupported``.
+        """
+
     async def rounds(self, epoch: int, first: int) -> list[Round]:
         """The rounds of the epoch from height ``first`` on, complete with witness records; empty if not kept."""
 

@@ -144,6 +144,9 @@ class Session:
         if request.method == "checkpoint":
             epoch, step, digest = arguments
             return act(lambda host, now: host.checkpoint(signer, epoch, step, digest, now))
+        if request.method == "accuse":
+            first, second = arguments
+            return act(lambda host, now: host.accuse(signer, first, second, now))
         if request.method == "rounds":
             return [round_to_json(value) for value in self.run.rounds(*arguments)]
         if request.method == "terms":

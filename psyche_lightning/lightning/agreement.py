@@ -14,7 +14,7 @@ from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import ConfigError, ManifestMismatchError
 from psyche_lightning.lightning.options import Options
 
-RUN_DEFAULTS: dict[str, Any] = {"overlap": False, "seed": 0, "digest_every": 10}
+RUN_DEFAULTS: dict[str, Any] = {"overlap": False, "seed": 0, "digest_every": 10, "keep_bytes": 0}
 DISTRO_DEFAULTS: dict[str, Any] = asdict(DistroConfig())
 
 
@@ -29,6 +29,7 @@ class Agreement:
         overlap: whether results are applied one round later.
         seed: of the order of the data.
         digest_every: rounds between digests of the parameters.
+        keep_bytes: agreed payloads kept between two snapshots, in bytes; 0 for as many as the parameters have.
         distro: the compression.
     """
 
@@ -38,12 +39,13 @@ class Agreement:
     overlap: bool
     seed: int
     digest_every: int
+    keep_bytes: int
     distro: DistroConfig
 
     @property
     def run_section(self) -> dict[str, Any]:
         """This node's section ``run`` of the manifest."""
-        own = {"overlap": self.overlap, "seed": self.seed, "digest_every": self.digest_every}
+        own = {name: getattr(self, name) for name in RUN_DEFAULTS}
         return dict(self.manifest.get("run", own))
 
     @property
@@ -109,5 +111,6 @@ def agree(options: Options, terms: Terms) -> Agreement:
         run["overlap"],
         run["seed"],
         run["digest_every"],
+        run["keep_bytes"],
         DistroConfig(**sections["distro"]),
     )

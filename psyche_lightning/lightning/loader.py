@@ -112,8 +112,8 @@ class RoundLoader:
             yield first
 
     def load(self, work: RoundWork) -> Share:
-        """Begin to load the share ``[work.start, work.end]``, cut into micro-batches as equal as can be."""
-        indices = self.order.indices(work.start, work.end)
+        """Begin to load the round's share, cut into micro-batches as equal as can be."""
+        indices = [i for ids in ((work.start, work.end), *work.again) for i in self.order.indices(*ids)]
         parts = 1 if self._most is None else -(-len(indices) // self._most)
         cuts = [len(indices) * part // parts for part in range(parts + 1)]
         self._plan[:] = [indices[a:b] for a, b in itertools.pairwise(cuts)]

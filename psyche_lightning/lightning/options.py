@@ -37,6 +37,8 @@ class Options:
         float32_gradients: whether gradients of parameters of lower precision are accumulated in float32.
         seed: of the order of the data.
         digest_every: rounds between digests of the parameters, by which nodes notice that theirs differ.
+        keep_bytes: agreed payloads that nodes keep, in bytes, so that others can catch up; beyond them they take a new
+            snapshot. 0 for as many as the parameters have, and at least 64 MiB.
         global_batch_size: samples of a round of the whole run; by default the DataLoader's ``batch_size`` times
             ``accumulate_grad_batches`` times the run's ``init_min_clients``.
         total_steps: where the run ends; by default Trainer's ``max_steps`` or ``max_epochs``.
@@ -62,6 +64,7 @@ class Options:
     float32_gradients: bool | None = None
     seed: int | None = None
     digest_every: int | None = None
+    keep_bytes: int | None = None
     global_batch_size: int | None = None
     total_steps: int | None = None
     directory: str | os.PathLike[str] | None = None
@@ -117,6 +120,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"The option {name} is {value!r}; expected a whole number from 1.")
+        if self.keep_bytes is not None and (type(self.keep_bytes) is not int or self.keep_bytes < 0):
+            raise ConfigError(f"The option keep_bytes is {self.keep_bytes!r}; expected a whole number from 0.")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 64):
             raise ConfigError(f"The option seed is {self.seed!r}; expected a whole number from 0 to 2^64 - 1.")
         for name in ("overlap", "lookahead", "float32_gradients"):

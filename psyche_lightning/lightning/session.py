@@ -25,6 +25,8 @@ from psyche_lightning.lightning.agreement import Agreement, agree, look
 from psyche_lightning.lightning.optimizers import copy_rates
 from psyche_lightning.lightning.options import Options
 from psyche_lightning.lightning.traffic import Traffic
+from psyche_lightning.node.book import FILE as LEDGER
+from psyche_lightning.node.book import Book
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.settings import Settings
@@ -43,6 +45,8 @@ ALONE_RUN = "alone"
 ALONE_EPOCH = 1000
 """Rounds of an epoch of a run of one process: then what it remembers of them is dropped."""
 ALONE_BLOBS = 8
+LEAST_KEPT = 64 << 20
+"""Bytes of agreed payloads that are kept at least between two snapshots, where the run does not say."""
 LOST_ROUNDS = 20
 """Rounds in a row without samples after which a node leaves, so that others train its share."""
 AHEAD_NODES = 4
@@ -151,6 +155,8 @@ class Session:
             layout=replica.layout,
             max_payload=replica.max_payload,
             buffers=replica.has_buffers,
+            keep_bytes=agreement.keep_bytes or max(replica.size, LEAST_KEPT),
+            tensors=replica.tensors,
         )
         folder = options.folder
         if folder is not None and residual.load(folder, self._run, optimizer):
@@ -159,6 +165,7 @@ class Session:
         memory = _RecentBlobs() if options.alone else MemoryBlobStore()
         store = memory if folder is None else DirectoryBlobStore(folder / "blobs")
         self._journal = MemoryJournal() if folder is None else Journal(folder / "journal")
+        self._book = None if folder is None else Book(folder / LEDGER)
         self._participant = Participant(
             identity=identity,
             run_id=self._run,
@@ -171,6 +178,7 @@ class Session:
             journal=self._journal,
             say=_say,
             traffic=lambda: self.traffic.total,
+            book=self._book,
             patience=options.patience,
         )
         self._participant.start()
@@ -274,7 +282,7 @@ class Session:
             except NonFiniteGradientError as error:
                 logger.warning("round %d of epoch %d: %s", work.height, work.epoch, error)
         if payload is None:  # an abstention: nobody has to wait for the round's deadline, and no tokens say that it is
-            payload = distro.abstention()
+            payload, samples = distro.abstention(), 0
         self.loss, self.samples, self.lost_rounds = loss, samples, 0
         self.payload_bytes += len(payload) * max(0, self._clients() - 1)
         participant.submit(
@@ -380,6 +388,8 @@ class Session:
             self._participant.stop()
             if isinstance(self._journal, Journal):
                 self._journal.close()
+            if self._book is not None:
+                self._book.close()
 
 
 class _RecentBlobs(MemoryBlobStore):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from psyche_lightning.coordinator.open_ids import Interval, OpenIds
 from psyche_lightning.coordinator.state import Round, RunState, WitnessProof
+from psyche_lightning.node.ledger import Record
 from psyche_lightning.wire.messages import Envelope, Result
 
 # --- events ---------------------------------------------------------------------------------------------------------
@@ -62,19 +64,34 @@ class Fetched:
 
 @dataclass(frozen=True)
 class Applied:
-    """The answer to :class:`Apply`; ``digest`` of the parameters afterwards where one was due, else empty."""
+    """The answer to :class:`Apply`.
+
+    Attributes:
+        epoch: as of the effect.
+        height: as of the effect.
+        digest: of the parameters afterwards where one was due, else empty.
+        prints: a fingerprint of 8 bytes of each trained parameter afterwards, where they were asked for, else empty.
+    """
 
     epoch: int
     height: int
     digest: bytes = b""
+    prints: bytes = b""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The answer to :class:`Load`. ``reason`` is empty when the parameters now have that digest."""
+    """The answer to :class:`Load`.
+
+    Attributes:
+        digest: as of the effect.
+        reason: empty when the parameters now have that digest.
+        open_ids: the data ids that are open after those parameters.
+    """
 
     digest: bytes
     reason: str = ""
+    open_ids: OpenIds = ()
 
 
 @dataclass(frozen=True)
@@ -165,24 +182,37 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Train:
-    """Compute and compress the update for the closed interval of data ids ``[start, end]``; store the payload."""
+    """Compute and compress the update for the data ids of ``batch`` (closed intervals); store the payload."""
 
     epoch: int
     height: int
     step: int
-    start: int
-    end: int
+    batch: tuple[Interval, ...]
 
 
 @dataclass(frozen=True)
 class Apply:
-    """Apply the agreed payloads of a round (ascending commitment order) with the agreed learning rates."""
+    """Apply the agreed payloads of a round (ascending commitment order) with the agreed learning rates.
+
+    Attributes:
+        epoch: of the run.
+        height: of the round.
+        payloads: what to apply.
+        lrs: fp32 bits of the learning rate of each parameter group.
+        digest_due: whether the parameters' digest is wanted.
+        snapshot: whether their tensors are to be stored, too, so that peers can take them.
+        prints: whether the fingerprints are wanted.
+        open_ids: what is open after the round; part of the digest.
+    """
 
     epoch: int
     height: int
     payloads: tuple[bytes, ...]
     lrs: tuple[int, ...]
-    digest_due: bool
+    digest_due: bool = False
+    snapshot: bool = False
+    prints: bool = False
+    open_ids: OpenIds = ()
 
 
 @dataclass(frozen=True)
@@ -195,7 +225,9 @@ class Load:
 
 @dataclass(frozen=True)
 class TakeSnapshot:
-    """Put the parameters into the blob store and tell their digest."""
+    """Put the parameters into the blob store and tell their digest, to which ``open_ids`` belong."""
+
+    open_ids: OpenIds = ()
 
 
 @dataclass(frozen=True)
@@ -224,20 +256,25 @@ class Diagnose:
 
 
 @dataclass(frozen=True)
-class Forget:
-    """An epoch began; what belongs to earlier ones is no longer needed.
+class Keep:
+    """Everything in the blob store and among the promises but this is no longer needed.
 
     Attributes:
-        payloads: hashes of payloads to delete.
-        snapshots: digests of parameters to delete, with their tensors as far as those of ``keep`` have other ones.
-        keep: digests of parameters that are still needed.
-        promises: keys of all promises that are still needed.
+        snapshots: digests of parameters.
+        payloads: hashes of payloads.
+        promises: keys of promises.
     """
 
-    payloads: tuple[bytes, ...]
     snapshots: tuple[bytes, ...]
-    keep: tuple[bytes, ...]
+    payloads: tuple[bytes, ...]
     promises: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WriteDown:
+    """Rounds whose agreed set is certain, for this node's ledger."""
+
+    records: tuple[Record, ...]
 
 
 @dataclass(frozen=True)
@@ -293,6 +330,14 @@ class AskRounds:
 
 
 @dataclass(frozen=True)
+class Accuse:
+    """Show the coordinator two results that one trainer signed for one batch."""
+
+    first: Envelope
+    second: Envelope
+
+
+@dataclass(frozen=True)
 class Say:
     """Something for people. ``level`` is "info" or "warning"."""
 
@@ -307,7 +352,7 @@ class Finish:
     reason: str
 
 
-Call = Join | WarmupWitness | Witness | HealthCheck | Vote | AskRounds
+Call = Join | WarmupWitness | Witness | HealthCheck | Vote | AskRounds | Accuse
 Effect = (
     SetPeers
     | Broadcast
@@ -321,7 +366,8 @@ Effect = (
     | ShareBuffers
     | LoadBuffers
     | Diagnose
-    | Forget
+    | Keep
+    | WriteDown
     | Say
     | Finish
     | Call

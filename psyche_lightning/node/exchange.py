@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+from psyche_lightning.coordinator.open_ids import Interval
 from psyche_lightning.coordinator.state import ClientStatus, RunState
 from psyche_lightning.errors import WireError
 from psyche_lightning.node import events as ev
-from psyche_lightning.node.ledger import Entry, EpochLog, RoundLog
+from psyche_lightning.node.ledger import EpochLog
 from psyche_lightning.node.outbox import Outbox
+from psyche_lightning.node.rounds import MAX_ENTRIES_PER_BATCH, Entry, RoundLog
 from psyche_lightning.node.settings import Settings
+from psyche_lightning.node.witness import attest_promise, result_promise
 from psyche_lightning.wire.identity import short
-from psyche_lightning.wire.messages import Ask, Attest, Buffers, Envelope, Message, Result
+from psyche_lightning.wire.messages import Ask, Attest, Buffers, Envelope, Message, Offer, Result, Stuck
 
 EARLY_ROUNDS = 3
-"""Messages of at most this many rounds ahead of the coordinator's news are kept."""
-EARLY_MESSAGES = 4096
+"""Messages of this many rounds before and after the newest are kept until their round is known and assigned."""
+ASK_ALL = 3
+"""Every so many questions go to all peers instead of one."""
 
 
 def gone(state: RunState, log: RoundLog) -> set[int]:
@@ -52,8 +56,10 @@ class Exchange:
         self._promises = dict(promises)
         self._out = out
         self._peers: tuple[tuple[bytes, str], ...] = ()
-        self._fetching: dict[bytes, tuple[RoundLog, Entry]] = {}
+        self._members: frozenset[bytes] = frozenset()
+        self._fetching: dict[bytes, list[tuple[RoundLog, Entry]]] = {}
         self._buffers: Envelope | None = None
+        self._offer: Envelope | None = None
 
     # --- peers ----------------------------------------------------------------------------------------------------
 
@@ -62,7 +68,12 @@ class Exchange:
         peers = tuple((client.node, client.address) for client in state.clients if client.node != self._public)
         if state.clients and peers != self._peers:
             self._peers = peers
+            self._members = frozenset(key for key, _ in peers)
             self._out.emit(ev.SetPeers(peers))
+
+    def knows(self, key: bytes) -> bool:
+        """Whether that is a peer."""
+        return key in self._members
 
     def providers(self, first: bytes | None = None) -> tuple[bytes, ...]:
         """All peers, ``first`` in front."""
@@ -70,58 +81,99 @@ class Exchange:
 
     # --- messages -------------------------------------------------------------------------------------------------
 
-    def receive(self, envelope: Envelope, log: EpochLog | None, state: RunState | None) -> None:
-        """Take a peer's message."""
+    def receive(self, envelope: Envelope, log: EpochLog, head: int) -> None:
+        """Take a peer's result, list or question about a round; ``head`` is the newest that was announced."""
         message = envelope.message
-        if isinstance(message, Buffers):
-            self._take_buffers(envelope, message, state)
-        elif log is None or message.epoch != log.epoch:
-            return
-        elif isinstance(message, Ask):
+        assert isinstance(message, (Result, Attest, Ask))
+        known = log.rounds.get(message.height)
+        if isinstance(message, Ask):
             self._answer(envelope.sender, log, message.height)
-        elif (known := log.rounds.get(message.height)) is not None:
-            self.file(known, envelope)
-        elif 0 < message.height - max(log.rounds, default=-1) <= EARLY_ROUNDS:
+        elif known is not None and (known.assigned or isinstance(message, Attest)):
+            entry = self.file(known, envelope)
+            if entry is not None and message.height > head - self._settings.delay:
+                self.fetch(known, [entry])
+        elif abs(message.height - head) <= EARLY_ROUNDS and self.knows(envelope.sender):
             waiting = log.early.setdefault(message.height, [])
-            if len(waiting) < EARLY_MESSAGES and envelope not in waiting:
+            own = sum(other.sender == envelope.sender for other in waiting)
+            if own < MAX_ENTRIES_PER_BATCH and envelope not in waiting:
                 waiting.append(envelope)
 
-    def file(self, log: RoundLog, envelope: Envelope) -> None:
-        """Put a message of a known round into its log, or say why not."""
+    def file(self, log: RoundLog, envelope: Envelope) -> Entry | None:
+        """Put a message of a known round into its log, or say why not; returns a new result's entry."""
         try:
             if isinstance(envelope.message, Attest):
                 log.add_attest(envelope)
-                return
+                return None
             entry = log.add_result(envelope)
         except WireError as error:
             self._out.say("warning", f"refused a message: {error}")
-            return
-        if entry and len(log.of(entry.trainer)) > 1:
+            return None
+        if entry is not None and len(log.of(entry.trainer)) == 2:
             who = short(envelope.sender)
             self._out.say("warning", f"{who} signed two results for one batch; both are excluded")
+            first, second = log.of(entry.trainer)
+            self._out.emit(ev.Accuse(first.envelope, second.envelope))
+        return entry
+
+    def file_early(self, log: EpochLog, assigned: Iterable[RoundLog]) -> None:
+        """File what came too early for rounds that have their batches now, and what this node promised for them."""
+        for known in assigned:
+            height = known.round.height
+            for envelope in log.early.pop(height, []):
+                self.file(known, envelope)
+            own = self._promises.get(result_promise(log.epoch, height))
+            if own is not None and known.index_of(self._public) is not None:
+                entry = self.file(known, own)
+                if entry is not None:
+                    known.settle(entry)
+            mine = self._promises.get(attest_promise(log.epoch, height))
+            if mine is not None:
+                self.file(known, mine)
 
     def _answer(self, peer: bytes, log: EpochLog, height: int) -> None:
         known = log.rounds.get(height)
-        if peer not in dict(self._peers) or known is None:
+        if not self.knows(peer) or known is None:
             return
         if not self._out.once(("answer", peer, height), every=self._settings.retry / 4):
             return
         for envelope in known.messages():
             self._out.emit(ev.SendTo(peer, envelope))
-        if self._buffers is not None:
-            self._out.emit(ev.SendTo(peer, self._buffers))
+        for extra in (self._buffers, self._offer):
+            if extra is not None:
+                self._out.emit(ev.SendTo(peer, extra))
 
-    def ask(self, epoch: int, height: int, peer: bytes | None, *, after: float = 0.0) -> None:
-        """Ask one peer (or all) for a round's messages; every third time all, as someone else may have them."""
-        key = ("ask", height, peer)
-        if not self._out.due(key, after=after):
-            return
-        attempt = self._out.attempts(key)
-        envelope = self._seal(Ask(epoch, height, attempt))
-        if peer is None or attempt % 3 == 0:
-            self._out.emit(ev.Broadcast(envelope))
-        else:
-            self._out.emit(ev.SendTo(peer, envelope))
+    def ask(
+        self, epoch: int, height: int, peer: bytes | None = None, *, after: float = 0.0, everybody: bool = False
+    ) -> None:
+        """Ask that peer, or one after the other, for a round's messages; at times all: someone else may have them."""
+        key = ("ask", height, "all" if everybody else peer)
+        if self._out.due(key, after=after):
+            attempt = self._out.attempts(key)
+            envelope = self._seal(Ask(epoch, height, attempt))
+            if everybody or attempt % ASK_ALL == 0 or not self._peers:
+                self._out.emit(ev.Broadcast(envelope))
+            elif peer is None:
+                self._out.emit(ev.SendTo(self._peers[(height + attempt) % len(self._peers)][0], envelope))
+            else:
+                self._out.emit(ev.SendTo(peer, envelope))
+
+    def asked(self, height: int) -> int:
+        """How often everybody was asked for a round's messages."""
+        return self._out.attempts(("ask", height, "all"))
+
+    def offer(self, epoch: int, applied: int, snapshot: bytes) -> None:
+        """Tell everybody of parameters that this node keeps."""
+        self._offer = self._seal(Offer(epoch, applied, snapshot))
+        self._out.emit(ev.Broadcast(self._offer))
+
+    def complain(self, message: Stuck) -> None:
+        """Ask everybody for parameters after a round that this node cannot apply."""
+        self._out.emit(ev.Broadcast(self._seal(message)))
+
+    def offer_to(self, peer: bytes) -> None:
+        """Tell one peer, if this node keeps any."""
+        if self._offer is not None:
+            self._out.emit(ev.SendTo(peer, self._offer))
 
     # --- results --------------------------------------------------------------------------------------------------
 
@@ -130,62 +182,70 @@ class Exchange:
         head = state.current.height if state.current else -1
         for height in range(max(0, head - self._settings.delay + 1), head + 1):
             known = log.rounds.get(height)
-            if known is None:
+            if known is None or not known.assigned or not known.missing:
                 continue
             self.fetch(known, known.entries.values())
-            away = gone(state, known)
-            for index in known.unannounced():
-                if index not in away and known.nodes[index] != self._public:
+            away = gone(state, known) if known.silent else set()
+            for index in known.silent - away:
+                if known.nodes[index] != self._public:
                     self.ask(log.epoch, height, known.nodes[index], after=2 * self._settings.retry)
 
     def fetch(self, log: RoundLog, entries: Iterable[Entry]) -> None:
         """Fetch payloads that are not here yet."""
         for entry in entries:
             payload = entry.result.payload
-            if entry.verified or entry.refused or payload in self._fetching:
+            if entry.verified or entry.refused:
                 continue
-            if self._out.due(("fetch", payload)):
-                self._fetching[payload] = (log, entry)
+            if (waiting := self._fetching.get(payload)) is not None:
+                if all(other is not entry for _, other in waiting):
+                    waiting.append((log, entry))
+            elif self._out.due(("fetch", entry.commitment)):
+                self._fetching[payload] = [(log, entry)]
                 providers = self.providers(log.nodes[entry.trainer])
                 self._out.emit(ev.Fetch(payload, entry.result.size, providers))
 
     def fetched(self, event: ev.Fetched) -> None:
         """Note that a payload is here, or why not."""
-        log, entry = self._fetching.pop(event.payload, (None, None))
-        if log is None or entry is None:
-            return
-        entry.verified = not event.reason
-        if event.refused:
-            entry.refused = event.reason
-            who = short(entry.envelope.sender)
-            self._out.say("warning", f"refused the payload of {who} in round {log.round.height}: {event.reason}")
+        for log, entry in self._fetching.pop(event.payload, []):
+            if event.refused:
+                log.settle(entry, event.reason)
+                who = short(entry.envelope.sender)
+                self._out.say("warning", f"refused the payload of {who} in round {log.round.height}: {event.reason}")
+            elif not event.reason:
+                log.settle(entry)
 
     def announce(self, log: RoundLog, result: Result, key: str) -> None:
         """Promise this node's own result durably, then tell everybody; its payload is stored."""
-        if self.promised(key, result.start, result.end) is not None:
+        if self.promised(key, result.batch) is not None:
             return
         self.publish(log, self._promise(key, result))
 
-    def promised(self, key: str, start: int, end: int) -> Envelope | None:
+    def promised(self, key: str, batch: tuple[Interval, ...]) -> Envelope | None:
         """The result that this node, perhaps in a former life, signed for that batch."""
         envelope = self._promises.get(key)
         result = envelope.message if envelope else None
-        return envelope if isinstance(result, Result) and (result.start, result.end) == (start, end) else None
+        return envelope if isinstance(result, Result) and result.batch == batch else None
 
-    def keep_promises(self, epoch: int) -> tuple[str, ...]:
-        """Drop the promises of epochs before ``epoch`` and return the keys of the others."""
-        self._promises = {key: kept for key, kept in self._promises.items() if kept.message.epoch >= epoch}
-        return tuple(self._promises)
+    def keep_promises(self, epoch: int, height: int = 0) -> tuple[tuple[str, ...], tuple[bytes, ...]]:
+        """Drop the promises of rounds before that one; returns keys and payloads of the others."""
+        for key, kept in list(self._promises.items()):
+            message = kept.message
+            assert isinstance(message, (Result, Attest))
+            if (message.epoch, message.height) < (epoch, height):
+                del self._promises[key]
+        results = [kept.message for kept in self._promises.values() if isinstance(kept.message, Result)]
+        return tuple(self._promises), tuple(result.payload for result in results)
+
+    def new_epoch(self) -> None:
+        """What was offered in the epoch before is of no use."""
+        self._offer = None
 
     def publish(self, log: RoundLog, envelope: Envelope) -> None:
         """File and broadcast this node's own announcement."""
-        try:
-            entry = log.add_result(envelope)
-        except WireError as error:
-            self._out.say("warning", f"the own result does not fit its round: {error}")
-            return
-        if entry is not None:
-            entry.verified = True
+        if log.assigned:  # else it is filed once that is known again
+            entry = self.file(log, envelope)
+            if entry is not None:
+                log.settle(entry)
         self._out.emit(ev.Broadcast(envelope))
 
     def attest(self, log: RoundLog, key: str, make: Callable[[], Attest]) -> Envelope:
@@ -208,8 +268,10 @@ class Exchange:
         self._buffers = self._seal(Buffers(epoch, index))
         self._out.emit(ev.Broadcast(self._buffers))
 
-    def _take_buffers(self, envelope: Envelope, message: Buffers, state: RunState | None) -> None:
+    def take_buffers(self, envelope: Envelope, state: RunState | None) -> None:
         """The buffers of the epoch are those of its first warm-up witness."""
+        message = envelope.message
+        assert isinstance(message, Buffers)
         taken = self._buffers is not None and self._buffers.message.epoch == message.epoch
         if state is None or taken or message.epoch != state.epoch or not self._settings.buffers:
             return

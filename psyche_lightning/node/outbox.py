@@ -68,6 +68,11 @@ class Outbox:
         """Make all but these due at once."""
         self._due = {key: value for key, value in self._due.items() if key in keys}
 
+    def prune(self) -> None:
+        """Forget what nobody asked about for long."""
+        past = self.now - 4 * self._most
+        self._due = {key: (count, at) for key, (count, at) in self._due.items() if at > past}
+
     def new_epoch(self) -> None:
         """What was said may be said again."""
         self._said.clear()

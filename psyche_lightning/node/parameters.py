@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
+from psyche_lightning.coordinator.open_ids import OpenIds
 from psyche_lightning.distro import DisTrO
 from psyche_lightning.errors import ConfigError, WireError
 from psyche_lightning.node.snapshot import (
@@ -43,6 +44,9 @@ class ParameterReplica:
         self._frozen_entries: list[TensorEntry] | None = None
         self._module = module
         self.has_buffers = bool(persistent_buffers(module))
+        published = dict(self._optimizer.published())
+        self.tensors = tuple(sorted(published))
+        self.size = sum(t.numel() * t.element_size() for t in (*published.values(), *self._frozen.values()))
         for name, tensor in {**self._frozen, **persistent_buffers(module)}.items():
             if _dtype_name(tensor) not in DTYPE_SIZES:
                 raise ConfigError(
@@ -62,13 +66,18 @@ class ParameterReplica:
         """Apply an agreed set of payloads."""
         self._optimizer.apply(payloads, lrs)
 
-    def digest(self, put: Put) -> bytes:
-        """Digest of the parameters; stores the index blob but no tensors."""
-        return put(encode_index(self._entries(None)))
+    def digest(self, put: Put, open_ids: OpenIds = ()) -> bytes:
+        """Digest of the parameters and the open ids that go with them; stores the index blob but no tensors."""
+        return put(encode_index(self._entries(None), open_ids))
 
-    def snapshot(self, put: Put) -> bytes:
+    def snapshot(self, put: Put, open_ids: OpenIds = ()) -> bytes:
         """Store all parameters as blobs and return their digest."""
-        return put(encode_index(self._entries(put)))
+        return put(encode_index(self._entries(put), open_ids))
+
+    def prints(self) -> bytes:
+        """The sum of each trained parameter's bits as little-endian int64, modulo 2^64; reads the memory once."""
+        sums = [_print(tensor.detach()).cpu() for _, tensor in sorted(self._optimizer.published())]
+        return torch.stack(sums).numpy().astype("<i8").tobytes() if sums else b""
 
     def load(self, digest: bytes, get: Get) -> None:
         """Replace the parameters by those of that digest.
@@ -77,7 +86,7 @@ class ParameterReplica:
             WireError: names, shapes or dtypes are not this model's.
         """
         trained = dict(self._optimizer.published())
-        entries = _matching("parameter", decode_index(get(digest)), {**trained, **self._frozen})
+        entries = _matching("parameter", decode_index(get(digest)).tensors, {**trained, **self._frozen})
         for entry in entries:
             tensor = _read(entry, get)
             if entry.name in trained:
@@ -98,7 +107,7 @@ class ParameterReplica:
             WireError: names, shapes or dtypes are not this model's.
         """
         buffers = persistent_buffers(self._module)
-        for entry in _matching("buffer", decode_index(get(index)), buffers):
+        for entry in _matching("buffer", decode_index(get(index)).tensors, buffers):
             with torch.no_grad():
                 buffers[entry.name].copy_(_read(entry, get))
 
@@ -129,7 +138,7 @@ def _describe(tensors: Iterable[tuple[str, torch.Tensor]], put: Put | None) -> I
         yield entry_of(name, _dtype_name(tensor), tuple(tensor.shape), _bytes(plain), put)
 
 
-def _matching(what: str, entries: list[TensorEntry], ours: Mapping[str, torch.Tensor]) -> list[TensorEntry]:
+def _matching(what: str, entries: Sequence[TensorEntry], ours: Mapping[str, torch.Tensor]) -> Sequence[TensorEntry]:
     """The entries, if they are exactly our tensors.
 
     Raises:
@@ -149,6 +158,14 @@ def _matching(what: str, entries: list[TensorEntry], ours: Mapping[str, torch.Te
                 f"{mine[0]} {list(mine[1])}"
             )
     return entries
+
+
+def _print(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor's words, int64: any single change shows in it."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    if flat.numel() % 8 == flat.storage_offset() % 8 == 0:
+        return flat.view(torch.int64).sum()
+    return (flat if flat.numel() % 4 or flat.storage_offset() % 4 else flat.view(torch.int32)).sum(dtype=torch.int64)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -17,8 +17,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from psyche_lightning.coordinator.open_ids import Interval
 from psyche_lightning.coordinator.protocol import Coordinator, Report
 from psyche_lightning.errors import PsycheError
+from psyche_lightning.node.book import Book
+from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.events import Apply, Event, Finish, Train, Trained
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.runtime import Runtime, TrainerTask
@@ -44,8 +47,9 @@ class RoundWork:
         epoch: epoch of the run.
         height: round within the epoch.
         step: optimizer step over the run, from 1.
-        start: first data id.
-        end: last data id (closed interval).
+        start: first data id of the node's share.
+        end: last data id of it (closed interval).
+        again: further data ids to train with it, as closed intervals: of earlier rounds, whose trainer failed.
     """
 
     epoch: int
@@ -53,6 +57,7 @@ class RoundWork:
     step: int
     start: int
     end: int
+    again: tuple[Interval, ...] = ()
 
 
 def _log(level: str, text: str) -> None:
@@ -74,6 +79,7 @@ class Participant:
         journal: promises.
         say: tells people something: ``(level, text)``; by default the log.
         traffic: returns bytes ``(up, down)`` counted at the node's sockets.
+        book: the node's ledger, if it keeps one.
         patience: longest wait for a round, in seconds; then an error says for whom it waited.
     """
 
@@ -91,6 +97,7 @@ class Participant:
         journal: Journal | MemoryJournal,
         say: Callable[[str, str], None] = _log,
         traffic: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        book: Book | None = None,
         patience: float = 24 * 3600.0,
     ) -> None:
         self.run_id = run_id
@@ -114,6 +121,7 @@ class Participant:
             self._inbox.put,
             say,
             traffic,
+            book,
         )
         self._settings = settings
         self._store = store
@@ -178,6 +186,11 @@ class Participant:
         return self._runtime._traffic()
 
     @property
+    def transfer(self) -> Transfer | None:
+        """The parameters that are on their way to this node; None when none are."""
+        return self._runtime.downloads.transfer
+
+    @property
     def state(self) -> Any:
         """The newest :class:`~psyche_lightning.coordinator.state.RunState` that this node saw, or None."""
         return self._runtime.core.state
@@ -229,7 +242,7 @@ class Participant:
             nonce: updates that this trainer had encoded before.
             lrs: fp32 bits of the learning rate of each parameter group.
             loss: mean training loss, for people.
-            tokens: tokens or samples trained on, for people.
+            tokens: tokens or samples trained on. 0 tells that nothing was: the ids are trained again by somebody.
         """
         result = None
         if payload is not None:
@@ -248,6 +261,7 @@ class Participant:
                 lrs,
                 int.from_bytes(struct.pack("<f", loss), "little"),
                 tokens,
+                work.again,
             )
         self._handle(Trained(work.epoch, work.height, result))
 
@@ -273,8 +287,8 @@ class Participant:
                     if not link.connected:
                         self._say("info", str(link))
         match task:
-            case Train(epoch, height, step, start, end):
-                self._next = RoundWork(epoch, height, step, start, end)
+            case Train(epoch, height, step, batch):
+                self._next = RoundWork(epoch, height, step, *batch[0], again=batch[1:])
             case Finish():
                 self._finished = task
             case BaseException():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from psyche_lightning.coordinator.open_ids import OpenIds
 from psyche_lightning.node.snapshot import Get, Put
 
 
@@ -17,11 +18,15 @@ class Replica(Protocol):
         layout: 32-byte digest of what payload positions mean.
         max_payload: largest payload in bytes.
         has_buffers: whether the model has buffers to copy at the start of an epoch.
+        size: bytes of a snapshot.
+        tensors: names of the parameters that are trained, in the order of :meth:`prints`.
     """
 
     layout: bytes
     max_payload: int
     has_buffers: bool
+    size: int
+    tensors: tuple[str, ...]
 
     def check(self, payload: bytes) -> None:
         """Refuse a malformed payload; called from other threads.
@@ -33,12 +38,16 @@ class Replica(Protocol):
     def apply(self, payloads: Sequence[bytes], lrs: tuple[int, ...]) -> None:
         """Apply an agreed set of payloads; the result is a pure function of its arguments and the parameters (I1)."""
 
-    def digest(self, put: Put) -> bytes:
-        """Digest of the parameters; stores the index blob but no tensors."""
+    def digest(self, put: Put, open_ids: OpenIds = ()) -> bytes:
+        """Digest of the parameters and the open ids that go with them; stores the index blob but no tensors."""
         ...
 
-    def snapshot(self, put: Put) -> bytes:
+    def snapshot(self, put: Put, open_ids: OpenIds = ()) -> bytes:
         """Store all parameters as blobs and return their digest."""
+        ...
+
+    def prints(self) -> bytes:
+        """A fingerprint of 8 bytes of each trained parameter: cheap, and different when anything in it is."""
         ...
 
     def load(self, digest: bytes, get: Get) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from psyche_lightning.coordinator.protocol import Coordinator, Report
 from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, TransportError, WireError
+from psyche_lightning.node.book import Book
 from psyche_lightning.node.core import NodeCore
+from psyche_lightning.node.download import Downloads
 from psyche_lightning.node.events import (
+    Accuse,
     Applied,
     Apply,
     AskRounds,
@@ -25,9 +29,9 @@ from psyche_lightning.node.events import (
     Fetch,
     Fetched,
     Finish,
-    Forget,
     HealthCheck,
     Join,
+    Keep,
     Load,
     LoadBuffers,
     Loaded,
@@ -46,10 +50,11 @@ from psyche_lightning.node.events import (
     Vote,
     WarmupWitness,
     Witness,
+    WriteDown,
 )
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.settings import Settings
-from psyche_lightning.node.snapshot import MAX_INDEX_SIZE, PIECE_SIZE, decode_index, first_difference
+from psyche_lightning.node.snapshot import decode_index, first_difference
 from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
 from psyche_lightning.transports.base import Transport, TransportContext
 from psyche_lightning.wire.identity import Identity, short
@@ -57,8 +62,6 @@ from psyche_lightning.wire.messages import Envelope, Message, Result, open_envel
 
 TICK = 0.25
 FETCH_TIMEOUT = 60.0
-LOAD_WIDTH = 4
-"""Pieces fetched at once while taking parameters."""
 
 ReplicaTask = Apply | TakeSnapshot | Load | ShareBuffers | LoadBuffers
 TrainerTask = ReplicaTask | Train | Finish | BaseException
@@ -81,6 +84,10 @@ class Runtime:
         post: hands a task to the training thread; may be called from the loop.
         say: tells people something: ``(level, text)``.
         traffic: returns bytes ``(up, down)`` counted at the node's sockets.
+        book: where certain rounds are written down, if anywhere.
+
+    Attributes:
+        downloads: parameters on their way to this node.
     """
 
     def __init__(
@@ -97,6 +104,7 @@ class Runtime:
         post: Callable[[TrainerTask], None],
         say: Callable[[str, str], None],
         traffic: Callable[[], tuple[int, int]],
+        book: Book | None = None,
     ) -> None:
         self.identity = identity
         self.run_id = run_id
@@ -112,6 +120,9 @@ class Runtime:
         self._post = post
         self._say = say
         self._traffic = traffic
+        self._book = book
+        self._refused: Counter[bytes] = Counter()
+        self.downloads = Downloads(transport, store, say)
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         self.core = NodeCore(identity.public, coordinator.signer, run_id, settings, self._seal, self._kept_promises())
@@ -193,7 +204,10 @@ class Runtime:
         try:
             envelope = open_envelope(raw, self.run_id)
         except WireError as error:
-            self._say("warning", f"refused a message from {short(peer)}: {error}")
+            self._refused[peer] += 1
+            times = self._refused[peer]
+            if times & (times - 1) == 0:  # 1, 2, 4, ...: a flood does not fill the log
+                self._say("warning", f"refused a message from {short(peer)} ({times} so far): {error}")
             return False
         self.handle(Received(envelope))
         return True
@@ -225,49 +239,59 @@ class Runtime:
                 self._post(effect)
             case Diagnose():
                 self._spawn(self._diagnose(effect))
-            case Forget():
-                self._forget(effect)
+            case Keep():
+                self.journal.retain(effect.promises)
+                self._spawn(self._clear(effect))
+            case WriteDown(records):
+                if self._book is not None:
+                    self._book.append(self.run_id, records)
             case Say(level, text):
                 self._say(level, text)
-            case Join() | WarmupWitness() | Witness() | HealthCheck() | Vote() | AskRounds():
+            case Join() | WarmupWitness() | Witness() | HealthCheck() | Vote() | AskRounds() | Accuse():
                 self._spawn(self._call(effect))
 
-    def _forget(self, effect: Forget) -> None:
-        for payload in effect.payloads:
-            self.store.delete(payload)
-        needed = {*effect.keep, *(piece for digest in effect.keep for piece in self._pieces(digest))}
-        for digest in effect.snapshots:
-            for blob in (*self._pieces(digest), digest):
-                if blob not in needed:
-                    self.store.delete(blob)
-        self.journal.retain(effect.promises)
+    async def _clear(self, effect: Keep) -> None:
+        """Forget what is not needed any more, on another thread: it may be much."""
+
+        def clear() -> None:
+            pieces = [piece for digest in effect.snapshots for piece in self._pieces(digest)]
+            self.store.retain({*effect.snapshots, *effect.payloads, *pieces})
+
+        await asyncio.get_running_loop().run_in_executor(None, clear)
 
     def _pieces(self, digest: bytes) -> list[bytes]:
         """The pieces of stored parameters; none if their index is not here."""
         index = self.store.get(digest)
-        return [piece for entry in decode_index(index) for piece in entry.pieces] if index is not None else []
+        return [piece.digest for piece in decode_index(index).pieces] if index is not None else []
 
     def run_replica_task(self, task: ReplicaTask) -> Event | None:
         """Do replica work; called on the training thread. Returns the event for :meth:`handle`, if any."""
         match task:
-            case Apply(epoch, height, payloads, lrs, digest_due):
-                blobs = [self._blob(payload) for payload in payloads]
-                if blobs:
-                    self.replica.apply(blobs, lrs)
-                return Applied(epoch, height, self.replica.digest(self.store.put) if digest_due else b"")
-            case TakeSnapshot():
-                return SnapshotTaken(self.replica.snapshot(self.store.put))
+            case Apply():
+                return self._apply(task)
+            case TakeSnapshot(open_ids):
+                return SnapshotTaken(self.replica.snapshot(self.store.put, open_ids))
             case Load(digest):
                 try:
                     self.replica.load(digest, self._blob)
+                    return Loaded(digest, open_ids=decode_index(self._blob(digest)).open_ids)
                 except PsycheError as error:
                     return Loaded(digest, str(error))
-                return Loaded(digest)
             case ShareBuffers(epoch):
                 return BuffersTaken(epoch, self.replica.snapshot_buffers(self.store.put))
             case LoadBuffers(index):
                 self.replica.load_buffers(index, self._blob)
                 return None
+
+    def _apply(self, task: Apply) -> Applied:
+        blobs = [self._blob(payload) for payload in task.payloads]
+        if blobs:
+            self.replica.apply(blobs, task.lrs)
+        digest = b""
+        if task.digest_due:
+            describe = self.replica.snapshot if task.snapshot else self.replica.digest
+            digest = describe(self.store.put, task.open_ids)
+        return Applied(task.epoch, task.height, digest, self.replica.prints() if task.prints else b"")
 
     def _blob(self, digest: bytes) -> bytes:
         data = self.store.get(digest)
@@ -276,13 +300,19 @@ class Runtime:
         return data
 
     async def _fetch(self, effect: Fetch) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            data = await self.transport.fetch(
-                effect.payload, effect.providers, max_size=effect.size, timeout=FETCH_TIMEOUT
-            )
-            loop = asyncio.get_running_loop()
+            data = await loop.run_in_executor(None, self.store.get, effect.payload)
+            known = data is not None
+            if data is None:
+                data = await self.transport.fetch(
+                    effect.payload, effect.providers, max_size=effect.size, timeout=FETCH_TIMEOUT
+                )
+            if len(data) != effect.size:
+                raise PayloadError(f"{len(data)} bytes, and {effect.size} were announced")
             await loop.run_in_executor(None, self.replica.check, data)
-            await loop.run_in_executor(None, self.store.put, data)
+            if not known:
+                await loop.run_in_executor(None, self.store.put, data)
         except PayloadError as error:
             self.handle(Fetched(effect.payload, str(error), refused=True))
         except TransportError as error:
@@ -293,10 +323,7 @@ class Runtime:
     async def _load(self, effect: Load | LoadBuffers, index: bytes, providers: tuple[bytes, ...]) -> None:
         """Bring index and pieces into the store, then let the training thread load them."""
         try:
-            entries = decode_index(await self._obtain(index, providers, MAX_INDEX_SIZE))
-            pieces = [piece for entry in entries for piece in entry.pieces]
-            for at in range(0, len(pieces), LOAD_WIDTH):
-                await asyncio.gather(*(self._obtain(p, providers, PIECE_SIZE) for p in pieces[at : at + LOAD_WIDTH]))
+            await self.downloads.obtain(index, providers)
         except (TransportError, WireError) as error:
             if isinstance(effect, Load):
                 self.handle(Loaded(index, str(error)))
@@ -305,19 +332,10 @@ class Runtime:
         else:
             self._post(effect)
 
-    async def _obtain(self, digest: bytes, providers: tuple[bytes, ...], limit: int) -> bytes:
-        """A blob from the own store or from a peer, stored."""
-        loop = asyncio.get_running_loop()
-        data = await loop.run_in_executor(None, self.store.get, digest)
-        if data is None:
-            data = await self.transport.fetch(digest, providers, max_size=limit, timeout=FETCH_TIMEOUT)
-            await loop.run_in_executor(None, self.store.put, data)
-        return data
-
     async def _diagnose(self, effect: Diagnose) -> None:
         try:
-            mine = decode_index(await self._obtain(effect.mine, effect.providers, MAX_INDEX_SIZE))
-            theirs = decode_index(await self._obtain(effect.theirs, effect.providers, MAX_INDEX_SIZE))
+            mine = await self.downloads.index(effect.mine, effect.providers)
+            theirs = await self.downloads.index(effect.theirs, effect.providers)
         except (TransportError, WireError) as error:
             self._say("warning", f"which tensor differs after round {effect.round} could not be found out: {error}")
             return
@@ -343,6 +361,8 @@ class Runtime:
                     await client.health_check(epoch, height, list(signers))
                 case Vote(epoch, step, digest):
                     await client.checkpoint(epoch, step, digest)
+                case Accuse(first_result, second_result):
+                    await client.accuse(first_result.raw, second_result.raw)
                 case AskRounds(epoch, first):
                     self.handle(RoundsSeen(epoch, first, tuple(await client.rounds(epoch, first))))
         except CoordinatorError as error:

@@ -15,6 +15,8 @@ class Settings:
         layout: digest of the meaning of payload positions.
         max_payload: largest payload in bytes.
         buffers: whether the model has buffers that are copied at the start of an epoch.
+        keep_bytes: agreed payloads that are kept since the last snapshot, in bytes; beyond it a new one is taken.
+        tensors: names of the parameters that are trained, in the order of the fingerprints of :class:`Applied`.
         retry: seconds until a fetch, a question or a call is repeated first; doubles up to ``retry_most``.
         retry_most: longest such interval in seconds.
     """
@@ -24,6 +26,8 @@ class Settings:
     layout: bytes
     max_payload: int
     buffers: bool = False
+    keep_bytes: int = 1 << 30
+    tensors: tuple[str, ...] = ()
     retry: float = 2.0
     retry_most: float = 15.0
 

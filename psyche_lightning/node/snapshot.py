@@ -3,8 +3,9 @@
 The SHA-256 of the index *is* the parameter digest: a two-level hash tree by name. Whoever knows the digest can fetch
 index and pieces from anybody, several sources at once, and every byte is checked.
 
-Index layout: canonical msgpack of ``[1, [name, dtype, [dimension, ...], bytes, [piece hash, ...]], ...]`` in ascending
-byte-wise order of names; pieces hold the little-endian contiguous tensor bytes, 16 MiB each, the last one shorter.
+Index layout: canonical msgpack of ``[2, [[due step, first id, last id], ...], [name, dtype, [dimension, ...], bytes,
+[piece hash, ...]], ...]``: the data ids that are open after the parameters' last round, then the tensors in ascending
+byte-wise order of names. Pieces hold the little-endian contiguous tensor bytes, 16 MiB each, the last one shorter.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from psyche_lightning.coordinator.open_ids import OpenIds
 from psyche_lightning.errors import WireError
 from psyche_lightning.wire.canonical import pack, unpack
 from psyche_lightning.wire.hashing import HASH_SIZE, sha256
 
-VERSION = 1
+VERSION = 2
+MAX_OPEN = 65536
 PIECE_SIZE = 16 * 1024 * 1024
 MAX_INDEX_SIZE = 64 * 1024 * 1024
 MAX_TENSOR_SIZE = 1 << 40
@@ -73,26 +76,85 @@ def entry_of(name: str, dtype: str, shape: Sequence[int], data: bytes | memoryvi
     return TensorEntry(name, dtype, tuple(shape), sum(len(piece) for piece in pieces), hashes)
 
 
-def encode_index(entries: Iterable[TensorEntry]) -> bytes:
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor.
+
+    Attributes:
+        digest: SHA-256 of its bytes.
+        size: how many there are.
+        tensor: name of the (first) tensor that it belongs to.
+    """
+
+    digest: bytes
+    size: int
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """Parameters by their hashes.
+
+    Attributes:
+        tensors: in ascending byte-wise order of names.
+        open_ids: data ids that are still to be trained again, which whoever takes the parameters must know.
+    """
+
+    tensors: tuple[TensorEntry, ...]
+    open_ids: OpenIds = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.size for entry in self.tensors)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Every piece once, tensor by tensor."""
+        found: dict[bytes, Piece] = {}
+        for entry in self.tensors:
+            for place, digest in enumerate(entry.pieces):
+                size = min(PIECE_SIZE, entry.size - place * PIECE_SIZE)
+                found.setdefault(digest, Piece(digest, size, entry.name))
+        return list(found.values())
+
+
+def encode_index(tensors: Iterable[TensorEntry], open_ids: OpenIds = ()) -> bytes:
     """Encode an index; its SHA-256 is the digest of the parameters."""
-    rows = sorted(entries, key=lambda entry: entry.name.encode())
-    return pack([VERSION, *([e.name, e.dtype, list(e.shape), e.size, list(e.pieces)] for e in rows)])
+    rows = sorted(tensors, key=lambda entry: entry.name.encode())
+    tail = ([e.name, e.dtype, list(e.shape), e.size, list(e.pieces)] for e in rows)
+    return pack([VERSION, [list(row) for row in open_ids], *tail])
 
 
-def decode_index(data: bytes) -> list[TensorEntry]:
+def decode_index(data: bytes) -> Index:
     """Decode an index.
 
     Raises:
         WireError: it is not canonical, or sizes, types and pieces do not fit together.
     """
     rows = unpack(data, max_size=MAX_INDEX_SIZE)
-    if not isinstance(rows, list) or not rows or rows[0] != VERSION:
-        raise WireError(f"a parameter index begins with its version, {VERSION}")
-    entries = [_entry(row) for row in rows[1:]]
-    names = [entry.name.encode() for entry in entries]
+    if not isinstance(rows, list) or len(rows) < 2 or rows[0] != VERSION:
+        raise WireError(f"a parameter index begins with its version, {VERSION}, and the open ids")
+    tensors = tuple(_entry(row) for row in rows[2:])
+    names = [entry.name.encode() for entry in tensors]
     if any(a >= b for a, b in itertools.pairwise(names)):
         raise WireError("the tensors of a parameter index are not in ascending order of their names")
-    return entries
+    return Index(tensors, _open_ids(rows[1]))
+
+
+def _open_ids(rows: object) -> OpenIds:
+    if not isinstance(rows, list) or len(rows) > MAX_OPEN:
+        raise WireError(f"the open ids of a parameter index are a list of at most {MAX_OPEN}")
+    found = []
+    for row in rows:
+        match row:
+            case [int(due), int(start), int(end)] if due >= 0 <= start <= end < 1 << 64 and bool not in map(type, row):
+                found.append((due, start, end))
+            case _:
+                raise WireError("open ids of a parameter index are [due step, first id, last id]")
+    if any(a >= b for a, b in itertools.pairwise(found)):
+        raise WireError("the open ids of a parameter index are not in ascending order")
+    return tuple(found)
 
 
 def _entry(row: object) -> TensorEntry:
@@ -110,9 +172,9 @@ def _entry(row: object) -> TensorEntry:
     return TensorEntry(name, dtype, tuple(shape), size, tuple(pieces))
 
 
-def first_difference(mine: Sequence[TensorEntry], theirs: Sequence[TensorEntry]) -> str:
+def first_difference(mine: Index, theirs: Index) -> str:
     """The name of the first tensor, in name order, that differs between two indices; empty when none does."""
-    ours, others = {e.name: e for e in mine}, {e.name: e for e in theirs}
+    ours, others = {e.name: e for e in mine.tensors}, {e.name: e for e in theirs.tensors}
     for name in sorted(ours.keys() | others.keys()):
         if ours.get(name) != others.get(name):
             return name

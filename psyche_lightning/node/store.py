@@ -58,17 +58,28 @@ class BlobStore(Protocol):
         """Forget the blob; nothing happens when it is not here."""
         ...
 
+    def retain(self, keep: Collection[bytes]) -> None:
+        """Forget every blob that is not in ``keep`` and was here at the last call, or before this process began.
+
+        What was put since then stays until the next call: who put it may not have told anybody yet.
+        """
+        ...
+
 
 class MemoryBlobStore:
     """A :class:`BlobStore` in memory."""
 
     def __init__(self) -> None:
         self._blobs: dict[bytes, bytes] = {}
+        self._young: set[bytes] = set()
+        self._lock = threading.Lock()
 
     def put(self, data: bytes, durable: bool = True) -> bytes:
         """Keep ``data`` (a copy, when it is not ``bytes``) and return its SHA-256."""
         digest = sha256(data)
-        self._blobs[digest] = bytes(data)
+        with self._lock:
+            self._blobs[digest] = bytes(data)
+            self._young.add(digest)
         return digest
 
     def get(self, digest: bytes) -> bytes | None:
@@ -87,6 +98,13 @@ class MemoryBlobStore:
     def delete(self, digest: bytes) -> None:
         """Forget the blob."""
         self._blobs.pop(digest, None)
+
+    def retain(self, keep: Collection[bytes]) -> None:
+        """See :meth:`BlobStore.retain`."""
+        with self._lock:
+            kept = self._young.union(keep)
+            self._blobs = {digest: data for digest, data in self._blobs.items() if digest in kept}
+            self._young = set()
 
 
 class DirectoryBlobStore:
@@ -107,6 +125,7 @@ class DirectoryBlobStore:
         self._lock = threading.Lock()
         self._names = itertools.count()
         self._durable: set[bytes] = set()  # written and synced by this object: not worth writing again
+        self._young: set[bytes] = set()
         with _explained("prepare the blob folder", self.path):
             (self.path / "tmp").mkdir(parents=True, exist_ok=True)
             for leftover in (self.path / "tmp").iterdir():
@@ -116,6 +135,8 @@ class DirectoryBlobStore:
         """See :meth:`BlobStore.put`."""
         digest = sha256(data)
         target = self._file(digest)
+        with self._lock:
+            self._young.add(digest)
         with _explained("write to the blob folder", self.path):
             if (not durable or digest in self._durable) and target.exists():
                 return digest
@@ -170,6 +191,15 @@ class DirectoryBlobStore:
         """See :meth:`BlobStore.delete`."""
         with self._lock:
             self._unlink(digest)
+
+    def retain(self, keep: Collection[bytes]) -> None:
+        """See :meth:`BlobStore.retain`."""
+        with self._lock, _explained("clear the blob folder", self.path):
+            kept = {digest.hex() for digest in self._young.union(keep)}
+            self._young = set()
+            for file in self.path.glob("??/*"):
+                if file.name not in kept and len(file.name) == 2 * HASH_SIZE:
+                    self._unlink(bytes.fromhex(file.name))
 
     def _file(self, digest: bytes) -> Path:
         if len(digest) != HASH_SIZE:

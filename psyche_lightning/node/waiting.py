@@ -36,7 +36,7 @@ def describe(state: RunState | None, log: EpochLog | None, next_apply: int | Non
     if next_apply <= current.height - delay:
         return f"round {current.height}: catching up, applying round {next_apply}"
     here, about = log.rounds[current.height], log.rounds.get(current.height - delay + 1)
-    missing = about.unverified() if about else []
+    missing = sorted(about.missing) if about else []
     if about and missing:
         names = ", ".join(short(about.nodes[i]) for i in missing)
         share = f"{len(missing)}/{len(about.batches)}"

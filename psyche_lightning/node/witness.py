@@ -5,7 +5,7 @@ from __future__ import annotations
 from psyche_lightning.coordinator.bloom import Bloom, participants_bloom
 from psyche_lightning.coordinator.merkle import attest_root
 from psyche_lightning.node.events import Witness
-from psyche_lightning.node.ledger import RoundLog
+from psyche_lightning.node.rounds import RoundLog
 from psyche_lightning.wire.messages import Attest, Envelope
 
 
@@ -34,7 +34,7 @@ def witness_report(here: RoundLog, index: int, envelope: Envelope, about: RoundL
     """
     attest = envelope.message
     assert isinstance(attest, Attest)
-    silent = set(about.unverified()) if about else set()
+    silent = about.missing if about else set()
     clients = (about or here).round.clients
     participants = participants_bloom(here.round.seed, (s for i, s in enumerate(clients) if i not in silent))
     broadcasts = Bloom.of(here.round.seed, attest.hashes())

@@ -29,7 +29,11 @@ class Scenario:
         pauses: times that the run is paused, and resumed a while after it halted.
         cuts: pairs of nodes that cannot reach each other for a while.
         cheats: nodes that send malformed payloads or sign two results for one batch.
-        calm: virtual time after which nothing fails any more.
+        calm: virtual time after which nothing of the above fails any more.
+        payload_loss: probability that a payload is not delivered when it is fetched, during the whole run.
+        flips: times that the parameters of a node change by themselves.
+        replacements: nodes that are killed for good, each followed by a new one.
+        keep_bytes: agreed payloads that nodes keep until they take a new snapshot.
     """
 
     seed: int
@@ -45,6 +49,10 @@ class Scenario:
     cuts: int
     cheats: int
     calm: float
+    payload_loss: float = 0.0
+    flips: int = 0
+    replacements: int = 0
+    keep_bytes: int = 1 << 30
 
     @classmethod
     def draw(cls, seed: int) -> Scenario:
@@ -65,6 +73,10 @@ class Scenario:
             cuts=rng.choice([0, 0, 1, 3]),
             cheats=rng.choice([0, 0, 0, 1]),
             calm=150.0,
+            payload_loss=rng.choice([0.0, 0.0, 0.1]),
+            flips=rng.choice([0, 0, 0, 1]),
+            replacements=rng.choice([0, 0, 1, 2]),
+            keep_bytes=rng.choice([1 << 30, 300]),
         )
 
 
@@ -79,6 +91,10 @@ class Outcome:
         digest: parameters that all surviving nodes ended with.
         epochs: epochs of the run.
         faults: kills, cuts, lost and duplicated messages.
+        again: data ids that were trained in a later round than their own.
+        untrained: data ids of the last rounds that nobody trained.
+        snapshots: times that parameters were taken from others.
+        repaired: nodes that found out that their parameters had changed.
     """
 
     scenario: Scenario
@@ -87,3 +103,7 @@ class Outcome:
     digest: bytes
     epochs: int
     faults: int
+    again: int = 0
+    untrained: int = 0
+    snapshots: int = 0
+    repaired: int = 0

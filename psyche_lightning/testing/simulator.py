@@ -16,11 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.coordinator.open_ids import OpenIds, count
 from psyche_lightning.coordinator.protocol import Report
 from psyche_lightning.coordinator.state import CoordinatorConfig, Phase, RunState
 from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.node.audit import Ledger, audit
+from psyche_lightning.node.book import Row, row_of
 from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.events import (
+    Accuse,
     Applied,
     Apply,
     AskRounds,
@@ -33,9 +37,9 @@ from psyche_lightning.node.events import (
     Fetch,
     Fetched,
     Finish,
-    Forget,
     HealthCheck,
     Join,
+    Keep,
     Load,
     Loaded,
     Promise,
@@ -53,9 +57,11 @@ from psyche_lightning.node.events import (
     Vote,
     WarmupWitness,
     Witness,
+    WriteDown,
 )
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.testing.scenario import Outcome, Scenario, SimulationError
+from psyche_lightning.wire.canonical import pack, unpack
 from psyche_lightning.wire.hashing import sha256
 from psyche_lightning.wire.identity import Identity, short
 from psyche_lightning.wire.messages import Envelope, Result, seal
@@ -84,12 +90,21 @@ class SimNode:
     queue: deque[Effect] = field(default_factory=deque)
     working: bool = False
     done: str = ""
-    log: list[str] = field(default_factory=list)
+    gone: bool = False
+    flipped: bool = False
+    open_ids: OpenIds = ()
+    book: list[Row] = field(default_factory=list)
+    young: set[bytes] = field(default_factory=set)
 
     @property
     def name(self) -> str:
         """Short key, as in the logs."""
         return short(self.identity.public)
+
+    @property
+    def digest(self) -> bytes:
+        """Digest of its parameters, to which the open ids belong."""
+        return sha256(pack([self.head, self.open_ids]))
 
 
 class Simulation:
@@ -129,9 +144,10 @@ class Simulation:
         self.host.begin(0.0)
         self._disk: dict[str, Any] = {}
         self._announced = -1
-        self.nodes = [SimNode(i, Identity(sha256(b"node", bytes([i])))) for i in range(scenario.nodes)]
-        for node in self.nodes:
-            self._by_key[node.identity.public] = node
+        self.nodes: list[SimNode] = []
+        for _ in range(scenario.nodes):
+            self._new_node()
+        self._taken = self._repaired = 0
         for node in self.nodes[: scenario.cheats]:
             node.cheat = self.rng.choice(["malformed", "equivocate"])
 
@@ -162,8 +178,13 @@ class Simulation:
             if self.now > HORIZON:
                 waits = "; ".join(f"{n.name} {n.core.waiting()}" for n in self.nodes if n.core and not n.done)
                 raise self._error(f"it hangs: {waits}")
-            action()
-            if all(node.done for node in self.nodes):
+            try:
+                action()
+            except SimulationError:
+                raise
+            except Exception as error:
+                raise self._error(f"{type(error).__name__}: {error}") from error
+            if all(node.done or node.gone for node in self.nodes):
                 break
         return self._outcome()
 
@@ -176,10 +197,35 @@ class Simulation:
         if state.phase is not Phase.FINISHED or state.step != self.scenario.steps + 1:
             raise self._error(f"it ended in {state.phase.name} at step {state.step} of {self.scenario.steps}")
         digest = state.checkpoint.digest
-        wrong = [n.name for n in self.nodes if _digest(n.head) != digest and "nobody gave" not in n.done]
+        wrong = [n.name for n in self.nodes if not n.gone and n.digest != digest and "nobody gave" not in n.done]
         if not digest or wrong:
             raise self._error(f"{', '.join(wrong) or 'everybody'} ended with other parameters than agreed")
-        return Outcome(self.scenario, self.now, len(self._applied), digest, state.epoch, self.faults)
+        ledger = self._audit()
+        return Outcome(
+            self.scenario,
+            self.now,
+            len(self._applied),
+            digest,
+            state.epoch,
+            self.faults,
+            again=count((line.start, line.end) for line in ledger.lines if line.again),
+            untrained=count(ledger.untrained),
+            snapshots=self._taken,
+            repaired=self._repaired,
+        )
+
+    def _audit(self) -> Ledger:
+        """The run's ledger, from the books of all nodes that there ever were.
+
+        Raises:
+            SimulationError: it is not complete: an id was lost, or trained twice.
+        """
+        ledger = audit(row for node in self.nodes for row in node.book)
+        if ledger.last_step != self.scenario.steps or ledger.rounds != self.scenario.steps:
+            ledger.problems.append(f"{ledger.rounds} rounds up to step {ledger.last_step} of {self.scenario.steps}")
+        if ledger.problems:
+            raise self._error(f"the ledger is not complete: {'; '.join(ledger.problems[:3])}")
+        return ledger
 
     # --- faults -----------------------------------------------------------------------------------------------------
 
@@ -188,6 +234,11 @@ class Simulation:
         for _ in range(self.scenario.kills):
             node = rng.choice(self.nodes)
             self.at(rng.uniform(5, calm), lambda node=node: self._kill(node))  # type: ignore[misc]
+        for number in range(self.scenario.replacements):
+            self.at(rng.uniform(20, calm), lambda node=self.nodes[-1 - number]: self._replace(node))  # type: ignore[misc]
+        for _ in range(self.scenario.flips):
+            node = rng.choice(self.nodes)
+            self.at(rng.uniform(10, calm), lambda node=node: self._flip(node))  # type: ignore[misc]
         for _ in range(self.scenario.coordinator_kills):
             self.at(rng.uniform(5, calm), self._kill_coordinator)
         for _ in range(self.scenario.pauses):
@@ -202,15 +253,41 @@ class Simulation:
     def _kill(self, node: SimNode) -> None:
         if node.core is None or node.done:
             return
+        self._end(node)
+        if self.rng.random() < 0.6:
+            grace = self.rng.uniform(1, 6)
+            self.at(grace, lambda life=node.life: self._vanished(node, life))  # type: ignore[misc]
+        self.at(self.rng.uniform(0.5, 40), lambda: self._start(node))
+
+    def _end(self, node: SimNode) -> None:
         self.faults += 1
         self.trace(f"kill {node.name}")
         node.core, node.working = None, False
         node.life += 1
         node.queue.clear()
-        if self.rng.random() < 0.6:
-            grace = self.rng.uniform(1, 6)
-            self.at(grace, lambda life=node.life: self._vanished(node, life))  # type: ignore[misc]
-        self.at(self.rng.uniform(0.5, 40), lambda: self._start(node))
+
+    def _replace(self, node: SimNode) -> None:
+        """A node goes for good, with its disk; another comes in its place."""
+        if node.gone or node.done:
+            return
+        self._end(node)
+        node.gone, node.blobs, node.promises = True, {}, {}
+        self.at(self.rng.uniform(1, 6), lambda life=node.life: self._vanished(node, life))  # type: ignore[misc]
+        fresh = self._new_node()
+        self.at(self.rng.uniform(1, 30), lambda: self._start(fresh))
+
+    def _new_node(self) -> SimNode:
+        node = SimNode(len(self.nodes), Identity(sha256(b"node", len(self.nodes).to_bytes(2, "little"))))
+        self.nodes.append(node)
+        self._by_key[node.identity.public] = node
+        return node
+
+    def _flip(self, node: SimNode) -> None:
+        """The parameters of a node change by themselves, if they are of consequence."""
+        if node.core is not None and not node.done:
+            self.faults += 1
+            self.trace(f"the parameters of {node.name} change by themselves")
+            node.head, node.flipped = sha256(node.head, b"flipped"), True
 
     def _vanished(self, node: SimNode, life: int) -> None:
         if self.host is not None and node.core is None and node.life == life:
@@ -307,10 +384,15 @@ class Simulation:
                     host.health_check(me, epoch, height, list(signers), self.now)
                 case Vote(epoch, step, digest):
                     host.checkpoint(me, epoch, step, digest, self.now)
+                case Accuse(first_result, second_result):
+                    host.accuse(me, first_result.raw, second_result.raw, self.now)
                 case AskRounds(epoch, first):
                     rounds = tuple(host.rounds(epoch, first))
                     self.at(self._latency(), lambda: self._give_if(node, life, RoundsSeen(epoch, first, rounds)))
         except CoordinatorError as error:
+            if isinstance(call, Join) and not error.retryable:  # as the runtime does
+                self._end(node)
+                node.gone = True
             fail(error.code, str(error), error.retryable)
             return
         self._changed()
@@ -319,9 +401,13 @@ class Simulation:
     # --- nodes --------------------------------------------------------------------------------------------------------
 
     def _start(self, node: SimNode) -> None:
+        if node.gone or node.core is not None:
+            return
         self.trace(f"start {node.name}")
         key = node.identity.public
-        settings = Settings(self.scenario.overlap, 3, LAYOUT, 64)
+        settings = Settings(
+            self.scenario.overlap, 3, LAYOUT, 64, keep_bytes=self.scenario.keep_bytes, tensors=("head",)
+        )
         seal_ = lambda message: seal(node.identity, RUN, message)  # noqa: E731 - a name would say no more
         kept = {
             key: envelope
@@ -329,7 +415,7 @@ class Simulation:
             if not isinstance(envelope.message, Result) or envelope.message.payload in node.blobs
         }
         node.core = NodeCore(key, key, RUN, settings, seal_, kept)
-        node.head = sha256(b"initial", key, bytes([node.life]))
+        node.head, node.open_ids, node.flipped = sha256(b"initial", key, bytes([node.life])), (), False
         self._push_tick(node, node.life)
         self._push(node, node.life)
 
@@ -369,19 +455,24 @@ class Simulation:
             case Train() | Apply() | TakeSnapshot() | Load():
                 node.queue.append(effect)
                 self._work(node)
-            case Forget(payloads, snapshots, _, promises):
-                for blob in (*payloads, *snapshots):
-                    node.blobs.pop(blob, None)
+            case Keep(snapshots, payloads, promises):
+                kept = {*snapshots, *payloads, *node.young}
+                node.young.clear()
+                node.blobs = {key: blob for key, blob in node.blobs.items() if key in kept}
                 node.promises = {key: node.promises[key] for key in promises}
+            case WriteDown(records):
+                node.book += [row_of(RUN, record) for record in records]
             case Say(_, text):
+                node.flipped = node.flipped or text.startswith("nobody has the list")  # others may decide otherwise
+                self._repaired += text.startswith("the first tensor that differed was 'head'")
                 self.trace(f"{node.name}: {text}")
             case Finish(reason):
                 node.done = reason
                 self.trace(f"{node.name} leaves: {reason}")
-            case Join() | WarmupWitness() | Witness() | HealthCheck() | Vote() | AskRounds():
+            case Join() | WarmupWitness() | Witness() | HealthCheck() | Vote() | AskRounds() | Accuse():
                 self.at(self._latency(), lambda: self._call(node, effect, life))
             case Diagnose():
-                raise self._error(f"{node.name} sees other parameters after round {effect.round} than its witnesses")
+                pass  # it is for people
 
     def _told(self, node: SimNode, envelope: Envelope, index: int) -> Envelope:
         """A cheat tells half of its peers of another result for the same batch."""
@@ -411,11 +502,14 @@ class Simulation:
             source = self._by_key[providers.pop(0)]
             if source.core is None or self._severed(node, source) or self._lost() or digest not in source.blobs:
                 continue
+            if self.rng.random() < self.scenario.payload_loss:
+                self.faults += 1
+                continue
             data = source.blobs[digest]
             if data.startswith(BAD):
                 self._give(node, Fetched(digest, "a malformed payload", refused=True))
                 return
-            node.blobs[digest] = data
+            self._put(node, data)
             self._give(node, Fetched(digest))
             return
         self._give(node, Fetched(digest, "nobody has it"))
@@ -436,52 +530,61 @@ class Simulation:
         node.working = False
         event: Event
         match task:
-            case Train(epoch, height, step, start, end):
+            case Train(epoch, height, step, batch):
                 prefix = BAD if node.cheat == "malformed" else b"ok"
                 blob = prefix + sha256(node.identity.public, node.head, f"{epoch} {height}".encode())
-                node.blobs[sha256(blob)] = blob
+                digest = self._put(node, blob)
+                start, end = batch[0]
+                tokens = 0 if self.rng.random() < 0.01 else count(batch)  # at times a node abstains
                 result = Result(
-                    epoch, height, step, start, end, 0, sha256(blob), len(blob), LAYOUT, (1,), 0, end - start + 1
+                    epoch, height, step, start, end, 0, digest, len(blob), LAYOUT, (1,), 0, tokens, batch[1:]
                 )
                 event = Trained(epoch, height, result)
-            case Apply(epoch, height, payloads, lrs, due):
+            case Apply(epoch, height, payloads, lrs, due, _, prints, open_ids):
                 if payloads:  # as in the runtime, an empty set leaves the parameters alone
                     node.head = sha256(node.head, *(node.blobs[payload] for payload in payloads), repr(lrs).encode())
-                self._check(node, epoch, height)
-                event = Applied(epoch, height, self._digest_blob(node) if due else b"")
-            case TakeSnapshot():
-                event = SnapshotTaken(self._digest_blob(node))
+                node.open_ids = open_ids
+                if not node.flipped:
+                    self._check(node, epoch, height)
+                digest = self._store(node) if due else b""
+                event = Applied(epoch, height, digest, node.head[:8] if prints else b"")
+            case TakeSnapshot(open_ids):
+                node.open_ids = open_ids
+                event = SnapshotTaken(self._store(node))
             case Load(digest):
-                event = Loaded(digest, self._load(node, digest))
+                event = Loaded(digest, self._load(node, digest), node.open_ids)
             case _:
                 raise AssertionError(task)
         self._give(node, event)
         self._work(node)
 
-    def _digest_blob(self, node: SimNode) -> bytes:
-        node.blobs[_digest(node.head)] = node.head
-        return _digest(node.head)
+    def _put(self, node: SimNode, blob: bytes) -> bytes:
+        digest = sha256(blob)
+        node.blobs[digest] = blob
+        node.young.add(digest)
+        return digest
+
+    def _store(self, node: SimNode) -> bytes:
+        return self._put(node, pack([node.head, node.open_ids]))
 
     def _load(self, node: SimNode, digest: bytes) -> str:
         sources: list[Any] = [node, *(self._by_key[key] for key in node.peers)]
         for source in sources:
             reachable = source is node or (source.core is not None and not self._severed(node, source))
             if reachable and digest in source.blobs and (source is node or not self._lost()):
-                node.head = source.blobs[digest]
-                node.blobs[digest] = node.head
+                node.head, open_ids = unpack(source.blobs[digest], max_size=1 << 20)
+                node.open_ids, node.flipped = tuple(map(tuple, open_ids)), False
+                self._put(node, source.blobs[digest])
+                self._taken += source is not node
                 return ""
         return "nobody has it"
 
     def _check(self, node: SimNode, epoch: int, height: int) -> None:
         seen = self._applied.setdefault((epoch, height), {})
-        seen[node.head] = (node.identity.public, node.name)
+        seen[node.digest] = (node.identity.public, node.name)
         if len(seen) > 1:
             names = " and ".join(f"{name} ({head.hex()[:8]})" for head, (_, name) in seen.items())
             raise self._error(f"after round {height} of epoch {epoch} the parameters differ: {names}")
-
-
-def _digest(head: bytes) -> bytes:
-    return sha256(head)
 
 
 def _attempt(seed: int) -> Outcome | SimulationError:

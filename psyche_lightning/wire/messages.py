@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from psyche_lightning.errors import WireError
 from psyche_lightning.wire.canonical import pack, unpack
@@ -19,6 +19,7 @@ from psyche_lightning.wire.identity import KEY_SIZE, SIGNATURE_SIZE, Identity, v
 MAX_MESSAGE_SIZE = 64 * 1024
 MAX_COMMITMENTS = 1024
 MAX_LEARNING_RATES = 64
+MAX_AGAIN = 1024
 PURPOSE = "psyche-lightning gossip 1"
 
 
@@ -38,7 +39,9 @@ class Result:
         layout: digest of what the payload's positions mean (shapes, chunk, k).
         lrs: fp32 bits of the learning rate of each parameter group.
         loss: fp32 bits of the mean training loss of the batch; information only.
-        tokens: tokens or samples trained on; information only.
+        tokens: tokens or samples trained on. 0 tells an abstention: the payload is empty, the ids are trained again.
+        again: further ids of the batch, as ``(first, last)``: those of earlier rounds that were not agreed. Ascending,
+            without stretches that touch.
     """
 
     kind: ClassVar[int] = 0
@@ -54,6 +57,12 @@ class Result:
     lrs: tuple[int, ...]
     loss: int
     tokens: int
+    again: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def batch(self) -> tuple[tuple[int, int], ...]:
+        """All its data ids: the share of the round's own samples first."""
+        return ((self.start, self.end), *self.again)
 
     def commitment(self, run_id: str, trainer: bytes) -> bytes:
         """The hash that witnesses list: it covers the run, the trainer and every field above."""
@@ -115,13 +124,42 @@ class Buffers:
     index: bytes
 
 
-Message = Result | Attest | Ask | Buffers
-_KINDS: dict[int, type[Result] | type[Attest] | type[Ask] | type[Buffers]] = {
-    cls.kind: cls for cls in (Result, Attest, Ask, Buffers)
-}
+@dataclass(frozen=True)
+class Offer:
+    """Parameters within the epoch that the sender keeps, so that nobody has to replay the rounds before.
+
+    Attributes:
+        epoch: epoch of the run.
+        applied: height up to which (exclusive) they have results applied.
+        snapshot: their digest, which witness lists prove.
+    """
+
+    kind: ClassVar[int] = 4
+    epoch: int
+    applied: int
+    snapshot: bytes
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """The sender cannot apply a round: nobody gives it what it lacks. It asks for an :class:`Offer` of later ones.
+
+    Attributes:
+        epoch: epoch of the run.
+        height: the round.
+        attempt: counts up, so that a repeated request is not taken for a duplicate.
+    """
+
+    kind: ClassVar[int] = 5
+    epoch: int
+    height: int
+    attempt: int
+
+
+Message = Result | Attest | Ask | Buffers | Offer | Stuck
+_KINDS: dict[int, type[Message]] = {cls.kind: cls for cls in (Result, Attest, Ask, Buffers, Offer, Stuck)}
 _HINTS = {cls: get_type_hints(cls) for cls in _KINDS.values()}
-_HASHES = {"payload", "layout", "index"}
-_M = TypeVar("_M", Result, Attest, Ask, Buffers)
+_HASHES = {"payload", "layout", "index", "snapshot"}
 
 
 @dataclass(frozen=True)
@@ -161,6 +199,13 @@ def _check(message: Message) -> None:
             raise WireError(f"{len(message.lrs)} learning rates; 1 to {MAX_LEARNING_RATES} are accepted")
         if any(type(bits) is not int or not 0 <= bits < 1 << 32 for bits in (*message.lrs, message.loss)):
             raise WireError("learning rates and loss are the bits of 32-bit floats")
+        if len(message.again) > MAX_AGAIN or any(
+            type(pair) is not tuple or [type(n) for n in pair] != [int, int] or not 0 <= pair[0] <= pair[1] < 1 << 64
+            for pair in message.again
+        ):
+            raise WireError(f"the ids trained again are at most {MAX_AGAIN} stretches [first, last]")
+        if any(a[1] + 1 >= b[0] for a, b in itertools.pairwise(message.again)):
+            raise WireError("the ids trained again are not in ascending order, or stretches of them touch")
     if isinstance(message, Attest):
         if len(message.digest) not in (0, HASH_SIZE):
             raise WireError(f"a parameter digest has {HASH_SIZE} bytes or none, not {len(message.digest)}")
@@ -208,6 +253,10 @@ def open_envelope(raw: bytes, run_id: str) -> Envelope:
         if not isinstance(fields["lrs"], list):
             raise WireError("the learning rates are a list")
         fields["lrs"] = tuple(fields["lrs"])
+    if "again" in fields:
+        if not isinstance(fields["again"], list) or not all(isinstance(pair, list) for pair in fields["again"]):
+            raise WireError("the ids trained again are a list of lists")
+        fields["again"] = tuple(map(tuple, fields["again"]))
     message: Message = cls(**fields)
     _check(message)
     if not verify(sender, PURPOSE, run_id, body, signature):

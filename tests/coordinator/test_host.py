@@ -421,7 +421,7 @@ def test_events_of_what_goes_wrong() -> None:
     host.tick(400.0)
     while host.state.phase.active:
         host.tick(host.deadline() or 0.0)
-    assert "epoch 0 has ended: no parameters were reported" in story(host)
+    assert "epoch 0 has ended: no quorum reported equal parameters; the run goes back to the parameters" in story(host)
     assert "the run is paused" in story(host)
     host.resume(500.0)
     assert "the run is resumed" in story(host)

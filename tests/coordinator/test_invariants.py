@@ -249,7 +249,10 @@ class Histories(RuleBasedStateMachine):
         if not hasattr(self, "host"):
             return
         state = self.host.state
-        trained = [round_ for _, round_ in sorted(self.rounds.items()) if round_.step]
+        trained: list[Round] = []
+        for _, round_ in sorted(self.rounds.items()):
+            if round_.step:  # an epoch whose end was not agreed is trained again
+                trained = [*(earlier for earlier in trained if earlier.step < round_.step), round_]
         assert [round_.step for round_ in trained] == list(range(1, len(trained) + 1))
         assert len(trained) <= state.config.total_steps
         position = 0

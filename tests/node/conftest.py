@@ -28,6 +28,7 @@ class Trainee:
     number: int
     run: Run
     overlap: bool = False
+    keep_bytes: int = 1 << 30
     said: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
@@ -54,7 +55,15 @@ class Trainee:
             transport=MemoryTransport(self.run.network),
             replica=self.replica,
             manifest={"model": {"parameters": ["weight", "bias"]}},
-            settings=Settings(self.overlap, 2, self.replica.layout, self.replica.max_payload, retry=0.2),
+            settings=Settings(
+                self.overlap,
+                2,
+                self.replica.layout,
+                self.replica.max_payload,
+                tensors=self.replica.tensors,
+                keep_bytes=self.keep_bytes,
+                retry=0.2,
+            ),
             store=self.store,
             journal=self.journal,
             say=lambda level, text: self.said.append(text),
@@ -66,7 +75,8 @@ class Trainee:
             self.participant.start()
             while (work := self.participant.next_round()) is not None:
                 self.steps.append(work.step)
-                self.ids.extend(range(work.start, work.end + 1))
+                for first, last in ((work.start, work.end), *work.again):
+                    self.ids.extend(range(first, last + 1))
                 generator = torch.Generator().manual_seed(work.start)
                 inputs = torch.randn(work.end - work.start + 1, 24, generator=generator)
                 loss = (self.module(inputs) - inputs[:, :12]).square().mean()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from psyche_lightning.coordinator.merkle import attest_root
 from psyche_lightning.coordinator.state import CoordinatorConfig, Round, WitnessProof, WitnessRecord
 from psyche_lightning.errors import WireError
-from psyche_lightning.node.ledger import MAX_ENTRIES_PER_BATCH, Agreement, EpochLog, RoundLog, Undecided, decide
+from psyche_lightning.node.ledger import Agreement, EpochLog, Undecided, decide
+from psyche_lightning.node.rounds import MAX_ENTRIES_PER_BATCH, RoundLog
 from psyche_lightning.wire.hashing import sha256
 from psyche_lightning.wire.identity import Identity
 from psyche_lightning.wire.messages import Attest, Envelope, Result, seal
@@ -23,11 +24,13 @@ KEYS = tuple(node.public for node in NODES)
 
 def make_log(clients: int = 4, batch: int = 8) -> RoundLog:
     round_ = Round(height=3, step=4, seed=11, data_index=100, batch_size=batch, clients=KEYS[:clients])
-    return RoundLog.open(round_, KEYS[:clients], CoordinatorConfig(), "run", LAYOUT, 1000)
+    log = RoundLog.open(round_, KEYS[:clients], CoordinatorConfig(), "run", LAYOUT, 1000)
+    log.assign(())
+    return log
 
 
 def result(log: RoundLog, index: int, **changes: object) -> Envelope:
-    start, end = log.batches[index]
+    (start, end), *_ = log.batches[index]
     made = Result(0, 3, 4, start, end, 0, sha256(bytes([index])), 500, LAYOUT, (7,), 0, 2)
     return seal(NODES[index], "run", replace(made, **changes))  # type: ignore[arg-type]
 
@@ -104,8 +107,11 @@ def test_two_agreed_results_of_one_trainer_exclude_both() -> None:
     outcome = decide(log, log)
     assert isinstance(outcome, Agreement)
     assert outcome.entries == (third,)
-    one.verified = other.verified = third.verified = True
+    for entry in (one, other, third):
+        log.settle(entry)
     assert log.verified() == [third]
+    assert log.missing == {0, 2, 3}
+    assert log.hopeless == {0}
 
 
 def test_an_agreed_result_that_is_unknown_here_is_asked_for() -> None:
@@ -179,14 +185,84 @@ def test_the_outcome_does_not_depend_on_the_order_of_arrival(lists: list[set[int
     assert outcomes[0] == outcomes[1]
 
 
-def test_a_desync_is_seen_against_a_quorum_only() -> None:
+def test_only_a_quorum_of_witnesses_makes_a_digest_the_runs() -> None:
     log = make_log()
     epoch = EpochLog(0, b"", {3: log})
-    theirs, mine = b"\x01" * 32, b"\x02" * 32
+    theirs = b"\x01" * 32
     for index in (0, 1):
-        log.add_attest(seal(NODES[index], "run", Attest(0, 3, b"", 2, theirs)))
-    assert epoch.desync({2: mine}, since=0) is None
-    log.add_attest(seal(NODES[2], "run", Attest(0, 3, b"", 2, theirs)))
-    assert epoch.desync({2: mine}, since=0) == (2, theirs)
-    assert epoch.desync({2: theirs}, since=0) is None
-    assert epoch.desync({2: mine}, since=4) is None
+        log.add_attest(seal(NODES[index], "run", Attest(0, 3, b"", 3, theirs)))
+    assert epoch.quorum_digest(3, delay=1) is None
+    log.add_attest(seal(NODES[2], "run", Attest(0, 3, b"", 3, theirs)))
+    assert epoch.quorum_digest(3, delay=1) == theirs
+    assert epoch.quorum_digest(2, delay=1) is None
+    assert epoch.quorum_digest(6, delay=1) is None
+
+
+def make_epoch(rounds: int, open_ids: tuple[tuple[int, int, int], ...] = ()) -> EpochLog:
+    """Rounds of 8 samples by 4 nodes, of which nothing is decided yet."""
+    epoch = EpochLog(0, b"D" * 32)
+    for height in range(rounds):
+        round_ = Round(height, height + 1, seed=height, data_index=8 * height, batch_size=8, clients=KEYS[:4])
+        epoch.rounds[height] = RoundLog.open(round_, KEYS[:4], CoordinatorConfig(), "run", LAYOUT, 1000)
+    epoch.start(0, open_ids)
+    return epoch
+
+
+def agreed(log: RoundLog, trainers: set[int], tokens: int = 1) -> Agreement:
+    entries = []
+    for index in sorted(trainers):
+        (start, end), *again = log.batches[index]
+        height = log.round.height
+        made = Result(0, height, height + 1, start, end, 0, b"P" * 32, 5, LAYOUT, (7,), 0, tokens, tuple(again))
+        entry = log.add_result(seal(NODES[index], "run", made))
+        assert entry is not None
+        entries.append(entry)
+    return Agreement(tuple(entries), (7,))
+
+
+def test_ids_that_were_not_agreed_are_assigned_again_three_rounds_later() -> None:
+    epoch = make_epoch(6)
+    assert [log.round.height for log in epoch.assign()] == [0, 1, 2]
+    lost = epoch.rounds[0].batches[2]
+    epoch.close(agreed(epoch.rounds[0], {0, 1, 3}))
+    [third] = epoch.assign()
+    assert third.round.height == 3
+    extra = sorted(interval for batch in third.batches.values() for interval in batch[1:])
+    assert [i for a, b in extra for i in range(a, b + 1)] == list(range(lost[0][0], lost[0][1] + 1))
+    for height in (1, 2):
+        record = epoch.close(agreed(epoch.rounds[height], {0, 1, 2, 3}))
+        assert record.again == ()
+    assert epoch.open_at[3] == ((4, *lost[0]),)
+    assert epoch.close(agreed(third, {0, 1, 2, 3})).again == lost
+    assert epoch.open_at[4] == ()
+
+
+def test_an_abstention_is_agreed_and_its_ids_stay_open() -> None:
+    epoch = make_epoch(1)
+    epoch.assign()
+    epoch.close(agreed(epoch.rounds[0], {0, 1, 2, 3}, tokens=0))
+    assert epoch.open_at[1] == ((4, 0, 7),)
+
+
+def test_what_was_open_before_the_epoch_is_trained_in_its_first_rounds() -> None:
+    epoch = make_epoch(3, open_ids=((1, 900, 901), (3, 950, 950)))
+    epoch.assign()
+    assert [epoch.again(height) for height in range(3)] == [((900, 901),), (), ((950, 950),)]
+
+
+def test_a_round_trains_no_more_ids_again_than_it_has_of_its_own() -> None:
+    epoch = make_epoch(3, open_ids=((1, 900, 919),))
+    epoch.assign()
+    assert [epoch.again(height) for height in range(3)] == [((900, 907),), ((908, 915),), ((916, 919),)]
+
+
+def test_starting_over_from_other_open_ids_assigns_and_files_anew() -> None:
+    epoch = make_epoch(2)
+    epoch.assign()
+    log = epoch.rounds[0]
+    agreed(log, {0, 1})
+    epoch.start(0, ((1, 900, 900),))
+    assert [found.round.height for found in epoch.assign()] == [0, 1]
+    assert len(epoch.early[0]) == 2
+    assert not log.entries
+    assert sum(len(batch) for batch in log.batches.values()) == 5

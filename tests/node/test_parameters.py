@@ -53,7 +53,7 @@ def test_the_digest_is_that_of_the_index_and_stores_no_tensor() -> None:
     index = store.get(digest)
     assert index is not None
     assert sha256(index) == digest
-    entries = decode_index(index)
+    entries = decode_index(index).tensors
     assert [entry.name for entry in entries] == ["0.bias", "0.weight", "1.bias", "1.weight", "2.bias", "2.weight"]
     assert not any(store.has(piece) for entry in entries for piece in entry.pieces)
 
@@ -71,7 +71,7 @@ def test_large_tensors_travel_in_pieces() -> None:
     digest = replica(mine).snapshot(store.put)
     index = store.get(digest)
     assert index is not None
-    assert max(len(entry.pieces) for entry in decode_index(index)) == 2
+    assert max(len(entry.pieces) for entry in decode_index(index).tensors) == 2
     replica(theirs).load(digest, get(store))
     assert torch.equal(mine[0].weight, theirs[0].weight)  # type: ignore[index, union-attr, arg-type]
 
@@ -117,7 +117,7 @@ def test_another_model_s_parameters_are_refused_untouched(other, words: str) -> 
     index = store.get(mine.snapshot(store.put))
     assert index is not None
     before = mine.digest(store.put)
-    wrong = store.put(encode_index(other(decode_index(index))))
+    wrong = store.put(encode_index(other(decode_index(index).tensors)))
     with pytest.raises(WireError, match=words):
         mine.load(wrong, get(store))
     assert mine.digest(store.put) == before
@@ -128,7 +128,7 @@ def test_a_piece_of_another_size_is_refused() -> None:
     mine = replica(module(0))
     index = store.get(mine.snapshot(store.put))
     assert index is not None
-    first, *rest = decode_index(index)
+    first, *rest = decode_index(index).tensors
     wrong = TensorEntry(first.name, first.dtype, first.shape, first.size, (store.put(b"short"),))
     with pytest.raises(WireError, match=r"a piece of '0.bias' has 5 bytes; 32 are expected"):
         mine.load(store.put(encode_index([wrong, *rest])), get(store))
@@ -139,3 +139,26 @@ def test_dtypes_without_a_place_in_a_snapshot() -> None:
     of.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(ConfigError, match=r"'phase' is torch.complex64"):
         replica(of)
+
+
+def test_a_fingerprint_shows_every_single_bit_and_only_the_tensor_that_has_it() -> None:
+    of = module(0)
+    mine = replica(of)
+    before = mine.prints()
+    assert mine.tensors == ("0.bias", "0.weight", "1.bias", "1.weight", "2.weight")
+    assert len(before) == 8 * len(mine.tensors)
+    for bit in (0, 13, 31):
+        with torch.no_grad():
+            of[2].weight.view(torch.int32)[0, 1] ^= torch.tensor(1, dtype=torch.int32) << bit  # type: ignore[index, union-attr, operator]
+        after = mine.prints()
+        differing = [i for i in range(len(mine.tensors)) if after[8 * i : 8 * i + 8] != before[8 * i : 8 * i + 8]]
+        assert [mine.tensors[i] for i in differing] == ["2.weight"]
+        before = after
+
+
+def test_the_size_of_a_snapshot_is_known_before() -> None:
+    store = MemoryBlobStore()
+    mine = replica(module(0))
+    index = store.get(mine.snapshot(store.put))
+    assert index is not None
+    assert mine.size == decode_index(index).size

@@ -53,8 +53,8 @@ def test_parameters_that_changed_by_themselves_are_named_and_repaired(make_run: 
     run.go(*nodes)
     assert len({node.bytes for node in nodes}) == 1
     said = " ".join(nodes[1].said)
-    assert "the parameters differ after round" in said
-    assert "the first tensor that differs is 'weight'" in said
+    assert "the parameters differ after round 3 from those of a quorum" in said
+    assert "the first tensor that differed was 'weight', in round 3" in said
 
 
 def test_another_manifest_is_refused_with_the_fields_that_differ(make_run: Any, make_trainee: Any) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from psyche_lightning.errors import WireError
 from psyche_lightning.node.snapshot import (
     PIECE_SIZE,
+    Index,
     TensorEntry,
     cut,
     decode_index,
@@ -22,7 +23,7 @@ BIAS = entry_of("bias", "bfloat16", (3,), b"abcdef", None)
 
 
 def test_an_index_is_sorted_and_decodes_to_its_tensors() -> None:
-    assert decode_index(encode_index([WEIGHT, BIAS])) == [BIAS, WEIGHT]
+    assert decode_index(encode_index([WEIGHT, BIAS])).tensors == (BIAS, WEIGHT)
     assert encode_index([WEIGHT, BIAS]) == encode_index([BIAS, WEIGHT])
 
 
@@ -54,7 +55,7 @@ def test_pieces_cover_a_tensor_and_their_hashes_address_them() -> None:
 )
 def test_a_row_that_does_not_fit_together_is_refused(row: object) -> None:
     with pytest.raises(WireError):
-        decode_index(pack([1, row]))
+        decode_index(pack([2, [], row]))
 
 
 def test_names_in_another_order_or_twice_are_refused() -> None:
@@ -63,22 +64,35 @@ def test_names_in_another_order_or_twice_are_refused() -> None:
 
     for entries in ([WEIGHT, BIAS], [BIAS, BIAS]):
         with pytest.raises(WireError, match="order"):
-            decode_index(pack([1, *map(row, entries)]))
+            decode_index(pack([2, [], *map(row, entries)]))
     with pytest.raises(WireError, match="version"):
-        decode_index(pack([2, row(BIAS)]))
+        decode_index(pack([1, [], row(BIAS)]))
+
+
+def test_open_ids_are_part_of_the_digest_and_come_with_the_index() -> None:
+    open_ids = ((7, 100, 101), (8, 90, 90))
+    index = decode_index(encode_index([WEIGHT], open_ids))
+    assert index.open_ids == open_ids
+    assert encode_index([WEIGHT], open_ids) != encode_index([WEIGHT])
+
+
+@pytest.mark.parametrize("rows", [[[7, 5, 4]], [[8, 1, 1], [7, 2, 2]], [[7, 1]], [[7, True, 1]], [[-1, 1, 1]], 5])
+def test_malformed_open_ids_are_refused(rows: object) -> None:
+    with pytest.raises(WireError, match="open ids"):
+        decode_index(pack([2, rows]))
 
 
 @given(st.binary(max_size=300))
 def test_noise_is_refused(noise: bytes) -> None:
     try:
-        entries = decode_index(noise)
+        index = decode_index(noise)
     except WireError:
         return
-    assert encode_index(entries) == noise
+    assert encode_index(index.tensors, index.open_ids) == noise
 
 
 def test_the_first_difference_is_named() -> None:
     other = entry_of("weight", "float32", (2, 3), b"\x01" + bytes(23), None)
-    assert first_difference([BIAS, WEIGHT], [BIAS, other]) == "weight"
-    assert first_difference([BIAS, WEIGHT], [WEIGHT]) == "bias"
-    assert first_difference([BIAS], [BIAS]) == ""
+    assert first_difference(Index((BIAS, WEIGHT)), Index((BIAS, other))) == "weight"
+    assert first_difference(Index((BIAS, WEIGHT)), Index((WEIGHT,))) == "bias"
+    assert first_difference(Index((BIAS,)), Index((BIAS,))) == ""

@@ -93,7 +93,8 @@ def _stepped(run: RunAccounts, after: RunState, clock: Clock) -> RunAccounts:
     if after.phase is Phase.ROUND_TRAIN and before.phase is Phase.WARMUP:
         run = replace(run, next_active=(run.next_active + 1) & MAX_U64)
     if before.phase is Phase.COOLDOWN:
-        run = _checkpoint_moves(_paid(run), {"Hub": "P2P", "Dummy": "P2P", "Gcs": "P2PGcs"})
+        succeeded = after.step == before.step  # else it is undone
+        run = _checkpoint_moves(_paid(run) if succeeded else run, {"Hub": "P2P", "Dummy": "P2P", "Gcs": "P2PGcs"})
         if after.epoch > LAST_EPOCH:  # the layout counts no further
             over = after.phase is Phase.WAITING_FOR_MEMBERS
             after = replace(after, epoch=LAST_EPOCH, phase=Phase.FINISHED if over else after.phase)

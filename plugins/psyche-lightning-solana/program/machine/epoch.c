@@ -128,9 +128,9 @@ static NOINLINE void settle_list(Run *run, const ClientList *list, u64 earning) 
   }
 }
 
-NOINLINE void reward_and_hold(Run *run) {
+NOINLINE void reward_and_hold(Run *run, bool succeeded) {
   Coordinator *account = run->account;
-  u64 healthy = count_healthy(run);
+  u64 healthy = succeeded ? count_healthy(run) : 0;
   fill_zero(run->manifest->holders, sizeof run->manifest->holders);
   settle_list(run, &account->clients, healthy ? account->current_rates.earning_total_shared / healthy : 0);
   settle_list(run, &account->exited, 0);

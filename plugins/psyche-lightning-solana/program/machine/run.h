@@ -50,8 +50,8 @@ void withdraw_everyone(Run *run);
 u64 count_healthy(const Run *run);
 // Those who said nothing in a whole warm-up do not hold the checkpoint.
 void forget_silent_holders(Run *run);
-// The end of a successful epoch: points, and who holds the parameters.
-void reward_and_hold(Run *run);
+// The end of an epoch: points if it succeeded, and who holds the parameters.
+void reward_and_hold(Run *run, bool succeeded);
 
 // votes.c
 void add_vote(Run *run, u64 client, u32 step, const Key *digest);
@@ -60,8 +60,8 @@ void clear_votes(Run *run);
 // Warm-up: votes name clients by index, so those who remain get their new ones. `places` has the new index or NO_PLACE.
 #define NO_PLACE 0xffff
 void move_votes(Run *run, const u16 *places);
-// Cool-down: decide on the checkpoint; false while more votes may come and `expired` is not yet true.
-bool decide_checkpoint(Run *run, bool expired);
+// Cool-down: whether it is over, because a quorum agrees (then on the new checkpoint) or because nothing can change.
+bool decide_checkpoint(Run *run, bool expired, bool *agreed);
 
 // committee.c
 u64 quorum(u64 expected);

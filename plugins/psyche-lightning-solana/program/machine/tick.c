@@ -114,8 +114,12 @@ static bool step_warmup(Run *run) {
     enter(run, WAITING_FOR_MEMBERS);
     return true;
   }
-  // When parameters are agreed, every report is of those; else the first decides.
+  // When parameters are agreed, every report is of those; else the first decides, and they are what is agreed.
   manifest->epoch_digest = manifest->votes[0].digest;
+  if (zero_key(&manifest->checkpoint_digest)) {
+    manifest->checkpoint_digest = manifest->epoch_digest;
+    manifest->checkpoint_step = account->progress.step - 1;
+  }
   begin_round(run, 0, account->progress.epoch_start_data_index);
   return true;
 }
@@ -171,9 +175,13 @@ static bool step_cooldown(Run *run) {
   Coordinator *account = run->account;
   Progress *progress = &account->progress;
   const Round *round = current_round(run);
-  if (!decide_checkpoint(run, passed(run, account->phase_start, account->config.cooldown_time))) return false;
-  progress->epoch_start_data_index = round->data_index + round_batch(run, round);
-  reward_and_hold(run);
+  bool agreed;
+  if (!decide_checkpoint(run, passed(run, account->phase_start, account->config.cooldown_time), &agreed)) return false;
+  if (agreed)
+    progress->epoch_start_data_index = round->data_index + round_batch(run, round);
+  else  // back to where the epoch began: its steps are trained again
+    progress->step = account->start_step;
+  reward_and_hold(run, agreed);
   checkpoint_to_peers(&account->model.checkpoint);
   bool over = progress->step > account->config.total_steps || progress->epoch == LAST_EPOCH;
   if (progress->epoch != LAST_EPOCH) progress->epoch++;

@@ -69,8 +69,8 @@ NOINLINE void move_votes(Run *run, const u16 *places) {
   manifest->votes_length = (u32)kept;
 }
 
-// The place of the first vote with the most equals, and their number; only votes of the healthy count if asked.
-static NOINLINE u64 most_frequent(const Run *run, bool healthy_only, u64 *winner) {
+// The place of the first vote with the most equals, and their number; only votes of the healthy count.
+static NOINLINE u64 most_frequent(const Run *run, u64 *winner) {
   const Manifest *manifest = run->manifest;
   const ClientList *clients = &run->account->clients;
   u16 counts[MAX_CLIENTS];
@@ -78,7 +78,7 @@ static NOINLINE u64 most_frequent(const Run *run, bool healthy_only, u64 *winner
   fill_zero(counts, sizeof counts);
   for (u64 i = 0; i < length; i++) {
     const Vote *vote = &manifest->votes[i];
-    if (!healthy_only || clients->items[vote->client].state == HEALTHY) counts[vote->first]++;
+    if (clients->items[vote->client].state == HEALTHY) counts[vote->first]++;
   }
   *winner = 0;
   for (u64 i = 0; i < length; i++) {
@@ -97,14 +97,12 @@ static u64 count_present_votes(const Run *run) {
   return count;
 }
 
-NOINLINE bool decide_checkpoint(Run *run, bool expired) {
+NOINLINE bool decide_checkpoint(Run *run, bool expired, bool *agreed) {
   Manifest *manifest = run->manifest;
   u64 present = count_healthy(run), winner;
-  bool agreed = most_frequent(run, true, &winner) >= quorum(present);
-  if (!agreed && count_present_votes(run) < present && !expired) return false;
-  // Nothing to fall back on: the most frequent, the earliest of equals.
-  if (!agreed && zero_key(&manifest->checkpoint_digest)) agreed = most_frequent(run, false, &winner) > 0;
-  if (agreed) {
+  *agreed = most_frequent(run, &winner) >= quorum(present);
+  if (!*agreed && count_present_votes(run) < present && !expired) return false;
+  if (*agreed) {
     manifest->checkpoint_step = manifest->votes[winner].step;
     manifest->checkpoint_digest = manifest->votes[winner].digest;
   }

@@ -1,0 +1,105 @@
+"""``psyche run ledger``: who trained which data ids, audited from the ledgers of a run's nodes alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from psyche_lightning.errors import PsycheError
+
+if TYPE_CHECKING:
+    from psyche_lightning.node.audit import Ledger
+
+ROWS = 20
+
+
+def ledger(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Folders of nodes, or one that holds them; or ledger files."),
+    ],
+    run_id: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="The run, where the folders have several.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Fail unless each data id was trained exactly once, or is named as open.")
+    ] = False,
+    rows: Annotated[int, typer.Option(min=0, help="Rows of the table, the newest; 0 for all.")] = ROWS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show each data id: who trained it, in which round, with which commitment; or that it was not trained.
+
+    Nothing but the nodes' folders is needed, and several of them complete each other. Assignments are recomputed, and
+    the signatures of all results checked.
+    """
+    from psyche_lightning.node.audit import audit
+    from psyche_lightning.node.book import find_books, read_book
+
+    books = find_books(folders)
+    found = audit(row for book in books for row in read_book(book) if run_id in (None, row.get("run")))
+    if as_json:
+        print(json.dumps(_plain(found), indent=1))
+    else:
+        _show(found, rows, len(books))
+    if check and (found.problems or not found.rounds):
+        raise PsycheError(f"the ledger is not complete: {'; '.join(found.problems) or 'no round is in it'}")
+
+
+def _plain(found: Ledger) -> dict[str, Any]:
+    return {
+        "run": found.run,
+        "complete": bool(found.rounds) and not found.problems,
+        "problems": found.problems,
+        "rounds": found.rounds,
+        "last_step": found.last_step,
+        "rounds_undone": found.undone,
+        "ids_trained": found.ids,
+        "not_trained": [list(interval) for interval in found.untrained],
+        "trained": [
+            {
+                "first": line.start,
+                "last": line.end,
+                "trainer": line.trainer.hex(),
+                "step": line.step,
+                "epoch": line.epoch,
+                "height": line.height,
+                "commitment": line.commitment.hex(),
+                "again": line.again,
+            }
+            for line in found.lines
+        ],
+    }
+
+
+def _show(found: Ledger, rows: int, books: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from psyche_lightning.coordinator.open_ids import count
+    from psyche_lightning.wire.identity import short
+
+    console = Console()
+    again = count((line.start, line.end) for line in found.lines if line.again)
+    console.print(
+        f"[bold]{found.run}[/]: {found.rounds} rounds up to step {found.last_step}, from {books} ledgers; {found.ids} "
+        f"data ids trained once, {again} of them in a later round than their own"
+    )
+    if found.undone:
+        console.print(f"{found.undone} rounds belong to epochs whose end was not agreed; their ids were trained again")
+    table = Table("data ids", "trainer", "step", "epoch", "round", "commitment", "")
+    shown = found.lines[-rows:] if rows else found.lines
+    for line in shown:
+        ids = str(line.start) if line.start == line.end else f"{line.start}-{line.end}"
+        place = (str(line.step), str(line.epoch), str(line.height))
+        table.add_row(ids, short(line.trainer), *place, line.commitment.hex()[:16], "again" if line.again else "")
+    if shown:
+        console.print(table)
+    if len(shown) < len(found.lines):
+        console.print(f"and {len(found.lines) - len(shown)} more before; --rows 0 shows all")
+    for start, end in found.untrained:
+        console.print(f"not trained: {start}-{end} (the run ended before it was their turn again)")
+    for problem in found.problems:
+        console.print(f"[bold red]problem:[/] {problem}")

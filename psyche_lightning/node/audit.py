@@ -1,0 +1,187 @@
+"""Audits a run from its nodes' ledgers alone: is each data id trained exactly once, and by whom?
+
+Nothing is believed that can be recomputed: the assignment follows from the round's seed, the ids that are trained again
+from the agreed sets before, and every result carries its trainer's signature over ids, payload and round. The books of
+several nodes complete each other (nobody is there all the time), and must not contradict each other.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from psyche_lightning.coordinator.assignment import assign
+from psyche_lightning.coordinator.committee import CommitteeSelection
+from psyche_lightning.coordinator.open_ids import Interval, OpenIds, batches, count, merged, reopen, take
+from psyche_lightning.errors import PsycheError, WireError
+from psyche_lightning.node.book import Row
+from psyche_lightning.wire.identity import short
+from psyche_lightning.wire.messages import Result, open_envelope
+
+MAX_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Line:
+    """Data ids that were trained together.
+
+    Attributes:
+        start: first id.
+        end: last id.
+        trainer: node key of who trained them.
+        epoch: epoch of the round.
+        height: its height.
+        step: its optimizer step.
+        commitment: of the agreed result.
+        again: whether another round had them first and did not agree on a result.
+    """
+
+    start: int
+    end: int
+    trainer: bytes
+    epoch: int
+    height: int
+    step: int
+    commitment: bytes
+    again: bool
+
+
+@dataclass
+class Ledger:
+    """What the books of a run show.
+
+    Attributes:
+        run: the run's name.
+        lines: who trained what, ascending by data id.
+        untrained: ids of the last rounds that nobody trained: their turn would have come after the end.
+        rounds: training rounds that count.
+        undone: training rounds of epochs whose end was not agreed; they were trained again.
+        last_step: the newest optimizer step in the books.
+        problems: what is missing or contradicts itself; empty when the ledger is complete.
+    """
+
+    run: str
+    lines: list[Line] = field(default_factory=list)
+    untrained: list[Interval] = field(default_factory=list)
+    rounds: int = 0
+    undone: int = 0
+    last_step: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ids(self) -> int:
+        """Data ids that were trained."""
+        return count((line.start, line.end) for line in self.lines)
+
+
+def audit(rows: Iterable[Row]) -> Ledger:
+    """Put the rows of one run's books together and check them.
+
+    Raises:
+        PsycheError: they are of several runs, or not rows of a ledger.
+    """
+    try:
+        found, ledger = _united(rows)
+        open_ids: OpenIds = ()
+        expected = _first_step(found)
+        position = None
+        for row in _counted(found, ledger):
+            step = row["step"]
+            if step != expected:
+                ledger.problems.append(f"no book has the rounds of steps {expected} to {step - 1}")
+                position, open_ids = None, ()
+            if position is not None and row["data_index"] != position:
+                ledger.problems.append(f"step {step} begins at data id {row['data_index']} instead of {position}")
+            open_ids = _enter(row, open_ids, ledger)
+            expected, position = step + 1, row["data_index"] + row["batch_size"]
+            ledger.rounds, ledger.last_step = ledger.rounds + 1, step
+    except (KeyError, TypeError, ValueError) as error:
+        raise PsycheError(f"not a row of a ledger: {type(error).__name__}: {error}") from error
+    ledger.untrained = list(merged((start, end) for _, start, end in open_ids))
+    late = [(start, end) for due, start, end in open_ids if due <= ledger.last_step]
+    if late:
+        # More was open than a round takes: only a run in which whole rounds failed, one after another, has that.
+        ledger.problems.append(f"{count(late)} ids of earlier rounds were not trained in time, such as {late[0][0]}")
+    ledger.lines.sort(key=lambda line: line.start)
+    _check_cover(found, ledger)
+    del ledger.problems[MAX_PROBLEMS:]
+    return ledger
+
+
+def _united(rows: Iterable[Row]) -> tuple[dict[tuple[int, int], Row], Ledger]:
+    """The training rounds of all books by epoch and height."""
+    found: dict[tuple[int, int], Row] = {}
+    ledger: Ledger | None = None
+    for row in rows:
+        ledger = ledger or Ledger(row["run"])
+        if row["run"] != ledger.run:
+            raise PsycheError(f"the books are of several runs, such as {ledger.run!r} and {row['run']!r}; name one")
+        place = (row["epoch"], row["height"])
+        if found.setdefault(place, row) != row:
+            ledger.problems.append(f"two books differ about round {place[1]} of epoch {place[0]}")
+    return {place: row for place, row in sorted(found.items()) if row["step"]}, ledger or Ledger("")
+
+
+def _first_step(found: Mapping[tuple[int, int], Row]) -> int:
+    return min((row["step"] for row in found.values()), default=1)
+
+
+def _counted(found: Mapping[tuple[int, int], Row], ledger: Ledger) -> list[Row]:
+    """The rounds whose results are in the parameters: a step that is trained again undoes what came from it on."""
+    kept: list[Row] = []
+    for (epoch, _), row in found.items():
+        while kept and kept[-1]["step"] >= row["step"]:
+            if kept[-1]["epoch"] == epoch:
+                raise ValueError(f"epoch {epoch} has the step {row['step']} twice")
+            kept.pop()
+            ledger.undone += 1
+        kept.append(row)
+    return kept
+
+
+def _enter(row: Row, open_ids: OpenIds, ledger: Ledger) -> OpenIds:
+    """Take one round into the ledger; returns what is open after it."""
+    again, rest = take(open_ids, row["step"], row["batch_size"])
+    where = f"round {row['height']} of epoch {row['epoch']}"
+    if [list(interval) for interval in again] != row["again"]:
+        ledger.problems.append(f"{where} trained {row['again']} again; {[list(i) for i in again]} was due")
+        again = tuple((start, end) for start, end in row["again"])
+    nodes = [bytes.fromhex(node) for node in row["nodes"]]
+    selection = CommitteeSelection(0, 0, 0, len(nodes), row["seed"])
+    assigned = batches(assign(row["seed"], row["data_index"], row["batch_size"], selection), again)
+    trained = set()
+    for text in row["results"]:
+        try:
+            envelope = open_envelope(base64.b64decode(text), ledger.run)
+        except WireError as error:
+            ledger.problems.append(f"{where} has a result that is not genuine: {error}")
+            continue
+        result, trainer = envelope.message, nodes.index(envelope.sender) if envelope.sender in nodes else -1
+        place = (row["epoch"], row["height"], row["step"])
+        fits = isinstance(result, Result) and (result.epoch, result.height, result.step) == place
+        if not fits or not isinstance(result, Result) or assigned.get(trainer) != result.batch or trainer in trained:
+            ledger.problems.append(f"{where} has a result of {short(envelope.sender)} that was not its to give")
+            continue
+        if not result.tokens:  # an abstention
+            continue
+        trained.add(trainer)
+        commitment = result.commitment(ledger.run, envelope.sender)
+        for number, (start, end) in enumerate(result.batch):
+            ledger.lines.append(Line(start, end, envelope.sender, *place, commitment, number > 0))
+    lost = [interval for trainer, batch in assigned.items() if trainer not in trained for interval in batch]
+    return reopen(rest, row["step"], lost)
+
+
+def _check_cover(found: Mapping[tuple[int, int], Row], ledger: Ledger) -> None:
+    """Each id exactly once: trained, or named as not trained."""
+    if ledger.problems or not ledger.rounds:
+        return
+    position = min(row["data_index"] for row in found.values())
+    spans = sorted([*((line.start, line.end) for line in ledger.lines), *ledger.untrained])
+    for start, end in spans:
+        if start != position:
+            what = f"{position} to {start - 1} are missing" if start > position else f"{start} is there twice"
+            ledger.problems.append(f"of the data ids, {what}")
+            return
+        position = end + 1

@@ -1,0 +1,141 @@
+"""A node's durable ledger: one JSON line for each round whose agreed set is certain, appended and never changed.
+
+Enough for anybody to audit the run without the coordinator (:mod:`psyche_lightning.node.audit`): what the coordinator
+announced of the round, and the agreed announcements as their trainers signed them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from psyche_lightning.errors import StoreError
+from psyche_lightning.node.ledger import Record
+
+FILE = "ledger.jsonl"
+
+Row = dict[str, Any]
+"""``run``, ``epoch``, ``height``, ``step``, ``seed``, ``data_index``, ``batch_size``, ``nodes`` (hex), ``parameters``
+(hex digest with which the epoch began), ``again`` (``[first, last]`` pairs), ``results`` (signed envelopes, base64)."""
+
+
+def row_of(run_id: str, record: Record) -> Row:
+    """A record as a JSON-able row."""
+    round_ = record.round
+    return {
+        "run": run_id,
+        "epoch": record.epoch,
+        "height": round_.height,
+        "step": round_.step,
+        "seed": round_.seed,
+        "data_index": round_.data_index,
+        "batch_size": round_.batch_size,
+        "nodes": [node.hex() for node in record.nodes],
+        "parameters": record.parameters.hex(),
+        "again": [list(interval) for interval in record.again],
+        "results": [base64.b64encode(envelope.raw).decode() for envelope in record.results],
+    }
+
+
+class Book:
+    """The ledger file of a node; any thread may append.
+
+    A line is in the hands of the operating system when :meth:`append` returns, so it survives ``kill -9``; after a
+    power cut the last ones may be missing, which the books of other nodes make good.
+
+    Args:
+        path: the file; created, with its folder, when missing. A torn last line is cut off.
+
+    Raises:
+        StoreError: it cannot be read or written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 - it stays open
+            self._file.truncate(_whole(self._file))
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def append(self, run_id: str, records: Iterable[Record]) -> None:
+        """Write rounds down.
+
+        Raises:
+            StoreError: the disk is full or the file cannot be written.
+        """
+        lines = "".join(json.dumps(row_of(run_id, record), separators=(",", ":")) + "\n" for record in records)
+        try:
+            with self._lock:
+                self._file.write(lines.encode())
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Release the file; idempotent."""
+        with self._lock:
+            self._file.close()
+
+    def _failed(self, error: OSError) -> StoreError:
+        reason = error.strerror or str(error)
+        return StoreError(
+            f"cannot write the ledger {self.path}: {reason}. Free or mend the disk, or choose another folder"
+        )
+
+
+def _whole(file: BinaryIO) -> int:
+    """Bytes up to the end of the last complete line."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65536)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def read_book(path: Path) -> Iterator[Row]:
+    """The rows of a ledger file, which may be that of a running node.
+
+    Raises:
+        StoreError: it cannot be read, or a line before the last is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    return  # being written, or torn
+                try:
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("no object")
+                except ValueError as error:
+                    raise StoreError(f"line {number} of {path} is damaged: {error}; leave this file out") from error
+                yield row
+    except OSError as error:
+        raise StoreError(f"cannot read the ledger {path}: {error.strerror}") from error
+
+
+def find_books(folders: Iterable[Path]) -> list[Path]:
+    """The ledger files in those folders, at any depth.
+
+    Raises:
+        StoreError: a folder does not exist, or there is no ledger at all.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        if not folder.exists():
+            raise StoreError(f"there is no folder {folder}; give the folders of nodes, or one that holds them")
+        found += [folder] if folder.is_file() else sorted(folder.rglob(FILE))
+    if not found:
+        raise StoreError(f"no {FILE} in {', '.join(map(str, folders))}; nodes with a folder write one as they train")
+    return list(dict.fromkeys(found))

@@ -1,0 +1,404 @@
+"""Keeps the parameters at the run's: decides rounds, has them applied, begins from snapshots, repairs what differs.
+
+Part of the node core, so without I/O: the replica (the parameters) is driven by effects. Deciding runs ahead of
+applying where a node catches up.
+"""
+
+from __future__ import annotations
+
+from psyche_lightning.coordinator.open_ids import OpenIds
+from psyche_lightning.coordinator.state import ClientStatus, Phase, Round, RunState
+from psyche_lightning.node import events as ev
+from psyche_lightning.node.exchange import Exchange, gone
+from psyche_lightning.node.ledger import Agreement, EpochLog, Record, Undecided, decide
+from psyche_lightning.node.outbox import Outbox
+from psyche_lightning.node.repair import Base, Repair
+from psyche_lightning.node.rounds import RoundLog
+from psyche_lightning.node.settings import Settings
+from psyche_lightning.node.waiting import describe
+from psyche_lightning.wire.identity import short
+from psyche_lightning.wire.messages import Stuck
+
+ASKED_ENOUGH = 3
+"""Questions to all peers after which a list that none of them has counts as absent when its witness is gone."""
+HOPELESS_LOADS = 3
+"""Failed attempts to obtain parameters after which peers are asked for newer ones."""
+LOOK_AHEAD = 8
+"""Decided rounds whose payloads are fetched before their turn."""
+
+
+class Follower:
+    """One node's way through the rounds of an epoch.
+
+    Args:
+        public: this node's key.
+        run_id: the run.
+        settings: see :class:`Settings`.
+        exchange: the node's talk with its peers.
+        out: where effects go.
+
+    Attributes:
+        log: what is known of the epoch.
+        next_apply: height of the next round to apply; None while the parameters are not the epoch's.
+        holding: digest of the parameters where it is known.
+        digests: digests in this epoch, by the number of rounds applied.
+        repair: what is needed when something differs or is missing.
+        busy: what the training thread does with the parameters, or what is obtained for it.
+        looked: whether this node knows the digest of the parameters with which it was started.
+    """
+
+    def __init__(self, public: bytes, run_id: str, settings: Settings, exchange: Exchange, out: Outbox) -> None:
+        self.log: EpochLog | None = None
+        self.next_apply: int | None = None
+        self.holding: bytes | None = None
+        self.digests: dict[int, bytes] = {}
+        self.repair = Repair(settings)
+        self.busy: object = None
+        self.looked = False
+        self._public = public
+        self._run_id = run_id
+        self._settings = settings
+        self._exchange = exchange
+        self._out = out
+        self._open_ids: OpenIds = ()
+        self._records: list[Record] = []
+        self._loading: Base | None = None
+        self._kept = 0
+        self._overdue = 0.0
+
+    # --- what the coordinator announced ---------------------------------------------------------------------------
+
+    def observe_state(self, state: RunState) -> None:
+        """File the stored rounds of the current epoch, or of the one that just ended."""
+        if state.current is None:
+            return
+        epoch = state.epoch if state.phase.active else state.epoch - 1
+        if self.log is None or self.log.epoch != epoch:
+            if not state.phase.active or all(client.node != self._public for client in state.clients):
+                return
+            self._open_epoch(epoch, state.epoch_digest)
+        over = self.epoch_over(state)
+        least = (self.next_apply or 0) - self._settings.delay
+        for record in state.rounds:
+            if record.height >= least and state.round_at(record.height) is record:
+                self.observe(record, state, final=over or record.height < state.current.height)
+
+    def observe(self, record: Round, state: RunState, *, final: bool) -> None:
+        """Take a round that the coordinator announced; ``final`` when its witness records are complete."""
+        assert self.log is not None
+        log = self.log.rounds.get(record.height)
+        if log is None:
+            members = {c.signer: c.node for c in (*state.exited_clients, *state.clients)}
+            nodes = tuple(members.get(signer, signer) for signer in record.clients)
+            limit = self._settings.max_payload
+            log = RoundLog.open(record, nodes, state.config, self._run_id, self._settings.layout, limit)
+            self.log.rounds[record.height] = log
+            drains = [] if record.step else [log]
+            self._exchange.file_early(self.log, [*drains, *self.log.assign()])
+        if not log.final:
+            log.round, log.final = record, final
+
+    def epoch_over(self, state: RunState) -> bool:
+        """Whether the epoch of the log has no more rounds to come."""
+        assert self.log is not None
+        return state.epoch != self.log.epoch or state.phase is Phase.COOLDOWN
+
+    def ready_for(self, height: int) -> bool:
+        """Whether everything was applied that precedes the training of round ``height``."""
+        return self.next_apply is not None and self.next_apply > height - self._settings.delay
+
+    def resolved(self, state: RunState) -> bool:
+        """Whether every round of the epoch is applied, as far as this node knows them."""
+        height = self.next_apply
+        return self.log is not None and height is not None and height > _head(state) and height not in self.log.rounds
+
+    def leave(self, epoch: int) -> None:
+        """Another epoch is being formed: what was under way in the one before will not be finished."""
+        if self.log is not None and self.log.epoch < epoch and self.next_apply is not None:
+            self.next_apply = None
+            self.holding = self.holding if self.busy is None else None
+
+    def _open_epoch(self, epoch: int, digest: bytes) -> None:
+        old, self.log = self.log, EpochLog(epoch, digest)
+        self.repair, self._records, self.digests = Repair(self._settings), [], {}
+        self.next_apply, self._loading = None, None
+        if self.holding == digest:
+            self._begin(self.log, 0)
+        elif self.busy == ("load", digest):
+            self._loading = Base(0, digest)
+        self._out.new_epoch()
+        self._exchange.new_epoch()
+        promises, payloads = self._exchange.keep_promises(epoch)
+        if old is not None:
+            self._out.emit(ev.Keep(tuple(sorted({digest, self.holding or digest})), payloads, promises))
+
+    def _begin(self, log: EpochLog, applied: int) -> None:
+        """The parameters are those of the epoch after so many rounds: decide and apply from there."""
+        self.next_apply, self._kept, self._overdue = applied, 0, 0.0
+        self.digests, self._records, self.repair.stuck = {}, [], None
+        log.start(applied, self._open_ids)
+        self._exchange.file_early(log, log.assign())
+
+    # --- the parameters ---------------------------------------------------------------------------------------------
+
+    def load(self, digest: bytes, why: str, base: Base | None = None) -> None:
+        """Take parameters from the own store or from peers, unless that was tried a moment ago."""
+        if self.busy is None and self._out.due("load"):
+            self._out.say("info", why)
+            self.busy, self._loading, self.holding = ("load", digest), base, None
+            self._out.emit(ev.Load(digest, self._exchange.providers()))
+
+    def snapshot(self) -> None:
+        """Store the parameters, and learn their digest."""
+        if self.busy is None:
+            self.busy = "snapshot"
+            self._out.emit(ev.TakeSnapshot(self._open_ids))
+
+    def snapshot_taken(self, digest: bytes) -> None:
+        """The answer to :meth:`snapshot`."""
+        self.looked = True
+        if self.busy == "snapshot":
+            self.busy, self.holding = None, digest
+
+    def loaded(self, event: ev.Loaded) -> None:
+        """The answer to :meth:`load`."""
+        base = None
+        if self.busy == ("load", event.digest):
+            self.busy, base, self._loading = None, self._loading, None
+        if event.reason:
+            what = f"could not obtain the parameters {event.digest.hex()[:12]}"
+            self._out.say("warning", f"{what}: {event.reason}; trying again")
+            return
+        self.holding, self._open_ids = event.digest, event.open_ids
+        self._out.forget("load")
+        if self.log is not None and base is not None and (self.next_apply is None or base.applied > self.next_apply):
+            self._begin(self.log, base.applied)
+
+    def applied(self, event: ev.Applied) -> None:
+        """A round was applied."""
+        stored = self.busy == ("apply", event.epoch, event.height, True)
+        if not stored and self.busy != ("apply", event.epoch, event.height, False):
+            return
+        self.busy = None
+        if self.log is None or self.log.epoch != event.epoch or self.next_apply != event.height:
+            return
+        applied = self.next_apply = event.height + 1
+        tensor = self.repair.fingerprint(applied, event.prints) if event.prints else None
+        if tensor is not None:
+            self._out.say("warning", f"the first tensor that differed was {tensor!r}, in round {event.height}")
+        if event.digest:
+            self.digests[applied] = event.digest
+            if stored:
+                self._kept = 0
+                self.repair.keep(Base(applied, event.digest))
+                self._exchange.offer(self.log.epoch, applied, event.digest)
+            self.compare()
+
+    # --- deciding and applying --------------------------------------------------------------------------------------
+
+    def follow(self, state: RunState) -> None:
+        """Obtain what is missing, and apply every round whose agreed set can be known, in order."""
+        log = self.log
+        if log is None:
+            return
+        self._catch_up(log, state)
+        self._decide(log, state)
+        while log.decided is not None and self.next_apply is not None and self.busy is None:
+            height = self.next_apply
+            if height >= log.decided:
+                break
+            for ahead in range(height, min(log.decided, height + LOOK_AHEAD)):
+                self._exchange.fetch(log.rounds[ahead], log.agreements[ahead].entries)
+            if not all(entry.verified for entry in log.agreements[height].entries):
+                break
+            self._apply(log, height, log.agreements[height])
+        self._notice_stuck(log, state)
+
+    def _catch_up(self, log: EpochLog, state: RunState) -> None:
+        if (self.next_apply is None or self.repair.stuck is not None) and state.phase.active:
+            self._find_base(log, state)
+        if self.next_apply is None:
+            return
+        first, head = self.next_apply, _head(state)
+        while first < head and first in log.rounds and log.rounds[first].final:
+            first += 1
+        if first < head:
+            self._ask_rounds(log, first)
+
+    def _ask_rounds(self, log: EpochLog, first: int) -> None:
+        if self._out.due(("rounds", first)):
+            self._out.emit(ev.AskRounds(log.epoch, first))
+
+    def _decide(self, log: EpochLog, state: RunState) -> None:
+        """Decide the rounds, in order, as far as lists and announcements are here; ask for what is missing."""
+        while log.decided is not None and log.decided in log.rounds:
+            agreement = self._agree(log, log.decided, state)
+            if agreement is None:
+                # The two behind it are assigned, too: in a replay, ask for them together.
+                for height in range(log.decided + 1, log.decided + 3):
+                    if height + self._settings.delay < _head(state):
+                        self._agree(log, height, state)
+                return
+            self._records.append(log.close(agreement))
+            self._exchange.file_early(log, log.assign())
+
+    def _agree(self, log: EpochLog, height: int, state: RunState) -> Agreement | None:
+        """The agreed set of a round, or None while it is open."""
+        results, attesting = log.rounds.get(height), log.rounds.get(height + self._settings.delay - 1)
+        if attesting is None:
+            over = self.epoch_over(state) and _head(state) < height + self._settings.delay - 1
+            return Agreement() if over else None
+        if results is None or not attesting.final or not results.assigned:
+            return None
+        absent = self._absent(log, attesting, state)
+        outcome = decide(results, attesting, absent)
+        if not isinstance(outcome, Undecided):
+            if absent and isinstance(decide(results, attesting), Undecided):
+                names = ", ".join(short(attesting.nodes[index]) for index in sorted(absent))
+                text = f"nobody has the list of {names}, who left; deciding round {height} without it"
+                self._out.say("warning", text)
+            return outcome
+        away = gone(state, attesting)
+        for index in outcome.lists:
+            peer = None if index in away else attesting.nodes[index]
+            self._exchange.ask(log.epoch, attesting.round.height, peer, everybody=index in away)
+        if outcome.results:
+            self._exchange.ask(log.epoch, height)
+        return None
+
+    def _absent(self, log: EpochLog, attesting: RoundLog, state: RunState) -> set[int]:
+        """Witnesses that are gone, and whose list nobody supplied for half of the deadline though all were asked."""
+        key, height = self._public, attesting.round.height
+        waited = self._overdue > state.config.max_round_train_time / 2
+        asked = waited and self._exchange.asked(height) >= ASKED_ENOUGH
+        if not asked or not any(c.node == key and c.status is ClientStatus.HEALTHY for c in state.clients):
+            return set()
+        lists = {
+            record.proof.index
+            for record in attesting.round.witnesses
+            if record.merkle not in attesting.attests.get(record.proof.index, {})
+        }
+        return lists & gone(state, attesting)
+
+    def _apply(self, log: EpochLog, height: int, agreement: Agreement) -> None:
+        self._warn_of_rates(log.rounds[height], agreement)
+        several = len(log.rounds[height].nodes) > 1
+        due = (height + 1) % self._settings.digest_every == 0
+        self._kept += sum(entry.result.size for entry in agreement.entries)
+        self._open_ids = log.open_at[height + 1]
+        if agreement.entries or log.open_at[height] != self._open_ids:
+            self.holding = None
+        if not agreement.entries and not due:
+            self.next_apply = height + 1
+            return
+        snapshot = due and several and (self._kept > self._settings.keep_bytes or self.repair.wanted)
+        self.busy = ("apply", log.epoch, height, snapshot)
+        payloads = tuple(entry.result.payload for entry in agreement.entries)
+        self._out.emit(ev.Apply(log.epoch, height, payloads, agreement.lrs, due, snapshot, several, self._open_ids))
+
+    def _warn_of_rates(self, results: RoundLog, agreement: Agreement) -> None:
+        mine = results.index_of(self._public)
+        own = results.of(mine) if mine is not None else []
+        if own and agreement.lrs and own[0].result.lrs != agreement.lrs:
+            self._out.say("warning", "this node's learning rate differs from the agreed one, which is used")
+
+    def _notice_stuck(self, log: EpochLog, state: RunState) -> None:
+        """Notice that a round cannot be applied though everybody was asked until the deadline."""
+        height, stuck = self.next_apply, self.repair.stuck
+        if height is None:
+            return
+        late = state.phase.active and self.busy is None and height + self._settings.delay <= _head(state)
+        self._overdue = self.repair.waited(height, self._out.now) if late else 0.0
+        if stuck is not None and height > stuck:
+            self.repair.stuck = None
+        elif stuck is None and self._overdue > state.config.max_round_train_time:
+            self.repair.stuck = height
+            what = describe(state, log, height, self._settings.delay)
+            self._out.say("warning", f"round {height} cannot be applied ({what}); asking peers for later parameters")
+
+    # --- where to begin ---------------------------------------------------------------------------------------------
+
+    def _find_base(self, log: EpochLog, state: RunState) -> None:
+        """Look for parameters from which to replay: the own ones, or what peers offer and witness lists prove."""
+        repair, head = self.repair, _head(state)
+        if repair.stuck is None and self._out.attempts("load") > HOPELESS_LOADS:
+            repair.stuck = -1
+        if repair.stuck is not None:
+            key = ("stuck", log.epoch)
+            if self._out.due(key):
+                self._exchange.complain(Stuck(log.epoch, max(0, repair.stuck), self._out.attempts(key)))
+        for base in repair.unproven(log):
+            height = base.applied + self._settings.delay - 1
+            if height in log.rounds:
+                self._exchange.ask(log.epoch, height)
+            else:
+                self._ask_rounds(log, base.applied)
+        if self.busy is not None:
+            return
+        if not repair.own and repair.stuck is None and head > self._settings.digest_every:
+            # Perhaps nobody has the first rounds any more: their answers tell what they keep.
+            self._exchange.ask(log.epoch, head)
+            if repair.sought is None:
+                repair.sought = self._out.now
+            if self._out.now - repair.sought < self._settings.retry:
+                return
+        bases = repair.bases(log)
+        if bases:
+            base = bases[self._out.attempts("load") % len(bases)]
+            text = f"taking the parameters {base.digest.hex()[:12]} and replaying from round {base.applied} on"
+            self.load(base.digest, text, base)
+
+    # --- comparing --------------------------------------------------------------------------------------------------
+
+    def compare(self) -> None:
+        """Compare this node's digests with those of the witnesses, and repair what differs from a quorum's (I6)."""
+        if self.log is None or self.next_apply is None:
+            return
+        for applied in sorted(rounds for rounds in self.digests if rounds > self.repair.confirmed):
+            theirs = self.log.quorum_digest(applied, self._settings.delay)
+            if theirs == self.digests[applied]:
+                self._confirm(self.log, applied)
+            elif theirs is not None:
+                self._repair(self.log, applied, theirs)
+                return
+
+    def _confirm(self, log: EpochLog, applied: int) -> None:
+        """A quorum holds what this node held after so many rounds: write them down, and keep no more than needed."""
+        self.repair.confirm(applied)
+        certain = tuple(record for record in self._records if record.round.height < applied)
+        if certain:
+            self._records = self._records[len(certain) :]
+            self._out.emit(ev.WriteDown(certain))
+        cut = self.repair.outdated()
+        if cut > min(log.rounds, default=cut):
+            log.forget(cut)
+            promises, payloads = self._exchange.keep_promises(log.epoch, cut)
+            snapshots = tuple(sorted({log.digest, *(base.digest for base in self.repair.own)}))
+            self._out.emit(ev.Keep(snapshots, (*payloads, *log.payloads()), promises))
+
+    def _repair(self, log: EpochLog, applied: int, theirs: bytes) -> None:
+        """The parameters differ: replay, and where that does not help take those of a peer."""
+        last, equal = applied - 1, self.repair.confirmed
+        if self.repair.differ(applied):
+            text = f"the parameters differ after round {last} from those of a quorum of witnesses"
+            self._out.say("warning", f"{text} (equal after {equal} rounds); replaying to find and repair it")
+        else:
+            self._out.say("warning", f"the parameters after round {last} differ still; taking those of a peer")
+            self._out.emit(ev.Diagnose(last, self.digests[applied], theirs, self._exchange.providers()))
+        self.next_apply, self.holding, self.digests, self.busy = None, None, {}, None
+        log.decided = None
+        self._out.forget("load")
+
+    def write_down(self, state: RunState) -> None:
+        """At the end of an epoch, its last rounds are certain when the agreed parameters are this node's."""
+        log = self.log
+        if log is None or not self._records or state.epoch != log.epoch + 1 or not self.resolved(state):
+            return
+        if self.holding is not None and self.holding == state.checkpoint.digest:
+            self._out.emit(ev.WriteDown(tuple(self._records)))
+            self._records = []
+
+
+def _head(state: RunState) -> int:
+    """Height of the newest round that the coordinator announced, or -1."""
+    return state.current.height if state.current else -1

@@ -1,0 +1,141 @@
+"""What a node does when its parameters are not the run's, or what leads to them is not to be had (invariant I6).
+
+Part of the node core, so without I/O. Parameters within an epoch come back by a snapshot and replay. Snapshots are
+those that this node keeps itself, and those that peers offer; what is offered counts when the witness lists of a round
+show that a quorum held parameters of that digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from psyche_lightning.node.ledger import EpochLog
+from psyche_lightning.node.settings import Settings
+
+PRINT_SIZE = 8
+MAX_OFFERS = 16
+SNAPSHOT_PAUSE = 4
+"""Digests from one snapshot that a peer asked for to the next."""
+
+
+@dataclass(frozen=True, order=True)
+class Base:
+    """Parameters from which a replay can begin.
+
+    Attributes:
+        applied: rounds of the epoch that they contain.
+        digest: their digest.
+    """
+
+    applied: int
+    digest: bytes
+
+
+@dataclass
+class Repair:
+    """What a node remembers of an epoch for its repair.
+
+    Attributes:
+        settings: see :class:`Settings`.
+        own: snapshots of this epoch that this node keeps, ascending.
+        offers: what peers keep, with no proof so far.
+        confirmed: rounds applied at the newest digest that this node shares with a quorum.
+        stuck: height of the round that cannot be applied, though everybody was asked for long enough.
+        wanted: whether a peer asked for a snapshot.
+        sought: when this node began to look for parameters to replay from.
+    """
+
+    settings: Settings
+    own: list[Base] = field(default_factory=list)
+    offers: list[Base] = field(default_factory=list)
+    confirmed: int = 0
+    stuck: int | None = None
+    wanted: bool = False
+    sought: float | None = None
+    _prints: dict[int, bytes] = field(default_factory=dict)
+    _suspect: dict[int, bytes] = field(default_factory=dict)
+    _replayed: set[int] = field(default_factory=set)
+    _blocked: tuple[int, float] = (-1, 0.0)
+
+    # --- what differs ---------------------------------------------------------------------------------------------
+
+    def fingerprint(self, applied: int, prints: bytes) -> str | None:
+        """Note the parameters' fingerprints; in a replay, name the first tensor that was not what it is now."""
+        self._prints[applied] = prints
+        before = self._suspect.pop(applied, prints)
+        if before == prints:
+            return None
+        self._suspect.clear()
+        pairs = zip(_blocks(before), _blocks(prints), strict=False)
+        place = next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
+        names = self.settings.tensors
+        return names[place] if place < len(names) else f"number {place}"
+
+    def confirm(self, applied: int) -> None:
+        """A quorum holds the parameters that this node has after so many rounds."""
+        self.confirmed = applied
+        self._prints = {rounds: prints for rounds, prints in self._prints.items() if rounds > applied}
+
+    def differ(self, applied: int) -> bool:
+        """A quorum holds others after so many rounds: replay; returns False when that did not help before."""
+        if applied in self._replayed:
+            self.stuck = applied - 1
+            return False
+        self._replayed.add(applied)
+        self._suspect, self._prints = self._prints, {}
+        return True
+
+    # --- what is not to be had ------------------------------------------------------------------------------------
+
+    def waited(self, height: int, now: float) -> float:
+        """For how long ``height`` has been the round that cannot be applied, in seconds."""
+        if self._blocked[0] != height:
+            self._blocked = (height, now)
+        return now - self._blocked[1]
+
+    def hear(self, offer: Base) -> None:
+        """A peer keeps parameters."""
+        if offer not in self.offers:
+            self.offers = sorted([*self.offers, offer])[-MAX_OFFERS:]
+
+    def ask(self, applied: int) -> None:
+        """A peer asks for a snapshot; not too often."""
+        pause = SNAPSHOT_PAUSE * self.settings.digest_every
+        self.wanted = not self.own or self.own[-1].applied + pause <= applied
+
+    # --- where to begin -------------------------------------------------------------------------------------------
+
+    def bases(self, log: EpochLog) -> list[Base]:
+        """Where a replay may begin, the best first: what this node keeps and knows to be right, then what is proven."""
+        first = Base(0, log.digest)
+        own = [base for base in self.own if base.applied <= self.confirmed] or [first]
+        proven = [base for base in self.offers if self._proven(log, base)]
+        found = [*reversed(own), *reversed(proven), first] if self.own else [*reversed(proven), first]
+        least = -1 if self.stuck is None else self.stuck
+        return [base for base in dict.fromkeys(found) if base.applied > least]
+
+    def unproven(self, log: EpochLog) -> list[Base]:
+        """Offers that no witness lists have proven yet, the newest first; none that would be of no use."""
+        least = -1 if self.stuck is None else self.stuck
+        return [base for base in reversed(self.offers) if base.applied > least and not self._proven(log, base)]
+
+    def _proven(self, log: EpochLog, base: Base) -> bool:
+        return log.quorum_digest(base.applied, self.settings.delay) == base.digest
+
+    def keep(self, base: Base) -> None:
+        """This node has stored a snapshot."""
+        self.own.append(base)
+        self.wanted = False
+
+    def outdated(self) -> int:
+        """Height below which nothing is needed any more: that of the last snapshot but one that a quorum confirmed."""
+        good = [base for base in self.own if base.applied <= self.confirmed]
+        if len(good) < 2:
+            return 0
+        self.own = [base for base in self.own if base >= good[-2]]
+        return good[-2].applied
+
+
+def _blocks(prints: bytes) -> Sequence[bytes]:
+    return [prints[i : i + PRINT_SIZE] for i in range(0, len(prints), PRINT_SIZE)]

@@ -1,0 +1,191 @@
+"""What a node knows of one round: its assignment, announcements, and witness lists. Pure data without I/O or clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from psyche_lightning.coordinator.assignment import assign
+from psyche_lightning.coordinator.committee import CommitteeSelection, round_selection
+from psyche_lightning.coordinator.merkle import attest_root
+from psyche_lightning.coordinator.open_ids import Interval, batches
+from psyche_lightning.coordinator.state import CoordinatorConfig, Round
+from psyche_lightning.errors import WireError
+from psyche_lightning.wire.identity import short
+from psyche_lightning.wire.messages import Attest, Envelope, Result
+
+MAX_ENTRIES_PER_BATCH = 8
+"""Two different results of one trainer for one batch prove equivocation; a few more are kept, as one may be agreed."""
+
+
+@dataclass(eq=False)
+class Entry:
+    """One announced result.
+
+    Attributes:
+        commitment: the hash that witnesses list.
+        envelope: the signed announcement.
+        result: its content.
+        trainer: index of the trainer in the round's client list.
+        verified: whether the payload is stored here and well-formed.
+        refused: why the payload can never be used, or empty.
+    """
+
+    commitment: bytes
+    envelope: Envelope
+    result: Result
+    trainer: int
+    verified: bool = False
+    refused: str = ""
+
+
+@dataclass
+class RoundLog:
+    """Everything known of one round.
+
+    Attributes:
+        round: the coordinator's record of it, the newest seen.
+        nodes: node key of each client of the round, in list order.
+        run_id: the run.
+        layout: what payload positions must mean; results with another layout are refused.
+        max_payload: largest payload in bytes.
+        selection: the round's committees.
+        final: whether ``round`` holds all witness records that it will ever hold.
+        assigned: whether ``batches`` is known: it depends on the agreed sets of earlier rounds.
+        batches: the data ids of each trainer, by its index: its own share first, then what it trains again.
+        entries: announced results by commitment.
+        attests: lists by sender index and Merkle root.
+        votes: indices of the witnesses that hold a parameter digest, by ``(rounds applied, digest)``.
+        silent: trainers from which no result was heard of.
+        missing: trainers whose result this node cannot vouch for.
+        hopeless: those among them of whom nothing better is to come: two results for one batch, or a bad payload.
+    """
+
+    round: Round
+    nodes: tuple[bytes, ...]
+    run_id: str
+    layout: bytes
+    max_payload: int
+    selection: CommitteeSelection
+    final: bool = False
+    assigned: bool = False
+    batches: dict[int, tuple[Interval, ...]] = field(default_factory=dict)
+    entries: dict[bytes, Entry] = field(default_factory=dict)
+    attests: dict[int, dict[bytes, Envelope]] = field(default_factory=dict)
+    votes: dict[tuple[int, bytes], set[int]] = field(default_factory=dict)
+    silent: set[int] = field(default_factory=set)
+    missing: set[int] = field(default_factory=set)
+    hopeless: set[int] = field(default_factory=set)
+    _places: dict[bytes, int] = field(default_factory=dict)
+    _of: dict[int, list[Entry]] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, round: Round, nodes: tuple[bytes, ...], config: CoordinatorConfig, run_id: str, layout: bytes, limit: int
+    ) -> RoundLog:
+        """Begin the log of a round that the coordinator announced; one that only drains has no batches to assign."""
+        log = cls(round, nodes, run_id, layout, limit, round_selection(round, config), assigned=not round.step)
+        log._places = {node: index for index, node in enumerate(nodes)}
+        return log
+
+    def assign(self, again: tuple[Interval, ...]) -> list[Envelope]:
+        """Divide the round's ids and those that it trains again among its trainers.
+
+        Returns:
+            What was filed under another assignment, to be filed anew.
+        """
+        self.assigned = True
+        shares = assign(self.round.seed, self.round.data_index, self.round.batch_size, self.selection)
+        assigned = batches(shares, again)
+        if assigned == self.batches:
+            return []
+        before = [entry.envelope for entry in self.entries.values()]
+        self.batches, self.silent, self.missing = assigned, set(assigned), set(assigned)
+        for filed in (self.entries, self._of, self.hopeless):
+            filed.clear()
+        return before
+
+    def index_of(self, node: bytes) -> int | None:
+        """The list index of a node in this round, or None."""
+        return self._places.get(node)
+
+    def add_result(self, envelope: Envelope) -> Entry | None:
+        """Take an announcement of an assigned round; returns the new entry, or None when it was known.
+
+        Raises:
+            WireError: it does not belong to this round, says why.
+        """
+        result = envelope.message
+        assert isinstance(result, Result)
+        index = self.index_of(envelope.sender)
+        who = short(envelope.sender)
+        if index is None:
+            raise WireError(f"{who} is not a member of round {self.round.height}")
+        if self.batches.get(index) != result.batch or result.step != self.round.step:
+            raise WireError(
+                f"{who} announced the ids {_ids(result.batch)} of step {result.step}; it was assigned "
+                f"{_ids(self.batches.get(index, ()))} of step {self.round.step}"
+            )
+        if result.layout != self.layout:
+            raise WireError(f"{who} trains a model with other shapes, chunk or k than this node")
+        if not 0 < result.size <= self.max_payload:
+            raise WireError(f"{who} announced a payload of {result.size} bytes; 1 to {self.max_payload} are accepted")
+        commitment = result.commitment(self.run_id, envelope.sender)
+        known = self._of.setdefault(index, [])
+        if commitment in self.entries or len(known) >= MAX_ENTRIES_PER_BATCH:
+            return None
+        entry = Entry(commitment, envelope, result, index)
+        self.entries[commitment] = entry
+        known.append(entry)
+        self.silent.discard(index)
+        if len(known) > 1:
+            self.missing.add(index)
+            self.hopeless.add(index)
+        return entry
+
+    def settle(self, entry: Entry, refused: str = "") -> None:
+        """Note that an entry's payload is here and well-formed, or why it can never be used."""
+        entry.verified, entry.refused = not refused, refused
+        if len(self._of[entry.trainer]) > 1:
+            return
+        if refused:
+            self.hopeless.add(entry.trainer)
+        else:
+            self.missing.discard(entry.trainer)
+
+    def add_attest(self, envelope: Envelope) -> bool:
+        """Take a witness' list; returns whether it was new.
+
+        Raises:
+            WireError: its sender is no witness of this round.
+        """
+        attest = envelope.message
+        assert isinstance(attest, Attest)
+        index = self.index_of(envelope.sender)
+        if index is None or not self.selection.is_witness(index):
+            raise WireError(f"{short(envelope.sender)} is not a witness of round {self.round.height}")
+        lists = self.attests.setdefault(index, {})
+        root = attest_root(attest)
+        if root in lists or len(lists) >= MAX_ENTRIES_PER_BATCH:
+            return False
+        lists[root] = envelope
+        if attest.digest:
+            self.votes.setdefault((attest.applied, attest.digest), set()).add(index)
+        return True
+
+    def of(self, trainer: int) -> list[Entry]:
+        """The results announced by a trainer."""
+        return self._of.get(trainer, [])
+
+    def verified(self) -> list[Entry]:
+        """Results that this node can vouch for: payload stored and well-formed, and only one for its batch."""
+        return [entries[0] for entries in self._of.values() if len(entries) == 1 and entries[0].verified]
+
+    def messages(self) -> list[Envelope]:
+        """Every stored message of the round, to send again."""
+        lists = [envelope for by_root in self.attests.values() for envelope in by_root.values()]
+        return [entry.envelope for entry in self.entries.values()] + lists
+
+
+def _ids(intervals: tuple[Interval, ...]) -> str:
+    shown = [f"{start} to {end}" for start, end in intervals[:4]]
+    return ", ".join([*shown, *(["..."] if len(intervals) > 4 else [])]) or "none"
