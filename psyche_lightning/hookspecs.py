@@ -137,8 +137,10 @@ def register_coordinators(register: Register[CoordinatorFactory]) -> None:
     ``factory(url, run_id, identity, options)`` returns a client that fulfils
     :class:`psyche_lightning.coordinator.protocol.Coordinator`.
 
-    A factory may have three attributes besides: ``admin(url, run_id, token)`` returns the owner's side of a run
+    A factory may have four attributes besides: ``admin(url, run_id, token)`` returns the owner's side of a run
     (:class:`psyche_lightning.coordinator.administration.RunAdmin`), which is what ``psyche run`` talks to;
+    ``clock(url)`` how far its clock is from this machine's
+    (:class:`psyche_lightning.coordinator.clock.ClockReading`), for ``psyche doctor``;
     ``read_account(data, name)`` the status in a dump of a run's account (``psyche run status --account-file``);
     ``demo()`` what ``psyche demo --coordinator NAME`` is played on (``psyche_lightning.cli.demo.stage.Stage``).
 

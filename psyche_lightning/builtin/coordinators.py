@@ -12,6 +12,7 @@ from psyche_lightning.plugins import build
 
 if TYPE_CHECKING:
     from psyche_lightning.coordinator.administration import RunAdmin
+    from psyche_lightning.coordinator.clock import ClockReading
     from psyche_lightning.coordinator.protocol import Coordinator
     from psyche_lightning.wire.identity import Identity
 
@@ -46,4 +47,11 @@ def http(url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) 
     return build(f"coordinator {url!r}", partial(HttpCoordinator, url, run_id, identity), options)
 
 
+def _clock(url: str) -> ClockReading:
+    from psyche_lightning.coordinator.clock import read_clock
+
+    return read_clock(url)
+
+
 http.admin = _admin  # type: ignore[attr-defined]
+http.clock = _clock  # type: ignore[attr-defined]

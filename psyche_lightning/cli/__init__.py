@@ -40,6 +40,7 @@ COMMANDS = {
     "data": Command("psyche_lightning.cli.data:data", "Make token files, look at data, serve it to other nodes."),
     "run": Command("psyche_lightning.cli.run:run", "Create, look at, pause and resume runs."),
     "demo": Command("psyche_lightning.cli.demo:demo", "Watch a few nodes on this machine train a model."),
+    "doctor": Command("psyche_lightning.cli.doctor:doctor", "Examine machine, link and recipe; predict a run's speed."),
     "bench": Command("psyche_lightning.cli.bench:bench", "Measure bytes, speed and quality."),
     "plugin": Command("psyche_lightning.cli.plugin:plugin", "Begin a plugin of your own."),
     "plugins": Command("psyche_lightning.cli.plugins:plugins", "List what is installed, and what failed to load."),

@@ -46,6 +46,8 @@ class Link:
         bandwidth: bytes a second that blobs from it came with lately, or None when not measured.
         last_seen: seconds since the peer was last heard, or None when it never was.
         path: how its bytes travel, such as ``"direct"`` or ``"relay https://..."``; empty when not known.
+        answered: seconds in which the peer, at the last attempt to connect, proved its key and refused this node, as
+            those do of whose run it is no participant; None when it did not.
     """
 
     peer: bytes
@@ -57,6 +59,7 @@ class Link:
     bandwidth: float | None = None
     last_seen: float | None = None
     path: str = ""
+    answered: float | None = None
 
     def __str__(self) -> str:
         """One line for people."""

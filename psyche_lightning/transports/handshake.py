@@ -56,6 +56,10 @@ class HandshakeError(TransportError):
     """The other side did not prove what it had to, or refused; the text is the reason."""
 
 
+class RefusedError(HandshakeError):
+    """The other side proved who it is, and refused this node."""
+
+
 class UnwelcomeError(HandshakeError):
     """The other side proved who it is, and is not welcome now."""
 
@@ -99,7 +103,8 @@ class Handshake:
             expected: public key of the node that the server must be.
 
         Raises:
-            HandshakeError: the server is someone else, or refused this node.
+            HandshakeError: the server is someone else.
+            RefusedError: it refused this node.
             WireError: the server sent what is no handshake.
             EOFError, OSError: the connection ended.
         """
@@ -120,7 +125,7 @@ class Handshake:
         writer.write(frame(Kind.PROOF, self._identity.public, proof))
         kind, body = await read_frame(reader, {Kind.WELCOME, Kind.GOODBYE})
         if kind == Kind.GOODBYE:
-            raise HandshakeError(f"it refused: {goodbye_text(body)}")
+            raise RefusedError(f"it refused: {goodbye_text(body)}")
 
     async def admit(
         self,

@@ -25,7 +25,7 @@ from psyche_lightning.transports.connection import Connection, Surroundings
 from psyche_lightning.transports.download import Download, Fetch
 from psyche_lightning.transports.framing import Kind, frame
 from psyche_lightning.transports.gossip import Gossip
-from psyche_lightning.transports.handshake import UnwelcomeError
+from psyche_lightning.transports.handshake import RefusedError, UnwelcomeError
 from psyche_lightning.transports.library import KEPT_SECONDS, BlobLibrary
 from psyche_lightning.transports.meter import ByteMeter
 from psyche_lightning.transports.peer import Peer
@@ -276,11 +276,12 @@ class MeshTransport(abc.ABC):
             pause = pause * self._rng.uniform(0.5, 1.5) + (GRACE * self._rng.uniform(1.0, 1.5) if patient else 0.0)
             if pause and await happens(peer.up, pause):
                 continue
-            meter = ByteMeter(self._meter)
+            meter, dialled = ByteMeter(self._meter), self._now()
             try:
                 pipe = await self._timed(self._dial(peer.key, peer.address, meter))
             except (TransportError, WireError, OSError, EOFError) as error:
                 peer.absorb(meter)
+                peer.answered = self._now() - dialled if isinstance(error, RefusedError) else None
                 attempts += 1
                 if peer.connection is None:
                     peer.reason = f"cannot connect to {peer.address[:100]}: {reason(error)}"
@@ -421,7 +422,9 @@ class MeshTransport(abc.ABC):
 def reason(error: Exception) -> str:
     """What an error says, in few words."""
     if isinstance(error, OSError):
-        return error.strerror or (os.strerror(error.errno) if error.errno else str(error) or type(error).__name__)
+        if error.errno is not None and error.errno > 0:  # asyncio has "Connect call failed" for its text
+            return os.strerror(error.errno)
+        return error.strerror or str(error) or type(error).__name__
     if isinstance(error, EOFError):
         return "the connection was closed during the handshake"
     return str(error)

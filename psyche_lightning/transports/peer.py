@@ -15,6 +15,7 @@ from psyche_lightning.transports.waiting import happens
 from psyche_lightning.wire.identity import short
 
 CONNECT_WAIT = 5.0  # seconds that a fetch waits for a link that is down
+NOT_YET = "not connected yet"
 USUAL_BANDWIDTH = 2.5e6  # bytes a second of a peer that has not delivered anything yet
 USUAL_ROUND_TRIP = 0.05
 MEASURED = 64 * 1024  # bytes from which on the time that they took says something
@@ -35,6 +36,7 @@ class Peer:
         down: set while there is none.
         reason: why there is none.
         lost: why the last connection ended.
+        answered: seconds in which it refused the last attempt to connect; None when it did not.
         seen: loop time at which an earlier connection last heard it.
         bandwidth: bytes a second with which parts of blobs came from it lately; None when not measured.
         trusted: whether it never delivered other bytes than were asked for.
@@ -49,8 +51,9 @@ class Peer:
         self.up = asyncio.Event()
         self.down = asyncio.Event()
         self.down.set()
-        self.reason = "not connected yet"
+        self.reason = NOT_YET
         self.lost = ""
+        self.answered: float | None = None
         self.seen: float | None = None
         self.bandwidth: float | None = None
         self.trusted = True
@@ -73,7 +76,7 @@ class Peer:
         up, down, connection = self._past_up, self._past_down, self.connection
         if connection is None:
             seen = None if self.seen is None else now - self.seen
-            return Link(self.key, False, None, up, down, self.reason, self.bandwidth, seen)
+            return Link(self.key, False, None, up, down, self.reason, self.bandwidth, seen, answered=self.answered)
         meter, seen = connection.pipe.meter, now - connection.heard
         up, down, path = up + meter.up, down + meter.down, connection.pipe.path()
         return Link(self.key, True, connection.round_trip, up, down, "", self.bandwidth, seen, path)

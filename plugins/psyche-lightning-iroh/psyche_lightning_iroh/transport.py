@@ -22,7 +22,7 @@ import iroh
 from psyche_lightning.errors import ConfigError, TransportError, WireError
 from psyche_lightning.transports.base import TransportContext
 from psyche_lightning.transports.framing import Kind, Source, frame, goodbye_text, read_frame
-from psyche_lightning.transports.handshake import HandshakeError, UnwelcomeError
+from psyche_lightning.transports.handshake import RefusedError, UnwelcomeError
 from psyche_lightning.transports.mesh import MeshTransport
 from psyche_lightning.transports.meter import ByteMeter
 from psyche_lightning.transports.pipe import BULK, URGENT, GoodbyeError, Pipe
@@ -207,10 +207,10 @@ class IrohTransport(MeshTransport):
             pipe = await self._pipe(connection, urgent, bulk, meter)
             await read_frame(pipe.lanes[0][0], {Kind.WELCOME})
         except GoodbyeError as error:
-            raise HandshakeError(f"it refused: {error}") from None
+            raise RefusedError(f"it refused: {error}") from None
         except iroh.IrohError as error:
             said = _farewell(connection)
-            raise TransportError(f"it refused: {said}" if said else _text(error)) from None
+            raise (RefusedError(f"it refused: {said}") if said else TransportError(_text(error))) from None
         except BaseException:
             if connection is not None:
                 connection.close(0, b"")

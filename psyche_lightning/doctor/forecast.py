@@ -1,0 +1,205 @@
+"""From what was measured to a prediction, and the rows that tell it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from psyche_lightning.coordinator.clock import ClockReading
+from psyche_lightning.doctor.finding import Finding, Verdict, duration, speed
+from psyche_lightning.doctor.link import Measured
+from psyche_lightning.doctor.prediction import Conditions, Prediction, needed_rate, predict
+from psyche_lightning.doctor.speed import Speed
+from psyche_lightning.doctor.surroundings import members
+from psyche_lightning.recipe import Recipe
+from psyche_lightning.transports.environment import with_environment
+
+AREA = "prediction"
+HANDSHAKE_TRIPS = 3.0
+"""Round trips until a peer has proved its key: of TCP, of TLS, and of the proofs."""
+BUSY = 0.7
+"""Utilization below which there is something to say."""
+_LIMITS = {
+    "compute": ("computing", ""),
+    "slowest": ("the slowest node", "everybody waits for it: leave it out, or let all nodes have a like device"),
+    "distro": ("DisTrO's own work", "a larger global batch computes longer between two updates"),
+    "upload": ("upload", "overlap=true hides it behind computing; a smaller k or a larger global batch sends less"),
+    "download": ("download", "overlap=true hides it behind computing; a smaller k or fewer nodes send less"),
+    "latency": ("latency", "a larger global batch computes longer between two round trips"),
+}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a round of the run is.
+
+    Attributes:
+        nodes: that train.
+        samples: of a round.
+        rates: tokens a second of the other nodes, as they report it, by short key.
+    """
+
+    nodes: int
+    samples: int
+    rates: Mapping[str, float]
+
+    @property
+    def share(self) -> int:
+        """Samples of one node."""
+        return math.ceil(self.samples / self.nodes)
+
+
+@dataclass(frozen=True)
+class Network:
+    """The link that is predicted for; rates in bytes a second, times in seconds; None is not known.
+
+    Attributes:
+        upload: of this node.
+        download: of this node.
+        round_trip: to peers.
+        coordinator_trip: to the coordinator.
+    """
+
+    upload: float | None
+    download: float | None
+    round_trip: float | None
+    coordinator_trip: float | None
+
+
+def terms(recipe: Recipe, status: Mapping[str, Any] | None, nodes: int | None) -> Terms:
+    """A round of the recipe, or of the run if there is one.
+
+    Args:
+        recipe: its batch, and how many nodes it begins with.
+        status: of the run, whose values win.
+        nodes: how many to predict for; None for those of the run and this one, or of the recipe.
+    """
+    batch, rates, there = recipe.run.global_batch_size_end, {}, recipe.run.init_min_clients
+    if status is not None:
+        found = members(status)
+        batch = status["config"]["global_batch_size_end"] or batch
+        there = max(status["config"]["init_min_clients"], len(found))
+        rates = {row["key"]: row["tokens_per_second"] for row in found.values() if row["tokens_per_second"]}
+    return Terms(nodes or there, batch, rates)
+
+
+def network(
+    options: Mapping[str, Any],
+    *,
+    link: Measured | None,
+    reading: ClockReading | None,
+    url: str | None,
+    answered: Sequence[float],
+    upload: float | None,
+    download: float | None,
+    round_trip: float | None,
+) -> Network:
+    """What is known of the link: given, else measured; no more than the node's own limits.
+
+    Args:
+        options: of the transport, among them perhaps limits.
+        link: measured to a peer.
+        reading: of the coordinator's clock, whose answers took their time.
+        url: of the coordinator.
+        answered: seconds in which peers refused this node.
+        upload: given, bytes a second.
+        download: likewise.
+        round_trip: given, seconds.
+    """
+    limits = with_environment(options)
+    rates = []
+    for name, given in (("upload", upload), ("download", download)):
+        known = [given if given is not None else getattr(link, name, None), limits.get(name)]
+        rates.append(min((rate for rate in known if rate is not None), default=None))
+    trip = round_trip
+    if trip is None and link is not None:
+        trip = link.round_trip
+    if trip is None and answered:
+        trip = max(answered) / HANDSHAKE_TRIPS
+    # Connecting takes a round trip, the encryption another, the answer one.
+    own = None if reading is None else reading.answer_seconds / (3 if url and url.startswith("https") else 2)
+    return Network(rates[0], rates[1], trip, own if own is not None else trip)
+
+
+def conditions(recipe: Recipe, terms: Terms, network: Network, speed: Speed, payload: int) -> Conditions:
+    """What the formula takes; what is not known does not hold anything up."""
+    share = terms.share * recipe.data.seq_len
+    return Conditions(
+        nodes=terms.nodes,
+        samples=terms.samples,
+        seq_len=recipe.data.seq_len,
+        sample_seconds=speed.sample_seconds,
+        encode_seconds=speed.encode_seconds,
+        apply_seconds=speed.apply_seconds,
+        payload=payload,
+        overlap=recipe.run.overlap,
+        upload=network.upload or math.inf,
+        download=network.download or math.inf,
+        round_trip=network.round_trip or 0.0,
+        coordinator_trip=network.coordinator_trip or 0.0,
+        slowest_seconds=max((share / rate for rate in terms.rates.values()), default=0.0),
+    )
+
+
+def findings(given: Conditions, network: Network, speed_: Speed, terms: Terms) -> tuple[Prediction, list[Finding]]:
+    """The prediction, and its rows."""
+    found = predict(given)
+    tokens = given.seq_len / speed_.sample_seconds
+    rows = [
+        Finding("recipe", "speed", f"{_tokens(tokens)} on this device alone: {speed_.how}"),
+        _link(given, network),
+        Finding(AREA, "round", f"{duration(found.round_seconds)}: {_parts(given, found)}"),
+        Finding(AREA, "speed", f"{_tokens(found.tokens_per_second)} of {_nodes(terms.nodes)}, {_batch(given)}"),
+    ]
+    what, advice = _LIMITS[found.limit]
+    if found.limit == "slowest":
+        name = min(terms.rates, key=lambda key: terms.rates[key])
+        what = f"{what}, {name}"
+    low = found.utilization < BUSY
+    value = f"{found.utilization:.0%} of the time this device computes; the limit is {what}"
+    verdict = Verdict.WARNING if low and advice else Verdict.OK
+    if given.overlap:
+        advice = advice.replace("overlap=true hides it behind computing; ", "")
+    rows.append(Finding(AREA, "utilization", value, verdict, advice if low else ""))
+    return found, rows
+
+
+def _link(given: Conditions, network: Network) -> Finding:
+    if given.nodes == 1:
+        return Finding(AREA, "link", "one node alone needs none")
+    needed = f"{given.traffic / 1e6:.3g} MB each way a round; {speed(needed_rate(given))} moves them while it computes"
+    known = []
+    for name in ("upload", "download"):
+        rate = getattr(network, name)
+        known += [] if rate is None else [f"{name} {speed(rate)}"]
+    if network.round_trip is not None:
+        known.append(f"round trip {duration(network.round_trip)}")
+    if network.upload is None or network.download is None:
+        advice = (
+            "predicted as if it cost no time: measure it (psyche doctor --listen on a peer's machine, --peer here), or "
+            "give --upload, --download and --latency"
+        )
+        return Finding(AREA, "link", "; ".join([needed, *known]), Verdict.UNKNOWN, advice)
+    slow = min(network.upload, network.download) < needed_rate(given)
+    advice = "slower than that: rounds wait for the link" * slow
+    return Finding(AREA, "link", f"{needed}; here {', '.join(known)}", Verdict.WARNING if slow else Verdict.OK, advice)
+
+
+def _parts(given: Conditions, found: Prediction) -> str:
+    names = {"distro": "DisTrO", "slowest": "waiting for the slowest"}
+    texts = [f"{names.get(name, name)} {duration(part)}" for name, part in found.parts.items() if part > 0]
+    return f"{', '.join(texts)}; results overlap computing" if given.overlap else ", ".join(texts)
+
+
+def _tokens(rate: float) -> str:
+    return f"{rate:,.0f} tokens/s" if rate >= 100 else f"{rate:.3g} tokens/s"
+
+
+def _nodes(nodes: int) -> str:
+    return "one node" if nodes == 1 else f"{nodes} nodes like this one"
+
+
+def _batch(given: Conditions) -> str:
+    return f"{given.samples} samples of {given.seq_len} tokens a round"

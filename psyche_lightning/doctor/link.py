@@ -1,0 +1,467 @@
+"""A link between two machines, measured by two doctors before there is a run.
+
+One listens and prints an invitation, ``ADDRESS#SECRET``; the other dials it. The keys of both follow from the secret,
+so each proves to the other that it holds the invitation, with the transport's own handshake, and nobody else gets in.
+What is asked for is bounded by both sides: by the caller in what it wants, by the listener in what it grants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from psyche_lightning.errors import ConfigError, TransportError, WireError
+from psyche_lightning.transports.base import Link, Transport, TransportContext
+from psyche_lightning.wire.canonical import pack, unpack
+from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.identity import Identity
+
+SECRET_SIZE = 16
+CONNECT_SECONDS = 20.0
+ANSWER_SECONDS = 5.0
+PINGS = 12
+FIRST_BLOB = 256_000
+MOST_BYTES, MOST_SECONDS = 1_000_000_000, 120.0
+"""What a listener grants at most, whatever it was told to."""
+BACK_SECONDS = 10.0
+_MESSAGE_SIZE = 4096
+_POLL = 0.02
+
+MakeTransport = Callable[[], Transport]
+Say = Callable[[str], None]
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """Where a listening doctor is, and the secret by which the two know each other.
+
+    Attributes:
+        address: of the transport.
+        secret: random bytes.
+    """
+
+    address: str
+    secret: bytes
+
+    def __str__(self) -> str:
+        return f"{self.address}#{self.secret.hex()}"
+
+    @classmethod
+    def parse(cls, text: str) -> Invitation:
+        """Read what the other doctor printed.
+
+        Raises:
+            ConfigError: it is not an invitation.
+        """
+        address, mark, secret = text.strip().rpartition("#")
+        try:
+            raw = bytes.fromhex(secret)
+        except ValueError:
+            raw = b""
+        if not mark or "://" not in address or len(raw) != SECRET_SIZE:
+            raise ConfigError(
+                f"{text[:100]!r} is not an invitation; on the other machine run `psyche doctor --listen` and copy what "
+                "it prints, such as tcp://192.168.1.11:4000#0123... (in quotes)"
+            )
+        return cls(address, raw)
+
+    @property
+    def scheme(self) -> str:
+        """The transport's name in the address."""
+        return self.address.partition("://")[0]
+
+    @property
+    def run_id(self) -> str:
+        """What stands for a run's name."""
+        return f"doctor-{sha256(b'run' + self.secret)[:8].hex()}"
+
+    def identity(self, role: str) -> Identity:
+        """The key of the ``listener``, the ``caller``, or the listener's ``second`` one, which dials back."""
+        return Identity(sha256(b"psyche-lightning doctor 1 " + role.encode() + b" " + self.secret))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A link, as the caller sees it; rates in bytes a second, times in seconds.
+
+    Attributes:
+        path: as the transport says it, such as ``"direct"``.
+        round_trip: median of small messages there and back.
+        upload: to the peer; None when nothing arrived in time.
+        download: from the peer; None likewise.
+        clock_offset: by how much the peer's clock is ahead.
+        clock_uncertainty: by how much that may be wrong.
+        own_address: where this machine listens.
+        called_back: how the peer reached that address: the path, or empty when it could not.
+        why_not: why it could not.
+    """
+
+    path: str
+    round_trip: float
+    upload: float | None
+    download: float | None
+    clock_offset: float
+    clock_uncertainty: float
+    own_address: str
+    called_back: str
+    why_not: str = ""
+
+
+def new_secret() -> bytes:
+    """A secret whose caller's key is the smaller: that one dials at once."""
+    while True:
+        secret = os.urandom(SECRET_SIZE)
+        invitation = Invitation("", secret)
+        if invitation.identity("caller").public < invitation.identity("listener").public:
+            return secret
+
+
+# -- the one who calls ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Caller:
+    """Asks the listener, and knows which answer is to what."""
+
+    transport: Transport
+    peer: bytes
+    answers: dict[int, asyncio.Future[list[Any]]] = field(default_factory=dict)
+    number: int = 0
+
+    def hear(self, peer: bytes, message: bytes) -> bool:
+        """Take an answer."""
+        try:
+            number, *rest = _open(message)
+        except WireError:
+            return False
+        waiting = self.answers.pop(number, None)
+        if peer == self.peer and waiting is not None and not waiting.done():
+            waiting.set_result(rest)
+        return True
+
+    async def ask(
+        self, what: str, *arguments: Any, kinds: tuple[type, ...], seconds: float = ANSWER_SECONDS
+    ) -> list[Any]:
+        """Send a request and wait for its answer, which has values of these types.
+
+        Raises:
+            TransportError: none came, or another.
+        """
+        self.number += 1
+        number, answer = self.number, asyncio.get_running_loop().create_future()
+        self.answers[number] = answer
+        self.transport.send(self.peer, pack([number, what, *arguments]))
+        try:
+            values: list[Any] = await asyncio.wait_for(answer, seconds)
+        except asyncio.TimeoutError:
+            raise TransportError(f"the other doctor did not answer ({what}) within {seconds:g} s") from None
+        if tuple(map(type, values)) != kinds:
+            raise TransportError(f"the other doctor gave no proper answer ({what}); is it of the same version?")
+        return values
+
+
+async def call(
+    make: MakeTransport,
+    invitation: Invitation,
+    *,
+    most_bytes: int,
+    seconds: float,
+    progress: Progress = lambda what, done: None,
+) -> Measured:
+    """Measure the link to a listening doctor.
+
+    Args:
+        make: makes the transport with this machine's options.
+        invitation: of the other.
+        most_bytes: sent each way at most.
+        seconds: that each way takes at most.
+        progress: is told what is measured, and which part of it is done, 0 to 1.
+
+    Raises:
+        TransportError: this machine cannot listen, the other cannot be reached, or it fell silent.
+    """
+    transport, blobs = make(), _Blobs()
+    caller = _Caller(transport, invitation.identity("listener").public)
+    context = TransportContext(invitation.identity("caller"), invitation.run_id, caller.hear, blobs.get)
+    try:
+        own = await transport.start(context)
+        progress("connecting", 0.0)
+        # The second key has no address: it can only come by itself.
+        transport.set_peers({caller.peer: invitation.address, invitation.identity("second").public: ""})
+        link = await _connected(transport, caller.peer, CONNECT_SECONDS)
+        if not link.connected:
+            raise TransportError(
+                f"cannot reach the other doctor: {link.reason}. Is `psyche doctor --listen` running there, with an "
+                "address that can be reached from here?"
+            )
+        trips, offset, uncertainty = await _ping(caller, progress)
+        download = await _download(caller, most_bytes, seconds, progress)
+        upload = await _upload(caller, blobs, most_bytes, seconds, progress)
+        progress("dialling back", 0.0)
+        back, why_not = await caller.ask("call", own, kinds=(str, str), seconds=BACK_SECONDS + ANSWER_SECONDS)
+        link = next(one for one in transport.links() if one.peer == caller.peer)
+        return Measured(
+            path=link.path or "connected",
+            round_trip=statistics.median(trips),
+            upload=upload,
+            download=download,
+            clock_offset=offset,
+            clock_uncertainty=uncertainty,
+            own_address=own,
+            called_back=back,
+            why_not=why_not,
+        )
+    finally:
+        await transport.stop()
+
+
+async def _ping(caller: _Caller, progress: Progress) -> tuple[list[float], float, float]:
+    """Round trips, and the other clock as the quickest of them shows it."""
+    found = []
+    for number in range(PINGS):
+        progress("latency", number / PINGS)
+        sent = time.time()
+        began = time.perf_counter()
+        (theirs,) = await caller.ask("ping", kinds=(int,))
+        trip = time.perf_counter() - began
+        found.append((trip, theirs / 1e6 - (sent + trip / 2)))
+    quickest = min(found)
+    return [trip for trip, _ in found], quickest[1], quickest[0] / 2
+
+
+async def _download(caller: _Caller, most_bytes: int, seconds: float, progress: Progress) -> float | None:
+    """Bytes a second from the peer: of a small blob, then of one that suits the rate."""
+    rate, spent = None, 0.0
+    for size in _sizes(most_bytes):
+        wanted = size(rate, seconds - spent)
+        if wanted <= 0:
+            break
+        (digest,) = await caller.ask("give", wanted, kinds=(bytes,))
+        got, took = await _fetch(
+            caller.transport, digest, caller.peer, wanted, seconds - spent, lambda part: progress("download", part)
+        )
+        rate = got / took if got else rate
+        spent += took
+        if got < wanted:
+            break
+    return rate
+
+
+async def _upload(caller: _Caller, blobs: _Blobs, most_bytes: int, seconds: float, progress: Progress) -> float | None:
+    """Bytes a second to the peer, as the peer counts what arrives."""
+    rate, spent = None, 0.0
+    for number, size in enumerate(_sizes(most_bytes)):
+        wanted = size(rate, seconds - spent)
+        if wanted <= 0:
+            break
+        progress("upload", number / 2)
+        digest = await blobs.make(wanted)
+        left = seconds - spent
+        got, micros = await caller.ask(
+            "take", digest, wanted, round(1e3 * left), kinds=(int, int), seconds=left + ANSWER_SECONDS
+        )
+        took = max(micros / 1e6, 1e-6)
+        rate = got / took if got else rate
+        spent += took
+        if got < wanted:
+            break
+    return rate
+
+
+def _sizes(most_bytes: int) -> list[Callable[[float | None, float], int]]:
+    """How large the first blob is, and the second, by the rate of the first and the seconds that are left."""
+    return [
+        lambda rate, left: min(FIRST_BLOB, most_bytes),
+        lambda rate, left: 0 if rate is None or left <= 0 else min(most_bytes - FIRST_BLOB, int(0.7 * rate * left)),
+    ]
+
+
+# -- the one who listens ----------------------------------------------------------------------------------------------
+
+
+async def listen(make: MakeTransport, announce: Callable[[Invitation], None], say: Say, stop: asyncio.Event) -> None:
+    """Be the other end for whoever has the invitation, until told to stop.
+
+    Args:
+        make: makes the transport with this machine's options; called again for each attempt to dial back.
+        announce: is given the invitation.
+        say: is given lines for people.
+        stop: set to end.
+
+    Raises:
+        TransportError: this machine cannot listen.
+    """
+    secret = new_secret()
+    shared = Invitation("", secret)
+    transport, caller = make(), shared.identity("caller").public
+    listener = _Listener(transport, make, shared, say)
+    context = TransportContext(shared.identity("listener"), shared.run_id, listener.hear, listener.blobs.get)
+    try:
+        address = await transport.start(context)
+        transport.set_peers({caller: ""})
+        announce(Invitation(address, secret))
+        there = False
+        while not stop.is_set():
+            link = next(iter(transport.links()))
+            if link.connected != there:
+                there = link.connected
+                say(f"somebody is here ({link.path or 'connected'})" if there else "they have left")
+            await _within(_POLL * 10, stop)
+    finally:
+        listener.close()
+        await transport.stop()
+
+
+class _Listener:
+    """Answers one caller, one request after another."""
+
+    def __init__(self, transport: Transport, make: MakeTransport, shared: Invitation, say: Say) -> None:
+        self.blobs = _Blobs()
+        self._transport = transport
+        self._make = make
+        self._shared = shared
+        self._say = say
+        self._busy: asyncio.Task[None] | None = None
+
+    def hear(self, peer: bytes, message: bytes) -> bool:
+        """Take a request; one that comes while another is worked on is dropped."""
+        try:
+            number, what, *arguments = _open(message)
+        except (WireError, ValueError):
+            return False
+        if self._busy is not None and not self._busy.done():
+            return True
+        known: dict[str, Callable[..., Any]] = {
+            "ping": self._ping, "give": self._give, "take": self._take, "call": self._call
+        }  # fmt: skip
+        if what not in known:
+            return False
+        work = known[what]
+        self._busy = asyncio.ensure_future(self._work(peer, number, work, arguments))
+        return True
+
+    def close(self) -> None:
+        """Stop what is under way."""
+        if self._busy is not None:
+            self._busy.cancel()
+
+    async def _work(self, peer: bytes, number: int, work: Callable[..., Any], arguments: list[Any]) -> None:
+        try:
+            answer = await work(peer, *arguments)
+        except (TypeError, ValueError):  # not what the other doctor sends
+            return
+        self._transport.send(peer, pack([number, *answer]))
+
+    async def _ping(self, peer: bytes) -> list[Any]:
+        return [round(1e6 * time.time())]
+
+    async def _give(self, peer: bytes, size: int) -> list[Any]:
+        return [await self.blobs.make(_bounded(size, MOST_BYTES))]
+
+    async def _take(self, peer: bytes, digest: bytes, size: int, millis: int) -> list[Any]:
+        if not isinstance(digest, bytes) or len(digest) != 32:
+            raise ValueError(digest)
+        seconds = _bounded(millis, int(1e3 * MOST_SECONDS)) / 1e3
+        got, took = await _fetch(self._transport, digest, peer, _bounded(size, MOST_BYTES), seconds)
+        if got:
+            self._say(f"received {got / 1e6:.1f} MB at {got / took / 1e6:.2f} MB/s")
+        return [got, round(1e6 * took)]
+
+    async def _call(self, peer: bytes, address: str) -> list[Any]:
+        transport = self._make()
+        context = TransportContext(
+            self._shared.identity("second"), self._shared.run_id, lambda peer, message: True, lambda digest: None
+        )
+        try:
+            await transport.start(context)
+            transport.set_peers({peer: str(address)})
+            link = await _connected(transport, peer, BACK_SECONDS)
+        except TransportError as error:
+            return ["", str(error)[:500]]
+        finally:
+            await transport.stop()
+        found = (link.path or "connected") if link.connected else ""
+        self._say(f"their address {address[:100]} " + (f"can be reached from here ({found})" if found else "cannot"))
+        return [found, link.reason[:500]]
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+
+
+class _Blobs:
+    """The last blob that was made."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[bytes, bytes] = b"", b""
+
+    async def make(self, size: int) -> bytes:
+        """Make one of that many random bytes, which nothing on the way can compress; returns its hash."""
+
+        def fresh() -> tuple[bytes, bytes]:
+            data = os.urandom(size)
+            return sha256(data), data
+
+        self._kept = await asyncio.get_running_loop().run_in_executor(None, fresh)
+        return self._kept[0]
+
+    def get(self, digest: bytes) -> bytes | None:
+        """The blob, if it is this one."""
+        return self._kept[1] if digest == self._kept[0] else None
+
+
+def _open(message: bytes) -> list[Any]:
+    value = unpack(message, max_size=_MESSAGE_SIZE)
+    if not isinstance(value, list) or len(value) < 2 or not isinstance(value[0], int):
+        raise WireError("not a message of a doctor")
+    return value
+
+
+def _bounded(number: int, most: int) -> int:
+    """A size or a time that was asked for; raises ValueError for nonsense."""
+    if not isinstance(number, int) or not 0 < number <= most:
+        raise ValueError(number)
+    return number
+
+
+async def _fetch(
+    transport: Transport,
+    digest: bytes,
+    peer: bytes,
+    size: int,
+    seconds: float,
+    progress: Callable[[float], None] = lambda part: None,
+) -> tuple[int, float]:
+    """Fetch a blob for at most some seconds; returns the bytes that came and the seconds that they took."""
+    here = 0
+
+    def came(so_far: int, whole: int) -> None:
+        nonlocal here
+        here = so_far
+        progress(so_far / max(whole, 1))
+
+    began = time.perf_counter()
+    with contextlib.suppress(TransportError):  # what has come until then counts
+        here = len(await transport.fetch(digest, [peer], max_size=size, timeout=seconds, progress=came))
+    return here, max(time.perf_counter() - began, 1e-6)
+
+
+async def _connected(transport: Transport, peer: bytes, seconds: float) -> Link:
+    """The link to a peer once it is up, or as it is when time is over."""
+    until = time.monotonic() + seconds
+    while True:
+        link = next(one for one in transport.links() if one.peer == peer)
+        if link.connected or time.monotonic() > until:
+            return link
+        await asyncio.sleep(_POLL)
+
+
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)

@@ -1,0 +1,257 @@
+"""The machine by itself, and what a recipe needs of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from psyche_lightning.doctor.finding import Finding, Verdict, count, size
+from psyche_lightning.plugins import load_plugins
+
+if TYPE_CHECKING:
+    import torch
+
+    from psyche_lightning.recipe import Recipe
+    from psyche_lightning.recipe.estimate import Estimate
+
+AREA, RECIPE = "machine", "recipe"
+OLDEST = (3, 10)
+LEAST_MEMORY, LEAST_DISK = 2e9, 2e9
+LEAST_KEPT = 64 << 20
+"""Bytes of agreed payloads that a node keeps at least."""
+SNAPSHOTS = 3
+"""Of the parameters that are on disk at a time: the epoch's first, and two within it."""
+CHECKPOINTS = 4
+"""That are on disk at a time, the one that is being written among them."""
+FILES, FILES_PER_PEER = 128, 4
+"""Files and sockets that a node has open, and how many more for each peer."""
+BUSY = 0.5
+"""Load of other work, for each core, from which on measurements suffer."""
+ROOM = 1.3
+"""Memory for activations and the framework, as a factor on what is known."""
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def examine(folder: Path = Path()) -> list[Finding]:
+    """Python, torch, threads, memory, disk, files, clock and plugins.
+
+    Args:
+        folder: where a node would keep its files.
+    """
+    import torch
+
+    cores = usable_cores()
+    load = _load()
+    busy = load is not None and load > BUSY * cores
+    memory, disk = available_memory(), free_disk(folder)
+    python = sys.version_info[:2] >= OLDEST
+    return [
+        Finding(
+            AREA,
+            "python",
+            f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+            Verdict.OK if python else Verdict.PROBLEM,
+            "" if python else f"install Python {'.'.join(map(str, OLDEST))} or newer",
+        ),
+        Finding(AREA, "torch", f"{torch.__version__}, {', '.join(devices())}"),
+        Finding(
+            AREA,
+            "threads",
+            f"torch uses {torch.get_num_threads()}, {cores} cores" + ("" if load is None else f", load {load:.1f}"),
+            Verdict.WARNING if busy else Verdict.OK,
+            "other programs keep the cores busy: training will be slower, and so is what is measured now" * busy,
+        ),
+        _enough(AREA, "memory", memory, LEAST_MEMORY, "free", "close programs; small recipes may still fit"),
+        _enough(AREA, "disk", disk, LEAST_DISK, f"free in {folder.resolve()}", "make room, or train in another folder"),
+        open_files(AREA, 1),
+        _clock(time.time()),
+        *_plugins(),
+    ]
+
+
+def needs(estimate: Estimate, folder: Path, nodes: int, device: torch.device) -> list[Finding]:
+    """Memory, disk and files that a recipe takes, beside what there is.
+
+    Args:
+        estimate: the recipe's size.
+        folder: of the node.
+        nodes: of the run.
+        device: that computes.
+    """
+    return [_memory(estimate, device), _disk(estimate, folder), open_files(RECIPE, nodes)]
+
+
+def choose_device(recipe: Recipe) -> tuple[torch.device, Finding]:
+    """The device that the recipe trains on, and what there is to say of it."""
+    import torch
+
+    wanted, there = recipe.trainer.accelerator, devices()
+    kind = {"auto": there[-1], "gpu": there[-1], "cuda": "cuda", "mps": "mps", "cpu": "cpu"}.get(wanted, wanted)
+    verdict, advice = Verdict.OK, ""
+    if kind not in there or (wanted == "gpu" and kind == "cpu"):
+        verdict = Verdict.PROBLEM
+        advice = f"torch has only {', '.join(there)} here: set trainer.accelerator=auto, or install another torch"
+        kind = "cpu"
+    precision, threads = recipe.trainer.precision, recipe.trainer.threads or torch.get_num_threads()
+    if kind == "cuda" and precision.startswith("bf16") and not torch.cuda.is_bf16_supported():
+        verdict, advice = Verdict.WARNING, "this GPU computes bfloat16 slowly; 32-true or 16-mixed may be quicker"
+    device = torch.device(kind)
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
+    value = f"{name}, parameters {recipe.model.dtype}, precision {precision}"
+    if kind == "cpu":
+        value += f", {threads} of {usable_cores()} cores"
+    return device, Finding(RECIPE, "device", value, verdict, advice)
+
+
+def devices() -> list[str]:
+    """Kinds of devices that torch can compute on, the quickest last."""
+    import torch
+
+    found = ["cpu"]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    if torch.cuda.is_available():
+        found.append("cuda")
+    return found
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    with suppress(AttributeError, OSError):  # only some systems can say
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_memory() -> int | None:
+    """Bytes that a process may still take before the machine or its container is full; None when not known."""
+    found = []
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024)
+    with suppress(OSError, ValueError):  # no number where there is no limit
+        limit = int((_CGROUP / "memory.max").read_text())
+        found.append(max(0, limit - int((_CGROUP / "memory.current").read_text())))
+    if not found:
+        with suppress(AttributeError, OSError, ValueError):
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found, default=None)
+
+
+def free_disk(folder: Path) -> int | None:
+    """Bytes that are free where the folder is, or would be; None when not known."""
+    place = folder.resolve()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return None
+
+
+def open_files(area: str, nodes: int) -> Finding:
+    """The limit on open files beside what a node of a run of that size has open."""
+    needed = FILES + FILES_PER_PEER * nodes
+    try:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    except ImportError:  # Windows has no such limit
+        return Finding(area, "open files", "no limit")
+    if soft == resource.RLIM_INFINITY or soft >= 2 * needed:
+        text = "no limit" if soft == resource.RLIM_INFINITY else f"{soft:,} may be open"
+        return Finding(area, "open files", f"{text}, a node in a run of {nodes} needs about {needed}")
+    verdict = Verdict.WARNING if soft >= needed else Verdict.PROBLEM
+    more = "any number" if hard == resource.RLIM_INFINITY else f"{hard:,}"
+    advice = f"raise it before training: ulimit -n {2 * needed} ({more} are allowed)"
+    return Finding(
+        area, "open files", f"{soft:,} may be open, a node in a run of {nodes} needs about {needed}", verdict, advice
+    )
+
+
+def _enough(area: str, name: str, have: int | None, least: float, where: str, advice: str) -> Finding:
+    if have is None:
+        return Finding(area, name, "this system does not say how much is free", Verdict.UNKNOWN)
+    good = have >= least
+    return Finding(area, name, f"{size(have)} {where}", Verdict.OK if good else Verdict.WARNING, "" if good else advice)
+
+
+def _load() -> float | None:
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def _clock(now: float) -> Finding:
+    text = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
+    if time.gmtime(now).tm_year < 2025:
+        return Finding(AREA, "clock", text, Verdict.PROBLEM, "set this machine's clock: certificates of servers fail")
+    return Finding(AREA, "clock", text)
+
+
+def _plugins() -> list[Finding]:
+    loaded = load_plugins()
+    entries = [entry for registry in loaded.registries() for entry in registry.values()]
+    names = sorted({entry.distribution for entry in entries})
+    found = [Finding(AREA, "plugins", f"{len(entries)} of {', '.join(names)}")]
+    for failure in loaded.failures:
+        value = f"{failure.plugin} of {failure.distribution} {failure.version} failed to load: {failure.error}"
+        advice = f"update or uninstall it: pip install -U {failure.distribution}; everything else works without it"
+        found.append(Finding(AREA, "plugin", value, Verdict.WARNING, advice))
+    for registry in loaded.registries():
+        for name in registry.conflicts:
+            found.append(
+                Finding(AREA, "plugin", f"two plugins have {name!r}", Verdict.WARNING, registry.conflict(name))
+            )
+    return found
+
+
+def _memory(estimate: Estimate, device: torch.device) -> Finding:
+    import torch
+
+    needed = sum(estimate.memory.values())
+    parts = ", ".join(f"{name} {size(amount)}" for name, amount in estimate.memory.items())
+    have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    value = f"{size(needed)} without activations ({parts})"
+    if have is None:
+        return Finding(RECIPE, "memory", value, Verdict.UNKNOWN)
+    value += f"; {size(have)} free"
+    if needed > have:
+        return Finding(RECIPE, "memory", value, Verdict.PROBLEM, "train a smaller model, or on a machine with more")
+    if ROOM * needed > have:
+        return Finding(RECIPE, "memory", value, Verdict.WARNING, "activations may not fit; lower micro_batch_size")
+    return Finding(RECIPE, "memory", value)
+
+
+def disk_needed(estimate: Estimate) -> int:
+    """Bytes that a node writes at most: snapshots, payloads, the accumulated update, and checkpoints."""
+    parameters = estimate.memory["parameters"]
+    snapshot = max(parameters, 4 * estimate.trainable)  # float32 masters are what is published
+    kept = max(snapshot, LEAST_KEPT)
+    return SNAPSHOTS * snapshot + kept + 4 * estimate.trainable + CHECKPOINTS * parameters
+
+
+def _disk(estimate: Estimate, folder: Path) -> Finding:
+    needed, have = disk_needed(estimate), free_disk(folder)
+    value = f"up to {size(needed)} for snapshots, payloads and checkpoints"
+    if have is None:
+        return Finding(RECIPE, "disk", value, Verdict.UNKNOWN)
+    value += f"; {size(have)} free in {folder.resolve()}"
+    if needed > have:
+        advice = "make room, or choose another folder with node.dir=DIR"
+        return Finding(RECIPE, "disk", value, Verdict.PROBLEM, advice)
+    return Finding(RECIPE, "disk", value)
+
+
+def model_size(estimate: Estimate) -> Finding:
+    """How large the model and its payload are."""
+    value = f"{count(estimate.parameters)} parameters"
+    if estimate.trainable != estimate.parameters:
+        value += f", {count(estimate.trainable)} of them trained"
+    return Finding(RECIPE, "model", f"{value}; a payload of {size(estimate.payload)} a round")

@@ -1,0 +1,253 @@
+"""What is around a node of a run: its coordinator, the other participants, and the own address."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from psyche_lightning.coordinator.clock import ClockReading
+from psyche_lightning.doctor.finding import Finding, Verdict, duration, speed
+from psyche_lightning.doctor.link import Measured
+from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
+from psyche_lightning.plugins import load_plugins
+from psyche_lightning.transports.base import Link, Transport, TransportContext
+from psyche_lightning.transports.peer import NOT_YET
+from psyche_lightning.wire.identity import Identity, short
+
+AREA, LINK = "run", "link"
+SKEW = 2.0
+"""Seconds that a clock may be off before it is worth a word."""
+LATE = 0.5
+"""Seconds to the coordinator and back from which on rounds suffer."""
+REACH_SECONDS = 12.0
+_POLL = 0.02
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A participant of the run.
+
+    Attributes:
+        key: its public key.
+        address: where it listens.
+        link: what came of dialling it.
+    """
+
+    key: bytes
+    address: str
+    link: Link
+
+    @property
+    def there(self) -> bool:
+        """Whether it proved its key, if only to refuse a stranger."""
+        return self.link.connected or self.link.answered is not None
+
+
+def coordinator(url: str) -> tuple[list[Finding], ClockReading | None]:
+    """Whether a coordinator can be reached, and how far this machine's clock is from its own.
+
+    Raises:
+        ConfigError, PluginError: the URL is none of a coordinator.
+    """
+    scheme, colon, _ = url.partition(":")
+    if not colon:
+        raise ConfigError(f"{url!r} is not a coordinator's URL; expected one such as http://127.0.0.1:8080")
+    look = getattr(load_plugins().coordinators()[scheme].factory, "clock", None)
+    if look is None:
+        text = f"a coordinator of the kind {scheme!r} does not say what time it is"
+        return [Finding(AREA, "clock", text, Verdict.UNKNOWN)], None
+    try:
+        reading: ClockReading = look(url)
+    except CoordinatorError as error:
+        advice = "check the URL, that `psyche coordinator` runs there, and that no firewall is in between"
+        if error.code == "NoClock":
+            return [Finding(AREA, "clock", str(error), Verdict.UNKNOWN)], None
+        return [Finding(AREA, "coordinator", str(error), Verdict.PROBLEM, advice)], None
+    late = reading.answer_seconds > LATE
+    there = Finding(
+        AREA,
+        "coordinator",
+        f"{url} answers within {duration(reading.answer_seconds)}, connecting included",
+        Verdict.WARNING if late else Verdict.OK,
+        "every round waits for it once; choose one nearby, or longer rounds (a larger global batch)" * late,
+    )
+    return [there, clock_finding(AREA, "the coordinator", reading.offset, reading.uncertainty)], reading
+
+
+def clock_finding(area: str, whose: str, offset: float, uncertainty: float) -> Finding:
+    """How far this machine's clock is from another one."""
+    far = abs(offset) - uncertainty > SKEW
+    side = "behind" if offset > 0 else "ahead of"
+    value = f"{duration(abs(offset))} {side} {whose}, give or take {duration(uncertainty)}"
+    if abs(offset) <= uncertainty:
+        value = f"equal to {whose}'s, give or take {duration(uncertainty)}"
+    advice = (
+        "rounds do not depend on it, but logs cannot be compared and certificates may fail: turn time sync (NTP) on"
+    )
+    return Finding(area, "clock", value, Verdict.WARNING if far else Verdict.OK, advice if far else "")
+
+
+def members(status: Mapping[str, Any]) -> dict[bytes, dict[str, Any]]:
+    """Those who take part in a run, by node key, from its status."""
+    rows = [row for row in (*status["clients"], *status["pending"]) if row["status"] in ("healthy", "pending")]
+    return {bytes.fromhex(row["signer"]): row for row in rows}
+
+
+def own_key(folder: Path) -> bytes | None:
+    """The public key of the node whose folder this is, if it has run before."""
+    path = folder / "node.key"
+    return Identity.load_or_create(path).public if path.is_file() else None
+
+
+async def reach(
+    make: Callable[[], Transport],
+    run_id: str,
+    addresses: Mapping[bytes, str],
+    progress: Callable[[str, float], None] = lambda what, done: None,
+    seconds: float = REACH_SECONDS,
+) -> list[Reached]:
+    """Dial the participants of a run with a key of no meaning; they prove theirs and refuse it.
+
+    Args:
+        make: makes the transport.
+        run_id: the run.
+        addresses: public key to address.
+        progress: is told how many have answered.
+        seconds: to wait at most.
+
+    Raises:
+        TransportError: this machine's transport does not start.
+    """
+    transport = make()
+    context = TransportContext(_eager(addresses), run_id, lambda peer, message: True, lambda digest: None)
+    try:
+        await transport.start(context)
+        transport.set_peers(addresses)
+        until = time.monotonic() + seconds
+        while True:
+            links = transport.links()
+            done = [one for one in links if one.connected or one.answered is not None or one.reason != NOT_YET]
+            progress("peers", len(done) / max(len(links), 1))
+            if len(done) == len(links) or time.monotonic() > until:
+                return [Reached(one.peer, addresses[one.peer], one) for one in links]
+            await asyncio.sleep(_POLL)
+    finally:
+        await transport.stop()
+
+
+def _eager(addresses: Mapping[bytes, str]) -> Identity:
+    """A fresh key, of a few the smallest: the node with the smaller one dials at once."""
+    return min((Identity.generate() for _ in range(4 * len(addresses) + 4)), key=lambda one: one.public)
+
+
+def peer_finding(found: Reached) -> Finding:
+    """A row on one participant."""
+    name, link = f"peer {short(found.key)}", found.link
+    if link.connected:
+        trip = "" if link.round_trip is None else f", {duration(link.round_trip)} there and back"
+        return Finding(AREA, name, f"{found.address}: {link.path or 'connected'}{trip}")
+    if link.answered is not None:
+        return Finding(AREA, name, f"{found.address}: answers within {duration(link.answered)}, handshake included")
+    advice = "it is enough when that node can reach this one; otherwise see docs/transports.md on relays"
+    return Finding(AREA, name, f"{found.address}: {link.reason}", Verdict.WARNING, advice)
+
+
+async def own_address(make: Callable[[], Transport], run_id: str) -> str:
+    """Where a node with these options would listen.
+
+    Raises:
+        TransportError: it cannot.
+    """
+    transport = make()
+    context = TransportContext(Identity.generate(), run_id, lambda peer, message: True, lambda digest: None)
+    try:
+        return await transport.start(context)
+    finally:
+        await transport.stop()
+
+
+def address_finding(address: str, *, called_back: str | None = None, why_not: str = "", far: bool = False) -> Finding:
+    """A row on the own address.
+
+    Args:
+        address: where this machine listens.
+        called_back: how a peer reached it; empty when it could not, None when nobody tried.
+        why_not: why it could not.
+        far: whether others are on other machines.
+    """
+    if called_back:
+        return Finding(LINK, "own address", f"{address}, which the peer reached ({called_back})")
+    kind = _kind(address)
+    if called_back is not None:
+        advice = (
+            "the link works, as this machine reached the peer; others like this one it will not reach. Forward the "
+            "port and set PSYCHE_HOST, PSYCHE_PORT and PSYCHE_ADVERTISE, or use node.transport=iroh with a relay"
+        )
+        return Finding(LINK, "own address", f"{address}: the peer cannot reach it: {why_not}", Verdict.WARNING, advice)
+    ask = "only another machine can tell whether it is reached: psyche doctor --listen there, --peer here"
+    if kind == "loopback":
+        advice = "for nodes on other machines set PSYCHE_HOST=0.0.0.0 and PSYCHE_ADVERTISE=HOST"
+        return Finding(
+            AREA,
+            "own address",
+            f"{address}, for this machine only",
+            Verdict.WARNING if far else Verdict.OK,
+            advice,
+        )
+    value = f"{address}, a private network's" if kind == "private" else address
+    return Finding(AREA, "own address", value, Verdict.UNKNOWN, ask)
+
+
+def is_far(url: str) -> bool:
+    """Whether a URL leads to another machine, as far as its text tells."""
+    host = urlsplit(url).hostname or ""
+    return host not in ("localhost", "") and _kind(f"x://{_bracketed(host)}:1") != "loopback"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _kind(address: str) -> str:
+    """``loopback`` or ``private`` when all IP addresses in it are, else nothing."""
+    hosts = []
+    for part in address.partition("://")[2].partition("?")[0].split(","):
+        try:
+            hosts.append(ipaddress.ip_address(urlsplit(f"//{part}").hostname or ""))
+        except ValueError:
+            return ""
+    if all(host.is_loopback for host in hosts):
+        return "loopback"
+    return "private" if all(host.is_private for host in hosts) else ""
+
+
+def link_findings(found: Measured) -> list[Finding]:
+    """Rows on a link that was measured."""
+    return [
+        Finding(LINK, "peer", f"{found.path}, {duration(found.round_trip)} there and back"),
+        _rate("upload", found.upload),
+        _rate("download", found.download),
+        clock_finding(LINK, "the peer", found.clock_offset, found.clock_uncertainty),
+        address_finding(found.own_address, called_back=found.called_back, why_not=found.why_not),
+    ]
+
+
+def _rate(name: str, rate: float | None) -> Finding:
+    if rate is None:
+        advice = (
+            "try again with more --seconds; a firewall or a limit (PSYCHE_UPLOAD, PSYCHE_DOWNLOAD) may be in the way"
+        )
+        return Finding(LINK, name, "nothing arrived in time", Verdict.PROBLEM, advice)
+    return Finding(LINK, name, speed(rate))
+
+
+def listening_problem(error: TransportError) -> Finding:
+    """A row for a transport that does not start."""
+    advice = "correct node.options or PSYCHE_HOST, PSYCHE_PORT and PSYCHE_ADVERTISE; a node that runs has the port"
+    return Finding(AREA, "own address", str(error), Verdict.PROBLEM, advice)

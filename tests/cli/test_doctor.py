@@ -1,0 +1,585 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from psyche_lightning.cli import main
+from psyche_lightning.coordinator.clock import Look, combine, read_clock
+from psyche_lightning.coordinator.server import CoordinatorServer
+from psyche_lightning.coordinator.store import MemoryStore
+from psyche_lightning.doctor import forecast, link, machine, surroundings
+from psyche_lightning.doctor.finding import Verdict, duration, size, speed
+from psyche_lightning.doctor.prediction import MESSAGE, WIRE, Conditions, needed_rate, predict
+from psyche_lightning.doctor.speed import measure, sample_flops
+from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
+from psyche_lightning.recipe import load_recipe
+from psyche_lightning.recipe.estimate import estimate
+from psyche_lightning.testing.peers import Node
+from psyche_lightning.transports.tcp import TcpTransport
+from psyche_lightning.wire.identity import Identity
+
+PROGRAM = [sys.executable, "-c", "import sys; from psyche_lightning.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("PSYCHE_") and name != "PSYCHE_PLUGINS"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+def examine(*arguments: str) -> tuple[int, dict[str, Any]]:
+    code = main(["doctor", *arguments, "--json", "doctor.json"])
+    return code, json.loads(Path("doctor.json").read_text())
+
+
+def row(figures: dict[str, Any], area: str, name: str) -> dict[str, str]:
+    (found,) = [one for one in figures["findings"] if (one["area"], one["name"]) == (area, name)]
+    return found
+
+
+# -- the formula ------------------------------------------------------------------------------------------------------
+
+LAN = Conditions(
+    nodes=4, samples=32, seq_len=100, sample_seconds=0.1, encode_seconds=0.05, apply_seconds=0.15, payload=10_000_000,
+    overlap=False, upload=100e6, download=200e6, round_trip=0.01, coordinator_trip=0.02,
+)  # fmt: skip
+TRAFFIC = 3 * (10_000_000 + MESSAGE + 32 * 4)
+
+
+def test_without_overlap_everything_adds_up() -> None:
+    found = predict(LAN)
+    assert LAN.traffic == TRAFFIC
+    upload, download = WIRE * TRAFFIC / 100e6, WIRE * TRAFFIC / 200e6
+    assert found.parts == pytest.approx(
+        {"compute": 0.8, "slowest": 0, "distro": 0.2, "upload": upload, "download": download, "latency": 0.035}
+    )
+    assert found.round_seconds == pytest.approx(0.8 + 0.2 + upload + 0.035)
+    assert found.tokens_per_second == pytest.approx(3200 / found.round_seconds)
+    assert found.utilization == pytest.approx(0.8 / found.round_seconds)
+    assert found.limit == "compute"
+
+
+def test_with_overlap_the_longer_counts() -> None:
+    quick = predict(replace(LAN, overlap=True))
+    assert quick.round_seconds == pytest.approx(0.8 + 0.2 + 0.025)
+    assert quick.limit == "compute"
+    slow = predict(replace(LAN, overlap=True, upload=10e6))
+    assert slow.round_seconds == pytest.approx(WIRE * TRAFFIC / 10e6 + 0.01)
+    assert slow.limit == "upload"
+
+
+@pytest.mark.parametrize(
+    ("change", "limit"),
+    [
+        ({"upload": 5e6}, "upload"),
+        ({"download": 5e6}, "download"),
+        ({"coordinator_trip": 4.0}, "latency"),
+        ({"apply_seconds": 3.0}, "distro"),
+        ({"slowest_seconds": 9.0}, "slowest"),
+        ({"slowest_seconds": 0.5}, "compute"),  # a quicker one holds up nobody
+    ],
+)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_takes_longest_is_the_limit(change: dict[str, float], limit: str, overlap: bool) -> None:
+    assert predict(replace(LAN, overlap=overlap, **change)).limit == limit
+
+
+def test_everybody_waits_for_the_slowest() -> None:
+    found = predict(replace(LAN, slowest_seconds=2.05))
+    assert found.parts["slowest"] == pytest.approx(2.0 - 0.8)
+    assert found.round_seconds == pytest.approx(predict(LAN).round_seconds + 1.2)
+
+
+def test_a_node_alone_waits_for_nobody() -> None:
+    found = predict(replace(LAN, nodes=1))
+    assert found.round_seconds == pytest.approx(3.2 + 0.2)
+    assert predict(replace(LAN, upload=math.inf, download=math.inf)).parts["upload"] == 0
+
+
+def test_shares_are_whole_samples() -> None:
+    assert predict(replace(LAN, samples=33)).parts["compute"] == pytest.approx(0.9)
+
+
+def test_more_of_anything_slow_is_never_quicker() -> None:
+    rng = random.Random(5)
+    for _ in range(300):
+        given = replace(
+            LAN, overlap=rng.random() < 0.5, sample_seconds=rng.uniform(1e-4, 1), upload=10 ** rng.uniform(4, 9),
+            download=10 ** rng.uniform(4, 9), round_trip=rng.uniform(0, 1), nodes=rng.randint(2, 64),
+        )  # fmt: skip
+        base = predict(given).round_seconds
+        for change in (
+            {"sample_seconds": 2 * given.sample_seconds}, {"upload": given.upload / 2}, {"apply_seconds": 1.0},
+            {"download": given.download / 2}, {"round_trip": 2 * given.round_trip}, {"payload": 2 * given.payload},
+        ):  # fmt: skip
+            assert predict(replace(given, **change)).round_seconds >= base
+        assert 0 < predict(given).utilization < 1
+
+
+def test_the_needed_rate_is_where_transfer_takes_as_long_as_computing() -> None:
+    rate = needed_rate(LAN)
+    found = predict(replace(LAN, upload=rate, download=rate))
+    assert found.parts["upload"] == pytest.approx(found.parts["compute"])
+
+
+def test_numbers_for_people() -> None:
+    assert [duration(seconds) for seconds in (0.00031, 0.0999, 1.5, 59, 150, 9000, 400000)] == [
+        "0.31 ms", "99.9 ms", "1.5 s", "59 s", "2.5 min", "2.5 h", "4.63 days",
+    ]  # fmt: skip
+    assert size(5140) == "5.14 kB"
+    assert speed(2.5e6) == "2.5 MB/s (20 Mbit/s)"
+
+
+# -- the machine and the recipe ---------------------------------------------------------------------------------------
+
+
+def test_without_a_recipe_only_the_machine_is_examined(capsys: pytest.CaptureFixture[str]) -> None:
+    code, figures = examine()
+    assert code == 0
+    assert {one["area"] for one in figures["findings"]} == {"machine"}
+    names = {one["name"] for one in figures["findings"]}
+    assert names >= {"python", "torch", "threads", "memory", "disk", "open files", "clock", "plugins"}
+    assert figures["prediction"] is None
+    printed = capsys.readouterr().out
+    assert "no problems" in printed
+    assert torch.__version__ in printed
+
+
+def test_a_recipe_is_trained_a_little_and_predicted() -> None:
+    code, figures = examine("demo", "--twin", "--nodes", "3", "--upload", "20", "--download", "50", "--latency", "40")
+    assert code == 0
+    found, speed = figures["prediction"], figures["speed"]
+    assert speed["steps"] >= 2
+    assert speed["micro_batch"] == 2  # a third of four samples, rounded up
+    assert found["parts"]["compute"] == pytest.approx(2 * speed["sample_seconds"])
+    assert found["tokens_per_second"] == pytest.approx(4 * 64 / found["round_seconds"])
+    assert found["parts"]["latency"] == pytest.approx(0.04 * 2.5)
+    payload = estimate(load_recipe("demo", twin=True)).payload
+    assert found["parts"]["upload"] == pytest.approx(WIRE * 2 * (payload + MESSAGE + 96) * 8 / 20e6)
+    assert found["limit"] == "latency"
+    assert "limit is latency" in row(figures, "prediction", "utilization")["value"]
+    assert row(figures, "recipe", "memory")["verdict"] == "ok"
+
+
+def test_a_link_that_nobody_measured_is_said_to_be_unknown() -> None:
+    code, figures = examine("demo", "--twin", "--nodes", "2")
+    assert code == 0
+    found = row(figures, "prediction", "link")
+    assert found["verdict"] == "not measured"
+    assert "--listen" in found["advice"]
+    assert figures["prediction"]["parts"]["upload"] == 0
+
+
+def test_the_nodes_own_limits_bound_the_link() -> None:
+    _, figures = examine(
+        "demo", "--twin", "--nodes", "2", "--upload", "80", "--download", "80", "node.options.upload=1e5"
+    )
+    parts = figures["prediction"]["parts"]
+    assert parts["upload"] == pytest.approx(100 * parts["download"])
+
+
+def test_a_model_that_is_too_large_is_computed_and_a_problem() -> None:
+    recipe = load_recipe("consilience-40b")
+    found = estimate(recipe)
+    small = load_recipe("demo", ["threads=1"])
+    size = replace(estimate(small), memory={"parameters": 1 << 60})
+    rows = machine.needs(size, Path(), 3, torch.device("cpu"))
+    assert [one.verdict for one in rows] == [Verdict.PROBLEM, Verdict.PROBLEM, Verdict.OK]
+    assert sum(found.memory.values()) > 400e9
+    speed = measure(small, estimate(small), torch.device("cpu"), nodes=3, share=8, fits=False, seconds=1)
+    assert speed.steps == 0
+    assert "does not fit" in speed.how
+    assert speed.sample_seconds > 0
+
+
+def test_what_would_take_too_long_is_tried_with_one_sample_and_then_computed() -> None:
+    recipe = load_recipe("demo", ["threads=1"])
+    told: list[float] = []
+    speed = measure(
+        recipe, estimate(recipe), torch.device("cpu"), nodes=3, share=8, fits=True, seconds=1e-6,
+        progress=lambda what, done: told.append(done),
+    )  # fmt: skip
+    assert speed.steps == 0
+    assert "takes longer" in speed.how
+    assert told == sorted(told)
+    assert torch.get_num_threads() >= 1
+
+
+def test_operations_are_counted_where_no_values_are() -> None:
+    recipe = load_recipe("demo")
+    found = estimate(recipe)
+    rule = 6 * found.trainable * recipe.data.seq_len
+    assert 0.5 * rule < sample_flops(recipe, found) < 2 * rule
+
+
+def test_a_device_that_is_not_there_is_a_problem() -> None:
+    device, found = machine.choose_device(load_recipe("demo", ["accelerator=tpu"]))
+    assert (device.type, found.verdict) == ("cpu", Verdict.PROBLEM)
+    assert machine.choose_device(load_recipe("demo"))[1].verdict is Verdict.OK
+
+
+def test_few_open_files_are_a_problem() -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
+        found = [machine.open_files("recipe", nodes) for nodes in (2, 40, 64)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert [one.verdict for one in found] == [Verdict.OK, Verdict.WARNING, Verdict.PROBLEM]
+    assert "ulimit -n" in found[2].advice
+
+
+def test_problems_are_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    code, figures = examine("demo", "--twin", "accelerator=tpu")
+    assert code == 1
+    assert row(figures, "recipe", "device")["verdict"] == "problem"
+    assert "1 problem," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["nothing"], "no recipe 'nothing'"),
+        (["lr=1"], "belongs to a recipe"),
+        (["demo", "twin"], "key=value"),
+        (["--twin"], "name the recipe"),
+        (["--run", "r"], "--coordinator"),
+        (["--nodes", "3"], "name a recipe"),
+        (["--peer", "tcp://127.0.0.1:1"], "not an invitation"),
+        (["--peer", "tcp://127.0.0.1:1#12"], "not an invitation"),
+        (["--listen", "--peer", "x"], "other machine's side"),
+        (["--listen", "node.transport=pigeon"], "pigeon"),
+        (["--listen", "node.options.prot=1"], "prot"),
+        (["--listen", "node.options.host=0.0.0.0"], "advertise"),
+        (["--coordinator", "nowhere"], "not a coordinator's URL"),
+        (["--json", "no/where.json"], "does not exist"),
+    ],
+)
+def test_mistakes_are_explained(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *arguments]) == 1
+    assert text in capsys.readouterr().err
+
+
+# -- clocks -----------------------------------------------------------------------------------------------------------
+
+
+def test_several_looks_at_a_clock_of_whole_seconds_are_better_than_one() -> None:
+    rng = random.Random(3)
+    for _ in range(200):
+        offset, start = rng.uniform(-900, 900), rng.uniform(1e9, 2e9)
+        looks = []
+        for number in range(8):
+            sent = start + 0.13 * number
+            between, received = sent + rng.uniform(0, 0.02), sent + 0.02
+            looks.append(Look(sent, received, math.floor(between + offset)))
+        reading = combine(looks)
+        assert abs(reading.offset - offset) <= reading.uncertainty + 1e-6
+        assert reading.uncertainty < 0.1
+        assert combine(looks[:1]).uncertainty > 0.5
+
+
+@contextlib.asynccontextmanager
+async def serving() -> AsyncIterator[str]:
+    server = CoordinatorServer(MemoryStore())
+    try:
+        yield await server.start("127.0.0.1", 0)
+    finally:
+        await server.stop()
+
+
+async def elsewhere(work: Callable[[], Any]) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+def test_the_clock_of_a_real_coordinator_is_read() -> None:
+    async def scene() -> None:
+        async with serving() as url:
+            reading = await elsewhere(lambda: read_clock(url))
+            assert abs(reading.offset) <= reading.uncertainty + 0.05
+            late = await elsewhere(lambda: read_clock(url, clock=lambda: time.time() - 100))
+            assert late.offset == pytest.approx(100, abs=late.uncertainty + 0.05)
+            found = surroundings.clock_finding("run", "the coordinator", late.offset, late.uncertainty)
+            assert found.verdict is Verdict.WARNING
+            assert "behind the coordinator" in found.value
+
+    asyncio.run(scene())
+
+
+def test_a_server_without_a_clock_or_without_a_life_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(CoordinatorError, match="cannot reach"):
+        read_clock(url)
+    found, reading = surroundings.coordinator(url)
+    assert reading is None
+    assert [one.verdict for one in found] == [Verdict.PROBLEM]
+    found, reading = surroundings.coordinator("embedded:")
+    assert [one.verdict for one in found] == [Verdict.UNKNOWN]
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_participants_are_dialled_and_their_refusal_counts_as_an_answer() -> None:
+    async def scene() -> None:
+        known = Node(TcpTransport(), Identity.generate())
+        other = Identity.generate()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            dead = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        await known.start()
+        try:
+            addresses = {known.key: known.address, Identity.generate().public: dead, other.public: known.address}
+            told: list[float] = []
+            found = await surroundings.reach(
+                TcpTransport, known.run_id, addresses, lambda what, done: told.append(done)
+            )
+        finally:
+            await known.transport.stop()
+        assert [one.there for one in found] == [True, False, False]
+        rows = [surroundings.peer_finding(one) for one in found]
+        assert [one.verdict for one in rows] == [Verdict.OK, Verdict.WARNING, Verdict.WARNING]
+        assert "answers within" in rows[0].value
+        assert "refused" in rows[1].value
+        assert "another node answers there" in rows[2].value
+        assert told[-1] == 1.0
+
+    asyncio.run(scene())
+
+
+def test_a_run_is_looked_at_with_its_coordinator(capsys: pytest.CaptureFixture[str]) -> None:
+    async def scene() -> None:
+        async with serving() as url:
+            created = ["run", "create", "mine", "demo", "--twin", "init_min_clients=3", "--coordinator", url]
+            assert await elsewhere(lambda: main(created)) == 0
+            code, figures = await elsewhere(lambda: examine("demo", "--twin", "--coordinator", url, "--run", "mine"))
+            assert code == 0
+            assert "waiting for members, 0 nodes" in row(figures, "run", "mine")["value"]
+            assert row(figures, "run", "clock")["verdict"] == "ok"
+            assert row(figures, "run", "own address")["verdict"] == "ok"  # the coordinator is here as well
+            assert figures["coordinator"]["answer_seconds"] > 0
+            assert figures["prediction"]["parts"]["latency"] > 0
+            assert "3 nodes like this one" in row(figures, "prediction", "speed")["value"]
+            code, figures = await elsewhere(lambda: examine("--coordinator", url, "--run", "other"))
+            assert code == 1
+            assert "mine" in row(figures, "run", "run")["value"]
+
+    asyncio.run(scene())
+
+
+def test_a_run_names_what_its_nodes_report() -> None:
+    recipe = load_recipe("demo")
+    keys = [Identity.generate().public for _ in range(3)]
+    rows = [
+        {"key": key.hex()[:8], "signer": key.hex(), "status": "healthy", "tokens_per_second": rate}
+        for key, rate in zip(keys, (100.0, 400.0, None), strict=True)
+    ]
+    gone = {"key": "x", "signer": keys[0].hex(), "status": "dropped", "tokens_per_second": 1.0}
+    status = {
+        "clients": [*rows[:2], gone],
+        "pending": rows[2:],
+        "config": {"global_batch_size_end": 30, "init_min_clients": 2},
+    }
+    terms = forecast.terms(recipe, status, None)
+    assert (terms.nodes, terms.samples, terms.share) == (3, 30, 10)
+    assert terms.rates == {keys[0].hex()[:8]: 100.0, keys[1].hex()[:8]: 400.0}
+    net = forecast.Network(1e6, 1e6, 0.1, 0.1)
+    speed = forecast.Speed(0.01, 0.001, 0.001, 8, 3, "measured")
+    given = forecast.conditions(recipe, terms, net, speed, 5000)
+    assert given.slowest_seconds == pytest.approx(10 * 128 / 100)
+    found, rows_ = forecast.findings(given, net, speed, terms)
+    assert found.limit == "slowest"
+    assert keys[0].hex()[:8] in rows_[-1].value
+    assert rows_[-1].verdict is Verdict.WARNING
+
+
+@pytest.mark.parametrize(
+    ("address", "far", "verdict"),
+    [
+        ("tcp://127.0.0.1:4000", False, Verdict.OK),
+        ("tcp://127.0.0.1:4000", True, Verdict.WARNING),
+        ("iroh://[::1]:4000", True, Verdict.WARNING),
+        ("tcp://192.168.1.4:4000", True, Verdict.UNKNOWN),
+        ("tcp://home.example:4000", True, Verdict.UNKNOWN),
+    ],
+)
+def test_whether_the_own_address_can_be_reached(address: str, far: bool, verdict: Verdict) -> None:
+    assert surroundings.address_finding(address, far=far).verdict is verdict
+
+
+def test_which_coordinators_are_on_other_machines() -> None:
+    assert not any(map(surroundings.is_far, ["http://127.0.0.1:80", "http://localhost:1", "http://[::1]:80"]))
+    assert all(map(surroundings.is_far, ["http://10.0.0.7:80", "https://runs.example", "http://[fe80::1]:80"]))
+
+
+# -- a link -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def listening(make: Callable[[], TcpTransport] = TcpTransport) -> AsyncIterator[link.Invitation]:
+    stop, invited, said = asyncio.Event(), asyncio.get_running_loop().create_future(), []
+    task = asyncio.ensure_future(link.listen(make, invited.set_result, said.append, stop))
+    try:
+        yield await asyncio.wait_for(invited, 10)
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 10)
+
+
+def test_two_doctors_measure_their_link() -> None:
+    async def scene() -> None:
+        async with listening() as invitation:
+            told: list[tuple[str, float]] = []
+            found = await link.call(
+                TcpTransport,
+                link.Invitation.parse(str(invitation)),
+                most_bytes=2_000_000,
+                seconds=5,
+                progress=lambda what, done: told.append((what, done)),
+            )
+        assert found.path == "direct"
+        assert found.called_back == "direct"
+        assert found.upload is not None
+        assert found.download is not None
+        assert 0 < found.round_trip < 5
+        assert abs(found.clock_offset) <= found.clock_uncertainty + 0.05
+        rows = surroundings.link_findings(found)
+        assert {one.verdict for one in rows} == {Verdict.OK}
+        assert {what for what, _ in told} == {"connecting", "latency", "download", "upload", "dialling back"}
+
+    asyncio.run(scene())
+
+
+def test_a_limit_shows_and_bounds_the_time() -> None:
+    async def scene() -> None:
+        async with listening() as invitation:
+            found = await link.call(lambda: TcpTransport(upload=400_000), invitation, most_bytes=30_000_000, seconds=2)
+        assert found.upload is not None
+        assert found.download is not None
+        assert found.upload < 600_000 < found.download
+
+    asyncio.run(scene())
+
+
+def test_an_address_that_nobody_reaches_is_a_warning() -> None:
+    async def scene() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            dead = f"127.0.0.1:{free.getsockname()[1]}"
+        async with listening() as invitation:
+            made = iter([TcpTransport(advertise=dead)])
+            found = await link.call(lambda: next(made), invitation, most_bytes=300_000, seconds=2)
+        assert not found.called_back
+        row = surroundings.link_findings(found)[-1]
+        assert row.verdict is Verdict.WARNING
+        assert dead in row.value
+
+    link_seconds, link.BACK_SECONDS = link.BACK_SECONDS, 2.0
+    try:
+        asyncio.run(scene())
+    finally:
+        link.BACK_SECONDS = link_seconds
+
+
+def test_only_who_is_invited_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "CONNECT_SECONDS", 1.0)
+
+    async def scene() -> None:
+        async with listening() as invitation:
+            stranger = link.Invitation(invitation.address, link.new_secret())
+            with pytest.raises(TransportError, match="cannot reach the other doctor"):
+                await link.call(TcpTransport, stranger, most_bytes=1000, seconds=1)
+
+    asyncio.run(scene())
+
+
+def test_what_a_caller_may_not_ask_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with listening() as invitation:
+            transport = TcpTransport()
+            caller = link._Caller(transport, invitation.identity("listener").public)
+            context = link.TransportContext(
+                invitation.identity("caller"), invitation.run_id, caller.hear, lambda digest: None
+            )
+            await transport.start(context)
+            try:
+                transport.set_peers({caller.peer: invitation.address})
+                assert (await link._connected(transport, caller.peer, 10)).connected
+                for wrong in (
+                    ["give", 2**60], ["give", -1], ["give", "a lot"], ["take", 5, 5, 5], ["give"], ["leave"],
+                ):  # fmt: skip
+                    with pytest.raises(TransportError, match="did not answer"):
+                        await caller.ask(*wrong, kinds=(bytes,), seconds=0.2)
+                assert await caller.ask("ping", kinds=(int,))
+                with pytest.raises(TransportError, match="no proper answer"):
+                    await caller.ask("ping", kinds=(bytes, bytes))
+            finally:
+                await transport.stop()
+
+    asyncio.run(scene())
+
+
+def test_an_invitation_says_where_and_who() -> None:
+    one = link.Invitation("tcp://10.0.0.7:4000", link.new_secret())
+    assert link.Invitation.parse(f" {one}\n") == one
+    assert one.scheme == "tcp"
+    keys = {role: one.identity(role).public for role in ("listener", "caller", "second")}
+    assert len(set(keys.values())) == 3
+    assert keys["caller"] < keys["listener"]
+    with pytest.raises(ConfigError, match="--listen"):
+        link.Invitation.parse("tcp://10.0.0.7:4000")
+
+
+@contextlib.contextmanager
+def doctor_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*PROGRAM, "doctor", "--listen", *arguments], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(5)]
+        found = re.search(r"--peer '(\S+)'", "".join(lines))
+        assert found, lines
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()  # type: ignore[union-attr]
+
+
+def test_a_listening_process_and_a_calling_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with doctor_process() as (process, invitation):
+        code, figures = examine("demo", "--twin", "--nodes", "2", "--peer", invitation, "--megabytes", "1")
+        assert code == 0
+        assert figures["link"]["path"] == "direct"
+        parts = figures["prediction"]["parts"]
+        assert parts["upload"] > 0
+        assert parts["latency"] == pytest.approx(2.5 * figures["link"]["round_trip"])
+        assert row(figures, "prediction", "link")["verdict"] == "ok"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) == 0
+    code, figures = 0, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(link, "CONNECT_SECONDS", 1.0)
+        code, figures = examine("--peer", invitation)
+    assert code == 1
+    assert row(figures, "link", "peer")["verdict"] == "problem"
