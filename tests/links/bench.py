@@ -33,6 +33,8 @@ THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZ
 PORT = 8080
 SKIPPED = 3
 """First steps that do not count: connections, and the pipeline's start."""
+LEFT_OUT = 2
+"""Last steps that do not count: the last one's time has the run's end in it."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def train_psyche(name: str, links: list[Link], recipe: str, steps: int, override
         url, log = f"http://{far.address}:{PORT}", folder / "log"
         serve = ["coordinator", "--host", far.address, "--port", str(PORT), "--dir", str(folder / "coordinator")]
         running.append(start(far, ["-m", "psyche_lightning.cli", *serve], log))
-        given = [f"total_steps={steps}", f"init_min_clients={len(nodes)}", *overrides]
+        given = [f"total_steps={steps + LEFT_OUT}", f"init_min_clients={len(nodes)}", *overrides]
         wait_for("the coordinator's start", log, lambda: "http" in log.read_text(), 60)
         create = ["-m", "psyche_lightning.cli", "run", "create", "links", recipe, *given, "--coordinator", url]
         made = subprocess.run(far.command([sys.executable, *create]), capture_output=True, text=True, check=False)
