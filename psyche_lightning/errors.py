@@ -33,6 +33,10 @@ class StoreError(PsycheError):
     """A node's folder of blobs and promises is full, unwritable, in use or damaged."""
 
 
+class CheckpointError(PsycheError):
+    """A checkpoint is missing, damaged or of something else, or its address cannot be read or written."""
+
+
 class DataError(PsycheError):
     """Samples cannot be obtained.
 

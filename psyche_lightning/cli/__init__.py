@@ -35,6 +35,7 @@ class Command:
 COMMANDS = {
     "train": Command("psyche_lightning.cli.train:train", "Train as one node: join a run, or run alone."),
     "generate": Command("psyche_lightning.cli.generate:generate", "Complete a text with a checkpoint."),
+    "checkpoints": Command("psyche_lightning.cli.checkpoints:checkpoints", "Look at checkpoints anywhere, copy them."),
     "sim": Command("psyche_lightning.cli.sim:sim", "Replay whole runs under faults in virtual time."),
     "coordinator": Command("psyche_lightning.cli.coordinator:coordinator", "Serve runs to nodes, and a live page."),
     "data": Command("psyche_lightning.cli.data:data", "Make token files, look at data, serve it to other nodes."),

@@ -13,16 +13,25 @@ from psyche_lightning.plugins import load_plugins
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A folder in Hugging Face format, such as a run's checkpoint.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A folder in Hugging Face format, a folder of checkpoints, or an address.",
+        ),
+    ],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
     seed: Annotated[int | None, typer.Option(help="Draw the same text every time.")] = None,
 ) -> None:
-    """Complete a text with a checkpoint; nothing is downloaded."""
-    model_type = _model_type(checkpoint)
+    """Complete a text with a checkpoint; of several the newest."""
     if not prompt:
         raise ConfigError("The prompt is empty; give at least one character after --prompt.")
+    from psyche_lightning.checkpoints.folder import local_model
+
+    checkpoint = Path(local_model(model, lambda text: typer.echo(text, err=True)))
+    model_type = _model_type(checkpoint)
     import torch
     from transformers import TextStreamer
     from transformers.utils import logging
@@ -33,13 +42,13 @@ def generate(
     if model_type in models:  # its factory makes the type known to transformers
         with torch.device("meta"):
             models[model_type].factory({})
-    model = _load_model(checkpoint, model_type)
+    loaded = _load_model(checkpoint, model_type)
     tokenizer = _load_tokenizer(checkpoint)
     if seed is not None:
         torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    room = getattr(model.config, "max_position_embeddings", None)
+    room = getattr(loaded.config, "max_position_embeddings", None)
     if room is not None and ids.shape[1] >= room:
         raise ConfigError(f"The prompt has {ids.shape[1]} tokens; the model sees {room}, so give it a shorter one.")
     if room is not None and ids.shape[1] + max_new_tokens > room:
@@ -47,7 +56,7 @@ def generate(
         typer.echo(f"(the model sees {room} tokens: at most {max_new_tokens} are added)", err=True)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     with torch.inference_mode():
-        model.generate(
+        loaded.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
         )
 

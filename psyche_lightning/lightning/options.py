@@ -46,6 +46,7 @@ class Options:
             folder for each node. None keeps them in memory.
         transport: how nodes reach each other; ``psyche plugins`` lists the choices.
         transport_options: what the transport is given, such as ``{"host": "0.0.0.0", "advertise": "10.0.0.7"}``.
+        start: of a run of this process alone: steps that were done before, and the first data id that is left.
         config: sizes of a run of this process alone; None for those that the DataLoader and Trainer give.
         manifest: sections of the run's manifest that replace those made from the module and its data.
         tokens_per_sample: what a sample counts in the figures for people.
@@ -70,6 +71,7 @@ class Options:
     directory: str | os.PathLike[str] | None = None
     transport: str = "tcp"
     transport_options: Mapping[str, Any] = field(default_factory=dict)
+    start: tuple[int, int] | None = None
     config: CoordinatorConfig | None = None
     manifest: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tokens_per_sample: int = 1

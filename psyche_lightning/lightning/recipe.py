@@ -7,11 +7,12 @@ import inspect
 import json
 import logging
 import os
-import shutil
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -20,17 +21,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
-from psyche_lightning.errors import ConfigError, PsycheError
+from psyche_lightning.errors import ConfigError
 from psyche_lightning.hookspecs import DataProvider
+from psyche_lightning.lightning.agreement import look
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.module import CausalModule, ProviderDataset
+from psyche_lightning.lightning.saving import Checkpoints, begin
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.lightning.strategy import PsycheStrategy
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe.config import Recipe
-from psyche_lightning.recipe.manifest import manifest
+from psyche_lightning.recipe.manifest import START, manifest, start_section
+from psyche_lightning.wire.identity import Identity
 
-CHECKPOINT = "checkpoint"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 
@@ -46,8 +49,8 @@ def train_recipe(
 
     The node's folder gets ``metrics.jsonl`` (a row for each step with ``step``, ``loss``, ``lr``,
     ``tokens_per_second``, ``bytes_up`` and ``bytes_down``, ``seconds`` since it began and how many of them it
-    ``waited`` for others; rows with ``step`` and ``validation_loss``), ``checkpoint``
-    in Hugging Face format (``checkpoint-STEP`` on the way, if the recipe wants it) and ``result.json``.
+    ``waited`` for others; rows with ``step`` and ``validation_loss``), ``result.json``,
+    and ``checkpoints`` with a folder in Hugging Face format for each; ``checkpoint`` leads to the newest.
 
     Args:
         recipe: what to train.
@@ -69,15 +72,22 @@ def train_recipe(
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
     plugins = load_plugins()
+    alone = coordinator_url is None
+    fixed = None
+    if coordinator_url is not None and recipe.checkpoint.resume is not None:
+        fixed = _fixed(coordinator_url, run)
+    beginning = begin(recipe, fixed, _say)
     provider: DataProvider = plugins.data_providers()[recipe.data.name].factory(
         recipe.data.options, seed=recipe.run.seed
     )
     torch.manual_seed(recipe.run.seed)  # nodes of one kind begin with equal parameters, which need not travel then
-    model = plugins.models()[recipe.model.name].factory(recipe.model.options)
+    model = plugins.models()[recipe.model.name].factory(dict(beginning.options))
     model = model.to(getattr(torch, recipe.model.dtype)).train()
     check_data(model, provider)
+    sections = manifest(recipe, getattr(provider, "fingerprint", None))
+    if beginning.moment is not None:
+        sections[START] = start_section(beginning.moment.step, beginning.moment.data_index, beginning.digest)
     module = CausalModule(model, recipe.optimizer, recipe.schedule)
-    alone = coordinator_url is None
     strategy = PsycheStrategy(
         coordinator_url,
         None if alone else run,
@@ -85,10 +95,12 @@ def train_recipe(
         transport=recipe.node.transport,
         transport_options=recipe.node.options,
         config=recipe.run.coordinator if alone else None,
-        manifest=manifest(recipe, getattr(provider, "fingerprint", None)),
+        start=beginning.start if alone else None,
+        manifest=sections,
         tokens_per_sample=provider.seq_len,
     )
     diary = _Diary(recipe, provider, folder)
+    diary.checkpoints = Checkpoints(recipe, run, folder, provider.tokenizer, sections, _say)
     trainer = Trainer(
         strategy=strategy,
         accelerator=recipe.trainer.accelerator,
@@ -110,7 +122,14 @@ def train_recipe(
 
 
 class _Diary(Callback):
-    """Shows progress, and writes what is left of a training: metrics, checkpoints and the result."""
+    """Shows progress, and writes what is left of a training: metrics, checkpoints and the result.
+
+    Attributes:
+        result: the content of ``result.json``, at the end.
+        checkpoints: makes them; set before training.
+    """
+
+    checkpoints: Checkpoints
 
     def __init__(self, recipe: Recipe, provider: DataProvider, folder: Path) -> None:
         self.result: dict[str, Any] = {}
@@ -121,7 +140,6 @@ class _Diary(Callback):
         self._losses: list[float] = []
         self._validation: list[tuple[int, float]] = []
         self._started = self._began = 0.0
-        self._saved = 0
         self._trained = 0
         self._console = Console()
         self._bar = Progress(
@@ -179,15 +197,15 @@ class _Diary(Callback):
         every = self._recipe.trainer.validate_every
         if every and self._validation and step // every > self._validation[-1][0] // every:
             self._validate(trainer, pl_module)
-        every = self._recipe.trainer.checkpoint_every
-        if every and step // every > self._saved // every:
-            self._save(pl_module, f"{CHECKPOINT}-{step}", step)
+        assert isinstance(pl_module, CausalModule)
+        self.checkpoints.after_round(session, pl_module.model)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._validation or self._validation[-1][0] != trainer.global_step:
             self._validate(trainer, pl_module)
-        self._save(pl_module, CHECKPOINT, trainer.global_step)
         session = _session(trainer)
+        assert isinstance(pl_module, CausalModule)
+        finish = self.checkpoints.at_the_end(session, pl_module.model, trainer.global_step)
         up, down = session.traffic.total
         validation = [loss for _, loss in self._validation]
         self.result = {
@@ -202,6 +220,7 @@ class _Diary(Callback):
         }
         self._replace(self._folder / RESULT, json.dumps(self.result, indent=1) + "\n")
         self._bar.stop()
+        finish()
         print(f"{trainer.global_step} steps, digest {self.result['digest'][:16]}, in {self._folder}/", flush=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -230,26 +249,20 @@ class _Diary(Callback):
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
 
-    def _save(self, module: LightningModule, name: str, step: int) -> None:
-        """Write a checkpoint beside its place, then put it there."""
-        assert isinstance(module, CausalModule)
-        target, fresh = self._folder / name, self._folder / f"{name}.new"
-        shutil.rmtree(fresh, ignore_errors=True)
-        try:
-            module.model.save_pretrained(fresh)  # type: ignore[operator]
-            tokenizer: Any = self._provider.tokenizer
-            if tokenizer is not None:
-                tokenizer.save_pretrained(fresh)
-            shutil.rmtree(target, ignore_errors=True)
-            fresh.rename(target)
-        except OSError as error:
-            raise PsycheError(f"cannot write the checkpoint {target}: {error.strerror}; is the disk full?") from error
-        self._saved = step
-
     def _replace(self, path: Path, text: str) -> None:
         fresh = path.with_name(path.name + ".new")
         fresh.write_text(text, encoding="utf-8")
         fresh.replace(path)
+
+
+def _fixed(url: str, run: str) -> Mapping[str, Any]:
+    """The manifest of a run as far as it is fixed."""
+    factory = load_plugins().coordinators()[urlsplit(url).scheme].factory
+    return look(factory(url, run, Identity.generate(), {})).manifest or {}
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _session(trainer: Trainer) -> Session:

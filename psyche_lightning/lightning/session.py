@@ -24,6 +24,7 @@ from psyche_lightning.lightning import residual
 from psyche_lightning.lightning.agreement import Agreement, agree, look
 from psyche_lightning.lightning.optimizers import copy_rates
 from psyche_lightning.lightning.options import Options
+from psyche_lightning.lightning.standing import Standing, after_round, at_the_end
 from psyche_lightning.lightning.traffic import Traffic
 from psyche_lightning.node.book import FILE as LEDGER
 from psyche_lightning.node.book import Book
@@ -75,6 +76,7 @@ class Session:
         loss: mean loss of the last round that it trained.
         samples: samples that it trained in that round.
         work: the round that it works on.
+        signer: the key that the coordinator knows it by.
         lost_rounds: rounds in a row, up to now, to which it gave nothing for want of samples.
 
     Raises:
@@ -96,6 +98,8 @@ class Session:
         self.traffic = Traffic()
         self._ticks = 0
         self._over = False
+        self._taken: tuple[RoundWork, RunState] | None = None
+        self.signer = b""
         if options.alone:
             unset = () if options.config else ("global_batch_size", "total_steps")
             terms = Terms(options.config or CoordinatorConfig(), unset)
@@ -162,6 +166,8 @@ class Session:
         if folder is not None and residual.load(folder, self._run, optimizer):
             logger.info("taking up the accumulated update of %d rounds from %s", optimizer.nonce, folder)
         identity = Identity.generate() if folder is None else Identity.load_or_create(folder / "node.key")
+        coordinator = self._own_run(identity, global_batch, total, done) if options.alone else self._client(identity)
+        self.signer = coordinator.signer
         memory = _RecentBlobs() if options.alone else MemoryBlobStore()
         store = memory if folder is None else DirectoryBlobStore(folder / "blobs")
         self._journal = MemoryJournal() if folder is None else Journal(folder / "journal")
@@ -169,7 +175,7 @@ class Session:
         self._participant = Participant(
             identity=identity,
             run_id=self._run,
-            coordinator=self._own_run(identity, global_batch, total, done) if options.alone else self._client(identity),
+            coordinator=coordinator,
             transport=MemoryTransport() if options.alone else self._transport(),
             replica=replica,
             manifest=manifest,
@@ -212,7 +218,8 @@ class Session:
             **{name: getattr(times, name) for name in (*_TIMES, "init_min_clients", "min_clients", "witness_nodes")},
         )
         host = RunHost(ALONE_RUN, config, seed=self.agreement.seed, max_seq_len=self.options.tokens_per_sample)
-        host.state = replace(host.state, step=done + 1, start_step=done + 1, epoch_start_data_index=done * global_batch)
+        done, index = self.options.start or (done, done * global_batch)
+        host.state = replace(host.state, step=done + 1, start_step=done + 1, epoch_start_data_index=index)
         return LocalCoordinator(host, identity, clock=lambda: float(self._ticks))
 
     # --- rounds -----------------------------------------------------------------------------------------------------
@@ -258,7 +265,19 @@ class Session:
     def take(self) -> RoundWork | None:
         """Like :meth:`peek`, and begin to work on it."""
         self.work, self._next = self.peek(), None
+        if self.work is not None and self.state is not None:
+            self._taken = self.work, self.state
         return self.work
+
+    @property
+    def standing(self) -> Standing | None:
+        """What the parameters contain now, outside of a round; None where that is not known."""
+        if self.finished and self.state is not None:
+            return at_the_end(self.state)
+        if self._taken is None:
+            return None
+        work, state = self._taken
+        return after_round(state, work.epoch, work.height, overlap=self.agreement.overlap)
 
     def submit(self, optimizer: torch.optim.Optimizer | None, loss: float = math.nan, samples: int = 0) -> None:
         """Hand in the update of the round in work, and apply the round's results when they are not to overlap.

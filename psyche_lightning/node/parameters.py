@@ -98,7 +98,7 @@ class ParameterReplica:
 
     def snapshot_buffers(self, put: Put) -> bytes:
         """Store the buffers as blobs and return the hash of their index."""
-        return put(encode_index(_describe(persistent_buffers(self._module).items(), put)))
+        return put(encode_index(describe_tensors(persistent_buffers(self._module).items(), put)))
 
     def load_buffers(self, index: bytes, get: Get) -> None:
         """Replace the buffers by those of that index.
@@ -113,8 +113,8 @@ class ParameterReplica:
 
     def _entries(self, put: Put | None) -> list[TensorEntry]:
         if self._frozen_entries is None or put is not None:
-            self._frozen_entries = list(_describe(self._frozen.items(), put))
-        return [*_describe(self._optimizer.published(), put), *self._frozen_entries]
+            self._frozen_entries = list(describe_tensors(self._frozen.items(), put))
+        return [*describe_tensors(self._optimizer.published(), put), *self._frozen_entries]
 
 
 def persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -131,7 +131,7 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _describe(tensors: Iterable[tuple[str, torch.Tensor]], put: Put | None) -> Iterator[TensorEntry]:
+def describe_tensors(tensors: Iterable[tuple[str, torch.Tensor]], put: Put | None = None) -> Iterator[TensorEntry]:
     """The index entries of named tensors, one after the other."""
     for name, tensor in tensors:
         plain = tensor.detach().cpu().contiguous()

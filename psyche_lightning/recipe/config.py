@@ -94,7 +94,8 @@ class ModelSection:
     Attributes:
         name: a model of a plugin; ``psyche plugins`` lists them.
         config: what the plugin's factory is given.
-        path: a local folder to load parameters from, for models that can; given to the factory as ``path``.
+        path: where the first parameters come from: a folder in Hugging Face format, a name of the Hub, or an address of
+            checkpoints; the factory gets it as ``path``, an address as the folder of a copy.
         dtype: of the parameters; bfloat16 ones have float32 masters.
     """
 
@@ -218,7 +219,6 @@ class TrainerSection:
         micro_batch_size: samples in one forward pass.
         validate_every: rounds between validations; 0 for never.
         validation_samples: samples of one validation.
-        checkpoint_every: rounds between checkpoints; 0 for one at the end.
         log_every: rounds between log lines.
         accelerator: Lightning's ``accelerator``.
         threads: torch threads; null leaves torch's choice.
@@ -228,10 +228,28 @@ class TrainerSection:
     micro_batch_size: Count = 8
     validate_every: NonNegative = 0
     validation_samples: Count = 64
-    checkpoint_every: NonNegative = 0
     log_every: Count = 10
     accelerator: str = "auto"
     threads: Count | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """``checkpoint``: what is kept of the parameters, and what a run goes on from.
+
+    Attributes:
+        every: rounds between checkpoints; 0 for one at the end.
+        keep: newest checkpoints that stay, in the node's folder and at the address.
+        to: an address that the nodes share, besides each node's own folder; null for none.
+        writers: nodes that care for the address: the first writes, a further one where those before it do not.
+        resume: an address of checkpoints from which the run goes on: parameters, step and data; null to begin anew.
+    """
+
+    every: NonNegative = 0
+    keep: Count = 3
+    to: str | None = None
+    writers: Count = 1
+    resume: str | None = None
 
 
 @dataclass(frozen=True)
@@ -261,6 +279,7 @@ class Recipe:
         data: what on.
         optimizer: step sizes.
         trainer: how this node computes.
+        checkpoint: what is kept of the parameters.
         node: how this node is connected.
     """
 
@@ -271,6 +290,7 @@ class Recipe:
     data: DataSection = field(default_factory=DataSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     trainer: TrainerSection = field(default_factory=TrainerSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     node: NodeSection = field(default_factory=NodeSection)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from psyche_lightning.checkpoints.folder import local_model
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe.config import Recipe
 
@@ -48,12 +49,16 @@ def meta_model(recipe: Recipe) -> torch.nn.Module:
     Raises:
         PluginError: no plugin has the model.
         ConfigError: its configuration is wrong.
+        CheckpointError: nothing usable is at its path.
     """
     registration = load_plugins().models()[recipe.model.name]
     import torch
 
+    options = recipe.model.options
+    if recipe.model.path is not None:
+        options["path"] = local_model(recipe.model.path, print, weights=False)
     with torch.device("meta"):
-        model: torch.nn.Module = registration.factory(recipe.model.options)
+        model: torch.nn.Module = registration.factory(options)
     return model.to(getattr(torch, recipe.model.dtype))
 
 

@@ -17,6 +17,15 @@ PLACES = ("path", "url", "tokenizer", "fetch")
 """Keys of ``model.config`` and ``data.config`` that say where something lies or how it is fetched; nodes may differ."""
 
 
+START = "start"
+"""The section of a run that goes on from a checkpoint: its step, the first data id, and the parameters' digest."""
+
+
+def start_section(step: int, data_index: int, digest: str) -> dict[str, Any]:
+    """The section :data:`START`; nodes that would begin otherwise are refused."""
+    return {"step": step, "data_index": data_index, "digest": digest}
+
+
 def manifest(recipe: Recipe, fingerprint: str | None = None) -> dict[str, dict[str, Any]]:
     """The manifest's sections, as plain JSON values.
 

@@ -28,8 +28,8 @@ def recipe(tmp_path: Path) -> Recipe:
     text.mkdir()
     (text / "all.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     loaded = load_recipe("demo", [f"data.config.path={text}", "micro_batch_size=2"], twin=True)
-    trainer = replace(loaded.trainer, validate_every=2, checkpoint_every=3)
-    return replace(loaded, trainer=trainer)
+    trainer = replace(loaded.trainer, validate_every=2)
+    return replace(loaded, trainer=trainer, checkpoint=replace(loaded.checkpoint, every=3))
 
 
 def test_alone_it_leaves_metrics_checkpoints_and_a_result(recipe: Recipe, tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_alone_it_leaves_metrics_checkpoints_and_a_result(recipe: Recipe, tmp_pa
     assert result["loss"]["validation"] == [validation[0], validation[-1]]
     assert validation[-1] < validation[0]
     assert [row["lr"] for row in rows if "lr" in row] == [recipe.schedule(step) for step in (1, 2, 3, 4)]
-    for name in ("checkpoint-3", "checkpoint"):
+    for name in ("checkpoints/step-000003", "checkpoint"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "node" / name, local_files_only=True)
         assert sum(parameter.numel() for parameter in model.parameters()) > 1000
     assert not list((tmp_path / "node").glob("*.new"))

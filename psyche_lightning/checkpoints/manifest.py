@@ -1,0 +1,165 @@
+"""``manifest.json``: what a checkpoint is and which files it has. It is written last, so whoever sees it has all.
+
+A JSON object with ``format`` (1), ``run``, ``step``, ``epoch``, ``data_index``, ``digest``, ``recipe`` and ``files``:
+``{name: {"size": bytes, "sha256": hex}}``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from psyche_lightning.errors import CheckpointError
+
+NAME = "manifest.json"
+FORMAT = 1
+MAX_SIZE = 16 << 20
+MAX_FILES = 100_000
+_PIECE = 16 << 20
+_HASH = re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"[A-Za-z0-9_][\w. -]{0,199}")
+_FOLDER = re.compile(r"step-(\d{6,12})")
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a checkpoint.
+
+    Attributes:
+        size: in bytes.
+        sha256: of its bytes, in hex.
+    """
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a checkpoint is of.
+
+    Attributes:
+        run: the run's name.
+        step: training steps that the parameters contain.
+        epoch: the run's epoch in which it was saved.
+        data_index: first data id of the step that follows.
+        recipe: digest of what must be equal on all nodes (the manifest of the run), in hex.
+    """
+
+    run: str
+    step: int
+    epoch: int
+    data_index: int
+    recipe: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A complete checkpoint.
+
+    Attributes:
+        moment: what it is of.
+        digest: of the parameters as they are saved, in hex: that of the run, as far as their dtype is float32 and no
+            data ids were open.
+        files: all files but the manifest, by name.
+    """
+
+    moment: Moment
+    digest: str
+    files: Mapping[str, File]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+    def text(self) -> str:
+        """The content of ``manifest.json``."""
+        files = {name: asdict(self.files[name]) for name in sorted(self.files)}
+        return (
+            json.dumps({"format": FORMAT, **asdict(self.moment), "digest": self.digest, "files": files}, indent=1)
+            + "\n"
+        )
+
+    @classmethod
+    def parse(cls, data: bytes, source: str) -> Manifest:
+        """Read one that comes from outside.
+
+        Args:
+            data: the file's bytes.
+            source: where it lies, for people.
+
+        Raises:
+            CheckpointError: it is not of this form.
+        """
+        try:
+            values: Any = json.loads(data)
+            if values["format"] != FORMAT:
+                raise ValueError(f"its format is {values['format']!r}, and this version knows {FORMAT}")
+            numbers = {name: values[name] for name in ("step", "epoch", "data_index")}
+            if any(type(number) is not int or not 0 <= number < 1 << 64 for number in numbers.values()):
+                raise ValueError("step, epoch or data_index is no whole number")
+            moment = Moment(run=_text(values["run"]), recipe=_hash(values["recipe"]), **numbers)
+            if not 0 < len(values["files"]) <= MAX_FILES:
+                raise ValueError(f"it has {len(values['files'])} files")
+            files = {_name(name): _file(entry) for name, entry in values["files"].items()}
+            return cls(moment, _hash(values["digest"]), files)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{source} is not the manifest of a checkpoint: {error!r}") from error
+
+
+def describe(folder: Path, moment: Moment, digest: bytes) -> Manifest:
+    """The manifest of a folder's files, which are read once."""
+    files = {path.name: file_of(path) for path in sorted(folder.iterdir()) if path.name != NAME}
+    return Manifest(moment, digest.hex(), files)
+
+
+def file_of(path: Path) -> File:
+    """Size and hash of a file."""
+    hashed, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            hashed.update(piece)
+            size += len(piece)
+    return File(size, hashed.hexdigest())
+
+
+def folder_name(step: int) -> str:
+    """Such as ``step-000120``; names in order are steps in order up to a million."""
+    return f"step-{step:06d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder; None for another name."""
+    match = _FOLDER.fullmatch(name)
+    return int(match[1]) if match and folder_name(int(match[1])) == name else None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 200:
+        raise ValueError(f"{value!r} is no name")
+    return value
+
+
+def _hash(value: Any) -> str:
+    if not isinstance(value, str) or not _HASH.fullmatch(value):
+        raise ValueError(f"{value!r} is no SHA-256 in hex")
+    return value
+
+
+def _name(value: str) -> str:
+    if value == NAME or not _FILE.fullmatch(value):  # nothing may lie outside of the folder
+        raise ValueError(f"{value!r} is no name of a file in the folder")
+    return value
+
+
+def _file(value: Any) -> File:
+    size, sha256 = value["size"], value["sha256"]
+    if type(size) is not int or size < 0:
+        raise ValueError(f"{size!r} is no number of bytes")
+    return File(size, _hash(sha256))

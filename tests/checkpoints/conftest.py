@@ -1,0 +1,78 @@
+"""Small models and checkpoints of them, made once, and a writer that tells what it says."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from psyche_lightning.checkpoints.manifest import NAME, Moment, describe, folder_name
+from psyche_lightning.checkpoints.model import ModelCopy
+
+RECIPE = "ab" * 32
+
+
+def moment(step: int, run: str = "run") -> Moment:
+    return Moment(run, step, 1, 10 * step, RECIPE)
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    """A Llama of some thousand parameters."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "llama", vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(3)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(scope="session")
+def saved(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with the tokenizer of bytes, in Hugging Face format and without a manifest."""
+    from psyche_lightning.data.tokenizer import byte_tokenizer
+
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    ModelCopy(model).save(folder)
+    byte_tokenizer().save_pretrained(str(folder))
+    return folder
+
+
+Make = Callable[[Path, int], Path]
+
+
+@pytest.fixture
+def make(saved: Path, model: Any) -> Make:
+    """Puts a complete checkpoint of a step into a folder of checkpoints."""
+
+    def put(folder: Path, step: int) -> Path:
+        target = folder / folder_name(step)
+        shutil.copytree(saved, target)
+        manifest = describe(target, moment(step), ModelCopy(model).digest())
+        (target / NAME).write_text(manifest.text())
+        return target
+
+    return put
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """An address in the memory of this process, empty before and after."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    yield "memory://bucket/run"
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of this test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"

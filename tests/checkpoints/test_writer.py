@@ -1,0 +1,254 @@
+"""Checkpoints are written in the background, in order, complete or not at all, by one node or the next."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from psyche_lightning.checkpoints.address import Place, open_place
+from psyche_lightning.checkpoints.folder import fetch_newest, scan
+from psyche_lightning.checkpoints.manifest import NAME, Moment, folder_name
+from psyche_lightning.checkpoints.model import ModelCopy
+from psyche_lightning.checkpoints.writer import Worker, Writer, copy_newest
+from psyche_lightning.errors import CheckpointError
+
+Make = Callable[[Path, int], Path]
+
+
+def moment(step: int) -> Moment:
+    return Moment("run", step, 1, 10 * step, "ab" * 32)
+
+
+def quiet(text: str) -> None:
+    raise AssertionError(text)
+
+
+def writer(folder: Path, to: str | None = None, say: Callable[[str], None] = quiet, **options: Any) -> Writer:
+    values: dict[str, Any] = {"keep": 2, "extra": {}, "pauses": (), "sleep": lambda seconds: None, **options}
+    return Writer(folder, None if to is None else open_place(to), say=say, **values)
+
+
+class Gate(ModelCopy):
+    """A copy that is saved when the test says so."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self.open = threading.Event()
+
+    def save(self, folder: Path) -> None:
+        assert self.open.wait(30)
+        super().save(folder)
+
+
+def test_what_is_left_of_a_run(model: Any, tmp_path: Path, memory: str) -> None:
+    one = writer(tmp_path, memory, extra={"tokenizer_config.json": b"{}"})
+    for step in (10, 20, 30):
+        one.save(lambda: ModelCopy(model, "model."), moment(step), 0, last=True)
+    one.finish(30)
+    assert scan(open_place(str(tmp_path / "checkpoints"))) == scan(open_place(memory)) == {20: True, 30: True}
+    assert (tmp_path / "checkpoint").resolve() == (tmp_path / "checkpoints" / folder_name(30)).resolve()
+    found, _ = fetch_newest(memory, tmp_path / "cache", quiet)
+    assert found.manifest.moment == moment(30)
+    assert "tokenizer_config.json" in found.manifest.files
+    assert not list(tmp_path.rglob("*.new"))
+
+
+def test_training_goes_on_while_the_copy_is_written(model: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    one = writer(tmp_path, say=said.append)
+    weight = next(iter(model.parameters()))
+    before = weight.detach().clone()
+    gate = Gate(model)
+    assert one.save(lambda: gate, moment(10), None)
+    with torch.no_grad():
+        weight.add_(1)  # what training does meanwhile is not in it
+    try:
+        assert not one.save(lambda: pytest.fail("no second copy"), moment(20), None)
+        assert said == ["the checkpoint of step 20 is left out: the one before is still being written"]
+        gate.open.set()
+        one.finish(10)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    from transformers import AutoModelForCausalLM
+
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", local_files_only=True)
+    assert torch.equal(next(iter(again.parameters())), before)
+
+
+def test_tied_parameters_stay_tied(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 32, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
+    model.save_pretrained(tmp_path / "plain")
+    ModelCopy(model).save(tmp_path / "copied")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "copied" / name).read_bytes()
+
+
+def test_a_model_of_another_kind_is_written_at_once(tmp_path: Path) -> None:
+    class Own(torch.nn.Linear):
+        def save_pretrained(self, folder: Path) -> None:
+            folder.mkdir()
+            (folder / "config.json").write_text(threading.current_thread().name)
+
+    one = writer(tmp_path)
+    one.save(lambda: ModelCopy(Own(2, 2)), moment(1), None)
+    one.finish(1)
+    assert (tmp_path / "checkpoint" / "config.json").read_text() == threading.current_thread().name
+
+
+def test_an_address_that_is_away_for_a_while(
+    model: Any, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, slept, upload = [], [], Place.upload
+
+    def unlucky(place: Place, folder: Path, name: str) -> None:
+        if len(slept) < 2:
+            raise CheckpointError("the line is down")
+        upload(place, folder, name)
+
+    monkeypatch.setattr(Place, "upload", unlucky)
+    one = writer(tmp_path, memory, say=said.append, pauses=(1.0, 5.0), sleep=slept.append)
+    one.save(lambda: ModelCopy(model), moment(10), 0, last=True)
+    one.finish(10)
+    assert slept == [1, 5]
+    assert said == ["the line is down; trying again in 1 s", "the line is down; trying again in 5 s"]
+    assert scan(open_place(memory)) == {10: True}
+
+
+def test_an_address_that_stays_away(model: Any, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(place: Place, folder: Path, name: str) -> None:
+        raise CheckpointError("the line is down")
+
+    monkeypatch.setattr(Place, "upload", failing)
+    said: list[str] = []
+    one = writer(tmp_path, memory, say=said.append)
+    one.save(lambda: ModelCopy(model), moment(10), 0, last=True)
+    with pytest.raises(CheckpointError, match=r"the line is down\. The checkpoint of step 10 is in .*step-000010"):
+        one.finish(10)
+    one.finish(20)  # what failed on the way is said and does not stop a training
+    assert len(said) == 1
+    assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_a_folder_that_cannot_be_written(model: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    one = writer(tmp_path, say=said.append)
+    (tmp_path / "checkpoints" / f"{folder_name(10)}.new").write_text("in the way")
+    (tmp_path / "checkpoints" / folder_name(10)).write_text("in the way")
+    one.save(lambda: ModelCopy(model), moment(10), None)
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*step-000010"):
+        one.finish(10)
+
+
+# --- several writers --------------------------------------------------------------------------------------------------
+
+
+def test_only_writers_write(model: Any, tmp_path: Path, memory: str) -> None:
+    one = writer(tmp_path, memory)
+    one.save(lambda: ModelCopy(model), moment(10), None, last=True)
+    one.finish(10)
+    assert open_place(memory).entries() == {}
+
+
+def test_the_second_writer_leaves_it_to_the_first(model: Any, tmp_path: Path, memory: str) -> None:
+    first = writer(tmp_path / "a", memory)
+    first.save(lambda: ModelCopy(model), moment(10), 0, last=True)
+    first.finish(10)
+    before = open_place(memory).read(f"{folder_name(10)}/{NAME}", 1 << 20)
+    slept: list[float] = []
+    second = writer(tmp_path / "b", memory, sleep=slept.append, extra={"more.txt": b"more"})
+    second.save(lambda: ModelCopy(model), moment(10), 1, last=True)
+    second.finish(10)
+    assert slept == []
+    assert open_place(memory).read(f"{folder_name(10)}/{NAME}", 1 << 20) == before
+
+
+def test_the_second_writer_takes_over(model: Any, tmp_path: Path, memory: str) -> None:
+    """The first one dies in the middle: what it has written is replaced, once nothing new has come for a while."""
+    place = open_place(memory)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 20:  # the first one's only sign of life
+            place._fs.pipe_file("/bucket/run/step-000010/config.json", b"half of it")
+
+    said: list[str] = []
+    second = writer(tmp_path, memory, say=said.append, sleep=sleep, takeover=60.0)
+    second.save(lambda: ModelCopy(model), moment(10), 1, last=True)
+    second.finish(10)
+    assert sum(slept) == pytest.approx(20 * 2 + 60, abs=2)
+    assert said == ["writing memory://bucket/run/step-000010, as the node before this one did not"]
+    assert fetch_newest(memory, tmp_path / "cache", quiet)[0].manifest.moment.step == 10
+
+
+def test_other_parameters_of_the_same_step_replace_those_there(model: Any, tmp_path: Path, memory: str) -> None:
+    """An epoch that was not agreed is trained again."""
+    first = writer(tmp_path, memory)
+    first.save(lambda: ModelCopy(model), moment(10), 0, last=True)
+    first.finish(10)
+    weight = next(iter(model.parameters()))
+    with torch.no_grad():
+        weight.add_(1)
+    try:
+        made = ModelCopy(model)
+    finally:
+        with torch.no_grad():
+            weight.sub_(1)
+    again = writer(tmp_path, memory)
+    again.save(lambda: made, moment(10), 0, last=True)
+    again.finish(10)
+    assert fetch_newest(memory, tmp_path / "cache", quiet)[0].manifest.digest == made.digest().hex()
+
+
+def test_one_that_was_damaged_there_is_replaced(model: Any, tmp_path: Path, memory: str) -> None:
+    place = open_place(memory)
+    place._fs.pipe_file(f"/bucket/run/{folder_name(10)}/{NAME}", b"{")
+    one = writer(tmp_path, memory)
+    one.save(lambda: ModelCopy(model), moment(10), 0, last=True)
+    one.finish(10)
+    assert fetch_newest(memory, tmp_path / "cache", quiet)[0].manifest.moment.step == 10
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_of_what_waits_only_the_newest_is_done() -> None:
+    worker, gate, done = Worker("test"), threading.Event(), []
+    started = threading.Event()
+
+    def first() -> None:
+        started.set()
+        gate.wait(30)
+
+    assert worker.start(first, 1) is None
+    assert started.wait(30)
+    assert worker.start(lambda: done.append(2), 2) is None
+    assert worker.start(lambda: done.append(3), 3) == 2
+    assert worker.busy
+    gate.set()
+    worker.wait()
+    assert done == [3]
+    assert not worker.busy
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failure_does_not_hold_up_who_waits() -> None:
+    worker = Worker("test")
+    worker.start(lambda: 1 / 0)
+    worker.wait()
+
+
+def test_copying_from_one_address_to_another(make: Make, tmp_path: Path, memory: str) -> None:
+    make(tmp_path / "run", 10)
+    make(tmp_path / "run", 20)
+    assert copy_newest(str(tmp_path / "run"), memory, quiet, tmp_path / "cache") == f"{memory}/step-000020"
+    assert scan(open_place(memory)) == {20: True}
