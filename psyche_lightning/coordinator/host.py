@@ -13,11 +13,12 @@ from typing import Any
 
 from psyche_lightning.coordinator import machine
 from psyche_lightning.coordinator.accusation import equivocator
-from psyche_lightning.coordinator.codec import from_json, round_from_json, round_to_json, state_from_json, to_json
+from psyche_lightning.coordinator.codec import round_from_json, round_to_json, state_from_json, to_json
 from psyche_lightning.coordinator.journal import Event, Journal, Metrics, plain_round
 from psyche_lightning.coordinator.limits import Limits, check_config, check_run_id
 from psyche_lightning.coordinator.machine import MachineError
 from psyche_lightning.coordinator.manifest import merge, settle, with_terms
+from psyche_lightning.coordinator.membership import Membership
 from psyche_lightning.coordinator.protocol import Report
 from psyche_lightning.coordinator.state import (
     Client,
@@ -30,12 +31,11 @@ from psyche_lightning.coordinator.state import (
 )
 from psyche_lightning.errors import ConfigError, CoordinatorError, WireError
 from psyche_lightning.wire.hashing import sha256
-from psyche_lightning.wire.identity import KEY_SIZE, short
+from psyche_lightning.wire.identity import short
 
 FORMAT = 1
 MAX_HISTORY = 4096
 """Rounds of the epoch that are kept; a node that needs older ones takes a newer snapshot instead."""
-MAX_ADDRESS = 512
 
 
 class RunHost:
@@ -86,9 +86,7 @@ class RunHost:
         self.history_epoch = 0
         self._seed = seed
         self._terms: dict[str, int | None] = dict.fromkeys(unset)
-        self._members: dict[bytes, Client] = {}
-        self._ejected: set[bytes] = set()
-        self._allowed: set[bytes] | None = None  # the node keys that may join; everyone while None
+        self._membership = Membership(run_id, self.limits.clients)
         self._points: dict[bytes, int] = {}
         self._journal = Journal()
         self._now = 0.0
@@ -130,13 +128,13 @@ class RunHost:
 
     def members(self) -> list[bytes]:
         """Signers of everyone who joined and is not gone, clients of the epoch and pending ones alike."""
-        return list(self._members)
+        return list(self._membership.members)
 
     def pending(self) -> list[Client]:
         """Members who wait for the next epoch."""
         formed = self.state.phase is Phase.WARMUP or self.state.phase.active
         busy = {client.signer for client in machine.healthy(self.state)} if formed else ()
-        return [member for signer, member in self._members.items() if signer not in busy]
+        return [member for signer, member in self._membership.members.items() if signer not in busy]
 
     @property
     def unset(self) -> list[str]:
@@ -151,7 +149,7 @@ class RunHost:
     @property
     def allowed(self) -> list[bytes] | None:
         """The node keys that may join; None for everyone."""
-        return None if self._allowed is None else sorted(self._allowed)
+        return self._membership.allowed
 
     def rounds(self, epoch: int, first: int) -> list[Round]:
         """The rounds of that epoch from height ``first`` on; empty if not all of them are kept."""
@@ -216,16 +214,11 @@ class RunHost:
 
     def allow(self, node: bytes | None) -> None:
         """Let a node with that key join, or everyone."""
-        if node is None:
-            self._allowed = None
-        elif self._allowed is not None:
-            self._allowed.add(node)
+        self._membership.allow(node)
 
     def forbid(self, node: bytes | None) -> None:
         """Let a node with that key not join again, or nobody who is not allowed by key; members stay until they go."""
-        if self._allowed is None:
-            self._allowed = {member.node for member in self._members.values()} if node is not None else set()
-        self._allowed.discard(node or b"")
+        self._membership.forbid(node)
 
     # Members come and go.
 
@@ -244,40 +237,13 @@ class RunHost:
             CoordinatorError: ``InvalidManifest``; ``InvalidMember`` for keys or an address that cannot be, or a node
                 key that another signer has; ``NotAuthorized``; ``Ejected``; ``RunFull`` (retryable).
         """
-        if len(signer) != KEY_SIZE or len(node) != KEY_SIZE or len(address) > MAX_ADDRESS:
-            raise CoordinatorError(
-                f"a member has keys of {KEY_SIZE} bytes and an address of at most {MAX_ADDRESS} characters",
-                code="InvalidMember",
-            )
-        if node in self._ejected:
-            raise CoordinatorError(
-                f"{short(node)} is ejected from this run: it signed two results for one batch. A node whose folder "
-                "was lost or copied needs a new key.",
-                code="Ejected",
-            )
-        if self._allowed is not None and node not in self._allowed:
-            raise CoordinatorError(
-                f"the node {node.hex()} may not join this run; its owner can let it: "
-                f"`psyche run authorize {self.state.run_id} {node.hex()}`",
-                code="NotAuthorized",
-            )
-        if any(member.node == node and member.signer != signer for member in self._members.values()):
-            raise CoordinatorError(
-                f"another member has the node key {short(node)} already; every node needs a key of its own",
-                code="InvalidMember",
-            )
-        if signer not in self._members and len(self._members) >= self.limits.clients:
-            raise CoordinatorError(
-                f"the run has {len(self._members)} members and no room for more; try again later",
-                code="RunFull",
-                retryable=True,
-            )
+        self._membership.check(signer, node, address)
         manifest, terms = settle(self._terms, manifest)
         state = self._with_terms(terms)
         self.manifest, self._terms = merge(self.manifest, manifest), terms
-        if signer not in self._members:
+        if signer not in self._membership.members:
             self._journal.note(self.state, now, "joined", f"{short(signer)} joined", signer)
-        self._members[signer] = Client(signer, node, address)
+        self._membership.members[signer] = Client(signer, node, address)
         if state.phase is Phase.UNINITIALIZED:
             state = machine.start(state, now)
         self._apply(machine.move(state, signer, node, address), now)
@@ -315,7 +281,7 @@ class RunHost:
             self._forget(signer, ClientStatus.DROPPED, "dropped", f"is gone: {reason}", now)
 
     def _forget(self, signer: bytes, status: ClientStatus, kind: str, text: str, now: float) -> bool:
-        known = self._members.pop(signer, None) is not None
+        known = self._membership.members.pop(signer, None) is not None
         state = self.state
         if any(client.signer == signer and client.status is ClientStatus.HEALTHY for client in state.clients):
             known, state = True, machine.withdraw(state, signer, status)
@@ -353,7 +319,7 @@ class RunHost:
         before = {client.signer for client in machine.healthy(self.state)}
         state, dropped = machine.health_check(self.state, signer, epoch, height, signers)
         for gone in before - {client.signer for client in machine.healthy(state)}:
-            self._members.pop(gone, None)
+            self._membership.members.pop(gone, None)
             text = f"{short(gone)} is dropped: the witnesses of height {height - 1} heard nothing from it"
             self._journal.note(self.state, now, "dropped", text, gone)
         self._apply(state, now)
@@ -372,12 +338,13 @@ class RunHost:
             CoordinatorError: they do not prove it, or a stranger asks (``InvalidAccusation``).
         """
         culprit = equivocator(self.state.run_id, first, second)
-        if signer not in self._members:
+        if signer not in self._membership.members:
             raise CoordinatorError(f"{short(signer)} is not a member of this run", code="InvalidAccusation")
-        if culprit in self._ejected:
+        if culprit in self._membership.ejected:
             return
-        self._ejected.add(culprit)
-        known = [member.signer for member in (*self.state.clients, *self._members.values()) if member.node == culprit]
+        self._membership.ejected.add(culprit)
+        everyone = (*self.state.clients, *self._membership.members.values())
+        known = [member.signer for member in everyone if member.node == culprit]
         for each in dict.fromkeys(known):
             text = "is ejected: it signed two results for one batch"
             self._forget(each, ClientStatus.EJECTED, "ejected", text, now)
@@ -424,7 +391,7 @@ class RunHost:
                 self._set(state, now)
             if self.state.phase.halted:
                 return
-            pending = list(self._members.values())
+            pending = list(self._membership.members.values())
             state = machine.tick(self.state, pending, now, self._round_seed())
             if state is self.state:
                 return
@@ -466,10 +433,8 @@ class RunHost:
             "terms": self._terms,
             "manifest": self.manifest,
             "state": to_json(self.state),
-            "ejected": sorted(key.hex() for key in self._ejected),
-            "allowed": None if self._allowed is None else sorted(key.hex() for key in self._allowed),
             "points": {signer.hex(): points for signer, points in self._points.items()},
-            "members": [to_json(member) for member in self._members.values()],
+            **self._membership.dump(),
             "history_epoch": self.history_epoch,
             "history": [round_to_json(round_) for round_ in self.history if round_.height >= rounds_from],
             **self._journal.dump(events_from, metrics_from),
@@ -492,10 +457,7 @@ class RunHost:
             host._terms = dict(data["terms"])
             host.history = [round_from_json(item) for item in data["history"]]
             host.history_epoch = data["history_epoch"]
-            host._members = {member.signer: member for member in (from_json(Client, m) for m in data["members"])}
-            host._ejected = {bytes.fromhex(key) for key in data.get("ejected", [])}
-            allowed = data.get("allowed")
-            host._allowed = None if allowed is None else {bytes.fromhex(key) for key in allowed}
+            host._membership.restore(data)
             host._points = {bytes.fromhex(key): int(points) for key, points in data.get("points", {}).items()}
             host._journal = Journal.load(data)
             host._now = float(data["now"])

@@ -1,0 +1,100 @@
+"""Who belongs to a run: its members, who may become one, and who never again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from psyche_lightning.coordinator.codec import from_json, to_json
+from psyche_lightning.coordinator.state import Client
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.wire.identity import KEY_SIZE, short
+
+MAX_ADDRESS = 512
+
+
+class Membership:
+    """The members of one run and the rules of admission.
+
+    Args:
+        run_id: its name, for messages.
+        room: how many members it takes.
+
+    Attributes:
+        members: everyone who joined and is not gone, by signer.
+        ejected: node keys that never join again.
+    """
+
+    def __init__(self, run_id: str, room: int) -> None:
+        self.members: dict[bytes, Client] = {}
+        self.ejected: set[bytes] = set()
+        self._run_id = run_id
+        self._room = room
+        self._allowed: set[bytes] | None = None  # everyone while None
+
+    @property
+    def allowed(self) -> list[bytes] | None:
+        """The node keys that may join; None for everyone."""
+        return None if self._allowed is None else sorted(self._allowed)
+
+    def allow(self, node: bytes | None) -> None:
+        """Let a node with that key join, or everyone."""
+        if node is None:
+            self._allowed = None
+        elif self._allowed is not None:
+            self._allowed.add(node)
+
+    def forbid(self, node: bytes | None) -> None:
+        """Let a node with that key not join again, or nobody who is not allowed by key; members stay until they go."""
+        if self._allowed is None:
+            self._allowed = {member.node for member in self.members.values()} if node is not None else set()
+        self._allowed.discard(node or b"")
+
+    def check(self, signer: bytes, node: bytes, address: str) -> None:
+        """Refuse who may not become, or stay, a member.
+
+        Raises:
+            CoordinatorError: ``InvalidMember``, ``Ejected``, ``NotAuthorized``, or ``RunFull`` (retryable).
+        """
+        if len(signer) != KEY_SIZE or len(node) != KEY_SIZE or len(address) > MAX_ADDRESS:
+            raise CoordinatorError(
+                f"a member has keys of {KEY_SIZE} bytes and an address of at most {MAX_ADDRESS} characters",
+                code="InvalidMember",
+            )
+        if node in self.ejected:
+            raise CoordinatorError(
+                f"{short(node)} is ejected from this run: it signed two results for one batch. A node whose folder "
+                "was lost or copied needs a new key.",
+                code="Ejected",
+            )
+        if self._allowed is not None and node not in self._allowed:
+            raise CoordinatorError(
+                f"the node {node.hex()} may not join this run; its owner can let it: "
+                f"`psyche run authorize {self._run_id} {node.hex()}`",
+                code="NotAuthorized",
+            )
+        if any(member.node == node and member.signer != signer for member in self.members.values()):
+            raise CoordinatorError(
+                f"another member has the node key {short(node)} already; every node needs a key of its own",
+                code="InvalidMember",
+            )
+        if signer not in self.members and len(self.members) >= self._room:
+            raise CoordinatorError(
+                f"the run has {len(self.members)} members and no room for more; try again later",
+                code="RunFull",
+                retryable=True,
+            )
+
+    def dump(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        return {
+            "ejected": sorted(key.hex() for key in self.ejected),
+            "allowed": None if self._allowed is None else sorted(key.hex() for key in self._allowed),
+            "members": [to_json(member) for member in self.members.values()],
+        }
+
+    def restore(self, data: dict[str, Any]) -> None:
+        """Take what :meth:`dump` gave; raises what reading something else raises."""
+        self.members = {member.signer: member for member in (from_json(Client, m) for m in data["members"])}
+        self.ejected = {bytes.fromhex(key) for key in data.get("ejected", [])}
+        allowed = data.get("allowed")
+        self._allowed = None if allowed is None else {bytes.fromhex(key) for key in allowed}
