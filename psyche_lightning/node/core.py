@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 from psyche_lightning.coordinator.state import ClientStatus, Phase, Round, RunState
 from psyche_lightning.node import events as ev
+from psyche_lightning.node.buffers import BufferCopy
 from psyche_lightning.node.events import Effect, Event
 from psyche_lightning.node.exchange import Exchange, gone
 from psyche_lightning.node.follower import Follower
@@ -62,6 +63,7 @@ class NodeCore:
         self._out = Outbox(settings.retry, settings.retry_most)
         self._exchange = Exchange(public, settings, seal, promises or {}, self._out)
         self._follower = Follower(public, run_id, settings, self._exchange, self._out)
+        self._buffers = BufferCopy(public, settings, self._exchange, self._out)
         self._trained: tuple[int, int] = (-1, -1)
         self._final_loads = 0
 
@@ -98,8 +100,10 @@ class NodeCore:
                 follower.loaded(event)
             case ev.SnapshotTaken(digest):
                 follower.snapshot_taken(digest)
-            case ev.BuffersTaken(epoch, index):
-                self._exchange.share_buffers(epoch, index)
+            case ev.BuffersTaken():
+                self._buffers.taken(event)
+            case ev.BuffersLoaded():
+                self._buffers.loaded(event)
             case ev.CallFailed(_, code, text, retryable):
                 if not retryable and code not in STALE:
                     self._out.say("warning", f"the coordinator refused a request: {text}")
@@ -128,7 +132,7 @@ class NodeCore:
     def _receive(self, envelope: Envelope) -> None:
         message, log, repair = envelope.message, self.log, self._follower.repair
         if isinstance(message, Buffers):
-            self._exchange.take_buffers(envelope, self.state)
+            self._buffers.hear(envelope)
         elif log is None or self.state is None or message.epoch != log.epoch:
             return
         elif isinstance(message, Offer):
@@ -175,6 +179,7 @@ class NodeCore:
             if gather:
                 self._exchange.gather(log, state)
             follower.follow(state)
+            self._buffers.advance(state, log)
             self._train(state, log, current)
             self._attest(state, log, current)
             self._check_health(state, log, current)
@@ -211,18 +216,17 @@ class NodeCore:
         if follower.holding != target:
             follower.load(target, f"taking the run's parameters {target.hex()[:12]} in place of the own ones")
             return
-        if not any(record.proof.index == index for record in records):
-            if self._out.due(("warmup", state.epoch)):
-                self._out.emit(ev.WarmupWitness(state.epoch, index, target))
-        elif records[0].proof.index == index and self.settings.buffers and self._out.due(("buffers", state.epoch)):
-            self._out.emit(ev.ShareBuffers(state.epoch))
+        reported = any(record.proof.index == index for record in records)
+        if not reported and self._out.due(("warmup", state.epoch)):
+            self._out.emit(ev.WarmupWitness(state.epoch, index, target))
+        self._buffers.advance(state, self.log)
 
     def _train(self, state: RunState, log: EpochLog, current: Round) -> None:
         here, key = log.rounds[current.height], (state.epoch, current.height)
         index = here.index_of(self.public)
         if state.phase is not Phase.ROUND_TRAIN or self._trained >= key or index is None or index not in here.batches:
             return
-        if not self._follower.ready_for(current.height):
+        if not self._follower.ready_for(current.height) or self._buffers.awaited(state):
             return
         self._trained = key
         batch = here.batches[index]
@@ -253,10 +257,10 @@ class NodeCore:
         self._out.emit(witness_report(here, index, envelope, about))
 
     def _list(self, epoch: int, height: int, about: RoundLog | None) -> Attest:
-        applied = self._follower.next_apply or 0
-        digest = self._follower.digests.get(applied, b"")
+        # The newest digest until there is another: a round may end before all have sent their lists.
+        applied, digest = max(self._follower.digests.items(), default=(0, b""))
         hashes = sorted(entry.commitment for entry in about.verified()) if about else []
-        return Attest(epoch, height, b"".join(hashes), applied if digest else 0, digest)
+        return Attest(epoch, height, b"".join(hashes), applied, digest)
 
     def _attested(self, log: EpochLog, height: int) -> RoundLog | None:
         """The round whose results are witnessed in round ``height``; None when it has none."""

@@ -110,6 +110,14 @@ class BuffersTaken:
 
 
 @dataclass(frozen=True)
+class BuffersLoaded:
+    """The answer to :class:`LoadBuffers`; ``reason`` is empty when the buffers are those of the index."""
+
+    index: bytes
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class CallFailed:
     """A coordinator call failed; ``code`` as in :class:`~psyche_lightning.errors.CoordinatorError`."""
 
@@ -134,6 +142,7 @@ Event = (
     | Loaded
     | SnapshotTaken
     | BuffersTaken
+    | BuffersLoaded
     | CallFailed
     | Tick
 )

@@ -265,17 +265,10 @@ class Exchange:
 
     def share_buffers(self, epoch: int, index: bytes) -> None:
         """Tell everybody where this node keeps its buffers."""
-        self._buffers = self._seal(Buffers(epoch, index))
-        self._out.emit(ev.Broadcast(self._buffers))
+        envelope = self._seal(Buffers(epoch, index))
+        self.pass_on(envelope)
+        self._out.emit(ev.Broadcast(envelope))
 
-    def take_buffers(self, envelope: Envelope, state: RunState | None) -> None:
-        """The buffers of the epoch are those of its first warm-up witness."""
-        message = envelope.message
-        assert isinstance(message, Buffers)
-        taken = self._buffers is not None and self._buffers.message.epoch == message.epoch
-        if state is None or taken or message.epoch != state.epoch or not self._settings.buffers:
-            return
-        first = state.warmup_witnesses[0].proof.index if state.warmup_witnesses else len(state.clients)
-        if first < len(state.clients) and state.clients[first].node == envelope.sender:
-            self._buffers = envelope
-            self._out.emit(ev.LoadBuffers(message.index, self.providers(envelope.sender)))
+    def pass_on(self, buffers: Envelope) -> None:
+        """Tell whoever asks where the epoch's buffers are."""
+        self._buffers = buffers

@@ -355,7 +355,7 @@ class Follower:
         if self.log is None or self.next_apply is None:
             return
         for applied in sorted(rounds for rounds in self.digests if rounds > self.repair.confirmed):
-            theirs = self.log.quorum_digest(applied, self._settings.delay)
+            theirs = self.log.quorum_digest(applied, self._settings.digest_span)
             if theirs == self.digests[applied]:
                 self._confirm(self.log, applied)
             elif theirs is not None:

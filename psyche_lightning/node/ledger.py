@@ -189,14 +189,14 @@ class EpochLog:
         """Hashes of all payloads announced in the rounds that are kept."""
         return tuple(entry.result.payload for log in self.rounds.values() for entry in log.entries.values())
 
-    def quorum_digest(self, applied: int, delay: int) -> bytes | None:
+    def quorum_digest(self, applied: int, span: int) -> bytes | None:
         """The digest that a quorum of witnesses of one round holds after ``applied`` rounds; None as long as none does.
 
         Args:
             applied: rounds applied.
-            delay: rounds from training to applying.
+            span: rounds after that in which lists may name it.
         """
-        for height in range(max(0, applied - 1), applied + delay + 1):
+        for height in range(max(0, applied - 1), applied + span + 1):
             log = self.rounds.get(height)
             for (rounds, digest), voters in log.votes.items() if log else ():
                 if rounds == applied and len(voters) >= quorum(log.selection.witness_count):  # type: ignore[union-attr]

@@ -294,7 +294,5 @@ class Participant:
             case BaseException():
                 raise task
             case _:
-                event = self._runtime.run_replica_task(task)
-                if event is not None:
-                    self._handle(event)
+                self._handle(self._runtime.run_replica_task(task))
         return task

@@ -121,7 +121,7 @@ class Repair:
         return [base for base in reversed(self.offers) if base.applied > least and not self._proven(log, base)]
 
     def _proven(self, log: EpochLog, base: Base) -> bool:
-        return log.quorum_digest(base.applied, self.settings.delay) == base.digest
+        return log.quorum_digest(base.applied, self.settings.digest_span) == base.digest
 
     def keep(self, base: Base) -> None:
         """This node has stored a snapshot."""

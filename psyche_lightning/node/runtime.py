@@ -20,6 +20,7 @@ from psyche_lightning.node.events import (
     Apply,
     AskRounds,
     Broadcast,
+    BuffersLoaded,
     BuffersTaken,
     Call,
     CallFailed,
@@ -264,8 +265,8 @@ class Runtime:
         index = self.store.get(digest)
         return [piece.digest for piece in decode_index(index).pieces] if index is not None else []
 
-    def run_replica_task(self, task: ReplicaTask) -> Event | None:
-        """Do replica work; called on the training thread. Returns the event for :meth:`handle`, if any."""
+    def run_replica_task(self, task: ReplicaTask) -> Event:
+        """Do replica work; called on the training thread. Returns the event for :meth:`handle`."""
         match task:
             case Apply():
                 return self._apply(task)
@@ -280,8 +281,11 @@ class Runtime:
             case ShareBuffers(epoch):
                 return BuffersTaken(epoch, self.replica.snapshot_buffers(self.store.put))
             case LoadBuffers(index):
-                self.replica.load_buffers(index, self._blob)
-                return None
+                try:
+                    self.replica.load_buffers(index, self._blob)
+                    return BuffersLoaded(index)
+                except PsycheError as error:
+                    return BuffersLoaded(index, str(error))
 
     def _apply(self, task: Apply) -> Applied:
         blobs = [self._blob(payload) for payload in task.payloads]
@@ -325,10 +329,8 @@ class Runtime:
         try:
             await self.downloads.obtain(index, providers)
         except (TransportError, WireError) as error:
-            if isinstance(effect, Load):
-                self.handle(Loaded(index, str(error)))
-            else:
-                self._say("warning", f"could not obtain the model's buffers: {error}")
+            failed = Loaded if isinstance(effect, Load) else BuffersLoaded
+            self.handle(failed(index, str(error)))
         else:
             self._post(effect)
 

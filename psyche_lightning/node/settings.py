@@ -35,3 +35,8 @@ class Settings:
     def delay(self) -> int:
         """Rounds from training to applying."""
         return 2 if self.overlap else 1
+
+    @property
+    def digest_span(self) -> int:
+        """Rounds after a digest in which witness lists name it: until the next one is there."""
+        return self.digest_every + self.delay

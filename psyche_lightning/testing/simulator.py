@@ -10,25 +10,23 @@ from __future__ import annotations
 import heapq
 import multiprocessing
 import random
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from psyche_lightning.coordinator.host import RunHost
-from psyche_lightning.coordinator.open_ids import OpenIds, count
+from psyche_lightning.coordinator.open_ids import count
 from psyche_lightning.coordinator.protocol import Report
 from psyche_lightning.coordinator.state import CoordinatorConfig, Phase, RunState
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.node.audit import Ledger, audit
-from psyche_lightning.node.book import Row, row_of
+from psyche_lightning.node.book import row_of
 from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.events import (
     Accuse,
-    Applied,
     Apply,
     AskRounds,
     Broadcast,
+    BuffersLoaded,
     Call,
     CallFailed,
     Diagnose,
@@ -41,6 +39,7 @@ from psyche_lightning.node.events import (
     Join,
     Keep,
     Load,
+    LoadBuffers,
     Loaded,
     Promise,
     Received,
@@ -48,63 +47,28 @@ from psyche_lightning.node.events import (
     Say,
     SendTo,
     SetPeers,
-    SnapshotTaken,
+    ShareBuffers,
     StateSeen,
     TakeSnapshot,
     Tick,
     Train,
-    Trained,
     Vote,
     WarmupWitness,
     Witness,
     WriteDown,
 )
 from psyche_lightning.node.settings import Settings
+from psyche_lightning.testing.faults import Faults
 from psyche_lightning.testing.scenario import Outcome, Scenario, SimulationError
-from psyche_lightning.wire.canonical import pack, unpack
+from psyche_lightning.testing.simnode import BAD, LAYOUT, SimNode
 from psyche_lightning.wire.hashing import sha256
-from psyche_lightning.wire.identity import Identity, short
+from psyche_lightning.wire.identity import Identity
 from psyche_lightning.wire.messages import Envelope, Result, seal
 
 RUN = "sim"
-LAYOUT = sha256(b"simulated layout")
 TICK = 0.5
-BAD = b"malformed"
 HORIZON = 4000.0
 """Virtual seconds after which a history that has not finished counts as hanging."""
-
-
-@dataclass
-class SimNode:
-    """A node: what survives a kill (identity, blobs, promises, chain head on disk) and what does not."""
-
-    index: int
-    identity: Identity
-    cheat: str = ""
-    blobs: dict[bytes, bytes] = field(default_factory=dict)
-    promises: dict[str, Envelope] = field(default_factory=dict)
-    core: NodeCore | None = None
-    life: int = 0
-    head: bytes = b""
-    peers: tuple[bytes, ...] = ()
-    queue: deque[Effect] = field(default_factory=deque)
-    working: bool = False
-    done: str = ""
-    gone: bool = False
-    flipped: bool = False
-    open_ids: OpenIds = ()
-    book: list[Row] = field(default_factory=list)
-    young: set[bytes] = field(default_factory=set)
-
-    @property
-    def name(self) -> str:
-        """Short key, as in the logs."""
-        return short(self.identity.public)
-
-    @property
-    def digest(self) -> bytes:
-        """Digest of its parameters, to which the open ids belong."""
-        return sha256(pack([self.head, self.open_ids]))
 
 
 class Simulation:
@@ -119,13 +83,14 @@ class Simulation:
         self.scenario = scenario
         self.rng = random.Random(f"history {scenario.seed}")
         self.now = 0.0
-        self.faults = 0
         self._trace = trace
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._by_key: dict[bytes, SimNode] = {}
-        self._cut: set[frozenset[int]] = set()
         self._applied: dict[tuple[int, int], dict[bytes, tuple[bytes, str]]] = {}
+        self._buffers: dict[int, bytes] = {}
+        self._restless: set[int] = set()
+        self.faults = Faults(self)
         batch = scenario.nodes * 2
         config = CoordinatorConfig(
             warmup_time=20.0,
@@ -142,11 +107,11 @@ class Simulation:
         )
         self.host: RunHost | None = RunHost(RUN, config, seed=scenario.seed, manifest={"run": {}})
         self.host.begin(0.0)
-        self._disk: dict[str, Any] = {}
+        self.disk: dict[str, Any] = {}
         self._announced = -1
         self.nodes: list[SimNode] = []
         for _ in range(scenario.nodes):
-            self._new_node()
+            self.add_node()
         self._taken = self._repaired = 0
         for node in self.nodes[: scenario.cheats]:
             node.cheat = self.rng.choice(["malformed", "equivocate"])
@@ -170,8 +135,8 @@ class Simulation:
             SimulationError: replicas differed, the run hung or ended without its steps.
         """
         for node in self.nodes:
-            self.at(self.rng.uniform(0, 3), lambda node=node: self._start(node))  # type: ignore[misc]
-        self._plan_faults()
+            self.at(self.rng.uniform(0, 3), lambda node=node: self.start(node))  # type: ignore[misc]
+        self.faults.plan()
         self._tick_coordinator()
         while self._queue:
             self.now, _, action = heapq.heappop(self._queue)
@@ -207,7 +172,7 @@ class Simulation:
             len(self._applied),
             digest,
             state.epoch,
-            self.faults,
+            self.faults.count,
             again=count((line.start, line.end) for line in ledger.lines if line.again),
             untrained=count(ledger.untrained),
             snapshots=self._taken,
@@ -227,125 +192,20 @@ class Simulation:
             raise self._error(f"the ledger is not complete: {'; '.join(ledger.problems[:3])}")
         return ledger
 
-    # --- faults -----------------------------------------------------------------------------------------------------
-
-    def _plan_faults(self) -> None:
-        rng, calm = self.rng, self.scenario.calm
-        for _ in range(self.scenario.kills):
-            node = rng.choice(self.nodes)
-            self.at(rng.uniform(5, calm), lambda node=node: self._kill(node))  # type: ignore[misc]
-        for number in range(self.scenario.replacements):
-            self.at(rng.uniform(20, calm), lambda node=self.nodes[-1 - number]: self._replace(node))  # type: ignore[misc]
-        for _ in range(self.scenario.flips):
-            node = rng.choice(self.nodes)
-            self.at(rng.uniform(10, calm), lambda node=node: self._flip(node))  # type: ignore[misc]
-        for _ in range(self.scenario.coordinator_kills):
-            self.at(rng.uniform(5, calm), self._kill_coordinator)
-        for _ in range(self.scenario.pauses):
-            self.at(rng.uniform(3, 60), self._pause)
-        for _ in range(self.scenario.cuts):
-            pair = frozenset(rng.sample(range(self.scenario.nodes), 2))
-            start = rng.uniform(5, calm)
-            self.at(start, lambda pair=pair: self._cut.add(pair))  # type: ignore[misc]
-            self.at(start + rng.uniform(5, 60), lambda pair=pair: self._cut.discard(pair))  # type: ignore[misc]
-            self.faults += 1
-
-    def _kill(self, node: SimNode) -> None:
-        if node.core is None or node.done:
-            return
-        self._end(node)
-        if self.rng.random() < 0.6:
-            grace = self.rng.uniform(1, 6)
-            self.at(grace, lambda life=node.life: self._vanished(node, life))  # type: ignore[misc]
-        self.at(self.rng.uniform(0.5, 40), lambda: self._start(node))
-
-    def _end(self, node: SimNode) -> None:
-        self.faults += 1
-        self.trace(f"kill {node.name}")
-        node.core, node.working = None, False
-        node.life += 1
-        node.queue.clear()
-
-    def _replace(self, node: SimNode) -> None:
-        """A node goes for good, with its disk; another comes in its place."""
-        if node.gone or node.done:
-            return
-        self._end(node)
-        node.gone, node.blobs, node.promises = True, {}, {}
-        self.at(self.rng.uniform(1, 6), lambda life=node.life: self._vanished(node, life))  # type: ignore[misc]
-        fresh = self._new_node()
-        self.at(self.rng.uniform(1, 30), lambda: self._start(fresh))
-
-    def _new_node(self) -> SimNode:
-        node = SimNode(len(self.nodes), Identity(sha256(b"node", len(self.nodes).to_bytes(2, "little"))))
-        self.nodes.append(node)
-        self._by_key[node.identity.public] = node
-        return node
-
-    def _flip(self, node: SimNode) -> None:
-        """The parameters of a node change by themselves, if they are of consequence."""
-        if node.core is not None and not node.done:
-            self.faults += 1
-            self.trace(f"the parameters of {node.name} change by themselves")
-            node.head, node.flipped = sha256(node.head, b"flipped"), True
-
-    def _vanished(self, node: SimNode, life: int) -> None:
-        if self.host is not None and node.core is None and node.life == life:
-            self.host.disconnected(node.identity.public, self.now, "no connection")
-            self._changed()
-
-    def _kill_coordinator(self) -> None:
-        if self.host is None:
-            return
-        self.faults += 1
-        self.trace("kill the coordinator")
-        self._disk, self.host = self.host.dump(), None  # it had stored every change before it announced it
-        self.at(self.rng.uniform(0.5, 15), self._restart_coordinator)
-
-    def _pause(self) -> None:
-        if self.host is None:
-            self.at(1.0, self._pause)
-        elif not self.host.state.phase.halted:
-            self.faults += 1
-            self.trace("pause")
-            self.host.pause(self.now)
-            self._changed()
-            self.at(self.rng.uniform(1, 30), self._resume)
-
-    def _resume(self) -> None:
-        """Resume once the run has halted; nothing to do where it came to its end."""
-        if self.host is None or self.host.state.pending_pause:
-            self.at(1.0, self._resume)
-        elif self.host.state.phase is Phase.PAUSED:
-            self.trace("resume")
-            self.host.resume(self.now)
-            self._changed()
-
-    def _restart_coordinator(self) -> None:
-        self.trace("restart the coordinator")
-        self.host = RunHost.load(self._disk)
-        self.host.restarted(self.now)
-        self._changed()
-
-    def _lost(self) -> bool:
-        lost = self.now < self.scenario.calm and self.rng.random() < self.scenario.loss
-        self.faults += lost
-        return lost
-
     def _latency(self) -> float:
         return self.rng.uniform(0.001, self.scenario.delay)
 
     # --- coordinator --------------------------------------------------------------------------------------------------
 
     def _state(self) -> RunState:
-        return (self.host or RunHost.load(self._disk)).state
+        return (self.host or RunHost.load(self.disk)).state
 
     def _tick_coordinator(self) -> None:
         if self.host is not None and self.host.tick(self.now):
-            self._changed()
+            self.changed()
         self.at(TICK, self._tick_coordinator)
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
         """Announce a change; what arrives late is skipped, as a websocket that sends the newest does."""
         assert self.host is not None
         if self.host.state.nonce == self._announced:
@@ -367,7 +227,7 @@ class Simulation:
         def fail(code: str, text: str, retryable: bool) -> None:
             self.at(self._latency(), lambda: self._give_if(node, life, CallFailed(call, code, text, retryable)))
 
-        if self._lost() or self.host is None:
+        if self.faults.lost() or self.host is None:
             fail("Unreachable", "the coordinator did not answer", True)
             return
         host, me = self.host, node.identity.public
@@ -391,22 +251,30 @@ class Simulation:
                     self.at(self._latency(), lambda: self._give_if(node, life, RoundsSeen(epoch, first, rounds)))
         except CoordinatorError as error:
             if isinstance(call, Join) and not error.retryable:  # as the runtime does
-                self._end(node)
+                self.faults.end(node)
                 node.gone = True
             fail(error.code, str(error), error.retryable)
             return
-        self._changed()
+        self.changed()
         self.at(self._latency(), lambda: self._push(node, life))
 
     # --- nodes --------------------------------------------------------------------------------------------------------
 
-    def _start(self, node: SimNode) -> None:
+    def add_node(self) -> SimNode:
+        """A new node, which is not running yet."""
+        node = SimNode(len(self.nodes), Identity(sha256(b"node", len(self.nodes).to_bytes(2, "little"))))
+        self.nodes.append(node)
+        self._by_key[node.identity.public] = node
+        return node
+
+    def start(self, node: SimNode) -> None:
+        """Start a node that is not running, unless it went for good."""
         if node.gone or node.core is not None:
             return
         self.trace(f"start {node.name}")
         key = node.identity.public
         settings = Settings(
-            self.scenario.overlap, 3, LAYOUT, 64, keep_bytes=self.scenario.keep_bytes, tensors=("head",)
+            self.scenario.overlap, 3, LAYOUT, 64, True, keep_bytes=self.scenario.keep_bytes, tensors=("head",)
         )
         seal_ = lambda message: seal(node.identity, RUN, message)  # noqa: E731 - a name would say no more
         kept = {
@@ -414,8 +282,10 @@ class Simulation:
             for key, envelope in node.promises.items()
             if not isinstance(envelope.message, Result) or envelope.message.payload in node.blobs
         }
-        node.core = NodeCore(key, key, RUN, settings, seal_, kept)
-        node.head, node.open_ids, node.flipped = sha256(b"initial", key, bytes([node.life])), (), False
+        node.begin(NodeCore(key, key, RUN, settings, seal_, kept))
+        state = self._state()
+        if state.phase is not Phase.WAITING_FOR_MEMBERS:
+            self._restless.add(state.epoch)  # the buffers of a node that was killed are lost
         self._push_tick(node, node.life)
         self._push(node, node.life)
 
@@ -452,17 +322,16 @@ class Simulation:
                 node.peers = tuple(key for key, _ in peers)
             case Fetch(payload, _, providers):
                 self.at(self._latency(), lambda: self._fetch(node, life, payload, list(providers)))
-            case Train() | Apply() | TakeSnapshot() | Load():
+            case Train() | Apply() | TakeSnapshot() | Load() | ShareBuffers() | LoadBuffers():
                 node.queue.append(effect)
                 self._work(node)
             case Keep(snapshots, payloads, promises):
-                kept = {*snapshots, *payloads, *node.young}
-                node.young.clear()
-                node.blobs = {key: blob for key, blob in node.blobs.items() if key in kept}
-                node.promises = {key: node.promises[key] for key in promises}
+                node.keep({*snapshots, *payloads}, promises)
             case WriteDown(records):
                 node.book += [row_of(RUN, record) for record in records]
             case Say(_, text):
+                if text.endswith("training with this node's own"):
+                    self._restless.add(self._state().epoch)
                 node.flipped = node.flipped or text.startswith("nobody has the list")  # others may decide otherwise
                 self._repaired += text.startswith("the first tensor that differed was 'head'")
                 self.trace(f"{node.name}: {text}")
@@ -484,15 +353,12 @@ class Simulation:
 
     def _send(self, node: SimNode, peer: bytes, envelope: Envelope) -> None:
         target = self._by_key.get(peer)
-        if target is None or self._lost() or self._severed(node, target):
+        if target is None or self.faults.lost() or self.faults.severed(node, target):
             return
         life = target.life
         copies = 2 if self.rng.random() < self.scenario.duplicate else 1
         for _ in range(copies):
             self.at(self._latency(), lambda: self._give_if(target, life, Received(envelope)))
-
-    def _severed(self, a: SimNode, b: SimNode) -> bool:
-        return frozenset((a.index, b.index)) in self._cut
 
     def _fetch(self, node: SimNode, life: int, digest: bytes, providers: list[bytes]) -> None:
         """Try one provider after another, each with its delay and chance of failure."""
@@ -500,16 +366,15 @@ class Simulation:
             return
         while providers:
             source = self._by_key[providers.pop(0)]
-            if source.core is None or self._severed(node, source) or self._lost() or digest not in source.blobs:
+            if source.core is None or self.faults.severed(node, source) or self.faults.lost():
                 continue
-            if self.rng.random() < self.scenario.payload_loss:
-                self.faults += 1
+            if digest not in source.blobs or self.faults.payload_lost():
                 continue
             data = source.blobs[digest]
             if data.startswith(BAD):
                 self._give(node, Fetched(digest, "a malformed payload", refused=True))
                 return
-            self._put(node, data)
+            node.put(data)
             self._give(node, Fetched(digest))
             return
         self._give(node, Fetched(digest, "nobody has it"))
@@ -530,54 +395,39 @@ class Simulation:
         node.working = False
         event: Event
         match task:
-            case Train(epoch, height, step, batch):
-                prefix = BAD if node.cheat == "malformed" else b"ok"
-                blob = prefix + sha256(node.identity.public, node.head, f"{epoch} {height}".encode())
-                digest = self._put(node, blob)
-                start, end = batch[0]
-                tokens = 0 if self.rng.random() < 0.01 else count(batch)  # at times a node abstains
-                result = Result(
-                    epoch, height, step, start, end, 0, digest, len(blob), LAYOUT, (1,), 0, tokens, batch[1:]
-                )
-                event = Trained(epoch, height, result)
-            case Apply(epoch, height, payloads, lrs, due, _, prints, open_ids):
-                if payloads:  # as in the runtime, an empty set leaves the parameters alone
-                    node.head = sha256(node.head, *(node.blobs[payload] for payload in payloads), repr(lrs).encode())
-                node.open_ids = open_ids
-                if not node.flipped:
-                    self._check(node, epoch, height)
-                digest = self._store(node) if due else b""
-                event = Applied(epoch, height, digest, node.head[:8] if prints else b"")
-            case TakeSnapshot(open_ids):
-                node.open_ids = open_ids
-                event = SnapshotTaken(self._store(node))
             case Load(digest):
-                event = Loaded(digest, self._load(node, digest), node.open_ids)
+                blob = self._find(node, digest)
+                if blob is not None:
+                    node.load(blob)
+                event = Loaded(digest, "" if blob is not None else "nobody has it", node.open_ids)
+            case LoadBuffers(index):
+                blob = self._find(node, index)
+                node.buffers = blob or node.buffers
+                event = BuffersLoaded(index, "" if blob else "nobody has it")
             case _:
-                raise AssertionError(task)
+                if isinstance(task, Train) and task.height == 0:
+                    self._check_buffers(node, task.epoch)
+                event = node.perform(task, self.rng)
+        if isinstance(task, Apply) and not node.flipped:
+            self._check(node, task.epoch, task.height)
         self._give(node, event)
         self._work(node)
 
-    def _put(self, node: SimNode, blob: bytes) -> bytes:
-        digest = sha256(blob)
-        node.blobs[digest] = blob
-        node.young.add(digest)
-        return digest
+    def _find(self, node: SimNode, digest: bytes) -> bytes | None:
+        """A blob of parameters or buffers, from the own disk or from a peer."""
+        if digest in node.blobs:
+            return node.blobs[digest]
+        for source in (self._by_key[key] for key in node.peers):
+            reachable = source.core is not None and not self.faults.severed(node, source)
+            if reachable and digest in source.blobs and not self.faults.lost():
+                self._taken += 1
+                return source.blobs[digest]
+        return None
 
-    def _store(self, node: SimNode) -> bytes:
-        return self._put(node, pack([node.head, node.open_ids]))
-
-    def _load(self, node: SimNode, digest: bytes) -> str:
-        sources: list[Any] = [node, *(self._by_key[key] for key in node.peers)]
-        for source in sources:
-            reachable = source is node or (source.core is not None and not self._severed(node, source))
-            if reachable and digest in source.blobs and (source is node or not self._lost()):
-                node.head, open_ids = unpack(source.blobs[digest], max_size=1 << 20)
-                node.open_ids, node.flipped = tuple(map(tuple, open_ids)), False
-                self._put(node, source.blobs[digest])
-                self._taken += source is not node
-                return ""
-        return "nobody has it"
+    def _check_buffers(self, node: SimNode, epoch: int) -> None:
+        """In an epoch's first round all nodes train with the same buffers."""
+        if epoch not in self._restless and self._buffers.setdefault(epoch, node.buffers) != node.buffers:
+            raise self._error(f"{node.name} begins epoch {epoch} with other buffers than others")
 
     def _check(self, node: SimNode, epoch: int, height: int) -> None:
         seen = self._applied.setdefault((epoch, height), {})

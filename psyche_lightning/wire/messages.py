@@ -79,7 +79,7 @@ class Attest:
             overlap those of the round before).
         commitments: ascending 32-byte commitment hashes, concatenated.
         applied: height up to which (exclusive) ``digest`` has results applied.
-        digest: parameter digest at ``applied``, or empty when none is due.
+        digest: the sender's newest parameter digest, at ``applied``; empty while it has none.
     """
 
     kind: ClassVar[int] = 1
