@@ -91,14 +91,13 @@ class BufferCopy:
         if not self._settings.buffers or self._done or state.current is None or state.current.height:
             return False
         there = {client.node for client in state.clients if client.status is ClientStatus.HEALTHY}
-        if self._source not in there:
-            return False
-        if not self._out.due(("without buffers", state.epoch), after=state.config.max_round_train_time / 2):
+        patience = state.config.max_round_train_time / 2
+        if self._source in there and not self._out.due(("without buffers", state.epoch), after=patience):
             return True
-        assert self._source is not None
         self._done = True
-        text = f"{short(self._source)} does not give the model's buffers; training with this node's own"
-        self._out.say("warning", text)
+        if self._source is not None:
+            text = f"{short(self._source)} does not give the model's buffers; training with this node's own"
+            self._out.say("warning", text)
         return False
 
 
