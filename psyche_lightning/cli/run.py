@@ -262,11 +262,18 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
     """What is created for a recipe: everything is known."""
+    from psyche_lightning.coordinator.manifest import START
     from psyche_lightning.recipe import load_recipe
-    from psyche_lightning.recipe.manifest import manifest
+    from psyche_lightning.recipe.manifest import manifest, start_section
 
     recipe = load_recipe(name, overrides, twin=twin)
     sections = manifest(recipe)
+    if recipe.checkpoint.resume is not None:
+        from psyche_lightning.checkpoints.folder import newest
+
+        found = newest(recipe.checkpoint.resume, print)
+        sections[START] = start_section(found.manifest)
+        print(f"going on after step {found.manifest.moment.step}, from {found}")
     del sections["data"]  # what the samples are only a node that has them can say, so the first fixes this section
     return {
         "config": asdict(recipe.run.coordinator),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.coordinator.manifest import START
 from psyche_lightning.coordinator.state import CoordinatorConfig
 from psyche_lightning.errors import ConfigError
 
@@ -18,7 +19,8 @@ SETTINGS = {field.name: field.type for field in fields(CoordinatorConfig)}
 def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHost:
     """The run that a request describes, not yet open to members.
 
-    A batch size or number of steps that it leaves out is fixed by the first node that joins.
+    A batch size or number of steps that it leaves out is fixed by the first node that joins. A run whose manifest has
+    the section ``start`` begins after that step, with that data id.
 
     Args:
         body: ``run_id``, and optionally ``config`` (fields of :class:`CoordinatorConfig`), ``manifest``, ``seed`` and
@@ -49,7 +51,7 @@ def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHos
         values["global_batch_size_start"] = values["global_batch_size_end"]
     unset = [] if "global_batch_size_start" in values else ["global_batch_size"]
     unset += [] if "total_steps" in values else ["total_steps"]
-    return RunHost(
+    host = RunHost(
         run_id,
         CoordinatorConfig(**values),
         seed=seed,
@@ -57,6 +59,24 @@ def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHos
         manifest=manifest or None,
         unset=unset,
     )
+    if manifest and START in manifest:
+        done, index = _start(manifest[START], None if "total_steps" in unset else host.state.config.total_steps)
+        host.state = replace(host.state, step=done + 1, start_step=done + 1, epoch_start_data_index=index)
+    return host
+
+
+def _start(section: Any, total_steps: int | None) -> tuple[int, int]:
+    """Steps that were done before the run, and its first data id."""
+    values: list[Any] = [section.get(name) for name in ("step", "data_index")] if isinstance(section, dict) else []
+    if not values or any(type(value) is not int or not 0 <= value < 1 << 63 for value in values):
+        raise ConfigError(f"the manifest's section {START} is {section!r}; expected step and data_index from 0")
+    done, index = values
+    if total_steps is not None and done >= total_steps:
+        raise ConfigError(
+            f"the run is to go on after step {done}, and total_steps is {total_steps}; total_steps counts from the "
+            "very beginning, so raise it"
+        )
+    return done, index
 
 
 def check_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from psyche_lightning.errors import CoordinatorError, ManifestMismatchError
 
 MAX_MANIFEST_SIZE = 4 * 1024 * 1024
 MAX_SHOWN = 10
+START = "start"
+"""The section of a run that goes on from a checkpoint: its ``step``, ``data_index`` and parameter ``digest``."""
 ABSENT = "(absent)"
 """Stands for a field that one side does not have."""
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from psyche_lightning.coordinator.manifest import START
 from psyche_lightning.coordinator.protocol import Coordinator, Terms
 from psyche_lightning.coordinator.state import CoordinatorConfig
 from psyche_lightning.distro import DistroConfig
@@ -77,7 +78,8 @@ def agree(options: Options, terms: Terms) -> Agreement:
 
     Raises:
         ManifestMismatchError: an option differs from the run's value.
-        ConfigError: a value is out of its range, or the run has one that this version does not know.
+        ConfigError: a value is out of its range, or the run has one that this version does not know, or goes on from a
+            checkpoint that this node does not have.
     """
     held = {**options.manifest, **(terms.manifest or {})}
     found: list[tuple[str, object, object]] = []
@@ -102,6 +104,12 @@ def agree(options: Options, terms: Terms) -> Agreement:
         lines = "\n".join(f"  {name}: the run has {run!r}, this node has {own!r}" for name, run, own in found)
         raise ManifestMismatchError(
             f"the strategy's options are not the run's:\n{lines}\nLeave them out to take the run's values.", found
+        )
+    begun = (terms.manifest or {}).get(START)
+    if begun is not None and START not in options.manifest:
+        raise ConfigError(
+            f"the run goes on from the checkpoint of step {begun.get('step')}, and this node would begin anew: give "
+            "its recipe checkpoint.resume=ADDRESS, where that checkpoint lies."
         )
     run = sections["run"]
     return Agreement(

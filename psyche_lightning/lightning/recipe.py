@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
+from psyche_lightning.coordinator.manifest import START
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.hookspecs import DataProvider
 from psyche_lightning.lightning.agreement import look
@@ -31,7 +32,7 @@ from psyche_lightning.lightning.session import Session
 from psyche_lightning.lightning.strategy import PsycheStrategy
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe.config import Recipe
-from psyche_lightning.recipe.manifest import START, manifest, start_section
+from psyche_lightning.recipe.manifest import manifest
 from psyche_lightning.wire.identity import Identity
 
 METRICS = "metrics.jsonl"
@@ -85,8 +86,8 @@ def train_recipe(
     model = model.to(getattr(torch, recipe.model.dtype)).train()
     check_data(model, provider)
     sections = manifest(recipe, getattr(provider, "fingerprint", None))
-    if beginning.moment is not None:
-        sections[START] = start_section(beginning.moment.step, beginning.moment.data_index, beginning.digest)
+    if beginning.section is not None:
+        sections[START] = dict(beginning.section)
     module = CausalModule(model, recipe.optimizer, recipe.schedule)
     strategy = PsycheStrategy(
         coordinator_url,

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 from psyche_lightning.checkpoints.address import open_place
-from psyche_lightning.checkpoints.folder import Say, cache_folder, fetch_newest, local_model
+from psyche_lightning.checkpoints.folder import Say, cache_folder, candidates, fetch_newest, local_model
 from psyche_lightning.checkpoints.manifest import Moment
 from psyche_lightning.checkpoints.model import ModelCopy, tokenizer_files
 from psyche_lightning.checkpoints.writer import Writer
+from psyche_lightning.coordinator.manifest import START
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.lightning.standing import Standing
 from psyche_lightning.recipe.config import Recipe
-from psyche_lightning.recipe.manifest import START
+from psyche_lightning.recipe.manifest import start_section
 
 PREFIX = "model."
 """Before the names of a recipe's parameters: they are those of the model in its LightningModule."""
@@ -94,18 +95,16 @@ class Beginning:
 
     Attributes:
         options: what the model's factory is given.
-        moment: of the checkpoint that the run goes on from; None for a run that begins anew.
-        digest: of its parameters, in hex; empty without one.
+        section: ``start`` of the run's manifest; None for a run that begins anew.
     """
 
     options: Mapping[str, Any]
-    moment: Moment | None = None
-    digest: str = ""
+    section: Mapping[str, Any] | None = None
 
     @property
     def start(self) -> tuple[int, int] | None:
         """Steps that were done before, and the first data id that is left."""
-        return None if self.moment is None else (self.moment.step, self.moment.data_index)
+        return None if self.section is None else (self.section["step"], self.section["data_index"])
 
 
 def begin(recipe: Recipe, fixed: Mapping[str, Any] | None, say: Say) -> Beginning:
@@ -132,14 +131,19 @@ def begin(recipe: Recipe, fixed: Mapping[str, Any] | None, say: Say) -> Beginnin
             f"model.path={address}."
         )
     step = None if begun is None else int(begun["step"])
+    if step is not None and all(one.manifest.moment.step != step for one in candidates(open_place(address), say)):
+        say(
+            f"the checkpoint of step {step}, with which the run began, is not at {address} any more; the run is further"
+        )
+        step = None
     found, folder = fetch_newest(address, cache_folder(), say, step)
     moment = found.manifest.moment
-    if begun is not None and begun["digest"] != found.manifest.digest:
+    if step is not None and begun is not None and begun["digest"] != found.manifest.digest:
         raise ConfigError(f"{found} is not the checkpoint of step {step} that the run was created from.")
-    if moment.step >= recipe.run.total_steps:
+    if begun is None and moment.step >= recipe.run.total_steps:
         raise ConfigError(
             f"{found} has {moment.step} steps already, and run.total_steps is {recipe.run.total_steps}; raise it."
         )
     say(f"going on after step {moment.step} of run {moment.run!r}, from {found}")
     kept = {name: recipe.model.config[name] for name in _KEPT if name in recipe.model.config}
-    return Beginning({**kept, "path": str(folder)}, moment, found.manifest.digest)
+    return Beginning({**kept, "path": str(folder)}, begun or start_section(found.manifest))

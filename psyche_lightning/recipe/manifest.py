@@ -11,19 +11,17 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from psyche_lightning.checkpoints.manifest import Manifest
 from psyche_lightning.recipe.config import Recipe
 
 PLACES = ("path", "url", "tokenizer", "fetch")
 """Keys of ``model.config`` and ``data.config`` that say where something lies or how it is fetched; nodes may differ."""
 
 
-START = "start"
-"""The section of a run that goes on from a checkpoint: its step, the first data id, and the parameters' digest."""
-
-
-def start_section(step: int, data_index: int, digest: str) -> dict[str, Any]:
-    """The section :data:`START`; nodes that would begin otherwise are refused."""
-    return {"step": step, "data_index": data_index, "digest": digest}
+def start_section(checkpoint: Manifest) -> dict[str, Any]:
+    """The section ``start`` of a run that goes on from a checkpoint; nodes that would begin otherwise are refused."""
+    moment = checkpoint.moment
+    return {"step": moment.step, "data_index": moment.data_index, "digest": checkpoint.digest}
 
 
 def manifest(recipe: Recipe, fingerprint: str | None = None) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from solders.pubkey import Pubkey
 
 from psyche_lightning.coordinator.administration import Creation
+from psyche_lightning.coordinator.manifest import START
 from psyche_lightning.coordinator.state import CoordinatorConfig, Phase
 from psyche_lightning.errors import ConfigError, CoordinatorError, WireError
 from psyche_lightning_solana import account
@@ -231,6 +232,11 @@ def _config(wanted: Creation) -> dict[str, Any]:
         raise ConfigError(
             "a run on a chain needs a recipe, or at least total_steps and global_batch_size_start: there is no first "
             "node that could fix them"
+        )
+    if START in (wanted.manifest or {}):
+        raise ConfigError(
+            "a run on a chain begins with step 1 and cannot take checkpoint.resume; take a checkpoint's parameters "
+            "with model.path=ADDRESS"
         )
     return asdict(CoordinatorConfig(**wanted.config))
 
