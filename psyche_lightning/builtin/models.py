@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ from psyche_lightning.plugins import nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
 
 @hookimpl
 def register_models(register: Register[ModelFactory]) -> None:
@@ -21,43 +25,148 @@ def register_models(register: Register[ModelFactory]) -> None:
 
 
 def hf(config: Mapping[str, Any]) -> PreTrainedModel:
-    """Any causal language model of ``transformers``, fresh by its configuration or from a local folder.
+    """Any causal language model of ``transformers``: fresh by its configuration, from a folder, or from the Hub.
 
     Args:
-        config: either ``model_type`` (``"llama"``, ...) with fields of its configuration class, or ``path`` of a folder
-            in Hugging Face format, with fields that replace those of its configuration. Nothing is downloaded.
+        config: either ``model_type`` (``"llama"``, ...) with fields of its configuration class; or ``path`` of a folder
+            in Hugging Face format or ``OWNER/NAME[@REVISION]`` of the Hub, with fields that replace those of its
+            configuration. With ``path`` also ``fresh`` (bool: its configuration with fresh parameters) and
+            ``trust_remote_code`` (bool: run the code that it brings). The Hub is not asked where ``HF_HUB_OFFLINE`` is
+            set; then its cache must have the model.
 
     Returns:
         The model in training mode, its parameters in float32.
 
     Raises:
-        ConfigError: neither or both are given, the type or a field is unknown or wrong, or the folder is no checkpoint.
+        ConfigError: neither or both are given, the type or a field is unknown or wrong, the folder is no checkpoint, or
+            the Hub does not give the model; the text says why.
     """
     fields = dict(config)
     path, model_type = fields.pop("path", None), fields.pop("model_type", None)
     if (path is None) == (model_type is None):
         raise ConfigError(
-            "The model 'hf' needs either model_type (such as 'llama') with fields of its configuration, or the path of "
-            f"a local folder in Hugging Face format; it got {'both' if path is not None else 'neither'}."
+            "The model 'hf' needs either model_type (such as 'llama') with fields of its configuration, or a path: a "
+            "local folder in Hugging Face format, or a name of the Hub such as Qwen/Qwen3-0.6B@main; it got "
+            f"{'both' if path is not None else 'neither'}."
         )
+    if path is None:
+        return _built(f"type {model_type!r}", lambda: _fresh(_by_type(str(model_type), fields), False))
+    fresh, trusted = (_switch(fields, name) for name in ("fresh", "trust_remote_code"))
+    source = _source(str(path))
+
+    def load() -> PreTrainedModel:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        resolved = _by_source(source, fields, trusted)
+        if fresh or torch.get_default_device().type == "meta":
+            return _fresh(resolved, trusted)
+        auto: Any = AutoModelForCausalLM  # it has no annotations
+        loaded: PreTrainedModel = auto.from_pretrained(
+            source.name,
+            config=resolved,
+            revision=source.revision,
+            local_files_only=source.local,
+            trust_remote_code=trusted,
+            use_safetensors=True,  # anything else has to be unpickled
+            dtype=torch.float32,
+        )
+        return loaded
+
+    return _built(f"path {str(path)!r}", load)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model lies.
+
+    Attributes:
+        name: a folder, or a name of the Hub.
+        revision: of the Hub.
+        local: whether it is a folder.
+    """
+
+    name: str
+    revision: str = "main"
+    local: bool = True
+
+
+def _source(path: str) -> _Source:
+    """What a path means.
+
+    Raises:
+        ConfigError: it is neither a model's folder nor like a name of the Hub.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file():
+        return _Source(str(folder))
+    name, _, revision = path.partition("@")
+    if folder.exists() or not _HUB_NAME.fullmatch(name) or (not revision and path.endswith("@")):
+        raise ConfigError(
+            f"The model path {path!r} is not a folder in Hugging Face format (no config.json), nor a name of the Hub "
+            "such as Qwen/Qwen3-0.6B@main."
+        )
+    return _Source(name, revision or "main", local=False)
+
+
+def _switch(fields: dict[str, Any], name: str) -> bool:
+    value = fields.pop(name, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} of the model 'hf' is {value!r}; expected true or false.")
+    return value
+
+
+def _fresh(resolved: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    source = f"type {model_type!r}" if path is None else f"path {str(path)!r}"
+    auto: Any = AutoModelForCausalLM  # it has no annotations
+    model: PreTrainedModel = auto.from_config(resolved, dtype=torch.float32, trust_remote_code=trusted)
+    return model
+
+
+def _built(source: str, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """What ``build`` returns, ready to train; its errors in words."""
     try:
-        resolved = _by_type(str(model_type), fields) if path is None else _by_path(Path(path), fields)
-        auto: Any = AutoModelForCausalLM  # it has no annotations
-        if path is None or torch.get_default_device().type == "meta":
-            model: PreTrainedModel = auto.from_config(resolved, dtype=torch.float32)
-        else:
-            model = auto.from_pretrained(path, config=resolved, local_files_only=True, dtype=torch.float32)
+        model = build()
         model.train()
         return model
     except ConfigError:
         raise
     except Exception as error:  # what wrong fields raise differs from model to model
-        reason = error.__cause__ or error
-        raise ConfigError(f"The model 'hf' of {source} cannot be built: {type(reason).__name__}: {reason}") from error
+        raise ConfigError(f"The model 'hf' of {source} cannot be built: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why a model could not be built. The Hub's client says it somewhere in a chain of errors."""
+    from huggingface_hub import errors as hub
+
+    chain: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and len(chain) < 20:
+        chain.append(one)
+        one = one.__cause__ or one.__context__
+    known: dict[type[BaseException], str] = {
+        hub.GatedRepoError: "it is gated: ask for access on its page of the Hub, then log in with `hf auth login`.",
+        hub.RepositoryNotFoundError: "the Hub has no such model, or your user may not see it: check the name, or log "
+        "in with `hf auth login`. (There is no local folder of that name, either.)",
+        hub.RevisionNotFoundError: "the Hub has the model, but not this revision.",
+        hub.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set and the Hub's cache does not have it: download it once with "
+        "a network (`hf download OWNER/NAME`), or unset HF_HUB_OFFLINE.",
+        hub.LocalEntryNotFoundError: "the Hub's cache does not have it, and the Hub cannot be reached or "
+        "HF_HUB_OFFLINE is set: download it once with a network (`hf download OWNER/NAME`). (There is no local folder of "
+        "that name, either.)",
+    }
+    for kind, text in known.items():
+        if any(isinstance(one, kind) for one in chain):
+            return text
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings code of its own, which nobody has checked. Read that code; if you trust it, set "
+            "model.config.trust_remote_code=true and name the revision that you read, as OWNER/NAME@COMMIT."
+        )
+    reason = error.__cause__ or error
+    return f"{type(reason).__name__}: {reason}"
 
 
 def _by_type(model_type: str, fields: Mapping[str, Any]) -> PreTrainedConfig:
@@ -74,14 +183,17 @@ def _by_type(model_type: str, fields: Mapping[str, Any]) -> PreTrainedConfig:
     return resolved
 
 
-def _by_path(path: Path, fields: Mapping[str, Any]) -> PreTrainedConfig:
+def _by_source(source: _Source, fields: Mapping[str, Any], trusted: bool) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"The model path {str(path)!r} is not a folder in Hugging Face format: no config.json.")
-    stored: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+    place: dict[str, Any] = {
+        "revision": source.revision,
+        "local_files_only": source.local,
+        "trust_remote_code": trusted,
+    }
+    stored: PreTrainedConfig = AutoConfig.from_pretrained(source.name, **place)
     _check_fields(stored, fields)
-    resolved: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, **fields)
+    resolved: PreTrainedConfig = AutoConfig.from_pretrained(source.name, **place, **fields)
     return resolved
 
 

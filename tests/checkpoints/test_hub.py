@@ -1,0 +1,107 @@
+"""The Hub's own client against a server on this machine: checkpoints there, and models by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from psyche_lightning.checkpoints.address import open_place
+from psyche_lightning.checkpoints.folder import fetch_newest, local_model, scan
+from psyche_lightning.checkpoints.manifest import NAME, folder_name
+from psyche_lightning.checkpoints.prune import prune
+from psyche_lightning.errors import CheckpointError
+from psyche_lightning.testing.hub import LARGE, LocalHub
+
+Make = Callable[[Path, int], Path]
+
+
+def quiet(text: str) -> None:
+    raise AssertionError(text)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_checkpoint_goes_there_and_comes_back(hub: LocalHub, make: Make, tmp_path: Path) -> None:
+    repository = hub.add("me/run")
+    place = open_place("hf://me/run/deep/inside")
+    place.prepare()
+    here = make(tmp_path, 10)
+    place.upload(here, here.name)
+    assert repository.messages == ["first", "step-000010: files", "step-000010: manifest"]
+    assert not any(name.endswith(NAME) for name in list(repository.commits.values())[1])
+    assert any(len(data) >= LARGE for data in repository.files.values()), "nothing went by LFS"
+    assert scan(place) == {10: True}
+    found, folder = fetch_newest("hf://me/run/deep/inside", tmp_path / "cache", quiet)
+    assert content(folder) == {name: data for name, data in content(here).items() if name != NAME}
+    assert str(found) == "hf://me/run/deep/inside/step-000010"
+
+
+def test_pruning_there(hub: LocalHub, make: Make, tmp_path: Path) -> None:
+    repository = hub.add("me/run")
+    place = open_place("hf://me/run")
+    for step in (1, 2, 3):
+        place.upload(make(tmp_path, step), folder_name(step))
+    assert prune(place, 2) == [1]
+    assert scan(place) == {2: True, 3: True}
+    assert repository.messages[-1] == "step-000001: removed"
+    assert ".gitattributes" in repository.files
+
+
+def test_a_revision_stays_what_it_is(hub: LocalHub, make: Make, tmp_path: Path) -> None:
+    repository = hub.add("me/run")
+    place = open_place("hf://me/run")
+    place.upload(make(tmp_path, 1), folder_name(1))
+    first = next(reversed(repository.commits))
+    place.upload(make(tmp_path, 2), folder_name(2))
+    assert fetch_newest("hf://me/run", tmp_path / "cache", quiet)[0].manifest.moment.step == 2
+    assert fetch_newest(f"hf://me/run@{first}", tmp_path / "cache", quiet)[0].manifest.moment.step == 1
+
+
+def test_damage_and_change_there(hub: LocalHub, make: Make, tmp_path: Path) -> None:
+    repository = hub.add("me/run")
+    place = open_place("hf://me/run")
+    for step in (1, 2):
+        place.upload(make(tmp_path, step), folder_name(step))
+    repository.commit({**repository.files, "step-000002/config.json": b"{}"}, "someone else's")
+    said: list[str] = []
+    assert fetch_newest("hf://me/run", tmp_path / "cache", said.append)[0].manifest.moment.step == 1
+    assert "config.json has 2 bytes" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("hf://me/other", "there is no such repository, or this machine's user may not see it"),
+        ("hf://me/run@nothing", "hf://me/run@nothing"),
+        ("hf://single", "hf://single"),
+    ],
+)
+def test_addresses_that_are_not_there(hub: LocalHub, address: str, message: str) -> None:
+    hub.add("me/run")
+    with pytest.raises(CheckpointError, match=message):
+        open_place(address).prepare()
+
+
+def test_without_the_right_to_write(hub: LocalHub, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("me/run")
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    with pytest.raises(CheckpointError, match=r"cannot write hf://me/run/step-000001: HfHubHTTPError"):
+        open_place("hf://me/run").upload(make(tmp_path, 1), folder_name(1))
+
+
+def test_offline(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set, so the Hub is not asked"):
+        open_place("hf://me/run")
+
+
+def test_a_plain_model_there(hub: LocalHub, saved: Path, tmp_path: Path) -> None:
+    hub.add("me/model", content(saved))
+    folder = Path(local_model("hf://me/model", quiet, cache=tmp_path / "cache"))
+    assert content(folder) == content(saved)
