@@ -229,8 +229,10 @@ class _Visit:
         size = estimate(recipe)
         terms = forecast.terms(recipe, self.status, self.given.nodes)
         device, there = machine.choose_device(recipe)
-        needs = machine.needs(size, self.folder, terms.nodes, device)
-        self.findings += [machine.model_size(size), there, *needs]
+        needs = machine.needs(recipe, size, self.folder, terms.nodes, device)
+        self.progress("disk", 0.0)
+        written = machine.write_seconds(self.folder)
+        self.findings += [machine.model_size(size), there, *needs, machine.write_finding(written)]
         fits = needs[0].verdict is not Verdict.PROBLEM
         self.speed = measure(
             recipe,
@@ -253,7 +255,7 @@ class _Visit:
             download=given.download,
             round_trip=None if given.latency is None else given.latency / 1e3,
         )
-        conditions = forecast.conditions(recipe, terms, network, self.speed, size.payload)
+        conditions = forecast.conditions(recipe, terms, network, self.speed, size.payload, written)
         self.prediction, rows = forecast.findings(conditions, network, self.speed, terms)
         self.findings += rows
 

@@ -27,6 +27,7 @@ _LIMITS = {
     "distro": ("DisTrO's own work", "a larger global batch computes longer between two updates"),
     "upload": ("upload", "overlap=true hides it behind computing; a smaller k or a larger global batch sends less"),
     "download": ("download", "overlap=true hides it behind computing; a smaller k or fewer nodes send less"),
+    "disk": ("the disk", "a quicker disk for node.dir, or a larger global batch"),
     "latency": ("latency", "a larger global batch computes longer between two round trips"),
 }
 
@@ -123,7 +124,9 @@ def network(
     return Network(rates[0], rates[1], trip, own if own is not None else trip)
 
 
-def conditions(recipe: Recipe, terms: Terms, network: Network, speed: Speed, payload: int) -> Conditions:
+def conditions(
+    recipe: Recipe, terms: Terms, network: Network, speed: Speed, payload: int, write_seconds: float | None = None
+) -> Conditions:
     """What the formula takes; what is not known does not hold anything up."""
     share = terms.share * recipe.data.seq_len
     return Conditions(
@@ -139,6 +142,7 @@ def conditions(recipe: Recipe, terms: Terms, network: Network, speed: Speed, pay
         download=network.download or math.inf,
         round_trip=network.round_trip or 0.0,
         coordinator_trip=network.coordinator_trip or 0.0,
+        write_seconds=write_seconds or 0.0,
         slowest_seconds=max((share / rate for rate in terms.rates.values()), default=0.0),
     )
 

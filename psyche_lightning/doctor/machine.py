@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import statistics
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from psyche_lightning.doctor.finding import Finding, Verdict, count, size
+from psyche_lightning.doctor.finding import Finding, Verdict, count, duration, size
 from psyche_lightning.plugins import load_plugins
 
 if TYPE_CHECKING:
@@ -27,8 +29,9 @@ LEAST_KEPT = 64 << 20
 """Bytes of agreed payloads that a node keeps at least."""
 SNAPSHOTS = 3
 """Of the parameters that are on disk at a time: the epoch's first, and two within it."""
-CHECKPOINTS = 4
-"""That are on disk at a time, the one that is being written among them."""
+WRITES = 16
+"""Small writes of which the median counts."""
+SLOW_WRITE = 0.05
 FILES, FILES_PER_PEER = 128, 4
 """Files and sockets that a node has open, and how many more for each peer."""
 BUSY = 0.5
@@ -75,16 +78,17 @@ def examine(folder: Path = Path()) -> list[Finding]:
     ]
 
 
-def needs(estimate: Estimate, folder: Path, nodes: int, device: torch.device) -> list[Finding]:
+def needs(recipe: Recipe, estimate: Estimate, folder: Path, nodes: int, device: torch.device) -> list[Finding]:
     """Memory, disk and files that a recipe takes, beside what there is.
 
     Args:
-        estimate: the recipe's size.
+        recipe: the run.
+        estimate: its size.
         folder: of the node.
         nodes: of the run.
         device: that computes.
     """
-    return [_memory(estimate, device), _disk(estimate, folder), open_files(RECIPE, nodes)]
+    return [_memory(estimate, device), _disk(recipe, estimate, folder), open_files(RECIPE, nodes)]
 
 
 def choose_device(recipe: Recipe) -> tuple[torch.device, Finding]:
@@ -145,13 +149,23 @@ def available_memory() -> int | None:
 
 def free_disk(folder: Path) -> int | None:
     """Bytes that are free where the folder is, or would be; None when not known."""
-    place = folder.resolve()
-    while not place.exists() and place != place.parent:
-        place = place.parent
     try:
-        return shutil.disk_usage(place).free
+        return shutil.disk_usage(_there(folder)).free
     except OSError:
         return None
+
+
+def write_seconds(folder: Path) -> float | None:
+    """Seconds until a small write in that folder is safely on disk, the median of some; None where none is possible."""
+    times = []
+    with suppress(OSError), tempfile.TemporaryFile(dir=_there(folder)) as file:
+        for _ in range(WRITES):
+            began = time.perf_counter()
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+            times.append(time.perf_counter() - began)
+    return statistics.median(times) if times else None
 
 
 def open_files(area: str, nodes: int) -> Finding:
@@ -172,6 +186,14 @@ def open_files(area: str, nodes: int) -> Finding:
     return Finding(
         area, "open files", f"{soft:,} may be open, a node in a run of {nodes} needs about {needed}", verdict, advice
     )
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    place = folder.resolve()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
 
 
 def _enough(area: str, name: str, have: int | None, least: float, where: str, advice: str) -> Finding:
@@ -229,22 +251,33 @@ def _memory(estimate: Estimate, device: torch.device) -> Finding:
     return Finding(RECIPE, "memory", value)
 
 
-def disk_needed(estimate: Estimate) -> int:
+def disk_needed(recipe: Recipe, estimate: Estimate) -> int:
     """Bytes that a node writes at most: snapshots, payloads, the accumulated update, and checkpoints."""
     parameters = estimate.memory["parameters"]
     snapshot = max(parameters, 4 * estimate.trainable)  # float32 masters are what is published
     kept = max(snapshot, LEAST_KEPT)
-    return SNAPSHOTS * snapshot + kept + 4 * estimate.trainable + CHECKPOINTS * parameters
+    return SNAPSHOTS * snapshot + kept + 4 * estimate.trainable + (recipe.checkpoint.keep + 1) * parameters
 
 
-def _disk(estimate: Estimate, folder: Path) -> Finding:
-    needed, have = disk_needed(estimate), free_disk(folder)
+def write_finding(seconds: float | None) -> Finding:
+    """A row on durable writes."""
+    if seconds is None:
+        advice = "choose another folder with node.dir=DIR"
+        return Finding(RECIPE, "disk writes", "the folder cannot be written to", Verdict.PROBLEM, advice)
+    slow = seconds > SLOW_WRITE
+    advice = "each round waits for some such writes: a local SSD is quicker than a network drive" * slow
+    value = f"safe after {duration(seconds)}"
+    return Finding(RECIPE, "disk writes", value, Verdict.WARNING if slow else Verdict.OK, advice)
+
+
+def _disk(recipe: Recipe, estimate: Estimate, folder: Path) -> Finding:
+    needed, have = disk_needed(recipe, estimate), free_disk(folder)
     value = f"up to {size(needed)} for snapshots, payloads and checkpoints"
     if have is None:
         return Finding(RECIPE, "disk", value, Verdict.UNKNOWN)
     value += f"; {size(have)} free in {folder.resolve()}"
     if needed > have:
-        advice = "make room, or choose another folder with node.dir=DIR"
+        advice = "make room, choose another folder with node.dir=DIR, or lower checkpoint.keep"
         return Finding(RECIPE, "disk", value, Verdict.PROBLEM, advice)
     return Finding(RECIPE, "disk", value)
 

@@ -1,16 +1,18 @@
 """How long a round takes, from what was measured: a pure function, so that anyone can check it.
 
 A round of n nodes that share S samples, each of which takes c seconds, with payloads of P bytes, an upload and a
-download of U and D bytes a second, a round trip of R seconds to peers and of Q to the coordinator::
+download of U and D bytes a second, a round trip of R seconds to peers and of Q to the coordinator, and f seconds until
+a small write is safely on disk::
 
     compute  = c * ceil(S / n)                         the slowest node's, where others are known to be slower
     distro   = encode + apply                          of the own update; of all n
     upload   = w * ((n - 1) * P + messages) / U        each of the others fetches the own payload once
     download = w * ((n - 1) * P + messages) / D        and this node theirs, at the same time
+    disk     = 7 * f                                   what a node promises and a coordinator tells is stored before
     latency  = R / 2 + Q  (+ R without overlap)        announcement, report and next round; the request of payloads
 
-    overlap off:  round = compute + distro + max(upload, download) + latency
-    overlap on:   round = max(compute + distro + latency, max(upload, download) + R)
+    overlap off:  round = compute + distro + disk + latency + max(upload, download)
+    overlap on:   round = max(compute + distro + disk + latency, max(upload, download) + R)
 
 w is what a byte costs on the wire with its headers. With overlap, payloads of one round travel while the next computes,
 but the next round begins only when all have announced theirs and the coordinator has heard it, which is why latency is
@@ -29,6 +31,9 @@ WIRE = 1.04
 """Bytes on the wire for each byte of a payload, as of the TCP transport."""
 MESSAGE, LISTED = 600, 32
 """Bytes of a node's messages to each peer in a round: results and witness lists, and in these each commitment."""
+WRITES = 7
+"""Writes of a round that others wait for: the payload with its folder, at its trainer and at who fetched it, the
+announcement, the witness list, and the coordinator's own."""
 SLOWER = 1.05
 """Others count as slower from this factor on."""
 
@@ -50,6 +55,7 @@ class Conditions:
         download: rate at which it can receive.
         round_trip: to peers.
         coordinator_trip: to the coordinator and back.
+        write_seconds: until a small write is safely on disk.
         slowest_seconds: the slowest peer's computing in a round, with its encoding; 0 when nothing is known of peers.
     """
 
@@ -65,6 +71,7 @@ class Conditions:
     download: float = math.inf
     round_trip: float = 0.0
     coordinator_trip: float = 0.0
+    write_seconds: float = 0.0
     slowest_seconds: float = 0.0
 
     @property
@@ -81,8 +88,8 @@ class Prediction:
         round_seconds: of a whole round.
         tokens_per_second: of all nodes together.
         utilization: share of the time in which this node computes, 0 to 1.
-        parts: compute, distro, upload, download and latency of a round, each for itself; ``slowest`` is what a slower
-            peer's computing takes beyond the own.
+        parts: compute, distro, upload, download, disk and latency of a round, each for itself; ``slowest`` is what a
+            slower peer's computing takes beyond the own.
         limit: the part that limits the run most.
     """
 
@@ -108,15 +115,16 @@ def predict(given: Conditions) -> Prediction:
         "distro": given.encode_seconds + given.apply_seconds,
         "upload": wire / given.upload,
         "download": wire / given.download,
+        "disk": WRITES * given.write_seconds if several else 0.0,
         "latency": waits + (0.0 if given.overlap else trip),
     }
-    working = compute + parts["distro"] + parts["latency"]
+    working = compute + parts["distro"] + parts["disk"] + parts["latency"]
     transfer = max(parts["upload"], parts["download"])
     total = max(working, transfer + trip) if given.overlap else working + transfer
     # With overlap, what is hidden behind something longer limits nothing.
     hidden: tuple[str, ...] = ()
     if given.overlap:
-        hidden = ("upload", "download") if working >= transfer + trip else ("compute", "slowest", "distro")
+        hidden = ("upload", "download") if working >= transfer + trip else ("compute", "slowest", "distro", "disk")
     limit = max((name for name in parts if name not in hidden), key=lambda name: parts[name])
     return Prediction(
         round_seconds=total,

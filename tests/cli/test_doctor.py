@@ -61,6 +61,7 @@ def row(figures: dict[str, Any], area: str, name: str) -> dict[str, str]:
 LAN = Conditions(
     nodes=4, samples=32, seq_len=100, sample_seconds=0.1, encode_seconds=0.05, apply_seconds=0.15, payload=10_000_000,
     overlap=False, upload=100e6, download=200e6, round_trip=0.01, coordinator_trip=0.02,
+    write_seconds=0.001,
 )  # fmt: skip
 TRAFFIC = 3 * (10_000_000 + MESSAGE + 32 * 4)
 
@@ -70,9 +71,17 @@ def test_without_overlap_everything_adds_up() -> None:
     assert LAN.traffic == TRAFFIC
     upload, download = WIRE * TRAFFIC / 100e6, WIRE * TRAFFIC / 200e6
     assert found.parts == pytest.approx(
-        {"compute": 0.8, "slowest": 0, "distro": 0.2, "upload": upload, "download": download, "latency": 0.035}
+        {
+            "compute": 0.8,
+            "slowest": 0,
+            "distro": 0.2,
+            "upload": upload,
+            "download": download,
+            "disk": 0.007,
+            "latency": 0.035,
+        }
     )
-    assert found.round_seconds == pytest.approx(0.8 + 0.2 + upload + 0.035)
+    assert found.round_seconds == pytest.approx(0.8 + 0.2 + upload + 0.042)
     assert found.tokens_per_second == pytest.approx(3200 / found.round_seconds)
     assert found.utilization == pytest.approx(0.8 / found.round_seconds)
     assert found.limit == "compute"
@@ -80,7 +89,7 @@ def test_without_overlap_everything_adds_up() -> None:
 
 def test_with_overlap_the_longer_counts() -> None:
     quick = predict(replace(LAN, overlap=True))
-    assert quick.round_seconds == pytest.approx(0.8 + 0.2 + 0.025)
+    assert quick.round_seconds == pytest.approx(0.8 + 0.2 + 0.007 + 0.025)
     assert quick.limit == "compute"
     slow = predict(replace(LAN, overlap=True, upload=10e6))
     assert slow.round_seconds == pytest.approx(WIRE * TRAFFIC / 10e6 + 0.01)
@@ -94,6 +103,7 @@ def test_with_overlap_the_longer_counts() -> None:
         ({"download": 5e6}, "download"),
         ({"coordinator_trip": 4.0}, "latency"),
         ({"apply_seconds": 3.0}, "distro"),
+        ({"write_seconds": 0.5}, "disk"),
         ({"slowest_seconds": 9.0}, "slowest"),
         ({"slowest_seconds": 0.5}, "compute"),  # a quicker one holds up nobody
     ],
@@ -129,6 +139,7 @@ def test_more_of_anything_slow_is_never_quicker() -> None:
         base = predict(given).round_seconds
         for change in (
             {"sample_seconds": 2 * given.sample_seconds}, {"upload": given.upload / 2}, {"apply_seconds": 1.0},
+            {"write_seconds": 0.1},
             {"download": given.download / 2}, {"round_trip": 2 * given.round_trip}, {"payload": 2 * given.payload},
         ):  # fmt: skip
             assert predict(replace(given, **change)).round_seconds >= base
@@ -165,14 +176,14 @@ def test_without_a_recipe_only_the_machine_is_examined(capsys: pytest.CaptureFix
 
 
 def test_a_recipe_is_trained_a_little_and_predicted() -> None:
-    code, figures = examine("demo", "--twin", "--nodes", "3", "--upload", "20", "--download", "50", "--latency", "40")
+    code, figures = examine("demo", "--twin", "--nodes", "3", "--upload", "20", "--download", "50", "--latency", "4000")
     assert code == 0
     found, speed = figures["prediction"], figures["speed"]
     assert speed["steps"] >= 2
     assert speed["micro_batch"] == 2  # a third of four samples, rounded up
     assert found["parts"]["compute"] == pytest.approx(2 * speed["sample_seconds"])
     assert found["tokens_per_second"] == pytest.approx(4 * 64 / found["round_seconds"])
-    assert found["parts"]["latency"] == pytest.approx(0.04 * 2.5)
+    assert found["parts"]["latency"] == pytest.approx(4 * 2.5)
     payload = estimate(load_recipe("demo", twin=True)).payload
     assert found["parts"]["upload"] == pytest.approx(WIRE * 2 * (payload + MESSAGE + 96) * 8 / 20e6)
     assert found["limit"] == "latency"
@@ -202,7 +213,7 @@ def test_a_model_that_is_too_large_is_computed_and_a_problem() -> None:
     found = estimate(recipe)
     small = load_recipe("demo", ["threads=1"])
     size = replace(estimate(small), memory={"parameters": 1 << 60})
-    rows = machine.needs(size, Path(), 3, torch.device("cpu"))
+    rows = machine.needs(small, size, Path(), 3, torch.device("cpu"))
     assert [one.verdict for one in rows] == [Verdict.PROBLEM, Verdict.PROBLEM, Verdict.OK]
     assert sum(found.memory.values()) > 400e9
     speed = measure(small, estimate(small), torch.device("cpu"), nodes=3, share=8, fits=False, seconds=1)
@@ -235,6 +246,17 @@ def test_a_device_that_is_not_there_is_a_problem() -> None:
     device, found = machine.choose_device(load_recipe("demo", ["accelerator=tpu"]))
     assert (device.type, found.verdict) == ("cpu", Verdict.PROBLEM)
     assert machine.choose_device(load_recipe("demo"))[1].verdict is Verdict.OK
+
+
+def test_a_folder_is_written_to_and_one_that_cannot_be_is_a_problem(tmp_path: Path) -> None:
+    seconds = machine.write_seconds(tmp_path / "not" / "yet")
+    assert seconds is not None
+    assert seconds > 0
+    assert not list(tmp_path.iterdir())
+    assert machine.write_finding(seconds).name == "disk writes"
+    (tmp_path / "file").touch()
+    assert machine.write_seconds(tmp_path / "file") is None
+    assert machine.write_finding(None).verdict is Verdict.PROBLEM
 
 
 def test_few_open_files_are_a_problem() -> None:
