@@ -154,8 +154,8 @@ def _reason(error: BaseException) -> str:
         hub.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set and the Hub's cache does not have it: download it once with "
         "a network (`hf download OWNER/NAME`), or unset HF_HUB_OFFLINE.",
         hub.LocalEntryNotFoundError: "the Hub's cache does not have it, and the Hub cannot be reached or "
-        "HF_HUB_OFFLINE is set: download it once with a network (`hf download OWNER/NAME`). (There is no local folder of "
-        "that name, either.)",
+        "HF_HUB_OFFLINE is set: download it once with a network (`hf download OWNER/NAME`). (There is no local folder "
+        "of that name, either.)",
     }
     for kind, text in known.items():
         if any(isinstance(one, kind) for one in chain):
