@@ -56,12 +56,16 @@ class Checkpoints:
         self._writers = section.writers
         self._run = run
         self._recipe = recipe_digest(sections)
-        self._saved = 0
+        self._saved: int | None = None
 
     def after_round(self, session: Session, model: torch.nn.Module) -> None:
         """Begin a checkpoint if one is due."""
         standing = session.standing if self._every else None
-        if standing is None or standing.step // self._every <= self._saved // self._every:
+        if standing is None:
+            return
+        if self._saved is None:  # a node that comes in the middle does not begin with a checkpoint
+            self._saved = max(0, standing.step - 1)
+        if standing.step // self._every <= self._saved // self._every:
             return
         # A node that had no part in that round is late by some; then it is not the one that is waited for.
         rank = self._rank(standing, session) if standing.step % self._every == 0 else None

@@ -58,8 +58,9 @@ def test_alone_it_goes_on_as_if_nothing_had_been(recipe: Recipe, tmp_path: Path,
     saved = manifest_at(memory)
     assert saved.digest == first["digest"]
     assert (saved.moment.step, saved.moment.data_index) == (2, 8)
-    second = train_recipe(with_checkpoint(recipe, resume=memory), directory=tmp_path / "second")
+    second = train_recipe(with_checkpoint(recipe, resume=memory, every=2), directory=tmp_path / "second")
     assert second["digest"] == whole["digest"]
+    assert scan(open_place(str(tmp_path / "second" / "checkpoints"))) == {4: True}
     rows = [json.loads(line) for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [3, 4]
     old = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
