@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from psyche_lightning.coordinator.clock import ClockReading
-from psyche_lightning.doctor.finding import Finding, Verdict, duration, speed
+from psyche_lightning.doctor.finding import Finding, Verdict, duration, size, speed
 from psyche_lightning.doctor.link import Measured
 from psyche_lightning.doctor.prediction import Conditions, Prediction, needed_rate, predict
 from psyche_lightning.doctor.speed import Speed
@@ -173,7 +173,7 @@ def findings(given: Conditions, network: Network, speed_: Speed, terms: Terms) -
 def _link(given: Conditions, network: Network) -> Finding:
     if given.nodes == 1:
         return Finding(AREA, "link", "one node alone needs none")
-    needed = f"{given.traffic / 1e6:.3g} MB each way a round; {speed(needed_rate(given))} moves them while it computes"
+    needed = f"{size(given.traffic)} each way a round; {speed(needed_rate(given))} moves them while it computes"
     known = []
     for name in ("upload", "download"):
         rate = getattr(network, name)

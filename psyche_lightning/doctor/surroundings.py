@@ -155,7 +155,8 @@ def peer_finding(found: Reached) -> Finding:
     if link.answered is not None:
         return Finding(AREA, name, f"{found.address}: answers within {duration(link.answered)}, handshake included")
     advice = "it is enough when that node can reach this one; otherwise see docs/transports.md on relays"
-    return Finding(AREA, name, f"{found.address}: {link.reason}", Verdict.WARNING, advice)
+    reason = link.reason if found.address in link.reason else f"{found.address}: {link.reason}"
+    return Finding(AREA, name, reason, Verdict.WARNING, advice)
 
 
 async def own_address(make: Callable[[], Transport], run_id: str) -> str:
@@ -198,7 +199,7 @@ def address_finding(address: str, *, called_back: str | None = None, why_not: st
             "own address",
             f"{address}, for this machine only",
             Verdict.WARNING if far else Verdict.OK,
-            advice,
+            advice if far else "",
         )
     value = f"{address}, a private network's" if kind == "private" else address
     return Finding(AREA, "own address", value, Verdict.UNKNOWN, ask)
