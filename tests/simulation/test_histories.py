@@ -52,3 +52,17 @@ def test_a_node_that_applies_something_else_is_seen_and_the_error_says_how_to_re
     simulation.at(12.0, spoil)
     with pytest.raises(SimulationError, match=r"psyche sim --seed 5 --trace"):
         simulation.run()
+
+
+def test_a_tenth_of_all_payload_deliveries_is_dropped_and_no_data_id_is_lost() -> None:
+    """The simulation itself fails where a node stops, digests differ or the ledger has a gap."""
+    lost = 0
+    for seed in range(20):
+        nodes, overlap, steps = 4 + seed % 4, bool(seed % 2), 12
+        outcome = Simulation(
+            Scenario(seed, nodes, overlap, steps, 0.0, 0.2, 0.0, 0, 0, 0, 0, 0, 150.0, payload_loss=0.1)
+        ).run()
+        assert outcome.rounds >= steps
+        assert outcome.untrained <= 3 * 2 * nodes
+        lost += outcome.faults
+    assert lost > 400

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from psyche_lightning.errors import PsycheError
 
+PSYCHE = ("-m", "psyche_lightning.cli")
 START_TIMEOUT = 60.0
 ASK_SECONDS = 2.0
 """How long a process may take to leave by itself before it is killed."""
@@ -30,13 +31,20 @@ class Child:
         arguments: of the command.
         log: file that gets its output; appended to.
         environment: variables besides this process' own.
+        program: what Python runs; ``psyche`` unless given.
     """
 
     def __init__(
-        self, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = PSYCHE,
     ) -> None:
         self.name = name
         self.log = log
+        self._program = list(program)
         self._arguments = list(arguments)
         self._environment = {**os.environ, **_THREADS, "PYTHONUNBUFFERED": "1", **(environment or {})}
         self.process = self._start()
@@ -44,7 +52,7 @@ class Child:
     def _start(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "psyche_lightning.cli", *self._arguments],
+                [sys.executable, *self._program, *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -104,10 +112,15 @@ class Processes:
         self.stop()
 
     def start(
-        self, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = PSYCHE,
     ) -> Child:
         """Start a child that is stopped with the others."""
-        child = Child(name, arguments, log, environment)
+        child = Child(name, arguments, log, environment, program)
         self.children.append(child)
         return child
 
