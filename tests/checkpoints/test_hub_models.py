@@ -155,6 +155,7 @@ def test_code_of_its_own_runs_only_when_the_recipe_says_so(
     assert "table.weight" in dict(model.named_parameters())
 
 
+@pytest.mark.slow
 def test_psyche_train_takes_one_and_saves_to_the_hub(hub: LocalHub, files: dict[str, bytes], tmp_path: Path) -> None:
     """The command in a process of its own, with nothing replaced in it: only its environment says where the Hub is."""
     hub.add("me/model", files)
