@@ -141,7 +141,7 @@ class Fleet:
         """Wait for a status in which something holds, and return it.
 
         Raises:
-            FleetError: it took too long, or no node is left.
+            FleetError: it took too long, or a node that was not killed failed.
         """
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
@@ -152,8 +152,7 @@ class Fleet:
             except CoordinatorError as error:
                 if not error.retryable:
                     raise
-            if all(node.code is not None for node in self.nodes.values()):
-                break
+            self._check()
             time.sleep(POLL)
         tails = "\n".join(f"--- {node.name}\n{node.tail()}" for node in self.nodes.values() if node.code is None)
         raise FleetError(f"waited in vain for {what}:\n{tails or 'no node is left'}")
@@ -170,11 +169,14 @@ class Fleet:
             if time.monotonic() > deadline:
                 raise FleetError("nodes did not leave the finished run")
             time.sleep(POLL)
-        failed = [node for node in self.nodes.values() if node.code not in (0, -signal.SIGKILL)]
-        if failed:
-            raise FleetError("\n".join(f"{node.name} failed:\n{node.tail()}" for node in failed))
+        self._check()
         results = {number: self.place(number) / "result.json" for number in self.nodes}
         return {number: json.loads(file.read_text())["digest"] for number, file in results.items() if file.exists()}
+
+    def _check(self) -> None:
+        failed = [node for node in self.nodes.values() if node.code not in (None, 0, -signal.SIGKILL)]
+        if failed:
+            raise FleetError("\n".join(f"{node.name} failed:\n{node.tail()}" for node in failed))
 
     def ledger(self) -> Ledger:
         """The run's ledger, from the folders of all nodes, the killed ones included."""
