@@ -191,11 +191,11 @@ def test_only_a_quorum_of_witnesses_makes_a_digest_the_runs() -> None:
     theirs = b"\x01" * 32
     for index in (0, 1):
         log.add_attest(seal(NODES[index], "run", Attest(0, 3, b"", 3, theirs)))
-    assert epoch.quorum_digest(3, delay=1) is None
+    assert epoch.quorum_digest(3, span=1) is None
     log.add_attest(seal(NODES[2], "run", Attest(0, 3, b"", 3, theirs)))
-    assert epoch.quorum_digest(3, delay=1) == theirs
-    assert epoch.quorum_digest(2, delay=1) is None
-    assert epoch.quorum_digest(6, delay=1) is None
+    assert epoch.quorum_digest(3, span=1) == theirs
+    assert epoch.quorum_digest(2, span=1) is None
+    assert epoch.quorum_digest(6, span=1) is None
 
 
 def make_epoch(rounds: int, open_ids: tuple[tuple[int, int, int], ...] = ()) -> EpochLog:
