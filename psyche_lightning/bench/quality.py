@@ -46,16 +46,21 @@ class Method:
     """One way to train together.
 
     Attributes:
-        name: as the table shows it.
+        family: what it is, without its setting.
         rule: ``adamw`` (all-reduce), ``floats`` (the DeMo rule) or ``engine``.
         config: the compression.
         overlap: whether a round's results are applied one round later.
     """
 
-    name: str
+    family: str
     rule: str
     config: DistroConfig = field(default_factory=DistroConfig)
     overlap: bool = False
+
+    @property
+    def setting(self) -> str:
+        """Votes and chunks, as people read them; empty where nothing is compressed."""
+        return "" if self.rule == "adamw" else f"k={self.config.k}, {self.config.chunk}x{self.config.chunk}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ class Row:
 
     Attributes:
         model: its size.
-        method: its name.
+        family: see :class:`Method`.
+        setting: see :class:`Method`.
         rate: the learning rate, the best of a few on the first seed.
         loss: mean validation loss over the seeds, in nats per byte.
         spread: its standard deviation over the seeds.
@@ -92,7 +98,8 @@ class Row:
     """
 
     model: str
-    method: str
+    family: str
+    setting: str
     rate: float
     loss: float
     spread: float
@@ -246,11 +253,11 @@ def methods(settings: Sequence[str], decay: float) -> list[Method]:
             k, chunk = map(int, setting.split("/"))
         except ValueError:
             raise ConfigError(f"the setting {setting!r} is not of the form K/CHUNK, such as 8/64") from None
-        config, name = DistroConfig(chunk, k, decay), f"k={k}, {chunk}x{chunk}"
-        found.append(Method(f"DeMo rule in floats, {name}", "floats", config))
-        found.append(Method(f"this engine, {name}", "engine", config))
+        config = DistroConfig(chunk, k, decay)
+        found.append(Method("DeMo rule in floats", "floats", config))
+        found.append(Method("this engine", "engine", config))
         if number == 0:
-            found.append(Method(f"this engine, {name}, overlap", "engine", config, overlap=True))
+            found.append(Method("this engine, overlap", "engine", config, overlap=True))
     return found
 
 
@@ -273,4 +280,28 @@ def compare(sizes: Sequence[str], compared: Sequence[Method], plan: Plan, worker
                 sent = outcomes[rate][1]
                 reference = reference or sent
                 spread = stdev(losses) if len(losses) > 1 else 0.0
-                yield Row(size, method.name, rate, mean(losses), spread, sent, reference / sent)
+                yield Row(size, method.family, method.setting, rate, mean(losses), spread, sent, reference / sent)
+
+
+def draw(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Loss against bytes, a panel for each model and a line for each family, with the spread over the seeds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(row.model for row in rows))
+    figure, panels = pyplot.subplots(1, len(models), figsize=(8 * len(models), 5), layout="constrained", squeeze=False)
+    for axes, model in zip(panels[0], models, strict=True):
+        for family in dict.fromkeys(row.family for row in rows):
+            line = sorted((r.sent, r.loss, r.spread, r.setting) for r in rows if (r.model, r.family) == (model, family))
+            sent, losses, spreads, settings = zip(*line, strict=True)
+            axes.errorbar(sent, losses, spreads, fmt="o-", capsize=3, label=family)
+            for place, loss, setting in zip(sent, losses, settings, strict=True):
+                axes.annotate(setting, (place, loss), xytext=(5, 5), textcoords="offset points", fontsize=7)
+        axes.set(title=f"{title}: {model}", xlabel="bytes that a node sends per round", ylabel="loss, nats per byte")
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -155,7 +155,7 @@ def quality(
     png: Png = None,
 ) -> None:
     """Validation loss against bytes: AdamW with all-reduce, the DeMo rule in floats, this engine."""
-    from psyche_lightning.bench.quality import DEFAULT_RATES, SETTINGS, SIZES, Plan, compare, methods
+    from psyche_lightning.bench.quality import DEFAULT_RATES, SETTINGS, SIZES, Plan, compare, draw, methods
     from psyche_lightning.errors import ConfigError
 
     check_folder(json_file, "--json")
@@ -167,19 +167,19 @@ def quality(
     plan = Plan(nodes, rounds, batch, seeds, tuple(rates or DEFAULT_RATES))
     table = _table(
         f"{nodes} nodes, {rounds} rounds, the same tokens; {seeds} seeds",
-        *("model", "method", "rate", "loss, nats per byte", "bytes per round", "fewer bytes"),
+        *("model", "method", "setting", "rate", "loss, nats per byte", "bytes per round", "fewer bytes"),
     )
     rows = []
     with Live(table, console=Console(), refresh_per_second=2):
         for row in compare(sizes or list(SIZES), compared, plan, workers):
             rows.append(row)
             table.add_row(
-                row.model, row.method, f"{row.rate:g}", f"{row.loss:.3f} ± {row.spread:.3f}", f"{row.sent:,.0f}",
-                f"{row.ratio:,.0f}",
+                row.model, row.family, row.setting, f"{row.rate:g}", f"{row.loss:.3f} ± {row.spread:.3f}",
+                f"{row.sent:,.0f}", f"{row.ratio:,.0f}",
             )  # fmt: skip
     write_json(json_file, {"plan": asdict(plan), "decay": decay, "rows": [asdict(row) for row in rows]})
-    lines = {f"{row.model}: {row.method}": ([row.sent], [row.loss]) for row in rows}
-    picture(png, "Loss for bytes", "bytes that a node sends per round", "validation loss, nats per byte", lines)
+    if png is not None:
+        draw(png, rows, f"{nodes} nodes, {rounds} rounds")
 
 
 @bench.command()

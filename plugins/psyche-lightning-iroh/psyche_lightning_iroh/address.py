@@ -42,14 +42,15 @@ class Address:
             TransportError: it is not one of this transport.
         """
         try:
-            parts = urlsplit(text)
-            query = parse_qs(parts.query, strict_parsing=True) if parts.query else {}
+            # Not urlsplit: several hosts are no URL's authority, and some versions of Python say so.
+            scheme, _, rest = text.partition("://")
+            authority, _, options = rest.partition("?")
+            query = parse_qs(options, strict_parsing=True) if options else {}
             relays = query.pop("relay", [])
-            hosts = tuple(split(one) for one in parts.netloc.split(",") if one)
+            hosts = tuple(split(one) for one in authority.split(",") if one)
             if (
                 len(text) <= 2000
-                and parts.scheme == "iroh"
-                and not parts.path
+                and scheme == "iroh"
                 and not query
                 and len(relays) <= 1
                 and len(hosts) <= MAX_HOSTS

@@ -148,7 +148,7 @@ def test_urgent_things_overtake_a_blob(monkeypatch: pytest.MonkeyPatch) -> None:
                     b.transport.send(a.key, b"urgent")
                 seen.append(here if b"urgent" in a.texts() else 0)
 
-            data = os.urandom(30_000_000)
+            data = os.urandom(100_000_000)  # long enough for several reports on a fast machine
             await a.transport.fetch(b.add(data), [b.key], max_size=len(data), timeout=50, progress=watch)
             assert any(0 < here < len(data) for here in seen)
 

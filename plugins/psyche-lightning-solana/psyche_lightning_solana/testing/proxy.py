@@ -74,6 +74,11 @@ class Proxy:
         """Let the next requests of that method fail, one after the other; ``*`` for any method."""
         self._failures[method].extend(failures)
 
+    def heal(self) -> None:
+        """Forget all failures that are still to come."""
+        self._failures.clear()
+        self._always.clear()
+
     def always(self, method: str, failure: Failure | None) -> None:
         """Let every request of that method fail, until None."""
         if failure is None:

@@ -121,6 +121,8 @@ def test_nodes_train_on_while_their_services_stumble(run, manifest):
                 for each in world.proxies:
                     each.down = False
         await finished(nodes)
+        for each in world.proxies:
+            each.heal()
         assert len({node.digest() for node in nodes}) == 1
         state = (await owner.look()).state
         assert state.phase is Phase.FINISHED
