@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from psyche_lightning.doctor.finding import scaled
+from psyche_lightning.doctor.finding import size as size_text
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe import Recipe
 from psyche_lightning.recipe.estimate import Estimate, estimate
@@ -64,8 +66,8 @@ def _size(recipe: Recipe, size: Estimate) -> Table:
     if size.trainable != size.parameters:
         table.add_row("trainable parameters", f"{size.trainable:,}")
     for what, amount in size.memory.items():
-        table.add_row(f"memory: {what}", _bytes(amount))
-    table.add_row("memory in all, without activations", _bytes(sum(size.memory.values())), style="bold")
+        table.add_row(f"memory: {what}", size_text(amount))
+    table.add_row("memory in all, without activations", size_text(sum(size.memory.values())), style="bold")
     first, last = (batch * recipe.data.seq_len for batch in _batches(recipe))
     table.add_row("tokens of a round", f"{first:,}" if first == last else f"{first:,} to {last:,}")
     return table
@@ -81,22 +83,10 @@ def _traffic(recipe: Recipe, size: Estimate) -> Table:
         column.justify = "right"
     for nodes in sorted({2, 3, 16, recipe.run.init_min_clients} - {1}):
         own, dense = size.bytes_per_round(nodes), size.allreduce_bytes_per_round(nodes)
-        table.add_row(str(nodes), _bytes(own), _bytes(own), _bytes(dense), f"{dense / own:,.0f} x")
+        table.add_row(str(nodes), size_text(own), size_text(own), size_text(dense), f"{dense / own:,.0f} x")
     table.caption = f"One payload has {size.payload:,} bytes, {8 * size.payload / size.trainable:.3g} bits a parameter."
     return table
 
 
 def _short(count: float) -> str:
-    return _scaled(count, ("", " K", " M", " B", " T"))
-
-
-def _bytes(count: float) -> str:
-    return _scaled(count, (" B", " kB", " MB", " GB", " TB"))
-
-
-def _scaled(number: float, units: tuple[str, ...]) -> str:
-    for unit in units[:-1]:
-        if number < 999.5:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}{units[-1]}"
+    return scaled(count, ("", " K", " M", " B", " T"))

@@ -17,7 +17,6 @@ MAX_NODES = 256
 ROUNDS = 3
 """Rounds that are played: the first has none before it, and later ones cost the same."""
 START = 1_700_000_000
-LARGEST_ADDRESS = 126
 
 
 @dataclass(frozen=True)
