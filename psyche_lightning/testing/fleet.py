@@ -52,11 +52,13 @@ class Fleet:
     def __enter__(self) -> Fleet:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self.coordinator = self._processes.start("coordinator", self._serve("0"), self.folder / "coordinator.log")
+            self.coordinator = self._processes.add(
+                Child("coordinator", self._serve("0"), self.folder / "coordinator.log")
+            )
             self.url = self.coordinator.url()
             self.admin = CoordinatorAdmin(self.url)
             create = ["run", "create", self.run, self._recipe, *self._settings, "--twin", "--coordinator", self.url]
-            created = self._processes.start("create", create, self.folder / "create.log")
+            created = self._processes.add(Child("create", create, self.folder / "create.log"))
             if created.process.wait(PATIENCE):
                 raise FleetError(f"the run could not be created:\n{created.tail()}")
         except BaseException:
@@ -89,7 +91,7 @@ class Fleet:
         arguments = ["train", self._recipe, *self._settings, *own, "--twin", "--coordinator", self.url]
         arguments += ["--run", self.run]
         log = folder / "log.txt"
-        self.nodes[number] = self._processes.start(f"node {number}", arguments, log, program=program)
+        self.nodes[number] = self._processes.add(Child(f"node {number}", arguments, log, program=program))
         return number
 
     def kill(self, number: int) -> None:

@@ -3,20 +3,19 @@
     python tests/links/bench.py --json links.json --png docs/images/links.png
 
 Each node is a process in a network namespace of its own; a relay between them gives every link a rate, a delay and a
-loss (``relay.py``). The baseline is the same relay without them. Needs root, for the namespaces.
+loss (``relay.py``). The baseline is the same relay without them, in the same run: blocks of steps with and without the
+limits take turns, so that a machine whose speed varies slows both. Needs root, for the namespaces.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import subprocess
+import signal
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 from psyche_lightning.bench.report import picture, write_json
+from psyche_lightning.cli.demo.processes import Child, Processes
 from psyche_lightning.recipe import load_recipe
 
 HERE = Path(__file__).parent
-THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM")}
 PORT = 8080
 SKIPPED = 3
 """First steps that do not count: connections, and the pipeline's start."""
+TURN = 1
+"""Steps that do not count after the limits were switched: one began before."""
 LEFT_OUT = 2
 """Last steps that do not count: the last one's time has the run's end in it."""
 
@@ -42,11 +43,13 @@ class Outcome:
     """One training.
 
     Attributes:
-        name: of the method and its links.
-        tokens_per_second: of all nodes together.
+        name: of the method.
+        tokens_per_second: of all nodes together, over the limited links.
         step_seconds: mean time of a step.
-        computing: share of the time in which a node did not wait for others, 0 to 1.
+        computing: share of the time in which a node did not wait for others, 0 to 1; mean of the nodes.
         bytes_up: bytes on a node's link per step, headers and repetitions included.
+        unshaped: tokens per second of the same processes while the relay limited nothing; None: not measured.
+        shares: tokens per second of each limited block, as a share of that of the unlimited ones before and after it.
         note: how it was measured, where that is not plain.
     """
 
@@ -55,33 +58,18 @@ class Outcome:
     step_seconds: float
     computing: float
     bytes_up: float
+    unshaped: float | None = None
+    shares: tuple[float, ...] = ()
     note: str = ""
 
 
-@contextlib.contextmanager
-def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """A list whose processes are ended when the block is left."""
-    started: list[subprocess.Popen[bytes]] = []
-    try:
-        yield started
-    finally:
-        for process in started:
-            process.terminate()
-        for process in started:
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+@dataclass(frozen=True)
+class Block:
+    """Steps that were measured together: their time, how long a node waited in it, and its bytes up."""
 
-
-def start(machine: Machine, arguments: Sequence[str], log: Path, **variables: str) -> subprocess.Popen[bytes]:
-    """Run Python on a machine."""
-    environment = {**os.environ, **THREADS, "PYTHONUNBUFFERED": "1", **variables}
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            machine.command([sys.executable, *arguments]), stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
+    seconds: float
+    waited: float
+    sent: float
 
 
 def wait_for(what: str, log: Path, test: Any, limit: float) -> Any:
@@ -105,54 +93,82 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if "seconds" in row]
 
 
-def train_psyche(name: str, links: list[Link], recipe: str, steps: int, overrides: list[str]) -> Outcome:
-    """This project, with its own coordinator on a machine of its own, which is as far away as the nodes."""
+def train_psyche(name: str, links: list[Link], recipe: str, blocks: int, steps: int, overrides: list[str]) -> Outcome:
+    """This project, with its own coordinator on a machine of its own, which is as far away as the nodes.
+
+    Args:
+        name: of the outcome.
+        links: of the nodes.
+        recipe: what they train.
+        blocks: blocks of steps over the limited links; one more is measured without limits.
+        steps: steps in a block.
+        overrides: of the recipe.
+    """
     resolved = load_recipe(recipe)
     away = Link(None, links[0].delay, links[0].loss)
-    with tempfile.TemporaryDirectory() as scratch, network([*links, away]) as machines, processes() as running:
-        folder, nodes, far = Path(scratch), machines[:-1], machines[-1]
-        url, log = f"http://{far.address}:{PORT}", folder / "log"
+    starts = [SKIPPED + number * (steps + TURN) + TURN for number in range(2 * blocks + 1)]
+    with tempfile.TemporaryDirectory() as scratch, network([*links, away]) as net, Processes() as processes:
+        net.shape(False)
+        folder, nodes, far = Path(scratch), net.machines[:-1], net.machines[-1]
+        log = folder / "log"
         serve = ["coordinator", "--host", far.address, "--port", str(PORT), "--dir", str(folder / "coordinator")]
-        running.append(start(far, ["-m", "psyche_lightning.cli", *serve], log))
-        given = [f"total_steps={steps + LEFT_OUT}", f"init_min_clients={len(nodes)}", *overrides]
-        wait_for("the coordinator's start", log, lambda: "http" in log.read_text(), 60)
-        create = ["-m", "psyche_lightning.cli", "run", "create", "links", recipe, *given, "--coordinator", url]
-        made = subprocess.run(far.command([sys.executable, *create]), capture_output=True, text=True, check=False)
-        if made.returncode:
-            raise RuntimeError(f"the run could not be created: {made.stderr}\nthe coordinator: {log.read_text()}")
+        url = processes.add(Child("coordinator", serve, log, inside=far.inside)).url()
+        given = [f"total_steps={starts[-1] + steps + LEFT_OUT}", f"init_min_clients={len(nodes)}", *overrides]
+        create = Child("run", ["run", "create", "links", recipe, *given, "--coordinator", url], log, inside=far.inside)
+        if processes.add(create).process.wait():
+            raise RuntimeError(f"the run could not be created: {create.tail()}")
         folders = [folder / f"node-{number}" for number in range(len(nodes))]
         for node, own in zip(nodes, folders, strict=True):
             train = ["train", recipe, *given, f"node.dir={own}", f"node.options.host={node.address}"]
             train += ["--coordinator", url, "--run", "links"]
-            running.append(start(node, ["-m", "psyche_lightning.cli", *train], log))
-        seen: dict[int, int] = {}
-        wait_for("training", log, lambda: _reached(folders, nodes, seen, SKIPPED), 900)
-        wait_for("training", log, lambda: _reached(folders, nodes, seen, steps), 1800)
-        first, last = (
-            [next(row for row in rows_of(own) if row["step"] == step) for own in folders] for step in (SKIPPED, steps)
-        )
-    seconds = max(b["seconds"] - a["seconds"] for a, b in zip(first, last, strict=True))
-    waited = [b["waited"] - a["waited"] for a, b in zip(first, last, strict=True)]
-    counted = steps - SKIPPED
-    tokens = resolved.run.global_batch_size_start * resolved.data.seq_len
-    sent = (seen[steps] - seen[SKIPPED]) / counted / len(nodes)
-    return Outcome(name, tokens * counted / seconds, seconds / counted, 1 - max(waited) / seconds, sent)
+            processes.add(Child(own.name, train, log, inside=node.inside))
+        wait_for("the first steps", log, lambda: _reached(folders, SKIPPED), 900)
+        measured = []
+        for number, first in enumerate(starts):
+            net.shape(number % 2 == 1)
+            measured.append(_measure(folders, nodes, log, first, steps))
+    free, limited = measured[::2], measured[1::2]
+    shares = [
+        (before.seconds + after.seconds) / 2 / one.seconds
+        for before, one, after in zip(free, limited, free[1:], strict=False)
+    ]
+    tokens = resolved.run.global_batch_size_start * resolved.data.seq_len * steps
+    seconds = sum(one.seconds for one in limited)
+    return Outcome(
+        name,
+        tokens * blocks / seconds,
+        seconds / blocks / steps,
+        1 - sum(one.waited for one in limited) / seconds,
+        sum(one.sent for one in limited) / blocks / steps,
+        tokens * len(free) / sum(one.seconds for one in free),
+        tuple(shares),
+    )
 
 
-def _reached(folders: list[Path], nodes: list[Machine], seen: dict[int, int], step: int) -> bool:
-    """Whether all nodes have done a step; notes the bytes sent when they have."""
-    if not all(any(row["step"] >= step for row in rows_of(folder)) for folder in folders):
-        return False
-    seen[step] = sum(node.traffic()[0] for node in nodes)
-    return True
+def _measure(folders: list[Path], nodes: list[Machine], log: Path, first: int, steps: int) -> Block:
+    """Wait for the end of a block that begins when the step ``first`` is done."""
+    sent, rows = [], []
+    for step in (first, first + steps):
+        wait_for(f"step {step}", log, lambda step=step: _reached(folders, step), 1800)
+        sent.append(sum(node.traffic()[0] for node in nodes) / len(nodes))
+        rows.append([next(row for row in rows_of(own) if row["step"] == step) for own in folders])
+    pairs = list(zip(*rows, strict=True))
+    seconds = max(after["seconds"] - before["seconds"] for before, after in pairs)
+    waited = statistics.fmean(after["waited"] - before["waited"] for before, after in pairs)
+    return Block(seconds, waited, sent[1] - sent[0])
+
+
+def _reached(folders: list[Path], step: int) -> bool:
+    """Whether all nodes have done a step."""
+    return all(any(row["step"] >= step for row in rows_of(folder)) for folder in folders)
 
 
 def train_ddp(name: str, links: list[Link], recipe: str, limit: float) -> Outcome:
     """Torch DDP: one step, or as much of it as the limit allows."""
     resolved = load_recipe(recipe)
     tokens = resolved.data.seq_len * len(links)
-    with tempfile.TemporaryDirectory() as scratch, network(links) as nodes, processes() as running:
-        log = Path(scratch) / "log"
+    with tempfile.TemporaryDirectory() as scratch, network(links) as net, Processes() as processes:
+        nodes, log = net.machines, Path(scratch) / "log"
         for rank, node in enumerate(nodes):
             variables = {
                 "RANK": str(rank),
@@ -161,7 +177,8 @@ def train_ddp(name: str, links: list[Link], recipe: str, limit: float) -> Outcom
                 "MASTER_PORT": "29500",
                 "GLOO_SOCKET_IFNAME": "tun0",
             }
-            running.append(start(node, [str(HERE / "allreduce.py"), recipe, "1"], log, **variables))
+            program = [str(HERE / "allreduce.py")]
+            processes.add(Child(f"rank {rank}", [recipe, "1"], log, variables, program, node.inside))
         from psyche_lightning.recipe.estimate import estimate
 
         expected = estimate(resolved).allreduce_bytes_per_round(len(nodes))
@@ -179,7 +196,7 @@ def train_ddp(name: str, links: list[Link], recipe: str, limit: float) -> Outcom
         return Outcome(name, tokens / seconds, seconds, computing, before + sent)
     seconds = expected / (sent / passed)
     note = f"projected from {sent / 1e6:.0f} MB in {passed:.0f} s of the {expected / 1e6:.0f} MB of a step"
-    return Outcome(name, tokens / seconds, seconds, 0.0, expected, note)
+    return Outcome(name, tokens / seconds, seconds, 0.0, expected, note=note)
 
 
 def main() -> None:
@@ -190,34 +207,35 @@ def main() -> None:
     parser.add_argument("--round-trip", type=float, default=0.1, help="seconds")
     parser.add_argument("--loss", type=float, default=0.01, help="share of the packets")
     parser.add_argument("--recipe", default=str(HERE / "hundred.yaml"))
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=4, help="in a block")
+    parser.add_argument("--blocks", type=int, default=4, help="over limited links; one more without limits")
     parser.add_argument("--ddp-limit", type=float, default=300.0, help="seconds for DDP's step; 0 leaves DDP out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     given = parser.parse_args()
-    shaped = [Link(given.mbit * 1e6, given.round_trip / 2, given.loss)] * given.nodes
-    plain = [Link()] * given.nodes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces and the relay end too
+    links = [Link(given.mbit * 1e6, given.round_trip / 2, given.loss)] * given.nodes
     console = Console()
     outcomes: list[Outcome] = []
-    runs = [("overlap, unshaped", plain, True), ("overlap", shaped, True), ("no overlap", shaped, False)]
-    for name, links, overlap in runs:
-        console.print(f"[dim]psyche, {name} ...[/]")
+    for name, overlap in (("psyche, overlap", True), ("psyche, no overlap", False)):
+        console.print(f"[dim]{name} ...[/]")
         overrides = [f"run.overlap={str(overlap).lower()}"]
-        outcomes.append(train_psyche(f"psyche, {name}", links, given.recipe, given.steps, overrides))
+        outcomes.append(train_psyche(name, links, given.recipe, given.blocks, given.steps, overrides))
     if given.ddp_limit:
         console.print("[dim]DDP ...[/]")
-        outcomes.append(train_ddp("DDP, gloo", shaped, given.recipe, given.ddp_limit))
+        outcomes.append(train_ddp("torch DDP, gloo", links, given.recipe, given.ddp_limit))
     title = (
         f"{given.nodes} nodes, each {given.mbit:g} Mbit/s up, {1000 * given.round_trip:g} ms round trip, "
         f"{100 * given.loss:g} % loss"
     )
-    table = Table("", "tokens/s", "of unshaped", "step, s", "computing", "bytes up a step", title=title)
+    table = Table("", "tokens/s", "of unshaped", "lowest, highest block", "step", "computing", "up a step", title=title)
     for one in outcomes:
         table.add_row(
             one.name,
             f"{one.tokens_per_second:.2f}",
-            f"{one.tokens_per_second / outcomes[0].tokens_per_second:.1%}",
-            f"{one.step_seconds:.1f}",
+            f"{statistics.fmean(one.shares):.1%}" if one.shares else "",
+            f"{min(one.shares):.1%}, {max(one.shares):.1%}" if one.shares else "",
+            f"{one.step_seconds:.2f} s",
             f"{one.computing:.0%}",
             f"{one.bytes_up / 1e6:.2f} MB",
         )
@@ -226,11 +244,14 @@ def main() -> None:
         if one.note:
             console.print(f"{one.name}: {one.note}", highlight=False)
     if given.ddp_limit:
-        ratio = outcomes[1].tokens_per_second / outcomes[-1].tokens_per_second
+        ratio = outcomes[0].tokens_per_second / outcomes[-1].tokens_per_second
         console.print(f"with overlap, {ratio:.0f} times the tokens/s of DDP")
     write_json(given.json, {**{k: str(v) for k, v in vars(given).items()}, "outcomes": [asdict(o) for o in outcomes]})
-    lines = {"tokens/s": ([one.name for one in outcomes], [one.tokens_per_second for one in outcomes])}
-    picture(given.png, title, "", "tokens per second", lines)
+    bars = {
+        "these links": ([one.name for one in outcomes], [one.tokens_per_second for one in outcomes]),
+        "unshaped": ([one.name for one in outcomes], [one.unshaped or 0.0 for one in outcomes]),
+    }
+    picture(given.png, title, "", "tokens per second", bars)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Several machines on one: network namespaces, each with one link to a relay in user space that shapes it.
 
 A link is a TUN device whose packets the relay reads, delays, drops and writes to the device of the machine that they
-are for. Nothing else connects the namespaces, to each other or to the world. Needs root and ``/dev/net/tun``.
+are for. Nothing else connects the namespaces, to each other or to the world. The shaping can be switched off and on
+while packets flow, so that both are measured in one run. Needs root and ``/dev/net/tun``.
 """
 
 from __future__ import annotations
@@ -54,14 +55,15 @@ class Machine:
     def __init__(self, name: str, address: str) -> None:
         self.name, self.address = name, address
 
-    def command(self, arguments: Sequence[str]) -> list[str]:
-        """What runs ``arguments`` in it."""
-        return ["ip", "netns", "exec", self.name, *arguments]
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """The command that runs another one in it."""
+        return ("ip", "netns", "exec", self.name)
 
     def traffic(self) -> tuple[int, int]:
         """Bytes ``(up, down)`` on its link so far, headers of IP and TCP included."""
         found = subprocess.run(
-            self.command(["cat", *(f"/sys/class/net/tun0/statistics/{way}_bytes" for way in ("tx", "rx"))]),
+            [*self.inside, "cat", *(f"/sys/class/net/tun0/statistics/{way}_bytes" for way in ("tx", "rx"))],
             check=True,
             capture_output=True,
             text=True,
@@ -70,9 +72,24 @@ class Machine:
         return int(up), int(down)
 
 
+class Network:
+    """The machines and the relay between them.
+
+    Attributes:
+        machines: in the order of their links.
+    """
+
+    def __init__(self, machines: list[Machine], shaped: Any) -> None:
+        self.machines, self._shaped = machines, shaped
+
+    def shape(self, on: bool) -> None:
+        """Let the links' limits hold, or not, from the next packet on."""
+        self._shaped.value = on
+
+
 @contextmanager
-def network(links: Sequence[Link], seed: int = 0) -> Iterator[list[Machine]]:
-    """One machine for each link, while the block runs.
+def network(links: Sequence[Link], seed: int = 0) -> Iterator[Network]:
+    """One machine for each link, while the block runs; the limits hold.
 
     Raises:
         PermissionError: this process may not make namespaces.
@@ -85,10 +102,12 @@ def network(links: Sequence[Link], seed: int = 0) -> Iterator[list[Machine]]:
         for machine in machines:
             devices.append(_join(machine))
         # A process of its own: the relay's speed must not depend on what the measuring program does.
-        relay: Any = multiprocessing.get_context("fork").Process(target=_relay, args=(devices, list(links), seed))
+        context = multiprocessing.get_context("fork")
+        shaped = context.Value("b", True, lock=False)
+        relay: Any = context.Process(target=_relay, args=(devices, list(links), seed, shaped))
         relay.start()
         try:
-            yield machines
+            yield Network(machines, shaped)
         finally:
             relay.terminate()
             relay.join()
@@ -115,10 +134,10 @@ def _join(machine: Machine) -> int:
     return device
 
 
-def _relay(devices: list[int], links: list[Link], seed: int) -> None:
+def _relay(devices: list[int], links: list[Link], seed: int, shaped: Any) -> None:
     """Carry packets until the process is ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who interrupts the measurement ends it, and that ends this
-    chance = random.Random(seed)
+    chance, open_link = random.Random(seed), Link()
     owner = {bytes([10, 77, 0, number + 1]): number for number in range(len(devices))}
     free = [0.0] * len(devices)  # when each link has sent what it was given
     waiting: list[tuple[float, int, int, bytes]] = []
@@ -129,7 +148,7 @@ def _relay(devices: list[int], links: list[Link], seed: int) -> None:
     while True:
         timeout = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
         for key, _ in selector.select(timeout):
-            link = links[key.data]
+            link = links[key.data] if shaped.value else open_link
             for _ in range(64):
                 try:
                     packet = os.read(key.fd, MTU)

@@ -67,7 +67,7 @@ class SolanaStage:
     def open(self, processes: Processes, folder: Path, nodes: int, console: Console) -> str:
         """Start the chain, and give everyone a wallet with something in it."""
         self._folder = folder
-        self._chain = processes.start("local chain", self._serve(0), folder / "chain.log")
+        self._chain = processes.add(Child("local chain", self._serve(0), folder / "chain.log"))
         self._address = self._chain.url()
         console.print(f"the chain: {self._address}", highlight=False)
         owner = create(folder / "wallets" / "owner.json")

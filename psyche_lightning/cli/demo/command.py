@@ -84,7 +84,8 @@ def demo(
             # All hold the same parameters, so one node is enough to validate them.
             extra = [f"node.dir={folder}", *([] if number == 0 else ["trainer.validate_every=0"])]
             arguments = ["train", *common, "--run", RUN, *extra]
-            children.append(processes.start(f"node {number}", arguments, folder / "log.txt", stage.environment(number)))
+            child = Child(f"node {number}", arguments, folder / "log.txt", stage.environment(number))
+            children.append(processes.add(child))
         with View(console, all_reduce=all_reduce, rounds=steps) as view:
             status = _watch(stage, children, view)
         _finish(children)

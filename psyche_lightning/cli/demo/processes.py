@@ -32,6 +32,7 @@ class Child:
         log: file that gets its output; appended to.
         environment: variables besides this process' own.
         program: what Python runs; ``psyche`` unless given.
+        inside: the command that runs Python elsewhere, such as in a network namespace.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Child:
         log: Path,
         environment: Mapping[str, str] | None = None,
         program: Sequence[str] = PSYCHE,
+        inside: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.log = log
-        self._program = list(program)
+        self._program = [*inside, sys.executable, *program]
         self._arguments = list(arguments)
         self._environment = {**os.environ, **_THREADS, "PYTHONUNBUFFERED": "1", **(environment or {})}
         self.process = self._start()
@@ -52,7 +54,7 @@ class Child:
     def _start(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, *self._program, *self._arguments],
+                [*self._program, *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -111,16 +113,8 @@ class Processes:
     ) -> None:
         self.stop()
 
-    def start(
-        self,
-        name: str,
-        arguments: Sequence[str],
-        log: Path,
-        environment: Mapping[str, str] | None = None,
-        program: Sequence[str] = PSYCHE,
-    ) -> Child:
-        """Start a child that is stopped with the others."""
-        child = Child(name, arguments, log, environment, program)
+    def add(self, child: Child) -> Child:
+        """Stop this child with the others."""
         self.children.append(child)
         return child
 

@@ -81,7 +81,7 @@ class ServerStage:
     def open(self, processes: Processes, folder: Path, nodes: int, console: Console) -> str:
         """Start the server on a free port."""
         self._folder = folder
-        self._server = processes.start("coordinator", self._serve("0"), folder / "coordinator.log")
+        self._server = processes.add(Child("coordinator", self._serve("0"), folder / "coordinator.log"))
         self._url = self._server.url()
         console.print(f"watch it in a browser: {self._url}", highlight=False)
         return self._url
