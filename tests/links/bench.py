@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ class Outcome:
         bytes_up: bytes on a node's link per step, headers and repetitions included.
         unshaped: tokens per second of the same processes while the relay limited nothing; None: not measured.
         shares: tokens per second of each limited block, as a share of that of the unlimited ones before and after it.
+        own_shares: the same without the time in which other guests of the host had this machine's cores.
         note: how it was measured, where that is not plain.
     """
 
@@ -60,30 +64,36 @@ class Outcome:
     bytes_up: float
     unshaped: float | None = None
     shares: tuple[float, ...] = ()
+    own_shares: tuple[float, ...] = ()
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Steps that were measured together: their time, how long a node waited in it, and its bytes up."""
+    """Steps that were measured together: their time, how long a node waited in it, and its bytes up.
+
+    ``stolen`` is the part of the time that the host gave to its other guests, as Linux counts it.
+    """
 
     seconds: float
     waited: float
     sent: float
+    stolen: float
 
 
-def wait_for(what: str, log: Path, test: Any, limit: float) -> Any:
+def wait_for(what: str, processes: Processes, test: Callable[[], Any], limit: float) -> None:
     """Poll ``test`` until it gives something.
 
     Raises:
-        TimeoutError: it took too long; with the end of the log.
+        RuntimeError: a process failed, or it took too long; with the end of the processes' output.
     """
     until = time.monotonic() + limit
-    while not (found := test()):
-        if time.monotonic() > until:
-            raise TimeoutError(f"{what} took more than {limit:.0f} s; the log ends with:\n{log.read_text()[-2000:]}")
+    while not test():
+        failed = [child for child in processes.children if child.code]
+        if failed or time.monotonic() > until:
+            why = f"{failed[0].name} failed" if failed else f"it took more than {limit:.0f} s"
+            raise RuntimeError(f"no {what}: {why}; the output ends with:\n{processes.children[0].tail()}")
         time.sleep(0.2)
-    return found
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -122,16 +132,12 @@ def train_psyche(name: str, links: list[Link], recipe: str, blocks: int, steps: 
             train = ["train", recipe, *given, f"node.dir={own}", f"node.options.host={node.address}"]
             train += ["--coordinator", url, "--run", "links"]
             processes.add(Child(own.name, train, log, inside=node.inside))
-        wait_for("the first steps", log, lambda: _reached(folders, SKIPPED), 900)
+        wait_for("first steps", processes, partial(_reached, folders, SKIPPED), 900)
         measured = []
         for number, first in enumerate(starts):
             net.shape(number % 2 == 1)
-            measured.append(_measure(folders, nodes, log, first, steps))
+            measured.append(_measure(folders, nodes, processes, first, steps))
     free, limited = measured[::2], measured[1::2]
-    shares = [
-        (before.seconds + after.seconds) / 2 / one.seconds
-        for before, one, after in zip(free, limited, free[1:], strict=False)
-    ]
     tokens = resolved.run.global_batch_size_start * resolved.data.seq_len * steps
     seconds = sum(one.seconds for one in limited)
     return Outcome(
@@ -141,21 +147,34 @@ def train_psyche(name: str, links: list[Link], recipe: str, blocks: int, steps: 
         1 - sum(one.waited for one in limited) / seconds,
         sum(one.sent for one in limited) / blocks / steps,
         tokens * len(free) / sum(one.seconds for one in free),
-        tuple(shares),
+        _shares([one.seconds for one in measured]),
+        _shares([one.seconds - one.stolen for one in measured]),
     )
 
 
-def _measure(folders: list[Path], nodes: list[Machine], log: Path, first: int, steps: int) -> Block:
+def _shares(seconds: list[float]) -> tuple[float, ...]:
+    """The speed of each second block as a share of that of its neighbours."""
+    trios = zip(seconds[::2], seconds[1::2], seconds[2::2], strict=False)
+    return tuple((before + after) / 2 / limited for before, limited, after in trios)
+
+
+def _stolen() -> float:
+    """Seconds since the start that the host took from a core of this machine, on average (``/proc/stat``)."""
+    return int(Path("/proc/stat").read_text().split()[8]) / os.sysconf("SC_CLK_TCK") / (os.cpu_count() or 1)
+
+
+def _measure(folders: list[Path], nodes: list[Machine], processes: Processes, first: int, steps: int) -> Block:
     """Wait for the end of a block that begins when the step ``first`` is done."""
-    sent, rows = [], []
+    sent, rows, stolen = [], [], []
     for step in (first, first + steps):
-        wait_for(f"step {step}", log, lambda step=step: _reached(folders, step), 1800)
+        wait_for(f"step {step}", processes, partial(_reached, folders, step), 1800)
         sent.append(sum(node.traffic()[0] for node in nodes) / len(nodes))
+        stolen.append(_stolen())
         rows.append([next(row for row in rows_of(own) if row["step"] == step) for own in folders])
     pairs = list(zip(*rows, strict=True))
     seconds = max(after["seconds"] - before["seconds"] for before, after in pairs)
     waited = statistics.fmean(after["waited"] - before["waited"] for before, after in pairs)
-    return Block(seconds, waited, sent[1] - sent[0])
+    return Block(seconds, waited, sent[1] - sent[0], stolen[1] - stolen[0])
 
 
 def _reached(folders: list[Path], step: int) -> bool:
@@ -182,7 +201,7 @@ def train_ddp(name: str, links: list[Link], recipe: str, limit: float) -> Outcom
         from psyche_lightning.recipe.estimate import estimate
 
         expected = estimate(resolved).allreduce_bytes_per_round(len(nodes))
-        wait_for("DDP's start", log, lambda: sum(node.traffic()[0] for node in nodes) > 4e6, 300)
+        wait_for("start of DDP", processes, lambda: sum(node.traffic()[0] for node in nodes) > 4e6, 300)
         begun, before = time.monotonic(), sum(node.traffic()[0] for node in nodes) / len(nodes)
         done: list[dict[str, Any]] = []
         while time.monotonic() - begun < limit and len(done) < len(nodes):
@@ -199,6 +218,11 @@ def train_ddp(name: str, links: list[Link], recipe: str, limit: float) -> Outcom
     return Outcome(name, tokens / seconds, seconds, 0.0, expected, note=note)
 
 
+def _spread(shares: tuple[float, ...]) -> str:
+    """Mean, lowest and highest."""
+    return f"{statistics.fmean(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})" if shares else ""
+
+
 def main() -> None:
     """Measure, print a table, write JSON and a picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,9 +231,9 @@ def main() -> None:
     parser.add_argument("--round-trip", type=float, default=0.1, help="seconds")
     parser.add_argument("--loss", type=float, default=0.01, help="share of the packets")
     parser.add_argument("--recipe", default=str(HERE / "hundred.yaml"))
-    parser.add_argument("--steps", type=int, default=4, help="in a block")
-    parser.add_argument("--blocks", type=int, default=4, help="over limited links; one more without limits")
-    parser.add_argument("--ddp-limit", type=float, default=300.0, help="seconds for DDP's step; 0 leaves DDP out")
+    parser.add_argument("--steps", type=int, default=3, help="in a block")
+    parser.add_argument("--blocks", type=int, default=5, help="over limited links; one more without limits")
+    parser.add_argument("--ddp-limit", type=float, default=600.0, help="seconds for DDP's step; 0 leaves DDP out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     given = parser.parse_args()
@@ -228,13 +252,14 @@ def main() -> None:
         f"{given.nodes} nodes, each {given.mbit:g} Mbit/s up, {1000 * given.round_trip:g} ms round trip, "
         f"{100 * given.loss:g} % loss"
     )
-    table = Table("", "tokens/s", "of unshaped", "lowest, highest block", "step", "computing", "up a step", title=title)
+    columns = ("", "tokens/s", "of unshaped", "without stolen time", "step", "computing", "up a step")
+    table = Table(*columns, title=title)
     for one in outcomes:
         table.add_row(
             one.name,
             f"{one.tokens_per_second:.2f}",
-            f"{statistics.fmean(one.shares):.1%}" if one.shares else "",
-            f"{min(one.shares):.1%}, {max(one.shares):.1%}" if one.shares else "",
+            _spread(one.shares),
+            _spread(one.own_shares),
             f"{one.step_seconds:.2f} s",
             f"{one.computing:.0%}",
             f"{one.bytes_up / 1e6:.2f} MB",
