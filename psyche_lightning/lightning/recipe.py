@@ -18,13 +18,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
 from psyche_lightning.coordinator.manifest import START
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.hookspecs import DataProvider
 from psyche_lightning.lightning.agreement import look
+from psyche_lightning.lightning.bars import Bars
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.module import CausalModule, ProviderDataset
 from psyche_lightning.lightning.saving import Checkpoints, begin
@@ -143,16 +143,10 @@ class _Diary(Callback):
         self._started = self._began = 0.0
         self._trained = 0
         self._console = Console()
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
+        self._session: Session | None = None
+        self._bars = Bars(
+            self._console, recipe.name, recipe.run.total_steps, lambda: self._session and self._session.transfer
         )
-        self._task = self._bar.add_task(recipe.name, total=recipe.run.total_steps, figures="")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._metrics = (folder / METRICS).open("a", encoding="utf-8")
@@ -168,7 +162,8 @@ class _Diary(Callback):
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._bar.start()
+        self._session = _session(trainer)
+        self._bars.start()
         self._started = time.monotonic()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -192,7 +187,7 @@ class _Diary(Callback):
                 seconds=round(time.monotonic() - self._started, 3), waited=round(session.waited, 3),
             )  # fmt: skip
         figures = f"loss {session.loss:.3f}  {rate:,.0f} tokens/s"
-        self._bar.update(self._task, completed=step, figures=figures)
+        self._bars.advance(step, figures)
         if step % self._recipe.trainer.log_every == 0 and not self._console.is_terminal:
             print(f"step {step}/{self._recipe.run.total_steps}  {figures}  up {up:,} down {down:,} bytes", flush=True)
         every = self._recipe.trainer.validate_every
@@ -220,7 +215,7 @@ class _Diary(Callback):
             "payload_bytes_computed": round(session.payload_bytes / max(1, self._trained)),
         }
         self._replace(self._folder / RESULT, json.dumps(self.result, indent=1) + "\n")
-        self._bar.stop()
+        self._bars.stop()
         finish()
         print(f"{trainer.global_step} steps, digest {self.result['digest'][:16]}, in {self._folder}/", flush=True)
 
@@ -233,7 +228,7 @@ class _Diary(Callback):
     # --- what they do -----------------------------------------------------------------------------------------------
 
     def _close(self) -> None:
-        self._bar.stop()
+        self._bars.stop()
         self._metrics.close()
 
     def _validate(self, trainer: Trainer, module: LightningModule) -> None:

@@ -28,6 +28,7 @@ from psyche_lightning.lightning.standing import Standing, after_round, at_the_en
 from psyche_lightning.lightning.traffic import Traffic
 from psyche_lightning.node.book import FILE as LEDGER
 from psyche_lightning.node.book import Book
+from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.settings import Settings
@@ -245,6 +246,11 @@ class Session:
         """The newest state of the run that this node saw."""
         state: RunState | None = self._participant.state if self._participant else None
         return state
+
+    @property
+    def transfer(self) -> Transfer | None:
+        """The parameters that are on their way to this node; None when none are."""
+        return self._participant.transfer if self._participant else None
 
     def peek(self) -> RoundWork | None:
         """The next round of this node, which stays the next; waits for it. None when the run is over."""

@@ -1,0 +1,84 @@
+"""What ``psyche train`` shows on a terminal: a bar for the rounds, and one for parameters that come from peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from psyche_lightning.node.download import Transfer
+
+
+class Bars:
+    """Progress of a training, redrawn a few times a second; nothing where the console is no terminal.
+
+    Args:
+        console: where to draw.
+        name: of the training.
+        total: its rounds.
+        transfer: gives the parameters that are on their way to this node, or None.
+    """
+
+    def __init__(self, console: Console, name: str, total: int | None, transfer: Callable[[], Transfer | None]) -> None:
+        self._rounds = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._bytes = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._round = self._rounds.add_task(name, total=total, figures="")
+        self._transfer = transfer
+        self._shown: Transfer | None = None
+        self._live = Live(console=console, get_renderable=self.render) if console.is_terminal else None
+
+    def start(self) -> None:
+        """Begin to draw."""
+        if self._live is not None:
+            self._live.start()
+
+    def stop(self) -> None:
+        """Draw once more, and no longer."""
+        if self._live is not None:
+            self._live.stop()
+
+    def advance(self, done: int, figures: str) -> None:
+        """So many rounds are done; ``figures`` stand beside them."""
+        self._rounds.update(self._round, completed=done, figures=figures)
+
+    def render(self) -> Group | Progress:
+        """The bars at this moment."""
+        transfer = self._transfer()
+        if transfer is not self._shown:
+            self._shown = transfer
+            for task in self._bytes.task_ids:
+                self._bytes.remove_task(task)
+            if transfer is not None:
+                self._bytes.add_task("", total=transfer.total, completed=transfer.here)
+        if transfer is None:
+            return self._rounds
+        count = len(transfer.sources)
+        peers = f" from {count} peer{'s' * (count != 1)}" if count else ""
+        for task in self._bytes.task_ids:
+            text = f"parameters {transfer.digest.hex()[:12]}{peers}"
+            self._bytes.update(task, completed=transfer.here, description=text)
+        return Group(self._rounds, self._bytes)
