@@ -26,7 +26,7 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
 
 
 def picture(path: Path | None, title: str, x: str, y: str, lines: dict[str, tuple[list[Any], list[float]]]) -> None:
-    """Draw lines, on logarithmic axes where x are numbers, else bars."""
+    """Draw lines, on logarithmic axes where x are numbers, else bars; NaN is a bar that is missing."""
     if path is None:
         return
     import matplotlib
@@ -38,7 +38,9 @@ def picture(path: Path | None, title: str, x: str, y: str, lines: dict[str, tupl
     for number, (label, (xs, ys)) in enumerate(lines.items()):
         if all(isinstance(value, str) for value in xs):
             width = 0.8 / len(lines)
-            axes.bar([place + number * width for place in range(len(xs))], ys, width, label=label)
+            middle = (number - (len(lines) - 1) / 2) * width
+            bars = axes.bar([place + middle for place in range(len(xs))], ys, width, label=label)
+            axes.bar_label(bars, [f"{value:.3g}" if value == value else "" for value in ys])
             axes.set_xticks(range(len(xs)), xs)
         else:
             axes.plot(xs, ys, "o-" if len(xs) > 1 else "o", label=label)

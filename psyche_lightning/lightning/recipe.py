@@ -145,7 +145,10 @@ class _Diary(Callback):
         self._console = Console()
         self._session: Session | None = None
         self._bars = Bars(
-            self._console, recipe.name, recipe.run.total_steps, lambda: self._session and self._session.transfer
+            self._console,
+            recipe.name,
+            recipe.run.total_steps,
+            lambda: self._session.transfer if self._session else None,
         )
         try:
             folder.mkdir(parents=True, exist_ok=True)

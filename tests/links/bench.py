@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -47,19 +48,21 @@ class Outcome:
 
     Attributes:
         name: of the method.
-        tokens_per_second: of all nodes together, over the limited links.
-        step_seconds: mean time of a step.
+        tokens_per_second: of all nodes together, over the limited links, in the time that this machine had.
+        step_seconds: mean time of a step, likewise.
+        stolen: share of the time in which other guests of the host had this machine's cores.
         computing: share of the time in which a node did not wait for others, 0 to 1; mean of the nodes.
         bytes_up: bytes on a node's link per step, headers and repetitions included.
         unshaped: tokens per second of the same processes while the relay limited nothing; None: not measured.
         shares: tokens per second of each limited block, as a share of that of the unlimited ones before and after it.
-        own_shares: the same without the time in which other guests of the host had this machine's cores.
+        own_shares: the same without stolen time.
         note: how it was measured, where that is not plain.
     """
 
     name: str
     tokens_per_second: float
     step_seconds: float
+    stolen: float
     computing: float
     bytes_up: float
     unshaped: float | None = None
@@ -79,6 +82,11 @@ class Block:
     waited: float
     sent: float
     stolen: float
+
+    @property
+    def own(self) -> float:
+        """Seconds that this machine had."""
+        return self.seconds - self.stolen
 
 
 def wait_for(what: str, processes: Processes, test: Callable[[], Any], limit: float) -> None:
@@ -139,16 +147,17 @@ def train_psyche(name: str, links: list[Link], recipe: str, blocks: int, steps: 
             measured.append(_measure(folders, nodes, processes, first, steps))
     free, limited = measured[::2], measured[1::2]
     tokens = resolved.run.global_batch_size_start * resolved.data.seq_len * steps
-    seconds = sum(one.seconds for one in limited)
+    own, seconds = sum(one.own for one in limited), sum(one.seconds for one in limited)
     return Outcome(
         name,
-        tokens * blocks / seconds,
-        seconds / blocks / steps,
+        tokens * blocks / own,
+        own / blocks / steps,
+        1 - own / seconds,
         1 - sum(one.waited for one in limited) / seconds,
         sum(one.sent for one in limited) / blocks / steps,
-        tokens * len(free) / sum(one.seconds for one in free),
+        tokens * len(free) / sum(one.own for one in free),
         _shares([one.seconds for one in measured]),
-        _shares([one.seconds - one.stolen for one in measured]),
+        _shares([one.own for one in measured]),
     )
 
 
@@ -202,25 +211,26 @@ def train_ddp(name: str, links: list[Link], recipe: str, limit: float) -> Outcom
 
         expected = estimate(resolved).allreduce_bytes_per_round(len(nodes))
         wait_for("start of DDP", processes, lambda: sum(node.traffic()[0] for node in nodes) > 4e6, 300)
-        begun, before = time.monotonic(), sum(node.traffic()[0] for node in nodes) / len(nodes)
+        had, begun, before = _stolen(), time.monotonic(), sum(node.traffic()[0] for node in nodes) / len(nodes)
         done: list[dict[str, Any]] = []
         while time.monotonic() - begun < limit and len(done) < len(nodes):
             time.sleep(1)
             done = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
         sent = sum(node.traffic()[0] for node in nodes) / len(nodes) - before
         passed = time.monotonic() - begun
+        stolen = (_stolen() - had) / passed
     if len(done) == len(nodes):
-        seconds = max(row["seconds"] for row in done)
+        seconds = max(row["seconds"] for row in done) * (1 - stolen)
         computing = max(row["computing"] for row in done) / seconds
-        return Outcome(name, tokens / seconds, seconds, computing, before + sent)
-    seconds = expected / (sent / passed)
+        return Outcome(name, tokens / seconds, seconds, stolen, computing, before + sent)
+    seconds = expected / (sent / passed) * (1 - stolen)
     note = f"projected from {sent / 1e6:.0f} MB in {passed:.0f} s of the {expected / 1e6:.0f} MB of a step"
-    return Outcome(name, tokens / seconds, seconds, 0.0, expected, note=note)
+    return Outcome(name, tokens / seconds, seconds, stolen, 0.0, expected, note=note)
 
 
 def _spread(shares: tuple[float, ...]) -> str:
     """Mean, lowest and highest."""
-    return f"{statistics.fmean(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})" if shares else ""
+    return f"{statistics.fmean(shares):.0%} ({min(shares):.0%}-{max(shares):.0%})" if shares else ""
 
 
 def main() -> None:
@@ -252,15 +262,17 @@ def main() -> None:
         f"{given.nodes} nodes, each {given.mbit:g} Mbit/s up, {1000 * given.round_trip:g} ms round trip, "
         f"{100 * given.loss:g} % loss"
     )
-    columns = ("", "tokens/s", "of unshaped", "without stolen time", "step", "computing", "up a step")
+    columns = ("", "tokens/s", "unshaped", "share", "share, wall clock", "step", "stolen", "computing", "up a step")
     table = Table(*columns, title=title)
     for one in outcomes:
         table.add_row(
             one.name,
             f"{one.tokens_per_second:.2f}",
-            _spread(one.shares),
+            f"{one.unshaped:.2f}" if one.unshaped else "",
             _spread(one.own_shares),
+            _spread(one.shares),
             f"{one.step_seconds:.2f} s",
+            f"{one.stolen:.0%}",
             f"{one.computing:.0%}",
             f"{one.bytes_up / 1e6:.2f} MB",
         )
@@ -274,7 +286,7 @@ def main() -> None:
     write_json(given.json, {**{k: str(v) for k, v in vars(given).items()}, "outcomes": [asdict(o) for o in outcomes]})
     bars = {
         "these links": ([one.name for one in outcomes], [one.tokens_per_second for one in outcomes]),
-        "unshaped": ([one.name for one in outcomes], [one.unshaped or 0.0 for one in outcomes]),
+        "unshaped": ([one.name for one in outcomes], [one.unshaped or math.nan for one in outcomes]),
     }
     picture(given.png, title, "", "tokens per second", bars)
 

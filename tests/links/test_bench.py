@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    os.geteuid() != 0 or not os.path.exists("/dev/net/tun"), reason="network namespaces and TUN devices need root"
+    os.geteuid() != 0 or not os.path.exists("/dev/net/tun") or shutil.which("ip") is None,
+    reason="network namespaces and TUN devices need root and iproute2",
 )
 def test_all_methods_are_measured_over_the_same_links(tmp_path: Path) -> None:
     """Two nodes train with and without overlap and under DDP; namespaces and relay are gone afterwards."""
