@@ -42,6 +42,7 @@ def picture(path: Path | None, title: str, x: str, y: str, lines: dict[str, tupl
             bars = axes.bar([place + middle for place in range(len(xs))], ys, width, label=label)
             axes.bar_label(bars, [f"{value:.3g}" if value == value else "" for value in ys])
             axes.set_xticks(range(len(xs)), xs)
+            axes.set_xlim(-0.6, len(xs) - 0.4)
         else:
             axes.plot(xs, ys, "o-" if len(xs) > 1 else "o", label=label)
             axes.set_xscale("log", base=2)

@@ -49,7 +49,7 @@ class Outcome:
     Attributes:
         name: of the method.
         tokens_per_second: of all nodes together, over the limited links, in the time that this machine had.
-        step_seconds: mean time of a step, likewise.
+        step_seconds: mean time of a step, by the clock.
         stolen: share of the time in which other guests of the host had this machine's cores.
         computing: share of the time in which a node did not wait for others, 0 to 1; mean of the nodes.
         bytes_up: bytes on a node's link per step, headers and repetitions included.
@@ -151,7 +151,7 @@ def train_psyche(name: str, links: list[Link], recipe: str, blocks: int, steps: 
     return Outcome(
         name,
         tokens * blocks / own,
-        own / blocks / steps,
+        seconds / blocks / steps,
         1 - own / seconds,
         1 - sum(one.waited for one in limited) / seconds,
         sum(one.sent for one in limited) / blocks / steps,
@@ -220,12 +220,12 @@ def train_ddp(name: str, links: list[Link], recipe: str, limit: float) -> Outcom
         passed = time.monotonic() - begun
         stolen = (_stolen() - had) / passed
     if len(done) == len(nodes):
-        seconds = max(row["seconds"] for row in done) * (1 - stolen)
+        seconds = max(row["seconds"] for row in done)
         computing = max(row["computing"] for row in done) / seconds
-        return Outcome(name, tokens / seconds, seconds, stolen, computing, before + sent)
-    seconds = expected / (sent / passed) * (1 - stolen)
+        return Outcome(name, tokens / seconds / (1 - stolen), seconds, stolen, computing, before + sent)
+    seconds = expected / (sent / passed)
     note = f"projected from {sent / 1e6:.0f} MB in {passed:.0f} s of the {expected / 1e6:.0f} MB of a step"
-    return Outcome(name, tokens / seconds, seconds, stolen, 0.0, expected, note=note)
+    return Outcome(name, tokens / seconds / (1 - stolen), seconds, stolen, 0.0, expected, note=note)
 
 
 def _spread(shares: tuple[float, ...]) -> str:
