@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def picture(path: Path | None, title: str, x: str, y: str, lines: dict[str, tupl
             width = 0.8 / len(lines)
             middle = (number - (len(lines) - 1) / 2) * width
             bars = axes.bar([place + middle for place in range(len(xs))], ys, width, label=label)
-            axes.bar_label(bars, [f"{value:.3g}" if value == value else "" for value in ys])
+            axes.bar_label(bars, ["" if math.isnan(value) else f"{value:.3g}" for value in ys])
             axes.set_xticks(range(len(xs)), xs)
             axes.set_xlim(-0.6, len(xs) - 0.4)
         else:

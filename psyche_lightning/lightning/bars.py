@@ -47,6 +47,7 @@ class Bars:
             console=console,
         )
         self._round = self._rounds.add_task(name, total=total, figures="")
+        self._parameters = self._bytes.add_task("")
         self._transfer = transfer
         self._shown: Transfer | None = None
         self._live = Live(console=console, get_renderable=self.render) if console.is_terminal else None
@@ -68,17 +69,13 @@ class Bars:
     def render(self) -> Group | Progress:
         """The bars at this moment."""
         transfer = self._transfer()
-        if transfer is not self._shown:
-            self._shown = transfer
-            for task in self._bytes.task_ids:
-                self._bytes.remove_task(task)
-            if transfer is not None:
-                self._bytes.add_task("", total=transfer.total, completed=transfer.here)
         if transfer is None:
             return self._rounds
+        if transfer is not self._shown:
+            self._shown = transfer
+            self._bytes.reset(self._parameters, total=transfer.total, completed=transfer.here)
         count = len(transfer.sources)
         peers = f" from {count} peer{'s' * (count != 1)}" if count else ""
-        for task in self._bytes.task_ids:
-            text = f"parameters {transfer.digest.hex()[:12]}{peers}"
-            self._bytes.update(task, completed=transfer.here, description=text)
+        text = f"parameters {transfer.digest.hex()[:12]}{peers}"
+        self._bytes.update(self._parameters, completed=transfer.here, description=text)
         return Group(self._rounds, self._bytes)

@@ -177,13 +177,18 @@ def _measure(folders: list[Path], nodes: list[Machine], processes: Processes, fi
     sent, rows, stolen = [], [], []
     for step in (first, first + steps):
         wait_for(f"step {step}", processes, partial(_reached, folders, step), 1800)
-        sent.append(sum(node.traffic()[0] for node in nodes) / len(nodes))
+        sent.append(_sent(nodes))
         stolen.append(_stolen())
         rows.append([next(row for row in rows_of(own) if row["step"] == step) for own in folders])
     pairs = list(zip(*rows, strict=True))
     seconds = max(after["seconds"] - before["seconds"] for before, after in pairs)
     waited = statistics.fmean(after["waited"] - before["waited"] for before, after in pairs)
     return Block(seconds, waited, sent[1] - sent[0], stolen[1] - stolen[0])
+
+
+def _sent(nodes: list[Machine]) -> float:
+    """Bytes that a node has sent so far, on average."""
+    return statistics.fmean(node.traffic()[0] for node in nodes)
 
 
 def _reached(folders: list[Path], step: int) -> bool:
@@ -210,13 +215,13 @@ def train_ddp(name: str, links: list[Link], recipe: str, limit: float) -> Outcom
         from psyche_lightning.recipe.estimate import estimate
 
         expected = estimate(resolved).allreduce_bytes_per_round(len(nodes))
-        wait_for("start of DDP", processes, lambda: sum(node.traffic()[0] for node in nodes) > 4e6, 300)
-        had, begun, before = _stolen(), time.monotonic(), sum(node.traffic()[0] for node in nodes) / len(nodes)
+        wait_for("start of DDP", processes, lambda: _sent(nodes) * len(nodes) > 4e6, 300)
+        had, begun, before = _stolen(), time.monotonic(), _sent(nodes)
         done: list[dict[str, Any]] = []
         while time.monotonic() - begun < limit and len(done) < len(nodes):
             time.sleep(1)
             done = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
-        sent = sum(node.traffic()[0] for node in nodes) / len(nodes) - before
+        sent = _sent(nodes) - before
         passed = time.monotonic() - begun
         stolen = (_stolen() - had) / passed
     if len(done) == len(nodes):
