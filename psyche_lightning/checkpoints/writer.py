@@ -269,6 +269,7 @@ class Worker:
                     self._working = False
                     self._changed.notify_all()
                 raise
+            del work  # with the tensors that it holds, before anyone who waits goes on and perhaps ends Python
 
 
 def copy_newest(source: str, target: str, say: Say, cache: Path) -> str:

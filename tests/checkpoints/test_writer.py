@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,24 @@ def test_of_what_waits_only_the_newest_is_done() -> None:
     worker.wait()
     assert done == [3]
     assert not worker.busy
+
+
+def test_what_is_done_is_forgotten_before_anyone_who_waits_goes_on() -> None:
+    """A thread that frees tensors, which lets others run, while Python ends: that aborts the process."""
+    forgotten = []
+
+    class Work:
+        def __call__(self) -> None:
+            pass
+
+        def __del__(self) -> None:
+            time.sleep(0.1)
+            forgotten.append(True)
+
+    worker = Worker("test")
+    worker.start(Work())
+    worker.wait()
+    assert forgotten
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
