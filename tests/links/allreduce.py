@@ -19,15 +19,16 @@ def main() -> None:
     recipe = load_recipe(sys.argv[1])
     steps = int(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(hours=4))
-    rank = dist.get_rank()
     torch.manual_seed(recipe.run.seed)
     plugins = load_plugins()
     model = plugins.models()[recipe.model.name].factory(recipe.model.options).train()
     provider = plugins.data_providers()[recipe.data.name].factory(recipe.data.options, seed=recipe.run.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    # Not before the optimizer: what torch loads for that would keep the group's threads alive at the end.
+    dist.init_process_group("gloo", timeout=timedelta(hours=4))
+    rank = dist.get_rank()
     # DDP would first send the parameters of rank 0 to all, which equal seeds make needless.
     parallel = torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     for step in range(steps):
         sample = provider.samples(step * dist.get_world_size() + rank, step * dist.get_world_size() + rank)[0]
         inputs = {name: tensor[None] for name, tensor in sample.items()}
