@@ -4,7 +4,7 @@
 # (the base classes in transformers are partly without annotations)
 
 # No `from __future__ import annotations` here: `strict` checks values against annotations only where they are types.
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PretrainedConfig
@@ -49,7 +49,6 @@ class MLAConfig(PretrainedConfig):
     """
 
     model_type = "psyche_mla"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 256
     hidden_size: int = 192

@@ -6,8 +6,8 @@ give the same logits in `transformers`' ``DeepseekV3ForCausalLM``.
 Shapes in this file: B sequences, T new tokens, S tokens seen (cached and new), H heads, R = kv_lora_rank.
 """
 
-# mypy: allow-untyped-calls
-# (the base classes in transformers are partly without annotations)
+# mypy: allow-untyped-calls, allow-untyped-decorators
+# (transformers is partly without annotations)
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.utils.deprecation import deprecate_kwarg
 
 from psyche_lightning_mla.configuration import MLAConfig
 
@@ -109,9 +110,7 @@ class MLAAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.latent, self.num_heads * (self.nope + self.value), bias=False)
         self.o_proj = ResidualLinear(self.num_heads * self.value, hidden, bias=config.attention_bias)
 
-    def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past_key_values: Cache | None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         """Attend from ``hidden`` [B, T, hidden_size] to itself and to what the cache holds.
 
         Args:
@@ -119,7 +118,7 @@ class MLAAttention(nn.Module):
             cos: [B or 1, 1, T, rope / 2].
             sin: like ``cos``.
             mask: bool or additive, [B, 1, T, S]; None when plainly causal.
-            past_key_values: the latents and rope keys of earlier tokens; the new ones are appended.
+            cache: the latents and rope keys of earlier tokens; the new ones are appended.
         """
         batch, length, _ = hidden.shape
         q = self.q_proj(hidden) if self.direct_queries else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
@@ -128,13 +127,13 @@ class MLAAttention(nn.Module):
 
         latent, k_rope = self.kv_a_proj_with_mqa(hidden).unsqueeze(1).split([self.latent, self.rope], dim=-1)
         latent, k_rope = self.kv_a_layernorm(latent), rotate(k_rope, cos, sin, self.interleaved)
-        if past_key_values is not None:
-            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+        if cache is not None:
+            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
         if mask is None and length > 1:
             # Plainly causal from the first token on: what a preallocated cache has beyond them need not be expanded.
             latent, k_rope = latent[:, :, :length], k_rope[:, :, :length]
 
-        if past_key_values is not None and self._absorbing_is_cheaper(length) and (mask is not None or length == 1):
+        if cache is not None and self._absorbing_is_cheaper(length) and (mask is not None or length == 1):
             heads = self._attend_absorbed(q_nope, q_rope, latent, k_rope, mask)
         else:
             heads = self._attend_expanded(q_nope, q_rope, latent, k_rope, mask)
@@ -211,10 +210,10 @@ class MLADecoderLayer(GradientCheckpointingLayer):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Map the residual stream [B, T, hidden_size] to the next one."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, mask, past_key_values)
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, mask, cache)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return hidden
 
@@ -226,7 +225,6 @@ class MLAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MLADecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -255,7 +253,7 @@ class MLAModel(MLAPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -266,26 +264,26 @@ class MLAModel(MLAPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
+        if use_cache and cache is None:
             # Its "keys" hold the latents, its "values" the rope keys, one head each.
-            past_key_values = DynamicCache(config=self.config)
+            cache = DynamicCache(config=self.config)
         packed_positions = position_ids
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             # Positions that count from zero several times mean packed texts; only the caller's can.
             position_ids=packed_positions,
         )
         angles = position_ids[:, None, :, None].float() * torch.tensor(self.inv_freq, device=hidden.device)
         cos, sin = ((x * self.rope_factor).to(hidden.dtype) for x in (angles.cos(), angles.sin()))
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, mask=mask, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+            hidden = layer(hidden, cos, sin, mask=mask, cache=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), cache=cache)
 
 
 class MLAForCausalLM(MLAPreTrainedModel, GenerationMixin):
@@ -300,12 +298,13 @@ class MLAForCausalLM(MLAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # its name before transformers 5.24
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -318,7 +317,7 @@ class MLAForCausalLM(MLAPreTrainedModel, GenerationMixin):
             input_ids: int64 [B, T].
             attention_mask: [B, S], 1 for tokens and 0 for padding; None when there is no padding.
             position_ids: int64 [B, T]; None counts on from the cache.
-            past_key_values: a cache to read and extend; its entries are latents and rope keys.
+            cache: a cache to read and extend; its entries are latents and rope keys.
             inputs_embeds: [B, T, hidden_size] in place of ``input_ids``.
             labels: int64 [B, T], the same tokens as ``input_ids`` (they are shifted here); -100 is ignored.
             use_cache: whether to return a cache; None means ``config.use_cache``, and never in training.
@@ -326,13 +325,13 @@ class MLAForCausalLM(MLAPreTrainedModel, GenerationMixin):
             kwargs: passed on to the loss function (``num_items_in_batch``).
 
         Returns:
-            ``loss`` (float32 scalar, nats per predicted token), ``logits`` [B, T, vocab_size], ``past_key_values``.
+            ``loss`` (float32 scalar, nats per predicted token), ``logits`` [B, T, vocab_size], ``cache``.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
         )
@@ -341,7 +340,7 @@ class MLAForCausalLM(MLAPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=outputs.cache)
 
 
 AutoConfig.register(MLAConfig.model_type, MLAConfig, exist_ok=True)

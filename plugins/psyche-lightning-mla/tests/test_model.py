@@ -125,8 +125,8 @@ def test_decoding_token_by_token_gives_the_same_logits(variant: str) -> None:
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
         cache = DynamicCache(config=model.config)
-        pieces = [model(piece, past_key_values=cache).logits for piece in (ids[:, :9], ids[:, 9:12], ids[:, 12:39])]
-        pieces.append(model(ids[:, 39:], past_key_values=cache).logits)
+        pieces = [model(piece, cache=cache).logits for piece in (ids[:, :9], ids[:, 9:12], ids[:, 12:39])]
+        pieces.append(model(ids[:, 39:], cache=cache).logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-4, rtol=0)
 
 
@@ -165,7 +165,7 @@ def test_generate_with_a_preallocated_cache_agrees() -> None:
     model, ids = build(), tokens()
     plain = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False)
     cache = StaticCache(config=model.config, max_cache_len=64)
-    assert torch.equal(plain, model.generate(ids, max_new_tokens=12, do_sample=False, past_key_values=cache))
+    assert torch.equal(plain, model.generate(ids, max_new_tokens=12, do_sample=False, cache=cache))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -173,7 +173,7 @@ def test_the_cache_keeps_only_latent_and_rope_key(dtype: torch.dtype) -> None:
     model = build().to(dtype)
     batch, length = 2, 40
     with torch.no_grad():
-        cache = model(tokens(batch, length), use_cache=True).past_key_values
+        cache = model(tokens(batch, length), use_cache=True).cache
     kept = sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
     per_token = (SMALL["kv_lora_rank"] + SMALL["qk_rope_head_dim"]) * SMALL["num_hidden_layers"] * dtype.itemsize
     assert kept == per_token * batch * length
@@ -185,7 +185,7 @@ def test_the_cached_latent_is_the_normalized_one() -> None:
     seen: list[torch.Tensor] = []
     model.model.layers[0].self_attn.kv_a_layernorm.register_forward_hook(lambda _, __, out: seen.append(out))
     with torch.no_grad():
-        cache = model(tokens(), use_cache=True).past_key_values
+        cache = model(tokens(), use_cache=True).cache
     assert torch.equal(cache.layers[0].keys, seen[0])
 
 
@@ -203,8 +203,8 @@ def test_loss_is_shifted_ignores_and_is_float32() -> None:
 
 def test_no_cache_in_training_by_default() -> None:
     model = build()
-    assert model(tokens()).past_key_values is not None
-    assert model.train()(tokens()).past_key_values is None
+    assert model(tokens()).cache is not None
+    assert model.train()(tokens()).cache is None
 
 
 def test_bf16_autocast_is_close_to_float32() -> None:
