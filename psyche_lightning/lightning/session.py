@@ -94,6 +94,7 @@ class Session:
         self.lost_rounds = 0
         self._next: RoundWork | None = None
         self._participant: Participant | None = None
+        self._interruption: BaseException | None = None
         self._optimizer: DisTrO | None = None
         self._replica: ParameterReplica | None = None
         self.traffic = Traffic()
@@ -188,6 +189,8 @@ class Session:
             book=self._book,
             patience=options.patience,
         )
+        if self._interruption is not None:
+            raise self._interruption
         self._participant.start()
 
     @property
@@ -400,7 +403,8 @@ class Session:
     # --- leaving ----------------------------------------------------------------------------------------------------
 
     def interrupt(self, error: BaseException) -> None:
-        """End a wait of the training thread with ``error``; may be called from a signal handler."""
+        """End a wait of the training thread with ``error``, or the next one; may be called from a signal handler."""
+        self._interruption = error
         if self._participant is not None:
             self._participant.interrupt(error)
 

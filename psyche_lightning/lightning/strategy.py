@@ -219,6 +219,7 @@ class PsycheStrategy(SingleDeviceStrategy):
             "data": data_section(loader.order.length, loader.order.shuffle),
         }
         self._progress = RunProgress(trainer)
+        self._listen(trainer)
         session.join(
             module,
             distro,
@@ -227,7 +228,6 @@ class PsycheStrategy(SingleDeviceStrategy):
             total_steps=self._last_step(trainer),
             done=trainer.global_step,
         )
-        self._listen()
 
     def _last_step(self, trainer: Trainer) -> int | None:
         """The step at which Trainer ends, by ``max_steps`` or ``max_epochs``; None when it does not."""
@@ -238,11 +238,13 @@ class PsycheStrategy(SingleDeviceStrategy):
 
     # --- signals ----------------------------------------------------------------------------------------------------
 
-    def _listen(self) -> None:
+    def _listen(self, trainer: Trainer) -> None:
         """Let SIGTERM end a wait for other nodes, too; Trainer's own handler only notes it."""
         if threading.current_thread() is threading.main_thread():
             self._old_handler = signal.getsignal(signal.SIGTERM)
             signal.signal(signal.SIGTERM, self._terminate)
+        if trainer.received_sigterm:
+            raise SIGTERMException
 
     def _terminate(self, number: int, frame: Any) -> None:
         if callable(self._old_handler):

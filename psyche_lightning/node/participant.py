@@ -148,8 +148,11 @@ class Participant:
         self._running = True
         try:
             self._on_loop(self._runtime.start(), START_TIMEOUT)
-        except BaseException:
+        except PsycheError:
             self.stop(withdraw=False)
+            raise
+        except BaseException:  # interrupted, perhaps when the coordinator had counted this node in already
+            self.stop(withdraw=True)
             raise
 
     def stop(self, *, withdraw: bool | None = None, linger: float = 5.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -19,6 +20,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from psyche_lightning import PsycheStrategy
 from psyche_lightning.coordinator.admin import CoordinatorAdmin
+from psyche_lightning.lightning import session
+from psyche_lightning.node.participant import Participant
+from psyche_lightning.node.runtime import Runtime
 
 Make = Callable[..., Any]
 SCRIPT = Path(__file__).with_name("user_script.py")
@@ -82,6 +86,50 @@ def test_signals_while_waiting_for_others_leave_the_run(create_run: Make, tmp_pa
             process.communicate()
     # They said so themselves: who only vanishes is dropped.
     assert [event["kind"] for event in admin.status(run)["events"]].count("left") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["set up", "asked what the run is", "about to join", "joined"])
+def test_there_is_no_bad_time_for_a_signal(
+    moment: str,
+    number: signal.Signals,
+    create_run: Make,
+    classifier: Make,
+    loader: Make,
+    trainer: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run waits for a third node, so whoever overlooks the signal hangs."""
+    url, run = create_run(init_min_clients=3)
+    run_start = Runtime.start
+
+    class Signal(Callback):
+        def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+            if moment == "set up":
+                signal.raise_signal(number)
+
+    class Signalled(Participant):
+        def __init__(self, **options: Any) -> None:
+            if moment == "asked what the run is":
+                signal.raise_signal(number)
+            super().__init__(**options)
+            if moment == "about to join":
+                signal.raise_signal(number)
+
+    async def start(runtime: Runtime) -> None:
+        await run_start(runtime)
+        if moment == "joined":
+            os.kill(os.getpid(), number)
+            await asyncio.sleep(0.5)  # the training thread still waits for this
+
+    monkeypatch.setattr(session, "Participant", Signalled)
+    monkeypatch.setattr(Runtime, "start", start)
+    strategy = PsycheStrategy(coordinator=url, run=run)
+    with pytest.raises(SystemExit):
+        trainer(strategy=strategy, max_steps=4, callbacks=[Signal()]).fit(classifier(), loader())
+    status = CoordinatorAdmin(url).status(run)
+    assert not status["pending"]
+    assert [event["kind"] for event in status["events"]].count("left") == (moment == "joined")
 
 
 class Notes(Callback):
