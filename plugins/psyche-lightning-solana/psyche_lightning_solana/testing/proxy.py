@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -45,6 +46,7 @@ class Proxy:
         self._upstream, self._upstream_ws = upstream, upstream_ws
         self._failures: dict[str, deque[Failure]] = defaultdict(deque)
         self._always: dict[str, Failure] = {}
+        self._chance: Callable[[], Failure | None] = lambda: None
         self._edit: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None
         self._sockets: set[web.WebSocketResponse] = set()
         self._release = asyncio.Event()
@@ -78,6 +80,7 @@ class Proxy:
         """Forget all failures that are still to come."""
         self._failures.clear()
         self._always.clear()
+        self._chance = lambda: None
 
     def always(self, method: str, failure: Failure | None) -> None:
         """Let every request of that method fail, until None."""
@@ -85,6 +88,10 @@ class Proxy:
             self._always.pop(method, None)
         else:
             self._always[method] = failure
+
+    def stumble(self, share: float, failures: Sequence[Failure], randomness: random.Random) -> None:
+        """Let this share of all requests fail, in one of these ways each."""
+        self._chance = lambda: randomness.choice(failures) if randomness.random() < share else None
 
     def edit(self, change: Callable[[str, dict[str, Any]], dict[str, Any]] | None) -> None:
         """Let ``change(method, answer)`` replace answers."""
@@ -105,7 +112,7 @@ class Proxy:
                 return self._failures[name].popleft()
             if name in self._always:
                 return self._always[name]
-        return None
+        return self._chance()
 
     async def _post(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
