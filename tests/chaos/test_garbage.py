@@ -18,7 +18,7 @@ from psyche_lightning.transports.framing import Kind
 from psyche_lightning.transports.handshake import Handshake
 from psyche_lightning.wire.identity import Identity, short
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ODD = Path(__file__).with_name("odd_node.py")
 SETTINGS = [

@@ -11,7 +11,7 @@ import pytest
 from psyche_lightning.testing.fleet import Fleet
 from psyche_lightning.wire.identity import short
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ODD = Path(__file__).with_name("odd_node.py")
 SETTINGS = [
