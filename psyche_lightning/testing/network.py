@@ -201,12 +201,12 @@ class NetworkTransportContract(TransportContract):
             def watch(here: int, size: int) -> None:
                 if here > 500_000 and not dying:
                     c.add(data)
+                    c.gate.set()
                     dying.append(asyncio.ensure_future(b.transport.stop()))
 
-            fetch = a.transport.fetch(digest, [b.key, c.key], max_size=2 * BIG, timeout=LONG, progress=watch)
-            c.gate.clear()
-            asyncio.get_running_loop().call_later(0.5, c.gate.set)  # so that b is asked for all of it at first
-            assert await fetch == data
+            c.gate.clear()  # b has to begin
+            fetched = await a.transport.fetch(digest, [b.key, c.key], max_size=2 * BIG, timeout=LONG, progress=watch)
+            assert fetched == data
             await dying[0]
             assert c.given < 2 * BIG
 
