@@ -58,7 +58,8 @@ def doctor(
         bool, typer.Option("--listen", help="Wait for another doctor and be the other end of its link.")
     ] = False,
     peer: Annotated[
-        str | None, typer.Option(metavar="INVITATION", help="Measure the link to a doctor that listens.")
+        list[str] | None,
+        typer.Option(metavar="INVITATION", help="Measure the link to a doctor that listens; repeat it for several."),
     ] = None,
     megabytes: Annotated[float, typer.Option(min=1, max=1000, help="To send each way at most.")] = 32,
     seconds: Annotated[float, typer.Option(min=1, max=120, help="That each measurement takes at most, about.")] = 8,
@@ -89,13 +90,13 @@ def doctor(
     for name, value in (("--nodes", nodes), ("--upload", upload), ("--download", download), ("--latency", latency)):
         if value is not None and recipe is None:
             raise ConfigError(f"{name} is for predicting; name a recipe as well, such as `psyche doctor demo {name} 4`")
-    invitation = _invitation(peer)
+    invitations = _invitations(peer or [])
     console = Console()
     given = _Given(coordinator, run or (recipe.name if recipe else None), run is not None, nodes, latency)
     given.upload, given.download = (None if rate is None else rate * 1e6 / 8 for rate in (upload, download))
     visit = _Visit(recipe, settings, given, int(megabytes * 1e6), seconds)
     with _progress(console) as visit.progress:
-        visit.examine(invitation)
+        visit.examine(invitations)
     _show(console, visit.findings)
     if json_file is not None:
         json_file.write_text(json.dumps(visit.as_json(), indent=2) + "\n")
@@ -130,11 +131,11 @@ class _Visit:
     reading: ClockReading | None = None
     status: Mapping[str, Any] | None = None
     reached: list[Reached] = field(default_factory=list)
-    link: Measured | None = None
+    links: list[Measured] = field(default_factory=list)
     speed: Speed | None = None
     prediction: Prediction | None = None
 
-    def examine(self, invitation: Invitation | None) -> None:
+    def examine(self, invitations: list[Invitation]) -> None:
         """Look at everything that was asked for."""
         from psyche_lightning.doctor import machine
 
@@ -144,8 +145,8 @@ class _Visit:
             self._coordinator(self.given.coordinator)
         if self.status is not None:
             self._peers(self.status)
-        if invitation is not None:
-            self._link(invitation)
+        for number, invitation in enumerate(invitations, 1):
+            self._link(invitation, number)
         if self.recipe is not None:
             self._recipe(self.recipe)
 
@@ -200,13 +201,14 @@ class _Visit:
             self.findings.append(Finding(surroundings.AREA, "peers", str(error), Verdict.PROBLEM, "see own address"))
         self.findings += map(surroundings.peer_finding, self.reached)
 
-    def _link(self, invitation: Invitation) -> None:
+    def _link(self, invitation: Invitation, number: int) -> None:
         from psyche_lightning.doctor import link, surroundings
         from psyche_lightning.plugins import load_plugins
 
         name = invitation.scheme if invitation.scheme in load_plugins().transports() else None
+        area = surroundings.LINK if number == 1 else f"{surroundings.LINK} {number}"
         try:
-            self.link = asyncio.run(
+            found = asyncio.run(
                 link.call(
                     _transport(self.settings, name=name),
                     invitation,
@@ -216,9 +218,10 @@ class _Visit:
                 )
             )
         except TransportError as error:
-            self.findings.append(Finding(surroundings.LINK, "peer", str(error), Verdict.PROBLEM))
+            self.findings.append(Finding(area, "peer", str(error), Verdict.PROBLEM))
             return
-        self.findings += surroundings.link_findings(self.link)
+        self.links.append(found)
+        self.findings += surroundings.link_findings(found, area)
 
     def _recipe(self, recipe: Recipe) -> None:
         from psyche_lightning.doctor import forecast, machine
@@ -247,7 +250,7 @@ class _Visit:
         given = self.given
         network = forecast.network(
             self.settings.node.options,
-            link=self.link,
+            links=self.links,
             reading=self.reading,
             url=given.coordinator,
             answered=[one.link.answered for one in self.reached if one.link.answered is not None],
@@ -263,11 +266,11 @@ class _Visit:
         """Everything, for programs."""
         return {
             "findings": [finding.as_json() for finding in self.findings],
+            "links": [_finite(asdict(link)) for link in self.links],
             **{
                 name: None if value is None else _finite(asdict(value))
                 for name, value in (
                     ("coordinator", self.reading),
-                    ("link", self.link),
                     ("speed", self.speed),
                     ("prediction", self.prediction),
                 )
@@ -310,10 +313,10 @@ def _resolve(arguments: list[str], twin: bool) -> tuple[Recipe | None, Recipe]:
     return None, resolve({"name": "doctor", "node": node}, source="psyche doctor")
 
 
-def _invitation(text: str | None) -> Invitation | None:
+def _invitations(texts: list[str]) -> list[Invitation]:
     from psyche_lightning.doctor.link import Invitation
 
-    return None if text is None else Invitation.parse(text)
+    return [Invitation.parse(text) for text in texts]
 
 
 def _transport(settings: Recipe, *, name: str | None = None, **options: Any) -> Callable[[], Transport]:

@@ -89,7 +89,7 @@ def terms(recipe: Recipe, status: Mapping[str, Any] | None, nodes: int | None) -
 def network(
     options: Mapping[str, Any],
     *,
-    link: Measured | None,
+    links: Sequence[Measured],
     reading: ClockReading | None,
     url: str | None,
     answered: Sequence[float],
@@ -97,11 +97,11 @@ def network(
     download: float | None,
     round_trip: float | None,
 ) -> Network:
-    """What is known of the link: given, else measured; no more than the node's own limits.
+    """What is known of the link: given, else the slowest that was measured; no more than the node's own limits.
 
     Args:
         options: of the transport, among them perhaps limits.
-        link: measured to a peer.
+        links: measured to peers.
         reading: of the coordinator's clock, whose answers took their time.
         url: of the coordinator.
         answered: seconds in which peers refused this node.
@@ -112,11 +112,12 @@ def network(
     limits = with_environment(options)
     rates = []
     for name, given in (("upload", upload), ("download", download)):
-        known = [given if given is not None else getattr(link, name, None), limits.get(name)]
+        measured = [getattr(link, name) for link in links]
+        known = [*(measured if given is None else [given]), limits.get(name)]
         rates.append(min((rate for rate in known if rate is not None), default=None))
     trip = round_trip
-    if trip is None and link is not None:
-        trip = link.round_trip
+    if trip is None and links:
+        trip = max(link.round_trip for link in links)
     if trip is None and answered:
         trip = max(answered) / HANDSHAKE_TRIPS
     # Connecting takes a round trip, the encryption another, the answer one.

@@ -92,6 +92,7 @@ class Measured:
     """A link, as the caller sees it; rates in bytes a second, times in seconds.
 
     Attributes:
+        address: where the peer listens.
         path: as the transport says it, such as ``"direct"``.
         round_trip: median of small messages there and back.
         upload: to the peer; None when nothing arrived in time.
@@ -103,6 +104,7 @@ class Measured:
         why_not: why it could not.
     """
 
+    address: str
     path: str
     round_trip: float
     upload: float | None
@@ -208,6 +210,7 @@ async def call(
         back, why_not = await caller.ask("call", own, kinds=(str, str), seconds=BACK_SECONDS + ANSWER_SECONDS)
         link = next(one for one in transport.links() if one.peer == caller.peer)
         return Measured(
+            address=invitation.address,
             path=link.path or "connected",
             round_trip=statistics.median(trips),
             upload=upload,

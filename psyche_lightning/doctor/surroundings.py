@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -228,15 +228,21 @@ def _kind(address: str) -> str:
     return "private" if all(host.is_private for host in hosts) else ""
 
 
-def link_findings(found: Measured) -> list[Finding]:
-    """Rows on a link that was measured."""
-    return [
-        Finding(LINK, "peer", f"{found.path}, {duration(found.round_trip)} there and back"),
+def link_findings(found: Measured, area: str = LINK) -> list[Finding]:
+    """Rows on a link that was measured.
+
+    Args:
+        found: the link.
+        area: the rows' own, where several links are measured.
+    """
+    rows = [
+        Finding(area, "peer", f"{found.address}: {found.path}, {duration(found.round_trip)} there and back"),
         _rate("upload", found.upload),
         _rate("download", found.download),
-        clock_finding(LINK, "the peer", found.clock_offset, found.clock_uncertainty),
+        clock_finding(area, "the peer", found.clock_offset, found.clock_uncertainty),
         address_finding(found.own_address, called_back=found.called_back, why_not=found.why_not),
     ]
+    return [replace(row, area=area) for row in rows]
 
 
 def _rate(name: str, rate: float | None) -> Finding:

@@ -588,15 +588,21 @@ def doctor_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str
         process.stdout.close()  # type: ignore[union-attr]
 
 
-def test_a_listening_process_and_a_calling_one(capsys: pytest.CaptureFixture[str]) -> None:
-    with doctor_process() as (process, invitation):
-        code, figures = examine("demo", "--twin", "--nodes", "2", "--peer", invitation, "--megabytes", "1")
+def test_listening_processes_and_a_calling_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with doctor_process() as (process, invitation), doctor_process("node.options.upload=400000") as (_, slow):
+        code, figures = examine(
+            "demo", "--twin", "--nodes", "3", "--peer", invitation, "--peer", slow, "--megabytes", "1"
+        )
         assert code == 0
-        assert figures["link"]["path"] == "direct"
+        first, second = figures["links"]
+        assert first["path"] == "direct"
+        assert first["address"] == invitation.partition("#")[0]
+        assert row(figures, "link 2", "peer")["value"].startswith(slow.partition("#")[0])
         parts = figures["prediction"]["parts"]
-        assert parts["upload"] > 0
-        assert parts["latency"] == pytest.approx(2.5 * figures["link"]["round_trip"])
-        assert row(figures, "prediction", "link")["verdict"] == "ok"
+        traffic = parts["upload"] * min(first["upload"], second["upload"])
+        assert parts["download"] == pytest.approx(traffic / second["download"]), "the slowest of the links"
+        assert parts["latency"] == pytest.approx(2.5 * max(first["round_trip"], second["round_trip"]))
+        assert row(figures, "prediction", "link")["verdict"] in ("ok", "warning")
         process.send_signal(signal.SIGINT)
         assert process.wait(15) == 0
     code, figures = 0, {}
