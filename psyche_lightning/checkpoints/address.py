@@ -187,10 +187,7 @@ def open_place(address: str) -> Place:
     try:
         fs, root = fsspec.core.url_to_fs(address if separator else str(Path(address).expanduser().absolute()))
     except ImportError as error:
-        known = known_implementations.get(protocol, {}).get("err", f"install the package that opens {protocol}://")
-        raise ConfigError(
-            f"The address {address!r} needs a package that is not installed: {known} ({error})."
-        ) from error
+        raise ConfigError(f"The address {address!r} needs a package that is not installed: {error}.") from error
     except ValueError as error:
         if separator and protocol not in known_implementations:
             raise ConfigError(

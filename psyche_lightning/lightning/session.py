@@ -81,7 +81,8 @@ class Session:
         lost_rounds: rounds in a row, up to now, to which it gave nothing for want of samples.
 
     Raises:
-        PsycheError: the coordinator cannot be reached, has no such run, or its values are not the options'.
+        PsycheError: the transport is unknown or refuses its options, the coordinator cannot be reached, has no such
+            run, or its values are not the options'.
     """
 
     def __init__(self, options: Options) -> None:
@@ -102,6 +103,9 @@ class Session:
         self._over = False
         self._taken: tuple[RoundWork, RunState] | None = None
         self.signer = b""
+        # Who trains alone needs none, but is told at once what is wrong with it.
+        transport = load_plugins().transports()[options.transport].factory(options.transport_options)
+        self._transport: Transport = MemoryTransport() if options.alone else self.traffic.watch(transport)
         if options.alone:
             unset = () if options.config else ("global_batch_size", "total_steps")
             terms = Terms(options.config or CoordinatorConfig(), unset)
@@ -178,7 +182,7 @@ class Session:
             identity=identity,
             run_id=self._run,
             coordinator=coordinator,
-            transport=MemoryTransport() if options.alone else self._transport(),
+            transport=self._transport,
             replica=replica,
             manifest=manifest,
             settings=settings,
@@ -205,10 +209,6 @@ class Session:
         options = {"socket_factory": socket_factory(self.traffic.coordinator)} if scheme in ("http", "https") else {}
         client: Coordinator = load_plugins().coordinators()[scheme].factory(url, run, identity, options)
         return client
-
-    def _transport(self) -> Transport:
-        factory = load_plugins().transports()[self.options.transport].factory
-        return self.traffic.watch(factory(self.options.transport_options))
 
     def _own_run(self, identity: Identity, global_batch: int, total: int, done: int) -> LocalCoordinator:
         """A run of this process alone. Its seconds are its rounds: nothing in it depends on how long anything takes."""

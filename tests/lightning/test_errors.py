@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from psyche_lightning import CoordinatorCallback, PsycheStrategy
-from psyche_lightning.errors import ConfigError, CoordinatorError, ManifestMismatchError
+from psyche_lightning.errors import ConfigError, CoordinatorError, ManifestMismatchError, PsycheError
 
 Make = Callable[..., Any]
 
@@ -38,6 +38,20 @@ def test_a_wrong_value_of_an_option(options: dict[str, Any], words: str) -> None
 def test_a_wrong_compression(classifier: Make, loader: Make, trainer: Make) -> None:
     with pytest.raises(ConfigError, match=r"k is 0; with chunk 64 choose a whole number from 1 to 128"):
         trainer(strategy=PsycheStrategy(k=0), max_steps=1).fit(classifier(), loader())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"transport": "pigeon"}, r"no transport 'pigeon'\. Installed: iroh, memory, tcp"),
+        ({"transport_options": {"prot": 4000}}, r"no option 'prot'\. Did you mean 'port'"),
+    ],
+)
+def test_who_trains_alone_is_told_of_a_wrong_transport_too(
+    classifier: Make, loader: Make, trainer: Make, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(PsycheError, match=words):
+        trainer(strategy=PsycheStrategy(**options), max_steps=1).fit(classifier(), loader())
 
 
 @pytest.mark.parametrize(("known", "missing"), [("COORDINATOR", "RUN"), ("RUN", "COORDINATOR")])
