@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import socket
 from collections.abc import Collection, Sequence
@@ -18,6 +19,8 @@ from psyche_lightning.transports.pipe import BULK, URGENT, Pipe
 
 OVERHEAD = 1.04
 """What a byte costs on the wire: TLS records, and headers of TCP, IP and Ethernet, in packets of 1500 bytes."""
+CONGESTION = b"bbr"
+"""Congestion control, where the kernel has it: others take each lost packet for a full link, and slow down."""
 _READ_LIMIT = 256 * 1024
 _WILDCARDS = ("", "0.0.0.0", "::")
 
@@ -196,6 +199,9 @@ class TlsPipe:
         sock = writer.get_extra_info("socket")
         if sock is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2 * PIECE_SIZE)
+        if sock is not None and hasattr(socket, "TCP_CONGESTION"):
+            with contextlib.suppress(OSError):  # not in this kernel, or not for everyone
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION)
 
     @property
     def meter(self) -> ByteMeter:

@@ -38,6 +38,7 @@ SKIPPED = 3
 """First steps that do not count: connections, and the pipeline's start."""
 TURN = 1
 """Steps that do not count after the limits were switched: one began before."""
+CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 LEFT_OUT = 2
 """Last steps that do not count: the last one's time has the run's end in it."""
 
@@ -267,21 +268,21 @@ def main() -> None:
         f"{given.nodes} nodes, each {given.mbit:g} Mbit/s up, {1000 * given.round_trip:g} ms round trip, "
         f"{100 * given.loss:g} % loss"
     )
-    columns = ("", "tokens/s", "unshaped", "share", "share, wall clock", "step", "stolen", "computing", "up a step")
-    table = Table(*columns, title=title)
-    for one in outcomes:
-        table.add_row(
-            one.name,
-            f"{one.tokens_per_second:.2f}",
-            f"{one.unshaped:.2f}" if one.unshaped else "",
-            _spread(one.own_shares),
-            _spread(one.shares),
-            f"{one.step_seconds:.2f} s",
-            f"{one.stolen:.0%}",
-            f"{one.computing:.0%}",
-            f"{one.bytes_up / 1e6:.2f} MB",
-        )
+    table = Table("", *(one.name for one in outcomes), title=title)
+    rows: dict[str, Callable[[Outcome], str]] = {
+        "tokens/s": lambda one: f"{one.tokens_per_second:.2f}",
+        "tokens/s, unshaped": lambda one: f"{one.unshaped:.2f}" if one.unshaped else "",
+        "share": lambda one: _spread(one.own_shares),
+        "share, wall clock": lambda one: _spread(one.shares),
+        "step": lambda one: f"{one.step_seconds:.2f} s",
+        "of it computing": lambda one: f"{one.computing:.0%}",
+        "of it stolen": lambda one: f"{one.stolen:.0%}",
+        "up a step": lambda one: f"{one.bytes_up / 1e6:.2f} MB",
+    }
+    for name, tell in rows.items():
+        table.add_row(name, *map(tell, outcomes))
     console.print(table)
+    console.print(f"congestion control of this machine: {CONTROL.read_text().strip()}", highlight=False)
     for one in outcomes:
         if one.note:
             console.print(f"{one.name}: {one.note}", highlight=False)
