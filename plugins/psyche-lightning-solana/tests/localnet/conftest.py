@@ -1,6 +1,7 @@
 """A frozen chain behind a real server, and a real client for it."""
 
 import asyncio
+import base64
 import contextlib
 
 import pytest
@@ -46,6 +47,19 @@ class World:
 
     async def refusal(self, method, *params):
         return (await self.call(method, *params))["error"]
+
+    @staticmethod
+    def refused(caught, kind, **data):
+        """The error that solders made of an answer."""
+        (error,) = caught.value.args
+        assert isinstance(error, kind), error
+        for name, value in data.items():
+            assert getattr(error.data, name) == value
+        return error
+
+    @staticmethod
+    def b64(transaction):
+        return base64.b64encode(bytes(transaction)).decode()
 
     async def signed(self, instructions, *signers):
         """A transaction with the newest blockhash, as a client gets it."""
