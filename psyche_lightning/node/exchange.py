@@ -57,6 +57,7 @@ class Exchange:
         self._out = out
         self._peers: tuple[tuple[bytes, str], ...] = ()
         self._members: frozenset[bytes] = frozenset()
+        self._inside = False
         self._fetching: dict[bytes, list[tuple[RoundLog, Entry]]] = {}
         self._buffers: Envelope | None = None
         self._offer: Envelope | None = None
@@ -65,8 +66,11 @@ class Exchange:
 
     def meet(self, state: RunState) -> None:
         """Talk to the clients of the epoch."""
+        if not state.clients:
+            return
         peers = tuple((client.node, client.address) for client in state.clients if client.node != self._public)
-        if state.clients and peers != self._peers:
+        self._inside = len(peers) < len(state.clients)
+        if peers != self._peers:
             self._peers = peers
             self._members = frozenset(key for key, _ in peers)
             self._out.emit(ev.SetPeers(peers))
@@ -76,8 +80,9 @@ class Exchange:
         return key in self._members
 
     def providers(self, first: bytes | None = None) -> tuple[bytes, ...]:
-        """All peers, ``first`` in front."""
-        return tuple(sorted((key for key, _ in self._peers), key=lambda key: key != first))
+        """All peers, ``first`` in front; nobody where this node is not a client itself, as they would not let it in."""
+        peers = self._peers if self._inside else ()
+        return tuple(sorted((key for key, _ in peers), key=lambda key: key != first))
 
     # --- messages -------------------------------------------------------------------------------------------------
 

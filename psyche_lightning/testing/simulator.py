@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import multiprocessing
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from psyche_lightning.coordinator.host import RunHost
@@ -366,7 +366,7 @@ class Simulation:
             return
         while providers:
             source = self._by_key[providers.pop(0)]
-            if source.core is None or self.faults.severed(node, source) or self.faults.lost():
+            if not self._lets_in(source, node) or self.faults.lost():
                 continue
             if digest not in source.blobs or self.faults.payload_lost():
                 continue
@@ -378,6 +378,11 @@ class Simulation:
             self._give(node, Fetched(digest))
             return
         self._give(node, Fetched(digest, "nobody has it"))
+
+    def _lets_in(self, source: SimNode, node: SimNode) -> bool:
+        """Whether a node can fetch from another, which serves only its peers."""
+        known = source.core is not None and node.identity.public in source.peers
+        return known and not self.faults.severed(node, source)
 
     # --- the training thread ------------------------------------------------------------------------------------------
 
@@ -395,13 +400,13 @@ class Simulation:
         node.working = False
         event: Event
         match task:
-            case Load(digest):
-                blob = self._find(node, digest)
+            case Load(digest, providers):
+                blob = self._find(node, digest, providers)
                 if blob is not None:
                     node.load(blob)
                 event = Loaded(digest, "" if blob is not None else "nobody has it", node.open_ids)
-            case LoadBuffers(index):
-                blob = self._find(node, index)
+            case LoadBuffers(index, providers):
+                blob = self._find(node, index, providers)
                 node.buffers = blob or node.buffers
                 event = BuffersLoaded(index, "" if blob else "nobody has it")
             case _:
@@ -413,13 +418,12 @@ class Simulation:
         self._give(node, event)
         self._work(node)
 
-    def _find(self, node: SimNode, digest: bytes) -> bytes | None:
+    def _find(self, node: SimNode, digest: bytes, providers: Sequence[bytes]) -> bytes | None:
         """A blob of parameters or buffers, from the own disk or from a peer."""
         if digest in node.blobs:
             return node.blobs[digest]
-        for source in (self._by_key[key] for key in node.peers):
-            reachable = source.core is not None and not self.faults.severed(node, source)
-            if reachable and digest in source.blobs and not self.faults.lost():
+        for source in (self._by_key[key] for key in providers):
+            if self._lets_in(source, node) and digest in source.blobs and not self.faults.lost():
                 self._taken += 1
                 return source.blobs[digest]
         return None
