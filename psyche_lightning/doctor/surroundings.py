@@ -236,10 +236,10 @@ def link_findings(found: Measured, area: str = LINK) -> list[Finding]:
         area: the rows' own, where several links are measured.
     """
     rows = [
-        Finding(area, "peer", f"{found.address}: {found.path}, {duration(found.round_trip)} there and back"),
+        Finding(LINK, "peer", f"{found.address}: {found.path}, {duration(found.round_trip)} there and back"),
         _rate("upload", found.upload),
         _rate("download", found.download),
-        clock_finding(area, "the peer", found.clock_offset, found.clock_uncertainty),
+        clock_finding(LINK, "the peer", found.clock_offset, found.clock_uncertainty),
         address_finding(found.own_address, called_back=found.called_back, why_not=found.why_not),
     ]
     return [replace(row, area=area) for row in rows]
