@@ -130,6 +130,7 @@ class Feed:
         self._look = asyncio.Event()
         self._news: set[asyncio.Event] = set()
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopped = False
         self._reading = asyncio.Lock()
 
     def start(self) -> None:
@@ -144,6 +145,7 @@ class Feed:
 
     async def stop(self) -> None:
         """End all of it."""
+        self._stopped = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -238,12 +240,14 @@ class Feed:
 
     async def _subscribe(self, endpoint: Endpoint) -> None:
         failed = 0
-        while self.failure is None:
+        while self.failure is None and not self._stopped:
             try:
                 await self._listen(endpoint)
             except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
                 raise
             except BaseException as error:  # whatever a service sends: solders panics on some of it
+                if self._stopped:
+                    return  # closing a connection swallows a cancellation (websockets' legacy client)
                 failed += 1
                 self._on_status(
                     f"no subscription with {endpoint.name} ({type(error).__name__}); "

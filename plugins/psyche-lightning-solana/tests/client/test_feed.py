@@ -2,19 +2,24 @@
 
 import asyncio
 import copy
+import dataclasses
 
+from psyche_lightning_solana.client.cluster import Endpoint
 from psyche_lightning_solana.client.feed import Feed
 from psyche_lightning_solana.client.replay import replay
+from websockets.server import ServerProtocol
 
 from psyche_lightning.coordinator.state import Phase
 
 
-async def following(world, **options):
+async def following(world, ws=None, **options):
+    """The run's owner, and a feed of it; its subscriptions go to the URL ``ws``, when there is one."""
     owner = await world.owner(init_min_clients=1, min_clients=1, total_steps=1000)
     access = world.access(**options)
     keys = await access.keys()
+    endpoints = access.cluster.endpoints if ws is None else (Endpoint(world.proxies[0].url, ws),)
     feed = Feed(
-        access.cluster,
+        dataclasses.replace(access.cluster, endpoints=endpoints),
         access.reader,
         keys.coordinator_account,
         access.manifest_address,
@@ -67,6 +72,36 @@ def test_without_any_subscription_it_looks(run):
         nonce = await change(owner, 2)
         await seen(feed, lambda: feed.latest.nonce == nonce)
         await feed.stop()
+
+    run(test, programs=True)
+
+
+def test_it_stops_while_a_service_leaves_the_end_of_a_connection_open(run):
+    closing = asyncio.Event()
+
+    async def rude(reader, writer):
+        """Answers the first subscription with nonsense, and its close not at all."""
+        if closing.is_set():
+            return writer.close()
+        protocol = ServerProtocol()
+        requests = []
+        while data := await reader.read(4096):
+            protocol.receive_data(data)
+            if not requests and (requests := protocol.events_received()):
+                protocol.send_response(protocol.accept(requests[0]))
+                protocol.send_text(b"{}")
+                writer.write(b"".join(protocol.data_to_send()))
+            elif protocol.close_rcvd is not None:
+                closing.set()
+
+    async def test(world):
+        async with await asyncio.start_server(rude, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            _, feed = await following(world, ws=f"ws://127.0.0.1:{port}")
+            feed.start()
+            await closing.wait()
+            await feed.stop()
+            assert feed.subscriptions == 0
 
     run(test, programs=True)
 
