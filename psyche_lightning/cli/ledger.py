@@ -100,6 +100,6 @@ def _show(found: Ledger, rows: int, books: int) -> None:
     if len(shown) < len(found.lines):
         console.print(f"and {len(found.lines) - len(shown)} more before; --rows 0 shows all")
     for start, end in found.untrained:
-        console.print(f"not trained: {start}-{end} (the run ended before it was their turn again)")
+        console.print(f"not trained: {start}-{end} (the run ended before they were trained again)")
     for problem in found.problems:
         console.print(f"[bold red]problem:[/] {problem}")

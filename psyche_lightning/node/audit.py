@@ -54,7 +54,9 @@ class Ledger:
     Attributes:
         run: the run's name.
         lines: who trained what, ascending by data id.
-        untrained: ids of the last rounds that nobody trained: their turn would have come after the end.
+        untrained: ids that nobody trained: those of the last rounds, whose turn would have come after the end.
+        overdue: those among them whose turn had come: more was open than a round takes, as whole rounds had failed.
+        lost: steps up to which nothing is in the parameters, as nobody held them any more and the run began anew.
         rounds: training rounds that count.
         undone: training rounds of epochs whose end was not agreed; they were trained again.
         last_step: the newest optimizer step in the books.
@@ -64,6 +66,8 @@ class Ledger:
     run: str
     lines: list[Line] = field(default_factory=list)
     untrained: list[Interval] = field(default_factory=list)
+    overdue: list[Interval] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
     rounds: int = 0
     undone: int = 0
     last_step: int = 0
@@ -82,35 +86,41 @@ def audit(rows: Iterable[Row]) -> Ledger:
         PsycheError: they are of several runs, or not rows of a ledger.
     """
     try:
-        found, ledger = _united(rows)
+        every, ledger = _united(rows)
+        found = {place: row for place, row in every.items() if row["step"]}
+        ends = {epoch: row["ended"] for (epoch, _), row in every.items() if row["ended"]}
         open_ids: OpenIds = ()
         expected = _first_step(found)
-        position = None
+        before: Row | None = None
         for row in _counted(found, ledger):
             step = row["step"]
             if step != expected:
                 ledger.problems.append(f"no book has the rounds of steps {expected} to {step - 1}")
-                position, open_ids = None, ()
-            if position is not None and row["data_index"] != position:
-                ledger.problems.append(f"step {step} begins at data id {row['data_index']} instead of {position}")
+                before, open_ids = None, ()
+            if before is not None:
+                if _began_anew(before, row, ends, ledger):
+                    open_ids = ()
+                position = before["data_index"] + before["batch_size"]
+                if row["data_index"] != position:
+                    ledger.problems.append(f"step {step} begins at data id {row['data_index']} instead of {position}")
             open_ids = _enter(row, open_ids, ledger)
-            expected, position = step + 1, row["data_index"] + row["batch_size"]
+            expected, before = step + 1, row
             ledger.rounds, ledger.last_step = ledger.rounds + 1, step
     except (KeyError, TypeError, ValueError) as error:
         raise PsycheError(f"not a row of a ledger: {type(error).__name__}: {error}") from error
     ledger.untrained = list(merged((start, end) for _, start, end in open_ids))
-    late = [(start, end) for due, start, end in open_ids if due <= ledger.last_step]
-    if late:
-        # More was open than a round takes: only a run in which whole rounds failed, one after another, has that.
-        ledger.problems.append(f"{count(late)} ids of earlier rounds were not trained in time, such as {late[0][0]}")
+    ledger.overdue = list(merged((start, end) for due, start, end in open_ids if due <= ledger.last_step))
     ledger.lines.sort(key=lambda line: line.start)
     _check_cover(found, ledger)
+    if ledger.overdue:
+        late = ledger.overdue
+        ledger.problems.append(f"{count(late)} ids of earlier rounds were not trained in time, such as {late[0][0]}")
     del ledger.problems[MAX_PROBLEMS:]
     return ledger
 
 
 def _united(rows: Iterable[Row]) -> tuple[dict[tuple[int, int], Row], Ledger]:
-    """The training rounds of all books by epoch and height."""
+    """The rounds of all books by epoch and height."""
     found: dict[tuple[int, int], Row] = {}
     ledger: Ledger | None = None
     for row in rows:
@@ -120,7 +130,7 @@ def _united(rows: Iterable[Row]) -> tuple[dict[tuple[int, int], Row], Ledger]:
         place = (row["epoch"], row["height"])
         if found.setdefault(place, row) != row:
             ledger.problems.append(f"two books differ about round {place[1]} of epoch {place[0]}")
-    return {place: row for place, row in sorted(found.items()) if row["step"]}, ledger or Ledger("")
+    return dict(sorted(found.items())), ledger or Ledger("")
 
 
 def _first_step(found: Mapping[tuple[int, int], Row]) -> int:
@@ -138,6 +148,19 @@ def _counted(found: Mapping[tuple[int, int], Row], ledger: Ledger) -> list[Row]:
             ledger.undone += 1
         kept.append(row)
     return kept
+
+
+def _began_anew(before: Row, row: Row, ends: Mapping[int, str], ledger: Ledger) -> bool:
+    """Whether a round's epoch began with other parameters than those with which the one before ended."""
+    ended = ends.get(before["epoch"], row["parameters"])
+    if row["epoch"] == before["epoch"] or ended == row["parameters"]:
+        return False
+    ledger.problems.append(
+        f"epoch {row['epoch']} began with the parameters {row['parameters'][:12]} instead of those of step "
+        f"{before['step']}, {ended[:12]}, which nobody held any more: what was trained up to then is lost"
+    )
+    ledger.lost.append(before["step"])
+    return True
 
 
 def _enter(row: Row, open_ids: OpenIds, ledger: Ledger) -> OpenIds:

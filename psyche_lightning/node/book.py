@@ -21,7 +21,8 @@ FILE = "ledger.jsonl"
 
 Row = dict[str, Any]
 """``run``, ``epoch``, ``height``, ``step``, ``seed``, ``data_index``, ``batch_size``, ``nodes`` (hex), ``parameters``
-(hex digest with which the epoch began), ``again`` (``[first, last]`` pairs), ``results`` (signed envelopes, base64)."""
+(hex digest with which the epoch began), ``ended`` (that with which it ended, in its last round, else empty), ``again``
+(``[first, last]`` pairs), ``results`` (signed envelopes, base64)."""
 
 
 def row_of(run_id: str, record: Record) -> Row:
@@ -37,6 +38,7 @@ def row_of(run_id: str, record: Record) -> Row:
         "batch_size": round_.batch_size,
         "nodes": [node.hex() for node in record.nodes],
         "parameters": record.parameters.hex(),
+        "ended": record.ended.hex(),
         "again": [list(interval) for interval in record.again],
         "results": [base64.b64encode(envelope.raw).decode() for envelope in record.results],
     }

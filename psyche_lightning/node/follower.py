@@ -6,6 +6,8 @@ applying where a node catches up.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from psyche_lightning.coordinator.open_ids import OpenIds
 from psyche_lightning.coordinator.state import ClientStatus, Phase, Round, RunState
 from psyche_lightning.node import events as ev
@@ -65,6 +67,7 @@ class Follower:
         self._loading: Base | None = None
         self._kept = 0
         self._overdue = 0.0
+        self._guessed = False
 
     # --- what the coordinator announced ---------------------------------------------------------------------------
 
@@ -134,7 +137,7 @@ class Follower:
 
     def _begin(self, log: EpochLog, applied: int) -> None:
         """The parameters are those of the epoch after so many rounds: decide and apply from there."""
-        self.next_apply, self._kept, self._overdue = applied, 0, 0.0
+        self.next_apply, self._kept, self._overdue, self._guessed = applied, 0, 0.0, False
         self.digests, self._records, self.repair.stuck = {}, [], None
         log.start(applied, self._open_ids)
         self._exchange.file_early(log, log.assign())
@@ -257,6 +260,7 @@ class Follower:
                 names = ", ".join(short(attesting.nodes[index]) for index in sorted(absent))
                 text = f"nobody has the list of {names}, who left; deciding round {height} without it"
                 self._out.say("warning", text)
+                self._guessed = True
             return outcome
         away = gone(state, attesting)
         for index in outcome.lists:
@@ -379,7 +383,7 @@ class Follower:
     def _repair(self, log: EpochLog, applied: int, theirs: bytes) -> None:
         """The parameters differ: replay, and where that does not help take those of a peer."""
         last, equal = applied - 1, self.repair.confirmed
-        if self.repair.differ(applied):
+        if self.repair.differ(applied, replay=not self._guessed):
             text = f"the parameters differ after round {last} from those of a quorum of witnesses"
             self._out.say("warning", f"{text} (equal after {equal} rounds); replaying to find and repair it")
         else:
@@ -395,7 +399,8 @@ class Follower:
         if log is None or not self._records or state.epoch != log.epoch + 1 or not self.resolved(state):
             return
         if self.holding is not None and self.holding == state.checkpoint.digest:
-            self._out.emit(ev.WriteDown(tuple(self._records)))
+            *records, last = self._records
+            self._out.emit(ev.WriteDown((*records, replace(last, ended=self.holding))))
             self._records = []
 
 

@@ -101,6 +101,7 @@ class Record:
         again: ids of earlier rounds that it trained again.
         results: the agreed announcements.
         parameters: digest with which the epoch began.
+        ended: digest with which it ended, as agreed; empty but for its last round.
     """
 
     epoch: int
@@ -109,6 +110,7 @@ class Record:
     again: tuple[Interval, ...]
     results: tuple[Envelope, ...]
     parameters: bytes
+    ended: bytes = b""
 
 
 @dataclass

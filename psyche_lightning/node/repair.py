@@ -77,9 +77,17 @@ class Repair:
         self.confirmed = applied
         self._prints = {rounds: prints for rounds, prints in self._prints.items() if rounds > applied}
 
-    def differ(self, applied: int) -> bool:
-        """A quorum holds others after so many rounds: replay; returns False when that did not help before."""
-        if applied in self._replayed:
+    def differ(self, applied: int, *, replay: bool) -> bool:
+        """A quorum holds others after so many rounds.
+
+        Args:
+            applied: the rounds.
+            replay: whether this node knows everything that a replay needs.
+
+        Returns:
+            Whether to replay; False where that cannot help, or did not help before.
+        """
+        if not replay or applied in self._replayed:
             self.stuck = applied - 1
             return False
         self._replayed.add(applied)

@@ -1,0 +1,178 @@
+"""Audits of ledgers that real node cores wrote in a simulated run, as they are and tampered with."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psyche_lightning.cli import main
+from psyche_lightning.errors import PsycheError
+from psyche_lightning.node.audit import audit
+from psyche_lightning.testing.scenario import Scenario
+from psyche_lightning.testing.simulator import Simulation
+
+Rows = list[dict[str, Any]]
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def written() -> list[Rows]:
+    """The books of the four nodes of a run of several epochs, in which payloads were lost."""
+    simulation = Simulation(Scenario(3, 4, True, STEPS, 0.1, 0.5, 0.0, 0, 0, 0, 0, 0, 150.0, payload_loss=0.1))
+    simulation.run()
+    return [node.book for node in simulation.nodes]
+
+
+@pytest.fixture
+def rows(written: list[Rows]) -> Rows:
+    return copy.deepcopy([row for book in written for row in book])
+
+
+def of(rows: Rows, step: int) -> Rows:
+    """The rows of a step, in all books."""
+    return [row for row in rows if row["step"] == step]
+
+
+def test_the_books_of_a_run_show_each_data_id_once(rows: Rows) -> None:
+    ledger = audit(rows)
+    assert ledger.problems == []
+    assert (ledger.rounds, ledger.last_step) == (STEPS, STEPS)
+    trained = [number for line in ledger.lines for number in range(line.start, line.end + 1)]
+    left = [number for start, end in ledger.untrained for number in range(start, end + 1)]
+    assert sorted(trained + left) == list(range(STEPS * 8))
+    assert any(line.again for line in ledger.lines)
+    assert max(row["epoch"] for row in rows) > 0
+
+
+def test_nobody_needs_all_books(written: list[Rows]) -> None:
+    halves = [row for book in (written[0][:12], written[1][8:]) for row in book]
+    assert audit(halves).lines == audit(written[2]).lines
+
+
+def forget(rows: Rows) -> None:
+    rows[:] = [row for row in rows if row["step"] not in (5, 6)]
+
+
+def shift(rows: Rows) -> None:
+    for row in of(rows, 4):
+        row["data_index"] += 1
+
+
+def rewrite(rows: Rows) -> None:
+    for row in of(rows, 4):
+        raw = bytearray(base64.b64decode(row["results"][0]))
+        raw[-1] ^= 1
+        row["results"][0] = base64.b64encode(raw).decode()
+
+
+def move(rows: Rows) -> None:
+    [result, *_] = of(rows, 3)[0]["results"]
+    for row in of(rows, 4):
+        row["results"].append(result)
+
+
+def repeat(rows: Rows) -> None:
+    for row in of(rows, 4):
+        row["results"].append(row["results"][0])
+
+
+def hide(rows: Rows) -> None:
+    for row in of(rows, 4):
+        del row["results"][0]
+
+
+def invent(rows: Rows) -> None:
+    for row in of(rows, 2):
+        row["again"] = [[0, 1]]
+
+
+def differ(rows: Rows) -> None:
+    of(rows, 2)[0]["seed"] += 1
+
+
+def restart(rows: Rows) -> None:
+    for row in rows:
+        row["parameters"] = "ab" * 32 if row["epoch"] == 1 else row["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (forget, r"no book has the rounds of steps 5 to 6"),
+        (shift, r"step 4 begins at data id 25 instead of 24"),
+        (rewrite, r"round 3 of epoch 0 has a result that is not genuine"),
+        (move, r"round 3 of epoch 0 has a result of \w+ that was not its to give"),
+        (repeat, r"round 3 of epoch 0 has a result of \w+ that was not its to give"),
+        (hide, r"trained \[.*\] again; \[.*\] was due"),
+        (invent, r"round 1 of epoch 0 trained \[\[0, 1\]\] again; \[\] was due"),
+        (differ, r"two books differ about round 1 of epoch 0"),
+        (restart, r"epoch 1 began with the parameters abababababab instead of those of step \d+, \w{12}, .* is lost"),
+    ],
+)
+def test_what_was_tampered_with_is_named(rows: Rows, change: Callable[[Rows], None], problem: str) -> None:
+    change(rows)
+    problems = audit(rows).problems
+    assert any(re.search(problem, text) for text in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda rows: rows[0].pop("seed"), "not a row of a ledger: KeyError"),
+        (lambda rows: rows[0].update(nodes=[7]), "not a row of a ledger: TypeError"),
+        (lambda rows: rows[0].update(run="other"), "the books are of several runs, such as"),
+    ],
+)
+def test_what_is_no_ledger_is_refused(rows: Rows, change: Callable[[Rows], None], error: str) -> None:
+    change(rows)
+    with pytest.raises(PsycheError, match=error):
+        audit(rows)
+
+
+def test_a_run_whose_parameters_died_with_their_holders_is_said_to_have_begun_anew() -> None:
+    simulation = Simulation(Scenario.draw(20262))  # two newcomers find nobody who has what was trained before
+    simulation.run()
+    ledger = audit(row for node in simulation.nodes for row in node.book)
+    assert ledger.lost == [3]
+    assert len(ledger.problems) == 1
+
+
+def test_more_than_the_last_rounds_can_take_is_overdue() -> None:
+    simulation = Simulation(Scenario.draw(21495))  # a whole round of twelve ids fails shortly before the end
+    simulation.run()
+    ledger = audit(row for node in simulation.nodes for row in node.book)
+    assert ledger.overdue == [(58, 59)]
+    assert (58, 59) in ledger.untrained
+    assert ledger.problems == ["2 ids of earlier rounds were not trained in time, such as 58"]
+
+
+def test_the_command_shows_the_books_of_several_folders(
+    written: list[Rows], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, book in enumerate(written[:2]):
+        (tmp_path / str(number)).mkdir()
+        lines = "".join(json.dumps(row) + "\n" for row in book)
+        (tmp_path / str(number) / "ledger.jsonl").write_text(lines)
+    folders = [str(tmp_path / "0"), str(tmp_path / "1")]
+    assert main(["run", "ledger", *folders, "--check"]) == 0
+    assert f"{STEPS} rounds up to step {STEPS}, from 2 ledgers" in " ".join(capsys.readouterr().out.split())
+    assert main(["run", "ledger", *folders, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["complete"]
+    assert told["ids_trained"] + sum(end - start + 1 for start, end in told["not_trained"]) == STEPS * 8
+
+
+def test_the_command_fails_where_the_ledger_is_not_complete(
+    written: list[Rows], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps(row) + "\n" for row in written[0] if row["step"] != 5]
+    (tmp_path / "ledger.jsonl").write_text("".join(lines))
+    assert main(["run", "ledger", str(tmp_path), "--check"]) == 1
+    assert "no book has the rounds of steps 5 to 5" in " ".join(capsys.readouterr().err.split())
