@@ -23,15 +23,16 @@ from torch.optim.lr_scheduler import _LRScheduler
 
 from psyche_lightning.distro import DisTrO
 from psyche_lightning.errors import ConfigError, DataError
+from psyche_lightning.lightning.device import OneDevice
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
 from psyche_lightning.lightning.optimizers import TakenStep, build_distro, copy_rates
-from psyche_lightning.lightning.options import Options, one_device, one_machine
+from psyche_lightning.lightning.options import Options
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.node.participant import RoundWork
 
 
-class PsycheFabricStrategy(SingleDeviceStrategy):
+class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
     """One node of a run, for loops of one's own.
 
     The first DataLoader that is set up is the one for training: iterating over it gives this node's share of one round
@@ -54,6 +55,8 @@ class PsycheFabricStrategy(SingleDeviceStrategy):
         ConfigError: an option is unknown or wrong.
     """
 
+    owner = "Fabric"
+
     def __init__(
         self,
         coordinator: str | None = None,
@@ -67,35 +70,12 @@ class PsycheFabricStrategy(SingleDeviceStrategy):
         self.options = Options.of({**options, "coordinator": coordinator, "run": run})
         super().__init__("cpu", accelerator, checkpoint_io, precision)
         self.session: Session | None = None
-        self._parallel_devices: list[torch.device] | None = None
         self._module: Module | None = None
         self._optimizer: Optimizer | None = None
         self._distro: DisTrO | None = None
         self._taken: TakenStep | None = None
         self._loader: RoundLoader | None = None
         self._ahead = ExitStack()
-
-    # --- devices ----------------------------------------------------------------------------------------------------
-
-    @property
-    def parallel_devices(self) -> list[torch.device] | None:
-        """The node's device in a list, as Fabric gives it."""
-        return self._parallel_devices
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device] | None) -> None:
-        self._parallel_devices = devices
-        if devices:
-            self._root_device = torch.device(one_device(devices, "Fabric"))
-
-    @property
-    def num_nodes(self) -> int:
-        """Machines of Fabric's own world: always one."""
-        return 1
-
-    @num_nodes.setter
-    def num_nodes(self, count: int) -> None:
-        one_machine(count, "Fabric")
 
     # --- set-up -----------------------------------------------------------------------------------------------------
 

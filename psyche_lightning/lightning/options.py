@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from psyche_lightning.coordinator.state import CoordinatorConfig
 from psyche_lightning.errors import ConfigError
@@ -15,8 +15,6 @@ from psyche_lightning.plugins import nearest
 
 COORDINATOR_VARIABLE = "PSYCHE_COORDINATOR"
 RUN_VARIABLE = "PSYCHE_RUN"
-
-_Device = TypeVar("_Device")
 
 
 @dataclass(frozen=True)
@@ -139,30 +137,3 @@ class Options:
     def folder(self) -> Path | None:
         """``directory`` as a path."""
         return None if self.directory is None else Path(self.directory)
-
-
-def one_device(devices: Sequence[_Device], owner: str) -> _Device:
-    """The only one of the devices.
-
-    Raises:
-        ConfigError: there are several.
-    """
-    if len(devices) > 1:
-        raise ConfigError(
-            f"{owner} has devices={len(devices)}, but a node of the strategy 'psyche' trains on one device. Set "
-            "devices=1 and start a process for each device: each is a node of the run."
-        )
-    return devices[0]
-
-
-def one_machine(count: int, owner: str) -> None:
-    """Refuse a world of several machines.
-
-    Raises:
-        ConfigError: there are several.
-    """
-    if count > 1:
-        raise ConfigError(
-            f"{owner} has num_nodes={count}, but the nodes of a run are not {owner}'s: leave num_nodes at 1 and start "
-            "the same program on every machine."
-        )

@@ -25,10 +25,11 @@ from torch.optim import Optimizer
 from psyche_lightning.distro import DisTrO
 from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.lightning.callback import CoordinatorCallback
+from psyche_lightning.lightning.device import OneDevice
 from psyche_lightning.lightning.loader import RoundLoader, Share, check_loader
 from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
 from psyche_lightning.lightning.optimizers import TakenStep, build_distro, copy_rates
-from psyche_lightning.lightning.options import Options, one_device, one_machine
+from psyche_lightning.lightning.options import Options
 from psyche_lightning.lightning.progress import RunProgress
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.node.participant import RoundWork
@@ -36,7 +37,7 @@ from psyche_lightning.node.participant import RoundWork
 STATE_KEY = "psyche_distro"
 
 
-class PsycheStrategy(SingleDeviceStrategy):
+class PsycheStrategy(OneDevice, SingleDeviceStrategy):
     """One node of a run: trains its share of each round, and takes the step that all nodes agreed on.
 
     The user's optimizer gives learning rates (schedulers work on it), weight decay and parameter groups; its step is
@@ -58,6 +59,7 @@ class PsycheStrategy(SingleDeviceStrategy):
     """
 
     strategy_name = "psyche"
+    owner = "Trainer"
 
     def __init__(
         self,
@@ -71,7 +73,6 @@ class PsycheStrategy(SingleDeviceStrategy):
     ) -> None:
         self.options = Options.of({**options, "coordinator": coordinator, "run": run})
         self.session: Session | None = None
-        self._parallel_devices: list[torch.device] | None = None
         super().__init__("cpu", accelerator, checkpoint_io, precision_plugin)
         self._forget()
 
@@ -91,28 +92,6 @@ class PsycheStrategy(SingleDeviceStrategy):
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Lightning's own registration is not used: see :mod:`psyche_lightning.lightning.registration`."""
-
-    # --- devices ----------------------------------------------------------------------------------------------------
-
-    @property
-    def parallel_devices(self) -> list[torch.device] | None:
-        """The node's device in a list, as Trainer gives it."""
-        return self._parallel_devices
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device] | None) -> None:
-        self._parallel_devices = devices
-        if devices:
-            self._root_device = torch.device(one_device(devices, "Trainer"))
-
-    @property
-    def num_nodes(self) -> int:
-        """Machines of Trainer's own world: always one."""
-        return 1
-
-    @num_nodes.setter
-    def num_nodes(self, count: int) -> None:
-        one_machine(count, "Trainer")
 
     # --- set-up -----------------------------------------------------------------------------------------------------
 

@@ -11,48 +11,10 @@ from typing import Any
 
 from psyche_lightning.coordinator.protocol import Coordinator, Report
 from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, TransportError, WireError
+from psyche_lightning.node import events as ev
 from psyche_lightning.node.book import Book
 from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.download import Downloads
-from psyche_lightning.node.events import (
-    Accuse,
-    Applied,
-    Apply,
-    AskRounds,
-    Broadcast,
-    BuffersLoaded,
-    BuffersTaken,
-    Call,
-    CallFailed,
-    Diagnose,
-    Effect,
-    Event,
-    Fetch,
-    Fetched,
-    Finish,
-    HealthCheck,
-    Join,
-    Keep,
-    Load,
-    LoadBuffers,
-    Loaded,
-    Promise,
-    Received,
-    RoundsSeen,
-    Say,
-    SendTo,
-    SetPeers,
-    ShareBuffers,
-    SnapshotTaken,
-    StateSeen,
-    TakeSnapshot,
-    Tick,
-    Train,
-    Vote,
-    WarmupWitness,
-    Witness,
-    WriteDown,
-)
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.snapshot import decode_index, first_difference
@@ -64,8 +26,8 @@ from psyche_lightning.wire.messages import Envelope, Message, Result, open_envel
 TICK = 0.25
 FETCH_TIMEOUT = 60.0
 
-ReplicaTask = Apply | TakeSnapshot | Load | ShareBuffers | LoadBuffers
-TrainerTask = ReplicaTask | Train | Finish | BaseException
+ReplicaTask = ev.Apply | ev.TakeSnapshot | ev.Load | ev.ShareBuffers | ev.LoadBuffers
+TrainerTask = ReplicaTask | ev.Train | ev.Finish | BaseException
 """What the training thread gets to do; an exception ends it."""
 
 
@@ -194,12 +156,12 @@ class Runtime:
 
     async def _watch(self) -> None:
         async for state in self.coordinator.watch():
-            self.handle(StateSeen(state))
+            self.handle(ev.StateSeen(state))
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
-            self.handle(Tick())
+            self.handle(ev.Tick())
 
     def _on_message(self, peer: bytes, raw: bytes) -> bool:
         try:
@@ -210,10 +172,10 @@ class Runtime:
             if times & (times - 1) == 0:  # 1, 2, 4, ...: a flood does not fill the log
                 self._say("warning", f"refused a message from {short(peer)} ({times} so far): {error}")
             return False
-        self.handle(Received(envelope))
+        self.handle(ev.Received(envelope))
         return True
 
-    def handle(self, event: Event) -> None:
+    def handle(self, event: ev.Event) -> None:
         """Give the core an event and carry out what follows."""
         if self._stopping:
             return
@@ -222,36 +184,44 @@ class Runtime:
 
     # --- effects ----------------------------------------------------------------------------------------------------
 
-    def _carry_out(self, effect: Effect) -> None:
+    def _carry_out(self, effect: ev.Effect) -> None:
         match effect:
-            case Broadcast(envelope):
+            case ev.Broadcast(envelope):
                 self.transport.broadcast(envelope.raw)
-            case SendTo(peer, envelope):
+            case ev.SendTo(peer, envelope):
                 self.transport.send(peer, envelope.raw)
-            case Promise(key, envelope):
+            case ev.Promise(key, envelope):
                 self.journal.append(key, envelope.raw)
-            case SetPeers(peers):
+            case ev.SetPeers(peers):
                 self.transport.set_peers(dict(peers))
-            case Fetch():
+            case ev.Fetch():
                 self._spawn(self._fetch(effect))
-            case Load(digest, providers) | LoadBuffers(digest, providers):
+            case ev.Load(digest, providers) | ev.LoadBuffers(digest, providers):
                 self._spawn(self._load(effect, digest, providers))
-            case Train() | Apply() | TakeSnapshot() | ShareBuffers() | Finish():
+            case ev.Train() | ev.Apply() | ev.TakeSnapshot() | ev.ShareBuffers() | ev.Finish():
                 self._post(effect)
-            case Diagnose():
+            case ev.Diagnose():
                 self._spawn(self._diagnose(effect))
-            case Keep():
+            case ev.Keep():
                 self.journal.retain(effect.promises)
                 self._spawn(self._clear(effect))
-            case WriteDown(records):
+            case ev.WriteDown(records):
                 if self._book is not None:
                     self._book.append(self.run_id, records)
-            case Say(level, text):
+            case ev.Say(level, text):
                 self._say(level, text)
-            case Join() | WarmupWitness() | Witness() | HealthCheck() | Vote() | AskRounds() | Accuse():
+            case (
+                ev.Join()
+                | ev.WarmupWitness()
+                | ev.Witness()
+                | ev.HealthCheck()
+                | ev.Vote()
+                | ev.AskRounds()
+                | ev.Accuse()
+            ):
                 self._spawn(self._call(effect))
 
-    async def _clear(self, effect: Keep) -> None:
+    async def _clear(self, effect: ev.Keep) -> None:
         """Forget what is not needed any more, on another thread: it may be much."""
 
         def clear() -> None:
@@ -265,29 +235,29 @@ class Runtime:
         index = self.store.get(digest)
         return [piece.digest for piece in decode_index(index).pieces] if index is not None else []
 
-    def run_replica_task(self, task: ReplicaTask) -> Event:
+    def run_replica_task(self, task: ReplicaTask) -> ev.Event:
         """Do replica work; called on the training thread. Returns the event for :meth:`handle`."""
         match task:
-            case Apply():
+            case ev.Apply():
                 return self._apply(task)
-            case TakeSnapshot(open_ids):
-                return SnapshotTaken(self.replica.snapshot(self.store.put, open_ids))
-            case Load(digest):
+            case ev.TakeSnapshot(open_ids):
+                return ev.SnapshotTaken(self.replica.snapshot(self.store.put, open_ids))
+            case ev.Load(digest):
                 try:
                     self.replica.load(digest, self._blob)
-                    return Loaded(digest, open_ids=decode_index(self._blob(digest)).open_ids)
+                    return ev.Loaded(digest, open_ids=decode_index(self._blob(digest)).open_ids)
                 except PsycheError as error:
-                    return Loaded(digest, str(error))
-            case ShareBuffers(epoch):
-                return BuffersTaken(epoch, self.replica.snapshot_buffers(self.store.put))
-            case LoadBuffers(index):
+                    return ev.Loaded(digest, str(error))
+            case ev.ShareBuffers(epoch):
+                return ev.BuffersTaken(epoch, self.replica.snapshot_buffers(self.store.put))
+            case ev.LoadBuffers(index):
                 try:
                     self.replica.load_buffers(index, self._blob)
-                    return BuffersLoaded(index)
+                    return ev.BuffersLoaded(index)
                 except PsycheError as error:
-                    return BuffersLoaded(index, str(error))
+                    return ev.BuffersLoaded(index, str(error))
 
-    def _apply(self, task: Apply) -> Applied:
+    def _apply(self, task: ev.Apply) -> ev.Applied:
         blobs = [self._blob(payload) for payload in task.payloads]
         if blobs:
             self.replica.apply(blobs, task.lrs)
@@ -295,7 +265,7 @@ class Runtime:
         if task.digest_due:
             describe = self.replica.snapshot if task.snapshot else self.replica.digest
             digest = describe(self.store.put, task.open_ids)
-        return Applied(task.epoch, task.height, digest, self.replica.prints() if task.prints else b"")
+        return ev.Applied(task.epoch, task.height, digest, self.replica.prints() if task.prints else b"")
 
     def _blob(self, digest: bytes) -> bytes:
         data = self.store.get(digest)
@@ -303,7 +273,7 @@ class Runtime:
             raise PsycheError(f"the blob {digest.hex()[:12]} vanished from this node's store; is its disk in order?")
         return data
 
-    async def _fetch(self, effect: Fetch) -> None:
+    async def _fetch(self, effect: ev.Fetch) -> None:
         loop = asyncio.get_running_loop()
         try:
             data = await loop.run_in_executor(None, self.store.get, effect.payload)
@@ -318,23 +288,23 @@ class Runtime:
             if not known:
                 await loop.run_in_executor(None, self.store.put, data)
         except PayloadError as error:
-            self.handle(Fetched(effect.payload, str(error), refused=True))
+            self.handle(ev.Fetched(effect.payload, str(error), refused=True))
         except TransportError as error:
-            self.handle(Fetched(effect.payload, str(error)))
+            self.handle(ev.Fetched(effect.payload, str(error)))
         else:
-            self.handle(Fetched(effect.payload))
+            self.handle(ev.Fetched(effect.payload))
 
-    async def _load(self, effect: Load | LoadBuffers, index: bytes, providers: tuple[bytes, ...]) -> None:
+    async def _load(self, effect: ev.Load | ev.LoadBuffers, index: bytes, providers: tuple[bytes, ...]) -> None:
         """Bring index and pieces into the store, then let the training thread load them."""
         try:
             await self.downloads.obtain(index, providers)
         except (TransportError, WireError) as error:
-            failed = Loaded if isinstance(effect, Load) else BuffersLoaded
+            failed = ev.Loaded if isinstance(effect, ev.Load) else ev.BuffersLoaded
             self.handle(failed(index, str(error)))
         else:
             self._post(effect)
 
-    async def _diagnose(self, effect: Diagnose) -> None:
+    async def _diagnose(self, effect: ev.Diagnose) -> None:
         try:
             mine = await self.downloads.index(effect.mine, effect.providers)
             theirs = await self.downloads.index(effect.theirs, effect.providers)
@@ -344,31 +314,31 @@ class Runtime:
         name = first_difference(mine, theirs)
         self._say("warning", f"after round {effect.round} the first tensor that differs is {name!r}")
 
-    async def _call(self, call: Call) -> None:
+    async def _call(self, call: ev.Call) -> None:
         """Make a coordinator call; what this node may never do ends it, the rest the core repeats."""
         client = self.coordinator
         try:
             match call:
-                case Join():
+                case ev.Join():
                     await client.join(self.address, self.manifest)
-                case WarmupWitness(epoch, index, digest):
+                case ev.WarmupWitness(epoch, index, digest):
                     await client.warmup_witness(epoch, index, digest)
-                case Witness(epoch, height, proof, merkle, participants, broadcasts):
+                case ev.Witness(epoch, height, proof, merkle, participants, broadcasts):
                     up, down = self._traffic()
                     report = Report(
                         self.report.step, self.report.loss, self.report.tokens_per_second, bytes_up=up, bytes_down=down
                     )
                     await client.witness(epoch, height, proof, merkle, participants, broadcasts, report)
-                case HealthCheck(epoch, height, signers):
+                case ev.HealthCheck(epoch, height, signers):
                     await client.health_check(epoch, height, list(signers))
-                case Vote(epoch, step, digest):
+                case ev.Vote(epoch, step, digest):
                     await client.checkpoint(epoch, step, digest)
-                case Accuse(first_result, second_result):
+                case ev.Accuse(first_result, second_result):
                     await client.accuse(first_result.raw, second_result.raw)
-                case AskRounds(epoch, first):
-                    self.handle(RoundsSeen(epoch, first, tuple(await client.rounds(epoch, first))))
+                case ev.AskRounds(epoch, first):
+                    self.handle(ev.RoundsSeen(epoch, first, tuple(await client.rounds(epoch, first))))
         except CoordinatorError as error:
-            if isinstance(call, Join) and not error.retryable:
+            if isinstance(call, ev.Join) and not error.retryable:
                 self._post(error)
                 return
-            self.handle(CallFailed(call, error.code, str(error), error.retryable))
+            self.handle(ev.CallFailed(call, error.code, str(error), error.retryable))

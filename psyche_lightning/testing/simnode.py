@@ -7,20 +7,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from psyche_lightning.coordinator.open_ids import OpenIds, count
+from psyche_lightning.node import events as ev
 from psyche_lightning.node.book import Row
 from psyche_lightning.node.core import NodeCore
-from psyche_lightning.node.events import (
-    Applied,
-    Apply,
-    BuffersTaken,
-    Effect,
-    Event,
-    ShareBuffers,
-    SnapshotTaken,
-    TakeSnapshot,
-    Train,
-    Trained,
-)
 from psyche_lightning.wire.canonical import pack, unpack
 from psyche_lightning.wire.hashing import sha256
 from psyche_lightning.wire.identity import Identity, short
@@ -57,7 +46,7 @@ class SimNode:
     head: bytes = b""
     buffers: bytes = b""
     peers: tuple[bytes, ...] = ()
-    queue: deque[Effect] = field(default_factory=deque)
+    queue: deque[ev.Effect] = field(default_factory=deque)
     working: bool = False
     done: str = ""
     gone: bool = False
@@ -107,10 +96,10 @@ class SimNode:
         self.open_ids, self.flipped = tuple(map(tuple, open_ids)), False
         self.put(blob)
 
-    def perform(self, task: Effect, rng: random.Random) -> Event:
+    def perform(self, task: ev.Effect, rng: random.Random) -> ev.Event:
         """Do what the training thread does by itself."""
         match task:
-            case Train(epoch, height, step, batch):
+            case ev.Train(epoch, height, step, batch):
                 blob = (BAD if self.cheat == "malformed" else b"ok") + sha256(
                     self.identity.public, self.head, f"{epoch} {height}".encode()
                 )
@@ -120,17 +109,17 @@ class SimNode:
                 result = Result(
                     epoch, height, step, start, end, 0, self.put(blob), len(blob), LAYOUT, (1,), 0, tokens, batch[1:]
                 )
-                return Trained(epoch, height, result)
-            case Apply(epoch, height, payloads, lrs, due, _, prints, open_ids):
+                return ev.Trained(epoch, height, result)
+            case ev.Apply(epoch, height, payloads, lrs, due, _, prints, open_ids):
                 if payloads:  # as in the runtime, an empty set leaves the parameters alone
                     self.head = sha256(self.head, *(self.blobs[payload] for payload in payloads), repr(lrs).encode())
                 self.open_ids = open_ids
-                return Applied(epoch, height, self._store() if due else b"", self.head[:8] if prints else b"")
-            case TakeSnapshot(open_ids):
+                return ev.Applied(epoch, height, self._store() if due else b"", self.head[:8] if prints else b"")
+            case ev.TakeSnapshot(open_ids):
                 self.open_ids = open_ids
-                return SnapshotTaken(self._store())
-            case ShareBuffers(epoch):
-                return BuffersTaken(epoch, self.put(self.buffers))
+                return ev.SnapshotTaken(self._store())
+            case ev.ShareBuffers(epoch):
+                return ev.BuffersTaken(epoch, self.put(self.buffers))
         raise AssertionError(task)
 
     def _store(self) -> bytes:

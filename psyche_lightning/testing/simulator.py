@@ -18,45 +18,10 @@ from psyche_lightning.coordinator.open_ids import count
 from psyche_lightning.coordinator.protocol import Report
 from psyche_lightning.coordinator.state import CoordinatorConfig, Phase, RunState
 from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.node import events as ev
 from psyche_lightning.node.audit import Ledger, audit
 from psyche_lightning.node.book import row_of
 from psyche_lightning.node.core import NodeCore
-from psyche_lightning.node.events import (
-    Accuse,
-    Apply,
-    AskRounds,
-    Broadcast,
-    BuffersLoaded,
-    Call,
-    CallFailed,
-    Diagnose,
-    Effect,
-    Event,
-    Fetch,
-    Fetched,
-    Finish,
-    HealthCheck,
-    Join,
-    Keep,
-    Load,
-    LoadBuffers,
-    Loaded,
-    Promise,
-    Received,
-    RoundsSeen,
-    Say,
-    SendTo,
-    SetPeers,
-    ShareBuffers,
-    StateSeen,
-    TakeSnapshot,
-    Tick,
-    Train,
-    Vote,
-    WarmupWitness,
-    Witness,
-    WriteDown,
-)
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.testing.faults import Faults
 from psyche_lightning.testing.scenario import Outcome, Scenario, SimulationError
@@ -229,11 +194,11 @@ class Simulation:
             and node.life == life
             and not (self.now < self.scenario.calm and self.rng.random() < self.scenario.loss / 2)
         ):
-            self._give(node, StateSeen(self.host.state))
+            self._give(node, ev.StateSeen(self.host.state))
 
-    def _call(self, node: SimNode, call: Call, life: int) -> None:
+    def _call(self, node: SimNode, call: ev.Call, life: int) -> None:
         def fail(code: str, text: str, retryable: bool) -> None:
-            self.at(self._latency(), lambda: self._give_if(node, life, CallFailed(call, code, text, retryable)))
+            self.at(self._latency(), lambda: self._give_if(node, life, ev.CallFailed(call, code, text, retryable)))
 
         if self.faults.lost() or self.host is None:
             fail("Unreachable", "the coordinator did not answer", True)
@@ -241,24 +206,24 @@ class Simulation:
         host, me = self.host, node.identity.public
         try:
             match call:
-                case Join():
+                case ev.Join():
                     host.join(me, me, node.name, {"run": {}}, self.now)
-                case WarmupWitness(epoch, index, digest):
+                case ev.WarmupWitness(epoch, index, digest):
                     host.warmup_witness(me, epoch, index, digest, self.now)
-                case Witness(epoch, height, proof, merkle, participants, broadcasts):
+                case ev.Witness(epoch, height, proof, merkle, participants, broadcasts):
                     report = Report()
                     host.witness(me, epoch, height, proof, merkle, participants, broadcasts, report, self.now)
-                case HealthCheck(epoch, height, signers):
+                case ev.HealthCheck(epoch, height, signers):
                     host.health_check(me, epoch, height, list(signers), self.now)
-                case Vote(epoch, step, digest):
+                case ev.Vote(epoch, step, digest):
                     host.checkpoint(me, epoch, step, digest, self.now)
-                case Accuse(first_result, second_result):
+                case ev.Accuse(first_result, second_result):
                     host.accuse(me, first_result.raw, second_result.raw, self.now)
-                case AskRounds(epoch, first):
+                case ev.AskRounds(epoch, first):
                     rounds = tuple(host.rounds(epoch, first))
-                    self.at(self._latency(), lambda: self._give_if(node, life, RoundsSeen(epoch, first, rounds)))
+                    self.at(self._latency(), lambda: self._give_if(node, life, ev.RoundsSeen(epoch, first, rounds)))
         except CoordinatorError as error:
-            if isinstance(call, Join) and not error.retryable:  # as the runtime does
+            if isinstance(call, ev.Join) and not error.retryable:  # as the runtime does
                 self.faults.end(node)
                 node.gone = True
             fail(error.code, str(error), error.retryable)
@@ -301,54 +266,62 @@ class Simulation:
         if node.life == life and node.core is not None and not node.done:
             if self.host is not None and self.rng.random() < 0.2:
                 self._push(node, life)  # a reconnect brings the newest state
-            self._give(node, Tick())
+            self._give(node, ev.Tick())
             self.at(TICK, lambda: self._push_tick(node, life))
 
-    def _give_if(self, node: SimNode, life: int, event: Event) -> None:
+    def _give_if(self, node: SimNode, life: int, event: ev.Event) -> None:
         if node.life == life:
             self._give(node, event)
 
-    def _give(self, node: SimNode, event: Event) -> None:
+    def _give(self, node: SimNode, event: ev.Event) -> None:
         if node.core is None:
             return
         for effect in node.core.handle(event, self.now):
             self._carry_out(node, effect)
 
-    def _carry_out(self, node: SimNode, effect: Effect) -> None:
+    def _carry_out(self, node: SimNode, effect: ev.Effect) -> None:
         life = node.life
         match effect:
-            case Broadcast(envelope):
+            case ev.Broadcast(envelope):
                 for index, peer in enumerate(node.peers):
                     self._send(node, peer, self._told(node, envelope, index))
-            case SendTo(peer, envelope):
+            case ev.SendTo(peer, envelope):
                 self._send(node, peer, envelope)
-            case Promise(key, envelope):
+            case ev.Promise(key, envelope):
                 if key in node.promises and node.promises[key] != envelope:
                     raise self._error(f"{node.name} signed twice for {key}")
                 node.promises[key] = envelope
-            case SetPeers(peers):
+            case ev.SetPeers(peers):
                 node.peers = tuple(key for key, _ in peers)
-            case Fetch(payload, _, providers):
+            case ev.Fetch(payload, _, providers):
                 self.at(self._latency(), lambda: self._fetch(node, life, payload, list(providers)))
-            case Train() | Apply() | TakeSnapshot() | Load() | ShareBuffers() | LoadBuffers():
+            case ev.Train() | ev.Apply() | ev.TakeSnapshot() | ev.Load() | ev.ShareBuffers() | ev.LoadBuffers():
                 node.queue.append(effect)
                 self._work(node)
-            case Keep(snapshots, payloads, promises):
+            case ev.Keep(snapshots, payloads, promises):
                 node.keep({*snapshots, *payloads}, promises)
-            case WriteDown(records):
+            case ev.WriteDown(records):
                 node.book += [row_of(RUN, record) for record in records]
-            case Say(_, text):
+            case ev.Say(_, text):
                 if text.endswith("training with this node's own"):
                     self._restless.add(self._state().epoch)
                 node.flipped = node.flipped or text.startswith("nobody has the list")  # others may decide otherwise
                 self._repaired += text.startswith("the first tensor that differed was 'head'")
                 self.trace(f"{node.name}: {text}")
-            case Finish(reason):
+            case ev.Finish(reason):
                 node.done = reason
                 self.trace(f"{node.name} leaves: {reason}")
-            case Join() | WarmupWitness() | Witness() | HealthCheck() | Vote() | AskRounds() | Accuse():
+            case (
+                ev.Join()
+                | ev.WarmupWitness()
+                | ev.Witness()
+                | ev.HealthCheck()
+                | ev.Vote()
+                | ev.AskRounds()
+                | ev.Accuse()
+            ):
                 self.at(self._latency(), lambda: self._call(node, effect, life))
-            case Diagnose():
+            case ev.Diagnose():
                 pass  # it is for people
 
     def _told(self, node: SimNode, envelope: Envelope, index: int) -> Envelope:
@@ -366,7 +339,7 @@ class Simulation:
         life = target.life
         copies = 2 if self.rng.random() < self.scenario.duplicate else 1
         for _ in range(copies):
-            self.at(self._latency(), lambda: self._give_if(target, life, Received(envelope)))
+            self.at(self._latency(), lambda: self._give_if(target, life, ev.Received(envelope)))
 
     def _fetch(self, node: SimNode, life: int, digest: bytes, providers: list[bytes]) -> None:
         """Try one provider after another, each with its delay and chance of failure."""
@@ -380,12 +353,12 @@ class Simulation:
                 continue
             data = source.blobs[digest]
             if data.startswith(BAD):
-                self._give(node, Fetched(digest, "a malformed payload", refused=True))
+                self._give(node, ev.Fetched(digest, "a malformed payload", refused=True))
                 return
             node.put(data)
-            self._give(node, Fetched(digest))
+            self._give(node, ev.Fetched(digest))
             return
-        self._give(node, Fetched(digest, "nobody has it"))
+        self._give(node, ev.Fetched(digest, "nobody has it"))
 
     def _lets_in(self, source: SimNode, node: SimNode) -> bool:
         """Whether a node can fetch from another, which serves only its peers."""
@@ -399,29 +372,29 @@ class Simulation:
             return
         node.working = True
         task, life = node.queue.popleft(), node.life
-        seconds = self.rng.uniform(0.2, 3.0) if isinstance(task, Train) else 0.02
+        seconds = self.rng.uniform(0.2, 3.0) if isinstance(task, ev.Train) else 0.02
         self.at(seconds, lambda: self._worked(node, life, task))
 
-    def _worked(self, node: SimNode, life: int, task: Effect) -> None:
+    def _worked(self, node: SimNode, life: int, task: ev.Effect) -> None:
         if node.life != life:
             return
         node.working = False
-        event: Event
+        event: ev.Event
         match task:
-            case Load(digest, providers):
+            case ev.Load(digest, providers):
                 blob = self._find(node, digest, providers)
                 if blob is not None:
                     node.load(blob)
-                event = Loaded(digest, "" if blob is not None else "nobody has it", node.open_ids)
-            case LoadBuffers(index, providers):
+                event = ev.Loaded(digest, "" if blob is not None else "nobody has it", node.open_ids)
+            case ev.LoadBuffers(index, providers):
                 blob = self._find(node, index, providers)
                 node.buffers = blob or node.buffers
-                event = BuffersLoaded(index, "" if blob else "nobody has it")
+                event = ev.BuffersLoaded(index, "" if blob else "nobody has it")
             case _:
-                if isinstance(task, Train) and task.height == 0:
+                if isinstance(task, ev.Train) and task.height == 0:
                     self._check_buffers(node, task.epoch)
                 event = node.perform(task, self.rng)
-        if isinstance(task, Apply) and not node.flipped:
+        if isinstance(task, ev.Apply) and not node.flipped:
             self._check(node, task.epoch, task.height)
         self._give(node, event)
         self._work(node)

@@ -1,0 +1,47 @@
+"""A node trains on one device of one machine; Lightning's own worlds of several are not the run's."""
+
+from __future__ import annotations
+
+import torch
+
+from psyche_lightning.errors import ConfigError
+
+
+class OneDevice:
+    """What Trainer and Fabric ask of a strategy that they give devices to; a base beside Lightning's.
+
+    Attributes:
+        owner: who gives them, for errors.
+    """
+
+    owner: str
+    _parallel_devices: list[torch.device] | None = None
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The node's device in a list, as Lightning gives it."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        if devices and len(devices) > 1:
+            raise ConfigError(
+                f"{self.owner} has devices={len(devices)}, but a node of the strategy 'psyche' trains on one device. "
+                "Set devices=1 and start a process for each device: each is a node of the run."
+            )
+        self._parallel_devices = devices
+        if devices:
+            self._root_device = torch.device(devices[0])
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines of Lightning's own world: always one."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, count: int) -> None:
+        if count > 1:
+            raise ConfigError(
+                f"{self.owner} has num_nodes={count}, but the nodes of a run are not {self.owner}'s: leave num_nodes "
+                "at 1 and start the same program on every machine."
+            )
