@@ -56,6 +56,7 @@ class Ledger:
         lines: who trained what, ascending by data id.
         untrained: ids that nobody trained: those of the last rounds, whose turn would have come after the end.
         overdue: those among them whose turn had come: more was open than a round takes, as whole rounds had failed.
+        missing: steps whose rounds no book has.
         lost: steps up to which nothing is in the parameters, as nobody held them any more and the run began anew.
         rounds: training rounds that count.
         undone: training rounds of epochs whose end was not agreed; they were trained again.
@@ -67,6 +68,7 @@ class Ledger:
     lines: list[Line] = field(default_factory=list)
     untrained: list[Interval] = field(default_factory=list)
     overdue: list[Interval] = field(default_factory=list)
+    missing: list[Interval] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     rounds: int = 0
     undone: int = 0
@@ -96,6 +98,7 @@ def audit(rows: Iterable[Row]) -> Ledger:
             step = row["step"]
             if step != expected:
                 ledger.problems.append(f"no book has the rounds of steps {expected} to {step - 1}")
+                ledger.missing.append((expected, step - 1))
                 before, open_ids = None, ()
             if before is not None:
                 if _began_anew(before, row, ends, ledger):
@@ -152,8 +155,13 @@ def _counted(found: Mapping[tuple[int, int], Row], ledger: Ledger) -> list[Row]:
 
 def _began_anew(before: Row, row: Row, ends: Mapping[int, str], ledger: Ledger) -> bool:
     """Whether a round's epoch began with other parameters than those with which the one before ended."""
-    ended = ends.get(before["epoch"], row["parameters"])
-    if row["epoch"] == before["epoch"] or ended == row["parameters"]:
+    if row["epoch"] == before["epoch"]:
+        return False
+    ended = ends.get(before["epoch"])
+    if ended is None:
+        ledger.problems.append(f"no book has the end of epoch {before['epoch']}")
+        return False
+    if ended == row["parameters"]:
         return False
     ledger.problems.append(
         f"epoch {row['epoch']} began with the parameters {row['parameters'][:12]} instead of those of step "

@@ -14,6 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -128,6 +129,8 @@ class Participant:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="psyche-node", daemon=True)
         self._running = False
+        self._starting: Future[None] | None = None
+        self._interruption: BaseException | None = None
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -146,13 +149,18 @@ class Participant:
         """
         self._thread.start()
         self._running = True
+        self._starting = asyncio.run_coroutine_threadsafe(self._runtime.start(), self._loop)
+        if self._interruption is not None:
+            self._starting.cancel()
         try:
-            self._on_loop(self._runtime.start(), START_TIMEOUT)
+            self._starting.result(START_TIMEOUT)
         except PsycheError:
             self.stop(withdraw=False)
             raise
-        except BaseException:  # interrupted, perhaps when the coordinator had counted this node in already
+        except BaseException as error:  # interrupted, perhaps when the coordinator had counted this node in already
             self.stop(withdraw=True)
+            if isinstance(error, CancelledError) and self._interruption is not None:
+                raise self._interruption from None
             raise
 
     def stop(self, *, withdraw: bool | None = None, linger: float = 5.0) -> None:
@@ -176,7 +184,10 @@ class Participant:
 
     def interrupt(self, error: BaseException) -> None:
         """End the wait of the training thread, or its next one, with ``error``; a signal handler may call this."""
+        self._interruption = error
         self._inbox.put(error)
+        if self._starting is not None:
+            self._starting.cancel()
 
     @property
     def finished(self) -> str:

@@ -100,8 +100,9 @@ class Faults:
         self._simulation.at(self._rng.uniform(1, 30), lambda: self._simulation.start(fresh))
 
     def _flip(self, node: SimNode) -> None:
-        """The parameters of a node change by themselves, if they are of consequence."""
-        if node.core is not None and not node.done:
+        """The parameters of a node change by themselves; after the last step, nobody would look at them again."""
+        more = self._simulation.state().step <= self._simulation.scenario.steps
+        if more and node.core is not None and not node.done:
             self.count += 1
             self._simulation.trace(f"the parameters of {node.name} change by themselves")
             node.head, node.flipped = sha256(node.head, b"flipped"), True

@@ -124,7 +124,7 @@ class Simulation:
         return SimulationError(f"simulated history {seed}: {what}\n  replay it: psyche sim --seed {seed} --trace")
 
     def _outcome(self) -> Outcome:
-        state = self._state()
+        state = self.state()
         if state.phase is not Phase.FINISHED or state.step != self.scenario.steps + 1:
             raise self._error(f"it ended in {state.phase.name} at step {state.step} of {self.scenario.steps}")
         digest = state.checkpoint.digest
@@ -153,13 +153,15 @@ class Simulation:
         """
         rows = [row for node in self.nodes for row in node.book]
         ledger = audit(rows)
-        if ledger.last_step != self.scenario.steps or ledger.rounds != self.scenario.steps:
-            ledger.problems.append(f"{ledger.rounds} rounds up to step {ledger.last_step} of {self.scenario.steps}")
-        # Everybody who held the parameters is gone for good; or more failed than the last rounds could take.
-        excused = len(ledger.lost)
-        if ledger.overdue and any(row["step"] and not row["results"] for row in rows):
-            excused += 1
-        if len(ledger.lost) > self._lost or len(ledger.problems) > excused:
+        seen = ledger.rounds + count(ledger.missing)
+        if ledger.last_step != self.scenario.steps or seen != self.scenario.steps:
+            ledger.problems.append(f"{seen} rounds up to step {ledger.last_step} of {self.scenario.steps}")
+        excused = 0
+        if self._lost:  # everybody who held the parameters is gone for good, with what was not written down yet
+            excused += len(ledger.lost) + len(ledger.missing)
+        if any(row["step"] and not row["results"] for row in rows):  # more failed than the last rounds could take
+            excused += bool(ledger.overdue)
+        if len(ledger.problems) > excused:
             raise self._error(f"the ledger is not complete: {'; '.join(ledger.problems[:3])}")
         return ledger
 
@@ -168,7 +170,8 @@ class Simulation:
 
     # --- coordinator --------------------------------------------------------------------------------------------------
 
-    def _state(self) -> RunState:
+    def state(self) -> RunState:
+        """The run's state, which outlives the coordinator."""
         return (self.host or RunHost.load(self.disk)).state
 
     def _tick_coordinator(self) -> None:
@@ -256,7 +259,7 @@ class Simulation:
             if not isinstance(envelope.message, Result) or envelope.message.payload in node.blobs
         }
         node.begin(NodeCore(key, key, RUN, settings, seal_, kept))
-        state = self._state()
+        state = self.state()
         if state.phase is not Phase.WAITING_FOR_MEMBERS:
             self._restless.add(state.epoch)  # the buffers of a node that was killed are lost
         self._push_tick(node, node.life)
@@ -304,7 +307,7 @@ class Simulation:
                 node.book += [row_of(RUN, record) for record in records]
             case ev.Say(_, text):
                 if text.endswith("training with this node's own"):
-                    self._restless.add(self._state().epoch)
+                    self._restless.add(self.state().epoch)
                 node.flipped = node.flipped or text.startswith("nobody has the list")  # others may decide otherwise
                 self._repaired += text.startswith("the first tensor that differed was 'head'")
                 self.trace(f"{node.name}: {text}")

@@ -89,7 +89,7 @@ def test_signals_while_waiting_for_others_leave_the_run(create_run: Make, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["set up", "asked what the run is", "about to join", "joined"])
+@pytest.mark.parametrize("moment", ["set up", "asked what the run is", "about to join", "joining", "joined"])
 def test_there_is_no_bad_time_for_a_signal(
     moment: str,
     number: signal.Signals,
@@ -117,6 +117,9 @@ def test_there_is_no_bad_time_for_a_signal(
                 signal.raise_signal(number)
 
     async def start(runtime: Runtime) -> None:
+        if moment == "joining":  # with a coordinator that does not answer
+            os.kill(os.getpid(), number)
+            await asyncio.Event().wait()
         await run_start(runtime)
         if moment == "joined":
             os.kill(os.getpid(), number)

@@ -102,6 +102,10 @@ def restart(rows: Rows) -> None:
         row["parameters"] = "ab" * 32 if row["epoch"] == 1 else row["parameters"]
 
 
+def stop_short(rows: Rows) -> None:
+    rows[:] = [row for row in rows if row["epoch"] or not row["ended"]]
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -113,6 +117,7 @@ def restart(rows: Rows) -> None:
         (hide, r"trained \[.*\] again; \[.*\] was due"),
         (invent, r"round 1 of epoch 0 trained \[\[0, 1\]\] again; \[\] was due"),
         (differ, r"two books differ about round 1 of epoch 0"),
+        (stop_short, r"no book has the end of epoch 0"),
         (restart, r"epoch 1 began with the parameters abababababab instead of those of step \d+, \w{12}, .* is lost"),
     ],
 )
