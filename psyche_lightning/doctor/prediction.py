@@ -9,15 +9,18 @@ a small write is safely on disk::
     upload   = w * ((n - 1) * P + messages) / U        each of the others fetches the own payload once
     download = w * ((n - 1) * P + messages) / D        and this node theirs, at the same time
     disk     = 7 * f                                   what a node promises and a coordinator tells is stored before
-    latency  = R / 2 + Q  (+ R without overlap)        announcement, report and next round; the request of payloads
+    latency  = 3 R / 2 + Q                             announcement, request of payloads, report and next round
 
-    overlap off:  round = compute + distro + disk + latency + max(upload, download)
-    overlap on:   round = max(compute + distro + disk + latency, max(upload, download) + R)
+    working  = compute + distro
+    exchange = latency + max(upload, download)
 
-w is what a byte costs on the wire with its headers. With overlap, payloads of one round travel while the next computes,
-but the next round begins only when all have announced theirs and the coordinator has heard it, which is why latency is
-added to computing there too. Tokens a second are ``S * seq_len / round``, and utilization is the share of the round in
-which this node computes, ``c * ceil(S / n) / round``.
+    overlap off:  round = working + exchange + disk
+    overlap on:   round = max(working, upload, download, (working + exchange) / 2) + disk
+
+w is what a byte costs on the wire with its headers. With overlap all of a round's exchange, the coordinator's part
+included, goes on while the next one computes, and must be over before the one after that: two rounds in the time that
+one takes from its begin to its last message. Tokens a second are ``S * seq_len / round``, and utilization is the share
+of the round in which this node computes, ``c * ceil(S / n) / round``.
 
 It assumes that every node has a link like this one, that nobody fails, and that nodes do not share cores.
 """
@@ -106,8 +109,6 @@ def predict(given: Conditions) -> Prediction:
     slower = given.slowest_seconds - given.encode_seconds
     compute = slower if slower > SLOWER * own else own
     several = given.nodes > 1
-    trip = given.round_trip if several else 0.0
-    waits = trip / 2 + (given.coordinator_trip if several else 0.0)
     wire = WIRE * given.traffic
     parts = {
         "compute": own,
@@ -116,15 +117,16 @@ def predict(given: Conditions) -> Prediction:
         "upload": wire / given.upload,
         "download": wire / given.download,
         "disk": WRITES * given.write_seconds if several else 0.0,
-        "latency": waits + (0.0 if given.overlap else trip),
+        "latency": 1.5 * given.round_trip + given.coordinator_trip if several else 0.0,
     }
-    working = compute + parts["distro"] + parts["disk"] + parts["latency"]
-    transfer = max(parts["upload"], parts["download"])
-    total = max(working, transfer + trip) if given.overlap else working + transfer
-    # With overlap, what is hidden behind something longer limits nothing.
-    hidden: tuple[str, ...] = ()
+    working, transfer = compute + parts["distro"], max(parts["upload"], parts["download"])
+    exchange = parts["latency"] + transfer
+    hidden: tuple[str, ...] = ()  # behind something longer, so that it limits nothing
+    total = working + exchange
     if given.overlap:
-        hidden = ("upload", "download") if working >= transfer + trip else ("compute", "slowest", "distro", "disk")
+        hidden = ("upload", "download", "latency") if working >= exchange else ("compute", "slowest", "distro")
+        total = max(working, transfer, total / 2)
+    total += parts["disk"]
     limit = max((name for name in parts if name not in hidden), key=lambda name: parts[name])
     return Prediction(
         round_seconds=total,

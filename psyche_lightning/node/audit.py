@@ -55,7 +55,7 @@ class Ledger:
         run: the run's name.
         lines: who trained what, ascending by data id.
         untrained: ids that nobody trained: those of the last rounds, whose turn would have come after the end.
-        overdue: those among them whose turn had come: more was open than a round takes, as whole rounds had failed.
+        overdue: those among them whose turn had come: more was open than a round takes again.
         missing: steps whose rounds no book has.
         lost: steps up to which nothing is in the parameters, as nobody held them any more and the run began anew.
         rounds: training rounds that count.

@@ -86,9 +86,9 @@ class BufferCopy:
         elif state.phase is not Phase.WARMUP and state.current is not None:
             self._exchange.ask(state.epoch, state.current.height, self._source, after=self._settings.retry / 2)
 
-    def awaited(self, state: RunState) -> bool:
-        """Whether the training of the first round has to wait for them."""
-        if not self._settings.buffers or self._done or state.current is None or state.current.height:
+    def awaited(self, state: RunState, height: int) -> bool:
+        """Whether the training of that round, as it is the first, has to wait for them."""
+        if not self._settings.buffers or self._done or height:
             return False
         there = {client.node for client in state.clients if client.status is ClientStatus.HEALTHY}
         patience = state.config.max_round_train_time / 2

@@ -178,9 +178,9 @@ class NodeCore:
                 return  # not a client of this epoch
             if gather:
                 self._exchange.gather(log, state)
-            follower.follow(state)
+            follower.follow(state, self._to_train)
             self._buffers.advance(state, log)
-            self._train(state, log, current)
+            self._train(state)
             self._attest(state, log, current)
             self._check_health(state, log, current)
         if state.phase in (Phase.COOLDOWN, Phase.WAITING_FOR_MEMBERS, Phase.FINISHED, Phase.PAUSED):
@@ -221,20 +221,36 @@ class NodeCore:
             self._out.emit(ev.WarmupWitness(state.epoch, index, target))
         self._buffers.advance(state, self.log)
 
-    def _train(self, state: RunState, log: EpochLog, current: Round) -> None:
-        here, key = log.rounds[current.height], (state.epoch, current.height)
+    def _to_train(self) -> RoundLog | None:
+        """The oldest round that this node still has to train: with overlap perhaps the one before the announced one."""
+        state, log, follower = self.state, self.log, self._follower
+        if state is None or log is None or state.current is None or state.phase is not Phase.ROUND_TRAIN:
+            return None
+        head = state.current.height
+        for height in range(max(0, head - self.settings.delay + 1), head + 1):
+            known = log.rounds.get(height)
+            index = known.index_of(self.public) if known is not None else None
+            if known is None or index not in known.batches or self._trained >= (log.epoch, height):
+                continue
+            if not follower.past(height):
+                return known
+        return None
+
+    def _train(self, state: RunState) -> None:
+        here = self._to_train()
+        if here is None or not self._follower.ready_for(here.round.height):
+            return
+        if self._buffers.awaited(state, here.round.height):
+            return
         index = here.index_of(self.public)
-        if state.phase is not Phase.ROUND_TRAIN or self._trained >= key or index is None or index not in here.batches:
-            return
-        if not self._follower.ready_for(current.height) or self._buffers.awaited(state):
-            return
-        self._trained = key
+        assert index is not None
+        self._trained = key = (state.epoch, here.round.height)
         batch = here.batches[index]
         promise = self._exchange.promised(result_promise(*key), batch)
         if promise is not None:
             self._exchange.publish(here, promise)
             return
-        self._out.emit(ev.Train(state.epoch, current.height, current.step, batch))
+        self._out.emit(ev.Train(state.epoch, here.round.height, here.round.step, batch))
 
     def _attest(self, state: RunState, log: EpochLog, current: Round) -> None:
         """Report as a witness: during training once everything is here, in the witness phase with what is here."""
@@ -245,11 +261,9 @@ class NodeCore:
         if any(record.proof.index == index for record in current.witnesses):
             return
         about = self._attested(log, current.height)
-        if state.phase is Phase.ROUND_TRAIN:
-            if about and (not about.assigned or not _none_of(state, about, about.missing - about.hopeless)):
-                return
-            if self.settings.overlap and not (here.assigned and _none_of(state, here, here.silent)):
-                return
+        incomplete = about and (not about.assigned or not _none_of(state, about, about.missing - about.hopeless))
+        if incomplete and state.phase is Phase.ROUND_TRAIN:
+            return
         if not self._out.due(("witness", state.epoch, current.height)):
             return
         key = attest_promise(state.epoch, current.height)

@@ -6,6 +6,7 @@ applying where a node catches up.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from psyche_lightning.coordinator.open_ids import OpenIds
@@ -110,6 +111,10 @@ class Follower:
         """Whether everything was applied that precedes the training of round ``height``."""
         return self.next_apply is not None and self.next_apply > height - self._settings.delay
 
+    def past(self, height: int) -> bool:
+        """Whether more was applied than precedes the training of round ``height``: it cannot be trained any more."""
+        return self.next_apply is not None and self.next_apply > max(0, height - self._settings.delay + 1)
+
     def resolved(self, state: RunState) -> bool:
         """Whether every round of the epoch is applied, as far as this node knows them."""
         height = self.next_apply
@@ -199,20 +204,24 @@ class Follower:
 
     # --- deciding and applying --------------------------------------------------------------------------------------
 
-    def follow(self, state: RunState) -> None:
-        """Obtain what is missing, and apply every round whose agreed set can be known, in order."""
+    def follow(self, state: RunState, to_train: Callable[[], RoundLog | None] = lambda: None) -> None:
+        """Obtain what is missing, and apply every round whose agreed set can be known, in order.
+
+        Args:
+            state: the run's.
+            to_train: gives the round that this node trains next; what is not to be in its parameters has to wait.
+        """
         log = self.log
         if log is None:
             return
         self._catch_up(log, state)
         self._decide(log, state)
         while log.decided is not None and self.next_apply is not None and self.busy is None:
-            height = self.next_apply
-            if height >= log.decided:
-                break
+            height, training = self.next_apply, to_train()
             for ahead in range(height, min(log.decided, height + LOOK_AHEAD)):
                 self._exchange.fetch(log.rounds[ahead], log.agreements[ahead].entries)
-            if not all(entry.verified for entry in log.agreements[height].entries):
+            limit = log.decided if training is None else training.round.height - self._settings.delay + 1
+            if height >= min(limit, log.decided) or not all(one.verified for one in log.agreements[height].entries):
                 break
             self._apply(log, height, log.agreements[height])
         self._notice_stuck(log, state)

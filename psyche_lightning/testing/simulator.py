@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import multiprocessing
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -53,6 +54,7 @@ class Simulation:
         self._count = 0
         self._by_key: dict[bytes, SimNode] = {}
         self._applied: dict[tuple[int, int], dict[bytes, tuple[bytes, str]]] = {}
+        self._trained: dict[tuple[int, int], bytes] = {}
         self._buffers: dict[int, bytes] = {}
         self._restless: set[int] = set()
         self.faults = Faults(self)
@@ -159,7 +161,10 @@ class Simulation:
         excused = 0
         if self._lost:  # everybody who held the parameters is gone for good, with what was not written down yet
             excused += len(ledger.lost) + len(ledger.missing)
-        if any(row["step"] and not row["results"] for row in rows):  # more failed than the last rounds could take
+        trained = Counter({row["step"]: 0 for row in rows})
+        for line in ledger.lines:
+            trained[line.step] += line.end - line.start + 1
+        if any(count(row["again"]) > trained[row["step"]] for row in rows):  # more failed than a round takes again
             excused += bool(ledger.overdue)
         if len(ledger.problems) > excused:
             raise self._error(f"the ledger is not complete: {'; '.join(ledger.problems[:3])}")
@@ -394,8 +399,8 @@ class Simulation:
                 node.buffers = blob or node.buffers
                 event = ev.BuffersLoaded(index, "" if blob else "nobody has it")
             case _:
-                if isinstance(task, ev.Train) and task.height == 0:
-                    self._check_buffers(node, task.epoch)
+                if isinstance(task, ev.Train):
+                    self._check_training(node, task.epoch, task.height)
                 event = node.perform(task, self.rng)
         if isinstance(task, ev.Apply) and not node.flipped:
             self._check(node, task.epoch, task.height)
@@ -412,9 +417,15 @@ class Simulation:
                 return source.blobs[digest]
         return None
 
-    def _check_buffers(self, node: SimNode, epoch: int) -> None:
-        """In an epoch's first round all nodes train with the same buffers."""
-        if epoch not in self._restless and self._buffers.setdefault(epoch, node.buffers) != node.buffers:
+    def _check_training(self, node: SimNode, epoch: int, height: int) -> None:
+        """All nodes train a round with the same parameters, and an epoch's first one with the same buffers."""
+        if not node.flipped and self._trained.setdefault((epoch, height), node.digest) != node.digest:
+            raise self._error(f"{node.name} trains round {height} of epoch {epoch} with other parameters than others")
+        if (
+            height == 0
+            and epoch not in self._restless
+            and self._buffers.setdefault(epoch, node.buffers) != node.buffers
+        ):
             raise self._error(f"{node.name} begins epoch {epoch} with other buffers than others")
 
     def _check(self, node: SimNode, epoch: int, height: int) -> None:

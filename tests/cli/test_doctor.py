@@ -89,11 +89,14 @@ def test_without_overlap_everything_adds_up() -> None:
 
 def test_with_overlap_the_longer_counts() -> None:
     quick = predict(replace(LAN, overlap=True))
-    assert quick.round_seconds == pytest.approx(0.8 + 0.2 + 0.007 + 0.025)
+    assert quick.round_seconds == pytest.approx(0.8 + 0.2 + 0.007)
     assert quick.limit == "compute"
     slow = predict(replace(LAN, overlap=True, upload=10e6))
-    assert slow.round_seconds == pytest.approx(WIRE * TRAFFIC / 10e6 + 0.01)
+    assert slow.round_seconds == pytest.approx(WIRE * TRAFFIC / 10e6 + 0.007)
     assert slow.limit == "upload"
+    far = predict(replace(LAN, overlap=True, round_trip=2.0))  # two rounds are under way at a time
+    assert far.round_seconds == pytest.approx((0.8 + 0.2 + WIRE * TRAFFIC / 100e6 + 3.02) / 2 + 0.007)
+    assert far.limit == "latency"
 
 
 @pytest.mark.parametrize(

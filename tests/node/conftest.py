@@ -35,6 +35,7 @@ class Trainee:
     error: BaseException | None = None
     store: MemoryBlobStore = field(default_factory=MemoryBlobStore)
     journal: MemoryJournal = field(default_factory=MemoryJournal)
+    compute: Callable[[Trainee, RoundWork], None] = lambda trainee, work: None
     spoil: Callable[[Trainee, RoundWork], None] = lambda trainee, work: None
 
     def __post_init__(self) -> None:
@@ -77,6 +78,7 @@ class Trainee:
                 self.steps.append(work.step)
                 for first, last in ((work.start, work.end), *work.again):
                     self.ids.extend(range(first, last + 1))
+                self.compute(self, work)
                 generator = torch.Generator().manual_seed(work.start)
                 inputs = torch.randn(work.end - work.start + 1, 24, generator=generator)
                 loss = (self.module(inputs) - inputs[:, :12]).square().mean()

@@ -33,6 +33,23 @@ def test_nodes_that_began_differently_end_with_the_same_bytes(make_run: Any, mak
     assert sum(any("in place of the own ones" in text for text in node.said) for node in nodes) == 2
 
 
+def test_with_overlap_the_coordinator_goes_on_while_a_round_is_computed(make_run: Any, make_trainee: Any) -> None:
+    run = make_run(3, 12, max_round_train_time=60.0)
+    nodes = [make_trainee(number, run, overlap=True) for number in range(3)]
+
+    def wait_for_the_next_round(node: Any, work: Any) -> None:
+        until = time.monotonic() + 20
+        while run.host.state.step <= work.step:
+            assert time.monotonic() < until, f"no round follows that of step {work.step} before all have computed it"
+            time.sleep(0.001)
+
+    for node in nodes[:2]:  # the third is quicker
+        node.compute = wait_for_the_next_round
+    run.go(*nodes)
+    assert all(node.steps == list(range(1, 13)) for node in nodes)
+    assert len({node.bytes for node in nodes}) == 1
+
+
 def test_the_same_seed_gives_the_same_parameters(make_run: Any, make_trainee: Any) -> None:
     seen = set()
     for _ in range(2):
