@@ -89,6 +89,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--keep", type=Path, help="folder for logs and ledgers; a temporary one unless given")
+    parser.add_argument("overrides", nargs="*", help="of the run, such as overlap=true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         figures = soak(options, options.keep or Path(scratch) / "soak")
@@ -102,7 +103,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Play it, and return the figures."""
     rng = random.Random(options.seed)
     problems: list[str] = []
-    with Fleet(folder, SETTINGS, run="soak") as fleet:
+    with Fleet(folder, [*SETTINGS, *options.overrides], run="soak") as fleet:
         living = [fleet.start() for _ in range(options.nodes)]
         fleet.until(lambda found: found["step"] > 3, "the first steps", 120)
         watch, kills = Watch(fleet), 0

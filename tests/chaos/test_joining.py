@@ -99,8 +99,9 @@ def test_a_peer_that_serves_one_wrong_byte_is_refused_and_named(tmp_path: Path) 
     assert all(short(fleet.key(culprit)) in line for line in named)
 
 
-def test_a_tenth_of_all_payload_deliveries_is_dropped_and_nothing_is_lost(tmp_path: Path) -> None:
-    with Fleet(tmp_path, [*SETTINGS[1:], "total_steps=60"]) as fleet:
+@pytest.mark.parametrize("overlap", ["false", "true"])
+def test_a_tenth_of_all_payload_deliveries_is_dropped_and_nothing_is_lost(tmp_path: Path, overlap: str) -> None:
+    with Fleet(tmp_path, [*SETTINGS[1:], "total_steps=60", f"overlap={overlap}"]) as fleet:
         for seed in range(3):
             fleet.start(program=odd("lossy", seed))
         digests = fleet.finish()
