@@ -223,22 +223,21 @@ class NodeCore:
 
     def _to_train(self) -> RoundLog | None:
         """The oldest round that this node still has to train: with overlap perhaps the one before the announced one."""
-        state, log, follower = self.state, self.log, self._follower
+        state, log, applied = self.state, self.log, self._follower.next_apply
         if state is None or log is None or state.current is None or state.phase is not Phase.ROUND_TRAIN:
             return None
         head = state.current.height
-        for height in range(max(0, head - self.settings.delay + 1), head + 1):
+        for height in range(self.settings.applied_before(head), head + 1):
             known = log.rounds.get(height)
-            index = known.index_of(self.public) if known is not None else None
-            if known is None or index not in known.batches or self._trained >= (log.epoch, height):
-                continue
-            if not follower.past(height):
+            mine = known is not None and known.index_of(self.public) in known.batches
+            past = applied is not None and applied > self.settings.applied_before(height)
+            if mine and not past and self._trained < (log.epoch, height):
                 return known
         return None
 
     def _train(self, state: RunState) -> None:
         here = self._to_train()
-        if here is None or not self._follower.ready_for(here.round.height):
+        if here is None or self._follower.next_apply != self.settings.applied_before(here.round.height):
             return
         if self._buffers.awaited(state, here.round.height):
             return

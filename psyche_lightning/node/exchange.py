@@ -185,7 +185,7 @@ class Exchange:
     def gather(self, log: EpochLog, state: RunState) -> None:
         """Obtain announcements and payloads of the rounds that are witnessed now or next."""
         head = state.current.height if state.current else -1
-        for height in range(max(0, head - self._settings.delay + 1), head + 1):
+        for height in range(self._settings.applied_before(head), head + 1):
             known = log.rounds.get(height)
             if known is None or not known.assigned or not known.missing:
                 continue

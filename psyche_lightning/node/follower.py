@@ -107,14 +107,6 @@ class Follower:
         assert self.log is not None
         return state.epoch != self.log.epoch or state.phase is Phase.COOLDOWN
 
-    def ready_for(self, height: int) -> bool:
-        """Whether everything was applied that precedes the training of round ``height``."""
-        return self.next_apply is not None and self.next_apply > height - self._settings.delay
-
-    def past(self, height: int) -> bool:
-        """Whether more was applied than precedes the training of round ``height``: it cannot be trained any more."""
-        return self.next_apply is not None and self.next_apply > max(0, height - self._settings.delay + 1)
-
     def resolved(self, state: RunState) -> bool:
         """Whether every round of the epoch is applied, as far as this node knows them."""
         height = self.next_apply
@@ -220,7 +212,7 @@ class Follower:
             height, training = self.next_apply, to_train()
             for ahead in range(height, min(log.decided, height + LOOK_AHEAD)):
                 self._exchange.fetch(log.rounds[ahead], log.agreements[ahead].entries)
-            limit = log.decided if training is None else training.round.height - self._settings.delay + 1
+            limit = log.decided if training is None else self._settings.applied_before(training.round.height)
             if height >= min(limit, log.decided) or not all(one.verified for one in log.agreements[height].entries):
                 break
             self._apply(log, height, log.agreements[height])

@@ -36,6 +36,10 @@ class Settings:
         """Rounds from training to applying."""
         return 2 if self.overlap else 1
 
+    def applied_before(self, height: int) -> int:
+        """How many rounds are applied when round ``height`` is trained; those from there on are under way."""
+        return max(0, height - self.delay + 1)
+
     @property
     def digest_span(self) -> int:
         """Rounds after a digest in which witness lists name it: until the next one is there."""
