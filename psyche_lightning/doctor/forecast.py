@@ -28,7 +28,7 @@ _LIMITS = {
     "upload": ("upload", "overlap=true hides it behind computing; a smaller k or a larger global batch sends less"),
     "download": ("download", "overlap=true hides it behind computing; a smaller k or fewer nodes send less"),
     "disk": ("the disk", "a quicker disk for node.dir, or a larger global batch"),
-    "latency": ("latency", "a larger global batch computes longer between two round trips"),
+    "latency": ("latency", "overlap=true hides it behind computing; a larger global batch computes longer in between"),
 }
 
 
