@@ -19,7 +19,7 @@ a small write is safely on disk::
 
 w is what a byte costs on the wire with its headers. With overlap all of a round's exchange, the coordinator's part
 included, goes on while the next one computes, and must be over before the one after that: two rounds in the time that
-one takes from its begin to its last message. Tokens a second are ``S * seq_len / round``, and utilization is the share
+one takes from its start to its last message. Tokens a second are ``S * seq_len / round``, and utilization is the share
 of the round in which this node computes, ``c * ceil(S / n) / round``.
 
 It assumes that every node has a link like this one, that nobody fails, and that nodes do not share cores.

@@ -161,9 +161,9 @@ class Simulation:
         excused = 0
         if self._lost:  # everybody who held the parameters is gone for good, with what was not written down yet
             excused += len(ledger.lost) + len(ledger.missing)
-        trained = Counter({row["step"]: 0 for row in rows})
+        trained: Counter[int] = Counter()
         for line in ledger.lines:
-            trained[line.step] += line.end - line.start + 1
+            trained[line.step] += count([(line.start, line.end)])
         if any(count(row["again"]) > trained[row["step"]] for row in rows):  # more failed than a round takes again
             excused += bool(ledger.overdue)
         if len(ledger.problems) > excused:
