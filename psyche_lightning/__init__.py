@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from psyche_lightning.hookspecs import hookimpl
 from psyche_lightning.lightning.registration import register as _register
+from psyche_lightning.version import __version__
 
 if TYPE_CHECKING:
     from psyche_lightning.lightning import CoordinatorCallback, PsycheStrategy
 
 __all__ = ["CoordinatorCallback", "PsycheStrategy", "__version__", "hookimpl"]
-
-__version__ = "0.1.0"
 
 _register()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class PsycheError(Exception):
@@ -78,3 +79,9 @@ class ManifestMismatchError(CoordinatorError):
     def __init__(self, message: str, differences: list[tuple[str, object, object]]) -> None:
         super().__init__(message, code="ManifestMismatch")
         self.differences = differences
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` when a choice is close to ``name``, else nothing."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

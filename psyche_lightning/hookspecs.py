@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import torch
     import typer
 
-    from psyche_lightning.coordinator.protocol import Coordinator
+    from psyche_lightning.protocol.requests import Coordinator
     from psyche_lightning.transports.base import Transport
     from psyche_lightning.wire.identity import Identity
 
@@ -135,12 +135,12 @@ def register_coordinators(register: Register[CoordinatorFactory]) -> None:
     """Register kinds of coordinators; the name is the scheme of the coordinator's URL (``solana`` for ``solana://...``).
 
     ``factory(url, run_id, identity, options)`` returns a client that fulfils
-    :class:`psyche_lightning.coordinator.protocol.Coordinator`.
+    :class:`psyche_lightning.protocol.requests.Coordinator`.
 
     A factory may have four attributes besides: ``admin(url, run_id, token)`` returns the owner's side of a run
-    (:class:`psyche_lightning.coordinator.administration.RunAdmin`), which is what ``psyche run`` talks to;
+    (:class:`psyche_lightning.protocol.owner.RunAdmin`), which is what ``psyche run`` talks to;
     ``clock(url)`` how far its clock is from this machine's
-    (:class:`psyche_lightning.coordinator.clock.ClockReading`), for ``psyche doctor``;
+    (:class:`psyche_lightning.server.clock.ClockReading`), for ``psyche doctor``;
     ``read_account(data, name)`` the status in a dump of a run's account (``psyche run status --account-file``);
     ``demo()`` what ``psyche demo --coordinator NAME`` is played on (``psyche_lightning.cli.demo.stage.Stage``).
 

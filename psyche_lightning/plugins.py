@@ -6,7 +6,6 @@ manual. Loading runs no factory, so it stays cheap.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -20,9 +19,9 @@ from typing import Any, TypeVar
 
 import pluggy
 
-import psyche_lightning
-from psyche_lightning import hookspecs
-from psyche_lightning.errors import ConfigError, PluginError
+import psyche_lightning.hookspecs as hookspecs
+from psyche_lightning.errors import ConfigError, PluginError, nearest
+from psyche_lightning.version import __version__
 
 ENTRY_POINT_GROUP = "psyche_lightning"
 PLUGINS_VARIABLE = "PSYCHE_PLUGINS"
@@ -92,12 +91,6 @@ class Failure:
     details: str = ""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` when a choice is close to ``name``, else nothing."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
 class Registry(dict[str, Registration]):
     """Names to registrations of one kind, by name; looking up any other name raises :class:`PluginError`.
 
@@ -156,7 +149,7 @@ class Plugins:
         self._registrations: list[Registration] = []
         for module in builtins:
             name = module.removeprefix("psyche_lightning.")
-            self._load(name, "psyche-lightning", psyche_lightning.__version__, _importer(module))
+            self._load(name, "psyche-lightning", __version__, _importer(module))
         wanted = None if only is None else {_normalized(name) for name in only}
         for entry_point in _entry_points():
             distribution, version = _origin(entry_point)

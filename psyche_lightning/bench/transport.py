@@ -19,7 +19,7 @@ from typing import Any
 from psyche_lightning.errors import PsycheError, TransportError
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.transports.base import Transport, TransportContext
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
 
 RUN = "bench"

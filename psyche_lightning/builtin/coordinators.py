@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from psyche_lightning.coordinator.state import CoordinatorConfig
 from psyche_lightning.hookspecs import CoordinatorFactory, Register, hookimpl
 from psyche_lightning.plugins import build
+from psyche_lightning.protocol.state import CoordinatorConfig
 
 if TYPE_CHECKING:
-    from psyche_lightning.coordinator.administration import RunAdmin
-    from psyche_lightning.coordinator.clock import ClockReading
-    from psyche_lightning.coordinator.protocol import Coordinator
+    from psyche_lightning.protocol.owner import RunAdmin
+    from psyche_lightning.protocol.requests import Coordinator
+    from psyche_lightning.server.clock import ClockReading
     from psyche_lightning.wire.identity import Identity
 
 
@@ -28,27 +28,27 @@ def register_coordinators(register: Register[CoordinatorFactory]) -> None:
 def embedded(url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
     """A new run that lives and ends with this process; the options are those of :class:`RunHost`."""
     from psyche_lightning.coordinator.host import RunHost
-    from psyche_lightning.coordinator.local import LocalCoordinator
+    from psyche_lightning.server.local import LocalCoordinator
 
     values = {"config": CoordinatorConfig(), "seed": 0, **options}
     return LocalCoordinator(build("coordinator 'embedded'", partial(RunHost, run_id), values), identity)
 
 
 def _admin(url: str, run_id: str, token: str | None) -> RunAdmin:
-    from psyche_lightning.coordinator.admin import ServerRun
+    from psyche_lightning.server.admin import ServerRun
 
     return ServerRun(url, run_id, token)
 
 
 def http(url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
     """A coordinator that ``psyche coordinator`` runs somewhere."""
-    from psyche_lightning.coordinator.client import HttpCoordinator
+    from psyche_lightning.server.client import HttpCoordinator
 
     return build(f"coordinator {url!r}", partial(HttpCoordinator, url, run_id, identity), options)
 
 
 def _clock(url: str) -> ClockReading:
-    from psyche_lightning.coordinator.clock import read_clock
+    from psyche_lightning.server.clock import read_clock
 
     return read_clock(url)
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, nearest
 from psyche_lightning.hookspecs import ModelFactory, Register, hookimpl
-from psyche_lightning.plugins import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

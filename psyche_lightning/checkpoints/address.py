@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from psyche_lightning.checkpoints.manifest import NAME
-from psyche_lightning.errors import CheckpointError, ConfigError, PsycheError
-from psyche_lightning.plugins import nearest
+from psyche_lightning.errors import CheckpointError, ConfigError, PsycheError, nearest
 
 HUB = "hf"
 

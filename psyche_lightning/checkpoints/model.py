@@ -11,7 +11,7 @@ import torch
 
 from psyche_lightning.node.parameters import describe_tensors
 from psyche_lightning.node.snapshot import encode_index
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 
 
 class ModelCopy:

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from psyche_lightning.checkpoints.address import Place, open_place
-from psyche_lightning.checkpoints.folder import fetch_newest
+from psyche_lightning.checkpoints.folder import fetch_newest, prune
 from psyche_lightning.checkpoints.manifest import MAX_SIZE, NAME, Manifest, Moment, describe, folder_name
 from psyche_lightning.checkpoints.model import ModelCopy
-from psyche_lightning.checkpoints.prune import prune
 from psyche_lightning.errors import CheckpointError, PsycheError
 
 FOLDER = "checkpoints"

@@ -11,9 +11,9 @@ from typing import Any
 
 import typer
 
-import psyche_lightning
 from psyche_lightning.errors import PluginError, PsycheError
 from psyche_lightning.plugins import Registration, load_plugins
+from psyche_lightning.version import __version__
 
 TRACEBACK_VARIABLE = "PSYCHE_TRACEBACK"
 
@@ -99,7 +99,7 @@ def _app(called: str | None) -> typer.Typer:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(psyche_lightning.__version__)
+        print(__version__)
         raise typer.Exit
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from psyche_lightning.coordinator.admin import TOKEN_VARIABLE
+from psyche_lightning.server.admin import TOKEN_VARIABLE
 
 
 def coordinator(
@@ -30,8 +30,8 @@ def coordinator(
 
 
 async def _serve(host: str, port: int, directory: Path, token: str | None, grace: float) -> None:
-    from psyche_lightning.coordinator.server import CoordinatorServer
-    from psyche_lightning.coordinator.store import SqliteStore
+    from psyche_lightning.server.server import CoordinatorServer
+    from psyche_lightning.server.store import SqliteStore
 
     # Before anything can go wrong with a half-started server, and before the URL invites a signal.
     stop = asyncio.Event()

@@ -20,17 +20,17 @@ from rich.table import Table
 from rich.text import Text
 
 from psyche_lightning.bench.report import check_folder
-from psyche_lightning.coordinator.admin import URL_VARIABLE
 from psyche_lightning.doctor.finding import Finding, Verdict
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
+from psyche_lightning.server.admin import URL_VARIABLE
 
 if TYPE_CHECKING:
-    from psyche_lightning.coordinator.clock import ClockReading
     from psyche_lightning.doctor.link import Invitation, Measured
     from psyche_lightning.doctor.prediction import Prediction
     from psyche_lightning.doctor.speed import Speed
     from psyche_lightning.doctor.surroundings import Reached
     from psyche_lightning.recipe import Recipe
+    from psyche_lightning.server.clock import ClockReading
     from psyche_lightning.transports.base import Transport
 
 STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "bold red", Verdict.UNKNOWN: "dim"}

@@ -78,7 +78,7 @@ def _show(found: Ledger, rows: int, books: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from psyche_lightning.coordinator.open_ids import count
+    from psyche_lightning.protocol.open_ids import count
     from psyche_lightning.wire.identity import short
 
     console = Console()

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from psyche_lightning.coordinator.admin import URL_VARIABLE
-from psyche_lightning.coordinator.administration import RunAdmin
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.plugins import load_plugins
+from psyche_lightning.protocol.owner import RunAdmin
+from psyche_lightning.server.admin import URL_VARIABLE
 
 
 def administer(url: str | None, run_id: str, token: str | None = None) -> RunAdmin:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from psyche_lightning.cli.ledger import ledger
-from psyche_lightning.coordinator.admin import TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
-from psyche_lightning.coordinator.administration import Creation
 from psyche_lightning.errors import ConfigError, CoordinatorError
+from psyche_lightning.protocol.owner import Creation
+from psyche_lightning.server.admin import TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -262,7 +262,7 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
     """What is created for a recipe: everything is known."""
-    from psyche_lightning.coordinator.manifest import START
+    from psyche_lightning.protocol.manifest import START
     from psyche_lightning.recipe import load_recipe
     from psyche_lightning.recipe.manifest import manifest, start_section
 

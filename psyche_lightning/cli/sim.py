@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from psyche_lightning.testing.scenario import Outcome, Scenario, SimulationError
-from psyche_lightning.testing.simulator import simulate, simulate_all
+from psyche_lightning.simulation.scenario import Outcome, Scenario, SimulationError
+from psyche_lightning.simulation.simulator import simulate, simulate_all
 
 
 def sim(

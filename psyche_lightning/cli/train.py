@@ -34,6 +34,6 @@ def train(
 
         print_dry_run(resolved)
         return
-    from psyche_lightning.lightning.recipe import train_recipe
+    from psyche_lightning.train.runner import train_recipe
 
     train_recipe(resolved, coordinator_url=coordinator, run_id=run or resolved.name)

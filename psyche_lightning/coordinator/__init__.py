@@ -1,1 +1,1 @@
-"""Run state, state machine, committees, assignment, and the hosts that keep a run."""
+"""One run as its coordinator keeps it, without I/O: the state machine, members, and what happened."""

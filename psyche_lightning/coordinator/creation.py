@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 from psyche_lightning.coordinator.host import RunHost
-from psyche_lightning.coordinator.manifest import START
-from psyche_lightning.coordinator.state import CoordinatorConfig
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, nearest
+from psyche_lightning.protocol.manifest import START
+from psyche_lightning.protocol.state import CoordinatorConfig
 
 KEYS = ("run_id", "config", "manifest", "seed", "max_seq_len")
 SETTINGS = {field.name: field.type for field in fields(CoordinatorConfig)}
@@ -104,6 +103,4 @@ def check_settings(config: dict[str, Any]) -> dict[str, Any]:
 def _known(given: dict[str, Any], names: tuple[str, ...], what: str) -> None:
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{name!r} is not a {what}.{hint} There are: {', '.join(names)}.")
+            raise ConfigError(f"{name!r} is not a {what}.{nearest(name, names)} There are: {', '.join(names)}.")

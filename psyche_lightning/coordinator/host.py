@@ -12,15 +12,16 @@ from dataclasses import replace
 from typing import Any
 
 from psyche_lightning.coordinator import machine
-from psyche_lightning.coordinator.accusation import equivocator
-from psyche_lightning.coordinator.codec import round_from_json, round_to_json, state_from_json, to_json
-from psyche_lightning.coordinator.journal import Event, Journal, Metrics, plain_round
-from psyche_lightning.coordinator.limits import Limits, check_config, check_run_id
+from psyche_lightning.coordinator.history import Event, Journal, Metrics, plain_round
 from psyche_lightning.coordinator.machine import MachineError
-from psyche_lightning.coordinator.manifest import merge, settle, with_terms
 from psyche_lightning.coordinator.membership import Membership
-from psyche_lightning.coordinator.protocol import Report
-from psyche_lightning.coordinator.state import (
+from psyche_lightning.errors import ConfigError, CoordinatorError, WireError
+from psyche_lightning.protocol.codec import round_from_json, round_to_json, state_from_json, to_json
+from psyche_lightning.protocol.limits import Limits, check_config, check_run_id
+from psyche_lightning.protocol.manifest import merge, settle, with_terms
+from psyche_lightning.protocol.messages import equivocator
+from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.state import (
     Client,
     ClientStatus,
     CoordinatorConfig,
@@ -29,8 +30,7 @@ from psyche_lightning.coordinator.state import (
     RunState,
     WitnessProof,
 )
-from psyche_lightning.errors import ConfigError, CoordinatorError, WireError
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import short
 
 FORMAT = 1
@@ -49,7 +49,7 @@ class RunHost:
         manifest: the sections that are agreed already; None when the first node fixes everything.
         limits: the sizes for which this host has room; roomy when None.
         unset: what of the configuration the first node fixes through the section ``run`` of its manifest: names of
-            :data:`~psyche_lightning.coordinator.manifest.TERMS`.
+            :data:`~psyche_lightning.protocol.manifest.TERMS`.
 
     Attributes:
         state: the run's state.

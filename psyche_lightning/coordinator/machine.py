@@ -12,9 +12,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from psyche_lightning.coordinator.bloom import BLOOM_SIZE, Bloom
-from psyche_lightning.coordinator.committee import quorum, round_selection
-from psyche_lightning.coordinator.state import (
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.protocol.bloom import BLOOM_SIZE, Bloom
+from psyche_lightning.protocol.committee import quorum, round_selection
+from psyche_lightning.protocol.state import (
     STORED_ROUNDS,
     Checkpoint,
     Client,
@@ -26,8 +27,7 @@ from psyche_lightning.coordinator.state import (
     WitnessProof,
     WitnessRecord,
 )
-from psyche_lightning.errors import CoordinatorError
-from psyche_lightning.wire.hashing import HASH_SIZE, sha256
+from psyche_lightning.wire.canonical import HASH_SIZE, sha256
 
 DRAIN_ROUNDS = 2
 """Rounds without training at the end of an epoch, in which the last results are witnessed and applied."""

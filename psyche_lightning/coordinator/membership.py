@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from psyche_lightning.coordinator.codec import from_json, to_json
-from psyche_lightning.coordinator.state import Client
 from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.protocol.codec import from_json, to_json
+from psyche_lightning.protocol.state import Client
 from psyche_lightning.wire.identity import KEY_SIZE, short
 
 MAX_ADDRESS = 512

@@ -17,8 +17,7 @@ from urllib.parse import urlsplit
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from psyche_lightning.data.options import whole
-from psyche_lightning.errors import ConfigError
-from psyche_lightning.plugins import nearest
+from psyche_lightning.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import aiohttp

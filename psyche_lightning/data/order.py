@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from psyche_lightning.data.shuffle import MAX_TABLE, psyche_shuffle
 from psyche_lightning.errors import ConfigError
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 
 ROUNDS = 4
 SEED_SIZE = 32

@@ -18,8 +18,7 @@ from typing import Any
 
 from psyche_lightning.errors import ConfigError, TransportError, WireError
 from psyche_lightning.transports.base import Link, Transport, TransportContext
-from psyche_lightning.wire.canonical import pack, unpack
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import pack, sha256, unpack
 from psyche_lightning.wire.identity import Identity
 
 SECRET_SIZE = 16

@@ -131,7 +131,7 @@ def sample_flops(recipe: Recipe, estimate: Estimate) -> float:
 def _train(
     recipe: Recipe, device: torch.device, micro_batch: int, nodes: int, seconds: float, progress: Progress
 ) -> Speed:
-    from psyche_lightning.lightning.module import CausalModule
+    from psyche_lightning.train.module import CausalModule
 
     progress("the model", 0.15)
     torch.manual_seed(recipe.run.seed)

@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psyche_lightning.lightning.callback import CoordinatorCallback
     from psyche_lightning.lightning.fabric import PsycheFabricStrategy
-    from psyche_lightning.lightning.recipe import train_recipe
     from psyche_lightning.lightning.strategy import PsycheStrategy
 
-__all__ = ["CoordinatorCallback", "PsycheFabricStrategy", "PsycheStrategy", "train_recipe"]
+__all__ = ["CoordinatorCallback", "PsycheFabricStrategy", "PsycheStrategy"]
 
 _PLACES = {
     "CoordinatorCallback": "callback",
     "PsycheFabricStrategy": "fabric",
     "PsycheStrategy": "strategy",
-    "train_recipe": "recipe",
 }
 
 

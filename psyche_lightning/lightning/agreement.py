@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from psyche_lightning.coordinator.manifest import START
-from psyche_lightning.coordinator.protocol import Coordinator, Terms
-from psyche_lightning.coordinator.state import CoordinatorConfig
 from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import ConfigError, ManifestMismatchError
 from psyche_lightning.lightning.options import Options
+from psyche_lightning.protocol.manifest import START
+from psyche_lightning.protocol.requests import Coordinator, Terms
+from psyche_lightning.protocol.state import CoordinatorConfig
 
 RUN_DEFAULTS: dict[str, Any] = {"overlap": False, "seed": 0, "digest_every": 10, "keep_bytes": 0}
 DISTRO_DEFAULTS: dict[str, Any] = asdict(DistroConfig())

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from psyche_lightning.coordinator.state import CoordinatorConfig
-from psyche_lightning.errors import ConfigError
-from psyche_lightning.plugins import nearest
+from psyche_lightning.errors import ConfigError, nearest
+from psyche_lightning.protocol.state import CoordinatorConfig
 
 COORDINATOR_VARIABLE = "PSYCHE_COORDINATOR"
 RUN_VARIABLE = "PSYCHE_RUN"

@@ -15,9 +15,6 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 
 from psyche_lightning.coordinator.host import RunHost
-from psyche_lightning.coordinator.local import LocalCoordinator
-from psyche_lightning.coordinator.protocol import Coordinator, Terms
-from psyche_lightning.coordinator.state import ClientStatus, CoordinatorConfig, RunState
 from psyche_lightning.distro import DisTrO, NonFiniteGradientError
 from psyche_lightning.errors import DataError
 from psyche_lightning.lightning import residual
@@ -34,6 +31,9 @@ from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.plugins import load_plugins
+from psyche_lightning.protocol.requests import Coordinator, Terms
+from psyche_lightning.protocol.state import ClientStatus, CoordinatorConfig, RunState
+from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.transports.base import Transport
 from psyche_lightning.transports.memory import MemoryTransport
 from psyche_lightning.transports.meter import socket_factory

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from psyche_lightning.coordinator.assignment import assign
-from psyche_lightning.coordinator.committee import round_selection
-from psyche_lightning.coordinator.state import CoordinatorConfig, Round, RunState
+from psyche_lightning.protocol.assignment import assign
+from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.state import CoordinatorConfig, Round, RunState
 
 
 @dataclass(frozen=True)

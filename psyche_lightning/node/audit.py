@@ -11,13 +11,13 @@ import base64
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from psyche_lightning.coordinator.assignment import assign
-from psyche_lightning.coordinator.committee import CommitteeSelection
-from psyche_lightning.coordinator.open_ids import Interval, OpenIds, batches, count, merged, reopen, take
 from psyche_lightning.errors import PsycheError, WireError
 from psyche_lightning.node.book import Row
+from psyche_lightning.protocol.assignment import assign
+from psyche_lightning.protocol.committee import CommitteeSelection
+from psyche_lightning.protocol.messages import Result, open_envelope
+from psyche_lightning.protocol.open_ids import Interval, OpenIds, batches, count, merged, reopen, take
 from psyche_lightning.wire.identity import short
-from psyche_lightning.wire.messages import Result, open_envelope
 
 MAX_PROBLEMS = 20
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from psyche_lightning.errors import StoreError
-from psyche_lightning.node.ledger import Record
+from psyche_lightning.node.agreement import Record
 
 FILE = "ledger.jsonl"
 

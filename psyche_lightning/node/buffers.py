@@ -6,14 +6,14 @@ train no first round without them, unless they wait for long. Part of the node c
 
 from __future__ import annotations
 
-from psyche_lightning.coordinator.state import ClientStatus, Phase, RunState
 from psyche_lightning.node import events as ev
+from psyche_lightning.node.agreement import EpochLog
 from psyche_lightning.node.exchange import Exchange
-from psyche_lightning.node.ledger import EpochLog
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.node.settings import Settings
+from psyche_lightning.protocol.messages import Buffers, Envelope
+from psyche_lightning.protocol.state import ClientStatus, Phase, RunState
 from psyche_lightning.wire.identity import short
-from psyche_lightning.wire.messages import Buffers, Envelope
 
 
 class BufferCopy:

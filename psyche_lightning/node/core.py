@@ -12,20 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from psyche_lightning.coordinator.state import ClientStatus, Phase, Round, RunState
 from psyche_lightning.node import events as ev
+from psyche_lightning.node.agreement import EpochLog
 from psyche_lightning.node.buffers import BufferCopy
 from psyche_lightning.node.events import Effect, Event
 from psyche_lightning.node.exchange import Exchange, gone
 from psyche_lightning.node.follower import Follower
-from psyche_lightning.node.ledger import EpochLog
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.node.repair import Base
 from psyche_lightning.node.rounds import RoundLog
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.waiting import describe
 from psyche_lightning.node.witness import attest_promise, result_promise, witness_report
-from psyche_lightning.wire.messages import Attest, Buffers, Envelope, Message, Offer, Stuck
+from psyche_lightning.protocol.messages import Attest, Buffers, Envelope, Message, Offer, Stuck
+from psyche_lightning.protocol.state import ClientStatus, Phase, Round, RunState
 
 STALE = ("InvalidWitness", "DuplicateWitness", "InvalidHealthCheck", "InvalidRunState", "Halted")
 """Refusals that a request meets when the run moved on while it travelled."""

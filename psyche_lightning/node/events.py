@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from psyche_lightning.coordinator.open_ids import Interval, OpenIds
-from psyche_lightning.coordinator.state import Round, RunState, WitnessProof
-from psyche_lightning.node.ledger import Record
-from psyche_lightning.wire.messages import Envelope, Result
+from psyche_lightning.node.agreement import Record
+from psyche_lightning.protocol.messages import Envelope, Result
+from psyche_lightning.protocol.open_ids import Interval, OpenIds
+from psyche_lightning.protocol.state import Round, RunState, WitnessProof
 
 # --- events ---------------------------------------------------------------------------------------------------------
 

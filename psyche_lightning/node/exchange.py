@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from psyche_lightning.coordinator.open_ids import Interval
-from psyche_lightning.coordinator.state import ClientStatus, RunState
 from psyche_lightning.errors import WireError
 from psyche_lightning.node import events as ev
-from psyche_lightning.node.ledger import EpochLog
+from psyche_lightning.node.agreement import EpochLog
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.node.rounds import MAX_ENTRIES_PER_BATCH, Entry, RoundLog
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.witness import attest_promise, result_promise
+from psyche_lightning.protocol.messages import Ask, Attest, Buffers, Envelope, Message, Offer, Result, Stuck
+from psyche_lightning.protocol.open_ids import Interval
+from psyche_lightning.protocol.state import ClientStatus, RunState
 from psyche_lightning.wire.identity import short
-from psyche_lightning.wire.messages import Ask, Attest, Buffers, Envelope, Message, Offer, Result, Stuck
 
 EARLY_ROUNDS = 3
 """Messages of this many rounds before and after the newest are kept until their round is known and assigned."""

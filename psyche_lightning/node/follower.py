@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from psyche_lightning.coordinator.open_ids import OpenIds
-from psyche_lightning.coordinator.state import ClientStatus, Phase, Round, RunState
 from psyche_lightning.node import events as ev
+from psyche_lightning.node.agreement import Agreement, EpochLog, Record, Undecided, decide
 from psyche_lightning.node.exchange import Exchange, gone
-from psyche_lightning.node.ledger import Agreement, EpochLog, Record, Undecided, decide
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.node.repair import Base, Repair
 from psyche_lightning.node.rounds import RoundLog
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.waiting import describe
+from psyche_lightning.protocol.messages import Stuck
+from psyche_lightning.protocol.open_ids import OpenIds
+from psyche_lightning.protocol.state import ClientStatus, Phase, Round, RunState
 from psyche_lightning.wire.identity import short
-from psyche_lightning.wire.messages import Stuck
 
 ASKED_ENOUGH = 3
 """Questions to all peers after which a list that none of them has counts as absent when its witness is gone."""

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from psyche_lightning.coordinator.open_ids import OpenIds
 from psyche_lightning.distro import DisTrO
 from psyche_lightning.errors import ConfigError, WireError
 from psyche_lightning.node.snapshot import (
@@ -19,6 +18,7 @@ from psyche_lightning.node.snapshot import (
     encode_index,
     entry_of,
 )
+from psyche_lightning.protocol.open_ids import OpenIds
 
 
 class ParameterReplica:

@@ -18,8 +18,6 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from psyche_lightning.coordinator.open_ids import Interval
-from psyche_lightning.coordinator.protocol import Coordinator, Report
 from psyche_lightning.errors import PsycheError
 from psyche_lightning.node.book import Book
 from psyche_lightning.node.download import Transfer
@@ -28,9 +26,11 @@ from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.runtime import Runtime, TrainerTask
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
+from psyche_lightning.protocol.messages import Result
+from psyche_lightning.protocol.open_ids import Interval
+from psyche_lightning.protocol.requests import Coordinator, Report
 from psyche_lightning.transports.base import Transport
 from psyche_lightning.wire.identity import Identity
-from psyche_lightning.wire.messages import Result
 
 logger = logging.getLogger("psyche_lightning")
 
@@ -206,7 +206,7 @@ class Participant:
 
     @property
     def state(self) -> Any:
-        """The newest :class:`~psyche_lightning.coordinator.state.RunState` that this node saw, or None."""
+        """The newest :class:`~psyche_lightning.protocol.state.RunState` that this node saw, or None."""
         return self._runtime.core.state
 
     def waiting(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from psyche_lightning.node.ledger import EpochLog
+from psyche_lightning.node.agreement import EpochLog
 from psyche_lightning.node.settings import Settings
 
 PRINT_SIZE = 8

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from psyche_lightning.coordinator.open_ids import OpenIds
 from psyche_lightning.node.snapshot import Get, Put
+from psyche_lightning.protocol.open_ids import OpenIds
 
 
 class Replica(Protocol):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from psyche_lightning.coordinator.assignment import assign
-from psyche_lightning.coordinator.committee import CommitteeSelection, round_selection
-from psyche_lightning.coordinator.merkle import attest_root
-from psyche_lightning.coordinator.open_ids import Interval, batches
-from psyche_lightning.coordinator.state import CoordinatorConfig, Round
 from psyche_lightning.errors import WireError
+from psyche_lightning.protocol.assignment import assign
+from psyche_lightning.protocol.committee import CommitteeSelection, round_selection
+from psyche_lightning.protocol.merkle import attest_root
+from psyche_lightning.protocol.messages import Attest, Envelope, Result
+from psyche_lightning.protocol.open_ids import Interval, batches
+from psyche_lightning.protocol.state import CoordinatorConfig, Round
 from psyche_lightning.wire.identity import short
-from psyche_lightning.wire.messages import Attest, Envelope, Result
 
 MAX_ENTRIES_PER_BATCH = 8
 """Two different results of one trainer for one batch prove equivocation; a few more are kept, as one may be agreed."""

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from psyche_lightning.coordinator.protocol import Coordinator, Report
 from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, TransportError, WireError
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.book import Book
@@ -19,9 +18,10 @@ from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.snapshot import decode_index, first_difference
 from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
+from psyche_lightning.protocol.messages import Envelope, Message, Result, open_envelope, seal
+from psyche_lightning.protocol.requests import Coordinator, Report
 from psyche_lightning.transports.base import Transport, TransportContext
 from psyche_lightning.wire.identity import Identity, short
-from psyche_lightning.wire.messages import Envelope, Message, Result, open_envelope, seal
 
 TICK = 0.25
 FETCH_TIMEOUT = 60.0

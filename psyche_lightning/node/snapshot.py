@@ -15,10 +15,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from psyche_lightning.coordinator.open_ids import OpenIds
 from psyche_lightning.errors import WireError
-from psyche_lightning.wire.canonical import pack, unpack
-from psyche_lightning.wire.hashing import HASH_SIZE, sha256
+from psyche_lightning.protocol.open_ids import OpenIds
+from psyche_lightning.wire.canonical import HASH_SIZE, pack, sha256, unpack
 
 VERSION = 2
 MAX_OPEN = 65536

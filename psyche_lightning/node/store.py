@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from psyche_lightning.errors import StoreError
-from psyche_lightning.wire.hashing import HASH_SIZE, sha256
+from psyche_lightning.wire.canonical import HASH_SIZE, sha256
 
 MAGIC = b"psyche journal 1\n"
 _HEADER = struct.Struct("<III")

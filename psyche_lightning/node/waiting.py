@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from psyche_lightning.coordinator.state import Phase, RunState
-from psyche_lightning.node.ledger import EpochLog
+from psyche_lightning.node.agreement import EpochLog
+from psyche_lightning.protocol.state import Phase, RunState
 from psyche_lightning.wire.identity import short
 
 

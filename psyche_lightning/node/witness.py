@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from psyche_lightning.coordinator.bloom import Bloom, participants_bloom
-from psyche_lightning.coordinator.merkle import attest_root
 from psyche_lightning.node.events import Witness
 from psyche_lightning.node.rounds import RoundLog
-from psyche_lightning.wire.messages import Attest, Envelope
+from psyche_lightning.protocol.bloom import Bloom, participants_bloom
+from psyche_lightning.protocol.merkle import attest_root
+from psyche_lightning.protocol.messages import Attest, Envelope
 
 
 def result_promise(epoch: int, height: int) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from psyche_lightning.coordinator.state import CoordinatorConfig
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe.schedule import Constant, Cosine, Linear, Schedule, WarmupStableDecay
 
 if TYPE_CHECKING:

@@ -11,10 +11,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-import psyche_lightning
-from psyche_lightning.coordinator.limits import check_config, check_run_id
-from psyche_lightning.errors import ConfigError
-from psyche_lightning.plugins import nearest
+from psyche_lightning.errors import ConfigError, nearest
+from psyche_lightning.protocol.limits import check_config, check_run_id
 from psyche_lightning.recipe.config import Range, Recipe
 
 TWIN = "twin"
@@ -22,7 +20,7 @@ TWIN = "twin"
 
 def recipe_folders() -> list[Path]:
     """Where recipes are looked up by name: ``./recipes``, then the folder beside the package."""
-    return [Path("recipes"), Path(psyche_lightning.__file__).resolve().parent.parent / "recipes"]
+    return [Path("recipes"), Path(__file__).resolve().parents[2] / "recipes"]
 
 
 def find_recipe(recipe: str) -> Path:

@@ -1,7 +1,7 @@
 """What a recipe gives to the run's manifest: what must be equal on all nodes, and nothing else (invariant I9).
 
 The coordinator holds the manifest, compares it with each node's, and says in which fields they differ
-(:mod:`psyche_lightning.coordinator.manifest`).
+(:mod:`psyche_lightning.protocol.manifest`).
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from psyche_lightning.coordinator.state import CoordinatorConfig
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.protocol.state import CoordinatorConfig
 
 SCHEDULES = {"Constant": "constant", "Linear": "linear", "Cosine": "cosine", "WarmupStableDecay": "wsd"}
 SIZES = {"TwoBytes": 2, "FourBytes": 4}

@@ -30,13 +30,13 @@ from typing import Any
 
 import pytest
 
-from psyche_lightning.coordinator.bloom import participants_bloom
-from psyche_lightning.coordinator.committee import round_selection
-from psyche_lightning.coordinator.protocol import Coordinator, Report
-from psyche_lightning.coordinator.state import ClientStatus, CoordinatorConfig, Phase, RunState, WitnessProof
 from psyche_lightning.errors import CoordinatorError, ManifestMismatchError
+from psyche_lightning.protocol.bloom import participants_bloom
+from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.requests import Coordinator, Report
+from psyche_lightning.protocol.state import ClientStatus, CoordinatorConfig, Phase, RunState, WitnessProof
 from psyche_lightning.testing.walking import MANIFEST, START, finished, state_when, walk, witness
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
 
 RUN_ID = "contract"

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from psyche_lightning.transports.base import Transport, TransportContext
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
 
 LONG = 60.0  # a timeout that an answer must not need

@@ -26,11 +26,11 @@ from collections.abc import Awaitable, Callable, Mapping
 import pytest
 
 from psyche_lightning.errors import TransportError
+from psyche_lightning.protocol.messages import MAX_MESSAGE_SIZE
 from psyche_lightning.testing.peers import LONG, Node, eventually
 from psyche_lightning.transports.base import Transport
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity, short
-from psyche_lightning.wire.messages import MAX_MESSAGE_SIZE
 
 
 class TransportContract(abc.ABC):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from psyche_lightning.coordinator.bloom import participants_bloom
-from psyche_lightning.coordinator.committee import round_selection
-from psyche_lightning.coordinator.protocol import Coordinator, Report
-from psyche_lightning.coordinator.state import Phase, RunState
 from psyche_lightning.errors import CoordinatorError
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.protocol.bloom import participants_bloom
+from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.requests import Coordinator, Report
+from psyche_lightning.protocol.state import Phase, RunState
+from psyche_lightning.wire.canonical import sha256
 
 MANIFEST: dict[str, Any] = {"model": {"name": "none", "layers": 2}}
 LATE = {"InvalidWitness", "InvalidRunState", "DuplicateWitness", "Halted", "InvalidCheckpoint"}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from psyche_lightning.errors import TransportError
+from psyche_lightning.protocol.messages import MAX_MESSAGE_SIZE
 from psyche_lightning.wire.identity import Identity, short
-from psyche_lightning.wire.messages import MAX_MESSAGE_SIZE
 
 
 @dataclass(frozen=True)

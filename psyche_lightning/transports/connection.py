@@ -15,12 +15,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
+from psyche_lightning.aio import within
 from psyche_lightning.errors import TransportError, WireError
 from psyche_lightning.transports.base import TransportContext
 from psyche_lightning.transports.budget import Throttle
 from psyche_lightning.transports.framing import Kind, Source, frame, goodbye_text, read_frame
 from psyche_lightning.transports.pipe import GoodbyeError, Pipe
-from psyche_lightning.transports.waiting import within
 from psyche_lightning.wire.identity import short
 
 MAX_SERVED = 8  # blobs of one peer in memory at a time

@@ -18,7 +18,7 @@ from typing import Protocol
 from psyche_lightning.errors import TransportError
 from psyche_lightning.transports.base import Progress
 from psyche_lightning.transports.budget import Throttle
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import short
 
 MAX_SOURCES = 6  # peers that deliver parts of one blob at a time

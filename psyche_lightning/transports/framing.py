@@ -27,7 +27,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 from psyche_lightning.errors import WireError
-from psyche_lightning.wire.messages import MAX_MESSAGE_SIZE
+from psyche_lightning.protocol.messages import MAX_MESSAGE_SIZE
 
 PIECE_SIZE = 64 * 1024
 _HEADER = struct.Struct("!IB")

@@ -27,10 +27,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from psyche_lightning.errors import WireError
+from psyche_lightning.protocol.messages import MAX_MESSAGE_SIZE
 from psyche_lightning.transports.framing import Kind, frame
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import KEY_SIZE
-from psyche_lightning.wire.messages import MAX_MESSAGE_SIZE
 
 MAX_HOPS = 4
 MAX_NAMES = 32

@@ -42,7 +42,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from psyche_lightning.errors import TransportError
 from psyche_lightning.transports.framing import Kind, frame, goodbye, goodbye_text, read_frame
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import KEY_SIZE, Identity, short, verify
 
 VERSION = 2

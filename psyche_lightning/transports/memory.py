@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from psyche_lightning.errors import TransportError
 from psyche_lightning.transports.base import Link, Progress, TransportContext, check_message
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import short
 
 QUEUE_LENGTH = 1024

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from psyche_lightning.aio import happens, within
 from psyche_lightning.errors import TransportError, WireError
 from psyche_lightning.transports.base import Link, Progress, TransportContext, check_message
 from psyche_lightning.transports.budget import Throttle
@@ -30,7 +31,6 @@ from psyche_lightning.transports.library import KEPT_SECONDS, BlobLibrary
 from psyche_lightning.transports.meter import ByteMeter
 from psyche_lightning.transports.peer import Peer
 from psyche_lightning.transports.pipe import Pipe
-from psyche_lightning.transports.waiting import happens, within
 from psyche_lightning.wire.identity import short
 
 MAX_ARRIVING = 256  # connections that have not proved who they are

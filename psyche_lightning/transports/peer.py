@@ -6,12 +6,12 @@ import asyncio
 import logging
 import math
 
+from psyche_lightning.aio import happens
 from psyche_lightning.errors import TransportError
 from psyche_lightning.transports.base import Link
 from psyche_lightning.transports.connection import Connection, Outbox, StalledError
 from psyche_lightning.transports.download import Span
 from psyche_lightning.transports.meter import ByteMeter
-from psyche_lightning.transports.waiting import happens
 from psyche_lightning.wire.identity import short
 
 CONNECT_WAIT = 5.0  # seconds that a fetch waits for a link that is down

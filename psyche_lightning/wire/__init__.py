@@ -1,1 +1,1 @@
-"""Identity, signatures, message types and their encoding, hashing."""
+"""Canonical bytes, SHA-256, identities and signatures."""

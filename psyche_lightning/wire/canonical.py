@@ -1,12 +1,24 @@
-"""Canonical msgpack: each value has exactly one accepted encoding (invariant I5)."""
+"""Values as bytes with exactly one accepted encoding; SHA-256, which addresses blobs, commitments and digests."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import msgpack
 
 from psyche_lightning.errors import WireError
+
+HASH_SIZE = 32
+ZERO_HASH = bytes(HASH_SIZE)
+
+
+def sha256(*parts: bytes | memoryview) -> bytes:
+    """Hash the concatenation of ``parts`` (spec: ``S(x, y, ...)``)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 def pack(value: Any) -> bytes:

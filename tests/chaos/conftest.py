@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from psyche_lightning.coordinator.admin import CoordinatorAdmin
 from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.server.admin import CoordinatorAdmin
 
 LIMIT = 240.0
 

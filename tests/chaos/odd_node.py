@@ -15,8 +15,8 @@ from dataclasses import replace
 import psyche_lightning.builtin.transports as builtin
 from psyche_lightning.cli import main
 from psyche_lightning.errors import TransportError
+from psyche_lightning.protocol.messages import Stuck, seal
 from psyche_lightning.transports.framing import Kind, frame
-from psyche_lightning.wire.messages import Stuck, seal
 
 LARGE = 20_000  # bytes: more than a payload of the demo's twin, less than the pieces of its matrices
 LOSS = 0.1

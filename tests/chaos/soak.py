@@ -24,7 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from psyche_lightning.errors import CoordinatorError
-from psyche_lightning.testing.fleet import Fleet, usage
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.fleet import Fleet, usage
 
 SETTINGS = [
     "total_steps=1000000",

@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from support.fleet import Fleet, usage
 
-from psyche_lightning.testing.fleet import Fleet, usage
 from psyche_lightning.transports.framing import Kind
 from psyche_lightning.transports.handshake import Handshake
 from psyche_lightning.wire.identity import Identity, short

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fleet import Fleet
 
-from psyche_lightning.testing.fleet import Fleet
 from psyche_lightning.wire.identity import short
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -11,10 +11,10 @@ import fsspec
 import pytest
 import torch
 from huggingface_hub import HfFileSystem
+from support.hub import LocalHub
 
 from psyche_lightning.checkpoints.manifest import NAME, Moment, describe, folder_name
 from psyche_lightning.checkpoints.model import ModelCopy
-from psyche_lightning.testing.hub import LocalHub
 
 RECIPE = "ab" * 32
 

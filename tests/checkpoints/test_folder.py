@@ -15,9 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psyche_lightning.checkpoints.address import open_place
-from psyche_lightning.checkpoints.folder import fetch, fetch_newest, local_model, newest, scan
+from psyche_lightning.checkpoints.folder import doomed, fetch, fetch_newest, local_model, newest, prune, scan
 from psyche_lightning.checkpoints.manifest import NAME, Manifest, folder_name, step_of
-from psyche_lightning.checkpoints.prune import doomed, prune
 from psyche_lightning.errors import CheckpointError, ConfigError
 
 Make = Callable[[Path, int], Path]

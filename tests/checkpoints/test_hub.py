@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.hub import LARGE, LocalHub
 
 from psyche_lightning.checkpoints.address import open_place
-from psyche_lightning.checkpoints.folder import fetch_newest, local_model, scan
+from psyche_lightning.checkpoints.folder import fetch_newest, local_model, prune, scan
 from psyche_lightning.checkpoints.manifest import NAME, folder_name
-from psyche_lightning.checkpoints.prune import prune
 from psyche_lightning.errors import CheckpointError
-from psyche_lightning.testing.hub import LARGE, LocalHub
 
 Make = Callable[[Path, int], Path]
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.hub import LocalHub
 
 from psyche_lightning.builtin.models import hf
 from psyche_lightning.errors import ConfigError
-from psyche_lightning.testing.hub import LocalHub
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -196,8 +196,8 @@ def test_a_tokenizer_that_does_not_fit_the_model(hub: LocalHub, files: dict[str,
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from psyche_lightning.lightning import train_recipe
     from psyche_lightning.recipe import resolve
+    from psyche_lightning.train.runner import train_recipe
 
     hub.add("me/model", files)
     (tmp_path / "a.txt").write_text("w1 w2 w3 " * 2000)

@@ -15,13 +15,13 @@ import pytest
 from psyche_lightning.checkpoints.address import open_place
 from psyche_lightning.checkpoints.folder import newest, scan
 from psyche_lightning.cli import main
-from psyche_lightning.coordinator.admin import CoordinatorAdmin
 from psyche_lightning.coordinator.creation import create_host
 from psyche_lightning.errors import CheckpointError, ConfigError
-from psyche_lightning.lightning import train_recipe
-from psyche_lightning.lightning.saving import begin
 from psyche_lightning.recipe import load_recipe
 from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.server.admin import CoordinatorAdmin
+from psyche_lightning.train.runner import train_recipe
+from psyche_lightning.train.saving import begin
 
 # With the whole update sent and nothing kept of it, DisTrO has no state: going on is then exact.
 STATELESS = ["decay=0", "checkpoint.keep=9", "schedule.kind=constant", "warmup_steps=0"]
@@ -114,8 +114,8 @@ def coordinator() -> Iterator[str]:
     """A real one on a port of the system's choice, in a thread."""
     import asyncio
 
-    from psyche_lightning.coordinator.server import CoordinatorServer
-    from psyche_lightning.coordinator.store import MemoryStore
+    from psyche_lightning.server.server import CoordinatorServer
+    from psyche_lightning.server.store import MemoryStore
 
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from psyche_lightning.coordinator.state import Checkpoint, CoordinatorConfig, Phase, Round, RunState
 from psyche_lightning.lightning.standing import after_round, at_the_end
+from psyche_lightning.protocol.state import Checkpoint, CoordinatorConfig, Phase, Round, RunState
 
 NODES = (b"a" * 32, b"b" * 32, b"c" * 32)
 

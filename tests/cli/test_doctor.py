@@ -21,9 +21,6 @@ import pytest
 import torch
 
 from psyche_lightning.cli import main
-from psyche_lightning.coordinator.clock import Look, combine, read_clock
-from psyche_lightning.coordinator.server import CoordinatorServer
-from psyche_lightning.coordinator.store import MemoryStore
 from psyche_lightning.doctor import forecast, link, machine, surroundings
 from psyche_lightning.doctor.finding import Verdict, duration, size, speed
 from psyche_lightning.doctor.prediction import MESSAGE, WIRE, Conditions, needed_rate, predict
@@ -31,6 +28,9 @@ from psyche_lightning.doctor.speed import measure, sample_flops
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
 from psyche_lightning.recipe import load_recipe
 from psyche_lightning.recipe.estimate import estimate
+from psyche_lightning.server.clock import Look, combine, read_clock
+from psyche_lightning.server.server import CoordinatorServer
+from psyche_lightning.server.store import MemoryStore
 from psyche_lightning.testing.peers import Node
 from psyche_lightning.transports.tcp import TcpTransport
 from psyche_lightning.wire.identity import Identity

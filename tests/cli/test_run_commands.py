@@ -74,7 +74,7 @@ def test_bare_keys_without_a_recipe(psyche, coordinator):
 
 
 def test_overlap_and_compression_are_fixed_by_the_creator(psyche, coordinator):
-    from psyche_lightning.coordinator.admin import CoordinatorAdmin
+    from psyche_lightning.server.admin import CoordinatorAdmin
 
     assert psyche("run", "create", "fixed", "overlap=true", "k=2", "global_batch_size_start=6")[0] == 0
     found = status(psyche, "fixed")
@@ -86,8 +86,8 @@ def test_overlap_and_compression_are_fixed_by_the_creator(psyche, coordinator):
 
 
 def test_a_recipe_fixes_everything_but_the_data(psyche, coordinator):
-    from psyche_lightning.coordinator.admin import CoordinatorAdmin
     from psyche_lightning.recipe import load_recipe
+    from psyche_lightning.server.admin import CoordinatorAdmin
 
     assert psyche("run", "create", "full", "demo", "init_min_clients=3", "--twin")[0] == 0
     found = status(psyche, "full")
@@ -143,7 +143,7 @@ def test_unknown_run(psyche):
 
 
 def test_no_coordinator(psyche, monkeypatch):
-    from psyche_lightning.coordinator import admin
+    from psyche_lightning.server import admin
 
     monkeypatch.setattr(admin, "wait_exponential", lambda **_: admin.wait_random(0, 0))  # the tries, without the waits
     with socket.socket() as probe:
@@ -202,8 +202,8 @@ def test_a_run_is_changed_started_and_closed(psyche):
 
 
 def test_who_may_join(psyche, coordinator):
-    from psyche_lightning.coordinator.client import HttpCoordinator
     from psyche_lightning.errors import CoordinatorError
+    from psyche_lightning.server.client import HttpCoordinator
     from psyche_lightning.wire.identity import Identity
 
     one, two = (Identity(bytes([number] * 32)) for number in (1, 2))
@@ -252,7 +252,7 @@ def test_status_wants_a_run_or_a_file(psyche, tmp_path):
 
 
 def test_watch_ends_with_the_run(psyche, monkeypatch):
-    from psyche_lightning.coordinator.admin import ServerRun
+    from psyche_lightning.server.admin import ServerRun
 
     assert psyche("run", "create", "seen")[0] == 0
     looks = []

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
+from psyche_lightning.coordinator import history as history_module
 from psyche_lightning.coordinator import host as host_module
-from psyche_lightning.coordinator import journal as journal_module
-from psyche_lightning.coordinator.bloom import participants_bloom
-from psyche_lightning.coordinator.committee import round_selection
 from psyche_lightning.coordinator.host import RunHost
-from psyche_lightning.coordinator.limits import PSYCHE_LIMITS, Limits
-from psyche_lightning.coordinator.protocol import Report
-from psyche_lightning.coordinator.state import Checkpoint, Client, ClientStatus, CoordinatorConfig, Phase
 from psyche_lightning.errors import ConfigError, CoordinatorError, ManifestMismatchError, WireError
+from psyche_lightning.protocol.bloom import participants_bloom
+from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.limits import PSYCHE_LIMITS, Limits
+from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.state import Checkpoint, Client, ClientStatus, CoordinatorConfig, Phase
 
 CONFIG = CoordinatorConfig(
     warmup_time=10.0,
@@ -445,8 +445,8 @@ def test_events_of_lost_parameters() -> None:
 
 
 def test_events_and_figures_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_module, "MAX_EVENTS", 4)
-    monkeypatch.setattr(journal_module, "MAX_METRICS", 3)
+    monkeypatch.setattr(history_module, "MAX_EVENTS", 4)
+    monkeypatch.setattr(history_module, "MAX_METRICS", 3)
     host = finished()
     assert (len(host.events), host.event_count) == (4, 8)
     assert (len(host.metrics), host.metric_count) == (3, 5)

@@ -12,13 +12,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from psyche_lightning.coordinator.bloom import participants_bloom
-from psyche_lightning.coordinator.codec import diff, patch, state_to_json
-from psyche_lightning.coordinator.committee import quorum, round_selection
 from psyche_lightning.coordinator.host import RunHost
-from psyche_lightning.coordinator.protocol import Report
-from psyche_lightning.coordinator.state import CoordinatorConfig, Phase, Round, RunState, WitnessProof
 from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.protocol.bloom import participants_bloom
+from psyche_lightning.protocol.codec import diff, patch, state_to_json
+from psyche_lightning.protocol.committee import quorum, round_selection
+from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.state import CoordinatorConfig, Phase, Round, RunState, WitnessProof
 
 KEYS = [bytes([i + 1]) * 32 for i in range(5)]
 DIGESTS = [bytes([i]) * 32 for i in range(2)]

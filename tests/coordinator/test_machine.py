@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from psyche_lightning.coordinator import machine
-from psyche_lightning.coordinator.bloom import participants_bloom
-from psyche_lightning.coordinator.committee import round_selection
 from psyche_lightning.coordinator.machine import MachineError
-from psyche_lightning.coordinator.state import (
+from psyche_lightning.protocol.bloom import participants_bloom
+from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.state import (
     Checkpoint,
     Client,
     ClientStatus,
@@ -21,7 +21,7 @@ from psyche_lightning.coordinator.state import (
     RunState,
     WitnessProof,
 )
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 
 BLOOM = bytes(192)
 ROOT = sha256(b"root")

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 import psyche_lightning  # noqa: F401 - registers the strategy
-from psyche_lightning.coordinator.admin import CoordinatorAdmin
+from psyche_lightning.server.admin import CoordinatorAdmin
 
 FEATURES, SAMPLES = 6, 48
 

@@ -18,17 +18,16 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, Dataset
 
-from psyche_lightning.coordinator.admin import CoordinatorAdmin
 from psyche_lightning.data.serve import FileServer
 from psyche_lightning.errors import ConfigError, DataError, ManifestMismatchError
 from psyche_lightning.lightning import session as sessions
-from psyche_lightning.lightning import train_recipe
 from psyche_lightning.lightning.loader import RoundLoader
-from psyche_lightning.lightning.module import CausalModule, ProviderDataset
-from psyche_lightning.lightning.recipe import check_data
 from psyche_lightning.node.participant import RoundWork
 from psyche_lightning.recipe import load_recipe
 from psyche_lightning.recipe.config import DataSection, OptimizerSection, Recipe
+from psyche_lightning.server.admin import CoordinatorAdmin
+from psyche_lightning.train.module import CausalModule, ProviderDataset
+from psyche_lightning.train.runner import check_data, train_recipe
 
 Make = Callable[..., Any]
 SEQ_LEN = 32

@@ -19,10 +19,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from psyche_lightning import PsycheStrategy
-from psyche_lightning.coordinator.admin import CoordinatorAdmin
 from psyche_lightning.lightning import session
 from psyche_lightning.node.participant import Participant
 from psyche_lightning.node.runtime import Runtime
+from psyche_lightning.server.admin import CoordinatorAdmin
 
 Make = Callable[..., Any]
 SCRIPT = Path(__file__).with_name("user_script.py")

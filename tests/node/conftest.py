@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from psyche_lightning.coordinator.host import RunHost
-from psyche_lightning.coordinator.local import LocalCoordinator
-from psyche_lightning.coordinator.state import CoordinatorConfig
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
+from psyche_lightning.protocol.state import CoordinatorConfig
+from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.transports.memory import MemoryNetwork, MemoryTransport
 from psyche_lightning.wire.identity import Identity
 

@@ -15,8 +15,8 @@ import pytest
 from psyche_lightning.cli import main
 from psyche_lightning.errors import PsycheError
 from psyche_lightning.node.audit import audit
-from psyche_lightning.testing.scenario import Scenario
-from psyche_lightning.testing.simulator import Simulation
+from psyche_lightning.simulation.scenario import Scenario
+from psyche_lightning.simulation.simulator import Simulation
 
 Rows = list[dict[str, Any]]
 STEPS = 40

@@ -10,7 +10,7 @@ from psyche_lightning.errors import ConfigError, PayloadError, WireError
 from psyche_lightning.node.parameters import ParameterReplica, persistent_buffers
 from psyche_lightning.node.snapshot import PIECE_SIZE, TensorEntry, decode_index, encode_index
 from psyche_lightning.node.store import MemoryBlobStore
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 
 
 def module(seed: int, dtype: torch.dtype = torch.float32, width: int = 8) -> torch.nn.Module:

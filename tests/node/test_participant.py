@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from psyche_lightning.coordinator.state import Phase
 from psyche_lightning.errors import ManifestMismatchError
+from psyche_lightning.protocol.state import Phase
 
 
 def test_a_node_alone_trains_all_steps(make_run: Any, make_trainee: Any) -> None:

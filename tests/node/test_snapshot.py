@@ -15,8 +15,7 @@ from psyche_lightning.node.snapshot import (
     entry_of,
     first_difference,
 )
-from psyche_lightning.wire.canonical import pack
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import pack, sha256
 
 WEIGHT = entry_of("weight", "float32", (2, 3), bytes(24), None)
 BIAS = entry_of("bias", "bfloat16", (3,), b"abcdef", None)

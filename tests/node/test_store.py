@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from psyche_lightning.errors import PsycheError, StoreError
 from psyche_lightning.node.store import MAGIC, BlobStore, DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 
 
 @pytest.fixture(params=["memory", "directory"])

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from psyche_lightning.coordinator.state import CoordinatorConfig, Phase
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.plugins import Plugins
+from psyche_lightning.protocol.state import CoordinatorConfig, Phase
 from psyche_lightning.transports.base import TransportContext
 from psyche_lightning.wire.identity import Identity
 

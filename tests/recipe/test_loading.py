@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from psyche_lightning.coordinator.state import CoordinatorConfig
 from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe import Recipe, find_recipe, load_recipe, resolve
 from psyche_lightning.recipe.config import DistroSection, RunSection
 from psyche_lightning.recipe.loading import resolve_key

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from psyche_lightning.coordinator.manifest import merge
 from psyche_lightning.errors import ManifestMismatchError
+from psyche_lightning.protocol.manifest import merge
 from psyche_lightning.recipe import load_recipe
 from psyche_lightning.recipe.manifest import manifest
 

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from psyche_lightning.testing.scenario import Outcome, Scenario, SimulationError
-from psyche_lightning.testing.simulator import Simulation, simulate, simulate_all
+from psyche_lightning.simulation.scenario import Outcome, Scenario, SimulationError
+from psyche_lightning.simulation.simulator import Simulation, simulate, simulate_all
 
 FIRST, HISTORIES = 1000, 300
 

@@ -12,7 +12,7 @@ import pytest
 from psyche_lightning.errors import TransportError
 from psyche_lightning.transports.budget import Throttle
 from psyche_lightning.transports.download import Download, Fetch, Span
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 
 PIECE = 64 * 1024
 DATA = random.Random(0).randbytes(5_000_003)

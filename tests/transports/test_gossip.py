@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche_lightning.errors import WireError
+from psyche_lightning.protocol.messages import MAX_MESSAGE_SIZE
 from psyche_lightning.transports.framing import Kind
 from psyche_lightning.transports.gossip import FAN, MAX_HOPS, RECENT, RECENT_BYTES, Gossip, Rumor
-from psyche_lightning.wire.messages import MAX_MESSAGE_SIZE
 
 HEADER = 5
 

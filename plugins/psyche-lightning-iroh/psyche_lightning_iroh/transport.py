@@ -19,6 +19,7 @@ from typing import Any
 
 import iroh
 
+from psyche_lightning.aio import within
 from psyche_lightning.errors import ConfigError, TransportError, WireError
 from psyche_lightning.transports.base import TransportContext
 from psyche_lightning.transports.framing import Kind, Source, frame, goodbye_text, read_frame
@@ -26,8 +27,7 @@ from psyche_lightning.transports.handshake import RefusedError, UnwelcomeError
 from psyche_lightning.transports.mesh import MeshTransport
 from psyche_lightning.transports.meter import ByteMeter
 from psyche_lightning.transports.pipe import BULK, URGENT, GoodbyeError, Pipe
-from psyche_lightning.transports.waiting import within
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import short
 from psyche_lightning_iroh.address import Address, is_ip, split, usable
 from psyche_lightning_iroh.binding import quicken

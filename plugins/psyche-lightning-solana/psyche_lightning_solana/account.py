@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from psyche_lightning.coordinator.bloom import BLOOM_SIZE
 from psyche_lightning.coordinator.machine import batch_size
-from psyche_lightning.coordinator.state import (
+from psyche_lightning.errors import WireError
+from psyche_lightning.protocol.bloom import BLOOM_SIZE
+from psyche_lightning.protocol.state import (
     Checkpoint,
     Client,
     ClientStatus,
@@ -28,8 +29,7 @@ from psyche_lightning.coordinator.state import (
     WitnessProof,
     WitnessRecord,
 )
-from psyche_lightning.errors import WireError
-from psyche_lightning.wire.hashing import ZERO_HASH
+from psyche_lightning.wire.canonical import ZERO_HASH
 from psyche_lightning_solana.layout import (
     CLIENT,
     CONFIG,

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from psyche_lightning.cli.demo.processes import Child, Processes
-from psyche_lightning.coordinator.state import Phase
 from psyche_lightning.errors import CoordinatorError, PsycheError
+from psyche_lightning.protocol.state import Phase
 from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.client.admin import SolanaAdmin
 from psyche_lightning_solana.client.cluster import parse

@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from psyche_lightning.coordinator import machine
-from psyche_lightning.coordinator.committee import Committee, round_selection
-from psyche_lightning.coordinator.limits import PSYCHE_LIMITS, check_config
-from psyche_lightning.coordinator.state import CoordinatorConfig, Phase, Round, RunState, WitnessProof
 from psyche_lightning.errors import ConfigError
-from psyche_lightning.wire.hashing import ZERO_HASH, sha256
+from psyche_lightning.protocol.committee import Committee, round_selection
+from psyche_lightning.protocol.limits import PSYCHE_LIMITS, check_config
+from psyche_lightning.protocol.state import CoordinatorConfig, Phase, Round, RunState, WitnessProof
+from psyche_lightning.wire.canonical import ZERO_HASH, sha256
 from psyche_lightning_solana.account import Member, Rates, RunAccounts
 from psyche_lightning_solana.errors import NUMBERS
 from psyche_lightning_solana.layout import MAX_CLIENTS

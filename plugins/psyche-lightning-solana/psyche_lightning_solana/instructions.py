@@ -15,9 +15,9 @@ from solders.pubkey import Pubkey
 from solders.system_program import ID as SYSTEM_PROGRAM
 from solders.system_program import CreateAccountParams, create_account
 
-from psyche_lightning.coordinator.bloom import BLOOM_SIZE, Bloom
-from psyche_lightning.coordinator.committee import Committee
-from psyche_lightning.coordinator.state import WitnessProof
+from psyche_lightning.protocol.bloom import BLOOM_SIZE, Bloom
+from psyche_lightning.protocol.committee import Committee
+from psyche_lightning.protocol.state import WitnessProof
 from psyche_lightning_solana.addresses import (
     authorization_address,
     instance_address,

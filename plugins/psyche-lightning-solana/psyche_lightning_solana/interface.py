@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning_solana.borsh import (
     BOOL,
     I64,

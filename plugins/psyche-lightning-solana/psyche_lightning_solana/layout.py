@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psyche_lightning.errors import WireError
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning_solana.types import METADATA, MODEL
 
 VERSION = 1

@@ -19,9 +19,9 @@ from solders.instruction import AccountMeta
 from solders.pubkey import Pubkey
 
 from psyche_lightning.coordinator.machine import MachineError
-from psyche_lightning.coordinator.state import CoordinatorConfig, RunState
 from psyche_lightning.errors import WireError
-from psyche_lightning.wire.hashing import ZERO_HASH
+from psyche_lightning.protocol.state import CoordinatorConfig, RunState
+from psyche_lightning.wire.canonical import ZERO_HASH
 from psyche_lightning_solana import hosting
 from psyche_lightning_solana.account import (
     ManifestAccount,

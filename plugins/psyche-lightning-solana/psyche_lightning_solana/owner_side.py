@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 from solders.pubkey import Pubkey
 
-from psyche_lightning.coordinator.administration import Creation
-from psyche_lightning.coordinator.manifest import START
-from psyche_lightning.coordinator.state import CoordinatorConfig, Phase
 from psyche_lightning.errors import ConfigError, CoordinatorError, WireError
+from psyche_lightning.protocol.manifest import START
+from psyche_lightning.protocol.owner import Creation
+from psyche_lightning.protocol.state import CoordinatorConfig, Phase
 from psyche_lightning_solana import account
 from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.client.admin import SolanaAdmin
@@ -32,7 +32,7 @@ _Result = TypeVar("_Result")
 
 
 class SolanaRunAdmin:
-    """The owner's side of one run (:class:`~psyche_lightning.coordinator.administration.RunAdmin`).
+    """The owner's side of one run (:class:`~psyche_lightning.protocol.owner.RunAdmin`).
 
     Args:
         url: a ``solana:`` URL.

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import typer
 
     from psyche_lightning.cli.demo.stage import Stage
-    from psyche_lightning.coordinator.administration import RunAdmin
-    from psyche_lightning.coordinator.protocol import Coordinator
+    from psyche_lightning.protocol.owner import RunAdmin
+    from psyche_lightning.protocol.requests import Coordinator
     from psyche_lightning.wire.identity import Identity
 
 

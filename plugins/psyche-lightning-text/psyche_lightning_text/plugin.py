@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from psyche_lightning import hookimpl
-from psyche_lightning.errors import ConfigError
-from psyche_lightning.plugins import nearest
+from psyche_lightning.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from psyche_lightning_text.provider import TextData

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from psyche_lightning.cli.demo.processes import Child, Processes
-from psyche_lightning.errors import ConfigError, CoordinatorError
-from psyche_lightning.plugins import load_plugins, nearest
+from psyche_lightning.errors import ConfigError, CoordinatorError, nearest
+from psyche_lightning.plugins import load_plugins
 
 SERVER = "server"
 
@@ -102,7 +102,7 @@ class ServerStage:
 
     def look(self, nodes: list[Child]) -> dict[str, Any] | None:
         """Ask the server; one that died is started again."""
-        from psyche_lightning.coordinator.admin import CoordinatorAdmin
+        from psyche_lightning.server.admin import CoordinatorAdmin
 
         if self._server.code is not None:
             self._server.restart(self._serve(self._url.rpartition(":")[2]))  # it kept everything, so the run goes on

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from psyche_lightning.coordinator.state import RunState
 from psyche_lightning.errors import WireError
+from psyche_lightning.protocol.state import RunState
 from psyche_lightning_solana.client.reader import Account
 from psyche_lightning_solana.client.run import SolanaRun
 from psyche_lightning_solana.interface import COORDINATOR

@@ -14,8 +14,8 @@ from solders.pubkey import Pubkey
 from solders.system_program import ID as SYSTEM_PROGRAM
 from solders.system_program import CreateAccountWithSeedParams, create_account_with_seed
 
-from psyche_lightning.coordinator.state import Phase
 from psyche_lightning.errors import ConfigError, CoordinatorError
+from psyche_lightning.protocol.state import Phase
 from psyche_lightning_solana import instructions
 from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.addresses import authorization_address
@@ -100,7 +100,7 @@ class SolanaAdmin:
 
         Args:
             config: durations and sizes, the fields of
-                :class:`~psyche_lightning.coordinator.state.CoordinatorConfig`.
+                :class:`~psyche_lightning.protocol.state.CoordinatorConfig`.
             manifest: what all nodes must agree on; without one nobody can join until :meth:`update` sets it.
             model: Psyche's model section; made up from the run's name unless given.
             metadata: name, description, ``num_parameters``, ``vocab_size``.

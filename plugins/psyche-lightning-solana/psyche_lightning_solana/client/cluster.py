@@ -15,9 +15,8 @@ from urllib.parse import parse_qsl, urlsplit
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
-from psyche_lightning.errors import ConfigError
-from psyche_lightning.plugins import nearest
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.errors import ConfigError, nearest
+from psyche_lightning.wire.canonical import sha256
 
 SCHEME = "solana"
 VARIABLE_PREFIX = "PSYCHE_SOLANA_"

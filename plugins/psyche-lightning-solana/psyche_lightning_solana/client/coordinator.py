@@ -1,4 +1,4 @@
-"""A node's client of a run on the chain: the :class:`~psyche_lightning.coordinator.protocol.Coordinator` protocol."""
+"""A node's client of a run on the chain: the :class:`~psyche_lightning.protocol.requests.Coordinator` protocol."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 from solders.instruction import Instruction
 from solders.pubkey import Pubkey
 
-from psyche_lightning.coordinator.committee import round_selection
 from psyche_lightning.coordinator.machine import healthy
-from psyche_lightning.coordinator.manifest import merge, settle
-from psyche_lightning.coordinator.protocol import Report, Terms
-from psyche_lightning.coordinator.state import Phase, Round, RunState, WitnessProof
 from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.manifest import merge, settle
+from psyche_lightning.protocol.requests import Report, Terms
+from psyche_lightning.protocol.state import Phase, Round, RunState, WitnessProof
 from psyche_lightning.wire.identity import Identity
 from psyche_lightning_solana.account import Member, RunAccounts
 from psyche_lightning_solana.client import turns, waiting
@@ -56,7 +56,7 @@ _Result = TypeVar("_Result")
 
 
 class SolanaCoordinator:
-    """A client of one run (a :class:`~psyche_lightning.coordinator.protocol.Coordinator`).
+    """A client of one run (a :class:`~psyche_lightning.protocol.requests.Coordinator`).
 
     The wallet is the signer; the node's own key goes along with each join. A node joins each epoch anew, as the program
     wants it. While services stumble, calls fail with ``retryable`` errors and the state stays as it was last seen.

@@ -19,8 +19,8 @@ from solana.rpc.websocket_api import connect
 from solders.pubkey import Pubkey
 from solders.rpc.responses import AccountNotification, SubscriptionResult
 
-from psyche_lightning.coordinator.state import Phase
 from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.protocol.state import Phase
 from psyche_lightning_solana.client.cluster import Cluster, Endpoint
 from psyche_lightning_solana.client.problems import RpcProblem
 from psyche_lightning_solana.client.reader import Account, Reader

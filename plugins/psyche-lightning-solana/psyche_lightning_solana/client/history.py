@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from psyche_lightning.coordinator.journal import plain_round
-from psyche_lightning.coordinator.state import Round, RunState
+from psyche_lightning.coordinator.history import plain_round
+from psyche_lightning.protocol.state import Round, RunState
 
 MAX_ROUNDS = 4096
 """Rounds of an epoch that are kept; a node that needs older ones takes a newer snapshot instead."""

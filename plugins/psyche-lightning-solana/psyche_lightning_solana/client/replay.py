@@ -13,7 +13,7 @@ from typing import Any
 from solders.pubkey import Pubkey
 
 from psyche_lightning.coordinator import machine
-from psyche_lightning.coordinator.state import ClientStatus, Phase, Round, RunState
+from psyche_lightning.protocol.state import ClientStatus, Phase, Round, RunState
 from psyche_lightning_solana import hosting
 from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.client.history import History

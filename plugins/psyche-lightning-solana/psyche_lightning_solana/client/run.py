@@ -12,8 +12,8 @@ from typing import Any
 
 from solders.pubkey import Pubkey
 
-from psyche_lightning.coordinator.limits import check_run_id
 from psyche_lightning.errors import CoordinatorError, WireError
+from psyche_lightning.protocol.limits import check_run_id
 from psyche_lightning_solana import account
 from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.addresses import authorization_address, instance_address, manifest_address, node_address

@@ -14,9 +14,9 @@ from typing import Any
 from solders.pubkey import Pubkey
 
 from psyche_lightning.coordinator import machine
-from psyche_lightning.coordinator.journal import Journal
-from psyche_lightning.coordinator.protocol import Report
-from psyche_lightning.coordinator.state import Client, CoordinatorConfig, Phase, RunState
+from psyche_lightning.coordinator.history import Journal
+from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.state import Client, CoordinatorConfig, Phase, RunState
 from psyche_lightning.wire.identity import short
 from psyche_lightning_solana.account import ManifestAccount, RunAccounts
 from psyche_lightning_solana.client.ledger import Call, Entry
@@ -166,7 +166,7 @@ class Story:
     # --- for people and programs ------------------------------------------------------------------------------------
 
     def status(self, run: RunAccounts, *, address: str = "") -> dict[str, Any]:
-        """A run as JSON, in the form of :func:`psyche_lightning.coordinator.status.run_status`.
+        """A run as JSON, in the form of :func:`psyche_lightning.server.status.run_status`.
 
         Args:
             run: the run as its accounts show it now.

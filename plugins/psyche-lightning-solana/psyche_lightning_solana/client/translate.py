@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from psyche_lightning.coordinator.limits import PSYCHE_LIMITS, check_config
-from psyche_lightning.coordinator.state import CoordinatorConfig
+from psyche_lightning.protocol.limits import PSYCHE_LIMITS, check_config
+from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning_solana.layout import CONFIG
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ happened. Whoever is not in the list comes after it, so a run whose clients are 
 from __future__ import annotations
 
 from psyche_lightning.coordinator.machine import deadline, healthy
-from psyche_lightning.coordinator.state import Phase, RunState
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.protocol.state import Phase, RunState
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning_solana.account import RunAccounts
 
 STAGGER = 2.0

@@ -12,7 +12,7 @@ from solders.pubkey import Pubkey
 from solders.system_program import ID as SYSTEM_PROGRAM
 from solders.sysvar import CLOCK, RENT
 
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 
 LOADER = Pubkey.from_string("BPFLoaderUpgradeab1e11111111111111111111111")
 BUFFER_META, PROGRAM_SIZE, CODE_META = 37, 36, 45

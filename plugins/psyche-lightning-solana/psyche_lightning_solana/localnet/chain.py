@@ -18,7 +18,7 @@ from solders.system_program import TransferParams, transfer
 from solders.transaction import VersionedTransaction
 from solders.transaction_status import TransactionErrorFieldless
 
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning_solana.localnet.accounts import Accounts
 from psyche_lightning_solana.localnet.clock import SlotClock
 from psyche_lightning_solana.localnet.encoding import inner_json, return_data_json, token_balances

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from solders.keypair import Keypair
 
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 
 FAUCET_LAMPORTS = 500_000_000 * 10**9
 

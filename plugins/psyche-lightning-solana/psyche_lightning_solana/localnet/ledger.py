@@ -21,7 +21,7 @@ from solders.account import Account
 from solders.pubkey import Pubkey
 
 from psyche_lightning.errors import StoreError
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning_solana.localnet.chain import LocalChain
 from psyche_lightning_solana.localnet.clock import SlotClock
 from psyche_lightning_solana.localnet.history import Record

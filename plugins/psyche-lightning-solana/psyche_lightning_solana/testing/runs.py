@@ -10,10 +10,10 @@ from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
-from psyche_lightning.coordinator.bloom import participants_bloom
-from psyche_lightning.coordinator.committee import round_selection
-from psyche_lightning.coordinator.state import Phase, Round, RunState
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.protocol.bloom import participants_bloom
+from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.state import Phase, Round, RunState
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning_solana.account import RunAccounts, read
 from psyche_lightning_solana.addresses import authorization_address
 from psyche_lightning_solana.errors import refusal

@@ -14,11 +14,11 @@ from random import Random
 from solders.instruction import AccountMeta, Instruction
 from solders.pubkey import Pubkey
 
-from psyche_lightning.coordinator.bloom import BLOOM_SIZE, participants_bloom
-from psyche_lightning.coordinator.committee import round_selection
 from psyche_lightning.coordinator.machine import deadline, healthy
-from psyche_lightning.coordinator.state import Phase, WitnessProof
-from psyche_lightning.wire.hashing import ZERO_HASH, sha256
+from psyche_lightning.protocol.bloom import BLOOM_SIZE, participants_bloom
+from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.state import Phase, WitnessProof
+from psyche_lightning.wire.canonical import ZERO_HASH, sha256
 from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.instructions import RunKeys
 from psyche_lightning_solana.interface import AUTHORIZER, CHECKPOINT_SCOPE, JOIN_SCOPE

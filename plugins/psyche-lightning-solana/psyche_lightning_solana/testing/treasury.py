@@ -13,8 +13,8 @@ from solders.pubkey import Pubkey
 from solders.system_program import ID as SYSTEM_PROGRAM
 from spl.token.constants import ASSOCIATED_TOKEN_PROGRAM_ID, MINT_LEN, TOKEN_PROGRAM_ID
 
-from psyche_lightning.coordinator.committee import round_selection
-from psyche_lightning.coordinator.state import Phase
+from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.state import Phase
 from psyche_lightning_solana.account import RunAccounts, read
 from psyche_lightning_solana.interface import AUTHORIZER, COORDINATOR, JOIN_SCOPE, TREASURER, InstructionSpec
 from psyche_lightning_solana.layout import COORDINATOR_SIZE, view_coordinator

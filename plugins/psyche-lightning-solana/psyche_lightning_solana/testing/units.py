@@ -18,9 +18,9 @@ from solders.instruction import Instruction
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
-from psyche_lightning.coordinator.bloom import Bloom
-from psyche_lightning.coordinator.committee import CommitteeSelection
-from psyche_lightning.wire.hashing import ZERO_HASH
+from psyche_lightning.protocol.bloom import Bloom
+from psyche_lightning.protocol.committee import CommitteeSelection
+from psyche_lightning.wire.canonical import ZERO_HASH
 from psyche_lightning_solana.addresses import authorization_address
 from psyche_lightning_solana.instructions import RunKeys, authorization_create, authorization_grantor_update
 from psyche_lightning_solana.interface import CHECKPOINT_SCOPE, JOIN_SCOPE

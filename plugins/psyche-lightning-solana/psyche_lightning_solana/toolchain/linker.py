@@ -21,7 +21,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from psyche_lightning.plugins import nearest
+from psyche_lightning.errors import nearest
 from psyche_lightning_solana.toolchain import elf
 from psyche_lightning_solana.toolchain.elf import LinkError, ObjectFile, Section, Symbol
 

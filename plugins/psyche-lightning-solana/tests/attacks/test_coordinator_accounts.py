@@ -11,8 +11,8 @@ from psyche_lightning_solana.testing.runs import CONFIG, MODEL, PARAMETERS, Run,
 from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
 
-from psyche_lightning.coordinator.state import Phase
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.protocol.state import Phase
+from psyche_lightning.wire.canonical import sha256
 
 HUB = {"Hub": {"repo_id": "evil/model"}}
 

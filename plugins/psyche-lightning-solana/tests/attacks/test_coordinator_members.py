@@ -11,9 +11,9 @@ from psyche_lightning_solana.testing.runs import CONFIG, PARAMETERS, Run, altere
 from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
 
-from psyche_lightning.coordinator.committee import Committee, round_selection
-from psyche_lightning.coordinator.state import Phase, WitnessProof
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.protocol.committee import Committee, round_selection
+from psyche_lightning.protocol.state import Phase, WitnessProof
+from psyche_lightning.wire.canonical import sha256
 
 HUB = {"Hub": {"repo_id": "evil/model"}}
 

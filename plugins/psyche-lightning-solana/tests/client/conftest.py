@@ -25,12 +25,12 @@ from psyche_lightning_solana.localnet.server import LocalServer
 from psyche_lightning_solana.testing.proxy import Proxy
 from solders.system_program import TransferParams, transfer
 
-from psyche_lightning.coordinator.bloom import participants_bloom
-from psyche_lightning.coordinator.committee import round_selection
-from psyche_lightning.coordinator.protocol import Report
-from psyche_lightning.coordinator.state import CoordinatorConfig, Phase
 from psyche_lightning.errors import CoordinatorError
-from psyche_lightning.wire.hashing import sha256
+from psyche_lightning.protocol.bloom import participants_bloom
+from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.state import CoordinatorConfig, Phase
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
 
 CONFIG = {

@@ -10,8 +10,8 @@ from solders.system_program import CreateAccountParams, create_account
 from spl.token.constants import TOKEN_PROGRAM_ID
 from spl.token.instructions import InitializeMintParams, MintToParams, initialize_mint, mint_to
 
-from psyche_lightning.coordinator.state import Phase
 from psyche_lightning.errors import ConfigError, CoordinatorError
+from psyche_lightning.protocol.state import Phase
 from psyche_lightning.recipe import load_recipe
 
 MANIFEST = {"run": {"overlap": False, "seed": 1}, "model": {"names": [f"layer.{i}" for i in range(3000)]}}

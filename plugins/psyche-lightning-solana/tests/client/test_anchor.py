@@ -6,8 +6,8 @@ from psyche_lightning_solana.client.translate import metadata_section, plain_mod
 from psyche_lightning_solana.instructions import RunKeys
 from solders.pubkey import Pubkey
 
-from psyche_lightning.coordinator.committee import Committee
-from psyche_lightning.coordinator.state import WitnessProof
+from psyche_lightning.protocol.committee import Committee
+from psyche_lightning.protocol.state import WitnessProof
 
 A, B, C = (Pubkey(bytes([i]) * 32) for i in (1, 2, 3))
 CONFIG = {name: 1 for name in (

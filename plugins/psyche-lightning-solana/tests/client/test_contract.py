@@ -14,7 +14,7 @@ from psyche_lightning_solana.localnet.clock import SlotClock
 from psyche_lightning_solana.localnet.programs import fresh_chain
 from psyche_lightning_solana.localnet.server import LocalServer
 
-from psyche_lightning.coordinator.state import CoordinatorConfig
+from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.testing.coordinators import Connect, CoordinatorContract
 from psyche_lightning.testing.walking import MANIFEST
 

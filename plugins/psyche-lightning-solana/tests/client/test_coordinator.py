@@ -8,13 +8,13 @@ from psyche_lightning_solana.client import turns
 from solders.account import Account
 from solders.pubkey import Pubkey
 
-from psyche_lightning.coordinator.bloom import participants_bloom
-from psyche_lightning.coordinator.committee import round_selection
 from psyche_lightning.coordinator.machine import MachineError
-from psyche_lightning.coordinator.protocol import Report
-from psyche_lightning.coordinator.state import ClientStatus, Phase, WitnessProof
 from psyche_lightning.errors import CoordinatorError, ManifestMismatchError
 from psyche_lightning.node.core import STALE
+from psyche_lightning.protocol.bloom import participants_bloom
+from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.state import ClientStatus, Phase, WitnessProof
 
 
 async def joined(world, count, **options):

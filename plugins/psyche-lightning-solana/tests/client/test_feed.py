@@ -9,7 +9,7 @@ from psyche_lightning_solana.client.feed import Feed
 from psyche_lightning_solana.client.replay import replay
 from websockets.server import ServerProtocol
 
-from psyche_lightning.coordinator.state import Phase
+from psyche_lightning.protocol.state import Phase
 
 
 async def following(world, ws=None, **options):

@@ -9,12 +9,12 @@ import torch
 from psyche_lightning_solana.client.cluster import Cluster, Endpoint, Options
 from psyche_lightning_solana.client.coordinator import SolanaCoordinator
 
-from psyche_lightning.coordinator.state import Phase
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
+from psyche_lightning.protocol.state import Phase
 from psyche_lightning.transports.memory import MemoryNetwork, MemoryTransport
 from psyche_lightning.wire.identity import Identity
 

@@ -11,7 +11,7 @@ from psyche_lightning_solana.account import AccountError, read, write_manifest
 from psyche_lightning_solana.layout import COORDINATOR_SIZE, view_coordinator, view_manifest
 from psyche_lightning_solana.testing.runs import PARAMETERS, Run
 
-from psyche_lightning.coordinator.state import Checkpoint, Phase
+from psyche_lightning.protocol.state import Checkpoint, Phase
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from psyche_lightning_solana.interface import AUTHORIZER, COORDINATOR, JOIN_SCOP
 from psyche_lightning_solana.types import LLM, MODEL, OPTIMIZER, PROGRESS
 from solders.pubkey import Pubkey
 
-from psyche_lightning.coordinator.state import WitnessProof
+from psyche_lightning.protocol.state import WitnessProof
 
 
 def test_addresses() -> None:

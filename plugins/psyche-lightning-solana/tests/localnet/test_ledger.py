@@ -116,7 +116,7 @@ def test_well_formed_nonsense_is_refused(ledger):
     import msgpack
     import zstandard
 
-    from psyche_lightning.wire.hashing import sha256
+    from psyche_lightning.wire.canonical import sha256
 
     good = {"seed": bytes(32), "slot": 1, "unix_ms": 0, "count": 0, "airdrops": 0, "accounts": [], "records": []}
     for wrong in (

@@ -95,7 +95,7 @@ def test_an_account_that_never_was_ours_is_shown(psyche, tmp_path):
     from psyche_lightning_solana.client.translate import metadata_section
     from psyche_lightning_solana.types import METADATA
 
-    from psyche_lightning.coordinator.state import CoordinatorConfig, Phase, RunState
+    from psyche_lightning.protocol.state import CoordinatorConfig, Phase, RunState
 
     state = RunState("consilience", phase=Phase.WAITING_FOR_MEMBERS, step=7, config=CoordinatorConfig(total_steps=100))
     run = RunAccounts(state, METADATA.pack(metadata_section("Consilience", "40 B", 40_000_000_000)))
@@ -118,7 +118,7 @@ def test_an_account_that_never_was_ours_is_shown(psyche, tmp_path):
 def test_other_accounts_are_refused(psyche, tmp_path, spoil, reason):
     from psyche_lightning_solana.account import RunAccounts
 
-    from psyche_lightning.coordinator.state import RunState
+    from psyche_lightning.protocol.state import RunState
 
     (tmp_path / "dump").write_bytes(spoil(write_coordinator(RunAccounts(RunState("x")))))
     code, text = psyche("run", "status", "--account-file", str(tmp_path / "dump"))

@@ -16,7 +16,7 @@ from psyche_lightning_solana.testing.native import NativeProgram
 from psyche_lightning_solana.testing.traffic import Traffic, Trial, World
 from psyche_lightning_solana.testing.twins import MAX_UNITS, Disagreement, Seen
 
-from psyche_lightning.coordinator.state import Phase as RunPhase
+from psyche_lightning.protocol.state import Phase as RunPhase
 
 INSTRUCTIONS = 20_000
 # ClientsFull needs 257 wallets; the others cannot be reached: the machine refuses earlier, or they are Psyche's alone.

@@ -17,7 +17,7 @@ from psyche_lightning_solana.types import METADATA as METADATA_TYPE
 from solders.pubkey import Pubkey
 from spl.token.constants import TOKEN_PROGRAM_ID
 
-from psyche_lightning.coordinator.state import Phase
+from psyche_lightning.protocol.state import Phase
 
 METADATA = {"name": "a run", "description": "of tests", "num_parameters": 12, "vocab_size": 34}
 

@@ -1,0 +1,286 @@
+"""What a run's host remembers for people: notable events, and the figures of each round. It decides nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from psyche_lightning.coordinator.machine import ending
+from psyche_lightning.errors import WireError
+from psyche_lightning.protocol.codec import from_json, to_json
+from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.state import Phase, Round, RunState
+from psyche_lightning.wire.identity import short
+
+MAX_EVENTS = 500
+MAX_METRICS = 2000
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something notable.
+
+    Attributes:
+        time: the coordinator's seconds.
+        kind: ``joined``, ``left``, ``dropped`` or ``ejected`` (a node); ``epoch`` or ``run`` (the whole).
+        text: for people.
+        epoch: the run's epoch then.
+        step: its next optimizer step then.
+        signer: the node that it is about, in hex; empty when it is about the run.
+    """
+
+    time: float
+    kind: str
+    text: str
+    epoch: int
+    step: int
+    signer: str = ""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The figures of one round, from its witnesses' reports.
+
+    Attributes:
+        epoch: the round's epoch.
+        height: its height.
+        step: the optimizer step that it trained; 0 when it drained.
+        time: when it began, in the coordinator's seconds.
+        clients: members at its start.
+        batch_size: its samples.
+        reports: witnesses that reported figures.
+        losses: reports among them with a loss.
+        loss: mean of those losses; None without any.
+        tokens_per_second: sum over the reports.
+        bytes_up: mean bytes that a reporter wrote since its report before.
+        bytes_down: mean bytes that it read.
+    """
+
+    epoch: int
+    height: int
+    step: int
+    time: float
+    clients: int
+    batch_size: int
+    reports: int = 0
+    losses: int = 0
+    loss: float | None = None
+    tokens_per_second: float = 0.0
+    bytes_up: float = 0.0
+    bytes_down: float = 0.0
+
+    def plus(self, report: Report, before: Report | None) -> Metrics:
+        """With one more report; ``before`` is the last one from the same sender."""
+        loss, losses = self.loss, self.losses
+        if math.isfinite(report.loss):
+            losses += 1
+            loss = report.loss if loss is None else loss + (report.loss - loss) / losses
+        reports = self.reports + 1
+
+        def mean(old: float, total: int, seen: int) -> float:
+            # A sender that started again counts from zero.
+            return old + ((total - seen if total >= seen else total) - old) / reports
+
+        return replace(
+            self,
+            reports=reports,
+            losses=losses,
+            loss=loss,
+            tokens_per_second=self.tokens_per_second + report.tokens_per_second,
+            bytes_up=mean(self.bytes_up, report.bytes_up, before.bytes_up if before else 0),
+            bytes_down=mean(self.bytes_down, report.bytes_down, before.bytes_down if before else 0),
+        )
+
+
+class Tail(Generic[_T]):
+    """The newest entries of a list that only grows, which keep their places.
+
+    Args:
+        limit: how many are kept.
+        items: the entries so far, the first of which has place ``first``.
+        first: how many came before those.
+    """
+
+    def __init__(self, limit: int, items: list[_T] | None = None, first: int = 0) -> None:
+        self._limit = limit
+        self._items = items or []
+        self._first = first
+
+    @property
+    def count(self) -> int:
+        """How many entries there ever were."""
+        return self._first + len(self._items)
+
+    def add(self, item: _T) -> None:
+        """Append, and forget the oldest beyond the limit."""
+        self._items.append(item)
+        excess = len(self._items) - self._limit
+        if excess > 0:
+            del self._items[:excess]
+            self._first += excess
+
+    def change(self, update: Callable[[_T], _T], newest: int) -> None:
+        """Replace each of the newest entries by what ``update`` makes of it."""
+        self._items[-newest:] = map(update, self._items[-newest:])
+
+    def since(self, place: int) -> list[_T]:
+        """The entries from that place on, as far as they are kept."""
+        return self._items[max(0, place - self._first) :]
+
+    def dump(self, place: int = 0) -> dict[str, Any]:
+        """JSON-able; :meth:`load` reads it."""
+        first = max(self._first, min(place, self.count))
+        return {"first": first, "items": [to_json(item) for item in self.since(first)]}
+
+    @classmethod
+    def load(cls, limit: int, kind: type[_T], data: Any) -> Tail[_T]:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            WireError: it is something else.
+        """
+        if not (isinstance(data, dict) and type(data.get("first")) is int and isinstance(data.get("items"), list)):
+            raise WireError(f"a list of {kind.__name__} has a first place and items")
+        return cls(limit, [from_json(kind, item) for item in data["items"]], data["first"])
+
+
+class Journal:
+    """Writes down what happens to a run.
+
+    Attributes:
+        events: the newest notable events.
+        metrics: figures of the newest rounds; those of the newest two may still change.
+        reports: the latest report of each signer of the epoch.
+    """
+
+    def __init__(self) -> None:
+        self.events: Tail[Event] = Tail(MAX_EVENTS)
+        self.metrics: Tail[Metrics] = Tail(MAX_METRICS)
+        self.reports: dict[bytes, Report] = {}
+
+    def note(self, state: RunState, now: float, kind: str, text: str, signer: bytes = b"") -> None:
+        """Add an event."""
+        self.events.add(Event(now, kind, text, state.epoch, state.step, signer.hex()))
+
+    def report(self, epoch: int, height: int, signer: bytes, report: Report) -> None:
+        """Count a witness' figures towards their round, if it is one of the newest two; a repeated one only once."""
+        clean = replace(
+            report,
+            loss=report.loss if math.isfinite(report.loss) else math.nan,
+            tokens_per_second=report.tokens_per_second if math.isfinite(report.tokens_per_second) else 0.0,
+        )
+        before = self.reports.get(signer)
+        if repr(clean) == repr(before):  # by value even when the loss is not a number
+            return
+        self.reports[signer] = clean
+        self.metrics.change(
+            lambda row: row.plus(clean, before) if (row.epoch, row.height) == (epoch, height) else row, newest=2
+        )
+
+    def observe(self, before: RunState, after: RunState, now: float) -> None:
+        """Write down what a transition means for people."""
+        round_ = after.current
+        if after.phase is Phase.ROUND_TRAIN and before.phase is not Phase.ROUND_TRAIN and round_ is not None:
+            self.metrics.add(
+                Metrics(after.epoch, round_.height, round_.step, now, len(round_.clients), round_.batch_size)
+            )
+        for kind, text in _notable(before, after, now):
+            self.note(after, now, kind, text)
+        if after.phase is Phase.WARMUP and before.phase is not Phase.WARMUP:
+            members = {client.signer for client in after.clients}
+            self.reports = {signer: report for signer, report in self.reports.items() if signer in members}
+
+    def dump(self, events_from: int, metrics_from: int) -> dict[str, Any]:
+        """JSON-able; :meth:`load` reads it."""
+        reports = {}
+        for signer, report in self.reports.items():
+            reports[signer.hex()] = to_json(report)
+            if math.isnan(report.loss):
+                reports[signer.hex()]["loss"] = None
+        return {
+            "events": self.events.dump(events_from),
+            "metrics": self.metrics.dump(metrics_from),
+            "reports": reports,
+        }
+
+    @classmethod
+    def load(cls, data: dict[str, Any]) -> Journal:
+        """Read what :meth:`dump` wrote.
+
+        Raises:
+            WireError: it is something else.
+        """
+        journal = cls()
+        journal.events = Tail.load(MAX_EVENTS, Event, data["events"])
+        journal.metrics = Tail.load(MAX_METRICS, Metrics, data["metrics"])
+        for signer, values in data["reports"].items():
+            lossless = values["loss"] is None
+            report = from_json(Report, {**values, "loss": 0.0} if lossless else values)
+            journal.reports[bytes.fromhex(signer)] = replace(report, loss=math.nan) if lossless else report
+        return journal
+
+
+def _names(signers: list[bytes]) -> str:
+    return ", ".join(short(signer) for signer in signers[:8]) + (", ..." if len(signers) > 8 else "")
+
+
+def _notable(before: RunState, after: RunState, now: float) -> list[tuple[str, str]]:
+    """Kinds and texts of the events that a transition is worth."""
+    notes: list[tuple[str, str]] = []
+    if after.pending_pause and not before.pending_pause:
+        notes.append(("run", "a pause was asked for; the epoch ends first"))
+    round_ = after.current
+    if after.draining and not before.draining and round_ is not None:
+        trained = after.round_at(round_.height - 1)
+        reason = ending(after, trained, now) if trained is not None else ""
+        notes.append(("epoch", f"epoch {after.epoch} ends: {reason}; two rounds exchange what is under way"))
+    if after.phase is before.phase:
+        return notes
+    if after.phase is Phase.WARMUP:
+        signers = [client.signer for client in after.clients]
+        notes.append(("epoch", f"epoch {after.epoch} is formed by {len(signers)} nodes: {_names(signers)}"))
+        if before.checkpoint.digest and not after.checkpoint.digest:
+            lost = before.checkpoint
+            text = f"nobody is left who holds the parameters {lost.digest[:4].hex()} of step {lost.step}"
+            notes.append(("epoch", f"{text}; the run goes on from those of the first node to report"))
+    elif before.phase is Phase.WARMUP and round_ is not None:
+        digest = after.epoch_digest[:4].hex()
+        notes.append(("epoch", f"epoch {after.epoch} begins with step {after.step} from the parameters {digest}"))
+        others = len({record.merkle for record in after.warmup_witnesses} - {after.epoch_digest})
+        if others:
+            text = "nodes started from different parameters; all take those of the first node to report"
+            notes.append(("epoch", f"{text}, {digest}"))
+    elif before.phase is Phase.WARMUP and after.phase is Phase.WAITING_FOR_MEMBERS:
+        few = len(after.clients) < after.config.min_clients
+        why = f"only {len(after.clients)} nodes are left" if few else "nobody reported its parameters in time"
+        notes.append(("epoch", f"epoch {after.epoch} could not begin: {why}"))
+    elif after.phase is Phase.COOLDOWN and not after.draining:
+        notes.append(("epoch", f"epoch {after.epoch} ends: no witness reported"))
+    elif before.phase is Phase.COOLDOWN:
+        notes.append(("epoch", f"epoch {before.epoch} has ended: {_outcome(before, after)}"))
+    if after.phase is Phase.FINISHED:
+        notes.append(("run", f"the run has finished after {after.step - 1} steps"))
+    elif after.phase is Phase.PAUSED:
+        notes.append(("run", "the run is paused"))
+    elif before.phase is Phase.PAUSED:
+        notes.append(("run", "the run is resumed"))
+    return notes
+
+
+def _outcome(before: RunState, after: RunState) -> str:
+    held = after.checkpoint
+    name = f"parameters {held.digest[:4].hex()} of step {held.step}"
+    votes = sum(vote[1:] == (held.step, held.digest) for vote in before.checkpoint_votes)
+    if not votes:
+        return f"no quorum reported equal parameters; the run goes back to the {name}"
+    return f"the {name} are agreed by {votes} of {len(before.checkpoint_votes)} nodes that reported"
+
+
+def plain_round(round_: Round) -> Round:
+    """The round without its witnesses' Bloom filters."""
+    return replace(
+        round_, witnesses=tuple(replace(record, participants=b"", broadcasts=b"") for record in round_.witnesses)
+    )

@@ -1,0 +1,284 @@
+"""Run states as JSON, exactly, and small changes between them.
+
+The JSON form follows the dataclasses: objects with the fields' names in their order, bytes as lower-case hex, phases
+and statuses as numbers. A field that is None, or an empty Bloom filter, is left out.
+
+A change is a JSON object in the manner of JSON merge patch (RFC 7386): it holds what is different, null where a key
+goes away. Other than there, lists are patched, too, by ``{"at": {"2": change}}``, which changes elements in place (so a
+round is addressed by its slot), ``{"splice": [first, removed, [new, ...]]}``, which replaces a stretch, or both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable
+from enum import IntEnum
+from functools import cache
+from typing import Any, TypeVar
+
+from psyche_lightning.errors import WireError
+from psyche_lightning.protocol.bloom import BLOOM_SIZE
+from psyche_lightning.protocol.state import STORED_ROUNDS, Round, RunState
+from psyche_lightning.wire.canonical import HASH_SIZE
+from psyche_lightning.wire.identity import KEY_SIZE
+
+MAX_ITEMS = 65536
+MAX_TEXT = 4096
+_BLOOMS = {"participants", "broadcasts"}
+_SIZES = {
+    "signer": (KEY_SIZE,),
+    "node": (KEY_SIZE,),
+    "merkle": (HASH_SIZE,),
+    "digest": (0, HASH_SIZE),
+    "epoch_digest": (0, HASH_SIZE),
+    "clients": (KEY_SIZE,),
+    "holders": (KEY_SIZE,),
+    "checkpoint_votes": (KEY_SIZE, HASH_SIZE),
+    "participants": (0, BLOOM_SIZE),
+    "broadcasts": (0, BLOOM_SIZE),
+}
+_T = TypeVar("_T")
+
+
+def to_json(value: Any, *, blooms: bool = True) -> Any:
+    """A dataclass of :mod:`~psyche_lightning.protocol.state` as JSON-able values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        hints = _hints(type(value))
+        out = {}
+        for name, hint in hints.items():
+            item = getattr(value, name)
+            if item is None or (name in _BLOOMS and not (blooms and item)):
+                continue
+            # A whole number given for a float field comes back as a float, so it leaves as one.
+            is_float = float in (hint, *typing.get_args(hint))
+            out[name] = float(item) if is_float else to_json(item, blooms=blooms)
+        return out
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, IntEnum):
+        return int(value)
+    if isinstance(value, tuple):
+        return [to_json(item, blooms=blooms) for item in value]
+    return value
+
+
+def from_json(cls: type[_T], data: Any) -> _T:
+    """Read what :func:`to_json` wrote of a ``cls``, and nothing else.
+
+    Raises:
+        WireError: which value is wrong and what belongs there.
+    """
+    value: _T = _decode(cls, data, cls.__name__)
+    return value
+
+
+def state_to_json(state: RunState, *, blooms: bool = False) -> dict[str, Any]:
+    """A run state; ``blooms`` says whether the witnesses' Bloom filters, which nodes do not need, are kept."""
+    out: dict[str, Any] = to_json(state, blooms=blooms)
+    return out
+
+
+def state_from_json(data: Any) -> RunState:
+    """Read what :func:`state_to_json` wrote.
+
+    Raises:
+        WireError: which value is wrong and what belongs there.
+    """
+    state = from_json(RunState, data)
+    if len(state.rounds) > STORED_ROUNDS or state.head >= max(1, len(state.rounds)):
+        raise WireError(
+            f"RunState.head is {state.head} of {len(state.rounds)} rounds; at most {STORED_ROUNDS} are kept"
+        )
+    for slot, round_ in enumerate(state.rounds):
+        if round_.height % STORED_ROUNDS != slot:
+            raise WireError(f"RunState.rounds[{slot}] has height {round_.height}, which belongs elsewhere")
+    return state
+
+
+def round_to_json(round_: Round, *, blooms: bool = False) -> dict[str, Any]:
+    """One round, as :func:`state_to_json` writes it."""
+    out: dict[str, Any] = to_json(round_, blooms=blooms)
+    return out
+
+
+def round_from_json(data: Any) -> Round:
+    """Read what :func:`round_to_json` wrote.
+
+    Raises:
+        WireError: which value is wrong and what belongs there.
+    """
+    return from_json(Round, data)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    resolved = typing.get_type_hints(cls)
+    return {field.name: resolved[field.name] for field in dataclasses.fields(cls)}
+
+
+def _expect(holds: bool, path: str, expected: str, got: Any) -> None:
+    if not holds:
+        raise WireError(f"{path} is {str(got)[:60]!r}; expected {expected}")
+
+
+def _decode(hint: Any, data: Any, path: str, sizes: tuple[int, ...] = ()) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):  # the only one is "or None", which to_json leaves out
+        hint = arguments[0]
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _decode_object(hint, data, path)
+    if origin is tuple:
+        _expect(isinstance(data, list) and len(data) <= MAX_ITEMS, path, f"a list of at most {MAX_ITEMS}", data)
+        if arguments[-1] is not Ellipsis:
+            _expect(len(data) == len(arguments), path, f"{len(arguments)} values", data)
+            return tuple(
+                _decode(h, item, f"{path}[{i}]", sizes) for i, (h, item) in enumerate(zip(arguments, data, strict=True))
+            )
+        return tuple(_decode(arguments[0], item, f"{path}[{i}]", sizes) for i, item in enumerate(data))
+    if isinstance(hint, type) and issubclass(hint, IntEnum):
+        known = {int(member): member for member in hint}
+        _expect(type(data) is int and data in known, path, f"one of {sorted(known)}", data)
+        return known[data]
+    return _SCALARS[hint](data, path, sizes)
+
+
+def _decode_object(cls: type, data: Any, path: str) -> Any:
+    _expect(isinstance(data, dict), path, "an object", data)
+    hints = _hints(cls)
+    unknown = [name for name in data if name not in hints]
+    _expect(not unknown, path, f"only {', '.join(hints)}", ", ".join(map(str, unknown)))
+    values = {}
+    for name, hint in hints.items():
+        if name in data:
+            values[name] = _decode(hint, data[name], f"{path}.{name}", _SIZES.get(name, ()))
+        else:
+            optional = name in _BLOOMS or type(None) in typing.get_args(hint)
+            _expect(optional, f"{path}.{name}", "a value", "missing")
+    return cls(**values)
+
+
+def _int(data: Any, path: str, sizes: tuple[int, ...]) -> int:
+    _expect(type(data) is int and 0 <= data < 1 << 64, path, "a whole number from 0 to 2^64 - 1", data)
+    return int(data)
+
+
+def _float(data: Any, path: str, sizes: tuple[int, ...]) -> float:
+    finite = math.isfinite(data) if type(data) is float else type(data) is int and abs(data) <= 1 << 53
+    _expect(finite, path, "a finite number", data)
+    return float(data)
+
+
+def _bool(data: Any, path: str, sizes: tuple[int, ...]) -> bool:
+    _expect(isinstance(data, bool), path, "true or false", data)
+    return bool(data)
+
+
+def _str(data: Any, path: str, sizes: tuple[int, ...]) -> str:
+    _expect(isinstance(data, str) and len(data) <= MAX_TEXT, path, f"text of at most {MAX_TEXT} characters", data)
+    return str(data)
+
+
+def _bytes(data: Any, path: str, sizes: tuple[int, ...]) -> bytes:
+    expected = f"lower-case hex of {' or '.join(map(str, sizes))} bytes"
+    _expect(isinstance(data, str) and len(data) in [2 * size for size in sizes], path, expected, data)
+    _expect(all(character in "0123456789abcdef" for character in data), path, expected, data)
+    return bytes.fromhex(data)
+
+
+_SCALARS: dict[Any, Callable[[Any, str, tuple[int, ...]], Any]] = {
+    int: _int,
+    float: _float,
+    bool: _bool,
+    str: _str,
+    bytes: _bytes,
+}
+
+
+def diff(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The change that :func:`patch` turns ``old`` into ``new`` with; empty when they are equal.
+
+    Args:
+        old: a JSON object without nulls.
+        new: another; where ``old`` has a list, ``new`` has a list, a scalar or nothing.
+    """
+    change: dict[str, Any] = {name: None for name in old if name not in new}
+    for name, value in new.items():
+        if name not in old:
+            change[name] = value
+        elif not _same(old[name], value):
+            change[name] = _difference(old[name], value)
+    return change
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality of JSON values as they are written, in which 1, 1.0 and true are three."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    # 0.0 and -0.0 differ, too.
+    return repr(a) == repr(b) if isinstance(a, float) else bool(a == b)
+
+
+def _difference(old: Any, new: Any) -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return diff(old, new)
+    if isinstance(old, list) and isinstance(new, list):
+        first = 0
+        while first < min(len(old), len(new)) and _same(old[first], new[first]):
+            first += 1
+        last = 0
+        while last < min(len(old), len(new)) - first and _same(old[-1 - last], new[-1 - last]):
+            last += 1
+        ends = len(old) - last, len(new) - last
+        both = min(ends)
+        change: dict[str, Any] = {}
+        places = [i for i in range(first, both) if not _same(old[i], new[i])]
+        if places:
+            change["at"] = {str(i): _difference(old[i], new[i]) for i in places}
+        if len(old) != len(new):
+            change["splice"] = [both, ends[0] - both, new[both : ends[1]]]
+        return change
+    return new
+
+
+def patch(old: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """Apply a change that :func:`diff` made; ``old`` itself stays as it was.
+
+    Raises:
+        WireError: it is not one for ``old``.
+    """
+    if not isinstance(change, dict):
+        raise WireError("a change is a JSON object")
+    new = dict(old)
+    for name, value in change.items():
+        if value is not None:
+            new[name] = _patched(old[name], value) if name in old else value
+        elif new.pop(name, None) is None:
+            raise WireError(f"a change removes {name[:60]!r}, which is not there")
+    return new
+
+
+def _patched(old: Any, change: Any) -> Any:
+    if isinstance(old, dict) and isinstance(change, dict):
+        return patch(old, change)
+    if not (isinstance(old, list) and isinstance(change, dict)):
+        return change
+    new = list(old)
+    places, splice = change.get("at", {}), change.get("splice", [0, 0, []])
+    if not (change and change.keys() <= {"at", "splice"} and isinstance(places, dict) and isinstance(splice, list)):
+        raise WireError("a change of a list is an 'at', a 'splice' or both")
+    for place, value in places.items():
+        if not (place.isascii() and place.isdecimal() and len(place) < 9 and int(place) < len(new)):
+            raise WireError(f"a change of element {place[:60]!r} in a list of {len(new)}")
+        new[int(place)] = _patched(new[int(place)], value)
+    if [type(part) for part in splice] != [int, int, list] or not 0 <= splice[0] <= sum(splice[:2]) <= len(new):
+        raise WireError(f"a splice that does not fit a list of {len(new)}")
+    first, removed, items = splice
+    new[first : first + removed] = items
+    return new

@@ -1,0 +1,124 @@
+"""Which configurations of a run a coordinator accepts (spec S1.3)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.protocol.state import CoordinatorConfig
+
+MAX_RUN_ID = 32
+"""Bytes of a run's name in UTF-8 (the limit of a Solana seed)."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The sizes for which a host has room.
+
+    Attributes:
+        clients: members of an epoch.
+        witnesses: witnesses of a round.
+        batch: samples of a round.
+        steps: training rounds of the run.
+        extra_time: seconds that further members may be waited for.
+        whole_seconds: whether durations must be whole seconds.
+    """
+
+    clients: int = 1024
+    witnesses: int = 1024
+    batch: int = 2**32 - 1
+    steps: int = 2**32 - 1
+    extra_time: float = math.inf
+    whole_seconds: bool = False
+
+
+PSYCHE_LIMITS = Limits(clients=256, witnesses=32, batch=65535, steps=2**32 - 2, extra_time=255, whole_seconds=True)
+"""What fits into Psyche's account layout (spec S1.3, appendix B); the step after the last must fit, too."""
+
+_DURATIONS = (
+    "epoch_time",
+    "warmup_time",
+    "max_round_train_time",
+    "round_witness_time",
+    "cooldown_time",
+    "waiting_for_members_extra_time",
+)
+
+
+def check_run_id(run_id: str) -> None:
+    """Refuse a name that a run cannot have.
+
+    Raises:
+        ConfigError: it is empty or longer than 32 bytes of UTF-8.
+    """
+    size = len(run_id.encode("utf-8", "surrogatepass"))
+    if not 0 < size <= MAX_RUN_ID:
+        raise ConfigError(f"the run id {run_id[:40]!r} has {size} bytes; choose one of 1 to {MAX_RUN_ID} bytes")
+
+
+def check_config(config: CoordinatorConfig, limits: Limits | None = None) -> None:
+    """Refuse a configuration with which a run could not proceed; the first failing rule of S1.3 is named.
+
+    Args:
+        config: the configuration.
+        limits: the host's sizes; the roomy default when None.
+
+    Raises:
+        ConfigError: which field breaks which rule.
+    """
+    limits = limits or Limits()
+
+    def rule(holds: bool, field: str, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"{field} is {getattr(config, field)}; it must be {expected}")
+
+    # Written so that NaN, which no comparison accepts, fails.
+    rule(config.epoch_time > 0, "epoch_time", "more than 0 seconds")
+    rule(
+        # S1.3 allows 0; here an epoch begins only when a client has reported in warm-up, which takes time.
+        0 < config.warmup_time < config.epoch_time,
+        "warmup_time",
+        f"more than 0 and less than epoch_time ({config.epoch_time})",
+    )
+    rule(
+        0 < config.max_round_train_time < config.epoch_time,
+        "max_round_train_time",
+        f"more than 0 and less than epoch_time ({config.epoch_time})",
+    )
+    rule(config.round_witness_time > 0, "round_witness_time", "more than 0 seconds")
+    rule(config.min_clients > 0, "min_clients", "1 or more")
+    rule(
+        config.min_clients <= config.init_min_clients <= limits.clients,
+        "init_min_clients",
+        f"at least min_clients ({config.min_clients}) and at most {limits.clients}",
+    )
+    rule(0 < config.global_batch_size_start <= limits.batch, "global_batch_size_start", f"1 to {limits.batch}")
+    rule(
+        config.global_batch_size_start <= config.global_batch_size_end <= limits.batch,
+        "global_batch_size_end",
+        f"at least global_batch_size_start ({config.global_batch_size_start}) and at most {limits.batch}",
+    )
+    rule(0 < config.total_steps <= limits.steps, "total_steps", f"1 to {limits.steps}")
+    rule(
+        0 <= config.witness_nodes <= min(config.min_clients, limits.witnesses),
+        "witness_nodes",
+        f"0 (everyone) or at most min_clients ({config.min_clients}) and at most {limits.witnesses}",
+    )
+    rule(config.cooldown_time > 0, "cooldown_time", "more than 0 seconds")
+    rule(
+        0 < config.waiting_for_members_extra_time <= limits.extra_time,
+        "waiting_for_members_extra_time",
+        f"more than 0 and at most {limits.extra_time} seconds",
+    )
+    # What S1.3 leaves unchecked, or to its field types.
+    rule(
+        0 <= config.global_batch_size_warmup_tokens < 1 << 64,
+        "global_batch_size_warmup_tokens",
+        "0 (no ramp) or a number of tokens below 2^64",
+    )
+    rule(config.verification_percent == 0, "verification_percent", "0, as verifiers do not exist yet")
+    for field in _DURATIONS:
+        value = float(getattr(config, field))
+        rule(math.isfinite(value), field, "a finite number of seconds")
+        rule(value.is_integer() or not limits.whole_seconds, field, "a whole number of seconds on this coordinator")

@@ -1,0 +1,130 @@
+"""The agreed manifest of a run: sections that the first node to name them fixes (invariant I9)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from psyche_lightning.errors import CoordinatorError, ManifestMismatchError
+from psyche_lightning.protocol.state import CoordinatorConfig
+
+MAX_MANIFEST_SIZE = 4 * 1024 * 1024
+MAX_SHOWN = 10
+START = "start"
+"""The section of a run that goes on from a checkpoint: its ``step``, ``data_index`` and parameter ``digest``."""
+ABSENT = "(absent)"
+"""Stands for a field that one side does not have."""
+
+
+TERMS = ("global_batch_size", "total_steps")
+"""What a run's creator may leave to the first node, which names it in the section ``run`` of its manifest."""
+
+
+def settle(terms: dict[str, int | None], offered: Any) -> tuple[Any, dict[str, int | None]]:
+    """Take a node's values for the configuration out of its manifest.
+
+    Args:
+        terms: what the first node fixes, with the values that it did; None as long as there was none. A node's value
+            for anything else does not count: the run's creator decided.
+        offered: the node's manifest.
+
+    Returns:
+        The manifest without them, and the terms with what this node fixed.
+
+    Raises:
+        ManifestMismatchError: the node has other values than the first one.
+        CoordinatorError: one is needed and missing, or no whole number (``InvalidManifest``).
+    """
+    section = offered.get("run") if isinstance(offered, dict) else None
+    if not isinstance(section, dict):
+        section = {}
+    given = {name: section[name] for name in TERMS if section.get(name) is not None}
+    rest = {name: value for name, value in section.items() if name not in TERMS}
+    if rest != section:
+        offered = (
+            {**offered, "run": rest} if rest else {name: value for name, value in offered.items() if name != "run"}
+        )
+    settled = dict(terms)
+    for name, value in terms.items():
+        if value is None and name not in given:
+            raise CoordinatorError(
+                f"the run has no {name} and this node's configuration does not say one. Give the node one (for "
+                "total_steps, Trainer's max_steps), or create the run with one.",
+                code="InvalidManifest",
+            )
+        if value is None and type(given[name]) is not int:
+            raise CoordinatorError(f"run.{name} is {given[name]!r}; expected a whole number", code="InvalidManifest")
+        settled[name] = given[name] if value is None else value
+    found: list[tuple[str, object, object]]
+    found = [(f"run.{name}", value, given[name]) for name, value in settled.items() if given.get(name, value) != value]
+    if found:
+        raise _mismatch(found)
+    return offered, settled
+
+
+def with_terms(config: CoordinatorConfig, terms: dict[str, int | None]) -> CoordinatorConfig:
+    """The configuration with the terms that are fixed."""
+    batch, steps = terms.get("global_batch_size"), terms.get("total_steps")
+    if batch is not None:
+        config = replace(config, global_batch_size_start=batch, global_batch_size_end=batch)
+    return config if steps is None else replace(config, total_steps=steps)
+
+
+def merge(held: dict[str, Any] | None, offered: dict[str, Any]) -> dict[str, Any]:
+    """The run's manifest after a node with ``offered`` joins: it must equal what is held, and may add sections.
+
+    Args:
+        held: the run's sections so far; None before the first node.
+        offered: the node's.
+
+    Returns:
+        A new dictionary of plain JSON values, or ``held`` itself when nothing is added.
+
+    Raises:
+        ManifestMismatchError: sections that both have differ; it lists every field.
+        CoordinatorError: ``offered`` is not a JSON object or too large (``InvalidManifest``).
+    """
+    try:
+        text = json.dumps(offered, allow_nan=False)
+        plain = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CoordinatorError(f"the manifest is not JSON: {error}", code="InvalidManifest") from error
+    if not isinstance(plain, dict) or len(text) > MAX_MANIFEST_SIZE:
+        raise CoordinatorError(
+            f"a manifest is a JSON object of at most {MAX_MANIFEST_SIZE} characters", code="InvalidManifest"
+        )
+    if held is None:
+        return plain
+    found = [d for name, section in held.items() if name in plain for d in differences(section, plain[name], name)]
+    if found:
+        raise _mismatch(found)
+    return {**held, **plain} if plain.keys() - held.keys() else held
+
+
+def differences(run: Any, node: Any, field: str) -> list[tuple[str, object, object]]:
+    """``(dotted field, the run's value, the node's value)`` for each leaf in which two JSON values differ."""
+    if isinstance(run, dict) and isinstance(node, dict):
+        names = dict.fromkeys([*run, *node])
+        pairs = [(f"{field}.{name}", run.get(name, ABSENT), node.get(name, ABSENT)) for name in names]
+    elif isinstance(run, list) and isinstance(node, list) and len(run) == len(node):
+        pairs = [(f"{field}.{i}", a, b) for i, (a, b) in enumerate(zip(run, node, strict=True))]
+    else:
+        return [] if type(run) is type(node) and run == node else [(field, run, node)]
+    return [found for name, a, b in pairs for found in differences(a, b, name)]
+
+
+def _mismatch(found: list[tuple[str, object, object]]) -> ManifestMismatchError:
+    lines = [f"  {field}: the run has {_brief(run)}, this node has {_brief(node)}" for field, run, node in found]
+    more = [f"  and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else []
+    return ManifestMismatchError(
+        "this node's configuration is not the run's:\n"
+        + "\n".join(lines[:MAX_SHOWN] + more)
+        + "\nGive this node the run's values, or train under another run id.",
+        found,
+    )
+
+
+def _brief(value: object) -> str:
+    text = value if value is ABSENT else json.dumps(value)
+    return str(text) if len(str(text)) <= 80 else f"{str(text)[:77]}..."

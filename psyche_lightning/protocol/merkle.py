@@ -1,0 +1,69 @@
+"""Merkle trees over SHA-256 (spec S2.6) and the root that binds a witness to its list."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from psyche_lightning.protocol.messages import Attest
+from psyche_lightning.wire.canonical import ZERO_HASH, sha256
+
+EMPTY_ROOT = ZERO_HASH
+"""The root of no items."""
+
+
+def _leaf(item: bytes) -> bytes:
+    return sha256(b"\x00", item)
+
+
+def _parents(level: list[bytes]) -> list[bytes]:
+    """One level up; an odd level duplicates its last node."""
+    if len(level) % 2:
+        level = [*level, level[-1]]
+    return [sha256(b"\x01", level[i], level[i + 1]) for i in range(0, len(level), 2)]
+
+
+def merkle_root(items: Sequence[bytes]) -> bytes:
+    """Root over ``items`` in the order given, 32 bytes; :data:`EMPTY_ROOT` for none."""
+    level = [_leaf(item) for item in items]
+    while len(level) > 1:
+        level = _parents(level)
+    return level[0] if level else EMPTY_ROOT
+
+
+def merkle_proof(items: Sequence[bytes], index: int) -> list[tuple[bool, bytes]]:
+    """How ``items[index]`` leads to the root: from the leaf up, ``(the sibling is on the left, sibling)``.
+
+    Raises:
+        IndexError: there is no such item.
+    """
+    if not 0 <= index < len(items):
+        raise IndexError(f"item {index} of {len(items)}")
+    level = [_leaf(item) for item in items]
+    proof = []
+    while len(level) > 1:
+        sibling = min(index ^ 1, len(level) - 1)
+        proof.append((bool(index & 1), level[sibling]))
+        level = _parents(level)
+        index >>= 1
+    return proof
+
+
+def verify_proof(root: bytes, item: bytes, proof: Sequence[tuple[bool, bytes]]) -> bool:
+    """Whether ``proof`` leads from ``item`` to ``root``."""
+    node = _leaf(item)
+    for left, sibling in proof:
+        node = sha256(b"\x01", sibling, node) if left else sha256(b"\x01", node, sibling)
+    return node == root
+
+
+def attest_root(attest: Attest) -> bytes:
+    """The root in a witness record that binds the witness' list.
+
+    Leaves are the commitment hashes as listed and then, when a digest is present, ``b"digest"``, ``applied`` as u64 LE
+    and the digest. No commitment can pass for that leaf: it has 46 bytes, they have 32.
+    """
+    leaves = attest.hashes()
+    if attest.digest:
+        leaves.append(b"digest" + struct.pack("<Q", attest.applied) + attest.digest)
+    return merkle_root(leaves)

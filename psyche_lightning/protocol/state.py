@@ -1,0 +1,246 @@
+"""The state of a run, as the coordinator holds it and nodes see it (spec S1.2 to S1.4).
+
+Plain data: the transitions live in :mod:`psyche_lightning.coordinator.machine`. Nodes receive the same classes,
+with the witnesses' Bloom filters left out (they decide nothing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+STORED_ROUNDS = 4
+BLOOM_WORDS = 16
+BLOOM_KEYS = 8
+
+
+class Phase(IntEnum):
+    """What a run is doing; the numbers are on the wire (spec S1.2)."""
+
+    UNINITIALIZED = 0
+    WAITING_FOR_MEMBERS = 1
+    WARMUP = 2
+    ROUND_TRAIN = 3
+    ROUND_WITNESS = 4
+    COOLDOWN = 5
+    FINISHED = 6
+    PAUSED = 7
+
+    @property
+    def halted(self) -> bool:
+        """Whether only a command can move the run on."""
+        return self in (Phase.UNINITIALIZED, Phase.FINISHED, Phase.PAUSED)
+
+    @property
+    def active(self) -> bool:
+        """Whether an epoch's rounds are under way."""
+        return self in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS, Phase.COOLDOWN)
+
+
+class ClientStatus(IntEnum):
+    """How a client stands; anything but healthy leaves the list at the end of the round."""
+
+    HEALTHY = 0
+    DROPPED = 1
+    WITHDRAWN = 2
+    EJECTED = 3
+
+
+@dataclass(frozen=True)
+class CoordinatorConfig:
+    """The run's durations and sizes (spec S1.3). Durations are ceilings in seconds, batches count samples.
+
+    Attributes:
+        warmup_time: longest time for nodes to obtain the epoch's parameters.
+        cooldown_time: longest time for nodes to report the parameters at the end of an epoch.
+        max_round_train_time: longest time for a round's training and exchange.
+        round_witness_time: longest time to wait for witnesses that did not report during training.
+        epoch_time: an epoch ends after the round in which this has passed.
+        global_batch_size_start: samples of the whole run in the first round.
+        global_batch_size_end: samples of a round once ``global_batch_size_warmup_tokens`` were seen.
+        global_batch_size_warmup_tokens: length of the batch ramp in tokens; 0 for no ramp.
+        total_steps: training rounds of the run.
+        init_min_clients: clients needed to begin an epoch.
+        min_clients: clients below which an epoch ends.
+        witness_nodes: witnesses a round; 0 for everyone up to the limit.
+        verification_percent: share of verifiers; not supported yet, so 0.
+        waiting_for_members_extra_time: longest time that further members are waited for once there are enough.
+    """
+
+    warmup_time: float = 60.0
+    cooldown_time: float = 30.0
+    max_round_train_time: float = 120.0
+    round_witness_time: float = 10.0
+    epoch_time: float = 3600.0
+    global_batch_size_start: int = 1
+    global_batch_size_end: int = 1
+    global_batch_size_warmup_tokens: int = 0
+    total_steps: int = 1000
+    init_min_clients: int = 1
+    min_clients: int = 1
+    witness_nodes: int = 0
+    verification_percent: int = 0
+    waiting_for_members_extra_time: float = 3.0
+
+
+@dataclass(frozen=True)
+class Client:
+    """A member of the epoch.
+
+    Attributes:
+        signer: 32-byte key that identifies the client to the coordinator (a wallet, or the node key).
+        node: 32-byte node key, which signs gossip and names the node on transports.
+        address: where the transport reaches it; empty where the transport finds nodes by key.
+        status: how it stands.
+        exited_height: round height at which it left the list.
+    """
+
+    signer: bytes
+    node: bytes
+    address: str = ""
+    status: ClientStatus = ClientStatus.HEALTHY
+    exited_height: int = 0
+
+
+@dataclass(frozen=True)
+class WitnessProof:
+    """A claim to a seat: the position that the committee shuffle gives to the client at ``index`` (spec S2.1)."""
+
+    position: int
+    index: int
+    witness: bool = True
+
+
+@dataclass(frozen=True)
+class WitnessRecord:
+    """One witness' report as the coordinator stores it.
+
+    Attributes:
+        proof: its seat.
+        merkle: root over the list of its :class:`~psyche_lightning.protocol.messages.Attest` (see ``attest_root``);
+            in warm-up the digest of the parameters that the client holds.
+        complete: whether it came during training, which means "I have everything".
+        participants: serialized Bloom filter (192 bytes) of clients whose results arrived or who owed none; empty in
+            nodes' views.
+        broadcasts: serialized Bloom filter of commitments; for Psyche's readers; empty in nodes' views.
+    """
+
+    proof: WitnessProof
+    merkle: bytes
+    complete: bool = False
+    participants: bytes = b""
+    broadcasts: bytes = b""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of an epoch.
+
+    Attributes:
+        height: counts rounds within the epoch from 0.
+        step: the optimizer step that it trains, from 1; 0 for a round that only drains the pipeline.
+        seed: u64 from which committee and assignment follow.
+        data_index: first data id of the round.
+        batch_size: samples of the round; 0 when it drains.
+        clients: the signers of the clients at its start, in list order; proofs and assignment count in it.
+        tie_breaker_tasks: always 0 so far.
+        witnesses: reports in the order in which they came.
+    """
+
+    height: int = 0
+    step: int = 0
+    seed: int = 0
+    data_index: int = 0
+    batch_size: int = 0
+    clients: tuple[bytes, ...] = ()
+    tie_breaker_tasks: int = 0
+    witnesses: tuple[WitnessRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The parameters that a joiner must hold.
+
+    Attributes:
+        digest: parameter digest; empty as long as nothing was agreed (a fresh run, or nobody is left who holds it):
+            then the first warm-up witness of the epoch decides.
+        step: training steps that they contain.
+    """
+
+    digest: bytes = b""
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that decides what happens next in a run. Immutable: a transition returns a new one.
+
+    Attributes:
+        run_id: the run's name, at most 32 bytes of UTF-8.
+        phase: what the run is doing.
+        phase_start: time at which the phase began, in the coordinator's seconds.
+        config: durations and sizes.
+        max_seq_len: tokens of a sample, for the batch ramp and token counts.
+        epoch: counts epochs from 0.
+        step: the next optimizer step, from 1; ``total_steps + 1`` when all are trained.
+        epoch_start_data_index: first data id of the epoch.
+        epoch_start: time at which the epoch began.
+        gathered_at: time since which enough members wait for an epoch; None while there are too few.
+        start_step: ``step`` when the epoch began.
+        last_step: 0, or ``step`` when the epoch began to drain: no round trains it any more in this epoch.
+        head: index of the current round in ``rounds`` (height modulo 4).
+        rounds: ring of the last four rounds; slot ``height % 4``. Empty before the first round of an epoch.
+        warmup_witnesses: records of clients that hold the epoch's parameters.
+        epoch_digest: digest of the parameters with which the epoch's first round began; empty before it.
+        clients: members in list order.
+        exited_clients: members that left during the epoch.
+        checkpoint: the parameters that joiners must hold.
+        checkpoint_votes: ``(signer, step, digest)`` reported during this cool-down.
+        holders: signers of the clients that may hold the checkpoint: those of the last epoch, and those who said so
+            since, without those that had a whole warm-up to say so and did not. An epoch without any gives it up.
+        pending_pause: whether the run pauses at the end of the epoch.
+        cold_start_epoch: whether the epoch follows a pause (spec S1.10).
+        nonce: grows by at least one with every change; updates with a smaller one are stale.
+    """
+
+    run_id: str
+    phase: Phase = Phase.UNINITIALIZED
+    phase_start: float = 0.0
+    config: CoordinatorConfig = field(default_factory=CoordinatorConfig)
+    max_seq_len: int = 1
+    epoch: int = 0
+    step: int = 1
+    epoch_start_data_index: int = 0
+    epoch_start: float = 0.0
+    gathered_at: float | None = None
+    start_step: int = 1
+    last_step: int = 0
+    head: int = 0
+    rounds: tuple[Round, ...] = ()
+    warmup_witnesses: tuple[WitnessRecord, ...] = ()
+    epoch_digest: bytes = b""
+    clients: tuple[Client, ...] = ()
+    exited_clients: tuple[Client, ...] = ()
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    checkpoint_votes: tuple[tuple[bytes, int, bytes], ...] = ()
+    holders: tuple[bytes, ...] = ()
+    pending_pause: bool = False
+    cold_start_epoch: bool = False
+    nonce: int = 0
+
+    @property
+    def current(self) -> Round | None:
+        """The newest round of the epoch, or None before the first."""
+        return self.rounds[self.head] if self.rounds else None
+
+    def round_at(self, height: int) -> Round | None:
+        """The stored round of that height, or None when the ring does not hold it."""
+        slot = height % STORED_ROUNDS
+        if height < 0 or slot >= len(self.rounds) or self.rounds[slot].height != height:
+            return None
+        return self.rounds[slot]
+
+    @property
+    def draining(self) -> bool:
+        """Whether the epoch only flushes its pipeline now."""
+        return self.last_step != 0

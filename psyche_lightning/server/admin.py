@@ -1,0 +1,235 @@
+"""What people ask of a coordinator server: create, list, look at, pause and resume runs. Plain HTTP, no asyncio."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
+
+from psyche_lightning.errors import ConfigError, CoordinatorError
+from psyche_lightning.protocol.owner import Creation
+from psyche_lightning.server.channel import coordinator_error
+
+URL_VARIABLE = "PSYCHE_COORDINATOR"
+TOKEN_VARIABLE = "PSYCHE_COORDINATOR_TOKEN"
+TIMEOUT = 5.0
+MAX_ANSWER_SIZE = 64 * 1024 * 1024
+
+
+def check_url(url: str) -> str:
+    """The URL without a slash at its end.
+
+    Raises:
+        ConfigError: it is not an http or https URL.
+    """
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ConfigError(f"{url!r} is not a coordinator's URL; expected one such as http://127.0.0.1:8080")
+    return url.rstrip("/")
+
+
+class CoordinatorAdmin:
+    """A client for people's requests.
+
+    Args:
+        url: of the server; None for the environment's ``PSYCHE_COORDINATOR``.
+        token: for a server that wants one; None for the environment's ``PSYCHE_COORDINATOR_TOKEN``.
+        attempts: tries to reach the server.
+    """
+
+    def __init__(self, url: str | None = None, *, token: str | None = None, attempts: int = 5) -> None:
+        url = url or os.environ.get(URL_VARIABLE)
+        if not url:
+            raise ConfigError(f"no coordinator given: pass --coordinator URL or set {URL_VARIABLE}")
+        self.url = check_url(url)
+        self._token = token or os.environ.get(TOKEN_VARIABLE)
+        self._attempts = attempts
+        # The environment's proxies are for the world outside; a coordinator on this machine is not behind them.
+        local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
+        self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+
+    def create(
+        self,
+        run_id: str,
+        config: dict[str, Any] | None = None,
+        *,
+        manifest: dict[str, Any] | None = None,
+        seed: int | None = None,
+        max_seq_len: int = 1,
+    ) -> dict[str, Any]:
+        """Create a run and return its status. Creating it again in the same way changes nothing.
+
+        Args:
+            run_id: its name, at most 32 bytes.
+            config: values of :class:`~psyche_lightning.protocol.state.CoordinatorConfig`; the rest is default.
+            manifest: what is already known of the run's manifest.
+            seed: from which all committees and assignments follow; None for a random one.
+            max_seq_len: tokens of a sample.
+
+        Raises:
+            CoordinatorError: it was refused, or the server cannot be reached.
+        """
+        body = {
+            "run_id": run_id, "config": config or {}, "manifest": manifest, "seed": seed, "max_seq_len": max_seq_len
+        }  # fmt: skip
+        return self._ask("POST", "/v1/runs", body)
+
+    def status(self, run_id: str) -> dict[str, Any]:
+        """What ``GET /v1/runs/RUN`` answers: the run for people and programs to look at."""
+        return self._ask("GET", _path(run_id))
+
+    def manifest(self, digest: str) -> dict[str, Any]:
+        """The manifest whose SHA-256 in hex a run's status gives as ``manifest_digest``."""
+        return self._ask("GET", f"/v1/manifests/{digest}")
+
+    def runs(self) -> list[dict[str, Any]]:
+        """A line on each run: ``run_id``, ``phase``, ``epoch``, ``step``, ``total_steps``, ``clients``."""
+        runs: list[dict[str, Any]] = self._ask("GET", "/v1/runs")["runs"]
+        return runs
+
+    def pause(self, run_id: str) -> dict[str, Any]:
+        """Pause the run at the end of its epoch, at once when none is under way; returns the status."""
+        return self.command(run_id, "pause")
+
+    def resume(self, run_id: str) -> dict[str, Any]:
+        """Resume a paused run; returns the status."""
+        return self.command(run_id, "resume")
+
+    def command(self, run_id: str, name: str, **body: Any) -> dict[str, Any]:
+        """Ask one of the owner's commands of a run; returns the answer.
+
+        Args:
+            run_id: the run.
+            name: ``pause``, ``resume``, ``start``, ``update``, ``close``, ``authorize`` or ``revoke``.
+            body: what the command takes.
+        """
+        return self._ask("POST", f"{_path(run_id)}/{name}", body)
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        retrying = Retrying(
+            retry=retry_if_exception_type(OSError),
+            wait=wait_exponential(multiplier=0.5, max=3.0) + wait_random(0.0, 0.5),
+            stop=stop_after_attempt(self._attempts),
+            reraise=True,
+        )
+        try:
+            return retrying(self._once, method, path, body)
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            raise CoordinatorError(
+                f"cannot reach the coordinator at {self.url}: {reason}. Tried {self._attempts} times. Start one with "
+                f"`psyche coordinator --port N`, or give its URL with --coordinator or {URL_VARIABLE}.",
+                code="Unreachable",
+                retryable=True,
+            ) from error
+
+    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        headers = {"Accept": "application/json"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
+        try:
+            with self._opener.open(request, timeout=TIMEOUT) as answer:
+                return self._parse(answer.read(MAX_ANSWER_SIZE), 200)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise coordinator_error(self._parse(error.read(MAX_ANSWER_SIZE), error.code)) from None
+
+    def _parse(self, data: bytes, status: int) -> dict[str, Any]:
+        try:
+            value = json.loads(data)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise CoordinatorError(
+                f"{self.url} answered {status} with something that is not JSON: no psyche coordinator listens there",
+                code="Unreachable",
+            )
+        return value
+
+
+class ServerRun:
+    """The owner's side of one run of a server (:class:`~psyche_lightning.protocol.owner.RunAdmin`).
+
+    Args:
+        url: of the server.
+        run_id: the run.
+        token: for a server that wants one; None for the environment's.
+    """
+
+    def __init__(self, url: str, run_id: str, token: str | None = None) -> None:
+        self._admin = CoordinatorAdmin(url, token=token)
+        self._run = run_id
+
+    def create(self, wanted: Creation) -> dict[str, Any]:
+        """Create the run; it is open at once."""
+        manifest = None if wanted.manifest is None else dict(wanted.manifest)
+        status = self._admin.create(
+            self._run, dict(wanted.config), manifest=manifest, seed=wanted.seed, max_seq_len=wanted.max_seq_len
+        )
+        return status if wanted.everybody else self._admin.command(self._run, "revoke", node=None)
+
+    def update(self, wanted: Creation) -> dict[str, Any]:
+        """Change the configuration of a halted run."""
+        return self._admin.command(self._run, "update", config=dict(wanted.config))
+
+    def start(self) -> dict[str, Any]:
+        """Open a halted run."""
+        return self._admin.command(self._run, "start")
+
+    def pause(self) -> dict[str, Any]:
+        """Halt the run at the end of its epoch."""
+        return self._admin.pause(self._run)
+
+    def resume(self) -> dict[str, Any]:
+        """Open a paused run."""
+        return self._admin.resume(self._run)
+
+    def status(self) -> dict[str, Any]:
+        """Where the run stands."""
+        return self._admin.status(self._run)
+
+    def close(self) -> str:
+        """Remove a halted run from the server."""
+        self._admin.command(self._run, "close")
+        return f"run {self._run} is removed from {self._admin.url}"
+
+    def authorize(self, node: str | None) -> str:
+        """Let a node join, by its key in hex, or everybody."""
+        self._admin.command(self._run, "authorize", node=node)
+        return f"{node or 'everybody'} may join run {self._run}"
+
+    def revoke(self, node: str | None) -> str:
+        """Take it back."""
+        self._admin.command(self._run, "revoke", node=node)
+        if node is None:
+            return f"only nodes that were authorized by their keys may join run {self._run}"
+        return f"{node} may not join run {self._run} again"
+
+    def points(self) -> list[dict[str, Any]]:
+        """A point is a sample's share: an epoch's samples in equal parts to those who were well at its end."""
+        points: list[dict[str, Any]] = self.status()["points"]
+        return points
+
+    def claim(self, points: int | None) -> str:
+        """Refused: a server pays nothing."""
+        raise CoordinatorError(
+            f"{self._admin.url} counts points and pays nothing; a run on a chain with a treasurer does",
+            code="NoTreasurer",
+        )
+
+
+def _path(run_id: str) -> str:
+    return f"/v1/runs/{quote(run_id, safe='')}"

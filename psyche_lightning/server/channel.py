@@ -1,0 +1,170 @@
+"""What travels between a node and the coordinator's server over their one websocket.
+
+The server speaks first. Its frames are text: JSON lists that start with a word.
+
+- ``["hello", version, challenge]``: 32 random bytes in hex, fresh for each connection.
+- ``["state", {...}]``: the full state, Bloom filters left out; then ``["change", nonce, {...}]``: what differs from the
+  state with that nonce.
+- ``["ok", number, result]`` or ``["error", number, {"error", "code", "retryable", ...}]``: the answer to a request;
+  number 0 means the connection itself, which the server then closes.
+
+The node's frames are binary. The first proves who it is: its public key, then its signature of the challenge. Each
+later one is a request: a signature, then the canonical msgpack of ``[number, method, arguments]``. The signature covers
+purpose, run id, challenge and that msgpack, and numbers grow strictly within a connection; so a recorded request is
+refused on the same connection because its number was used, and on every other one because the challenge differs. A
+connection that never proves who it is only watches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from psyche_lightning.errors import CoordinatorError, ManifestMismatchError, PsycheError, WireError
+from psyche_lightning.wire.canonical import pack, sha256, unpack
+from psyche_lightning.wire.identity import KEY_SIZE, SIGNATURE_SIZE, Identity, short, verify
+
+VERSION = 1
+CHALLENGE_SIZE = 32
+MAX_FRAME_SIZE = 8 * 1024 * 1024
+CLOSE_REPLACED = 4001
+CLOSE_REFUSED = 4002
+HELLO = "psyche-lightning coordinator hello 1"
+REQUEST = "psyche-lightning coordinator request 1"
+
+METHODS: dict[str, tuple[type, ...]] = {
+    "terms": (),
+    "join": (str, bytes, str),
+    "withdraw": (),
+    "warmup_witness": (int, int, bytes),
+    "witness": (int, int, int, int, bool, bytes, bytes, bytes, list),
+    "health_check": (int, int, list),
+    "checkpoint": (int, int, bytes),
+    "accuse": (bytes, bytes),
+    "rounds": (int, int),
+    "sync": (),
+}
+"""Each request with the types of its arguments, which :mod:`~psyche_lightning.server.connection` names."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A verified request.
+
+    Attributes:
+        number: grows strictly within a connection, from 1.
+        method: a key of :data:`METHODS`.
+        arguments: as many and of the types that the method takes.
+    """
+
+    number: int
+    method: str
+    arguments: list[Any]
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """The canonical form of a manifest: JSON with sorted keys, no spaces, ASCII (invariant I9).
+
+    Raises:
+        CoordinatorError: it is not JSON (``InvalidManifest``).
+    """
+    try:
+        return json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CoordinatorError(f"the manifest is not JSON: {error}", code="InvalidManifest") from error
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> bytes:
+    """SHA-256 of :func:`manifest_text`, under which a server gives the manifest out."""
+    return sha256(manifest_text(manifest).encode())
+
+
+def seal_hello(identity: Identity, run_id: str, challenge: bytes) -> bytes:
+    """The node's first frame: its 32-byte public key and its 64-byte signature of the challenge."""
+    return identity.public + identity.sign(HELLO, run_id, challenge)
+
+
+def open_hello(frame: bytes, run_id: str, challenge: bytes) -> bytes:
+    """Verify a first frame and return the public key of the node.
+
+    Raises:
+        WireError: it has another size or the signature is wrong.
+    """
+    if len(frame) != KEY_SIZE + SIGNATURE_SIZE:
+        raise WireError(
+            f"the first frame has {len(frame)} bytes; expected a key of {KEY_SIZE} and a signature of {SIGNATURE_SIZE}"
+        )
+    public, signature = frame[:KEY_SIZE], frame[KEY_SIZE:]
+    if not verify(public, HELLO, run_id, challenge, signature):
+        raise WireError(f"wrong signature on the hello of {short(public)} for run {run_id!r}")
+    return public
+
+
+def seal_request(
+    identity: Identity, run_id: str, challenge: bytes, number: int, method: str, arguments: list[Any]
+) -> bytes:
+    """Sign a request; see the module's description for the layout."""
+    body = pack([number, method, arguments])
+    return identity.sign(REQUEST, run_id, challenge + body) + body
+
+
+def open_request(frame: bytes, public: bytes, run_id: str, challenge: bytes, last: int) -> Request:
+    """Verify and decode what :func:`seal_request` made.
+
+    Args:
+        frame: the websocket message.
+        public: the key that the connection belongs to.
+        run_id: the run that it is about.
+        challenge: the connection's own.
+        last: the number of the latest request of this connection.
+
+    Raises:
+        WireError: wrong signature, malformed, unknown method, wrong arguments, or a number that was used before.
+    """
+    signature, body = frame[:SIGNATURE_SIZE], frame[SIGNATURE_SIZE:]
+    if not verify(public, REQUEST, run_id, challenge + body, signature):
+        raise WireError(
+            f"wrong signature on a request of {short(public)}: it was changed under way, replayed from another "
+            f"connection, or meant for another run than {run_id!r}"
+        )
+    value = unpack(body, max_size=MAX_FRAME_SIZE)
+    if not isinstance(value, list) or len(value) != 3:
+        raise WireError("a request is a list of number, method and arguments")
+    number, method, arguments = value
+    if type(number) is not int or number <= last:
+        raise WireError(f"request number {number!r} after {last}: it was replayed; numbers grow with each request")
+    if not isinstance(method, str) or method not in METHODS:
+        raise WireError(f"unknown request {str(method)[:40]!r}; known are {', '.join(METHODS)}")
+    types = METHODS[method]
+    if not isinstance(arguments, list) or [type(value) for value in arguments] != list(types):
+        raise WireError(f"{method} takes ({', '.join(kind.__name__ for kind in types)})")
+    return Request(number, method, arguments)
+
+
+def problem(error: PsycheError, *, choices: list[str] | None = None) -> dict[str, Any]:
+    """``{"error", "code", "retryable"}``, with ``"differences"`` or ``"choices"`` where there are some."""
+    result: dict[str, Any] = {
+        "error": str(error),
+        "code": getattr(error, "code", type(error).__name__),
+        "retryable": getattr(error, "retryable", False),
+    }
+    if isinstance(error, ManifestMismatchError):
+        result["differences"] = error.differences
+    if choices is not None:
+        result["choices"] = choices
+    return result
+
+
+def coordinator_error(value: Any) -> CoordinatorError:
+    """The error that :func:`problem` described; anything else becomes a plain one."""
+    if not isinstance(value, dict) or not isinstance(value.get("error"), str):
+        return CoordinatorError("the coordinator refused without saying why")
+    differences = value.get("differences")
+    if isinstance(differences, list) and all(isinstance(row, list) and len(row) == 3 for row in differences):
+        return ManifestMismatchError(value["error"], [(str(field), run, own) for field, run, own in differences])
+    code = value.get("code")
+    return CoordinatorError(
+        value["error"], code=code if isinstance(code, str) else "Coordinator", retryable=value.get("retryable") is True
+    )

@@ -1,0 +1,451 @@
+"""The node's side of a coordinator server: one websocket, kept up through restarts and lost links."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import astuple, dataclass
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, stop_after_delay
+from tenacity.wait import wait_exponential, wait_random
+
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.protocol.codec import from_json, patch, round_from_json, state_from_json
+from psyche_lightning.protocol.requests import Report, Terms
+from psyche_lightning.protocol.state import CoordinatorConfig, Round, RunState, WitnessProof
+from psyche_lightning.server.admin import check_url
+from psyche_lightning.server.channel import (
+    CLOSE_REPLACED,
+    MAX_FRAME_SIZE,
+    VERSION,
+    coordinator_error,
+    manifest_digest,
+    manifest_text,
+    seal_hello,
+    seal_request,
+)
+from psyche_lightning.wire.identity import Identity, short
+
+ANSWER_TIMEOUT = 30.0
+HEARTBEAT = 20.0
+MAX_PROBLEM_SIZE = 64 * 1024
+FIRST_WAIT, LONGEST_WAIT = 0.5, 3.0
+REPEATED = {"DuplicateWitness", "InvalidWithdraw"}
+"""What a machine answers to a request that it has taken already; after a lost answer that means it worked."""
+
+
+@dataclass(eq=False)
+class _Call:
+    """A request on its way.
+
+    Attributes:
+        method: what is asked.
+        arguments: of the method.
+        answer: resolved by the server's answer.
+        sent: how often it was sent.
+    """
+
+    method: str
+    arguments: list[Any]
+    answer: asyncio.Future[Any]
+    sent: int = 0
+
+
+class _Lost(Exception):
+    """The connection failed in a way that trying again may cure."""
+
+
+class HttpCoordinator:
+    """A client of one run on a server (a :class:`~psyche_lightning.protocol.requests.Coordinator`).
+
+    It connects at the first call. Requests that are unanswered when the link breaks are sent again on the next one.
+
+    Args:
+        url: of the server, such as ``http://127.0.0.1:8080``.
+        run_id: the run.
+        identity: the node's key, which signs everything.
+        socket_factory: makes the sockets, for those who count bytes (as of ``aiohttp.TCPConnector``).
+        attempts: tries to reach the server at the start.
+        patience: seconds to keep trying once the run was reached.
+        connect_timeout: seconds for one try.
+        on_status: called with a line for people when the connection changes.
+
+    Raises:
+        ConfigError: the URL is none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        run_id: str,
+        identity: Identity,
+        *,
+        socket_factory: Callable[[Any], socket.socket] | None = None,
+        attempts: int = 5,
+        patience: float = 600.0,
+        connect_timeout: float = 5.0,
+        on_status: Callable[[str], None] | None = None,
+    ) -> None:
+        self.url = check_url(url)
+        self.run_id = run_id
+        self.signer = identity.public
+        self.status = f"not yet connected to {self.url}"
+        self._identity = identity
+        self._socket_factory = socket_factory
+        self._attempts = attempts
+        self._patience = patience
+        self._connect_timeout = connect_timeout
+        self._on_status = on_status
+        self._task: asyncio.Task[None] | None = None
+        self._socket: aiohttp.ClientWebSocketResponse[bool] | None = None
+        self._challenge = b""
+        self._number = 0
+        self._waiting: list[_Call] = []
+        self._in_flight: dict[int, _Call] = {}
+        self._state: RunState | None = None
+        self._state_json: dict[str, Any] = {}
+        self._watchers: set[asyncio.Event] = set()
+        self._failure: CoordinatorError | None = None
+        self._sending = asyncio.Lock()
+        self._stale = False
+        self._tasks: set[asyncio.Future[None]] = set()
+
+    # The protocol.
+
+    async def terms(self) -> Terms:
+        """What the run has fixed."""
+        config, unset, manifest = await self._call("terms", [])
+        return Terms(from_json(CoordinatorConfig, config), tuple(unset), manifest)
+
+    async def join(self, address: str, manifest: dict[str, Any]) -> None:
+        """Join; the manifest itself travels only when the server does not hold it."""
+        digest = manifest_digest(manifest)
+        try:
+            await self._call("join", [address, digest, ""])
+        except CoordinatorError as error:
+            if error.code != "ManifestNeeded":
+                raise
+            await self._call("join", [address, digest, manifest_text(manifest)])
+
+    async def withdraw(self) -> None:
+        """Leave the run."""
+        await self._call("withdraw", [])
+
+    async def warmup_witness(self, epoch: int, index: int, digest: bytes) -> None:
+        """Say which parameters this client holds."""
+        await self._call("warmup_witness", [epoch, index, digest])
+
+    async def witness(
+        self,
+        epoch: int,
+        height: int,
+        proof: WitnessProof,
+        merkle: bytes,
+        participants: bytes,
+        broadcasts: bytes,
+        report: Report,
+    ) -> None:
+        """Report as a witness."""
+        seat = [proof.position, proof.index, proof.witness]
+        await self._call("witness", [epoch, height, *seat, merkle, participants, broadcasts, list(astuple(report))])
+
+    async def health_check(self, epoch: int, height: int, signers: list[bytes]) -> int:
+        """Name silent clients."""
+        return int(await self._call("health_check", [epoch, height, signers]))
+
+    async def checkpoint(self, epoch: int, step: int, digest: bytes) -> None:
+        """Vote for the parameters at the end of an epoch."""
+        await self._call("checkpoint", [epoch, step, digest])
+
+    async def accuse(self, first: bytes, second: bytes) -> None:
+        """Show two signed results of one trainer for one batch."""
+        await self._call("accuse", [first, second])
+
+    async def rounds(self, epoch: int, first: int) -> list[Round]:
+        """The stored rounds of an epoch, from height ``first`` on."""
+        return [round_from_json(value) for value in await self._call("rounds", [epoch, first])]
+
+    async def watch(self) -> AsyncIterator[RunState]:
+        """The state now and after every change, newest only."""
+        self._start()
+        news = asyncio.Event()
+        self._watchers.add(news)
+        seen: RunState | None = None
+        try:
+            while True:
+                self._raise_failure()
+                if self._state is not None and self._state is not seen:
+                    seen = self._state
+                    yield seen
+                else:
+                    await news.wait()
+                news.clear()
+        finally:
+            self._watchers.discard(news)
+
+    async def close(self) -> None:
+        """End the connection; calls that are still open fail."""
+        self._fail(CoordinatorError(f"the connection to {self.url} was closed by this node", code="Closed"))
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    # The connection, one background task.
+
+    def _start(self) -> None:
+        self._raise_failure()
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="coordinator connection")
+
+    async def _call(self, method: str, arguments: list[Any]) -> Any:
+        self._start()
+        call = _Call(method, arguments, asyncio.get_running_loop().create_future())
+        self._waiting.append(call)
+        # The connection's task gives up by itself; this bounds what it cannot see.
+        timer = call.answer.get_loop().call_later(self._patience + ANSWER_TIMEOUT, self._overdue, call)
+        try:
+            await self._flush()
+            return await call.answer
+        finally:
+            timer.cancel()
+            self._waiting = [other for other in self._waiting if other is not call]
+            self._in_flight = {number: other for number, other in self._in_flight.items() if other is not call}
+
+    def _overdue(self, call: _Call) -> None:
+        if not call.answer.done():
+            text = f"{self.url} did not answer {call.method}; {self.status}"
+            call.answer.set_exception(CoordinatorError(text, code="Unreachable", retryable=True))
+
+    async def _flush(self) -> None:
+        """Send what waits, in order, if there is a connection; what cannot be sent waits for the next one."""
+        async with self._sending:
+            while self._socket is not None and self._waiting:
+                call = self._waiting.pop(0)
+                self._number += 1
+                self._in_flight[self._number] = call
+                call.sent += 1
+                frame = seal_request(
+                    self._identity, self.run_id, self._challenge, self._number, call.method, call.arguments
+                )
+                try:
+                    await self._socket.send_bytes(frame)
+                except (OSError, aiohttp.ClientError):
+                    return  # the connection's task sees the same and puts the call back
+
+    async def _run(self) -> None:
+        try:
+            connector = aiohttp.TCPConnector(socket_factory=self._socket_factory)
+            timeout = aiohttp.ClientTimeout(total=self._connect_timeout)
+            async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+                while self._failure is None:
+                    connection = await self._connect(session)
+                    try:
+                        await self._receive(connection)
+                    except _Lost as error:
+                        self._say(f"lost the coordinator at {self.url}: {error}; connecting again")
+                    finally:
+                        self._socket = None
+                        with contextlib.suppress(Exception):
+                            await asyncio.wait_for(connection.close(), 1.0)
+                    self._waiting = [*self._in_flight.values(), *self._waiting]
+                    self._in_flight = {}
+                    await asyncio.sleep(FIRST_WAIT)
+        except CoordinatorError as error:
+            self._fail(error)
+        except Exception as error:  # whatever it is, nobody may wait for this task in vain
+            self._fail(CoordinatorError(f"the coordinator client failed: {error!r}", code="Client"))
+            raise
+
+    async def _connect(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse[bool]:
+        reached = self._state is not None
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_Lost),
+            wait=wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT) + wait_random(0.0, FIRST_WAIT),
+            stop=stop_after_delay(self._patience) if reached else stop_after_attempt(self._attempts),
+            before_sleep=self._before_sleep,
+            reraise=True,
+        )
+        started = time.monotonic()
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    return await self._handshake(session)
+        except _Lost as error:
+            tries = retrying.statistics.get("attempt_number", self._attempts)
+            raise CoordinatorError(
+                f"cannot reach the coordinator at {self.url} for run {self.run_id!r}: {error}. "
+                f"Tried {tries} times in {time.monotonic() - started:.0f} s. Check the URL (--coordinator or "
+                "PSYCHE_COORDINATOR), that `psyche coordinator` runs there, and that no firewall is in between.",
+                code="Unreachable",
+                retryable=True,
+            ) from error
+        raise AssertionError("tenacity returns or raises")
+
+    async def _handshake(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse[bool]:
+        """Open the websocket and prove who we are; the first state completes it."""
+        path = f"{self.url}/v1/runs/{quote(self.run_id, safe='')}"
+        try:
+            connection = await session.ws_connect(
+                f"{path}/watch", compress=15, max_msg_size=MAX_FRAME_SIZE, heartbeat=HEARTBEAT
+            )
+        except aiohttp.WSServerHandshakeError as error:
+            if error.status >= 500:
+                raise _Lost(f"it answered {error.status}") from error
+            raise await self._refusal(session, path, error.status) from error
+        except asyncio.TimeoutError as error:
+            raise _Lost(f"no answer within {self._connect_timeout:.0f} s") from error
+        except (OSError, aiohttp.ClientError) as error:
+            raise _Lost(str(error)) from error
+        try:
+            kind, *values = self._frame(await connection.receive(self._connect_timeout))
+            if kind != "hello" or len(values) != 2 or values[0] != VERSION:
+                raise CoordinatorError(
+                    f"{self.url} speaks another protocol than version {VERSION}: {[kind, *values]!r:.80}. "
+                    "Use the same version of psyche-lightning on the nodes and the coordinator.",
+                    code="WrongVersion",
+                )
+            self._challenge = bytes.fromhex(values[1])
+            self._number = 0
+            await connection.send_bytes(seal_hello(self._identity, self.run_id, self._challenge))
+            self._handle(self._frame(await connection.receive(self._connect_timeout)))
+        except asyncio.TimeoutError as error:
+            await connection.close()
+            raise _Lost(f"it opened a websocket and fell silent for {self._connect_timeout:.0f} s") from error
+        except (OSError, aiohttp.ClientError, ValueError, TypeError) as error:
+            await connection.close()
+            raise _Lost(str(error)) from error
+        except BaseException:
+            await connection.close()
+            raise
+        self._say(f"connected to the coordinator at {self.url}")
+        self._socket = connection
+        return connection
+
+    async def _refusal(self, session: aiohttp.ClientSession, path: str, status: int) -> CoordinatorError:
+        """Why the server did not open the websocket, in its own words."""
+        try:
+            async with session.get(path) as answer:
+                problem = json.loads(await answer.content.read(MAX_PROBLEM_SIZE))
+            if answer.status >= 400:
+                return coordinator_error(problem)
+        except (OSError, aiohttp.ClientError, asyncio.TimeoutError, ValueError):
+            pass
+        return CoordinatorError(
+            f"{self.url} answered {status} and is not a psyche coordinator, or a proxy before it refuses websockets",
+            code="Unreachable",
+        )
+
+    async def _receive(self, connection: aiohttp.ClientWebSocketResponse[bool]) -> None:
+        """Handle frames until the connection is lost, which always ends it."""
+        await self._flush()
+        while True:
+            try:
+                self._handle(self._frame(await connection.receive()))
+            except (OSError, aiohttp.ClientError, ValueError, TypeError, LookupError) as error:
+                raise _Lost(str(error) or type(error).__name__) from error
+            if self._stale:  # a change that does not fit what we have: ask for everything
+                self._stale = False
+                self._waiting.append(_Call("sync", [], asyncio.get_running_loop().create_future()))
+                await self._flush()
+
+    def _frame(self, message: Any) -> list[Any]:
+        if message.type is aiohttp.WSMsgType.TEXT:
+            value = json.loads(message.data)
+            if isinstance(value, list) and value and isinstance(value[0], str):
+                return value
+            raise ValueError("it sent something that is not a frame")
+        if message.type is aiohttp.WSMsgType.CLOSE and message.data == CLOSE_REPLACED:
+            raise CoordinatorError(
+                f"another process joined run {self.run_id!r} with this node's key {short(self._identity.public)}. "
+                "Give each process its own node directory.",
+                code="Replaced",
+            )
+        if message.type is aiohttp.WSMsgType.ERROR:
+            raise ValueError(str(message.data))
+        raise ValueError(f"it closed the connection ({message.type.name.lower()} {message.data or ''})")
+
+    def _handle(self, frame: list[Any]) -> None:
+        kind, *values = frame
+        if kind == "state":
+            self._take(values[0])
+        elif kind == "change":
+            if self._state is None or values[0] != self._state.nonce:
+                self._stale = True
+            else:
+                self._take(patch(self._state_json, values[1]))
+        elif kind == "ok":
+            call = self._in_flight.pop(values[0], None)
+            if call is not None and not call.answer.done():
+                call.answer.set_result(values[1])
+        elif kind == "error":
+            error = coordinator_error(values[1])
+            if values[0] == 0:
+                raise error
+            self._refused(self._in_flight.pop(values[0], None), error)
+        else:
+            raise ValueError(f"it sent an unknown frame {kind[:20]!r}")
+
+    def _take(self, value: dict[str, Any]) -> None:
+        state = state_from_json(value)
+        if self._state is not None and state.nonce < self._state.nonce:
+            raise CoordinatorError(
+                f"run {self.run_id!r} at {self.url} went back from change {self._state.nonce} to {state.nonce}: "
+                "the coordinator was started with another or an older directory. Start it with the right --dir.",
+                code="WentBack",
+            )
+        self._state, self._state_json = state, value
+        for news in self._watchers:
+            news.set()
+
+    def _refused(self, call: _Call | None, error: CoordinatorError) -> None:
+        if call is None or call.answer.done():
+            return
+        if call.sent > 1 and error.code in REPEATED:
+            call.answer.set_result(None)
+        elif error.code == "StoreFailed" and call.sent <= self._patience / LONGEST_WAIT:
+            self._say(f"the coordinator at {self.url} cannot store changes; asking again: {error}")
+            asyncio.get_running_loop().call_later(LONGEST_WAIT, self._again, call)
+        else:
+            call.answer.set_exception(error)
+
+    def _again(self, call: _Call) -> None:
+        if not call.answer.done():
+            self._waiting.append(call)
+            task = asyncio.ensure_future(self._flush())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    # What people see, and the end.
+
+    def _before_sleep(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        wait = state.next_action.sleep if state.next_action else 0.0
+        self._say(
+            f"cannot reach the coordinator at {self.url} (try {state.attempt_number}: {error}); next in {wait:.1f} s"
+        )
+
+    def _say(self, status: str) -> None:
+        self.status = status
+        if self._on_status is not None:
+            self._on_status(status)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _fail(self, error: CoordinatorError) -> None:
+        if self._failure is None:
+            self._failure = error
+        for call in [*self._in_flight.values(), *self._waiting]:
+            if not call.answer.done():
+                call.answer.set_exception(error)
+        for news in self._watchers:
+            news.set()

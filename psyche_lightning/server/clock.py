@@ -1,0 +1,99 @@
+"""How far this machine's clock is from a server's, from the Date that HTTP answers carry."""
+
+from __future__ import annotations
+
+import email.utils
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.server.admin import check_url
+
+LOOKS = 8
+SPREAD = 0.13
+"""Seconds between looks: together they see a second of the server's begin."""
+TIMEOUT = 5.0
+
+
+@dataclass(frozen=True)
+class ClockReading:
+    """Another clock, seen from here; all in seconds.
+
+    Attributes:
+        offset: by how much it is ahead of this machine's.
+        uncertainty: by how much that may be wrong.
+        answer_seconds: how long the quickest answer took, connecting included.
+    """
+
+    offset: float
+    uncertainty: float
+    answer_seconds: float
+
+
+@dataclass(frozen=True)
+class Look:
+    """One answer: sent and received by this machine's clock, and what the other said in between, in whole seconds."""
+
+    sent: float
+    received: float
+    said: float
+
+
+def combine(looks: Sequence[Look]) -> ClockReading:
+    """What several answers tell together.
+
+    A clock that said ``s`` stood somewhere in ``[s, s + 1)`` at some time between sending and receiving, so it is ahead
+    by more than ``s - received`` and by less than ``s + 1 - sent``; each answer narrows that down.
+    """
+    low = max(look.said - look.received for look in looks)
+    high = min(look.said + 1 - look.sent for look in looks)
+    return ClockReading((low + high) / 2, abs(high - low) / 2, min(look.received - look.sent for look in looks))
+
+
+def read_clock(
+    url: str,
+    *,
+    clock: Callable[[], float] = time.time,
+    sleep: Callable[[float], None] = time.sleep,
+    looks: int = LOOKS,
+) -> ClockReading:
+    """Ask a server a few times; takes about a second.
+
+    Args:
+        url: of the server.
+        clock: seconds since 1970.
+        sleep: waits.
+        looks: how often to ask.
+
+    Raises:
+        ConfigError: the URL is none.
+        CoordinatorError: it does not answer, or does not say what time it is.
+    """
+    url = check_url(url)
+    local = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+    found = []
+    for number in range(looks):
+        if number:
+            sleep(SPREAD)
+        request = urllib.request.Request(f"{url}/v1/runs", method="HEAD")
+        sent = clock()
+        try:
+            with opener.open(request, timeout=TIMEOUT) as answer:
+                received, said = clock(), answer.headers["Date"]
+        except urllib.error.HTTPError as error:  # whatever it thinks of the request, it says when
+            received, said = clock(), error.headers["Date"]
+            error.close()
+        except OSError as error:
+            raise CoordinatorError(
+                f"cannot reach {url}: {getattr(error, 'reason', error)}", code="Unreachable", retryable=True
+            ) from error
+        try:
+            found.append(Look(sent, received, email.utils.parsedate_to_datetime(said or "").timestamp()))
+        except (TypeError, ValueError):
+            raise CoordinatorError(f"{url} does not say what time it is", code="NoClock") from None
+    return combine(found)

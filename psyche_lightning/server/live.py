@@ -1,0 +1,196 @@
+"""A run under way: the pure :class:`RunHost` with a clock, a store, and those who watch it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
+
+from psyche_lightning import aio
+from psyche_lightning.errors import PsycheError
+from psyche_lightning.protocol.state import Round, RunState
+
+if TYPE_CHECKING:
+    from psyche_lightning.coordinator.host import RunHost
+    from psyche_lightning.server.store import Store
+
+T = TypeVar("T")
+SAVE_AGAIN = 1.0
+"""Seconds between attempts to store a change that the disk refused."""
+
+
+MAX_MANIFESTS = 8
+SHORTEST_WAIT = 0.001
+"""Seconds: timers may fire a little early, and a clock that lags must not turn the wait into a spin."""
+
+
+class LiveRun:
+    """Applies changes to a run one at a time, from any thread, and moves it on as far as it goes without waiting.
+
+    A change is stored before it shows anywhere (invariant I8): :attr:`state` is what was stored last. While the store
+    refuses, the run takes no further change, and what was changed but not stored is tried again first.
+
+    Args:
+        host: the run.
+        clock: seconds; may jump, but the run never sees it go back.
+        store: where changes are kept; None for a run that ends with its process.
+
+    Attributes:
+        host: the run, for looking at.
+        state: as it was stored last.
+        manifests: some of those with which nodes joined, by digest.
+    """
+
+    def __init__(self, host: RunHost, clock: Callable[[], float], store: Store | None = None) -> None:
+        self.host = host
+        self.state: RunState = host.state
+        self._clock = clock
+        self._store = store
+        self._now = float("-inf")
+        self._unsaved = False
+        self._lock = threading.RLock()
+        self._listeners: list[Callable[[], None]] = []
+        self.manifests: dict[bytes, dict[str, Any]] = {}
+
+    @classmethod
+    def of(cls, host: RunHost, clock: Callable[[], float]) -> LiveRun:
+        """The one live run of a host without a store; everybody in the process who shares the host shares it."""
+        with _sharing:
+            run = _shared.get(id(host))  # which is the host's own as long as the run, which holds it, lives
+            if run is None:
+                run = _shared[id(host)] = cls(host, clock)
+            return run
+
+    def rounds(self, epoch: int, first: int) -> list[Round]:
+        """The stored rounds of that epoch from height ``first`` on; empty if not all of them are kept."""
+        with self._lock:
+            self._save()
+            return self.host.rounds(epoch, first)
+
+    def keep_manifest(self, digest: bytes, manifest: dict[str, Any]) -> None:
+        """Remember a manifest with which a node joined; nodes of one run have few different ones."""
+        if len(self.manifests) < MAX_MANIFESTS:
+            self.manifests[digest] = manifest
+
+    def act(self, action: Callable[[RunHost, float], T]) -> T:
+        """Apply ``action(host, now)``, move the run on, store, announce, and return the action's result.
+
+        Raises:
+            PsycheError: the action's own error, in which case nothing changed; or the store's, in which case the change
+                is not announced, and doing it again is the right thing.
+        """
+        with self._lock:
+            self._save()
+            result = action(self.host, self._time())
+            self._unsaved = True
+            self._advance()
+            return result
+
+    def tick(self) -> None:
+        """Move the run on if time has come, then store and announce it; cheap when nothing is due.
+
+        Raises:
+            PsycheError: the store refused.
+        """
+        with self._lock:
+            self._save()
+            self._advance()
+
+    def wait_time(self) -> float | None:
+        """Seconds until :meth:`tick` has something to do, or None when only a change can move the run on."""
+        with self._lock:
+            if self._unsaved:
+                return SAVE_AGAIN
+            deadline = self.host.deadline()
+            return None if deadline is None else max(SHORTEST_WAIT, deadline - self._time())
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Have ``listener()`` called, from any thread, after every change; returns how to end that."""
+        with self._lock:
+            self._listeners.append(listener)
+
+        def end() -> None:
+            with self._lock, contextlib.suppress(ValueError):
+                self._listeners.remove(listener)
+
+        return end
+
+    def news(self) -> News:
+        """A subscription for the running event loop."""
+        return News(self)
+
+    async def keep_time(self) -> None:
+        """Tick at the run's deadlines until cancelled, on the running event loop."""
+        with self.news() as news:
+            while True:
+                with contextlib.suppress(PsycheError):  # the store refused: wait_time() says when to try again
+                    self.tick()
+                await news.wait(self.wait_time())
+
+    def _time(self) -> float:
+        self._now = max(self._now, self._clock())
+        return self._now
+
+    def _advance(self) -> None:
+        self._unsaved = self.host.tick(self._time()) or self._unsaved
+        self._save()
+
+    def _save(self) -> None:
+        if not self._unsaved:
+            return
+        if self._store is not None:
+            self._store.save(self.host)
+        self._unsaved = False
+        self.state = self.host.state
+        for listener in list(self._listeners):
+            listener()
+
+
+_sharing = threading.Lock()
+_shared: WeakValueDictionary[int, LiveRun] = WeakValueDictionary()
+
+
+class News:
+    """Wakes one task of an event loop when a run changed; a context manager."""
+
+    def __init__(self, run: LiveRun) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._event = asyncio.Event()
+        self._end = run.subscribe(self.wake)
+
+    def __enter__(self) -> News:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def wake(self) -> None:
+        """Wake the task; from any thread."""
+        try:
+            current = asyncio.get_running_loop()
+        except RuntimeError:
+            current = None
+        if current is self._loop:
+            self._event.set()
+        else:
+            with contextlib.suppress(RuntimeError):  # that loop was closed
+                self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self, timeout: float | None) -> None:
+        """Return after the next change, at once if one came since the last call, or after ``timeout`` seconds."""
+        await aio.news(self._event, timeout)
+        self._event.clear()
+
+
+async def states(run: LiveRun) -> AsyncIterator[RunState]:
+    """The state now and after every change, newest only."""
+    with run.news() as news:
+        seen: RunState | None = None
+        while True:
+            if run.state is not seen:
+                seen = run.state
+                yield seen
+            await news.wait(None)

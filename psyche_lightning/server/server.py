@@ -1,0 +1,356 @@
+"""The coordinator as a server: several runs, JSON for people, a websocket for each node, a page at ``/``.
+
+Who may do what: nodes sign everything (see :mod:`~psyche_lightning.server.channel`); creating and changing
+runs takes the token if the server has one; looking is free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import time
+from collections.abc import Awaitable, Callable
+from importlib import resources
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from psyche_lightning.coordinator.creation import check_settings, create_host
+from psyche_lightning.errors import CoordinatorError, PsycheError
+from psyche_lightning.protocol.codec import round_to_json
+from psyche_lightning.server.channel import CHALLENGE_SIZE, MAX_FRAME_SIZE, manifest_digest, manifest_text, problem
+from psyche_lightning.server.connection import Session
+from psyche_lightning.server.live import LiveRun
+from psyche_lightning.server.status import run_line, run_status
+from psyche_lightning.server.store import Store
+from psyche_lightning.wire.identity import KEY_SIZE
+
+MAX_BODY_SIZE = MAX_FRAME_SIZE
+RECONNECT_TIME = 10.0
+"""Seconds on top of the grace in which nodes find a coordinator that was restarted."""
+STATUS = {
+    "UnknownRun": 404,
+    "UnknownManifest": 404,
+    "Unauthorized": 401,
+    "RunExists": 409,
+    "UpdateConfigNotHalted": 409,
+    "CloseCoordinatorNotHalted": 409,
+    "StoreFailed": 503,
+    "TooLarge": 413,
+}
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class CoordinatorServer:
+    """Serves the runs of a store.
+
+    Args:
+        store: where the runs are kept; what it holds goes on.
+        clock: seconds since 1970.
+        entropy: returns that many random bytes.
+        token: what those must show who create and change runs; None lets everybody.
+        grace: seconds in which a node whose connection broke may come back before it counts as gone.
+        heartbeat: seconds between pings; a node that is silent for one and a half of them is disconnected.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        clock: Callable[[], float] = time.time,
+        entropy: Callable[[int], bytes] = os.urandom,
+        token: str | None = None,
+        grace: float = 5.0,
+        heartbeat: float = 20.0,
+    ) -> None:
+        self.runs: dict[str, LiveRun] = {}
+        self._store = store
+        self._clock = clock
+        self._entropy = entropy
+        self._token = token
+        self._grace = grace
+        self._heartbeat = heartbeat
+        self._sessions: dict[tuple[str, bytes], Session] = {}
+        self._sockets: set[web.WebSocketResponse] = set()
+        self._leaving: dict[tuple[str, bytes], asyncio.TimerHandle] = {}
+        self._timekeepers: dict[str, asyncio.Task[None]] = {}
+        self._runner: web.AppRunner | None = None
+        self._stopping = False
+
+    async def start(self, host: str = "127.0.0.1", port: int = 8080) -> str:
+        """Load the runs, listen, and return the URL.
+
+        Raises:
+            PsycheError: the store cannot be read, or the address cannot be listened on.
+        """
+        for run_host in self._store.load():
+            run = self._add(LiveRun(run_host, self._clock, self._store))
+            run.act(lambda host, now: host.restarted(now))
+            for member in run_host.members():
+                self._expect(run, member, self._grace + RECONNECT_TIME, "not back after the coordinator's restart")
+        self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=2.0)
+        await self._runner.setup()
+        try:
+            site = web.TCPSite(self._runner, host, port)
+            await site.start()
+        except OSError as error:
+            await self.stop()
+            raise CoordinatorError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port; 0 takes any."
+            ) from error
+        # A server that listens has at least one address.
+        listening, bound = self._runner.addresses[0][:2]
+        return f"http://{f'[{listening}]' if ':' in listening else listening}:{bound}"
+
+    async def stop(self) -> None:
+        """Close every connection and stop listening; the runs stay in the store."""
+        self._stopping = True
+        for handle in self._leaving.values():
+            handle.cancel()
+        for task in self._timekeepers.values():
+            task.cancel()
+        await asyncio.gather(*self._timekeepers.values(), return_exceptions=True)
+        closing = [asyncio.wait_for(socket.close(code=1001, message=b"going down"), 1.0) for socket in self._sockets]
+        await asyncio.gather(*closing, return_exceptions=True)
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    def _add(self, run: LiveRun) -> LiveRun:
+        self.runs[run.state.run_id] = run
+        self._timekeepers[run.state.run_id] = asyncio.get_running_loop().create_task(run.keep_time())
+        return run
+
+    # Nodes that come and go.
+
+    def _arrived(self, session: Session) -> None:
+        key = (session.run.state.run_id, session.signer)
+        timer = self._leaving.pop(key, None)
+        if timer is not None:
+            timer.cancel()
+        old, self._sessions[key] = self._sessions.get(key), session
+        if old is not None:
+            old.replace()
+
+    def _gone(self, session: Session) -> None:
+        key = (session.run.state.run_id, session.signer)
+        if self._sessions.get(key) is session and not self._stopping:
+            del self._sessions[key]
+            self._expect(session.run, session.signer, self._grace, session.reason)
+
+    def _expect(self, run: LiveRun, signer: bytes, wait: float, reason: str) -> None:
+        """Drop the node unless it comes back within ``wait`` seconds."""
+        key = (run.state.run_id, signer)
+        self._leaving[key] = asyncio.get_running_loop().call_later(wait, self._drop, run, signer, reason)
+
+    def _drop(self, run: LiveRun, signer: bytes, reason: str) -> None:
+        self._leaving.pop((run.state.run_id, signer), None)
+        try:
+            run.act(lambda host, now: host.disconnected(signer, now, reason))
+        except PsycheError:  # the store refuses: it stays a member until changes can be stored again
+            self._expect(run, signer, self._grace, reason)
+
+    # Requests.
+
+    def _application(self) -> web.Application:
+        application = web.Application(middlewares=[_errors], client_max_size=MAX_BODY_SIZE)
+        run = "/v1/runs/{run}"
+        application.add_routes(
+            [
+                web.get("/", self._page),
+                web.get("/v1/runs", self._list),
+                web.post("/v1/runs", self._create),
+                web.get(run, self._status),
+                web.get(run + "/rounds", self._rounds),
+                web.get(run + "/watch", self._watch),
+                web.post(run + "/pause", self._pause),
+                web.post(run + "/resume", self._resume),
+                web.post(run + "/start", self._start),
+                web.post(run + "/update", self._update),
+                web.post(run + "/authorize", self._allow),
+                web.post(run + "/revoke", self._forbid),
+                web.post(run + "/close", self._close),
+                web.get("/v1/manifests/{digest}", self._manifest),
+            ]
+        )
+        return application
+
+    def _run(self, request: web.Request) -> LiveRun:
+        run_id = request.match_info["run"]
+        if run_id not in self.runs:
+            known = ", ".join(sorted(self.runs)) or "none yet"
+            raise CoordinatorError(
+                f"no run {run_id[:40]!r} on this coordinator; its runs are: {known}. "
+                "Create it with `psyche run create`, or check PSYCHE_RUN.",
+                code="UnknownRun",
+            )
+        return self.runs[run_id]
+
+    def _authorize(self, request: web.Request) -> None:
+        shown = request.headers.get("Authorization", "")
+        if self._token is not None and not hmac.compare_digest(shown.encode(), f"Bearer {self._token}".encode()):
+            raise CoordinatorError(
+                "creating and changing runs takes this coordinator's token: "
+                "pass --token or set PSYCHE_COORDINATOR_TOKEN",
+                code="Unauthorized",
+            )
+
+    async def _body(self, request: web.Request) -> dict[str, Any]:
+        # A page of another site can make a browser post plain text here, but not JSON.
+        if request.content_type != "application/json":
+            raise CoordinatorError("send application/json", code="BadRequest")
+        try:
+            value = await request.json()
+        except (ValueError, RecursionError) as error:
+            raise CoordinatorError(f"the body is not JSON: {error}", code="BadRequest") from error
+        if not isinstance(value, dict):
+            raise CoordinatorError("the body is not a JSON object", code="BadRequest")
+        return value
+
+    async def _page(self, request: web.Request) -> web.Response:
+        page = resources.files("psyche_lightning.server").joinpath("page.html").read_text("utf-8")
+        return web.Response(text=page, content_type="text/html")
+
+    async def _list(self, request: web.Request) -> web.Response:
+        return web.json_response({"runs": [run_line(run) for run in self.runs.values()]})
+
+    async def _create(self, request: web.Request) -> web.Response:
+        self._authorize(request)
+        body = await self._body(request)
+        host = create_host(body, self._entropy)
+        run_id = host.state.run_id
+        if run_id not in self.runs:
+            host.begin(self._clock())
+            self._store.create(host, body)
+            self._add(LiveRun(host, self._clock, self._store))
+        elif self._store.created(run_id) != body:  # asked again in the same way, an answer was lost
+            raise CoordinatorError(
+                f"run {run_id!r} exists already with other values. Choose another name, or look at it with "
+                f"`psyche run status {run_id}`.",
+                code="RunExists",
+            )
+        return web.json_response(run_status(self.runs[run_id]), status=201)
+
+    async def _status(self, request: web.Request) -> web.Response:
+        run = self._run(request)
+        return web.json_response(run_status(run, _number(request, "events"), _number(request, "metrics")))
+
+    async def _rounds(self, request: web.Request) -> web.Response:
+        run = self._run(request)
+        rounds = run.rounds(_number(request, "epoch"), _number(request, "first"))
+        return web.json_response({"rounds": [round_to_json(value) for value in rounds]})
+
+    async def _pause(self, request: web.Request) -> web.Response:
+        return await self._command(request, lambda host, now: host.pause(now))
+
+    async def _resume(self, request: web.Request) -> web.Response:
+        return await self._command(request, lambda host, now: host.resume(now))
+
+    async def _start(self, request: web.Request) -> web.Response:
+        return await self._command(request, lambda host, now: host.start(now))
+
+    async def _update(self, request: web.Request) -> web.Response:
+        config = (await self._body(request)).get("config")
+        if not isinstance(config, dict):
+            raise CoordinatorError("config is not a JSON object of settings such as total_steps", code="BadRequest")
+        values = check_settings(config)
+        return await self._command(request, lambda host, now: host.update(values, now))
+
+    async def _allow(self, request: web.Request) -> web.Response:
+        node = await self._node(request)
+        return await self._command(request, lambda host, _: host.allow(node))
+
+    async def _forbid(self, request: web.Request) -> web.Response:
+        node = await self._node(request)
+        return await self._command(request, lambda host, _: host.forbid(node))
+
+    async def _node(self, request: web.Request) -> bytes | None:
+        """The node key in a request's body; None for everybody."""
+        node = (await self._body(request)).get("node")
+        if node is None:
+            return None
+        try:
+            key = bytes.fromhex(node)
+        except (TypeError, ValueError):
+            key = b""
+        if len(key) != KEY_SIZE:
+            raise CoordinatorError(
+                f"{str(node)[:80]!r} is not a node key: expected {2 * KEY_SIZE} hexadecimal digits, as `psyche run "
+                "status --json` shows them",
+                code="BadRequest",
+            )
+        return key
+
+    async def _close(self, request: web.Request) -> web.Response:
+        run = self._run(request)
+        self._authorize(request)
+        await self._body(request)
+        run_id = run.state.run_id
+        if not run.state.phase.halted:
+            raise CoordinatorError(
+                f"run {run_id!r} is open, in phase {run.state.phase.name}; pause it first: `psyche run pause {run_id}`",
+                code="CloseCoordinatorNotHalted",
+            )
+        self._store.remove(run_id)
+        del self.runs[run_id]
+        self._timekeepers.pop(run_id).cancel()
+        for key, session in list(self._sessions.items()):
+            if key[0] == run_id:
+                session.end()
+        return web.json_response({"closed": run_id})
+
+    async def _command(self, request: web.Request, action: Callable[[Any, float], None]) -> web.Response:
+        run = self._run(request)
+        self._authorize(request)
+        await self._body(request)
+        run.act(action)
+        return web.json_response(run_status(run))
+
+    async def _manifest(self, request: web.Request) -> web.Response:
+        wanted = request.match_info["digest"]
+        for run in self.runs.values():
+            manifest = run.host.manifest
+            if manifest is not None and manifest_digest(manifest).hex() == wanted:
+                return web.Response(text=manifest_text(manifest), content_type="application/json")
+        raise CoordinatorError(f"no run has a manifest with the digest {wanted[:64]!r}", code="UnknownManifest")
+
+    async def _watch(self, request: web.Request) -> web.StreamResponse:
+        run = self._run(request)
+        origin = request.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != request.host:
+            raise CoordinatorError("a page of another site may not watch", code="Unauthorized")
+        socket = web.WebSocketResponse(heartbeat=self._heartbeat, max_msg_size=MAX_FRAME_SIZE, compress=True)
+        await socket.prepare(request)
+        session = Session(run, socket, self._entropy(CHALLENGE_SIZE), self._arrived)
+        self._sockets.add(socket)
+        try:
+            await session.serve()
+        finally:
+            self._sockets.discard(socket)
+            self._gone(session)
+        return socket
+
+
+def _number(request: web.Request, name: str) -> int:
+    text = request.query.get(name, "0")
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise CoordinatorError(f"{name}={text[:20]!r} is not a number", code="BadRequest")
+    return int(text)
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer every refusal with JSON that says what to do."""
+    try:
+        return await handler(request)
+    except PsycheError as error:
+        value = problem(error)
+        status = STATUS.get(value["code"], 400)
+    except web.HTTPRequestEntityTooLarge:
+        text = f"the body is larger than {MAX_BODY_SIZE} bytes"
+        value, status = problem(CoordinatorError(text, code="TooLarge")), 413
+    except web.HTTPException as error:
+        text = f"{request.method} {request.path[:80]}: {error.reason}. GET / shows a page, GET /v1/runs the runs."
+        value, status = problem(CoordinatorError(text, code="BadRequest")), error.status
+    return web.json_response(value, status=status)

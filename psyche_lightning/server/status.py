@@ -1,0 +1,88 @@
+"""A run as JSON for people and the programs that they write."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.state import Client, ClientStatus, Phase
+from psyche_lightning.server.channel import manifest_digest
+from psyche_lightning.server.live import LiveRun
+from psyche_lightning.wire.identity import short
+
+
+def run_line(run: LiveRun) -> dict[str, Any]:
+    """``run_id``, ``phase``, ``epoch``, ``height``, ``step``, ``total_steps``, ``clients``: what a list shows."""
+    state = run.state
+    return {
+        "run_id": state.run_id,
+        "phase": state.phase.name.lower(),
+        "epoch": state.epoch,
+        "height": state.current.height if state.current and state.phase.active else None,
+        "step": state.step,
+        "total_steps": None if "total_steps" in run.host.unset else state.config.total_steps,
+        "clients": sum(client.status is ClientStatus.HEALTHY for client in state.clients),
+    }
+
+
+def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dict[str, Any]:
+    """Everything that a person may want to know of a run.
+
+    Args:
+        run: the run.
+        events_from: number of the first event to give; numbers count from 0 over the whole run.
+        metrics_from: number of the first round's figures to give.
+
+    Returns:
+        JSON-able: the fields of :func:`run_line`, ``nonce``, ``config`` (null for what the first node will fix),
+        ``pending_pause``, ``checkpoint``, ``manifest_digest``; ``clients`` (of the epoch), ``exited`` and ``pending``,
+        each with key, status and latest figures; ``points``; ``allowed`` (node keys that may join, null for everyone);
+        ``events`` and ``metrics``, and how many there are of each.
+    """
+    host, state = run.host, run.state
+    reports = host.reports
+    config = asdict(state.config)
+    if "global_batch_size" in host.unset:
+        config["global_batch_size_start"] = config["global_batch_size_end"] = None
+    if "total_steps" in host.unset:
+        config["total_steps"] = None
+    # Between two epochs the clients of the last one are members who wait again, or gone.
+    clients = () if state.phase is Phase.WAITING_FOR_MEMBERS else state.clients
+    known = {client.signer for client in clients}
+    return {
+        **run_line(run),
+        "nonce": state.nonce,
+        "pending_pause": state.pending_pause,
+        "checkpoint": {"step": state.checkpoint.step, "digest": state.checkpoint.digest.hex()},
+        "manifest_digest": manifest_digest(host.manifest).hex() if host.manifest is not None else None,
+        "config": config,
+        "clients": [_member(client, client.status.name.lower(), reports) for client in clients],
+        "exited": [_member(client, client.status.name.lower(), reports) for client in state.exited_clients],
+        "pending": [_member(client, "pending", reports) for client in host.pending() if client.signer not in known],
+        "points": [
+            {"node": signer.hex(), "earned": points, "slashed": 0, "claimed": 0}
+            for signer, points in host.points.items()
+        ],
+        "allowed": None if host.allowed is None else [key.hex() for key in host.allowed],
+        "event_count": host.event_count,
+        "metric_count": host.metric_count,
+        "events": [asdict(event) for event in host.events_since(events_from)],
+        "metrics": [asdict(row) for row in host.metrics_since(metrics_from)],
+    }
+
+
+def _member(client: Client, status: str, reports: dict[bytes, Report]) -> dict[str, Any]:
+    report = reports.get(client.signer)
+    return {
+        "key": short(client.signer),
+        "signer": client.signer.hex(),
+        "address": client.address,
+        "status": status,
+        "step": report.step if report else None,
+        "loss": report.loss if report and math.isfinite(report.loss) else None,
+        "tokens_per_second": report.tokens_per_second if report else None,
+        "bytes_up": report.bytes_up if report else None,
+        "bytes_down": report.bytes_down if report else None,
+    }

@@ -1,0 +1,263 @@
+"""Where a server keeps its runs: SQLite on disk, or memory (invariant I8)."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from psyche_lightning.coordinator.history import MAX_EVENTS, MAX_METRICS
+from psyche_lightning.coordinator.host import MAX_HISTORY, RunHost
+from psyche_lightning.errors import CoordinatorError, PsycheError, WireError
+
+FILE = "coordinator.sqlite3"
+CHANGING_METRICS = 2
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS run (run_id TEXT PRIMARY KEY, created TEXT NOT NULL, state TEXT);
+CREATE TABLE IF NOT EXISTS manifest (run_id TEXT PRIMARY KEY, text TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS entry (
+    run_id TEXT, kind TEXT, number INTEGER, text TEXT NOT NULL, PRIMARY KEY (run_id, kind, number)
+) WITHOUT ROWID;
+"""
+
+
+class Store(Protocol):
+    """Keeps runs. What a method returned from is durable."""
+
+    def load(self) -> list[RunHost]:
+        """Every run, in the order of creation.
+
+        Raises:
+            PsycheError: what is stored cannot be read.
+        """
+        ...
+
+    def create(self, host: RunHost, created: dict[str, Any]) -> None:
+        """Keep a new run, and the request that made it.
+
+        Raises:
+            CoordinatorError: it cannot be stored (``StoreFailed``, retryable); nothing is kept.
+        """
+
+    def created(self, run_id: str) -> dict[str, Any]:
+        """The request that made the run."""
+        ...
+
+    def remove(self, run_id: str) -> None:
+        """Forget a run.
+
+        Raises:
+            CoordinatorError: as :meth:`create`; it is still there.
+        """
+
+    def save(self, host: RunHost) -> None:
+        """Keep a change of a run.
+
+        Raises:
+            CoordinatorError: as :meth:`create`; the next call stores what this one could not.
+        """
+
+    def close(self) -> None:
+        """Release the files."""
+
+
+class MemoryStore:
+    """Keeps runs as long as the process lives."""
+
+    def __init__(self) -> None:
+        self._hosts: dict[str, RunHost] = {}
+        self._created: dict[str, dict[str, Any]] = {}
+
+    def load(self) -> list[RunHost]:
+        """The runs themselves."""
+        return list(self._hosts.values())
+
+    def create(self, host: RunHost, created: dict[str, Any]) -> None:
+        """Keep the run."""
+        self._hosts[host.state.run_id], self._created[host.state.run_id] = host, created
+
+    def created(self, run_id: str) -> dict[str, Any]:
+        """The request that made the run."""
+        return self._created[run_id]
+
+    def remove(self, run_id: str) -> None:
+        """Forget the run."""
+        del self._hosts[run_id], self._created[run_id]
+
+    def save(self, host: RunHost) -> None:
+        """Nothing to do: the run is the one that is kept."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+@dataclass
+class _Saved:
+    """How far a run is stored.
+
+    Attributes:
+        epoch: whose rounds are stored.
+        height: of the newest one.
+        events: how many there were.
+        metrics: how many there were.
+        manifest: the stored one.
+    """
+
+    epoch: int = 0
+    height: int = 0
+    events: int = 0
+    metrics: int = 0
+    manifest: dict[str, Any] | None = None
+
+
+class SqliteStore:
+    """Keeps runs in one SQLite file; each change is on the disk when the call returns.
+
+    A run is a row that each change rewrites, and entries (rounds of the epoch, events, figures) that it adds.
+
+    Args:
+        directory: where the file is; made if missing. One process at a time can have it.
+
+    Raises:
+        CoordinatorError: it cannot be opened (``StoreFailed``).
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / FILE
+        self._saved: dict[str, _Saved] = {}
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._failed("open", error.strerror or str(error)) from error
+        try:
+            # The server's loop is one thread, but it need not be the one that opened the file.
+            self._database = sqlite3.connect(self._path, timeout=2.0, isolation_level=None, check_same_thread=False)
+            self._database.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=FULL")
+            self._database.executescript(f"BEGIN EXCLUSIVE; {_SCHEMA} COMMIT;")
+        except sqlite3.Error as error:
+            locked = "locked" in str(error)
+            reason = "another coordinator uses it" if locked else str(error)
+            raise self._failed("open", reason) from error
+
+    def load(self) -> list[RunHost]:
+        """Read every run."""
+        hosts = []
+        try:
+            rows = self._database.execute("SELECT run_id, state FROM run WHERE state IS NOT NULL ORDER BY rowid")
+            for run_id, text in rows.fetchall():
+                manifest = self._database.execute("SELECT text FROM manifest WHERE run_id = ?", (run_id,)).fetchone()
+                data = {
+                    **json.loads(text),
+                    "manifest": json.loads(manifest[0]) if manifest else None,
+                    "history": self._entries(run_id, "round")[1],
+                    "events": dict(zip(("first", "items"), self._entries(run_id, "event"), strict=True)),
+                    "metrics": dict(zip(("first", "items"), self._entries(run_id, "metric"), strict=True)),
+                }
+                host = RunHost.load(data)
+                self._saved[run_id] = _saved(host)
+                hosts.append(host)
+        except (sqlite3.Error, ValueError, TypeError, WireError) as error:
+            raise CoordinatorError(
+                f"the coordinator's store {self._path} cannot be read: {error}. "
+                "Restore it, or start with another --dir.",
+                code="StoreFailed",
+            ) from error
+        return hosts
+
+    def create(self, host: RunHost, created: dict[str, Any]) -> None:
+        """Insert a run."""
+        run_id = host.state.run_id
+        with self._transaction():
+            self._database.execute("INSERT INTO run (run_id, created) VALUES (?, ?)", (run_id, json.dumps(created)))
+            self._write(host, _Saved())
+        self._saved[run_id] = _saved(host)
+
+    def created(self, run_id: str) -> dict[str, Any]:
+        """The request that made the run."""
+        row = self._database.execute("SELECT created FROM run WHERE run_id = ?", (run_id,)).fetchone()
+        created: dict[str, Any] = json.loads(row[0])
+        return created
+
+    def remove(self, run_id: str) -> None:
+        """Delete the run."""
+        with self._transaction():
+            for table in ("run", "manifest", "entry"):
+                self._database.execute(f"DELETE FROM {table} WHERE run_id = ?", (run_id,))
+        self._saved.pop(run_id, None)
+
+    def save(self, host: RunHost) -> None:
+        """Write what changed."""
+        with self._transaction():
+            self._write(host, self._saved[host.state.run_id])
+        self._saved[host.state.run_id] = _saved(host)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def _write(self, host: RunHost, saved: _Saved) -> None:
+        run_id = host.state.run_id
+        if host.history_epoch != saved.epoch:
+            self._database.execute("DELETE FROM entry WHERE run_id = ? AND kind = 'round'", (run_id,))
+            saved = _Saved(host.history_epoch, 0, saved.events, saved.metrics, saved.manifest)
+        data = host.dump(
+            rounds_from=saved.height,
+            events_from=saved.events,
+            metrics_from=max(0, saved.metrics - CHANGING_METRICS),
+        )
+        rounds = data.pop("history")
+        first = rounds[0]["height"] if rounds else 0
+        self._append(run_id, "round", first, rounds, MAX_HISTORY)
+        self._append(run_id, "event", **data.pop("events"), limit=MAX_EVENTS)
+        self._append(run_id, "metric", **data.pop("metrics"), limit=MAX_METRICS)
+        manifest = data.pop("manifest")
+        if manifest is not saved.manifest:
+            self._database.execute("REPLACE INTO manifest VALUES (?, ?)", (run_id, json.dumps(manifest)))
+        self._database.execute("UPDATE run SET state = ? WHERE run_id = ?", (json.dumps(data), run_id))
+
+    def _append(self, run_id: str, kind: str, first: int, items: list[Any], limit: int) -> None:
+        rows = [(run_id, kind, number, json.dumps(item)) for number, item in enumerate(items, first)]
+        self._database.executemany("REPLACE INTO entry VALUES (?, ?, ?, ?)", rows)
+        if rows:
+            old = (run_id, kind, first + len(rows) - limit)
+            self._database.execute("DELETE FROM entry WHERE run_id = ? AND kind = ? AND number < ?", old)
+
+    def _entries(self, run_id: str, kind: str) -> tuple[int, list[Any]]:
+        rows = self._database.execute(
+            "SELECT number, text FROM entry WHERE run_id = ? AND kind = ? ORDER BY number", (run_id, kind)
+        ).fetchall()
+        return (rows[0][0] if rows else 0), [json.loads(text) for _, text in rows]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            yield
+            self._database.execute("COMMIT")
+        except BaseException as error:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise self._failed("write", str(error)) from error
+            raise
+
+    def _failed(self, what: str, reason: str) -> PsycheError:
+        advice = "Stop what uses it, make the directory writable, or start with another --dir."
+        if what == "write":
+            advice = "The run takes no change until it can be stored: free space or make the directory writable."
+        return CoordinatorError(
+            f"cannot {what} the coordinator's store {self._path}: {reason}. {advice}",
+            code="StoreFailed",
+            retryable=what == "write",
+        )
+
+
+def _saved(host: RunHost) -> _Saved:
+    height = host.history[-1].height if host.history else 0
+    return _Saved(host.history_epoch, height, host.event_count, host.metric_count, host.manifest)

@@ -1,0 +1,1 @@
+"""Whole runs in virtual time, with the real node core and the real coordinator machine."""

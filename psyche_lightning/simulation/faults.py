@@ -1,0 +1,194 @@
+"""What goes wrong in a simulated history, and when: all of it drawn from the scenario's seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.protocol.state import Phase, RunState
+from psyche_lightning.simulation.node import SimNode
+from psyche_lightning.simulation.scenario import Scenario
+from psyche_lightning.wire.canonical import sha256
+
+
+class World(Protocol):
+    """What faults act on: a history under way.
+
+    Attributes:
+        scenario: what may happen.
+        rng: the history's randomness.
+        now: virtual seconds.
+        nodes: all that there ever were.
+        host: the coordinator; None while it is down.
+        disk: what a coordinator that is down had stored.
+    """
+
+    scenario: Scenario
+    rng: random.Random
+    now: float
+    nodes: list[SimNode]
+    host: RunHost | None
+    disk: dict[str, Any]
+
+    def at(self, delay: float, action: Callable[[], None]) -> None:
+        """Does something after ``delay`` virtual seconds."""
+
+    def trace(self, text: str) -> None:
+        """Notes something for whoever reads the history."""
+
+    def state(self) -> RunState:
+        """The run's state, which outlives the coordinator."""
+        ...
+
+    def changed(self) -> None:
+        """Announces a change of the coordinator's state."""
+
+    def start(self, node: SimNode) -> None:
+        """Starts a node that is not running, unless it went for good."""
+
+    def add_node(self) -> SimNode:
+        """A new node, which is not running yet."""
+        ...
+
+
+class Faults:
+    """Kills nodes and the coordinator, cuts links, flips bits, pauses the run.
+
+    Args:
+        simulation: the history.
+
+    Attributes:
+        count: faults so far, lost messages and payloads included.
+    """
+
+    def __init__(self, simulation: World) -> None:
+        self.count = 0
+        self._simulation = simulation
+        self._rng = simulation.rng
+        self._cut: set[frozenset[int]] = set()
+
+    def plan(self) -> None:
+        """Put everything that the scenario has into the history."""
+        simulation, rng, scenario = self._simulation, self._rng, self._simulation.scenario
+        at, nodes, calm = simulation.at, simulation.nodes, scenario.calm
+        for _ in range(scenario.kills):
+            node = rng.choice(nodes)
+            at(rng.uniform(5, calm), lambda node=node: self._kill(node))  # type: ignore[misc]
+        for number in range(scenario.replacements):
+            at(rng.uniform(20, calm), lambda node=nodes[-1 - number]: self._replace(node))  # type: ignore[misc]
+        for _ in range(scenario.flips):
+            node = rng.choice(nodes)
+            at(rng.uniform(10, calm), lambda node=node: self._flip(node))  # type: ignore[misc]
+        for _ in range(scenario.coordinator_kills):
+            at(rng.uniform(5, calm), self._kill_coordinator)
+        for _ in range(scenario.pauses):
+            at(rng.uniform(3, 60), self._pause)
+        for _ in range(scenario.cuts):
+            pair = frozenset(rng.sample(range(scenario.nodes), 2))
+            start = rng.uniform(5, calm)
+            at(start, lambda pair=pair: self._cut.add(pair))  # type: ignore[misc]
+            at(start + rng.uniform(5, 60), lambda pair=pair: self._cut.discard(pair))  # type: ignore[misc]
+            self.count += 1
+
+    # --- the network ------------------------------------------------------------------------------------------------
+
+    def lost(self) -> bool:
+        """Whether a message or a request is lost."""
+        scenario = self._simulation.scenario
+        lost = self._simulation.now < scenario.calm and self._rng.random() < scenario.loss
+        self.count += lost
+        return lost
+
+    def payload_lost(self) -> bool:
+        """Whether a payload is not delivered; that goes on to the end of the run."""
+        lost = self._rng.random() < self._simulation.scenario.payload_loss
+        self.count += lost
+        return lost
+
+    def severed(self, a: SimNode, b: SimNode) -> bool:
+        """Whether two nodes cannot reach each other."""
+        return frozenset((a.index, b.index)) in self._cut
+
+    # --- nodes ------------------------------------------------------------------------------------------------------
+
+    def end(self, node: SimNode) -> None:
+        """Kill a node."""
+        self.count += 1
+        self._simulation.trace(f"kill {node.name}")
+        node.end()
+
+    def _kill(self, node: SimNode) -> None:
+        if node.core is None or node.done:
+            return
+        self.end(node)
+        if self._rng.random() < 0.6:
+            grace = self._rng.uniform(1, 6)
+            self._simulation.at(grace, lambda life=node.life: self._vanished(node, life))  # type: ignore[misc]
+        self._simulation.at(self._rng.uniform(0.5, 40), lambda: self._simulation.start(node))
+
+    def _replace(self, node: SimNode) -> None:
+        """A node goes for good, with its disk; another comes in its place."""
+        if node.gone or node.done:
+            return
+        self.end(node)
+        node.gone, node.blobs, node.promises = True, {}, {}
+        grace = self._rng.uniform(1, 6)
+        self._simulation.at(grace, lambda life=node.life: self._vanished(node, life))  # type: ignore[misc]
+        fresh = self._simulation.add_node()
+        self._simulation.at(self._rng.uniform(1, 30), lambda: self._simulation.start(fresh))
+
+    def _flip(self, node: SimNode) -> None:
+        """The parameters of a node change by themselves; after the last step, nobody would look at them again."""
+        more = self._simulation.state().step <= self._simulation.scenario.steps
+        if more and node.core is not None and not node.done:
+            self.count += 1
+            self._simulation.trace(f"the parameters of {node.name} change by themselves")
+            node.head, node.flipped = sha256(node.head, b"flipped"), True
+
+    def _vanished(self, node: SimNode, life: int) -> None:
+        host = self._simulation.host
+        if host is not None and node.core is None and node.life == life:
+            host.disconnected(node.identity.public, self._simulation.now, "no connection")
+            self._simulation.changed()
+
+    # --- the coordinator --------------------------------------------------------------------------------------------
+
+    def _kill_coordinator(self) -> None:
+        simulation = self._simulation
+        if simulation.host is None:
+            return
+        self.count += 1
+        simulation.trace("kill the coordinator")
+        # It had stored every change before it announced it.
+        simulation.disk, simulation.host = simulation.host.dump(), None
+        simulation.at(self._rng.uniform(0.5, 15), self._restart_coordinator)
+
+    def _restart_coordinator(self) -> None:
+        simulation = self._simulation
+        simulation.trace("restart the coordinator")
+        simulation.host = RunHost.load(simulation.disk)
+        simulation.host.restarted(simulation.now)
+        simulation.changed()
+
+    def _pause(self) -> None:
+        simulation = self._simulation
+        if simulation.host is None:
+            simulation.at(1.0, self._pause)
+        elif not simulation.host.state.phase.halted:
+            self.count += 1
+            simulation.trace("pause")
+            simulation.host.pause(simulation.now)
+            simulation.changed()
+            simulation.at(self._rng.uniform(1, 30), self._resume)
+
+    def _resume(self) -> None:
+        """Resume once the run has halted; nothing to do where it came to its end."""
+        simulation = self._simulation
+        if simulation.host is None or simulation.host.state.pending_pause:
+            simulation.at(1.0, self._resume)
+        elif simulation.host.state.phase is Phase.PAUSED:
+            simulation.trace("resume")
+            simulation.host.resume(simulation.now)
+            simulation.changed()

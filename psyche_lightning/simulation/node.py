@@ -1,0 +1,125 @@
+"""A node of the simulator: its disk, its core, and a training thread whose tensors are hash chains."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+from psyche_lightning.node import events as ev
+from psyche_lightning.node.book import Row
+from psyche_lightning.node.core import NodeCore
+from psyche_lightning.protocol.messages import Envelope, Result
+from psyche_lightning.protocol.open_ids import OpenIds, count
+from psyche_lightning.wire.canonical import pack, sha256, unpack
+from psyche_lightning.wire.identity import Identity, short
+
+LAYOUT = sha256(b"simulated layout")
+BAD = b"malformed"
+ABSTENTIONS = 0.01
+
+
+@dataclass
+class SimNode:
+    """A node: what survives a kill (identity, blobs, promises, ledger) and what does not.
+
+    Attributes:
+        head: its parameters, a hash chain over everything that was applied.
+        buffers: another one, which each node's training changes in its own way.
+        cheat: what it does wrong on purpose, or empty.
+        life: how often it was killed.
+        queue: what its training thread has to do.
+        done: why it left the finished run.
+        gone: whether it will not come back.
+        flipped: whether its parameters may differ from the others'.
+        young: blobs since the last :class:`~psyche_lightning.node.events.Keep`.
+    """
+
+    index: int
+    identity: Identity
+    cheat: str = ""
+    blobs: dict[bytes, bytes] = field(default_factory=dict)
+    promises: dict[str, Envelope] = field(default_factory=dict)
+    core: NodeCore | None = None
+    life: int = 0
+    head: bytes = b""
+    buffers: bytes = b""
+    peers: tuple[bytes, ...] = ()
+    queue: deque[ev.Effect] = field(default_factory=deque)
+    working: bool = False
+    done: str = ""
+    gone: bool = False
+    flipped: bool = False
+    open_ids: OpenIds = ()
+    book: list[Row] = field(default_factory=list)
+    young: set[bytes] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """Short key, as in the logs."""
+        return short(self.identity.public)
+
+    @property
+    def digest(self) -> bytes:
+        """Digest of its parameters, to which the open ids belong."""
+        return sha256(pack([self.head, self.open_ids]))
+
+    def begin(self, core: NodeCore) -> None:
+        """Come to life with parameters of its own."""
+        seed = self.identity.public, bytes([self.life])
+        self.core, self.open_ids, self.flipped = core, (), False
+        self.head, self.buffers = sha256(b"initial", *seed), sha256(b"buffers", *seed)
+
+    def end(self) -> None:
+        """Be killed: what is not on disk is lost."""
+        self.core, self.working = None, False
+        self.life += 1
+        self.queue.clear()
+
+    def put(self, blob: bytes) -> bytes:
+        """Store a blob."""
+        digest = sha256(blob)
+        self.blobs[digest] = blob
+        self.young.add(digest)
+        return digest
+
+    def keep(self, kept: set[bytes], promises: tuple[str, ...]) -> None:
+        """Forget everything else, but blobs that are new only the next time."""
+        self.blobs = {key: blob for key, blob in self.blobs.items() if key in kept | self.young}
+        self.promises = {key: self.promises[key] for key in promises}
+        self.young.clear()
+
+    def load(self, blob: bytes) -> None:
+        """Take parameters that some node stored."""
+        self.head, open_ids = unpack(blob, max_size=1 << 20)
+        self.open_ids, self.flipped = tuple(map(tuple, open_ids)), False
+        self.put(blob)
+
+    def perform(self, task: ev.Effect, rng: random.Random) -> ev.Event:
+        """Do what the training thread does by itself."""
+        match task:
+            case ev.Train(epoch, height, step, batch):
+                blob = (BAD if self.cheat == "malformed" else b"ok") + sha256(
+                    self.identity.public, self.head, f"{epoch} {height}".encode()
+                )
+                start, end = batch[0]
+                tokens = 0 if rng.random() < ABSTENTIONS else count(batch)
+                self.buffers = sha256(self.buffers, self.identity.public)
+                result = Result(
+                    epoch, height, step, start, end, 0, self.put(blob), len(blob), LAYOUT, (1,), 0, tokens, batch[1:]
+                )
+                return ev.Trained(epoch, height, result)
+            case ev.Apply(epoch, height, payloads, lrs, due, _, prints, open_ids):
+                if payloads:  # as in the runtime, an empty set leaves the parameters alone
+                    self.head = sha256(self.head, *(self.blobs[payload] for payload in payloads), repr(lrs).encode())
+                self.open_ids = open_ids
+                return ev.Applied(epoch, height, self._store() if due else b"", self.head[:8] if prints else b"")
+            case ev.TakeSnapshot(open_ids):
+                self.open_ids = open_ids
+                return ev.SnapshotTaken(self._store())
+            case ev.ShareBuffers(epoch):
+                return ev.BuffersTaken(epoch, self.put(self.buffers))
+        raise AssertionError(task)
+
+    def _store(self) -> bytes:
+        return self.put(pack([self.head, self.open_ids]))

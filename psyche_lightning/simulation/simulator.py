@@ -1,0 +1,461 @@
+"""Whole runs in virtual time: the real node core and coordinator machine under faults drawn from a seed.
+
+The network loses, delays, reorders and duplicates messages; nodes and the coordinator are killed and restarted;
+links are cut; some nodes cheat. The parameters are a hash chain instead of tensors, so that a node that applied
+anything else than the others is seen at once. ``psyche sim --seed N`` replays one history exactly.
+"""
+
+from __future__ import annotations
+
+import heapq
+import multiprocessing
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.node import events as ev
+from psyche_lightning.node.audit import Ledger, audit
+from psyche_lightning.node.book import row_of
+from psyche_lightning.node.core import NodeCore
+from psyche_lightning.node.settings import Settings
+from psyche_lightning.protocol.messages import Envelope, Result, seal
+from psyche_lightning.protocol.open_ids import count
+from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.state import CoordinatorConfig, Phase, RunState
+from psyche_lightning.simulation.faults import Faults
+from psyche_lightning.simulation.node import BAD, LAYOUT, SimNode
+from psyche_lightning.simulation.scenario import Outcome, Scenario, SimulationError
+from psyche_lightning.wire.canonical import sha256
+from psyche_lightning.wire.identity import Identity
+
+RUN = "sim"
+TICK = 0.5
+HORIZON = 4000.0
+"""Virtual seconds after which a history that has not finished counts as hanging."""
+
+
+class Simulation:
+    """One history.
+
+    Args:
+        scenario: what may happen.
+        trace: called with ``(virtual time, text)`` for everything worth reading.
+    """
+
+    def __init__(self, scenario: Scenario, trace: Callable[[float, str], None] | None = None) -> None:
+        self.scenario = scenario
+        self.rng = random.Random(f"history {scenario.seed}")
+        self.now = 0.0
+        self._trace = trace
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+        self._by_key: dict[bytes, SimNode] = {}
+        self._applied: dict[tuple[int, int], dict[bytes, tuple[bytes, str]]] = {}
+        self._trained: dict[tuple[int, int], bytes] = {}
+        self._buffers: dict[int, bytes] = {}
+        self._restless: set[int] = set()
+        self.faults = Faults(self)
+        batch = scenario.nodes * 2
+        config = CoordinatorConfig(
+            warmup_time=20.0,
+            cooldown_time=20.0,
+            max_round_train_time=20.0,
+            round_witness_time=5.0,
+            epoch_time=90.0,
+            global_batch_size_start=batch,
+            global_batch_size_end=batch,
+            total_steps=scenario.steps,
+            init_min_clients=max(2, scenario.nodes - 2),
+            min_clients=2,
+            waiting_for_members_extra_time=3.0,
+        )
+        self.host: RunHost | None = RunHost(RUN, config, seed=scenario.seed, manifest={"run": {}})
+        self.host.begin(0.0)
+        self.disk: dict[str, Any] = {}
+        self._announced = -1
+        self._held, self._lost = b"", 0
+        self.nodes: list[SimNode] = []
+        for _ in range(scenario.nodes):
+            self.add_node()
+        self._taken = self._repaired = 0
+        for node in self.nodes[: scenario.cheats]:
+            node.cheat = self.rng.choice(["malformed", "equivocate"])
+
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def at(self, delay: float, action: Callable[[], None]) -> None:
+        """Do something after ``delay`` virtual seconds."""
+        self._count += 1
+        heapq.heappush(self._queue, (self.now + delay, self._count, action))
+
+    def trace(self, text: str) -> None:
+        """Note something for whoever reads the history."""
+        if self._trace:
+            self._trace(self.now, text)
+
+    def run(self) -> Outcome:
+        """Play the history to its end.
+
+        Raises:
+            SimulationError: replicas differed, the run hung or ended without its steps.
+        """
+        for node in self.nodes:
+            self.at(self.rng.uniform(0, 3), lambda node=node: self.start(node))  # type: ignore[misc]
+        self.faults.plan()
+        self._tick_coordinator()
+        while self._queue:
+            self.now, _, action = heapq.heappop(self._queue)
+            if self.now > HORIZON:
+                waits = "; ".join(f"{n.name} {n.core.waiting()}" for n in self.nodes if n.core and not n.done)
+                raise self._error(f"it hangs: {waits}")
+            try:
+                action()
+            except SimulationError:
+                raise
+            except Exception as error:
+                raise self._error(f"{type(error).__name__}: {error}") from error
+            if all(node.done or node.gone for node in self.nodes):
+                break
+        return self._outcome()
+
+    def _error(self, what: str) -> SimulationError:
+        seed = self.scenario.seed
+        return SimulationError(f"simulated history {seed}: {what}\n  replay it: psyche sim --seed {seed} --trace")
+
+    def _outcome(self) -> Outcome:
+        state = self.state()
+        if state.phase is not Phase.FINISHED or state.step != self.scenario.steps + 1:
+            raise self._error(f"it ended in {state.phase.name} at step {state.step} of {self.scenario.steps}")
+        digest = state.checkpoint.digest
+        wrong = [n.name for n in self.nodes if not n.gone and n.digest != digest and "nobody gave" not in n.done]
+        if not digest or wrong:
+            raise self._error(f"{', '.join(wrong) or 'everybody'} ended with other parameters than agreed")
+        ledger = self._audit()
+        return Outcome(
+            self.scenario,
+            self.now,
+            len(self._applied),
+            digest,
+            state.epoch,
+            self.faults.count,
+            again=count((line.start, line.end) for line in ledger.lines if line.again),
+            untrained=count(ledger.untrained),
+            snapshots=self._taken,
+            repaired=self._repaired,
+        )
+
+    def _audit(self) -> Ledger:
+        """The run's ledger, from the books of all nodes that there ever were.
+
+        Raises:
+            SimulationError: it is not complete, though faults do not excuse that: an id was lost, or trained twice.
+        """
+        rows = [row for node in self.nodes for row in node.book]
+        ledger = audit(rows)
+        seen = ledger.rounds + count(ledger.missing)
+        if ledger.last_step != self.scenario.steps or seen != self.scenario.steps:
+            ledger.problems.append(f"{seen} rounds up to step {ledger.last_step} of {self.scenario.steps}")
+        excused = 0
+        if self._lost:  # everybody who held the parameters is gone for good, with what was not written down yet
+            excused += len(ledger.lost) + len(ledger.missing)
+        trained: Counter[int] = Counter()
+        for line in ledger.lines:
+            trained[line.step] += count([(line.start, line.end)])
+        if any(count(row["again"]) > trained[row["step"]] for row in rows):  # more failed than a round takes again
+            excused += bool(ledger.overdue)
+        if len(ledger.problems) > excused:
+            raise self._error(f"the ledger is not complete: {'; '.join(ledger.problems[:3])}")
+        return ledger
+
+    def _latency(self) -> float:
+        return self.rng.uniform(0.001, self.scenario.delay)
+
+    # --- coordinator --------------------------------------------------------------------------------------------------
+
+    def state(self) -> RunState:
+        """The run's state, which outlives the coordinator."""
+        return (self.host or RunHost.load(self.disk)).state
+
+    def _tick_coordinator(self) -> None:
+        if self.host is not None and self.host.tick(self.now):
+            self.changed()
+        self.at(TICK, self._tick_coordinator)
+
+    def changed(self) -> None:
+        """Announce a change; what arrives late is skipped, as a websocket that sends the newest does."""
+        assert self.host is not None
+        if self.host.state.nonce == self._announced:
+            return
+        self._announced = self.host.state.nonce
+        held, self._held = self._held, self.host.state.checkpoint.digest
+        self._lost += bool(held) and not self._held
+        for node in self.nodes:
+            if node.core is not None:
+                self.at(self._latency(), lambda node=node, life=node.life: self._push(node, life))  # type: ignore[misc]
+
+    def _push(self, node: SimNode, life: int) -> None:
+        if (
+            self.host is not None
+            and node.life == life
+            and not (self.now < self.scenario.calm and self.rng.random() < self.scenario.loss / 2)
+        ):
+            self._give(node, ev.StateSeen(self.host.state))
+
+    def _call(self, node: SimNode, call: ev.Call, life: int) -> None:
+        def fail(code: str, text: str, retryable: bool) -> None:
+            self.at(self._latency(), lambda: self._give_if(node, life, ev.CallFailed(call, code, text, retryable)))
+
+        if self.faults.lost() or self.host is None:
+            fail("Unreachable", "the coordinator did not answer", True)
+            return
+        host, me = self.host, node.identity.public
+        try:
+            match call:
+                case ev.Join():
+                    host.join(me, me, node.name, {"run": {}}, self.now)
+                case ev.WarmupWitness(epoch, index, digest):
+                    host.warmup_witness(me, epoch, index, digest, self.now)
+                case ev.Witness(epoch, height, proof, merkle, participants, broadcasts):
+                    report = Report()
+                    host.witness(me, epoch, height, proof, merkle, participants, broadcasts, report, self.now)
+                case ev.HealthCheck(epoch, height, signers):
+                    host.health_check(me, epoch, height, list(signers), self.now)
+                case ev.Vote(epoch, step, digest):
+                    host.checkpoint(me, epoch, step, digest, self.now)
+                case ev.Accuse(first_result, second_result):
+                    host.accuse(me, first_result.raw, second_result.raw, self.now)
+                case ev.AskRounds(epoch, first):
+                    rounds = tuple(host.rounds(epoch, first))
+                    self.at(self._latency(), lambda: self._give_if(node, life, ev.RoundsSeen(epoch, first, rounds)))
+        except CoordinatorError as error:
+            if isinstance(call, ev.Join) and not error.retryable:  # as the runtime does
+                self.faults.end(node)
+                node.gone = True
+            fail(error.code, str(error), error.retryable)
+            return
+        self.changed()
+        self.at(self._latency(), lambda: self._push(node, life))
+
+    # --- nodes --------------------------------------------------------------------------------------------------------
+
+    def add_node(self) -> SimNode:
+        """A new node, which is not running yet."""
+        node = SimNode(len(self.nodes), Identity(sha256(b"node", len(self.nodes).to_bytes(2, "little"))))
+        self.nodes.append(node)
+        self._by_key[node.identity.public] = node
+        return node
+
+    def start(self, node: SimNode) -> None:
+        """Start a node that is not running, unless it went for good."""
+        if node.gone or node.core is not None:
+            return
+        self.trace(f"start {node.name}")
+        key = node.identity.public
+        settings = Settings(
+            self.scenario.overlap, 3, LAYOUT, 64, True, keep_bytes=self.scenario.keep_bytes, tensors=("head",)
+        )
+        seal_ = lambda message: seal(node.identity, RUN, message)  # noqa: E731 - a name would say no more
+        kept = {
+            key: envelope
+            for key, envelope in node.promises.items()
+            if not isinstance(envelope.message, Result) or envelope.message.payload in node.blobs
+        }
+        node.begin(NodeCore(key, key, RUN, settings, seal_, kept))
+        state = self.state()
+        if state.phase is not Phase.WAITING_FOR_MEMBERS:
+            self._restless.add(state.epoch)  # the buffers of a node that was killed are lost
+        self._push_tick(node, node.life)
+        self._push(node, node.life)
+
+    def _push_tick(self, node: SimNode, life: int) -> None:
+        if node.life == life and node.core is not None and not node.done:
+            if self.host is not None and self.rng.random() < 0.2:
+                self._push(node, life)  # a reconnect brings the newest state
+            self._give(node, ev.Tick())
+            self.at(TICK, lambda: self._push_tick(node, life))
+
+    def _give_if(self, node: SimNode, life: int, event: ev.Event) -> None:
+        if node.life == life:
+            self._give(node, event)
+
+    def _give(self, node: SimNode, event: ev.Event) -> None:
+        if node.core is None:
+            return
+        for effect in node.core.handle(event, self.now):
+            self._carry_out(node, effect)
+
+    def _carry_out(self, node: SimNode, effect: ev.Effect) -> None:
+        life = node.life
+        match effect:
+            case ev.Broadcast(envelope):
+                for index, peer in enumerate(node.peers):
+                    self._send(node, peer, self._told(node, envelope, index))
+            case ev.SendTo(peer, envelope):
+                self._send(node, peer, envelope)
+            case ev.Promise(key, envelope):
+                if key in node.promises and node.promises[key] != envelope:
+                    raise self._error(f"{node.name} signed twice for {key}")
+                node.promises[key] = envelope
+            case ev.SetPeers(peers):
+                node.peers = tuple(key for key, _ in peers)
+            case ev.Fetch(payload, _, providers):
+                self.at(self._latency(), lambda: self._fetch(node, life, payload, list(providers)))
+            case ev.Train() | ev.Apply() | ev.TakeSnapshot() | ev.Load() | ev.ShareBuffers() | ev.LoadBuffers():
+                node.queue.append(effect)
+                self._work(node)
+            case ev.Keep(snapshots, payloads, promises):
+                node.keep({*snapshots, *payloads}, promises)
+            case ev.WriteDown(records):
+                node.book += [row_of(RUN, record) for record in records]
+            case ev.Say(_, text):
+                if text.endswith("training with this node's own"):
+                    self._restless.add(self.state().epoch)
+                node.flipped = node.flipped or text.startswith("nobody has the list")  # others may decide otherwise
+                self._repaired += text.startswith("the first tensor that differed was 'head'")
+                self.trace(f"{node.name}: {text}")
+            case ev.Finish(reason):
+                node.done = reason
+                self.trace(f"{node.name} leaves: {reason}")
+            case (
+                ev.Join()
+                | ev.WarmupWitness()
+                | ev.Witness()
+                | ev.HealthCheck()
+                | ev.Vote()
+                | ev.AskRounds()
+                | ev.Accuse()
+            ):
+                self.at(self._latency(), lambda: self._call(node, effect, life))
+            case ev.Diagnose():
+                pass  # it is for people
+
+    def _told(self, node: SimNode, envelope: Envelope, index: int) -> Envelope:
+        """A cheat tells half of its peers of another result for the same batch."""
+        message = envelope.message
+        if node.cheat != "equivocate" or not isinstance(message, Result) or index % 2:
+            return envelope
+        other = Result(**{**message.__dict__, "nonce": message.nonce + 1})
+        return seal(node.identity, RUN, other)
+
+    def _send(self, node: SimNode, peer: bytes, envelope: Envelope) -> None:
+        target = self._by_key.get(peer)
+        if target is None or self.faults.lost() or self.faults.severed(node, target):
+            return
+        life = target.life
+        copies = 2 if self.rng.random() < self.scenario.duplicate else 1
+        for _ in range(copies):
+            self.at(self._latency(), lambda: self._give_if(target, life, ev.Received(envelope)))
+
+    def _fetch(self, node: SimNode, life: int, digest: bytes, providers: list[bytes]) -> None:
+        """Try one provider after another, each with its delay and chance of failure."""
+        if node.life != life:
+            return
+        while providers:
+            source = self._by_key[providers.pop(0)]
+            if not self._lets_in(source, node) or self.faults.lost():
+                continue
+            if digest not in source.blobs or self.faults.payload_lost():
+                continue
+            data = source.blobs[digest]
+            if data.startswith(BAD):
+                self._give(node, ev.Fetched(digest, "a malformed payload", refused=True))
+                return
+            node.put(data)
+            self._give(node, ev.Fetched(digest))
+            return
+        self._give(node, ev.Fetched(digest, "nobody has it"))
+
+    def _lets_in(self, source: SimNode, node: SimNode) -> bool:
+        """Whether a node can fetch from another, which serves only its peers."""
+        known = source.core is not None and node.identity.public in source.peers
+        return known and not self.faults.severed(node, source)
+
+    # --- the training thread ------------------------------------------------------------------------------------------
+
+    def _work(self, node: SimNode) -> None:
+        if node.working or not node.queue:
+            return
+        node.working = True
+        task, life = node.queue.popleft(), node.life
+        seconds = self.rng.uniform(0.2, 3.0) if isinstance(task, ev.Train) else 0.02
+        self.at(seconds, lambda: self._worked(node, life, task))
+
+    def _worked(self, node: SimNode, life: int, task: ev.Effect) -> None:
+        if node.life != life:
+            return
+        node.working = False
+        event: ev.Event
+        match task:
+            case ev.Load(digest, providers):
+                blob = self._find(node, digest, providers)
+                if blob is not None:
+                    node.load(blob)
+                event = ev.Loaded(digest, "" if blob is not None else "nobody has it", node.open_ids)
+            case ev.LoadBuffers(index, providers):
+                blob = self._find(node, index, providers)
+                node.buffers = blob or node.buffers
+                event = ev.BuffersLoaded(index, "" if blob else "nobody has it")
+            case _:
+                if isinstance(task, ev.Train):
+                    self._check_training(node, task.epoch, task.height)
+                event = node.perform(task, self.rng)
+        if isinstance(task, ev.Apply) and not node.flipped:
+            self._check(node, task.epoch, task.height)
+        self._give(node, event)
+        self._work(node)
+
+    def _find(self, node: SimNode, digest: bytes, providers: Sequence[bytes]) -> bytes | None:
+        """A blob of parameters or buffers, from the own disk or from a peer."""
+        if digest in node.blobs:
+            return node.blobs[digest]
+        for source in (self._by_key[key] for key in providers):
+            if self._lets_in(source, node) and digest in source.blobs and not self.faults.lost():
+                self._taken += 1
+                return source.blobs[digest]
+        return None
+
+    def _check_training(self, node: SimNode, epoch: int, height: int) -> None:
+        """All nodes train a round with the same parameters, and an epoch's first one with the same buffers."""
+        if not node.flipped and self._trained.setdefault((epoch, height), node.digest) != node.digest:
+            raise self._error(f"{node.name} trains round {height} of epoch {epoch} with other parameters than others")
+        if (
+            height == 0
+            and epoch not in self._restless
+            and self._buffers.setdefault(epoch, node.buffers) != node.buffers
+        ):
+            raise self._error(f"{node.name} begins epoch {epoch} with other buffers than others")
+
+    def _check(self, node: SimNode, epoch: int, height: int) -> None:
+        seen = self._applied.setdefault((epoch, height), {})
+        seen[node.digest] = (node.identity.public, node.name)
+        if len(seen) > 1:
+            names = " and ".join(f"{name} ({head.hex()[:8]})" for head, (_, name) in seen.items())
+            raise self._error(f"after round {height} of epoch {epoch} the parameters differ: {names}")
+
+
+def _attempt(seed: int) -> Outcome | SimulationError:
+    try:
+        return simulate(seed)
+    except SimulationError as error:
+        return error
+
+
+def simulate_all(seeds: Iterable[int], workers: int) -> Iterator[Outcome | SimulationError]:
+    """Play many histories in that many processes; yields outcomes and failures in the order of the seeds."""
+    if workers == 1:
+        yield from map(_attempt, seeds)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap(_attempt, seeds, chunksize=4)
+
+
+def simulate(seed: int, trace: Callable[[float, str], None] | None = None) -> Outcome:
+    """Play the history of a seed.
+
+    Raises:
+        SimulationError: a promise was broken.
+    """
+    return Simulation(Scenario.draw(seed), trace).run()

@@ -1,0 +1,1 @@
+"""The recipe runner behind ``psyche train``."""

@@ -1,0 +1,307 @@
+"""``psyche train``: a recipe as one node of a run, or alone."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.hookspecs import DataProvider
+from psyche_lightning.lightning.agreement import look
+from psyche_lightning.lightning.callback import CoordinatorCallback
+from psyche_lightning.lightning.session import Session
+from psyche_lightning.lightning.strategy import PsycheStrategy
+from psyche_lightning.plugins import load_plugins
+from psyche_lightning.protocol.manifest import START
+from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.recipe.manifest import manifest
+from psyche_lightning.train.bars import Bars
+from psyche_lightning.train.module import CausalModule, ProviderDataset
+from psyche_lightning.train.saving import Checkpoints, begin
+from psyche_lightning.wire.identity import Identity
+
+METRICS = "metrics.jsonl"
+RESULT = "result.json"
+
+
+def train_recipe(
+    recipe: Recipe,
+    *,
+    coordinator_url: str | None = None,
+    run_id: str | None = None,
+    directory: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Train a recipe to the end of its run.
+
+    The node's folder gets ``metrics.jsonl`` (a row for each step with ``step``, ``loss``, ``lr``,
+    ``tokens_per_second``, ``bytes_up`` and ``bytes_down``, ``seconds`` since it began and how many of them it
+    ``waited`` for others; rows with ``step`` and ``validation_loss``), ``result.json``,
+    and ``checkpoints`` with a folder in Hugging Face format for each; ``checkpoint`` leads to the newest.
+
+    Args:
+        recipe: what to train.
+        coordinator_url: the run's coordinator; None to train alone.
+        run_id: the run; the recipe's name unless given.
+        directory: the node's folder; ``node.dir`` of the recipe, else ``psyche-RUN``, unless given.
+
+    Returns:
+        The content of ``result.json``: ``id`` and ``digest`` (hex), ``steps``, ``loss`` (``train`` and
+        ``validation``, each ``[first, last]``), ``socket_bytes_up``, ``socket_bytes_down``, ``payload_bytes_up`` (of
+        payloads that peers fetched from this node) and ``payload_bytes_computed`` (a round: one payload to each peer).
+
+    Raises:
+        PsycheError: anything that a user can do something about.
+    """
+    _quiet()
+    run = run_id or recipe.name
+    folder = Path(directory or recipe.node.dir or f"psyche-{run}")
+    if recipe.trainer.threads is not None:
+        torch.set_num_threads(recipe.trainer.threads)
+    plugins = load_plugins()
+    alone = coordinator_url is None
+    fixed = None
+    if coordinator_url is not None and recipe.checkpoint.resume is not None:
+        fixed = _fixed(coordinator_url, run)
+    beginning = begin(recipe, fixed, _say)
+    provider: DataProvider = plugins.data_providers()[recipe.data.name].factory(
+        recipe.data.options, seed=recipe.run.seed
+    )
+    torch.manual_seed(recipe.run.seed)  # nodes of one kind begin with equal parameters, which need not travel then
+    model = plugins.models()[recipe.model.name].factory(dict(beginning.options))
+    model = model.to(getattr(torch, recipe.model.dtype)).train()
+    check_data(model, provider)
+    sections = manifest(recipe, getattr(provider, "fingerprint", None))
+    if beginning.section is not None:
+        sections[START] = dict(beginning.section)
+    module = CausalModule(model, recipe.optimizer, recipe.schedule)
+    strategy = PsycheStrategy(
+        coordinator_url,
+        None if alone else run,
+        directory=None if alone else folder,
+        transport=recipe.node.transport,
+        transport_options=recipe.node.options,
+        config=recipe.run.coordinator if alone else None,
+        start=beginning.start if alone else None,
+        manifest=sections,
+        tokens_per_sample=provider.seq_len,
+    )
+    diary = _Diary(recipe, provider, folder)
+    diary.checkpoints = Checkpoints(recipe, run, folder, provider.tokenizer, sections, _say)
+    trainer = Trainer(
+        strategy=strategy,
+        accelerator=recipe.trainer.accelerator,
+        devices=1,
+        precision=recipe.trainer.precision,
+        max_steps=recipe.run.total_steps,
+        max_epochs=-1,
+        gradient_clip_val=recipe.optimizer.clip_grad_norm,
+        callbacks=[CoordinatorCallback(log_every=0), diary],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    loader: DataLoader[Any] = DataLoader(ProviderDataset(provider), batch_size=recipe.trainer.micro_batch_size)
+    trainer.fit(module, loader)
+    return diary.result
+
+
+class _Diary(Callback):
+    """Shows progress, and writes what is left of a training: metrics, checkpoints and the result.
+
+    Attributes:
+        result: the content of ``result.json``, at the end.
+        checkpoints: makes them; set before training.
+    """
+
+    checkpoints: Checkpoints
+
+    def __init__(self, recipe: Recipe, provider: DataProvider, folder: Path) -> None:
+        self.result: dict[str, Any] = {}
+        self._recipe = recipe
+        self._provider = provider
+        self._folder = folder
+        self._samples = provider.validation()[: recipe.trainer.validation_samples] if self._validates else []
+        self._losses: list[float] = []
+        self._validation: list[tuple[int, float]] = []
+        self._started = self._began = 0.0
+        self._trained = 0
+        self._console = Console()
+        self._session: Session | None = None
+        self._bars = Bars(
+            self._console,
+            recipe.name,
+            recipe.run.total_steps,
+            lambda: self._session.transfer if self._session else None,
+        )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._metrics = (folder / METRICS).open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to the node's folder {folder}: {error.strerror}; choose another with node.dir=DIR"
+            ) from error
+
+    @property
+    def _validates(self) -> bool:
+        return self._recipe.trainer.validate_every > 0
+
+    # --- hooks ------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._session = _session(trainer)
+        self._bars.start()
+        self._started = time.monotonic()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._losses:  # now the parameters are the run's
+            self._validate(trainer, pl_module)
+        self._began = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        session, step = _session(trainer), trainer.global_step
+        seconds = max(time.monotonic() - self._began, 1e-6)
+        up, down = session.traffic.total
+        self._trained += 1
+        rate = session.samples * self._provider.seq_len / seconds
+        lr, loss = self._recipe.schedule(step), session.loss
+        if session.samples:  # else they could not be obtained
+            self._losses.append(loss)
+            self._write(
+                step=step, loss=loss, lr=lr, tokens_per_second=round(rate, 1), bytes_up=up, bytes_down=down,
+                seconds=round(time.monotonic() - self._started, 3), waited=round(session.waited, 3),
+            )  # fmt: skip
+        figures = f"loss {session.loss:.3f}  {rate:,.0f} tokens/s"
+        self._bars.advance(step, figures)
+        if step % self._recipe.trainer.log_every == 0 and not self._console.is_terminal:
+            print(f"step {step}/{self._recipe.run.total_steps}  {figures}  up {up:,} down {down:,} bytes", flush=True)
+        every = self._recipe.trainer.validate_every
+        if every and self._validation and step // every > self._validation[-1][0] // every:
+            self._validate(trainer, pl_module)
+        assert isinstance(pl_module, CausalModule)
+        self.checkpoints.after_round(session, pl_module.model)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._validation or self._validation[-1][0] != trainer.global_step:
+            self._validate(trainer, pl_module)
+        session = _session(trainer)
+        assert isinstance(pl_module, CausalModule)
+        finish = self.checkpoints.at_the_end(session, pl_module.model, trainer.global_step)
+        up, down = session.traffic.total
+        validation = [loss for _, loss in self._validation]
+        self.result = {
+            "id": session.identity.hex(),
+            "digest": session.digest().hex(),
+            "steps": trainer.global_step,
+            "loss": {"train": _ends(self._losses), "validation": _ends(validation)},
+            "socket_bytes_up": up,
+            "socket_bytes_down": down,
+            "payload_bytes_up": session.traffic.payloads_up,
+            "payload_bytes_computed": round(session.payload_bytes / max(1, self._trained)),
+        }
+        self._replace(self._folder / RESULT, json.dumps(self.result, indent=1) + "\n")
+        self._bars.stop()
+        finish()
+        print(f"{trainer.global_step} steps, digest {self.result['digest'][:16]}, in {self._folder}/", flush=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    # --- what they do -----------------------------------------------------------------------------------------------
+
+    def _close(self) -> None:
+        self._bars.stop()
+        self._metrics.close()
+
+    def _validate(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self._samples:
+            return
+        assert isinstance(module, CausalModule)
+        loss = module.evaluate(self._samples, self._recipe.trainer.micro_batch_size)
+        self._validation.append((trainer.global_step, loss))
+        self._write(step=trainer.global_step, validation_loss=loss)
+        if not self._console.is_terminal:
+            print(f"step {trainer.global_step}  validation loss {loss:.4f}", flush=True)
+
+    def _write(self, **row: Any) -> None:
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+
+    def _replace(self, path: Path, text: str) -> None:
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
+
+
+def _fixed(url: str, run: str) -> Mapping[str, Any]:
+    """The manifest of a run as far as it is fixed."""
+    factory = load_plugins().coordinators()[urlsplit(url).scheme].factory
+    return look(factory(url, run, Identity.generate(), {})).manifest or {}
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _session(trainer: Trainer) -> Session:
+    strategy = trainer.strategy
+    assert isinstance(strategy, PsycheStrategy)
+    assert strategy.session is not None
+    return strategy.session
+
+
+def _ends(values: list[float]) -> list[float]:
+    return [values[0], values[-1]] if values else []
+
+
+def check_data(model: torch.nn.Module, provider: DataProvider) -> None:
+    """Refuse data that does not fit the model; reads one sample.
+
+    Raises:
+        ConfigError: the vocabulary is too large for the model, or it takes no positions and the data has some.
+        DataError: the sample cannot be obtained.
+    """
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if isinstance(size, int) and size < provider.vocab_size:
+        raise ConfigError(
+            f"the data has {provider.vocab_size} token ids and the model room for {size}; set "
+            f"model.config.vocab_size={provider.vocab_size} or more"
+        )
+    if "position_ids" in provider.samples(0, 0)[0]:
+        taken = inspect.signature(model.forward).parameters.values()
+        if not any(one.name == "position_ids" or one.kind is one.VAR_KEYWORD for one in taken):
+            raise ConfigError(
+                f"the data has position_ids, which {type(model).__name__} does not take; train another model, or make "
+                "the data without them (each sample one text)"
+            )
+
+
+def _quiet() -> None:
+    """Keep what Trainer says about itself to a Trainer user out of the command's output."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\.")
+    with contextlib.suppress(ImportError):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,153 @@
+"""A recipe's checkpoints: when they are made, what they are made from, and what a run goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from psyche_lightning.checkpoints.address import open_place
+from psyche_lightning.checkpoints.folder import Say, cache_folder, candidates, fetch_newest, local_model
+from psyche_lightning.checkpoints.manifest import Moment
+from psyche_lightning.checkpoints.model import ModelCopy, tokenizer_files
+from psyche_lightning.checkpoints.writer import Writer
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.lightning.session import Session
+from psyche_lightning.lightning.standing import Standing
+from psyche_lightning.protocol.manifest import START
+from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.recipe.manifest import start_section
+
+PREFIX = "model."
+"""Before the names of a recipe's parameters: they are those of the model in its LightningModule."""
+_KEPT = ("trust_remote_code", "gradient_checkpointing")
+"""Keys of ``model.config`` that a checkpoint's own configuration does not have."""
+
+
+class Checkpoints:
+    """Makes the checkpoints of one node.
+
+    Args:
+        recipe: says when and where to.
+        run: the run's name.
+        folder: the node's.
+        tokenizer: saved with each; None for none.
+        sections: of the run's manifest; their digest is noted in each.
+        say: tells people something.
+
+    Raises:
+        PsycheError: the folder or the address cannot be written.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run: str, folder: Path, tokenizer: Any, sections: Mapping[str, Any], say: Say
+    ) -> None:
+        section = recipe.checkpoint
+        place = None if section.to is None else open_place(section.to)
+        if place is not None:
+            place.prepare()
+        self._writer = Writer(folder, place, keep=section.keep, extra=tokenizer_files(tokenizer), say=say)
+        self._every = section.every
+        self._writers = section.writers
+        self._run = run
+        self._recipe = recipe_digest(sections)
+        self._saved: int | None = None
+
+    def after_round(self, session: Session, model: torch.nn.Module) -> None:
+        """Begin a checkpoint if one is due."""
+        standing = session.standing if self._every else None
+        if standing is None:
+            return
+        if self._saved is None:  # a node that comes in the middle does not begin with a checkpoint
+            self._saved = max(0, standing.step - 1)
+        if standing.step // self._every <= self._saved // self._every:
+            return
+        # A node that had no part in that round is late by some; then it is not the one that is waited for.
+        rank = self._rank(standing, session) if standing.step % self._every == 0 else None
+        if self._writer.save(lambda: ModelCopy(model, PREFIX), self._moment(standing), rank):
+            self._saved = standing.step
+
+    def at_the_end(self, session: Session, model: torch.nn.Module, step: int) -> Callable[[], None]:
+        """Begin the last one; what is returned waits for it, and raises PsycheError where it could not be written."""
+        standing = session.standing or Standing(step, 0, 0, ())
+        rank = self._rank(standing, session)
+        self._writer.save(lambda: ModelCopy(model, PREFIX), self._moment(standing), rank, last=True)
+        return lambda: self._writer.finish(standing.step)
+
+    def _rank(self, standing: Standing, session: Session) -> int | None:
+        rank = standing.rank(session.signer)
+        return rank if rank is not None and rank < self._writers else None
+
+    def _moment(self, standing: Standing) -> Moment:
+        return Moment(self._run, standing.step, standing.epoch, standing.data_index, self._recipe)
+
+
+def recipe_digest(sections: Mapping[str, Any]) -> str:
+    """The SHA-256 of the sections of a run's manifest as canonical JSON, in hex, but for where the run began."""
+    plain = {name: section for name, section in sections.items() if name != START}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a node begins with.
+
+    Attributes:
+        options: what the model's factory is given.
+        section: ``start`` of the run's manifest; None for a run that begins anew.
+    """
+
+    options: Mapping[str, Any]
+    section: Mapping[str, Any] | None = None
+
+    @property
+    def start(self) -> tuple[int, int] | None:
+        """Steps that were done before, and the first data id that is left."""
+        return None if self.section is None else (self.section["step"], self.section["data_index"])
+
+
+def begin(recipe: Recipe, fixed: Mapping[str, Any] | None, say: Say) -> Beginning:
+    """Where a node's first parameters come from; copies those at an address to this machine.
+
+    Args:
+        recipe: the node's.
+        fixed: the manifest of its run; None for a run of this process alone.
+        say: tells people what was taken.
+
+    Raises:
+        PsycheError: the address has nothing usable, or the run begins elsewhere.
+    """
+    address = recipe.checkpoint.resume
+    if address is None:
+        path = recipe.model.path
+        model = recipe.model if path is None else replace(recipe.model, path=local_model(path, say))
+        return Beginning(model.options)
+    begun = None if fixed is None else fixed.get(START)
+    if fixed is not None and begun is None:
+        raise ConfigError(
+            "the run begins with step 1, and this node's checkpoint.resume wants it to go on from a checkpoint. Create "
+            f"it with `psyche run create RUN RECIPE checkpoint.resume={address}`, or take only the parameters with "
+            f"model.path={address}."
+        )
+    step = None if begun is None else int(begun["step"])
+    if step is not None and all(one.manifest.moment.step != step for one in candidates(open_place(address), say)):
+        say(
+            f"the checkpoint of step {step}, with which the run began, is not at {address} any more; the run is further"
+        )
+        step = None
+    found, folder = fetch_newest(address, cache_folder(), say, step)
+    moment = found.manifest.moment
+    if step is not None and begun is not None and begun["digest"] != found.manifest.digest:
+        raise ConfigError(f"{found} is not the checkpoint of step {step} that the run was created from.")
+    if begun is None and moment.step >= recipe.run.total_steps:
+        raise ConfigError(
+            f"{found} has {moment.step} steps already, and run.total_steps is {recipe.run.total_steps}; raise it."
+        )
+    say(f"going on after step {moment.step} of run {moment.run!r}, from {found}")
+    kept = {name: recipe.model.config[name] for name in _KEPT if name in recipe.model.config}
+    return Beginning({**kept, "path": str(folder)}, begun or start_section(found.manifest))

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.errors import CoordinatorError, PsycheError
+from psyche_lightning.protocol.state import CoordinatorConfig, Phase
+from psyche_lightning.server.live import LiveRun
+from psyche_lightning.server.local import LocalCoordinator
+from psyche_lightning.server.store import FILE, SqliteStore
+from psyche_lightning.wire.canonical import sha256
+from psyche_lightning.wire.identity import Identity
+
+CONFIG = CoordinatorConfig(total_steps=12)
+
+
+def test_what_is_read_back_is_what_was_saved_at_every_change(tmp_path, walk, run):
+    store = SqliteStore(tmp_path)
+    host = RunHost("r", CONFIG, seed=1, manifest={"model": {"layers": [1, 2]}})
+    host.begin(5.0)
+    store.create(host, {"run_id": "r"})
+    checked = []
+
+    class Checking:
+        def save(self, host):
+            store.save(host)
+            # Another connection sees what is committed, as a process after a crash would.
+            store.close()
+            store.__init__(tmp_path)
+            (again,) = store.load()
+            assert again.dump() == host.dump()
+            checked.append(host.state.nonce)
+
+    identity = Identity.generate()
+    live = LiveRun(host, iter(range(6, 10**6)).__next__, Checking())
+
+    async def alone():
+        client = LocalCoordinator(host, identity)
+        client._run = live
+        return await walk(client, manifest={"data": {"seed": 3}})
+
+    assert run(alone()).phase is Phase.FINISHED
+    assert len(checked) > 14
+    assert host.history[-1].height == 13  # 12 rounds that trained and two that drained
+    assert store.created("r") == {"run_id": "r"}
+    store.close()
+
+
+def test_rounds_of_an_earlier_epoch_are_dropped(tmp_path, walk, run):
+    store = SqliteStore(tmp_path)
+    config = CoordinatorConfig(total_steps=100, epoch_time=130.0, cooldown_time=20, warmup_time=20)
+    host = RunHost("r", config, seed=1)
+    store.create(host, {})
+    # Each reading of the clock is a second, so an epoch ends by time after some rounds.
+    live = LiveRun(host, iter(range(1, 10**6)).__next__, store)
+    identity = Identity.generate()
+
+    async def alone():
+        client = LocalCoordinator(host, identity)
+        client._run = live
+        return await walk(client, until=lambda state: state.epoch == 1 and state.step > state.start_step)
+
+    run(alone())
+    (again,) = store.load()
+    # The time of a tick that changed nothing is not stored.
+    assert {**again.dump(), "now": 0} == {**host.dump(), "now": 0}
+    assert again.history_epoch == 1
+    assert again.history[0].height == 0
+    store.close()
+
+
+def test_a_full_disk_stops_changes_and_is_not_announced(tmp_path):
+    store = SqliteStore(tmp_path)
+    host = RunHost("r", CONFIG, seed=1)
+    host.begin(0.0)
+    store.create(host, {})
+    live = LiveRun(host, lambda: 1.0, store)
+    announced = []
+    live.subscribe(lambda: announced.append(live.state))
+    before = live.state
+    pages = store._database.execute("PRAGMA page_count").fetchone()[0]
+    store._database.execute(f"PRAGMA max_page_count = {pages}")
+    key, big = sha256(b"k"), {"model": {"name": "m" * 100_000}}
+    for _ in range(2):  # and it stays refused, whatever is asked
+        with pytest.raises(CoordinatorError, match="disk is full") as caught:
+            live.act(lambda host, now: host.join(key, key, "a", big, now))
+        assert (caught.value.code, caught.value.retryable) == ("StoreFailed", True)
+        assert live.state is before
+        assert not announced
+        assert live.wait_time() == 1.0
+    store._database.execute("PRAGMA max_page_count = 100000")
+    live.tick()  # the keeper of time does this after a second
+    assert announced[-1] is live.state is host.state
+    (again,) = store.load()
+    assert again.dump() == host.dump()
+    store.close()
+
+
+def test_one_process_at_a_time(tmp_path):
+    store = SqliteStore(tmp_path)
+    with pytest.raises(PsycheError, match="another coordinator uses it"):
+        SqliteStore(tmp_path)
+    store.close()
+    SqliteStore(tmp_path).close()
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PsycheError, match=r"cannot open the coordinator's store .*file"):
+        SqliteStore(tmp_path / "file" / "inside")
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "no json", '{"format": 1}'])
+def test_a_damaged_store_is_named(tmp_path, text):
+    store = SqliteStore(tmp_path)
+    host = RunHost("r", CONFIG, seed=1)
+    store.create(host, {})
+    store.close()
+    with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as database:
+        database.execute("UPDATE run SET state = ?", (text,))
+    store = SqliteStore(tmp_path)
+    with pytest.raises(PsycheError, match="cannot be read"):
+        store.load()
+    store.close()
+
+
+def test_a_file_that_is_no_database(tmp_path):
+    (tmp_path / FILE).write_bytes(b"something else entirely" * 100)
+    with pytest.raises(PsycheError, match="not a database"):
+        SqliteStore(tmp_path)

@@ -1,0 +1,109 @@
+"""``psyche train``: a recipe's CPU twin from its text to its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.recipe import load_recipe
+from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.train.module import ProviderDataset
+from psyche_lightning.train.runner import train_recipe
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "all.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    loaded = load_recipe("demo", [f"data.config.path={text}", "micro_batch_size=2"], twin=True)
+    trainer = replace(loaded.trainer, validate_every=2)
+    return replace(loaded, trainer=trainer, checkpoint=replace(loaded.checkpoint, every=3))
+
+
+def test_alone_it_leaves_metrics_checkpoints_and_a_result(recipe: Recipe, tmp_path: Path) -> None:
+    result = train_recipe(recipe, directory=tmp_path / "node")
+    assert result == json.loads((tmp_path / "node" / "result.json").read_text())
+    assert result["steps"] == 4
+    assert len(bytes.fromhex(result["digest"])) == len(bytes.fromhex(result["id"])) == 32
+    rows = [json.loads(line) for line in (tmp_path / "node" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [0, 2, 4]
+    validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    assert result["loss"]["validation"] == [validation[0], validation[-1]]
+    assert validation[-1] < validation[0]
+    assert [row["lr"] for row in rows if "lr" in row] == [recipe.schedule(step) for step in (1, 2, 3, 4)]
+    for name in ("checkpoints/step-000003", "checkpoint"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "node" / name, local_files_only=True)
+        assert sum(parameter.numel() for parameter in model.parameters()) > 1000
+    assert not list((tmp_path / "node").glob("*.new"))
+
+
+def test_the_same_seed_gives_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:
+    digests = [train_recipe(recipe, directory=tmp_path / name)["digest"] for name in ("a", "b")]
+    other = replace(recipe, run=replace(recipe.run, seed=1))
+    assert digests[0] == digests[1] != train_recipe(other, directory=tmp_path / "c")["digest"]
+
+
+def test_two_nodes_of_a_run(recipe: Recipe, tmp_path: Path, create_run: Make) -> None:
+    url, run = create_run(init_min_clients=2, total_steps=4, global_batch_size_start=4)
+    results: dict[int, dict[str, Any]] = {}
+
+    def node(number: int) -> None:
+        results[number] = train_recipe(recipe, coordinator_url=url, run_id=run, directory=tmp_path / str(number))
+
+    threads = [threading.Thread(target=node, args=(number,), daemon=True) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    first, second = results[0], results[1]
+    assert first["digest"] == second["digest"]
+    assert first["id"] != second["id"]
+    for result in (first, second):
+        assert result["payload_bytes_up"] == 4 * result["payload_bytes_computed"]
+        assert 0 < result["payload_bytes_up"] < result["socket_bytes_up"]
+
+
+def test_a_model_too_small_for_the_data(recipe: Recipe, tmp_path: Path) -> None:
+    model = replace(recipe.model, config={**recipe.model.config, "vocab_size": 16})
+    with pytest.raises(ConfigError, match="256 token ids and the model room for 16"):
+        train_recipe(replace(recipe, model=model), directory=tmp_path / "node")
+
+
+def test_a_folder_that_cannot_be_written(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write to the node's folder"):
+        train_recipe(recipe, directory=tmp_path / "file" / "node")
+
+
+def test_a_data_set_asks_its_provider_for_stretches() -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Provider:
+        vocab_size, seq_len, tokenizer = 2, 1, None
+
+        def __len__(self) -> int:
+            return 10
+
+        def samples(self, start: int, end: int) -> list[dict[str, torch.Tensor]]:
+            asked.append((start, end))
+            return [{"input_ids": torch.tensor([i])} for i in range(start, end + 1)]
+
+        def validation(self) -> list[dict[str, torch.Tensor]]:
+            return []
+
+    found = ProviderDataset(Provider()).__getitems__([7, 8, 9, 0, 1, 5])
+    assert [int(sample["input_ids"]) for sample in found] == [7, 8, 9, 0, 1, 5]
+    assert asked == [(7, 9), (0, 1), (5, 5)]
