@@ -70,12 +70,12 @@ def read(path: Path) -> Page:
 
 @pytest.fixture(scope="session")
 def pages() -> list[Page]:
-    return [read(path) for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]]
+    return [read(path) for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]]
 
 
 @pytest.fixture(scope="session")
 def page(pages: list[Page]) -> Callable[[str], Page]:
-    return lambda name: next(page for page in pages if page.path.name == name)
+    return lambda name: next(page for page in pages if page.path == ROOT / "docs" / name)
 
 
 @pytest.fixture

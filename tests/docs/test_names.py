@@ -46,10 +46,13 @@ def test_every_link_leads_somewhere(pages: list[Any]) -> None:
 
 
 def test_every_page_is_reachable_from_the_readme(pages: list[Any]) -> None:
-    readme = pages[0].text
-    for page in pages[1:]:
-        linked = f"](docs/{page.path.name}" in readme or any(f"]({page.path.name}" in p.text for p in pages[1:])
-        assert linked, f"nothing links to {page.name}"
+    unseen = {page.path: page for page in pages}
+    pending = [pages[0].path]
+    while pending:
+        page = unseen.pop(pending.pop(), None)
+        for target in re.findall(r"\]\(([^)\s#]+)", page.prose if page else ""):
+            pending.append((page.path.parent / target).resolve())
+    assert [page.name for page in unseen.values()] == []
 
 
 def test_every_hook_is_documented_and_every_documented_hook_exists(page: PathOf) -> None:
