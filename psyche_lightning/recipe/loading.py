@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -19,8 +20,8 @@ TWIN = "twin"
 
 
 def recipe_folders() -> list[Path]:
-    """Where recipes are looked up by name: ``./recipes``, then the folder beside the package."""
-    return [Path("recipes"), Path(__file__).resolve().parents[2] / "recipes"]
+    """Where recipes are looked up by name: ``./recipes``, then those that are installed with the package."""
+    return [Path("recipes"), Path(str(resources.files("psyche_lightning.recipes")))]
 
 
 def find_recipe(recipe: str) -> Path:
