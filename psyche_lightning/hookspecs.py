@@ -33,7 +33,7 @@ The rules are the same for all five hooks:
   their distributions; uninstall one, or leave it out with ``PSYCHE_PLUGINS``. That holds against built-ins too.
 * **Failures.** A plugin that cannot be imported, or whose hook raises, adds nothing; the others are not affected.
   ``psyche plugins`` lists it with its error, and so does the message about a name that is missing because of it.
-* **Choosing.** ``PSYCHE_PLUGINS=mla,psyche-lightning-text`` loads only the plugins with these entry-point or
+* **Choosing.** ``PSYCHE_PLUGINS=mla,psyche-lightning-iroh`` loads only the plugins with these entry-point or
   distribution names, ``PSYCHE_PLUGINS=`` none. Built-ins are always there.
 
 ``psyche_lightning.testing`` has the conformance kits: ``transport``, ``coordinators``, ``models`` and ``data``.

@@ -42,6 +42,9 @@ KINDS = {
     "register_commands": "command",
 }
 
+# Which extra of psyche-lightning brings a name that a host alone lacks.
+EXTRAS = {"mla": "demo", "iroh": "iroh", "solana": "solana"}
+
 _Built = TypeVar("_Built")
 _NAME = re.compile(r"[a-z][a-z0-9_.-]*")
 
@@ -117,6 +120,8 @@ class Registry(dict[str, Registration]):
             raise PluginError(self.conflict(name))
         choices = ", ".join(self) or "none"
         message = f"There is no {self.kind} {name!r}.{nearest(name, self)} Installed: {choices}."
+        if name in EXTRAS:
+            message += f" A package of its own brings it: pip install 'psyche-lightning[{EXTRAS[name]}]'."
         if self._failures:
             failed = ", ".join(sorted({failure.plugin for failure in self._failures}))
             message += f" Plugins that failed to load: {failed}; `psyche plugins` says why."

@@ -1,4 +1,4 @@
-"""The built-in data providers: ``tokens``, ``mix``, ``datasets`` and ``parquet``."""
+"""The built-in data providers: ``text``, ``tokens``, ``mix``, ``datasets`` and ``parquet``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,18 @@ if TYPE_CHECKING:
 @hookimpl
 def register_data_providers(register: Register[DataProviderFactory]) -> None:
     """Offer the data providers that every installation has."""
+    register("text", text)
     register("tokens", tokens)
     register("mix", mix)
     register("datasets", datasets)
     register("parquet", parquet)
+
+
+def text(config: Mapping[str, Any], *, seed: int) -> DataProvider:
+    """Text and source files on disk, tokenized in memory."""
+    from psyche_lightning.data.text import TextData
+
+    return build("data provider 'text'", partial(TextData, seed), config)
 
 
 def tokens(config: Mapping[str, Any], *, seed: int) -> DataProvider:

@@ -31,6 +31,15 @@ def write_texts(folder: Path) -> None:
     (folder / "texts.jsonl").write_text("\n".join(lines))
 
 
+class TestText(DataContract):
+    def make_factory(self) -> Factory:
+        return data.text
+
+    def make_config(self, folder: Path) -> dict[str, Any]:
+        (folder / "text.txt").write_text("".join(f"line {number}: {number**3}\n" for number in range(60)))
+        return {"seq_len": 16, "path": str(folder / "text.txt"), "validation_samples": 3}
+
+
 class TestTokens(DataContract):
     def make_factory(self) -> Factory:
         return data.tokens

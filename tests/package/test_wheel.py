@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from psyche_lightning.plugins import EXTRAS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -38,6 +40,12 @@ def test_it_has_every_file_of_the_package_and_every_recipe(wheel: Path) -> None:
     expected |= {f"psyche_lightning/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.*")}
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert found == expected
+
+
+def test_the_extras_that_messages_name_exist(wheel: Path) -> None:
+    [metadata] = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
+    lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
+    assert {f"Provides-Extra: {extra}" for extra in EXTRAS.values()} <= set(lines)
 
 
 def test_recipes_are_found_from_any_folder(wheel: Path, tmp_path: Path) -> None:

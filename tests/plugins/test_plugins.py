@@ -49,7 +49,7 @@ def test_built_ins_come_through_the_same_door() -> None:
     assert set(plugins.transports()) == {"memory", "tcp"}
     assert {"http", "https"} <= set(plugins.coordinators())
     assert set(plugins.models()) == {"hf"}
-    assert set(plugins.data_providers()) == {"tokens", "mix", "datasets", "parquet"}
+    assert set(plugins.data_providers()) == {"text", "tokens", "mix", "datasets", "parquet"}
     found = plugins.transports()["tcp"]
     assert (found.kind, found.plugin, found.distribution) == ("transport", "builtin.transports", "psyche-lightning")
     assert set(Plugins(builtins=[], only=[]).transports()) == set()
@@ -125,6 +125,11 @@ def test_a_plugin_that_fails_is_recorded_and_breaks_nothing(install: Install, so
         plugins.models()["bad"]
 
 
+def test_a_host_alone_says_how_to_get_the_demo_s_model() -> None:
+    with pytest.raises(PluginError, match=r"no model 'mla'.* pip install 'psyche-lightning\[demo\]'"):
+        Plugins(only=[]).models()["mla"]
+
+
 def test_a_hook_that_fails_late_leaves_nothing_behind(install: Install) -> None:
     source = registering("register_models", "early") + "\n\n@hookimpl\ndef register_transports(register):\n    1 / 0\n"
     install("psyche-lightning-bad", "psyche_bad", source)
@@ -138,7 +143,7 @@ def test_functions_without_the_mark_are_not_hooks(install: Install) -> None:
     install("psyche-lightning-hello", "psyche_hello", source)
     plugins = Plugins(only=["psyche_hello"])
     assert set(plugins.models()) == {"hf"}
-    assert set(plugins.data_providers()) == {"tokens", "mix", "datasets", "parquet"}
+    assert set(plugins.data_providers()) == {"text", "tokens", "mix", "datasets", "parquet"}
     assert plugins.failures == []
 
 

@@ -1,4 +1,4 @@
-"""The data provider: a corpus of text files as numbered samples."""
+"""The provider ``text``: a corpus of text files as numbered samples."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from psyche_lightning.data.corpus import DEFAULT_PATTERNS, read_corpus
 from psyche_lightning.data.options import strings, whole
 from psyche_lightning.data.order import Order, Table
 from psyche_lightning.data.packed import PackedData
 from psyche_lightning.data.tokenizer import BYTES, Encoder, Tokens
 from psyche_lightning.errors import ConfigError
-from psyche_lightning_text.files import DEFAULT_PATTERNS, read_corpus
 
 DEFAULT_VALIDATION_FRACTION = 0.01
 
@@ -29,11 +29,11 @@ class TextData(PackedData):
     the words of its bit generators, not what its shuffles make of them).
 
     Args:
+        seed: the run's; shuffles the training samples.
+        seq_len: tokens of a sample, at least 2.
         path: a file, a folder, a list of these, or ``"stdlib"`` for the running Python's own sources (``"./stdlib"`` is
             a folder of that name).
-        seq_len: tokens of a sample, at least 2.
-        seed: shuffles the training samples.
-        glob: pattern or patterns for the files of folders; see :func:`psyche_lightning_text.files.find_files`. None
+        glob: pattern or patterns for the files of folders; see :func:`psyche_lightning.data.corpus.read_corpus`. None
             for the common suffixes of text and source files.
         tokenizer: ``"bytes"`` (ids 0 to 255), or the path of a Hugging Face tokenizer.
         validation_fraction: share of the blocks that is held out, 0 <= share < 1 (at least one block unless it is 0);
@@ -54,10 +54,10 @@ class TextData(PackedData):
 
     def __init__(
         self,
-        path: str | Sequence[str],
+        seed: int,
         seq_len: int,
         *,
-        seed: int,
+        path: str | Sequence[str],
         glob: str | Sequence[str] | None = None,
         tokenizer: str = BYTES,
         validation_fraction: float | None = None,
@@ -81,16 +81,6 @@ class TextData(PackedData):
             validation_samples=_held_out(blocks.count, validation_fraction, validation_samples),
             source=", ".join(paths),
         )
-
-    def encode(self, text: str) -> list[int]:
-        """The token ids of ``text``, without special tokens."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
-        text: str = self.tokenizer.decode(ids)
-        return text
 
 
 class _MemoryBlocks:
