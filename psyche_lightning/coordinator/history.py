@@ -1,4 +1,4 @@
-"""What a run's host remembers for people: notable events, and the figures of each round. It decides nothing."""
+"""What a run's host remembers for people: notable events, and the figures of each step. It decides nothing."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class Event:
 
 @dataclass(frozen=True)
 class Metrics:
-    """The figures of one round, from its witnesses' reports.
+    """The figures of one round that trained, from the reports of those who trained its step.
 
     Attributes:
         epoch: the round's epoch.
         height: its height.
-        step: the optimizer step that it trained; 0 when it drained.
+        step: the optimizer step that it trained, from 1.
         time: when it began, in the coordinator's seconds.
         clients: members at its start.
         batch_size: its samples.
-        reports: witnesses that reported figures.
+        reports: nodes that reported figures of this step.
         losses: reports among them with a loss.
         loss: mean of those losses; None without any.
         tokens_per_second: sum over the reports.
@@ -152,7 +152,7 @@ class Journal:
 
     Attributes:
         events: the newest notable events.
-        metrics: figures of the newest rounds; those of the newest two may still change.
+        metrics: figures of the newest rounds that trained; those of the newest two may still change.
         reports: the latest report of each signer of the epoch.
     """
 
@@ -165,8 +165,12 @@ class Journal:
         """Add an event."""
         self.events.add(Event(now, kind, text, state.epoch, state.step, signer.hex()))
 
-    def report(self, epoch: int, height: int, signer: bytes, report: Report) -> None:
-        """Count a witness' figures towards their round, if it is one of the newest two; a repeated one only once."""
+    def report(self, epoch: int, signer: bytes, report: Report) -> None:
+        """Count a witness' figures towards the step that they are of, if it is one of the newest two; only once.
+
+        Where results overlap training, that step is the one before the round in which the witness reports; the last
+        one is reported while the epoch drains.
+        """
         clean = replace(
             report,
             loss=report.loss if math.isfinite(report.loss) else math.nan,
@@ -176,14 +180,16 @@ class Journal:
         if repr(clean) == repr(before):  # by value even when the loss is not a number
             return
         self.reports[signer] = clean
-        self.metrics.change(
-            lambda row: row.plus(clean, before) if (row.epoch, row.height) == (epoch, height) else row, newest=2
-        )
+        if before is None or before.step != clean.step:
+            self.metrics.change(
+                lambda row: row.plus(clean, before) if (row.epoch, row.step) == (epoch, clean.step) else row, newest=2
+            )
 
     def observe(self, before: RunState, after: RunState, now: float) -> None:
         """Write down what a transition means for people."""
         round_ = after.current
-        if after.phase is Phase.ROUND_TRAIN and before.phase is not Phase.ROUND_TRAIN and round_ is not None:
+        began = after.phase is Phase.ROUND_TRAIN and before.phase is not Phase.ROUND_TRAIN
+        if began and round_ is not None and round_.step:  # a round that drains has no figures of its own
             self.metrics.add(
                 Metrics(after.epoch, round_.height, round_.step, now, len(round_.clients), round_.batch_size)
             )
@@ -215,7 +221,9 @@ class Journal:
         """
         journal = cls()
         journal.events = Tail.load(MAX_EVENTS, Event, data["events"])
-        journal.metrics = Tail.load(MAX_METRICS, Metrics, data["metrics"])
+        metrics = Tail.load(MAX_METRICS, Metrics, data["metrics"])
+        # Version 0.1 kept rows of rounds that drain, too.
+        journal.metrics = Tail(MAX_METRICS, [row for row in metrics.since(0) if row.step], data["metrics"]["first"])
         for signer, values in data["reports"].items():
             lossless = values["loss"] is None
             report = from_json(Report, {**values, "loss": 0.0} if lossless else values)

@@ -109,12 +109,12 @@ class RunHost:
 
     @property
     def metrics(self) -> list[Metrics]:
-        """The figures of the newest rounds, oldest first."""
+        """The figures of the newest rounds that trained, oldest first."""
         return self._journal.metrics.since(0)
 
     @property
     def metric_count(self) -> int:
-        """How many rounds' figures there ever were."""
+        """How many rounds that trained there ever were."""
         return self._journal.metrics.count
 
     def metrics_since(self, place: int) -> list[Metrics]:
@@ -310,7 +310,7 @@ class RunHost:
     ) -> None:
         """A witness' report on the current round. The figures of one that comes too late are noted all the same."""
         if any(client.signer == signer for client in self.state.clients):
-            self._journal.report(epoch, height, signer, report)
+            self._journal.report(epoch, signer, report)
         state = machine.witness(self.state, signer, epoch, height, proof, merkle, participants, broadcasts)
         self._apply(state, now)
 

@@ -160,6 +160,13 @@ class SqliteStore:
                     "metrics": dict(zip(("first", "items"), self._entries(run_id, "metric"), strict=True)),
                 }
                 host = RunHost.load(data)
+                metrics = data["metrics"]
+                if host.metric_count < metrics["first"] + len(
+                    metrics["items"]
+                ):  # some of an older version are left out
+                    with self._transaction():
+                        self._database.execute("DELETE FROM entry WHERE run_id = ? AND kind = 'metric'", (run_id,))
+                        self._append(run_id, "metric", **host.dump()["metrics"], limit=MAX_METRICS)
                 self._saved[run_id] = _saved(host)
                 hosts.append(host)
         except (sqlite3.Error, ValueError, TypeError, WireError) as error:

@@ -87,7 +87,8 @@ async def witness(client: Coordinator, state: RunState, *, ahead: int = 0, as_cl
     assert round_ is not None
     index = round_.clients.index(as_client or client.signer)
     bloom = participants_bloom(round_.seed, round_.clients)
-    figures = Report(round_.step, 3.0 - 0.01 * round_.step, 1000.0, 100 * round_.height, 100 * round_.height)
+    trained = round_.step or state.step - 1  # in a round that drains, the figures are still those of the last step
+    figures = Report(trained, 3.0 - 0.01 * trained, 1000.0, 100 * round_.height, 100 * round_.height)
     await client.witness(
         state.epoch,
         round_.height + ahead,

@@ -373,9 +373,35 @@ def test_figures_of_a_round() -> None:
     report(host, 0, 8.0, Report(2, 2.0, 100.0, 1600, 600))
     report(host, 1, 8.0, Report(2, 2.0, 100.0, 400, 100))
     assert (host.metrics[1].bytes_up, host.metrics[1].bytes_down) == (500.0, 100.0)
+    # The same step again, in a round that drains or by a node that had nothing to train, is no further figure.
+    report(host, 0, 8.5, Report(2, 9.0, 100.0, 1700, 700))
+    assert (host.metrics[1].reports, host.metrics[1].loss, host.metrics[2].reports) == (2, 2.0, 0)
+    assert host.reports[key(0)].bytes_up == 1700
     strangers = len(host.reports)
     assert code_of(lambda: host.witness(key(9), *late[1:])) == "InvalidWitness"
     assert len(host.reports) == strangers
+
+
+@pytest.mark.parametrize("lag", [0, 1], ids=["at once", "with overlap"])
+def test_figures_are_of_the_step_that_was_trained(lag: int) -> None:
+    host, now = training(total_steps=6, epoch_time=11.0), 5.0
+    while host.state.phase is not Phase.FINISHED:
+        now += 4.0
+        state, round_ = host.state, host.state.current
+        if state.phase is Phase.ROUND_TRAIN:
+            assert round_ is not None
+            trained = round_.step - lag if round_.step else state.step - 1  # while it drains, nodes train nothing
+            for i in (0, 1):
+                report(host, i, now, Report(trained, 5.0 - trained if trained else math.nan, bytes_up=int(now)))
+        elif state.phase is Phase.WARMUP:
+            for i, client in enumerate(state.clients):
+                host.warmup_witness(client.signer, state.epoch, i, DIGEST, now)
+        elif state.phase is Phase.COOLDOWN:
+            for i in (0, 1):
+                host.checkpoint(key(i), state.epoch, state.step - 1, DIGEST, now)
+        host.tick(now)
+    assert host.state.epoch > 1
+    assert [(row.step, row.loss, row.reports) for row in host.metrics] == [(s, 5.0 - s, 2) for s in range(1, 7)]
 
 
 def test_events_tell_the_story() -> None:
@@ -446,10 +472,10 @@ def test_events_of_lost_parameters() -> None:
 
 def test_events_and_figures_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history_module, "MAX_EVENTS", 4)
-    monkeypatch.setattr(history_module, "MAX_METRICS", 3)
+    monkeypatch.setattr(history_module, "MAX_METRICS", 2)
     host = finished()
     assert (len(host.events), host.event_count) == (4, 8)
-    assert (len(host.metrics), host.metric_count) == (3, 5)
+    assert (len(host.metrics), host.metric_count) == (2, 3)
     assert host.events_since(6) == host.events[2:]
     assert host.metrics_since(0) == host.metrics
     again = RunHost.load(host.dump())

@@ -5,8 +5,10 @@ from contextlib import closing
 
 import pytest
 
+from psyche_lightning.coordinator.history import Metrics
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.errors import CoordinatorError, PsycheError
+from psyche_lightning.protocol.codec import to_json
 from psyche_lightning.protocol.state import CoordinatorConfig, Phase
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.server.local import LocalCoordinator
@@ -69,6 +71,23 @@ def test_rounds_of_an_earlier_epoch_are_dropped(tmp_path, walk, run):
     assert {**again.dump(), "now": 0} == {**host.dump(), "now": 0}
     assert again.history_epoch == 1
     assert again.history[0].height == 0
+    store.close()
+
+
+def test_figures_of_draining_rounds_in_an_older_store_are_dropped(tmp_path):
+    store = SqliteStore(tmp_path)
+    host = RunHost("r", CONFIG, seed=1)
+    store.create(host, {})
+    steps = [1, 2, 0, 0, 3, 4, 0, 0]
+    rows = [to_json(Metrics(0, height, step, 1.0, 1, 1)) for height, step in enumerate(steps)]
+    store._append("r", "metric", 7, rows, 2000)
+    for _ in range(2):  # the second time there is nothing left to do
+        (again,) = store.load()
+        assert [row.step for row in again.metrics] == [row.step for row in again.metrics_since(7)] == [1, 2, 3, 4]
+        assert again.metric_count == 11
+        store.save(again)
+    assert store._entries("r", "metric")[0] == 7
+    assert [row["step"] for row in store._entries("r", "metric")[1]] == [1, 2, 3, 4]
     store.close()
 
 

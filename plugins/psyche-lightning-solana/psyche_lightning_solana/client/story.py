@@ -133,9 +133,8 @@ class Story:
         if name == "witness" and state.current is not None:
             figures = given["metadata"]
             report = Report(figures["step"], figures["loss"], figures["tokens_per_sec"])
-            at = given.get("epoch", state.epoch), given.get("height", state.current.height)
             if figures["step"]:  # else nothing was trained that the figures could be of
-                self.journal.report(*at, user, report)
+                self.journal.report(given.get("epoch", state.epoch), user, report)
         self.run = act(self.run, name, user, given, clock)
         after = self.run.state
         if name == "vote_checkpoint":  # the vote and what follows from it are one instruction
