@@ -16,6 +16,8 @@ from psyche_lightning.plugins import Registration, load_plugins
 from psyche_lightning.version import __version__
 
 TRACEBACK_VARIABLE = "PSYCHE_TRACEBACK"
+# Where a shell's completion leaves the line that is being typed: bash, and the others.
+_TYPED = ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _app(_command_name(arguments))(arguments, prog_name="psyche")
+        _app(_command_name(_typed() or arguments))(arguments, prog_name="psyche")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
@@ -74,13 +76,20 @@ def _command_name(arguments: list[str]) -> str | None:
     return next((argument for argument in arguments if not argument.startswith("-")), None)
 
 
+def _typed() -> list[str]:
+    """The line to complete, without the program's name; empty where no shell asks for completions."""
+    if "_PSYCHE_COMPLETE" not in os.environ:
+        return []
+    return next((os.environ[name].split()[1:] for name in _TYPED if name in os.environ), [])
+
+
 def _app(called: str | None) -> typer.Typer:
     """The application with the called command in full and only names and help lines of the others."""
     app = typer.Typer(
         name="psyche",
         help="Train one model on many machines that share only the internet.",
         no_args_is_help=True,
-        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
     )

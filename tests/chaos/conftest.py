@@ -79,7 +79,7 @@ def start_demo(tmp_path: Path) -> Iterator[Callable[..., Demo]]:
 
     def start(*arguments: str) -> Demo:
         folder = tmp_path / f"demo-{len(started)}"
-        command = [sys.executable, "-m", "psyche_lightning.cli", "demo", "--twin", "--keep", str(folder)]
+        command = [sys.executable, "-m", "psyche_lightning", "demo", "--twin", "--keep", str(folder)]
         process = subprocess.Popen(
             [*command, "--json", str(tmp_path / "out.json"), *arguments],
             stdout=subprocess.PIPE,

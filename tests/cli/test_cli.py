@@ -13,7 +13,7 @@ import pytest
 import psyche_lightning
 from psyche_lightning.cli import COMMANDS, main
 
-PROGRAM = [sys.executable, "-c", "import sys; from psyche_lightning.cli import main; sys.exit(main())"]
+PROGRAM = [sys.executable, "-m", "psyche_lightning"]
 Psyche = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -85,7 +85,44 @@ def test_help_lists_every_command_and_imports_nothing_heavy(psyche: Psyche) -> N
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_listed_command_exists_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
-    assert "Usage: psyche " + name in capsys.readouterr().out.replace("\n", "")
+    shown = capsys.readouterr().out
+    assert "Usage: psyche " + name in shown.replace("\n", "")
+    assert main([name, "-h"]) == 0
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("tra", ["train"]),
+        ("plu", ["plugin", "plugins"]),
+        ("train --tw", ["--twin"]),
+        ("run cre", ["create"]),
+        ("run create --coord", ["--coordinator"]),
+        ("gre", ["greet"]),  # a plugin's
+        ("greet --lo", ["--loud"]),
+    ],
+)
+def test_bash_completes_commands_and_their_options(
+    psyche: Psyche, tmp_path: Path, typed: str, offered: list[str]
+) -> None:
+    site = distribution(tmp_path / "site", "psyche-lightning-greet", "psyche_greet", GREET)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *filter(None, sys.path)])}
+    (tmp_path / "psyche").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m psyche_lightning "$@"\n')
+    (tmp_path / "psyche").chmod(0o755)
+    shown = psyche("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1").stdout
+    script = (
+        f"{shown}\nCOMP_WORDS=(psyche {typed}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n"
+        f"_psyche_completion {tmp_path}/psyche\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
+    )
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == offered
+
+
+def test_the_other_shells_complete_options_of_a_command(psyche: Psyche) -> None:
+    done = psyche(_PSYCHE_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="psyche train --tw")
+    assert "--twin" in done.stdout
+    assert "--traceback" not in done.stdout
 
 
 def test_version(psyche: Psyche) -> None:

@@ -149,7 +149,7 @@ def test_a_folder_is_served_until_it_is_told_to_stop(texts: Path, tmp_path: Path
     out = tmp_path / "out"
     assert tokenize(texts, "--out", out) == 0
     process = subprocess.Popen(
-        [sys.executable, "-m", "psyche_lightning.cli", "data", "serve", str(out), "--port", "0"],
+        [sys.executable, "-m", "psyche_lightning", "data", "serve", str(out), "--port", "0"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         text=True,

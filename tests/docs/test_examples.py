@@ -69,7 +69,7 @@ def test_the_plugin_of_the_page_loads_through_the_host(example: Path) -> None:
 
 
 def test_its_commands_and_its_recipe_work_as_the_page_says(example: Path) -> None:
-    psyche = ["-m", "psyche_lightning.cli"]
+    psyche = ["-m", "psyche_lightning"]
     path = os.pathsep.join([str(example), *filter(None, [os.environ.get("PYTHONPATH")])])
     assert "sums" in run([*psyche, "plugins"], example, PYTHONPATH=path)
     lines = run([*psyche, "sums", "--count", "5"], example, PYTHONPATH=path).splitlines()

@@ -101,7 +101,7 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "psyche_lightning.cli", "coordinator", "--port", "0", "--dir", str(folder / "runs")],
+            [sys.executable, "-m", "psyche_lightning", "coordinator", "--port", "0", "--dir", str(folder / "runs")],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -16,7 +16,7 @@ def test_a_whole_run_over_iroh(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     command = ["demo", "--transport", "iroh", "--nodes", "3", "--rounds", "12", "--json", str(figures)]
     done = subprocess.run(
-        [sys.executable, "-m", "psyche_lightning.cli", *command, "--keep", str(tmp_path / "demo")],
+        [sys.executable, "-m", "psyche_lightning", *command, "--keep", str(tmp_path / "demo")],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from psyche_lightning.errors import PsycheError
 
-PSYCHE = ("-m", "psyche_lightning.cli")
+PSYCHE = ("-m", "psyche_lightning")
 START_TIMEOUT = 60.0
 ASK_SECONDS = 2.0
 """How long a process may take to leave by itself before it is killed."""

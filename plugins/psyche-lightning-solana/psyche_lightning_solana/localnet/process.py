@@ -32,7 +32,7 @@ class LocalnetProcess:
 
     def __init__(self, *arguments: str, log: Path | None = None) -> None:
         port = () if "--port" in arguments else ("--port", "0")
-        command = [sys.executable, "-m", "psyche_lightning.cli", "solana", "localnet", *port, *arguments]
+        command = [sys.executable, "-m", "psyche_lightning", "solana", "localnet", *port, *arguments]
         errors = None if log is None else log.open("ab")
         try:
             self.process = subprocess.Popen(

@@ -107,7 +107,7 @@ def test_anchorpy_from_another_process(local):
 
 def test_the_banner_says_what_there_is():
     with subprocess.Popen(
-        [sys.executable, "-m", "psyche_lightning.cli", "solana", "localnet", "--port", "0", "--frozen"],
+        [sys.executable, "-m", "psyche_lightning", "solana", "localnet", "--port", "0", "--frozen"],
         stdout=subprocess.PIPE,
         text=True,
     ) as process:

@@ -18,7 +18,7 @@ OTHER = "4SHugWqSXwKE5fqDchkJcPEqnoZE22VYKtSTVm7axbT7"
 
 @pytest.fixture(scope="module")
 def chain():
-    command = [sys.executable, "-m", "psyche_lightning.cli", "solana", "localnet", "--port", "0", "--slot-ms", "50"]
+    command = [sys.executable, "-m", "psyche_lightning", "solana", "localnet", "--port", "0", "--slot-ms", "50"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         found = re.search(r"http://\S+", process.stdout.readline())
         yield found[0]

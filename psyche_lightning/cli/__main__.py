@@ -1,7 +1,0 @@
-"""``python -m psyche_lightning.cli``: the ``psyche`` command of this interpreter."""
-
-import sys
-
-from psyche_lightning.cli import main
-
-sys.exit(main())
