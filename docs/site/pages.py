@@ -2,6 +2,7 @@
 
 The home page is README.md, and every plugin's README is a page. Any other text file of the repository to which a page
 links gets a page that shows its text. So every link that works in a checkout works on the site, which needs no other.
+READMEs are read elsewhere, too: the addresses of this repository's files in them lead to the site's pages.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[2]
 DOCS = "docs/"
-LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)(?=[)\s#])")
+LINK = re.compile(r"(?:(?<=\]\()|(?<=\]: ))(?!https?:|mailto:|#)([^)\s#]+)(?=[)\s#]|$)", re.MULTILINE)
+REPOSITORY = re.compile(
+    r"https://(?:github\.com/psyche-lightning/psyche_lightning/blob"
+    r"|raw\.githubusercontent\.com/psyche-lightning/psyche_lightning)/main/"
+)
 FENCE = re.compile(r"^(```)([\w+-]*) +(.+)$", re.MULTILINE)
 BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".c": "c", ".h": "c", ".sh": "bash"}
@@ -35,7 +40,12 @@ def page_of(path: str) -> str:
 def targets(source: str, text: str) -> set[str]:
     """The files of the repository to which the page at ``source`` links, as paths from its root."""
     folder = str(PurePosixPath(source).parent)
-    return {normpath(f"{folder}/{target}") for target in LINK.findall(BLOCK.sub("", text))}
+    return {normpath(f"{folder}/{target}") for target in LINK.findall(BLOCK.sub("", relative(source, text)))}
+
+
+def relative(source: str, text: str) -> str:
+    """``text`` with addresses of this repository's files as paths from the page at ``source``."""
+    return REPOSITORY.sub("../" * (len(PurePosixPath(source).parts) - 1), text)
 
 
 def on_files(files: Files, *, config: Any) -> Files:
@@ -80,6 +90,7 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
         path = normpath(f"{PurePosixPath(source).parent}/{match[1]}")
         return relpath(page_of(path), str(PurePosixPath(here).parent))
 
+    markdown = relative(source, markdown)
     parts, end = [], 0
     for block in BLOCK.finditer(markdown):
         parts += [LINK.sub(lead, markdown[end : block.start()]), FENCE.sub(_title, block[0], count=1)]

@@ -14,6 +14,10 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
+REPOSITORY = re.compile(
+    r"https://(?:github\.com/psyche-lightning/psyche_lightning/blob"
+    r"|raw\.githubusercontent\.com/psyche-lightning/psyche_lightning)/main/"
+)
 FENCE = re.compile(r"^```(\S*) *(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -50,6 +54,13 @@ class Page:
     @property
     def spans(self) -> list[str]:
         return re.findall(r"`([^`\n]+)`", self.prose)
+
+    @property
+    def links(self) -> list[str]:
+        """What links and pictures lead to; files of this repository relative to the page, as in a checkout."""
+        root = "../" * (len(self.path.relative_to(ROOT).parts) - 1)
+        found = re.findall(r"\]\(([^)\s]+)\)|^\[[^\]\n]+\]: (\S+)$", self.prose, re.MULTILINE)
+        return [REPOSITORY.sub(root, inline or reference) for inline, reference in found]
 
     def write_files(self, folder: Path) -> None:
         """Save what the page tells its reader to save."""

@@ -34,7 +34,7 @@ def keys_of(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def test_every_link_leads_somewhere(pages: list[Any]) -> None:
     for page in pages:
-        for target in re.findall(r"\]\(([^)\s]+)\)", page.prose):
+        for target in page.links:
             if target.startswith("https://"):
                 continue
             path, _, anchor = target.partition("#")
@@ -50,8 +50,8 @@ def test_every_page_is_reachable_from_the_readme(pages: list[Any]) -> None:
     pending = [pages[0].path]
     while pending:
         page = unseen.pop(pending.pop(), None)
-        for target in re.findall(r"\]\(([^)\s#]+)", page.prose if page else ""):
-            pending.append((page.path.parent / target).resolve())
+        for target in page.links if page else []:
+            pending.append((page.path.parent / target.partition("#")[0]).resolve())
     assert [page.name for page in unseen.values()] == []
 
 
@@ -132,7 +132,18 @@ def test_the_readme_has_exactly_the_two_set_up_commands(pages: list[Any]) -> Non
     assert lines == ["pip install -r requirements.txt && psyche demo", "pip install -r requirements.txt && pytest"]
 
 
+def test_readmes_also_read_well_where_their_package_is_offered(pages: list[Any]) -> None:
+    for page in pages:
+        if page.path.name == "README.md":
+            assert "](" not in re.sub(r"\]\(https://", "", page.prose), f"{page.name} has a relative link"
+            labels = {label.lower() for label in re.findall(r"^\[([^\]\n]+)\]: https://", page.prose, re.MULTILINE)}
+            used = re.findall(r"(?<=\]\[)[^\]\n]+(?=\])|(?<=\[)[^\]\n]+(?=\](?![:(\[]))", page.prose)
+            assert {label.lower() for label in used} == labels, page.name
+
+
 def test_the_pictures_are_pictures(pages: list[Any]) -> None:
-    for name in re.findall(r"!\[.*?\]\((.*?)\)", pages[0].text):
+    names = [link for link in pages[0].links if link.startswith("docs/images/")]
+    assert len(names) == pages[0].prose.count("![") > 0
+    for name in names:
         head = (ROOT / name).read_bytes()[:200]
         assert head.startswith(b"\x89PNG") if name.endswith(".png") else b"<svg" in head, name

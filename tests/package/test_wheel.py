@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from psyche_lightning import __version__
 from psyche_lightning.plugins import EXTRAS
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,10 @@ def test_it_has_every_file_of_the_package_and_every_recipe(wheel: Path) -> None:
     expected |= {f"psyche_lightning/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.*")}
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert found == expected
+
+
+def test_its_version_is_the_package_s(wheel: Path) -> None:
+    assert wheel.name == f"psyche_lightning-{__version__}-py3-none-any.whl"
 
 
 def test_the_extras_that_messages_name_exist(wheel: Path) -> None:

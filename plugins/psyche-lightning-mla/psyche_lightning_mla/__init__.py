@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from psyche_lightning_mla.modeling import MLAForCausalLM, MLAModel
 
 __all__ = ["MLAConfig", "MLAForCausalLM", "MLAModel"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
