@@ -27,14 +27,11 @@ class Command:
 
 # A new command is one line here and a module.
 COMMANDS = {
-    "localnet": Command(
-        "psyche_lightning_solana.localnet.command:localnet", "Serve a local chain with the programs on it."
-    ),
-    "airdrop": Command("psyche_lightning_solana.localnet.airdrop:airdrop", "Ask a faucet for SOL."),
+    "localnet": Command("psyche_lightning_solana.localnet:localnet", "Serve a local chain with the programs on it."),
+    "airdrop": Command("psyche_lightning_solana.wallets:airdrop", "Ask a faucet for SOL."),
     "deploy": Command("psyche_lightning_solana.deploy.command:deploy", "Put a program on a chain, or upgrade it."),
-    "keygen": Command("psyche_lightning_solana.client.keygen:keygen", "Write a new wallet to a file."),
-    "cost": Command("psyche_lightning_solana.client.cost:cost", "Measure what a recipe's run costs on a chain."),
-    "build": Command("psyche_lightning_solana.toolchain.command:build", "Build the programs from their C sources."),
+    "keygen": Command("psyche_lightning_solana.wallets:keygen", "Write a new wallet to a file."),
+    "cost": Command("psyche_lightning_solana.cost:cost", "Measure what a recipe's run costs on a chain."),
 }
 
 

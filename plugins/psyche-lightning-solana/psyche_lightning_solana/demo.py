@@ -24,7 +24,7 @@ from psyche_lightning_solana.client.admin import SolanaAdmin
 from psyche_lightning_solana.client.cluster import parse
 from psyche_lightning_solana.client.fees import LAMPORTS, sol
 from psyche_lightning_solana.client.ledger import Ledger
-from psyche_lightning_solana.client.problems import RpcProblem
+from psyche_lightning_solana.client.rpc import RpcProblem
 from psyche_lightning_solana.client.run import SolanaRun
 from psyche_lightning_solana.client.story import Row, Story
 from psyche_lightning_solana.client.translate import of_recipe

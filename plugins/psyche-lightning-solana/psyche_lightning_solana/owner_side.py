@@ -20,8 +20,7 @@ from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.client.admin import SolanaAdmin
 from psyche_lightning_solana.client.fees import sol
 from psyche_lightning_solana.client.ledger import Ledger
-from psyche_lightning_solana.client.problems import RpcProblem
-from psyche_lightning_solana.client.rpc import unreachable
+from psyche_lightning_solana.client.rpc import RpcProblem, unreachable
 from psyche_lightning_solana.client.run import SolanaRun
 from psyche_lightning_solana.client.story import Story
 from psyche_lightning_solana.client.translate import of_recipe

@@ -20,14 +20,12 @@ from psyche_lightning_solana import instructions
 from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.addresses import authorization_address
 from psyche_lightning_solana.client import manifest as store
-from psyche_lightning_solana.client.fees import SIGNATURE_FEE, sol
+from psyche_lightning_solana.client.fees import SIGNATURE_FEE, sol, units
 from psyche_lightning_solana.client.owner import Direct, Owner, Treasury, find_owner
-from psyche_lightning_solana.client.problems import RpcProblem
-from psyche_lightning_solana.client.rpc import unreachable
+from psyche_lightning_solana.client.rpc import RpcProblem, unreachable
 from psyche_lightning_solana.client.run import EVERYBODY, SolanaRun
 from psyche_lightning_solana.client.sender import Receipt
 from psyche_lightning_solana.client.translate import config_section, metadata_section, plain_model
-from psyche_lightning_solana.client.units import units
 from psyche_lightning_solana.interface import AUTHORIZER, CHECKPOINT_SCOPE, JOIN_SCOPE
 from psyche_lightning_solana.layout import COORDINATOR_SIZE, MANIFEST_SIZE
 from psyche_lightning_solana.types import CONFIG, METADATA, MODEL

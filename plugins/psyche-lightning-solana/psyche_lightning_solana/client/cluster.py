@@ -38,6 +38,11 @@ def local_program(name: str) -> Keypair:
     return Keypair.from_seed(sha256(f"psyche-lightning localnet {name}".encode()))
 
 
+def local_faucet() -> Keypair:
+    """The faucet of every local chain, which may upgrade the programs that it has from the start; likewise public."""
+    return local_program("faucet")
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """One RPC service.

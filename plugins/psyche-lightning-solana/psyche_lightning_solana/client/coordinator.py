@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from solders.instruction import Instruction
 from solders.pubkey import Pubkey
 
+from psyche_lightning import aio
 from psyche_lightning.coordinator.machine import healthy
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.committee import round_selection
@@ -23,20 +24,16 @@ from psyche_lightning.protocol.requests import Report, Terms
 from psyche_lightning.protocol.state import Phase, Round, RunState, WitnessProof
 from psyche_lightning.wire.identity import Identity
 from psyche_lightning_solana.account import Member, RunAccounts
-from psyche_lightning_solana.client import turns, waiting
+from psyche_lightning_solana.client import timekeeper
 from psyche_lightning_solana.client.addressbook import MAX_AGE, AddressBook
 from psyche_lightning_solana.client.cluster import Cluster
 from psyche_lightning_solana.client.feed import Feed, Snapshot
-from psyche_lightning_solana.client.fees import SIGNATURE_FEE, sol
-from psyche_lightning_solana.client.history import History
+from psyche_lightning_solana.client.fees import SIGNATURE_FEE, sol, units
 from psyche_lightning_solana.client.ledger import Ledger
-from psyche_lightning_solana.client.problems import RpcProblem
-from psyche_lightning_solana.client.replay import replay
-from psyche_lightning_solana.client.rpc import Sleep, unreachable
+from psyche_lightning_solana.client.rounds import History, replay
+from psyche_lightning_solana.client.rpc import RpcProblem, Sleep, unreachable
 from psyche_lightning_solana.client.run import SolanaRun
 from psyche_lightning_solana.client.sender import Receipt
-from psyche_lightning_solana.client.timekeeper import Timekeeper
-from psyche_lightning_solana.client.units import units
 from psyche_lightning_solana.client.wallet import Wallet
 from psyche_lightning_solana.instructions import RunKeys
 from psyche_lightning_solana.interface import MAX_NODE_ADDRESS
@@ -204,7 +201,7 @@ class SolanaCoordinator:
         feed = await self._open()
         feed.start()
         if self._ticker is None:
-            keeper = Timekeeper(feed, self._decode, self.signer, lambda: self._joined, self._tick)
+            keeper = timekeeper.Timekeeper(feed, self._decode, self.signer, lambda: self._joined, self._tick)
             self._ticker = asyncio.get_running_loop().create_task(keeper.run())
         news = feed.news()
         shown: RunState | None = None
@@ -224,7 +221,7 @@ class SolanaCoordinator:
                     if state != shown:
                         shown = state
                         yield state
-                await waiting.news(news, MAX_AGE)
+                await aio.news(news, MAX_AGE)
         finally:
             feed.forget(news)
 
@@ -468,9 +465,9 @@ class SolanaCoordinator:
     async def _my_turn(self, run: RunAccounts, epoch: int, height: int) -> bool:
         """Wait until it is this node's turn in that round; false when the round ended before."""
         assert self._feed is not None
-        end = self._clock() + turns.STAGGER * turns.turn(run, self.signer)
+        end = self._clock() + timekeeper.STAGGER * timekeeper.turn(run, self.signer)
         while self._clock() < end:
-            await self._sleep(turns.STAGGER / 4)
+            await self._sleep(timekeeper.STAGGER / 4)
             latest = self._feed.latest
             if latest is not None and not _at(self._decode(latest).state, epoch, height):
                 return False

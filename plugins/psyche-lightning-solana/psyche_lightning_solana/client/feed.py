@@ -22,9 +22,8 @@ from solders.rpc.responses import AccountNotification, SubscriptionResult
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning_solana.client.cluster import Cluster, Endpoint
-from psyche_lightning_solana.client.problems import RpcProblem
 from psyche_lightning_solana.client.reader import Account, Reader
-from psyche_lightning_solana.client.rpc import Sleep, unreachable
+from psyche_lightning_solana.client.rpc import RpcProblem, Sleep, unreachable
 from psyche_lightning_solana.layout import COORDINATOR
 
 CLOCK = Pubkey.from_string("SysvarC1ock11111111111111111111111111111111")

@@ -14,8 +14,8 @@ from solders.pubkey import Pubkey
 from solders.signature import Signature
 from solders.transaction import VersionedTransaction
 
-from psyche_lightning_solana.client.problems import RpcProblem, error_name
 from psyche_lightning_solana.client.reader import PAGE, Reader
+from psyche_lightning_solana.client.rpc import RpcProblem, error_name
 
 WIDTH = 8
 """Transactions asked for at once."""

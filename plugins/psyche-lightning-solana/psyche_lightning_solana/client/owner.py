@@ -12,8 +12,7 @@ from solders.system_program import ID as SYSTEM_PROGRAM
 
 from psyche_lightning.errors import ConfigError, CoordinatorError
 from psyche_lightning_solana.addresses import participant_address, treasurer_index, treasurer_run_address
-from psyche_lightning_solana.client.problems import RpcProblem
-from psyche_lightning_solana.client.rpc import unreachable
+from psyche_lightning_solana.client.rpc import RpcProblem, unreachable
 from psyche_lightning_solana.client.run import SolanaRun
 from psyche_lightning_solana.instructions import RunKeys, build
 from psyche_lightning_solana.interface import TREASURER

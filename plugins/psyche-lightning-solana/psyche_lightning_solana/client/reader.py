@@ -41,8 +41,7 @@ from solders.rpc.responses import (
 from solders.signature import Signature
 from solders.transaction_status import UiTransactionEncoding
 
-from psyche_lightning_solana.client.problems import RpcProblem
-from psyche_lightning_solana.client.rpc import PoolProvider
+from psyche_lightning_solana.client.rpc import PoolProvider, RpcProblem
 
 LEVELS = {
     "processed": CommitmentLevel.Processed,
@@ -93,7 +92,7 @@ class Reader:
         provider: them.
         commitment: how settled what is read must be.
 
-    All methods raise :class:`~psyche_lightning_solana.client.problems.RpcProblem`.
+    All methods raise :class:`~psyche_lightning_solana.client.rpc.RpcProblem`.
     """
 
     def __init__(self, provider: PoolProvider, commitment: str) -> None:

@@ -20,10 +20,9 @@ from psyche_lightning_solana.addresses import authorization_address, instance_ad
 from psyche_lightning_solana.client import manifest
 from psyche_lightning_solana.client.cluster import CLUSTERS, Cluster, parse
 from psyche_lightning_solana.client.feed import Snapshot
-from psyche_lightning_solana.client.problems import RpcProblem
 from psyche_lightning_solana.client.reader import Account, Reader
 from psyche_lightning_solana.client.record import Log
-from psyche_lightning_solana.client.rpc import PoolProvider, Sleep, unreachable
+from psyche_lightning_solana.client.rpc import PoolProvider, RpcProblem, Sleep, unreachable
 from psyche_lightning_solana.client.sender import Sender
 from psyche_lightning_solana.client.wallet import Wallet
 from psyche_lightning_solana.instructions import RunKeys

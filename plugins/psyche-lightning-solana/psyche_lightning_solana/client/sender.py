@@ -14,29 +14,97 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from solders.commitment_config import CommitmentLevel
+from solders.hash import Hash
 from solders.instruction import Instruction
 from solders.message import MessageV0
 from solders.pubkey import Pubkey
+from solders.rpc.config import RpcContextConfig
+from solders.rpc.requests import GetLatestBlockhash
+from solders.rpc.responses import GetLatestBlockhashResp
 from solders.signature import Signature
 from solders.transaction import VersionedTransaction
 
 from psyche_lightning.errors import CoordinatorError
-from psyche_lightning_solana.client.blockhash import Blockhash, Blockhashes
 from psyche_lightning_solana.client.cluster import COMMITMENTS, MAX_COMPUTE_UNITS, Options
 from psyche_lightning_solana.client.fees import SIGNATURE_FEE, Fees, sol
-from psyche_lightning_solana.client.problems import ALREADY, UNFUNDED, RpcProblem, custom_code, error_name, is_retryable
 from psyche_lightning_solana.client.reader import Reader, Status
 from psyche_lightning_solana.client.record import Log, Record
-from psyche_lightning_solana.client.rpc import Sleep, unreachable
+from psyche_lightning_solana.client.rpc import (
+    ALREADY,
+    UNFUNDED,
+    PoolProvider,
+    RpcProblem,
+    Sleep,
+    custom_code,
+    error_name,
+    is_retryable,
+    unreachable,
+)
 from psyche_lightning_solana.client.wallet import Wallet
 
 MAX_TRANSACTION_SIZE = 1232
+BLOCKHASH_AGE = 10.0
+"""Seconds after which a newer blockhash is asked for: a transaction should have most of its life before it."""
 RESEND_EVERY = 2.0
 FIRST_LOOK, LONGEST_LOOK = 0.05, 1.0
 HEIGHT_EVERY = 4
 """Looks at a transaction's status for one at the height of the chain."""
 DETAIL_TRIES = 4
 ANCHOR_ERROR = re.compile(r"Error Code: (\w+)\. Error Number: (\d+)\. Error Message: (.*)")
+
+
+@dataclass(frozen=True)
+class Blockhash:
+    """What gives a transaction its bounded life.
+
+    Attributes:
+        value: the hash.
+        last_valid: height of the last block that takes a transaction with it.
+    """
+
+    value: Hash
+    last_valid: int
+
+
+class Blockhashes:
+    """The newest blockhash, asked for rarely: one serves for 150 blocks, about a minute.
+
+    Args:
+        provider: the RPC services.
+        commitment: how settled its block must be.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, provider: PoolProvider, commitment: CommitmentLevel, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._provider = provider
+        self._commitment = commitment
+        self._clock = clock
+        self._known: Blockhash | None = None
+        self._at = float("-inf")
+        self._lock = asyncio.Lock()
+
+    async def get(self) -> Blockhash:
+        """A fresh blockhash.
+
+        Raises:
+            RpcProblem: no service gives one.
+        """
+        async with self._lock:
+            if self._known is None or self._clock() - self._at > BLOCKHASH_AGE:
+                answer = await self._provider.make_request(
+                    GetLatestBlockhash(RpcContextConfig(commitment=self._commitment)), GetLatestBlockhashResp
+                )
+                self._known = Blockhash(answer.value.blockhash, answer.value.last_valid_block_height)
+                self._at = self._clock()
+            return self._known
+
+    def forget(self, stale: Blockhash) -> None:
+        """Do not give out this one again."""
+        if self._known == stale:
+            self._known = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from psyche_lightning.protocol.state import Client, CoordinatorConfig, Phase, Ru
 from psyche_lightning.wire.identity import short
 from psyche_lightning_solana.account import ManifestAccount, RunAccounts
 from psyche_lightning_solana.client.ledger import Call, Entry
-from psyche_lightning_solana.client.replay import act
+from psyche_lightning_solana.client.rounds import act
 from psyche_lightning_solana.client.sender import ANCHOR_ERROR
 from psyche_lightning_solana.hosting import Clock, Refused
 from psyche_lightning_solana.interface import AUTHORIZER, TREASURER

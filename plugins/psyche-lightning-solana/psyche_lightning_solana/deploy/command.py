@@ -58,8 +58,8 @@ async def _deploy(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from psyche_lightning_solana.client import cluster as clusters
+    from psyche_lightning_solana.client.rpc import connect
     from psyche_lightning_solana.deploy.deployer import LAMPORTS, Deployer
-    from psyche_lightning_solana.deploy.service import connect
 
     cluster = clusters.parse(f"{clusters.SCHEME}:{url}")
     name, image = _image(program)
@@ -99,28 +99,27 @@ async def _deploy(
 def _image(program: str) -> tuple[str, bytes]:
     """A program's name and content."""
     from psyche_lightning.errors import ConfigError
-    from psyche_lightning_solana.toolchain.build import PROGRAMS
+    from psyche_lightning_solana import programs
 
+    if program in programs.NAMES:
+        return program, programs.image(program)
     path = Path(program)
-    known = sorted(item.stem for item in PROGRAMS.glob("*.so"))
-    if program in known:
-        path = PROGRAMS / f"{program}.so"
     try:
         return path.stem, path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(
-            f"there is no program {program!r}; choose {', '.join(known) or 'a file'}, or name an .so file"
+            f"there is no program {program!r}; choose {', '.join(programs.NAMES)}, or name an .so file"
         ) from None
     except OSError as error:
         raise ConfigError(f"cannot read the program {program}: {error.strerror or error}") from None
 
 
 def _payer(keypair: Path | None, cluster: Cluster) -> Wallet:
+    from psyche_lightning_solana.client.cluster import local_faucet
     from psyche_lightning_solana.client.wallet import PATH_VARIABLE, SECRET_VARIABLE, Wallet
-    from psyche_lightning_solana.localnet.faucet import faucet_keypair
 
     if keypair is None and cluster.local and not (os.environ.get(PATH_VARIABLE) or os.environ.get(SECRET_VARIABLE)):
-        return Wallet(faucet_keypair(), "the local faucet")
+        return Wallet(local_faucet(), "the local faucet")
     return Wallet.load(keypair)
 
 
@@ -151,12 +150,12 @@ def _target(name: str, address: str | None, payer: Wallet, cluster: Cluster, *, 
 
 async def _authority(client: AsyncClient, target: Target, cluster: Cluster) -> Wallet | None:
     """The faucet, where the program is one of those that a local chain has from the start."""
+    from psyche_lightning_solana.client.cluster import local_faucet
     from psyche_lightning_solana.client.wallet import Wallet
     from psyche_lightning_solana.deploy.loader import code_address, read_code
-    from psyche_lightning_solana.localnet.faucet import faucet_keypair
 
     if not cluster.local:
         return None
     code = read_code((await client.get_account_info(code_address(target.address))).value)
-    faucet = Wallet(faucet_keypair(), "the local faucet")
+    faucet = Wallet(local_faucet(), "the local faucet")
     return faucet if code is not None and code.authority == faucet.public else None

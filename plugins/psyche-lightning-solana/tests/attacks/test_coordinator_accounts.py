@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from psyche_lightning_solana.interface import COORDINATOR
 from psyche_lightning_solana.layout import COORDINATOR_DISCRIMINATOR, COORDINATOR_SIZE
-from psyche_lightning_solana.testing.runs import CONFIG, MODEL, PARAMETERS, Run, altered
+from solana_support.runs import CONFIG, MODEL, PARAMETERS, Run, altered
 from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
 

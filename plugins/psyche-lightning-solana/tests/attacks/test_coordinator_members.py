@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from psyche_lightning_solana.interface import CHECKPOINT_SCOPE, JOIN_SCOPE
 from psyche_lightning_solana.layout import MAX_CLIENTS
-from psyche_lightning_solana.testing.runs import CONFIG, PARAMETERS, Run, altered
+from solana_support.runs import CONFIG, PARAMETERS, Run, altered
 from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
 

@@ -7,6 +7,7 @@ import random
 from dataclasses import asdict
 
 import pytest
+from psyche_lightning_localnet import LocalChain, LocalServer, SlotClock
 from psyche_lightning_solana.client.admin import SolanaAdmin
 from psyche_lightning_solana.client.cluster import Cluster, Endpoint, Options
 from psyche_lightning_solana.client.coordinator import SolanaCoordinator
@@ -18,11 +19,8 @@ from psyche_lightning_solana.client.run import SolanaRun
 from psyche_lightning_solana.client.sender import Sender
 from psyche_lightning_solana.client.story import Story
 from psyche_lightning_solana.client.wallet import Wallet
-from psyche_lightning_solana.localnet.chain import LocalChain
-from psyche_lightning_solana.localnet.clock import SlotClock
-from psyche_lightning_solana.localnet.programs import fresh_chain
-from psyche_lightning_solana.localnet.server import LocalServer
-from psyche_lightning_solana.testing.proxy import Proxy
+from psyche_lightning_solana.localnet import local_chain
+from solana_support.proxy import Proxy
 from solders.system_program import TransferParams, transfer
 
 from psyche_lightning.errors import CoordinatorError
@@ -188,7 +186,7 @@ def reached(phase, epoch=None):
 @contextlib.asynccontextmanager
 async def world(services=1, slot_ms=20, programs=False):
     clock = SlotClock(slot_ms)
-    chain = fresh_chain(clock)[0] if programs else LocalChain(clock)
+    chain = local_chain(clock) if programs else LocalChain(clock)
     async with LocalServer(chain) as server, contextlib.AsyncExitStack() as stack:
         proxies = [await stack.enter_async_context(Proxy(server.url, server.ws_url)) for _ in range(services)]
         here = World(server, proxies)

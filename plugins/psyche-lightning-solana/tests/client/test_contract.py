@@ -5,14 +5,13 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
 
 import pytest
+from psyche_lightning_localnet import LocalServer, SlotClock
 from psyche_lightning_solana.client.admin import SolanaAdmin
 from psyche_lightning_solana.client.cluster import parse
 from psyche_lightning_solana.client.coordinator import SolanaCoordinator
 from psyche_lightning_solana.client.run import SolanaRun
 from psyche_lightning_solana.client.wallet import Wallet
-from psyche_lightning_solana.localnet.clock import SlotClock
-from psyche_lightning_solana.localnet.programs import fresh_chain
-from psyche_lightning_solana.localnet.server import LocalServer
+from psyche_lightning_solana.localnet import local_chain
 
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.testing.coordinators import Connect, CoordinatorContract
@@ -32,7 +31,7 @@ class TestSolana(CoordinatorContract):
 
     @contextlib.asynccontextmanager
     async def open_run(self, run_id: str, config: CoordinatorConfig) -> AsyncIterator[Connect]:
-        chain = fresh_chain(SlotClock(40))[0]
+        chain = local_chain(SlotClock(40))
         async with LocalServer(chain) as server:
             cluster = parse(f"solana:{server.url}")
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from psyche_lightning_solana.client import turns
+from psyche_lightning_solana.client import timekeeper
 from solders.account import Account
 from solders.pubkey import Pubkey
 
@@ -254,7 +254,7 @@ def test_withdrawing(run, play, player, reached):
 
 
 def test_the_clock_moves_the_run_on_with_one_tick(run, play, player, reached, monkeypatch):
-    monkeypatch.setattr(turns, "STAGGER", 60.0)  # on a busy machine the first one's turn may take a while
+    monkeypatch.setattr(timekeeper, "STAGGER", 60.0)  # on a busy machine the first one's turn may take a while
 
     async def test(world):
         owner = await world.owner(max_round_train_time=30, round_witness_time=30, cooldown_time=30)
@@ -279,7 +279,7 @@ def test_when_those_whose_turn_it_is_are_gone_others_tick(run, play, player, rea
         state = await play([player(client, ["round_train"]) for client in clients], reached(Phase.ROUND_TRAIN))
         now = await clients[0]._look()
         assert now.state.nonce == state.nonce
-        last = next(client for client in clients if turns.turn(now, client.signer) == 2)
+        last = next(client for client in clients if timekeeper.turn(now, client.signer) == 2)
         for client in clients:
             if client is not last:
                 await client.close()

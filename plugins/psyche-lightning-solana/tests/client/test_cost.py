@@ -1,10 +1,9 @@
 import json
 
 import pytest
-from psyche_lightning_solana.client.cost import Bill, measure
-from psyche_lightning_solana.client.fees import SIGNATURE_FEE
+from psyche_lightning_solana.client.fees import MAX_COMPUTE_UNITS, SIGNATURE_FEE, UNITS, units
 from psyche_lightning_solana.client.translate import of_recipe
-from psyche_lightning_solana.client.units import LIMITS, MAX_COMPUTE_UNITS, units
+from psyche_lightning_solana.cost import Bill, measure
 
 from psyche_lightning.cli import main
 from psyche_lightning.recipe import load_recipe
@@ -26,7 +25,7 @@ def test_a_run_of_three_is_counted_transaction_by_transaction(recipe):
     assert cost.creating.fees == SIGNATURE_FEE * (len(names) - 3 - 9 - 6 + 1)  # the account signs for itself
     assert cost.creating.storage > 0.9e9
     assert cost.round.fees == 2 * SIGNATURE_FEE
-    assert cost.round.priority == 2 * LIMITS["witness"]
+    assert cost.round.priority == 2 * UNITS["witness"]
     assert cost.round.storage == 0
     whole, node = cost.run(steps=10, epochs=2), cost.node(steps=10, epochs=2)
     assert whole.transactions == cost.creating.transactions + 3 + 2 * 9 + 14 * 2
@@ -36,7 +35,7 @@ def test_a_run_of_three_is_counted_transaction_by_transaction(recipe):
 
 
 def test_limits():
-    assert units("set_address+join_run") == LIMITS["set_address"] + LIMITS["join_run"]
+    assert units("set_address+join_run") == UNITS["set_address"] + UNITS["join_run"]
     assert units("what is this") == MAX_COMPUTE_UNITS
     assert units("treasurer:update") > units("update")
     assert Bill(1, 2, 3, 4, 5) + Bill(1, 1, 1, 1, 1) == Bill(2, 3, 4, 5, 6)

@@ -6,7 +6,7 @@ import dataclasses
 
 from psyche_lightning_solana.client.cluster import Endpoint
 from psyche_lightning_solana.client.feed import Feed
-from psyche_lightning_solana.client.replay import replay
+from psyche_lightning_solana.client.rounds import replay
 from websockets.server import ServerProtocol
 
 from psyche_lightning.protocol.state import Phase

@@ -2,8 +2,15 @@ import asyncio
 
 import pytest
 from psyche_lightning_solana.client.cluster import Endpoint
-from psyche_lightning_solana.client.problems import RpcProblem, custom_code, error_name, is_retryable
-from psyche_lightning_solana.client.rpc import PoolClient, PoolProvider, unreachable
+from psyche_lightning_solana.client.rpc import (
+    PoolClient,
+    PoolProvider,
+    RpcProblem,
+    custom_code,
+    error_name,
+    is_retryable,
+    unreachable,
+)
 from solders.pubkey import Pubkey
 
 PASSING = [

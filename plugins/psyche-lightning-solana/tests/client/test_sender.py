@@ -5,8 +5,8 @@ import random
 
 import pytest
 from psyche_lightning_solana.client.cluster import Options
-from psyche_lightning_solana.client.problems import RpcProblem
 from psyche_lightning_solana.client.record import Log
+from psyche_lightning_solana.client.rpc import RpcProblem
 from solders.instruction import AccountMeta, Instruction
 from solders.pubkey import Pubkey
 from solders.system_program import ID as SYSTEM

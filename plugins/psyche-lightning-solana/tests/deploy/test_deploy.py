@@ -6,23 +6,21 @@ import json
 
 import pytest
 from aiohttp import ClientSession, web
+from psyche_lightning_localnet import LocalChain, LocalServer, SlotClock
 from psyche_lightning_solana.client.cluster import local_program
 from psyche_lightning_solana.client.wallet import Wallet
 from psyche_lightning_solana.deploy import deployer as deploying
 from psyche_lightning_solana.deploy import loader
 from psyche_lightning_solana.deploy.deployer import Deployer, DeployError, Target
-from psyche_lightning_solana.localnet.chain import LocalChain
-from psyche_lightning_solana.localnet.clock import SlotClock
-from psyche_lightning_solana.localnet.programs import fresh_chain
-from psyche_lightning_solana.localnet.server import LocalServer
-from psyche_lightning_solana.toolchain.build import PROGRAMS
+from psyche_lightning_solana.localnet import local_chain
+from psyche_lightning_solana.programs import image
 from solana.rpc.async_api import AsyncClient
 from solana.rpc.commitment import Confirmed
 from solders.instruction import Instruction
 from solders.keypair import Keypair
 from solders.transaction import VersionedTransaction
 
-IMAGE = (PROGRAMS / "authorizer.so").read_bytes()
+IMAGE = image("authorizer")
 
 
 class World:
@@ -240,11 +238,10 @@ def test_a_cluster_that_does_not_answer():
 
 def test_the_chain_has_our_programs_from_the_start_and_finalized():
     now = 1_700_000_000_000
-    chain, installed = fresh_chain(SlotClock(running=False, unix_ms=now), seed=bytes(32))
+    chain = local_chain(SlotClock(running=False, unix_ms=now), seed=bytes(32))
     assert chain.clock.unix_ms() == now
-    assert set(installed) >= {"authorizer", "coordinator", "treasurer"}
-    for name, address in installed.items():
-        assert address == local_program(name).pubkey()
+    for name in ("authorizer", "coordinator", "treasurer"):
+        address = local_program(name).pubkey()
         assert chain.account(address, "finalized").executable
         outcome = chain.submit(chain.sign([Instruction(address, b"", [])], chain.faucet))
         assert json.dumps(outcome.logs).count(f"Program {address} consumed") == 1  # it runs, and refuses

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from psyche_lightning_solana.account import AccountError, read, write_manifest
 from psyche_lightning_solana.layout import COORDINATOR_SIZE, view_coordinator, view_manifest
-from psyche_lightning_solana.testing.runs import PARAMETERS, Run
+from solana_support.runs import PARAMETERS, Run
 
 from psyche_lightning.protocol.state import Checkpoint, Phase
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from psyche_lightning_solana.borsh import BOOL, F32, U8, Array, Fixed, FixedVector, Option, Reader, String, Type, Vector
 from psyche_lightning_solana.interface import PROGRAMS
-from psyche_lightning_solana.testing.values import any_value
 from psyche_lightning_solana.types import CHECKPOINT, CONFIG, MODEL, OPTIMIZER, WITNESS_METADATA
+from solana_support.values import any_value
 
 from psyche_lightning.errors import ConfigError, WireError
 

@@ -11,8 +11,8 @@ from anchorpy.coder.instruction import InstructionCoder
 from psyche_lightning_solana import legacy_idl
 from psyche_lightning_solana.errors import REFUSALS
 from psyche_lightning_solana.interface import PROGRAMS, ProgramSpec
-from psyche_lightning_solana.testing.values import any_value
-from psyche_lightning_solana.toolchain.build import SOURCES
+from sbf_toolchain.build import SOURCES
+from solana_support.values import any_value
 
 
 def _sources(program: str) -> str:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 from psyche_lightning_solana.interface import AUTHORIZER, CHECKPOINT_SCOPE, COORDINATOR, JOIN_SCOPE
-from psyche_lightning_solana.testing.calls import call
-from psyche_lightning_solana.testing.treasury import CONFIG, MODEL, PROGRESS, Treasury
-from psyche_lightning_solana.testing.vm import Outcome, Vm, must
-from psyche_lightning_solana.toolchain.build import PROGRAMS
+from psyche_lightning_solana.programs import image
+from solana_support.calls import call
+from solana_support.treasury import CONFIG, MODEL, PROGRESS, Treasury
+from solana_support.vm import Outcome, Vm, must
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 from solders.system_program import ID as SYSTEM_PROGRAM
@@ -109,7 +109,7 @@ def test_what_does_not_let_one_in(gate: Gate) -> None:
     )
     assert gate.join(gate.authorize(user, scope=JOIN_SCOPE + b"!")).error == 2003, "for something longer"
     assert gate.join(gate.authorize(user, active=False)).error == 2003, "revoked"
-    fake = world.vm.deploy((PROGRAMS / "authorizer.so").read_bytes())
+    fake = world.vm.deploy(image("authorizer"))
     assert gate.join(gate.authorize(user, program=fake)).error == 3007, "of another authorizer"
     assert gate.join(world.vm.keypair().pubkey()).error == 3007, "nothing"
     assert gate.join(world.manifest).error == 3007

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from psyche_lightning_solana.errors import REFUSALS
 from psyche_lightning_solana.interface import AUTHORIZER, JOIN_SCOPE
-from psyche_lightning_solana.testing.calls import call
-from psyche_lightning_solana.testing.vm import START_TIME, Outcome, Vm, must
-from psyche_lightning_solana.toolchain.build import PROGRAMS, SOURCES
+from psyche_lightning_solana.programs import image
+from sbf_toolchain.build import SOURCES
+from solana_support.calls import call
+from solana_support.vm import START_TIME, Outcome, Vm, must
 from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
@@ -78,7 +79,7 @@ class World:
 @pytest.fixture(params=[False, True], ids=["cluster", "all features"])
 def world(request: pytest.FixtureRequest) -> World:
     vm = Vm(features=request.param)
-    program = vm.deploy((PROGRAMS / "authorizer.so").read_bytes())
+    program = vm.deploy(image("authorizer"))
     return World(vm, program, vm.wallet(), vm.wallet())
 
 

@@ -12,9 +12,9 @@ from psyche_lightning_solana import hosting
 from psyche_lightning_solana.account import RunAccounts, at_rest, read, write_coordinator, write_manifest
 from psyche_lightning_solana.errors import NUMBERS
 from psyche_lightning_solana.interface import COORDINATOR
-from psyche_lightning_solana.testing.native import NativeProgram
-from psyche_lightning_solana.testing.traffic import Traffic, Trial, World
-from psyche_lightning_solana.testing.twins import MAX_UNITS, Disagreement, Seen
+from solana_support.native import NativeProgram
+from solana_support.traffic import Traffic, Trial, World
+from solana_support.twins import MAX_UNITS, Disagreement, Seen
 
 from psyche_lightning.protocol.state import Phase as RunPhase
 

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from psyche_lightning_solana.testing.native import NATIVE
+from solana_support.native import NATIVE
 
 EXECUTIONS = 20_000
 

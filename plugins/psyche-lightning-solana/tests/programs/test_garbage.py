@@ -6,8 +6,8 @@ import random
 
 import pytest
 from psyche_lightning_solana.interface import AUTHORIZER, TREASURER
-from psyche_lightning_solana.testing.treasury import CONFIG, MODEL, PROGRESS, Treasury
-from psyche_lightning_solana.testing.vm import Vm
+from solana_support.treasury import CONFIG, MODEL, PROGRESS, Treasury
+from solana_support.vm import Vm
 from solders.instruction import AccountMeta, Instruction
 from solders.pubkey import Pubkey
 

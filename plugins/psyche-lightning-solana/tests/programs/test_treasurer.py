@@ -10,10 +10,10 @@ import spl.token.instructions as token
 from psyche_lightning_solana.errors import REFUSALS
 from psyche_lightning_solana.interface import AUTHORIZER, COORDINATOR, TREASURER
 from psyche_lightning_solana.layout import view_coordinator, view_manifest
-from psyche_lightning_solana.testing.treasury import CONFIG, MODEL, PROGRESS, Treasury
-from psyche_lightning_solana.testing.vm import MAX_TRANSACTION_BYTES, Vm, must
-from psyche_lightning_solana.toolchain.build import SOURCES
 from psyche_lightning_solana.types import METADATA as METADATA_TYPE
+from sbf_toolchain.build import SOURCES
+from solana_support.treasury import CONFIG, MODEL, PROGRESS, Treasury
+from solana_support.vm import MAX_TRANSACTION_BYTES, Vm, must
 from solders.pubkey import Pubkey
 from spl.token.constants import TOKEN_PROGRAM_ID
 

@@ -8,8 +8,8 @@ import pytest
 import spl.token.instructions as token
 from psyche_lightning_solana.interface import COORDINATOR, TREASURER
 from psyche_lightning_solana.layout import COORDINATOR_SIZE
-from psyche_lightning_solana.testing.treasury import CONFIG, MODEL, PROGRESS, Treasury
-from psyche_lightning_solana.testing.vm import Outcome, Vm, must
+from solana_support.treasury import CONFIG, MODEL, PROGRESS, Treasury
+from solana_support.vm import Outcome, Vm, must
 from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from psyche_lightning_solana.interface import COORDINATOR
-from psyche_lightning_solana.testing.units import MAX_UNITS, Row, measure, with_table
-from psyche_lightning_solana.testing.vm import MAX_TRANSACTION_BYTES
+from solana_support.units import MAX_UNITS, Row, measure, with_table
+from solana_support.vm import MAX_TRANSACTION_BYTES
 
 PAGE = Path(__file__).parents[4] / "docs" / "solana-programs.md"
 
@@ -26,5 +26,5 @@ def test_the_table_of_units_is_what_the_programs_use(rows: list[Row]) -> None:
     page = PAGE.read_text()
     assert page == with_table(page, rows), (
         f"the programs use other compute units than {PAGE.name} says; write them anew with "
-        f"`python -m psyche_lightning_solana.testing.units {PAGE}`"
+        f"`python -m solana_support.units {PAGE}`"
     )

@@ -7,8 +7,9 @@ import stat
 from pathlib import Path
 
 import pytest
-from psyche_lightning_solana.toolchain import build as builder
-from psyche_lightning_solana.toolchain.build import (
+from sbf_toolchain import build as builder
+from sbf_toolchain.__main__ import main
+from sbf_toolchain.build import (
     CLANG_VERSION,
     PARTS,
     SOURCES,
@@ -16,8 +17,6 @@ from psyche_lightning_solana.toolchain.build import (
     compile_program,
     find_clang,
 )
-
-from psyche_lightning.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_neither_the_folder_nor_the_environment_is_in_the_bytes(
 
 def test_the_command_builds_and_checks(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = tmp_path / "programs"
-    build = ["solana", "build", "--sources", str(sources), "--output", str(kept)]
+    build = ["--sources", str(sources), "--output", str(kept)]
     assert main([*build, "--check"]) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert f"{kept / 'authorizer.so'}: kept missing, built" in error
@@ -74,7 +73,7 @@ def test_the_command_builds_and_checks(sources: Path, tmp_path: Path, capsys: py
     assert "treasurer.so: kept " in error
     assert "coordinator.so: kept missing" in error
     assert "authorizer.so" not in error
-    assert "psyche solana build" in error
+    assert "python -m sbf_toolchain" in error
 
 
 def test_the_list_of_digests_is_checked_too(sources: Path, tmp_path: Path) -> None:

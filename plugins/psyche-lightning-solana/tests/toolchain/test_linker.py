@@ -10,10 +10,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from psyche_lightning_solana.testing.vm import Vm, must
-from psyche_lightning_solana.toolchain import elf
-from psyche_lightning_solana.toolchain.build import FLAGS, find_clang
-from psyche_lightning_solana.toolchain.linker import LinkError, link
+from sbf_toolchain import elf
+from sbf_toolchain.build import FLAGS, find_clang
+from sbf_toolchain.linker import LinkError, link
+from solana_support.vm import Vm, must
 from solders.instruction import Instruction
 
 TYPES = """

@@ -1,0 +1,22 @@
+"""A Solana cluster of one for trying things out: ``solana-localnet``.
+
+Ordinary clients talk to it as to a validator: JSON-RPC over HTTP, subscriptions over a websocket. The programs run in
+Solana's own runtime (``solders.litesvm``); the rest of a cluster, as far as a client can see it, is here. What a
+validator has and this has not: several nodes, blocks (``getBlock``), votes and stakes, durable nonces, simulating on
+older states than the newest, and accounts shown in parsed form.
+
+In a test::
+
+    async with LocalServer(LocalChain(SlotClock(running=False))) as server:
+        client = AsyncClient(server.url)
+        ...
+        server.chain.advance(2)  # in slots; nothing else moves a frozen clock
+"""
+
+from psyche_lightning_localnet.chain import LocalChain
+from psyche_lightning_localnet.clock import SlotClock
+from psyche_lightning_localnet.errors import LedgerError, LocalnetError
+from psyche_lightning_localnet.process import LocalnetProcess
+from psyche_lightning_localnet.server import LocalServer
+
+__all__ = ["LedgerError", "LocalChain", "LocalServer", "LocalnetError", "LocalnetProcess", "SlotClock"]

@@ -1,0 +1,437 @@
+"""The chain: blockhashes, slots, transactions that land, and what is confirmed and finalized. No I/O."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from solders.account import Account
+from solders.hash import Hash
+from solders.instruction import Instruction
+from solders.keypair import Keypair
+from solders.message import MessageV0
+from solders.pubkey import Pubkey
+from solders.system_program import TransferParams, transfer
+from solders.transaction import VersionedTransaction
+from solders.transaction_status import TransactionErrorFieldless
+
+from psyche_lightning_localnet.clock import SlotClock
+from psyche_lightning_localnet.encoding import inner_json, return_data_json, token_balances
+from psyche_lightning_localnet.errors import LocalnetError, error_json
+from psyche_lightning_localnet.state import Accounts, History, Record
+from psyche_lightning_localnet.transactions import Named, fee_of, memo_of, named
+from psyche_lightning_localnet.vm import LOADER, SYSTEM_PROGRAM, Outcome, Vm
+
+COMMITMENTS = ("processed", "confirmed", "finalized")
+MAX_PROCESSING_AGE = 150
+"""Slots for which a blockhash can be used."""
+RECENT_SLOTS = 300
+"""Slots for which statuses are in memory, as in a validator's status cache."""
+SLOT_HASHES = 512
+CONFIRMED_LAG, FINALIZED_LAG = 1, 32
+"""Slots until most votes are in, and until nothing can undo a slot any more, as on a cluster where nothing fails."""
+MAX_ANNOUNCED = 64
+"""When many slots pass at once, only the last of them are announced."""
+GENESIS = Hash(hashlib.sha256(b"psyche-lightning localnet genesis").digest())
+"""Every local chain has this as its first block, so that it is known as one."""
+MEMO = Pubkey.from_string("MemoSq4gqABAXKb96qnH8TysNcWxMyWCqXgDLGmfcHr")
+_NOTHING = Account(0, b"", SYSTEM_PROGRAM)
+_CODE_META = 45
+"""Bytes before the code in a program's data account."""
+_LOOKUP_TABLES = Pubkey.from_string("AddressLookupTab1e1111111111111111111111111")
+_SLOT_HASHES = Pubkey.from_string("SysvarS1otHashes111111111111111111111111111")
+
+
+FAUCET_LAMPORTS = 500_000_000 * 10**9
+
+
+def faucet_keypair() -> Keypair:
+    """The faucet of every local chain, which may upgrade the programs that were put there. Its seed is public."""
+    return Keypair.from_seed(hashlib.sha256(b"psyche-lightning localnet faucet").digest())
+
+
+@dataclass
+class Block:
+    """What happened in a slot.
+
+    Attributes:
+        slot: which.
+        records: transactions in their order.
+        changed: accounts that they changed.
+    """
+
+    slot: int
+    records: list[Record] = field(default_factory=list)
+    changed: dict[Pubkey, None] = field(default_factory=dict)
+
+
+class Observer(Protocol):
+    """Is told what happens, as it happens."""
+
+    def received(self, signature: str) -> None:
+        """A transaction came in."""
+
+    def settled(self, commitment: str, block: Block) -> None:
+        """What happened in that block is now seen at that commitment."""
+
+    def slot(self, slot: int, parent: int, root: int) -> None:
+        """A slot began."""
+
+
+class LocalChain:
+    """A Solana cluster of one, in this process.
+
+    Args:
+        clock: slots and time; None for 400 ms on the wall clock.
+        confirmed_lag: slots after which a transaction counts as confirmed.
+        finalized_lag: slots after which it counts as finalized.
+        max_transactions: how many transactions are remembered.
+        seed: makes the blockhashes of this chain its own; None for random.
+        programs: address and ELF shared object of each program that is there from the start.
+
+    Attributes:
+        clock: as given.
+        vm: accounts as they are now, and the runtime.
+        accounts: what transactions changed.
+        history: transactions that landed.
+        observer: is told what happens, or None.
+        healthy: what ``getHealth`` says; false makes the server refuse to send, like a validator that fell behind.
+        faucet: pays airdrops.
+    """
+
+    def __init__(
+        self,
+        clock: SlotClock | None = None,
+        *,
+        confirmed_lag: int = CONFIRMED_LAG,
+        finalized_lag: int = FINALIZED_LAG,
+        max_transactions: int = 20_000,
+        seed: bytes | None = None,
+        programs: Mapping[Pubkey, bytes] | None = None,
+    ) -> None:
+        self.clock = clock or SlotClock()
+        self.vm = Vm()
+        self.accounts = Accounts()
+        self.history = History(max_transactions)
+        self.observer: Observer | None = None
+        self.healthy = True
+        self.faucet = faucet_keypair()
+        self.seed = os.urandom(32) if seed is None else seed
+        self.lags = {"processed": 0, "confirmed": confirmed_lag, "finalized": max(confirmed_lag, finalized_lag)}
+        self._blockhashes: OrderedDict[Hash, int] = OrderedDict()
+        self._statuses: OrderedDict[str, int] = OrderedDict()
+        self._blocks: deque[Block] = deque()
+        self._airdrops = 0
+        self._slot_of_vm = -1
+        self._remember_blockhashes()
+        self.store({self.faucet.pubkey(): Account(FAUCET_LAMPORTS, b"", SYSTEM_PROGRAM)})
+        for address, image in (programs or {}).items():
+            self.add_program(address, image)
+        if self.slot == 0:  # the genesis block has no transactions, and lies a slot back
+            self.clock.begin(0, self.clock.unix_ms() - self.clock.slot_ms)
+            self.advance()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Time
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def slot(self) -> int:
+        """The current slot."""
+        return self.clock.slot
+
+    def slot_at(self, commitment: str) -> int:
+        """The newest slot at a commitment. Every slot has a block, so it is the block height as well."""
+        return max(0, self.clock.slot - self.lags[commitment])
+
+    def advance(self, slots: int = 1) -> None:
+        """Let slots pass at once, with their time."""
+        before = self.clock.slot
+        self.clock.advance(slots)
+        self._passed(before)
+
+    def advance_seconds(self, seconds: float) -> None:
+        """Let as many slots pass as fill that time; at least one."""
+        self.advance(max(1, -(-int(seconds * 1000) // self.clock.slot_ms)))
+
+    def keep_time(self) -> int:
+        """Let the slots pass that are due; how many."""
+        due = self.clock.due()
+        if due:
+            before = self.clock.slot
+            self.clock.passed(due)
+            self._passed(before)
+        return due
+
+    def follow_wall(self) -> None:
+        """Let all slots pass that the wall clock is ahead, and go on with it."""
+        self.clock.follow_wall()
+        self.keep_time()
+
+    def _passed(self, before: int) -> None:
+        now = self.clock.slot
+        self._remember_blockhashes()
+        while self._statuses and next(iter(self._statuses.values())) < now - RECENT_SLOTS:
+            self._statuses.popitem(last=False)
+        finalized = self.slot_at("finalized")
+        if self.observer is not None:
+            for slot in range(max(before + 1, now - MAX_ANNOUNCED + 1), now + 1):
+                self.observer.slot(slot, slot - 1, max(0, slot - self.lags["finalized"]))
+            for commitment in ("confirmed", "finalized"):
+                since = before - self.lags[commitment]
+                for block in self._blocks:
+                    if since < block.slot <= self.slot_at(commitment):
+                        self.observer.settled(commitment, block)
+        self.accounts.settle(finalized)
+        while self._blocks and self._blocks[0].slot <= finalized:
+            self._blocks.popleft()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Blockhashes
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def blockhash(self, slot: int) -> Hash:
+        """The hash of the block of a slot."""
+        return GENESIS if slot == 0 else Hash(hashlib.sha256(self.seed + slot.to_bytes(8, "little")).digest())
+
+    def blockhash_slot(self, blockhash: Hash, commitment: str = "processed") -> int | None:
+        """The slot of a blockhash that can be used, as of a commitment; None if it is not known or too old."""
+        slot = self._blockhashes.get(blockhash)
+        now = self.slot_at(commitment)
+        return slot if slot is not None and slot <= now <= slot + MAX_PROCESSING_AGE else None
+
+    def _remember_blockhashes(self) -> None:
+        now = self.clock.slot
+        newest = next(reversed(self._blockhashes.values()), -1)
+        for slot in range(max(newest + 1, now - RECENT_SLOTS), now + 1):
+            self._blockhashes[self.blockhash(slot)] = slot
+        while len(self._blockhashes) > RECENT_SLOTS:
+            self._blockhashes.popitem(last=False)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Accounts
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def account(self, key: Pubkey, commitment: str = "processed") -> Account | None:
+        """An account as it is at a commitment, or None."""
+        if key in self.accounts:
+            return self.accounts.get(self.slot_at(commitment), key)
+        self._sync_clock()
+        return self.vm.account(key)  # built-in, or a sysvar
+
+    def store(self, accounts: dict[Pubkey, Account]) -> None:
+        """Put accounts on the chain as they are, without a transaction."""
+        self.vm.store(accounts)
+        for key, account in accounts.items():
+            self.accounts.put(self.clock.slot, key, account)
+
+    def add_program(self, address: Pubkey, image: bytes, authority: Pubkey | None = None) -> bool:
+        """Put a program on the chain without a transaction, so that no key pair is needed; the runtime verifies it.
+
+        Like one that is deployed, it can be used from the next slot on.
+
+        Args:
+            address: where; a program that is there is replaced.
+            image: an ELF shared object.
+            authority: who may upgrade it; None for the faucet.
+
+        Returns:
+            Whether there was anything to do: not when this very program is there.
+
+        Raises:
+            LocalnetError: the runtime does not take it.
+        """
+        place = Pubkey.find_program_address([bytes(address)], LOADER)[0]
+        present = self.account(place)
+        if present is not None and bytes(present.data[_CODE_META:]) == image:
+            return False
+        owner = self.faucet.pubkey() if authority is None else authority
+        code = struct.pack("<IQB", 3, self.slot, 1) + bytes(owner) + image
+        program = struct.pack("<I", 2) + bytes(place)
+        made = {
+            key: Account(self.vm.minimum_balance(len(data)), data, LOADER, executable)
+            for key, data, executable in ((place, code, False), (address, program, True))
+        }
+        try:
+            self.store(made)
+        except Exception as error:  # LiteSVMError, which solders does not export
+            self.vm.store({place: present or _NOTHING})
+            raise LocalnetError(
+                f"the runtime does not take the program for {address}: {error}; expected an ELF shared object that "
+                "Solana's loader verifies"
+            ) from error
+        return True
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Transactions
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def names(self, transaction: VersionedTransaction) -> Named:
+        """The accounts of a transaction.
+
+        Raises:
+            RpcError: a lookup table is missing.
+        """
+        return named(transaction.message, self.account)
+
+    def simulate(
+        self,
+        transaction: VersionedTransaction,
+        *,
+        commitment: str = "processed",
+        verify: bool = True,
+        fresh: bool = True,
+    ) -> Outcome:
+        """What a transaction would come to.
+
+        Always on the newest accounts: the virtual machine has no others. But blockhashes are judged at ``commitment``,
+        so that a client that takes one at another commitment than it checks at finds out here.
+
+        Args:
+            transaction: sane.
+            commitment: at which its blockhash is judged.
+            verify: whether signatures are checked.
+            fresh: whether its blockhash is judged at all.
+        """
+        names = self.names(transaction)
+        stopped = None
+        if fresh and self.blockhash_slot(transaction.message.recent_blockhash, commitment) is None:
+            stopped = TransactionErrorFieldless.BlockhashNotFound
+        elif str(transaction.signatures[0]) in self._statuses:
+            stopped = TransactionErrorFieldless.AlreadyProcessed
+        if stopped is not None:
+            return Outcome(stopped, fee_of(transaction.message))
+        self._sync_clock()
+        if _LOOKUP_TABLES in names.keys or _SLOT_HASHES in names.keys:
+            newest = self.clock.slot - 1
+            slots = range(newest, max(-1, newest - SLOT_HASHES), -1)
+            self.vm.set_slot_hashes([(slot, self.blockhash(slot)) for slot in slots])
+        return self.vm.run(transaction, names, verify=verify)
+
+    def submit(self, transaction: VersionedTransaction, preflight: Outcome | None = None) -> Outcome:
+        """Let a transaction land, if it can.
+
+        Args:
+            transaction: sane.
+            preflight: what simulating it with its signatures came to just now; None simulates.
+
+        Raises:
+            RpcError: a lookup table is missing.
+            VmPanicError: a defect of the runtime.
+        """
+        signature = str(transaction.signatures[0])
+        if self.observer is not None:
+            self.observer.received(signature)
+        outcome = preflight
+        if outcome is None or self.blockhash_slot(transaction.message.recent_blockhash) is None:
+            outcome = self.simulate(transaction)
+        if outcome.landed:
+            self._land(signature, transaction, outcome)
+        return outcome
+
+    def airdrop(self, to: Pubkey, lamports: int) -> tuple[str, Outcome]:
+        """Send lamports from the faucet; the transaction's signature and what it came to."""
+        self._airdrops += 1
+        # The memo tells apart two airdrops of one slot to one address, which would be the same transaction.
+        memo = Instruction(MEMO, f"airdrop {self._airdrops}".encode(), [])
+        gift = transfer(TransferParams(from_pubkey=self.faucet.pubkey(), to_pubkey=to, lamports=lamports))
+        transaction = self.sign([gift, memo], self.faucet)
+        return str(transaction.signatures[0]), self.submit(transaction)
+
+    def sign(self, instructions: Sequence[Instruction], *signers: Keypair) -> VersionedTransaction:
+        """A transaction with the newest blockhash; the first signer pays."""
+        newest = self.blockhash(self.slot)
+        message = MessageV0.try_compile(signers[0].pubkey(), list(instructions), [], newest)
+        return VersionedTransaction(message, list(signers))
+
+    def status_slot(self, signature: str) -> int | None:
+        """The slot in which a recent transaction landed, or None."""
+        return self._statuses.get(signature)
+
+    def commitment_of(self, slot: int) -> str:
+        """The highest commitment at which a slot is seen."""
+        return next(name for name in reversed(COMMITMENTS) if slot <= self.slot_at(name))
+
+    def _sync_clock(self) -> None:
+        if self._slot_of_vm != self.clock.slot:
+            self._slot_of_vm = self.clock.slot
+            self.vm.set_clock(self.clock.slot, self.clock.unix_time())
+
+    def _land(self, signature: str, transaction: VersionedTransaction, outcome: Outcome) -> None:
+        names = self.names(transaction)
+        before = [self.vm.account(key) for key in names.keys]
+        tokens_before = token_balances(names.keys, before, self.vm.account)
+        self.vm.store(outcome.changes)
+        for key, account in outcome.changes.items():
+            self.accounts.put(self.clock.slot, key, account)
+        after = [self.vm.account(key) for key in names.keys]
+        record = Record(
+            signature=signature,
+            slot=self.clock.slot,
+            time=self.clock.unix_time(),
+            transaction=bytes(transaction),
+            addresses=tuple(str(key) for key in names.keys),
+            static=names.static,
+            writable_loaded=names.writable_loaded,
+            err=error_json(outcome.err),
+            logs=outcome.logs,
+            units=outcome.units,
+            fee=outcome.fee.total,
+            price=outcome.fee.price,
+            before=_balances(before),
+            after=_balances(after),
+            tokens_before=tokens_before,
+            tokens_after=token_balances(names.keys, after, self.vm.account),
+            inner=inner_json(outcome.inner),
+            return_data=return_data_json(outcome.return_data),
+            memo=memo_of(list(transaction.message.instructions), names.keys),
+        )
+        self._statuses[signature] = self.clock.slot
+        self.history.add(record)
+        if not self._blocks or self._blocks[-1].slot != self.clock.slot:
+            self._blocks.append(Block(self.clock.slot))
+        self._blocks[-1].records.append(record)
+        self._blocks[-1].changed.update(dict.fromkeys(outcome.changes))
+        if self.observer is not None:
+            block = Block(self.clock.slot, [record], dict.fromkeys(outcome.changes))
+            for commitment in COMMITMENTS:
+                if self.lags[commitment] == 0:
+                    self.observer.settled(commitment, block)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # To disk and back
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def restore(self, accounts: dict[Pubkey, Account], records: Sequence[Record], *, count: int, airdrops: int) -> None:
+        """Go on from what was saved, on a fresh chain with the saved seed and clock; all of it counts as finalized.
+
+        Args:
+            accounts: every account.
+            records: transactions, oldest first.
+            count: how many transactions there have been, with those that are forgotten.
+            airdrops: how many of them were airdrops.
+        """
+        self._airdrops = airdrops
+        self.accounts = Accounts()
+        self.vm.store(accounts)
+        for key, account in accounts.items():
+            self.accounts.put(0, key, account)
+        for record in records:
+            self.history.add(record)
+            if record.slot >= self.clock.slot - RECENT_SLOTS:
+                self._statuses[record.signature] = record.slot
+        self.history.count = count
+
+    @property
+    def airdrops(self) -> int:
+        """How many airdrops there were."""
+        return self._airdrops
+
+
+def _balances(accounts: Sequence[Account | None]) -> tuple[int, ...]:
+    return tuple(0 if account is None else account.lamports for account in accounts)

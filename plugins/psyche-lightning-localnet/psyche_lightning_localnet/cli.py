@@ -1,0 +1,172 @@
+"""``solana-localnet``: serves a local chain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from psyche_lightning_localnet.errors import LocalnetError
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that a chain has from the start.
+
+    Attributes:
+        name: for people.
+        address: in base58.
+        image: an ELF shared object.
+    """
+
+    name: str
+    address: str
+    image: bytes
+
+
+def command(name: str, programs: Callable[[], Sequence[Program]] = tuple) -> Callable[..., None]:
+    """The command, as a function with typer's annotations.
+
+    Args:
+        name: what people type, for its first line.
+        programs: those that every chain of this command has.
+    """
+
+    def localnet(
+        port: Annotated[
+            int, typer.Option(min=0, max=65534, help="Port for requests, the next one for subscriptions; 0 for any.")
+        ] = 8899,
+        host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+        ledger: Annotated[
+            Path | None, typer.Option(help="Folder that keeps the chain; without, it is gone when this ends.")
+        ] = None,
+        reset: Annotated[bool, typer.Option("--reset", help="Start over in that folder.")] = False,
+        program: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="ADDRESS=FILE",
+                help="A program to begin with: its address or its key pair's file, and its .so file; may be repeated.",
+            ),
+        ] = None,
+        slot_ms: Annotated[int, typer.Option(min=1, max=60_000, help="Milliseconds of a slot.")] = 400,
+        confirmed_lag: Annotated[int, typer.Option(min=0, help="Slots until a transaction counts as confirmed.")] = 1,
+        finalized_lag: Annotated[int, typer.Option(min=0, help="Slots until it counts as finalized.")] = 32,
+        frozen: Annotated[
+            bool, typer.Option("--frozen", help="No slot passes unless psyche_advanceClock says so.")
+        ] = False,
+        transactions: Annotated[int, typer.Option(min=1, help="How many transactions are remembered.")] = 20_000,
+    ) -> None:
+        """Serve a local Solana chain for trying things out.
+
+        Ordinary Solana clients talk to it as to a validator. Its keys are public: nothing on it is worth anything.
+        """
+        given = [*programs(), *(_program(text) for text in program or ())]
+        settings = {
+            "confirmed_lag": confirmed_lag,
+            "finalized_lag": finalized_lag,
+            "max_transactions": transactions,
+        }
+        asyncio.run(_serve(name, host, port, ledger, reset, given, slot_ms, frozen, settings))
+
+    return localnet
+
+
+def main() -> None:
+    """The command ``solana-localnet``."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command("solana-localnet"))
+    try:
+        app()
+    except LocalnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _program(text: str) -> Program:
+    """Read ``ADDRESS=FILE``.
+
+    Raises:
+        LocalnetError: it has another form, or a file cannot be read.
+    """
+    from solders.keypair import Keypair
+    from solders.pubkey import Pubkey
+
+    where, equals, file = text.partition("=")
+    if not equals:
+        raise LocalnetError(f"--program is {text!r}; expected ADDRESS=FILE")
+    try:
+        if Path(where).is_file():
+            address = Keypair.from_bytes(bytes(json.loads(Path(where).read_text()))).pubkey()
+        else:
+            address = Pubkey.from_string(where)
+        return Program(Path(file).stem, str(address), Path(file).read_bytes())
+    except OSError as error:
+        raise LocalnetError(f"cannot read {error.filename}: {error.strerror}") from None
+    except (ValueError, TypeError):
+        raise LocalnetError(
+            f"--program names {where!r}; expected an address, 32 bytes in base58, or the file of a key pair"
+        ) from None
+
+
+async def _serve(
+    name: str,
+    host: str,
+    port: int,
+    folder: Path | None,
+    reset: bool,
+    programs: Sequence[Program],
+    slot_ms: int,
+    frozen: bool,
+    settings: dict[str, Any],
+) -> None:
+    from solders.pubkey import Pubkey
+
+    from psyche_lightning_localnet.chain import FAUCET_LAMPORTS, LocalChain
+    from psyche_lightning_localnet.clock import SlotClock
+    from psyche_lightning_localnet.ledger import Ledger
+    from psyche_lightning_localnet.server import LocalServer
+
+    # Before anything can go wrong with a half-started server, and before the URL invites a signal.
+    stop = asyncio.Event()
+    _on_signal(stop.set)
+    images = {Pubkey.from_string(program.address): program.image for program in programs}
+    ledger = None if folder is None else Ledger(folder)
+    try:
+        clock = SlotClock(slot_ms, running=not frozen)
+        if ledger is not None and reset:
+            ledger.reset()
+        chain = None if ledger is None else ledger.load(clock, **settings)
+        if chain is None:
+            chain = LocalChain(clock, programs=images, **settings)
+        elif any([chain.add_program(address, image) for address, image in images.items()]):
+            chain.advance()
+        async with LocalServer(chain, host=host, port=port, ledger=ledger) as server:
+            kept = "" if folder is None else f", kept in {folder}"
+            print(
+                f"{name} on {server.url} (websocket {server.ws_url}{kept}; Ctrl-C stops it)",
+                f"  slot         {chain.slot}, {'frozen' if frozen else f'every {slot_ms} ms'}",
+                *(f"  {program.name:<12} {program.address}" for program in programs),
+                f"  faucet       {chain.faucet.pubkey()}, {FAUCET_LAMPORTS // 10**9:,} SOL at first",
+                sep="\n",
+                flush=True,
+            )
+            await stop.wait()
+    finally:
+        if ledger is not None:
+            ledger.close()
+
+
+def _on_signal(stop: Callable[[], None]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, stop)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))

@@ -1,0 +1,462 @@
+"""The methods of JSON-RPC: state, transactions, and ours that move the clock."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from solders.transaction import VersionedTransaction
+
+from psyche_lightning_localnet.chain import GENESIS, MAX_PROCESSING_AGE, LocalChain
+from psyche_lightning_localnet.encoding import (
+    ACCOUNT_ENCODINGS,
+    TRANSACTION_ENCODINGS,
+    account_json,
+    filters_of,
+    inner_json,
+    matches,
+    mint_decimals,
+    return_data_json,
+    token_account,
+    token_amount,
+    transaction_json,
+)
+from psyche_lightning_localnet.errors import (
+    BLOCK_NOT_AVAILABLE,
+    INTERNAL_ERROR,
+    NODE_UNHEALTHY,
+    SIGNATURE_VERIFICATION,
+    RpcError,
+    error_json,
+    invalid_params,
+    preflight_failure,
+    simulation_json,
+)
+from psyche_lightning_localnet.rpc import API_VERSION, Config, Method, Params, require_context, with_context
+from psyche_lightning_localnet.transactions import decode, decode_message, fee_of, with_blockhash
+from psyche_lightning_localnet.vm import SLOTS_PER_EPOCH
+
+MAX_MULTIPLE_ACCOUNTS = 100
+MAX_DATA_SIZE = 10 * 1024 * 1024
+MAX_ADVANCED = 1 << 40
+"""Most slots that the clock is moved by at once."""
+MAX_STATUSES = 256
+MAX_SIGNATURES = 1000
+MAX_FEE_ACCOUNTS = 128
+MAX_AIRDROP = 1_000_000 * 10**9
+
+
+def get_version(chain: LocalChain, params: Params) -> Any:
+    """What runs here, in the words of a validator."""
+    return {"solana-core": API_VERSION, "feature-set": 0}
+
+
+def get_health(chain: LocalChain, params: Params) -> Any:
+    """``ok``, or an error of a server that refuses to send."""
+    if not chain.healthy:
+        raise RpcError(NODE_UNHEALTHY, "Node is unhealthy", {"numSlotsBehind": None})
+    return "ok"
+
+
+def get_genesis_hash(chain: LocalChain, params: Params) -> Any:
+    """The hash of the first block, by which a cluster is known."""
+    return str(GENESIS)
+
+
+def get_slot(chain: LocalChain, params: Params) -> Any:
+    """The newest slot at a commitment, which is the block height as well."""
+    config = params.config(0)
+    require_context(chain, config)
+    return chain.slot_at(config.commitment)
+
+
+def get_epoch_info(chain: LocalChain, params: Params) -> Any:
+    """Where the cluster is in its epoch."""
+    config = params.config(0)
+    require_context(chain, config)
+    slot = chain.slot_at(config.commitment)
+    return {
+        "absoluteSlot": slot,
+        "blockHeight": slot,
+        "epoch": slot // SLOTS_PER_EPOCH,
+        "slotIndex": slot % SLOTS_PER_EPOCH,
+        "slotsInEpoch": SLOTS_PER_EPOCH,
+        "transactionCount": chain.history.count,
+    }
+
+
+def get_block_time(chain: LocalChain, params: Params) -> Any:
+    """Time of a slot in seconds since 1970."""
+    slot = params.integer(0)
+    if slot > chain.slot:
+        raise RpcError(BLOCK_NOT_AVAILABLE, f"Block not available for slot {slot}")
+    return chain.clock.unix_time(slot)
+
+
+def get_latest_blockhash(chain: LocalChain, params: Params) -> Any:
+    """A blockhash and the last block height at which it can be used."""
+    config = params.config(0)
+    require_context(chain, config)
+    slot = chain.slot_at(config.commitment)
+    value = {"blockhash": str(chain.blockhash(slot)), "lastValidBlockHeight": slot + MAX_PROCESSING_AGE}
+    return with_context(chain, config, value)
+
+
+def is_blockhash_valid(chain: LocalChain, params: Params) -> Any:
+    """Whether a blockhash can be used."""
+    blockhash, config = params.blockhash(0), params.config(1)
+    require_context(chain, config)
+    return with_context(chain, config, chain.blockhash_slot(blockhash, config.commitment) is not None)
+
+
+def get_minimum_balance(chain: LocalChain, params: Params) -> Any:
+    """Lamports that an account of that many bytes must hold."""
+    size = params.integer(0)
+    if size > MAX_DATA_SIZE:
+        raise invalid_params(f"Invalid param: an account has at most {MAX_DATA_SIZE} bytes")
+    return chain.vm.minimum_balance(size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accounts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def get_balance(chain: LocalChain, params: Params) -> Any:
+    """Lamports of an account."""
+    key, config = params.pubkey(0), params.config(1)
+    require_context(chain, config)
+    account = chain.account(key, config.commitment)
+    return with_context(chain, config, 0 if account is None else account.lamports)
+
+
+def get_account_info(chain: LocalChain, params: Params) -> Any:
+    """One account."""
+    key, config = params.pubkey(0), params.config(1)
+    require_context(chain, config)
+    form = config.choice("encoding", ACCOUNT_ENCODINGS, "binary"), config.data_slice
+    account = chain.account(key, config.commitment)
+    shown = None if account is None else account_json(account, *form)
+    return with_context(chain, config, shown)
+
+
+def get_multiple_accounts(chain: LocalChain, params: Params) -> Any:
+    """Up to a hundred accounts."""
+    keys, config = params.pubkeys(0, MAX_MULTIPLE_ACCOUNTS), params.config(1)
+    require_context(chain, config)
+    form = config.choice("encoding", ACCOUNT_ENCODINGS, "base64"), config.data_slice
+    accounts = [chain.account(key, config.commitment) for key in keys]
+    shown = [None if item is None else account_json(item, *form) for item in accounts]
+    return with_context(chain, config, shown)
+
+
+def get_program_accounts(chain: LocalChain, params: Params) -> Any:
+    """The accounts of a program that pass filters."""
+    program, config = params.pubkey(0), params.config(1)
+    require_context(chain, config)
+    form = config.choice("encoding", ACCOUNT_ENCODINGS, "binary"), config.data_slice
+    filters = filters_of(config.get("filters"))
+    shown = [
+        {"pubkey": str(key), "account": account_json(account, *form)}
+        for key, account in chain.accounts.owned(chain.slot_at(config.commitment), program)
+        if matches(account, filters)
+    ]
+    return with_context(chain, config, shown) if config.flag("withContext") else shown
+
+
+def get_token_account_balance(chain: LocalChain, params: Params) -> Any:
+    """The amount of an SPL token account."""
+    key, config = params.pubkey(0), params.config(1)
+    account = chain.account(key, config.commitment)
+    if account is None:
+        raise invalid_params("Invalid param: could not find account")
+    token = token_account(account)
+    decimals = None if token is None else mint_decimals(chain.account(token[0], config.commitment))
+    if token is None or decimals is None:
+        raise invalid_params("Invalid param: not a Token account")
+    return with_context(chain, config, token_amount(token[2], decimals))
+
+
+def get_token_supply(chain: LocalChain, params: Params) -> Any:
+    """The supply of an SPL mint."""
+    key, config = params.pubkey(0), params.config(1)
+    account = chain.account(key, config.commitment)
+    decimals = mint_decimals(account)
+    if account is None or decimals is None:
+        raise invalid_params("Invalid param: not a Token mint")
+    supply = int.from_bytes(bytes(account.data[36:44]), "little")
+    return with_context(chain, config, token_amount(supply, decimals))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transactions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def send_transaction(chain: LocalChain, params: Params) -> Any:
+    """Check a transaction unless told not to, and let it land."""
+    config = params.config(1)
+    config.integer("maxRetries")  # there is nothing to retry: it lands at once or not at all
+    transaction = decode(params.required(0), config.choice("encoding", ("base58", "base64"), "base58"))
+    at = Config({**_only(config, "minContextSlot"), "commitment": config.get("preflightCommitment")})
+    require_context(chain, at)
+    chain.names(transaction)
+    preflight = None
+    if not config.flag("skipPreflight"):
+        _require_signatures(transaction)
+        if not chain.healthy:
+            raise RpcError(NODE_UNHEALTHY, "Node is unhealthy", {"numSlotsBehind": None})
+        preflight = chain.simulate(transaction, commitment=at.commitment)
+        if preflight.err is not None:
+            raise preflight_failure(preflight.err, preflight.logs, preflight.units)
+    chain.submit(transaction, preflight)
+    return str(transaction.signatures[0])
+
+
+def simulate_transaction(chain: LocalChain, params: Params) -> Any:
+    """What a transaction would come to."""
+    config = params.config(1)
+    require_context(chain, config)
+    transaction = decode(params.required(0), config.choice("encoding", ("base58", "base64"), "base58"))
+    verify, replace = config.flag("sigVerify"), config.flag("replaceRecentBlockhash")
+    if verify and replace:
+        raise invalid_params("sigVerify may not be used with replaceRecentBlockhash")
+    replacement = None
+    if replace:
+        slot = chain.slot_at(config.commitment)
+        transaction = with_blockhash(transaction, chain.blockhash(slot))
+        replacement = {
+            "blockhash": str(chain.blockhash(slot)),
+            "lastValidBlockHeight": slot + MAX_PROCESSING_AGE,
+        }
+    names = chain.names(transaction)
+    if verify:
+        _require_signatures(transaction)
+    wanted = _wanted_accounts(config, len(names.keys))
+    outcome = chain.simulate(transaction, commitment=config.commitment, verify=verify)
+    value = simulation_json(outcome.err, outcome.logs, outcome.units)
+    value["replacementBlockhash"] = replacement
+    value["returnData"] = return_data_json(outcome.return_data)
+    if config.flag("innerInstructions"):
+        value["innerInstructions"] = list(inner_json(outcome.inner))
+    if wanted is not None:
+        keys, encoding = wanted
+        # A failed transaction changes nothing that its caller would want to see.
+        changes = outcome.changes if outcome.err is None else {}
+        accounts = [changes.get(key) or chain.account(key, config.commitment) for key in keys]
+        value["accounts"] = [
+            None if item is None or item.lamports == 0 else account_json(item, encoding) for item in accounts
+        ]
+    return with_context(chain, config, value)
+
+
+def get_signature_statuses(chain: LocalChain, params: Params) -> Any:
+    """What became of up to 256 transactions."""
+    signatures, config = params.signatures(0, MAX_STATUSES), params.config(1)
+    everywhere = config.flag("searchTransactionHistory")
+    statuses: list[dict[str, Any] | None] = []
+    for signature in signatures:
+        record = chain.history.get(signature)
+        if record is None or not (everywhere or chain.status_slot(signature) is not None):
+            statuses.append(None)
+            continue
+        level = chain.commitment_of(record.slot)
+        statuses.append(
+            {
+                "slot": record.slot,
+                "confirmations": None if level == "finalized" else chain.slot - record.slot,
+                "err": record.err,
+                "status": {"Ok": None} if record.err is None else {"Err": record.err},
+                "confirmationStatus": level,
+            }
+        )
+    return with_context(chain, Config({}, "processed"), statuses)
+
+
+def get_transaction(chain: LocalChain, params: Params) -> Any:
+    """One transaction."""
+    signature = params.signature(0)
+    given = params.raw(1)
+    config = Config({"encoding": given}) if isinstance(given, str) else params.config(1)
+    _require_settled(config)
+    record = chain.history.get(signature)
+    if record is None or record.slot > chain.slot_at(config.commitment):
+        return None
+    encoding = config.choice("encoding", TRANSACTION_ENCODINGS, "json")
+    return transaction_json(record, encoding, config.integer("maxSupportedTransactionVersion"))
+
+
+def get_signatures_for_address(chain: LocalChain, params: Params) -> Any:
+    """The transactions that name an address, newest first."""
+    address, config = str(params.pubkey(0)), params.config(1)
+    require_context(chain, config)
+    _require_settled(config)
+    limit = config.integer("limit")
+    if limit is not None and not 1 <= limit <= MAX_SIGNATURES:
+        raise invalid_params(f"Invalid limit; max {MAX_SIGNATURES}")
+    newest = chain.slot_at(config.commitment)
+    records = chain.history.of(address, config.signature("before"), config.signature("until"))
+    return [
+        {
+            "signature": record.signature,
+            "slot": record.slot,
+            "err": record.err,
+            "memo": record.memo,
+            "blockTime": record.time,
+            "confirmationStatus": chain.commitment_of(record.slot),
+        }
+        for record in islice((item for item in records if item.slot <= newest), limit or MAX_SIGNATURES)
+    ]
+
+
+def get_fee_for_message(chain: LocalChain, params: Params) -> Any:
+    """Lamports that a message costs, or None when its blockhash cannot be used."""
+    message, config = decode_message(params.required(0)), params.config(1)
+    require_context(chain, config)
+    known = chain.blockhash_slot(message.recent_blockhash, config.commitment) is not None
+    return with_context(chain, config, fee_of(message).total if known else None)
+
+
+def get_recent_prioritization_fees(chain: LocalChain, params: Params) -> Any:
+    """The least price that was paid in each recent slot by transactions that name some accounts."""
+    wanted = {str(key) for key in params.pubkeys(0, MAX_FEE_ACCOUNTS)} if params.raw(0) is not None else set()
+    oldest = max(0, chain.slot - MAX_PROCESSING_AGE + 1)
+    least: dict[int, int] = {}
+    for record in chain.history.newest():
+        if record.slot < oldest:
+            break
+        if wanted <= set(record.addresses):
+            least[record.slot] = min(record.price, least.get(record.slot, record.price))
+    return [{"slot": slot, "prioritizationFee": least.get(slot, 0)} for slot in range(oldest, chain.slot + 1)]
+
+
+def request_airdrop(chain: LocalChain, params: Params) -> Any:
+    """Lamports from the faucet."""
+    to, lamports = params.pubkey(0), params.integer(1)
+    if lamports > MAX_AIRDROP:
+        raise invalid_params(f"Invalid param: at most {MAX_AIRDROP} lamports at a time")
+    signature, outcome = chain.airdrop(to, lamports)
+    if outcome.err is not None:
+        raise RpcError(INTERNAL_ERROR, f"airdrop request failed: {error_json(outcome.err)}")
+    return signature
+
+
+def _only(config: Config, *names: str) -> dict[str, Any]:
+    return {name: config.get(name) for name in names if config.get(name) is not None}
+
+
+def _require_signatures(transaction: VersionedTransaction) -> None:
+    if not all(transaction.verify_with_results()):
+        raise RpcError(SIGNATURE_VERIFICATION, "Transaction signature verification failure")
+
+
+def _require_settled(config: Config) -> None:
+    if config.commitment == "processed":
+        raise invalid_params("Method does not support commitment below `confirmed`")
+
+
+def _wanted_accounts(config: Config, named: int) -> tuple[list[Any], str] | None:
+    wanted = config.get("accounts")
+    if wanted is None:
+        return None
+    if not isinstance(wanted, dict):
+        raise invalid_params("Invalid params: accounts needs addresses.")
+    encoding = Config(wanted).choice("encoding", ACCOUNT_ENCODINGS, "base64")
+    if encoding in ("binary", "base58"):
+        raise invalid_params("base58 encoding not supported")
+    return Params([wanted.get("addresses")]).pubkeys(0, named), encoding
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours: not of a validator
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def clock_json(chain: LocalChain) -> dict[str, Any]:
+    """The clock as our own methods answer it."""
+    clock = chain.clock
+    return {
+        "slot": clock.slot,
+        "unixTimestamp": clock.unix_time(),
+        "slotMs": clock.slot_ms,
+        "running": clock.running,
+        "confirmedSlot": chain.slot_at("confirmed"),
+        "finalizedSlot": chain.slot_at("finalized"),
+    }
+
+
+def get_clock(chain: LocalChain, params: Params) -> Any:
+    """Slots and time."""
+    return clock_json(chain)
+
+
+def advance_clock(chain: LocalChain, params: Params) -> Any:
+    """Let ``{"slots": N}`` or ``{"seconds": S}`` pass at once."""
+    options = params.required(0)
+    if not isinstance(options, dict) or len(options) != 1:
+        raise invalid_params('Invalid params: expected {"slots": N} or {"seconds": S}.')
+    config = Config(options)
+    slots = config.integer("slots")
+    seconds = options.get("seconds")
+    if slots is None:
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < MAX_ADVANCED:
+            raise invalid_params('Invalid params: expected {"slots": N} or {"seconds": S}, more than 0.')
+        chain.advance_seconds(seconds)
+    elif 0 < slots < MAX_ADVANCED:
+        chain.advance(slots)
+    else:
+        raise invalid_params(f"Invalid params: slots must be 1 to {MAX_ADVANCED - 1}.")
+    return clock_json(chain)
+
+
+def freeze_clock(chain: LocalChain, params: Params) -> Any:
+    """No slot passes any more by itself."""
+    chain.clock.freeze()
+    return clock_json(chain)
+
+
+def resume_clock(chain: LocalChain, params: Params) -> Any:
+    """Slots pass with the wall clock again."""
+    chain.clock.resume()
+    return clock_json(chain)
+
+
+def set_healthy(chain: LocalChain, params: Params) -> Any:
+    """Make the server refuse to send, or send again: for tests of clients."""
+    if not isinstance(params.required(0), bool):
+        raise invalid_params("Invalid params: expected true or false.")
+    chain.healthy = params.required(0)
+    return chain.healthy
+
+
+METHODS: dict[str, Method] = {
+    "getVersion": get_version,
+    "getHealth": get_health,
+    "getGenesisHash": get_genesis_hash,
+    "getSlot": get_slot,
+    "getBlockHeight": get_slot,
+    "getEpochInfo": get_epoch_info,
+    "getBlockTime": get_block_time,
+    "getLatestBlockhash": get_latest_blockhash,
+    "isBlockhashValid": is_blockhash_valid,
+    "getMinimumBalanceForRentExemption": get_minimum_balance,
+    "getBalance": get_balance,
+    "getAccountInfo": get_account_info,
+    "getMultipleAccounts": get_multiple_accounts,
+    "getProgramAccounts": get_program_accounts,
+    "getTokenAccountBalance": get_token_account_balance,
+    "getTokenSupply": get_token_supply,
+    "sendTransaction": send_transaction,
+    "simulateTransaction": simulate_transaction,
+    "getSignatureStatuses": get_signature_statuses,
+    "getTransaction": get_transaction,
+    "getSignaturesForAddress": get_signatures_for_address,
+    "getFeeForMessage": get_fee_for_message,
+    "getRecentPrioritizationFees": get_recent_prioritization_fees,
+    "requestAirdrop": request_airdrop,
+    "psyche_getClock": get_clock,
+    "psyche_advanceClock": advance_clock,
+    "psyche_freezeClock": freeze_clock,
+    "psyche_resumeClock": resume_clock,
+    "psyche_setHealthy": set_healthy,
+}

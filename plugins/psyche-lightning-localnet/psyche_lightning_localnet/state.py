@@ -1,0 +1,187 @@
+"""What a chain remembers: accounts as they were at each slot that somebody may still ask for, and its transactions."""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from solders.account import Account
+from solders.pubkey import Pubkey
+
+
+class Accounts:
+    """Every account that a transaction changed, in versions by slot.
+
+    Versions older than the newest finalized one are dropped, so there are as many of an account as slots between that
+    and now in which it changed.
+    """
+
+    def __init__(self) -> None:
+        self._versions: dict[Pubkey, list[tuple[int, Account | None]]] = {}
+        self._owners: dict[Pubkey, dict[Pubkey, None]] = {}
+        self._pending: deque[tuple[int, Pubkey]] = deque()
+        self._settled = -1
+
+    def __len__(self) -> int:
+        return len(self._versions)
+
+    def __contains__(self, key: Pubkey) -> bool:
+        return key in self._versions
+
+    def put(self, slot: int, key: Pubkey, account: Account) -> None:
+        """Store an account as of a slot, which is never before those stored already; without lamports it is gone."""
+        kept = account if account.lamports else None
+        versions = self._versions.setdefault(key, [])
+        fresh = not versions or versions[-1][0] != slot
+        if not fresh:
+            del versions[-1]
+        versions.append((slot, kept))
+        if fresh or slot <= self._settled:
+            self._pending.append((slot, key))
+        if kept is not None:
+            self._owners.setdefault(kept.owner, {})[key] = None
+
+    def get(self, slot: int, key: Pubkey) -> Account | None:
+        """An account at the end of a slot; None if there was none."""
+        versions = self._versions.get(key, ())
+        place = bisect.bisect_right(versions, slot, key=lambda version: version[0])
+        return versions[place - 1][1] if place else None
+
+    def owned(self, slot: int, program: Pubkey) -> Iterator[tuple[Pubkey, Account]]:
+        """The accounts of a program at a slot, by address."""
+        for key in sorted(self._owners.get(program, ()), key=bytes):
+            account = self.get(slot, key)
+            if account is not None and account.owner == program:
+                yield key, account
+
+    def settle(self, slot: int) -> None:
+        """Forget what nobody can see who looks at this slot or a later one."""
+        self._settled = slot
+        while self._pending and self._pending[0][0] <= slot:
+            _, key = self._pending.popleft()
+            versions = self._versions.get(key)
+            if versions is None:  # gone, and the version after this one has settled already
+                continue
+            older = bisect.bisect_right(versions, slot, key=lambda version: version[0]) - 1
+            dropped = versions[:older]
+            del versions[:older]
+            if len(versions) == 1 and versions[0][1] is None:
+                del self._versions[key]
+            kept = {account.owner for _, account in versions if account is not None}
+            for owner in {account.owner for _, account in dropped if account is not None} - kept:
+                self._disown(owner, key)
+
+    def newest(self) -> Iterator[tuple[Pubkey, Account]]:
+        """Every account as it is now."""
+        for key, versions in self._versions.items():
+            if versions[-1][1] is not None:
+                yield key, versions[-1][1]
+
+    def _disown(self, owner: Pubkey, key: Pubkey) -> None:
+        keys = self._owners.get(owner, {})
+        keys.pop(key, None)
+        if not keys:
+            self._owners.pop(owner, None)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A transaction that landed; everything in it is plain, as it is stored and answered.
+
+    Attributes:
+        signature: its first signature, by which it is known, in base58.
+        slot: in which it landed.
+        time: of that slot, seconds since 1970.
+        transaction: its bytes.
+        addresses: the accounts that it names, in base58.
+        static: how many of them are in its message, and not out of lookup tables.
+        writable_loaded: how many of the others it may write to.
+        err: why it failed, as a cluster writes it, or None.
+        logs: lines of runtime and programs.
+        units: compute units used.
+        fee: lamports paid.
+        price: micro-lamports offered for each compute unit.
+        before: balances of the accounts in lamports.
+        after: the same, afterwards.
+        tokens_before: token balances as ``getTransaction`` shows them.
+        tokens_after: the same, afterwards.
+        inner: inner instructions as ``getTransaction`` shows them.
+        return_data: as ``getTransaction`` shows it, or None.
+        memo: as ``getSignaturesForAddress`` shows it, or None.
+    """
+
+    signature: str
+    slot: int
+    time: int
+    transaction: bytes
+    addresses: tuple[str, ...]
+    static: int
+    writable_loaded: int
+    err: Any
+    logs: tuple[str, ...]
+    units: int
+    fee: int
+    price: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    tokens_before: tuple[dict[str, Any], ...]
+    tokens_after: tuple[dict[str, Any], ...]
+    inner: tuple[dict[str, Any], ...]
+    return_data: dict[str, Any] | None
+    memo: str | None
+
+
+class History:
+    """Records by signature and by address.
+
+    Args:
+        limit: most records; the oldest are forgotten.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.count = 0
+        self._limit = limit
+        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._by_address: dict[str, deque[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records.values())
+
+    def add(self, record: Record) -> None:
+        """Add the newest record."""
+        self.count += 1
+        self._records[record.signature] = record
+        for address in record.addresses:
+            self._by_address.setdefault(address, deque()).append(record.signature)
+        while len(self._records) > self._limit:
+            _, oldest = self._records.popitem(last=False)
+            for address in oldest.addresses:
+                signatures = self._by_address[address]
+                signatures.popleft()  # the oldest record is the first of each of its addresses
+                if not signatures:
+                    del self._by_address[address]
+
+    def get(self, signature: str) -> Record | None:
+        """A record, or None if there is none or it is forgotten."""
+        return self._records.get(signature)
+
+    def newest(self) -> Iterator[Record]:
+        """Records, newest first."""
+        return reversed(self._records.values())
+
+    def of(self, address: str, before: str | None = None, until: str | None = None) -> Iterator[Record]:
+        """Records that name an address, newest first: those before ``before``, down to ``until`` and without it."""
+        waiting = before is not None
+        for signature in reversed(self._by_address.get(address, ())):
+            if waiting:
+                waiting = signature != before
+            elif signature == until:
+                return
+            else:
+                yield self._records[signature]
