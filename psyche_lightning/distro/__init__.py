@@ -1,16 +1,23 @@
-"""DisTrO: nodes exchange a few signs of DCT coefficients instead of gradients (spec S4, design section 5).
+"""DisTrO: nodes exchange a few signs of DCT coefficients instead of gradients.
 
-Usable without the rest of the package: :class:`DisTrO` is an ordinary ``torch.optim.Optimizer``.
+Usable without the rest of the package: :class:`DisTrO` is an ordinary ``torch.optim.Optimizer``. Each name is imported
+when it is used, so :class:`DistroConfig` needs no torch.
 """
 
-from psyche_lightning.distro.aggregate import sign_update
-from psyche_lightning.distro.codec import decode, encode, payload_size
-from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
-from psyche_lightning.distro.layout import Layout
-from psyche_lightning.distro.optimizer import DisTrO, NonFiniteGradientError
-from psyche_lightning.distro.partial import Tally, decode_tally, encode_tally, merge
-from psyche_lightning.distro.payload import PayloadForm
-from psyche_lightning.distro.select import Votes, select
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from psyche_lightning.distro.aggregate import sign_update
+    from psyche_lightning.distro.codec import decode, encode, payload_size
+    from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
+    from psyche_lightning.distro.layout import Layout
+    from psyche_lightning.distro.optimizer import DisTrO, NonFiniteGradientError
+    from psyche_lightning.distro.partial import Tally, decode_tally, encode_tally, merge
+    from psyche_lightning.distro.payload import PayloadForm
+    from psyche_lightning.distro.votes import Votes, select
 
 __all__ = [
     "WIRE_VERSION",
@@ -30,3 +37,21 @@ __all__ = [
     "select",
     "sign_update",
 ]
+
+_MODULES = {
+    "aggregate": ("sign_update",),
+    "codec": ("decode", "encode", "payload_size"),
+    "config": ("WIRE_VERSION", "DistroConfig"),
+    "layout": ("Layout",),
+    "optimizer": ("DisTrO", "NonFiniteGradientError"),
+    "partial": ("Tally", "decode_tally", "encode_tally", "merge"),
+    "payload": ("PayloadForm",),
+    "votes": ("Votes", "select"),
+}
+_PLACES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -27,8 +27,8 @@ import torch
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.distro.layout import Layout
-from psyche_lightning.distro.select import Votes
 from psyche_lightning.distro.transform import integer_basis, sandwich
+from psyche_lightning.distro.votes import Votes
 
 FLOAT32_VOTES = 2**24 // 127**2
 """The most votes per chunk (peers * k) that float32 sums exactly: 1040."""

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
-from psyche_lightning.distro.select import Votes
 from psyche_lightning.distro.sets import LIMB, Ranks, carry, from_bytes, plan, to_bytes, to_limbs
+from psyche_lightning.distro.votes import Votes
 from psyche_lightning.errors import PayloadError
 
 _HEADER = struct.Struct(">BBHI")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -15,20 +14,20 @@ WIRE_VERSION = 2
 
 @dataclass(frozen=True)
 class DistroConfig:
-    """Run configuration of DisTrO (spec S4.2, S4.3).
+    """How updates are compressed: the section ``distro`` of a recipe and of a run's manifest.
 
     Attributes:
-        chunk: side of the square blocks that are transformed; a power of two from 8 to 64.
-        k: coefficients kept per chunk; from 1 to a quarter of the chunk's area, and at most 128.
-        decay: factor on the accumulated update (delta) per step, 0 to 1.
-        removal: fraction of the sent component that is subtracted from delta after encoding, 0 to 1.
-        lookahead: whether gradients are taken at ``p - lr * sign(delta)`` (S4.3).
-        k_for: another k for the parameters whose names a pattern matches (``{"*embed*": 2}``); the first one counts.
+        chunk: side of the square chunks that are transformed: 8, 16, 32 or 64.
+        k: coefficients sent of each chunk; from 1 to a quarter of the chunk's area, and at most 128.
+        decay: what remains of the accumulated update before a gradient is added, 0 to 1.
+        removal: fraction of the sent component that is subtracted from the accumulated update, 0 to 1.
+        lookahead: whether gradients are taken ahead of the published parameters, at ``p - lr * sign(delta)``.
+        k_for: another k for the parameters whose names match a pattern (``{"*embed*": 2}``); the first match counts.
         float32_gradients: whether gradients of parameters of lower precision are accumulated over micro-batches in
             float32 (at the cost of their memory), where their own dtype would lose small ones.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is of a wrong type or out of its range.
     """
 
     chunk: int = 64
@@ -40,19 +39,23 @@ class DistroConfig:
     float32_gradients: bool = False
 
     def __post_init__(self) -> None:
-        if self.chunk not in (8, 16, 32, 64):
-            raise ConfigError(f"distro chunk is {self.chunk!r}; choose 8, 16, 32 or 64")
+        if type(self.chunk) is not int or self.chunk not in (8, 16, 32, 64):
+            raise ConfigError(f"distro.chunk is {self.chunk!r}; choose 8, 16, 32 or 64.")
         if not isinstance(self.k_for, Mapping) or not all(isinstance(pattern, str) for pattern in self.k_for):
-            raise ConfigError(f"distro k_for is {self.k_for!r}; expected a k for each of some patterns of names")
-        for name, k in {"k": self.k, **{f"k_for[{pattern!r}]": k for pattern, k in self.k_for.items()}}.items():
-            if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= self.most:
+            raise ConfigError(f"distro.k_for is {self.k_for!r}; expected a k for each of some patterns of names.")
+        for name, k in {"k": self.k, **{f"k_for of {pattern!r}": k for pattern, k in self.k_for.items()}}.items():
+            if type(k) is not int or not 1 <= k <= self.most:
                 raise ConfigError(
-                    f"distro {name} is {k!r}; with chunk {self.chunk} choose a whole number from 1 to {self.most}"
+                    f"distro.{name} is {k!r}; with distro.chunk={self.chunk} choose a whole number from 1 to "
+                    f"{self.most}."
                 )
         for name in ("decay", "removal"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 <= value <= 1:
-                raise ConfigError(f"distro {name} is {value!r}; choose a number from 0 to 1")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+                raise ConfigError(f"distro.{name} is {value!r}; choose a number from 0 to 1.")
+        for name in ("lookahead", "float32_gradients"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"distro.{name} is {getattr(self, name)!r}; choose true or false.")
 
     @property
     def area(self) -> int:

@@ -18,7 +18,7 @@ from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.distro.groups import check_weight_decay, named_groups
 from psyche_lightning.distro.layout import Batch, Layout
 from psyche_lightning.distro.payload import PayloadForm
-from psyche_lightning.distro.select import Votes, select
+from psyche_lightning.distro.votes import Votes, select
 from psyche_lightning.errors import ConfigError, PayloadError, PsycheError
 
 

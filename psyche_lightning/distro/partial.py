@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
-from psyche_lightning.distro.select import Votes
+from psyche_lightning.distro.votes import Votes
 from psyche_lightning.errors import PayloadError
 
 _HEADER = struct.Struct(">BBIQ")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from psyche_lightning.distro import codec
 from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.distro.layout import Layout
-from psyche_lightning.distro.select import Votes
+from psyche_lightning.distro.votes import Votes
 from psyche_lightning.errors import ConfigError, PayloadError
 
 

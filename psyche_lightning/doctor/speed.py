@@ -166,7 +166,7 @@ def _train(
 
 def _distro(recipe: Recipe, named: list[tuple[str, Any]], nodes: int, device: torch.device) -> tuple[float, float]:
     """Seconds of encoding and of applying the updates of ``nodes``."""
-    optimizer = DisTrO(named, lr=recipe.optimizer.lr, config=recipe.distro.config)
+    optimizer = DisTrO(named, lr=recipe.optimizer.lr, config=recipe.distro)
     rates, payload = optimizer.lr_bits(), optimizer.encode()
 
     def encode() -> None:

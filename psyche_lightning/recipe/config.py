@@ -1,20 +1,19 @@
 """What a recipe says, as frozen dataclasses; their fields are the keys of the YAML file.
 
-Each class documents its section. ``Annotated`` bounds are checked by :mod:`psyche_lightning.recipe.loading`.
+Each class documents its section; ``distro`` is :class:`~psyche_lightning.distro.DistroConfig` itself. ``Annotated``
+bounds are checked by :mod:`psyche_lightning.recipe.loading`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, NamedTuple
 
+from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe.schedule import Constant, Cosine, Linear, Schedule, WarmupStableDecay
-
-if TYPE_CHECKING:
-    from psyche_lightning.distro import DistroConfig
 
 
 class Range(NamedTuple):
@@ -55,36 +54,6 @@ class RunSection(CoordinatorConfig):
     def coordinator(self) -> CoordinatorConfig:
         """What the coordinator is given."""
         return CoordinatorConfig(**{item.name: getattr(self, item.name) for item in fields(CoordinatorConfig)})
-
-
-@dataclass(frozen=True)
-class DistroSection:
-    """``distro``: how updates are compressed, the same on all nodes.
-
-    Attributes:
-        chunk: side of the square chunks that are transformed.
-        k: coefficients sent of each chunk, at most a quarter of them and at most 128.
-        decay: what remains of the accumulated update before a gradient is added.
-        removal: fraction of the sent component that is subtracted from the accumulated update.
-        lookahead: whether gradients are taken ahead of the published parameters, on a copy.
-        k_for: another k for the parameters whose names match a pattern; the first match counts.
-        float32_gradients: whether gradients of bfloat16 parameters are accumulated in float32.
-    """
-
-    chunk: Literal[8, 16, 32, 64] = 64
-    k: Count = 8
-    decay: Annotated[float, Range(0, 1)] = 0.999
-    removal: Annotated[float, Range(0, 1)] = 1.0
-    lookahead: bool = False
-    k_for: Mapping[str, Any] = field(default_factory=dict)
-    float32_gradients: bool = False
-
-    @property
-    def config(self) -> DistroConfig:
-        """What the optimizer is given; imports torch."""
-        from psyche_lightning.distro import DistroConfig
-
-        return DistroConfig(**asdict(self))
 
 
 @dataclass(frozen=True)
@@ -285,7 +254,7 @@ class Recipe:
 
     name: str
     run: RunSection = field(default_factory=RunSection)
-    distro: DistroSection = field(default_factory=DistroSection)
+    distro: DistroConfig = field(default_factory=DistroConfig)
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)

@@ -94,5 +94,5 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
         parameters=sum(parameter.numel() for _, parameter in named),
         trainable=count,
         memory=memory,
-        payload=PayloadForm(layout, recipe.distro.config).size,
+        payload=PayloadForm(layout, recipe.distro).size,
     )

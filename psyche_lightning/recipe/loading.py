@@ -129,13 +129,6 @@ def _check_together(recipe: Recipe) -> None:
     recipe.schedule  # noqa: B018 - building it checks it
     check_run_id(recipe.name)
     check_config(recipe.run.coordinator)
-    distro = recipe.distro
-    most = min(distro.chunk**2 // 4, 128)  # as DistroConfig has it, whose import would bring torch
-    for name, k in {"k": distro.k, **{f"k_for of {pattern!r}": k for pattern, k in distro.k_for.items()}}.items():
-        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= most:
-            raise ConfigError(
-                f"distro.{name} is {k!r}; with distro.chunk={distro.chunk} choose a whole number from 1 to {most}."
-            )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def test_other_bytes_are_refused(spoil):
 def test_patterns_that_match_nothing_or_ask_too_much_are_refused():
     with pytest.raises(ConfigError, match=r"matches no parameter; there are embed"):
         DisTrO(named(), lr=0.1, config=DistroConfig(chunk=8, k=3, k_for={"embedding*": 1}))
-    with pytest.raises(ConfigError, match=r"k_for\['norm'\] is 17; .* from 1 to 16"):
+    with pytest.raises(ConfigError, match=r"k_for of 'norm' is 17; .* from 1 to 16"):
         DistroConfig(chunk=8, k=3, k_for={"norm": 17})
     with pytest.raises(ConfigError, match="expected a k for each"):
         DistroConfig(chunk=8, k=3, k_for=4)

@@ -36,7 +36,7 @@ def test_a_wrong_value_of_an_option(options: dict[str, Any], words: str) -> None
 
 
 def test_a_wrong_compression(classifier: Make, loader: Make, trainer: Make) -> None:
-    with pytest.raises(ConfigError, match=r"k is 0; with chunk 64 choose a whole number from 1 to 128"):
+    with pytest.raises(ConfigError, match=r"distro\.k is 0; with distro\.chunk=64 choose a whole number from 1 to 128"):
         trainer(strategy=PsycheStrategy(k=0), max_steps=1).fit(classifier(), loader())
 
 

@@ -12,7 +12,7 @@ from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe import Recipe, find_recipe, load_recipe, resolve
-from psyche_lightning.recipe.config import DistroSection, RunSection
+from psyche_lightning.recipe.config import RunSection
 from psyche_lightning.recipe.loading import resolve_key
 from psyche_lightning.recipe.schedule import Cosine
 
@@ -111,12 +111,12 @@ def test_the_twin_replaces_what_it_names_before_the_overrides(path: Path) -> Non
         ("lr=.inf", r"optimizer\.lr is inf"),
         ("lr=0", r"optimizer\.lr is 0; it must be more than 0"),
         ("lr=", r"optimizer\.lr is None \(null\); a number was expected"),
-        ("decay=1.5", r"distro\.decay is 1\.5; it must be at least 0 and at most 1"),
-        ("k=0", r"distro\.k is 0; it must be at least 1"),
+        ("decay=1.5", r"mine\.yaml: distro\.decay is 1\.5; choose a number from 0 to 1"),
+        ("k=0", r"distro\.k is 0; with distro\.chunk=64 choose a whole number from 1 to 128"),
         ("k=2000", r"distro\.k is 2000; with distro\.chunk=64 choose a whole number from 1 to 128"),
         ("distro.k_for={'*head*': 0}", r"distro\.k_for of '\*head\*' is 0; with distro\.chunk=64 choose"),
-        ("chunk=64.0", r"distro\.chunk is 64\.0, which is no choice"),
-        ("chunk=65", r"distro\.chunk is 65, which is no choice.* Choices: 8, 16, 32, 64"),
+        ("chunk=64.0", r"distro\.chunk is 64\.0 \(a number\); an integer was expected"),
+        ("chunk=65", r"distro\.chunk is 65; choose 8, 16, 32 or 64"),
         ("seq_len=1.5", r"data\.seq_len is 1\.5 \(a number\); an integer was expected"),
         ("seq_len=true", r"data\.seq_len is True \(true or false\); an integer was expected"),
         ("overlap=1", r"run\.overlap is 1 \(an integer\); true or false was expected"),
@@ -179,7 +179,7 @@ def test_recipes_are_found_by_name_and_by_path(path: Path, monkeypatch: pytest.M
 
 
 def test_defaults_agree_with_the_rooms_that_own_them() -> None:
-    assert DistroSection().config == DistroConfig()
+    assert Recipe("a").distro == DistroConfig()
     assert RunSection().coordinator == CoordinatorConfig()
     values: dict[str, Any] = {"run": {"min_clients": 2, "init_min_clients": 3, "seed": 4}}
     assert resolve({"name": "a", **values}).run.coordinator == CoordinatorConfig(min_clients=2, init_min_clients=3)
