@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from psyche_lightning.lightning.residual import SAVE_EVERY
+from psyche_lightning.protocol.committee import MAX_WITNESSES, quorum
+from psyche_lightning.protocol.open_ids import AGAIN_AFTER
 from psyche_lightning.recipe import load_recipe
 from psyche_lightning.recipe.estimate import estimate
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 RECIPES = ("demo", "mla-200m", "consilience-40b")
 NODES = (2, 3, 16, 64)
 
@@ -44,3 +48,11 @@ def rows() -> list[str]:
 def test_the_table_of_ratios_is_what_the_recipes_give() -> None:
     text = README.read_text()
     assert re.findall(r"^\| `.*? k = .*$", text, re.MULTILINE) == rows(), "put these rows in:\n" + "\n".join(rows())
+
+
+def test_what_a_death_costs() -> None:
+    section = (ROOT / "docs" / "joining.md").read_text().partition("## What a death costs")[2].partition("\n## ")[0]
+    found = [tuple(map(int, row)) for row in re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \|$", section, re.MULTILINE)]
+    assert found == [(n, quorum(n), n - quorum(n)) for n in (1, 2, 3, 4, 5, 8, 16, 32)]
+    assert MAX_WITNESSES == 32
+    assert (AGAIN_AFTER, SAVE_EVERY) == (3, 50), "the page says three rounds, and every 50 rounds"

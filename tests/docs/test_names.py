@@ -76,6 +76,17 @@ def test_environment_variables_are_real(pages: list[Any]) -> None:
             assert re.search(rf"\b{name}\b", sources), f"{page.name} names {name}"
 
 
+def test_the_files_of_a_node_are_real(page: PathOf) -> None:
+    table = page("cleaning-up.md").text.partition("In a node's folder:")[2].partition("\n\nWhile")[0]
+    names = [
+        name for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in re.findall(r"`(.*?)/?`", row)
+    ]
+    assert len(names) == 9
+    sources = "\n".join(path.read_text() for path in (ROOT / "psyche_lightning").rglob("*.py"))
+    for name in names:
+        assert f'"{name}"' in sources, name
+
+
 def test_modules_and_their_attributes_are_real(pages: list[Any]) -> None:
     import importlib
     import importlib.util
