@@ -147,7 +147,7 @@ class Tail(Generic[_T]):
         return cls(limit, [from_json(kind, item) for item in data["items"]], data["first"])
 
 
-class Journal:
+class History:
     """Writes down what happens to a run.
 
     Attributes:
@@ -213,22 +213,22 @@ class Journal:
         }
 
     @classmethod
-    def load(cls, data: dict[str, Any]) -> Journal:
+    def load(cls, data: dict[str, Any]) -> History:
         """Read what :meth:`dump` wrote.
 
         Raises:
             WireError: it is something else.
         """
-        journal = cls()
-        journal.events = Tail.load(MAX_EVENTS, Event, data["events"])
+        history = cls()
+        history.events = Tail.load(MAX_EVENTS, Event, data["events"])
         metrics = Tail.load(MAX_METRICS, Metrics, data["metrics"])
         # Version 0.1 kept rows of rounds that drain, too.
-        journal.metrics = Tail(MAX_METRICS, [row for row in metrics.since(0) if row.step], data["metrics"]["first"])
+        history.metrics = Tail(MAX_METRICS, [row for row in metrics.since(0) if row.step], data["metrics"]["first"])
         for signer, values in data["reports"].items():
             lossless = values["loss"] is None
             report = from_json(Report, {**values, "loss": 0.0} if lossless else values)
-            journal.reports[bytes.fromhex(signer)] = replace(report, loss=math.nan) if lossless else report
-        return journal
+            history.reports[bytes.fromhex(signer)] = replace(report, loss=math.nan) if lossless else report
+        return history
 
 
 def _names(signers: list[bytes]) -> str:

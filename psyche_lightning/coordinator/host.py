@@ -7,12 +7,12 @@ Hosts around it (in the process, the server, the simulator) bring the clock and 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from psyche_lightning.coordinator import machine
-from psyche_lightning.coordinator.history import Event, Journal, Metrics, plain_round
+from psyche_lightning.coordinator.history import History, plain_round
 from psyche_lightning.coordinator.machine import MachineError
 from psyche_lightning.coordinator.membership import Membership
 from psyche_lightning.errors import ConfigError, CoordinatorError, WireError
@@ -20,7 +20,20 @@ from psyche_lightning.protocol.codec import round_from_json, round_to_json, stat
 from psyche_lightning.protocol.limits import Limits, check_config, check_run_id
 from psyche_lightning.protocol.manifest import merge, settle, with_terms
 from psyche_lightning.protocol.messages import equivocator
-from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.requests import (
+    Accuse,
+    Answer,
+    GetRounds,
+    GetTerms,
+    HealthCheck,
+    Join,
+    Request,
+    Terms,
+    Vote,
+    WarmupWitness,
+    Withdraw,
+    Witness,
+)
 from psyche_lightning.protocol.state import (
     Client,
     ClientStatus,
@@ -28,13 +41,12 @@ from psyche_lightning.protocol.state import (
     Phase,
     Round,
     RunState,
-    WitnessProof,
 )
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import short
 
 FORMAT = 1
-MAX_HISTORY = 4096
+MAX_ROUNDS = 4096
 """Rounds of the epoch that are kept; a node that needs older ones takes a newer snapshot instead."""
 
 
@@ -54,9 +66,12 @@ class RunHost:
     Attributes:
         state: the run's state.
         manifest: the agreed sections; None until a node joined or the creator gave some.
-        history: the newest rounds of the epoch ``history_epoch``, contiguous, the current one last; with all witness
+        membership: who belongs to the run, and who may.
+        history: what happened, for people: events, the figures of rounds, the members' reports.
+        rounds: the newest rounds of the epoch ``rounds_epoch``, contiguous, the current one last; with all witness
             records but without their Bloom filters.
-        history_epoch: their epoch.
+        rounds_epoch: their epoch.
+        points: what each signer earned: an epoch's samples, in equal parts to the clients that were well at its end.
 
     Raises:
         ConfigError: the name or the configuration is not acceptable.
@@ -82,80 +97,27 @@ class RunHost:
             raise ConfigError(f"max_seq_len is {max_seq_len}; it must be 1 to 2^32 - 1")
         self.state = RunState(run_id, config=config, max_seq_len=max_seq_len)
         self.manifest = None if manifest is None else merge(None, manifest)
-        self.history: list[Round] = []
-        self.history_epoch = 0
+        self.membership = Membership(run_id, self.limits.clients)
+        self.history = History()
+        self.rounds: list[Round] = []
+        self.rounds_epoch = 0
+        self.points: dict[bytes, int] = {}
         self._seed = seed
         self._terms: dict[str, int | None] = dict.fromkeys(unset)
-        self._membership = Membership(run_id, self.limits.clients)
-        self._points: dict[bytes, int] = {}
-        self._journal = Journal()
         self._now = 0.0
 
     # What others look at.
-
-    @property
-    def events(self) -> list[Event]:
-        """The newest notable events, oldest first."""
-        return self._journal.events.since(0)
-
-    @property
-    def event_count(self) -> int:
-        """How many events there ever were; more than :attr:`events` holds when old ones were forgotten."""
-        return self._journal.events.count
-
-    def events_since(self, place: int) -> list[Event]:
-        """The events from number ``place`` (counted from 0 over the whole run) on."""
-        return self._journal.events.since(place)
-
-    @property
-    def metrics(self) -> list[Metrics]:
-        """The figures of the newest rounds that trained, oldest first."""
-        return self._journal.metrics.since(0)
-
-    @property
-    def metric_count(self) -> int:
-        """How many rounds that trained there ever were."""
-        return self._journal.metrics.count
-
-    def metrics_since(self, place: int) -> list[Metrics]:
-        """The figures from number ``place`` (counted from 0 over the whole run) on; the last two may still change."""
-        return self._journal.metrics.since(place)
-
-    @property
-    def reports(self) -> dict[bytes, Report]:
-        """The latest report of each signer."""
-        return dict(self._journal.reports)
-
-    def members(self) -> list[bytes]:
-        """Signers of everyone who joined and is not gone, clients of the epoch and pending ones alike."""
-        return list(self._membership.members)
 
     def pending(self) -> list[Client]:
         """Members who wait for the next epoch."""
         formed = self.state.phase is Phase.WARMUP or self.state.phase.active
         busy = {client.signer for client in machine.healthy(self.state)} if formed else ()
-        return [member for signer, member in self._membership.members.items() if signer not in busy]
+        return [member for signer, member in self.membership.members.items() if signer not in busy]
 
     @property
     def unset(self) -> list[str]:
         """What of the configuration the first node will fix."""
         return [name for name, value in self._terms.items() if value is None]
-
-    @property
-    def points(self) -> dict[bytes, int]:
-        """What each signer earned: an epoch's samples, in equal parts to the clients that were well at its end."""
-        return dict(self._points)
-
-    @property
-    def allowed(self) -> list[bytes] | None:
-        """The node keys that may join; None for everyone."""
-        return self._membership.allowed
-
-    def rounds(self, epoch: int, first: int) -> list[Round]:
-        """The rounds of that epoch from height ``first`` on; empty if not all of them are kept."""
-        if epoch != self.history_epoch or not self.history or not self.history[0].height <= first:
-            return []
-        return self.history[first - self.history[0].height :]
 
     def deadline(self) -> float | None:
         """When the clock alone moves the run on, in the coordinator's seconds; None when only an input can."""
@@ -212,41 +174,67 @@ class RunHost:
             self._terms.pop(fixed[setting], None)
         self._apply(replace(self.state, config=changed, nonce=self.state.nonce + 1), now)
 
-    def allow(self, node: bytes | None) -> None:
-        """Let a node with that key join, or everyone."""
-        self._membership.allow(node)
+    # What members ask.
 
-    def forbid(self, node: bytes | None) -> None:
-        """Let a node with that key not join again, or nobody who is not allowed by key; members stay until they go."""
-        self._membership.forbid(node)
-
-    # Members come and go.
-
-    def join(self, signer: bytes, node: bytes, address: str, manifest: dict[str, Any], now: float) -> None:
-        """Make a node a member, who takes part from the next epoch on; again, to tell a new address.
+    def handle(self, signer: bytes, request: Request[Answer], now: float) -> Answer:
+        """Answer a request.
 
         Args:
-            signer: 32-byte key that signs its requests.
-            node: 32-byte node key, by which transports know it.
-            address: where the transport reaches it.
-            manifest: its sections of the run's manifest.
+            signer: 32-byte node key that signed it.
+            request: what is asked.
             now: the coordinator's seconds.
 
         Raises:
-            ManifestMismatchError: the run has another manifest.
-            CoordinatorError: ``InvalidManifest``; ``InvalidMember`` for keys or an address that cannot be, or a node
-                key that another signer has; ``NotAuthorized``; ``Ejected``; ``RunFull`` (retryable).
+            CoordinatorError: it is refused; nothing that decides anything has changed. The codes are those of
+                :mod:`~psyche_lightning.coordinator.machine` and of the methods below.
         """
-        self._membership.check(signer, node, address)
-        manifest, terms = settle(self._terms, manifest)
+        answer: Any = None
+        match request:
+            case GetTerms():
+                answer = Terms(self.state.config, tuple(self.unset), self.manifest)
+            case GetRounds(epoch, first):
+                answer = self._rounds_from(epoch, first)
+            case Join(address, manifest):
+                self._join(signer, address, manifest, now)
+            case Withdraw():
+                self._withdraw(signer, now)
+            case WarmupWitness():
+                self._apply(machine.warmup_witness(self.state, signer, request), now)
+            case Witness():
+                self._witness(signer, request, now)
+            case HealthCheck():
+                answer = self._health_check(signer, request, now)
+            case Vote():
+                self._apply(machine.vote(self.state, signer, request), now)
+            case Accuse(first, second):
+                self._accuse(signer, first, second, now)
+            case _:
+                raise CoordinatorError(f"no coordinator knows the request {request!r:.80}", code="Unsupported")
+        return answer  # type: ignore[no-any-return] # each branch gives what its request declares
+
+    def _rounds_from(self, epoch: int, first: int) -> tuple[Round, ...]:
+        if epoch != self.rounds_epoch or not self.rounds or not self.rounds[0].height <= first:
+            return ()
+        return tuple(self.rounds[first - self.rounds[0].height :])
+
+    def _join(self, signer: bytes, address: str, manifest: Mapping[str, Any], now: float) -> None:
+        """Make a node a member, who takes part from the next epoch on; again, to tell a new address.
+
+        Raises:
+            ManifestMismatchError: the run has another manifest.
+            CoordinatorError: ``InvalidManifest``; ``InvalidMember`` for a key or an address that cannot be;
+                ``NotAuthorized``; ``Ejected``; ``RunFull`` (retryable).
+        """
+        self.membership.check(signer, address)
+        rest, terms = settle(self._terms, manifest)
         state = self._with_terms(terms)
-        self.manifest, self._terms = merge(self.manifest, manifest), terms
-        if signer not in self._membership.members:
-            self._journal.note(self.state, now, "joined", f"{short(signer)} joined", signer)
-        self._membership.members[signer] = Client(signer, node, address)
+        self.manifest, self._terms = merge(self.manifest, rest), terms
+        if signer not in self.membership.members:
+            self.history.note(self.state, now, "joined", f"{short(signer)} joined", signer)
+        self.membership.members[signer] = Client(signer, signer, address)
         if state.phase is Phase.UNINITIALIZED:
             state = machine.start(state, now)
-        self._apply(machine.move(state, signer, node, address), now)
+        self._apply(machine.move(state, signer, signer, address), now)
 
     def _with_terms(self, terms: dict[str, int | None]) -> RunState:
         """The state with what a node fixed of the configuration."""
@@ -261,12 +249,7 @@ class RunHost:
             ) from error
         return replace(self.state, config=config, nonce=self.state.nonce + 1)
 
-    def withdraw(self, signer: bytes, now: float) -> None:
-        """A node leaves: a pending member is forgotten, a client of the epoch becomes Withdrawn.
-
-        Raises:
-            CoordinatorError: it is neither (``InvalidWithdraw``).
-        """
+    def _withdraw(self, signer: bytes, now: float) -> None:
         if not self._forget(signer, ClientStatus.WITHDRAWN, "left", "left", now):
             raise MachineError("InvalidWithdraw", f"{short(signer)} is not a member of this run")
 
@@ -281,77 +264,45 @@ class RunHost:
             self._forget(signer, ClientStatus.DROPPED, "dropped", f"is gone: {reason}", now)
 
     def _forget(self, signer: bytes, status: ClientStatus, kind: str, text: str, now: float) -> bool:
-        known = self._membership.members.pop(signer, None) is not None
+        known = self.membership.members.pop(signer, None) is not None
         state = self.state
         if any(client.signer == signer and client.status is ClientStatus.HEALTHY for client in state.clients):
             known, state = True, machine.withdraw(state, signer, status)
         if known:
-            self._journal.note(self.state, now, kind, f"{short(signer)} {text}", signer)
+            self.history.note(self.state, now, kind, f"{short(signer)} {text}", signer)
             self._apply(state, now)
         return known
 
-    # What clients report. All raise MachineError as the function of that name in `machine` says.
-
-    def warmup_witness(self, signer: bytes, epoch: int, index: int, digest: bytes, now: float) -> None:
-        """The client at ``index`` holds the parameters with that digest."""
-        self._apply(machine.warmup_witness(self.state, signer, epoch, index, digest), now)
-
-    def witness(
-        self,
-        signer: bytes,
-        epoch: int,
-        height: int,
-        proof: WitnessProof,
-        merkle: bytes,
-        participants: bytes,
-        broadcasts: bytes,
-        report: Report,
-        now: float,
-    ) -> None:
-        """A witness' report on the current round. The figures of one that comes too late are noted all the same."""
+    def _witness(self, signer: bytes, request: Witness, now: float) -> None:
+        """Take a witness' report. The figures of one that comes too late are noted all the same."""
         if any(client.signer == signer for client in self.state.clients):
-            self._journal.report(epoch, signer, report)
-        state = machine.witness(self.state, signer, epoch, height, proof, merkle, participants, broadcasts)
-        self._apply(state, now)
+            self.history.report(request.epoch, signer, request.report)
+        self._apply(machine.witness(self.state, signer, request), now)
 
-    def health_check(self, signer: bytes, epoch: int, height: int, signers: list[bytes], now: float) -> int:
-        """Drop clients that gave no sign of life; returns how many. They may join again."""
+    def _health_check(self, signer: bytes, request: HealthCheck, now: float) -> int:
+        """Drop clients that gave no sign of life; they may join again."""
         before = {client.signer for client in machine.healthy(self.state)}
-        state, dropped = machine.health_check(self.state, signer, epoch, height, signers)
+        state, dropped = machine.health_check(self.state, signer, request)
         for gone in before - {client.signer for client in machine.healthy(state)}:
-            self._membership.members.pop(gone, None)
-            text = f"{short(gone)} is dropped: the witnesses of height {height - 1} heard nothing from it"
-            self._journal.note(self.state, now, "dropped", text, gone)
+            self.membership.members.pop(gone, None)
+            text = f"{short(gone)} is dropped: the witnesses of height {request.height - 1} heard nothing from it"
+            self.history.note(self.state, now, "dropped", text, gone)
         self._apply(state, now)
         return dropped
 
-    def accuse(self, signer: bytes, first: bytes, second: bytes, now: float) -> None:
-        """Eject for good who signed two results for one batch; who is ejected already stays it.
-
-        Args:
-            signer: the member that found out.
-            first: one signed result, as it was gossiped.
-            second: the other.
-            now: the coordinator's seconds.
-
-        Raises:
-            CoordinatorError: they do not prove it, or a stranger asks (``InvalidAccusation``).
-        """
+    def _accuse(self, signer: bytes, first: bytes, second: bytes, now: float) -> None:
+        """Eject for good who signed two results for one batch; who is ejected already stays it."""
         culprit = equivocator(self.state.run_id, first, second)
-        if signer not in self._membership.members:
+        if signer not in self.membership.members:
             raise CoordinatorError(f"{short(signer)} is not a member of this run", code="InvalidAccusation")
-        if culprit in self._membership.ejected:
+        if culprit in self.membership.ejected:
             return
-        self._membership.ejected.add(culprit)
-        everyone = (*self.state.clients, *self._membership.members.values())
+        self.membership.ejected.add(culprit)
+        everyone = (*self.state.clients, *self.membership.members.values())
         known = [member.signer for member in everyone if member.node == culprit]
         for each in dict.fromkeys(known):
             text = "is ejected: it signed two results for one batch"
             self._forget(each, ClientStatus.EJECTED, "ejected", text, now)
-
-    def checkpoint(self, signer: bytes, epoch: int, step: int, digest: bytes, now: float) -> None:
-        """A client's vote for the parameters that it holds at the end of the epoch."""
-        self._apply(machine.checkpoint(self.state, signer, epoch, step, digest), now)
 
     # Time.
 
@@ -391,27 +342,27 @@ class RunHost:
                 self._set(state, now)
             if self.state.phase.halted:
                 return
-            pending = list(self._membership.members.values())
+            pending = list(self.membership.members.values())
             state = machine.tick(self.state, pending, now, self._round_seed())
             if state is self.state:
                 return
 
     def _set(self, state: RunState, now: float) -> None:
         before, self.state = self.state, state
-        self._journal.observe(before, state, now)
+        self.history.observe(before, state, now)
         if before.phase is Phase.COOLDOWN and state.phase is not Phase.COOLDOWN:
             well = machine.healthy(before)
             samples = state.epoch_start_data_index - before.epoch_start_data_index
             for client in well:
-                self._points[client.signer] = self._points.get(client.signer, 0) + samples // len(well)
+                self.points[client.signer] = self.points.get(client.signer, 0) + samples // len(well)
         if state.phase is Phase.WARMUP and before.phase is not Phase.WARMUP:
-            self.history, self.history_epoch = [], state.epoch
+            self.rounds, self.rounds_epoch = [], state.epoch
         round_ = state.current
         if round_ is not None and (before.current is not round_):
-            if self.history and self.history[-1].height == round_.height:
-                self.history.pop()
-            self.history.append(plain_round(round_))
-            del self.history[:-MAX_HISTORY]
+            if self.rounds and self.rounds[-1].height == round_.height:
+                self.rounds.pop()
+            self.rounds.append(plain_round(round_))
+            del self.rounds[:-MAX_ROUNDS]
 
     # Durability.
 
@@ -433,11 +384,11 @@ class RunHost:
             "terms": self._terms,
             "manifest": self.manifest,
             "state": to_json(self.state),
-            "points": {signer.hex(): points for signer, points in self._points.items()},
-            **self._membership.dump(),
-            "history_epoch": self.history_epoch,
-            "history": [round_to_json(round_) for round_ in self.history if round_.height >= rounds_from],
-            **self._journal.dump(events_from, metrics_from),
+            "points": {signer.hex(): points for signer, points in self.points.items()},
+            **self.membership.dump(),
+            "history_epoch": self.rounds_epoch,
+            "history": [round_to_json(round_) for round_ in self.rounds if round_.height >= rounds_from],
+            **self.history.dump(events_from, metrics_from),
         }
 
     @classmethod
@@ -455,11 +406,11 @@ class RunHost:
             host.state = state
             host.manifest = data["manifest"]
             host._terms = dict(data["terms"])
-            host.history = [round_from_json(item) for item in data["history"]]
-            host.history_epoch = data["history_epoch"]
-            host._membership.restore(data)
-            host._points = {bytes.fromhex(key): int(points) for key, points in data.get("points", {}).items()}
-            host._journal = Journal.load(data)
+            host.rounds = [round_from_json(item) for item in data["history"]]
+            host.rounds_epoch = data["history_epoch"]
+            host.membership.restore(data)
+            host.points = {bytes.fromhex(key): int(points) for key, points in data.get("points", {}).items()}
+            host.history = History.load(data)
             host._now = float(data["now"])
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise WireError(f"not a stored run: {type(error).__name__}: {error}") from error

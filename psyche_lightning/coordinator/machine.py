@@ -15,6 +15,7 @@ from typing import Any
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.bloom import BLOOM_SIZE, Bloom
 from psyche_lightning.protocol.committee import quorum, round_selection
+from psyche_lightning.protocol.requests import HealthCheck, Vote, WarmupWitness, Witness
 from psyche_lightning.protocol.state import (
     STORED_ROUNDS,
     Checkpoint,
@@ -285,17 +286,18 @@ def _tick_cooldown(state: RunState, now: float) -> RunState:
     return _enter(state, _next_members(state), now)
 
 
-def warmup_witness(state: RunState, signer: bytes, epoch: int, index: int, digest: bytes) -> RunState:
-    """Record that the client at ``index`` holds the parameters with that digest; too late, it changes nothing.
+def warmup_witness(state: RunState, signer: bytes, request: WarmupWitness) -> RunState:
+    """Record which parameters a client holds; too late, it changes nothing.
 
     Raises:
         MachineError: ``Halted``; ``InvalidRunState`` while no epoch is formed; ``InvalidWitness`` for another epoch,
             client or digest; ``DuplicateWitness``.
     """
+    index, digest = request.index, request.digest
     _not_halted(state)
     if state.phase is Phase.WAITING_FOR_MEMBERS:
         raise MachineError("InvalidRunState", "no epoch is formed yet; wait for the warm-up")
-    _same_epoch(state, epoch, "InvalidWitness")
+    _same_epoch(state, request.epoch, "InvalidWitness")
     if state.phase is not Phase.WARMUP:
         return state
     at_index = 0 <= index < len(state.clients) and state.clients[index].signer == signer
@@ -316,22 +318,14 @@ def warmup_witness(state: RunState, signer: bytes, epoch: int, index: int, diges
     return _change(state, warmup_witnesses=(*state.warmup_witnesses, record), holders=holders)
 
 
-def witness(
-    state: RunState,
-    signer: bytes,
-    epoch: int,
-    height: int,
-    proof: WitnessProof,
-    merkle: bytes,
-    participants: bytes,
-    broadcasts: bytes,
-) -> RunState:
+def witness(state: RunState, signer: bytes, request: Witness) -> RunState:
     """Record a witness' report on the current round; during training it means "I have everything".
 
     Raises:
         MachineError: ``Halted``; ``InvalidRunState`` outside a round; ``InvalidWitness`` for another round, a client
             without that seat or one that is not healthy, or bytes of a wrong size; ``DuplicateWitness``.
     """
+    epoch, height, proof = request.epoch, request.height, request.proof
     round_ = _running_round(state)
     if (epoch, height) != (state.epoch, round_.height):
         raise MachineError(
@@ -348,21 +342,20 @@ def witness(
     if any(record.proof.index == proof.index for record in round_.witnesses):
         raise MachineError("DuplicateWitness", f"client {proof.index} has reported on height {height} already")
     for name, value, size in (
-        ("merkle root", merkle, HASH_SIZE),
-        ("participants filter", participants, BLOOM_SIZE),
-        ("broadcasts filter", broadcasts, BLOOM_SIZE),
+        ("merkle root", request.merkle, HASH_SIZE),
+        ("participants filter", request.participants, BLOOM_SIZE),
+        ("broadcasts filter", request.broadcasts, BLOOM_SIZE),
     ):
         if len(value) != size:
             raise MachineError("InvalidWitness", f"the {name} has {len(value)} bytes, not {size}")
-    record = WitnessRecord(proof, merkle, state.phase is Phase.ROUND_TRAIN, participants, broadcasts)
+    complete = state.phase is Phase.ROUND_TRAIN
+    record = WitnessRecord(proof, request.merkle, complete, request.participants, request.broadcasts)
     filled = replace(round_, witnesses=(*round_.witnesses, record))
     return _change(state, rounds=(*state.rounds[: state.head], filled, *state.rounds[state.head + 1 :]))
 
 
-def health_check(
-    state: RunState, signer: bytes, epoch: int, height: int, signers: Sequence[bytes]
-) -> tuple[RunState, int]:
-    """Drop clients from which the witnesses of the round before ``height`` heard nothing.
+def health_check(state: RunState, signer: bytes, request: HealthCheck) -> tuple[RunState, int]:
+    """Drop the named clients, from which the witnesses of the round before heard nothing.
 
     A client is healthy when a quorum of those witnesses' reports has it among its participants, when it was not in that
     round, or when the round cannot tell (nobody reported on it, or it only drained). Clients that have left already
@@ -375,6 +368,7 @@ def health_check(
         MachineError: ``Halted``; ``InvalidRunState`` outside a round; ``InvalidHealthCheck`` when a listed client is
             healthy, the caller is not, the round is another or the first.
     """
+    epoch, height = request.epoch, request.height
     round_ = _running_round(state)
     before = state.round_at(round_.height - 1)
     if (epoch, height) != (state.epoch, round_.height) or before is None:
@@ -386,7 +380,7 @@ def health_check(
     if not _is_healthy(state, signer):
         raise MachineError("InvalidHealthCheck", f"{signer[:4].hex()} is not a healthy client of this epoch")
     blooms = [Bloom.from_bytes(record.participants) for record in before.witnesses]
-    dropped = [listed for listed in dict.fromkeys(signers) if _is_healthy(state, listed)]
+    dropped = [listed for listed in dict.fromkeys(request.signers) if _is_healthy(state, listed)]
     for listed in dropped:
         item = sha256(listed)
         unheard = listed in before.clients and before.step > 0 and blooms
@@ -399,17 +393,18 @@ def health_check(
     return _change(state, clients=_with_status(state, ClientStatus.DROPPED, dropped)), len(dropped)
 
 
-def checkpoint(state: RunState, signer: bytes, epoch: int, step: int, digest: bytes) -> RunState:
+def vote(state: RunState, signer: bytes, request: Vote) -> RunState:
     """Record a client's vote for the parameters that it holds at the end of the epoch; the same vote again is fine.
 
     Raises:
         MachineError: ``Halted``; ``InvalidRunState`` outside cool-down; ``InvalidCheckpoint`` for another epoch, a
             client that is not healthy, a second different vote, or values out of range.
     """
+    step, digest = request.step, request.digest
     _not_halted(state)
     if state.phase is not Phase.COOLDOWN:
         raise MachineError("InvalidRunState", f"checkpoints are taken in cool-down; the run is in {state.phase.name}")
-    _same_epoch(state, epoch, "InvalidCheckpoint")
+    _same_epoch(state, request.epoch, "InvalidCheckpoint")
     if not _is_healthy(state, signer):
         raise MachineError("InvalidCheckpoint", f"{signer[:4].hex()} is not a healthy client of this epoch")
     if len(digest) != HASH_SIZE or not 0 <= step < state.step:
@@ -418,9 +413,9 @@ def checkpoint(state: RunState, signer: bytes, epoch: int, step: int, digest: by
             f"a checkpoint has a digest of {HASH_SIZE} bytes (got {len(digest)}) and at most {state.step - 1} steps "
             f"(got {step})",
         )
-    for voter, *vote in state.checkpoint_votes:
+    for voter, *before in state.checkpoint_votes:
         if voter == signer:
-            if vote == [step, digest]:
+            if before == [step, digest]:
                 return state
             raise MachineError("InvalidCheckpoint", f"{signer[:4].hex()} has voted for other parameters already")
     return _change(state, checkpoint_votes=(*state.checkpoint_votes, (signer, step, digest)))

@@ -49,33 +49,28 @@ class Membership:
             self._allowed = {member.node for member in self.members.values()} if node is not None else set()
         self._allowed.discard(node or b"")
 
-    def check(self, signer: bytes, node: bytes, address: str) -> None:
+    def check(self, signer: bytes, address: str) -> None:
         """Refuse who may not become, or stay, a member.
 
         Raises:
             CoordinatorError: ``InvalidMember``, ``Ejected``, ``NotAuthorized``, or ``RunFull`` (retryable).
         """
-        if len(signer) != KEY_SIZE or len(node) != KEY_SIZE or len(address) > MAX_ADDRESS:
+        if len(signer) != KEY_SIZE or len(address) > MAX_ADDRESS:
             raise CoordinatorError(
-                f"a member has keys of {KEY_SIZE} bytes and an address of at most {MAX_ADDRESS} characters",
+                f"a member has a key of {KEY_SIZE} bytes and an address of at most {MAX_ADDRESS} characters",
                 code="InvalidMember",
             )
-        if node in self.ejected:
+        if signer in self.ejected:
             raise CoordinatorError(
-                f"{short(node)} is ejected from this run: it signed two results for one batch. A node whose folder "
+                f"{short(signer)} is ejected from this run: it signed two results for one batch. A node whose folder "
                 "was lost or copied needs a new key.",
                 code="Ejected",
             )
-        if self._allowed is not None and node not in self._allowed:
+        if self._allowed is not None and signer not in self._allowed:
             raise CoordinatorError(
-                f"the node {node.hex()} may not join this run; its owner can let it: "
-                f"`psyche run authorize {self._run_id} {node.hex()}`",
+                f"the node {signer.hex()} may not join this run; its owner can let it: "
+                f"`psyche run authorize {self._run_id} {signer.hex()}`",
                 code="NotAuthorized",
-            )
-        if any(member.node == node and member.signer != signer for member in self.members.values()):
-            raise CoordinatorError(
-                f"another member has the node key {short(node)} already; every node needs a key of its own",
-                code="InvalidMember",
             )
         if signer not in self.members and len(self.members) >= self._room:
             raise CoordinatorError(

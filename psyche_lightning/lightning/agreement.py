@@ -12,7 +12,7 @@ from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import ConfigError, ManifestMismatchError
 from psyche_lightning.lightning.options import Options
 from psyche_lightning.protocol.manifest import START
-from psyche_lightning.protocol.requests import Coordinator, Terms
+from psyche_lightning.protocol.requests import Coordinator, GetTerms, Terms
 from psyche_lightning.protocol.state import CoordinatorConfig
 
 RUN_DEFAULTS: dict[str, Any] = {"overlap": False, "seed": 0, "digest_every": 10, "keep_bytes": 0}
@@ -64,7 +64,7 @@ def look(client: Coordinator, timeout: float = 60.0) -> Terms:
 
     async def ask() -> Terms:
         try:
-            return await client.terms()
+            return await client.request(GetTerms())
         finally:
             await client.close()
 

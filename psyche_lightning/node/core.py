@@ -25,6 +25,7 @@ from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.waiting import describe
 from psyche_lightning.node.witness import attest_promise, result_promise, witness_report
 from psyche_lightning.protocol.messages import Attest, Buffers, Envelope, Message, Offer, Stuck
+from psyche_lightning.protocol.requests import HealthCheck, Join, Vote, WarmupWitness
 from psyche_lightning.protocol.state import ClientStatus, Phase, Round, RunState
 
 STALE = ("InvalidWitness", "DuplicateWitness", "InvalidHealthCheck", "InvalidRunState", "Halted")
@@ -104,7 +105,7 @@ class NodeCore:
                 self._buffers.taken(event)
             case ev.BuffersLoaded():
                 self._buffers.loaded(event)
-            case ev.CallFailed(_, code, text, retryable):
+            case ev.RequestFailed(_, code, text, retryable):
                 if not retryable and code not in STALE:
                     self._out.say("warning", f"the coordinator refused a request: {text}")
             case ev.Tick():
@@ -193,7 +194,7 @@ class NodeCore:
             return
         member = any(c.signer == self.signer and c.status is ClientStatus.HEALTHY for c in state.clients)
         if (not member or state.phase in (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED)) and self._out.due("join"):
-            self._out.emit(ev.Join())
+            self._out.emit(Join())
 
     def _warm_up(self, state: RunState) -> None:
         follower = self._follower
@@ -218,7 +219,7 @@ class NodeCore:
             return
         reported = any(record.proof.index == index for record in records)
         if not reported and self._out.due(("warmup", state.epoch)):
-            self._out.emit(ev.WarmupWitness(state.epoch, index, target))
+            self._out.emit(WarmupWitness(state.epoch, index, target))
         self._buffers.advance(state, self.log)
 
     def _to_train(self) -> RoundLog | None:
@@ -293,7 +294,7 @@ class NodeCore:
         silent = about.missing - gone(state, about)
         signers = tuple(about.round.clients[i] for i in sorted(silent) if about.nodes[i] != self.public)
         if signers:
-            self._out.emit(ev.HealthCheck(state.epoch, current.height, signers))
+            self._out.emit(HealthCheck(state.epoch, current.height, signers))
 
     def _conclude(self, state: RunState) -> None:
         """At the end of an epoch: report the parameters; at the end of the run: leave with them."""
@@ -309,7 +310,7 @@ class NodeCore:
         voted = any(vote[0] == self.signer for vote in state.checkpoint_votes)
         may = mine is not None and mine.status is ClientStatus.HEALTHY and state.phase is Phase.COOLDOWN
         if may and not voted and self._out.due(("vote", state.epoch)):
-            self._out.emit(ev.Vote(state.epoch, state.step - 1, follower.holding))
+            self._out.emit(Vote(state.epoch, state.step - 1, follower.holding))
 
     def _left(self, state: RunState) -> bool:
         """Leave the finished run once this node holds its parameters, or cannot get them; returns whether it left."""

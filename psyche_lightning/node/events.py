@@ -1,16 +1,20 @@
 """What goes into the node core (events) and what comes out (effects); see :mod:`psyche_lightning.node.core`.
 
+What the core asks of the coordinator is an effect, too: the requests of :mod:`psyche_lightning.protocol.requests`.
+
 All are plain data: the runtime, the tests and the simulator carry them out, each with its own clock and network.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from psyche_lightning.node.agreement import Record
 from psyche_lightning.protocol.messages import Envelope, Result
 from psyche_lightning.protocol.open_ids import Interval, OpenIds
-from psyche_lightning.protocol.state import Round, RunState, WitnessProof
+from psyche_lightning.protocol.requests import Request
+from psyche_lightning.protocol.state import Round, RunState
 
 # --- events ---------------------------------------------------------------------------------------------------------
 
@@ -24,7 +28,7 @@ class StateSeen:
 
 @dataclass(frozen=True)
 class RoundsSeen:
-    """The answer to :class:`AskRounds`."""
+    """The answer to :class:`~psyche_lightning.protocol.requests.GetRounds`."""
 
     epoch: int
     first: int
@@ -118,10 +122,10 @@ class BuffersLoaded:
 
 
 @dataclass(frozen=True)
-class CallFailed:
-    """A coordinator call failed; ``code`` as in :class:`~psyche_lightning.errors.CoordinatorError`."""
+class RequestFailed:
+    """The coordinator refused or did not answer; ``code`` as in :class:`~psyche_lightning.errors.CoordinatorError`."""
 
-    effect: Effect
+    request: Request[Any]
     code: str
     text: str
     retryable: bool
@@ -143,7 +147,7 @@ Event = (
     | SnapshotTaken
     | BuffersTaken
     | BuffersLoaded
-    | CallFailed
+    | RequestFailed
     | Tick
 )
 
@@ -287,66 +291,6 @@ class WriteDown:
 
 
 @dataclass(frozen=True)
-class Join:
-    """Ask the coordinator to count this node in."""
-
-
-@dataclass(frozen=True)
-class WarmupWitness:
-    """Tell the coordinator which parameters this node holds."""
-
-    epoch: int
-    index: int
-    digest: bytes
-
-
-@dataclass(frozen=True)
-class Witness:
-    """Report as a witness."""
-
-    epoch: int
-    height: int
-    proof: WitnessProof
-    merkle: bytes
-    participants: bytes
-    broadcasts: bytes
-
-
-@dataclass(frozen=True)
-class HealthCheck:
-    """Name silent clients."""
-
-    epoch: int
-    height: int
-    signers: tuple[bytes, ...]
-
-
-@dataclass(frozen=True)
-class Vote:
-    """Tell the coordinator the parameters at the end of the epoch."""
-
-    epoch: int
-    step: int
-    digest: bytes
-
-
-@dataclass(frozen=True)
-class AskRounds:
-    """Ask the coordinator for rounds that this node did not see."""
-
-    epoch: int
-    first: int
-
-
-@dataclass(frozen=True)
-class Accuse:
-    """Show the coordinator two results that one trainer signed for one batch."""
-
-    first: Envelope
-    second: Envelope
-
-
-@dataclass(frozen=True)
 class Say:
     """Something for people. ``level`` is "info" or "warning"."""
 
@@ -361,7 +305,6 @@ class Finish:
     reason: str
 
 
-Call = Join | WarmupWitness | Witness | HealthCheck | Vote | AskRounds | Accuse
 Effect = (
     SetPeers
     | Broadcast
@@ -379,5 +322,5 @@ Effect = (
     | WriteDown
     | Say
     | Finish
-    | Call
+    | Request[Any]
 )

@@ -16,6 +16,7 @@ from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.witness import attest_promise, result_promise
 from psyche_lightning.protocol.messages import Ask, Attest, Buffers, Envelope, Message, Offer, Result, Stuck
 from psyche_lightning.protocol.open_ids import Interval
+from psyche_lightning.protocol.requests import Accuse
 from psyche_lightning.protocol.state import ClientStatus, RunState
 from psyche_lightning.wire.identity import short
 
@@ -117,7 +118,7 @@ class Exchange:
             who = short(envelope.sender)
             self._out.say("warning", f"{who} signed two results for one batch; both are excluded")
             first, second = log.of(entry.trainer)
-            self._out.emit(ev.Accuse(first.envelope, second.envelope))
+            self._out.emit(Accuse(first.envelope.raw, second.envelope.raw))
         return entry
 
     def file_early(self, log: EpochLog, assigned: Iterable[RoundLog]) -> None:

@@ -19,6 +19,7 @@ from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.waiting import describe
 from psyche_lightning.protocol.messages import Stuck
 from psyche_lightning.protocol.open_ids import OpenIds
+from psyche_lightning.protocol.requests import GetRounds
 from psyche_lightning.protocol.state import ClientStatus, Phase, Round, RunState
 from psyche_lightning.wire.identity import short
 
@@ -231,7 +232,7 @@ class Follower:
 
     def _ask_rounds(self, log: EpochLog, first: int) -> None:
         if self._out.due(("rounds", first)):
-            self._out.emit(ev.AskRounds(log.epoch, first))
+            self._out.emit(GetRounds(log.epoch, first))
 
     def _decide(self, log: EpochLog, state: RunState) -> None:
         """Decide the rounds, in order, as far as lists and announcements are here; ask for what is missing."""

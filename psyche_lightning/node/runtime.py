@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from typing import Any
 
 from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, TransportError, WireError
@@ -19,7 +20,7 @@ from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.snapshot import decode_index, first_difference
 from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
 from psyche_lightning.protocol.messages import Envelope, Message, Result, open_envelope, seal
-from psyche_lightning.protocol.requests import Coordinator, Report
+from psyche_lightning.protocol.requests import Coordinator, GetRounds, Join, Report, Request, Withdraw, Witness
 from psyche_lightning.transports.base import Transport, TransportContext
 from psyche_lightning.wire.identity import Identity, short
 
@@ -116,7 +117,7 @@ class Runtime:
         """
         context = TransportContext(self.identity, self.run_id, self._on_message, self.store.get)
         self.address = await self.transport.start(context)
-        await self.coordinator.join(self.address, self.manifest)
+        await self.coordinator.request(Join(self.address, self.manifest))
         self._spawn(self._watch())
         self._spawn(self._tick())
 
@@ -128,7 +129,7 @@ class Runtime:
         self._stopping = True
         if withdraw:
             with contextlib.suppress(PsycheError, asyncio.TimeoutError, OSError):
-                await asyncio.wait_for(self.coordinator.withdraw(), 3.0)
+                await asyncio.wait_for(self.coordinator.request(Withdraw()), 3.0)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -210,16 +211,8 @@ class Runtime:
                     self._book.append(self.run_id, records)
             case ev.Say(level, text):
                 self._say(level, text)
-            case (
-                ev.Join()
-                | ev.WarmupWitness()
-                | ev.Witness()
-                | ev.HealthCheck()
-                | ev.Vote()
-                | ev.AskRounds()
-                | ev.Accuse()
-            ):
-                self._spawn(self._call(effect))
+            case Request():
+                self._spawn(self._ask(effect))
 
     async def _clear(self, effect: ev.Keep) -> None:
         """Forget what is not needed any more, on another thread: it may be much."""
@@ -314,31 +307,25 @@ class Runtime:
         name = first_difference(mine, theirs)
         self._say("warning", f"after round {effect.round} the first tensor that differs is {name!r}")
 
-    async def _call(self, call: ev.Call) -> None:
-        """Make a coordinator call; what this node may never do ends it, the rest the core repeats."""
-        client = self.coordinator
+    async def _ask(self, request: Request[Any]) -> None:
+        """Ask the coordinator; what this node may never do ends it, the rest the core repeats."""
         try:
-            match call:
-                case ev.Join():
-                    await client.join(self.address, self.manifest)
-                case ev.WarmupWitness(epoch, index, digest):
-                    await client.warmup_witness(epoch, index, digest)
-                case ev.Witness(epoch, height, proof, merkle, participants, broadcasts):
-                    up, down = self._traffic()
-                    report = Report(
-                        self.report.step, self.report.loss, self.report.tokens_per_second, bytes_up=up, bytes_down=down
-                    )
-                    await client.witness(epoch, height, proof, merkle, participants, broadcasts, report)
-                case ev.HealthCheck(epoch, height, signers):
-                    await client.health_check(epoch, height, list(signers))
-                case ev.Vote(epoch, step, digest):
-                    await client.checkpoint(epoch, step, digest)
-                case ev.Accuse(first_result, second_result):
-                    await client.accuse(first_result.raw, second_result.raw)
-                case ev.AskRounds(epoch, first):
-                    self.handle(ev.RoundsSeen(epoch, first, tuple(await client.rounds(epoch, first))))
+            answer = await self.coordinator.request(self._completed(request))
         except CoordinatorError as error:
-            if isinstance(call, ev.Join) and not error.retryable:
+            if isinstance(request, Join) and not error.retryable:
                 self._post(error)
-                return
-            self.handle(ev.CallFailed(call, error.code, str(error), error.retryable))
+            else:
+                self.handle(ev.RequestFailed(request, error.code, str(error), error.retryable))
+            return
+        if isinstance(request, GetRounds):
+            self.handle(ev.RoundsSeen(request.epoch, request.first, answer))
+
+    def _completed(self, request: Request[Any]) -> Request[Any]:
+        """The request with what the core does not know."""
+        match request:
+            case Join():
+                return Join(self.address, self.manifest)
+            case Witness():
+                up, down = self._traffic()
+                return replace(request, report=replace(self.report, bytes_up=up, bytes_down=down))
+        return request

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from psyche_lightning.node.events import Witness
 from psyche_lightning.node.rounds import RoundLog
 from psyche_lightning.protocol.bloom import Bloom, participants_bloom
 from psyche_lightning.protocol.merkle import attest_root
 from psyche_lightning.protocol.messages import Attest, Envelope
+from psyche_lightning.protocol.requests import Witness
 
 
 def result_promise(epoch: int, height: int) -> str:
@@ -20,7 +20,7 @@ def attest_promise(epoch: int, height: int) -> str:
 
 
 def witness_report(here: RoundLog, index: int, envelope: Envelope, about: RoundLog | None) -> Witness:
-    """The coordinator call that binds a witness' list.
+    """The request that binds a witness' list.
 
     Args:
         here: the round in which it is sent.
@@ -29,8 +29,8 @@ def witness_report(here: RoundLog, index: int, envelope: Envelope, about: RoundL
         about: the round whose results it lists, or None when it has none.
 
     Returns:
-        The call. The Bloom filters are those of spec S2.5: participants holds ``S(signer)`` of every client that
-        showed a sign of life or owed none, broadcasts the commitments.
+        The request. Its Bloom filters are Psyche's: participants holds the hash of every client's signer that showed a
+        sign of life or owed none, broadcasts the commitments.
     """
     attest = envelope.message
     assert isinstance(attest, Attest)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from psyche_lightning.errors import CoordinatorError, ManifestMismatchError
 from psyche_lightning.protocol.state import CoordinatorConfig
+from psyche_lightning.wire.canonical import sha256
 
 MAX_MANIFEST_SIZE = 4 * 1024 * 1024
 MAX_SHOWN = 10
@@ -19,6 +21,23 @@ ABSENT = "(absent)"
 
 TERMS = ("global_batch_size", "total_steps")
 """What a run's creator may leave to the first node, which names it in the section ``run`` of its manifest."""
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """The canonical form of a manifest: JSON with sorted keys, no spaces, ASCII (invariant I9).
+
+    Raises:
+        CoordinatorError: it is not JSON (``InvalidManifest``).
+    """
+    try:
+        return json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CoordinatorError(f"the manifest is not JSON: {error}", code="InvalidManifest") from error
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> bytes:
+    """SHA-256 of :func:`manifest_text`, under which a server gives the manifest out."""
+    return sha256(manifest_text(manifest).encode())
 
 
 def settle(terms: dict[str, int | None], offered: Any) -> tuple[Any, dict[str, int | None]]:

@@ -1,17 +1,30 @@
-"""What a node asks of a coordinator, whichever host runs it (the ``coordinator`` plugin kind)."""
+"""What a node asks of its run's coordinator: each request in one definition, from the node core to every host.
+
+The core gives requests out, a :class:`Coordinator` carries them, and
+:meth:`~psyche_lightning.coordinator.host.RunHost.handle` answers them. What travels between a node and a server follows
+from the fields: see :func:`encode` and :func:`decode`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+import json
+import typing
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from psyche_lightning.errors import CoordinatorError, WireError
+from psyche_lightning.protocol.codec import from_json, round_from_json, round_to_json, to_json
+from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
 from psyche_lightning.protocol.state import CoordinatorConfig, Round, RunState, WitnessProof
+from psyche_lightning.wire.canonical import sha256
+
+Answer = TypeVar("Answer", covariant=True)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a witness sends along for people to look at (spec S1.4 ``WitnessMetadata``); it decides nothing.
+    """What a witness sends along for people to look at; it decides nothing.
 
     Attributes:
         step: optimizer step that the figures belong to.
@@ -43,11 +56,182 @@ class Terms:
     manifest: dict[str, Any] | None = None
 
 
+class Request(Generic[Answer]):
+    """Something that a node asks; the parameter is the type of the answer.
+
+    Attributes:
+        name: the request's name between node and server.
+        reads: whether it only looks: nothing changes, so nothing needs to be stored.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[bool] = False
+
+    @classmethod
+    def answer_to_json(cls, answer: Any) -> Any:
+        """The answer as JSON."""
+        return answer
+
+    @classmethod
+    def answer_from_json(cls, value: Any) -> Any:
+        """The answer that :meth:`answer_to_json` made.
+
+        Raises:
+            WireError: it is something else.
+        """
+        return value
+
+
+@dataclass(frozen=True)
+class GetTerms(Request[Terms]):
+    """What has the run fixed? Does not join it."""
+
+    name = "terms"
+    reads = True
+
+    @classmethod
+    def answer_to_json(cls, answer: Terms) -> Any:
+        """``[config, unset, manifest]``."""
+        return [to_json(answer.config), list(answer.unset), answer.manifest]
+
+    @classmethod
+    def answer_from_json(cls, value: Any) -> Terms:
+        """The terms."""
+        config, unset, manifest = value
+        return Terms(from_json(CoordinatorConfig, config), tuple(unset), manifest)
+
+
+@dataclass(frozen=True)
+class Join(Request[None]):
+    """Makes the sender a pending member; again, to tell a new address.
+
+    The node core leaves both fields to the runtime, which knows them.
+
+    Attributes:
+        address: where its transport is reached.
+        manifest: its sections of the run's manifest.
+
+    Raises:
+        ManifestMismatchError: the run has another manifest.
+    """
+
+    name = "join"
+    address: str = ""
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Withdraw(Request[None]):
+    """Leaves: a pending member is forgotten, a client of the epoch becomes Withdrawn."""
+
+    name = "withdraw"
+
+
+@dataclass(frozen=True)
+class WarmupWitness(Request[None]):
+    """Says that the client at ``index`` of the list holds the parameters with that digest."""
+
+    name = "warmup_witness"
+    epoch: int
+    index: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Witness(Request[None]):
+    """Reports as a witness of a round.
+
+    Attributes:
+        epoch: of the run.
+        height: of the round.
+        proof: the sender's place in the committee.
+        merkle: root of its list.
+        participants: Bloom filter of the signers that it heard.
+        broadcasts: Bloom filter of the commitments that it verified.
+        report: figures for people; the node core leaves them to the runtime.
+    """
+
+    name = "witness"
+    epoch: int
+    height: int
+    proof: WitnessProof
+    merkle: bytes
+    participants: bytes
+    broadcasts: bytes
+    report: Report = Report()
+
+
+@dataclass(frozen=True)
+class HealthCheck(Request[int]):
+    """Names clients without a sign of life in the round before ``height``; the answer is how many were dropped."""
+
+    name = "health_check"
+    epoch: int
+    height: int
+    signers: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Vote(Request[None]):
+    """Votes in cool-down for the parameters that the sender holds after ``step`` training steps."""
+
+    name = "checkpoint"
+    epoch: int
+    step: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Accuse(Request[None]):
+    """Shows two signed results of one trainer for one batch, for which it is ejected.
+
+    A coordinator that cannot eject refuses with the code ``Unsupported``.
+    """
+
+    name = "accuse"
+    first: bytes
+    second: bytes
+
+
+@dataclass(frozen=True)
+class GetRounds(Request[tuple[Round, ...]]):
+    """The rounds of the epoch from height ``first`` on, complete with witness records; none if not all are kept."""
+
+    name = "rounds"
+    reads = True
+    epoch: int
+    first: int
+
+    @classmethod
+    def answer_to_json(cls, answer: tuple[Round, ...]) -> Any:
+        """A list of rounds."""
+        return [round_to_json(value) for value in answer]
+
+    @classmethod
+    def answer_from_json(cls, value: Any) -> tuple[Round, ...]:
+        """The rounds."""
+        return tuple(round_from_json(item) for item in value)
+
+
+REQUESTS: dict[str, type[Request[Any]]] = {
+    kind.name: kind for kind in (GetTerms, Join, Withdraw, WarmupWitness, Witness, HealthCheck, Vote, Accuse, GetRounds)
+}
+"""Each request by its name between node and server."""
+
+
+def _fields(kind: Any) -> list[tuple[str, Any]]:
+    hints = typing.get_type_hints(kind)
+    return [(item.name, hints[item.name]) for item in fields(kind)]
+
+
+_FIELDS: dict[type[Request[Any]], list[tuple[str, Any]]] = {kind: _fields(kind) for kind in REQUESTS.values()}
+
+
 class Coordinator(Protocol):
-    """A client of one run's coordinator. All methods raise :class:`~psyche_lightning.errors.CoordinatorError`.
+    """A client of one run's coordinator, whichever host runs it (the ``coordinator`` plugin kind).
 
     Implementations retry what is retryable with bounds of their own; what still fails is raised with
-    ``retryable=True`` when trying again later makes sense. The signer of every call is the client itself.
+    ``retryable=True`` when trying again later makes sense. The signer of every request is the client itself.
     """
 
     @property
@@ -55,52 +239,125 @@ class Coordinator(Protocol):
         """The 32-byte key that the coordinator knows this client by: the node's own, or a wallet's."""
         ...
 
-    async def terms(self) -> Terms:
-        """What the run has fixed; does not join it."""
-        ...
-
-    async def join(self, address: str, manifest: dict[str, Any]) -> None:
-        """Become a pending member with this transport address and run manifest (idempotent).
+    async def request(self, request: Request[Answer]) -> Answer:
+        """Ask, and return the answer.
 
         Raises:
-            ManifestMismatchError: the run has another manifest.
+            CoordinatorError: it is refused, or the coordinator cannot be reached.
         """
-
-    async def withdraw(self) -> None:
-        """Leave: a pending member is forgotten, a client of the epoch becomes Withdrawn."""
-
-    async def warmup_witness(self, epoch: int, index: int, digest: bytes) -> None:
-        """Say that this client, at ``index`` of the list, holds the parameters with that digest."""
-
-    async def witness(
-        self,
-        epoch: int,
-        height: int,
-        proof: WitnessProof,
-        merkle: bytes,
-        participants: bytes,
-        broadcasts: bytes,
-        report: Report,
-    ) -> None:
-        """Report as a witness of round ``height``."""
-
-    async def health_check(self, epoch: int, height: int, signers: list[bytes]) -> int:
-        """Name clients without a sign of life in the round before ``height``; returns how many were dropped."""
-
-    async def checkpoint(self, epoch: int, step: int, digest: bytes) -> None:
-        """Vote in cool-down for the parameters that this client holds after ``step`` training steps."""
-
-    async def accuse(self, first: bytes, second: bytes) -> None:
-        """Show two signed results of one trainer for one batch, for which it is ejected.
-
-        A coordinator that cannot eject raises ``CoordinatorError`` with the code ``Unsupported``.
-        """
-
-    async def rounds(self, epoch: int, first: int) -> list[Round]:
-        """The rounds of the epoch from height ``first`` on, complete with witness records; empty if not kept."""
+        ...
 
     def watch(self) -> AsyncIterator[RunState]:
         """The state now and after every change, newest only (changes may be skipped); reconnects by itself."""
+        ...
 
     async def close(self) -> None:
-        """Release connections."""
+        """Release connections; further calls fail."""
+
+
+# --- between node and server ----------------------------------------------------------------------------------------
+
+
+def encode(request: Request[Any], *, held: bool = False) -> list[Any]:
+    """The fields of a request as canonical msgpack takes them, in order.
+
+    A proof stands as its three values, a report as a list of its five, keys as a list, and a manifest as its digest and
+    its canonical text.
+
+    Args:
+        request: what is asked.
+        held: whether the server has the manifest already, whose text is left empty then.
+    """
+    values: list[Any] = []
+    for item, hint in _FIELDS[type(request)]:
+        value = getattr(request, item)
+        if hint is WitnessProof:
+            values += [value.position, value.index, value.witness]
+        elif hint is Report:
+            values.append([getattr(value, figure.name) for figure in fields(Report)])
+        elif hint == tuple[bytes, ...]:
+            values.append(list(value))
+        elif hint == Mapping[str, Any]:
+            values += [manifest_digest(value), "" if held else manifest_text(value)]
+        else:
+            values.append(value)
+    return values
+
+
+def decode(name: str, values: Any, manifests: Mapping[bytes, dict[str, Any]]) -> Request[Any]:
+    """Read what :func:`encode` wrote.
+
+    Args:
+        name: of the request.
+        values: its fields, from the wire.
+        manifests: those that the server holds, by digest.
+
+    Raises:
+        WireError: unknown, or not the fields of that request.
+        CoordinatorError: the fields are wrong within (``InvalidRequest``, ``InvalidManifest``), or the manifest's text
+            was left out and is not held (``ManifestNeeded``).
+    """
+    kind = REQUESTS.get(name)
+    if kind is None:
+        raise WireError(f"unknown request {name[:40]!r}; known are {', '.join(REQUESTS)}")
+    types = wire_types(kind)
+    if not isinstance(values, list) or [type(value) for value in values] != list(types):
+        raise WireError(f"{name} takes ({', '.join(each.__name__ for each in types)})")
+    rest = iter(values)
+    found: dict[str, Any] = {}
+    for item, hint in _FIELDS[kind]:
+        if hint is WitnessProof:
+            found[item] = WitnessProof(next(rest), next(rest), next(rest))
+        elif hint is Report:
+            found[item] = _report(next(rest))
+        elif hint == tuple[bytes, ...]:
+            keys = next(rest)
+            if any(type(key) is not bytes for key in keys):
+                raise CoordinatorError(f"{item} of {name} is a list of keys", code="InvalidRequest")
+            found[item] = tuple(keys)
+        elif hint == Mapping[str, Any]:
+            found[item] = _manifest(next(rest), next(rest), manifests)
+        else:
+            found[item] = next(rest)
+    return kind(**found)
+
+
+def wire_types(kind: type[Request[Any]]) -> tuple[type, ...]:
+    """The types of what :func:`encode` gives for a request of that kind."""
+    types: list[type] = []
+    for _, hint in _FIELDS[kind]:
+        if hint is WitnessProof:
+            types += [int, int, bool]
+        elif hint is Report or hint == tuple[bytes, ...]:
+            types.append(list)
+        elif hint == Mapping[str, Any]:
+            types += [bytes, str]
+        else:
+            types.append(hint)
+    return tuple(types)
+
+
+def _report(values: list[Any]) -> Report:
+    """Check the figures of a witness: they decide nothing, but they are stored and shown."""
+    kinds = (int, float, float, int, int)
+    if len(values) != 5 or any(type(value) is not kind for value, kind in zip(values, kinds, strict=True)):
+        raise CoordinatorError(
+            "a report is [step, loss, tokens per second, bytes up, bytes down]", code="InvalidRequest"
+        )
+    if any(not 0 <= values[i] < 1 << 64 for i in (0, 3, 4)):
+        raise CoordinatorError("step and bytes of a report are unsigned 64-bit integers", code="InvalidRequest")
+    return Report(*values)
+
+
+def _manifest(digest: bytes, text: str, held: Mapping[bytes, dict[str, Any]]) -> dict[str, Any]:
+    if not text:
+        if digest not in held:
+            raise CoordinatorError("the coordinator does not hold this manifest yet", code="ManifestNeeded")
+        return held[digest]
+    try:
+        manifest = json.loads(text)
+        if not isinstance(manifest, dict) or manifest_text(manifest) != text or sha256(text.encode()) != digest:
+            raise ValueError("not its canonical form, or not what its digest says")
+    except (ValueError, RecursionError) as error:
+        raise CoordinatorError(f"the manifest cannot be read: {error}", code="InvalidManifest") from error
+    return manifest

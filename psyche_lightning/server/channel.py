@@ -9,7 +9,7 @@ The server speaks first. Its frames are text: JSON lists that start with a word.
   number 0 means the connection itself, which the server then closes.
 
 The node's frames are binary. The first proves who it is: its public key, then its signature of the challenge. Each
-later one is a request: a signature, then the canonical msgpack of ``[number, method, arguments]``. The signature covers
+later one is a request: a signature, then the canonical msgpack of ``[number, name, values]``. The signature covers
 purpose, run id, challenge and that msgpack, and numbers grow strictly within a connection; so a recorded request is
 refused on the same connection because its number was used, and on every other one because the challenge differs. A
 connection that never proves who it is only watches.
@@ -17,13 +17,11 @@ connection that never proves who it is only watches.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from psyche_lightning.errors import CoordinatorError, ManifestMismatchError, PsycheError, WireError
-from psyche_lightning.wire.canonical import pack, sha256, unpack
+from psyche_lightning.wire.canonical import pack, unpack
 from psyche_lightning.wire.identity import KEY_SIZE, SIGNATURE_SIZE, Identity, short, verify
 
 VERSION = 1
@@ -34,51 +32,23 @@ CLOSE_REFUSED = 4002
 HELLO = "psyche-lightning coordinator hello 1"
 REQUEST = "psyche-lightning coordinator request 1"
 
-METHODS: dict[str, tuple[type, ...]] = {
-    "terms": (),
-    "join": (str, bytes, str),
-    "withdraw": (),
-    "warmup_witness": (int, int, bytes),
-    "witness": (int, int, int, int, bool, bytes, bytes, bytes, list),
-    "health_check": (int, int, list),
-    "checkpoint": (int, int, bytes),
-    "accuse": (bytes, bytes),
-    "rounds": (int, int),
-    "sync": (),
-}
-"""Each request with the types of its arguments, which :mod:`~psyche_lightning.server.connection` names."""
+SYNC = "sync"
+"""Asks the server for the full state again: about the connection, not the run."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """A verified request.
+class Frame:
+    """A verified frame of a node.
 
     Attributes:
         number: grows strictly within a connection, from 1.
-        method: a key of :data:`METHODS`.
-        arguments: as many and of the types that the method takes.
+        name: of the request, or :data:`SYNC`.
+        values: the request's fields, not yet checked; see :func:`~psyche_lightning.protocol.requests.decode`.
     """
 
     number: int
-    method: str
-    arguments: list[Any]
-
-
-def manifest_text(manifest: Mapping[str, Any]) -> str:
-    """The canonical form of a manifest: JSON with sorted keys, no spaces, ASCII (invariant I9).
-
-    Raises:
-        CoordinatorError: it is not JSON (``InvalidManifest``).
-    """
-    try:
-        return json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CoordinatorError(f"the manifest is not JSON: {error}", code="InvalidManifest") from error
-
-
-def manifest_digest(manifest: Mapping[str, Any]) -> bytes:
-    """SHA-256 of :func:`manifest_text`, under which a server gives the manifest out."""
-    return sha256(manifest_text(manifest).encode())
+    name: str
+    values: Any
 
 
 def seal_hello(identity: Identity, run_id: str, challenge: bytes) -> bytes:
@@ -102,16 +72,14 @@ def open_hello(frame: bytes, run_id: str, challenge: bytes) -> bytes:
     return public
 
 
-def seal_request(
-    identity: Identity, run_id: str, challenge: bytes, number: int, method: str, arguments: list[Any]
-) -> bytes:
+def seal_frame(identity: Identity, run_id: str, challenge: bytes, number: int, name: str, values: list[Any]) -> bytes:
     """Sign a request; see the module's description for the layout."""
-    body = pack([number, method, arguments])
+    body = pack([number, name, values])
     return identity.sign(REQUEST, run_id, challenge + body) + body
 
 
-def open_request(frame: bytes, public: bytes, run_id: str, challenge: bytes, last: int) -> Request:
-    """Verify and decode what :func:`seal_request` made.
+def open_frame(frame: bytes, public: bytes, run_id: str, challenge: bytes, last: int) -> Frame:
+    """Verify what :func:`seal_frame` made.
 
     Args:
         frame: the websocket message.
@@ -121,7 +89,7 @@ def open_request(frame: bytes, public: bytes, run_id: str, challenge: bytes, las
         last: the number of the latest request of this connection.
 
     Raises:
-        WireError: wrong signature, malformed, unknown method, wrong arguments, or a number that was used before.
+        WireError: wrong signature, malformed, or a number that was used before.
     """
     signature, body = frame[:SIGNATURE_SIZE], frame[SIGNATURE_SIZE:]
     if not verify(public, REQUEST, run_id, challenge + body, signature):
@@ -131,16 +99,13 @@ def open_request(frame: bytes, public: bytes, run_id: str, challenge: bytes, las
         )
     value = unpack(body, max_size=MAX_FRAME_SIZE)
     if not isinstance(value, list) or len(value) != 3:
-        raise WireError("a request is a list of number, method and arguments")
-    number, method, arguments = value
+        raise WireError("a request is a list of number, name and values")
+    number, name, values = value
     if type(number) is not int or number <= last:
         raise WireError(f"request number {number!r} after {last}: it was replayed; numbers grow with each request")
-    if not isinstance(method, str) or method not in METHODS:
-        raise WireError(f"unknown request {str(method)[:40]!r}; known are {', '.join(METHODS)}")
-    types = METHODS[method]
-    if not isinstance(arguments, list) or [type(value) for value in arguments] != list(types):
-        raise WireError(f"{method} takes ({', '.join(kind.__name__ for kind in types)})")
-    return Request(number, method, arguments)
+    if not isinstance(name, str):
+        raise WireError(f"the name of a request is {type(name).__name__}; expected text")
+    return Frame(number, name, values)
 
 
 def problem(error: PsycheError, *, choices: list[str] | None = None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -17,19 +17,18 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 from tenacity.wait import wait_exponential, wait_random
 
 from psyche_lightning.errors import CoordinatorError
-from psyche_lightning.protocol.codec import from_json, patch, round_from_json, state_from_json
-from psyche_lightning.protocol.requests import Report, Terms
-from psyche_lightning.protocol.state import CoordinatorConfig, Round, RunState, WitnessProof
+from psyche_lightning.protocol.codec import patch, state_from_json
+from psyche_lightning.protocol.requests import Answer, Request, encode
+from psyche_lightning.protocol.state import RunState
 from psyche_lightning.server.admin import check_url
 from psyche_lightning.server.channel import (
     CLOSE_REPLACED,
     MAX_FRAME_SIZE,
+    SYNC,
     VERSION,
     coordinator_error,
-    manifest_digest,
-    manifest_text,
+    seal_frame,
     seal_hello,
-    seal_request,
 )
 from psyche_lightning.wire.identity import Identity, short
 
@@ -46,14 +45,14 @@ class _Call:
     """A request on its way.
 
     Attributes:
-        method: what is asked.
-        arguments: of the method.
+        name: of the request.
+        values: its fields, encoded.
         answer: resolved by the server's answer.
         sent: how often it was sent.
     """
 
-    method: str
-    arguments: list[Any]
+    name: str
+    values: list[Any]
     answer: asyncio.Future[Any]
     sent: int = 0
 
@@ -119,58 +118,16 @@ class HttpCoordinator:
 
     # The protocol.
 
-    async def terms(self) -> Terms:
-        """What the run has fixed."""
-        config, unset, manifest = await self._call("terms", [])
-        return Terms(from_json(CoordinatorConfig, config), tuple(unset), manifest)
-
-    async def join(self, address: str, manifest: dict[str, Any]) -> None:
-        """Join; the manifest itself travels only when the server does not hold it."""
-        digest = manifest_digest(manifest)
+    async def request(self, request: Request[Answer]) -> Answer:
+        """Ask, and return the answer; a manifest itself travels only when the server does not hold it."""
         try:
-            await self._call("join", [address, digest, ""])
+            value = await self._call(request.name, encode(request, held=True))
         except CoordinatorError as error:
             if error.code != "ManifestNeeded":
                 raise
-            await self._call("join", [address, digest, manifest_text(manifest)])
-
-    async def withdraw(self) -> None:
-        """Leave the run."""
-        await self._call("withdraw", [])
-
-    async def warmup_witness(self, epoch: int, index: int, digest: bytes) -> None:
-        """Say which parameters this client holds."""
-        await self._call("warmup_witness", [epoch, index, digest])
-
-    async def witness(
-        self,
-        epoch: int,
-        height: int,
-        proof: WitnessProof,
-        merkle: bytes,
-        participants: bytes,
-        broadcasts: bytes,
-        report: Report,
-    ) -> None:
-        """Report as a witness."""
-        seat = [proof.position, proof.index, proof.witness]
-        await self._call("witness", [epoch, height, *seat, merkle, participants, broadcasts, list(astuple(report))])
-
-    async def health_check(self, epoch: int, height: int, signers: list[bytes]) -> int:
-        """Name silent clients."""
-        return int(await self._call("health_check", [epoch, height, signers]))
-
-    async def checkpoint(self, epoch: int, step: int, digest: bytes) -> None:
-        """Vote for the parameters at the end of an epoch."""
-        await self._call("checkpoint", [epoch, step, digest])
-
-    async def accuse(self, first: bytes, second: bytes) -> None:
-        """Show two signed results of one trainer for one batch."""
-        await self._call("accuse", [first, second])
-
-    async def rounds(self, epoch: int, first: int) -> list[Round]:
-        """The stored rounds of an epoch, from height ``first`` on."""
-        return [round_from_json(value) for value in await self._call("rounds", [epoch, first])]
+            value = await self._call(request.name, encode(request))
+        answer: Answer = request.answer_from_json(value)
+        return answer
 
     async def watch(self) -> AsyncIterator[RunState]:
         """The state now and after every change, newest only."""
@@ -205,9 +162,9 @@ class HttpCoordinator:
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="coordinator connection")
 
-    async def _call(self, method: str, arguments: list[Any]) -> Any:
+    async def _call(self, name: str, values: list[Any]) -> Any:
         self._start()
-        call = _Call(method, arguments, asyncio.get_running_loop().create_future())
+        call = _Call(name, values, asyncio.get_running_loop().create_future())
         self._waiting.append(call)
         # The connection's task gives up by itself; this bounds what it cannot see.
         timer = call.answer.get_loop().call_later(self._patience + ANSWER_TIMEOUT, self._overdue, call)
@@ -221,7 +178,7 @@ class HttpCoordinator:
 
     def _overdue(self, call: _Call) -> None:
         if not call.answer.done():
-            text = f"{self.url} did not answer {call.method}; {self.status}"
+            text = f"{self.url} did not answer {call.name}; {self.status}"
             call.answer.set_exception(CoordinatorError(text, code="Unreachable", retryable=True))
 
     async def _flush(self) -> None:
@@ -232,9 +189,7 @@ class HttpCoordinator:
                 self._number += 1
                 self._in_flight[self._number] = call
                 call.sent += 1
-                frame = seal_request(
-                    self._identity, self.run_id, self._challenge, self._number, call.method, call.arguments
-                )
+                frame = seal_frame(self._identity, self.run_id, self._challenge, self._number, call.name, call.values)
                 try:
                     await self._socket.send_bytes(frame)
                 except (OSError, aiohttp.ClientError):
@@ -353,7 +308,7 @@ class HttpCoordinator:
                 raise _Lost(str(error) or type(error).__name__) from error
             if self._stale:  # a change that does not fit what we have: ask for everything
                 self._stale = False
-                self._waiting.append(_Call("sync", [], asyncio.get_running_loop().create_future()))
+                self._waiting.append(_Call(SYNC, [], asyncio.get_running_loop().create_future()))
                 await self._flush()
 
     def _frame(self, message: Any) -> list[Any]:

@@ -11,31 +11,29 @@ from typing import Any
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from psyche_lightning.errors import CoordinatorError, PsycheError, WireError
-from psyche_lightning.protocol.codec import diff, round_to_json, state_to_json, to_json
-from psyche_lightning.protocol.requests import Report
-from psyche_lightning.protocol.state import WitnessProof
+from psyche_lightning.protocol.codec import diff, state_to_json
+from psyche_lightning.protocol.requests import decode
 from psyche_lightning.server.channel import (
     CLOSE_REFUSED,
     CLOSE_REPLACED,
+    SYNC,
     VERSION,
-    Request,
-    manifest_text,
+    Frame,
+    open_frame,
     open_hello,
-    open_request,
     problem,
 )
 from psyche_lightning.server.live import LiveRun
-from psyche_lightning.wire.canonical import sha256
 
 
-class Session:
+class Connection:
     """Serves one websocket until it closes.
 
     Args:
         run: the run that it is about.
         socket: the prepared websocket.
         challenge: fresh random bytes that this connection's signatures cover.
-        arrived: called with the session once its node proved who it is.
+        arrived: called with the connection once its node proved who it is.
 
     Attributes:
         run: the run.
@@ -44,7 +42,7 @@ class Session:
     """
 
     def __init__(
-        self, run: LiveRun, socket: web.WebSocketResponse, challenge: bytes, arrived: Callable[[Session], None]
+        self, run: LiveRun, socket: web.WebSocketResponse, challenge: bytes, arrived: Callable[[Connection], None]
     ) -> None:
         self.run = run
         self.signer = b""
@@ -111,73 +109,20 @@ class Session:
             self.signer = open_hello(frame, self.run.state.run_id, self._challenge)
             self._arrived(self)
             return
-        request = open_request(frame, self.signer, self.run.state.run_id, self._challenge, self._last)
-        self._last = request.number
+        asked = open_frame(frame, self.signer, self.run.state.run_id, self._challenge, self._last)
+        self._last = asked.number
         try:
-            answer = ["ok", request.number, self._answer(request)]
+            answer = ["ok", asked.number, self._answer(asked)]
+        except WireError:
+            raise
         except PsycheError as error:
-            answer = ["error", request.number, problem(error)]
+            answer = ["error", asked.number, problem(error)]
         await self._send(answer)
 
-    def _answer(self, request: Request) -> Any:
-        arguments, signer, act = request.arguments, self.signer, self.run.act
-        if request.method == "join":
-            return self._join(*arguments)
-        if request.method == "withdraw":
-            return act(lambda host, now: host.withdraw(signer, now))
-        if request.method == "warmup_witness":
-            epoch, index, digest = arguments
-            return act(lambda host, now: host.warmup_witness(signer, epoch, index, digest, now))
-        if request.method == "witness":
-            epoch, height, position, index, flag, merkle, participants, broadcasts, figures = arguments
-            proof, report = WitnessProof(position, index, flag), _report(figures)
-            return act(
-                lambda host, now: host.witness(
-                    signer, epoch, height, proof, merkle, participants, broadcasts, report, now
-                )
-            )
-        if request.method == "health_check":
-            epoch, height, signers = arguments
-            if any(type(key) is not bytes for key in signers):
-                raise WireError("health_check takes the keys of clients")
-            return act(lambda host, now: host.health_check(signer, epoch, height, signers, now))
-        if request.method == "checkpoint":
-            epoch, step, digest = arguments
-            return act(lambda host, now: host.checkpoint(signer, epoch, step, digest, now))
-        if request.method == "accuse":
-            first, second = arguments
-            return act(lambda host, now: host.accuse(signer, first, second, now))
-        if request.method == "rounds":
-            return [round_to_json(value) for value in self.run.rounds(*arguments)]
-        if request.method == "terms":
-            host = self.run.host
-            return [to_json(host.state.config), host.unset, host.manifest]
-        self._full = True  # sync, the one that is left
-        self._news.wake()
-        return None
-
-    def _join(self, address: str, digest: bytes, text: str) -> None:
-        """A manifest that some node sent before need not travel again."""
-        if not text and digest not in self.run.manifests:
-            raise CoordinatorError("the coordinator does not hold this manifest yet", code="ManifestNeeded")
-        if text:
-            try:
-                manifest = json.loads(text)
-                if not isinstance(manifest, dict) or manifest_text(manifest) != text or sha256(text.encode()) != digest:
-                    raise ValueError("not its canonical form, or not what its digest says")
-            except (ValueError, RecursionError) as error:
-                raise CoordinatorError(f"the manifest cannot be read: {error}", code="InvalidManifest") from error
-        else:
-            manifest = self.run.manifests[digest]
-        self.run.act(lambda host, now: host.join(self.signer, self.signer, address, manifest, now))
-        self.run.keep_manifest(digest, manifest)
-
-
-def _report(values: list[Any]) -> Report:
-    """Check the figures of a witness: they decide nothing, but they are stored and shown."""
-    kinds = (int, float, float, int, int)
-    if len(values) != 5 or any(type(value) is not kind for value, kind in zip(values, kinds, strict=True)):
-        raise WireError("a report is [step, loss, tokens per second, bytes up, bytes down]")
-    if any(not 0 <= values[i] < 1 << 64 for i in (0, 3, 4)):
-        raise WireError("step and bytes of a report are unsigned 64-bit integers")
-    return Report(*values)
+    def _answer(self, asked: Frame) -> Any:
+        if asked.name == SYNC:
+            self._full = True
+            self._news.wake()
+            return None
+        request = decode(asked.name, asked.values, self.run.manifests)
+        return request.answer_to_json(self.run.handle(self.signer, request))

@@ -11,7 +11,9 @@ from weakref import WeakValueDictionary
 
 from psyche_lightning import aio
 from psyche_lightning.errors import PsycheError
-from psyche_lightning.protocol.state import Round, RunState
+from psyche_lightning.protocol.manifest import manifest_digest
+from psyche_lightning.protocol.requests import Answer, Join, Request
+from psyche_lightning.protocol.state import RunState
 
 if TYPE_CHECKING:
     from psyche_lightning.coordinator.host import RunHost
@@ -64,16 +66,20 @@ class LiveRun:
                 run = _shared[id(host)] = cls(host, clock)
             return run
 
-    def rounds(self, epoch: int, first: int) -> list[Round]:
-        """The stored rounds of that epoch from height ``first`` on; empty if not all of them are kept."""
-        with self._lock:
-            self._save()
-            return self.host.rounds(epoch, first)
+    def handle(self, signer: bytes, request: Request[Answer]) -> Answer:
+        """Answer a member's request as of what is stored, and store what it changes before the answer is seen.
 
-    def keep_manifest(self, digest: bytes, manifest: dict[str, Any]) -> None:
-        """Remember a manifest with which a node joined; nodes of one run have few different ones."""
-        if len(self.manifests) < MAX_MANIFESTS:
-            self.manifests[digest] = manifest
+        Raises:
+            PsycheError: the request is refused, or the store refused as :meth:`act` says.
+        """
+        with self._lock:
+            if request.reads:
+                self._save()
+                return self.host.handle(signer, request, self._time())
+            answer = self.act(lambda host, now: host.handle(signer, request, now))
+            if isinstance(request, Join) and len(self.manifests) < MAX_MANIFESTS:  # few differ within a run
+                self.manifests[manifest_digest(request.manifest)] = dict(request.manifest)
+            return answer
 
     def act(self, action: Callable[[RunHost, float], T]) -> T:
         """Apply ``action(host, now)``, move the run on, store, announce, and return the action's result.

@@ -20,8 +20,10 @@ from aiohttp import web
 from psyche_lightning.coordinator.creation import check_settings, create_host
 from psyche_lightning.errors import CoordinatorError, PsycheError
 from psyche_lightning.protocol.codec import round_to_json
-from psyche_lightning.server.channel import CHALLENGE_SIZE, MAX_FRAME_SIZE, manifest_digest, manifest_text, problem
-from psyche_lightning.server.connection import Session
+from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
+from psyche_lightning.protocol.requests import GetRounds
+from psyche_lightning.server.channel import CHALLENGE_SIZE, MAX_FRAME_SIZE, problem
+from psyche_lightning.server.connection import Connection
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.server.status import run_line, run_status
 from psyche_lightning.server.store import Store
@@ -72,7 +74,7 @@ class CoordinatorServer:
         self._token = token
         self._grace = grace
         self._heartbeat = heartbeat
-        self._sessions: dict[tuple[str, bytes], Session] = {}
+        self._sessions: dict[tuple[str, bytes], Connection] = {}
         self._sockets: set[web.WebSocketResponse] = set()
         self._leaving: dict[tuple[str, bytes], asyncio.TimerHandle] = {}
         self._timekeepers: dict[str, asyncio.Task[None]] = {}
@@ -88,7 +90,7 @@ class CoordinatorServer:
         for run_host in self._store.load():
             run = self._add(LiveRun(run_host, self._clock, self._store))
             run.act(lambda host, now: host.restarted(now))
-            for member in run_host.members():
+            for member in list(run_host.membership.members):
                 self._expect(run, member, self._grace + RECONNECT_TIME, "not back after the coordinator's restart")
         self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=2.0)
         await self._runner.setup()
@@ -124,7 +126,7 @@ class CoordinatorServer:
 
     # Nodes that come and go.
 
-    def _arrived(self, session: Session) -> None:
+    def _arrived(self, session: Connection) -> None:
         key = (session.run.state.run_id, session.signer)
         timer = self._leaving.pop(key, None)
         if timer is not None:
@@ -133,7 +135,7 @@ class CoordinatorServer:
         if old is not None:
             old.replace()
 
-    def _gone(self, session: Session) -> None:
+    def _gone(self, session: Connection) -> None:
         key = (session.run.state.run_id, session.signer)
         if self._sessions.get(key) is session and not self._stopping:
             del self._sessions[key]
@@ -238,7 +240,7 @@ class CoordinatorServer:
 
     async def _rounds(self, request: web.Request) -> web.Response:
         run = self._run(request)
-        rounds = run.rounds(_number(request, "epoch"), _number(request, "first"))
+        rounds = run.handle(b"", GetRounds(_number(request, "epoch"), _number(request, "first")))
         return web.json_response({"rounds": [round_to_json(value) for value in rounds]})
 
     async def _pause(self, request: web.Request) -> web.Response:
@@ -259,11 +261,11 @@ class CoordinatorServer:
 
     async def _allow(self, request: web.Request) -> web.Response:
         node = await self._node(request)
-        return await self._command(request, lambda host, _: host.allow(node))
+        return await self._command(request, lambda host, _: host.membership.allow(node))
 
     async def _forbid(self, request: web.Request) -> web.Response:
         node = await self._node(request)
-        return await self._command(request, lambda host, _: host.forbid(node))
+        return await self._command(request, lambda host, _: host.membership.forbid(node))
 
     async def _node(self, request: web.Request) -> bytes | None:
         """The node key in a request's body; None for everybody."""
@@ -322,7 +324,7 @@ class CoordinatorServer:
             raise CoordinatorError("a page of another site may not watch", code="Unauthorized")
         socket = web.WebSocketResponse(heartbeat=self._heartbeat, max_msg_size=MAX_FRAME_SIZE, compress=True)
         await socket.prepare(request)
-        session = Session(run, socket, self._entropy(CHALLENGE_SIZE), self._arrived)
+        session = Connection(run, socket, self._entropy(CHALLENGE_SIZE), self._arrived)
         self._sockets.add(socket)
         try:
             await session.serve()

@@ -6,9 +6,9 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from psyche_lightning.protocol.manifest import manifest_digest
 from psyche_lightning.protocol.requests import Report
 from psyche_lightning.protocol.state import Client, ClientStatus, Phase
-from psyche_lightning.server.channel import manifest_digest
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.wire.identity import short
 
@@ -42,7 +42,7 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         ``events`` and ``metrics``, and how many there are of each.
     """
     host, state = run.host, run.state
-    reports = host.reports
+    reports = host.history.reports
     config = asdict(state.config)
     if "global_batch_size" in host.unset:
         config["global_batch_size_start"] = config["global_batch_size_end"] = None
@@ -65,11 +65,11 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
             {"node": signer.hex(), "earned": points, "slashed": 0, "claimed": 0}
             for signer, points in host.points.items()
         ],
-        "allowed": None if host.allowed is None else [key.hex() for key in host.allowed],
-        "event_count": host.event_count,
-        "metric_count": host.metric_count,
-        "events": [asdict(event) for event in host.events_since(events_from)],
-        "metrics": [asdict(row) for row in host.metrics_since(metrics_from)],
+        "allowed": None if host.membership.allowed is None else [key.hex() for key in host.membership.allowed],
+        "event_count": host.history.events.count,
+        "metric_count": host.history.metrics.count,
+        "events": [asdict(event) for event in host.history.events.since(events_from)],
+        "metrics": [asdict(row) for row in host.history.metrics.since(metrics_from)],
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from psyche_lightning.coordinator.history import MAX_EVENTS, MAX_METRICS
-from psyche_lightning.coordinator.host import MAX_HISTORY, RunHost
+from psyche_lightning.coordinator.host import MAX_ROUNDS, RunHost
 from psyche_lightning.errors import CoordinatorError, PsycheError, WireError
 
 FILE = "coordinator.sqlite3"
@@ -161,7 +161,7 @@ class SqliteStore:
                 }
                 host = RunHost.load(data)
                 metrics = data["metrics"]
-                if host.metric_count < metrics["first"] + len(
+                if host.history.metrics.count < metrics["first"] + len(
                     metrics["items"]
                 ):  # some of an older version are left out
                     with self._transaction():
@@ -210,9 +210,9 @@ class SqliteStore:
 
     def _write(self, host: RunHost, saved: _Saved) -> None:
         run_id = host.state.run_id
-        if host.history_epoch != saved.epoch:
+        if host.rounds_epoch != saved.epoch:
             self._database.execute("DELETE FROM entry WHERE run_id = ? AND kind = 'round'", (run_id,))
-            saved = _Saved(host.history_epoch, 0, saved.events, saved.metrics, saved.manifest)
+            saved = _Saved(host.rounds_epoch, 0, saved.events, saved.metrics, saved.manifest)
         data = host.dump(
             rounds_from=saved.height,
             events_from=saved.events,
@@ -220,7 +220,7 @@ class SqliteStore:
         )
         rounds = data.pop("history")
         first = rounds[0]["height"] if rounds else 0
-        self._append(run_id, "round", first, rounds, MAX_HISTORY)
+        self._append(run_id, "round", first, rounds, MAX_ROUNDS)
         self._append(run_id, "event", **data.pop("events"), limit=MAX_EVENTS)
         self._append(run_id, "metric", **data.pop("metrics"), limit=MAX_METRICS)
         manifest = data.pop("manifest")
@@ -266,5 +266,5 @@ class SqliteStore:
 
 
 def _saved(host: RunHost) -> _Saved:
-    height = host.history[-1].height if host.history else 0
-    return _Saved(host.history_epoch, height, host.event_count, host.metric_count, host.manifest)
+    height = host.rounds[-1].height if host.rounds else 0
+    return _Saved(host.rounds_epoch, height, host.history.events.count, host.history.metrics.count, host.manifest)

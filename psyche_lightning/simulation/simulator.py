@@ -23,7 +23,7 @@ from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.protocol.messages import Envelope, Result, seal
 from psyche_lightning.protocol.open_ids import count
-from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.requests import GetRounds, Join, Request
 from psyche_lightning.protocol.state import CoordinatorConfig, Phase, RunState
 from psyche_lightning.simulation.faults import Faults
 from psyche_lightning.simulation.node import BAD, LAYOUT, SimNode
@@ -204,38 +204,26 @@ class Simulation:
         ):
             self._give(node, ev.StateSeen(self.host.state))
 
-    def _call(self, node: SimNode, call: ev.Call, life: int) -> None:
+    def _ask(self, node: SimNode, request: Request[Any], life: int) -> None:
         def fail(code: str, text: str, retryable: bool) -> None:
-            self.at(self._latency(), lambda: self._give_if(node, life, ev.CallFailed(call, code, text, retryable)))
+            failed = ev.RequestFailed(request, code, text, retryable)
+            self.at(self._latency(), lambda: self._give_if(node, life, failed))
 
         if self.faults.lost() or self.host is None:
             fail("Unreachable", "the coordinator did not answer", True)
             return
-        host, me = self.host, node.identity.public
+        sent = Join(node.name, {"run": {}}) if isinstance(request, Join) else request
         try:
-            match call:
-                case ev.Join():
-                    host.join(me, me, node.name, {"run": {}}, self.now)
-                case ev.WarmupWitness(epoch, index, digest):
-                    host.warmup_witness(me, epoch, index, digest, self.now)
-                case ev.Witness(epoch, height, proof, merkle, participants, broadcasts):
-                    report = Report()
-                    host.witness(me, epoch, height, proof, merkle, participants, broadcasts, report, self.now)
-                case ev.HealthCheck(epoch, height, signers):
-                    host.health_check(me, epoch, height, list(signers), self.now)
-                case ev.Vote(epoch, step, digest):
-                    host.checkpoint(me, epoch, step, digest, self.now)
-                case ev.Accuse(first_result, second_result):
-                    host.accuse(me, first_result.raw, second_result.raw, self.now)
-                case ev.AskRounds(epoch, first):
-                    rounds = tuple(host.rounds(epoch, first))
-                    self.at(self._latency(), lambda: self._give_if(node, life, ev.RoundsSeen(epoch, first, rounds)))
+            answer = self.host.handle(node.identity.public, sent, self.now)
         except CoordinatorError as error:
-            if isinstance(call, ev.Join) and not error.retryable:  # as the runtime does
+            if isinstance(request, Join) and not error.retryable:  # as the runtime does
                 self.faults.end(node)
                 node.gone = True
             fail(error.code, str(error), error.retryable)
             return
+        if isinstance(request, GetRounds):
+            seen = ev.RoundsSeen(request.epoch, request.first, answer)
+            self.at(self._latency(), lambda: self._give_if(node, life, seen))
         self.changed()
         self.at(self._latency(), lambda: self._push(node, life))
 
@@ -319,16 +307,8 @@ class Simulation:
             case ev.Finish(reason):
                 node.done = reason
                 self.trace(f"{node.name} leaves: {reason}")
-            case (
-                ev.Join()
-                | ev.WarmupWitness()
-                | ev.Witness()
-                | ev.HealthCheck()
-                | ev.Vote()
-                | ev.AskRounds()
-                | ev.Accuse()
-            ):
-                self.at(self._latency(), lambda: self._call(node, effect, life))
+            case Request():
+                self.at(self._latency(), lambda: self._ask(node, effect, life))
             case ev.Diagnose():
                 pass  # it is for people
 

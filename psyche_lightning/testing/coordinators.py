@@ -33,7 +33,18 @@ import pytest
 from psyche_lightning.errors import CoordinatorError, ManifestMismatchError
 from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.committee import round_selection
-from psyche_lightning.protocol.requests import Coordinator, Report
+from psyche_lightning.protocol.requests import (
+    Coordinator,
+    GetRounds,
+    GetTerms,
+    HealthCheck,
+    Join,
+    Report,
+    Vote,
+    WarmupWitness,
+    Withdraw,
+    Witness,
+)
 from psyche_lightning.protocol.state import ClientStatus, CoordinatorConfig, Phase, RunState, WitnessProof
 from psyche_lightning.testing.walking import MANIFEST, START, finished, state_when, walk, witness
 from psyche_lightning.wire.canonical import sha256
@@ -114,14 +125,14 @@ class CoordinatorContract(abc.ABC):
     async def gathered(self, *clients: Coordinator) -> RunState:
         """All join; the state in which the warm-up began."""
         for client in clients:
-            await client.join("nowhere", MANIFEST)
+            await client.request(Join("nowhere", MANIFEST))
         return await state_when(clients[0], lambda state: state.phase is Phase.WARMUP)
 
     async def training(self, *clients: Coordinator) -> RunState:
         """All join and hold the parameters; the state in which the first round began."""
         state = await self.gathered(*clients)
         for client in clients:
-            await client.warmup_witness(state.epoch, seat(state, client), START)
+            await client.request(WarmupWitness(state.epoch, seat(state, client), START))
         return await state_when(clients[0], lambda state: state.phase is Phase.ROUND_TRAIN)
 
     # -- what the run has fixed ---------------------------------------------------------------------------------------
@@ -129,12 +140,12 @@ class CoordinatorContract(abc.ABC):
     def test_terms_are_the_run_s_and_asking_does_not_join(self) -> None:
         async def scene(new: Callable[[], Coordinator]) -> None:
             first, second = new(), new()
-            terms = await first.terms()
+            terms = await first.request(GetTerms())
             assert terms.config == replace(self.config, init_min_clients=2)
             assert terms.unset == ()
             assert terms.manifest is None
-            await second.join("nowhere", MANIFEST)
-            assert (await first.terms()).manifest == MANIFEST
+            await second.request(Join("nowhere", MANIFEST))
+            assert (await first.request(GetTerms())).manifest == MANIFEST
             state = await state_when(first, lambda state: state.phase is Phase.WAITING_FOR_MEMBERS)
             assert state.gathered_at is None, "one of the two that it waits for only asked for the terms"
 
@@ -153,10 +164,10 @@ class CoordinatorContract(abc.ABC):
     def test_joining_again_changes_the_address_only(self) -> None:
         async def scene(new: Callable[[], Coordinator]) -> None:
             first, second = new(), new()
-            await first.join("old", MANIFEST)
-            await first.join("old", MANIFEST)
-            await first.join("new", MANIFEST)
-            await second.join("other", MANIFEST)
+            await first.request(Join("old", MANIFEST))
+            await first.request(Join("old", MANIFEST))
+            await first.request(Join("new", MANIFEST))
+            await second.request(Join("other", MANIFEST))
             state = await state_when(second, lambda state: state.phase is Phase.WARMUP)
             addresses = [(client.signer, client.address) for client in state.clients]
             assert sorted(addresses) == sorted([(first.signer, "new"), (second.signer, "other")])
@@ -166,14 +177,14 @@ class CoordinatorContract(abc.ABC):
     def test_another_manifest_is_refused_field_by_field(self) -> None:
         async def scene(new: Callable[[], Coordinator]) -> None:
             first, second = new(), new()
-            await first.join("nowhere", MANIFEST)
+            await first.request(Join("nowhere", MANIFEST))
             other = {"model": {"name": "none", "layers": 3}}
             with pytest.raises(ManifestMismatchError, match=r"model\.layers") as caught:
-                await second.join("nowhere", other)
+                await second.request(Join("nowhere", other))
             assert caught.value.differences == [("model.layers", 2, 3)]
             assert not caught.value.retryable
-            assert (await first.terms()).manifest == MANIFEST
-            await second.join("nowhere", MANIFEST)  # and with the right one it is welcome
+            assert (await first.request(GetTerms())).manifest == MANIFEST
+            await second.request(Join("nowhere", MANIFEST))  # and with the right one it is welcome
             state = await state_when(first, lambda state: state.phase is Phase.WARMUP)
             assert {client.signer for client in state.clients} == {first.signer, second.signer}
 
@@ -182,8 +193,8 @@ class CoordinatorContract(abc.ABC):
     def test_who_withdraws_before_the_epoch_is_forgotten(self) -> None:
         async def scene(new: Callable[[], Coordinator]) -> None:
             gone, first, second = new(), new(), new()
-            await gone.join("nowhere", MANIFEST)
-            await gone.withdraw()
+            await gone.request(Join("nowhere", MANIFEST))
+            await gone.request(Withdraw())
             state = await self.gathered(first, second)
             assert {client.signer for client in state.clients} == {first.signer, second.signer}
 
@@ -193,7 +204,7 @@ class CoordinatorContract(abc.ABC):
         async def scene(new: Callable[[], Coordinator]) -> None:
             first, second, leaving = new(), new(), new()
             await self.training(first, second, leaving)
-            await leaving.withdraw()
+            await leaving.request(Withdraw())
             state = await state_when(first, lambda state: not healthy(state, leaving))
             known = {client.signer: client.status for client in (*state.clients, *state.exited_clients)}
             assert known[leaving.signer] is ClientStatus.WITHDRAWN
@@ -205,8 +216,8 @@ class CoordinatorContract(abc.ABC):
     def test_who_is_no_member_cannot_withdraw(self) -> None:
         async def scene(new: Callable[[], Coordinator]) -> None:
             first, stranger = new(), new()
-            await first.join("nowhere", MANIFEST)
-            await self.refused(stranger.withdraw(), "InvalidWithdraw")
+            await first.request(Join("nowhere", MANIFEST))
+            await self.refused(stranger.request(Withdraw()), "InvalidWithdraw")
 
         self.play(scene)
 
@@ -241,9 +252,9 @@ class CoordinatorContract(abc.ABC):
     def test_nobody_reports_before_an_epoch_is_formed(self) -> None:
         async def scene(new: Callable[[], Coordinator]) -> None:
             first = new()
-            await first.join("nowhere", MANIFEST)
-            await self.refused(first.warmup_witness(0, 0, START), "InvalidRunState")
-            await self.refused(first.checkpoint(0, 0, START), "InvalidRunState")
+            await first.request(Join("nowhere", MANIFEST))
+            await self.refused(first.request(WarmupWitness(0, 0, START)), "InvalidRunState")
+            await self.refused(first.request(Vote(0, 0, START)), "InvalidRunState")
 
         self.play(scene)
 
@@ -252,11 +263,11 @@ class CoordinatorContract(abc.ABC):
             first, second, stranger = new(), new(), new()
             state = await self.gathered(first, second)
             own, other = seat(state, first), seat(state, second)
-            await self.refused(first.warmup_witness(state.epoch, other, START), "InvalidWitness")
-            await self.refused(first.warmup_witness(state.epoch, 2, START), "InvalidWitness")
-            await self.refused(stranger.warmup_witness(state.epoch, own, START), "InvalidWitness")
-            await self.refused(first.warmup_witness(state.epoch + 1, own, START), "InvalidWitness")
-            await first.warmup_witness(state.epoch, own, START)
+            await self.refused(first.request(WarmupWitness(state.epoch, other, START)), "InvalidWitness")
+            await self.refused(first.request(WarmupWitness(state.epoch, 2, START)), "InvalidWitness")
+            await self.refused(stranger.request(WarmupWitness(state.epoch, own, START)), "InvalidWitness")
+            await self.refused(first.request(WarmupWitness(state.epoch + 1, own, START)), "InvalidWitness")
+            await first.request(WarmupWitness(state.epoch, own, START))
             state = await state_when(second, lambda state: bool(state.warmup_witnesses))
             assert [(record.proof.index, record.merkle) for record in state.warmup_witnesses] == [(own, START)]
             assert state.phase is Phase.WARMUP
@@ -267,8 +278,8 @@ class CoordinatorContract(abc.ABC):
         async def scene(new: Callable[[], Coordinator]) -> None:
             first, second = new(), new()
             state = await self.gathered(first, second)
-            await first.warmup_witness(state.epoch, seat(state, first), START)
-            again = first.warmup_witness(state.epoch, seat(state, first), sha256(b"something else"))
+            await first.request(WarmupWitness(state.epoch, seat(state, first), START))
+            again = first.request(WarmupWitness(state.epoch, seat(state, first), sha256(b"something else")))
             await self.refused(again, "DuplicateWitness")
 
         self.play(scene)
@@ -295,7 +306,8 @@ class CoordinatorContract(abc.ABC):
             await self.refused(witness(stranger, state, as_client=first.signer), "InvalidWitness")
             await self.refused(witness(first, state, ahead=1), "InvalidWitness")
             await self.refused(
-                first.witness(0, 0, WitnessProof(9, 9), START, bytes(192), bytes(192), Report()), "InvalidWitness"
+                first.request(Witness(0, 0, WitnessProof(9, 9), START, bytes(192), bytes(192), Report())),
+                "InvalidWitness",
             )
             assert (await state_when(first, lambda state: True)).nonce == state.nonce, "what is refused changes nothing"
 
@@ -326,7 +338,7 @@ class CoordinatorContract(abc.ABC):
             for client in (first, second):
                 await witness(client, state)
             await state_when(first, lambda state: bool(state.current and state.current.height == 1))
-            await self.refused(first.health_check(state.epoch, 1, [second.signer]), "InvalidHealthCheck")
+            await self.refused(first.request(HealthCheck(state.epoch, 1, (second.signer,))), "InvalidHealthCheck")
             assert healthy(await state_when(first, lambda state: True), second)
 
         self.play(scene)
@@ -340,9 +352,9 @@ class CoordinatorContract(abc.ABC):
             bloom = participants_bloom(round_.seed, [client.signer for client in heard])
             for client in heard:
                 proof = round_selection(round_, state.config).witness_proof(round_.clients.index(client.signer))
-                await client.witness(state.epoch, 0, proof, START, bloom, bytes(192), Report())
+                await client.request(Witness(state.epoch, 0, proof, START, bloom, bytes(192), Report()))
             state = await state_when(heard[0], lambda state: bool(state.current and state.current.height == 1))
-            assert await heard[0].health_check(state.epoch, 1, [silent.signer]) == 1
+            assert await heard[0].request(HealthCheck(state.epoch, 1, (silent.signer,))) == 1
             # A client may still show the state before the epoch.
             state = await state_when(heard[1], lambda state: state.phase.active and not healthy(state, silent))
             assert all(healthy(state, client) for client in heard)
@@ -364,8 +376,8 @@ class CoordinatorContract(abc.ABC):
             assert state.checkpoint.step == self.config.total_steps
             assert state.checkpoint.digest == sha256(b"end", bytes([state.step]))
             assert set(phases) >= {Phase.ROUND_TRAIN, Phase.FINISHED}
-            await self.refused(clients[0].checkpoint(1, 0, START), "Halted")
-            rounds = await clients[0].rounds(0, 0)
+            await self.refused(clients[0].request(Vote(1, 0, START)), "Halted")
+            rounds = await clients[0].request(GetRounds(0, 0))
             assert [round_.height for round_ in rounds] == list(range(len(rounds)))
             assert [round_.step for round_ in rounds if round_.step] == list(range(1, state.step))
             for round_ in rounds:
@@ -374,8 +386,8 @@ class CoordinatorContract(abc.ABC):
                 assert {record.merkle for record in round_.witnesses} == {sha256(b"list", bytes([round_.height]))}
             for first, second in itertools.pairwise(rounds):
                 assert second.data_index == first.data_index + first.batch_size
-            assert await clients[1].rounds(0, 3) == rounds[3:]
-            assert await clients[1].rounds(7, 0) == []
+            assert await clients[1].request(GetRounds(0, 3)) == rounds[3:]
+            assert await clients[1].request(GetRounds(7, 0)) == ()
 
         self.play(scene)
 
@@ -383,7 +395,7 @@ class CoordinatorContract(abc.ABC):
         async def scene(new: Callable[[], Coordinator]) -> None:
             first, second, late = new(), new(), new()
             await self.training(first, second)
-            await late.join("nowhere", MANIFEST)
+            await late.request(Join("nowhere", MANIFEST))
             walking = asyncio.gather(walk(first), walk(second))
             seen = [state async for state in until_finished(late)]
             await walking
@@ -398,12 +410,12 @@ class CoordinatorContract(abc.ABC):
                 *(walk(client, until=lambda state: state.phase is Phase.COOLDOWN) for client in (first, second))
             )
             state, digest = cooling[0], sha256(b"the end")
-            await self.refused(first.checkpoint(state.epoch, state.step, digest), "InvalidCheckpoint")
-            await self.refused(first.checkpoint(state.epoch + 1, 1, digest), "InvalidCheckpoint")
-            await first.checkpoint(state.epoch, state.step - 1, digest)
-            await first.checkpoint(state.epoch, state.step - 1, digest)
-            await self.refused(first.checkpoint(state.epoch, state.step - 1, START), "InvalidCheckpoint")
-            await second.checkpoint(state.epoch, state.step - 1, digest)
+            await self.refused(first.request(Vote(state.epoch, state.step, digest)), "InvalidCheckpoint")
+            await self.refused(first.request(Vote(state.epoch + 1, 1, digest)), "InvalidCheckpoint")
+            await first.request(Vote(state.epoch, state.step - 1, digest))
+            await first.request(Vote(state.epoch, state.step - 1, digest))
+            await self.refused(first.request(Vote(state.epoch, state.step - 1, START)), "InvalidCheckpoint")
+            await second.request(Vote(state.epoch, state.step - 1, digest))
             state = await state_when(first, finished)
             assert (state.checkpoint.step, state.checkpoint.digest) == (self.config.total_steps, digest)
 
@@ -414,12 +426,12 @@ class CoordinatorContract(abc.ABC):
     def test_a_closed_client_says_so(self) -> None:
         async def scene(new: Callable[[], Coordinator]) -> None:
             first, second = new(), new()
-            await first.join("nowhere", MANIFEST)
+            await first.request(Join("nowhere", MANIFEST))
             await first.close()
             await first.close()
             with pytest.raises(CoordinatorError):
-                await first.join("nowhere", MANIFEST)
-            await second.join("nowhere", MANIFEST)
+                await first.request(Join("nowhere", MANIFEST))
+            await second.request(Join("nowhere", MANIFEST))
 
         self.play(scene)
 

@@ -8,7 +8,7 @@ from typing import Any
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.committee import round_selection
-from psyche_lightning.protocol.requests import Coordinator, Report
+from psyche_lightning.protocol.requests import Coordinator, Join, Report, Vote, WarmupWitness, Witness
 from psyche_lightning.protocol.state import Phase, RunState
 from psyche_lightning.wire.canonical import sha256
 
@@ -43,7 +43,7 @@ async def walk(
     Raises:
         CoordinatorError: a report was refused for another reason than that it came too late.
     """
-    await client.join("nowhere", manifest or MANIFEST)
+    await client.request(Join("nowhere", manifest or MANIFEST))
     async for state in client.watch():
         seen(state)
         if until(state):
@@ -64,14 +64,14 @@ async def report(client: Coordinator, state: RunState) -> None:
         return
     index = signers.index(me)
     if state.phase is Phase.WARMUP and all(record.proof.index != index for record in state.warmup_witnesses):
-        await client.warmup_witness(state.epoch, index, state.checkpoint.digest or START)
+        await client.request(WarmupWitness(state.epoch, index, state.checkpoint.digest or START))
     elif state.phase in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS) and round_ is not None and me in round_.clients:
         index = round_.clients.index(me)
         due = round_selection(round_, state.config).is_witness(index)
         if due and all(record.proof.index != index for record in round_.witnesses):
             await witness(client, state)
     elif state.phase is Phase.COOLDOWN and all(vote[0] != me for vote in state.checkpoint_votes):
-        await client.checkpoint(state.epoch, state.step - 1, sha256(b"end", bytes([state.step % 256])))
+        await client.request(Vote(state.epoch, state.step - 1, sha256(b"end", bytes([state.step % 256]))))
 
 
 async def witness(client: Coordinator, state: RunState, *, ahead: int = 0, as_client: bytes | None = None) -> None:
@@ -89,14 +89,16 @@ async def witness(client: Coordinator, state: RunState, *, ahead: int = 0, as_cl
     bloom = participants_bloom(round_.seed, round_.clients)
     trained = round_.step or state.step - 1  # in a round that drains, the figures are still those of the last step
     figures = Report(trained, 3.0 - 0.01 * trained, 1000.0, 100 * round_.height, 100 * round_.height)
-    await client.witness(
-        state.epoch,
-        round_.height + ahead,
-        round_selection(round_, state.config).witness_proof(index),
-        sha256(b"list", bytes([round_.height % 256])),
-        bloom,
-        bloom,
-        figures,
+    await client.request(
+        Witness(
+            state.epoch,
+            round_.height + ahead,
+            round_selection(round_, state.config).witness_proof(index),
+            sha256(b"list", bytes([round_.height % 256])),
+            bloom,
+            bloom,
+            figures,
+        )
     )
 
 

@@ -14,6 +14,7 @@ import sys
 import pytest
 
 from psyche_lightning.cli import main
+from psyche_lightning.protocol.requests import Join
 
 CODE = "import sys; from psyche_lightning.cli import main; sys.exit(main())"
 
@@ -212,7 +213,7 @@ def test_who_may_join(psyche, coordinator):
         async def work():
             client = HttpCoordinator(coordinator, "club", identity)
             try:
-                await client.join("127.0.0.1:1", {"model": {"parameters": "x"}})
+                await client.request(Join("127.0.0.1:1", {"model": {"parameters": "x"}}))
             finally:
                 await client.close()
 

@@ -19,7 +19,16 @@ from psyche_lightning.errors import ConfigError, CoordinatorError, ManifestMisma
 from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.committee import round_selection
 from psyche_lightning.protocol.limits import PSYCHE_LIMITS, Limits
-from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.requests import (
+    GetRounds,
+    HealthCheck,
+    Join,
+    Report,
+    Vote,
+    WarmupWitness,
+    Withdraw,
+    Witness,
+)
 from psyche_lightning.protocol.state import Checkpoint, Client, ClientStatus, CoordinatorConfig, Phase
 
 CONFIG = CoordinatorConfig(
@@ -48,7 +57,7 @@ def make(seed: int = 7, limits: Limits | None = None, manifest: dict[str, Any] |
 
 def join(host: RunHost, who: Iterable[int], now: float = 0.0) -> None:
     for i in who:
-        host.join(key(i), key(i), f"host:{i}", {"model": {"width": 8}}, now)
+        host.handle(key(i), Join(f"host:{i}", {"model": {"width": 8}}), now)
 
 
 def training(**arguments: Any) -> RunHost:
@@ -56,7 +65,7 @@ def training(**arguments: Any) -> RunHost:
     join(host, range(3))
     host.tick(5.0)
     for i in range(3):
-        host.warmup_witness(key(i), 0, i, DIGEST, 5.0)
+        host.handle(key(i), WarmupWitness(0, i, DIGEST), 5.0)
     assert host.state.phase is Phase.ROUND_TRAIN
     return host
 
@@ -66,8 +75,10 @@ def report(host: RunHost, i: int, now: float, figures: Report | None = None, hea
     assert round_ is not None
     proof = round_selection(round_, host.state.config).witness_proof(round_.clients.index(key(i)))
     bloom = participants_bloom(round_.seed, [key(j) for j in heard])
-    host.witness(
-        key(i), host.state.epoch, round_.height, proof, DIGEST, bloom, bloom, figures or Report(round_.step), now
+    host.handle(
+        key(i),
+        Witness(host.state.epoch, round_.height, proof, DIGEST, bloom, bloom, figures or Report(round_.step)),
+        now,
     )
 
 
@@ -83,7 +94,7 @@ def finished(**arguments: Any) -> RunHost:
         report(host, 0, 6.0)
         report(host, 1, 6.0)
     for i in (0, 1):
-        host.checkpoint(key(i), 0, 3, DIGEST, 7.0)
+        host.handle(key(i), Vote(0, 3, DIGEST), 7.0)
     return host
 
 
@@ -96,17 +107,17 @@ def one_step(host: RunHost) -> None:
         report(host, 0, 20.0)
         report(host, 1, 20.0)
     for i in range(2):
-        host.checkpoint(key(i), 0, 1, DIGEST, 21.0)
+        host.handle(key(i), Vote(0, 1, DIGEST), 21.0)
 
 
 def test_a_run_from_beginning_to_end() -> None:
     host = finished()
     assert (host.state.phase, host.state.step) == (Phase.FINISHED, 4)
     assert host.state.checkpoint == Checkpoint(DIGEST, 3)
-    assert [(r.height, r.step, r.data_index) for r in host.history] == [
+    assert [(r.height, r.step, r.data_index) for r in host.rounds] == [
         (0, 1, 0), (1, 2, 6), (2, 3, 12), (3, 0, 18), (4, 0, 18)
     ]  # fmt: skip
-    assert all(len(r.witnesses) == 2 and r.witnesses[0].participants == b"" for r in host.history)
+    assert all(len(r.witnesses) == 2 and r.witnesses[0].participants == b"" for r in host.rounds)
     assert host.state.rounds[0].witnesses[0].participants != b""
     assert host.deadline() is None
     assert not host.tick(1e9)
@@ -115,18 +126,18 @@ def test_a_run_from_beginning_to_end() -> None:
 def test_seeds_follow_from_run_epoch_and_height() -> None:
     first, second, other = (training(seed=seed) for seed in (7, 7, 8))
     expected = hashlib.sha256(struct.pack("<Q", 7) + b"run" + struct.pack("<QQ", 0, 0)).digest()
-    assert first.history[0].seed == second.history[0].seed == int.from_bytes(expected[:8], "little")
-    assert other.history[0].seed != first.history[0].seed
+    assert first.rounds[0].seed == second.rounds[0].seed == int.from_bytes(expected[:8], "little")
+    assert other.rounds[0].seed != first.rounds[0].seed
     report(first, 0, 6.0)
     report(first, 1, 6.0)
-    assert first.history[1].seed != first.history[0].seed
+    assert first.rounds[1].seed != first.rounds[0].seed
     again = training(epoch_time=11.0)
     one_step(again)
     again.tick(26.0)
-    again.warmup_witness(key(0), 1, 0, DIGEST, 27.0)
+    again.handle(key(0), WarmupWitness(1, 0, DIGEST), 27.0)
     again.tick(36.0)
     expected = hashlib.sha256(struct.pack("<Q", 7) + b"run" + struct.pack("<QQ", 1, 0)).digest()
-    assert again.history[0].seed == int.from_bytes(expected[:8], "little")
+    assert again.rounds[0].seed == int.from_bytes(expected[:8], "little")
 
 
 def test_bad_runs_are_not_made() -> None:
@@ -143,38 +154,36 @@ def test_bad_runs_are_not_made() -> None:
 
 def test_manifest_is_fixed_by_the_first_and_checked_for_the_others() -> None:
     host = make(manifest={"data": {"path": "x"}})
-    host.join(key(0), key(0), "", {"model": {"width": 8}}, 0.0)
+    host.handle(key(0), Join("", {"model": {"width": 8}}), 0.0)
     assert host.manifest == {"data": {"path": "x"}, "model": {"width": 8}}
     with pytest.raises(ManifestMismatchError) as caught:
-        host.join(key(1), key(1), "", {"model": {"width": 9}, "data": {"path": "y"}}, 0.0)
+        host.handle(key(1), Join("", {"model": {"width": 9}, "data": {"path": "y"}}), 0.0)
     assert caught.value.differences == [("data.path", "x", "y"), ("model.width", 8, 9)]
-    assert host.members() == [key(0)]
+    assert list(host.membership.members) == [key(0)]
 
 
 def test_joining_is_idempotent_and_tells_a_new_address() -> None:
     host = training()
-    host.join(key(1), key(1), "elsewhere", {}, 6.0)
+    host.handle(key(1), Join("elsewhere", {}), 6.0)
     assert host.state.clients[1].address == "elsewhere"
     nonce = host.state.nonce
-    host.join(key(1), key(1), "elsewhere", {}, 6.0)
+    host.handle(key(1), Join("elsewhere", {}), 6.0)
     assert host.state.nonce == nonce
-    assert len(host.members()) == 3
-    assert sum(event.kind == "joined" for event in host.events) == 3
+    assert len(host.membership.members) == 3
+    assert sum(event.kind == "joined" for event in host.history.events.since(0)) == 3
 
 
 def test_members_that_cannot_be_are_refused() -> None:
     host = make(limits=Limits(clients=3))
     join(host, [0])
-    assert code_of(lambda: host.join(key(1), key(0), "", {}, 0.0)) == "InvalidMember"
-    assert code_of(lambda: host.join(b"short", key(1), "", {}, 0.0)) == "InvalidMember"
-    assert code_of(lambda: host.join(key(1), b"short", "", {}, 0.0)) == "InvalidMember"
-    assert code_of(lambda: host.join(key(1), key(1), "x" * 513, {}, 0.0)) == "InvalidMember"
+    assert code_of(lambda: host.handle(b"short", Join("", {}), 0.0)) == "InvalidMember"
+    assert code_of(lambda: host.handle(key(1), Join("x" * 513, {}), 0.0)) == "InvalidMember"
     join(host, [1, 2])
     with pytest.raises(CoordinatorError) as caught:
         join(host, [3])
     assert (caught.value.code, caught.value.retryable) == ("RunFull", True)
     join(host, [2])
-    assert host.members() == [key(0), key(1), key(2)]
+    assert list(host.membership.members) == [key(0), key(1), key(2)]
 
 
 def test_the_first_member_opens_a_run() -> None:
@@ -192,30 +201,30 @@ def test_leaving_before_an_epoch() -> None:
     host = make()
     join(host, range(3))
     assert host.deadline() == 5.0
-    host.withdraw(key(1), 1.0)
+    host.handle(key(1), Withdraw(), 1.0)
     assert host.deadline() is None
     join(host, [1], 2.0)
     host.disconnected(key(0), 3.0, "connection lost")
-    assert host.members() == [key(2), key(1)]
-    assert code_of(lambda: host.withdraw(key(0), 4.0)) == "InvalidWithdraw"
+    assert list(host.membership.members) == [key(2), key(1)]
+    assert code_of(lambda: host.handle(key(0), Withdraw(), 4.0)) == "InvalidWithdraw"
     host.disconnected(key(0), 4.0, "again")
-    texts = [(event.kind, event.text) for event in host.events][-2:]
+    texts = [(event.kind, event.text) for event in host.history.events.since(0)][-2:]
     assert texts == [("joined", "02020202 joined"), ("dropped", "01010101 is gone: connection lost")]
 
 
 def test_leaving_within_an_epoch() -> None:
     host = training()
-    host.withdraw(key(2), 6.0)
+    host.handle(key(2), Withdraw(), 6.0)
     host.disconnected(key(1), 6.0, "connection lost")
     assert [c.status for c in host.state.clients] == [
         ClientStatus.HEALTHY, ClientStatus.DROPPED, ClientStatus.WITHDRAWN
     ]  # fmt: skip
-    assert host.members() == [key(0)]
+    assert list(host.membership.members) == [key(0)]
     # Back again: a member for the next epoch, but not of this one.
     join(host, [1], 7.0)
     assert [member.signer for member in host.pending()] == [key(1)]
     assert host.state.clients[1].status is ClientStatus.DROPPED
-    assert host.members() == [key(0), key(1)]
+    assert list(host.membership.members) == [key(0), key(1)]
 
 
 def test_members_of_an_epoch_are_pending_again_after_it() -> None:
@@ -223,12 +232,12 @@ def test_members_of_an_epoch_are_pending_again_after_it() -> None:
     join(host, [3], 6.0)
     one_step(host)
     assert (host.state.phase, host.deadline()) == (Phase.WAITING_FOR_MEMBERS, 26.0)
-    assert host.rounds(0, 1) == host.history[1:]
+    assert host.handle(key(0), GetRounds(0, 1), 0.0) == tuple(host.rounds[1:])
     assert len(host.pending()) == 4
     host.tick(26.0)
     assert [c.signer for c in host.state.clients] == [key(i) for i in range(4)]
-    assert host.history == []
-    assert host.rounds(0, 0) == []
+    assert host.rounds == []
+    assert host.handle(key(0), GetRounds(0, 0), 0.0) == ()
     assert host.pending() == []
 
 
@@ -236,7 +245,7 @@ def test_everybody_without_a_report_is_pending_again() -> None:
     host = training()
     host.tick(15.0)
     host.tick(25.0)
-    assert (host.state.phase, host.state.epoch, len(host.members())) == (Phase.WAITING_FOR_MEMBERS, 1, 3)
+    assert (host.state.phase, host.state.epoch, len(host.membership.members)) == (Phase.WAITING_FOR_MEMBERS, 1, 3)
     host.tick(30.0)
     assert host.state.phase is Phase.WARMUP
 
@@ -245,11 +254,11 @@ def test_health_check_drops_members() -> None:
     host = training()
     report(host, 0, 6.0, heard=[0, 1])
     report(host, 1, 6.0, heard=[0, 1])
-    assert host.health_check(key(0), 0, 1, [key(2)], 7.0) == 1
-    assert host.members() == [key(0), key(1)]
-    assert host.events[-1].kind == "dropped"
-    assert host.events[-1].signer == key(2).hex()
-    assert code_of(lambda: host.health_check(key(0), 0, 1, [key(1)], 7.0)) == "InvalidHealthCheck"
+    assert host.handle(key(0), HealthCheck(0, 1, (key(2),)), 7.0) == 1
+    assert list(host.membership.members) == [key(0), key(1)]
+    assert host.history.events.since(0)[-1].kind == "dropped"
+    assert host.history.events.since(0)[-1].signer == key(2).hex()
+    assert code_of(lambda: host.handle(key(0), HealthCheck(0, 1, (key(1),)), 7.0)) == "InvalidHealthCheck"
 
 
 def test_pause_and_resume() -> None:
@@ -264,13 +273,13 @@ def test_pause_and_resume() -> None:
 
 
 def test_rounds_are_served_from_any_kept_height(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "MAX_HISTORY", 4)
+    monkeypatch.setattr(host_module, "MAX_ROUNDS", 4)
     host = finished()
-    assert [r.height for r in host.history] == [1, 2, 3, 4]
-    assert [r.height for r in host.rounds(0, 2)] == [2, 3, 4]
-    assert host.rounds(0, 0) == []
-    assert host.rounds(0, 5) == []
-    assert host.rounds(1, 1) == []
+    assert [r.height for r in host.rounds] == [1, 2, 3, 4]
+    assert [r.height for r in host.handle(key(0), GetRounds(0, 2), 0.0)] == [2, 3, 4]
+    assert host.handle(key(0), GetRounds(0, 0), 0.0) == ()
+    assert host.handle(key(0), GetRounds(0, 5), 0.0) == ()
+    assert host.handle(key(0), GetRounds(1, 1), 0.0) == ()
 
 
 def test_dump_and_load_are_exact_at_every_change() -> None:
@@ -282,8 +291,15 @@ def test_dump_and_load_are_exact_at_every_change() -> None:
         again = RunHost.load(json.loads(json.dumps(data, allow_nan=False)))
         assert json.dumps(again.dump()) == json.dumps(data)
         assert again.state == host.state
-        assert (again.history, again.members(), again.manifest) == (host.history, host.members(), host.manifest)
-        assert (again.events, again.metrics) == (host.events, host.metrics)
+        assert (again.rounds, list(again.membership.members), again.manifest) == (
+            host.rounds,
+            list(host.membership.members),
+            host.manifest,
+        )
+        assert (again.history.events.since(0), again.history.metrics.since(0)) == (
+            host.history.events.since(0),
+            host.history.metrics.since(0),
+        )
 
     def both(call: Callable[[], None]) -> None:
         nonlocal seen
@@ -294,15 +310,15 @@ def test_dump_and_load_are_exact_at_every_change() -> None:
     both(lambda: join(host, range(3)))
     both(lambda: host.tick(5.0) and None)
     for i in range(3):
-        both(lambda i=i: host.warmup_witness(key(i), 0, i, DIGEST, 5.0))  # type: ignore[misc]
+        both(lambda i=i: host.handle(key(i), WarmupWitness(0, i, DIGEST), 5.0))  # type: ignore[misc]
     both(lambda: report(host, 0, 6.0, Report(1, math.nan, math.inf, 5, 6)))
     both(lambda: report(host, 1, 6.0, Report(1, 2.5, 3.0, 7, 8)))
     both(lambda: host.disconnected(key(2), 6.5, "gone"))
     while host.state.phase is Phase.ROUND_TRAIN:
         both(lambda: report(host, 0, 7.0))
         both(lambda: report(host, 1, 7.0))
-    both(lambda: host.checkpoint(key(0), 0, 3, DIGEST, 7.0))
-    both(lambda: host.checkpoint(key(1), 0, 3, DIGEST, 7.0))
+    both(lambda: host.handle(key(0), Vote(0, 3, DIGEST), 7.0))
+    both(lambda: host.handle(key(1), Vote(0, 3, DIGEST), 7.0))
     assert host.state.phase is Phase.FINISHED
     assert seen == 18
 
@@ -312,15 +328,15 @@ def test_dump_in_parts_together_makes_the_whole() -> None:
     early = host.dump()
     report(host, 0, 6.0)
     report(host, 1, 6.0)
-    late = host.dump(rounds_from=1, events_from=host.event_count - 1, metrics_from=1)
+    late = host.dump(rounds_from=1, events_from=host.history.events.count - 1, metrics_from=1)
     whole = host.dump()
     assert [r["height"] for r in late["history"]] == [1]
-    assert late["events"] == {"first": host.event_count - 1, "items": whole["events"]["items"][-1:]}
+    assert late["events"] == {"first": host.history.events.count - 1, "items": whole["events"]["items"][-1:]}
     assert late["metrics"] == {"first": 1, "items": whole["metrics"]["items"][1:]}
     assert late["state"] == whole["state"]
     assert early["events"]["items"] == whole["events"]["items"][: len(early["events"]["items"])]
     far = host.dump(events_from=99, metrics_from=99)
-    assert far["events"] == {"first": host.event_count, "items": []}
+    assert far["events"] == {"first": host.history.events.count, "items": []}
 
 
 @pytest.mark.parametrize(
@@ -361,25 +377,29 @@ def test_figures_of_a_round() -> None:
     report(host, 0, 6.0, Report(1, 3.0, 100.0, 1000, 500))
     report(host, 1, 6.0, Report(1, 1.0, 50.0, 2000, 700))
     # The third comes when its round is over: refused as a witness, but its figures count.
-    seat = round_selection(host.history[0], host.state.config).witness_proof(2)
-    late = (key(2), 0, 0, seat, DIGEST, bytes(192), bytes(192), Report(1, math.nan, math.inf, 3000, 900), 7.0)
+    seat = round_selection(host.rounds[0], host.state.config).witness_proof(2)
+    late = Witness(0, 0, seat, DIGEST, bytes(192), bytes(192), Report(1, math.nan, math.inf, 3000, 900))
     for _ in range(2):
-        assert code_of(lambda: host.witness(*late)) == "InvalidWitness"
-    row = host.metrics[0]
+        assert code_of(lambda: host.handle(key(2), late, 7.0)) == "InvalidWitness"
+    row = host.history.metrics.since(0)[0]
     assert (row.height, row.step, row.clients, row.batch_size, row.reports, row.losses) == (0, 1, 3, 6, 3, 2)
     assert (row.loss, row.tokens_per_second, row.bytes_up, row.bytes_down) == (2.0, 150.0, 2000.0, 700.0)
-    assert host.reports[key(1)].loss == 1.0
+    assert host.history.reports[key(1)].loss == 1.0
     # Bytes are counted since the report before, or from zero after a restart.
     report(host, 0, 8.0, Report(2, 2.0, 100.0, 1600, 600))
     report(host, 1, 8.0, Report(2, 2.0, 100.0, 400, 100))
-    assert (host.metrics[1].bytes_up, host.metrics[1].bytes_down) == (500.0, 100.0)
+    assert (host.history.metrics.since(0)[1].bytes_up, host.history.metrics.since(0)[1].bytes_down) == (500.0, 100.0)
     # The same step again, in a round that drains or by a node that had nothing to train, is no further figure.
     report(host, 0, 8.5, Report(2, 9.0, 100.0, 1700, 700))
-    assert (host.metrics[1].reports, host.metrics[1].loss, host.metrics[2].reports) == (2, 2.0, 0)
-    assert host.reports[key(0)].bytes_up == 1700
-    strangers = len(host.reports)
-    assert code_of(lambda: host.witness(key(9), *late[1:])) == "InvalidWitness"
-    assert len(host.reports) == strangers
+    assert (
+        host.history.metrics.since(0)[1].reports,
+        host.history.metrics.since(0)[1].loss,
+        host.history.metrics.since(0)[2].reports,
+    ) == (2, 2.0, 0)
+    assert host.history.reports[key(0)].bytes_up == 1700
+    strangers = len(host.history.reports)
+    assert code_of(lambda: host.handle(key(9), late, 7.0)) == "InvalidWitness"
+    assert len(host.history.reports) == strangers
 
 
 @pytest.mark.parametrize("lag", [0, 1], ids=["at once", "with overlap"])
@@ -395,18 +415,20 @@ def test_figures_are_of_the_step_that_was_trained(lag: int) -> None:
                 report(host, i, now, Report(trained, 5.0 - trained if trained else math.nan, bytes_up=int(now)))
         elif state.phase is Phase.WARMUP:
             for i, client in enumerate(state.clients):
-                host.warmup_witness(client.signer, state.epoch, i, DIGEST, now)
+                host.handle(client.signer, WarmupWitness(state.epoch, i, DIGEST), now)
         elif state.phase is Phase.COOLDOWN:
             for i in (0, 1):
-                host.checkpoint(key(i), state.epoch, state.step - 1, DIGEST, now)
+                host.handle(key(i), Vote(state.epoch, state.step - 1, DIGEST), now)
         host.tick(now)
     assert host.state.epoch > 1
-    assert [(row.step, row.loss, row.reports) for row in host.metrics] == [(s, 5.0 - s, 2) for s in range(1, 7)]
+    assert [(row.step, row.loss, row.reports) for row in host.history.metrics.since(0)] == [
+        (s, 5.0 - s, 2) for s in range(1, 7)
+    ]
 
 
 def test_events_tell_the_story() -> None:
     host = finished()
-    assert [event.text for event in host.events] == [
+    assert [event.text for event in host.history.events.since(0)] == [
         "01010101 joined",
         "02020202 joined",
         "03030303 joined",
@@ -420,7 +442,7 @@ def test_events_tell_the_story() -> None:
 
 def test_events_of_what_goes_wrong() -> None:
     def story(host: RunHost) -> str:
-        return "\n".join(event.text for event in host.events)
+        return "\n".join(event.text for event in host.history.events.since(0))
 
     host = make()
     join(host, range(3))
@@ -428,13 +450,13 @@ def test_events_of_what_goes_wrong() -> None:
     host.tick(15.0)
     assert "epoch 0 could not begin: nobody reported its parameters in time" in story(host)
     host.tick(20.0)
-    host.withdraw(key(0), 21.0)
-    host.withdraw(key(1), 21.0)
+    host.handle(key(0), Withdraw(), 21.0)
+    host.handle(key(1), Withdraw(), 21.0)
     assert "epoch 0 could not begin: only 1 nodes are left" in story(host)
     join(host, range(2), 22.0)
     host.tick(27.0)
     for i, client in enumerate(host.state.clients):
-        host.warmup_witness(client.signer, 0, i, bytes([i]) * 32, 27.0)
+        host.handle(client.signer, WarmupWitness(0, i, bytes([i]) * 32), 27.0)
     assert "nodes started from different parameters; all take those of the first node to report, 00000000" in story(
         host
     )
@@ -461,10 +483,10 @@ def test_events_of_lost_parameters() -> None:
     host = training(epoch_time=11.0)
     one_step(host)
     for i in range(3):
-        host.withdraw(key(i), 22.0)
+        host.handle(key(i), Withdraw(), 22.0)
     join(host, range(3, 6), 23.0)
     host.tick(28.0)
-    assert host.events[-1].text == (
+    assert host.history.events.since(0)[-1].text == (
         "nobody is left who holds the parameters 64646464 of step 1; "
         "the run goes on from those of the first node to report"
     )
@@ -474,12 +496,12 @@ def test_events_and_figures_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(history_module, "MAX_EVENTS", 4)
     monkeypatch.setattr(history_module, "MAX_METRICS", 2)
     host = finished()
-    assert (len(host.events), host.event_count) == (4, 8)
-    assert (len(host.metrics), host.metric_count) == (2, 3)
-    assert host.events_since(6) == host.events[2:]
-    assert host.metrics_since(0) == host.metrics
+    assert (len(host.history.events.since(0)), host.history.events.count) == (4, 8)
+    assert (len(host.history.metrics.since(0)), host.history.metrics.count) == (2, 3)
+    assert host.history.events.since(6) == host.history.events.since(0)[2:]
+    assert host.history.metrics.since(2) == host.history.metrics.since(0)[1:]
     again = RunHost.load(host.dump())
-    assert (again.events, again.event_count) == (host.events, 8)
+    assert (again.history.events.since(0), again.history.events.count) == (host.history.events.since(0), 8)
 
 
 def test_an_epoch_that_succeeds_pays_those_who_are_well_at_its_end():

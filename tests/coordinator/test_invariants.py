@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import Phase as Stage
@@ -17,7 +19,16 @@ from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.codec import diff, patch, state_to_json
 from psyche_lightning.protocol.committee import quorum, round_selection
-from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.requests import (
+    HealthCheck,
+    Join,
+    Report,
+    Request,
+    Vote,
+    WarmupWitness,
+    Withdraw,
+    Witness,
+)
 from psyche_lightning.protocol.state import CoordinatorConfig, Phase, Round, RunState, WitnessProof
 
 KEYS = [bytes([i + 1]) * 32 for i in range(5)]
@@ -34,7 +45,7 @@ class Recorder(RunHost):
     def _set(self, state: RunState, now: float) -> None:
         super()._set(state, now)
         if state.phase.active:
-            self.recorded[state.epoch, self.history[-1].height] = self.history[-1]
+            self.recorded[state.epoch, self.rounds[-1].height] = self.rounds[-1]
 
 
 class Histories(RuleBasedStateMachine):
@@ -75,20 +86,23 @@ class Histories(RuleBasedStateMachine):
 
     # What members do, sensible or not.
 
-    def attempt(self, name: str, *arguments: object) -> None:
+    def attempt(self, what: Callable[[float], object]) -> None:
         state = self.host.state
         try:
-            getattr(self.host, name)(*arguments, self.now)
+            what(self.now)
         except CoordinatorError:
             assert self.host.state is state
 
+    def ask(self, signer: bytes, request: Request[Any]) -> None:
+        self.attempt(lambda now: self.host.handle(signer, request, now))
+
     @rule(i=nodes)
     def join(self, i: int) -> None:
-        self.attempt("join", KEYS[i], KEYS[i], f"host:{i}", {"model": 1})
+        self.ask(KEYS[i], Join(f"host:{i}", {"model": 1}))
 
     @rule(i=nodes)
     def withdraw(self, i: int) -> None:
-        self.attempt("withdraw", KEYS[i])
+        self.ask(KEYS[i], Withdraw())
 
     @rule(i=nodes)
     def vanish(self, i: int) -> None:
@@ -99,7 +113,7 @@ class Histories(RuleBasedStateMachine):
         signers = [client.signer for client in self.host.state.clients]
         if index is None and KEYS[i] in signers:
             index = signers.index(KEYS[i])
-        self.attempt("warmup_witness", KEYS[i], self.host.state.epoch - late, index or 0, digest)
+        self.ask(KEYS[i], WarmupWitness(self.host.state.epoch - late, index or 0, digest))
 
     def witness(
         self, i: int, back: int = 0, heard: tuple[int, ...] = (0, 1, 2, 3, 4), claim: int | None = None
@@ -113,7 +127,7 @@ class Histories(RuleBasedStateMachine):
         bloom = participants_bloom(round_.seed, [KEYS[j] for j in heard])
         figures = Report(round_.step, 2.0, 1.0, 10, 10)
         place = self.host.state.epoch, round_.height - back
-        self.attempt("witness", KEYS[i], *place, proof, DIGESTS[0], bloom, bloom, figures)
+        self.ask(KEYS[i], Witness(*place, proof, DIGESTS[0], bloom, bloom, figures))
 
     @rule(
         i=nodes,
@@ -129,12 +143,12 @@ class Histories(RuleBasedStateMachine):
         round_ = self.host.state.current
         if round_ is not None:
             place = self.host.state.epoch, round_.height - back
-            self.attempt("health_check", KEYS[i], *place, [KEYS[j] for j in named])
+            self.ask(KEYS[i], HealthCheck(*place, tuple(KEYS[j] for j in named)))
 
     @rule(i=nodes, digest=st.sampled_from(DIGESTS), late=st.booleans())
     def vote(self, i: int, digest: bytes, late: bool) -> None:
         state = self.host.state
-        self.attempt("checkpoint", KEYS[i], state.epoch - late, state.step - 1, digest)
+        self.ask(KEYS[i], Vote(state.epoch - late, state.step - 1, digest))
 
     @rule(missing=nodes, times=st.integers(1, 6), seconds=st.sampled_from([0.0, 2.0, 9.0]))
     def go_on(self, missing: int, times: int, seconds: float) -> None:
@@ -147,15 +161,16 @@ class Histories(RuleBasedStateMachine):
                     continue
                 if state.phase is Phase.WARMUP:
                     index = next((j for j, client in enumerate(state.clients) if client.signer == signer), 9)
-                    self.attempt("warmup_witness", signer, state.epoch, index, state.checkpoint.digest or DIGESTS[0])
+                    held = state.checkpoint.digest or DIGESTS[0]
+                    self.ask(signer, WarmupWitness(state.epoch, index, held))
                 elif state.phase in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS):
                     self.witness(i, heard=tuple({*range(5)} - {missing}))
                 elif state.phase is Phase.COOLDOWN:
-                    self.attempt("checkpoint", signer, state.epoch, state.step - 1, DIGESTS[1])
+                    self.ask(signer, Vote(state.epoch, state.step - 1, DIGESTS[1]))
                 elif state.phase is Phase.PAUSED:
-                    self.attempt("resume")
+                    self.attempt(self.host.resume)
                 else:
-                    self.attempt("join", signer, signer, "", {"model": 1})
+                    self.ask(signer, Join("", {"model": 1}))
 
     @rule(i=nodes)
     def go_on_without(self, i: int) -> None:
@@ -164,18 +179,18 @@ class Histories(RuleBasedStateMachine):
         round_ = self.host.state.current
         if round_ is not None:
             for j in range(len(KEYS)):
-                self.attempt("health_check", KEYS[j], self.host.state.epoch, round_.height, [KEYS[i]])
+                self.ask(KEYS[j], HealthCheck(self.host.state.epoch, round_.height, (KEYS[i],)))
 
     # What people, clocks and machines do.
 
     @rule(really=st.integers(0, 4))
     def pause(self, really: int) -> None:
         if not really:
-            self.attempt("pause")
+            self.attempt(self.host.pause)
 
     @rule()
     def resume(self) -> None:
-        self.attempt("resume")
+        self.attempt(self.host.resume)
 
     @rule(seconds=st.sampled_from([0.5, 2.0, 8.0]))
     def wait(self, seconds: float) -> None:
@@ -229,7 +244,7 @@ class Histories(RuleBasedStateMachine):
         if not hasattr(self, "host"):
             return
         host = self.host
-        assert [round_.height for round_ in host.history] == list(range(len(host.history)))
+        assert [round_.height for round_ in host.rounds] == list(range(len(host.rounds)))
         for name, round_ in self.rounds.items():
             known = self.known.get(name)
             if known is not None:
@@ -242,7 +257,7 @@ class Histories(RuleBasedStateMachine):
             assert all(selection.verify_witness(record.proof) for record in round_.witnesses)
         self.known = dict(self.rounds)
         ring = {round_.height for round_ in host.state.rounds}
-        assert ring == {round_.height for round_ in host.history[-4:]}
+        assert ring == {round_.height for round_ in host.rounds[-4:]}
 
     @invariant()
     def steps_and_data_are_contiguous(self) -> None:

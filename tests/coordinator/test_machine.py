@@ -12,6 +12,7 @@ from psyche_lightning.coordinator import machine
 from psyche_lightning.coordinator.machine import MachineError
 from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.requests import HealthCheck, Vote, WarmupWitness, Witness
 from psyche_lightning.protocol.state import (
     Checkpoint,
     Client,
@@ -76,7 +77,7 @@ def warming(count: int = 3, **config: Any) -> RunState:
 def training(count: int = 3, **config: Any) -> RunState:
     state = warming(count, **config)
     for i in range(count):
-        state = machine.warmup_witness(state, key(i), state.epoch, i, digest("start"))
+        state = machine.warmup_witness(state, key(i), WarmupWitness(state.epoch, i, digest("start")))
     state = settle(state, 5.0)
     assert state.phase is Phase.ROUND_TRAIN
     return state
@@ -88,8 +89,7 @@ def report(state: RunState, i: int, heard: Iterable[int] | None = None, **change
     index = round_.clients.index(key(i))
     proof = round_selection(round_, state.config).witness_proof(index)
     bloom = BLOOM if heard is None else participants_bloom(round_.seed, [key(j) for j in heard])
-    arguments = {
-        "signer": key(i),
+    fields = {
         "epoch": state.epoch,
         "height": round_.height,
         "proof": proof,
@@ -97,7 +97,8 @@ def report(state: RunState, i: int, heard: Iterable[int] | None = None, **change
         "participants": bloom,
         "broadcasts": BLOOM,
     }
-    return machine.witness(state, **{**arguments, **changes})
+    signer = changes.pop("signer", key(i))
+    return machine.witness(state, signer, Witness(**{**fields, **changes}))
 
 
 def play(state: RunState, now: float, who: Iterable[int] = range(3)) -> RunState:
@@ -156,11 +157,11 @@ def test_extra_time_counts_from_enough_members() -> None:
 def test_a_run_of_one_never_waits_for_the_clock() -> None:
     state = settle(waiting(init_min_clients=1, min_clients=1, total_steps=2), 0.0, members(1))
     assert state.phase is Phase.WARMUP
-    state = settle(machine.warmup_witness(state, key(0), 0, 0, digest("start")), 0.0)
+    state = settle(machine.warmup_witness(state, key(0), WarmupWitness(0, 0, digest("start"))), 0.0)
     for _ in range(4):
         state = play(state, 0.0, [0])
     assert (state.phase, state.step) == (Phase.COOLDOWN, 3)
-    state = settle(machine.checkpoint(state, key(0), 0, 2, digest("end")), 0.0, members(1))
+    state = settle(machine.vote(state, key(0), Vote(0, 2, digest("end"))), 0.0, members(1))
     assert (state.phase, state.checkpoint) == (Phase.FINISHED, Checkpoint(digest("end"), 2))
 
 
@@ -176,7 +177,7 @@ def test_the_first_round_begins_when_every_client_has_reported() -> None:
     state = warming()
     for i in range(3):
         assert settle(state, 6.0).phase is Phase.WARMUP
-        state = machine.warmup_witness(state, key(i), 0, i, digest(f"start{i}"))
+        state = machine.warmup_witness(state, key(i), WarmupWitness(0, i, digest(f"start{i}")))
     state = settle(state, 6.0)
     round_ = state.current
     assert state.phase is Phase.ROUND_TRAIN
@@ -187,7 +188,7 @@ def test_the_first_round_begins_when_every_client_has_reported() -> None:
 
 
 def test_warm_up_ends_on_time_with_the_first_record() -> None:
-    state = machine.warmup_witness(warming(), key(1), 0, 1, digest("mine"))
+    state = machine.warmup_witness(warming(), key(1), WarmupWitness(0, 1, digest("mine")))
     assert settle(state, 14.9).phase is Phase.WARMUP
     state = settle(state, 15.0)
     assert (state.phase, state.epoch_digest) == (Phase.ROUND_TRAIN, digest("mine"))
@@ -213,36 +214,39 @@ def test_warm_up_with_too_few_clients_ends_the_epoch() -> None:
 def test_records_follow_their_clients_when_one_leaves_in_warm_up() -> None:
     state = warming(4)
     for i in (3, 0, 1):
-        state = machine.warmup_witness(state, key(i), 0, i, digest(f"start{i}"))
+        state = machine.warmup_witness(state, key(i), WarmupWitness(0, i, digest(f"start{i}")))
     state = settle(machine.withdraw(state, key(0)), 6.0)
     assert [(r.proof.index, r.merkle) for r in state.warmup_witnesses] == [(2, digest("start3")), (0, digest("start1"))]
-    refused("DuplicateWitness", lambda: machine.warmup_witness(state, key(1), 0, 0, digest("start1")))
-    state = settle(machine.warmup_witness(state, key(2), 0, 1, digest("start2")), 6.0)
+    refused("DuplicateWitness", lambda: machine.warmup_witness(state, key(1), WarmupWitness(0, 0, digest("start1"))))
+    state = settle(machine.warmup_witness(state, key(2), WarmupWitness(0, 1, digest("start2"))), 6.0)
     assert (state.phase, state.epoch_digest) == (Phase.ROUND_TRAIN, digest("start3"))
 
 
 def test_warm_up_refuses_who_is_not_the_client_at_its_index() -> None:
     state = warming()
     for signer, index in ((key(0), 1), (key(0), 3), (key(0), -1), (key(9), 0)):
-        refused("InvalidWitness", lambda s=signer, i=index: machine.warmup_witness(state, s, 0, i, ROOT))
-    refused("InvalidWitness", lambda: machine.warmup_witness(state, key(0), 1, 0, ROOT))
-    refused("InvalidWitness", lambda: machine.warmup_witness(state, key(0), 0, 0, b"short"))
-    refused("InvalidWitness", lambda: machine.warmup_witness(machine.withdraw(state, key(0)), key(0), 0, 0, ROOT))
-    once = machine.warmup_witness(state, key(0), 0, 0, ROOT)
-    refused("DuplicateWitness", lambda: machine.warmup_witness(once, key(0), 0, 0, ROOT))
+        refused("InvalidWitness", lambda s=signer, i=index: machine.warmup_witness(state, s, WarmupWitness(0, i, ROOT)))
+    refused("InvalidWitness", lambda: machine.warmup_witness(state, key(0), WarmupWitness(1, 0, ROOT)))
+    refused("InvalidWitness", lambda: machine.warmup_witness(state, key(0), WarmupWitness(0, 0, b"short")))
+    refused(
+        "InvalidWitness",
+        lambda: machine.warmup_witness(machine.withdraw(state, key(0)), key(0), WarmupWitness(0, 0, ROOT)),
+    )
+    once = machine.warmup_witness(state, key(0), WarmupWitness(0, 0, ROOT))
+    refused("DuplicateWitness", lambda: machine.warmup_witness(once, key(0), WarmupWitness(0, 0, ROOT)))
 
 
 def test_warm_up_records_outside_warm_up() -> None:
-    refused("InvalidRunState", lambda: machine.warmup_witness(waiting(), key(0), 0, 0, ROOT))
-    refused("Halted", lambda: machine.warmup_witness(RunState("run"), key(0), 0, 0, ROOT))
+    refused("InvalidRunState", lambda: machine.warmup_witness(waiting(), key(0), WarmupWitness(0, 0, ROOT)))
+    refused("Halted", lambda: machine.warmup_witness(RunState("run"), key(0), WarmupWitness(0, 0, ROOT)))
     state = training()
-    assert machine.warmup_witness(state, key(0), 0, 0, ROOT) is state
+    assert machine.warmup_witness(state, key(0), WarmupWitness(0, 0, ROOT)) is state
 
 
 def test_warm_up_takes_the_agreed_parameters_only() -> None:
     state = replace(warming(), checkpoint=Checkpoint(digest("agreed"), 7))
-    refused("InvalidWitness", lambda: machine.warmup_witness(state, key(0), 0, 0, digest("other")))
-    state = machine.warmup_witness(state, key(1), 0, 1, digest("agreed"))
+    refused("InvalidWitness", lambda: machine.warmup_witness(state, key(0), WarmupWitness(0, 0, digest("other"))))
+    state = machine.warmup_witness(state, key(1), WarmupWitness(0, 1, digest("agreed")))
     assert settle(state, 15.0).epoch_digest == digest("agreed")
 
 
@@ -327,10 +331,10 @@ def test_a_witness_must_hold_its_seat_in_the_current_round() -> None:
 
 
 def test_witnesses_outside_rounds() -> None:
-    witness = (key(0), 0, 0, WitnessProof(0, 0), ROOT, BLOOM, BLOOM)
-    refused("InvalidRunState", lambda: machine.witness(warming(), *witness))
-    refused("InvalidRunState", lambda: machine.witness(cooling(), *witness))
-    refused("Halted", lambda: machine.witness(RunState("run"), *witness))
+    signer, witness = key(0), Witness(0, 0, WitnessProof(0, 0), ROOT, BLOOM, BLOOM)
+    refused("InvalidRunState", lambda: machine.witness(warming(), signer, witness))
+    refused("InvalidRunState", lambda: machine.witness(cooling(), signer, witness))
+    refused("Halted", lambda: machine.witness(RunState("run"), signer, witness))
 
 
 # The ends of an epoch.
@@ -343,7 +347,7 @@ def test_timeline_of_an_epoch_that_times_out() -> None:
     for now in (10.0, 20.0, 30.0, 40.0, 50.0, 60.0):
         state = settle(state, now, members(3))
         if state.phase is Phase.WARMUP:
-            state = machine.warmup_witness(state, key(0), 0, 0, ROOT)
+            state = machine.warmup_witness(state, key(0), WarmupWitness(0, 0, ROOT))
         if state.phase is Phase.ROUND_WITNESS:
             state = play(state, now)
         height = state.current.height if state.current else None
@@ -364,7 +368,7 @@ def test_timeline_of_an_epoch_that_times_out() -> None:
         (0, 12, 0),
     ]
     for i in range(2):
-        state = machine.checkpoint(state, key(i), 0, 2, ROOT)
+        state = machine.vote(state, key(i), Vote(0, 2, ROOT))
     state = settle(state, 70.0)
     assert (state.phase, state.epoch, state.epoch_start_data_index) == (Phase.WAITING_FOR_MEMBERS, 1, 12)
     assert (state.step, state.checkpoint) == (3, Checkpoint(ROOT, 2))
@@ -378,7 +382,7 @@ def test_an_epoch_whose_end_is_not_agreed_is_trained_again() -> None:
         state = play(machine.pause(state, 6.0), 6.0)
     assert state.step == 2
     for i in range(3):
-        state = machine.checkpoint(state, key(i), 0, 1, bytes([i]) * 32)
+        state = machine.vote(state, key(i), Vote(0, 1, bytes([i]) * 32))
     state = machine.resume(settle(state, 7.0), 8.0)
     assert (state.epoch, state.step, state.epoch_start_data_index, state.checkpoint) == (1, 1, 0, began)
 
@@ -393,7 +397,7 @@ def test_total_steps_are_trained_exactly() -> None:
     assert trained == [1, 2, 3, 4, 5, 0, 0]
     assert (state.phase, state.step, state.last_step) == (Phase.COOLDOWN, 6, 6)
     for i in range(2):
-        state = machine.checkpoint(state, key(i), 0, 5, ROOT)
+        state = machine.vote(state, key(i), Vote(0, 5, ROOT))
     assert settle(state, 16.0).phase is Phase.FINISHED
 
 
@@ -473,17 +477,17 @@ def test_the_ring_keeps_four_rounds() -> None:
 
 
 def test_a_quorum_of_equal_votes_ends_cool_down() -> None:
-    state = machine.checkpoint(cooling(), key(0), 0, 1, digest("end"))
+    state = machine.vote(cooling(), key(0), Vote(0, 1, digest("end")))
     assert settle(state, 7.0) is state
-    assert machine.checkpoint(state, key(0), 0, 1, digest("end")) is state
-    state = settle(machine.checkpoint(state, key(2), 0, 1, digest("end")), 7.0)
+    assert machine.vote(state, key(0), Vote(0, 1, digest("end"))) is state
+    state = settle(machine.vote(state, key(2), Vote(0, 1, digest("end"))), 7.0)
     assert (state.phase, state.epoch, state.checkpoint) == (Phase.FINISHED, 1, Checkpoint(digest("end"), 1))
 
 
 def test_cool_down_without_quorum() -> None:
     def votes(state: RunState, names: str) -> RunState:
         for i, name in enumerate(names):
-            state = machine.checkpoint(state, key(i), 0, 1, digest(name))
+            state = machine.vote(state, key(i), Vote(0, 1, digest(name)))
         return state
 
     held = Checkpoint(digest("held"), 0)
@@ -497,22 +501,22 @@ def test_cool_down_without_quorum() -> None:
 
 def test_votes_of_those_who_left_do_not_make_a_quorum() -> None:
     state = replace(cooling(), checkpoint=Checkpoint(digest("held"), 0))
-    state = machine.withdraw(machine.checkpoint(state, key(0), 0, 1, digest("end")), key(0))
-    state = machine.checkpoint(state, key(1), 0, 1, digest("end"))
+    state = machine.withdraw(machine.vote(state, key(0), Vote(0, 1, digest("end"))), key(0))
+    state = machine.vote(state, key(1), Vote(0, 1, digest("end")))
     assert settle(state, 7.0) is state
-    state = settle(machine.checkpoint(state, key(2), 0, 1, digest("end")), 7.0)
+    state = settle(machine.vote(state, key(2), Vote(0, 1, digest("end"))), 7.0)
     assert state.checkpoint.digest == digest("end")
 
 
 def test_checkpoint_refusals() -> None:
     state = cooling()
-    refused("InvalidRunState", lambda: machine.checkpoint(training(), key(0), 0, 0, ROOT))
-    refused("Halted", lambda: machine.checkpoint(RunState("run"), key(0), 0, 0, ROOT))
+    refused("InvalidRunState", lambda: machine.vote(training(), key(0), Vote(0, 0, ROOT)))
+    refused("Halted", lambda: machine.vote(RunState("run"), key(0), Vote(0, 0, ROOT)))
     for arguments in ((key(9), 0, 1, ROOT), (key(0), 1, 1, ROOT), (key(0), 0, 2, ROOT), (key(0), 0, 1, b"x")):
-        refused("InvalidCheckpoint", lambda a=arguments: machine.checkpoint(state, *a))
-    refused("InvalidCheckpoint", lambda: machine.checkpoint(machine.withdraw(state, key(0)), key(0), 0, 1, ROOT))
-    once = machine.checkpoint(state, key(0), 0, 1, ROOT)
-    refused("InvalidCheckpoint", lambda: machine.checkpoint(once, key(0), 0, 1, digest("other")))
+        refused("InvalidCheckpoint", lambda a=arguments: machine.vote(state, a[0], Vote(*a[1:])))
+    refused("InvalidCheckpoint", lambda: machine.vote(machine.withdraw(state, key(0)), key(0), Vote(0, 1, ROOT)))
+    once = machine.vote(state, key(0), Vote(0, 1, ROOT))
+    refused("InvalidCheckpoint", lambda: machine.vote(once, key(0), Vote(0, 1, digest("other"))))
 
 
 # Who holds the parameters.
@@ -525,7 +529,7 @@ def next_epoch(pending: list[Client]) -> RunState:
     state = settle(report(report(state, 0), 1), 20.0)
     state = settle(report(report(state, 0), 1), 20.0)
     for i in (0, 1):
-        state = machine.checkpoint(state, key(i), 0, 1, digest("end"))
+        state = machine.vote(state, key(i), Vote(0, 1, digest("end")))
     state = settle(state, 20.0)
     assert (state.phase, state.checkpoint.digest) == (Phase.WAITING_FOR_MEMBERS, digest("end"))
     state = settle(settle(state, 20.0, pending), 25.0, pending)
@@ -542,7 +546,7 @@ def test_checkpoint_stays_while_somebody_of_the_last_epoch_joins() -> None:
 def test_checkpoint_degrades_when_only_strangers_join() -> None:
     state = next_epoch(members(6)[3:])
     assert state.checkpoint == Checkpoint()
-    state = machine.warmup_witness(state, key(4), 1, 1, digest("anything"))
+    state = machine.warmup_witness(state, key(4), WarmupWitness(1, 1, digest("anything")))
     assert settle(state, 35.0).epoch_digest == digest("anything")
 
 
@@ -557,7 +561,7 @@ def test_checkpoint_degrades_when_those_of_the_last_epoch_do_not_hold_it() -> No
 
 def test_a_newcomer_that_fetched_the_parameters_keeps_them() -> None:
     pending = [*members(6)[3:], members(3)[0]]
-    state = machine.warmup_witness(next_epoch(pending), key(5), 1, 2, digest("end"))
+    state = machine.warmup_witness(next_epoch(pending), key(5), WarmupWitness(1, 2, digest("end")))
     for i in (0, 3, 4):
         state = machine.withdraw(state, key(i))
     state = settle(state, 26.0)
@@ -581,10 +585,10 @@ def second_round(*heard: Iterable[int]) -> RunState:
 
 def test_a_client_that_no_quorum_heard_is_dropped() -> None:
     state = second_round([0, 1], [0, 1, 2])
-    dropped, count = machine.health_check(state, key(0), 0, 1, [key(2), key(2)])
+    dropped, count = machine.health_check(state, key(0), HealthCheck(0, 1, (key(2), key(2))))
     assert count == 1
     assert [c.status for c in dropped.clients] == [ClientStatus.HEALTHY, ClientStatus.HEALTHY, ClientStatus.DROPPED]
-    assert machine.health_check(dropped, key(1), 0, 1, [key(2), key(9)]) == (dropped, 0)
+    assert machine.health_check(dropped, key(1), HealthCheck(0, 1, (key(2), key(9)))) == (dropped, 0)
     ended = play(dropped, 7.0, [0, 1])
     assert [(c.signer, c.exited_height) for c in ended.exited_clients] == [(key(2), 1)]
 
@@ -598,24 +602,24 @@ def test_health_check_refusals() -> None:
         (key(0), 0, 0, []),
         (key(0), 0, 2, []),
     ):
-        refused("InvalidHealthCheck", lambda a=arguments: machine.health_check(state, *a))
+        refused("InvalidHealthCheck", lambda a=arguments: machine.health_check(state, a[0], HealthCheck(*a[1:])))
     mixed = second_round([0], [0])
-    refused("InvalidHealthCheck", lambda: machine.health_check(mixed, key(0), 0, 1, [key(2), key(0)]))
-    refused("InvalidHealthCheck", lambda: machine.health_check(training(), key(0), 0, 0, []))
-    refused("InvalidHealthCheck", lambda: machine.health_check(training(), key(0), 0, -1, []))
-    refused("InvalidRunState", lambda: machine.health_check(warming(), key(0), 0, 0, []))
-    refused("Halted", lambda: machine.health_check(RunState("run"), key(0), 0, 0, []))
+    refused("InvalidHealthCheck", lambda: machine.health_check(mixed, key(0), HealthCheck(0, 1, (key(2), key(0)))))
+    refused("InvalidHealthCheck", lambda: machine.health_check(training(), key(0), HealthCheck(0, 0, ())))
+    refused("InvalidHealthCheck", lambda: machine.health_check(training(), key(0), HealthCheck(0, -1, ())))
+    refused("InvalidRunState", lambda: machine.health_check(warming(), key(0), HealthCheck(0, 0, ())))
+    refused("Halted", lambda: machine.health_check(RunState("run"), key(0), HealthCheck(0, 0, ())))
 
 
 def test_health_cannot_be_judged_by_rounds_that_show_nothing() -> None:
     newcomer = second_round([0], [0])
     before = replace(newcomer.rounds[0], clients=(key(0), key(1), key(7)))
     absent = replace(newcomer, rounds=(before, newcomer.rounds[1]))
-    refused("InvalidHealthCheck", lambda: machine.health_check(absent, key(0), 0, 1, [key(2)]))
+    refused("InvalidHealthCheck", lambda: machine.health_check(absent, key(0), HealthCheck(0, 1, (key(2),))))
     silent = replace(newcomer, rounds=(replace(newcomer.rounds[0], witnesses=()), newcomer.rounds[1]))
-    refused("InvalidHealthCheck", lambda: machine.health_check(silent, key(0), 0, 1, [key(2)]))
+    refused("InvalidHealthCheck", lambda: machine.health_check(silent, key(0), HealthCheck(0, 1, (key(2),))))
     drained = replace(newcomer, rounds=(replace(newcomer.rounds[0], step=0), newcomer.rounds[1]))
-    refused("InvalidHealthCheck", lambda: machine.health_check(drained, key(0), 0, 1, [key(2)]))
+    refused("InvalidHealthCheck", lambda: machine.health_check(drained, key(0), HealthCheck(0, 1, (key(2),))))
 
 
 def test_only_healthy_clients_withdraw() -> None:
@@ -661,7 +665,7 @@ def test_pause_in_an_epoch_drains_it() -> None:
         assert state.phase is Phase.ROUND_TRAIN
         state = play(state, 6.0)
     for i in range(3):
-        state = machine.checkpoint(state, key(i), 0, 1, digest("end"))
+        state = machine.vote(state, key(i), Vote(0, 1, digest("end")))
     state = settle(state, 7.0)
     assert (state.phase, state.epoch, state.step, state.pending_pause) == (Phase.PAUSED, 1, 2, False)
     assert state.cold_start_epoch

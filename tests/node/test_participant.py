@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from psyche_lightning.errors import ManifestMismatchError
+from psyche_lightning.protocol.requests import Join
 from psyche_lightning.protocol.state import Phase
 
 
@@ -80,7 +81,7 @@ def test_parameters_that_changed_by_themselves_are_named_and_repaired(make_run: 
 
 def test_another_manifest_is_refused_with_the_fields_that_differ(make_run: Any, make_trainee: Any) -> None:
     run = make_run(1, 4)
-    run.host.join(b"\x09" * 32, b"\x09" * 32, "", {"model": {"parameters": ["other"]}}, 0.0)
+    run.host.handle(b"\x09" * 32, Join("", {"model": {"parameters": ["other"]}}), 0.0)
     node = make_trainee(0, run)
     with pytest.raises(ManifestMismatchError) as caught:
         run.go(node)

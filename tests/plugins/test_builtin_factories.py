@@ -7,6 +7,7 @@ import pytest
 
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.plugins import Plugins
+from psyche_lightning.protocol.requests import Join
 from psyche_lightning.protocol.state import CoordinatorConfig, Phase
 from psyche_lightning.transports.base import TransportContext
 from psyche_lightning.wire.identity import Identity
@@ -35,7 +36,7 @@ def test_the_embedded_coordinator_runs_alone() -> None:
     async def join() -> Phase:
         options = {"config": CoordinatorConfig(total_steps=3), "max_seq_len": 16}
         client = PLUGINS.coordinators()["embedded"].factory("embedded", "run", Identity(bytes(32)), options)
-        await client.join("memory:1", {})
+        await client.request(Join("memory:1", {}))
         try:
             async for state in client.watch():
                 if state.clients:

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from psyche_lightning.errors import ConfigError, CoordinatorError, ManifestMismatchError
 from psyche_lightning.protocol.codec import state_from_json, state_to_json
+from psyche_lightning.protocol.requests import GetTerms, Join, Withdraw
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning.server.admin import CoordinatorAdmin
 from psyche_lightning.server.client import HttpCoordinator
@@ -77,7 +78,7 @@ def test_an_unreachable_server_is_explained_after_bounded_tries(run):
     async def main():
         client = HttpCoordinator(url, "r", Identity.generate(), attempts=2, on_status=lines.append)
         with pytest.raises(CoordinatorError) as caught:
-            await client.join("a", {})
+            await client.request(Join("a", {}))
         assert (caught.value.code, caught.value.retryable) == ("Unreachable", True)
         for part in (url, "'r'", "Tried 2 times", "psyche coordinator", "PSYCHE_COORDINATOR"):
             assert part in str(caught.value)
@@ -106,7 +107,7 @@ def test_an_unknown_run_names_the_known_ones(served, run):
             await create(url, "mine")
             client = HttpCoordinator(url, "min", Identity.generate())
             with pytest.raises(CoordinatorError, match="its runs are: mine") as caught:
-                await client.join("a", {})
+                await client.request(Join("a", {}))
             assert caught.value.code == "UnknownRun"
             await client.close()
 
@@ -136,7 +137,7 @@ def test_something_else_listens_there(run, kind):
         client = HttpCoordinator(url, "r", Identity.generate(), attempts=1, connect_timeout=0.5)
         expected = {"page": "not a psyche coordinator", "silent": "fell silent", "babble": "another protocol"}[kind]
         with pytest.raises(CoordinatorError, match=expected):
-            await client.join("a", {})
+            await client.request(Join("a", {}))
         await client.close()
         await runner.cleanup()
 
@@ -163,7 +164,7 @@ def test_cut_links_lose_nothing(served, walk, run, quick):
             assert {state.phase for state in states} == {Phase.FINISHED}
             assert {state.epoch for state in states} == {1}
             assert relay.links > 4
-            kinds = [event.kind for event in server.runs["r"].host.events]
+            kinds = [event.kind for event in server.runs["r"].host.history.events.since(0)]
             assert "dropped" not in kinds
             assert kinds.count("joined") == 2
             await asyncio.gather(*(client.close() for client in clients))
@@ -182,7 +183,7 @@ def test_a_node_that_vanishes_is_dropped_after_the_grace_and_named(served, walk,
             *others, client = (HttpCoordinator(url, "r", identity) for identity in (*stay, vanishes))
 
             def dropped():
-                return [event for event in server.runs["r"].host.events if event.kind == "dropped"]
+                return [event for event in server.runs["r"].host.history.events.since(0) if event.kind == "dropped"]
 
             walking = asyncio.gather(*(walk(other, until=lambda state: dropped()) for other in others))
             await walk(client, until=lambda state: state.step == 5)
@@ -204,16 +205,16 @@ def test_coming_back_within_the_grace_is_no_absence(served, run):
         async with served(grace=0.5) as (server, url):
             await create(url)
             first = HttpCoordinator(url, "r", identity)
-            await first.join("a", {})
+            await first.request(Join("a", {}))
             await first.close()
             second = HttpCoordinator(url, "r", identity)
-            await second.join("b", {})
+            await second.request(Join("b", {}))
             await asyncio.sleep(0.8)  # past the grace of the first
-            assert server.runs["r"].host.members() == [identity.public]
+            assert server.runs["r"].host.membership.members.keys() == set([identity.public])
             await second.close()
-            while server.runs["r"].host.members():
+            while server.runs["r"].host.membership.members:
                 await asyncio.sleep(0.05)
-            assert [event.kind for event in server.runs["r"].host.events] == ["joined", "dropped"]
+            assert [event.kind for event in server.runs["r"].host.history.events.since(0)] == ["joined", "dropped"]
 
     run(main())
 
@@ -225,13 +226,13 @@ def test_two_processes_with_one_key(served, run):
         async with served() as (_, url):
             await create(url)
             first, second = (HttpCoordinator(url, "r", identity) for _ in range(2))
-            await first.join("a", {})
-            await second.join("b", {})
+            await first.request(Join("a", {}))
+            await second.request(Join("b", {}))
             with pytest.raises(CoordinatorError, match="another process") as caught:
                 async for _ in first.watch():
                     pass
             assert caught.value.code == "Replaced"
-            await second.withdraw()
+            await second.request(Withdraw())
             await first.close()
             await second.close()
 
@@ -260,14 +261,14 @@ def test_a_manifest_travels_once_and_mismatches_name_the_fields(served, run):
             first = HttpCoordinator(url, "r", Identity.generate())
             second = HttpCoordinator(url, "r", Identity.generate(), socket_factory=factory)
             third = HttpCoordinator(url, "r", Identity.generate())
-            await first.join("a", manifest)
-            await second.join("b", manifest)
+            await first.request(Join("a", manifest))
+            await second.request(Join("b", manifest))
             assert 0 < sum(relay_bytes) < 2000
             with pytest.raises(ManifestMismatchError) as caught:
-                await third.join("c", {**manifest, "optimizer": {"lr": 0.25}})
+                await third.request(Join("c", {**manifest, "optimizer": {"lr": 0.25}}))
             assert caught.value.differences == [("optimizer.lr", 0.5, 0.25)]
             with pytest.raises(CoordinatorError, match="not JSON"):
-                await third.join("c", {"model": {"x": float("nan")}})
+                await third.request(Join("c", {"model": {"x": float("nan")}}))
             for client in (first, second, third):
                 await client.close()
 
@@ -279,7 +280,7 @@ def test_close_ends_what_waits(served, run):
         async with served() as (_, url):
             await create(url)
             client = HttpCoordinator(url, "r", Identity.generate())
-            await client.join("a", {})
+            await client.request(Join("a", {}))
 
             async def watch():
                 async for _ in client.watch():
@@ -291,7 +292,7 @@ def test_close_ends_what_waits(served, run):
             with pytest.raises(CoordinatorError, match="closed by this node"):
                 await watching
             with pytest.raises(CoordinatorError, match="closed by this node"):
-                await client.withdraw()
+                await client.request(Withdraw())
             await client.close()
 
     run(main())
@@ -304,7 +305,7 @@ def test_terms_come_over_the_same_connection(served, run):
             manifest = {"model": {"name": "m"}}
             await asyncio.to_thread(CoordinatorAdmin(url).create, "r", body, manifest=manifest)
             client = HttpCoordinator(url, "r", Identity.generate())
-            terms = await client.terms()
+            terms = await client.request(GetTerms())
             assert (terms.config.init_min_clients, terms.config.max_round_train_time) == (3, 9.5)
             assert (terms.unset, terms.manifest) == (("global_batch_size", "total_steps"), manifest)
             await client.close()
@@ -317,7 +318,7 @@ def test_a_gap_in_the_changes_is_noticed_and_filled(served, run):
         async with served() as (server, url):
             await create(url)
             client = HttpCoordinator(url, "r", Identity.generate())
-            await client.join("a", {})
+            await client.request(Join("a", {}))
             # As if a change had been lost on the way.
             client._state = replace(client._state, nonce=client._state.nonce - 1)
             server.runs["r"].act(lambda host, now: host.pause(now))

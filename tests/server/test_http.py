@@ -5,7 +5,8 @@ from __future__ import annotations
 import aiohttp
 import pytest
 
-from psyche_lightning.server.channel import manifest_digest, manifest_text
+from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
+from psyche_lightning.protocol.requests import Join
 from psyche_lightning.server.client import HttpCoordinator
 from psyche_lightning.wire.identity import Identity
 
@@ -154,7 +155,7 @@ def test_pause_ends_the_epoch_and_resume_goes_on_from_its_parameters(served, wal
             await ask("POST", f"{url}/v1/runs/r/resume", json={})
             again = await walk_until(lambda state: state.epoch == 1 and state.phase.name == "ROUND_TRAIN")
             assert again.epoch_digest == paused.checkpoint.digest
-            assert any("paused" in event.text for event in live.host.events)
+            assert any("paused" in event.text for event in live.host.history.events.since(0))
             await client.close()
 
     run(main())
@@ -196,16 +197,16 @@ def test_a_run_may_leave_batch_and_steps_to_its_first_node(served, run):
             assert (found["total_steps"], found["config"]["global_batch_size_start"]) == (None, None)
             first, second = (HttpCoordinator(url, "r", Identity.generate()) for _ in range(2))
             with pytest.raises(Exception, match="run has no total_steps"):
-                await first.join("a", {"run": {"global_batch_size": 12}})
+                await first.request(Join("a", {"run": {"global_batch_size": 12}}))
             with pytest.raises(Exception, match="global_batch_size is 'x'"):
-                await first.join("a", {"run": {"global_batch_size": "x", "total_steps": 1}})
+                await first.request(Join("a", {"run": {"global_batch_size": "x", "total_steps": 1}}))
             with pytest.raises(Exception, match="it must be 1 to"):
-                await first.join("a", {"run": {"global_batch_size": 0, "total_steps": 1}})
-            await first.join("a", {"run": {"global_batch_size": 12, "total_steps": 40}})
+                await first.request(Join("a", {"run": {"global_batch_size": 0, "total_steps": 1}}))
+            await first.request(Join("a", {"run": {"global_batch_size": 12, "total_steps": 40}}))
             with pytest.raises(Exception, match="total_steps: the run has 40, this node has 41") as caught:
-                await second.join("a", {"run": {"global_batch_size": 12, "total_steps": 41}})
+                await second.request(Join("a", {"run": {"global_batch_size": 12, "total_steps": 41}}))
             assert caught.value.differences == [("run.total_steps", 40, 41)]
-            await second.join("a", {"run": {"global_batch_size": 12, "total_steps": 40}})
+            await second.request(Join("a", {"run": {"global_batch_size": 12, "total_steps": 40}}))
             _, found = await ask("GET", f"{url}/v1/runs/r")
             config = found["config"]
             assert (config["global_batch_size_start"], config["global_batch_size_end"]) == (12, 12)
@@ -216,7 +217,7 @@ def test_a_run_may_leave_batch_and_steps_to_its_first_node(served, run):
             body = {"run_id": "s", "config": {"total_steps": 9, "global_batch_size_start": 4}}
             await ask("POST", f"{url}/v1/runs", json=body)
             third = HttpCoordinator(url, "s", Identity.generate())
-            await third.join("a", {"run": {"global_batch_size": 12, "total_steps": 40}, "model": {}})
+            await third.request(Join("a", {"run": {"global_batch_size": 12, "total_steps": 40}, "model": {}}))
             _, found = await ask("GET", f"{url}/v1/runs/s")
             assert (found["total_steps"], found["config"]["global_batch_size_end"]) == (9, 4)
             assert manifest_text({"model": {}}) == '{"model":{}}'

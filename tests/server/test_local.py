@@ -7,6 +7,7 @@ import pytest
 
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.protocol.requests import Join, Withdraw
 from psyche_lightning.protocol.state import CoordinatorConfig, Phase
 from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.wire.identity import Identity
@@ -83,14 +84,14 @@ def test_a_deadline_passes_without_any_call(run):
     async def main():
         host = RunHost("r", config, seed=1)
         first, second = (LocalCoordinator(host, Identity.generate()) for _ in range(2))
-        await first.join("a", {})
-        await second.join("b", {})
+        await first.request(Join("a", {}))
+        await second.request(Join("b", {}))
         async for state in first.watch():
             if state.phase is Phase.WARMUP:
                 break
         await first.close()
         await second.close()
         with pytest.raises(CoordinatorError, match="closed"):
-            await first.withdraw()
+            await first.request(Withdraw())
 
     run(main())

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from psyche_lightning.protocol.requests import Join, Withdraw
 from psyche_lightning.protocol.state import Phase, RunState
 from psyche_lightning.server.client import HttpCoordinator
 from psyche_lightning.wire.identity import Identity
@@ -86,11 +87,11 @@ def test_a_signal_ends_it_cleanly_with_nodes_attached(server_process, walk, run,
 
     async def main():
         client = HttpCoordinator(server.url, "r", identity)
-        await client.join("a", {"run": {"global_batch_size": 4, "total_steps": 10}})
+        await client.request(Join("a", {"run": {"global_batch_size": 4, "total_steps": 10}}))
         code = await asyncio.to_thread(server.end, number)
         await asyncio.to_thread(server.start)
         # It comes back by itself, and its membership was kept.
-        await client.withdraw()
+        await client.request(Withdraw())
         await client.close()
         return code
 

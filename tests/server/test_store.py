@@ -9,6 +9,7 @@ from psyche_lightning.coordinator.history import Metrics
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.errors import CoordinatorError, PsycheError
 from psyche_lightning.protocol.codec import to_json
+from psyche_lightning.protocol.requests import Join
 from psyche_lightning.protocol.state import CoordinatorConfig, Phase
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.server.local import LocalCoordinator
@@ -46,7 +47,7 @@ def test_what_is_read_back_is_what_was_saved_at_every_change(tmp_path, walk, run
 
     assert run(alone()).phase is Phase.FINISHED
     assert len(checked) > 14
-    assert host.history[-1].height == 13  # 12 rounds that trained and two that drained
+    assert host.rounds[-1].height == 13  # 12 rounds that trained and two that drained
     assert store.created("r") == {"run_id": "r"}
     store.close()
 
@@ -69,8 +70,8 @@ def test_rounds_of_an_earlier_epoch_are_dropped(tmp_path, walk, run):
     (again,) = store.load()
     # The time of a tick that changed nothing is not stored.
     assert {**again.dump(), "now": 0} == {**host.dump(), "now": 0}
-    assert again.history_epoch == 1
-    assert again.history[0].height == 0
+    assert again.rounds_epoch == 1
+    assert again.rounds[0].height == 0
     store.close()
 
 
@@ -83,8 +84,12 @@ def test_figures_of_draining_rounds_in_an_older_store_are_dropped(tmp_path):
     store._append("r", "metric", 7, rows, 2000)
     for _ in range(2):  # the second time there is nothing left to do
         (again,) = store.load()
-        assert [row.step for row in again.metrics] == [row.step for row in again.metrics_since(7)] == [1, 2, 3, 4]
-        assert again.metric_count == 11
+        assert (
+            [row.step for row in again.history.metrics.since(0)]
+            == [row.step for row in again.history.metrics.since(7)]
+            == [1, 2, 3, 4]
+        )
+        assert again.history.metrics.count == 11
         store.save(again)
     assert store._entries("r", "metric")[0] == 7
     assert [row["step"] for row in store._entries("r", "metric")[1]] == [1, 2, 3, 4]
@@ -105,7 +110,7 @@ def test_a_full_disk_stops_changes_and_is_not_announced(tmp_path):
     key, big = sha256(b"k"), {"model": {"name": "m" * 100_000}}
     for _ in range(2):  # and it stays refused, whatever is asked
         with pytest.raises(CoordinatorError, match="disk is full") as caught:
-            live.act(lambda host, now: host.join(key, key, "a", big, now))
+            live.act(lambda host, now: host.handle(key, Join("a", big), now))
         assert (caught.value.code, caught.value.retryable) == ("StoreFailed", True)
         assert live.state is before
         assert not announced

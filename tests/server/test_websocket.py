@@ -10,7 +10,9 @@ import aiohttp
 import pytest
 
 from psyche_lightning.protocol.codec import patch, state_to_json
-from psyche_lightning.server.channel import METHODS, manifest_digest, manifest_text, seal_hello, seal_request
+from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
+from psyche_lightning.protocol.requests import REQUESTS, wire_types
+from psyche_lightning.server.channel import SYNC, seal_frame, seal_hello
 from psyche_lightning.server.client import HttpCoordinator
 from psyche_lightning.wire.canonical import pack
 from psyche_lightning.wire.identity import Identity
@@ -72,7 +74,7 @@ class Raw:
 def join(identity, challenge, number=1, run_id="r", address="a"):
     manifest = {"model": {"name": "m"}}
     arguments = [address, manifest_digest(manifest), manifest_text(manifest)]
-    return seal_request(identity, run_id, challenge, number, "join", arguments)
+    return seal_frame(identity, run_id, challenge, number, "join", arguments)
 
 
 def test_a_request_works_once_and_only_on_its_own_connection(served, run):
@@ -87,7 +89,7 @@ def test_a_request_works_once_and_only_on_its_own_connection(served, run):
             assert "replayed; numbers grow" in await first.refused(request)
             second = await Raw.open(url, identity=alice)
             assert "replayed from another connection" in await second.refused(request)
-            assert server.runs["r"].host.members() == [alice.public]
+            assert server.runs["r"].host.membership.members.keys() == set([alice.public])
 
     run(main())
 
@@ -111,7 +113,7 @@ def test_wrong_signatures(served, run, way):
             }[way]
             text = await raw.refused(frame)
             assert ("wrong signature" in text) or (way == "hello short" and "95 bytes" in text)
-            assert server.runs["r"].host.members() == []
+            assert server.runs["r"].host.membership.members.keys() == set([])
 
     run(main())
 
@@ -143,7 +145,7 @@ def test_malformed_requests_with_a_good_signature(served, run, body):
             raw = await Raw.open(url, identity=alice)
             statement = alice.sign("psyche-lightning coordinator request 1", "r", raw.challenge + body)
             await raw.refused(statement + body)
-            assert server.runs["r"].host.members() == []
+            assert server.runs["r"].host.membership.members.keys() == set([])
 
     run(main())
 
@@ -173,12 +175,12 @@ def test_odd_values_are_refused_with_a_reason_and_change_nothing(served, run):
             raw = await Raw.open(url, identity=alice)
             before = server.runs["r"].host.dump()
             for number, (method, arguments) in enumerate(requests, 1):
-                got = await raw.answer(seal_request(alice, "r", raw.challenge, number, method, arguments))
+                got = await raw.answer(seal_frame(alice, "r", raw.challenge, number, method, arguments))
                 assert got[:2] == ["error", number], method
                 assert got[2]["error"]
                 assert got[2]["code"] != "BadRequest"
             assert {**server.runs["r"].host.dump(), "now": 0} == {**before, "now": 0}
-            got = await raw.answer(seal_request(alice, "r", raw.challenge, 99, "rounds", [most, most]))
+            got = await raw.answer(seal_frame(alice, "r", raw.challenge, 99, "rounds", [most, most]))
             assert got == ["ok", 99, []]
             await raw.close()
 
@@ -194,7 +196,7 @@ def test_a_report_of_other_shape_ends_the_connection(served, run, figures):
             await create(url)
             raw = await Raw.open(url, identity=alice)
             arguments = [0, 0, 0, 0, True, bytes(32), BLOOM, BLOOM, figures]
-            kind, number, problem = await raw.answer(seal_request(alice, "r", raw.challenge, 1, "witness", arguments))
+            kind, number, problem = await raw.answer(seal_frame(alice, "r", raw.challenge, 1, "witness", arguments))
             assert (kind, number) == ("error", 1)
             assert "report" in problem["error"]
             await raw.close()
@@ -226,7 +228,7 @@ def test_garbage_oversized_and_text_frames_leave_the_server_well(served, run):
             good = await Raw.open(url, identity=alice)
             assert await good.answer(join(alice, good.challenge)) == ["ok", 1, None]
             await good.close()
-            assert server.runs["r"].host.members() == [alice.public]
+            assert server.runs["r"].host.membership.members.keys() == set([alice.public])
 
     run(main())
 
@@ -251,9 +253,10 @@ def test_random_valid_requests_never_break_the_connection(served, run):
             raw = await Raw.open(url, identity=alice)
             await raw.answer(join(alice, raw.challenge))
             for number in range(2, 300):
-                method = dice.choice(list(METHODS))
-                arguments = [value(kind) for kind in METHODS[method]]
-                got = await raw.answer(seal_request(alice, "r", raw.challenge, number, method, arguments))
+                method = dice.choice([*REQUESTS, SYNC])
+                kinds = wire_types(REQUESTS[method]) if method in REQUESTS else ()
+                arguments = [value(kind) for kind in kinds]
+                got = await raw.answer(seal_frame(alice, "r", raw.challenge, number, method, arguments))
                 assert got[0] == "ok" or got[2]["error"]
                 assert got[1] == number
             await raw.close()

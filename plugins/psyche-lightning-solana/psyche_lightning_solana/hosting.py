@@ -14,6 +14,7 @@ from psyche_lightning.coordinator import machine
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.protocol.committee import Committee, round_selection
 from psyche_lightning.protocol.limits import PSYCHE_LIMITS, check_config
+from psyche_lightning.protocol.requests import HealthCheck, Vote, WarmupWitness, Witness
 from psyche_lightning.protocol.state import CoordinatorConfig, Phase, Round, RunState, WitnessProof
 from psyche_lightning.wire.canonical import ZERO_HASH, sha256
 from psyche_lightning_solana.account import Member, Rates, RunAccounts
@@ -272,9 +273,7 @@ def witness(
     need_member(run, user)
     state, round_ = run.state, _running(run.state)
     require(round_ is None or record["metadata"]["step"] in (0, state.step), "InvalidWitness")
-    state = machine.witness(
-        state,
-        user,
+    request = Witness(
         state.epoch if epoch is None else epoch,
         (round_.height if round_ else 0) if height is None else height,
         WitnessProof(**record["proof"]),
@@ -282,6 +281,7 @@ def witness(
         _bloom(record["participant_bloom"]),
         _bloom(record["broadcast_bloom"]),
     )
+    state = machine.witness(state, user, request)
     return settle(replace(run, state=state), clock)
 
 
@@ -295,7 +295,7 @@ def warmup_witness(
     """The client at ``index`` holds these parameters."""
     need_member(run, user)
     epoch = run.state.epoch if epoch is None else epoch
-    state = machine.warmup_witness(run.state, user, epoch, index, digest)
+    state = machine.warmup_witness(run.state, user, WarmupWitness(epoch, index, digest))
     require(state is run.state or digest != ZERO_HASH, "InvalidWitness")
     return settle(replace(run, state=state), clock)
 
@@ -316,7 +316,7 @@ def health_check(
         seat = selection.committee(index), selection.committee_position(index)
         require(seat == (_COMMITTEES[committee], position), "InvalidCommitteeProof")
     height = round_.height if round_ else 0
-    state, dropped = machine.health_check(state, user, state.epoch, height, [listed])
+    state, dropped = machine.health_check(state, user, HealthCheck(state.epoch, height, (listed,)))
     run = _forgotten(run, listed) if dropped else run
     return settle(replace(run, state=state), clock)
 
@@ -324,4 +324,4 @@ def health_check(
 def vote_checkpoint(run: RunAccounts, user: bytes, epoch: int, step: int, digest: bytes, clock: Clock) -> RunAccounts:
     """A client's vote for the parameters with which the epoch ends."""
     require(run.state.phase is not Phase.COOLDOWN or digest != ZERO_HASH, "InvalidCheckpoint")
-    return settle(replace(run, state=machine.checkpoint(run.state, user, epoch, step, digest)), clock)
+    return settle(replace(run, state=machine.vote(run.state, user, Vote(epoch, step, digest))), clock)

@@ -119,7 +119,7 @@ class SolanaRunAdmin:
         try:
             story.take(await Ledger(admin.run.reader, keys.coordinator_account).entries())
         except RpcProblem as problem:  # services forget old transactions; the account itself is here
-            story.journal.note(run.state, run.state.phase_start, "run", f"no transactions: {problem.text}")
+            story.history.note(run.state, run.state.phase_start, "run", f"no transactions: {problem.text}")
         return {**story.status(run, address=str(keys.coordinator_account)), "about": _about(run)}
 
     def close(self) -> str:

@@ -20,8 +20,22 @@ from psyche_lightning.coordinator.machine import healthy
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.committee import round_selection
 from psyche_lightning.protocol.manifest import merge, settle
-from psyche_lightning.protocol.requests import Report, Terms
-from psyche_lightning.protocol.state import Phase, Round, RunState, WitnessProof
+from psyche_lightning.protocol.requests import (
+    Accuse,
+    Answer,
+    GetRounds,
+    GetTerms,
+    HealthCheck,
+    Join,
+    Report,
+    Request,
+    Terms,
+    Vote,
+    WarmupWitness,
+    Withdraw,
+    Witness,
+)
+from psyche_lightning.protocol.state import Phase, Round, RunState
 from psyche_lightning.wire.identity import Identity
 from psyche_lightning_solana.account import Member, RunAccounts
 from psyche_lightning_solana.client import timekeeper
@@ -114,12 +128,53 @@ class SolanaCoordinator:
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 
-    async def terms(self) -> Terms:
+    async def request(self, request: Request[Answer]) -> Answer:
+        """Ask the program, or look at its accounts, and return the answer."""
+        answer: Any = None
+        match request:
+            case GetTerms():
+                answer = await self._terms()
+            case GetRounds(epoch, first):
+                answer = await self._rounds(epoch, first)
+            case Join(address, manifest):
+                await self._become_member(address, dict(manifest))
+            case Withdraw():
+                await self._withdraw()
+            case WarmupWitness(epoch, index, digest):
+                await self._report(
+                    "warmup_witness",
+                    lambda keys, me: keys.warmup_witness(me, index, digest, epoch),
+                    epoch,
+                    index,
+                    digest,
+                )
+            case Witness():
+                await self._witness(request)
+            case HealthCheck(epoch, height, signers):
+                # Each costs a transaction, so the witnesses do it in turn, as far as needed.
+                answer = await self._once(("health", epoch, height), lambda: self._health_check(epoch, height, signers))
+            case Vote(epoch, step, digest):
+                await self._report(
+                    "vote_checkpoint",
+                    lambda keys, me: keys.vote_checkpoint(me, epoch, step, digest),
+                    epoch,
+                    step,
+                    digest,
+                )
+            case Accuse():
+                # Both results are left out by everyone all the same.
+                text = "a run on a chain cannot eject a node that signed two results"
+                raise CoordinatorError(text, code="Unsupported")
+            case _:
+                raise CoordinatorError(f"no run on a chain knows the request {request!r:.80}", code="Unsupported")
+        return answer  # type: ignore[no-any-return] # each branch gives what its request declares
+
+    async def _terms(self) -> Terms:
         """What the run has fixed."""
         run = await self._look()
         return Terms(run.state.config, (), await self.run.run_manifest(run))
 
-    async def join(self, address: str, manifest: dict[str, Any]) -> None:
+    async def _become_member(self, address: str, manifest: dict[str, Any]) -> None:
         """Become a member of the next epoch, and say where the node is reached; sends only what is not so yet.
 
         Raises:
@@ -136,65 +191,38 @@ class SolanaCoordinator:
         await self._once("join", lambda: self._join(address))
         self._joined = True
 
-    async def withdraw(self) -> None:
+    async def _withdraw(self) -> None:
         """Leave the run; refused without a transaction when there is nothing to leave."""
         run = await self._look()
         if all(client.signer != self.signer for client in (*healthy(run.state), *run.pending)):
             raise CoordinatorError(f"{self.run.wallet.public} is not a member of this run", code="InvalidWithdraw")
         await self._send("withdraw", lambda keys, me: keys.withdraw(me))
 
-    async def warmup_witness(self, epoch: int, index: int, digest: bytes) -> None:
-        """Say which parameters this client holds."""
-        await self._report(
-            "warmup_witness", lambda keys, me: keys.warmup_witness(me, index, digest, epoch), epoch, index, digest
-        )
-
-    async def witness(
-        self,
-        epoch: int,
-        height: int,
-        proof: WitnessProof,
-        merkle: bytes,
-        participants: bytes,
-        broadcasts: bytes,
-        report: Report,
-    ) -> None:
+    async def _witness(self, request: Witness) -> None:
         """Report as a witness."""
-        figures = self._figures(report, epoch, height)
+        at = request.epoch, request.height
+        figures = self._figures(request.report, *at)
         await self._report(
             "witness",
             lambda keys, me: keys.witness(
-                me, proof, merkle, participants, broadcasts, metadata=figures, at=(epoch, height)
+                me,
+                request.proof,
+                request.merkle,
+                request.participants,
+                request.broadcasts,
+                metadata=figures,
+                at=at,
             ),
-            epoch,
-            height,
+            *at,
         )
 
-    async def health_check(self, epoch: int, height: int, signers: list[bytes]) -> int:
-        """Name silent clients. Each costs a transaction, so the witnesses do it in turn, as far as needed."""
-        return await self._once(("health", epoch, height), lambda: self._health_check(epoch, height, signers))
-
-    async def accuse(self, first: bytes, second: bytes) -> None:
-        """Refused: the program ejects nobody yet; both results are left out by everyone all the same."""
-        raise CoordinatorError("a run on a chain cannot eject a node that signed two results", code="Unsupported")
-
-    async def checkpoint(self, epoch: int, step: int, digest: bytes) -> None:
-        """Vote for the parameters at the end of an epoch."""
-        await self._report(
-            "vote_checkpoint",
-            lambda keys, me: keys.vote_checkpoint(me, epoch, step, digest),
-            epoch,
-            step,
-            digest,
-        )
-
-    async def rounds(self, epoch: int, first: int) -> list[Round]:
+    async def _rounds(self, epoch: int, first: int) -> tuple[Round, ...]:
         """The rounds of an epoch from height ``first`` on: as seen, or else made again from the ledger."""
         run = await self._look()
         self._history.observe(run.state)
         if self._history.missing(epoch, first) and run.state.phase.active and run.state.epoch == epoch:
             await self._once(("replay", epoch), lambda: self._replay(run))
-        return self._history.rounds(epoch, first)
+        return tuple(self._history.rounds(epoch, first))
 
     async def watch(self) -> AsyncIterator[RunState]:
         """The state now and after every change, newest only."""
@@ -440,7 +468,7 @@ class SolanaCoordinator:
             "loss": _single(report.loss) if of_now and not math.isnan(report.loss) else math.inf,
         }
 
-    async def _health_check(self, epoch: int, height: int, signers: list[bytes]) -> int:
+    async def _health_check(self, epoch: int, height: int, signers: tuple[bytes, ...]) -> int:
         run = await self._look()
         if not await self._my_turn(run, epoch, height):
             return 0

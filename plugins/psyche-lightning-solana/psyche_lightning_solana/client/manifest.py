@@ -18,8 +18,7 @@ from solders.pubkey import Pubkey
 from solders.system_program import CreateAccountWithSeedParams, create_account_with_seed
 
 from psyche_lightning.errors import CoordinatorError
-from psyche_lightning.protocol.manifest import MAX_MANIFEST_SIZE
-from psyche_lightning.server.channel import manifest_text
+from psyche_lightning.protocol.manifest import MAX_MANIFEST_SIZE, manifest_text
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning_solana.client.reader import Account, Reader
 from psyche_lightning_solana.client.sender import Sender

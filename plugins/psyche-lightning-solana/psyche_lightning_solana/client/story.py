@@ -14,8 +14,8 @@ from typing import Any
 from solders.pubkey import Pubkey
 
 from psyche_lightning.coordinator import machine
-from psyche_lightning.coordinator.history import Journal
-from psyche_lightning.protocol.requests import Report
+from psyche_lightning.coordinator.history import History
+from psyche_lightning.protocol.requests import Report, Vote
 from psyche_lightning.protocol.state import Client, CoordinatorConfig, Phase, RunState
 from psyche_lightning.wire.identity import short
 from psyche_lightning_solana.account import ManifestAccount, RunAccounts
@@ -66,13 +66,13 @@ class Story:
 
     Attributes:
         run: the run after them; None before it was made.
-        journal: what is worth telling.
+        history: what is worth telling.
         rows: a line for each.
     """
 
     def __init__(self, program: Pubkey, account: Pubkey) -> None:
         self.run: RunAccounts | None = None
-        self.journal = Journal()
+        self.history = History()
         self.rows: list[Row] = []
         self._program = program
         self._account = account
@@ -134,33 +134,33 @@ class Story:
             figures = given["metadata"]
             report = Report(figures["step"], figures["loss"], figures["tokens_per_sec"])
             if figures["step"]:  # else nothing was trained that the figures could be of
-                self.journal.report(given.get("epoch", state.epoch), user, report)
+                self.history.report(given.get("epoch", state.epoch), user, report)
         self.run = act(self.run, name, user, given, clock)
         after = self.run.state
         if name == "vote_checkpoint":  # the vote and what follows from it are one instruction
-            state = machine.checkpoint(state, user, given["epoch"], given["step"], given["digest"])
+            state = machine.vote(state, user, Vote(given["epoch"], given["step"], given["digest"]))
         self._note(before, name, user, given, clock.now)
         if state.phase is Phase.ROUND_TRAIN and after.phase in (Phase.ROUND_TRAIN, Phase.COOLDOWN) and after.current:
             assert state.current is not None
             if after.current.height != state.current.height or after.phase is Phase.COOLDOWN:
                 # The instruction took two steps at once.
                 between = replace(state, phase=Phase.ROUND_WITNESS)
-                self.journal.observe(state, between, clock.now)
+                self.history.observe(state, between, clock.now)
                 state = between
-        self.journal.observe(state, after, clock.now)
+        self.history.observe(state, after, clock.now)
 
     def _note(self, before: RunAccounts, name: str, user: bytes, given: dict[str, Any], now: float) -> None:
         assert self.run is not None
         state = self.run.state
         if name == "join_run" and all(member.signer != user for member in before.members):
-            self.journal.note(state, now, "joined", f"{short(user)} joined", user)
+            self.history.note(state, now, "joined", f"{short(user)} joined", user)
         elif name == "withdraw":
-            self.journal.note(state, now, "left", f"{short(user)} left", user)
+            self.history.note(state, now, "left", f"{short(user)} left", user)
         elif name == "health_check":
             gone = given["id"]["signer"]
             if any(client.signer == gone for client in machine.healthy(before.state)):
                 text = f"{short(gone)} is dropped: the witnesses of the round before heard nothing from it"
-                self.journal.note(state, now, "dropped", text, gone)
+                self.history.note(state, now, "dropped", text, gone)
 
     # --- for people and programs ------------------------------------------------------------------------------------
 
@@ -171,11 +171,11 @@ class Story:
             run: the run as its accounts show it now.
             address: of its coordinator account.
         """
-        state, reports = run.state, self.journal.reports
+        state, reports = run.state, self.history.reports
         clients = () if state.phase is Phase.WAITING_FOR_MEMBERS else state.clients
         known = {client.signer for client in clients}
         pending = [client for client in run.pending if client.signer not in known] if not state.phase.halted else []
-        events, metrics = self.journal.events, self.journal.metrics
+        events, metrics = self.history.events, self.history.metrics
         return {
             "run_id": state.run_id,
             "phase": state.phase.name.lower(),

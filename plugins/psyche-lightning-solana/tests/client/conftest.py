@@ -26,7 +26,7 @@ from solders.system_program import TransferParams, transfer
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.committee import round_selection
-from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.requests import Join, Report, Vote, WarmupWitness, Witness
 from psyche_lightning.protocol.state import CoordinatorConfig, Phase
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
@@ -159,12 +159,12 @@ class Player:
         if state.phase.name.lower() in self.silent:
             return
         if state.phase is Phase.WAITING_FOR_MEMBERS:
-            await client.join("tcp://127.0.0.1:1", MANIFEST)
+            await client.request(Join("tcp://127.0.0.1:1", MANIFEST))
         if index is None:
             return
         reported = {record.proof.index for record in state.warmup_witnesses}
         if state.phase is Phase.WARMUP and index not in reported:
-            await client.warmup_witness(state.epoch, index, state.checkpoint.digest or b"\1" * 32)
+            await client.request(WarmupWitness(state.epoch, index, state.checkpoint.digest or b"\1" * 32))
         elif state.phase is Phase.ROUND_TRAIN:
             round_ = state.current
             seat = round_.clients.index(me)
@@ -174,9 +174,9 @@ class Player:
                 merkle = sha256(me, bytes([round_.height]))
                 report = Report(round_.step, 2.0, 100.0, 10, 20)
                 filters = participants_bloom(round_.seed, round_.clients), bytes(192)
-                await client.witness(state.epoch, round_.height, proof, merkle, *filters, report)
+                await client.request(Witness(state.epoch, round_.height, proof, merkle, *filters, report))
         elif state.phase is Phase.COOLDOWN and all(vote[0] != me for vote in state.checkpoint_votes):
-            await client.checkpoint(state.epoch, state.step - 1, sha256(bytes([state.step])))
+            await client.request(Vote(state.epoch, state.step - 1, sha256(bytes([state.step]))))
 
 
 def reached(phase, epoch=None):

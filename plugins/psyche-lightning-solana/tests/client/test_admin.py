@@ -11,6 +11,7 @@ from spl.token.constants import TOKEN_PROGRAM_ID
 from spl.token.instructions import InitializeMintParams, MintToParams, initialize_mint, mint_to
 
 from psyche_lightning.errors import ConfigError, CoordinatorError
+from psyche_lightning.protocol.requests import Join
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning.recipe import load_recipe
 
@@ -123,13 +124,13 @@ def test_wallets_join_by_authorization_and_lose_it(run, manifest):
         admin = await world.owner(everybody=False)
         client, other = world.node(), world.node()
         with pytest.raises(CoordinatorError, match="may not join"):
-            await client.join("", manifest)
+            await client.request(Join("", manifest))
         await admin.authorize(client.run.wallet.public)
         await admin.authorize(client.run.wallet.public)
         world.chain.advance(2)
-        await client.join("", manifest)
+        await client.request(Join("", manifest))
         with pytest.raises(CoordinatorError, match="may not join"):
-            await other.join("", manifest)
+            await other.request(Join("", manifest))
         assert await admin.revoke(client.run.wallet.public)
         assert not await admin.revoke(client.run.wallet.public)
         with pytest.raises(ConfigError, match="join, checkpoint"):
@@ -158,7 +159,7 @@ def test_points_are_counted_and_paid_by_a_treasurer(run, play, player, reached, 
         await admin.start()
         clients = [world.node() for _ in range(2)]
         for client in clients:
-            await client.join("", manifest)
+            await client.request(Join("", manifest))
         await play([player(client) for client in clients], reached(Phase.FINISHED))
         earned = {row.wallet: (row.earned, row.claimed) for row in await admin.points()}
         assert earned == {client.run.wallet.public: (450, 0) for client in clients}

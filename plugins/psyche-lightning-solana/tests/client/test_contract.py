@@ -13,6 +13,7 @@ from psyche_lightning_solana.client.run import SolanaRun
 from psyche_lightning_solana.client.wallet import Wallet
 from psyche_lightning_solana.localnet import local_chain
 
+from psyche_lightning.protocol.requests import GetTerms
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.testing.coordinators import Connect, CoordinatorContract
 from psyche_lightning.testing.walking import MANIFEST
@@ -53,7 +54,7 @@ class TestSolana(CoordinatorContract):
 
         async def scene(new):  # type: ignore[no-untyped-def]
             first = new()
-            terms = await first.terms()
+            terms = await first.request(GetTerms())
             assert terms.config == replace(self.config, init_min_clients=2)
             assert (terms.unset, terms.manifest) == ((), MANIFEST)
 

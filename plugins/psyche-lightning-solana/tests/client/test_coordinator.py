@@ -13,14 +13,24 @@ from psyche_lightning.errors import CoordinatorError, ManifestMismatchError
 from psyche_lightning.node.core import STALE
 from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.committee import round_selection
-from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.requests import (
+    GetRounds,
+    GetTerms,
+    HealthCheck,
+    Join,
+    Report,
+    Vote,
+    WarmupWitness,
+    Withdraw,
+    Witness,
+)
 from psyche_lightning.protocol.state import ClientStatus, Phase, WitnessProof
 
 
 async def joined(world, count, **options):
     clients = [world.node(**options) for _ in range(count)]
     for client in clients:
-        await client.join("tcp://127.0.0.1:1", {**MANIFEST, "data": {"length": 7}})
+        await client.request(Join("tcp://127.0.0.1:1", {**MANIFEST, "data": {"length": 7}}))
     return clients
 
 
@@ -41,10 +51,10 @@ def test_a_run_from_the_first_join_to_its_end(run, play, player, reached):
         assert {s.phase for s in states} >= {Phase.WAITING_FOR_MEMBERS, Phase.ROUND_TRAIN}
         assert {c.address for s in states for c in s.clients if c.signer != clients[0].signer} == {"tcp://127.0.0.1:1"}
         # Four training rounds and two that drain, seen without a gap.
-        rounds = await clients[0].rounds(0, 0)
+        rounds = await clients[0].request(GetRounds(0, 0))
         assert [(r.height, r.step) for r in rounds] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 0), (5, 0)]
         assert all(r.witnesses for r in rounds)
-        assert await clients[0].rounds(0, 4) == rounds[4:]
+        assert await clients[0].request(GetRounds(0, 4)) == rounds[4:]
         # Nothing but the end of the waiting needs a tick, and it is one for all.
         rows, story = await world.ledger(owner)
         assert rows.count(("tick", "ok")) <= 1
@@ -67,21 +77,21 @@ def test_joining_sends_only_what_is_not_so_yet(run, play, player, reached):
     async def test(world):
         owner = await world.owner(epoch_time=601, total_steps=50)
         client, other = await joined(world, 2)
-        await client.join("tcp://127.0.0.1:1", MANIFEST)
+        await client.request(Join("tcp://127.0.0.1:1", MANIFEST))
         assert await world.rows(client) == [("set_address+join_run", "ok")]
-        await asyncio.gather(*(client.join("tcp://127.0.0.1:2", MANIFEST) for _ in range(3)))
-        await client.join("", MANIFEST)
+        await asyncio.gather(*(client.request(Join("tcp://127.0.0.1:2", MANIFEST)) for _ in range(3)))
+        await client.request(Join("", MANIFEST))
         assert (await world.rows(client))[1:] == [("set_address", "ok"), ("set_address", "ok")]
         players = [player(client), player(other)]
         await play(players, reached(Phase.ROUND_TRAIN))
         before = len(await world.rows(client))
-        await client.join("tcp://127.0.0.1:3", MANIFEST)
+        await client.request(Join("tcp://127.0.0.1:3", MANIFEST))
         names = [name for name, _ in (await world.rows(client))[before:]]
         assert "set_address" in names
         assert not any("join_run" in name for name in names)
         await owner.pause()
         await play(players, reached(Phase.PAUSED))
-        await client.join("tcp://127.0.0.1:4", MANIFEST)  # it waits with the run
+        await client.request(Join("tcp://127.0.0.1:4", MANIFEST))  # it waits with the run
         await owner.resume()
         state = await play(players, reached(Phase.ROUND_TRAIN, 1))
         assert state.epoch_digest == state.checkpoint.digest
@@ -95,21 +105,21 @@ def test_terms_and_manifest(run):
     async def test(world):
         owner = await world.owner()
         client = world.node()
-        terms = await client.terms()
+        terms = await client.request(GetTerms())
         assert terms.manifest == MANIFEST
         assert terms.unset == ()
         assert terms.config.total_steps == 4
         with pytest.raises(ManifestMismatchError, match=r"model\.layers: the run has 2, this node has 3") as caught:
-            await client.join("", {**MANIFEST, "model": {"layers": 3, "name": "x"}})
+            await client.request(Join("", {**MANIFEST, "model": {"layers": 3, "name": "x"}}))
         assert caught.value.differences == [("model.layers", 2, 3)]
         assert await world.rows(client) == []
         bare = await world.owner("bare", manifest=None)
-        assert (await world.node("bare").terms()).manifest is None
+        assert (await world.node("bare").request(GetTerms())).manifest is None
         with pytest.raises(CoordinatorError, match="has no manifest") as caught:
-            await world.node("bare").join("", MANIFEST)
+            await world.node("bare").request(Join("", MANIFEST))
         assert caught.value.code == "NoManifest"
         await bare.update(manifest=MANIFEST)  # a run without one may get it while it is open
-        await world.node("bare").join("", MANIFEST)
+        await world.node("bare").request(Join("", MANIFEST))
         # Somebody else's bytes at the manifest's place are not taken.
         fixed = (await owner.look()).manifest
         place = Pubkey.from_string(fixed.address.removeprefix("account:"))
@@ -118,7 +128,7 @@ def test_terms_and_manifest(run):
             world.chain.store({place: Account(held.lamports, data, held.owner)})
             world.chain.advance(2)
             with pytest.raises(CoordinatorError, match=r"Only that owner can store it again|should lie"):
-                await world.node().terms()
+                await world.node().request(GetTerms())
 
     run(test, programs=True)
 
@@ -129,7 +139,7 @@ def test_bad_input_is_explained(run, play, player, reached):
 
         async def refused(code, client, text=""):
             with pytest.raises(CoordinatorError) as caught:
-                await client.join("tcp://127.0.0.1:1", MANIFEST)
+                await client.request(Join("tcp://127.0.0.1:1", MANIFEST))
             assert caught.value.code == code, caught.value
             assert not caught.value.retryable
             assert text in str(caught.value)
@@ -173,7 +183,7 @@ def test_bad_input_is_explained(run, play, player, reached):
         for proxy in world.proxies:
             proxy.down = True
         with pytest.raises(CoordinatorError, match="cannot reach the chain localnet") as caught:
-            await client.join("", MANIFEST)
+            await client.request(Join("", MANIFEST))
         assert caught.value.retryable
 
     run(test, programs=True)
@@ -188,7 +198,7 @@ def test_services_of_different_chains_are_refused(run):
 
         world.proxies[1].edit(edit)
         with pytest.raises(CoordinatorError, match="different chains") as caught:
-            await world.node().terms()
+            await world.node().request(GetTerms())
         assert caught.value.code == "WrongCluster"
 
     run(test, programs=True, services=2)
@@ -200,7 +210,7 @@ def test_a_finished_run_takes_nobody(run, play, player, reached):
         (client,) = await joined(world, 1)
         await play([player(client)], reached(Phase.FINISHED))
         with pytest.raises(CoordinatorError, match="is finished: all 1 steps"):
-            await world.node().join("", MANIFEST)
+            await world.node().request(Join("", MANIFEST))
 
     run(test, programs=True)
 
@@ -210,8 +220,8 @@ def test_refusals_have_the_machines_names(run, play, player, reached):
         await world.owner()
         clients = await joined(world, 2)
         for call, code in (
-            (lambda c: c.warmup_witness(0, 0, b"\1" * 32), "InvalidRunState"),
-            (lambda c: c.checkpoint(0, 0, b"\1" * 32), "InvalidRunState"),
+            (lambda c: c.request(WarmupWitness(0, 0, b"\1" * 32)), "InvalidRunState"),
+            (lambda c: c.request(Vote(0, 0, b"\1" * 32)), "InvalidRunState"),
         ):
             with pytest.raises(CoordinatorError) as caught:
                 await call(clients[0])
@@ -222,10 +232,10 @@ def test_refusals_have_the_machines_names(run, play, player, reached):
         wrong = WitnessProof(0, 77)
         for height in (0, 5):
             with pytest.raises(CoordinatorError) as caught:
-                await clients[0].witness(0, height, wrong, b"\1" * 32, bytes(192), bytes(192), Report())
+                await clients[0].request(Witness(0, height, wrong, b"\1" * 32, bytes(192), bytes(192), Report()))
             assert caught.value.code == "InvalidWitness"
         with pytest.raises(CoordinatorError) as caught:
-            await world.node().warmup_witness(0, 0, b"\1" * 32)
+            await world.node().request(WarmupWitness(0, 0, b"\1" * 32))
         assert caught.value.code == "InvalidWitness"
         assert state.current.height == 0
         assert issubclass(MachineError, CoordinatorError)
@@ -237,16 +247,16 @@ def test_withdrawing(run, play, player, reached):
     async def test(world):
         await world.owner(init_min_clients=3)
         clients = await joined(world, 2)
-        await clients[0].withdraw()
+        await clients[0].request(Withdraw())
         with pytest.raises(CoordinatorError, match="is not a member"):
-            await clients[0].withdraw()
+            await clients[0].request(Withdraw())
         assert ("withdraw", "InvalidWithdraw") not in await world.rows(clients[0])
         run_now = await clients[1]._look()
         assert [client.signer for client in run_now.pending] == [clients[1].signer]
         clients += await joined(world, 2)
         players = [player(client, ["round_train"]) for client in clients[1:]]
         await play(players, reached(Phase.ROUND_TRAIN))
-        await clients[1].withdraw()
+        await clients[1].request(Withdraw())
         state = (await clients[2]._look()).state
         assert {c.signer: c.status for c in state.clients}[clients[1].signer] is ClientStatus.WITHDRAWN
 
@@ -302,14 +312,14 @@ def test_a_silent_client_is_dropped_by_one_transaction(run, play, player, reache
         for client in clients[:2]:
             seat = state.current.clients.index(client.signer)
             proof = selection.witness_proof(seat)
-            await client.witness(0, 0, proof, b"\1" * 32, *filters, Report(1, 1.0))
+            await client.request(Witness(0, 0, proof, b"\1" * 32, *filters, Report(1, 1.0)))
         now = await clients[0]._look()
         assert now.state.current.height == 1  # two complete reports of three are a quorum
-        dropped = await asyncio.gather(*(client.health_check(0, 1, [gone.signer]) for client in clients[:2]))
+        dropped = await asyncio.gather(*(client.request(HealthCheck(0, 1, (gone.signer,))) for client in clients[:2]))
         assert sum(dropped) == 1
         state = (await clients[0]._look()).state
         assert {c.signer: c.status for c in state.clients}[gone.signer] is ClientStatus.DROPPED
-        assert await clients[0].health_check(0, 1, [gone.signer]) == 0
+        assert await clients[0].request(HealthCheck(0, 1, (gone.signer,))) == 0
         assert (await world.rows(*clients[:2])).count(("health_check", "ok")) == 1
 
     run(test, programs=True)
@@ -320,7 +330,7 @@ def test_another_process_with_the_same_wallet_ends_this_one(run, play, player, r
         await world.owner()
         (client,) = await joined(world, 1)
         twin = world.node(wallet=client.run.wallet)
-        await twin.join("tcp://127.0.0.1:2", MANIFEST)
+        await twin.request(Join("tcp://127.0.0.1:2", MANIFEST))
         with pytest.raises(CoordinatorError, match="another process joined") as caught:
             await play([player(client, ["waiting_for_members"])], reached(Phase.FINISHED))
         assert caught.value.code == "Replaced"
@@ -333,7 +343,7 @@ def test_every_transaction_is_in_the_log(run, play, player, reached, tmp_path):
         owner = await world.owner()
         clients = [world.node(log=str(tmp_path / f"{i}.jsonl")) for i in range(2)]
         for client in clients:
-            await client.join("tcp://127.0.0.1:1", MANIFEST)
+            await client.request(Join("tcp://127.0.0.1:1", MANIFEST))
         await play([player(client) for client in clients], reached(Phase.FINISHED))
         for client in clients:
             await client.close()

@@ -9,6 +9,7 @@ from psyche_lightning_solana.client.feed import Feed
 from psyche_lightning_solana.client.rounds import replay
 from websockets.server import ServerProtocol
 
+from psyche_lightning.protocol.requests import GetRounds, Join
 from psyche_lightning.protocol.state import Phase
 
 
@@ -175,17 +176,17 @@ def test_rounds_that_were_not_seen_come_from_the_ledger(run, play, player, reach
         owner = await world.owner(total_steps=40, init_min_clients=3)
         clients = [world.node() for _ in range(3)]
         for client in clients:
-            await client.join("tcp://127.0.0.1:1", MANIFEST)
+            await client.request(Join("tcp://127.0.0.1:1", MANIFEST))
         players = [player(client) for client in clients]
         await play(players, lambda state: state.current is not None and state.current.height >= 6)
-        watched = await clients[0].rounds(0, 0)
+        watched = await clients[0].request(GetRounds(0, 0))
         await asyncio.sleep(0.2)
         world.chain.advance(3)
         late = world.node(wallet=clients[2].run.wallet)
-        made = await late.rounds(0, 0)
+        made = await late.request(GetRounds(0, 0))
         assert len(made) >= len(watched) > 5
         assert [strip(r) for r in made[: len(watched) - 1]] == [strip(r) for r in watched[:-1]]
-        assert await late.rounds(0, 3) == made[3:]
+        assert await late.request(GetRounds(0, 3)) == made[3:]
         assert late._replayed[0] == 0
         # A ledger that lost something is noticed.
         now = await late._look()
