@@ -122,7 +122,7 @@ def test_every_option_in_the_text_is_one_of_some_command(pages: list[Any]) -> No
             known |= {option for parameter in command.params for option in parameter.opts}
     for page in pages:
         for span in page.spans:
-            if span.split(" ")[0] in ("torchrun", "pip", "git", "solana"):
+            if span.split(" ")[0] in ("torchrun", "pip", "python", "git", "solana"):
                 continue
             for option in re.findall(r"(?:^| )(--[a-z-]+)", span):
                 assert option in known, f"{page.name}: no command has {option} (in `{span}`)"

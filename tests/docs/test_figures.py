@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from psyche_lightning.distro import DistroConfig, payload_size
 from psyche_lightning.lightning.residual import SAVE_EVERY
 from psyche_lightning.protocol.committee import MAX_WITNESSES, quorum
 from psyche_lightning.protocol.open_ids import AGAIN_AFTER
@@ -56,3 +57,18 @@ def test_what_a_death_costs() -> None:
     assert found == [(n, quorum(n), n - quorum(n)) for n in (1, 2, 3, 4, 5, 8, 16, 32)]
     assert MAX_WITNESSES == 32
     assert (AGAIN_AFTER, SAVE_EVERY) == (3, 50), "the page says three rounds, and every 50 rounds"
+
+
+def test_bits_beside_those_of_others() -> None:
+    text = (ROOT / "docs" / "comparison.md").read_text()
+    saved = []
+    for k in (4, 8):
+        chunks = 1 << 16
+        ours = 8 * payload_size(chunks, DistroConfig(k=k)) / (chunks * 4096)
+        theirs = k * 17 / 4096
+        assert f"| psyche_lightning, k = {k} | {ours:.4f} | `psyche bench wire` |" in text
+        assert f" | {theirs:.4f} | {k} × 17 / 4096" in text
+        saved.append(1 - ours / theirs)
+    assert [round(100 * share) for share in saved] == [30, 35]
+    for page in ("comparison.md", "psyche.md"):
+        assert "30 to 35 % fewer bytes" in re.sub(r"\s+", " ", (ROOT / "docs" / page).read_text())
