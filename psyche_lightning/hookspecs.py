@@ -24,7 +24,8 @@ The rules are the same for all five hooks:
 
 * **Signature.** An implementation takes exactly the argument ``register``. A hook that does not exist here, or other
   arguments, is an error of the plugin, which names the nearest hook and shows both signatures.
-* **What is registered.** ``register(name, factory)`` as often as the plugin likes. A name has lower-case letters,
+* **What is registered.** ``register(name, factory)`` as often as the plugin likes; coordinators register a
+  :class:`CoordinatorKind`, which has several factories. A name has lower-case letters,
   digits, ``-``, ``_`` and ``.``, and begins with a letter; recipes and command lines use it. Nothing is built until
   someone asks for the name: registering is cheap, and the factory imports what is heavy. The module of the entry point
   is imported by ``psyche --help`` too, so it must not import torch.
@@ -43,6 +44,7 @@ The rules are the same for all five hooks:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pluggy
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     import torch
     import typer
 
+    from psyche_lightning.protocol.owner import RunAdmin
     from psyche_lightning.protocol.requests import Coordinator
     from psyche_lightning.transports.base import Transport
     from psyche_lightning.wire.identity import Identity
@@ -61,17 +64,17 @@ _Marked = TypeVar("_Marked", bound=Callable[..., Any])
 hookspec: Callable[[_Marked], _Marked] = pluggy.HookspecMarker(PROJECT)
 hookimpl: Callable[[_Marked], _Marked] = pluggy.HookimplMarker(PROJECT)
 
-_Factory = TypeVar("_Factory", contravariant=True)
+_Offer = TypeVar("_Offer", contravariant=True)
 
 
-class Register(Protocol[_Factory]):
+class Register(Protocol[_Offer]):
     """What a hook is given: call it once for each name."""
 
-    def __call__(self, name: str, factory: _Factory) -> None:
-        """Offer ``factory`` under ``name``.
+    def __call__(self, name: str, offer: _Offer) -> None:
+        """Offer a factory, or a :class:`CoordinatorKind`, under ``name``.
 
         Raises:
-            PluginError: the name is malformed, the factory cannot be called, or this plugin used the name before.
+            PluginError: the name is malformed, the offer is none, or this plugin used the name before.
         """
 
 
@@ -112,7 +115,7 @@ def register_transports(register: Register[TransportFactory]) -> None:
     """
 
 
-class CoordinatorFactory(Protocol):
+class ClientFactory(Protocol):
     """Builds the client of one run's coordinator."""
 
     def __call__(self, url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
@@ -130,25 +133,79 @@ class CoordinatorFactory(Protocol):
         ...
 
 
+class OwnerFactory(Protocol):
+    """Builds the owner's side of one run."""
+
+    def __call__(self, url: str, run_id: str, token: str | None) -> RunAdmin:
+        """Build it; it connects when it is first used.
+
+        Args:
+            url: the whole coordinator URL.
+            run_id: the run, which may not exist yet.
+            token: what a server may want to be shown, ``psyche run --token``.
+
+        Raises:
+            ConfigError: the URL is wrong.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ClockReading:
+    """Another clock, seen from here; all in seconds.
+
+    Attributes:
+        offset: by how much it is ahead of this machine's.
+        uncertainty: by how much that may be wrong.
+        answer_seconds: how long the quickest answer took, connecting included.
+    """
+
+    offset: float
+    uncertainty: float
+    answer_seconds: float
+
+
+@dataclass(frozen=True)
+class CoordinatorKind:
+    """What there is to one kind of coordinator. Nodes need its client; what it lacks besides, commands say.
+
+    Attributes:
+        client: builds what a node talks to.
+        owner: builds what ``psyche run`` talks to.
+        clock: reads the clock of the coordinator with this URL, for ``psyche doctor``. Raises ``CoordinatorError``
+            where it cannot be reached, and one with the code ``NoClock`` where it does not tell the time.
+        account: reads a dump of a run's account, given its bytes and the file's name; returns a status as
+            :meth:`~psyche_lightning.protocol.owner.RunAdmin.status` does, for ``psyche run status --account-file``.
+        demo: builds what ``psyche demo --coordinator NAME`` is played on, a
+            ``psyche_lightning.cli.demo.stage.Stage``.
+    """
+
+    client: ClientFactory
+    owner: OwnerFactory | None = None
+    clock: Callable[[str], ClockReading] | None = None
+    account: Callable[[bytes, str], dict[str, Any]] | None = None
+    demo: Callable[[], Any] | None = None
+
+
 @hookspec
-def register_coordinators(register: Register[CoordinatorFactory]) -> None:
+def register_coordinators(register: Register[CoordinatorKind]) -> None:
     """Register kinds of coordinators; the name is the scheme of the coordinator's URL (``solana`` for ``solana://...``).
 
-    ``factory(url, run_id, identity, options)`` returns a client that fulfils
-    :class:`psyche_lightning.protocol.requests.Coordinator`.
-
-    A factory may have four attributes besides: ``admin(url, run_id, token)`` returns the owner's side of a run
-    (:class:`psyche_lightning.protocol.owner.RunAdmin`), which is what ``psyche run`` talks to;
-    ``clock(url)`` how far its clock is from this machine's
-    (:class:`psyche_lightning.server.clock.ClockReading`), for ``psyche doctor``;
-    ``read_account(data, name)`` the status in a dump of a run's account (``psyche run status --account-file``);
-    ``demo()`` what ``psyche demo --coordinator NAME`` is played on (``psyche_lightning.cli.demo.stage.Stage``).
+    A kind is a :class:`CoordinatorKind`, of which only ``client(url, run_id, identity, options)`` is needed: it returns
+    a client that fulfils :class:`psyche_lightning.protocol.requests.Coordinator`.
 
     Example::
 
+        from psyche_lightning.hookspecs import CoordinatorKind
+
         @hookimpl
         def register_coordinators(register):
-            register("solana", lambda url, run_id, identity, options: SolanaCoordinator(url, run_id, identity))
+            register("solana", CoordinatorKind(client=make_client))
+
+        def make_client(url, run_id, identity, options):
+            from psyche_lightning_solana.client.coordinator import SolanaCoordinator
+
+            return SolanaCoordinator(url, run_id, identity)
 
     Built in: ``http`` and ``https`` (``psyche coordinator``), ``embedded`` (a run of this process).
     """

@@ -21,6 +21,13 @@ import pluggy
 
 import psyche_lightning.hookspecs as hookspecs
 from psyche_lightning.errors import ConfigError, PluginError, nearest
+from psyche_lightning.hookspecs import (
+    CommandFactory,
+    CoordinatorKind,
+    DataProviderFactory,
+    ModelFactory,
+    TransportFactory,
+)
 from psyche_lightning.version import __version__
 
 ENTRY_POINT_GROUP = "psyche_lightning"
@@ -46,6 +53,7 @@ KINDS = {
 EXTRAS = {"mla": "demo", "iroh": "iroh", "solana": "solana"}
 
 _Built = TypeVar("_Built")
+_Offer = TypeVar("_Offer")
 _NAME = re.compile(r"[a-z][a-z0-9_.-]*")
 
 
@@ -56,7 +64,8 @@ class Registration:
     Attributes:
         kind: ``"transport"``, ``"coordinator"``, ``"model"``, ``"data provider"`` or ``"command"``.
         name: what recipes and command lines call it.
-        factory: builds it; its signature is in :mod:`psyche_lightning.hookspecs`.
+        offer: what it registered: a factory, or a :class:`~psyche_lightning.hookspecs.CoordinatorKind`; what each is
+            called with stands in :mod:`psyche_lightning.hookspecs`.
         plugin: the entry point's name, or the module of a built-in.
         distribution: the distribution that brought the plugin.
         version: its version.
@@ -64,7 +73,7 @@ class Registration:
 
     kind: str
     name: str
-    factory: Callable[..., Any]
+    offer: Any
     plugin: str
     distribution: str
     version: str
@@ -94,8 +103,8 @@ class Failure:
     details: str = ""
 
 
-class Registry(dict[str, Registration]):
-    """Names to registrations of one kind, by name; looking up any other name raises :class:`PluginError`.
+class Registry(dict[str, _Offer]):
+    """What plugins registered of one kind, by name; looking up any other name raises :class:`PluginError`.
 
     Args:
         kind: what is registered, in the words of messages.
@@ -103,6 +112,7 @@ class Registry(dict[str, Registration]):
         failures: the plugins that failed to load, for the message about a missing name.
 
     Attributes:
+        registrations: who registered each name.
         conflicts: the names that belong to nobody, with those who registered them.
     """
 
@@ -110,12 +120,13 @@ class Registry(dict[str, Registration]):
         owners: dict[str, list[Registration]] = {}
         for registration in registrations:
             owners.setdefault(registration.name, []).append(registration)
-        super().__init__((name, found[0]) for name, found in sorted(owners.items()) if len(found) == 1)
+        self.registrations = {name: found[0] for name, found in sorted(owners.items()) if len(found) == 1}
+        super().__init__((name, found.offer) for name, found in self.registrations.items())
         self.kind = kind
         self.conflicts = {name: tuple(found) for name, found in sorted(owners.items()) if len(found) > 1}
         self._failures = tuple(failures)
 
-    def __missing__(self, name: str) -> Registration:
+    def __missing__(self, name: str) -> _Offer:
         if name in self.conflicts:
             raise PluginError(self.conflict(name))
         choices = ", ".join(self) or "none"
@@ -161,31 +172,31 @@ class Plugins:
             if wanted is None or wanted & {_normalized(entry_point.name), _normalized(distribution)}:
                 self._load(entry_point.name, distribution, version, entry_point.load)
 
-    def transports(self) -> Registry:
+    def transports(self) -> Registry[TransportFactory]:
         """Ways for nodes to exchange messages and blobs."""
         return self._registry("transport")
 
-    def coordinators(self) -> Registry:
+    def coordinators(self) -> Registry[CoordinatorKind]:
         """Kinds of coordinators, by URL scheme."""
         return self._registry("coordinator")
 
-    def models(self) -> Registry:
+    def models(self) -> Registry[ModelFactory]:
         """Models, by the recipe's ``model.name``."""
         return self._registry("model")
 
-    def data_providers(self) -> Registry:
+    def data_providers(self) -> Registry[DataProviderFactory]:
         """Sources of samples, by the recipe's ``data.name``."""
         return self._registry("data provider")
 
-    def commands(self) -> Registry:
+    def commands(self) -> Registry[CommandFactory]:
         """Sub-commands of ``psyche`` that plugins add."""
         return self._registry("command")
 
-    def registries(self) -> list[Registry]:
+    def registries(self) -> list[Registry[object]]:
         """All of them, in the order in which the manual describes them."""
         return [self._registry(kind) for kind in KINDS.values()]
 
-    def _registry(self, kind: str) -> Registry:
+    def _registry(self, kind: str) -> Registry[Any]:
         return Registry(kind, (found for found in self._registrations if found.kind == kind), self.failures)
 
     def _load(self, name: str, distribution: str, version: str, load: Callable[[], object]) -> None:
@@ -240,17 +251,23 @@ class _Recorder:
         self._kind = KINDS[hook]
         self._origin = (plugin, distribution, version)
 
-    def __call__(self, name: str, factory: Callable[..., Any]) -> None:
+    def __call__(self, name: str, offer: Any) -> None:
         if not isinstance(name, str) or _NAME.fullmatch(name) is None:
             raise PluginError(
                 f"A {self._kind} cannot be named {name!r}: a name begins with a lower-case letter and goes on with "
                 "lower-case letters, digits, '-', '_' and '.'."
             )
-        if not callable(factory):
-            raise PluginError(f"The {self._kind} {name!r} needs a factory that can be called, not {factory!r}.")
+        if self._kind == "coordinator":
+            if not isinstance(offer, CoordinatorKind):
+                raise PluginError(
+                    f"The coordinator {name!r} needs a CoordinatorKind, not {offer!r}: "
+                    f"register({name!r}, CoordinatorKind(client=...))."
+                )
+        elif not callable(offer):
+            raise PluginError(f"The {self._kind} {name!r} needs a factory that can be called, not {offer!r}.")
         if any((found.kind, found.name) == (self._kind, name) for found in self._found):
             raise PluginError(f"The plugin registers the {self._kind} {name!r} twice.")
-        self._found.append(Registration(self._kind, name, factory, *self._origin))
+        self._found.append(Registration(self._kind, name, offer, *self._origin))
 
 
 @functools.cache

@@ -111,7 +111,7 @@ def build_model(size: str, seed: int) -> torch.nn.Module:
     """The model of the recipe ``demo``, of one of :data:`SIZES`."""
     model = load_recipe("demo").model
     torch.manual_seed(seed)
-    built: torch.nn.Module = load_plugins().models()[model.name].factory({**model.config, **SIZES[size]})
+    built: torch.nn.Module = load_plugins().models()[model.name]({**model.config, **SIZES[size]})
     return built
 
 

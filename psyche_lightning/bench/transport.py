@@ -60,7 +60,7 @@ def measure(name: str, options: Mapping[str, Any], size: int, repeats: int) -> S
     Raises:
         PsycheError: the transport does not exist or does not work.
     """
-    transport = load_plugins().transports()[name].factory(options)
+    transport = load_plugins().transports()[name](options)
     with _other([name, json.dumps(dict(options)), str(size), str(repeats + 1)]) as child:
         return asyncio.run(_fetch_all(name, transport, child, size))
 
@@ -178,7 +178,7 @@ def _say(what: Mapping[str, Any]) -> None:
 async def _serve(name: str, options: Mapping[str, Any], size: int, count: int) -> None:
     blobs = {sha256(data): data for data in (os.urandom(size) for _ in range(count))}
     identity = Identity.generate()
-    transport = load_plugins().transports()[name].factory(options)
+    transport = load_plugins().transports()[name](options)
 
     def answer(peer: bytes, message: bytes) -> None:
         transport.send(peer, message)

@@ -6,23 +6,22 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from psyche_lightning.hookspecs import CoordinatorFactory, Register, hookimpl
+from psyche_lightning.hookspecs import ClockReading, CoordinatorKind, Register, hookimpl
 from psyche_lightning.plugins import build
 from psyche_lightning.protocol.state import CoordinatorConfig
 
 if TYPE_CHECKING:
     from psyche_lightning.protocol.owner import RunAdmin
     from psyche_lightning.protocol.requests import Coordinator
-    from psyche_lightning.server.clock import ClockReading
     from psyche_lightning.wire.identity import Identity
 
 
 @hookimpl
-def register_coordinators(register: Register[CoordinatorFactory]) -> None:
+def register_coordinators(register: Register[CoordinatorKind]) -> None:
     """Offer the coordinators that every installation has."""
-    register("embedded", embedded)
-    register("http", http)
-    register("https", http)
+    register("embedded", CoordinatorKind(embedded))
+    register("http", SERVER)
+    register("https", SERVER)
 
 
 def embedded(url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
@@ -34,7 +33,7 @@ def embedded(url: str, run_id: str, identity: Identity, options: Mapping[str, An
     return LocalCoordinator(build("coordinator 'embedded'", partial(RunHost, run_id), values), identity)
 
 
-def _admin(url: str, run_id: str, token: str | None) -> RunAdmin:
+def _owner(url: str, run_id: str, token: str | None) -> RunAdmin:
     from psyche_lightning.server.admin import ServerRun
 
     return ServerRun(url, run_id, token)
@@ -53,5 +52,4 @@ def _clock(url: str) -> ClockReading:
     return read_clock(url)
 
 
-http.admin = _admin  # type: ignore[attr-defined]
-http.clock = _clock  # type: ignore[attr-defined]
+SERVER = CoordinatorKind(client=http, owner=_owner, clock=_clock)

@@ -98,9 +98,9 @@ def _app(called: str | None) -> typer.Typer:
         _add(app, name, command.help, _load(command.target) if name == called else None)
     if called not in COMMANDS:
         commands = load_plugins().commands()
-        for name, registration in commands.items():
+        for name, registration in commands.registrations.items():
             if name not in COMMANDS:  # `psyche plugins` names those who try to take one
-                _add(app, name, _help_line(registration), registration.factory() if name == called else None)
+                _add(app, name, _help_line(registration), commands[name]() if name == called else None)
         if called in commands.conflicts:
             raise PluginError(commands.conflict(called))
     return app
@@ -145,7 +145,7 @@ def _load(target: str) -> Callable[..., Any] | typer.Typer:
 def _help_line(registration: Registration) -> str:
     from rich.markup import escape
 
-    lines = (registration.factory.__doc__ or "").strip().splitlines()
+    lines = (registration.offer.__doc__ or "").strip().splitlines()
     return escape(f"{lines[0] if lines else ''} ({registration.distribution})".strip())
 
 

@@ -168,7 +168,7 @@ def _open_recipe(what: str, overrides: list[str]) -> tuple[DataProvider, dict[st
     from psyche_lightning.recipe import load_recipe
 
     recipe = load_recipe(what, overrides)
-    factory = load_plugins().data_providers()[recipe.data.name].factory
+    factory = load_plugins().data_providers()[recipe.data.name]
     provider: DataProvider = factory(recipe.data.options, seed=recipe.run.seed)
     return provider, {"provider": recipe.data.name, **_facts(provider)}
 

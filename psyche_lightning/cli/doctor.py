@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from psyche_lightning.doctor.prediction import Prediction
     from psyche_lightning.doctor.speed import Speed
     from psyche_lightning.doctor.surroundings import Reached
+    from psyche_lightning.hookspecs import ClockReading
     from psyche_lightning.recipe import Recipe
-    from psyche_lightning.server.clock import ClockReading
     from psyche_lightning.transports.base import Transport
 
 STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "bold red", Verdict.UNKNOWN: "dim"}
@@ -323,7 +323,7 @@ def _transport(settings: Recipe, *, name: str | None = None, **options: Any) -> 
     """Makes transports with this machine's options; those given here win."""
     from psyche_lightning.plugins import load_plugins
 
-    factory = load_plugins().transports()[name or settings.node.transport].factory
+    factory = load_plugins().transports()[name or settings.node.transport]
     given = {**settings.node.options, **options}
     factory(given)  # a wrong option is an error before anything is measured
     return lambda: factory(given)

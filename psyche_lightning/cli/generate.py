@@ -41,7 +41,7 @@ def generate(
     models = load_plugins().models()
     if model_type in models:  # its factory makes the type known to transformers
         with torch.device("meta"):
-            models[model_type].factory({})
+            models[model_type]({})
     loaded = _load_model(checkpoint, model_type)
     tokenizer = _load_tokenizer(checkpoint)
     if seed is not None:

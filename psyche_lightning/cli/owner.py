@@ -31,11 +31,10 @@ def administer(url: str | None, run_id: str, token: str | None = None) -> RunAdm
     if not colon:
         raise ConfigError(f"{url!r} is not a coordinator's URL; expected one such as http://127.0.0.1:8080")
     found = load_plugins().coordinators()
-    make = getattr(found[scheme].factory, "admin", None)
-    if make is None:
+    owner = found[scheme].owner
+    if owner is None:
         raise ConfigError(f"a run of the coordinator {scheme!r} lives in one process and has no owner's side")
-    admin: RunAdmin = make(url, run_id, token)
-    return admin
+    return owner(url, run_id, token)
 
 
 def read_account_file(path: Path) -> dict[str, Any]:
@@ -44,16 +43,12 @@ def read_account_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, or no plugin knows it.
     """
-    readers = [
-        getattr(entry.factory, "read_account")  # noqa: B009 - an optional attribute that the type does not have
-        for entry in load_plugins().coordinators().values()
-        if hasattr(entry.factory, "read_account")
-    ]
-    if not readers:
+    readers = (kind.account for kind in load_plugins().coordinators().values())
+    read = next((reader for reader in readers if reader is not None), None)
+    if read is None:
         raise ConfigError("no plugin reads account files; pip install psyche-lightning-solana")
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    status: dict[str, Any] = readers[0](data, path.name)
-    return status
+    return read(data, path.name)

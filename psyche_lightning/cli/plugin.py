@@ -142,9 +142,10 @@ def _check_name(kind: Kind, name: str) -> None:
         )
     if kind is Kind.COMMAND and name in COMMANDS:
         raise ConfigError(f"{name!r} is a command of psyche itself; choose another name")
-    installed: Registry = getattr(load_plugins(), kind.registry)()
+    installed: Registry[object] = getattr(load_plugins(), kind.registry)()
     if name in installed:
-        raise ConfigError(f"{installed[name].owner} registers the {kind.words} {name!r} already; choose another name")
+        owner = installed.registrations[name].owner
+        raise ConfigError(f"{owner} registers the {kind.words} {name!r} already; choose another name")
     if name in installed.conflicts:
         raise PsycheError(installed.conflict(name))
     if kind is Kind.MODEL:

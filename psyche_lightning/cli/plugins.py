@@ -22,7 +22,7 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     """
     loaded = load_plugins()
     conflicts = [registry.conflict(name) for registry in loaded.registries() for name in registry.conflicts]
-    for name, found in loaded.commands().items():
+    for name, found in loaded.commands().registrations.items():
         if name in COMMANDS:
             conflicts.append(f"The {found.owner} registers {name!r}, which is a command of psyche itself and stays so.")
     if as_json:
@@ -44,7 +44,7 @@ def _report(loaded: Plugins, conflicts: list[str]) -> dict[str, object]:
                 "version": found.version,
             }
             for registry in loaded.registries()
-            for found in registry.values()
+            for found in registry.registrations.values()
         ],
         "conflicts": conflicts,
         "failures": [asdict(failure) for failure in loaded.failures],
@@ -55,7 +55,7 @@ def _print(loaded: Plugins, conflicts: list[str]) -> None:
     console = Console()
     table = Table("Kind", "Name", "Plugin", "Distribution")
     for registry in loaded.registries():
-        for found in registry.values():
+        for found in registry.registrations.values():
             origin = f"{found.distribution} {found.version}"
             table.add_row(found.kind, Text(found.name, style="bold"), found.plugin, origin)
         table.add_section()

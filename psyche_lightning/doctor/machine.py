@@ -219,7 +219,7 @@ def _clock(now: float) -> Finding:
 
 def _plugins() -> list[Finding]:
     loaded = load_plugins()
-    entries = [entry for registry in loaded.registries() for entry in registry.values()]
+    entries = [entry for registry in loaded.registries() for entry in registry.registrations.values()]
     names = sorted({entry.distribution for entry in entries})
     found = [Finding(AREA, "plugins", f"{len(entries)} of {', '.join(names)}")]
     for failure in loaded.failures:

@@ -136,7 +136,7 @@ def _train(
     progress("the model", 0.15)
     torch.manual_seed(recipe.run.seed)
     dtype = torch.bfloat16 if recipe.trainer.precision == "bf16-true" else getattr(torch, recipe.model.dtype)
-    model = load_plugins().models()[recipe.model.name].factory(recipe.model.options).to(device, dtype).train()
+    model = load_plugins().models()[recipe.model.name](recipe.model.options).to(device, dtype).train()
     module = CausalModule(model, recipe.optimizer, recipe.schedule)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", 2)
     mixed = _DTYPES[recipe.trainer.precision] if recipe.trainer.precision.endswith("-mixed") else None

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 from psyche_lightning.doctor.finding import Finding, Verdict, duration, speed
 from psyche_lightning.doctor.link import Measured
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
+from psyche_lightning.hookspecs import ClockReading
 from psyche_lightning.plugins import load_plugins
-from psyche_lightning.server.clock import ClockReading
 from psyche_lightning.transports.base import Link, Transport, TransportContext
 from psyche_lightning.transports.peer import NOT_YET
 from psyche_lightning.wire.identity import Identity, short
@@ -58,12 +58,12 @@ def coordinator(url: str) -> tuple[list[Finding], ClockReading | None]:
     scheme, colon, _ = url.partition(":")
     if not colon:
         raise ConfigError(f"{url!r} is not a coordinator's URL; expected one such as http://127.0.0.1:8080")
-    look = getattr(load_plugins().coordinators()[scheme].factory, "clock", None)
-    if look is None:
+    clock = load_plugins().coordinators()[scheme].clock
+    if clock is None:
         text = f"a coordinator of the kind {scheme!r} does not say what time it is"
         return [Finding(AREA, "clock", text, Verdict.UNKNOWN)], None
     try:
-        reading: ClockReading = look(url)
+        reading = clock(url)
     except CoordinatorError as error:
         advice = "check the URL, that `psyche coordinator` runs there, and that no firewall is in between"
         if error.code == "NoClock":

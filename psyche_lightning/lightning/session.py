@@ -104,7 +104,7 @@ class Session:
         self._taken: tuple[RoundWork, RunState] | None = None
         self.signer = b""
         # Who trains alone needs none, but is told at once what is wrong with it.
-        transport = load_plugins().transports()[options.transport].factory(options.transport_options)
+        transport = load_plugins().transports()[options.transport](options.transport_options)
         self._transport: Transport = MemoryTransport() if options.alone else self.traffic.watch(transport)
         if options.alone:
             unset = () if options.config else ("global_batch_size", "total_steps")
@@ -207,8 +207,7 @@ class Session:
         assert run is not None
         scheme = urlsplit(url).scheme
         options = {"socket_factory": socket_factory(self.traffic.coordinator)} if scheme in ("http", "https") else {}
-        client: Coordinator = load_plugins().coordinators()[scheme].factory(url, run, identity, options)
-        return client
+        return load_plugins().coordinators()[scheme].client(url, run, identity, options)
 
     def _own_run(self, identity: Identity, global_batch: int, total: int, done: int) -> LocalCoordinator:
         """A run of this process alone. Its seconds are its rounds: nothing in it depends on how long anything takes."""

@@ -51,14 +51,14 @@ def meta_model(recipe: Recipe) -> torch.nn.Module:
         ConfigError: its configuration is wrong.
         CheckpointError: nothing usable is at its path.
     """
-    registration = load_plugins().models()[recipe.model.name]
+    build = load_plugins().models()[recipe.model.name]
     import torch
 
     options = recipe.model.options
     if recipe.model.path is not None:
         options["path"] = local_model(recipe.model.path, print, weights=False)
     with torch.device("meta"):
-        model: torch.nn.Module = registration.factory(options)
+        model = build(options)
     return model.to(getattr(torch, recipe.model.dtype))
 
 

@@ -11,27 +11,13 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.hookspecs import ClockReading
 from psyche_lightning.server.admin import check_url
 
 LOOKS = 8
 SPREAD = 0.13
 """Seconds between looks: together they see a second of the server's begin."""
 TIMEOUT = 5.0
-
-
-@dataclass(frozen=True)
-class ClockReading:
-    """Another clock, seen from here; all in seconds.
-
-    Attributes:
-        offset: by how much it is ahead of this machine's.
-        uncertainty: by how much that may be wrong.
-        answer_seconds: how long the quickest answer took, connecting included.
-    """
-
-    offset: float
-    uncertainty: float
-    answer_seconds: float
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,9 @@ def train_recipe(
     if coordinator_url is not None and recipe.checkpoint.resume is not None:
         fixed = _fixed(coordinator_url, run)
     beginning = begin(recipe, fixed, _say)
-    provider: DataProvider = plugins.data_providers()[recipe.data.name].factory(
-        recipe.data.options, seed=recipe.run.seed
-    )
+    provider: DataProvider = plugins.data_providers()[recipe.data.name](recipe.data.options, seed=recipe.run.seed)
     torch.manual_seed(recipe.run.seed)  # nodes of one kind begin with equal parameters, which need not travel then
-    model = plugins.models()[recipe.model.name].factory(dict(beginning.options))
+    model = plugins.models()[recipe.model.name](dict(beginning.options))
     model = model.to(getattr(torch, recipe.model.dtype)).train()
     check_data(model, provider)
     sections = manifest(recipe, getattr(provider, "fingerprint", None))
@@ -256,8 +254,8 @@ class _Diary(Callback):
 
 def _fixed(url: str, run: str) -> Mapping[str, Any]:
     """The manifest of a run as far as it is fixed."""
-    factory = load_plugins().coordinators()[urlsplit(url).scheme].factory
-    return look(factory(url, run, Identity.generate(), {})).manifest or {}
+    client = load_plugins().coordinators()[urlsplit(url).scheme].client
+    return look(client(url, run, Identity.generate(), {})).manifest or {}
 
 
 def _say(text: str) -> None:

@@ -17,9 +17,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """A checkpoint as training leaves it: model and tokenizer in one folder."""
     recipe = load_recipe(request.param, ["data.config.max_bytes=200000"], twin=True)
     plugins = load_plugins()
-    data = plugins.data_providers()[recipe.data.name].factory(recipe.data.options, seed=0)
+    data = plugins.data_providers()[recipe.data.name](recipe.data.options, seed=0)
     torch.manual_seed(0)
-    model: Any = plugins.models()[recipe.model.name].factory(recipe.model.options)
+    model: Any = plugins.models()[recipe.model.name](recipe.model.options)
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)

@@ -53,9 +53,9 @@ def test_blocks_marked_as_runnable_run(pages: list[Any], tmp_path: Path) -> None
 def test_the_plugin_of_the_page_loads_through_the_host(example: Path) -> None:
     plugins = Plugins(only=["psyche-lightning-sums"])
     assert plugins.failures == []
-    found = plugins.data_providers()["sums"]
+    found = plugins.data_providers().registrations["sums"]
     assert (found.plugin, found.distribution, found.version) == ("sums", "psyche-lightning-sums", "1.0")
-    data = found.factory({"seq_len": 32, "largest": 9}, seed=1)
+    data = found.offer({"seq_len": 32, "largest": 9}, seed=1)
     assert data.seq_len == 32
     first, second = data.samples(0, 1)
     assert first["input_ids"].tolist() == data.samples(len(data), len(data))[0]["input_ids"].tolist()
@@ -65,7 +65,7 @@ def test_the_plugin_of_the_page_loads_through_the_host(example: Path) -> None:
     left, _, right = line.partition("=")
     assert sum(map(int, left.split("+"))) == int(right)
     with pytest.raises(ConfigError, match=r"no option 'larges'\. Did you mean 'largest'"):
-        found.factory({"seq_len": 32, "larges": 9}, seed=1)
+        found.offer({"seq_len": 32, "larges": 9}, seed=1)
 
 
 def test_its_commands_and_its_recipe_work_as_the_page_says(example: Path) -> None:

@@ -234,7 +234,7 @@ def test_positions_reach_the_model() -> None:
     recipe = load_recipe("hf-llama", ["model.config.vocab_size=64"], twin=True)
     from psyche_lightning.plugins import load_plugins
 
-    model = load_plugins().models()["hf"].factory(recipe.model.options)
+    model = load_plugins().models()["hf"](recipe.model.options)
     check_data(model, Positioned())
     module = CausalModule(model, OptimizerSection(), recipe.schedule)
     batch = next(iter(DataLoader(ProviderDataset(Positioned()), batch_size=2)))

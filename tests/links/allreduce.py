@@ -21,8 +21,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(recipe.run.seed)
     plugins = load_plugins()
-    model = plugins.models()[recipe.model.name].factory(recipe.model.options).train()
-    provider = plugins.data_providers()[recipe.data.name].factory(recipe.data.options, seed=recipe.run.seed)
+    model = plugins.models()[recipe.model.name](recipe.model.options).train()
+    provider = plugins.data_providers()[recipe.data.name](recipe.data.options, seed=recipe.run.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     # Not before the optimizer: what torch loads for that would keep the group's threads alive at the end.
     dist.init_process_group("gloo", timeout=timedelta(hours=4))

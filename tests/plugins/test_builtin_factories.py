@@ -18,7 +18,7 @@ PLUGINS = Plugins(only=[])
 @pytest.mark.parametrize(("name", "options"), [("memory", {}), ("tcp", {"host": "127.0.0.1", "port": 0})])
 def test_a_transport_by_its_name_listens(name: str, options: dict[str, Any]) -> None:
     async def listen() -> str:
-        transport = PLUGINS.transports()[name].factory(options)
+        transport = PLUGINS.transports()[name](options)
         context = TransportContext(Identity(bytes(32)), "run", lambda peer, message: None, lambda digest: None)
         address: str = await transport.start(context)
         await transport.stop()
@@ -29,13 +29,13 @@ def test_a_transport_by_its_name_listens(name: str, options: dict[str, Any]) -> 
 
 def test_an_unknown_transport_option_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"transport 'tcp' has no option 'prot'\. Did you mean 'port'\?"):
-        PLUGINS.transports()["tcp"].factory({"prot": 1})
+        PLUGINS.transports()["tcp"]({"prot": 1})
 
 
 def test_the_embedded_coordinator_runs_alone() -> None:
     async def join() -> Phase:
         options = {"config": CoordinatorConfig(total_steps=3), "max_seq_len": 16}
-        client = PLUGINS.coordinators()["embedded"].factory("embedded", "run", Identity(bytes(32)), options)
+        client = PLUGINS.coordinators()["embedded"].client("embedded", "run", Identity(bytes(32)), options)
         await client.request(Join("memory:1", {}))
         try:
             async for state in client.watch():
@@ -52,8 +52,8 @@ def test_the_embedded_coordinator_runs_alone() -> None:
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_coordinator_by_its_scheme(scheme: str) -> None:
-    factory = PLUGINS.coordinators()[scheme].factory
-    client = factory(f"{scheme}://127.0.0.1:1", "run", Identity(bytes(32)), {"attempts": 1})
+    kind = PLUGINS.coordinators()[scheme]
+    client = kind.client(f"{scheme}://127.0.0.1:1", "run", Identity(bytes(32)), {"attempts": 1})
     asyncio.run(client.close())
     with pytest.raises(ConfigError, match=r"no option 'atempts'\. Did you mean 'attempts'\?"):
-        factory(f"{scheme}://127.0.0.1:1", "run", Identity(bytes(32)), {"atempts": 1})
+        kind.client(f"{scheme}://127.0.0.1:1", "run", Identity(bytes(32)), {"atempts": 1})

@@ -21,7 +21,7 @@ TINY: dict[str, Any] = {
 
 
 def hf(config: dict[str, Any]) -> Any:
-    return Plugins(only=[]).models()["hf"].factory(config)
+    return Plugins(only=[]).models()["hf"](config)
 
 
 def test_a_model_by_configuration_trains_saves_and_loads_the_same(tmp_path: Path) -> None:

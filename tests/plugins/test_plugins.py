@@ -28,7 +28,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
         (info / "entry_points.txt").write_text(f"[psyche_lightning]\n{entry or module} = {module}\n")
         (site / f"{module}.py").write_text(
-            "from psyche_lightning import hookimpl\n\n\n" + textwrap.dedent(source).lstrip()
+            "from psyche_lightning.hookspecs import CoordinatorKind, hookimpl\n\n\n" + textwrap.dedent(source).lstrip()
         )
         monkeypatch.syspath_prepend(str(site))
         monkeypatch.delitem(sys.modules, module, raising=False)
@@ -39,7 +39,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 def registering(hook: str, *names: str) -> str:
     """The source of a plugin that registers these names."""
-    calls = "".join(f"    register({name!r}, build)\n" for name in names)
+    offer = "CoordinatorKind(build)" if hook == "register_coordinators" else "build"
+    calls = "".join(f"    register({name!r}, {offer})\n" for name in names)
     return f"@hookimpl\ndef {hook}(register):\n{calls}\n\ndef build(*args, **kwargs):\n    return args, kwargs\n"
 
 
@@ -50,7 +51,7 @@ def test_built_ins_come_through_the_same_door() -> None:
     assert {"http", "https"} <= set(plugins.coordinators())
     assert set(plugins.models()) == {"hf"}
     assert set(plugins.data_providers()) == {"text", "tokens", "mix", "datasets", "parquet"}
-    found = plugins.transports()["tcp"]
+    found = plugins.transports().registrations["tcp"]
     assert (found.kind, found.plugin, found.distribution) == ("transport", "builtin.transports", "psyche-lightning")
     assert set(Plugins(builtins=[], only=[]).transports()) == set()
     assert len(BUILTINS) == 4
@@ -63,10 +64,12 @@ def test_an_entry_point_adds_to_every_kind(install: Install, hook: str, kind: st
     assert plugins.failures == []
     registry = next(registry for registry in plugins.registries() if registry.kind == kind)
     assert {"hello", "hello-2"} <= set(registry)
-    found = registry["hello"]
+    found = registry.registrations["hello"]
     assert (found.kind, found.name, found.plugin) == (kind, "hello", "psyche_hello")
     assert (found.distribution, found.version) == ("psyche-lightning-hello", "2.3")
-    assert found.factory(1, a=2) == ((1,), {"a": 2})
+    assert registry["hello"] is found.offer
+    build = found.offer.client if kind == "coordinator" else found.offer
+    assert build(1, a=2) == ((1,), {"a": 2})
 
 
 def test_two_plugins_with_one_name_are_both_named_and_the_rest_stays(install: Install) -> None:
@@ -109,6 +112,13 @@ def test_a_built_in_name_is_not_silently_replaced(install: Install) -> None:
         (registering("register_models", "twice", "twice"), ["'twice' twice"]),
         (registering("register_models", "Upper Case"), ["'Upper Case'", "lower-case"]),
         ("@hookimpl\ndef register_models(register):\n    register('x', 5)\n", ["'x'", "not 5"]),
+        (
+            "@hookimpl\ndef register_coordinators(register):\n    register('x', print)\n",
+            [
+                "The coordinator 'x' needs a CoordinatorKind, not <built-in",
+                "register('x', CoordinatorKind(client=...))",
+            ],
+        ),
     ],
 )
 def test_a_plugin_that_fails_is_recorded_and_breaks_nothing(install: Install, source: str, parts: list[str]) -> None:
@@ -183,7 +193,7 @@ def test_hooks_of_an_object_with_methods_work() -> None:
     plugins = Plugins(only=[])
     plugins._load("object", "psyche-lightning-object", "1", Plugin)
     assert plugins.failures == []
-    assert plugins.models()["method"].factory is dict
+    assert plugins.models()["method"] is dict
 
 
 def test_build_checks_options_by_name() -> None:

@@ -55,9 +55,9 @@ def test_its_twin_is_small_and_learns_on_this_machine(name: str, tmp_path: Path)
     assert recipe.run.init_min_clients == 1
     assert recipe.run.total_steps * recipe.run.global_batch_size_end <= 16
     plugins = load_plugins()
-    data = plugins.data_providers()[recipe.data.name].factory(recipe.data.options, seed=recipe.run.seed)
+    data = plugins.data_providers()[recipe.data.name](recipe.data.options, seed=recipe.run.seed)
     torch.manual_seed(recipe.run.seed)
-    model = plugins.models()[recipe.model.name].factory(recipe.model.options)
+    model = plugins.models()[recipe.model.name](recipe.model.options)
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
     model.to(getattr(torch, recipe.model.dtype))
     optimizer = DisTrO(model.named_parameters(), lr=0.01, config=recipe.distro)

@@ -37,11 +37,11 @@ def test_a_variable_that_makes_no_sense_is_named() -> None:
     with pytest.raises(ConfigError, match="PSYCHE_PORT is 'http'; expected a number"):
         with_environment({}, {"PSYCHE_PORT": "http"})
     with pytest.raises(ConfigError, match=r"upload is 0\.0; expected bytes a second"):
-        load_plugins().transports()["tcp"].factory(with_environment({}, {"PSYCHE_UPLOAD": "0"}))
+        load_plugins().transports()["tcp"](with_environment({}, {"PSYCHE_UPLOAD": "0"}))
 
 
 def test_the_built_in_transport_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in GIVEN.items():
         monkeypatch.setenv(name, value)
-    built: Any = load_plugins().transports()["tcp"].factory({"advertise": "10.0.0.7"})
+    built: Any = load_plugins().transports()["tcp"]({"advertise": "10.0.0.7"})
     assert (built._host, built._port, built._advertise) == ("0.0.0.0", 4000, "10.0.0.7")

@@ -310,7 +310,7 @@ def test_an_address_that_makes_no_sense_is_shown_and_harms_nobody() -> None:
 
 
 def test_it_comes_through_the_door_and_knows_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    factory = load_plugins().transports()["iroh"].factory
+    factory = load_plugins().transports()["iroh"]
     assert isinstance(factory({"relay": "https://relay.example", "upload": 1000}), IrohTransport)
     with pytest.raises(ConfigError, match=r"'iroh' has no option 'relais'\. Did you mean 'relay'"):
         factory({"relais": "off"})

@@ -22,9 +22,8 @@ TINY: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_
 def test_the_host_finds_the_model(name: str) -> None:
     plugins = Plugins(only=["psyche-lightning-mla"])
     assert not plugins.failures
-    registration = plugins.models()[name]
-    assert registration.distribution == "psyche-lightning-mla"
-    model = registration.factory(TINY)
+    assert plugins.models().registrations[name].distribution == "psyche-lightning-mla"
+    model = plugins.models()[name](TINY)
     assert isinstance(model, MLAForCausalLM)
     assert model.training
     assert model.config.hidden_size == 32

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from psyche_lightning import hookimpl
+from psyche_lightning.hookspecs import CommandFactory, CoordinatorKind, Register, hookimpl
 
 if TYPE_CHECKING:
     import typer
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 @hookimpl
-def register_coordinators(register: Callable[[str, Callable[..., Any]], None]) -> None:
+def register_coordinators(register: Register[CoordinatorKind]) -> None:
     """Register the coordinator."""
-    register("solana", coordinator)
+    register("solana", CoordinatorKind(client=coordinator, owner=_owner, account=_account, demo=_demo))
 
 
 def coordinator(url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
@@ -36,25 +36,20 @@ def _demo() -> Stage:
     return SolanaStage()
 
 
-def _admin(url: str, run_id: str, token: str | None) -> RunAdmin:
+def _owner(url: str, run_id: str, token: str | None) -> RunAdmin:
     from psyche_lightning_solana.owner_side import SolanaRunAdmin
 
     return SolanaRunAdmin(url, run_id)
 
 
-def _read_account(data: bytes, name: str) -> dict[str, Any]:
+def _account(data: bytes, name: str) -> dict[str, Any]:
     from psyche_lightning_solana.owner_side import read_account
 
     return read_account(data, name)
 
 
-coordinator.demo = _demo  # type: ignore[attr-defined]
-coordinator.admin = _admin  # type: ignore[attr-defined]
-coordinator.read_account = _read_account  # type: ignore[attr-defined]
-
-
 @hookimpl
-def register_commands(register: Callable[[str, Callable[..., Any]], None]) -> None:
+def register_commands(register: Register[CommandFactory]) -> None:
     """Register the commands."""
     register("solana", commands)
 

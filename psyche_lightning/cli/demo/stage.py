@@ -16,7 +16,7 @@ SERVER = "server"
 
 
 class Stage(Protocol):
-    """One kind of coordinator in the demo. A plugin's coordinator factory has one if its attribute ``demo`` makes it.
+    """One kind of coordinator in the demo. A plugin's coordinator has one if its kind has a ``demo``.
 
     Attributes:
         what: it, in words.
@@ -59,12 +59,13 @@ def find_stage(name: str) -> Stage:
     if name == SERVER:
         return ServerStage()
     found = load_plugins().coordinators()
-    have = [SERVER, *(other for other, entry in found.items() if hasattr(entry.factory, "demo"))]
+    demos = {other: kind.demo for other, kind in found.items() if kind.demo is not None}
+    have = [SERVER, *demos]
     if name not in have:
         raise ConfigError(
             f"There is no demo with the coordinator {name!r}.{nearest(name, have)} Choose {', '.join(have)}."
         )
-    stage: Stage = found[name].factory.demo()  # type: ignore[attr-defined]
+    stage: Stage = demos[name]()
     return stage
 
 
