@@ -30,6 +30,10 @@ class TransportError(PsycheError):
     """A transport could not start, reach a peer or fetch a blob."""
 
 
+class AbsentError(TransportError):
+    """None of the peers that were asked for a blob has it."""
+
+
 class StoreError(PsycheError):
     """A node's folder of blobs and promises is full, unwritable, in use or damaged."""
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from psyche_lightning.simulation.scenario import Outcome, Scenario, SimulationError
+from psyche_lightning.simulation.scenario import History, Scenario, SimulationError
 from psyche_lightning.simulation.simulator import simulate, simulate_all
 
 
@@ -30,16 +30,16 @@ def sim(
         show(0.0, str(Scenario.draw(seed)))
         _sum_up(console, [simulate(seed, show)])
         return
-    outcomes = simulate_all(range(seed, seed + histories), jobs)
-    _sum_up(console, list(track(outcomes, "Histories", total=histories, console=console, disable=histories == 1)))
+    played = simulate_all(range(seed, seed + histories), jobs)
+    _sum_up(console, list(track(played, "Histories", total=histories, console=console, disable=histories == 1)))
 
 
-def _sum_up(console: Console, outcomes: list[Outcome | SimulationError]) -> None:
-    failed = [outcome for outcome in outcomes if isinstance(outcome, SimulationError)]
-    held = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
-    rounds, faults = sum(outcome.rounds for outcome in held), sum(outcome.faults for outcome in held)
+def _sum_up(console: Console, histories: list[History | SimulationError]) -> None:
+    failed = [history for history in histories if isinstance(history, SimulationError)]
+    held = [history for history in histories if isinstance(history, History)]
+    rounds, faults = sum(history.rounds for history in held), sum(history.faults for history in held)
     console.print(
-        f"{len(held)} of {len(outcomes)} histories held: {rounds} rounds with equal parameters, {faults} faults"
+        f"{len(held)} of {len(histories)} histories held: {rounds} rounds with equal parameters, {faults} faults"
     )
     if failed:
         raise SimulationError("\n".join(map(str, failed)))

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from psyche_lightning.coordinator.machine import ending
+from psyche_lightning.coordinator.machine import Ending, ending
 from psyche_lightning.errors import WireError
 from psyche_lightning.protocol.codec import from_json, to_json
+from psyche_lightning.protocol.committee import quorum, round_selection
 from psyche_lightning.protocol.requests import Report
 from psyche_lightning.protocol.state import Phase, Round, RunState
 from psyche_lightning.wire.identity import short
@@ -243,7 +244,7 @@ def _notable(before: RunState, after: RunState, now: float) -> list[tuple[str, s
     round_ = after.current
     if after.draining and not before.draining and round_ is not None:
         trained = after.round_at(round_.height - 1)
-        reason = ending(after, trained, now) if trained is not None else ""
+        reason = _reason(after, trained, now) if trained is not None else ""
         notes.append(("epoch", f"epoch {after.epoch} ends: {reason}; two rounds exchange what is under way"))
     if after.phase is before.phase:
         return notes
@@ -276,6 +277,26 @@ def _notable(before: RunState, after: RunState, now: float) -> list[tuple[str, s
     elif before.phase is Phase.PAUSED:
         notes.append(("run", "the run is resumed"))
     return notes
+
+
+def _reason(state: RunState, round_: Round, now: float) -> str:
+    """Why an epoch ends after that round."""
+    match ending(state, round_, now):
+        case Ending.NO_WITNESS:
+            return "no witness reported"
+        case Ending.TIME_OVER:
+            return "its time is over"
+        case Ending.FEW_CLIENTS:
+            return f"{len(state.clients)} clients are left and min_clients is {state.config.min_clients}"
+        case Ending.NO_QUORUM:
+            expected = round_selection(round_, state.config).witness_count
+            return f"{len(round_.witnesses)} of {expected} witnesses reported and a quorum is {quorum(expected)}"
+        case Ending.ALL_TRAINED:
+            return "all steps are trained"
+        case Ending.PAUSE:
+            return "a pause was asked for"
+        case None:
+            return ""
 
 
 def _outcome(before: RunState, after: RunState) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from enum import Enum, auto
 from typing import Any
 
 from psyche_lightning.errors import CoordinatorError
@@ -91,23 +92,33 @@ def _nobody_left_to_report(state: RunState, round_: Round) -> bool:
     )
 
 
-def ending(state: RunState, round_: Round, now: float) -> str:
-    """Why the epoch ends after the training round ``round_``, in words; empty when it goes on.
+class Ending(Enum):
+    """Why an epoch ends."""
+
+    NO_WITNESS = auto()
+    TIME_OVER = auto()
+    FEW_CLIENTS = auto()
+    NO_QUORUM = auto()
+    ALL_TRAINED = auto()
+    PAUSE = auto()
+
+
+def ending(state: RunState, round_: Round, now: float) -> Ending | None:
+    """Why the epoch ends after the training round ``round_``; None when it goes on.
 
     ``state`` has the step counted and the clients that left removed.
     """
-    expected = round_selection(round_, state.config).witness_count
     if not round_.witnesses:
-        return "no witness reported"
+        return Ending.NO_WITNESS
     if now >= state.epoch_start + state.config.epoch_time:
-        return "its time is over"
+        return Ending.TIME_OVER
     if len(state.clients) < state.config.min_clients:
-        return f"{len(state.clients)} clients are left and min_clients is {state.config.min_clients}"
-    if len(round_.witnesses) < quorum(expected):
-        return f"{len(round_.witnesses)} of {expected} witnesses reported and a quorum is {quorum(expected)}"
+        return Ending.FEW_CLIENTS
+    if len(round_.witnesses) < quorum(round_selection(round_, state.config).witness_count):
+        return Ending.NO_QUORUM
     if state.step > state.config.total_steps:
-        return "all steps are trained"
-    return "a pause was asked for" if state.pending_pause else ""
+        return Ending.ALL_TRAINED
+    return Ending.PAUSE if state.pending_pause else None
 
 
 def _change(state: RunState, **fields: Any) -> RunState:

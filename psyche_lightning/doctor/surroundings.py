@@ -17,7 +17,6 @@ from psyche_lightning.errors import ConfigError, CoordinatorError, TransportErro
 from psyche_lightning.hookspecs import ClockReading
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.transports.base import Link, Transport, TransportContext
-from psyche_lightning.transports.peer import NOT_YET
 from psyche_lightning.wire.identity import Identity, short
 
 AREA, LINK = "run", "link"
@@ -132,7 +131,7 @@ async def reach(
         until = time.monotonic() + seconds
         while True:
             links = transport.links()
-            done = [one for one in links if one.connected or one.answered is not None or one.reason != NOT_YET]
+            done = [one for one in links if one.tried]
             progress("peers", len(done) / max(len(links), 1))
             if len(done) == len(links) or time.monotonic() > until:
                 return [Reached(one.peer, addresses[one.peer], one) for one in links]

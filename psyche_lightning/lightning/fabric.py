@@ -29,6 +29,7 @@ from psyche_lightning.lightning.manifest import data_section, model_section, opt
 from psyche_lightning.lightning.optimizers import TakenStep, build_distro, copy_rates
 from psyche_lightning.lightning.options import Options
 from psyche_lightning.lightning.session import Session
+from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.participant import RoundWork
 
 
@@ -149,9 +150,9 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     @property
-    def finished(self) -> str:
-        """Why the run is over; empty as long as it is not."""
-        return self.session.finished if self.session is not None else ""
+    def finished(self) -> Finished | None:
+        """How the run ended for this node, which its text says; None as long as it has not."""
+        return self.session.finished if self.session is not None else None
 
     def _rounds(self) -> Iterator[RoundWork]:
         """The rounds of one pass over the data."""

@@ -26,6 +26,7 @@ from psyche_lightning.lightning.traffic import Traffic
 from psyche_lightning.node.book import FILE as LEDGER
 from psyche_lightning.node.book import Book
 from psyche_lightning.node.download import Transfer
+from psyche_lightning.node.notices import Finished, Notice
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.settings import Settings
@@ -239,9 +240,9 @@ class Session:
         return self._participant is not None
 
     @property
-    def finished(self) -> str:
-        """Why the run is over; empty as long as it is not."""
-        return self._participant.finished if self._participant else ""
+    def finished(self) -> Finished | None:
+        """How the run ended for this node; None as long as it has not."""
+        return self._participant.finished if self._participant else None
 
     @property
     def state(self) -> RunState | None:
@@ -432,8 +433,8 @@ class _RecentBlobs(MemoryBlobStore):
         return digest
 
 
-def _say(level: str, text: str) -> None:
-    if level == "warning":
-        logger.warning(text)
+def _say(notice: Notice) -> None:
+    if notice.level >= logging.WARNING:
+        logger.warning("%s", notice)
     else:
-        rank_zero_info(f"psyche: {text}")
+        rank_zero_info(f"psyche: {notice}")

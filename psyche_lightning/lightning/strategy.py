@@ -250,7 +250,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
 
     def stop_if_finished(self) -> bool:
         """Tell Trainer to stop when the run is over; returns whether it is."""
-        finished = self.session is not None and bool(self.session.finished)
+        finished = self.session is not None and self.session.finished is not None
         if finished and self._trainer is not None:
             self._trainer.should_stop = True
             # Trainer would wait for its minimum, but no more rounds come.

@@ -9,11 +9,11 @@ from __future__ import annotations
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.agreement import EpochLog
 from psyche_lightning.node.exchange import Exchange
+from psyche_lightning.node.notices import BuffersNotObtained, KeepsOwnBuffers
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.protocol.messages import Buffers, Envelope
 from psyche_lightning.protocol.state import ClientStatus, Phase, RunState
-from psyche_lightning.wire.identity import short
 
 
 class BufferCopy:
@@ -56,7 +56,7 @@ class BufferCopy:
             return
         self._loading, self._done = None, not event.reason
         if event.reason:
-            self._out.say("warning", f"could not obtain the model's buffers: {event.reason}")
+            self._out.say(BuffersNotObtained(event.reason))
 
     def advance(self, state: RunState, log: EpochLog | None) -> None:
         """Share, take or ask for buffers, as far as it is known whose they are to be."""
@@ -96,8 +96,7 @@ class BufferCopy:
             return True
         self._done = True
         if self._source is not None:
-            text = f"{short(self._source)} does not give the model's buffers; training with this node's own"
-            self._out.say("warning", text)
+            self._out.say(KeepsOwnBuffers(self._source))
         return False
 
 

@@ -18,6 +18,7 @@ from psyche_lightning.node.buffers import BufferCopy
 from psyche_lightning.node.events import Effect, Event
 from psyche_lightning.node.exchange import Exchange, gone
 from psyche_lightning.node.follower import Follower
+from psyche_lightning.node.notices import Finished, Outcome, RequestRefused, TakesLast, TakesStart
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.node.repair import Base
 from psyche_lightning.node.rounds import RoundLog
@@ -107,7 +108,7 @@ class NodeCore:
                 self._buffers.loaded(event)
             case ev.RequestFailed(_, code, text, retryable):
                 if not retryable and code not in STALE:
-                    self._out.say("warning", f"the coordinator refused a request: {text}")
+                    self._out.say(RequestRefused(code, text))
             case ev.Tick():
                 pass
         if self.state is not None and not self.finished:
@@ -215,7 +216,7 @@ class NodeCore:
             assert follower.holding is not None
             target = follower.holding
         if follower.holding != target:
-            follower.load(target, f"taking the run's parameters {target.hex()[:12]} in place of the own ones")
+            follower.load(target, TakesStart(target))
             return
         reported = any(record.proof.index == index for record in records)
         if not reported and self._out.due(("warmup", state.epoch)):
@@ -316,21 +317,21 @@ class NodeCore:
         """Leave the finished run once this node holds its parameters, or cannot get them; returns whether it left."""
         follower, wanted = self._follower, state.checkpoint.digest
         if not wanted:
-            reason = "the run is finished; no parameters were agreed"
+            outcome = Outcome.NOTHING_AGREED
         elif follower.holding == wanted:
-            reason = "the run is finished"
+            outcome = Outcome.LAST_PARAMETERS
         elif self._final_loads >= FINAL_LOADS:
-            reason = f"the run is finished, but nobody gave this node its last parameters {wanted.hex()[:12]}"
+            outcome = Outcome.OTHER_PARAMETERS
         else:
             resolved = follower.resolved(state)
             replayed = resolved and follower.holding is not None
             if replayed or (not resolved and self._out.due("patience", after=4 * self.settings.retry)):
                 follower.next_apply = None
             if follower.next_apply is None:
-                follower.load(wanted, f"taking the run's last parameters {wanted.hex()[:12]}")
+                follower.load(wanted, TakesLast(wanted))
             return False
         self.finished = True
-        self._out.emit(ev.Finish(reason))
+        self._out.emit(Finished(outcome, wanted))
         return True
 
 

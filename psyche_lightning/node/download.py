@@ -11,7 +11,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from psyche_lightning.errors import TransportError
+from psyche_lightning.errors import AbsentError, TransportError
+from psyche_lightning.node.notices import Notice, PieceNotDelivered, TransferUnderWay
 from psyche_lightning.node.snapshot import MAX_INDEX_SIZE, Index, Piece, decode_index
 from psyche_lightning.node.store import BlobStore
 from psyche_lightning.transports.base import Transport
@@ -25,7 +26,6 @@ PIECE_TIMEOUT = 600.0
 """A transport gives up on a peer that delivers nothing long before; this bounds one that drips."""
 INDEX_TIMEOUT = 60.0
 REPORT_EVERY = 5.0
-ABSENT = "does not have it"
 
 
 @dataclass
@@ -57,13 +57,13 @@ class Downloads:
     Args:
         transport: the node's.
         store: where everything goes.
-        say: tells people something: ``(level, text)``.
+        say: tells people something.
 
     Attributes:
         transfer: the one that is under way, or None.
     """
 
-    def __init__(self, transport: Transport, store: BlobStore, say: Callable[[str, str], None]) -> None:
+    def __init__(self, transport: Transport, store: BlobStore, say: Callable[[Notice], None]) -> None:
         self.transfer: Transfer | None = None
         self._transport = transport
         self._store = store
@@ -112,9 +112,7 @@ class Downloads:
             await asyncio.sleep(REPORT_EVERY)
             here = transfer.here
             rate, before = (here - before) / REPORT_EVERY, here
-            share = f"{here / 1e6:,.0f} of {transfer.total / 1e6:,.0f} MB"
-            name, peers = transfer.digest.hex()[:12], len(transfer.sources)
-            self._say("info", f"parameters {name}: {share} from {peers} peers, {rate / 1e6:,.1f} MB/s")
+            self._say(TransferUnderWay(transfer.digest, here, transfer.total, len(transfer.sources), rate))
 
 
 class _Pull:
@@ -124,7 +122,7 @@ class _Pull:
         self,
         transport: Transport,
         store: BlobStore,
-        say: Callable[[str, str], None],
+        say: Callable[[Notice], None],
         transfer: Transfer,
         pieces: Sequence[Piece],
         providers: Sequence[bytes],
@@ -163,9 +161,8 @@ class _Pull:
                 reason = str(error).partition(f"{short(source)} ")[2] or str(error)
                 self._tried[piece.digest][source] = reason
                 self._strikes[source] += 1
-                if ABSENT not in reason:
-                    text = f"{short(source)} {reason} (a piece of tensor {piece.tensor!r}); taking it from another peer"
-                    self._say("warning", text)
+                if not isinstance(error, AbsentError):
+                    self._say(PieceNotDelivered(source, piece.tensor, reason))
                 self._waiting.insert(0, piece)
             else:
                 self._left -= 1

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from psyche_lightning.node.agreement import Record
+from psyche_lightning.node.notices import Finished, Notice
 from psyche_lightning.protocol.messages import Envelope, Result
 from psyche_lightning.protocol.open_ids import Interval, OpenIds
 from psyche_lightning.protocol.requests import Request
@@ -290,21 +291,6 @@ class WriteDown:
     records: tuple[Record, ...]
 
 
-@dataclass(frozen=True)
-class Say:
-    """Something for people. ``level`` is "info" or "warning"."""
-
-    level: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Finish:
-    """The run is over and this node holds its parameters."""
-
-    reason: str
-
-
 Effect = (
     SetPeers
     | Broadcast
@@ -320,7 +306,7 @@ Effect = (
     | Diagnose
     | Keep
     | WriteDown
-    | Say
-    | Finish
+    | Notice
+    | Finished
     | Request[Any]
 )

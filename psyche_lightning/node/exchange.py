@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from psyche_lightning.errors import WireError
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.agreement import EpochLog
+from psyche_lightning.node.notices import MessageRefused, PayloadRefused, TwoResults
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.node.rounds import MAX_ENTRIES_PER_BATCH, Entry, RoundLog
 from psyche_lightning.node.settings import Settings
@@ -18,7 +19,6 @@ from psyche_lightning.protocol.messages import Ask, Attest, Buffers, Envelope, M
 from psyche_lightning.protocol.open_ids import Interval
 from psyche_lightning.protocol.requests import Accuse
 from psyche_lightning.protocol.state import ClientStatus, RunState
-from psyche_lightning.wire.identity import short
 
 EARLY_ROUNDS = 3
 """Messages of this many rounds before and after the newest are kept until their round is known and assigned."""
@@ -112,11 +112,10 @@ class Exchange:
                 return None
             entry = log.add_result(envelope)
         except WireError as error:
-            self._out.say("warning", f"refused a message: {error}")
+            self._out.say(MessageRefused(envelope.sender, str(error)))
             return None
         if entry is not None and len(log.of(entry.trainer)) == 2:
-            who = short(envelope.sender)
-            self._out.say("warning", f"{who} signed two results for one batch; both are excluded")
+            self._out.say(TwoResults(envelope.sender))
             first, second = log.of(entry.trainer)
             self._out.emit(Accuse(first.envelope.raw, second.envelope.raw))
         return entry
@@ -215,8 +214,7 @@ class Exchange:
         for log, entry in self._fetching.pop(event.payload, []):
             if event.refused:
                 log.settle(entry, event.reason)
-                who = short(entry.envelope.sender)
-                self._out.say("warning", f"refused the payload of {who} in round {log.round.height}: {event.reason}")
+                self._out.say(PayloadRefused(entry.envelope.sender, log.round.height, event.reason))
             elif not event.reason:
                 log.settle(entry)
 

@@ -12,6 +12,17 @@ from dataclasses import replace
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.agreement import Agreement, EpochLog, Record, Undecided, decide
 from psyche_lightning.node.exchange import Exchange, gone
+from psyche_lightning.node.notices import (
+    DecidedWithoutLists,
+    Notice,
+    ParametersDiffer,
+    ParametersNotObtained,
+    RatesDiffer,
+    ReplayDoesNotHelp,
+    RoundNotApplicable,
+    TakesSnapshot,
+    TensorDiffered,
+)
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.node.repair import Base, Repair
 from psyche_lightning.node.rounds import RoundLog
@@ -21,7 +32,6 @@ from psyche_lightning.protocol.messages import Stuck
 from psyche_lightning.protocol.open_ids import OpenIds
 from psyche_lightning.protocol.requests import GetRounds
 from psyche_lightning.protocol.state import ClientStatus, Phase, Round, RunState
-from psyche_lightning.wire.identity import short
 
 ASKED_ENOUGH = 3
 """Questions to all peers after which a list that none of them has counts as absent when its witness is gone."""
@@ -142,10 +152,10 @@ class Follower:
 
     # --- the parameters ---------------------------------------------------------------------------------------------
 
-    def load(self, digest: bytes, why: str, base: Base | None = None) -> None:
+    def load(self, digest: bytes, why: Notice, base: Base | None = None) -> None:
         """Take parameters from the own store or from peers, unless that was tried a moment ago."""
         if self.busy is None and self._out.due("load"):
-            self._out.say("info", why)
+            self._out.say(why)
             self.busy, self._loading, self.holding = ("load", digest), base, None
             self._out.emit(ev.Load(digest, self._exchange.providers()))
 
@@ -167,8 +177,7 @@ class Follower:
         if self.busy == ("load", event.digest):
             self.busy, base, self._loading = None, self._loading, None
         if event.reason:
-            what = f"could not obtain the parameters {event.digest.hex()[:12]}"
-            self._out.say("warning", f"{what}: {event.reason}; trying again")
+            self._out.say(ParametersNotObtained(event.digest, event.reason))
             return
         self.holding, self._open_ids = event.digest, event.open_ids
         self._out.forget("load")
@@ -186,7 +195,7 @@ class Follower:
         applied = self.next_apply = event.height + 1
         tensor = self.repair.fingerprint(applied, event.prints) if event.prints else None
         if tensor is not None:
-            self._out.say("warning", f"the first tensor that differed was {tensor!r}, in round {event.height}")
+            self._out.say(TensorDiffered(tensor, event.height))
         if event.digest:
             self.digests[applied] = event.digest
             if stored:
@@ -259,9 +268,7 @@ class Follower:
         outcome = decide(results, attesting, absent)
         if not isinstance(outcome, Undecided):
             if absent and isinstance(decide(results, attesting), Undecided):
-                names = ", ".join(short(attesting.nodes[index]) for index in sorted(absent))
-                text = f"nobody has the list of {names}, who left; deciding round {height} without it"
-                self._out.say("warning", text)
+                self._out.say(DecidedWithoutLists(height, tuple(attesting.nodes[index] for index in sorted(absent))))
                 self._guessed = True
             return outcome
         away = gone(state, attesting)
@@ -306,7 +313,7 @@ class Follower:
         mine = results.index_of(self._public)
         own = results.of(mine) if mine is not None else []
         if own and agreement.lrs and own[0].result.lrs != agreement.lrs:
-            self._out.say("warning", "this node's learning rate differs from the agreed one, which is used")
+            self._out.say(RatesDiffer())
 
     def _notice_stuck(self, log: EpochLog, state: RunState) -> None:
         """Notice that a round cannot be applied though everybody was asked until the deadline."""
@@ -319,8 +326,8 @@ class Follower:
             self.repair.stuck = None
         elif stuck is None and self._overdue > state.config.max_round_train_time:
             self.repair.stuck = height
-            what = describe(state, log, height, self._settings.delay)
-            self._out.say("warning", f"round {height} cannot be applied ({what}); asking peers for later parameters")
+            missing = describe(state, log, height, self._settings.delay)
+            self._out.say(RoundNotApplicable(height, missing))
 
     # --- where to begin ---------------------------------------------------------------------------------------------
 
@@ -351,8 +358,7 @@ class Follower:
         bases = repair.bases(log)
         if bases:
             base = bases[self._out.attempts("load") % len(bases)]
-            text = f"taking the parameters {base.digest.hex()[:12]} and replaying from round {base.applied} on"
-            self.load(base.digest, text, base)
+            self.load(base.digest, TakesSnapshot(base.digest, base.applied), base)
 
     # --- comparing --------------------------------------------------------------------------------------------------
 
@@ -386,10 +392,9 @@ class Follower:
         """The parameters differ: replay, and where that does not help take those of a peer."""
         last, equal = applied - 1, self.repair.confirmed
         if self.repair.differ(applied, replay=not self._guessed):
-            text = f"the parameters differ after round {last} from those of a quorum of witnesses"
-            self._out.say("warning", f"{text} (equal after {equal} rounds); replaying to find and repair it")
+            self._out.say(ParametersDiffer(last, equal))
         else:
-            self._out.say("warning", f"the parameters after round {last} differ still; taking those of a peer")
+            self._out.say(ReplayDoesNotHelp(last))
             self._out.emit(ev.Diagnose(last, self.digests[applied], theirs, self._exchange.providers()))
         self.next_apply, self.holding, self.digests, self.busy = None, None, {}, None
         log.decided = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from psyche_lightning.node.events import Effect, Say
+from psyche_lightning.node.events import Effect
+from psyche_lightning.node.notices import Notice
 
 
 class Outbox:
@@ -24,7 +25,7 @@ class Outbox:
         self._most = most
         self._effects: list[Effect] = []
         self._due: dict[object, tuple[int, float]] = {}
-        self._said: set[str] = set()
+        self._said: set[Notice] = set()
 
     def emit(self, effect: Effect) -> None:
         """Give out an effect."""
@@ -35,11 +36,11 @@ class Outbox:
         effects, self._effects = self._effects, []
         return effects
 
-    def say(self, level: str, text: str) -> None:
+    def say(self, notice: Notice) -> None:
         """Tell people something, once an epoch."""
-        if text not in self._said:
-            self._said.add(text)
-            self.emit(Say(level, text))
+        if notice not in self._said:
+            self._said.add(notice)
+            self.emit(notice)
 
     def due(self, key: object, *, after: float = 0.0) -> bool:
         """Whether to do it now: ``after`` seconds from the first question on, then ever rarer."""

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 from psyche_lightning.errors import PsycheError
 from psyche_lightning.node.book import Book
 from psyche_lightning.node.download import Transfer
-from psyche_lightning.node.events import Apply, Event, Finish, Train, Trained
+from psyche_lightning.node.events import Apply, Event, Train, Trained
+from psyche_lightning.node.notices import Finished, LinkIsDown, Notice, Waits
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.runtime import Runtime, TrainerTask
 from psyche_lightning.node.settings import Settings
@@ -61,8 +62,8 @@ class RoundWork:
     again: tuple[Interval, ...] = ()
 
 
-def _log(level: str, text: str) -> None:
-    logger.log(logging.WARNING if level == "warning" else logging.INFO, text)
+def _log(notice: Notice) -> None:
+    logger.log(notice.level, "%s", notice)
 
 
 class Participant:
@@ -78,7 +79,7 @@ class Participant:
         settings: what the node core must know.
         store: blobs.
         journal: promises.
-        say: tells people something: ``(level, text)``; by default the log.
+        say: tells people something; by default the log.
         traffic: returns bytes ``(up, down)`` counted at the node's sockets.
         book: the node's ledger, if it keeps one.
         patience: longest wait for a round, in seconds; then an error says for whom it waited.
@@ -96,7 +97,7 @@ class Participant:
         settings: Settings,
         store: BlobStore,
         journal: Journal | MemoryJournal,
-        say: Callable[[str, str], None] = _log,
+        say: Callable[[Notice], None] = _log,
         traffic: Callable[[], tuple[int, int]] = lambda: (0, 0),
         book: Book | None = None,
         patience: float = 24 * 3600.0,
@@ -107,7 +108,7 @@ class Participant:
         self._patience = patience
         self._inbox: queue.SimpleQueue[TrainerTask] = queue.SimpleQueue()
         self._next: RoundWork | None = None
-        self._finished: Finish | None = None
+        self._finished: Finished | None = None
         self._started_at: dict[int, float] = {}
         self._runtime = Runtime(
             identity,
@@ -190,9 +191,9 @@ class Participant:
             self._starting.cancel()
 
     @property
-    def finished(self) -> str:
-        """Why the run ended for this node; empty as long as it has not."""
-        return self._finished.reason if self._finished else ""
+    def finished(self) -> Finished | None:
+        """How the run ended for this node; None as long as it has not."""
+        return self._finished
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -296,14 +297,14 @@ class Participant:
                         f"nothing happened in run {self.run_id!r} for {waited:.0f} s: {self.waiting()}. "
                         "Start the missing nodes, or raise the node's patience."
                     ) from None
-                self._say("info", f"{self.waiting()} ({waited:.0f} s)")
+                self._say(Waits(self.waiting(), waited))
                 for link in self._runtime.transport.links():
                     if not link.connected:
-                        self._say("info", str(link))
+                        self._say(LinkIsDown(link))
         match task:
             case Train(epoch, height, step, batch):
                 self._next = RoundWork(epoch, height, step, *batch[0], again=batch[1:])
-            case Finish():
+            case Finished():
                 self._finished = task
             case BaseException():
                 raise task

@@ -15,6 +15,7 @@ from psyche_lightning.node import events as ev
 from psyche_lightning.node.book import Book
 from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.download import Downloads
+from psyche_lightning.node.notices import DifferenceNotFound, Finished, MessageUnreadable, Notice, TensorDiffers
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.snapshot import decode_index, first_difference
@@ -22,13 +23,13 @@ from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
 from psyche_lightning.protocol.messages import Envelope, Message, Result, open_envelope, seal
 from psyche_lightning.protocol.requests import Coordinator, GetRounds, Join, Report, Request, Withdraw, Witness
 from psyche_lightning.transports.base import Transport, TransportContext
-from psyche_lightning.wire.identity import Identity, short
+from psyche_lightning.wire.identity import Identity
 
 TICK = 0.25
 FETCH_TIMEOUT = 60.0
 
 ReplicaTask = ev.Apply | ev.TakeSnapshot | ev.Load | ev.ShareBuffers | ev.LoadBuffers
-TrainerTask = ReplicaTask | ev.Train | ev.Finish | BaseException
+TrainerTask = ReplicaTask | ev.Train | Finished | BaseException
 """What the training thread gets to do; an exception ends it."""
 
 
@@ -46,7 +47,7 @@ class Runtime:
         store: blobs.
         journal: promises.
         post: hands a task to the training thread; may be called from the loop.
-        say: tells people something: ``(level, text)``.
+        say: tells people something.
         traffic: returns bytes ``(up, down)`` counted at the node's sockets.
         book: where certain rounds are written down, if anywhere.
 
@@ -66,7 +67,7 @@ class Runtime:
         store: BlobStore,
         journal: Journal | MemoryJournal,
         post: Callable[[TrainerTask], None],
-        say: Callable[[str, str], None],
+        say: Callable[[Notice], None],
         traffic: Callable[[], tuple[int, int]],
         book: Book | None = None,
     ) -> None:
@@ -171,7 +172,7 @@ class Runtime:
             self._refused[peer] += 1
             times = self._refused[peer]
             if times & (times - 1) == 0:  # 1, 2, 4, ...: a flood does not fill the log
-                self._say("warning", f"refused a message from {short(peer)} ({times} so far): {error}")
+                self._say(MessageUnreadable(peer, times, str(error)))
             return False
         self.handle(ev.Received(envelope))
         return True
@@ -199,7 +200,7 @@ class Runtime:
                 self._spawn(self._fetch(effect))
             case ev.Load(digest, providers) | ev.LoadBuffers(digest, providers):
                 self._spawn(self._load(effect, digest, providers))
-            case ev.Train() | ev.Apply() | ev.TakeSnapshot() | ev.ShareBuffers() | ev.Finish():
+            case ev.Train() | ev.Apply() | ev.TakeSnapshot() | ev.ShareBuffers() | Finished():
                 self._post(effect)
             case ev.Diagnose():
                 self._spawn(self._diagnose(effect))
@@ -209,8 +210,8 @@ class Runtime:
             case ev.WriteDown(records):
                 if self._book is not None:
                     self._book.append(self.run_id, records)
-            case ev.Say(level, text):
-                self._say(level, text)
+            case Notice():
+                self._say(effect)
             case Request():
                 self._spawn(self._ask(effect))
 
@@ -302,10 +303,9 @@ class Runtime:
             mine = await self.downloads.index(effect.mine, effect.providers)
             theirs = await self.downloads.index(effect.theirs, effect.providers)
         except (TransportError, WireError) as error:
-            self._say("warning", f"which tensor differs after round {effect.round} could not be found out: {error}")
+            self._say(DifferenceNotFound(effect.round, str(error)))
             return
-        name = first_difference(mine, theirs)
-        self._say("warning", f"after round {effect.round} the first tensor that differs is {name!r}")
+        self._say(TensorDiffers(first_difference(mine, theirs), effect.round))
 
     async def _ask(self, request: Request[Any]) -> None:
         """Ask the coordinator; what this node may never do ends it, the rest the core repeats."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.book import Row
 from psyche_lightning.node.core import NodeCore
+from psyche_lightning.node.notices import Finished
 from psyche_lightning.protocol.messages import Envelope, Result
 from psyche_lightning.protocol.open_ids import OpenIds, count
 from psyche_lightning.wire.canonical import pack, sha256, unpack
@@ -29,7 +30,7 @@ class SimNode:
         cheat: what it does wrong on purpose, or empty.
         life: how often it was killed.
         queue: what its training thread has to do.
-        done: why it left the finished run.
+        done: how it left the finished run; None as long as it has not.
         gone: whether it will not come back.
         flipped: whether its parameters may differ from the others'.
         young: blobs since the last :class:`~psyche_lightning.node.events.Keep`.
@@ -47,7 +48,7 @@ class SimNode:
     peers: tuple[bytes, ...] = ()
     queue: deque[ev.Effect] = field(default_factory=deque)
     working: bool = False
-    done: str = ""
+    done: Finished | None = None
     gone: bool = False
     flipped: bool = False
     open_ids: OpenIds = ()

@@ -81,7 +81,7 @@ class Scenario:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class History:
     """What a history showed.
 
     Attributes:

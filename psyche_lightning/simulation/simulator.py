@@ -20,6 +20,14 @@ from psyche_lightning.node import events as ev
 from psyche_lightning.node.audit import Ledger, audit
 from psyche_lightning.node.book import row_of
 from psyche_lightning.node.core import NodeCore
+from psyche_lightning.node.notices import (
+    DecidedWithoutLists,
+    Finished,
+    KeepsOwnBuffers,
+    Notice,
+    Outcome,
+    TensorDiffered,
+)
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.protocol.messages import Envelope, Result, seal
 from psyche_lightning.protocol.open_ids import count
@@ -27,7 +35,7 @@ from psyche_lightning.protocol.requests import GetRounds, Join, Request
 from psyche_lightning.protocol.state import CoordinatorConfig, Phase, RunState
 from psyche_lightning.simulation.faults import Faults
 from psyche_lightning.simulation.node import BAD, LAYOUT, SimNode
-from psyche_lightning.simulation.scenario import Outcome, Scenario, SimulationError
+from psyche_lightning.simulation.scenario import History, Scenario, SimulationError
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
 
@@ -96,7 +104,7 @@ class Simulation:
         if self._trace:
             self._trace(self.now, text)
 
-    def run(self) -> Outcome:
+    def run(self) -> History:
         """Play the history to its end.
 
         Raises:
@@ -119,22 +127,23 @@ class Simulation:
                 raise self._error(f"{type(error).__name__}: {error}") from error
             if all(node.done or node.gone for node in self.nodes):
                 break
-        return self._outcome()
+        return self._history()
 
     def _error(self, what: str) -> SimulationError:
         seed = self.scenario.seed
         return SimulationError(f"simulated history {seed}: {what}\n  replay it: psyche sim --seed {seed} --trace")
 
-    def _outcome(self) -> Outcome:
+    def _history(self) -> History:
         state = self.state()
         if state.phase is not Phase.FINISHED or state.step != self.scenario.steps + 1:
             raise self._error(f"it ended in {state.phase.name} at step {state.step} of {self.scenario.steps}")
         digest = state.checkpoint.digest
-        wrong = [n.name for n in self.nodes if not n.gone and n.digest != digest and "nobody gave" not in n.done]
+        held = [n for n in self.nodes if n.done is None or n.done.outcome is not Outcome.OTHER_PARAMETERS]
+        wrong = [node.name for node in held if not node.gone and node.digest != digest]
         if not digest or wrong:
             raise self._error(f"{', '.join(wrong) or 'everybody'} ended with other parameters than agreed")
         ledger = self._audit()
-        return Outcome(
+        return History(
             self.scenario,
             self.now,
             len(self._applied),
@@ -298,19 +307,26 @@ class Simulation:
                 node.keep({*snapshots, *payloads}, promises)
             case ev.WriteDown(records):
                 node.book += [row_of(RUN, record) for record in records]
-            case ev.Say(_, text):
-                if text.endswith("training with this node's own"):
-                    self._restless.add(self.state().epoch)
-                node.flipped = node.flipped or text.startswith("nobody has the list")  # others may decide otherwise
-                self._repaired += text.startswith("the first tensor that differed was 'head'")
-                self.trace(f"{node.name}: {text}")
-            case ev.Finish(reason):
-                node.done = reason
-                self.trace(f"{node.name} leaves: {reason}")
+            case Finished():
+                node.done = effect
+                self.trace(f"{node.name} leaves: {effect}")
+            case Notice():
+                self._notice(node, effect)
+                self.trace(f"{node.name}: {effect}")
             case Request():
                 self.at(self._latency(), lambda: self._ask(node, effect, life))
             case ev.Diagnose():
                 pass  # it is for people
+
+    def _notice(self, node: SimNode, notice: Notice) -> None:
+        """Learn from what a node tells what it cannot be expected to hold from now on."""
+        match notice:
+            case KeepsOwnBuffers():
+                self._restless.add(self.state().epoch)
+            case DecidedWithoutLists():
+                node.flipped = True
+            case TensorDiffered(tensor="head"):
+                self._repaired += 1
 
     def _told(self, node: SimNode, envelope: Envelope, index: int) -> Envelope:
         """A cheat tells half of its peers of another result for the same batch."""
@@ -416,15 +432,15 @@ class Simulation:
             raise self._error(f"after round {height} of epoch {epoch} the parameters differ: {names}")
 
 
-def _attempt(seed: int) -> Outcome | SimulationError:
+def _attempt(seed: int) -> History | SimulationError:
     try:
         return simulate(seed)
     except SimulationError as error:
         return error
 
 
-def simulate_all(seeds: Iterable[int], workers: int) -> Iterator[Outcome | SimulationError]:
-    """Play many histories in that many processes; yields outcomes and failures in the order of the seeds."""
+def simulate_all(seeds: Iterable[int], workers: int) -> Iterator[History | SimulationError]:
+    """Play many histories in that many processes; yields what they showed and failures in the order of the seeds."""
     if workers == 1:
         yield from map(_attempt, seeds)
         return
@@ -432,7 +448,7 @@ def simulate_all(seeds: Iterable[int], workers: int) -> Iterator[Outcome | Simul
         yield from pool.imap(_attempt, seeds, chunksize=4)
 
 
-def simulate(seed: int, trace: Callable[[float, str], None] | None = None) -> Outcome:
+def simulate(seed: int, trace: Callable[[float, str], None] | None = None) -> History:
     """Play the history of a seed.
 
     Raises:

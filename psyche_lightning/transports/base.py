@@ -46,6 +46,7 @@ class Link:
         bandwidth: bytes a second that blobs from it came with lately, or None when not measured.
         last_seen: seconds since the peer was last heard, or None when it never was.
         path: how its bytes travel, such as ``"direct"`` or ``"relay https://..."``; empty when not known.
+        tried: whether an attempt to connect has ended, one way or the other.
         answered: seconds in which the peer, at the last attempt to connect, proved its key and refused this node, as
             those do of whose run it is no participant; None when it did not.
     """
@@ -60,6 +61,7 @@ class Link:
     last_seen: float | None = None
     path: str = ""
     answered: float | None = None
+    tried: bool = True
 
     def __str__(self) -> str:
         """One line for people."""
@@ -122,7 +124,8 @@ class Transport(Protocol):
 
         Raises:
             TransportError: nobody delivered matching bytes of at most ``max_size`` within ``timeout`` seconds, or the
-                transport was stopped; the text says for each provider what happened.
+                transport was stopped; the text says for each provider what happened. An ``AbsentError`` when each of
+                them said that it does not have the blob.
         """
         ...
 

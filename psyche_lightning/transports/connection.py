@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from psyche_lightning.aio import within
-from psyche_lightning.errors import TransportError, WireError
+from psyche_lightning.errors import AbsentError, TransportError, WireError
 from psyche_lightning.transports.base import TransportContext
 from psyche_lightning.transports.budget import Throttle
 from psyche_lightning.transports.framing import Kind, Source, frame, goodbye_text, read_frame
@@ -285,7 +285,7 @@ class Connection:
             return  # given up meanwhile
         if kind == Kind.ABSENT:
             request.expected = 0  # nothing is left to cancel
-            request.done.set_exception(TransportError("does not have it"))
+            request.done.set_exception(AbsentError("does not have it"))
             return
         if kind == Kind.FOUND:
             _, size = _FOUND.unpack(body)

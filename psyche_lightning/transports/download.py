@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from psyche_lightning.errors import TransportError
+from psyche_lightning.errors import AbsentError, TransportError
 from psyche_lightning.transports.base import Progress
 from psyche_lightning.transports.budget import Throttle
 from psyche_lightning.wire.canonical import sha256
@@ -276,6 +276,7 @@ class Fetch:
         self._deadline = self._loop.time() + timeout
         self._failures: dict[bytes, str] = {}
         self._odd: set[bytes] = set()  # of the failed, those that gave another size
+        self._absent: set[bytes] = set()  # of the failed, those that do not have it
         self._most = None
         if throttle.limited:
             self._most = int(min(LARGEST_REQUEST, max(SMALLEST_REQUEST, REQUEST_SECONDS * throttle.rate)))
@@ -343,7 +344,8 @@ class Fetch:
         texts = [f"{short(key)} {self._failures.get(key, 'was not asked for lack of time')}" for key in keys]
         kept = f" ({download.received} of {download.size} bytes are kept)" if download.received else ""
         reasons = "; ".join(texts) or "no provider is known"
-        return TransportError(f"nobody delivered blob {short(download.digest)}{kept}: {reasons}")
+        kind = AbsentError if keys and self._absent.issuperset(keys) else TransportError
+        return kind(f"nobody delivered blob {short(download.digest)}{kept}: {reasons}")
 
     async def _fill(self, suppliers: Sequence[Supplier], deadline: float) -> None:
         """Let suppliers deliver until the download is complete, nobody is left, or time is up."""
@@ -414,5 +416,7 @@ class Fetch:
             task.result()
         except TransportError as error:
             self._failures[supplier.key] = str(error)
+            if isinstance(error, AbsentError):
+                self._absent.add(supplier.key)
             if isinstance(error, OtherSizeError):
                 self._odd.add(supplier.key)

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from psyche_lightning.errors import TransportError
+from psyche_lightning.errors import AbsentError, TransportError
 from psyche_lightning.transports.base import Link, Progress, TransportContext, check_message
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import short
@@ -112,7 +112,7 @@ class MemoryTransport:
         """See the contract."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
-        failures = []
+        failures, absent = [], 0
         for index, provider in enumerate(providers):
             left = deadline - loop.time()
             last = index == len(providers) - 1
@@ -123,7 +123,10 @@ class MemoryTransport:
                 return data
             except TransportError as error:
                 failures.append(f"{short(provider)} {error}")
-        raise TransportError(f"nobody delivered blob {short(digest)}: {'; '.join(failures) or 'no provider is known'}")
+                absent += isinstance(error, AbsentError)
+        reasons = "; ".join(failures) or "no provider is known"
+        kind = AbsentError if failures and absent == len(failures) else TransportError
+        raise kind(f"nobody delivered blob {short(digest)}: {reasons}")
 
     def links(self) -> list[Link]:
         """See the contract."""
@@ -169,7 +172,7 @@ class MemoryTransport:
             reading.cancel()
             self._fetches.discard(reading)
         if data is None:
-            raise TransportError("does not have it")
+            raise AbsentError("does not have it")
         if len(data) > max_size:
             raise TransportError(f"has {len(data)} bytes, more than the {max_size} expected")
         self._count(provider, down=len(data))

@@ -202,6 +202,8 @@ class MeshTransport(abc.ABC):
         try:
             return await fetch.run()
         except TransportError as error:
+            if not unknown:
+                raise
             text = "".join(f"; {short(key)} is not a peer" for key in unknown)
             raise TransportError(f"{error}{text}") from None
         finally:
@@ -282,6 +284,7 @@ class MeshTransport(abc.ABC):
             except (TransportError, WireError, OSError, EOFError) as error:
                 peer.absorb(meter)
                 peer.answered = self._now() - dialled if isinstance(error, RefusedError) else None
+                peer.tried = True
                 attempts += 1
                 if peer.connection is None:
                     peer.reason = f"cannot connect to {peer.address[:100]}: {reason(error)}"
@@ -300,7 +303,7 @@ class MeshTransport(abc.ABC):
         if not self._running or self._peers.get(peer.key) is not peer:
             connection.close("you are not among the peers any more")
             return
-        old, peer.connection = peer.connection, connection
+        old, peer.connection, peer.tried = peer.connection, connection, True
         if old is not None:
             old.close("a newer connection took its place")
         for data in self._gossip.again(peer.key, self._now()):

@@ -15,7 +15,6 @@ from psyche_lightning.transports.meter import ByteMeter
 from psyche_lightning.wire.identity import short
 
 CONNECT_WAIT = 5.0  # seconds that a fetch waits for a link that is down
-NOT_YET = "not connected yet"
 USUAL_BANDWIDTH = 2.5e6  # bytes a second of a peer that has not delivered anything yet
 USUAL_ROUND_TRIP = 0.05
 MEASURED = 64 * 1024  # bytes from which on the time that they took says something
@@ -35,6 +34,7 @@ class Peer:
         up: set while there is a connection.
         down: set while there is none.
         reason: why there is none.
+        tried: whether an attempt to connect has ended.
         lost: why the last connection ended.
         answered: seconds in which it refused the last attempt to connect; None when it did not.
         seen: loop time at which an earlier connection last heard it.
@@ -51,7 +51,8 @@ class Peer:
         self.up = asyncio.Event()
         self.down = asyncio.Event()
         self.down.set()
-        self.reason = NOT_YET
+        self.reason = "not connected yet"
+        self.tried = False
         self.lost = ""
         self.answered: float | None = None
         self.seen: float | None = None
@@ -76,7 +77,8 @@ class Peer:
         up, down, connection = self._past_up, self._past_down, self.connection
         if connection is None:
             seen = None if self.seen is None else now - self.seen
-            return Link(self.key, False, None, up, down, self.reason, self.bandwidth, seen, answered=self.answered)
+            reason, answered, tried = self.reason, self.answered, self.tried
+            return Link(self.key, False, None, up, down, reason, self.bandwidth, seen, answered=answered, tried=tried)
         meter, seen = connection.pipe.meter, now - connection.heard
         up, down, path = up + meter.up, down + meter.down, connection.pipe.path()
         return Link(self.key, True, connection.round_trip, up, down, "", self.bandwidth, seen, path)

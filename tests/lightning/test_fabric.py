@@ -14,6 +14,7 @@ from psyche_lightning.data.order import DataOrder
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning import PsycheFabricStrategy
+from psyche_lightning.node.notices import Outcome
 
 Make = Callable[..., Any]
 
@@ -82,7 +83,8 @@ def test_the_loop_ends_when_the_run_does(loader: Make) -> None:
     model, optimizer = f.setup(module, torch.optim.SGD(module.parameters(), lr=0.01))
     batches = f.setup_dataloaders(loader())
     assert train(f, model, optimizer, batches, passes=3) == [6, 2, 0]
-    assert "finished" in strategy.finished
+    assert strategy.finished is not None
+    assert strategy.finished.outcome is Outcome.LAST_PARAMETERS
     assert {thread.name for thread in set(threading.enumerate()) - before} == set()
 
 

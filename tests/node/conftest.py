@@ -11,6 +11,7 @@ import torch
 
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.distro import DisTrO, DistroConfig
+from psyche_lightning.node.notices import Notice
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.settings import Settings
@@ -29,7 +30,7 @@ class Trainee:
     run: Run
     overlap: bool = False
     keep_bytes: int = 1 << 30
-    said: list[str] = field(default_factory=list)
+    said: list[Notice] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     error: BaseException | None = None
@@ -67,7 +68,7 @@ class Trainee:
             ),
             store=self.store,
             journal=self.journal,
-            say=lambda level, text: self.said.append(text),
+            say=self.said.append,
             patience=60.0,
         )
 

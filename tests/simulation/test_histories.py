@@ -6,25 +6,26 @@ import os
 
 import pytest
 
-from psyche_lightning.simulation.scenario import Outcome, Scenario, SimulationError
+from psyche_lightning.node.notices import Notice
+from psyche_lightning.simulation.scenario import History, Scenario, SimulationError
 from psyche_lightning.simulation.simulator import Simulation, simulate, simulate_all
 
 FIRST, HISTORIES = 1000, 300
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> list[Outcome | SimulationError]:
+def outcomes() -> list[History | SimulationError]:
     return list(simulate_all(range(FIRST, FIRST + HISTORIES), workers=min(os.cpu_count() or 1, 8)))
 
 
 @pytest.mark.timeout(600)  # in the first test the histories are played
-def test_survivors_are_identical_at_every_round_and_no_history_hangs(outcomes: list[Outcome | SimulationError]) -> None:
+def test_survivors_are_identical_at_every_round_and_no_history_hangs(outcomes: list[History | SimulationError]) -> None:
     failures = [outcome for outcome in outcomes if isinstance(outcome, SimulationError)]
     assert not failures, "\n".join(map(str, failures[:5]))
 
 
-def test_the_histories_cover_what_they_are_for(outcomes: list[Outcome | SimulationError]) -> None:
-    played = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
+def test_the_histories_cover_what_they_are_for(outcomes: list[History | SimulationError]) -> None:
+    played = [outcome for outcome in outcomes if isinstance(outcome, History)]
     scenarios = [outcome.scenario for outcome in played]
     assert {scenario.overlap for scenario in scenarios} == {True, False}
     assert {scenario.nodes for scenario in scenarios} == {4, 5, 6, 7, 8}
@@ -41,6 +42,19 @@ def test_a_seed_replays_exactly() -> None:
     outcomes = [simulate(7, lambda now, text, t=trace: t.append((now, text))) for trace in traces]  # type: ignore[misc]
     assert outcomes[0] == outcomes[1]
     assert traces[0] == traces[1]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 6, 9, 13, 15, 18, 24, 27, 32, 40])
+def test_nothing_is_decided_by_what_a_notice_says(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each of these histories a node decides without a list, repairs itself or leaves without the parameters."""
+    told: list[tuple[float, str]] = []
+    as_shipped = simulate(seed, lambda now, text: told.append((now, text)))
+    for kind in Notice.__subclasses__():
+        monkeypatch.setattr(kind, "__str__", lambda notice: "other words")
+    reworded: list[tuple[float, str]] = []
+    assert simulate(seed, lambda now, text: reworded.append((now, text))) == as_shipped
+    assert [now for now, _ in reworded] == [now for now, _ in told]
+    assert reworded != told
 
 
 def test_a_node_that_applies_something_else_is_seen_and_the_error_says_how_to_replay() -> None:

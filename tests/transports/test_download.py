@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from psyche_lightning.errors import TransportError
+from psyche_lightning.errors import AbsentError, TransportError
 from psyche_lightning.transports.budget import Throttle
 from psyche_lightning.transports.download import Download, Fetch, Span
 from psyche_lightning.wire.canonical import sha256
@@ -36,7 +36,7 @@ class Played:
         loop = asyncio.get_running_loop()
         await asyncio.sleep(self.pause)
         if self.data is None:
-            raise TransportError("does not have it")
+            raise AbsentError("does not have it")
         at, wanted = span.at, span.found(len(self.data), loop.time())
         while wanted:
             if self.given >= self.dies_after:

@@ -51,7 +51,7 @@ class Node:
             settings=Settings(False, 2, self.replica.layout, self.replica.max_payload, retry=0.2),
             store=self.store,
             journal=self.journal,
-            say=lambda level, text: self.said.append(text),
+            say=self.said.append,
             patience=60.0,
         )
 
