@@ -81,7 +81,6 @@ def compile_program(name: str, sources: Path = SOURCES, clang: str | None = None
         BuildError: there are no sources or no compiler, or the compiler refuses.
         LinkError: the objects do not make a program.
     """
-    compiler = clang or find_clang()
     found = (sources.glob(part if part.endswith(".c") else f"{part}/*.c") for part in PARTS[name])
     files = sorted(file.relative_to(sources) for part in found for file in part)
     if not files:
@@ -89,6 +88,7 @@ def compile_program(name: str, sources: Path = SOURCES, clang: str | None = None
             f"There are no sources of the program {name!r} in {sources}. Name the repository's folder `program` with "
             "--sources."
         )
+    compiler = clang or find_clang()
     # Nothing else: variables such as CPATH change what a compiler finds.
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
     with tempfile.TemporaryDirectory() as folder:

@@ -144,7 +144,7 @@ class SolanaAdmin:
                 owner=self.run.program,
             )
         )
-        keys = self.run.keys_of(account)
+        keys = self.run.anchored(self.run.keys_of(account))
         authorizer = self.run.cluster.program("authorizer")
         if mint is None:
             name, init = "init_coordinator", keys.init_coordinator(me, authorizer, me, me, client_version)
@@ -266,7 +266,7 @@ class SolanaAdmin:
         run = await self.look()
         owner = await find_owner(self.run)
         if owner is None:
-            keys, instance = await self.run.keys(), await self.run.instance()
+            keys, instance = self.run.anchored(await self.run.keys()), await self.run.instance()
             assert instance is not None
             assert run.manifest is not None
             me = self.run.wallet.public

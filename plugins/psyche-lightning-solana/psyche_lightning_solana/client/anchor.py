@@ -1,7 +1,8 @@
 """The coordinator program through anchorpy: its IDL, its ``Program``, and a ``Provider`` over the pool of RPC services.
 
-``Program`` builds the instructions; sending them is :mod:`~psyche_lightning_solana.client.sender`'s, because anchorpy's
-provider sends once, with neither limits nor price.
+It builds what owners send, and is the reference for what nodes build themselves. Sending is
+:mod:`~psyche_lightning_solana.client.sender`'s, because anchorpy's provider sends once, with neither limits nor price.
+anchorpy takes a second to import, so this module is imported where it is used.
 """
 
 from __future__ import annotations

@@ -274,7 +274,7 @@ async def find_owner(run: SolanaRun) -> Owner | None:
     keys, instance, me = await run.keys(), await run.instance(), run.wallet.public
     assert instance is not None
     if instance.main_authority == me:
-        return Direct(keys, me)
+        return Direct(run.anchored(keys), me)
     treasury = await Treasury.of(run)
     if treasury is not None and treasury.authority == me and treasury.place == instance.main_authority:
         return treasury

@@ -247,12 +247,20 @@ class SolanaRun:
         return self.keys_of(instance.coordinator_account)
 
     def keys_of(self, coordinator_account: Pubkey) -> RunKeys:
-        """The addresses of a run with that coordinator account, whose instructions anchorpy builds."""
-        from psyche_lightning_solana.client import anchor  # it takes its time
+        """The addresses of a run with that coordinator account."""
+        return RunKeys(self.program, self.run_id, coordinator_account)
+
+    def anchored(self, keys: RunKeys) -> RunKeys:
+        """The same addresses, whose instructions anchorpy builds.
+
+        An owner sends few, and each of them matters. A node sends some in every round and builds them itself, into the
+        same bytes in a twentieth of the time: anchorpy takes a second to import and a millisecond for each.
+        """
+        from psyche_lightning_solana.client import anchor
 
         if self._anchor is None:
             self._anchor = anchor.program(self.program, self.provider, self.cluster.options.commitment)
-        return anchor.AnchorKeys(self.program, self.run_id, coordinator_account, self._anchor)
+        return anchor.AnchorKeys(keys.program, keys.run_id, keys.coordinator_account, self._anchor)
 
     def check_account(self, found: Account | None) -> None:
         """Refuse a coordinator account that is not this run's, or of another version or size.

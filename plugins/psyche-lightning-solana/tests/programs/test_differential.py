@@ -98,6 +98,7 @@ def test_the_accounts_hold_all_that_decides(seed: int, wallets: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.clang(native=True)
 def test_the_sanitizers_find_nothing_and_the_native_build_does_the_same(tmp_path: Path) -> None:
     seen = Seen()
     with NativeProgram("coordinator", tmp_path) as native:

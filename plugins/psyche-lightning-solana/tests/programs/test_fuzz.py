@@ -12,6 +12,7 @@ EXECUTIONS = 20_000
 
 
 @pytest.mark.slow
+@pytest.mark.clang(native=True)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["fuzz", "fuzz-small"])
 def test_the_fuzzer_finds_nothing(name: str, tmp_path: Path) -> None:

@@ -29,10 +29,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.clang
 def test_the_kept_programs_are_what_the_sources_make() -> None:
     builder.check(builder.build())
 
 
+@pytest.mark.clang
 def test_neither_the_folder_nor_the_environment_is_in_the_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,6 +53,7 @@ def test_neither_the_folder_nor_the_environment_is_in_the_bytes(
     assert compile_program("authorizer", moved).image == here
 
 
+@pytest.mark.clang
 def test_the_command_builds_and_checks(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = tmp_path / "programs"
     build = ["--sources", str(sources), "--output", str(kept)]
@@ -76,6 +79,7 @@ def test_the_command_builds_and_checks(sources: Path, tmp_path: Path, capsys: py
     assert "python -m sbf_toolchain" in error
 
 
+@pytest.mark.clang
 def test_the_list_of_digests_is_checked_too(sources: Path, tmp_path: Path) -> None:
     images = builder.build(sources)
     builder.write(images, tmp_path)
@@ -100,6 +104,7 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         find_clang()
 
 
+@pytest.mark.clang
 def test_what_clang_refuses_is_shown(tmp_path: Path) -> None:
     folder = tmp_path / "authorizer"
     folder.mkdir()

@@ -23,6 +23,9 @@ extern u64 sol_set_return_data(const u8 *, u64);
 """
 
 
+pytestmark = pytest.mark.clang
+
+
 class Compiler:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
