@@ -63,7 +63,7 @@ class CoordinatorError(PsycheError):
     """A coordinator refused a request or cannot be reached.
 
     Attributes:
-        code: the machine's error name (spec S1.7, such as ``"InvalidWitness"``), ``"Unreachable"`` or a host's own.
+        code: the machine's error name (as Psyche's, such as ``"InvalidWitness"``), ``"Unreachable"`` or a host's own.
         retryable: whether the same request may succeed later.
     """
 

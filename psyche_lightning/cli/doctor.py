@@ -230,9 +230,9 @@ class _Visit:
 
         self.progress("the model's size", 0.0)
         size = estimate(recipe)
-        terms = forecast.terms(recipe, self.status, self.given.nodes)
+        shape = forecast.run_shape(recipe, self.status, self.given.nodes)
         device, there = machine.choose_device(recipe)
-        needs = machine.needs(recipe, size, self.folder, terms.nodes, device)
+        needs = machine.needs(recipe, size, self.folder, shape.nodes, device)
         self.progress("disk", 0.0)
         written = machine.write_seconds(self.folder)
         self.findings += [machine.model_size(size), there, *needs, machine.write_finding(written)]
@@ -241,8 +241,8 @@ class _Visit:
             recipe,
             size,
             device,
-            nodes=terms.nodes,
-            share=terms.share,
+            nodes=shape.nodes,
+            share=shape.share,
             fits=fits,
             seconds=self.seconds,
             progress=self.progress,
@@ -258,8 +258,8 @@ class _Visit:
             download=given.download,
             round_trip=None if given.latency is None else given.latency / 1e3,
         )
-        conditions = forecast.conditions(recipe, terms, network, self.speed, size.payload, written)
-        self.prediction, rows = forecast.findings(conditions, network, self.speed, terms)
+        conditions = forecast.conditions(recipe, shape, network, self.speed, size.payload, written)
+        self.prediction, rows = forecast.findings(conditions, network, self.speed, shape)
         self.findings += rows
 
     def as_json(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from psyche_lightning.coordinator.membership import Membership
 from psyche_lightning.errors import ConfigError, CoordinatorError, WireError
 from psyche_lightning.protocol.codec import round_from_json, round_to_json, state_from_json, to_json
 from psyche_lightning.protocol.limits import Limits, check_config, check_run_id
-from psyche_lightning.protocol.manifest import merge, settle, with_terms
+from psyche_lightning.protocol.manifest import fix_values, merge, with_values
 from psyche_lightning.protocol.messages import equivocator
 from psyche_lightning.protocol.requests import (
     Accuse,
@@ -61,7 +61,7 @@ class RunHost:
         manifest: the sections that are agreed already; None when the first node fixes everything.
         limits: the sizes for which this host has room; roomy when None.
         unset: what of the configuration the first node fixes through the section ``run`` of its manifest: names of
-            :data:`~psyche_lightning.protocol.manifest.TERMS`.
+            :data:`~psyche_lightning.protocol.manifest.LEFT_OPEN`.
 
     Attributes:
         state: the run's state.
@@ -103,7 +103,7 @@ class RunHost:
         self.rounds_epoch = 0
         self.points: dict[bytes, int] = {}
         self._seed = seed
-        self._terms: dict[str, int | None] = dict.fromkeys(unset)
+        self._left_open: dict[str, int | None] = dict.fromkeys(unset)
         self._now = 0.0
 
     # What others look at.
@@ -117,7 +117,7 @@ class RunHost:
     @property
     def unset(self) -> list[str]:
         """What of the configuration the first node will fix."""
-        return [name for name, value in self._terms.items() if value is None]
+        return [name for name, value in self._left_open.items() if value is None]
 
     def deadline(self) -> float | None:
         """When the clock alone moves the run on, in the coordinator's seconds; None when only an input can."""
@@ -171,7 +171,7 @@ class RunHost:
         # What the first node would fix is fixed now.
         fixed = {"total_steps": "total_steps", "global_batch_size_start": "global_batch_size"}
         for setting in config.keys() & fixed.keys():
-            self._terms.pop(fixed[setting], None)
+            self._left_open.pop(fixed[setting], None)
         self._apply(replace(self.state, config=changed, nonce=self.state.nonce + 1), now)
 
     # What members ask.
@@ -226,9 +226,9 @@ class RunHost:
                 ``NotAuthorized``; ``Ejected``; ``RunFull`` (retryable).
         """
         self.membership.check(signer, address)
-        rest, terms = settle(self._terms, manifest)
-        state = self._with_terms(terms)
-        self.manifest, self._terms = merge(self.manifest, rest), terms
+        rest, values = fix_values(self._left_open, manifest)
+        state = self._with_values(values)
+        self.manifest, self._left_open = merge(self.manifest, rest), values
         if signer not in self.membership.members:
             self.history.note(self.state, now, "joined", f"{short(signer)} joined", signer)
         self.membership.members[signer] = Client(signer, signer, address)
@@ -236,11 +236,11 @@ class RunHost:
             state = machine.start(state, now)
         self._apply(machine.move(state, signer, signer, address), now)
 
-    def _with_terms(self, terms: dict[str, int | None]) -> RunState:
+    def _with_values(self, values: dict[str, int | None]) -> RunState:
         """The state with what a node fixed of the configuration."""
-        if terms == self._terms:
+        if values == self._left_open:
             return self.state
-        config = with_terms(self.state.config, terms)
+        config = with_values(self.state.config, values)
         try:
             check_config(config, self.limits)
         except ConfigError as error:
@@ -381,7 +381,7 @@ class RunHost:
             "format": FORMAT,
             "seed": self._seed,
             "now": float(self._now),
-            "terms": self._terms,
+            "terms": self._left_open,
             "manifest": self.manifest,
             "state": to_json(self.state),
             "points": {signer.hex(): points for signer, points in self.points.items()},
@@ -405,7 +405,7 @@ class RunHost:
             host = cls(state.run_id, state.config, seed=data["seed"], max_seq_len=state.max_seq_len, limits=limits)
             host.state = state
             host.manifest = data["manifest"]
-            host._terms = dict(data["terms"])
+            host._left_open = dict(data["terms"])
             host.rounds = [round_from_json(item) for item in data["history"]]
             host.rounds_epoch = data["history_epoch"]
             host.membership.restore(data)

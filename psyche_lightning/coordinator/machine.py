@@ -1,4 +1,6 @@
-"""The coordinator's state machine: pure functions from a run's state to its next (spec S1, as DESIGN 6 corrects it).
+"""The coordinator's state machine: pure functions from a run's state to its next.
+
+docs/psyche.md says what differs from Psyche's.
 
 Inputs (:func:`witness` and the like) only record; :func:`tick` alone moves a run from phase to phase, one step a call,
 so a host ticks until nothing changes. Time and randomness come in as arguments. Every change makes ``nonce`` grow, and
@@ -36,14 +38,14 @@ DRAIN_ROUNDS = 2
 
 
 class MachineError(CoordinatorError):
-    """A transition that the machine refuses; ``code`` is its name in spec S1.7 (``InvalidCheckpoint`` is ours)."""
+    """A transition that the machine refuses; ``code`` is Psyche's name of the error (``InvalidCheckpoint`` is ours)."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message, code=code)
 
 
 def batch_size(config: CoordinatorConfig, tokens: int) -> int:
-    """Samples of the round before which the run has seen ``tokens`` tokens (spec S1.8, exactly; half rounds up)."""
+    """Samples of the round before which the run has seen ``tokens`` tokens; half rounds up, as Psyche's."""
     start, end = config.global_batch_size_start, config.global_batch_size_end
     ramp = config.global_batch_size_warmup_tokens
     if tokens >= ramp:
@@ -162,7 +164,7 @@ def start(state: RunState, now: float) -> RunState:
 
 
 def tick(state: RunState, pending: Sequence[Client] | None, now: float, seed: int) -> RunState:
-    """Take the next step that is due, if one is (spec S1.5).
+    """Take the next step that is due, if one is.
 
     Args:
         state: the state.

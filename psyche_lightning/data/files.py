@@ -1,4 +1,4 @@
-"""Token files in Psyche's formats (spec S8.1): what they hold, and blocks read from them, wherever they lie."""
+"""Token files in Psyche's formats (its local.rs): what they hold, and blocks read from them, wherever they lie."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def npy_header(info: FileInfo) -> tuple[int, int] | None:
 
 
 class TokenBlocks:
-    """Blocks of ``seq_len`` tokens in a row of files; what is left at a file's end is dropped (spec S8.1).
+    """Blocks of ``seq_len`` tokens in a row of files; what is left at a file's end is dropped, as Psyche does.
 
     A file of n tokens has ``n // seq_len`` blocks, the last one included.
 

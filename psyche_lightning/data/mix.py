@@ -1,4 +1,4 @@
-"""The provider ``mix``: a weighted mix of token files that a JSON index describes (spec S8.3)."""
+"""The provider ``mix``: a weighted mix of token files that a JSON index describes."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class MixedBlocks:
 
 
 class Index:
-    """The JSON index: Psyche's ``{"shuffle": ..., "providers": [[location, weight], ...]}`` (spec S8.3).
+    """The JSON index: Psyche's ``{"shuffle": ..., "providers": [[location, weight], ...]}``.
 
     Args:
         text: of the index.

@@ -114,7 +114,7 @@ def make_order(length: int, *, shuffle: object, seed: int) -> Order:
 
     Args:
         length: how many there are.
-        shuffle: true for a permutation that takes no memory, false for none, 32 numbers for Psyche's (spec S8.2),
+        shuffle: true for a permutation that takes no memory, false for none, 32 numbers for Psyche's (data_shuffle.rs),
             which is a table of four bytes a sample.
         seed: the run's, for true.
 

@@ -1,4 +1,4 @@
-"""The provider ``parquet``: samples that were prepared before, with labels and positions (spec S8.3)."""
+"""The provider ``parquet``: samples that were prepared before, with labels and positions (Psyche's preprocessed.rs)."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def read_text(url: str, fetch: Fetch, limit: int) -> bytes:
 
 
 def numbered(template: object, *, start: object, pad: object, count: object) -> list[str]:
-    """The URLs of numbered files (spec S8.3).
+    """The URLs of numbered files, as Psyche's http.rs makes them.
 
     Args:
         template: a URL with exactly one ``{}``, where the number goes.

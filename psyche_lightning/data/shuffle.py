@@ -1,4 +1,4 @@
-"""Psyche's orders of samples, reproduced bit for bit (spec S8.2, S8.3): ChaCha8, its shuffles, the weighted index."""
+"""Psyche's orders of samples, reproduced bit for bit (its data_shuffle.rs): ChaCha8, shuffles, weighted index."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _draws(generator: ChaCha8, bounds: range) -> Iterator[int]:
 
 
 def psyche_shuffle(length: int, seed: bytes) -> NDArray[np.uint32]:
-    """The permutation of ``range(length)`` that Psyche's seeded shuffle makes (spec S8.2).
+    """The permutation of ``range(length)`` that Psyche's seeded shuffle makes.
 
     Args:
         length: at most :data:`MAX_TABLE`; a million takes a fraction of a second.
@@ -139,7 +139,7 @@ def psyche_shuffle(length: int, seed: bytes) -> NDArray[np.uint32]:
 
 
 def shuffle_from_top(length: int, seed: bytes) -> NDArray[np.uint32]:
-    """The permutation by which Psyche shuffles a weighted index: Fisher-Yates from the last place (spec S8.3)."""
+    """The permutation by which Psyche shuffles a weighted index: Fisher-Yates from the last place."""
     out = array("I", range(length))
     bounds = range(length, 1, -1)
     for bound, j in zip(bounds, _draws(ChaCha8(seed), bounds), strict=True):
@@ -148,7 +148,7 @@ def shuffle_from_top(length: int, seed: bytes) -> NDArray[np.uint32]:
 
 
 def weighted_order(weights: Sequence[float], sizes: Sequence[int]) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
-    """Which sample of which source stands at each place of a weighted mix (spec S8.3).
+    """Which sample of which source stands at each place of a weighted mix.
 
     For each place s the source with the largest ``weight * max(s, 1) - drawn`` gives its next sample, the first of
     equals, and begins again at its end; empty sources give none.

@@ -1,4 +1,4 @@
-"""The provider ``tokens``: token files in Psyche's formats, on disk or behind HTTP (spec S8.1 to S8.3)."""
+"""The provider ``tokens``: token files in Psyche's formats, on disk or behind HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer: compress the local update, apply the agreed ones (spec S4.3, invariants I1 and I2)."""
+"""The optimizer: compress the local update, apply the agreed ones (invariants I1 and I2)."""
 
 from __future__ import annotations
 

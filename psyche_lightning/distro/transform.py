@@ -1,4 +1,4 @@
-"""The orthonormal DCT-II of square blocks, and the integer basis of the exact inverse (spec S4.1, invariant I1)."""
+"""The orthonormal DCT-II of square blocks, and the integer basis of the exact inverse (invariant I1)."""
 
 from __future__ import annotations
 

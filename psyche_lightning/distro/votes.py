@@ -1,4 +1,4 @@
-"""Votes: which coefficients of each chunk a node sends, and with which sign (spec S4.2)."""
+"""Votes: which coefficients of each chunk a node sends, and with which sign."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _LIMITS = {
 
 
 @dataclass(frozen=True)
-class Terms:
+class RunShape:
     """What a round of the run is.
 
     Attributes:
@@ -69,7 +69,7 @@ class Network:
     coordinator_trip: float | None
 
 
-def terms(recipe: Recipe, status: Mapping[str, Any] | None, nodes: int | None) -> Terms:
+def run_shape(recipe: Recipe, status: Mapping[str, Any] | None, nodes: int | None) -> RunShape:
     """A round of the recipe, or of the run if there is one.
 
     Args:
@@ -83,7 +83,7 @@ def terms(recipe: Recipe, status: Mapping[str, Any] | None, nodes: int | None) -
         batch = status["config"]["global_batch_size_end"] or batch
         there = max(status["config"]["init_min_clients"], len(found))
         rates = {row["key"]: row["tokens_per_second"] for row in found.values() if row["tokens_per_second"]}
-    return Terms(nodes or there, batch, rates)
+    return RunShape(nodes or there, batch, rates)
 
 
 def network(
@@ -126,13 +126,13 @@ def network(
 
 
 def conditions(
-    recipe: Recipe, terms: Terms, network: Network, speed: Speed, payload: int, write_seconds: float | None = None
+    recipe: Recipe, shape: RunShape, network: Network, speed: Speed, payload: int, write_seconds: float | None = None
 ) -> Conditions:
     """What the formula takes; what is not known does not hold anything up."""
-    share = terms.share * recipe.data.seq_len
+    share = shape.share * recipe.data.seq_len
     return Conditions(
-        nodes=terms.nodes,
-        samples=terms.samples,
+        nodes=shape.nodes,
+        samples=shape.samples,
         seq_len=recipe.data.seq_len,
         sample_seconds=speed.sample_seconds,
         encode_seconds=speed.encode_seconds,
@@ -144,11 +144,11 @@ def conditions(
         round_trip=network.round_trip or 0.0,
         coordinator_trip=network.coordinator_trip or 0.0,
         write_seconds=write_seconds or 0.0,
-        slowest_seconds=max((share / rate for rate in terms.rates.values()), default=0.0),
+        slowest_seconds=max((share / rate for rate in shape.rates.values()), default=0.0),
     )
 
 
-def findings(given: Conditions, network: Network, speed_: Speed, terms: Terms) -> tuple[Prediction, list[Finding]]:
+def findings(given: Conditions, network: Network, speed_: Speed, shape: RunShape) -> tuple[Prediction, list[Finding]]:
     """The prediction, and its rows."""
     found = predict(given)
     tokens = given.seq_len / speed_.sample_seconds
@@ -156,11 +156,11 @@ def findings(given: Conditions, network: Network, speed_: Speed, terms: Terms) -
         Finding("recipe", "speed", f"{_tokens(tokens)} on this device alone: {speed_.how}"),
         _link(given, network),
         Finding(AREA, "round", f"{duration(found.round_seconds)}: {_parts(given, found)}"),
-        Finding(AREA, "speed", f"{_tokens(found.tokens_per_second)} of {_nodes(terms.nodes)}, {_batch(given)}"),
+        Finding(AREA, "speed", f"{_tokens(found.tokens_per_second)} of {_nodes(shape.nodes)}, {_batch(given)}"),
     ]
     what, advice = _LIMITS[found.limit]
     if found.limit == "slowest":
-        name = min(terms.rates, key=lambda key: terms.rates[key])
+        name = min(shape.rates, key=lambda key: shape.rates[key])
         what = f"{what}, {name}"
     low = found.utilization < BUSY
     value = f"{found.utilization:.0%} of the time this device computes; the limit is {what}"

@@ -1,4 +1,4 @@
-"""Which client trains which samples: derived by everyone from the round's seed (spec S2.2, S2.3)."""
+"""Which client trains which samples: derived by everyone from the round's seed (Psyche's data_selection.rs)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MASK = (1 << 64) - 1
 
 
 class Lcg:
-    """Knuth's 64-bit linear congruential generator; the output is the state itself (spec S2.2)."""
+    """Knuth's 64-bit linear congruential generator; the output is the state itself."""
 
     def __init__(self, seed: int) -> None:
         self._state = seed & _MASK
@@ -26,7 +26,7 @@ class Lcg:
 
 
 def shuffle(items: Iterable[_T], seed: int) -> list[_T]:
-    """Fisher-Yates from the top, driven by :class:`Lcg` (spec S2.2)."""
+    """Fisher-Yates from the top, driven by :class:`Lcg`."""
     out = list(items)
     generator = Lcg(seed)
     for i in range(len(out) - 1, 0, -1):
@@ -36,7 +36,7 @@ def shuffle(items: Iterable[_T], seed: int) -> list[_T]:
 
 
 def assign(seed: int, data_index: int, batch_size: int, selection: CommitteeSelection) -> list[tuple[int, int, int]]:
-    """Divide a round's samples among its trainers (spec S2.3).
+    """Divide a round's samples among its trainers.
 
     Args:
         seed: the round's u64 seed.

@@ -1,4 +1,4 @@
-"""Bloom filters over FNV-1a, byte for byte Psyche's (spec S2.5).
+"""Bloom filters over FNV-1a, byte for byte Psyche's (its bloom.rs).
 
 They decide nothing except, in a health check, whether witnesses heard from a client.
 """

@@ -1,6 +1,6 @@
 """Who trains and who witnesses in a round: a permutation of the clients that everyone derives from the round's seed.
 
-The permutation is Ethereum's swap-or-not shuffle with 90 rounds (spec S2.1).
+The permutation is Ethereum's swap-or-not shuffle with 90 rounds (Psyche's swap_or_not.rs and committee_selection.rs).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_WITNESSES = 32
 
 
 class Committee(IntEnum):
-    """What a client does in a round; the numbers are on the wire (spec S2.1)."""
+    """What a client does in a round; the numbers are on the wire."""
 
     TIE_BREAKER = 0
     VERIFIER = 1
@@ -29,13 +29,13 @@ class Committee(IntEnum):
 def quorum(expected: int) -> int:
     """How many of ``expected`` must agree: two thirds rounded down, but never half or fewer.
 
-    Psyche's table (spec S1.8) except where it falls to half: 4 needs 3, not 2. So two quorums always share a member.
+    Psyche's table except where that falls to half: 4 needs 3, not 2. So two quorums always share a member.
     """
     return max(1, int(expected * (2 / 3)), expected // 2 + 1)
 
 
 class Permutation:
-    """Swap-or-not shuffle of ``range(size)`` under a 32-byte key; pivots and bit blocks are hashed once (spec S2.1)."""
+    """Swap-or-not shuffle of ``range(size)`` under a 32-byte key; pivots and bit blocks are hashed once."""
 
     def __init__(self, key: bytes, size: int) -> None:
         self._key = key
@@ -75,7 +75,7 @@ class Permutation:
 
 
 class CommitteeSelection:
-    """The committees of one round (spec S2.1). Positions are computed when asked for, and kept.
+    """The committees of one round. Positions are computed when asked for, and kept.
 
     Args:
         tie_breakers: clients that settle disputes; always 0 so far.

@@ -1,4 +1,4 @@
-"""Which configurations of a run a coordinator accepts (spec S1.3)."""
+"""Which configurations of a run a coordinator accepts (Psyche's coordinator.rs, ``check``)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Limits:
 
 
 PSYCHE_LIMITS = Limits(clients=256, witnesses=32, batch=65535, steps=2**32 - 2, extra_time=255, whole_seconds=True)
-"""What fits into Psyche's account layout (spec S1.3, appendix B); the step after the last must fit, too."""
+"""What fits into Psyche's account layout; the step after the last must fit, too."""
 
 _DURATIONS = (
     "epoch_time",
@@ -58,7 +58,7 @@ def check_run_id(run_id: str) -> None:
 
 
 def check_config(config: CoordinatorConfig, limits: Limits | None = None) -> None:
-    """Refuse a configuration with which a run could not proceed; the first failing rule of S1.3 is named.
+    """Refuse a configuration with which a run could not proceed; the first failing rule is named.
 
     Args:
         config: the configuration.
@@ -76,7 +76,7 @@ def check_config(config: CoordinatorConfig, limits: Limits | None = None) -> Non
     # Written so that NaN, which no comparison accepts, fails.
     rule(config.epoch_time > 0, "epoch_time", "more than 0 seconds")
     rule(
-        # S1.3 allows 0; here an epoch begins only when a client has reported in warm-up, which takes time.
+        # Psyche allows 0; here an epoch begins only when a client has reported in warm-up, which takes time.
         0 < config.warmup_time < config.epoch_time,
         "warmup_time",
         f"more than 0 and less than epoch_time ({config.epoch_time})",
@@ -111,7 +111,7 @@ def check_config(config: CoordinatorConfig, limits: Limits | None = None) -> Non
         "waiting_for_members_extra_time",
         f"more than 0 and at most {limits.extra_time} seconds",
     )
-    # What S1.3 leaves unchecked, or to its field types.
+    # What Psyche leaves unchecked, or to its field types.
     rule(
         0 <= config.global_batch_size_warmup_tokens < 1 << 64,
         "global_batch_size_warmup_tokens",

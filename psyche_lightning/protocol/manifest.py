@@ -19,7 +19,7 @@ ABSENT = "(absent)"
 """Stands for a field that one side does not have."""
 
 
-TERMS = ("global_batch_size", "total_steps")
+LEFT_OPEN = ("global_batch_size", "total_steps")
 """What a run's creator may leave to the first node, which names it in the section ``run`` of its manifest."""
 
 
@@ -40,16 +40,16 @@ def manifest_digest(manifest: Mapping[str, Any]) -> bytes:
     return sha256(manifest_text(manifest).encode())
 
 
-def settle(terms: dict[str, int | None], offered: Any) -> tuple[Any, dict[str, int | None]]:
+def fix_values(held: dict[str, int | None], offered: Any) -> tuple[Any, dict[str, int | None]]:
     """Take a node's values for the configuration out of its manifest.
 
     Args:
-        terms: what the first node fixes, with the values that it did; None as long as there was none. A node's value
+        held: what the first node fixes, with the values that it did; None as long as there was none. A node's value
             for anything else does not count: the run's creator decided.
         offered: the node's manifest.
 
     Returns:
-        The manifest without them, and the terms with what this node fixed.
+        The manifest without them, and the values with what this node fixed.
 
     Raises:
         ManifestMismatchError: the node has other values than the first one.
@@ -58,14 +58,14 @@ def settle(terms: dict[str, int | None], offered: Any) -> tuple[Any, dict[str, i
     section = offered.get("run") if isinstance(offered, dict) else None
     if not isinstance(section, dict):
         section = {}
-    given = {name: section[name] for name in TERMS if section.get(name) is not None}
-    rest = {name: value for name, value in section.items() if name not in TERMS}
+    given = {name: section[name] for name in LEFT_OPEN if section.get(name) is not None}
+    rest = {name: value for name, value in section.items() if name not in LEFT_OPEN}
     if rest != section:
         offered = (
             {**offered, "run": rest} if rest else {name: value for name, value in offered.items() if name != "run"}
         )
-    settled = dict(terms)
-    for name, value in terms.items():
+    fixed = dict(held)
+    for name, value in held.items():
         if value is None and name not in given:
             raise CoordinatorError(
                 f"the run has no {name} and this node's configuration does not say one. Give the node one (for "
@@ -74,17 +74,17 @@ def settle(terms: dict[str, int | None], offered: Any) -> tuple[Any, dict[str, i
             )
         if value is None and type(given[name]) is not int:
             raise CoordinatorError(f"run.{name} is {given[name]!r}; expected a whole number", code="InvalidManifest")
-        settled[name] = given[name] if value is None else value
+        fixed[name] = given[name] if value is None else value
     found: list[tuple[str, object, object]]
-    found = [(f"run.{name}", value, given[name]) for name, value in settled.items() if given.get(name, value) != value]
+    found = [(f"run.{name}", value, given[name]) for name, value in fixed.items() if given.get(name, value) != value]
     if found:
         raise _mismatch(found)
-    return offered, settled
+    return offered, fixed
 
 
-def with_terms(config: CoordinatorConfig, terms: dict[str, int | None]) -> CoordinatorConfig:
-    """The configuration with the terms that are fixed."""
-    batch, steps = terms.get("global_batch_size"), terms.get("total_steps")
+def with_values(config: CoordinatorConfig, held: dict[str, int | None]) -> CoordinatorConfig:
+    """The configuration with the values that are fixed."""
+    batch, steps = held.get("global_batch_size"), held.get("total_steps")
     if batch is not None:
         config = replace(config, global_batch_size_start=batch, global_batch_size_end=batch)
     return config if steps is None else replace(config, total_steps=steps)

@@ -1,4 +1,4 @@
-"""Merkle trees over SHA-256 (spec S2.6) and the root that binds a witness to its list."""
+"""Merkle trees over SHA-256 (Psyche's merkle_tree.rs) and the root that binds a witness to its list."""
 
 from __future__ import annotations
 

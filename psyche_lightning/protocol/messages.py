@@ -74,7 +74,7 @@ class Attest:
 
     Attributes:
         epoch: epoch of the run.
-        height: height of the round *in which* it was sent (spec S1.9: it lists that round's results, or with
+        height: height of the round *in which* it was sent (it lists that round's results, or with
             overlap those of the round before).
         commitments: ascending 32-byte commitment hashes, concatenated.
         applied: height up to which (exclusive) ``digest`` has results applied.

@@ -1,4 +1,4 @@
-"""The state of a run, as the coordinator holds it and nodes see it (spec S1.2 to S1.4).
+"""The state of a run, as the coordinator holds it and nodes see it (the fields of Psyche's coordinator.rs).
 
 Plain data: the transitions live in :mod:`psyche_lightning.coordinator.machine`. Nodes receive the same classes,
 with the witnesses' Bloom filters left out (they decide nothing).
@@ -15,7 +15,7 @@ BLOOM_KEYS = 8
 
 
 class Phase(IntEnum):
-    """What a run is doing; the numbers are on the wire (spec S1.2)."""
+    """What a run is doing; the numbers are on the wire."""
 
     UNINITIALIZED = 0
     WAITING_FOR_MEMBERS = 1
@@ -48,7 +48,7 @@ class ClientStatus(IntEnum):
 
 @dataclass(frozen=True)
 class CoordinatorConfig:
-    """The run's durations and sizes (spec S1.3). Durations are ceilings in seconds, batches count samples.
+    """The run's durations and sizes. Durations are ceilings in seconds, batches count samples.
 
     Attributes:
         warmup_time: longest time for nodes to obtain the epoch's parameters.
@@ -104,7 +104,7 @@ class Client:
 
 @dataclass(frozen=True)
 class WitnessProof:
-    """A claim to a seat: the position that the committee shuffle gives to the client at ``index`` (spec S2.1)."""
+    """A claim to a seat: the position that the committee shuffle gives to the client at ``index``."""
 
     position: int
     index: int
@@ -199,7 +199,7 @@ class RunState:
         holders: signers of the clients that may hold the checkpoint: those of the last epoch, and those who said so
             since, without those that had a whole warm-up to say so and did not. An epoch without any gives it up.
         pending_pause: whether the run pauses at the end of the epoch.
-        cold_start_epoch: whether the epoch follows a pause (spec S1.10).
+        cold_start_epoch: whether the epoch follows a pause, so that learning rates warm up again.
         nonce: grows by at least one with every change; updates with a smaller one are stale.
     """
 

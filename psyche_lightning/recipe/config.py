@@ -101,7 +101,7 @@ class DataSection:
 
 @dataclass(frozen=True)
 class ScheduleSection:
-    """``optimizer.schedule``: how the learning rate changes with the run's step (spec S5.2).
+    """``optimizer.schedule``: how the learning rate changes with the run's step.
 
     Attributes:
         kind: ``constant``, ``linear``, ``cosine`` or ``wsd`` (warm-up, stable, decay).

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the run's step (spec S5.2), so that a late joiner stands where all do.
+"""Psyche's learning-rate schedules as pure functions of the run's step, so that a late joiner stands where all do.
 
 Steps count from 1, as in the coordinator's rounds; every schedule warms up linearly for ``step < warmup_steps``.
 """

@@ -1,4 +1,4 @@
-"""Psyche's own run configurations in TOML (spec S9.1), as recipes.
+"""Psyche's own run configurations in TOML, as recipes.
 
 Settings that decide nothing here are passed over (AdamW's place is DisTrO's, ``quantize_1bit`` is always so); those
 that this project cannot do are refused by name. What a file does not say (which data, where it names none) is default,

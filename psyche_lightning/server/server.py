@@ -23,10 +23,10 @@ from psyche_lightning.protocol.codec import round_to_json
 from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
 from psyche_lightning.protocol.requests import GetRounds
 from psyche_lightning.server.channel import CHALLENGE_SIZE, MAX_FRAME_SIZE, problem
-from psyche_lightning.server.connection import Connection
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.server.status import run_line, run_status
 from psyche_lightning.server.store import Store
+from psyche_lightning.server.websocket import Websocket
 from psyche_lightning.wire.identity import KEY_SIZE
 
 MAX_BODY_SIZE = MAX_FRAME_SIZE
@@ -74,7 +74,7 @@ class CoordinatorServer:
         self._token = token
         self._grace = grace
         self._heartbeat = heartbeat
-        self._sessions: dict[tuple[str, bytes], Connection] = {}
+        self._sessions: dict[tuple[str, bytes], Websocket] = {}
         self._sockets: set[web.WebSocketResponse] = set()
         self._leaving: dict[tuple[str, bytes], asyncio.TimerHandle] = {}
         self._timekeepers: dict[str, asyncio.Task[None]] = {}
@@ -126,7 +126,7 @@ class CoordinatorServer:
 
     # Nodes that come and go.
 
-    def _arrived(self, session: Connection) -> None:
+    def _arrived(self, session: Websocket) -> None:
         key = (session.run.state.run_id, session.signer)
         timer = self._leaving.pop(key, None)
         if timer is not None:
@@ -135,7 +135,7 @@ class CoordinatorServer:
         if old is not None:
             old.replace()
 
-    def _gone(self, session: Connection) -> None:
+    def _gone(self, session: Websocket) -> None:
         key = (session.run.state.run_id, session.signer)
         if self._sessions.get(key) is session and not self._stopping:
             del self._sessions[key]
@@ -324,7 +324,7 @@ class CoordinatorServer:
             raise CoordinatorError("a page of another site may not watch", code="Unauthorized")
         socket = web.WebSocketResponse(heartbeat=self._heartbeat, max_msg_size=MAX_FRAME_SIZE, compress=True)
         await socket.prepare(request)
-        session = Connection(run, socket, self._entropy(CHALLENGE_SIZE), self._arrived)
+        session = Websocket(run, socket, self._entropy(CHALLENGE_SIZE), self._arrived)
         self._sockets.add(socket)
         try:
             await session.serve()

@@ -102,7 +102,7 @@ class Throttle:
 
     Attributes:
         rate: the limit, or infinity.
-        piece: how many bytes of something bulky should go in one frame.
+        block: how many bytes of something bulky should go in one frame.
         batch: how many of them should be written at once; without a limit, as many as may be.
 
     Raises:
@@ -128,7 +128,7 @@ class Throttle:
         self._scheduler = None if rate is None else Scheduler(rate, clock())
         self._timer: asyncio.TimerHandle | None = None
         self.batch = 1 << 30 if rate is None else 1
-        self.piece = int(min(LARGEST, max(SMALLEST, TURN * self.rate)))
+        self.block = int(min(LARGEST, max(SMALLEST, TURN * self.rate)))
 
     @property
     def limited(self) -> bool:

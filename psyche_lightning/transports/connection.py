@@ -1,7 +1,7 @@
 """One open connection to a proven peer: messages, pings and blobs, side by side, over any :class:`Pipe`.
 
-What is urgent (messages, requests, pings) and what is bulky (pieces of blobs) are written apart. Of the bulky, one
-piece of each blob goes in turn, and only as fast as the node's limit allows: a blob never holds up a message for long.
+What is urgent (messages, requests, pings) and what is bulky (blocks of blobs) are written apart. Of the bulky, one
+block of each blob goes in turn, and only as fast as the node's limit allows: a blob never holds up a message for long.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Part(Protocol):
         """Learn the size of the blob; whether the part is still wanted. Raises TransportError to refuse it."""
         ...
 
-    def write(self, piece: bytes | memoryview, now: float) -> bool:
+    def write(self, block: bytes | memoryview, now: float) -> bool:
         """Take the next bytes; whether more are wanted."""
         ...
 
@@ -177,7 +177,7 @@ class Connection:
         self._pinged: float | None = None
         self._ping_next = self.since
         self._control: deque[bytes] = deque()
-        self._answers: deque[bytes] = deque()  # to requests, apart from pieces
+        self._answers: deque[bytes] = deque()  # to requests, apart from blocks
         self._urgent = asyncio.Event()
         self._bulk = asyncio.Event()
         self._numbers = 0
@@ -276,7 +276,7 @@ class Connection:
                 raise StalledError(f"stalled ({got}, then nothing for {self._around.stall:.1f} s)")
 
     def _answer(self, kind: int, body: bytes) -> None:
-        """FOUND, PIECE or ABSENT: something about a request of this side."""
+        """FOUND, BLOCK or ABSENT: something about a request of this side."""
         (number,) = _NUMBER.unpack_from(body)
         if not 0 < number <= self._numbers:
             raise WireError(f"an answer to request {number}, which was never made")
@@ -298,11 +298,11 @@ class Connection:
                 request.done.set_exception(error)
                 return
         else:
-            piece = memoryview(body)[_NUMBER.size :]
-            if request.expected is None or len(piece) > request.expected - request.received:
-                raise WireError("a piece of a blob has the wrong length")
-            request.received += len(piece)
-            wanted = request.part.write(piece, self._loop.time())
+            block = memoryview(body)[_NUMBER.size :]
+            if request.expected is None or len(block) > request.expected - request.received:
+                raise WireError("a block of a blob has the wrong length")
+            request.received += len(block)
+            wanted = request.part.write(block, self._loop.time())
         if not wanted or request.received == request.expected:
             request.done.set_result(None)
 
@@ -356,18 +356,18 @@ class Connection:
         return True
 
     def _next_bulk(self) -> bytes:
-        """What answers wait, and one piece of each blob in turn, as many as go at once."""
+        """What answers wait, and one block of each blob in turn, as many as go at once."""
         parts = [*self._answers]
         self._answers.clear()
         most = min(self.pipe.batch, self._around.upload.batch)
         size = 0
         while self._served and size < most:
             served = self._served.popleft()
-            piece = served.data[served.sent : served.sent + self._around.upload.piece]
-            parts.append(frame(Kind.PIECE, _NUMBER.pack(served.number), piece))
-            served.sent += len(piece)
-            size += len(piece)
-            self._around.context.on_served(served.size, len(piece))
+            block = served.data[served.sent : served.sent + self._around.upload.block]
+            parts.append(frame(Kind.BLOCK, _NUMBER.pack(served.number), block))
+            served.sent += len(block)
+            size += len(block)
+            self._around.context.on_served(served.size, len(block))
             if served.sent < len(served.data):
                 self._served.append(served)
             else:

@@ -71,7 +71,7 @@ class Span:
         source: who delivers it, or did.
         moved: time of the last progress.
         patience: seconds without progress after which the rest may be taken away.
-        pieces: its bytes.
+        blocks: its bytes.
         shortened: called when the end has come nearer, while the source delivers.
     """
 
@@ -82,7 +82,7 @@ class Span:
     source: bytes | None = None
     moved: float = 0.0
     patience: float = PATIENCE
-    pieces: list[bytes | memoryview] = field(default_factory=list)
+    blocks: list[bytes | memoryview] = field(default_factory=list)
     shortened: Callable[[], None] | None = None
 
     @property
@@ -114,14 +114,14 @@ class Span:
         self.download.found(self, size)
         return self.left > 0
 
-    def write(self, piece: bytes | memoryview, now: float) -> bool:
+    def write(self, block: bytes | memoryview, now: float) -> bool:
         """Take the next bytes, as far as they belong to the span.
 
         Returns:
             Whether more is wanted.
         """
-        size = min(len(piece), self.left)
-        self.pieces.append(piece[:size])
+        size = min(len(block), self.left)
+        self.blocks.append(block[:size])
         if self.at // STRIDE != (self.at + size) // STRIDE:
             self.moved = now
         self.at += size
@@ -156,7 +156,7 @@ class Download:
 
     def join(self) -> bytes:
         """The blob, when it is complete."""
-        return b"".join(piece for span in sorted(self.spans, key=lambda span: span.start) for piece in span.pieces)
+        return b"".join(block for span in sorted(self.spans, key=lambda span: span.start) for block in span.blocks)
 
     def reset(self) -> None:
         """Forget everything."""

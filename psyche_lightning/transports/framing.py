@@ -12,7 +12,7 @@ PING       empty; the answer is PONG
 PONG       empty
 WANT       request u32 | SHA-256 32 | offset u64 | length u64: send that part of that blob
 FOUND      request u32 | size of the whole blob u64: the part follows, as far as the blob has it
-PIECE      request u32 | the next bytes of the part, at most 64 KiB
+BLOCK      request u32 | the next bytes of the part, at most 64 KiB
 ABSENT     request u32: the sender does not have the blob
 ENOUGH     request u32 | length u64: send no more than so many bytes of the part; 0 if it is not wanted any more
 GOSSIP     a message that is passed on (see :mod:`~psyche_lightning.transports.gossip`)
@@ -29,7 +29,7 @@ from typing import Protocol
 from psyche_lightning.errors import WireError
 from psyche_lightning.protocol.messages import MAX_MESSAGE_SIZE
 
-PIECE_SIZE = 64 * 1024
+BLOCK_SIZE = 64 * 1024
 _HEADER = struct.Struct("!IB")
 
 
@@ -45,7 +45,7 @@ class Kind(enum.IntEnum):
     PONG = 6
     WANT = 7
     FOUND = 8
-    PIECE = 9
+    BLOCK = 9
     ABSENT = 10
     ENOUGH = 11
     GOSSIP = 12
@@ -61,7 +61,7 @@ LIMITS: dict[int, tuple[int, int]] = {
     Kind.PONG: (0, 0),
     Kind.WANT: (52, 52),
     Kind.FOUND: (12, 12),
-    Kind.PIECE: (5, 4 + PIECE_SIZE),
+    Kind.BLOCK: (5, 4 + BLOCK_SIZE),
     Kind.ABSENT: (4, 4),
     Kind.ENOUGH: (12, 12),
     Kind.GOSSIP: (43, 43 + 8 * 32 + MAX_MESSAGE_SIZE),

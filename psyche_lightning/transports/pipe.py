@@ -9,7 +9,7 @@ from psyche_lightning.transports.framing import LIMITS, Kind, Source
 from psyche_lightning.transports.meter import ByteMeter
 
 HANDSHAKE = frozenset({Kind.HELLO, Kind.PROOF, Kind.WELCOME})
-BULK = frozenset({Kind.FOUND, Kind.PIECE, Kind.ABSENT})
+BULK = frozenset({Kind.FOUND, Kind.BLOCK, Kind.ABSENT})
 """Answers to requests for blobs; everything else is urgent."""
 URGENT = frozenset(LIMITS) - HANDSHAKE - BULK
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from psyche_lightning.errors import TransportError
 from psyche_lightning.transports.base import TransportContext
-from psyche_lightning.transports.framing import PIECE_SIZE, Source, goodbye
+from psyche_lightning.transports.framing import BLOCK_SIZE, Source, goodbye
 from psyche_lightning.transports.handshake import Handshake
 from psyche_lightning.transports.mesh import MAX_ARRIVING, MeshTransport, reason
 from psyche_lightning.transports.meter import ByteMeter, MeteredSocket
@@ -195,10 +195,10 @@ class TlsPipe:
         self._writer = writer
         self._turn = asyncio.Lock()
         # The less waits below, the sooner something urgent goes out.
-        writer.transport.set_write_buffer_limits(high=PIECE_SIZE)
+        writer.transport.set_write_buffer_limits(high=BLOCK_SIZE)
         sock = writer.get_extra_info("socket")
         if sock is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2 * PIECE_SIZE)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2 * BLOCK_SIZE)
         if sock is not None and hasattr(socket, "TCP_CONGESTION"):
             with contextlib.suppress(OSError):  # not in this kernel, or not for everyone
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION)
@@ -210,8 +210,8 @@ class TlsPipe:
 
     @property
     def batch(self) -> int:
-        """One piece: what is urgent waits for it."""
-        return PIECE_SIZE
+        """One block: what is urgent waits for it."""
+        return BLOCK_SIZE
 
     @property
     def lanes(self) -> Sequence[tuple[Source, Collection[int]]]:

@@ -14,7 +14,7 @@ ZERO_HASH = bytes(HASH_SIZE)
 
 
 def sha256(*parts: bytes | memoryview) -> bytes:
-    """Hash the concatenation of ``parts`` (spec: ``S(x, y, ...)``)."""
+    """Hash the concatenation of ``parts``."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

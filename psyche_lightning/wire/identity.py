@@ -77,7 +77,7 @@ class Identity:
         return self._key.private_bytes_raw()
 
     def sign_raw(self, payload: bytes) -> bytes:
-        """A plain 64-byte Ed25519 signature over ``payload`` (Psyche's form, spec S2.4)."""
+        """A plain 64-byte Ed25519 signature over ``payload`` (Psyche's form)."""
         return self._key.sign(payload)
 
     def sign(self, purpose: str, run_id: str, payload: bytes) -> bytes:

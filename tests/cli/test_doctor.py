@@ -424,14 +424,14 @@ def test_a_run_names_what_its_nodes_report() -> None:
         "pending": rows[2:],
         "config": {"global_batch_size_end": 30, "init_min_clients": 2},
     }
-    terms = forecast.terms(recipe, status, None)
-    assert (terms.nodes, terms.samples, terms.share) == (3, 30, 10)
-    assert terms.rates == {keys[0].hex()[:8]: 100.0, keys[1].hex()[:8]: 400.0}
+    shape = forecast.run_shape(recipe, status, None)
+    assert (shape.nodes, shape.samples, shape.share) == (3, 30, 10)
+    assert shape.rates == {keys[0].hex()[:8]: 100.0, keys[1].hex()[:8]: 400.0}
     net = forecast.Network(1e6, 1e6, 0.1, 0.1)
     speed = forecast.Speed(0.01, 0.001, 0.001, 8, 3, "measured")
-    given = forecast.conditions(recipe, terms, net, speed, 5000)
+    given = forecast.conditions(recipe, shape, net, speed, 5000)
     assert given.slowest_seconds == pytest.approx(10 * 128 / 100)
-    found, rows_ = forecast.findings(given, net, speed, terms)
+    found, rows_ = forecast.findings(given, net, speed, shape)
     assert found.limit == "slowest"
     assert keys[0].hex()[:8] in rows_[-1].value
     assert rows_[-1].verdict is Verdict.WARNING

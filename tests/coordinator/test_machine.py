@@ -53,7 +53,7 @@ def members(count: int) -> list[Client]:
     return [Client(key(i), key(i), f"host:{i}") for i in range(count)]
 
 
-def settle(state: RunState, now: float, pending: list[Client] | None = None) -> RunState:
+def advance(state: RunState, now: float, pending: list[Client] | None = None) -> RunState:
     """Tick until nothing changes, as a host does."""
     while not state.phase.halted:
         again = machine.tick(state, pending, now, seed=state.nonce)
@@ -68,8 +68,8 @@ def waiting(now: float = 0.0, **config: Any) -> RunState:
 
 
 def warming(count: int = 3, **config: Any) -> RunState:
-    state = settle(waiting(**config), 0.0, members(count))
-    state = settle(state, 5.0, members(count))
+    state = advance(waiting(**config), 0.0, members(count))
+    state = advance(state, 5.0, members(count))
     assert state.phase is Phase.WARMUP
     return state
 
@@ -78,7 +78,7 @@ def training(count: int = 3, **config: Any) -> RunState:
     state = warming(count, **config)
     for i in range(count):
         state = machine.warmup_witness(state, key(i), WarmupWitness(state.epoch, i, digest("start")))
-    state = settle(state, 5.0)
+    state = advance(state, 5.0)
     assert state.phase is Phase.ROUND_TRAIN
     return state
 
@@ -105,7 +105,7 @@ def play(state: RunState, now: float, who: Iterable[int] = range(3)) -> RunState
     """One round in which ``who`` report at once."""
     for i in who:
         state = report(state, i)
-    return settle(state, now)
+    return advance(state, now)
 
 
 def refused(code: str, call: Callable[[], object]) -> None:
@@ -155,18 +155,18 @@ def test_extra_time_counts_from_enough_members() -> None:
 
 
 def test_a_run_of_one_never_waits_for_the_clock() -> None:
-    state = settle(waiting(init_min_clients=1, min_clients=1, total_steps=2), 0.0, members(1))
+    state = advance(waiting(init_min_clients=1, min_clients=1, total_steps=2), 0.0, members(1))
     assert state.phase is Phase.WARMUP
-    state = settle(machine.warmup_witness(state, key(0), WarmupWitness(0, 0, digest("start"))), 0.0)
+    state = advance(machine.warmup_witness(state, key(0), WarmupWitness(0, 0, digest("start"))), 0.0)
     for _ in range(4):
         state = play(state, 0.0, [0])
     assert (state.phase, state.step) == (Phase.COOLDOWN, 3)
-    state = settle(machine.vote(state, key(0), Vote(0, 2, digest("end"))), 0.0, members(1))
+    state = advance(machine.vote(state, key(0), Vote(0, 2, digest("end"))), 0.0, members(1))
     assert (state.phase, state.checkpoint) == (Phase.FINISHED, Checkpoint(digest("end"), 2))
 
 
 def test_two_members_of_a_run_for_one_wait_the_extra_time() -> None:
-    state = settle(waiting(init_min_clients=1, min_clients=1), 0.0, members(2))
+    state = advance(waiting(init_min_clients=1, min_clients=1), 0.0, members(2))
     assert (state.phase, machine.deadline(state)) == (Phase.WAITING_FOR_MEMBERS, 5.0)
 
 
@@ -176,9 +176,9 @@ def test_two_members_of_a_run_for_one_wait_the_extra_time() -> None:
 def test_the_first_round_begins_when_every_client_has_reported() -> None:
     state = warming()
     for i in range(3):
-        assert settle(state, 6.0).phase is Phase.WARMUP
+        assert advance(state, 6.0).phase is Phase.WARMUP
         state = machine.warmup_witness(state, key(i), WarmupWitness(0, i, digest(f"start{i}")))
-    state = settle(state, 6.0)
+    state = advance(state, 6.0)
     round_ = state.current
     assert state.phase is Phase.ROUND_TRAIN
     assert state.epoch_digest == digest("start0")
@@ -189,13 +189,13 @@ def test_the_first_round_begins_when_every_client_has_reported() -> None:
 
 def test_warm_up_ends_on_time_with_the_first_record() -> None:
     state = machine.warmup_witness(warming(), key(1), WarmupWitness(0, 1, digest("mine")))
-    assert settle(state, 14.9).phase is Phase.WARMUP
-    state = settle(state, 15.0)
+    assert advance(state, 14.9).phase is Phase.WARMUP
+    state = advance(state, 15.0)
     assert (state.phase, state.epoch_digest) == (Phase.ROUND_TRAIN, digest("mine"))
 
 
 def test_warm_up_without_any_record_ends_the_epoch() -> None:
-    state = settle(warming(), 15.0)
+    state = advance(warming(), 15.0)
     assert (state.phase, state.epoch, state.epoch_digest) == (Phase.WAITING_FOR_MEMBERS, 0, b"")
 
 
@@ -203,7 +203,7 @@ def test_warm_up_with_too_few_clients_ends_the_epoch() -> None:
     state = warming()
     state = machine.withdraw(state, key(0))
     state = machine.withdraw(state, key(2), ClientStatus.DROPPED)
-    state = settle(state, 6.0)
+    state = advance(state, 6.0)
     assert state.phase is Phase.WAITING_FOR_MEMBERS
     assert [(c.signer, c.status) for c in state.exited_clients] == [
         (key(0), ClientStatus.WITHDRAWN),
@@ -215,10 +215,10 @@ def test_records_follow_their_clients_when_one_leaves_in_warm_up() -> None:
     state = warming(4)
     for i in (3, 0, 1):
         state = machine.warmup_witness(state, key(i), WarmupWitness(0, i, digest(f"start{i}")))
-    state = settle(machine.withdraw(state, key(0)), 6.0)
+    state = advance(machine.withdraw(state, key(0)), 6.0)
     assert [(r.proof.index, r.merkle) for r in state.warmup_witnesses] == [(2, digest("start3")), (0, digest("start1"))]
     refused("DuplicateWitness", lambda: machine.warmup_witness(state, key(1), WarmupWitness(0, 0, digest("start1"))))
-    state = settle(machine.warmup_witness(state, key(2), WarmupWitness(0, 1, digest("start2"))), 6.0)
+    state = advance(machine.warmup_witness(state, key(2), WarmupWitness(0, 1, digest("start2"))), 6.0)
     assert (state.phase, state.epoch_digest) == (Phase.ROUND_TRAIN, digest("start3"))
 
 
@@ -247,7 +247,7 @@ def test_warm_up_takes_the_agreed_parameters_only() -> None:
     state = replace(warming(), checkpoint=Checkpoint(digest("agreed"), 7))
     refused("InvalidWitness", lambda: machine.warmup_witness(state, key(0), WarmupWitness(0, 0, digest("other"))))
     state = machine.warmup_witness(state, key(1), WarmupWitness(0, 1, digest("agreed")))
-    assert settle(state, 15.0).epoch_digest == digest("agreed")
+    assert advance(state, 15.0).epoch_digest == digest("agreed")
 
 
 # Rounds.
@@ -255,8 +255,8 @@ def test_warm_up_takes_the_agreed_parameters_only() -> None:
 
 def test_a_quorum_of_complete_reports_ends_the_round_at_once() -> None:
     state = report(training(), 2)
-    assert settle(state, 6.0) is state
-    state = settle(report(state, 0), 6.0)
+    assert advance(state, 6.0) is state
+    state = advance(report(state, 0), 6.0)
     assert state.current is not None
     assert (state.phase, state.current.height, state.step) == (Phase.ROUND_TRAIN, 1, 2)
     assert [r.complete for r in state.rounds[0].witnesses] == [True, True]
@@ -264,29 +264,29 @@ def test_a_quorum_of_complete_reports_ends_the_round_at_once() -> None:
 
 
 def test_reports_after_training_are_not_complete_and_all_of_them_are_needed() -> None:
-    state = settle(report(training(4), 0), 15.0)
+    state = advance(report(training(4), 0), 15.0)
     assert state.phase is Phase.ROUND_WITNESS
     for i in (1, 2):
-        state = settle(report(state, i), 16.0)
+        state = advance(report(state, i), 16.0)
         assert state.phase is Phase.ROUND_WITNESS
-    state = settle(report(state, 3), 16.0)
+    state = advance(report(state, 3), 16.0)
     assert (state.phase, state.step) == (Phase.ROUND_TRAIN, 2)
     assert [r.complete for r in state.rounds[0].witnesses] == [True, False, False, False]
 
 
 def test_witness_phase_ends_on_time() -> None:
-    state = settle(training(), 15.0)
+    state = advance(training(), 15.0)
     state = report(report(state, 0), 1)
-    assert settle(state, 24.9).phase is Phase.ROUND_WITNESS
-    state = settle(state, 25.0)
+    assert advance(state, 24.9).phase is Phase.ROUND_WITNESS
+    state = advance(state, 25.0)
     assert (state.phase, state.step, state.draining) == (Phase.ROUND_TRAIN, 2, False)
 
 
 def test_nobody_waits_for_a_witness_that_is_gone() -> None:
     state = report(training(), 0)
     state = machine.withdraw(state, key(1), ClientStatus.DROPPED)
-    assert settle(state, 6.0) is state
-    state = settle(machine.withdraw(state, key(2)), 6.0)
+    assert advance(state, 6.0) is state
+    state = advance(machine.withdraw(state, key(2)), 6.0)
     # One of three witnesses reported: no quorum, so the epoch drains.
     assert (state.phase, state.step, state.last_step) == (Phase.ROUND_TRAIN, 2, 2)
     assert [c.exited_height for c in state.exited_clients] == [0, 0]
@@ -297,7 +297,7 @@ def test_nobody_waits_for_clients_without_a_seat() -> None:
     round_ = state.current
     assert round_ is not None
     first, second = round_selection(round_, state.config).witnesses()
-    state = settle(machine.withdraw(report(state, first), key(second)), 6.0)
+    state = advance(machine.withdraw(report(state, first), key(second)), 6.0)
     assert (state.phase, state.draining) == (Phase.ROUND_TRAIN, True)
 
 
@@ -341,11 +341,11 @@ def test_witnesses_outside_rounds() -> None:
 
 
 def test_timeline_of_an_epoch_that_times_out() -> None:
-    """Spec S1.9 with the corrections: the epoch is over at 40, two rounds drain, and no step is lost."""
-    state = settle(waiting(epoch_time=30.0, waiting_for_members_extra_time=10.0), 0.0, members(3))
+    """The epoch is over at 40, two rounds drain, and no step is lost."""
+    state = advance(waiting(epoch_time=30.0, waiting_for_members_extra_time=10.0), 0.0, members(3))
     trace = []
     for now in (10.0, 20.0, 30.0, 40.0, 50.0, 60.0):
-        state = settle(state, now, members(3))
+        state = advance(state, now, members(3))
         if state.phase is Phase.WARMUP:
             state = machine.warmup_witness(state, key(0), WarmupWitness(0, 0, ROOT))
         if state.phase is Phase.ROUND_WITNESS:
@@ -369,7 +369,7 @@ def test_timeline_of_an_epoch_that_times_out() -> None:
     ]
     for i in range(2):
         state = machine.vote(state, key(i), Vote(0, 2, ROOT))
-    state = settle(state, 70.0)
+    state = advance(state, 70.0)
     assert (state.phase, state.epoch, state.epoch_start_data_index) == (Phase.WAITING_FOR_MEMBERS, 1, 12)
     assert (state.step, state.checkpoint) == (3, Checkpoint(ROOT, 2))
 
@@ -383,7 +383,7 @@ def test_an_epoch_whose_end_is_not_agreed_is_trained_again() -> None:
     assert state.step == 2
     for i in range(3):
         state = machine.vote(state, key(i), Vote(0, 1, bytes([i]) * 32))
-    state = machine.resume(settle(state, 7.0), 8.0)
+    state = machine.resume(advance(state, 7.0), 8.0)
     assert (state.epoch, state.step, state.epoch_start_data_index, state.checkpoint) == (1, 1, 0, began)
 
 
@@ -398,22 +398,22 @@ def test_total_steps_are_trained_exactly() -> None:
     assert (state.phase, state.step, state.last_step) == (Phase.COOLDOWN, 6, 6)
     for i in range(2):
         state = machine.vote(state, key(i), Vote(0, 5, ROOT))
-    assert settle(state, 16.0).phase is Phase.FINISHED
+    assert advance(state, 16.0).phase is Phase.FINISHED
 
 
 def test_no_witness_at_all_withdraws_everyone() -> None:
-    state = settle(training(), 15.0)
+    state = advance(training(), 15.0)
     state = machine.tick(state, None, 25.0, 0)
     assert (state.phase, state.step, state.last_step) == (Phase.COOLDOWN, 2, 0)
     assert {c.status for c in state.clients} == {ClientStatus.WITHDRAWN}
     # Nobody is there to vote, so nobody is waited for.
-    state = settle(state, 25.0)
+    state = advance(state, 25.0)
     assert (state.phase, state.epoch, state.epoch_start_data_index) == (Phase.WAITING_FOR_MEMBERS, 1, 0)
     assert state.step == 1
 
 
 def test_too_few_reports_end_the_epoch() -> None:
-    state = play(settle(training(), 15.0), 25.0, [1])
+    state = play(advance(training(), 15.0), 25.0, [1])
     assert (state.phase, state.draining) == (Phase.ROUND_TRAIN, True)
 
 
@@ -427,9 +427,9 @@ def test_too_few_clients_end_the_epoch() -> None:
 def test_drain_rounds_go_on_without_witnesses() -> None:
     state = play(training(total_steps=1), 6.0)
     for now in (16.0, 26.0, 36.0):
-        state = settle(state, now)
+        state = advance(state, now)
         assert state.phase in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
-    state = settle(state, 46.0)
+    state = advance(state, 46.0)
     assert (state.phase, len(state.clients)) == (Phase.COOLDOWN, 3)
 
 
@@ -437,7 +437,7 @@ def test_everybody_leaving_while_draining_ends_it_at_once() -> None:
     state = play(training(total_steps=1), 6.0)
     for i in range(3):
         state = machine.withdraw(state, key(i))
-    state = settle(state, 6.0)  # without agreed parameters: what was trained is trained again
+    state = advance(state, 6.0)  # without agreed parameters: what was trained is trained again
     assert (state.phase, state.step) == (Phase.WAITING_FOR_MEMBERS, 1)
 
 
@@ -478,9 +478,9 @@ def test_the_ring_keeps_four_rounds() -> None:
 
 def test_a_quorum_of_equal_votes_ends_cool_down() -> None:
     state = machine.vote(cooling(), key(0), Vote(0, 1, digest("end")))
-    assert settle(state, 7.0) is state
+    assert advance(state, 7.0) is state
     assert machine.vote(state, key(0), Vote(0, 1, digest("end"))) is state
-    state = settle(machine.vote(state, key(2), Vote(0, 1, digest("end"))), 7.0)
+    state = advance(machine.vote(state, key(2), Vote(0, 1, digest("end"))), 7.0)
     assert (state.phase, state.epoch, state.checkpoint) == (Phase.FINISHED, 1, Checkpoint(digest("end"), 1))
 
 
@@ -492,10 +492,10 @@ def test_cool_down_without_quorum() -> None:
 
     held = Checkpoint(digest("held"), 0)
     state = votes(replace(cooling(4), checkpoint=held), "ab")
-    assert settle(state, 15.9).phase is Phase.COOLDOWN
-    assert settle(state, 16.0).checkpoint == held
+    assert advance(state, 15.9).phase is Phase.COOLDOWN
+    assert advance(state, 16.0).checkpoint == held
     # When all have voted there is nothing to wait for.
-    split = settle(votes(cooling(4), "abcb"), 7.0)
+    split = advance(votes(cooling(4), "abcb"), 7.0)
     assert (split.phase, split.step, split.checkpoint) == (Phase.WAITING_FOR_MEMBERS, 1, Checkpoint(digest("start"), 0))
 
 
@@ -503,8 +503,8 @@ def test_votes_of_those_who_left_do_not_make_a_quorum() -> None:
     state = replace(cooling(), checkpoint=Checkpoint(digest("held"), 0))
     state = machine.withdraw(machine.vote(state, key(0), Vote(0, 1, digest("end"))), key(0))
     state = machine.vote(state, key(1), Vote(0, 1, digest("end")))
-    assert settle(state, 7.0) is state
-    state = settle(machine.vote(state, key(2), Vote(0, 1, digest("end"))), 7.0)
+    assert advance(state, 7.0) is state
+    state = advance(machine.vote(state, key(2), Vote(0, 1, digest("end"))), 7.0)
     assert state.checkpoint.digest == digest("end")
 
 
@@ -526,13 +526,13 @@ def next_epoch(pending: list[Client]) -> RunState:
     """An epoch after one of clients 0 to 2 that agreed on parameters; client 2 left within it."""
     state = training(epoch_time=11.0)
     state = play(machine.withdraw(state, key(2)), 20.0, [0, 1])
-    state = settle(report(report(state, 0), 1), 20.0)
-    state = settle(report(report(state, 0), 1), 20.0)
+    state = advance(report(report(state, 0), 1), 20.0)
+    state = advance(report(report(state, 0), 1), 20.0)
     for i in (0, 1):
         state = machine.vote(state, key(i), Vote(0, 1, digest("end")))
-    state = settle(state, 20.0)
+    state = advance(state, 20.0)
     assert (state.phase, state.checkpoint.digest) == (Phase.WAITING_FOR_MEMBERS, digest("end"))
-    state = settle(settle(state, 20.0, pending), 25.0, pending)
+    state = advance(advance(state, 20.0, pending), 25.0, pending)
     assert (state.phase, state.epoch) == (Phase.WARMUP, 1)
     return state
 
@@ -547,16 +547,16 @@ def test_checkpoint_degrades_when_only_strangers_join() -> None:
     state = next_epoch(members(6)[3:])
     assert state.checkpoint == Checkpoint()
     state = machine.warmup_witness(state, key(4), WarmupWitness(1, 1, digest("anything")))
-    assert settle(state, 35.0).epoch_digest == digest("anything")
+    assert advance(state, 35.0).epoch_digest == digest("anything")
 
 
 def test_checkpoint_degrades_when_those_of_the_last_epoch_do_not_hold_it() -> None:
     pending = [*members(6)[3:], members(3)[2]]
-    state = settle(next_epoch(pending), 35.0)
+    state = advance(next_epoch(pending), 35.0)
     assert (state.phase, state.checkpoint.digest) == (Phase.WAITING_FOR_MEMBERS, digest("end"))
     # Client 2 had a whole warm-up to report and did not; the others may still come back.
-    assert settle(settle(state, 35.0, members(3)), 40.0, members(3)).checkpoint.digest == digest("end")
-    assert settle(settle(state, 35.0, pending), 40.0, pending).checkpoint == Checkpoint()
+    assert advance(advance(state, 35.0, members(3)), 40.0, members(3)).checkpoint.digest == digest("end")
+    assert advance(advance(state, 35.0, pending), 40.0, pending).checkpoint == Checkpoint()
 
 
 def test_a_newcomer_that_fetched_the_parameters_keeps_them() -> None:
@@ -564,10 +564,10 @@ def test_a_newcomer_that_fetched_the_parameters_keeps_them() -> None:
     state = machine.warmup_witness(next_epoch(pending), key(5), WarmupWitness(1, 2, digest("end")))
     for i in (0, 3, 4):
         state = machine.withdraw(state, key(i))
-    state = settle(state, 26.0)
+    state = advance(state, 26.0)
     assert state.phase is Phase.WAITING_FOR_MEMBERS
     pending = [members(9)[i] for i in (5, 7, 8)]
-    assert settle(settle(state, 30.0, pending), 35.0, pending).checkpoint.digest == digest("end")
+    assert advance(advance(state, 30.0, pending), 35.0, pending).checkpoint.digest == digest("end")
 
 
 # Health checks, leaving, pausing.
@@ -577,7 +577,7 @@ def second_round(*heard: Iterable[int]) -> RunState:
     state = training()
     for i, names in enumerate(heard):
         state = report(state, i, names)
-    state = settle(state, 6.0)
+    state = advance(state, 6.0)
     assert state.current is not None
     assert state.current.height == 1
     return state
@@ -645,7 +645,7 @@ def test_pause_between_epochs_and_in_warm_up_is_immediate() -> None:
         assert all(c.status is ClientStatus.WITHDRAWN for c in paused.clients)
         resumed = machine.resume(paused, 8.0)
         assert (resumed.phase, resumed.cold_start_epoch) == (Phase.WAITING_FOR_MEMBERS, True)
-        formed = settle(settle(resumed, 8.0, members(3)), 13.0, members(3))
+        formed = advance(advance(resumed, 8.0, members(3)), 13.0, members(3))
         assert formed.cold_start_epoch
 
 
@@ -666,12 +666,12 @@ def test_pause_in_an_epoch_drains_it() -> None:
         state = play(state, 6.0)
     for i in range(3):
         state = machine.vote(state, key(i), Vote(0, 1, digest("end")))
-    state = settle(state, 7.0)
+    state = advance(state, 7.0)
     assert (state.phase, state.epoch, state.step, state.pending_pause) == (Phase.PAUSED, 1, 2, False)
     assert state.cold_start_epoch
     # Those who held the parameters before the pause still do.
     state = machine.resume(state, 50.0)
-    assert settle(settle(state, 50.0, members(3)), 55.0, members(3)).checkpoint == Checkpoint(digest("end"), 1)
+    assert advance(advance(state, 50.0, members(3)), 55.0, members(3)).checkpoint == Checkpoint(digest("end"), 1)
 
 
 def test_pause_and_resume_refusals() -> None:

@@ -377,7 +377,7 @@ def mixed(server: Server, *providers: Any, **options: Any) -> Any:
 
 
 def test_a_mix_is_psyche_s(server: Server) -> None:
-    """Weights .7 and .3 of five samples each: the vector of spec S8.3."""
+    """Weights .7 and .3 of five samples each: Psyche's vector."""
     write(server, "a.bin", 20)
     write(server, "b.bin", 20, first=100)
     sources = [{"SingleUrl": f"{server.url}/{name}.bin"} for name in "ab"]

@@ -1,4 +1,4 @@
-"""Psyche's orders against the published vectors (spec S8.2, S8.3) and against the plain algorithms."""
+"""Psyche's orders against the published vectors and against the plain algorithms."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_shuffle_s_vector() -> None:
 
 
 def plain(length: int, seed: bytes) -> list[int]:
-    """The algorithm of spec S8.2, line by line."""
+    """The algorithm, line by line."""
     generator, out = ChaCha8(seed), list(range(length))
     n, left, chunk = 0, 1, 0
     for i in range(length):

@@ -30,7 +30,7 @@ def ids(data: TokenData, start: int = 0, end: int | None = None) -> list[list[in
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(("tokens", "sequences"), [(4, 1), (7, 1), (8, 2), (9, 2), (3, 0)])
 def test_no_sequence_is_lost(tmp_path: Path, tokens_at: Make, size: int, tokens: int, sequences: int) -> None:
-    """An exact multiple keeps its last sequence, and a file that is shorter than one has none (Psyche: S8.1)."""
+    """An exact multiple keeps its last sequence, and a file that is shorter than one has none (as Psyche)."""
     tokens_at(tmp_path / "a.bin", tokens, size=size)
     tokens_at(tmp_path / "b.bin", 4, first=500, size=size)
     data = opened(tmp_path, token_size=size)

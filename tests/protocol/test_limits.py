@@ -9,7 +9,7 @@ from psyche_lightning.errors import ConfigError
 from psyche_lightning.protocol.limits import PSYCHE_LIMITS, Limits, check_config, check_run_id
 from psyche_lightning.protocol.state import CoordinatorConfig
 
-# Each entry breaks one rule, in the order in which S1.3 checks them.
+# Each entry breaks one rule, in the order in which they are checked.
 BROKEN: list[tuple[str, dict[str, float]]] = [
     ("epoch_time", {"epoch_time": 0.0}),
     ("warmup_time", {"warmup_time": 3600.0}),

@@ -1,4 +1,4 @@
-"""Vectors 1 to 10 of the specification's appendix A, and the properties of what they cover."""
+"""Vectors computed from Psyche's sources (docs/psyche.md), and the properties of what they cover."""
 
 from __future__ import annotations
 

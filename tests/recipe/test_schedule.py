@@ -13,7 +13,7 @@ WSD = WarmupStableDecay(0.01, 10, 0.001, 60, 110, 0.001, 20, 0.0)
 
 @pytest.mark.parametrize(
     ("schedule", "step", "expected"),
-    [  # the vectors of S5.2
+    [  # vectors of Psyche's definitions.rs
         (CONSTANT, 5, 0.0055),
         (CONSTANT, 9, 0.0091),
         (CONSTANT, 10, 0.01),

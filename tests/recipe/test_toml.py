@@ -1,4 +1,4 @@
-"""Psyche's own run configurations (spec S9.1)."""
+"""Psyche's own run configurations."""
 
 import pytest
 

@@ -103,6 +103,6 @@ def test_without_a_limit_nobody_waits() -> None:
 
 
 def test_the_less_there_is_the_smaller_the_pieces() -> None:
-    assert Throttle(None).piece == Throttle(1e9).piece == 65536
-    assert Throttle(1e6).piece == 50_000
-    assert Throttle(1).piece == 4096
+    assert Throttle(None).block == Throttle(1e9).block == 65536
+    assert Throttle(1e6).block == 50_000
+    assert Throttle(1).block == 4096

@@ -14,7 +14,7 @@ from psyche_lightning.transports.budget import Throttle
 from psyche_lightning.transports.download import Download, Fetch, Span
 from psyche_lightning.wire.canonical import sha256
 
-PIECE = 64 * 1024
+BLOCK = 64 * 1024
 DATA = random.Random(0).randbytes(5_000_003)
 
 
@@ -41,10 +41,10 @@ class Played:
         while wanted:
             if self.given >= self.dies_after:
                 raise TransportError("was lost: it died")
-            piece = self.data[at : at + PIECE]
-            at += len(piece)
-            self.given += len(piece)
-            wanted = span.write(piece, loop.time())
+            block = self.data[at : at + BLOCK]
+            at += len(block)
+            self.given += len(block)
+            wanted = span.write(block, loop.time())
             await asyncio.sleep(self.pause)
 
     def lied(self, what: str) -> None:
@@ -109,7 +109,7 @@ def test_sources_share_by_their_speed() -> None:
     quick, slow = Played("quick", pause=0.001), Played("slow", pause=0.02)
     assert fetch(slow, quick) == DATA
     assert quick.given > 3 * slow.given > 0
-    assert quick.given + slow.given <= len(DATA) + 6 * PIECE
+    assert quick.given + slow.given <= len(DATA) + 6 * BLOCK
 
 
 def test_a_small_blob_is_not_divided() -> None:

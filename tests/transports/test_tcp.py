@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from psyche_lightning.errors import TransportError
 from psyche_lightning.testing.peers import Node, eventually
 from psyche_lightning.transports import mesh
-from psyche_lightning.transports.framing import LIMITS, PIECE_SIZE, Kind, frame, goodbye_text, read_frame
+from psyche_lightning.transports.framing import BLOCK_SIZE, LIMITS, Kind, frame, goodbye_text, read_frame
 from psyche_lightning.transports.handshake import SERVER_PURPOSE, Handshake, HandshakeError
 from psyche_lightning.transports.tcp import TcpTransport, _address, _locate
 from psyche_lightning.wire.identity import Identity
@@ -292,7 +292,7 @@ frames = st.one_of(
     ),
     st.builds(
         lambda kind, number, rest: struct.pack("!IBI", 4 + len(rest), kind, number) + rest,
-        st.sampled_from([Kind.WANT, Kind.FOUND, Kind.PIECE, Kind.ABSENT, Kind.ENOUGH, Kind.GOSSIP]),
+        st.sampled_from([Kind.WANT, Kind.FOUND, Kind.BLOCK, Kind.ABSENT, Kind.ENOUGH, Kind.GOSSIP]),
         st.integers(0, 3),
         st.binary(max_size=40),
     ),
@@ -330,13 +330,13 @@ def test_what_breaks_the_protocol_is_answered_with_the_reason() -> None:
     want = frame(Kind.WANT, number, bytes(32), WHOLE)
     cases = [
         (struct.pack("!IB", 2**32 - 1, Kind.MESSAGE), "a MESSAGE frame of 4294967295 bytes"),
-        (struct.pack("!IB", 5 + PIECE_SIZE, Kind.PIECE), "a PIECE frame of"),
+        (struct.pack("!IB", 5 + BLOCK_SIZE, Kind.BLOCK), "a BLOCK frame of"),
         (struct.pack("!IB", 1, Kind.PING), "a PING frame of 1 bytes"),
         (struct.pack("!IB", 0, Kind.WELCOME), "kind 2 is not in order"),
         (struct.pack("!IB", 0, 77), "kind 77 is not in order"),
         (want + want, "request 1 after request 1"),
         (frame(Kind.ABSENT, number), "request 1, which was never made"),
-        (frame(Kind.PIECE, number, b"x"), "request 1, which was never made"),
+        (frame(Kind.BLOCK, number, b"x"), "request 1, which was never made"),
     ]
 
     async def scene() -> None:
@@ -360,9 +360,9 @@ def test_a_provider_that_lies_about_sizes_is_cut_off_and_the_next_one_asked() ->
             await eventually(lambda: a.connected(b), "they are connected")
             digest = b.add(bytes(100))
             lies: list[Callable[[bytes], bytes]] = [
-                lambda n: frame(Kind.FOUND, n, struct.pack("!Q", 100)) + frame(Kind.PIECE, n, bytes(101)),
+                lambda n: frame(Kind.FOUND, n, struct.pack("!Q", 100)) + frame(Kind.BLOCK, n, bytes(101)),
                 lambda n: frame(Kind.FOUND, n, struct.pack("!Q", 100)) * 2,
-                lambda n: frame(Kind.PIECE, n, bytes(100)),
+                lambda n: frame(Kind.BLOCK, n, bytes(100)),
             ]
             for lie in lies:
                 async with admitted(a, guest) as (reader, writer):
@@ -560,13 +560,13 @@ def test_a_message_overtakes_a_blob() -> None:
         guest = Identity.generate()
         async with living(TcpTransport()) as (node,):
             introduce([node], guest)
-            digest = node.add(os.urandom(400 * PIECE_SIZE))
+            digest = node.add(os.urandom(400 * BLOCK_SIZE))
             async with admitted(node, guest) as (reader, writer):
                 writer.write(frame(Kind.WANT, struct.pack("!I", 1), digest, WHOLE))
                 order: list[int] = []
-                while order.count(Kind.PIECE) < 400:
+                while order.count(Kind.BLOCK) < 400:
                     order.append((await read_frame(reader, EVERY))[0])
-                    if order.count(Kind.PIECE) == 1:
+                    if order.count(Kind.BLOCK) == 1:
                         node.transport.send(guest.public, b"urgent")
                 assert Kind.MESSAGE in order[:200]
 

@@ -286,7 +286,7 @@ class QuicPipe:
 
     @property
     def batch(self) -> int:
-        """Some pieces: each call of the library costs, and what is urgent goes another way."""
+        """Some blocks: each call of the library costs, and what is urgent goes another way."""
         return WRITE_SIZE
 
     @property

@@ -1,4 +1,4 @@
-"""A run's two accounts as Python values and back (spec appendix B).
+"""A run's two accounts as Python values and back (docs/solana-account.md has the bytes).
 
 The coordinator account is Psyche's, so any Psyche run can be read. What its layout has no field for is in the manifest
 account; without one (a run that this program does not own) those fields are empty.

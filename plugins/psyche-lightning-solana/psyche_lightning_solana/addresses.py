@@ -1,4 +1,4 @@
-"""Program ids and derived addresses (S7.1 to S7.3, appendices A 14 and C); the functions take the program's id."""
+"""Program ids and derived addresses (as Psyche's programs derive them); the functions take the program's id."""
 
 from __future__ import annotations
 

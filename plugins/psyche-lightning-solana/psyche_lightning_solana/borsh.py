@@ -1,8 +1,8 @@
 """Types of the programs' arguments and accounts, each with its borsh form, its form in a C struct, and its IDL.
 
-One description serves the instructions (borsh), the coordinator account (``repr(C)``, spec appendix B) and the IDL.
-Values are what a TOML run configuration holds (spec S9.1): a struct is a dict, a variant without a body its name, a
-variant with one ``{name: body}``, an option that is not there None or left out.
+One description serves the instructions (borsh), the coordinator account (``repr(C)``) and the IDL; the bytes are in
+docs/solana-account.md. Values are what a TOML run configuration holds: a struct is a dict, a variant without a body its
+name, a variant with one ``{name: body}``, an option that is not there None or left out.
 
 The decoders are strict: a value has one encoding, sizes are checked before anything is read, and what follows the
 zero that ends a fixed string is zero, too.

@@ -1,4 +1,4 @@
-"""The numbers with which the programs refuse, as errors that people can read (spec S7.1 to S7.3)."""
+"""The numbers with which the programs refuse, as errors that people can read."""
 
 from __future__ import annotations
 

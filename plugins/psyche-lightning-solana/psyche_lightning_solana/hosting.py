@@ -63,7 +63,7 @@ class Clock(NamedTuple):
 
     @property
     def seed(self) -> int:
-        """The seed of a round that begins now: LE64 of S(unix_timestamp, slot) (spec S7.1)."""
+        """The seed of a round that begins now: LE64 of SHA-256(unix_timestamp, slot), as Psyche has it."""
         digest = sha256(struct.pack("<qQ", self.unix_timestamp, self.slot))
         return int.from_bytes(digest[:8], "little")
 
@@ -71,7 +71,7 @@ class Clock(NamedTuple):
 # What follows from an instruction and from the clock.
 
 
-def settle(run: RunAccounts, clock: Clock) -> RunAccounts:
+def advance(run: RunAccounts, clock: Clock) -> RunAccounts:
     """Take every step that is due; none when the run is halted."""
     while not run.state.phase.halted:
         pending = run.pending if run.state.phase is Phase.WAITING_FOR_MEMBERS else None
@@ -196,11 +196,11 @@ def resume(run: RunAccounts, clock: Clock) -> RunAccounts:
     if state.phase is Phase.UNINITIALIZED:
         state = replace(state, phase=Phase.PAUSED, step=state.step or 1)
     state = machine.resume(state, clock.now)
-    return settle(replace(run, state=state, next_active=(run.next_active + 1) & MAX_U64), clock)
+    return advance(replace(run, state=state, next_active=(run.next_active + 1) & MAX_U64), clock)
 
 
 def set_checkpoint(run: RunAccounts, repo: Any, clock: Clock) -> RunAccounts:
-    """Another place for the checkpoint, where S1.7's table has an entry; else it changes nothing."""
+    """Another place for the checkpoint, where docs/solana-account.md's table has an entry; else it changes nothing."""
     peers = {"Hub": "P2P", "Gcs": "P2PGcs"}
     offered = repo if isinstance(repo, str) else next(iter(repo))
     current = _checkpoint_kind(run)
@@ -209,7 +209,7 @@ def set_checkpoint(run: RunAccounts, repo: Any, clock: Clock) -> RunAccounts:
         packed = CHECKPOINT.pack({kept: repo[offered]})
         model = run.model[:_CHECKPOINT_AT] + packed + run.model[_CHECKPOINT_AT + CHECKPOINT.size :]
         run = replace(run, model=model)
-    return settle(run, clock)
+    return advance(run, clock)
 
 
 # Members come and go.
@@ -228,7 +228,7 @@ def join(run: RunAccounts, user: bytes, signer: bytes, p2p: bytes, clock: Clock)
         members.append(Member(signer, p2p, active=run.next_active))
     else:
         members[place] = replace(members[place], p2p=p2p, active=run.next_active)
-    return settle(replace(run, members=tuple(members)), clock)
+    return advance(replace(run, members=tuple(members)), clock)
 
 
 def withdraw(run: RunAccounts, user: bytes, clock: Clock) -> RunAccounts:
@@ -238,7 +238,7 @@ def withdraw(run: RunAccounts, user: bytes, clock: Clock) -> RunAccounts:
     require(client or any(waiting.signer == user for waiting in run.pending), "InvalidWithdraw")
     if client:
         state = machine.withdraw(state, user)
-    return settle(replace(_forgotten(run, user), state=state), clock)
+    return advance(replace(_forgotten(run, user), state=state), clock)
 
 
 def _forgotten(run: RunAccounts, signer: bytes) -> RunAccounts:
@@ -263,7 +263,7 @@ def _running(state: RunState) -> Round | None:
 def tick(run: RunAccounts, clock: Clock) -> RunAccounts:
     """Time has passed."""
     require(not run.state.phase.halted, "Halted")
-    return settle(run, clock)
+    return advance(run, clock)
 
 
 def witness(
@@ -282,7 +282,7 @@ def witness(
         _bloom(record["broadcast_bloom"]),
     )
     state = machine.witness(state, user, request)
-    return settle(replace(run, state=state), clock)
+    return advance(replace(run, state=state), clock)
 
 
 def _bloom(value: dict[str, Any]) -> bytes:
@@ -297,7 +297,7 @@ def warmup_witness(
     epoch = run.state.epoch if epoch is None else epoch
     state = machine.warmup_witness(run.state, user, WarmupWitness(epoch, index, digest))
     require(state is run.state or digest != ZERO_HASH, "InvalidWitness")
-    return settle(replace(run, state=state), clock)
+    return advance(replace(run, state=state), clock)
 
 
 def health_check(
@@ -318,10 +318,10 @@ def health_check(
     height = round_.height if round_ else 0
     state, dropped = machine.health_check(state, user, HealthCheck(state.epoch, height, (listed,)))
     run = _forgotten(run, listed) if dropped else run
-    return settle(replace(run, state=state), clock)
+    return advance(replace(run, state=state), clock)
 
 
 def vote_checkpoint(run: RunAccounts, user: bytes, epoch: int, step: int, digest: bytes, clock: Clock) -> RunAccounts:
     """A client's vote for the parameters with which the epoch ends."""
     require(run.state.phase is not Phase.COOLDOWN or digest != ZERO_HASH, "InvalidCheckpoint")
-    return settle(replace(run, state=machine.vote(run.state, user, Vote(epoch, step, digest))), clock)
+    return advance(replace(run, state=machine.vote(run.state, user, Vote(epoch, step, digest))), clock)

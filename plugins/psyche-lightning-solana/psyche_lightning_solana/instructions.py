@@ -1,4 +1,4 @@
-"""Builds every instruction of the coordinator and the authorizer (spec S7.1, S7.2).
+"""Builds every instruction of the coordinator and the authorizer.
 
 A :class:`RunKeys` holds the addresses of one run and its instructions; the authorizer's are functions.
 """

@@ -1,4 +1,4 @@
-"""The interface of the three programs: each instruction's accounts and arguments, each account in borsh (spec S7).
+"""The interface of the three programs: each instruction's accounts and arguments, each account in borsh.
 
 The tables are the truth for the builders in :mod:`psyche_lightning_solana.instructions`, for the IDL, and for tests of
 the programs. Psyche's accounts come first and in Psyche's order; ours follow.

@@ -1,4 +1,4 @@
-"""The byte layout of a run's two zero-copy accounts, as numpy dtypes (spec appendix B; the manifest is ours)."""
+"""The byte layout of a run's two zero-copy accounts, as numpy dtypes (docs/solana-account.md; the manifest is ours)."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ class ModelProgram:
         self._known[context.keys[1]] = (data, more, run)
 
     def _authorized(self, context: _Context, given: _Given, grantor: bytes, scope: bytes) -> None:
-        """Refuse unless the authorization lets the user do what ``scope`` names (spec S7.2)."""
+        """Refuse unless the authorization lets the user do what ``scope`` names."""
         manifest = context.run.manifest
         assert manifest is not None
         kind = AUTHORIZER.accounts["Authorization"]

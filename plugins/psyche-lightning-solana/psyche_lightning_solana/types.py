@@ -1,4 +1,4 @@
-"""Psyche's types (spec S1.3, S1.4, S5.1, S5.2, S9.1, appendix B), described once for arguments, accounts and IDL."""
+"""Psyche's types (coordinator.rs, model.rs and definitions.rs), described once for arguments, accounts and IDL."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ CONFIG = Struct(
 
 PROGRESS = Struct("CoordinatorProgress", {"epoch": U16, "step": U32, "epoch_start_data_index": U64})
 
-# The option with its text comes first in memory, the name first in borsh (appendix B, offset 436).
+# The option with its text comes first in memory, the name first in borsh (docs/solana-account.md, offset 436).
 _HUB = Struct("HubRepo", {"repo_id": Fixed(SHORT), "revision": Option(Fixed(SHORT))}, ("revision", "repo_id"))
 _GCS = Struct("GcsRepo", {"bucket": Fixed(SHORT), "prefix": Option(Fixed(SHORT))}, ("prefix", "bucket"))
 CHECKPOINT = Enum(
@@ -173,7 +173,7 @@ WITNESS_METADATA = Struct(
 
 
 def model_problem(model: dict[str, Any]) -> str:
-    """Why a run with this ``{"LLM": ...}`` could not go on (spec S1.3, "Model check"); empty when it could."""
+    """Why a run with this ``{"LLM": ...}`` could not go on (Psyche's model.rs, ``check``); empty when it could."""
     llm = model["LLM"]
     if llm["max_seq_len"] == 0:
         return "max_seq_len is 0"
@@ -201,7 +201,7 @@ def checkpoint_named(checkpoint: Any) -> bool:
 
 
 def cold_start_problem(config: dict[str, Any], model: dict[str, Any]) -> str:
-    """Why the cold start does not fit into an epoch (spec S1.3); empty when it does."""
+    """Why the cold start does not fit into an epoch; empty when it does."""
     steps = model["LLM"]["cold_start_warmup_steps"]
     room = max(config["epoch_time"] - config["warmup_time"], 0) // max(config["max_round_train_time"], 1)
     return "" if steps <= room else f"cold_start_warmup_steps is {steps}; an epoch has room for {room} rounds"

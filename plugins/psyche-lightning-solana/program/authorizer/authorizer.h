@@ -1,4 +1,4 @@
-// The authorizer: who may do what in whose name (spec S7.2). Other programs read its accounts.
+// The authorizer: who may do what in whose name (as Psyche's solana-authorizer). Other programs read its accounts.
 #pragma once
 #include "common/authorization.h"
 

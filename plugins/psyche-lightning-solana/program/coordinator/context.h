@@ -7,7 +7,7 @@
 #define INSTANCE_DISCRIMINATOR 0xfc1f18af1099099cull  // S("account:CoordinatorInstance")[:8]
 #define INSTANCE_SIZE 173
 
-// The instance account: which coordinator account the run has, and who decides (spec S7.1; borsh).
+// The instance account: which coordinator account the run has, and who decides (Psyche's instance_state, borsh).
 typedef struct __attribute__((packed)) {
   u64 discriminator;
   u8 bump;
@@ -43,7 +43,7 @@ u64 open_context(Context *context, Input *input, u64 at, u64 flags);
 // The last of what an instruction does.
 u64 close_context(Context *context);
 
-// The authorization in `account` lets the user do what `scope` names in the name of `grantor` (spec S7.2).
+// The authorization in `account` lets the user do what `scope` names in the name of `grantor`.
 u64 need_authorization(const Context *context, const Account *account, const Key *grantor, const Slice *scope);
 
 // What the entry point does once the input is read.

@@ -30,7 +30,7 @@ static u64 scale_half_up(u64 a, u64 b, u64 c) {
   return quotient + (rest >= c - rest);
 }
 
-// Spec S1.8: the end size once `data_index * max_seq_len` tokens are at least the ramp's.
+// Psyche's get_batch_size: the end size once `data_index * max_seq_len` tokens are at least the ramp's.
 NOINLINE u64 batch_size(const Config *config, u64 data_index, u32 max_seq_len) {
   u64 start = config->global_batch_size_start, end = config->global_batch_size_end;
   u64 ramp = config->global_batch_size_warmup_tokens;

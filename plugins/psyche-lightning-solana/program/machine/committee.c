@@ -1,4 +1,4 @@
-// Who witnesses: Ethereum's swap-or-not shuffle with 90 rounds (spec S2.1), forwards and backwards.
+// Who witnesses: Ethereum's swap-or-not shuffle with 90 rounds (Psyche's swap_or_not.rs), forwards and backwards.
 //
 // Positions are below 256, so each round of the shuffle has one block of bits; pivots and blocks are hashed once.
 #include "machine/run.h"

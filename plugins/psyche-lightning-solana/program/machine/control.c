@@ -1,4 +1,4 @@
-// What the run's owner asks for: pause and resume (spec S1.7).
+// What the run's owner asks for: pause and resume.
 #include "machine/run.h"
 
 u64 pause(Run *run) {

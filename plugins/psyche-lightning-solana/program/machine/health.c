@@ -3,7 +3,7 @@
 
 #include "common/syscalls.h"
 
-// Bloom filter over FNV-1a whose initial states are the filter's keys (spec S2.5).
+// Bloom filter over FNV-1a whose initial states are the filter's keys (Psyche's bloom.rs).
 static NOINLINE bool bloom_contains(const Bloom *bloom, const u8 *item) {
   for (u64 k = 0; k < BLOOM_KEYS; k++) {
     u64 hash = bloom->keys[k];

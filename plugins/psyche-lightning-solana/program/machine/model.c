@@ -1,4 +1,4 @@
-// Checks of what the owner configures (spec S1.3), and how the checkpoint's source changes.
+// Checks of what the owner configures (Psyche's coordinator.rs and model.rs), and how the checkpoint's source changes.
 #include "machine/run.h"
 
 bool config_is_sane(const Config *config) {

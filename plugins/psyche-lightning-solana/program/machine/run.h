@@ -115,5 +115,5 @@ bool progress_is_sane(const Progress *progress);
 // What the checkpoint becomes when peers hold it, and when nobody is left who does.
 void checkpoint_to_peers(CheckpointSource *checkpoint);
 void checkpoint_to_hub(CheckpointSource *checkpoint);
-// Another source for it (S1.7's table); whether it was taken.
+// Another source for it (the table of docs/solana-account.md); whether it was taken.
 bool replace_checkpoint(CheckpointSource *checkpoint, const CheckpointSource *offered);

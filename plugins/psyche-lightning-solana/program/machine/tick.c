@@ -1,4 +1,4 @@
-// The steps that move a run from phase to phase (machine.py's tick; spec S1.5 as corrected).
+// The steps that move a run from phase to phase (machine.py's tick).
 #include "machine/run.h"
 
 #include "common/syscalls.h"
@@ -46,7 +46,7 @@ void enter(Run *run, u8 phase) {
   run->changed = true;
 }
 
-// The run's seed of a round: LE64 of S(unix_timestamp, slot) (spec S7.1).
+// The run's seed of a round: LE64 of SHA-256(unix_timestamp, slot), as Psyche has it.
 static u64 round_seed(const Run *run) {
   u64 digest[4];
   Slice parts[2] = {{&run->timestamp, 8}, {&run->slot, 8}};

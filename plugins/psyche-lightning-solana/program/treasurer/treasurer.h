@@ -1,4 +1,4 @@
-// The treasurer: owns a run's coordinator, and pays a token for each point that a client earned there (spec S7.3).
+// The treasurer: owns a run's coordinator, and pays a token for each point that a client earned there (as Psyche's solana-treasurer).
 #pragma once
 #include "common/accounts.h"
 #include "common/borsh.h"

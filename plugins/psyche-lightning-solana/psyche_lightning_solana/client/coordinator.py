@@ -19,7 +19,7 @@ from psyche_lightning import aio
 from psyche_lightning.coordinator.machine import healthy
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.committee import round_selection
-from psyche_lightning.protocol.manifest import merge, settle
+from psyche_lightning.protocol.manifest import fix_values, merge
 from psyche_lightning.protocol.requests import (
     Accuse,
     Answer,
@@ -346,7 +346,7 @@ class SolanaCoordinator:
                 f"`psyche run update {self.run.run_id} RECIPE`.",
                 code="NoManifest",
             )
-        offered, _ = settle({}, manifest)
+        offered, _ = fix_values({}, manifest)
         merge(held, offered)
 
     async def _join(self, address: str) -> None:

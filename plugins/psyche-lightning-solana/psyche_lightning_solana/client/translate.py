@@ -44,7 +44,7 @@ def config_section(config: CoordinatorConfig | Mapping[str, Any]) -> dict[str, i
 
 
 def model_section(recipe: Recipe) -> dict[str, Any]:
-    """``{"LLM": ...}`` for a recipe: the fields of spec S9.1, as far as a recipe knows them."""
+    """``{"LLM": ...}`` for a recipe: the fields of Psyche's run configuration, as far as a recipe knows them."""
     schedule = {name: value for name, value in asdict(recipe.schedule).items() if value is not None}
     optimizer: dict[str, Any] = {
         "clip_grad_norm": recipe.optimizer.clip_grad_norm,

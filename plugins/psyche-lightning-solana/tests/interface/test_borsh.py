@@ -60,7 +60,7 @@ def test_memory_keeps_the_values(seed: int, kind: Type) -> None:
 
 
 def test_a_toml_run_configuration() -> None:
-    """The model of the 40B run, as TOML gives it (spec S9.1)."""
+    """The model of the 40B run, as TOML gives it."""
     llm: dict[str, Any] = {
         "architecture": "HfDeepseek",
         "data_type": "Pretraining",

@@ -1,4 +1,4 @@
-"""Psyche's numbers: addresses, discriminators, offsets, sizes (spec appendices A 14, B, C)."""
+"""Psyche's numbers: addresses, discriminators, offsets, sizes, as docs/solana-account.md has them."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class World:
 
     def read(self, address: Pubkey | None = None) -> dict[str, Any]:
         data = self.vm.data(address or self.address())
-        assert data[:8].hex() == "0344a8f3c3a8204b"  # spec appendix C
+        assert data[:8].hex() == "0344a8f3c3a8204b"  # docs/solana-account.md
         return AUTHORIZATION.decode(data[8:])
 
 

@@ -62,7 +62,7 @@ def test_a_run_from_its_creation_to_the_payment(features: bool) -> None:
 def test_what_creation_makes(world: Treasury) -> None:
     outcome = must(world.create())
     assert outcome.size <= MAX_TRANSACTION_BYTES
-    assert world.vm.data(world.run)[:8].hex() == "c7369b56eb73f6bd"  # spec appendix C
+    assert world.vm.data(world.run)[:8].hex() == "c7369b56eb73f6bd"  # docs/solana-account.md
     address, bump = Pubkey.find_program_address([b"Run", struct.pack("<Q", world.index)], world.treasurer)
     assert world.read("Run", address) == {
         "bump": bump,

@@ -26,7 +26,7 @@ from psyche_lightning.server.channel import (
 from psyche_lightning.server.live import LiveRun
 
 
-class Connection:
+class Websocket:
     """Serves one websocket until it closes.
 
     Args:
@@ -42,7 +42,7 @@ class Connection:
     """
 
     def __init__(
-        self, run: LiveRun, socket: web.WebSocketResponse, challenge: bytes, arrived: Callable[[Connection], None]
+        self, run: LiveRun, socket: web.WebSocketResponse, challenge: bytes, arrived: Callable[[Websocket], None]
     ) -> None:
         self.run = run
         self.signer = b""
