@@ -320,7 +320,9 @@ class CoordinatorServer:
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         run = self._run(request)
         origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != request.host:
+        # A page cannot set this header, so another site's does not get in by it.
+        hosts = {request.host, *request.headers.get("X-Forwarded-Host", "").replace(" ", "").split(",")}
+        if origin is not None and urlsplit(origin).netloc not in hosts:
             raise CoordinatorError("a page of another site may not watch", code="Unauthorized")
         socket = web.WebSocketResponse(heartbeat=self._heartbeat, max_msg_size=MAX_FRAME_SIZE, compress=True)
         await socket.prepare(request)

@@ -8,7 +8,7 @@ from typing import Any
 
 from psyche_lightning.protocol.manifest import manifest_digest
 from psyche_lightning.protocol.requests import Report
-from psyche_lightning.protocol.state import Client, ClientStatus, Phase
+from psyche_lightning.protocol.state import Client, ClientStatus, Phase, RunState
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.wire.identity import short
 
@@ -49,7 +49,7 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
     if "total_steps" in host.unset:
         config["total_steps"] = None
     # Between two epochs the clients of the last one are members who wait again, or gone.
-    clients = () if state.phase is Phase.WAITING_FOR_MEMBERS else state.clients
+    clients = () if state.phase in (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED) else state.clients
     known = {client.signer for client in clients}
     return {
         **run_line(run),
@@ -58,7 +58,7 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         "checkpoint": {"step": state.checkpoint.step, "digest": state.checkpoint.digest.hex()},
         "manifest_digest": manifest_digest(host.manifest).hex() if host.manifest is not None else None,
         "config": config,
-        "clients": [_member(client, client.status.name.lower(), reports) for client in clients],
+        "clients": [_member(client, standing(client, state), reports) for client in clients],
         "exited": [_member(client, client.status.name.lower(), reports) for client in state.exited_clients],
         "pending": [_member(client, "pending", reports) for client in host.pending() if client.signer not in known],
         "points": [
@@ -73,6 +73,12 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
     }
 
 
+def standing(client: Client, state: RunState) -> str:
+    """How a client of the epoch stands, in a word; who went with the finished run did all it had to."""
+    done = state.phase is Phase.FINISHED and client.status is ClientStatus.WITHDRAWN
+    return "finished" if done else client.status.name.lower()
+
+
 def _member(client: Client, status: str, reports: dict[bytes, Report]) -> dict[str, Any]:
     report = reports.get(client.signer)
     return {
@@ -80,7 +86,7 @@ def _member(client: Client, status: str, reports: dict[bytes, Report]) -> dict[s
         "signer": client.signer.hex(),
         "address": client.address,
         "status": status,
-        "step": report.step if report else None,
+        "step": report.step or None if report else None,  # 0: it trained nothing yet
         "loss": report.loss if report and math.isfinite(report.loss) else None,
         "tokens_per_second": report.tokens_per_second if report else None,
         "bytes_up": report.bytes_up if report else None,

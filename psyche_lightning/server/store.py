@@ -160,13 +160,11 @@ class SqliteStore:
                     "metrics": dict(zip(("first", "items"), self._entries(run_id, "metric"), strict=True)),
                 }
                 host = RunHost.load(data)
-                metrics = data["metrics"]
-                if host.history.metrics.count < metrics["first"] + len(
-                    metrics["items"]
-                ):  # some of an older version are left out
+                figures, stored = host.history.metrics, data["metrics"]
+                if figures.count < stored["first"] + len(stored["items"]):  # some of an older version are left out
                     with self._transaction():
                         self._database.execute("DELETE FROM entry WHERE run_id = ? AND kind = 'metric'", (run_id,))
-                        self._append(run_id, "metric", **host.dump()["metrics"], limit=MAX_METRICS)
+                        self._append(run_id, "metric", **figures.dump(), limit=MAX_METRICS)
                 self._saved[run_id] = _saved(host)
                 hosts.append(host)
         except (sqlite3.Error, ValueError, TypeError, WireError) as error:

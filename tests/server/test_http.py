@@ -6,7 +6,7 @@ import aiohttp
 import pytest
 
 from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
-from psyche_lightning.protocol.requests import Join
+from psyche_lightning.protocol.requests import Join, Withdraw
 from psyche_lightning.server.client import HttpCoordinator
 from psyche_lightning.wire.identity import Identity
 
@@ -151,7 +151,8 @@ def test_pause_ends_the_epoch_and_resume_goes_on_from_its_parameters(served, wal
             paused = await walk_until(lambda state: state.phase.name == "PAUSED")
             assert paused.checkpoint.step == paused.step - 1
             _, found = await ask("GET", f"{url}/v1/runs/r")
-            assert found["phase"] == "paused"
+            assert (found["phase"], found["clients"]) == ("paused", [])
+            assert [member["status"] for member in found["pending"]] == ["pending"]  # it waits, connected
             await ask("POST", f"{url}/v1/runs/r/resume", json={})
             again = await walk_until(lambda state: state.epoch == 1 and state.phase.name == "ROUND_TRAIN")
             assert again.epoch_digest == paused.checkpoint.digest
@@ -169,9 +170,13 @@ def test_status_and_page_show_who_does_what(served, walk, run, quick):
             identity = Identity.generate()
             client = HttpCoordinator(url, "r", identity)
             await walk(client)
+            _, found = await ask("GET", f"{url}/v1/runs/r")
+            assert [member["status"] for member in found["clients"]] == ["healthy"]
+            await client.request(Withdraw())
             await client.close()
             _, found = await ask("GET", f"{url}/v1/runs/r")
             (member,) = found["clients"]
+            assert member["status"] == "finished"  # it left, but not before its work was done
             assert member["key"] == identity.public[:4].hex()
             assert (member["step"], member["loss"]) == (8, pytest.approx(3.0 - 0.08))
             assert [row["loss"] for row in found["metrics"] if row["step"] == 3] == [pytest.approx(2.97)]

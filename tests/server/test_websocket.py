@@ -309,7 +309,9 @@ def test_pages_of_other_sites_may_not_watch(served, run):
             async with aiohttp.ClientSession() as session:
                 with pytest.raises(aiohttp.WSServerHandshakeError):
                     await session.ws_connect(f"{url}/v1/runs/r/watch", headers={"Origin": "http://elsewhere.example"})
-                socket = await session.ws_connect(f"{url}/v1/runs/r/watch", headers={"Origin": url})
-                await socket.close()
+                behind = {"Origin": "https://public.example", "X-Forwarded-Host": "public.example, inner"}
+                for headers in ({"Origin": url}, behind):
+                    socket = await session.ws_connect(f"{url}/v1/runs/r/watch", headers=headers)
+                    await socket.close()
 
     run(main())
