@@ -142,7 +142,7 @@ def quality(
         list[str] | None,
         typer.Option("--setting", metavar="K/CHUNK", help="Votes per chunk and its side, such as 8/64; repeatable."),
     ] = None,
-    decay: Annotated[float, typer.Option(help="What remains of the accumulated update each round.")] = 0.9,
+    decay: Annotated[float, typer.Option(help="What remains of delta each round.")] = 0.9,
     nodes: Annotated[int, typer.Option(min=2, help="Nodes that train together.")] = 4,
     rounds: Annotated[int, typer.Option(min=12, help="Rounds of each training.")] = 120,
     batch: Annotated[int, typer.Option(min=1, help="Samples of a node in a round.")] = 4,

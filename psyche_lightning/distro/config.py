@@ -19,8 +19,8 @@ class DistroConfig:
     Attributes:
         chunk: side of the square chunks that are transformed: 8, 16, 32 or 64.
         k: coefficients sent of each chunk; from 1 to a quarter of the chunk's area, and at most 128.
-        decay: what remains of the accumulated update before a gradient is added, 0 to 1.
-        removal: fraction of the sent component that is subtracted from the accumulated update, 0 to 1.
+        decay: what remains of delta before a gradient is added, 0 to 1.
+        removal: fraction of the sent component that is subtracted from delta, 0 to 1.
         lookahead: whether gradients are taken ahead of the published parameters, at ``p - lr * sign(delta)``.
         k_for: another k for the parameters whose names match a pattern (``{"*embed*": 2}``); the first match counts.
         float32_gradients: whether gradients of parameters of lower precision are accumulated over micro-batches in

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 
 from psyche_lightning.distro import transform
-from psyche_lightning.distro.accumulated import Accumulated
 from psyche_lightning.distro.aggregate import Aggregator
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import DistroConfig
-from psyche_lightning.distro.groups import check_weight_decay, named_groups
+from psyche_lightning.distro.delta import Delta
 from psyche_lightning.distro.layout import Batch, Layout
 from psyche_lightning.distro.payload import PayloadForm
 from psyche_lightning.distro.votes import Votes, select
@@ -49,7 +48,7 @@ class DisTrO(torch.optim.Optimizer):
         layout: how the parameters are cut into chunks.
         config: as given.
         budget: as given.
-        nonce: how often :meth:`encode` ran since the accumulated update was empty.
+        nonce: how often :meth:`encode` ran since delta was empty.
 
     Raises:
         ConfigError: names are missing or not unique, nothing is trainable, or a value is out of range.
@@ -68,13 +67,13 @@ class DisTrO(torch.optim.Optimizer):
             raise ConfigError(f"budget is {budget!r}; choose the bytes that encode and apply may work in")
         self.budget = budget
         self.nonce = 0
-        self._accumulated: Accumulated | None = None
+        self._delta: Delta | None = None
         self._saved: list[torch.Tensor] | None = None  # the published bytes, while look_ahead is active
-        super().__init__(named_groups(parameters), {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(_named_groups(parameters), {"lr": lr, "weight_decay": weight_decay})
         named: dict[str, torch.Tensor] = {}
         owner: dict[str, int] = {}
         for number, group in enumerate(self.param_groups):
-            check_weight_decay(group["weight_decay"])
+            _check_weight_decay(group["weight_decay"])
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if name in named:
                     raise ConfigError(f"two parameters are named {name!r}; give each its own name")
@@ -138,7 +137,7 @@ class DisTrO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def encode(self) -> bytes:
-        """Add the gradients to the accumulated update, and compress it.
+        """Add the gradients to delta, and compress it.
 
         ``delta = decay * delta + lr * grad``; the k strongest coefficients of each chunk become votes, and ``removal``
         of their part is taken out of delta. A missing gradient counts as zero.
@@ -152,8 +151,8 @@ class DisTrO(torch.optim.Optimizer):
         self._check_gradients()
         config, layout = self.config, self.layout
         rates = _floats(self.lr_bits())
-        if self._accumulated is None:
-            self._accumulated = Accumulated(layout, self._devices)
+        if self._delta is None:
+            self._delta = Delta(layout, self._devices)
         gradients = [
             None if parameter.grad is None else layout.folded(number, parameter.grad)
             for number, parameter in enumerate(self._parameters)
@@ -164,7 +163,7 @@ class DisTrO(torch.optim.Optimizer):
         with full_precision(*self._devices):
             for batch in layout.batches(shape[1], list(zip(self._devices, self._form.ks, strict=True))):
                 k = self._form.ks[batch.tiles[0].entry]
-                chunks = self._accumulated.chunks(batch)
+                chunks = self._delta.chunks(batch)
                 if work is None or work.device != chunks.device:
                     work = torch.empty(shape, dtype=torch.float32, device=chunks.device)
                 half, whole = work[:, : len(batch)]
@@ -302,8 +301,8 @@ class DisTrO(torch.optim.Optimizer):
         try:
             with torch.no_grad():
                 for number, parameter in enumerate(self._parameters):
-                    if self._accumulated is not None:
-                        ahead = self._accumulated.get(number).sign_().mul_(-lrs[self._owners[number]])
+                    if self._delta is not None:
+                        ahead = self._delta.get(number).sign_().mul_(-lrs[self._owners[number]])
                         parameter.copy_(ahead.add_(self._published(number)))
             yield
         finally:
@@ -313,26 +312,26 @@ class DisTrO(torch.optim.Optimizer):
             self._saved = None
 
     def reset(self) -> None:
-        """Forget the accumulated update; parameters stay."""
-        self._accumulated = None
+        """Forget delta; parameters stay."""
+        self._delta = None
         self.nonce = 0
 
-    def accumulated(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The accumulated update of each parameter, in the layout's order: ``(name, float32 copy)``; none at first."""
-        if self._accumulated is not None:
+    def delta(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Delta of each parameter, in the layout's order: ``(name, float32 copy)``; none at first."""
+        if self._delta is not None:
             for number, entry in enumerate(self.layout.entries):
-                yield entry.name, self._accumulated.get(number)
+                yield entry.name, self._delta.get(number)
 
-    def load_accumulated(self, name: str, tensor: torch.Tensor) -> None:
-        """Replace the accumulated update of one parameter.
+    def load_delta(self, name: str, tensor: torch.Tensor) -> None:
+        """Replace delta of one parameter.
 
         Raises:
             PsycheError: no such name, or another shape or dtype.
         """
         number = self._expected(name, tensor)
-        if self._accumulated is None:
-            self._accumulated = Accumulated(self.layout, self._devices)
-        self._accumulated.put(number, tensor)
+        if self._delta is None:
+            self._delta = Delta(self.layout, self._devices)
+        self._delta.put(number, tensor)
 
     def published(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The parameters that all nodes share, in the layout's order: ``(name, float32 tensor)``, not copied.
@@ -373,7 +372,7 @@ class DisTrO(torch.optim.Optimizer):
         found = super().state_dict()
         state = {key: dict(values) for key, values in found["state"].items()}
         names = [name for group in self.param_groups for name in group["param_names"]]  # torch numbers in this order
-        for name, delta in self.accumulated():
+        for name, delta in self.delta():
             state.setdefault(names.index(name), {})["delta"] = delta
         return {**found, "state": state, "nonce": self.nonce}
 
@@ -411,7 +410,7 @@ class DisTrO(torch.optim.Optimizer):
         }
         for parameter, values in state.items():
             if "delta" in values and parameter.requires_grad:
-                self.load_accumulated(names[id(parameter)], values.pop("delta"))
+                self.load_delta(names[id(parameter)], values.pop("delta"))
             self.state[parameter] = values
         self.nonce = int(state_dict["nonce"])
 
@@ -469,6 +468,39 @@ class DisTrO(torch.optim.Optimizer):
     def _not_looking_ahead(self, what: str) -> None:
         if self._saved is not None:
             raise PsycheError(f"{what} was called within look_ahead(), where parameters are not the published ones")
+
+
+def _named_groups(parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups with ``params`` and ``param_names``; a parameter that is tied within a group stands once.
+
+    Raises:
+        ConfigError: a parameter has no name.
+    """
+    items = list(parameters)
+    groups = cast(list[dict[str, Any]], items if items and isinstance(items[0], dict) else [{"params": items}])
+    named = []
+    for group in groups:
+        pairs = list(group["params"])
+        if "param_names" in group:
+            pairs = list(zip(group["param_names"], pairs, strict=True))
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            raise ConfigError("DisTrO needs the parameters' names; pass module.named_parameters()")
+        unique: dict[int, tuple[str, torch.Tensor]] = {}
+        for name, parameter in pairs:
+            unique.setdefault(id(parameter), (name, parameter))
+        names, tensors = [name for name, _ in unique.values()], [tensor for _, tensor in unique.values()]
+        named.append({**group, "params": tensors, "param_names": names})
+    return named
+
+
+def _check_weight_decay(value: Any) -> None:
+    """Refuse what cannot be a weight decay.
+
+    Raises:
+        ConfigError: it is not a finite number from 0.
+    """
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"weight_decay is {value!r}; choose a finite number that is not negative")
 
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:

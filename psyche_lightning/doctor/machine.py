@@ -252,7 +252,7 @@ def _memory(estimate: Estimate, device: torch.device) -> Finding:
 
 
 def disk_needed(recipe: Recipe, estimate: Estimate) -> int:
-    """Bytes that a node writes at most: snapshots, payloads, the accumulated update, and checkpoints."""
+    """Bytes that a node writes at most: snapshots, payloads, delta, and checkpoints."""
     parameters = estimate.memory["parameters"]
     snapshot = max(parameters, 4 * estimate.trainable)  # float32 masters are what is published
     kept = max(snapshot, LEAST_KEPT)

@@ -27,8 +27,8 @@ class Options:
         overlap: whether results travel while the next round computes; they are then applied one round later.
         chunk: side of DisTrO's chunks.
         k: coefficients sent of each chunk.
-        decay: what remains of the accumulated update before a gradient is added.
-        removal: fraction of the sent component that is subtracted from the accumulated update.
+        decay: what remains of delta before a gradient is added.
+        removal: fraction of the sent component that is subtracted from delta.
         lookahead: whether gradients are taken ahead of the published parameters.
         k_for: another k for the parameters whose names match a pattern, such as ``{"*embed*": 2}``.
         float32_gradients: whether gradients of parameters of lower precision are accumulated in float32.

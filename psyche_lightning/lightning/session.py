@@ -17,7 +17,7 @@ from lightning.fabric.utilities import rank_zero_info
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.distro import DisTrO, NonFiniteGradientError
 from psyche_lightning.errors import DataError
-from psyche_lightning.lightning import residual
+from psyche_lightning.lightning import delta as saved_delta
 from psyche_lightning.lightning.agreement import Agreement, agree, look
 from psyche_lightning.lightning.optimizers import copy_rates
 from psyche_lightning.lightning.options import Options
@@ -170,8 +170,8 @@ class Session:
             tensors=replica.tensors,
         )
         folder = options.folder
-        if folder is not None and residual.load(folder, self._run, optimizer):
-            logger.info("taking up the accumulated update of %d rounds from %s", optimizer.nonce, folder)
+        if folder is not None and saved_delta.load(folder, self._run, optimizer):
+            logger.info("taking up delta of %d rounds from %s", optimizer.nonce, folder)
         identity = Identity.generate() if folder is None else Identity.load_or_create(folder / "node.key")
         coordinator = self._own_run(identity, global_batch, total, done) if options.alone else self._client(identity)
         self.signer = coordinator.signer
@@ -323,8 +323,8 @@ class Session:
         )
         self._ticks += 1
         folder = self.options.folder
-        if folder is not None and self._ticks % residual.SAVE_EVERY == 0:
-            residual.save(folder, self._run, distro)
+        if folder is not None and self._ticks % saved_delta.SAVE_EVERY == 0:
+            saved_delta.save(folder, self._run, distro)
         state = self.state
         if state is not None and work.step >= state.config.total_steps:
             self.peek()  # to the very end: everything is applied when the run is over
@@ -411,7 +411,7 @@ class Session:
     def close(self) -> None:
         """Leave the run; idempotent."""
         if self._participant is not None and not self._over and self.options.folder and self._optimizer:
-            residual.save(self.options.folder, self._run, self._optimizer)
+            saved_delta.save(self.options.folder, self._run, self._optimizer)
         self._over, self._next, self.work = True, None, None
         if self._participant is not None:
             self._participant.stop()

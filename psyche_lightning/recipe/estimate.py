@@ -83,7 +83,7 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
     memory = {
         "parameters": sum(parameter.nbytes for _, parameter in named),
         "gradients": trained,
-        "accumulated update (delta)": FLOAT32 * count,
+        "delta (what is yet to be sent)": FLOAT32 * count,
     }
     if recipe.model.dtype != "float32":
         memory["float32 masters"] = FLOAT32 * count

@@ -74,7 +74,7 @@ def test_parameters_and_payload_follow_the_formulas():
         kept = np.zeros(64)
         kept[positions] = coefficients[positions]
         delta -= 0.5 * f @ kept.reshape(8, 8) @ f.T
-        np.testing.assert_allclose(dict(optimizer.accumulated())["w"], delta, atol=1e-7)
+        np.testing.assert_allclose(dict(optimizer.delta())["w"], delta, atol=1e-7)
         optimizer.apply([payload], optimizer.lr_bits())
         lr = np.float32(0.01)
         sign = np.sign(b @ np.sign(kept).astype(np.int64).reshape(8, 8) @ b.T).astype(np.float32)
@@ -159,7 +159,7 @@ def test_look_ahead_gives_the_very_bytes_back():
         with optimizer.look_ahead():
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    ahead = state[name] - np.float32(1e-2) * dict(optimizer.accumulated())[name].sign()
+                    ahead = state[name] - np.float32(1e-2) * dict(optimizer.delta())[name].sign()
                     assert torch.equal(parameter, ahead.to(dtype))
             assert bytes_of(model) != before
             loss_of(model, 1).backward()
@@ -240,7 +240,7 @@ def test_non_finite_gradients_are_named_and_change_nothing(value):
     optimizer = DisTrO(model.named_parameters(), 1e-2, config=CONFIG)
     backward(model, optimizer, 0)
     optimizer.encode()
-    deltas = dict(optimizer.accumulated())
+    deltas = dict(optimizer.delta())
     backward(model, optimizer, 1)
     model.inner.weight.grad[3, 4] = value
     with pytest.raises(NonFiniteGradientError, match=r"'inner\.weight'") as error:
@@ -249,7 +249,7 @@ def test_non_finite_gradients_are_named_and_change_nothing(value):
     assert isinstance(error.value, PsycheError)
     assert optimizer.nonce == 1
     assert deltas
-    for name, delta in optimizer.accumulated():
+    for name, delta in optimizer.delta():
         assert torch.equal(delta, deltas[name])
 
 

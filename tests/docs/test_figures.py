@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from psyche_lightning.distro import DistroConfig, payload_size
-from psyche_lightning.lightning.residual import SAVE_EVERY
+from psyche_lightning.lightning.delta import SAVE_EVERY
 from psyche_lightning.protocol.committee import MAX_WITNESSES, quorum
 from psyche_lightning.protocol.open_ids import AGAIN_AFTER
 from psyche_lightning.recipe import load_recipe

@@ -1,4 +1,7 @@
-"""The accumulated update (delta): what a node has yet to send, kept in the order in which it is transformed."""
+"""Delta: what a node has accumulated and not yet sent, in the order in which it is transformed.
+
+The DeMo paper calls it the momentum.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import torch
 from psyche_lightning.distro.layout import Batch, Layout
 
 
-class Accumulated:
-    """The accumulated updates of all parameters as chunks, so that a step moves only gradients into their places.
+class Delta:
+    """Delta of all parameters as chunks, so that a step moves only gradients into their places.
 
     What belongs to no parameter is zero. Everything is float32, on the device of the parameter.
 

@@ -7,7 +7,7 @@ import torch
 
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.errors import StoreError
-from psyche_lightning.lightning import residual
+from psyche_lightning.lightning import delta as saved_delta
 
 
 def make(k: int = 8) -> DisTrO:
@@ -26,8 +26,8 @@ def train(optimizer: DisTrO, seed: int) -> bytes:
 def test_another_life_goes_on_with_the_same_payloads(tmp_path: Path) -> None:
     one, other = make(), make()
     train(one, 1)
-    residual.save(tmp_path, "run", one)
-    assert residual.load(tmp_path, "run", other)
+    saved_delta.save(tmp_path, "run", one)
+    assert saved_delta.load(tmp_path, "run", other)
     assert other.nonce == 1
     assert train(other, 2) == train(one, 2)
     assert train(make(), 2) != train(one, 2)
@@ -36,16 +36,16 @@ def test_another_life_goes_on_with_the_same_payloads(tmp_path: Path) -> None:
 def test_of_another_run_or_layout_it_is_left_alone(tmp_path: Path) -> None:
     one = make()
     train(one, 1)
-    residual.save(tmp_path, "run", one)
-    assert not residual.load(tmp_path, "other", make())
-    assert not residual.load(tmp_path, "run", make(k=4))
-    assert not residual.load(tmp_path / "nowhere", "run", make())
+    saved_delta.save(tmp_path, "run", one)
+    assert not saved_delta.load(tmp_path, "other", make())
+    assert not saved_delta.load(tmp_path, "run", make(k=4))
+    assert not saved_delta.load(tmp_path / "nowhere", "run", make())
 
 
 def test_a_damaged_file_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / residual.FILE).write_bytes(b"\xff" * 100)
+    (tmp_path / saved_delta.FILE).write_bytes(b"\xff" * 100)
     fresh = make()
-    assert not residual.load(tmp_path, "run", fresh)
+    assert not saved_delta.load(tmp_path, "run", fresh)
     assert "cannot be read" in caplog.text
     assert fresh.nonce == 0
 
@@ -54,4 +54,4 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     one = make()
     train(one, 1)
     with pytest.raises(StoreError, match=r"delta\.safetensors"):
-        residual.save(tmp_path / "missing", "run", one)
+        saved_delta.save(tmp_path / "missing", "run", one)

@@ -1,4 +1,4 @@
-"""The accumulated update (delta) of a node on disk, so that a killed node does not lose what it had yet to send.
+"""Delta of a node on disk, so that a killed node does not lose what it had yet to send.
 
 One safetensors file with the float32 delta of each parameter by name; its metadata names the run, the layout that
 positions refer to, and the nonce. Parameters need none: they come back by snapshot and replay.
@@ -22,16 +22,16 @@ logger = logging.getLogger("psyche_lightning")
 
 FILE = "delta.safetensors"
 SAVE_EVERY = 50
-"""Rounds between two saves: so much of the accumulated update a kill may cost."""
+"""Rounds between two saves: so much of delta a kill may cost."""
 
 
 def save(folder: Path, run: str, optimizer: DisTrO) -> None:
-    """Write the delta; a kill in between leaves the file before.
+    """Write delta; a kill in between leaves the file before.
 
     Raises:
         StoreError: the folder cannot be written.
     """
-    deltas = {name: delta.cpu() for name, delta in optimizer.accumulated()}
+    deltas = {name: delta.cpu() for name, delta in optimizer.delta()}
     if not deltas:
         return
     about = {"run": run, "layout": optimizer.layout_digest.hex(), "nonce": optimizer.nonce}
@@ -46,7 +46,7 @@ def save(folder: Path, run: str, optimizer: DisTrO) -> None:
 
 
 def load(folder: Path, run: str, optimizer: DisTrO) -> bool:
-    """Take up the delta that a former life of this node saved; returns whether there was one that fits."""
+    """Take up delta as a former life of this node saved it; returns whether there was one that fits."""
     path = folder / FILE
     if not path.exists():
         return False
@@ -57,12 +57,12 @@ def load(folder: Path, run: str, optimizer: DisTrO) -> bool:
                 return False
             deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, ValueError) as error:
-        logger.warning("the accumulated update in %s cannot be read and is left out: %s", path, error)
+        logger.warning("delta in %s cannot be read and is left out: %s", path, error)
         return False
     shapes = {entry.name: entry.shape for entry in optimizer.layout.entries}
     if any(delta.shape != shapes.get(name) or delta.dtype != torch.float32 for name, delta in deltas.items()):
         return False
     for name, delta in deltas.items():
-        optimizer.load_accumulated(name, delta)
+        optimizer.load_delta(name, delta)
     optimizer.nonce = int(about["nonce"])
     return True
