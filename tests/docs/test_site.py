@@ -41,6 +41,7 @@ def test_it_builds_and_has_a_page_for_each_that_is_written(site: Path, pages: li
     assert 'href="tutorial/"' in home
     for plugin in ROOT.glob("plugins/*/README.md"):
         assert (site / "plugins" / plugin.parent.name / "index.html").is_file()
+        assert f'href="plugins/{plugin.parent.name}/"' in home, f"{plugin.parent.name} is not in nav"
 
 
 def test_it_takes_nothing_from_other_machines(site: Path) -> None:
