@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 
 
@@ -83,6 +84,13 @@ class ManifestMismatchError(CoordinatorError):
     def __init__(self, message: str, differences: list[tuple[str, object, object]]) -> None:
         super().__init__(message, code="ManifestMismatch")
         self.differences = differences
+
+
+def cause(error: OSError) -> str:
+    """What the operating system says, such as ``Connection refused``; asyncio puts other words in its place."""
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return error.strerror or str(error) or type(error).__name__
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -307,6 +307,11 @@ def _importer(module: str) -> Callable[[], object]:
     return lambda: importlib.import_module(module)
 
 
+def packages() -> list[str]:
+    """The top-level packages of what is installed as plugins, under whose names they log; nothing is imported."""
+    return sorted({entry_point.module.partition(".")[0] for entry_point in _entry_points()})
+
+
 def _entry_points() -> list[importlib.metadata.EntryPoint]:
     found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     return sorted(found, key=lambda entry_point: (_origin(entry_point), entry_point.name))

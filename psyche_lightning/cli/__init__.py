@@ -12,10 +12,12 @@ from typing import Any
 import typer
 
 from psyche_lightning.errors import PluginError, PsycheError
-from psyche_lightning.plugins import Registration, load_plugins
+from psyche_lightning.logs import Stream, handled, tell_more
+from psyche_lightning.plugins import Registration, load_plugins, packages
 from psyche_lightning.version import __version__
 
 TRACEBACK_VARIABLE = "PSYCHE_TRACEBACK"
+VERBOSE_VARIABLE = "PSYCHE_VERBOSE"
 # Where a shell's completion leaves the line that is being typed: bash, and the others.
 _TYPED = ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")
 
@@ -27,15 +29,17 @@ class Command:
     Attributes:
         target: ``"module:name"`` of a function with typer's annotations, or of a ``typer.Typer`` with sub-commands.
         help: its line in ``psyche --help``.
+        log: where it tells what happens; on the standard output if it prints nothing else.
     """
 
     target: str
     help: str
+    log: Stream = "stderr"
 
 
 # A new command is one line here and a module; third parties add theirs with the hook register_commands.
 COMMANDS = {
-    "train": Command("psyche_lightning.cli.train:train", "Train as one node: join a run, or run alone."),
+    "train": Command("psyche_lightning.cli.train:train", "Train as one node: join a run, or run alone.", log="stdout"),
     "generate": Command("psyche_lightning.cli.generate:generate", "Complete a text with a checkpoint."),
     "checkpoints": Command("psyche_lightning.cli.checkpoints:checkpoints", "Look at checkpoints anywhere, copy them."),
     "sim": Command("psyche_lightning.cli.sim:sim", "Replay whole runs under faults in virtual time."),
@@ -57,8 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None for this process'.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = _command_name(_typed() or arguments)
+    with handled(COMMANDS[name].log if name in COMMANDS else "stderr", packages()):
+        return _run(name, arguments)
+
+
+def _run(name: str | None, arguments: list[str]) -> int:
     try:
-        _app(_command_name(_typed() or arguments))(arguments, prog_name="psyche")
+        _app(name)(arguments, prog_name="psyche")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
@@ -116,6 +126,9 @@ def _options(
     traceback: bool = typer.Option(
         False, "--traceback", envvar=TRACEBACK_VARIABLE, help="Show Python's traceback of an error."
     ),
+    verbose: bool = typer.Option(
+        False, "--verbose", envvar=VERBOSE_VARIABLE, help="Tell in the log also what only developers want to know."
+    ),
     version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
@@ -123,6 +136,9 @@ def _options(
     """Train one model on many machines that share only the internet."""
     if traceback:  # The processes that a command starts follow.
         os.environ[TRACEBACK_VARIABLE] = "1"
+    if verbose:
+        os.environ[VERBOSE_VARIABLE] = "1"
+        tell_more(packages())
 
 
 def _add(app: typer.Typer, name: str, help_line: str, command: Callable[..., Any] | typer.Typer | None) -> None:

@@ -17,12 +17,12 @@ from urllib.parse import urlsplit
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from psyche_lightning.data.options import whole
-from psyche_lightning.errors import ConfigError, nearest
+from psyche_lightning.errors import ConfigError, cause, nearest
 
 if TYPE_CHECKING:
     import aiohttp
 
-logger = logging.getLogger("psyche_lightning")
+logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 10.0
@@ -244,7 +244,7 @@ class Client:
         except asyncio.TimeoutError as error:
             raise Temporary(f"{url}: the server does not answer in time") from error
         except aiohttp.ClientConnectorError as error:
-            raise Temporary(f"{url}: no connection to {error.host}:{error.port} ({error.os_error.strerror})") from error
+            raise Temporary(f"{url}: no connection to {error.host}:{error.port} ({cause(error.os_error)})") from error
         except (aiohttp.ClientError, OSError) as error:
             raise Temporary(f"{url}: {error or type(error).__name__}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,10 +14,11 @@ from typing import Any
 from urllib.parse import quote
 
 import aiohttp
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, stop_after_delay
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_after_delay
 from tenacity.wait import wait_exponential, wait_random
 
-from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.errors import CoordinatorError, cause
+from psyche_lightning.logs import Outage
 from psyche_lightning.protocol.codec import patch, state_from_json
 from psyche_lightning.protocol.requests import Answer, Request, encode
 from psyche_lightning.protocol.state import RunState
@@ -31,6 +33,8 @@ from psyche_lightning.server.channel import (
     seal_hello,
 )
 from psyche_lightning.wire.identity import Identity, short
+
+logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT = 30.0
 HEARTBEAT = 20.0
@@ -74,7 +78,7 @@ class HttpCoordinator:
         attempts: tries to reach the server at the start.
         patience: seconds to keep trying once the run was reached.
         connect_timeout: seconds for one try.
-        on_status: called with a line for people when the connection changes.
+        clock: monotonic seconds, for what the log says about a lost connection.
 
     Raises:
         ConfigError: the URL is none.
@@ -90,7 +94,7 @@ class HttpCoordinator:
         attempts: int = 5,
         patience: float = 600.0,
         connect_timeout: float = 5.0,
-        on_status: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.url = check_url(url)
         self.run_id = run_id
@@ -101,7 +105,8 @@ class HttpCoordinator:
         self._attempts = attempts
         self._patience = patience
         self._connect_timeout = connect_timeout
-        self._on_status = on_status
+        self._outage = Outage(logger, f"the coordinator at {self.url}", clock=clock)
+        self._store = Outage(logger, f"the store of the coordinator at {self.url}", clock=clock)
         self._task: asyncio.Task[None] | None = None
         self._socket: aiohttp.ClientWebSocketResponse[bool] | None = None
         self._challenge = b""
@@ -205,7 +210,7 @@ class HttpCoordinator:
                     try:
                         await self._receive(connection)
                     except _Lost as error:
-                        self._say(f"lost the coordinator at {self.url}: {error}; connecting again")
+                        self._away(error)
                     finally:
                         self._socket = None
                         with contextlib.suppress(Exception):
@@ -225,7 +230,7 @@ class HttpCoordinator:
             retry=retry_if_exception_type(_Lost),
             wait=wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT) + wait_random(0.0, FIRST_WAIT),
             stop=stop_after_delay(self._patience) if reached else stop_after_attempt(self._attempts),
-            before_sleep=self._before_sleep,
+            before_sleep=lambda attempt: self._away(attempt.outcome.exception() if attempt.outcome else None),
             reraise=True,
         )
         started = time.monotonic()
@@ -257,8 +262,10 @@ class HttpCoordinator:
             raise await self._refusal(session, path, error.status) from error
         except asyncio.TimeoutError as error:
             raise _Lost(f"no answer within {self._connect_timeout:.0f} s") from error
+        except aiohttp.ClientConnectorError as error:
+            raise _Lost(f"no connection ({cause(error.os_error)})") from error
         except (OSError, aiohttp.ClientError) as error:
-            raise _Lost(str(error)) from error
+            raise _Lost(str(error) or type(error).__name__) from error
         try:
             kind, *values = self._frame(await connection.receive(self._connect_timeout))
             if kind != "hello" or len(values) != 2 or values[0] != VERSION:
@@ -280,7 +287,8 @@ class HttpCoordinator:
         except BaseException:
             await connection.close()
             raise
-        self._say(f"connected to the coordinator at {self.url}")
+        self.status = f"connected to {self.url}"
+        self._outage.works()
         self._socket = connection
         return connection
 
@@ -338,6 +346,7 @@ class HttpCoordinator:
                 self._take(patch(self._state_json, values[1]))
         elif kind == "ok":
             call = self._in_flight.pop(values[0], None)
+            self._store.works()
             if call is not None and not call.answer.done():
                 call.answer.set_result(values[1])
         elif kind == "error":
@@ -366,7 +375,7 @@ class HttpCoordinator:
         if call.sent > 1 and error.code in REPEATED:
             call.answer.set_result(None)
         elif error.code == "StoreFailed" and call.sent <= self._patience / LONGEST_WAIT:
-            self._say(f"the coordinator at {self.url} cannot store changes; asking again: {error}")
+            self._store.fails(error)
             asyncio.get_running_loop().call_later(LONGEST_WAIT, self._again, call)
         else:
             call.answer.set_exception(error)
@@ -378,19 +387,11 @@ class HttpCoordinator:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    # What people see, and the end.
+    # What people hear, and the end.
 
-    def _before_sleep(self, state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        wait = state.next_action.sleep if state.next_action else 0.0
-        self._say(
-            f"cannot reach the coordinator at {self.url} (try {state.attempt_number}: {error}); next in {wait:.1f} s"
-        )
-
-    def _say(self, status: str) -> None:
-        self.status = status
-        if self._on_status is not None:
-            self._on_status(status)
+    def _away(self, why: object) -> None:
+        self.status = f"cannot reach the coordinator at {self.url}: {why}"
+        self._outage.fails(why)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

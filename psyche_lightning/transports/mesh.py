@@ -12,14 +12,13 @@ import abc
 import asyncio
 import logging
 import math
-import os
 import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from psyche_lightning.aio import happens, within
-from psyche_lightning.errors import TransportError, WireError
+from psyche_lightning.errors import TransportError, WireError, cause
 from psyche_lightning.transports.base import Link, Progress, TransportContext, check_message
 from psyche_lightning.transports.budget import Throttle
 from psyche_lightning.transports.connection import Connection, Surroundings
@@ -425,9 +424,7 @@ class MeshTransport(abc.ABC):
 def reason(error: Exception) -> str:
     """What an error says, in few words."""
     if isinstance(error, OSError):
-        if error.errno is not None and error.errno > 0:  # asyncio has "Connect call failed" for its text
-            return os.strerror(error.errno)
-        return error.strerror or str(error) or type(error).__name__
+        return cause(error)
     if isinstance(error, EOFError):
         return "the connection was closed during the handshake"
     return str(error)

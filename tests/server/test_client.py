@@ -15,6 +15,8 @@ from psyche_lightning.protocol.requests import GetTerms, Join, Withdraw
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning.server.admin import CoordinatorAdmin
 from psyche_lightning.server.client import HttpCoordinator
+from psyche_lightning.server.server import CoordinatorServer
+from psyche_lightning.server.store import MemoryStore
 from psyche_lightning.wire.identity import Identity
 
 CONFIG = {"init_min_clients": 2, "total_steps": 30, "global_batch_size_start": 2}
@@ -71,12 +73,11 @@ class Relay:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-def test_an_unreachable_server_is_explained_after_bounded_tries(run):
+def test_an_unreachable_server_is_explained_after_bounded_tries(run, caplog):
     url = f"http://127.0.0.1:{free_port()}"
-    lines = []
 
     async def main():
-        client = HttpCoordinator(url, "r", Identity.generate(), attempts=2, on_status=lines.append)
+        client = HttpCoordinator(url, "r", Identity.generate(), attempts=2)
         with pytest.raises(CoordinatorError) as caught:
             await client.request(Join("a", {}))
         assert (caught.value.code, caught.value.retryable) == ("Unreachable", True)
@@ -88,7 +89,9 @@ def test_an_unreachable_server_is_explained_after_bounded_tries(run):
         await client.close()
 
     run(main())
-    assert "try 1" in lines[0]
+    assert caplog.messages == [
+        f"cannot reach the coordinator at {url}: no connection (Connection refused); trying again"
+    ]
     with pytest.raises(CoordinatorError, match="Tried 1 times"):
         CoordinatorAdmin(url, attempts=1).runs()
 
@@ -169,6 +172,40 @@ def test_cut_links_lose_nothing(served, walk, run, quick):
             assert kinds.count("joined") == 2
             await asyncio.gather(*(client.close() for client in clients))
             await relay.stop()
+
+    run(main())
+
+
+def test_a_lost_coordinator_is_told_at_once_then_at_intervals_and_when_it_is_back(run, caplog):
+    now = [0.0]
+
+    async def told(text):
+        while not caplog.messages or text not in caplog.messages[-1]:
+            await asyncio.sleep(0.01)
+        record = caplog.records[-1]
+        assert (record.levelname, record.name) == ("WARNING", "psyche_lightning.server.client")
+
+    async def main():
+        store = MemoryStore()
+        server = CoordinatorServer(store)
+        url = await server.start("127.0.0.1", 0)
+        await create(url)
+        client = HttpCoordinator(url, "r", Identity.generate(), clock=lambda: now[0])
+        states = client.watch()
+        await anext(states)
+        assert caplog.messages == []
+        await server.stop()
+        await told(f"lost the coordinator at {url}: it closed the connection")
+        now[0] = 31.0
+        await told(f"the coordinator at {url} is still away after 31 s: no connection (Connection refused)")
+        again = CoordinatorServer(store)
+        now[0] = 42.0
+        await again.start("127.0.0.1", int(url.rpartition(":")[2]))
+        await told(f"the coordinator at {url} is back after 42 s")
+        assert len(caplog.messages) == 3
+        await states.aclose()
+        await client.close()
+        await again.stop()
 
     run(main())
 

@@ -1,0 +1,268 @@
+"""The one voice of the package: how a log line looks, which run and node it is of, and when it is said again.
+
+Every module logs with ``logging.getLogger(__name__)``. The ``psyche`` command handles what they say for as long as it
+runs (:func:`handled`); in a script of the user's own, the user's handlers do, and ours steps in where there are none
+(:func:`ensure_heard`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from datetime import datetime
+from typing import Literal, TextIO
+
+OURS = "psyche_lightning"
+"""The logger above all of the package; a plugin's are named after its own package."""
+REMINDERS = (15.0, 30.0, 60.0, 120.0, 300.0)
+"""Seconds after which what lasts is said again; later, whenever the last of these has passed once more."""
+STEADY = 10.0
+"""Seconds that something must work before its next failure counts as a new one."""
+
+Stream = Literal["stdout", "stderr"]
+_speaker: ContextVar[tuple[str, str]] = ContextVar("psyche_speaker", default=("-", "-"))
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+# --- who speaks -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def speaking(run: str, node: str) -> Iterator[None]:
+    """Everything that is logged within is of this run and node; tasks and callbacks that begin within inherit it.
+
+    Args:
+        run: the run's name.
+        node: the node's key, shortened.
+    """
+    before = _speaker.get()
+    _speaker.set((run, node))
+    try:
+        yield
+    finally:
+        _speaker.set(before)  # not reset: a notebook may end in another context than it began in
+
+
+class Speaker(logging.Filter):
+    """Gives each record the attributes ``run`` and ``node``, ``"-"`` where there is none; for handlers of your own."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Lets every record pass."""
+        if not hasattr(record, "node"):
+            record.run, record.node = _speaker.get()
+        return True
+
+
+# --- how it looks ---------------------------------------------------------------------------------------------------
+
+
+class LineFormatter(logging.Formatter):
+    """One line a record: local time with its offset from UTC, level, run, node, message.
+
+    Control characters, which may come from others, appear escaped. A traceback follows in indented lines.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line; the record has passed :class:`Speaker`."""
+        when = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        text = record.getMessage()
+        if record.name == "py.warnings":
+            text = text.partition("\n")[0]  # the second line shows the code that warned
+        elif not record.name.startswith(OURS):
+            text = f"{record.name}: {text}"
+        run, node = getattr(record, "run", "-"), getattr(record, "node", "-")
+        lines = [f"{when} {record.levelname:<7} {_plain(run)} {node} {_plain(text)}"]
+        if record.exc_info:
+            lines += [f"    {_plain(line)}" for line in self.formatException(record.exc_info).splitlines()]
+        return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class LogHandler(logging.Handler):
+    """Writes lines to the standard output or error of the moment, which progress bars replace while they are drawn.
+
+    Args:
+        stream: which of them.
+    """
+
+    def __init__(self, stream: Stream = "stderr") -> None:
+        super().__init__()
+        self._stream = stream
+        self.addFilter(Speaker())
+        self.setFormatter(LineFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the line at once."""
+        try:
+            stream: TextIO = getattr(sys, self._stream)
+            stream.write(self.format(record) + "\n")
+            stream.flush()
+        except BrokenPipeError:
+            pass  # a node does not end because nobody reads its output any more
+        except Exception:
+            self.handleError(record)
+
+
+# --- who hears it ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def handled(stream: Stream, packages: Iterable[str] = ()) -> Iterator[None]:
+    """Handles all records of the process; for the ``psyche`` command. Python's warnings become records, too.
+
+    Args:
+        stream: where lines go.
+        packages: those of plugins, which say as much as ours.
+    """
+    handler, root = LogHandler(stream), logging.getLogger()
+    before = {logging.getLogger(name): logging.getLogger(name).level for name in (OURS, *packages)}
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    for logger in before:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, old in before.items():
+            logger.setLevel(old)
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+
+
+def tell_more(packages: Iterable[str] = ()) -> None:
+    """Also handles what only developers want to know, until :func:`handled` ends."""
+    for name in (OURS, *packages):
+        logging.getLogger(name).setLevel(logging.DEBUG)
+
+
+class _LastResort(LogHandler):
+    """Ours in a user's script: silent as soon as anybody else handles the record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addFilter(lambda record: not _handlers(logging.getLogger(record.name), but=self))
+
+
+def ensure_heard(packages: Iterable[str] = ()) -> None:
+    """Lets people hear what nodes say in a process in which nobody has configured logging; else changes nothing.
+
+    Args:
+        packages: those of plugins.
+    """
+    for name in (OURS, *packages):
+        logger = logging.getLogger(name)
+        if not _handlers(logger):
+            logger.addHandler(_LastResort())
+            if logger.level == logging.NOTSET:
+                logger.setLevel(logging.INFO)
+
+
+def _handlers(logger: logging.Logger, but: logging.Handler | None = None) -> list[logging.Handler]:
+    """Those that get the records of a logger."""
+    found: list[logging.Handler] = []
+    here: logging.Logger | None = logger
+    while here is not None:
+        found += [one for one in here.handlers if one is not but and not isinstance(one, logging.NullHandler)]
+        here = here.parent if here.propagate else None
+    return found
+
+
+# --- what lasts -----------------------------------------------------------------------------------------------------
+
+
+def next_reminder(lasted: float) -> float:
+    """When to say the next time what has lasted for so many seconds: seconds from its beginning."""
+    last = REMINDERS[-1]
+    return next(due for due in itertools.chain(REMINDERS, itertools.count(2 * last, last)) if due > lasted)
+
+
+def duration(seconds: float) -> str:
+    """A time span as people read it, such as ``42 s``, ``3 min 20 s`` or ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if rest else f"{hours} h"
+
+
+class Outage:
+    """Tells people that something does not answer: at once, then at intervals, and when it is back.
+
+    Something that comes and goes is one outage, which is told at intervals as well. Call :meth:`fails` at each attempt
+    that fails, :meth:`works` whenever one does not.
+
+    Args:
+        logger: says it.
+        what: what does not answer, such as ``"the coordinator at http://..."``.
+        level: of the first line; what lasts is a warning.
+        allowance: seconds that it may take until it is reached for the first time without a word.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        logger: logging.Logger,
+        what: str,
+        *,
+        level: int = logging.WARNING,
+        allowance: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._logger = logger
+        self._what = what
+        self._level = level
+        self._allowance = allowance
+        self._clock = clock
+        self._reached = False
+        self._began: float | None = None
+        self._back: float | None = None
+        self._due = 0.0
+        self._told = logging.NOTSET
+
+    def fails(self, why: object) -> None:
+        """An attempt failed, or a connection ended."""
+        now = self._clock()
+        flaps = self._back is not None and now - self._back < STEADY
+        if self._began is None or (self._back is not None and not flaps):
+            self._began = now
+            self._due = 0.0 if self._reached else self._allowance
+        self._back = None
+        lasted = now - self._began
+        if lasted < self._due:
+            return
+        self._due = next_reminder(lasted)
+        if flaps:
+            self._tell(logging.WARNING, f"%s has come and gone for {duration(lasted)}: %s", why)
+        elif self._told:
+            self._tell(logging.WARNING, f"%s is still away after {duration(lasted)}: %s", why)
+        elif self._reached:
+            self._tell(self._level, "lost %s: %s; trying again", why)
+        else:
+            self._tell(self._level, "cannot reach %s: %s; trying again", why)
+
+    def works(self) -> None:
+        """An attempt succeeded."""
+        self._reached = True
+        if self._began is None or self._back is not None:
+            return
+        self._back = self._clock()
+        if self._told:
+            # As loud as its loss was: whoever heard of that hears of this.
+            self._logger.log(self._told, "%s is back after %s", self._what, duration(self._back - self._began))
+            self._told = logging.NOTSET
+
+    def _tell(self, level: int, text: str, why: object) -> None:
+        self._logger.log(level, text, self._what, why)
+        self._told = max(self._told, level)
