@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from psyche_lightning.errors import CheckpointError
 CONFIG = "config.json"
 """The file that every folder in Hugging Face format has."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-Say = Callable[[str], None]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,11 @@ def scan(place: Place) -> dict[int, bool]:
     return {step: NAME in place.entries(name) for step, name in steps.items() if step is not None}
 
 
-def candidates(place: Place, say: Say, step: int | None = None) -> list[Found]:
+def candidates(place: Place, step: int | None = None) -> list[Found]:
     """The complete checkpoints of an address, newest first; the address may also be that of one.
 
     Args:
         place: the address.
-        say: tells people about a manifest that is damaged.
         step: only that of this step.
 
     Raises:
@@ -64,7 +65,7 @@ def candidates(place: Place, say: Say, step: int | None = None) -> list[Found]:
             try:
                 one = _read(place, folder_name(number))
             except CheckpointError as error:
-                say(f"{error}; trying the one before")
+                logger.warning("%s; trying the one before", error)
                 continue
             found += [] if one is None else [one]
     if not found:
@@ -77,14 +78,14 @@ def candidates(place: Place, say: Say, step: int | None = None) -> list[Found]:
     return found
 
 
-def newest(address: str, say: Say) -> Found:
+def newest(address: str) -> Found:
     """The newest complete checkpoint of an address, by its manifest; nothing else is read.
 
     Raises:
         CheckpointError: as :func:`candidates`.
         ConfigError: the address is malformed.
     """
-    return candidates(open_place(address), say)[0]
+    return candidates(open_place(address))[0]
 
 
 def fetch(found: Found, cache: Path, *, weights: bool = True) -> Path:
@@ -126,37 +127,35 @@ def fetch(found: Found, cache: Path, *, weights: bool = True) -> Path:
     return folder
 
 
-def fetch_newest(address: str, cache: Path, say: Say, step: int | None = None) -> tuple[Found, Path]:
+def fetch_newest(address: str, cache: Path, step: int | None = None) -> tuple[Found, Path]:
     """The newest checkpoint of an address that is as its manifest says, and its folder here.
 
     Args:
         address: of checkpoints, or of one.
         cache: a folder for copies.
-        say: tells people about one that is damaged.
         step: only that of this step.
 
     Raises:
         CheckpointError: there is none, or all are damaged.
     """
     problem: CheckpointError | None = None
-    for found in candidates(open_place(address), say, step):
+    for found in candidates(open_place(address), step):
         try:
             folder = fetch(found, cache)
         except CheckpointError as error:
             problem = error if problem is None else problem
-            say(f"{error}; trying the one before")
+            logger.warning("%s; trying the one before", error)
             continue
         return found, folder
     assert problem is not None
     raise CheckpointError(f"no checkpoint of {address} can be used; of the newest: {problem}")
 
 
-def local_model(path: str, say: Say, *, weights: bool = True, cache: Path | None = None) -> str:
+def local_model(path: str, *, weights: bool = True, cache: Path | None = None) -> str:
     """What a model's factory is given as its path: checkpoints and addresses become a folder on this machine.
 
     Args:
         path: a folder in Hugging Face format, a folder of checkpoints, an address of either, or a name of the Hub.
-        say: tells people what was taken.
         weights: whether the parameters are needed, or only what describes the model.
         cache: a folder for copies; :func:`cache_folder` unless given.
 
@@ -184,9 +183,10 @@ def local_model(path: str, say: Say, *, weights: bool = True, cache: Path | None
                 f"There is nothing at {path}: expected a model in Hugging Face format, or checkpoints."
             )
     if not weights:
-        return str(fetch(newest(path, say), cache, weights=False))
-    found, folder = fetch_newest(path, cache, say)
-    say(f"taking the parameters of step {found.manifest.moment.step} of run {found.manifest.moment.run!r} from {found}")
+        return str(fetch(newest(path), cache, weights=False))
+    found, folder = fetch_newest(path, cache)
+    moment = found.manifest.moment
+    logger.info("taking the parameters of step %d of run %r from %s", moment.step, moment.run, found)
     return str(folder)
 
 

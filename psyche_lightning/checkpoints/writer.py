@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import logging
 import os
 import shutil
 import threading
@@ -25,7 +27,8 @@ TAKEOVER = 300.0
 """Seconds without anything new at an address after which the next writer takes the place of the one before."""
 LOOKS = 30
 """How often a writer that waits looks there in that time."""
-Say = Callable[[str], None]
+
+logger = logging.getLogger(__name__)
 
 
 class Writer:
@@ -42,7 +45,6 @@ class Writer:
         place: the address that nodes share; None for none.
         keep: newest checkpoints that stay, in the folder and at the address.
         extra: more files for each checkpoint, by name: those of the tokenizer.
-        say: tells people something.
         pauses: see :data:`PAUSES`.
         takeover: see :data:`TAKEOVER`.
         sleep: waits that many seconds.
@@ -58,7 +60,6 @@ class Writer:
         *,
         keep: int,
         extra: dict[str, bytes],
-        say: Say,
         pauses: tuple[float, ...] = PAUSES,
         takeover: float = TAKEOVER,
         sleep: Callable[[float], None] = time.sleep,
@@ -69,7 +70,6 @@ class Writer:
         self._place = place
         self._keep = keep
         self._extra = extra
-        self._say = say
         self._pauses = pauses
         self._takeover = takeover
         self._sleep = sleep
@@ -101,7 +101,7 @@ class Writer:
         if last:
             self._saver.wait()
         elif self._saver.busy:
-            self._say(f"the checkpoint of step {moment.step} is left out: the one before is still being written")
+            logger.warning("the checkpoint of step %d is left out: the one before is still being written", moment.step)
             return False
         made = copy()
         if made.copied:
@@ -136,6 +136,7 @@ class Writer:
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
             self._link(target)
+            logger.info("wrote the checkpoint of step %d to %s", moment.step, target)
         except OSError as error:
             shutil.rmtree(fresh, ignore_errors=True)
             problem = CheckpointError(f"cannot write the checkpoint {target}: {error.strerror}; is the disk full?")
@@ -150,13 +151,13 @@ class Writer:
             dropped = self._uploader.start(lambda: self._upload(place, target, manifest, rank), moment.step)
             if dropped is not None:
                 self._uploading.discard(dropped)
-                self._say(
-                    f"the checkpoint of step {dropped} is not written to {place}: a newer one came before its turn"
+                logger.warning(
+                    "the checkpoint of step %d is not written to %s: a newer one came before its turn", dropped, place
                 )
         try:
             prune(self._home, self._keep, frozenset(self._uploading))
         except CheckpointError as error:
-            self._say(str(error))
+            logger.warning("%s", error)
 
     def _link(self, target: Path) -> None:
         """Let ``checkpoint`` lead to the newest one."""
@@ -174,12 +175,13 @@ class Writer:
                 try:
                     if not self._is_there(place, manifest, rank):
                         place.upload(folder, folder.name)
+                        logger.info("wrote the checkpoint of step %d to %s", step, place.name(folder.name))
                     prune(place, self._keep)
                     return
                 except PsycheError as error:
                     if pause is None:
                         raise
-                    self._say(f"{error}; trying again in {pause:g} s")
+                    logger.warning("%s; trying again in %g s", error, pause)
                     self._sleep(pause)
         except PsycheError as error:
             self._note(step, CheckpointError(f"{error}. The checkpoint of step {step} is in {folder}."))
@@ -199,14 +201,14 @@ class Writer:
             seen = now
             if idle >= rank * self._takeover:
                 if rank:
-                    self._say(f"writing {place.name(name)}, as the node before this one did not")
+                    logger.info("writing %s, as the node before this one did not", place.name(name))
                 return False
             self._sleep(self._takeover / LOOKS)
             idle += self._takeover / LOOKS
 
     def _note(self, step: int, error: PsycheError) -> None:
         self._errors[step] = error
-        self._say(str(error))
+        logger.error("%s", error)
 
 
 def _digest(place: Place, name: str) -> str | None:
@@ -245,7 +247,8 @@ class Worker:
             if not self._working:
                 self._working = True
                 # A daemon: a node that is told to stop does not wait for a slow address.
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+                run = contextvars.copy_context().run  # so that its log lines are those of this node
+                threading.Thread(target=run, args=(self._run,), name=self._name, daemon=True).start()
             return dropped
 
     def wait(self) -> None:
@@ -271,7 +274,7 @@ class Worker:
             del work  # with the tensors that it holds, before anyone who waits goes on and perhaps ends Python
 
 
-def copy_newest(source: str, target: str, say: Say, cache: Path) -> str:
+def copy_newest(source: str, target: str, cache: Path) -> str:
     """Copy the newest usable checkpoint of one address to another; returns where it lies now.
 
     Raises:
@@ -279,7 +282,7 @@ def copy_newest(source: str, target: str, say: Say, cache: Path) -> str:
     """
     place = open_place(target)
     place.prepare()
-    found, folder = fetch_newest(source, cache, say)
+    found, folder = fetch_newest(source, cache)
     name = folder_name(found.manifest.moment.step)
     place.upload(folder, name)
     return place.name(name)

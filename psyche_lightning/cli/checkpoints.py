@@ -26,7 +26,7 @@ def checkpoints(
     from psyche_lightning.checkpoints.writer import copy_newest
     from psyche_lightning.errors import CheckpointError
 
-    found = candidates(open_place(address), print)
+    found = candidates(open_place(address))
     table = Table("step", "epoch", "run", "files", "bytes", "parameters", *(["verified"] if verify else []))
     damaged = []
     with tempfile.TemporaryDirectory() as folder:
@@ -42,6 +42,6 @@ def checkpoints(
             table.add_row(*row, manifest.digest[:12], *whole)
         Console().print(table)
         if to is not None:
-            print(f"copied to {copy_newest(address, to, print, Path(folder))}")
+            print(f"copied to {copy_newest(address, to, Path(folder))}")
     if damaged:
         raise CheckpointError("\n".join(damaged))

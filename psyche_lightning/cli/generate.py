@@ -30,7 +30,7 @@ def generate(
         raise ConfigError("The prompt is empty; give at least one character after --prompt.")
     from psyche_lightning.checkpoints.folder import local_model
 
-    checkpoint = Path(local_model(model, lambda text: typer.echo(text, err=True)))
+    checkpoint = Path(local_model(model))
     model_type = _model_type(checkpoint)
     import torch
     from transformers import TextStreamer

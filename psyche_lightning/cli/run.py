@@ -271,7 +271,7 @@ def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
     if recipe.checkpoint.resume is not None:
         from psyche_lightning.checkpoints.folder import newest
 
-        found = newest(recipe.checkpoint.resume, print)
+        found = newest(recipe.checkpoint.resume)
         sections[START] = start_section(found.manifest)
         print(f"going on after step {found.manifest.moment.step}, from {found}")
     del sections["data"]  # what the samples are only a node that has them can say, so the first fixes this section

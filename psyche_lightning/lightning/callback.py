@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities import rank_zero_info
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
@@ -12,6 +12,8 @@ from psyche_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from psyche_lightning.lightning.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 class CoordinatorCallback(Callback):
@@ -44,7 +46,7 @@ class CoordinatorCallback(Callback):
             for name, value in session.figures().items():
                 pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
         if trainer.strategy.stop_if_finished():  # type: ignore[attr-defined]
-            rank_zero_info(f"psyche: {session.finished}, {trainer.global_step} steps")
+            logger.info("%s, %d steps", session.finished, trainer.global_step)
 
     def _session(self, trainer: Trainer) -> Session | None:
         session: Session | None = getattr(trainer.strategy, "session", None)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from psyche_lightning.distro import DisTrO
 from psyche_lightning.errors import StoreError
 
-logger = logging.getLogger("psyche_lightning")
+logger = logging.getLogger(__name__)
 
 FILE = "delta.safetensors"
 SAVE_EVERY = 50

@@ -16,7 +16,6 @@ import torch
 from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.plugins import CheckpointIO, Precision
 from lightning.fabric.strategies.single_device import SingleDeviceStrategy
-from lightning.fabric.utilities import rank_zero_info
 from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import _LRScheduler
@@ -92,10 +91,6 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         self._module, self._optimizer = module, optimizers[0]
         self._distro = build_distro(optimizers[0], module, self._looked().agreement.distro)
         self._taken = TakenStep(optimizers[0])
-        rank_zero_info(
-            f"psyche: DisTrO replaces the step of {type(optimizers[0]).__name__}, whose learning rate, weight decay "
-            f"and parameter groups it uses; {self._distro.max_payload:,} bytes a round"
-        )
         return module, optimizers, scheduler
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:

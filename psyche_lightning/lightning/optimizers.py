@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> DisTrO:
@@ -39,7 +42,17 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
                 "weight_decay": float(group.get("weight_decay", 0.0)),
             }
         )
-    return DisTrO(groups, lr=float(optimizer.param_groups[0]["lr"]), config=config)
+    distro = DisTrO(groups, lr=float(optimizer.param_groups[0]["lr"]), config=config)
+    logger.info(
+        "DisTrO replaces the step of %s, whose learning rate, weight decay and parameter groups it uses: "
+        "%d signs of each %dx%d chunk, %s bytes a round",
+        type(optimizer).__name__,
+        config.k,
+        config.chunk,
+        config.chunk,
+        f"{distro.max_payload:,}",
+    )
+    return distro
 
 
 def copy_rates(optimizer: torch.optim.Optimizer, distro: DisTrO) -> None:

@@ -8,11 +8,11 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from lightning.fabric.utilities import rank_zero_info
 
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.distro import DisTrO, NonFiniteGradientError
@@ -23,24 +23,25 @@ from psyche_lightning.lightning.optimizers import copy_rates
 from psyche_lightning.lightning.options import Options
 from psyche_lightning.lightning.standing import Standing, after_round, at_the_end
 from psyche_lightning.lightning.traffic import Traffic
+from psyche_lightning.logs import ensure_heard, speaking
 from psyche_lightning.node.book import FILE as LEDGER
 from psyche_lightning.node.book import Book
 from psyche_lightning.node.download import Transfer
-from psyche_lightning.node.notices import Finished, Notice
+from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
-from psyche_lightning.plugins import load_plugins
+from psyche_lightning.plugins import load_plugins, packages
 from psyche_lightning.protocol.requests import Coordinator, Terms
 from psyche_lightning.protocol.state import ClientStatus, CoordinatorConfig, RunState
 from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.transports.base import Transport
 from psyche_lightning.transports.memory import MemoryTransport
 from psyche_lightning.transports.meter import socket_factory
-from psyche_lightning.wire.identity import Identity
+from psyche_lightning.wire.identity import Identity, short
 
-logger = logging.getLogger("psyche_lightning")
+logger = logging.getLogger(__name__)
 
 ENDLESS = 2**32 - 1
 """Steps of a run that nobody limited."""
@@ -104,6 +105,8 @@ class Session:
         self._over = False
         self._taken: tuple[RoundWork, RunState] | None = None
         self.signer = b""
+        self._voice = contextlib.ExitStack()
+        ensure_heard(packages())
         # Who trains alone needs none, but is told at once what is wrong with it.
         transport = load_plugins().transports()[options.transport](options.transport_options)
         self._transport: Transport = MemoryTransport() if options.alone else self.traffic.watch(transport)
@@ -170,9 +173,10 @@ class Session:
             tensors=replica.tensors,
         )
         folder = options.folder
+        identity = Identity.generate() if folder is None else node_key(folder)
+        self._voice.enter_context(speaking(self._run, short(identity.public)))
         if folder is not None and saved_delta.load(folder, self._run, optimizer):
             logger.info("taking up delta of %d rounds from %s", optimizer.nonce, folder)
-        identity = Identity.generate() if folder is None else Identity.load_or_create(folder / "node.key")
         coordinator = self._own_run(identity, global_batch, total, done) if options.alone else self._client(identity)
         self.signer = coordinator.signer
         memory = _RecentBlobs() if options.alone else MemoryBlobStore()
@@ -189,7 +193,6 @@ class Session:
             settings=settings,
             store=store,
             journal=self._journal,
-            say=_say,
             traffic=lambda: self.traffic.total,
             book=self._book,
             patience=options.patience,
@@ -419,6 +422,16 @@ class Session:
                 self._journal.close()
             if self._book is not None:
                 self._book.close()
+        self._voice.close()
+
+
+def node_key(folder: Path) -> Identity:
+    """The key of the node with that folder, made if there is none.
+
+    Raises:
+        ConfigError: it cannot be read or written.
+    """
+    return Identity.load_or_create(folder / "node.key")
 
 
 class _RecentBlobs(MemoryBlobStore):
@@ -431,10 +444,3 @@ class _RecentBlobs(MemoryBlobStore):
         while len(self._blobs) > ALONE_BLOBS:
             del self._blobs[next(iter(self._blobs))]
         return digest
-
-
-def _say(notice: Notice) -> None:
-    if notice.level >= logging.WARNING:
-        logger.warning("%s", notice)
-    else:
-        rank_zero_info(f"psyche: {notice}")

@@ -17,7 +17,6 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -150,12 +149,6 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         optimizer = self.optimizers[0]
         self._distro = build_distro(optimizer, module, self.session.agreement.distro)
         self._taken = TakenStep(optimizer)
-        config = self._distro.config
-        rank_zero_info(
-            f"psyche: DisTrO replaces the step of {type(optimizer).__name__}, whose learning rate, weight decay and "
-            f"parameter groups it uses: {config.k} signs of each {config.chunk}x{config.chunk} chunk, "
-            f"{self._distro.max_payload:,} bytes a round."
-        )
 
     def process_dataloader(self, dataloader: object) -> object:
         """Called by Trainer with each DataLoader; the one for training is fed by the run."""

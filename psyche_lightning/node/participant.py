@@ -33,7 +33,7 @@ from psyche_lightning.protocol.requests import Coordinator, Report
 from psyche_lightning.transports.base import Transport
 from psyche_lightning.wire.identity import Identity
 
-logger = logging.getLogger("psyche_lightning")
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 START_TIMEOUT = 120.0

@@ -56,7 +56,7 @@ def meta_model(recipe: Recipe) -> torch.nn.Module:
 
     options = recipe.model.options
     if recipe.model.path is not None:
-        options["path"] = local_model(recipe.model.path, print, weights=False)
+        options["path"] = local_model(recipe.model.path, weights=False)
     with torch.device("meta"):
         model = build(options)
     return model.to(getattr(torch, recipe.model.dtype))

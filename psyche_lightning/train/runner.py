@@ -24,8 +24,9 @@ from psyche_lightning.errors import ConfigError
 from psyche_lightning.hookspecs import DataProvider
 from psyche_lightning.lightning.agreement import look
 from psyche_lightning.lightning.callback import CoordinatorCallback
-from psyche_lightning.lightning.session import Session
+from psyche_lightning.lightning.session import ALONE_RUN, Session, node_key
 from psyche_lightning.lightning.strategy import PsycheStrategy
+from psyche_lightning.logs import speaking
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.recipe.config import Recipe
@@ -33,7 +34,9 @@ from psyche_lightning.recipe.manifest import manifest
 from psyche_lightning.train.bars import Bars
 from psyche_lightning.train.module import CausalModule, ProviderDataset
 from psyche_lightning.train.saving import Checkpoints, begin
-from psyche_lightning.wire.identity import Identity
+from psyche_lightning.wire.identity import Identity, short
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
@@ -70,6 +73,12 @@ def train_recipe(
     _quiet()
     run = run_id or recipe.name
     folder = Path(directory or recipe.node.dir or f"psyche-{run}")
+    who = (ALONE_RUN, "-") if coordinator_url is None else (run, short(node_key(folder).public))
+    with speaking(*who):
+        return _train(recipe, coordinator_url, run, folder)
+
+
+def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) -> dict[str, Any]:
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
     plugins = load_plugins()
@@ -77,7 +86,7 @@ def train_recipe(
     fixed = None
     if coordinator_url is not None and recipe.checkpoint.resume is not None:
         fixed = _fixed(coordinator_url, run)
-    beginning = begin(recipe, fixed, _say)
+    beginning = begin(recipe, fixed)
     provider: DataProvider = plugins.data_providers()[recipe.data.name](recipe.data.options, seed=recipe.run.seed)
     torch.manual_seed(recipe.run.seed)  # nodes of one kind begin with equal parameters, which need not travel then
     model = plugins.models()[recipe.model.name](dict(beginning.options))
@@ -99,7 +108,7 @@ def train_recipe(
         tokens_per_sample=provider.seq_len,
     )
     diary = _Diary(recipe, provider, folder)
-    diary.checkpoints = Checkpoints(recipe, run, folder, provider.tokenizer, sections, _say)
+    diary.checkpoints = Checkpoints(recipe, run, folder, provider.tokenizer, sections)
     trainer = Trainer(
         strategy=strategy,
         accelerator=recipe.trainer.accelerator,
@@ -190,7 +199,8 @@ class _Diary(Callback):
         figures = f"loss {session.loss:.3f}  {rate:,.0f} tokens/s"
         self._bars.advance(step, figures)
         if step % self._recipe.trainer.log_every == 0 and not self._console.is_terminal:
-            print(f"step {step}/{self._recipe.run.total_steps}  {figures}  up {up:,} down {down:,} bytes", flush=True)
+            of = f"step {step}/{self._recipe.run.total_steps}"
+            logger.info("%s  %s  up %s down %s bytes", of, figures, f"{up:,}", f"{down:,}")
         every = self._recipe.trainer.validate_every
         if every and self._validation and step // every > self._validation[-1][0] // every:
             self._validate(trainer, pl_module)
@@ -218,7 +228,7 @@ class _Diary(Callback):
         self._replace(self._folder / RESULT, json.dumps(self.result, indent=1) + "\n")
         self._bars.stop()
         finish()
-        print(f"{trainer.global_step} steps, digest {self.result['digest'][:16]}, in {self._folder}/", flush=True)
+        logger.info("%d steps, digest %s, in %s/", trainer.global_step, self.result["digest"][:16], self._folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
@@ -240,7 +250,7 @@ class _Diary(Callback):
         self._validation.append((trainer.global_step, loss))
         self._write(step=trainer.global_step, validation_loss=loss)
         if not self._console.is_terminal:
-            print(f"step {trainer.global_step}  validation loss {loss:.4f}", flush=True)
+            logger.info("step %d  validation loss %.4f", trainer.global_step, loss)
 
     def _write(self, **row: Any) -> None:
         self._metrics.write(json.dumps(row) + "\n")
@@ -256,10 +266,6 @@ def _fixed(url: str, run: str) -> Mapping[str, Any]:
     """The manifest of a run as far as it is fixed."""
     client = load_plugins().coordinators()[urlsplit(url).scheme].client
     return look(client(url, run, Identity.generate(), {})).manifest or {}
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def _session(trainer: Trainer) -> Session:

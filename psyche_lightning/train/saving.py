@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from psyche_lightning.checkpoints.address import open_place
-from psyche_lightning.checkpoints.folder import Say, cache_folder, candidates, fetch_newest, local_model
+from psyche_lightning.checkpoints.folder import cache_folder, candidates, fetch_newest, local_model
 from psyche_lightning.checkpoints.manifest import Moment
 from psyche_lightning.checkpoints.model import ModelCopy, tokenizer_files
 from psyche_lightning.checkpoints.writer import Writer
@@ -22,6 +23,8 @@ from psyche_lightning.lightning.standing import Standing
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.recipe.config import Recipe
 from psyche_lightning.recipe.manifest import start_section
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "model."
 """Before the names of a recipe's parameters: they are those of the model in its LightningModule."""
@@ -38,20 +41,17 @@ class Checkpoints:
         folder: the node's.
         tokenizer: saved with each; None for none.
         sections: of the run's manifest; their digest is noted in each.
-        say: tells people something.
 
     Raises:
         PsycheError: the folder or the address cannot be written.
     """
 
-    def __init__(
-        self, recipe: Recipe, run: str, folder: Path, tokenizer: Any, sections: Mapping[str, Any], say: Say
-    ) -> None:
+    def __init__(self, recipe: Recipe, run: str, folder: Path, tokenizer: Any, sections: Mapping[str, Any]) -> None:
         section = recipe.checkpoint
         place = None if section.to is None else open_place(section.to)
         if place is not None:
             place.prepare()
-        self._writer = Writer(folder, place, keep=section.keep, extra=tokenizer_files(tokenizer), say=say)
+        self._writer = Writer(folder, place, keep=section.keep, extra=tokenizer_files(tokenizer))
         self._every = section.every
         self._writers = section.writers
         self._run = run
@@ -111,13 +111,12 @@ class Beginning:
         return None if self.section is None else (self.section["step"], self.section["data_index"])
 
 
-def begin(recipe: Recipe, fixed: Mapping[str, Any] | None, say: Say) -> Beginning:
+def begin(recipe: Recipe, fixed: Mapping[str, Any] | None) -> Beginning:
     """Where a node's first parameters come from; copies those at an address to this machine.
 
     Args:
         recipe: the node's.
         fixed: the manifest of its run; None for a run of this process alone.
-        say: tells people what was taken.
 
     Raises:
         PsycheError: the address has nothing usable, or the run begins elsewhere.
@@ -125,7 +124,7 @@ def begin(recipe: Recipe, fixed: Mapping[str, Any] | None, say: Say) -> Beginnin
     address = recipe.checkpoint.resume
     if address is None:
         path = recipe.model.path
-        model = recipe.model if path is None else replace(recipe.model, path=local_model(path, say))
+        model = recipe.model if path is None else replace(recipe.model, path=local_model(path))
         return Beginning(model.options)
     begun = None if fixed is None else fixed.get(START)
     if fixed is not None and begun is None:
@@ -135,12 +134,11 @@ def begin(recipe: Recipe, fixed: Mapping[str, Any] | None, say: Say) -> Beginnin
             f"model.path={address}."
         )
     step = None if begun is None else int(begun["step"])
-    if step is not None and all(one.manifest.moment.step != step for one in candidates(open_place(address), say)):
-        say(
-            f"the checkpoint of step {step}, with which the run began, is not at {address} any more; the run is further"
-        )
+    if step is not None and all(one.manifest.moment.step != step for one in candidates(open_place(address))):
+        text = "the checkpoint of step %d, with which the run began, is not at %s any more; the run is further"
+        logger.info(text, step, address)
         step = None
-    found, folder = fetch_newest(address, cache_folder(), say, step)
+    found, folder = fetch_newest(address, cache_folder(), step)
     moment = found.manifest.moment
     if step is not None and begun is not None and begun["digest"] != found.manifest.digest:
         raise ConfigError(f"{found} is not the checkpoint of step {step} that the run was created from.")
@@ -148,6 +146,6 @@ def begin(recipe: Recipe, fixed: Mapping[str, Any] | None, say: Say) -> Beginnin
         raise ConfigError(
             f"{found} has {moment.step} steps already, and run.total_steps is {recipe.run.total_steps}; raise it."
         )
-    say(f"going on after step {moment.step} of run {moment.run!r}, from {found}")
+    logger.info("going on after step %d of run %r, from %s", moment.step, moment.run, found)
     kept = {name: recipe.model.config[name] for name in _KEPT if name in recipe.model.config}
     return Beginning({**kept, "path": str(folder)}, begun or start_section(found.manifest))

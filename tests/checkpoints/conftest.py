@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,31 @@ from psyche_lightning.checkpoints.manifest import NAME, Moment, describe, folder
 from psyche_lightning.checkpoints.model import ModelCopy
 
 RECIPE = "ab" * 32
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Gives what the log had since it was asked last, but for what was written."""
+    caplog.set_level(logging.INFO, "psyche_lightning")
+
+    def take() -> list[str]:
+        lines = [message for message in caplog.messages if not message.startswith("wrote ")]
+        caplog.clear()
+        return lines
+
+    return take
+
+
+@pytest.fixture(autouse=True)
+def quiet(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Nothing is wrong, unless a test looks at what is said."""
+    yield
+    if "said" not in request.fixturenames:
+        assert not [
+            record
+            for record in caplog.get_records("call")
+            if record.name.startswith("psyche_lightning.checkpoints") and record.levelno > logging.INFO
+        ]
 
 
 def moment(step: int, run: str = "run") -> Moment:

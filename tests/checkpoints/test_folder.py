@@ -22,10 +22,6 @@ from psyche_lightning.errors import CheckpointError, ConfigError
 Make = Callable[[Path, int], Path]
 
 
-def quiet(text: str) -> None:
-    raise AssertionError(text)
-
-
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -92,14 +88,16 @@ def test_the_newest_complete_one_is_taken(make: Make, tmp_path: Path) -> None:
     (tmp_path / folder_name(30) / NAME).unlink()
     (tmp_path / "notes.txt").write_text("not a checkpoint")
     assert scan(open_place(str(tmp_path))) == {10: True, 20: True, 30: False}
-    found, folder = fetch_newest(str(tmp_path), tmp_path / "cache", quiet)
+    found, folder = fetch_newest(str(tmp_path), tmp_path / "cache")
     assert (found.manifest.moment.step, folder) == (20, tmp_path / folder_name(20))
-    assert fetch_newest(str(tmp_path), tmp_path, quiet, step=10)[1] == tmp_path / folder_name(10)
-    assert fetch_newest(str(tmp_path / folder_name(10)), tmp_path, quiet)[0].manifest.moment.step == 10
+    assert fetch_newest(str(tmp_path), tmp_path, step=10)[1] == tmp_path / folder_name(10)
+    assert fetch_newest(str(tmp_path / folder_name(10)), tmp_path)[0].manifest.moment.step == 10
 
 
 @pytest.mark.parametrize("how", ["changed", "shorter", "missing", "manifest"])
-def test_a_damaged_one_gives_way_to_the_one_before(make: Make, tmp_path: Path, how: str) -> None:
+def test_a_damaged_one_gives_way_to_the_one_before(
+    make: Make, tmp_path: Path, how: str, said: Callable[[], list[str]]
+) -> None:
     make(tmp_path, 10)
     weights = make(tmp_path, 20) / "model.safetensors"
     if how == "changed":
@@ -110,35 +108,34 @@ def test_a_damaged_one_gives_way_to_the_one_before(make: Make, tmp_path: Path, h
         weights.unlink()
     else:
         (weights.parent / NAME).write_text("{")
-    said: list[str] = []
-    found, _ = fetch_newest(str(tmp_path), tmp_path / "cache", said.append)
+    found, _ = fetch_newest(str(tmp_path), tmp_path / "cache")
     assert found.manifest.moment.step == 10
-    (line,) = said
+    (line,) = said()
     assert "step-000020" in line
     assert "trying the one before" in line
     assert ("model.safetensors" in line) == (how != "manifest")
     with pytest.raises(CheckpointError, match="step-000020"):
-        fetch_newest(str(tmp_path), tmp_path / "cache", said.append, step=20)
+        fetch_newest(str(tmp_path), tmp_path / "cache", step=20)
 
 
-def test_when_all_are_damaged_the_newest_is_named(make: Make, tmp_path: Path) -> None:
+def test_when_all_are_damaged_the_newest_is_named(make: Make, tmp_path: Path, said: Callable[[], list[str]]) -> None:
     for step in (10, 20):
         flip(make(tmp_path, step) / "config.json")
     with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be used; of the newest: .*step-000020"):
-        fetch_newest(str(tmp_path), tmp_path / "cache", lambda text: None)
+        fetch_newest(str(tmp_path), tmp_path / "cache")
 
 
-def test_a_renamed_folder_is_refused(make: Make, tmp_path: Path) -> None:
+def test_a_renamed_folder_is_refused(make: Make, tmp_path: Path, said: Callable[[], list[str]]) -> None:
     make(tmp_path, 10).rename(tmp_path / folder_name(20))
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        newest(str(tmp_path), lambda text: None)
+        newest(str(tmp_path))
 
 
 def test_from_an_address_it_is_copied_once(make: Make, tmp_path: Path, memory: str) -> None:
     place = open_place(memory)
     place.upload(make(tmp_path, 10), folder_name(10))
     cache = tmp_path / "cache"
-    found, folder = fetch_newest(memory, cache, quiet)
+    found, folder = fetch_newest(memory, cache)
     assert cache in folder.parents
     assert {path.name for path in folder.iterdir()} == set(found.manifest.files)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -153,7 +150,7 @@ def test_from_an_address_it_is_copied_once(make: Make, tmp_path: Path, memory: s
 def test_an_address_that_changes_under_way(make: Make, tmp_path: Path, memory: str) -> None:
     place = open_place(memory)
     place.upload(make(tmp_path, 10), folder_name(10))
-    found = newest(memory, quiet)
+    found = newest(memory)
     fs = fsspec.filesystem("memory")
     fs.pipe_file("/bucket/run/step-000010/model.safetensors", b"something else")
     with pytest.raises(CheckpointError, match=r"damaged, or changed under way: model\.safetensors has 14 bytes"):
@@ -179,7 +176,7 @@ def test_an_address_that_changes_under_way(make: Make, tmp_path: Path, memory: s
 )
 def test_addresses_with_nothing(address: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        newest(address, quiet)
+        newest(address)
 
 
 def test_a_protocol_whose_package_is_missing() -> None:
@@ -268,28 +265,29 @@ def test_pruning_removes_folders(make: Make, tmp_path: Path) -> None:
 # --- a model's path ---------------------------------------------------------------------------------------------------
 
 
-def test_what_a_model_is_given_as_its_path(make: Make, saved: Path, tmp_path: Path, memory: str) -> None:
-    said: list[str] = []
+def test_what_a_model_is_given_as_its_path(
+    make: Make, saved: Path, tmp_path: Path, memory: str, said: Callable[[], list[str]]
+) -> None:
     checkpoints = make(tmp_path / "run", 10).parent
-    assert local_model(str(saved), quiet) == str(saved)
-    assert local_model("owner/name@main", quiet) == "owner/name@main"
-    assert local_model(str(checkpoints), said.append) == str(checkpoints / folder_name(10))
-    assert local_model(f"file://{saved}", quiet) == str(saved)
+    assert local_model(str(saved)) == str(saved)
+    assert local_model("owner/name@main") == "owner/name@main"
+    assert local_model(str(checkpoints)) == str(checkpoints / folder_name(10))
+    assert local_model(f"file://{saved}") == str(saved)
     open_place(memory).upload(checkpoints / folder_name(10), folder_name(10))
-    folder = Path(local_model(memory, said.append, cache=tmp_path / "cache"))
+    folder = Path(local_model(memory, cache=tmp_path / "cache"))
     assert (folder / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
-    assert [f"from {place}/step-000010" in line for place, line in zip((checkpoints, memory), said, strict=True)]
-    shape = Path(local_model(memory, quiet, weights=False, cache=tmp_path / "shape"))
+    assert [f"from {place}/step-000010" in line for place, line in zip((checkpoints, memory), said(), strict=True)]
+    shape = Path(local_model(memory, weights=False, cache=tmp_path / "shape"))
     assert (shape / "config.json").is_file()
     assert not (shape / "model.safetensors").exists()
 
 
 def test_a_plain_model_at_an_address(saved: Path, tmp_path: Path, memory: str) -> None:
     open_place(memory).upload(saved, "model")
-    folder = Path(local_model(f"{memory}/model", quiet, cache=tmp_path / "cache"))
+    folder = Path(local_model(f"{memory}/model", cache=tmp_path / "cache"))
     assert {path.name for path in folder.iterdir()} == {path.name for path in saved.iterdir()}
     with pytest.raises(CheckpointError, match="There is nothing at memory://bucket/other"):
-        local_model("memory://bucket/other", quiet)
+        local_model("memory://bucket/other")
 
 
 def test_anyone_can_load_one(make: Make, model: Any, tmp_path: Path) -> None:

@@ -16,10 +16,6 @@ from psyche_lightning.errors import CheckpointError
 Make = Callable[[Path, int], Path]
 
 
-def quiet(text: str) -> None:
-    raise AssertionError(text)
-
-
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -34,7 +30,7 @@ def test_a_checkpoint_goes_there_and_comes_back(hub: LocalHub, make: Make, tmp_p
     assert not any(name.endswith(NAME) for name in list(repository.commits.values())[1])
     assert any(len(data) >= LARGE for data in repository.files.values()), "nothing went by LFS"
     assert scan(place) == {10: True}
-    found, folder = fetch_newest("hf://me/run/deep/inside", tmp_path / "cache", quiet)
+    found, folder = fetch_newest("hf://me/run/deep/inside", tmp_path / "cache")
     assert content(folder) == {name: data for name, data in content(here).items() if name != NAME}
     assert str(found) == "hf://me/run/deep/inside/step-000010"
 
@@ -56,19 +52,18 @@ def test_a_revision_stays_what_it_is(hub: LocalHub, make: Make, tmp_path: Path) 
     place.upload(make(tmp_path, 1), folder_name(1))
     first = next(reversed(repository.commits))
     place.upload(make(tmp_path, 2), folder_name(2))
-    assert fetch_newest("hf://me/run", tmp_path / "cache", quiet)[0].manifest.moment.step == 2
-    assert fetch_newest(f"hf://me/run@{first}", tmp_path / "cache", quiet)[0].manifest.moment.step == 1
+    assert fetch_newest("hf://me/run", tmp_path / "cache")[0].manifest.moment.step == 2
+    assert fetch_newest(f"hf://me/run@{first}", tmp_path / "cache")[0].manifest.moment.step == 1
 
 
-def test_damage_and_change_there(hub: LocalHub, make: Make, tmp_path: Path) -> None:
+def test_damage_and_change_there(hub: LocalHub, make: Make, tmp_path: Path, said: Callable[[], list[str]]) -> None:
     repository = hub.add("me/run")
     place = open_place("hf://me/run")
     for step in (1, 2):
         place.upload(make(tmp_path, step), folder_name(step))
     repository.commit({**repository.files, "step-000002/config.json": b"{}"}, "someone else's")
-    said: list[str] = []
-    assert fetch_newest("hf://me/run", tmp_path / "cache", said.append)[0].manifest.moment.step == 1
-    assert "config.json has 2 bytes" in said[0]
+    assert fetch_newest("hf://me/run", tmp_path / "cache")[0].manifest.moment.step == 1
+    assert "config.json has 2 bytes" in said()[0]
 
 
 @pytest.mark.parametrize(
@@ -102,5 +97,5 @@ def test_offline(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_plain_model_there(hub: LocalHub, saved: Path, tmp_path: Path) -> None:
     hub.add("me/model", content(saved))
-    folder = Path(local_model("hf://me/model", quiet, cache=tmp_path / "cache"))
+    folder = Path(local_model("hf://me/model", cache=tmp_path / "cache"))
     assert content(folder) == content(saved)

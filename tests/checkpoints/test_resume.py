@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
 
 
 def manifest_at(address: str) -> Any:
-    return newest(address, print).manifest
+    return newest(address).manifest
 
 
 def test_alone_it_goes_on_as_if_nothing_had_been(recipe: Recipe, tmp_path: Path, cache: Path, memory: str) -> None:
@@ -178,21 +178,23 @@ def test_a_run_of_two_stops_and_another_goes_on(
         train_recipe(on, coordinator_url=url, run_id="first", directory=tmp_path / "y")
 
 
-def test_a_node_that_comes_late_to_a_run_that_went_on(recipe: Recipe, make: Any, tmp_path: Path) -> None:
+def test_a_node_that_comes_late_to_a_run_that_went_on(
+    recipe: Recipe, make: Any, tmp_path: Path, said: Callable[[], list[str]]
+) -> None:
     """It begins with the checkpoint that the run began with, or with a newer one where that is not kept any more."""
     for step in (2, 3):
         make(tmp_path, step)
     first = {"step": 2, "data_index": 20, "digest": manifest_at(str(tmp_path)).digest}
-    on, said = with_checkpoint(recipe, resume=str(tmp_path)), []
-    found = begin(on, {"start": first}, said.append)
+    on = with_checkpoint(recipe, resume=str(tmp_path))
+    found = begin(on, {"start": first})
     assert (found.start, found.options["path"]) == ((2, 20), str(tmp_path / "step-000002"))
     with pytest.raises(ConfigError, match="is not the checkpoint of step 2 that the run was created from"):
-        begin(on, {"start": {**first, "digest": "00" * 32}}, said.append)
+        begin(on, {"start": {**first, "digest": "00" * 32}})
     open_place(str(tmp_path)).remove("step-000002")
-    said.clear()
-    found = begin(on, {"start": first}, said.append)
+    said()
+    found = begin(on, {"start": first})
     assert (found.section, found.options["path"]) == (first, str(tmp_path / "step-000003"))
-    assert "the run is further" in said[0]
+    assert "the run is further" in said()[0]
 
 
 def test_where_a_run_begins() -> None:

@@ -26,13 +26,9 @@ def moment(step: int) -> Moment:
     return Moment("run", step, 1, 10 * step, "ab" * 32)
 
 
-def quiet(text: str) -> None:
-    raise AssertionError(text)
-
-
-def writer(folder: Path, to: str | None = None, say: Callable[[str], None] = quiet, **options: Any) -> Writer:
+def writer(folder: Path, to: str | None = None, **options: Any) -> Writer:
     values: dict[str, Any] = {"keep": 2, "extra": {}, "pauses": (), "sleep": lambda seconds: None, **options}
-    return Writer(folder, None if to is None else open_place(to), say=say, **values)
+    return Writer(folder, None if to is None else open_place(to), **values)
 
 
 class Gate(ModelCopy):
@@ -54,15 +50,14 @@ def test_what_is_left_of_a_run(model: Any, tmp_path: Path, memory: str) -> None:
     one.finish(30)
     assert scan(open_place(str(tmp_path / "checkpoints"))) == scan(open_place(memory)) == {20: True, 30: True}
     assert (tmp_path / "checkpoint").resolve() == (tmp_path / "checkpoints" / folder_name(30)).resolve()
-    found, _ = fetch_newest(memory, tmp_path / "cache", quiet)
+    found, _ = fetch_newest(memory, tmp_path / "cache")
     assert found.manifest.moment == moment(30)
     assert "tokenizer_config.json" in found.manifest.files
     assert not list(tmp_path.rglob("*.new"))
 
 
-def test_training_goes_on_while_the_copy_is_written(model: Any, tmp_path: Path) -> None:
-    said: list[str] = []
-    one = writer(tmp_path, say=said.append)
+def test_training_goes_on_while_the_copy_is_written(model: Any, tmp_path: Path, said: Callable[[], list[str]]) -> None:
+    one = writer(tmp_path)
     weight = next(iter(model.parameters()))
     before = weight.detach().clone()
     gate = Gate(model)
@@ -71,7 +66,7 @@ def test_training_goes_on_while_the_copy_is_written(model: Any, tmp_path: Path) 
         weight.add_(1)  # what training does meanwhile is not in it
     try:
         assert not one.save(lambda: pytest.fail("no second copy"), moment(20), None)
-        assert said == ["the checkpoint of step 20 is left out: the one before is still being written"]
+        assert said() == ["the checkpoint of step 20 is left out: the one before is still being written"]
         gate.open.set()
         one.finish(10)
     finally:
@@ -107,9 +102,9 @@ def test_a_model_of_another_kind_is_written_at_once(tmp_path: Path) -> None:
 
 
 def test_an_address_that_is_away_for_a_while(
-    model: Any, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+    model: Any, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
 ) -> None:
-    said, slept, upload = [], [], Place.upload
+    slept, upload = [], Place.upload
 
     def unlucky(place: Place, folder: Path, name: str) -> None:
         if len(slept) < 2:
@@ -117,32 +112,32 @@ def test_an_address_that_is_away_for_a_while(
         upload(place, folder, name)
 
     monkeypatch.setattr(Place, "upload", unlucky)
-    one = writer(tmp_path, memory, say=said.append, pauses=(1.0, 5.0), sleep=slept.append)
+    one = writer(tmp_path, memory, pauses=(1.0, 5.0), sleep=slept.append)
     one.save(lambda: ModelCopy(model), moment(10), 0, last=True)
     one.finish(10)
     assert slept == [1, 5]
-    assert said == ["the line is down; trying again in 1 s", "the line is down; trying again in 5 s"]
+    assert said() == ["the line is down; trying again in 1 s", "the line is down; trying again in 5 s"]
     assert scan(open_place(memory)) == {10: True}
 
 
-def test_an_address_that_stays_away(model: Any, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_stays_away(
+    model: Any, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+) -> None:
     def failing(place: Place, folder: Path, name: str) -> None:
         raise CheckpointError("the line is down")
 
     monkeypatch.setattr(Place, "upload", failing)
-    said: list[str] = []
-    one = writer(tmp_path, memory, say=said.append)
+    one = writer(tmp_path, memory)
     one.save(lambda: ModelCopy(model), moment(10), 0, last=True)
     with pytest.raises(CheckpointError, match=r"the line is down\. The checkpoint of step 10 is in .*step-000010"):
         one.finish(10)
     one.finish(20)  # what failed on the way is said and does not stop a training
-    assert len(said) == 1
+    assert len(said()) == 1
     assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
 
 
-def test_a_folder_that_cannot_be_written(model: Any, tmp_path: Path) -> None:
-    said: list[str] = []
-    one = writer(tmp_path, say=said.append)
+def test_a_folder_that_cannot_be_written(model: Any, tmp_path: Path, said: Callable[[], list[str]]) -> None:
+    one = writer(tmp_path)
     (tmp_path / "checkpoints" / f"{folder_name(10)}.new").write_text("in the way")
     (tmp_path / "checkpoints" / folder_name(10)).write_text("in the way")
     one.save(lambda: ModelCopy(model), moment(10), None)
@@ -173,7 +168,7 @@ def test_the_second_writer_leaves_it_to_the_first(model: Any, tmp_path: Path, me
     assert open_place(memory).read(f"{folder_name(10)}/{NAME}", 1 << 20) == before
 
 
-def test_the_second_writer_takes_over(model: Any, tmp_path: Path, memory: str) -> None:
+def test_the_second_writer_takes_over(model: Any, tmp_path: Path, memory: str, said: Callable[[], list[str]]) -> None:
     """The first one dies in the middle: what it has written is replaced, once nothing new has come for a while."""
     place = open_place(memory)
     slept: list[float] = []
@@ -183,13 +178,12 @@ def test_the_second_writer_takes_over(model: Any, tmp_path: Path, memory: str) -
         if len(slept) == 20:  # the first one's only sign of life
             place._fs.pipe_file("/bucket/run/step-000010/config.json", b"half of it")
 
-    said: list[str] = []
-    second = writer(tmp_path, memory, say=said.append, sleep=sleep, takeover=60.0)
+    second = writer(tmp_path, memory, sleep=sleep, takeover=60.0)
     second.save(lambda: ModelCopy(model), moment(10), 1, last=True)
     second.finish(10)
     assert sum(slept) == pytest.approx(20 * 2 + 60, abs=2)
-    assert said == ["writing memory://bucket/run/step-000010, as the node before this one did not"]
-    assert fetch_newest(memory, tmp_path / "cache", quiet)[0].manifest.moment.step == 10
+    assert said() == ["writing memory://bucket/run/step-000010, as the node before this one did not"]
+    assert fetch_newest(memory, tmp_path / "cache")[0].manifest.moment.step == 10
 
 
 def test_other_parameters_of_the_same_step_replace_those_there(model: Any, tmp_path: Path, memory: str) -> None:
@@ -204,7 +198,7 @@ def test_other_parameters_of_the_same_step_replace_those_there(model: Any, tmp_p
     again = writer(tmp_path, memory)
     again.save(lambda: made, moment(10), 0, last=True)
     again.finish(10)
-    assert fetch_newest(memory, tmp_path / "cache", quiet)[0].manifest.digest == made.digest().hex()
+    assert fetch_newest(memory, tmp_path / "cache")[0].manifest.digest == made.digest().hex()
 
 
 def test_one_that_was_damaged_there_is_replaced(model: Any, tmp_path: Path, memory: str) -> None:
@@ -213,7 +207,7 @@ def test_one_that_was_damaged_there_is_replaced(model: Any, tmp_path: Path, memo
     one = writer(tmp_path, memory)
     one.save(lambda: ModelCopy(model), moment(10), 0, last=True)
     one.finish(10)
-    assert fetch_newest(memory, tmp_path / "cache", quiet)[0].manifest.moment.step == 10
+    assert fetch_newest(memory, tmp_path / "cache")[0].manifest.moment.step == 10
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -266,5 +260,5 @@ def test_a_failure_does_not_hold_up_who_waits() -> None:
 def test_copying_from_one_address_to_another(make: Make, tmp_path: Path, memory: str) -> None:
     make(tmp_path / "run", 10)
     make(tmp_path / "run", 20)
-    assert copy_newest(str(tmp_path / "run"), memory, quiet, tmp_path / "cache") == f"{memory}/step-000020"
+    assert copy_newest(str(tmp_path / "run"), memory, tmp_path / "cache") == f"{memory}/step-000020"
     assert scan(open_place(memory)) == {20: True}

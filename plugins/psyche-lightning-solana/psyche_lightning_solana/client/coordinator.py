@@ -52,7 +52,7 @@ from psyche_lightning_solana.client.wallet import Wallet
 from psyche_lightning_solana.instructions import RunKeys
 from psyche_lightning_solana.interface import MAX_NODE_ADDRESS
 
-logger = logging.getLogger("psyche_lightning")
+logger = logging.getLogger(__name__)
 
 ADDRESS_SIZE = 176
 FEW_TRANSACTIONS = 100

@@ -29,7 +29,7 @@ from psyche_lightning_solana.instructions import RunKeys
 from psyche_lightning_solana.interface import AUTHORIZER, COORDINATOR, JOIN_SCOPE
 from psyche_lightning_solana.layout import discriminator, view_coordinator
 
-logger = logging.getLogger("psyche_lightning")
+logger = logging.getLogger(__name__)
 
 EVERYBODY = Pubkey.default()
 """The grantee of an authorization for everyone."""

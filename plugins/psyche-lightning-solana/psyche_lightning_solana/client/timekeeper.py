@@ -20,7 +20,7 @@ from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.client.feed import Feed, Snapshot
 from psyche_lightning_solana.client.rpc import RpcProblem
 
-logger = logging.getLogger("psyche_lightning")
+logger = logging.getLogger(__name__)
 
 STAGGER = 2.0
 """Seconds between two turns: a transaction of the one before should show by then."""
