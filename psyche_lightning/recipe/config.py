@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from typing import Annotated, Any, Literal, NamedTuple
 
 from psyche_lightning.distro.config import DistroConfig
@@ -126,6 +127,12 @@ class ScheduleSection:
     cosine_decay_final_lr: Rate | None = None
     linear_decay_steps: NonNegative | None = None
     linear_decay_final_lr: Rate | None = None
+
+    def lengths(self, share: Fraction) -> dict[str, int]:
+        """The fields that are set and count steps, each times ``share`` and rounded down."""
+        names = ("warmup_steps", "total_steps", "stable_steps", "cosine_decay_steps", "linear_decay_steps")
+        values = {name: getattr(self, name) for name in names}
+        return {name: int(value * share) for name, value in values.items() if value}
 
     def build(self, lr: float, run_steps: int) -> Schedule:
         """The schedule with base rate ``lr`` in a run of ``run_steps``.

@@ -51,7 +51,8 @@ class Linear(Constant):
     def __post_init__(self) -> None:
         if self.total_steps <= self.warmup_steps:
             raise ConfigError(
-                f"A schedule of {self.total_steps} steps has no steps left after a warm-up of {self.warmup_steps}."
+                f"A schedule of {self.total_steps} steps has no steps left after a warm-up of {self.warmup_steps}. "
+                "Lower optimizer.schedule.warmup_steps, or train more steps."
             )
 
     def _after_warmup(self, step: int) -> float:

@@ -6,18 +6,23 @@ import json
 import shutil
 import signal
 import time
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from psyche_lightning.cli.console import stdout
 from psyche_lightning.cli.demo.processes import Child, Processes
 from psyche_lightning.cli.demo.report import Figures, plot, read_results, read_validation
 from psyche_lightning.cli.demo.stage import Stage, find_stage
 from psyche_lightning.cli.demo.view import View, megabytes
 from psyche_lightning.errors import ConfigError, PsycheError
+
+if TYPE_CHECKING:
+    from psyche_lightning.recipe import Recipe
 
 RUN = "demo"
 MARK = "psyche-demo.json"
@@ -50,10 +55,9 @@ def demo(
     """Train a small language model on real text with several nodes on this machine, over real sockets."""
     for interrupt in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this with interrupts ignored
         signal.signal(interrupt, signal.default_int_handler)
-    console = Console()
+    console = stdout()
     stage = find_stage(coordinator)
     given = [*(overrides or []), f"init_min_clients={nodes}", "min_clients=1"]
-    given += [f"total_steps={rounds}"] if rounds else []
     given += [f"node.transport={transport}"] if transport else []
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise ConfigError(f"the folder of --json {json_file} does not exist; create it first")
@@ -62,6 +66,9 @@ def demo(
     from psyche_lightning.recipe.estimate import estimate
 
     resolved = load_recipe(recipe, given, twin=twin)
+    if rounds:
+        given = [*_stretched(resolved, rounds), *given, f"total_steps={rounds}"]
+        resolved = load_recipe(recipe, given, twin=twin)
     size = estimate(resolved)
     # A node alone exchanges nothing; it is compared with one of two.
     all_reduce = size.allreduce_bytes_per_round(max(nodes, 2))
@@ -99,6 +106,12 @@ def demo(
     _sum_up(console, figures, keep, unit)
     if len(figures.digests) != 1:
         raise PsycheError("the nodes ended with different parameters; their logs are in " + str(keep))
+
+
+def _stretched(recipe: Recipe, rounds: int) -> list[str]:
+    """Overrides that fit the schedule to that many rounds: its parts keep their shares of the run."""
+    lengths = recipe.optimizer.schedule.lengths(Fraction(rounds, recipe.run.coordinator.total_steps))
+    return [f"optimizer.schedule.{name}={length}" for name, length in lengths.items()]
 
 
 def _prepare(folder: Path) -> None:

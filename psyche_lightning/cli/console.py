@@ -1,0 +1,15 @@
+"""Where commands print to."""
+
+from __future__ import annotations
+
+import os
+
+from rich.console import Console
+
+WIDE = 200
+
+
+def stdout() -> Console:
+    """Standard output: as wide as a terminal; elsewhere no line is wrapped and no table is squeezed into 80 columns."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE, soft_wrap=True)
