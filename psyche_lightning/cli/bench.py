@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.progress import track
 from rich.table import Table
 
 from psyche_lightning.bench.report import check_folder, picture, write_json
+from psyche_lightning.cli.console import stdout
 
 bench = typer.Typer(help="Measure bytes, speed and quality; tables, JSON and pictures.", no_args_is_help=True)
 
@@ -41,7 +41,7 @@ def wire(
 
     check_folder(json_file, "--json")
     check_folder(png, "--png")
-    console = Console()
+    console = stdout()
     ks = [value for value in (1, 2, 4, 8, 16, 32, 64) if value <= chunk * chunk // 4]
     rows = payloads(int(millions * 1e6), ks, chunk)
     table = _table(
@@ -98,7 +98,7 @@ def engine(
         torch.set_num_threads(threads)
     config = DistroConfig(k=k)
     theirs = None if reference is None else load_reference(reference)
-    console = Console()
+    console = stdout()
     models = [("blocks", 10.0), ("small", 10.0), ("odd", 10.0), ("blocks", 100.0)]
     if millions:
         models = [("blocks", size) for size in millions]
@@ -170,7 +170,7 @@ def quality(
         *("model", "method", "setting", "rate", "loss, nats per byte", "bytes per round", "fewer bytes"),
     )
     rows = []
-    with Live(table, console=Console(), refresh_per_second=2):
+    with Live(table, console=stdout(), refresh_per_second=2):
         for row in compare(sizes or list(SIZES), compared, plan, workers):
             rows.append(row)
             table.add_row(
@@ -196,7 +196,7 @@ def fuzz(
     table = _table(f"Fuzzed with seed {seed}", "decoder", "inputs", "accepted, all canonical", "slowest, ms")
     for name, outcome in outcomes.items():
         table.add_row(name, f"{outcome.inputs:,}", f"{outcome.accepted:,}", f"{1e3 * outcome.slowest:.1f}")
-    Console().print(table)
+    stdout().print(table)
     write_json(json_file, {name: asdict(outcome) for name, outcome in outcomes.items()})
 
 
@@ -224,7 +224,7 @@ def transport(
         *("", "best MB/s", "median MB/s", "/ plain", "trip, ms", "wire/blob"),
     )
     results: list[Speed] = []
-    console = Console()
+    console = stdout()
     for number, name in enumerate(track(["", *chosen], console=console, transient=True)):
         results.append(sockets(size, repeats) if number == 0 else measure(name, {}, size, repeats))
     for one in results:

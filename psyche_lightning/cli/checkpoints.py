@@ -18,12 +18,12 @@ def checkpoints(
     import tempfile
     from pathlib import Path
 
-    from rich.console import Console
     from rich.table import Table
 
     from psyche_lightning.checkpoints.address import open_place
     from psyche_lightning.checkpoints.folder import candidates, fetch
     from psyche_lightning.checkpoints.writer import copy_newest
+    from psyche_lightning.cli.console import stdout
     from psyche_lightning.errors import CheckpointError
 
     found = candidates(open_place(address))
@@ -40,7 +40,7 @@ def checkpoints(
                     damaged.append(str(error))
             whole = ["damaged" if damaged and damaged[-1].startswith(str(one)) else "yes"] if verify else []
             table.add_row(*row, manifest.digest[:12], *whole)
-        Console().print(table)
+        stdout().print(table)
         if to is not None:
             print(f"copied to {copy_newest(address, to, Path(folder))}")
     if damaged:

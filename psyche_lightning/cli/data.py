@@ -88,8 +88,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a data provider gives: how many samples, their fingerprint, and the first of them."""
-    from rich.console import Console
     from rich.table import Table
+
+    from psyche_lightning.cli.console import stdout
 
     provider, facts = (
         _open_files(Path(what), seq_len, verify) if _is_data(what) else _open_recipe(what, overrides or [])
@@ -101,7 +102,7 @@ def inspect(
     table = Table("what", "value")
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
-    console = Console()
+    console = stdout()
     console.print(table)
     for number, text in enumerate(first):
         console.print(f"sample {number}: {text[:_SHOWN]!r}", markup=False, highlight=False, soft_wrap=True)

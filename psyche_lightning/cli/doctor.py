@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from psyche_lightning.bench.report import check_folder
+from psyche_lightning.cli.console import stdout
 from psyche_lightning.doctor.finding import Finding, Verdict
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
 from psyche_lightning.server.admin import URL_VARIABLE
@@ -91,7 +92,7 @@ def doctor(
         if value is not None and recipe is None:
             raise ConfigError(f"{name} is for predicting; name a recipe as well, such as `psyche doctor demo {name} 4`")
     invitations = _invitations(peer or [])
-    console = Console()
+    console = stdout()
     given = _Given(coordinator, run or (recipe.name if recipe else None), run is not None, nodes, latency)
     given.upload, given.download = (None if rate is None else rate * 1e6 / 8 for rate in (upload, download))
     visit = _Visit(recipe, settings, given, int(megabytes * 1e6), seconds)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from psyche_lightning.cli.console import stdout
 from psyche_lightning.doctor.finding import scaled
 from psyche_lightning.doctor.finding import size as size_text
 from psyche_lightning.plugins import load_plugins
@@ -27,7 +27,7 @@ def print_dry_run(recipe: Recipe) -> None:
     plugins.data_providers()[recipe.data.name]
     plugins.transports()[recipe.node.transport]
     size = estimate(recipe)
-    console = Console()
+    console = stdout()
     console.print(_keys(recipe))
     console.print(_learning_rates(recipe))
     console.print(_size(recipe, size))

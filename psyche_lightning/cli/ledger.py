@@ -75,13 +75,13 @@ def _plain(found: Ledger) -> dict[str, Any]:
 
 
 def _show(found: Ledger, rows: int, books: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from psyche_lightning.cli.console import stdout
     from psyche_lightning.protocol.open_ids import count
     from psyche_lightning.wire.identity import short
 
-    console = Console()
+    console = stdout()
     again = count((line.start, line.end) for line in found.lines if line.again)
     console.print(
         f"[bold]{found.run}[/]: {found.rounds} rounds up to step {found.last_step}, from {books} ledgers; {found.ids} "

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from psyche_lightning.cli import COMMANDS
+from psyche_lightning.cli.console import stdout
 from psyche_lightning.plugins import Plugins, load_plugins
 
 
@@ -52,7 +52,7 @@ def _report(loaded: Plugins, conflicts: list[str]) -> dict[str, object]:
 
 
 def _print(loaded: Plugins, conflicts: list[str]) -> None:
-    console = Console()
+    console = stdout()
     table = Table("Kind", "Name", "Plugin", "Distribution")
     for registry in loaded.registries():
         for found in registry.registrations.values():

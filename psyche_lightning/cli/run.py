@@ -121,12 +121,12 @@ def watch(
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
 ) -> None:
     """Show where a run stands, again and again, until it is finished or you press Ctrl-C."""
-    from rich.console import Console
     from rich.live import Live
 
+    from psyche_lightning.cli.console import stdout
     from psyche_lightning.cli.owner import administer
 
-    admin, console = administer(coordinator, run_id), Console()
+    admin, console = administer(coordinator, run_id), stdout()
     found = admin.status()
     with Live(_picture(found), console=console, auto_refresh=False) as live:
         while found["phase"] != "finished":
@@ -176,9 +176,9 @@ def revoke(run_id: RunId, node: Node, coordinator: Url = None, token: Token = No
 @run.command()
 def points(run_id: RunId, coordinator: Url = None, as_json: Json = False) -> None:
     """Show what the nodes earned: an epoch pays in equal shares those who were well at its end."""
-    from rich.console import Console
     from rich.table import Table
 
+    from psyche_lightning.cli.console import stdout
     from psyche_lightning.cli.owner import administer
 
     rows = administer(coordinator, run_id).points()
@@ -188,7 +188,7 @@ def points(run_id: RunId, coordinator: Url = None, as_json: Json = False) -> Non
     table = Table("node", "earned", "slashed", "claimed")
     for row in sorted(rows, key=lambda row: -row["earned"]):
         table.add_row(row["node"], *(f"{row[name]:,}" for name in ("earned", "slashed", "claimed")))
-    Console().print(table if rows else "nobody has earned anything yet: points are given when an epoch ends")
+    stdout().print(table if rows else "nobody has earned anything yet: points are given when an epoch ends")
 
 
 @run.command()
@@ -210,14 +210,15 @@ def list_runs(coordinator: Url = None, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(runs, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from psyche_lightning.cli.console import stdout
 
     table = Table("run", "phase", "epoch", "step", "nodes")
     for row in runs:
         step = f"{row['step'] - 1}/{row['total_steps'] or '?'}"
         table.add_row(row["run_id"], _words(row["phase"]), str(row["epoch"]), step, str(row["clients"]))
-    Console().print(table if runs else "no runs yet; create one with `psyche run create RUN`")
+    stdout().print(table if runs else "no runs yet; create one with `psyche run create RUN`")
 
 
 @run.command()
@@ -320,9 +321,9 @@ def _words(phase: str) -> str:
 
 
 def _show(found: dict[str, Any]) -> None:
-    from rich.console import Console
+    from psyche_lightning.cli.console import stdout
 
-    Console().print(_picture(found))
+    stdout().print(_picture(found))
 
 
 def _picture(found: dict[str, Any]) -> RenderableType:

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from psyche_lightning.cli.console import stdout
 from psyche_lightning.simulation.scenario import History, Scenario, SimulationError
 from psyche_lightning.simulation.simulator import simulate, simulate_all
 
@@ -21,7 +22,7 @@ def sim(
     ] = False,
 ) -> None:
     """Play runs of 4 to 8 nodes with loss, delay, kills, cuts and cheats in virtual time; a failure replays."""
-    console = Console()
+    console = stdout()
 
     def show(now: float, text: str) -> None:
         console.print(f"[dim]{now:8.2f}[/dim]  {text}", highlight=False)

@@ -16,6 +16,7 @@ from solders.instruction import Instruction
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
+from psyche_lightning.cli.console import stdout
 from psyche_lightning.errors import ConfigError, PsycheError
 from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.committee import round_selection
@@ -347,7 +348,7 @@ def cost(
     config = resolved.run.coordinator
     steps = config.total_steps
     epochs = max(1, math.ceil(steps * round_seconds / config.epoch_time))
-    console = Console()
+    console = stdout()
     results = []
     for count in counts:
         if not as_json:
