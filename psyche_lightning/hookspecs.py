@@ -263,7 +263,7 @@ class DataProvider(Protocol):
 
     * an attribute ``fingerprint`` (text), which is part of the run's manifest: nodes whose samples differ have
       different ones, and are told so when they join;
-    * a method ``prefetch(start, end)``, which is told that these ids will be asked for soon, begins to obtain them
+    * a method ``prefetch(start, stop)``, which is told that these ids will be asked for soon, begins to obtain them
       within bounds of its own, and returns at once.
 
     Attributes:
@@ -283,8 +283,8 @@ class DataProvider(Protocol):
         """How many training samples there are; ids wrap around after that."""
         ...
 
-    def samples(self, start: int, end: int) -> list[dict[str, torch.Tensor]]:
-        """The training samples of the closed interval of ids ``[start, end]``, ids taken modulo the length.
+    def samples(self, start: int, stop: int) -> list[dict[str, torch.Tensor]]:
+        """The training samples with the ids ``range(start, stop)``, taken modulo the length.
 
         Deterministic and independent of earlier calls.
 

@@ -95,7 +95,7 @@ def inspect(
     provider, facts = (
         _open_files(Path(what), seq_len, verify) if _is_data(what) else _open_recipe(what, overrides or [])
     )
-    first = [_shown(provider, sample) for sample in provider.samples(0, samples - 1)] if samples else []
+    first = [_shown(provider, sample) for sample in provider.samples(0, samples)] if samples else []
     if as_json:
         print(json.dumps({**facts, "first": first}, indent=2))
         return

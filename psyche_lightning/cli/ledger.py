@@ -49,6 +49,8 @@ def ledger(
 
 
 def _plain(found: Ledger) -> dict[str, Any]:
+    from psyche_lightning.protocol.open_ids import closed
+
     return {
         "run": found.run,
         "complete": bool(found.rounds) and not found.problems,
@@ -57,11 +59,11 @@ def _plain(found: Ledger) -> dict[str, Any]:
         "last_step": found.last_step,
         "rounds_undone": found.undone,
         "ids_trained": found.ids,
-        "not_trained": [list(interval) for interval in found.untrained],
+        "not_trained": [list(interval) for interval in closed(found.untrained)],
         "trained": [
             {
                 "first": line.start,
-                "last": line.end,
+                "last": line.stop - 1,
                 "trainer": line.trainer.hex(),
                 "step": line.step,
                 "epoch": line.epoch,
@@ -78,11 +80,11 @@ def _show(found: Ledger, rows: int, books: int) -> None:
     from rich.table import Table
 
     from psyche_lightning.cli.console import stdout
-    from psyche_lightning.protocol.open_ids import count
+    from psyche_lightning.protocol.open_ids import count, shown
     from psyche_lightning.wire.identity import short
 
     console = stdout()
-    again = count((line.start, line.end) for line in found.lines if line.again)
+    again = count((line.start, line.stop) for line in found.lines if line.again)
     console.print(
         f"[bold]{found.run}[/]: {found.rounds} rounds up to step {found.last_step}, from {books} ledgers; {found.ids} "
         f"data ids trained once, {again} of them in a later round than their own"
@@ -90,16 +92,16 @@ def _show(found: Ledger, rows: int, books: int) -> None:
     if found.undone:
         console.print(f"{found.undone} rounds belong to epochs whose end was not agreed; their ids were trained again")
     table = Table("data ids", "trainer", "step", "epoch", "round", "commitment", "")
-    shown = found.lines[-rows:] if rows else found.lines
-    for line in shown:
-        ids = str(line.start) if line.start == line.end else f"{line.start}-{line.end}"
+    newest = found.lines[-rows:] if rows else found.lines
+    for line in newest:
+        ids = shown([(line.start, line.stop)])
         place = (str(line.step), str(line.epoch), str(line.height))
         table.add_row(ids, short(line.trainer), *place, line.commitment.hex()[:16], "again" if line.again else "")
-    if shown:
+    if newest:
         console.print(table)
-    if len(shown) < len(found.lines):
-        console.print(f"and {len(found.lines) - len(shown)} more before; --rows 0 shows all")
-    for start, end in found.untrained:
-        console.print(f"not trained: {start}-{end} (the run ended before they were trained again)")
+    if len(newest) < len(found.lines):
+        console.print(f"and {len(found.lines) - len(newest)} more before; --rows 0 shows all")
+    for interval in found.untrained:
+        console.print(f"not trained: {shown([interval])} (the run ended before they were trained again)")
     for problem in found.problems:
         console.print(f"[bold red]problem:[/] {problem}")

@@ -37,15 +37,15 @@ class DataOrder:
         self._seed = seed
         self._half = max(1, ((length - 1).bit_length() + 1) // 2)
 
-    def indices(self, start: int, end: int) -> list[int]:
-        """The indices of the closed interval of ids ``[start, end]``."""
+    def indices(self, start: int, stop: int) -> list[int]:
+        """The indices of the ids from ``start`` up to ``stop``, without it."""
         found: list[int] = []
-        while start <= end:
+        while start < stop:
             epoch, first = divmod(start, self.length)
-            last = min(self.length - 1, first + end - start)
-            places = np.arange(first, last + 1, dtype=np.uint64)
+            end = min(self.length, first + stop - start)
+            places = np.arange(first, end, dtype=np.uint64)
             found += (self._permuted(places, epoch) if self.shuffle else places).tolist()
-            start += last - first + 1
+            start += end - first
         return found
 
     def __call__(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -119,8 +119,8 @@ class PackedData:
         """The tokenizer as a ``transformers`` object, or None when the data does not say which it was made with."""
         return None if self._encoder is None else self._encoder.tokenizer
 
-    def samples(self, start: int, end: int) -> list[dict[str, torch.Tensor]]:
-        """The training samples with the ids ``start`` to ``end``, both included; ids wrap modulo the length.
+    def samples(self, start: int, stop: int) -> list[dict[str, torch.Tensor]]:
+        """The training samples with the ids from ``start`` up to ``stop``, without it; ids wrap modulo the length.
 
         Returns:
             For each id ``input_ids`` and ``labels``, int64 of shape [seq_len], equal (the model shifts the labels).
@@ -128,11 +128,11 @@ class PackedData:
         Raises:
             DataError: some of them cannot be obtained; it has their ids.
         """
-        return self._samples(self._numbers(start, end), range(start, end + 1), "samples")
+        return self._samples(self._numbers(start, stop), range(start, stop), "samples")
 
-    def prefetch(self, start: int, end: int) -> None:
+    def prefetch(self, start: int, stop: int) -> None:
         """Begin to obtain samples that will be asked for soon; returns at once, and keeps within bounds."""
-        self._blocks.ahead(self._numbers(start, end))
+        self._blocks.ahead(self._numbers(start, stop))
 
     def validation(self) -> list[dict[str, torch.Tensor]]:
         """The held-out samples, in the order of the data; of the same form as those for training.
@@ -142,9 +142,9 @@ class PackedData:
         """
         return self._samples(self._held_out.tolist(), range(len(self._held_out)), "validation samples")
 
-    def _numbers(self, start: int, end: int) -> list[int]:
+    def _numbers(self, start: int, stop: int) -> list[int]:
         """The blocks of these ids."""
-        ids = np.array([number % self._length for number in range(start, end + 1)], dtype=np.int64)
+        ids = np.array([number % self._length for number in range(start, stop)], dtype=np.int64)
         places = self._order(ids)
         numbers: list[int] = (places + np.searchsorted(self._skips, places, side="right")).tolist()
         return numbers

@@ -127,8 +127,8 @@ class PreparedData:
         """The tokenizer as a ``transformers`` object, or None when nobody said which it is."""
         return None if self._encoder is None else self._encoder.tokenizer
 
-    def samples(self, start: int, end: int) -> list[dict[str, torch.Tensor]]:
-        """The training samples with the ids ``start`` to ``end``, both included; ids wrap modulo the length.
+    def samples(self, start: int, stop: int) -> list[dict[str, torch.Tensor]]:
+        """The training samples with the ids from ``start`` up to ``stop``, without it; ids wrap modulo the length.
 
         Returns:
             For each id ``input_ids``, ``labels`` and, where the rows have positions, ``position_ids``, int64 of shape
@@ -137,8 +137,8 @@ class PreparedData:
         Raises:
             DataError: some of them cannot be read; it has their ids.
         """
-        ids = np.array([number % self._length for number in range(start, end + 1)], dtype=np.int64)
-        return self._read(self._order(ids).tolist(), range(start, end + 1), "samples")
+        ids = np.array([number % self._length for number in range(start, stop)], dtype=np.int64)
+        return self._read(self._order(ids).tolist(), range(start, stop), "samples")
 
     def validation(self) -> list[dict[str, torch.Tensor]]:
         """The held-out rows; of the same form as those for training.

@@ -56,8 +56,8 @@ class RoundLoader:
         rounds: called for each iteration; yields the rounds of one pass over the data.
         split: whether a share is split into micro-batches of the user's ``batch_size``.
         decline: told when the first samples of the round in work cannot be obtained; then the next round comes.
-        upcoming: first and last data id of what may come after the round in work; None for unknown. A data set with a
-            method ``prefetch(indices)`` is told of a whole share when it begins, and of this.
+        upcoming: the data ids ``(start, stop)`` of what may come after the round in work; None for unknown. A data set
+            with a method ``prefetch(indices)`` is told of a whole share when it begins, and of this.
 
     Attributes:
         share: the round that was yielded last.
@@ -113,7 +113,7 @@ class RoundLoader:
 
     def load(self, work: RoundWork) -> Share:
         """Begin to load the round's share, cut into micro-batches as equal as can be."""
-        indices = [i for ids in ((work.start, work.end), *work.again) for i in self.order.indices(*ids)]
+        indices = [i for ids in work.batch for i in self.order.indices(*ids)]
         parts = 1 if self._most is None else -(-len(indices) // self._most)
         cuts = [len(indices) * part // parts for part in range(parts + 1)]
         self._plan[:] = [indices[a:b] for a, b in itertools.pairwise(cuts)]

@@ -33,6 +33,7 @@ from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.plugins import load_plugins, packages
+from psyche_lightning.protocol.open_ids import shown
 from psyche_lightning.protocol.requests import Coordinator, Terms
 from psyche_lightning.protocol.state import ClientStatus, CoordinatorConfig, RunState
 from psyche_lightning.server.local import LocalCoordinator
@@ -353,26 +354,25 @@ class Session:
                 lasting=True,
             ) from error
         logger.warning(
-            "round %d of epoch %d: this node gives nothing to it, and its data ids %d-%d stay open: %s",
+            "round %d of epoch %d: this node gives nothing to it, and its data ids %s stay open: %s",
             work.height,
             work.epoch,
-            work.start,
-            work.end,
+            shown(work.batch),
             error,
         )
         self.submit(None)
         self.lost_rounds = lost
 
     def upcoming(self) -> tuple[int, int] | None:
-        """First and last data id of the whole run's next round, where it is worth while to look ahead to it.
+        """The data ids ``(start, stop)`` of the whole run's next round, where it is worth while to look ahead to it.
 
         Which of them are this node's is not known before the round begins; so only in a run of few nodes.
         """
         current = self.state.current if self.state else None
         if current is None or not current.batch_size or len(current.clients) > AHEAD_NODES:
             return None
-        first = current.data_index + current.batch_size
-        return first, first + current.batch_size - 1
+        start = current.data_index + current.batch_size
+        return start, start + current.batch_size
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:

@@ -16,7 +16,17 @@ from psyche_lightning.node.book import Row
 from psyche_lightning.protocol.assignment import assign
 from psyche_lightning.protocol.committee import CommitteeSelection
 from psyche_lightning.protocol.messages import Result, open_envelope
-from psyche_lightning.protocol.open_ids import Interval, OpenIds, batches, count, merged, reopen, take
+from psyche_lightning.protocol.open_ids import (
+    Interval,
+    OpenIds,
+    batches,
+    closed,
+    count,
+    half_open,
+    merged,
+    reopen,
+    take,
+)
 from psyche_lightning.wire.identity import short
 
 MAX_PROBLEMS = 20
@@ -28,7 +38,7 @@ class Line:
 
     Attributes:
         start: first id.
-        end: last id.
+        stop: the id after the last.
         trainer: node key of who trained them.
         epoch: epoch of the round.
         height: its height.
@@ -38,7 +48,7 @@ class Line:
     """
 
     start: int
-    end: int
+    stop: int
     trainer: bytes
     epoch: int
     height: int
@@ -78,7 +88,7 @@ class Ledger:
     @property
     def ids(self) -> int:
         """Data ids that were trained."""
-        return count((line.start, line.end) for line in self.lines)
+        return count((line.start, line.stop) for line in self.lines)
 
 
 def audit(rows: Iterable[Row]) -> Ledger:
@@ -98,7 +108,7 @@ def audit(rows: Iterable[Row]) -> Ledger:
             step = row["step"]
             if step != expected:
                 ledger.problems.append(f"no book has the rounds of steps {expected} to {step - 1}")
-                ledger.missing.append((expected, step - 1))
+                ledger.missing.append((expected, step))
                 before, open_ids = None, ()
             if before is not None:
                 if _began_anew(before, row, ends, ledger):
@@ -111,8 +121,8 @@ def audit(rows: Iterable[Row]) -> Ledger:
             ledger.rounds, ledger.last_step = ledger.rounds + 1, step
     except (KeyError, TypeError, ValueError) as error:
         raise PsycheError(f"not a row of a ledger: {type(error).__name__}: {error}") from error
-    ledger.untrained = list(merged((start, end) for _, start, end in open_ids))
-    ledger.overdue = list(merged((start, end) for due, start, end in open_ids if due <= ledger.last_step))
+    ledger.untrained = list(merged((start, stop) for _, start, stop in open_ids))
+    ledger.overdue = list(merged((start, stop) for due, start, stop in open_ids if due <= ledger.last_step))
     ledger.lines.sort(key=lambda line: line.start)
     _check_cover(found, ledger)
     if ledger.overdue:
@@ -175,9 +185,9 @@ def _enter(row: Row, open_ids: OpenIds, ledger: Ledger) -> OpenIds:
     """Take one round into the ledger; returns what is open after it."""
     again, rest = take(open_ids, row["step"], row["batch_size"])
     where = f"round {row['height']} of epoch {row['epoch']}"
-    if [list(interval) for interval in again] != row["again"]:
-        ledger.problems.append(f"{where} trained {row['again']} again; {[list(i) for i in again]} was due")
-        again = tuple((start, end) for start, end in row["again"])
+    if again != half_open(row["again"]):
+        ledger.problems.append(f"{where} trained {row['again']} again; {[list(i) for i in closed(again)]} was due")
+        again = half_open(row["again"])
     nodes = [bytes.fromhex(node) for node in row["nodes"]]
     selection = CommitteeSelection(0, 0, 0, len(nodes), row["seed"])
     assigned = batches(assign(row["seed"], row["data_index"], row["batch_size"], selection), again)
@@ -198,8 +208,8 @@ def _enter(row: Row, open_ids: OpenIds, ledger: Ledger) -> OpenIds:
             continue
         trained.add(trainer)
         commitment = result.commitment(ledger.run, envelope.sender)
-        for number, (start, end) in enumerate(result.batch):
-            ledger.lines.append(Line(start, end, envelope.sender, *place, commitment, number > 0))
+        for number, (start, stop) in enumerate(result.batch):
+            ledger.lines.append(Line(start, stop, envelope.sender, *place, commitment, number > 0))
     lost = [interval for trainer, batch in assigned.items() if trainer not in trained for interval in batch]
     return reopen(rest, row["step"], lost)
 
@@ -209,10 +219,10 @@ def _check_cover(found: Mapping[tuple[int, int], Row], ledger: Ledger) -> None:
     if ledger.problems or not ledger.rounds:
         return
     position = min(row["data_index"] for row in found.values())
-    spans = sorted([*((line.start, line.end) for line in ledger.lines), *ledger.untrained])
-    for start, end in spans:
+    spans = sorted([*((line.start, line.stop) for line in ledger.lines), *ledger.untrained])
+    for start, stop in spans:
         if start != position:
             what = f"{position} to {start - 1} are missing" if start > position else f"{start} is there twice"
             ledger.problems.append(f"of the data ids, {what}")
             return
-        position = end + 1
+        position = stop

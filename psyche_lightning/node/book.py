@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from psyche_lightning.errors import StoreError
 from psyche_lightning.node.agreement import Record
+from psyche_lightning.protocol.open_ids import closed
 
 FILE = "ledger.jsonl"
 
@@ -39,7 +40,7 @@ def row_of(run_id: str, record: Record) -> Row:
         "nodes": [node.hex() for node in record.nodes],
         "parameters": record.parameters.hex(),
         "ended": record.ended.hex(),
-        "again": [list(interval) for interval in record.again],
+        "again": [list(interval) for interval in closed(record.again)],
         "results": [base64.b64encode(envelope.raw).decode() for envelope in record.results],
     }
 

@@ -196,7 +196,7 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Train:
-    """Compute and compress the update for the data ids of ``batch`` (closed intervals); store the payload."""
+    """Compute and compress the update for the data ids of ``batch``; store the payload."""
 
     epoch: int
     height: int

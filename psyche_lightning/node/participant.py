@@ -28,7 +28,7 @@ from psyche_lightning.node.runtime import Runtime, TrainerTask
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
 from psyche_lightning.protocol.messages import Result
-from psyche_lightning.protocol.open_ids import Interval
+from psyche_lightning.protocol.open_ids import Interval, closed
 from psyche_lightning.protocol.requests import Coordinator, Report
 from psyche_lightning.transports.base import Transport
 from psyche_lightning.wire.identity import Identity
@@ -49,17 +49,13 @@ class RoundWork:
         epoch: epoch of the run.
         height: round within the epoch.
         step: optimizer step over the run, from 1.
-        start: first data id of the node's share.
-        end: last data id of it (closed interval).
-        again: further data ids to train with it, as closed intervals: of earlier rounds, whose trainer failed.
+        batch: data ids to train: the node's share of the round, then those of earlier rounds whose trainer failed.
     """
 
     epoch: int
     height: int
     step: int
-    start: int
-    end: int
-    again: tuple[Interval, ...] = ()
+    batch: tuple[Interval, ...]
 
 
 def _log(notice: Notice) -> None:
@@ -263,12 +259,13 @@ class Participant:
         if payload is not None:
             seconds = max(time.monotonic() - self._started_at.get(work.step, time.monotonic()), 1e-6)
             self._runtime.report = Report(work.step, loss, tokens / seconds)
+            (start, end), *again = closed(work.batch)
             result = Result(
                 work.epoch,
                 work.height,
                 work.step,
-                work.start,
-                work.end,
+                start,
+                end,
                 nonce,
                 self._store.put(payload),
                 len(payload),
@@ -276,7 +273,7 @@ class Participant:
                 lrs,
                 int.from_bytes(struct.pack("<f", loss), "little"),
                 tokens,
-                work.again,
+                tuple(again),
             )
         self._handle(Trained(work.epoch, work.height, result))
 
@@ -303,7 +300,7 @@ class Participant:
                         self._say(LinkIsDown(link))
         match task:
             case Train(epoch, height, step, batch):
-                self._next = RoundWork(epoch, height, step, *batch[0], again=batch[1:])
+                self._next = RoundWork(epoch, height, step, batch)
             case Finished():
                 self._finished = task
             case BaseException():

@@ -9,7 +9,7 @@ from psyche_lightning.protocol.assignment import assign
 from psyche_lightning.protocol.committee import CommitteeSelection, round_selection
 from psyche_lightning.protocol.merkle import attest_root
 from psyche_lightning.protocol.messages import Attest, Envelope, Result
-from psyche_lightning.protocol.open_ids import Interval, batches
+from psyche_lightning.protocol.open_ids import Interval, batches, shown
 from psyche_lightning.protocol.state import CoordinatorConfig, Round
 from psyche_lightning.wire.identity import short
 
@@ -122,8 +122,8 @@ class RoundLog:
             raise WireError(f"{who} is not a member of round {self.round.height}")
         if self.batches.get(index) != result.batch or result.step != self.round.step:
             raise WireError(
-                f"{who} announced the ids {_ids(result.batch)} of step {result.step}; it was assigned "
-                f"{_ids(self.batches.get(index, ()))} of step {self.round.step}"
+                f"{who} announced the ids {shown(result.batch)} of step {result.step}; it was assigned "
+                f"{shown(self.batches.get(index, ()))} of step {self.round.step}"
             )
         if result.layout != self.layout:
             raise WireError(f"{who} trains a model with other shapes, chunk or k than this node")
@@ -184,8 +184,3 @@ class RoundLog:
         """Every stored message of the round, to send again."""
         lists = [envelope for by_root in self.attests.values() for envelope in by_root.values()]
         return [entry.envelope for entry in self.entries.values()] + lists
-
-
-def _ids(intervals: tuple[Interval, ...]) -> str:
-    shown = [f"{start} to {end}" for start, end in intervals[:4]]
-    return ", ".join([*shown, *(["..."] if len(intervals) > 4 else [])]) or "none"

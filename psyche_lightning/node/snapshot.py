@@ -122,7 +122,7 @@ def encode_index(tensors: Iterable[TensorEntry], open_ids: OpenIds = ()) -> byte
     """Encode an index; its SHA-256 is the digest of the parameters."""
     rows = sorted(tensors, key=lambda entry: entry.name.encode())
     tail = ([e.name, e.dtype, list(e.shape), e.size, list(e.pieces)] for e in rows)
-    return pack([VERSION, [list(row) for row in open_ids], *tail])
+    return pack([VERSION, [[due, start, stop - 1] for due, start, stop in open_ids], *tail])
 
 
 def decode_index(data: bytes) -> Index:
@@ -147,8 +147,10 @@ def _open_ids(rows: object) -> OpenIds:
     found = []
     for row in rows:
         match row:
-            case [int(due), int(start), int(end)] if due >= 0 <= start <= end < 1 << 64 and bool not in map(type, row):
-                found.append((due, start, end))
+            case [int(due), int(first), int(last)] if due >= 0 <= first <= last < 1 << 64 and bool not in map(
+                type, row
+            ):
+                found.append((due, first, last + 1))
             case _:
                 raise WireError("open ids of a parameter index are [due step, first id, last id]")
     if any(a >= b for a, b in itertools.pairwise(found)):

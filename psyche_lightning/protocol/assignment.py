@@ -45,8 +45,8 @@ def assign(seed: int, data_index: int, batch_size: int, selection: CommitteeSele
         selection: its committees.
 
     Returns:
-        ``(client index, first data id, last data id)`` of each non-empty share, ascending by data id; the interval
-        is closed. Together the shares are ``data_index`` to ``data_index + batch_size - 1`` without gap or overlap.
+        ``(client index, start, stop)`` of each non-empty share, ascending by data id; ``stop`` is the first id after
+        it. Together the shares are ``data_index`` to ``data_index + batch_size - 1`` without gap or overlap.
     """
     trainers = shuffle(selection.trainers(), seed)
     if not trainers:
@@ -58,6 +58,6 @@ def assign(seed: int, data_index: int, batch_size: int, selection: CommitteeSele
         size = base + (place < remainder)
         if not size:
             break
-        shares.append((client, start, start + size - 1))
+        shares.append((client, start, start + size))
         start += size
     return shares

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, get_type_hints
 
 from psyche_lightning.errors import CoordinatorError, WireError
+from psyche_lightning.protocol.open_ids import Interval, half_open
 from psyche_lightning.wire.canonical import HASH_SIZE, pack, sha256, unpack
 from psyche_lightning.wire.identity import KEY_SIZE, SIGNATURE_SIZE, Identity, verify
 
@@ -24,14 +25,14 @@ PURPOSE = "psyche-lightning gossip 1"
 
 @dataclass(frozen=True)
 class Result:
-    """A trainer's announcement of one batch's compressed update.
+    """A trainer's announcement of one batch's compressed update, field by field as it is signed.
 
     Attributes:
         epoch: u16 epoch of the run.
         height: round height within the epoch, from 0.
         step: optimizer step over the run, from 1.
         start: first data id of the batch.
-        end: last data id (closed interval).
+        end: its last data id.
         nonce: how many updates this trainer had encoded before since its optimizer state was empty.
         payload: SHA-256 of the payload blob.
         size: bytes of the payload blob.
@@ -59,9 +60,9 @@ class Result:
     again: tuple[tuple[int, int], ...] = ()
 
     @property
-    def batch(self) -> tuple[tuple[int, int], ...]:
-        """All its data ids: the share of the round's own samples first."""
-        return ((self.start, self.end), *self.again)
+    def batch(self) -> tuple[Interval, ...]:
+        """All its data ids, half-open: the share of the round's own samples first."""
+        return half_open(((self.start, self.end), *self.again))
 
     def commitment(self, run_id: str, trainer: bytes) -> bytes:
         """The hash that witnesses list: it covers the run, the trainer and every field above."""

@@ -11,7 +11,7 @@ from psyche_lightning.node.book import Row
 from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.notices import Finished
 from psyche_lightning.protocol.messages import Envelope, Result
-from psyche_lightning.protocol.open_ids import OpenIds, count
+from psyche_lightning.protocol.open_ids import OpenIds, closed, count
 from psyche_lightning.wire.canonical import pack, sha256, unpack
 from psyche_lightning.wire.identity import Identity, short
 
@@ -103,11 +103,11 @@ class SimNode:
                 blob = (BAD if self.cheat == "malformed" else b"ok") + sha256(
                     self.identity.public, self.head, f"{epoch} {height}".encode()
                 )
-                start, end = batch[0]
+                (start, end), *again = closed(batch)
                 tokens = 0 if rng.random() < ABSTENTIONS else count(batch)
                 self.buffers = sha256(self.buffers, self.identity.public)
                 result = Result(
-                    epoch, height, step, start, end, 0, self.put(blob), len(blob), LAYOUT, (1,), 0, tokens, batch[1:]
+                    epoch, height, step, start, end, 0, self.put(blob), len(blob), LAYOUT, (1,), 0, tokens, tuple(again)
                 )
                 return ev.Trained(epoch, height, result)
             case ev.Apply(epoch, height, payloads, lrs, due, _, prints, open_ids):

@@ -150,7 +150,7 @@ class Simulation:
             digest,
             state.epoch,
             self.faults.count,
-            again=count((line.start, line.end) for line in ledger.lines if line.again),
+            again=count((line.start, line.stop) for line in ledger.lines if line.again),
             untrained=count(ledger.untrained),
             snapshots=self._taken,
             repaired=self._repaired,
@@ -172,7 +172,7 @@ class Simulation:
             excused += len(ledger.lost) + len(ledger.missing)
         trained: Counter[int] = Counter()
         for line in ledger.lines:
-            trained[line.step] += count([(line.start, line.end)])
+            trained[line.step] += count([(line.start, line.stop)])
         if any(count(row["again"]) > trained[row["step"]] for row in rows):  # more failed than a round takes again
             excused += bool(ledger.overdue)
         if len(ledger.problems) > excused:

@@ -61,7 +61,7 @@ class _Ids(Dataset[Sample]):
         return self._count
 
     def __getitem__(self, index: int) -> Sample:
-        return self._provider.samples(index, index)[0]
+        return self._provider.samples(index, index + 1)[0]
 
 
 class DataContract(abc.ABC):
@@ -106,7 +106,7 @@ class DataContract(abc.ABC):
         assert provider.seq_len == config["seq_len"]
 
     def test_samples_have_the_contract_s_form(self, provider: DataProvider) -> None:
-        samples = provider.samples(0, min(len(provider), MOST) - 1) + provider.validation()
+        samples = provider.samples(0, min(len(provider), MOST)) + provider.validation()
         names = set(samples[0])
         assert {"input_ids", "labels"} <= names <= {"input_ids", "labels", "position_ids"}
         for sample in samples:
@@ -117,7 +117,7 @@ class DataContract(abc.ABC):
                 assert tensor.device.type == "cpu"
 
     def test_ids_are_within_the_vocabulary(self, provider: DataProvider) -> None:
-        for sample in provider.samples(0, min(len(provider), MOST) - 1) + provider.validation():
+        for sample in provider.samples(0, min(len(provider), MOST)) + provider.validation():
             ids, labels = sample["input_ids"], sample["labels"]
             assert int(ids.min()) >= 0
             assert int(ids.max()) < provider.vocab_size
@@ -141,78 +141,79 @@ class DataContract(abc.ABC):
     def test_two_nodes_see_the_same(self, provider: DataProvider, config: dict[str, Any]) -> None:
         other = self.make_factory()(config, seed=SEED)
         assert len(other) == len(provider)
-        last = min(len(provider), MOST) - 1
-        assert same(other.samples(0, last), provider.samples(0, last))
+        count = min(len(provider), MOST)
+        assert same(other.samples(0, count), provider.samples(0, count))
         assert same(other.validation(), provider.validation())
         assert getattr(other, "fingerprint", None) == getattr(provider, "fingerprint", None)
 
     def test_the_order_of_calls_does_not_matter(self, provider: DataProvider, config: dict[str, Any]) -> None:
         count = min(len(provider), MOST)
-        whole = provider.samples(0, count - 1)
+        whole = provider.samples(0, count)
         other = self.make_factory()(config, seed=SEED)
         chance = random.Random(0)
         for number in chance.sample(range(count), count):
-            assert same(other.samples(number, number), [whole[number]])
+            assert same(other.samples(number, number + 1), [whole[number]])
         for _ in range(20):
             start = chance.randrange(count)
-            end = chance.randrange(start, count)
-            assert same(other.samples(start, end), whole[start : end + 1])
+            stop = chance.randint(start, count)
+            assert same(other.samples(start, stop), whole[start:stop])
 
-    def test_intervals_are_closed(self, provider: DataProvider) -> None:
-        assert len(provider.samples(1, 2)) == 2
-        assert len(provider.samples(2, 2)) == 1
+    def test_ids_are_half_open_as_in_python(self, provider: DataProvider) -> None:
+        assert len(provider.samples(1, 3)) == 2
+        assert len(provider.samples(2, 3)) == 1
+        assert provider.samples(2, 2) == []
 
     def test_ids_wrap_around(self, provider: DataProvider) -> None:
         length = len(provider)
-        first, last = provider.samples(0, 1), provider.samples(length - 1, length - 1)
-        assert same(provider.samples(length, length + 1), first)
-        assert same(provider.samples(length - 1, length + 1), [*last, *first])
+        first, last = provider.samples(0, 2), provider.samples(length - 1, length)
+        assert same(provider.samples(length, length + 2), first)
+        assert same(provider.samples(length - 1, length + 2), [*last, *first])
         for far in (5 * length, length * (2**62 // length), length * (2**70 // length)):
-            assert same(provider.samples(far + 1, far + 1), first[1:])
+            assert same(provider.samples(far + 1, far + 2), first[1:])
 
     def test_an_interval_may_be_longer_than_the_data(self, provider: DataProvider) -> None:
         length = len(provider)
         if length <= MOST:
-            once = provider.samples(0, length - 1)
-            assert same(provider.samples(0, 2 * length), [*once, *once, once[0]])
+            once = provider.samples(0, length)
+            assert same(provider.samples(0, 2 * length + 1), [*once, *once, once[0]])
 
     def test_samples_are_the_caller_s(self, provider: DataProvider) -> None:
-        before = [{name: tensor.clone() for name, tensor in sample.items()} for sample in provider.samples(0, 1)]
-        for sample in provider.samples(0, 1):
+        before = [{name: tensor.clone() for name, tensor in sample.items()} for sample in provider.samples(0, 2)]
+        for sample in provider.samples(0, 2):
             for tensor in sample.values():
                 tensor.fill_(1)
-        assert same(provider.samples(0, 1), before), "a change to a sample changed the data"
-        sample = provider.samples(0, 0)[0]
+        assert same(provider.samples(0, 2), before), "a change to a sample changed the data"
+        sample = provider.samples(0, 1)[0]
         sample["labels"].fill_(0)
         assert torch.equal(sample["input_ids"], before[0]["input_ids"]), "labels and input_ids share their memory"
 
     def test_validation_is_always_the_same(self, provider: DataProvider) -> None:
         first = provider.validation()
-        provider.samples(0, 2)
+        provider.samples(0, 3)
         assert same(provider.validation(), first)
 
     def test_looking_ahead_changes_nothing(self, provider: DataProvider) -> None:
-        before = provider.samples(0, 2)
+        before = provider.samples(0, 3)
         prefetch = getattr(provider, "prefetch", None)
         if prefetch is not None:
             length = len(provider)
-            for start, end in ((0, 2), (length - 1, length + 1), (0, min(3 * length, 10_000))):
-                prefetch(start, end)
-        assert same(provider.samples(0, 2), before)
+            for start, stop in ((0, 3), (length - 1, length + 2), (0, min(3 * length, 10_000)), (2, 2)):
+                prefetch(start, stop)
+        assert same(provider.samples(0, 3), before)
 
     # -- worker processes ----------------------------------------------------------------------------------------------
 
     def test_it_can_be_sent_to_another_process(self, provider: DataProvider) -> None:
         if self.picklable:
-            before = provider.samples(0, 2)
-            assert same(pickle.loads(pickle.dumps(provider)).samples(0, 2), before)
+            before = provider.samples(0, 3)
+            assert same(pickle.loads(pickle.dumps(provider)).samples(0, 3), before)
 
     def test_workers_of_a_data_loader_see_the_same(self, provider: DataProvider, config: dict[str, Any]) -> None:
         if self.picklable:
             count = min(len(provider), MOST)
-            before = provider.samples(0, count - 1)
+            before = provider.samples(0, count)
             used = self.make_factory()(config, seed=SEED)  # that was used before, but not for all of them
-            used.samples(count - 1, count - 1)
+            used.samples(count - 1, count)
             loader = DataLoader(_Ids(used, count), batch_size=None, num_workers=2, timeout=60)
             assert same(list(loader), before)
 
@@ -240,24 +241,24 @@ class OutageContract(DataContract):
 
     def test_a_failure_names_the_ids_and_passes(self, config: dict[str, Any]) -> None:
         factory = self.make_factory()
-        before = factory(config, seed=SEED).samples(0, len(factory(config, seed=SEED)) - 1)
+        before = factory(config, seed=SEED).samples(0, len(factory(config, seed=SEED)))
         provider = factory(config, seed=SEED)
         with self.outage():
             for _ in range(2):
                 with pytest.raises(DataError) as caught:
-                    provider.samples(0, len(before) - 1)
+                    provider.samples(0, len(before))
                 assert caught.value.ids, "the error must have the ids"
                 assert set(caught.value.ids) <= set(range(len(before)))
                 assert not caught.value.lasting, "it would have come back"
-        assert same(provider.samples(0, len(before) - 1), before)
+        assert same(provider.samples(0, len(before)), before)
 
     def test_what_was_obtained_ahead_is_there(self, config: dict[str, Any]) -> None:
         provider = self.make_factory()(config, seed=SEED)
-        before = provider.samples(0, 1)
+        before = provider.samples(0, 2)
         with self.outage():
-            assert same(provider.samples(0, 1), before), "what was obtained should be kept for a while"
+            assert same(provider.samples(0, 2), before), "what was obtained should be kept for a while"
 
     def test_looking_ahead_never_fails(self, config: dict[str, Any]) -> None:
         provider = self.make_factory()(config, seed=SEED)
         with self.outage():
-            provider.prefetch(0, 2)  # type: ignore[attr-defined]
+            provider.prefetch(0, 3)  # type: ignore[attr-defined]

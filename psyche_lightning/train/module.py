@@ -79,24 +79,24 @@ class ProviderDataset(Dataset[dict[str, torch.Tensor]]):
         return len(self._provider)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self._provider.samples(index, index)[0]
+        return self._provider.samples(index, index + 1)[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
         """The samples of several ids, asking for each stretch of neighbours at once."""
-        return [sample for start, end in _stretches(indices) for sample in self._provider.samples(start, end)]
+        return [sample for stretch in _stretches(indices) for sample in self._provider.samples(*stretch)]
 
     def prefetch(self, indices: list[int]) -> None:
         """Tell the provider that these ids will be asked for soon, if it wants to know."""
         ahead = getattr(self._provider, "prefetch", None)
         if ahead is not None:
-            for start, end in _stretches(indices):
-                ahead(start, end)
+            for stretch in _stretches(indices):
+                ahead(*stretch)
 
 
 def _stretches(indices: list[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each stretch of neighbours."""
+    """Each stretch of neighbours, as ``(start, stop)``."""
     start = 0
     for place in range(1, len(indices) + 1):
         if place == len(indices) or indices[place] != indices[place - 1] + 1:
-            yield indices[start], indices[place - 1]
+            yield indices[start], indices[place - 1] + 1
             start = place

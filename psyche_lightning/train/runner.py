@@ -292,7 +292,7 @@ def check_data(model: torch.nn.Module, provider: DataProvider) -> None:
             f"the data has {provider.vocab_size} token ids and the model room for {size}; set "
             f"model.config.vocab_size={provider.vocab_size} or more"
         )
-    if "position_ids" in provider.samples(0, 0)[0]:
+    if "position_ids" in provider.samples(0, 1)[0]:
         taken = inspect.signature(model.forward).parameters.values()
         if not any(one.name == "position_ids" or one.kind is one.VAR_KEYWORD for one in taken):
             raise ConfigError(

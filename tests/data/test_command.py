@@ -53,7 +53,7 @@ def test_text_becomes_token_files(texts: Path, tmp_path: Path, capsys: pytest.Ca
     assert "4 texts in 1 file(s) of 2-byte tokens, 256 token ids" in capsys.readouterr().out
     stream = b"first\0then this\0second \xc3\xa9\0last but one\n\0"
     data = TokenData(0, 5, path=str(out), shuffle=False)
-    found = b"".join(bytes(sample["input_ids"].tolist()) for sample in data.samples(0, len(data) - 1))
+    found = b"".join(bytes(sample["input_ids"].tolist()) for sample in data.samples(0, len(data)))
     assert found == stream[: len(stream) // 5 * 5]
     facts = inspect(capsys, out, "--seq-len", 5, "--verify")
     assert (facts["tokens"], facts["largest_id"], facts["token_size"]) == (len(stream), 0xC3, 2)
@@ -80,7 +80,7 @@ def test_with_a_tokenizer_everything_is_in_the_folder(
     assert facts["token_size"] == 4
     assert facts["files"] == 3
     data = TokenData(0, 4, path=str(out), shuffle=False)
-    assert data.tokenizer.decode(data.samples(0, 0)[0]["input_ids"]) == "first <end> then this"
+    assert data.tokenizer.decode(data.samples(0, 1)[0]["input_ids"]) == "first <end> then this"
 
 
 def test_a_recipe_s_data_is_shown_by_its_provider(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +164,7 @@ def test_a_folder_is_served_until_it_is_told_to_stop(texts: Path, tmp_path: Path
         assert found is not None
         remote = TokenData(0, 5, url=found[1], shuffle=False)
         assert remote.fingerprint == TokenData(0, 5, path=str(out), shuffle=False).fingerprint
-        assert bytes(remote.samples(0, 0)[0]["input_ids"].tolist()) == b"first"
+        assert bytes(remote.samples(0, 1)[0]["input_ids"].tolist()) == b"first"
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     finally:

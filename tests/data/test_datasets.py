@@ -28,7 +28,7 @@ def packed(texts: list[str], seq_len: int) -> list[bytes]:
 
 
 def blocks(data: Any) -> list[bytes]:
-    return [bytes(sample["input_ids"].tolist()) for sample in data.samples(0, len(data) - 1)]
+    return [bytes(sample["input_ids"].tolist()) for sample in data.samples(0, len(data))]
 
 
 def opened(place: Path, **options: Any) -> DocumentData:
@@ -77,7 +77,7 @@ def test_nothing_is_left_on_the_disk(tmp_path: Path, texts_at: Make, monkeypatch
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     texts_at(tmp_path / "a.jsonl", 40)
-    assert len(opened(tmp_path / "a.jsonl").samples(0, 5)) == 6
+    assert len(opened(tmp_path / "a.jsonl").samples(0, 6)) == 6
     assert not list((tmp_path / "tmp").iterdir()), "not even while it is in use"
 
 

@@ -72,7 +72,7 @@ def opened(server: Server, name: str = "a.bin", **options: Any) -> TokenData:
 
 
 def first_ids(data: TokenData) -> list[int]:
-    return [int(sample["input_ids"][0]) for sample in data.samples(0, len(data) - 1)]
+    return [int(sample["input_ids"][0]) for sample in data.samples(0, len(data))]
 
 
 def test_the_last_sequence_is_there(server: Server) -> None:
@@ -84,11 +84,11 @@ def test_neighbours_come_in_one_request_and_are_kept(server: Server) -> None:
     write(server, "a.bin", 4000)
     data = opened(server)
     server.ranges.clear()
-    data.samples(10, 19)
+    data.samples(10, 20)
     assert server.ranges == ["bytes=80-159"]
-    data.samples(12, 14)
+    data.samples(12, 15)
     assert len(server.ranges) == 1, "from memory"
-    data.samples(18, 21)
+    data.samples(18, 22)
     assert server.ranges[1:] == ["bytes=160-175"]
 
 
@@ -97,7 +97,7 @@ def test_a_request_has_a_largest_size(server: Server, monkeypatch: pytest.Monkey
     write(server, "a.bin", 4000)
     data = opened(server)
     server.ranges.clear()
-    assert len(data.samples(0, 24)) == 25
+    assert len(data.samples(0, 25)) == 25
     assert sorted(server.ranges) == ["bytes=0-79", "bytes=160-199", "bytes=80-159"]
 
 
@@ -222,17 +222,17 @@ def test_another_file_under_the_same_address(server: Server) -> None:
     data = opened(server)
     write(server, "a.bin", 101)
     with pytest.raises(DataError, match=r"a.bin changed under way: at the start it had 200 bytes") as caught:
-        data.samples(3, 5)
+        data.samples(3, 6)
     assert caught.value.lasting
     assert caught.value.ids == (3, 4, 5)
     time.sleep(0.01)
     write(server, "a.bin", 100, first=7)
     assert path.stat().st_size == 200
     with pytest.raises(DataError, match="changed under way"):
-        data.samples(0, 0)
+        data.samples(0, 1)
     write(server, "a.bin", 4)
     with pytest.raises(DataError, match="changed under way"):
-        data.samples(20, 20)
+        data.samples(20, 21)
 
 
 def test_joiners_see_that_the_data_is_other(server: Server) -> None:
@@ -255,10 +255,10 @@ def test_errors_that_may_pass_are_tried_again(server: Server, status: int) -> No
     server.answer = fail
     if status in (404, 403):  # the file is away; what repeats then is the run, in its next round
         with pytest.raises(DataError, match=f"the server answers {status}") as caught:
-            data.samples(0, 1)
+            data.samples(0, 2)
         assert not caught.value.lasting
         left[0] = 0
-    assert len(data.samples(0, 1)) == 2
+    assert len(data.samples(0, 2)) == 2
 
 
 def lie(status: int = 206, body: bytes = b"", **headers: str) -> Callable[[web.Request], web.StreamResponse]:
@@ -282,7 +282,7 @@ def test_answers_to_another_question_are_not_used(server: Server, answer: Any) -
     data = opened(server)
     server.answer = answer
     with pytest.raises(DataError) as caught:
-        data.samples(0, 0)
+        data.samples(0, 1)
     assert not caught.value.lasting
 
 
@@ -292,9 +292,9 @@ def test_one_file_that_is_away_does_not_hold_up_the_others(server: Server) -> No
     data = opened(server, "p-{}.bin", count=2)
     (server._folder / "p-0.bin").rename(server._folder / "away")
     with pytest.raises(DataError) as caught:
-        data.samples(8, 12)
+        data.samples(8, 13)
     assert caught.value.ids == (8, 9)
-    assert [int(sample["input_ids"][0]) for sample in data.samples(10, 12)] == [100, 104, 108]
+    assert [int(sample["input_ids"][0]) for sample in data.samples(10, 13)] == [100, 104, 108]
 
 
 def test_a_dead_server_costs_one_wait_however_much_is_asked(server: Server) -> None:
@@ -335,7 +335,7 @@ def test_a_server_that_drips_is_given_up(server: Server, monkeypatch: pytest.Mon
 
     server.answer = drip
     with pytest.raises(DataError, match="does not answer in time"):
-        data.samples(0, 0)
+        data.samples(0, 1)
 
 
 def test_a_description_of_any_size_is_not_read(server: Server) -> None:
@@ -383,7 +383,7 @@ def test_a_mix_is_psyche_s(server: Server) -> None:
     sources = [{"SingleUrl": f"{server.url}/{name}.bin"} for name in "ab"]
     data = mixed(server, entry(sources[0], 0.7), entry(sources[1], 0.3))
     assert first_ids(data) == [0, 100, 4, 8, 104, 12, 16, 108, 0, 4]
-    assert [int(sample["input_ids"][0]) for sample in data.samples(10, 11)] == [0, 100], "and wraps around"
+    assert [int(sample["input_ids"][0]) for sample in data.samples(10, 12)] == [0, 100], "and wraps around"
     seeded = mixed(server, entry(sources[0], 7), entry(sources[1], 3), shuffle={"Seeded": list(range(1, 33))})
     assert sorted(first_ids(seeded)) == sorted(first_ids(data))
     assert first_ids(seeded) != first_ids(data)
@@ -410,7 +410,7 @@ def test_part_of_a_mix_may_be_away(server: Server) -> None:
     data = mixed(server, entry(sources[0], 0.7), entry(sources[1], 0.3))
     (server._folder / "b.bin").unlink()
     with pytest.raises(DataError, match=r"b.bin: the server answers 404") as caught:
-        data.samples(0, 9)
+        data.samples(0, 10)
     assert caught.value.ids == (1, 4, 7)
 
 

@@ -26,7 +26,7 @@ def opened(place: Path, **options: Any) -> PreparedData:
 
 
 def column(data: PreparedData, name: str) -> list[list[int]]:
-    return [sample[name].tolist() for sample in data.samples(0, len(data) - 1)]
+    return [sample[name].tolist() for sample in data.samples(0, len(data))]
 
 
 def test_rows_are_samples_in_their_order(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_rows_are_samples_in_their_order(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a row")
     data = opened(tmp_path)
     assert column(data, "input_ids") == column(data, "labels") == ROWS
-    assert set(data.samples(0, 0)[0]) == {"input_ids", "labels"}
+    assert set(data.samples(0, 1)[0]) == {"input_ids", "labels"}
     held = opened(tmp_path, validation_samples=2)
     assert column(held, "input_ids") == ROWS[:7]
     assert [sample["input_ids"].tolist() for sample in held.validation()] == ROWS[7:]
@@ -73,10 +73,10 @@ def test_row_groups_are_kept_within_bounds(tmp_path: Path, monkeypatch: pytest.M
     read: list[int] = []
     load = data._load
     monkeypatch.setattr(data, "_load", lambda group: read.append(group.number) or load(group))
-    data.samples(0, 3999)
+    data.samples(0, 4000)
     assert read == list(range(10))
     assert len(data._kept) <= 2
-    data.samples(3990, 3999)
+    data.samples(3990, 4000)
     assert len(read) == 10
     with pytest.raises(ConfigError, match=r"Row group 0 of .* smaller row_group_size"):
         opened(write(tmp_path / "b.parquet", group=4000, inputs=rows), seq_len=100, fetch={"cache_mb": 1})
@@ -98,9 +98,9 @@ def test_row_groups_are_kept_within_bounds(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_rows_that_are_not_what_they_should_be(tmp_path: Path, columns: Any, message: str) -> None:
     data = opened(write(tmp_path / "a.parquet", **columns))
-    assert len(data.samples(0, 7)) == 8
+    assert len(data.samples(0, 8)) == 8
     with pytest.raises(DataError, match=message) as caught:
-        data.samples(6, 8)
+        data.samples(6, 9)
     assert caught.value.lasting
     assert caught.value.ids == (8,)
 
@@ -108,7 +108,7 @@ def test_rows_that_are_not_what_they_should_be(tmp_path: Path, columns: Any, mes
 @pytest.mark.parametrize("inputs", [[1.5] * 9, list(range(9)), [["a"] * 6] * 9])
 def test_columns_of_another_type(tmp_path: Path, inputs: Any) -> None:
     with pytest.raises(DataError, match="expected lists of integers"):
-        opened(write(tmp_path / "a.parquet", inputs=inputs)).samples(0, 0)
+        opened(write(tmp_path / "a.parquet", inputs=inputs)).samples(0, 1)
 
 
 def test_a_file_that_breaks_under_way(tmp_path: Path) -> None:
@@ -117,11 +117,11 @@ def test_a_file_that_breaks_under_way(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.unlink()
     with pytest.raises(DataError, match=r"samples 2-6 of .* cannot be read") as caught:
-        data.samples(2, 6)
+        data.samples(2, 7)
     assert caught.value.ids == (2, 3, 4, 5, 6)
     assert not caught.value.lasting
     path.write_bytes(whole)
-    assert len(data.samples(2, 6)) == 5
+    assert len(data.samples(2, 7)) == 5
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_files_in_sorted_order_make_the_blocks(corpus: Path) -> None:
     expected = [stream[start : start + 16] for start in range(0, len(stream) - 15, 16)]
     assert data.files == 6
     assert len(data) == len(expected)
-    found = blocks(data.samples(0, len(data) - 1))
+    found = blocks(data.samples(0, len(data)))
     assert found != expected
     assert sorted(found) == sorted(expected)
     assert data.fingerprint == hashlib.sha256(stream).hexdigest()
@@ -71,7 +71,7 @@ def test_files_in_sorted_order_make_the_blocks(corpus: Path) -> None:
 
 def test_samples_have_the_contract_s_form(corpus: Path) -> None:
     data = open_bytes(corpus)
-    for sample in data.samples(0, 3) + data.validation():
+    for sample in data.samples(0, 4) + data.validation():
         assert set(sample) == {"input_ids", "labels"}
         for tensor in sample.values():
             assert tensor.dtype == torch.int64
@@ -84,19 +84,19 @@ def test_samples_have_the_contract_s_form(corpus: Path) -> None:
 def test_intervals_are_closed_wrap_and_do_not_depend_on_earlier_calls(corpus: Path) -> None:
     data, other = open_bytes(corpus), open_bytes(corpus)
     n = len(data)
-    whole = blocks(data.samples(0, n - 1))
+    whole = blocks(data.samples(0, n))
     assert len(whole) == n
-    assert blocks(other.samples(n - 2, n + 1)) == [whole[-2], whole[-1], whole[0], whole[1]]
-    assert blocks(other.samples(3 * n + 4, 3 * n + 4)) == [whole[4]]
-    assert [block for i in reversed(range(n)) for block in blocks(other.samples(i, i))] == whole[::-1]
-    assert blocks(other.samples(0, 2 * n - 1)) == whole * 2
+    assert blocks(other.samples(n - 2, n + 2)) == [whole[-2], whole[-1], whole[0], whole[1]]
+    assert blocks(other.samples(3 * n + 4, 3 * n + 5)) == [whole[4]]
+    assert [block for i in reversed(range(n)) for block in blocks(other.samples(i, i + 1))] == whole[::-1]
+    assert blocks(other.samples(0, 2 * n)) == whole * 2
 
 
 def test_a_change_to_a_sample_changes_nothing_else(corpus: Path) -> None:
     data = open_bytes(corpus)
-    before = blocks(data.samples(2, 2))
-    data.samples(2, 2)[0]["input_ids"].zero_()
-    assert blocks(data.samples(2, 2)) == before
+    before = blocks(data.samples(2, 3))
+    data.samples(2, 3)[0]["input_ids"].zero_()
+    assert blocks(data.samples(2, 3)) == before
 
 
 def test_the_order_is_the_documented_one(tmp_path: Path) -> None:
@@ -104,12 +104,12 @@ def test_the_order_is_the_documented_one(tmp_path: Path) -> None:
     file.write_bytes(b"".join(bytes([letter]) * 4 for letter in range(65, 75)))
     data = TextData(1, 4, path=str(file), validation_samples=0)
     # Philox 4x64 with key 1: written down once, so that a change of any part of the chain shows.
-    assert b"".join(block[:1] for block in blocks(data.samples(0, 9))) == b"DFCJHAIGBE"
+    assert b"".join(block[:1] for block in blocks(data.samples(0, 10))) == b"DFCJHAIGBE"
 
 
 def test_the_seed_decides_the_order_but_not_the_split(corpus: Path) -> None:
     one, two = open_bytes(corpus), open_bytes(corpus, seed=6)
-    assert blocks(one.samples(0, 9)) != blocks(two.samples(0, 9))
+    assert blocks(one.samples(0, 10)) != blocks(two.samples(0, 10))
     assert blocks(one.validation()) == blocks(two.validation())
     assert one.fingerprint == two.fingerprint
     assert len(open_bytes(corpus, seed=-1)) == len(open_bytes(corpus, seed=2**200)) == len(one)
@@ -118,10 +118,10 @@ def test_the_seed_decides_the_order_but_not_the_split(corpus: Path) -> None:
 def test_other_processes_and_hash_seeds_agree(corpus: Path) -> None:
     script = (
         "import sys; from psyche_lightning.data.text import TextData; d = TextData(5, 16, path=sys.argv[1])\n"
-        "print(d.fingerprint, [x['input_ids'].tolist() for x in d.samples(0, 20)])"
+        "print(d.fingerprint, [x['input_ids'].tolist() for x in d.samples(0, 21)])"
     )
     data = open_bytes(corpus)
-    expected = f"{data.fingerprint} {[x['input_ids'].tolist() for x in data.samples(0, 20)]}"
+    expected = f"{data.fingerprint} {[x['input_ids'].tolist() for x in data.samples(0, 21)]}"
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     command = [sys.executable, "-c", script, str(corpus)]
     run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -147,7 +147,7 @@ def test_training_and_validation_partition_the_blocks(
             TextData(seed, 8, path=str(file), validation_samples=held_out)
         return
     data = TextData(seed, 8, path=str(file), validation_samples=held_out)
-    training, validation = blocks(data.samples(0, len(data) - 1)), blocks(data.validation())
+    training, validation = blocks(data.samples(0, len(data))), blocks(data.validation())
     assert len(validation) == held_out
     assert validation == sorted(validation)
     assert len(set(training) | set(validation)) == len(training) + held_out == total
@@ -206,7 +206,7 @@ def test_the_standard_library() -> None:
     data = TextData(0, 256, path="stdlib", max_bytes=2_000_000, validation_samples=8)
     assert data.files > 20
     assert len(data) > 7000
-    text = "".join(data.tokenizer.decode(sample["input_ids"].tolist()) for sample in data.samples(0, 50))
+    text = "".join(data.tokenizer.decode(sample["input_ids"].tolist()) for sample in data.samples(0, 51))
     assert "self" in text
     everything = b"\n".join(read_corpus(["stdlib"], []).texts)
     assert b"def namedtuple(" in everything
@@ -256,7 +256,7 @@ def test_a_tokenizer_from_disk(corpus: Path, word_tokenizer: Path) -> None:
     for name in ("a/b.md", "a/z.py"):
         stream += [*loaded.encode((corpus / name).read_text()), loaded.eos_token_id]
     expected = sorted(stream[start : start + 16] for start in range(0, len(stream) - 15, 16))
-    assert sorted(sample["input_ids"].tolist() for sample in data.samples(0, len(data) - 1)) == expected
+    assert sorted(sample["input_ids"].tolist() for sample in data.samples(0, len(data))) == expected
     assert data.vocab_size == len(loaded) > 256
     assert data.tokenizer.decode(data.tokenizer.encode("another line")) == "another line"
     file = open_bytes(corpus, tokenizer=str(word_tokenizer / "tokenizer.json"), validation_samples=0, glob="a/*")
@@ -273,9 +273,9 @@ def test_long_texts_are_tokenized_in_pieces_without_loss(
 
 def test_bytes_that_are_not_utf8(tmp_path: Path, word_tokenizer: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 40)
-    assert 0xE9 in open_bytes(tmp_path).samples(0, 0)[0]["input_ids"]
+    assert 0xE9 in open_bytes(tmp_path).samples(0, 1)[0]["input_ids"]
     data = open_bytes(tmp_path, tokenizer=str(word_tokenizer))
-    assert "\ufffd" in data.tokenizer.decode(data.samples(0, 0)[0]["input_ids"].tolist())
+    assert "\ufffd" in data.tokenizer.decode(data.samples(0, 1)[0]["input_ids"].tolist())
 
 
 @pytest.mark.parametrize("slow", [False, True])

@@ -22,8 +22,8 @@ def opened(path: Path | str, **options: Any) -> TokenData:
     return TokenData(1, **{"seq_len": 4, "path": str(path), "vocab_size": 1000, "shuffle": False, **options})
 
 
-def ids(data: TokenData, start: int = 0, end: int | None = None) -> list[list[int]]:
-    samples = data.samples(start, len(data) - 1 if end is None else end)
+def ids(data: TokenData, start: int = 0, stop: int | None = None) -> list[list[int]]:
+    samples = data.samples(start, len(data) if stop is None else stop)
     return [sample["input_ids"].tolist() for sample in samples]
 
 
@@ -128,13 +128,13 @@ def test_a_file_that_changes_under_way_is_named(tmp_path: Path, tokens_at: Make)
     with pytest.raises(
         DataError, match=r"a.bin changed under way: at the start it had 80 bytes, now .* 40 bytes"
     ) as caught:
-        data.samples(2, 4)
+        data.samples(2, 5)
     assert caught.value.lasting
     assert caught.value.ids == (2, 3, 4)
     tokens_at(tmp_path / "a.bin", 40, first=3)
     os.utime(tmp_path / "a.bin", ns=(0, 0))
     with pytest.raises(DataError, match="changed under way"):
-        data.samples(0, 0)
+        data.samples(0, 1)
 
 
 def test_a_file_that_is_away_for_a_while(tmp_path: Path, tokens_at: Make) -> None:
@@ -142,18 +142,18 @@ def test_a_file_that_is_away_for_a_while(tmp_path: Path, tokens_at: Make) -> Non
     data = opened(tmp_path)
     (tmp_path / "a.bin").rename(tmp_path / "away")
     with pytest.raises(DataError, match=r"samples 2-4 of .* cannot be obtained: .*No such file") as caught:
-        data.samples(2, 4)
+        data.samples(2, 5)
     assert not caught.value.lasting
     (tmp_path / "away").rename(tmp_path / "a.bin")
-    assert len(data.samples(2, 4)) == 3
+    assert len(data.samples(2, 5)) == 3
 
 
 def test_ids_beyond_the_vocabulary(tmp_path: Path, tokens_at: Make) -> None:
     tokens_at(tmp_path / "a.bin", 40)
     data = opened(tmp_path, vocab_size=35)
-    assert len(data.samples(0, 7)) == 8
+    assert len(data.samples(0, 8)) == 8
     with pytest.raises(DataError, match=r"samples 8-9 of .* token ids up to 39, but the vocabulary has 35") as caught:
-        data.samples(6, 9)
+        data.samples(6, 10)
     assert caught.value.ids == (8, 9)
     assert caught.value.lasting
 

@@ -57,8 +57,8 @@ def test_the_plugin_of_the_page_loads_through_the_host(example: Path) -> None:
     assert (found.plugin, found.distribution, found.version) == ("sums", "psyche-lightning-sums", "1.0")
     data = found.offer({"seq_len": 32, "largest": 9}, seed=1)
     assert data.seq_len == 32
-    first, second = data.samples(0, 1)
-    assert first["input_ids"].tolist() == data.samples(len(data), len(data))[0]["input_ids"].tolist()
+    first, second = data.samples(0, 2)
+    assert first["input_ids"].tolist() == data.samples(len(data), len(data) + 1)[0]["input_ids"].tolist()
     assert first["input_ids"].shape == second["labels"].shape == (32,)
     assert first["input_ids"].tolist() != second["input_ids"].tolist()
     line = bytes(first["input_ids"].tolist()).decode().splitlines()[0]

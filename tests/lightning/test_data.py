@@ -222,12 +222,12 @@ class Positioned:
     def __len__(self) -> int:
         return 4
 
-    def samples(self, start: int, end: int) -> list[dict[str, torch.Tensor]]:
+    def samples(self, start: int, stop: int) -> list[dict[str, torch.Tensor]]:
         ids = torch.arange(8)
-        return [{"input_ids": ids + i, "labels": ids + i, "position_ids": ids % 4} for i in range(start, end + 1)]
+        return [{"input_ids": ids + i, "labels": ids + i, "position_ids": ids % 4} for i in range(start, stop)]
 
     def validation(self) -> list[dict[str, torch.Tensor]]:
-        return self.samples(0, 1)
+        return self.samples(0, 2)
 
 
 def test_positions_reach_the_model() -> None:
@@ -280,14 +280,14 @@ class Sometimes(Dataset[torch.Tensor]):
 
 
 def works(*stretches: tuple[int, int]) -> Iterator[RoundWork]:
-    return (RoundWork(0, height, height + 1, *pair) for height, pair in enumerate(stretches))
+    return (RoundWork(0, height, height + 1, (pair,)) for height, pair in enumerate(stretches))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_passes_over_rounds_without_samples(workers: int) -> None:
     declined: list[DataError] = []
     user = DataLoader(Sometimes({5}), batch_size=4, num_workers=workers)
-    loader = RoundLoader(user, 8, 0, lambda: works((0, 3), (4, 7), (8, 11)), decline=declined.append)
+    loader = RoundLoader(user, 8, 0, lambda: works((0, 4), (4, 8), (8, 12)), decline=declined.append)
     try:
         assert [int(batch[0, 0]) for batch in loader] == [0, 8]
     finally:
@@ -297,14 +297,14 @@ def test_a_loader_passes_over_rounds_without_samples(workers: int) -> None:
 
 
 def test_without_a_run_a_failure_is_one() -> None:
-    loader = RoundLoader(DataLoader(Sometimes({5}), batch_size=4), 8, 0, lambda: works((4, 7)))
+    loader = RoundLoader(DataLoader(Sometimes({5}), batch_size=4), 8, 0, lambda: works((4, 8)))
     with pytest.raises(DataError, match="sample 5 is away"):
         next(iter(loader))
 
 
 def test_a_data_set_is_told_what_will_be_asked_for() -> None:
     data = Sometimes(set())
-    loader = RoundLoader(DataLoader(data, batch_size=2), 8, 0, lambda: works((4, 7)), upcoming=lambda: (22, 25))
+    loader = RoundLoader(DataLoader(data, batch_size=2), 8, 0, lambda: works((4, 8)), upcoming=lambda: (22, 26))
     next(iter(loader))
     assert data.told == [[4, 5, 6, 7], [22, 23, 0, 1]]
     workers = Sometimes(set())

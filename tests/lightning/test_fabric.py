@@ -55,7 +55,7 @@ def test_an_ordinary_loop_is_a_run_of_one(loader: Make, parameter_bytes: Make, l
     reference = DisTrO(twin.named_parameters(), lr=0.01, config=DistroConfig(k=4, lookahead=lookahead))
     order, data = DataOrder(48, True, 0), loader().dataset
     for step in range(12):
-        indices = order.indices(8 * step, 8 * step + 7)
+        indices = order.indices(8 * step, 8 * step + 8)
 
         def closure(indices: list[int] = indices) -> None:
             reference.zero_grad()

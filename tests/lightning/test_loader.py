@@ -22,7 +22,7 @@ PINNED = [6, 7, 1, 9, 8, 3, 2, 5, 4, 0, 7, 3, 5, 1, 2, 6, 0, 4, 8, 9]
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1), st.integers(0, 5))
 def test_each_pass_is_a_permutation(length: int, seed: int, epoch: int) -> None:
     order = DataOrder(length, True, seed)
-    indices = order.indices(epoch * length, (epoch + 1) * length - 1)
+    indices = order.indices(epoch * length, (epoch + 1) * length)
     assert sorted(indices) == list(range(length))
 
 
@@ -30,12 +30,13 @@ def test_each_pass_is_a_permutation(length: int, seed: int, epoch: int) -> None:
 @given(st.integers(1, 50), st.booleans(), st.integers(0, 200), st.integers(0, 60))
 def test_an_index_depends_on_nothing_but_its_id(length: int, shuffle: bool, start: int, count: int) -> None:
     order = DataOrder(length, shuffle, 7)
-    assert order.indices(start, start + count) == [order.indices(i, i)[0] for i in range(start, start + count + 1)]
+    stop = start + count
+    assert order.indices(start, stop) == [order.indices(i, i + 1)[0] for i in range(start, stop)]
 
 
 def test_the_order_is_the_same_on_every_machine() -> None:
-    assert DataOrder(10, True, 0).indices(0, 19) == PINNED
-    assert DataOrder(4, False, 0).indices(2, 9) == [2, 3, 0, 1, 2, 3, 0, 1]
+    assert DataOrder(10, True, 0).indices(0, 20) == PINNED
+    assert DataOrder(4, False, 0).indices(2, 10) == [2, 3, 0, 1, 2, 3, 0, 1]
 
 
 class Numbers(Dataset[int]):
@@ -46,8 +47,8 @@ class Numbers(Dataset[int]):
         return index
 
 
-def rounds(loader: RoundLoader, start: int, end: int) -> tuple[list[int], list[list[int]]]:
-    share = loader.load(RoundWork(0, 0, 1, start, end))
+def rounds(loader: RoundLoader, start: int, stop: int) -> tuple[list[int], list[list[int]]]:
+    share = loader.load(RoundWork(0, 0, 1, ((start, stop),)))
     return share.sizes, [batch.tolist() for batch in share.rest]
 
 
@@ -56,9 +57,9 @@ def test_a_share_is_cut_into_micro_batches_as_equal_as_can_be(workers: int) -> N
     loader = RoundLoader(DataLoader(Numbers(), batch_size=4, num_workers=workers), 30, 0, lambda: iter(()))
     try:
         assert len(loader) == 1
-        assert rounds(loader, 0, 9) == ([3, 3, 4], [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]])
-        assert rounds(loader, 18, 21) == ([4], [[18, 19, 0, 1]])
-        assert rounds(loader, 5, 5) == ([1], [[5]])
+        assert rounds(loader, 0, 10) == ([3, 3, 4], [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]])
+        assert rounds(loader, 18, 22) == ([4], [[18, 19, 0, 1]])
+        assert rounds(loader, 5, 6) == ([1], [[5]])
     finally:
         loader.close()
 
@@ -72,7 +73,7 @@ def test_workers_live_as_long_as_the_loader() -> None:
 
     loader = RoundLoader(DataLoader(Where(), batch_size=4, num_workers=1), 8, 0, lambda: iter(()))
     try:
-        found = {pid for start in (0, 8, 16) for batch in rounds(loader, start, start + 7)[1] for pid in batch}
+        found = {pid for start in (0, 8, 16) for batch in rounds(loader, start, start + 8)[1] for pid in batch}
     finally:
         loader.close()
     assert len(found) == 1
@@ -81,4 +82,4 @@ def test_workers_live_as_long_as_the_loader() -> None:
 def test_the_user_s_collate_function_is_used() -> None:
     collate: Callable[[list[int]], Any] = lambda items: torch.tensor(items) * 10  # noqa: E731
     loader = RoundLoader(DataLoader(Numbers(), batch_size=2, collate_fn=collate), 8, 0, lambda: iter(()))
-    assert rounds(loader, 3, 4) == ([2], [[30, 40]])
+    assert rounds(loader, 3, 5) == ([2], [[30, 40]])

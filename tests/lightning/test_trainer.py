@@ -45,7 +45,7 @@ def by_hand(module: Any, dataset: Any, *, steps: int, batch: int, shuffle: bool,
     optimizer = DisTrO(module.named_parameters(), lr=module.lr, weight_decay=0.1, config=DistroConfig(**config))
     order, seen = DataOrder(len(dataset), shuffle, 0), []
     for step in range(steps):
-        indices = order.indices(step * batch, (step + 1) * batch - 1)
+        indices = order.indices(step * batch, (step + 1) * batch)
 
         def closure(indices: list[int] = indices) -> torch.Tensor:
             optimizer.zero_grad()

@@ -30,7 +30,7 @@ def main() -> None:
     # DDP would first send the parameters of rank 0 to all, which equal seeds make needless.
     parallel = torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
     for step in range(steps):
-        sample = provider.samples(step * dist.get_world_size() + rank, step * dist.get_world_size() + rank)[0]
+        sample = provider.samples(step * dist.get_world_size() + rank, step * dist.get_world_size() + rank + 1)[0]
         inputs = {name: tensor[None] for name, tensor in sample.items()}
         began = time.monotonic()
         with parallel.no_sync():  # what computing alone takes

@@ -77,11 +77,11 @@ class Trainee:
             self.participant.start()
             while (work := self.participant.next_round()) is not None:
                 self.steps.append(work.step)
-                for first, last in ((work.start, work.end), *work.again):
-                    self.ids.extend(range(first, last + 1))
+                for start, stop in work.batch:
+                    self.ids.extend(range(start, stop))
                 self.compute(self, work)
-                generator = torch.Generator().manual_seed(work.start)
-                inputs = torch.randn(work.end - work.start + 1, 24, generator=generator)
+                start, stop = work.batch[0]
+                inputs = torch.randn(stop - start, 24, generator=torch.Generator().manual_seed(start))
                 loss = (self.module(inputs) - inputs[:, :12]).square().mean()
                 self.optimizer.zero_grad()
                 loss.backward()

@@ -13,6 +13,7 @@ from psyche_lightning.node.agreement import Agreement, EpochLog, Undecided, deci
 from psyche_lightning.node.rounds import MAX_ENTRIES_PER_BATCH, RoundLog
 from psyche_lightning.protocol.merkle import attest_root
 from psyche_lightning.protocol.messages import Attest, Envelope, Result, seal
+from psyche_lightning.protocol.open_ids import closed
 from psyche_lightning.protocol.state import CoordinatorConfig, Round, WitnessProof, WitnessRecord
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
@@ -30,7 +31,7 @@ def make_log(clients: int = 4, batch: int = 8) -> RoundLog:
 
 
 def result(log: RoundLog, index: int, **changes: object) -> Envelope:
-    (start, end), *_ = log.batches[index]
+    (start, end), *_ = closed(log.batches[index])
     made = Result(0, 3, 4, start, end, 0, sha256(bytes([index])), 500, LAYOUT, (7,), 0, 2)
     return seal(NODES[index], "run", replace(made, **changes))  # type: ignore[arg-type]
 
@@ -211,7 +212,7 @@ def make_epoch(rounds: int, open_ids: tuple[tuple[int, int, int], ...] = ()) -> 
 def agreed(log: RoundLog, trainers: set[int], tokens: int = 1) -> Agreement:
     entries = []
     for index in sorted(trainers):
-        (start, end), *again = log.batches[index]
+        (start, end), *again = closed(log.batches[index])
         height = log.round.height
         made = Result(0, height, height + 1, start, end, 0, b"P" * 32, 5, LAYOUT, (7,), 0, tokens, tuple(again))
         entry = log.add_result(seal(NODES[index], "run", made))
@@ -228,7 +229,7 @@ def test_ids_that_were_not_agreed_are_assigned_again_three_rounds_later() -> Non
     [third] = epoch.assign()
     assert third.round.height == 3
     extra = sorted(interval for batch in third.batches.values() for interval in batch[1:])
-    assert [i for a, b in extra for i in range(a, b + 1)] == list(range(lost[0][0], lost[0][1] + 1))
+    assert [i for interval in extra for i in range(*interval)] == list(range(*lost[0]))
     for height in (1, 2):
         record = epoch.close(agreed(epoch.rounds[height], {0, 1, 2, 3}))
         assert record.again == ()
@@ -241,19 +242,19 @@ def test_an_abstention_is_agreed_and_its_ids_stay_open() -> None:
     epoch = make_epoch(1)
     epoch.assign()
     epoch.close(agreed(epoch.rounds[0], {0, 1, 2, 3}, tokens=0))
-    assert epoch.open_at[1] == ((4, 0, 7),)
+    assert epoch.open_at[1] == ((4, 0, 8),)
 
 
 def test_what_was_open_before_the_epoch_is_trained_in_its_first_rounds() -> None:
-    epoch = make_epoch(3, open_ids=((1, 900, 901), (3, 950, 950)))
+    epoch = make_epoch(3, open_ids=((1, 900, 902), (3, 950, 951)))
     epoch.assign()
-    assert [epoch.again(height) for height in range(3)] == [((900, 901),), (), ((950, 950),)]
+    assert [epoch.again(height) for height in range(3)] == [((900, 902),), (), ((950, 951),)]
 
 
 def test_a_round_trains_no_more_ids_again_than_it_has_of_its_own() -> None:
-    epoch = make_epoch(3, open_ids=((1, 900, 919),))
+    epoch = make_epoch(3, open_ids=((1, 900, 920),))
     epoch.assign()
-    assert [epoch.again(height) for height in range(3)] == [((900, 907),), ((908, 915),), ((916, 919),)]
+    assert [epoch.again(height) for height in range(3)] == [((900, 908),), ((908, 916),), ((916, 920),)]
 
 
 def test_starting_over_from_other_open_ids_assigns_and_files_anew() -> None:
@@ -261,7 +262,7 @@ def test_starting_over_from_other_open_ids_assigns_and_files_anew() -> None:
     epoch.assign()
     log = epoch.rounds[0]
     agreed(log, {0, 1})
-    epoch.start(0, ((1, 900, 900),))
+    epoch.start(0, ((1, 900, 901),))
     assert [found.round.height for found in epoch.assign()] == [0, 1]
     assert len(epoch.early[0]) == 2
     assert not log.entries

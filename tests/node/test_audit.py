@@ -44,8 +44,8 @@ def test_the_books_of_a_run_show_each_data_id_once(rows: Rows) -> None:
     ledger = audit(rows)
     assert ledger.problems == []
     assert (ledger.rounds, ledger.last_step) == (STEPS, STEPS)
-    trained = [number for line in ledger.lines for number in range(line.start, line.end + 1)]
-    left = [number for start, end in ledger.untrained for number in range(start, end + 1)]
+    trained = [number for line in ledger.lines for number in range(line.start, line.stop)]
+    left = [number for interval in ledger.untrained for number in range(*interval)]
     assert sorted(trained + left) == list(range(STEPS * 8))
     assert any(line.again for line in ledger.lines)
     assert max(row["epoch"] for row in rows) > 0
@@ -153,8 +153,8 @@ def test_more_than_the_last_rounds_can_take_is_overdue() -> None:
     simulation = Simulation(Scenario.draw(21495))  # a whole round of twelve ids fails shortly before the end
     simulation.run()
     ledger = audit(row for node in simulation.nodes for row in node.book)
-    assert ledger.overdue == [(58, 59)]
-    assert (58, 59) in ledger.untrained
+    assert ledger.overdue == [(58, 60)]
+    assert (58, 60) in ledger.untrained
     assert ledger.problems == ["2 ids of earlier rounds were not trained in time, such as 58"]
 
 

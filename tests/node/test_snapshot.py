@@ -15,7 +15,7 @@ from psyche_lightning.node.snapshot import (
     entry_of,
     first_difference,
 )
-from psyche_lightning.wire.canonical import pack, sha256
+from psyche_lightning.wire.canonical import pack, sha256, unpack
 
 WEIGHT = entry_of("weight", "float32", (2, 3), bytes(24), None)
 BIAS = entry_of("bias", "bfloat16", (3,), b"abcdef", None)
@@ -69,9 +69,10 @@ def test_names_in_another_order_or_twice_are_refused() -> None:
 
 
 def test_open_ids_are_part_of_the_digest_and_come_with_the_index() -> None:
-    open_ids = ((7, 100, 101), (8, 90, 90))
+    open_ids = ((7, 100, 102), (8, 90, 91))
     index = decode_index(encode_index([WEIGHT], open_ids))
     assert index.open_ids == open_ids
+    assert unpack(encode_index([WEIGHT], open_ids), max_size=1000)[1] == [[7, 100, 101], [8, 90, 90]]
     assert encode_index([WEIGHT], open_ids) != encode_index([WEIGHT])
 
 

@@ -61,7 +61,7 @@ def test_its_twin_is_small_and_learns_on_this_machine(name: str, tmp_path: Path)
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
     model.to(getattr(torch, recipe.model.dtype))
     optimizer = DisTrO(model.named_parameters(), lr=0.01, config=recipe.distro)
-    samples = data.samples(0, 3)
+    samples = data.samples(0, 4)
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("input_ids", "labels")}
     losses = []
     for _ in range(8):

@@ -97,13 +97,13 @@ def test_a_data_set_asks_its_provider_for_stretches() -> None:
         def __len__(self) -> int:
             return 10
 
-        def samples(self, start: int, end: int) -> list[dict[str, torch.Tensor]]:
-            asked.append((start, end))
-            return [{"input_ids": torch.tensor([i])} for i in range(start, end + 1)]
+        def samples(self, start: int, stop: int) -> list[dict[str, torch.Tensor]]:
+            asked.append((start, stop))
+            return [{"input_ids": torch.tensor([i])} for i in range(start, stop)]
 
         def validation(self) -> list[dict[str, torch.Tensor]]:
             return []
 
     found = ProviderDataset(Provider()).__getitems__([7, 8, 9, 0, 1, 5])
     assert [int(sample["input_ids"]) for sample in found] == [7, 8, 9, 0, 1, 5]
-    assert asked == [(7, 9), (0, 1), (5, 5)]
+    assert asked == [(7, 10), (0, 2), (5, 6)]

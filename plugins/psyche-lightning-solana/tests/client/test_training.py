@@ -62,7 +62,8 @@ class Node:
             node.start()
             while not self.stopping.is_set() and (work := node.next_round()) is not None:
                 self.steps.append(work.step)
-                inputs = torch.randn(work.end - work.start + 1, 24, generator=torch.Generator().manual_seed(work.start))
+                ((start, stop),) = work.batch
+                inputs = torch.randn(stop - start, 24, generator=torch.Generator().manual_seed(start))
                 loss = (self.module(inputs) - inputs[:, :12]).square().mean()
                 self.optimizer.zero_grad()
                 loss.backward()
