@@ -1,0 +1,117 @@
+"""Requests between node and server: what travels follows from their fields, and is what it was."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from psyche_lightning.errors import CoordinatorError, WireError
+from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
+from psyche_lightning.protocol.requests import (
+    REQUESTS,
+    Accuse,
+    GetRounds,
+    GetTerms,
+    HealthCheck,
+    Join,
+    Report,
+    Request,
+    Terms,
+    Vote,
+    WarmupWitness,
+    Withdraw,
+    Witness,
+    decode,
+    encode,
+    wire_types,
+)
+from psyche_lightning.protocol.state import CoordinatorConfig, Round, WitnessProof, WitnessRecord
+from psyche_lightning.wire.canonical import pack, unpack
+
+MANIFEST = {"model": {"layers": 2, "name": "m"}, "data": {"seed": 3}}
+TEXT, DIGEST = manifest_text(MANIFEST), manifest_digest(MANIFEST)
+TRAVELS: list[tuple[Request[Any], str, list[Any]]] = [
+    (GetTerms(), "terms", []),
+    (Join("host:1", MANIFEST), "join", ["host:1", DIGEST, TEXT]),
+    (Withdraw(), "withdraw", []),
+    (WarmupWitness(1, 2, b"d" * 32), "warmup_witness", [1, 2, b"d" * 32]),
+    (
+        Witness(1, 5, WitnessProof(3, 4, True), b"m" * 32, b"p" * 192, b"b" * 192, Report(7, 2.5, 10.0, 20, 30)),
+        "witness",
+        [1, 5, 3, 4, True, b"m" * 32, b"p" * 192, b"b" * 192, [7, 2.5, 10.0, 20, 30]],
+    ),
+    (HealthCheck(1, 5, (b"k" * 32, b"l" * 32)), "health_check", [1, 5, [b"k" * 32, b"l" * 32]]),
+    (Vote(1, 9, b"d" * 32), "checkpoint", [1, 9, b"d" * 32]),
+    (Accuse(b"one", b"two"), "accuse", [b"one", b"two"]),
+    (GetRounds(1, 3), "rounds", [1, 3]),
+]
+
+
+@pytest.mark.parametrize(("request_", "name", "values"), TRAVELS, ids=[name for _, name, _ in TRAVELS])
+def test_a_request_travels_as_its_fields_and_arrives_as_it_was(request_: Request[Any], name: str, values: Any) -> None:
+    assert (request_.name, encode(request_)) == (name, values)
+    received = unpack(pack(encode(request_)), max_size=1 << 20)
+    assert decode(name, received, {}) == request_
+
+
+def test_every_request_is_in_the_table_above() -> None:
+    assert {type(request) for request, _, _ in TRAVELS} == set(REQUESTS.values())
+
+
+def test_a_manifest_that_the_server_holds_need_not_travel() -> None:
+    values = encode(Join("a", MANIFEST), held=True)
+    assert values == ["a", DIGEST, ""]
+    assert decode("join", values, {DIGEST: MANIFEST}) == Join("a", MANIFEST)
+    with pytest.raises(CoordinatorError, match="does not hold this manifest") as caught:
+        decode("join", values, {})
+    assert caught.value.code == "ManifestNeeded"
+
+
+@pytest.mark.parametrize(
+    ("digest", "text"),
+    [
+        (DIGEST, "{"),
+        (DIGEST, "[1]"),
+        (DIGEST, "[" * 100_000),
+        (DIGEST, json.dumps(MANIFEST)),  # not the canonical form
+        (bytes(32), TEXT),
+    ],
+    ids=["no JSON", "no object", "deep", "spaces", "other digest"],
+)
+def test_a_manifest_is_what_its_digest_says(digest: bytes, text: str) -> None:
+    with pytest.raises(CoordinatorError, match="manifest cannot be read") as caught:
+        decode("join", ["a", digest, text], {})
+    assert caught.value.code == "InvalidManifest"
+
+
+@pytest.mark.parametrize("name", [name for name, kind in REQUESTS.items() if wire_types(kind)])
+def test_fields_of_another_number_or_type_are_refused_by_name(name: str) -> None:
+    values = next(values for _, other, values in TRAVELS if other == name)
+    for wrong in (values[:-1], [*values, 0], [None, *values[1:]], None, tuple(values)):
+        with pytest.raises(WireError, match=rf"^{name} takes \("):
+            decode(name, wrong, {})
+    with pytest.raises(WireError, match="unknown request 'x'; known are terms, join, "):
+        decode("x", [], {})
+
+
+@pytest.mark.parametrize("figures", [[1], [-1, 1.0, 1.0, 0, 0], [1, 1, 1.0, 0, 0], [1, 1.0, 1.0, 0, "x"], [True] * 5])
+def test_figures_of_another_shape_are_refused(figures: list[Any]) -> None:
+    with pytest.raises(CoordinatorError, match="report") as caught:
+        decode("witness", [0, 0, 0, 0, True, b"", b"", b"", figures], {})
+    assert caught.value.code == "InvalidRequest"
+
+
+def test_keys_are_bytes() -> None:
+    with pytest.raises(CoordinatorError, match="signers of health_check is a list of keys"):
+        decode("health_check", [0, 0, [b"", "x"]], {})
+
+
+def test_answers_travel_as_json() -> None:
+    terms = Terms(CoordinatorConfig(total_steps=5), ("global_batch_size",), MANIFEST)
+    assert GetTerms.answer_from_json(json.loads(json.dumps(GetTerms.answer_to_json(terms)))) == terms
+    record = WitnessRecord(WitnessProof(0, 1), b"m" * 32, True)
+    rounds = (Round(4, 5, 7, 30, 6, (b"k" * 32, b"l" * 32), witnesses=(record,)),)
+    assert GetRounds.answer_from_json(json.loads(json.dumps(GetRounds.answer_to_json(rounds)))) == rounds
+    assert HealthCheck.answer_from_json(json.loads(json.dumps(HealthCheck.answer_to_json(2)))) == 2
