@@ -60,8 +60,7 @@ def create(
     from psyche_lightning.cli.owner import administer
 
     admin = administer(coordinator, run_id, token)
-    wanted = _wanted(run_id, arguments or [], twin, everybody=not invited)
-    status = admin.create(wanted)
+    status = admin.create(wanted(run_id, arguments or [], twin, everybody=not invited))
     if paused and status["phase"] not in ("paused", "uninitialized"):
         status = admin.pause()
     elif not paused and status["phase"] in ("paused", "uninitialized"):
@@ -83,7 +82,7 @@ def update(
 
     if not arguments:
         raise ConfigError("nothing to change; give settings such as total_steps=2000, or a recipe")
-    after = administer(coordinator, run_id, token).update(_wanted(run_id, arguments, twin))
+    after = administer(coordinator, run_id, token).update(wanted(run_id, arguments, twin))
     print(f"run {run_id} is changed: {after['config']['total_steps'] or '?'} steps, {_words(after['phase'])}")
 
 
@@ -242,7 +241,7 @@ def resume(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
 run.command()(ledger)
 
 
-def _wanted(run_id: str, arguments: list[str], twin: bool, *, everybody: bool = True) -> Creation:
+def wanted(run_id: str, arguments: list[str], twin: bool, *, everybody: bool = True) -> Creation:
     """What the arguments of ``create`` and ``update`` say."""
     recipe, overrides = _split(arguments)
     if recipe is None and twin:

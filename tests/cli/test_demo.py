@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import io
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
-from psyche_lightning.cli.demo.command import _stretched
+import pytest
+from rich.console import Console
+
+from psyche_lightning.cli.demo.command import _stretched, _sum_up
+from psyche_lightning.cli.demo.report import Figures
+from psyche_lightning.cli.demo.view import View
 from psyche_lightning.recipe import load_recipe
 
 
@@ -16,6 +24,56 @@ def test_a_schedule_fits_any_number_of_rounds(recipe: str, rounds: int) -> None:
     fitted = load_recipe(recipe, [*_stretched(whole, rounds), f"total_steps={rounds}"])
     assert fitted.optimizer.schedule.warmup_steps == whole.optimizer.schedule.warmup_steps * rounds // steps
     assert all(0 <= fitted.schedule(step) <= whole.optimizer.lr for step in range(1, rounds + 1))
-    assert _stretched(whole, steps) == [
-        f"optimizer.schedule.{name}={length}" for name, length in whole.optimizer.schedule.lengths(1).items()
+    as_it_is = whole.optimizer.schedule.lengths(Fraction(1))
+    assert _stretched(whole, steps) == [f"optimizer.schedule.{name}={length}" for name, length in as_it_is.items()]
+
+
+def status(step: int, **more: Any) -> dict[str, Any]:
+    node = {"status": "healthy", "loss": 2.5, "tokens_per_second": 12_345.6, "bytes_up": 123_456_789}
+    clients = [{"key": f"{number:08x}", **node, "bytes_down": 98_765_432} for number in range(3)]
+    metrics = [{"step": done, "loss": 2.5} for done in range(1, step)]
+    run = {"run_id": "demo", "phase": "waiting_for_members", "epoch": 10, "step": step, "metrics": metrics}
+    return {**run, "clients": clients, "pending": [], "exited": [], "events": [{"text": "all is well"}], **more}
+
+
+def shown(statuses: list[dict[str, Any]], rounds: int, nodes: int = 3, **console: Any) -> str:
+    text = io.StringIO()
+    with View(Console(file=text, **console), all_reduce=1e9 if nodes > 1 else None, rounds=rounds) as view:
+        for each in statuses:
+            view.show(each)
+    return text.getvalue()
+
+
+def test_nothing_is_cut_on_a_terminal_of_80_columns() -> None:
+    text = shown([status(100_001)], 120_000, force_terminal=True, width=80, color_system=None)
+    assert "…" not in text
+    assert "run demo, epoch 10: waiting for members" in text
+    assert "100000/120000" in text
+    assert "left" in text
+
+
+@pytest.mark.parametrize(("rounds", "every"), [(1, 1), (6, 1), (12, 2), (30, 5), (120, 10), (1000, 10)])
+def test_a_pipe_gets_lines_of_short_runs_too(rounds: int, every: int) -> None:
+    lines = shown([status(step) for step in range(1, rounds + 2)], rounds, width=200).splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        f"round {done}/{rounds}" for done in range(every, rounds + 1, every)
     ]
+
+
+def test_a_node_alone_is_compared_with_nobody() -> None:
+    assert "ratio -" in shown([status(3)], 2, nodes=1, width=200)
+    sizes = dict.fromkeys(("socket_bytes_up", "socket_bytes_down", "payload_bytes_up", "payload_bytes_computed"), 9)
+    node = {"id": "0" * 64, "digest": "1" * 64, **sizes}
+    history = [{"step": 1, "loss": 5.0}]
+
+    def told(nodes: int) -> str:
+        text = io.StringIO()
+        figures = Figures(1, 1e6, 1, 1.0, nodes, [node] * nodes, history)
+        _sum_up(Console(file=text, width=80), figures, Path("nowhere"), "nats")
+        return text.getvalue()
+
+    assert "train loss  5.000 nats" in told(1)
+    assert "fewer bytes" not in told(1)
+    assert "2 of 2 nodes finished with equal parameters" in told(2)
+    assert "times fewer bytes than an fp32 all-reduce" in told(2)
+    assert "…" not in told(2)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from psyche_lightning.cli.console import stdout
 from psyche_lightning.cli.demo.processes import Child, Processes
-from psyche_lightning.cli.demo.report import Figures, plot, read_results, read_validation
+from psyche_lightning.cli.demo.report import Figures, counted, plot, read_results, read_validation
 from psyche_lightning.cli.demo.stage import Stage, find_stage
 from psyche_lightning.cli.demo.view import View, megabytes
 from psyche_lightning.errors import ConfigError, PsycheError
@@ -70,17 +70,18 @@ def demo(
         given = [*_stretched(resolved, rounds), *given, f"total_steps={rounds}"]
         resolved = load_recipe(recipe, given, twin=twin)
     size = estimate(resolved)
-    # A node alone exchanges nothing; it is compared with one of two.
+    # A node alone exchanges no updates; its figures are compared with those of one of two.
     all_reduce = size.allreduce_bytes_per_round(max(nodes, 2))
     steps = resolved.run.coordinator.total_steps
     _prepare(keep)
     console.print(
-        f"[bold]psyche demo[/]: {nodes} nodes, {size.trainable / 1e6:.2f} M parameters, {steps} rounds; "
-        f"logs in {keep}/  (Ctrl-C stops everything)",
+        f"[bold]psyche demo[/]: {counted(nodes, 'node')}, {size.trainable / 1e6:.2f} M parameters, "
+        f"{counted(steps, 'round')}. Ctrl-C stops everything.",
         highlight=False,
     )
+    console.print(f"logs, plot and checkpoint: {keep}/", highlight=False)
     with Processes() as processes:
-        console.print(f"[dim]starting {stage.what} and the nodes ...[/]")
+        console.print(f"[dim]starting {stage.what} and {'the nodes' if nodes > 1 else 'the node'} ...[/]")
         folders = [keep / f"node-{number}" for number in range(nodes)]
         url = stage.open(processes, keep, nodes, console)
         stage.create(RUN, recipe, given, twin)
@@ -93,7 +94,7 @@ def demo(
             arguments = ["train", *common, "--run", RUN, *extra]
             child = Child(f"node {number}", arguments, folder / "log.txt", stage.environment(number))
             children.append(processes.add(child))
-        with View(console, all_reduce=all_reduce, rounds=steps) as view:
+        with View(console, all_reduce=all_reduce if nodes > 1 else None, rounds=steps) as view:
             status = _watch(stage, children, view)
         _finish(children)
         more = stage.finish(folders)
@@ -153,9 +154,9 @@ def _finish(nodes: list[Child]) -> None:
 
 
 def _figures(status: dict[str, Any], folders: list[Path], parameters: int, all_reduce: float, rounds: int) -> Figures:
-    rows = [
-        {**row, "bytes_per_node": max(row["bytes_up"], row["bytes_down"])} for row in status["metrics"] if row["step"]
-    ]
+    # Of steps that were trained again, since their epoch was undone, the newest row counts.
+    metrics = {row["step"]: row for row in status["metrics"]}
+    rows = [{**row, "bytes_per_node": max(row["bytes_up"], row["bytes_down"])} for row in metrics.values()]
     times = [event["time"] for event in status["events"]]
     return Figures(
         parameters=parameters,
@@ -172,7 +173,9 @@ def _figures(status: dict[str, Any], folders: list[Path], parameters: int, all_r
 
 def _sum_up(console: Console, figures: Figures, folder: Path, unit: str) -> None:
     summary = figures.as_json()
-    table = Table("node", "digest", "up / round", "down / round", "payload / round", "computed", box=None)
+    table = Table("node", "digest", box=None, pad_edge=False)
+    for name in ("up / round", "down / round", "payload / round", "computed"):
+        table.add_column(name, justify="right")
     for node in figures.nodes:
         rounds = figures.rounds
         table.add_row(
@@ -186,13 +189,14 @@ def _sum_up(console: Console, figures: Figures, folder: Path, unit: str) -> None
     console.print(table)
     for name, ends in summary["loss"].items():
         if ends:
-            console.print(f"{name:>10} loss  {ends[0]:.3f} -> [bold]{ends[1]:.3f}[/] {unit}", highlight=False)
-    equal = len(figures.digests) == 1
-    console.print(
-        f"{len(figures.nodes)} of {figures.started} nodes finished with "
-        + ("[green]equal[/] parameters" if equal else "[red]different[/] parameters")
-        + f"; {figures.ratio:.0f} times fewer bytes than an fp32 all-reduce, everything counted at the sockets"
-    )
+            change = f"{ends[0]:.3f} -> [bold]{ends[1]:.3f}[/]" if ends[0] != ends[1] else f"[bold]{ends[0]:.3f}[/]"
+            console.print(f"{name:>10} loss  {change} {unit}", highlight=False)
+    if figures.started == 1:
+        console.print("the node finished; alone it exchanges no updates")
+    else:
+        equal = "[green]equal[/]" if len(figures.digests) == 1 else "[red]different[/]"
+        console.print(f"{len(figures.nodes)} of {figures.started} nodes finished with {equal} parameters")
+        console.print(f"{figures.comparison}, everything counted at the sockets")
     gone = [event["text"] for event in figures.events if event["kind"] == "dropped"]
     for text in gone:
         console.print(f"[yellow]{text}[/]")

@@ -48,6 +48,11 @@ class Figures:
         return self.all_reduce / self.busiest if self.busiest else float("inf")
 
     @property
+    def comparison(self) -> str:
+        """The ratio in words."""
+        return f"{self.ratio:.0f} times fewer bytes than an fp32 all-reduce"
+
+    @property
     def digests(self) -> set[str]:
         """The parameter digests of the nodes; one, if they are equal."""
         return {node["digest"] for node in self.nodes}
@@ -69,6 +74,11 @@ class Figures:
             "history": self.history,
             "events": self.events,
         }
+
+
+def counted(number: int, thing: str) -> str:
+    """Such as "1 node" or "3 nodes"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _ends(values: list[float]) -> list[float]:
@@ -103,18 +113,18 @@ def plot(figures: Figures, path: Path, unit: str) -> None:
 
     rows = [row for row in figures.history if row["loss"] is not None]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained")
-    top.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#9db4d0", label="training")
+    alone = "o" if len(rows) == 1 else None  # no line goes through one point
+    curve = [row["step"] for row in rows], [row["loss"] for row in rows]
+    top.plot(*curve, color="#9db4d0", marker=alone, label="training")
     if figures.validation:
         steps, losses = zip(*figures.validation, strict=True)
         top.plot(steps, losses, color="#c2410c", marker="o", markersize=4, label="validation")
     top.set_ylabel(f"loss ({unit})")
     top.legend(frameon=False)
-    top.set_title(
-        f"{figures.started} nodes, {figures.parameters / 1e6:.2f} M parameters: "
-        f"{figures.ratio:.0f} times fewer bytes than an fp32 all-reduce"
-    )
+    title = f"{counted(figures.started, 'node')}, {figures.parameters / 1e6:.2f} M parameters"
+    top.set_title(f"{title}: {figures.comparison}" if figures.started > 1 else title)
     per_round = [row["bytes_per_node"] / 1e3 for row in figures.history]
-    bottom.plot([row["step"] for row in figures.history], per_round, color="#4d7c0f")
+    bottom.plot([row["step"] for row in figures.history], per_round, color="#4d7c0f", marker=alone)
     bottom.set_ylim(bottom=0)
     bottom.set_ylabel("kB per node\nand round")
     bottom.set_xlabel("round")

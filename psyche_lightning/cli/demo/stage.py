@@ -92,10 +92,11 @@ class ServerStage:
 
     def create(self, run_id: str, recipe: str, overrides: list[str], twin: bool) -> None:
         """Create the run."""
-        from psyche_lightning.cli.run import create
+        from psyche_lightning.cli.owner import administer
+        from psyche_lightning.cli.run import wanted
 
         self._run = run_id
-        create(run_id, [recipe, *overrides], self._url, None, twin)
+        administer(self._url, run_id).create(wanted(run_id, [recipe, *overrides], twin))
 
     def environment(self, node: int) -> Mapping[str, str]:
         """Nothing."""

@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-LINE_EVERY = 10
-"""Rounds between two lines where the output is not a terminal."""
+LINE_EVERY, LINES = 10, 6
+"""Where the output is not a terminal: most rounds between two lines, and about the fewest lines of a short run."""
 EVENTS = 4
 
 
@@ -30,7 +30,7 @@ class View:
 
     Args:
         console: where to.
-        all_reduce: bytes of an fp32 all-reduce per node and round, for the ratio.
+        all_reduce: bytes of an fp32 all-reduce per node and round, for the ratio; None for a node alone.
         rounds: training rounds of the run.
         clock: monotonic seconds.
     """
@@ -39,7 +39,7 @@ class View:
         self,
         console: Console,
         *,
-        all_reduce: float,
+        all_reduce: float | None,
         rounds: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -49,6 +49,7 @@ class View:
         self._clock = clock
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._first: tuple[int, float] | None = None
+        self._every = max(1, min(LINE_EVERY, rounds // LINES))
         self._printed = 0
 
     def __enter__(self) -> View:
@@ -67,7 +68,7 @@ class View:
             self._first = (done, self._clock())
         if self._live:
             self._live.update(self._picture(status, done), refresh=True)
-        elif done >= self._printed + LINE_EVERY or done == self._rounds > self._printed:
+        elif done >= self._printed + self._every or done == self._rounds > self._printed:
             self._printed = done
             self._console.print(self._line(status, done), highlight=False)
 
@@ -87,12 +88,11 @@ class View:
         most = max(up or 0, down or 0) / max(done, 1)
         return {
             "round": f"{done}/{self._rounds}",
-            "phase": status["phase"].replace("_", " "),
             "loss": "-" if loss is None else f"{loss:.3f}",
             "tokens/s": f"{rate:,.0f}",
             "up": megabytes(up),
             "down": megabytes(down),
-            "ratio": f"{self._all_reduce / most:.0f}x" if most else "-",
+            "ratio": f"{self._all_reduce / most:.0f}x" if most and self._all_reduce is not None else "-",
             "left": self._left(done),
         }
 
@@ -109,7 +109,7 @@ class View:
         for name in ("node", "status", "loss", "tokens/s", "up", "down"):
             nodes.add_column(name, justify="left" if name in ("node", "status") else "right", min_width=9)
         for node in (*status["clients"], *status["pending"], *status["exited"]):
-            well = node["status"] in ("healthy", "pending")
+            well = node["status"] in ("healthy", "pending", "finished")
             nodes.add_row(
                 node["key"],
                 Text(node["status"], style="green" if well else "red"),
@@ -121,4 +121,6 @@ class View:
         events = Text("\n".join(event["text"] for event in status["events"][-EVENTS:]), style="dim")
         bar = ProgressBar(total=self._rounds, completed=done, width=64)
         body = Group(facts, bar, Text(), nodes, Text(), events)
-        return Panel(body, title=f"run {status['run_id']}, epoch {status['epoch']}", border_style="blue", expand=False)
+        phase = status["phase"].replace("_", " ")
+        title = f"run {status['run_id']}, epoch {status['epoch']}: {phase}"
+        return Panel(body, title=title, border_style="blue", expand=False)
