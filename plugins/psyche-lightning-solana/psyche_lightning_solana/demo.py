@@ -1,4 +1,4 @@
-"""``psyche demo --coordinator solana``: the demo through a local chain, with a pause and a node that is killed."""
+"""``psyche demo --coordinator solana``: the demo through a local chain, with a pause and, of three, a kill."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ ROUND_TIME, WITNESS_TIME = 20.0, 4.0
 """Ceilings of a round's phases in seconds: what the nodes wait for the one that is killed."""
 PAUSE_AFTER, KILL_AFTER = 0.4, 0.7
 """Shares of the run's steps."""
+KILL_FROM = 3
+"""Nodes from which one may be missing: a quorum is more than half, so one of two alone agrees on nothing."""
 
 _Result = TypeVar("_Result")
 
@@ -179,7 +181,7 @@ class SolanaStage:
                 raise PsycheError(
                     f"the pause lost parameters: the run paused with {self._paused} and went on with {self._resumed}"
                 )
-        elif self._resumed is not None and self._killed is None and done >= KILL_AFTER and len(nodes) > 1:
+        elif self._resumed is not None and self._killed is None and done >= KILL_AFTER and len(nodes) >= KILL_FROM:
             self._killed = nodes[-1].name
             nodes[-1].signal(signal.SIGKILL)
 

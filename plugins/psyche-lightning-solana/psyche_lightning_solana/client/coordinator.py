@@ -111,6 +111,7 @@ class SolanaCoordinator:
         self._decoded: tuple[Snapshot, RunAccounts] | None = None
         self._joined = False
         self._bytes: tuple[float, int] | None = None
+        self._told: tuple[int, float, tuple[int, int]] | None = None  # step, loss, and where they were reported
         self._in_flight: dict[Hashable, asyncio.Task[Any]] = {}
         self._ticker: asyncio.Task[None] | None = None
         self._landed: set[tuple[Hashable, ...]] = set()
@@ -201,7 +202,7 @@ class SolanaCoordinator:
     async def _witness(self, request: Witness) -> None:
         """Report as a witness."""
         at = request.epoch, request.height
-        figures = self._figures(request.report, *at)
+        figures = await self._figures(request.report, *at)
         await self._report(
             "witness",
             lambda keys, me: keys.witness(
@@ -453,19 +454,25 @@ class SolanaCoordinator:
                 self._feed.look()  # the run may have moved on
             raise
 
-    def _figures(self, report: Report, epoch: int, height: int) -> dict[str, Any]:
-        """A report in the form of Psyche's metadata; figures of another round's step are not taken by the program."""
+    async def _figures(self, report: Report, epoch: int, height: int) -> dict[str, Any]:
+        """A report in the form of Psyche's metadata: the run's step, and the newest loss, which is told once.
+
+        The step is the run's in every round, also where an epoch drains or the figures are of the step before, as
+        results overlap training: the program takes no other, and Psyche's website forgets all steps after a lower one.
+        """
         now, total = self._clock(), report.bytes_up + report.bytes_down
         before, self._bytes = self._bytes, (now, total)
         rate = (total - before[1]) / max(now - before[0], 1e-3) if before is not None else 0.0
-        latest = self._decode(self._feed.latest).state if self._feed is not None and self._feed.latest else None
-        current = latest.current if latest is not None and latest.epoch == epoch else None
-        of_now = current is not None and (current.height, current.step) == (height, report.step)
+        latest = self._feed.latest if self._feed is not None else None
+        state = (await self._look() if latest is None else self._decode(latest)).state
+        round_ = state.round_at(height) if state.epoch == epoch else None
+        if self._told is None or self._told[:2] != (report.step, report.loss):
+            self._told = report.step, report.loss, (epoch, height)
         return {
-            "step": report.step if of_now else 0,
+            "step": (round_.step if round_ is not None else 0) or state.step,
             "tokens_per_sec": _single(report.tokens_per_second),
             "bandwidth_per_sec": _single(rate),
-            "loss": _single(report.loss) if of_now and not math.isnan(report.loss) else math.inf,
+            "loss": _single(report.loss) if self._told[2] == (epoch, height) else math.inf,
         }
 
     async def _health_check(self, epoch: int, height: int, signers: tuple[bytes, ...]) -> int:

@@ -132,8 +132,10 @@ class Story:
         before, state = self.run, self.run.state
         if name == "witness" and state.current is not None:
             figures = given["metadata"]
-            report = Report(figures["step"], figures["loss"], figures["tokens_per_sec"])
-            if figures["step"]:  # else nothing was trained that the figures could be of
+            # While an epoch drains, a loss that comes is still of the last step; without one there is nothing to tell.
+            step = figures["step"] if state.current.step else state.step - 1
+            if figures["step"] and (state.current.step or math.isfinite(figures["loss"])):
+                report = Report(step, figures["loss"], figures["tokens_per_sec"])
                 self.history.report(given.get("epoch", state.epoch), user, report)
         self.run = act(self.run, name, user, given, clock)
         after = self.run.state

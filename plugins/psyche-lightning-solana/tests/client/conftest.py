@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import math
 import random
 from dataclasses import asdict
 
@@ -136,10 +137,10 @@ class World:
 
 
 class Player:
-    """Plays a node: reports whatever the state asks of it, except what ``silent`` names."""
+    """Plays a node: reports all that the state asks for but ``silent``; its figures are ``late`` steps old."""
 
-    def __init__(self, client, silent=()):
-        self.client, self.silent = client, set(silent)
+    def __init__(self, client, silent=(), late=0):
+        self.client, self.silent, self.late = client, set(silent), late
         self.states, self.errors = [], []
 
     async def play(self, until):
@@ -172,7 +173,9 @@ class Player:
             if selection.is_witness(seat) and seat not in {w.proof.index for w in round_.witnesses}:
                 proof = selection.witness_proof(seat)
                 merkle = sha256(me, bytes([round_.height]))
-                report = Report(round_.step, 2.0, 100.0, 10, 20)
+                # While an epoch drains, figures are still of the last step.
+                trained = max(round_.step - self.late, 0) if round_.step else state.step - 1
+                report = Report(trained, 2.0 + trained / 4 if trained else math.nan, 100.0, 10, 20)
                 filters = participants_bloom(round_.seed, round_.clients), bytes(192)
                 await client.request(Witness(state.epoch, round_.height, proof, merkle, *filters, report))
         elif state.phase is Phase.COOLDOWN and all(vote[0] != me for vote in state.checkpoint_votes):

@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import math
 
 import pytest
 from psyche_lightning_solana.client import timekeeper
+from psyche_lightning_solana.client.ledger import Ledger
+from psyche_lightning_solana.model import decode
 from solders.account import Account
 from solders.pubkey import Pubkey
 
@@ -65,12 +68,46 @@ def test_a_run_from_the_first_join_to_its_end(run, play, player, reached):
         assert story.run.state.phase is Phase.FINISHED
         assert story.run.state.checkpoint == last.checkpoint
         told = story.status(await owner.look())
-        assert [(row["step"], row["loss"]) for row in told["metrics"]][:4] == [(i, 2.0) for i in range(1, 5)]
+        assert [(row["step"], row["loss"]) for row in told["metrics"]][:4] == [(i, 2.0 + i / 4) for i in range(1, 5)]
         assert [event["kind"] for event in told["events"]].count("joined") == 3
         assert told["events"][-1]["text"] == "the run has finished after 4 steps"
         assert "agreed by 2 of 2 nodes" in told["events"][-2]["text"]
 
     run(test, programs=True)
+
+
+@pytest.mark.parametrize("late", [0, 1], ids=["at once", "overlap"])
+def test_every_report_has_the_step_of_the_run_and_each_loss_is_told_once(run, play, player, reached, late):
+    async def test(world):
+        owner = await world.owner()
+        players = [player(client, late=late) for client in await joined(world, 2)]
+        await play(players, reached(Phase.ROUND_TRAIN))
+        await owner.pause()
+        await play(players, reached(Phase.PAUSED))
+        await owner.resume()
+        await play(players, reached(Phase.FINISHED))
+        _, story = await world.ledger(owner)
+        account = (await owner.run.keys()).coordinator_account
+        entries = await Ledger(owner.run.reader, account).entries()
+        calls = [
+            decode(call.data)
+            for entry in entries
+            if entry.error is None
+            for call in entry.calls
+            if account in call.accounts and call.program == owner.run.program
+        ]
+        figures = [given["metadata"] for name, given in calls if name == "witness"]
+        return figures, {row["step"]: row["loss"] for row in story.status(await owner.look())["metrics"]}
+
+    figures, rows = run(test, programs=True)
+    steps = [row["step"] for row in figures]
+    assert set(steps) == {1, 2, 3, 4, 5}  # the rounds that drain have the next one
+    # Psyche's website forgets whatever comes before a lower step.
+    assert steps == sorted(steps)
+    told = {(row["step"], row["loss"]) for row in figures if row["loss"] != math.inf}
+    assert told == {(step + late, 2.0 + step / 4) for step in range(1, 5)}
+    if not late:
+        assert rows == {step: 2.0 + step / 4 for step in range(1, 5)}
 
 
 def test_joining_sends_only_what_is_not_so_yet(run, play, player, reached):
