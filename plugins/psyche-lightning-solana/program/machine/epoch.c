@@ -15,13 +15,6 @@ NOINLINE u64 count_pending(const Run *run) {
   return count;
 }
 
-NOINLINE u64 count_healthy(const Run *run) {
-  const ClientList *clients = &run->account->clients;
-  u64 count = 0;
-  for (u64 i = 0; i < within(clients->length, MAX_CLIENTS); i++) count += clients->items[i].state == HEALTHY;
-  return count;
-}
-
 // The pending members become the list of clients; whether one of them may hold the checkpoint.
 static NOINLINE bool take_members(Run *run) {
   Coordinator *account = run->account;

@@ -22,6 +22,13 @@ bool is_healthy(const Run *run, const Key *signer) {
   return index != NOBODY && run->account->clients.items[index].state == HEALTHY;
 }
 
+NOINLINE u64 count_healthy(const Run *run) {
+  const ClientList *clients = &run->account->clients;
+  u64 count = 0;
+  for (u64 i = 0; i < within(clients->length, MAX_CLIENTS); i++) count += clients->items[i].state == HEALTHY;
+  return count;
+}
+
 // Whether another member's node has that key.
 static bool is_taken(const Run *run, const Key *p2p, u64 index) {
   const Coordinator *account = run->account;

@@ -37,9 +37,11 @@ INLINE u64 within(u64 length, u64 most) { return length < most ? length : most; 
 void settle(Run *run);
 // Refuses with Halted, else settles.
 u64 tick(Run *run);
-void enter(Run *run, u8 phase);
 // Whether the round trains a step, or only drains the pipeline.
 bool trains(const Run *run, const Round *round);
+
+// phase.c
+void enter(Run *run, u8 phase);
 
 // epoch.c
 u64 count_pending(const Run *run);
@@ -47,7 +49,6 @@ void form_epoch(Run *run);
 // Clients that are not healthy leave the list; whether there were any.
 bool remove_departed(Run *run, u32 height);
 void withdraw_everyone(Run *run);
-u64 count_healthy(const Run *run);
 // Those who said nothing in a whole warm-up do not hold the checkpoint.
 void forget_silent_holders(Run *run);
 // The end of an epoch: points if it succeeded, and who holds the parameters.
@@ -83,6 +84,7 @@ u64 find_member(const Run *run, const Key *signer, u64 from);
 // Index in the epoch's list of clients, or NOBODY.
 u64 find_client(const Run *run, const Key *signer);
 bool is_healthy(const Run *run, const Key *signer);
+u64 count_healthy(const Run *run);
 u64 join(Run *run, const Key *signer, const Key *p2p);
 u64 withdraw(Run *run, const Key *signer);
 
