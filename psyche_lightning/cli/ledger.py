@@ -11,7 +11,7 @@ import typer
 from psyche_lightning.errors import PsycheError
 
 if TYPE_CHECKING:
-    from psyche_lightning.node.audit import Ledger
+    from psyche_lightning.node.audit import Audit
 
 ROWS = 20
 
@@ -36,19 +36,19 @@ def ledger(
     the signatures of all results checked.
     """
     from psyche_lightning.node.audit import audit
-    from psyche_lightning.node.book import find_books, read_book
+    from psyche_lightning.node.ledger import find_ledgers, read_ledger
 
-    books = find_books(folders)
-    found = audit(row for book in books for row in read_book(book) if run_id in (None, row.get("run")))
+    ledgers = find_ledgers(folders)
+    found = audit(row for ledger in ledgers for row in read_ledger(ledger) if run_id in (None, row.get("run")))
     if as_json:
         print(json.dumps(_plain(found), indent=1))
     else:
-        _show(found, rows, len(books))
+        _show(found, rows, len(ledgers))
     if check and (found.problems or not found.rounds):
         raise PsycheError(f"the ledger is not complete: {'; '.join(found.problems) or 'no round is in it'}")
 
 
-def _plain(found: Ledger) -> dict[str, Any]:
+def _plain(found: Audit) -> dict[str, Any]:
     from psyche_lightning.protocol.open_ids import closed
 
     return {
@@ -76,7 +76,7 @@ def _plain(found: Ledger) -> dict[str, Any]:
     }
 
 
-def _show(found: Ledger, rows: int, books: int) -> None:
+def _show(found: Audit, rows: int, ledgers: int) -> None:
     from rich.table import Table
 
     from psyche_lightning.cli.console import stdout
@@ -86,8 +86,8 @@ def _show(found: Ledger, rows: int, books: int) -> None:
     console = stdout()
     again = count((line.start, line.stop) for line in found.lines if line.again)
     console.print(
-        f"[bold]{found.run}[/]: {found.rounds} rounds up to step {found.last_step}, from {books} ledgers; {found.ids} "
-        f"data ids trained once, {again} of them in a later round than their own"
+        f"[bold]{found.run}[/]: {found.rounds} rounds up to step {found.last_step}, from {ledgers} ledgers; "
+        f"{found.ids} data ids trained once, {again} of them in a later round than their own"
     )
     if found.undone:
         console.print(f"{found.undone} rounds belong to epochs whose end was not agreed; their ids were trained again")

@@ -24,9 +24,9 @@ from psyche_lightning.lightning.options import Options
 from psyche_lightning.lightning.standing import Standing, after_round, at_the_end
 from psyche_lightning.lightning.traffic import Traffic
 from psyche_lightning.logs import ensure_heard, speaking
-from psyche_lightning.node.book import FILE as LEDGER
-from psyche_lightning.node.book import Book
 from psyche_lightning.node.download import Transfer
+from psyche_lightning.node.ledger import FILE as LEDGER
+from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
@@ -183,7 +183,7 @@ class Session:
         memory = _RecentBlobs() if options.alone else MemoryBlobStore()
         store = memory if folder is None else DirectoryBlobStore(folder / "blobs")
         self._journal = MemoryJournal() if folder is None else Journal(folder / "journal")
-        self._book = None if folder is None else Book(folder / LEDGER)
+        self._ledger = None if folder is None else Ledger(folder / LEDGER)
         self._participant = Participant(
             identity=identity,
             run_id=self._run,
@@ -195,7 +195,7 @@ class Session:
             store=store,
             journal=self._journal,
             traffic=lambda: self.traffic.total,
-            book=self._book,
+            ledger=self._ledger,
             patience=options.patience,
         )
         if self._interruption is not None:
@@ -420,8 +420,8 @@ class Session:
             self._participant.stop()
             if isinstance(self._journal, Journal):
                 self._journal.close()
-            if self._book is not None:
-                self._book.close()
+            if self._ledger is not None:
+                self._ledger.close()
         self._voice.close()
 
 

@@ -18,7 +18,7 @@ from psyche_lightning.protocol.state import Round
 
 
 @dataclass(frozen=True)
-class Agreement:
+class AgreedSet:
     """What every node applies for a round.
 
     Attributes:
@@ -48,7 +48,7 @@ class Undecided:
     results: bool = False
 
 
-def decide(results: RoundLog, attesting: RoundLog, absent: Collection[int] = ()) -> Agreement | Undecided:
+def decide(results: RoundLog, attesting: RoundLog, absent: Collection[int] = ()) -> AgreedSet | Undecided:
     """The agreed set of the results of one round (design, section 3).
 
     A commitment is agreed when it is in the lists of a quorum of the *expected* witnesses of the attesting round; a
@@ -66,7 +66,7 @@ def decide(results: RoundLog, attesting: RoundLog, absent: Collection[int] = ())
     needed = quorum(attesting.selection.witness_count)
     records = attesting.round.witnesses
     if len(records) < needed or not results.batches:
-        return Agreement()
+        return AgreedSet()
     counts: Counter[bytes] = Counter()
     missing = []
     for record in records:
@@ -87,11 +87,11 @@ def decide(results: RoundLog, attesting: RoundLog, absent: Collection[int] = ())
     entries = [entry for entry in entries if per_trainer[entry.trainer] == 1]
     rates = Counter(entry.result.lrs for entry in entries)
     lrs = min(rates, key=lambda bits: (-rates[bits], bits)) if rates else ()
-    return Agreement(tuple(entries), lrs)
+    return AgreedSet(tuple(entries), lrs)
 
 
 @dataclass(frozen=True)
-class Record:
+class DecidedRound:
     """What a node writes down of a decided round, for the ledger of the run.
 
     Attributes:
@@ -131,7 +131,7 @@ class EpochLog:
     digest: bytes
     rounds: dict[int, RoundLog] = field(default_factory=dict)
     early: dict[int, list[Envelope]] = field(default_factory=dict)
-    agreements: dict[int, Agreement] = field(default_factory=dict)
+    agreements: dict[int, AgreedSet] = field(default_factory=dict)
     decided: int | None = None
     open_at: dict[int, OpenIds] = field(default_factory=dict)
     _base: int = 0
@@ -166,7 +166,7 @@ class EpochLog:
             taken, open_ids = self._take(open_ids, self.rounds[each].round)
         return taken
 
-    def close(self, agreement: Agreement) -> Record:
+    def close(self, agreement: AgreedSet) -> DecidedRound:
         """Take the decision on the first undecided round."""
         height = self.decided
         assert height is not None
@@ -178,7 +178,7 @@ class EpochLog:
         self.open_at[height + 1] = reopen(rest, log.round.step, lost)
         self.decided = height + 1
         results = tuple(entry.envelope for entry in agreement.entries)
-        return Record(self.epoch, log.round, log.nodes, again, results, self.digest)
+        return DecidedRound(self.epoch, log.round, log.nodes, again, results, self.digest)
 
     def forget(self, before: int) -> None:
         """Drop what is known of the rounds before that height."""

@@ -1,8 +1,8 @@
 """Audits a run from its nodes' ledgers alone: is each data id trained exactly once, and by whom?
 
 Nothing is believed that can be recomputed: the assignment follows from the round's seed, the ids that are trained again
-from the agreed sets before, and every result carries its trainer's signature over ids, payload and round. The books of
-several nodes complete each other (nobody is there all the time), and must not contradict each other.
+from the agreed sets before, and every result carries its trainer's signature over ids, payload and round. The
+ledgers of several nodes complete each other (nobody is there all the time), and must not contradict each other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from psyche_lightning.errors import PsycheError, WireError
-from psyche_lightning.node.book import Row
+from psyche_lightning.node.ledger import Row
 from psyche_lightning.protocol.assignment import assign
 from psyche_lightning.protocol.committee import CommitteeSelection
 from psyche_lightning.protocol.messages import Result, open_envelope
@@ -58,20 +58,20 @@ class Line:
 
 
 @dataclass
-class Ledger:
-    """What the books of a run show.
+class Audit:
+    """What the ledgers of a run show.
 
     Attributes:
         run: the run's name.
         lines: who trained what, ascending by data id.
         untrained: ids that nobody trained: those of the last rounds, whose turn would have come after the end.
         overdue: those among them whose turn had come: more was open than a round takes again.
-        missing: steps whose rounds no book has.
+        missing: steps whose rounds no ledger has.
         lost: steps up to which nothing is in the parameters, as nobody held them any more and the run began anew.
         rounds: training rounds that count.
         undone: training rounds of epochs whose end was not agreed; they were trained again.
-        last_step: the newest optimizer step in the books.
-        problems: what is missing or contradicts itself; empty when the ledger is complete.
+        last_step: the newest optimizer step in the ledgers.
+        problems: what is missing or contradicts itself; empty when nothing is missing.
     """
 
     run: str
@@ -91,66 +91,66 @@ class Ledger:
         return count((line.start, line.stop) for line in self.lines)
 
 
-def audit(rows: Iterable[Row]) -> Ledger:
-    """Put the rows of one run's books together and check them.
+def audit(rows: Iterable[Row]) -> Audit:
+    """Put the rows of one run's ledgers together and check them.
 
     Raises:
         PsycheError: they are of several runs, or not rows of a ledger.
     """
     try:
-        every, ledger = _united(rows)
+        every, audited = _united(rows)
         found = {place: row for place, row in every.items() if row["step"]}
         ends = {epoch: row["ended"] for (epoch, _), row in every.items() if row["ended"]}
         open_ids: OpenIds = ()
         expected = _first_step(found)
         before: Row | None = None
-        for row in _counted(found, ledger):
+        for row in _counted(found, audited):
             step = row["step"]
             if step != expected:
-                ledger.problems.append(f"no book has the rounds of steps {expected} to {step - 1}")
-                ledger.missing.append((expected, step))
+                audited.problems.append(f"no ledger has the rounds of steps {expected} to {step - 1}")
+                audited.missing.append((expected, step))
                 before, open_ids = None, ()
             if before is not None:
-                if _began_anew(before, row, ends, ledger):
+                if _began_anew(before, row, ends, audited):
                     open_ids = ()
                 position = before["data_index"] + before["batch_size"]
                 if row["data_index"] != position:
-                    ledger.problems.append(f"step {step} begins at data id {row['data_index']} instead of {position}")
-            open_ids = _enter(row, open_ids, ledger)
+                    audited.problems.append(f"step {step} begins at data id {row['data_index']} instead of {position}")
+            open_ids = _enter(row, open_ids, audited)
             expected, before = step + 1, row
-            ledger.rounds, ledger.last_step = ledger.rounds + 1, step
+            audited.rounds, audited.last_step = audited.rounds + 1, step
     except (KeyError, TypeError, ValueError) as error:
         raise PsycheError(f"not a row of a ledger: {type(error).__name__}: {error}") from error
-    ledger.untrained = list(merged((start, stop) for _, start, stop in open_ids))
-    ledger.overdue = list(merged((start, stop) for due, start, stop in open_ids if due <= ledger.last_step))
-    ledger.lines.sort(key=lambda line: line.start)
-    _check_cover(found, ledger)
-    if ledger.overdue:
-        late = ledger.overdue
-        ledger.problems.append(f"{count(late)} ids of earlier rounds were not trained in time, such as {late[0][0]}")
-    del ledger.problems[MAX_PROBLEMS:]
-    return ledger
+    audited.untrained = list(merged((start, stop) for _, start, stop in open_ids))
+    audited.overdue = list(merged((start, stop) for due, start, stop in open_ids if due <= audited.last_step))
+    audited.lines.sort(key=lambda line: line.start)
+    _check_cover(found, audited)
+    if audited.overdue:
+        late = audited.overdue
+        audited.problems.append(f"{count(late)} ids of earlier rounds were not trained in time, such as {late[0][0]}")
+    del audited.problems[MAX_PROBLEMS:]
+    return audited
 
 
-def _united(rows: Iterable[Row]) -> tuple[dict[tuple[int, int], Row], Ledger]:
-    """The rounds of all books by epoch and height."""
+def _united(rows: Iterable[Row]) -> tuple[dict[tuple[int, int], Row], Audit]:
+    """The rounds of all ledgers by epoch and height."""
     found: dict[tuple[int, int], Row] = {}
-    ledger: Ledger | None = None
+    audited: Audit | None = None
     for row in rows:
-        ledger = ledger or Ledger(row["run"])
-        if row["run"] != ledger.run:
-            raise PsycheError(f"the books are of several runs, such as {ledger.run!r} and {row['run']!r}; name one")
+        audited = audited or Audit(row["run"])
+        if row["run"] != audited.run:
+            raise PsycheError(f"the ledgers are of several runs, such as {audited.run!r} and {row['run']!r}; name one")
         place = (row["epoch"], row["height"])
         if found.setdefault(place, row) != row:
-            ledger.problems.append(f"two books differ about round {place[1]} of epoch {place[0]}")
-    return dict(sorted(found.items())), ledger or Ledger("")
+            audited.problems.append(f"two ledgers differ about round {place[1]} of epoch {place[0]}")
+    return dict(sorted(found.items())), audited or Audit("")
 
 
 def _first_step(found: Mapping[tuple[int, int], Row]) -> int:
     return min((row["step"] for row in found.values()), default=1)
 
 
-def _counted(found: Mapping[tuple[int, int], Row], ledger: Ledger) -> list[Row]:
+def _counted(found: Mapping[tuple[int, int], Row], audited: Audit) -> list[Row]:
     """The rounds whose results are in the parameters: a step that is trained again undoes what came from it on."""
     kept: list[Row] = []
     for (epoch, _), row in found.items():
@@ -158,35 +158,35 @@ def _counted(found: Mapping[tuple[int, int], Row], ledger: Ledger) -> list[Row]:
             if kept[-1]["epoch"] == epoch:
                 raise ValueError(f"epoch {epoch} has the step {row['step']} twice")
             kept.pop()
-            ledger.undone += 1
+            audited.undone += 1
         kept.append(row)
     return kept
 
 
-def _began_anew(before: Row, row: Row, ends: Mapping[int, str], ledger: Ledger) -> bool:
+def _began_anew(before: Row, row: Row, ends: Mapping[int, str], audited: Audit) -> bool:
     """Whether a round's epoch began with other parameters than those with which the one before ended."""
     if row["epoch"] == before["epoch"]:
         return False
     ended = ends.get(before["epoch"])
     if ended is None:
-        ledger.problems.append(f"no book has the end of epoch {before['epoch']}")
+        audited.problems.append(f"no ledger has the end of epoch {before['epoch']}")
         return False
     if ended == row["parameters"]:
         return False
-    ledger.problems.append(
+    audited.problems.append(
         f"epoch {row['epoch']} began with the parameters {row['parameters'][:12]} instead of those of step "
         f"{before['step']}, {ended[:12]}, which nobody held any more: what was trained up to then is lost"
     )
-    ledger.lost.append(before["step"])
+    audited.lost.append(before["step"])
     return True
 
 
-def _enter(row: Row, open_ids: OpenIds, ledger: Ledger) -> OpenIds:
-    """Take one round into the ledger; returns what is open after it."""
+def _enter(row: Row, open_ids: OpenIds, audited: Audit) -> OpenIds:
+    """Take one round into the audit; returns what is open after it."""
     again, rest = take(open_ids, row["step"], row["batch_size"])
     where = f"round {row['height']} of epoch {row['epoch']}"
     if again != half_open(row["again"]):
-        ledger.problems.append(f"{where} trained {row['again']} again; {[list(i) for i in closed(again)]} was due")
+        audited.problems.append(f"{where} trained {row['again']} again; {[list(i) for i in closed(again)]} was due")
         again = half_open(row["again"])
     nodes = [bytes.fromhex(node) for node in row["nodes"]]
     selection = CommitteeSelection(0, 0, 0, len(nodes), row["seed"])
@@ -194,35 +194,35 @@ def _enter(row: Row, open_ids: OpenIds, ledger: Ledger) -> OpenIds:
     trained = set()
     for text in row["results"]:
         try:
-            envelope = open_envelope(base64.b64decode(text), ledger.run)
+            envelope = open_envelope(base64.b64decode(text), audited.run)
         except WireError as error:
-            ledger.problems.append(f"{where} has a result that is not genuine: {error}")
+            audited.problems.append(f"{where} has a result that is not genuine: {error}")
             continue
         result, trainer = envelope.message, nodes.index(envelope.sender) if envelope.sender in nodes else -1
         place = (row["epoch"], row["height"], row["step"])
         fits = isinstance(result, Result) and (result.epoch, result.height, result.step) == place
         if not fits or not isinstance(result, Result) or assigned.get(trainer) != result.batch or trainer in trained:
-            ledger.problems.append(f"{where} has a result of {short(envelope.sender)} that was not its to give")
+            audited.problems.append(f"{where} has a result of {short(envelope.sender)} that was not its to give")
             continue
         if not result.tokens:  # an abstention
             continue
         trained.add(trainer)
-        commitment = result.commitment(ledger.run, envelope.sender)
+        commitment = result.commitment(audited.run, envelope.sender)
         for number, (start, stop) in enumerate(result.batch):
-            ledger.lines.append(Line(start, stop, envelope.sender, *place, commitment, number > 0))
+            audited.lines.append(Line(start, stop, envelope.sender, *place, commitment, number > 0))
     lost = [interval for trainer, batch in assigned.items() if trainer not in trained for interval in batch]
     return reopen(rest, row["step"], lost)
 
 
-def _check_cover(found: Mapping[tuple[int, int], Row], ledger: Ledger) -> None:
+def _check_cover(found: Mapping[tuple[int, int], Row], audited: Audit) -> None:
     """Each id exactly once: trained, or named as not trained."""
-    if ledger.problems or not ledger.rounds:
+    if audited.problems or not audited.rounds:
         return
     position = min(row["data_index"] for row in found.values())
-    spans = sorted([*((line.start, line.stop) for line in ledger.lines), *ledger.untrained])
+    spans = sorted([*((line.start, line.stop) for line in audited.lines), *audited.untrained])
     for start, stop in spans:
         if start != position:
             what = f"{position} to {start - 1} are missing" if start > position else f"{start} is there twice"
-            ledger.problems.append(f"of the data ids, {what}")
+            audited.problems.append(f"of the data ids, {what}")
             return
         position = stop

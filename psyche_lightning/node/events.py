@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from psyche_lightning.node.agreement import Record
+from psyche_lightning.node.agreement import DecidedRound
 from psyche_lightning.node.notices import Finished, Notice
 from psyche_lightning.protocol.messages import Envelope, Result
 from psyche_lightning.protocol.open_ids import Interval, OpenIds
@@ -288,7 +288,7 @@ class Keep:
 class WriteDown:
     """Rounds whose agreed set is certain, for this node's ledger."""
 
-    records: tuple[Record, ...]
+    records: tuple[DecidedRound, ...]
 
 
 Effect = (

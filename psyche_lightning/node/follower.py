@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from psyche_lightning.node import events as ev
-from psyche_lightning.node.agreement import Agreement, EpochLog, Record, Undecided, decide
+from psyche_lightning.node.agreement import AgreedSet, DecidedRound, EpochLog, Undecided, decide
 from psyche_lightning.node.exchange import Exchange, gone
 from psyche_lightning.node.notices import (
     DecidedWithoutLists,
@@ -75,7 +75,7 @@ class Follower:
         self._exchange = exchange
         self._out = out
         self._open_ids: OpenIds = ()
-        self._records: list[Record] = []
+        self._records: list[DecidedRound] = []
         self._loading: Base | None = None
         self._kept = 0
         self._overdue = 0.0
@@ -256,12 +256,12 @@ class Follower:
             self._records.append(log.close(agreement))
             self._exchange.file_early(log, log.assign())
 
-    def _agree(self, log: EpochLog, height: int, state: RunState) -> Agreement | None:
+    def _agree(self, log: EpochLog, height: int, state: RunState) -> AgreedSet | None:
         """The agreed set of a round, or None while it is open."""
         results, attesting = log.rounds.get(height), log.rounds.get(height + self._settings.delay - 1)
         if attesting is None:
             over = self.epoch_over(state) and _head(state) < height + self._settings.delay - 1
-            return Agreement() if over else None
+            return AgreedSet() if over else None
         if results is None or not attesting.final or not results.assigned:
             return None
         absent = self._absent(log, attesting, state)
@@ -293,7 +293,7 @@ class Follower:
         }
         return lists & gone(state, attesting)
 
-    def _apply(self, log: EpochLog, height: int, agreement: Agreement) -> None:
+    def _apply(self, log: EpochLog, height: int, agreement: AgreedSet) -> None:
         self._warn_of_rates(log.rounds[height], agreement)
         several = len(log.rounds[height].nodes) > 1
         due = (height + 1) % self._settings.digest_every == 0
@@ -309,7 +309,7 @@ class Follower:
         payloads = tuple(entry.result.payload for entry in agreement.entries)
         self._out.emit(ev.Apply(log.epoch, height, payloads, agreement.lrs, due, snapshot, several, self._open_ids))
 
-    def _warn_of_rates(self, results: RoundLog, agreement: Agreement) -> None:
+    def _warn_of_rates(self, results: RoundLog, agreement: AgreedSet) -> None:
         mine = results.index_of(self._public)
         own = results.of(mine) if mine is not None else []
         if own and agreement.lrs and own[0].result.lrs != agreement.lrs:

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from psyche_lightning.errors import PsycheError
-from psyche_lightning.node.book import Book
 from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.events import Apply, Event, Train, Trained
+from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import Finished, LinkIsDown, Notice, Waits
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.runtime import Runtime, TrainerTask
@@ -77,7 +77,7 @@ class Participant:
         journal: promises.
         say: tells people something; by default the log.
         traffic: returns bytes ``(up, down)`` counted at the node's sockets.
-        book: the node's ledger, if it keeps one.
+        ledger: the node's ledger, if it keeps one.
         patience: longest wait for a round, in seconds; then an error says for whom it waited.
     """
 
@@ -95,7 +95,7 @@ class Participant:
         journal: Journal | MemoryJournal,
         say: Callable[[Notice], None] = _log,
         traffic: Callable[[], tuple[int, int]] = lambda: (0, 0),
-        book: Book | None = None,
+        ledger: Ledger | None = None,
         patience: float = 24 * 3600.0,
     ) -> None:
         self.run_id = run_id
@@ -119,7 +119,7 @@ class Participant:
             self._inbox.put,
             say,
             traffic,
-            book,
+            ledger,
         )
         self._settings = settings
         self._store = store

@@ -12,9 +12,9 @@ from typing import Any
 
 from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, TransportError, WireError
 from psyche_lightning.node import events as ev
-from psyche_lightning.node.book import Book
 from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.download import Downloads
+from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import DifferenceNotFound, Finished, MessageUnreadable, Notice, TensorDiffers
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.settings import Settings
@@ -49,7 +49,7 @@ class Runtime:
         post: hands a task to the training thread; may be called from the loop.
         say: tells people something.
         traffic: returns bytes ``(up, down)`` counted at the node's sockets.
-        book: where certain rounds are written down, if anywhere.
+        ledger: where certain rounds are written down, if anywhere.
 
     Attributes:
         downloads: parameters on their way to this node.
@@ -69,7 +69,7 @@ class Runtime:
         post: Callable[[TrainerTask], None],
         say: Callable[[Notice], None],
         traffic: Callable[[], tuple[int, int]],
-        book: Book | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.identity = identity
         self.run_id = run_id
@@ -85,7 +85,7 @@ class Runtime:
         self._post = post
         self._say = say
         self._traffic = traffic
-        self._book = book
+        self._ledger = ledger
         self._refused: Counter[bytes] = Counter()
         self.downloads = Downloads(transport, store, say)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -208,8 +208,8 @@ class Runtime:
                 self.journal.retain(effect.promises)
                 self._spawn(self._clear(effect))
             case ev.WriteDown(records):
-                if self._book is not None:
-                    self._book.append(self.run_id, records)
+                if self._ledger is not None:
+                    self._ledger.append(self.run_id, records)
             case Notice():
                 self._say(effect)
             case Request():

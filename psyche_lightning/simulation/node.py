@@ -7,8 +7,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from psyche_lightning.node import events as ev
-from psyche_lightning.node.book import Row
 from psyche_lightning.node.core import NodeCore
+from psyche_lightning.node.ledger import Row
 from psyche_lightning.node.notices import Finished
 from psyche_lightning.protocol.messages import Envelope, Result
 from psyche_lightning.protocol.open_ids import OpenIds, closed, count
@@ -52,7 +52,7 @@ class SimNode:
     gone: bool = False
     flipped: bool = False
     open_ids: OpenIds = ()
-    book: list[Row] = field(default_factory=list)
+    ledger: list[Row] = field(default_factory=list)
     young: set[bytes] = field(default_factory=set)
 
     @property

@@ -17,9 +17,9 @@ from typing import Any
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.node import events as ev
-from psyche_lightning.node.audit import Ledger, audit
-from psyche_lightning.node.book import row_of
+from psyche_lightning.node.audit import Audit, audit
 from psyche_lightning.node.core import NodeCore
+from psyche_lightning.node.ledger import row_of
 from psyche_lightning.node.notices import (
     DecidedWithoutLists,
     Finished,
@@ -156,13 +156,13 @@ class Simulation:
             repaired=self._repaired,
         )
 
-    def _audit(self) -> Ledger:
-        """The run's ledger, from the books of all nodes that there ever were.
+    def _audit(self) -> Audit:
+        """The run's ledger, from the ledgers of all nodes that there ever were.
 
         Raises:
             SimulationError: it is not complete, though faults do not excuse that: an id was lost, or trained twice.
         """
-        rows = [row for node in self.nodes for row in node.book]
+        rows = [row for node in self.nodes for row in node.ledger]
         ledger = audit(rows)
         seen = ledger.rounds + count(ledger.missing)
         if ledger.last_step != self.scenario.steps or seen != self.scenario.steps:
@@ -306,7 +306,7 @@ class Simulation:
             case ev.Keep(snapshots, payloads, promises):
                 node.keep({*snapshots, *payloads}, promises)
             case ev.WriteDown(records):
-                node.book += [row_of(RUN, record) for record in records]
+                node.ledger += [row_of(RUN, record) for record in records]
             case Finished():
                 node.done = effect
                 self.trace(f"{node.name} leaves: {effect}")

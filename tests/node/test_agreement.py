@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche_lightning.errors import WireError
-from psyche_lightning.node.agreement import Agreement, EpochLog, Undecided, decide
+from psyche_lightning.node.agreement import AgreedSet, EpochLog, Undecided, decide
 from psyche_lightning.node.rounds import MAX_ENTRIES_PER_BATCH, RoundLog
 from psyche_lightning.protocol.merkle import attest_root
 from psyche_lightning.protocol.messages import Attest, Envelope, Result, seal
@@ -53,7 +53,7 @@ def test_a_quorum_of_lists_agrees() -> None:
     for index in (0, 1, 2):
         attest(log, index, hashes if index else hashes[:3])
     outcome = decide(log, log)
-    assert isinstance(outcome, Agreement)
+    assert isinstance(outcome, AgreedSet)
     assert [entry.commitment for entry in outcome.entries] == sorted(hashes[:3])
     assert outcome.lrs == (7,)
 
@@ -64,7 +64,7 @@ def test_half_of_the_expected_witnesses_is_no_quorum() -> None:
     assert entry is not None
     for index in (0, 1):
         attest(log, index, [entry.commitment])
-    assert decide(log, log) == Agreement()
+    assert decide(log, log) == AgreedSet()
 
 
 def test_a_list_that_did_not_arrive_keeps_the_round_open_only_while_it_matters() -> None:
@@ -77,7 +77,7 @@ def test_a_list_that_did_not_arrive_keeps_the_round_open_only_while_it_matters()
     record = WitnessRecord(WitnessProof(0, 3), attest_root(missing), True)
     log.round = replace(log.round, witnesses=(*log.round.witnesses, record))
     # Two commitments have three votes, two have one: with the fourth list still two, so nothing is open.
-    assert isinstance(decide(log, log), Agreement)
+    assert isinstance(decide(log, log), AgreedSet)
     log.attests.pop(2)
     assert decide(log, log) == Undecided(lists=(2, 3))
 
@@ -106,7 +106,7 @@ def test_two_agreed_results_of_one_trainer_exclude_both() -> None:
     for index in range(3):
         attest(log, index, [one.commitment, other.commitment, third.commitment])
     outcome = decide(log, log)
-    assert isinstance(outcome, Agreement)
+    assert isinstance(outcome, AgreedSet)
     assert outcome.entries == (third,)
     for entry in (one, other, third):
         log.settle(entry)
@@ -130,7 +130,7 @@ def test_the_most_frequent_learning_rate_wins() -> None:
     for index in range(4):
         attest(log, index, hashes)
     outcome = decide(log, log)
-    assert isinstance(outcome, Agreement)
+    assert isinstance(outcome, AgreedSet)
     assert outcome.lrs == (5,)  # two each: the smaller bits, so that all nodes choose alike
 
 
@@ -181,7 +181,7 @@ def test_the_outcome_does_not_depend_on_the_order_of_arrival(lists: list[set[int
             attest(log, index, [known[i] for i in lists[index]])
         log.attests = {index: log.attests[index] for index in arrival}
         outcome = decide(log, log)
-        assert isinstance(outcome, Agreement)
+        assert isinstance(outcome, AgreedSet)
         outcomes.append([entry.commitment for entry in outcome.entries])
     assert outcomes[0] == outcomes[1]
 
@@ -209,7 +209,7 @@ def make_epoch(rounds: int, open_ids: tuple[tuple[int, int, int], ...] = ()) -> 
     return epoch
 
 
-def agreed(log: RoundLog, trainers: set[int], tokens: int = 1) -> Agreement:
+def agreed(log: RoundLog, trainers: set[int], tokens: int = 1) -> AgreedSet:
     entries = []
     for index in sorted(trainers):
         (start, end), *again = closed(log.batches[index])
@@ -218,7 +218,7 @@ def agreed(log: RoundLog, trainers: set[int], tokens: int = 1) -> Agreement:
         entry = log.add_result(seal(NODES[index], "run", made))
         assert entry is not None
         entries.append(entry)
-    return Agreement(tuple(entries), (7,))
+    return AgreedSet(tuple(entries), (7,))
 
 
 def test_ids_that_were_not_agreed_are_assigned_again_three_rounds_later() -> None:

@@ -24,19 +24,19 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def written() -> list[Rows]:
-    """The books of the four nodes of a run of several epochs, in which payloads were lost."""
+    """The ledgers of the four nodes of a run of several epochs, in which payloads were lost."""
     simulation = Simulation(Scenario(3, 4, True, STEPS, 0.1, 0.5, 0.0, 0, 0, 0, 0, 0, 150.0, payload_loss=0.1))
     simulation.run()
-    return [node.book for node in simulation.nodes]
+    return [node.ledger for node in simulation.nodes]
 
 
 @pytest.fixture
 def rows(written: list[Rows]) -> Rows:
-    return copy.deepcopy([row for book in written for row in book])
+    return copy.deepcopy([row for ledger in written for row in ledger])
 
 
 def of(rows: Rows, step: int) -> Rows:
-    """The rows of a step, in all books."""
+    """The rows of a step, in all ledgers."""
     return [row for row in rows if row["step"] == step]
 
 
@@ -52,7 +52,7 @@ def test_the_books_of_a_run_show_each_data_id_once(rows: Rows) -> None:
 
 
 def test_nobody_needs_all_books(written: list[Rows]) -> None:
-    halves = [row for book in (written[0][:12], written[1][8:]) for row in book]
+    halves = [row for ledger in (written[0][:12], written[1][8:]) for row in ledger]
     assert audit(halves).lines == audit(written[2]).lines
 
 
@@ -109,15 +109,15 @@ def stop_short(rows: Rows) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (forget, r"no book has the rounds of steps 5 to 6"),
+        (forget, r"no ledger has the rounds of steps 5 to 6"),
         (shift, r"step 4 begins at data id 25 instead of 24"),
         (rewrite, r"round 3 of epoch 0 has a result that is not genuine"),
         (move, r"round 3 of epoch 0 has a result of \w+ that was not its to give"),
         (repeat, r"round 3 of epoch 0 has a result of \w+ that was not its to give"),
         (hide, r"trained \[.*\] again; \[.*\] was due"),
         (invent, r"round 1 of epoch 0 trained \[\[0, 1\]\] again; \[\] was due"),
-        (differ, r"two books differ about round 1 of epoch 0"),
-        (stop_short, r"no book has the end of epoch 0"),
+        (differ, r"two ledgers differ about round 1 of epoch 0"),
+        (stop_short, r"no ledger has the end of epoch 0"),
         (restart, r"epoch 1 began with the parameters abababababab instead of those of step \d+, \w{12}, .* is lost"),
     ],
 )
@@ -132,7 +132,7 @@ def test_what_was_tampered_with_is_named(rows: Rows, change: Callable[[Rows], No
     [
         (lambda rows: rows[0].pop("seed"), "not a row of a ledger: KeyError"),
         (lambda rows: rows[0].update(nodes=[7]), "not a row of a ledger: TypeError"),
-        (lambda rows: rows[0].update(run="other"), "the books are of several runs, such as"),
+        (lambda rows: rows[0].update(run="other"), "the ledgers are of several runs, such as"),
     ],
 )
 def test_what_is_no_ledger_is_refused(rows: Rows, change: Callable[[Rows], None], error: str) -> None:
@@ -144,7 +144,7 @@ def test_what_is_no_ledger_is_refused(rows: Rows, change: Callable[[Rows], None]
 def test_a_run_whose_parameters_died_with_their_holders_is_said_to_have_begun_anew() -> None:
     simulation = Simulation(Scenario.draw(20262))  # two newcomers find nobody who has what was trained before
     simulation.run()
-    ledger = audit(row for node in simulation.nodes for row in node.book)
+    ledger = audit(row for node in simulation.nodes for row in node.ledger)
     assert ledger.lost == [2]
     assert len(ledger.problems) == 1
 
@@ -152,7 +152,7 @@ def test_a_run_whose_parameters_died_with_their_holders_is_said_to_have_begun_an
 def test_more_than_the_last_rounds_can_take_is_overdue() -> None:
     simulation = Simulation(Scenario.draw(21495))  # a whole round of twelve ids fails shortly before the end
     simulation.run()
-    ledger = audit(row for node in simulation.nodes for row in node.book)
+    ledger = audit(row for node in simulation.nodes for row in node.ledger)
     assert ledger.overdue == [(58, 60)]
     assert (58, 60) in ledger.untrained
     assert ledger.problems == ["2 ids of earlier rounds were not trained in time, such as 58"]
@@ -161,9 +161,9 @@ def test_more_than_the_last_rounds_can_take_is_overdue() -> None:
 def test_the_command_shows_the_books_of_several_folders(
     written: list[Rows], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for number, book in enumerate(written[:2]):
+    for number, ledger in enumerate(written[:2]):
         (tmp_path / str(number)).mkdir()
-        lines = "".join(json.dumps(row) + "\n" for row in book)
+        lines = "".join(json.dumps(row) + "\n" for row in ledger)
         (tmp_path / str(number) / "ledger.jsonl").write_text(lines)
     folders = [str(tmp_path / "0"), str(tmp_path / "1")]
     assert main(["run", "ledger", *folders, "--check"]) == 0
@@ -180,4 +180,4 @@ def test_the_command_fails_where_the_ledger_is_not_complete(
     lines = [json.dumps(row) + "\n" for row in written[0] if row["step"] != 5]
     (tmp_path / "ledger.jsonl").write_text("".join(lines))
     assert main(["run", "ledger", str(tmp_path), "--check"]) == 1
-    assert "no book has the rounds of steps 5 to 5" in " ".join(capsys.readouterr().err.split())
+    assert "no ledger has the rounds of steps 5 to 5" in " ".join(capsys.readouterr().err.split())

@@ -13,8 +13,8 @@ from typing import Any
 
 from psyche_lightning.cli.demo.processes import PSYCHE, Child, Processes
 from psyche_lightning.errors import CoordinatorError, PsycheError
-from psyche_lightning.node.audit import Ledger, audit
-from psyche_lightning.node.book import find_books, read_book
+from psyche_lightning.node.audit import Audit, audit
+from psyche_lightning.node.ledger import find_ledgers, read_ledger
 from psyche_lightning.server.admin import CoordinatorAdmin
 from psyche_lightning.wire.identity import Identity
 
@@ -180,9 +180,9 @@ class Fleet:
         if failed:
             raise FleetError("\n".join(f"{node.name} failed:\n{node.tail()}" for node in failed))
 
-    def ledger(self) -> Ledger:
+    def ledger(self) -> Audit:
         """The run's ledger, from the folders of all nodes, the killed ones included."""
-        return audit(row for book in find_books([self.folder]) for row in read_book(book))
+        return audit(row for ledger in find_ledgers([self.folder]) for row in read_ledger(ledger))
 
 
 def usage(pid: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from psyche_lightning.errors import StoreError
-from psyche_lightning.node.agreement import Record
+from psyche_lightning.node.agreement import DecidedRound
 from psyche_lightning.protocol.open_ids import closed
 
 FILE = "ledger.jsonl"
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 (``[first, last]`` pairs), ``results`` (signed envelopes, base64)."""
 
 
-def row_of(run_id: str, record: Record) -> Row:
+def row_of(run_id: str, record: DecidedRound) -> Row:
     """A record as a JSON-able row."""
     round_ = record.round
     return {
@@ -45,11 +45,11 @@ def row_of(run_id: str, record: Record) -> Row:
     }
 
 
-class Book:
+class Ledger:
     """The ledger file of a node; any thread may append.
 
     A line is in the hands of the operating system when :meth:`append` returns, so it survives ``kill -9``; after a
-    power cut the last ones may be missing, which the books of other nodes make good.
+    power cut the last ones may be missing, which the ledgers of other nodes make good.
 
     Args:
         path: the file; created, with its folder, when missing. A torn last line is cut off.
@@ -68,7 +68,7 @@ class Book:
         except OSError as error:
             raise self._failed(error) from error
 
-    def append(self, run_id: str, records: Iterable[Record]) -> None:
+    def append(self, run_id: str, records: Iterable[DecidedRound]) -> None:
         """Write rounds down.
 
         Raises:
@@ -106,7 +106,7 @@ def _whole(file: BinaryIO) -> int:
     return 0
 
 
-def read_book(path: Path) -> Iterator[Row]:
+def read_ledger(path: Path) -> Iterator[Row]:
     """The rows of a ledger file, which may be that of a running node.
 
     Raises:
@@ -128,7 +128,7 @@ def read_book(path: Path) -> Iterator[Row]:
         raise StoreError(f"cannot read the ledger {path}: {error.strerror}") from error
 
 
-def find_books(folders: Iterable[Path]) -> list[Path]:
+def find_ledgers(folders: Iterable[Path]) -> list[Path]:
     """The ledger files in those folders, at any depth.
 
     Raises:
