@@ -114,3 +114,23 @@ def refusal(number: int, program: str = "coordinator") -> Refusal:
     """What the number means; a number that no program of ours uses is named ``Custom<number>``."""
     known = REFUSALS[program].get(number)
     return known or Refusal(number, f"Custom{number}", f"the {program} program refused with the number {number}")
+
+
+class Refused(Exception):
+    """The program refuses.
+
+    Attributes:
+        name: of the error.
+        number: what the transaction reports as ``Custom``.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+        self.number = NUMBERS[name]
+
+
+def require(holds: object, name: str) -> None:
+    """Refuse with that error unless ``holds``."""
+    if not holds:
+        raise Refused(name)

@@ -18,7 +18,7 @@ from psyche_lightning.protocol.requests import HealthCheck, Vote, WarmupWitness,
 from psyche_lightning.protocol.state import CoordinatorConfig, Phase, Round, RunState, WitnessProof
 from psyche_lightning.wire.canonical import ZERO_HASH, sha256
 from psyche_lightning_solana.account import Member, Rates, RunAccounts
-from psyche_lightning_solana.errors import NUMBERS
+from psyche_lightning_solana.errors import require
 from psyche_lightning_solana.layout import MAX_CLIENTS
 from psyche_lightning_solana.types import CHECKPOINT, LLM, METADATA, MODEL, cold_start_problem, model_problem
 
@@ -28,26 +28,6 @@ _CHECKPOINT_AT = MODEL.body + LLM.offsets["checkpoint"]
 """Place of the checkpoint in the model section."""
 _IN_ROUND = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
 _COMMITTEES = {"TieBreaker": Committee.TIE_BREAKER, "Verifier": Committee.VERIFIER, "Trainer": Committee.TRAINER}
-
-
-class Refused(Exception):
-    """The program refuses.
-
-    Attributes:
-        name: of the error.
-        number: what the transaction reports as ``Custom``.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-        self.number = NUMBERS[name]
-
-
-def require(holds: object, name: str) -> None:
-    """Refuse with that error unless ``holds``."""
-    if not holds:
-        raise Refused(name)
 
 
 class Clock(NamedTuple):

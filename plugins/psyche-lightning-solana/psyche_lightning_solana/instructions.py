@@ -1,4 +1,4 @@
-"""Builds every instruction of the coordinator and the authorizer.
+"""Builds every instruction of the coordinator and the authorizer, and reads the coordinator's.
 
 A :class:`RunKeys` holds the addresses of one run and its instructions; the authorizer's are functions.
 """
@@ -15,6 +15,7 @@ from solders.pubkey import Pubkey
 from solders.system_program import ID as SYSTEM_PROGRAM
 from solders.system_program import CreateAccountParams, create_account
 
+from psyche_lightning.errors import WireError
 from psyche_lightning.protocol.bloom import BLOOM_SIZE, Bloom
 from psyche_lightning.protocol.committee import Committee
 from psyche_lightning.protocol.state import WitnessProof
@@ -24,6 +25,8 @@ from psyche_lightning_solana.addresses import (
     manifest_address,
     node_address,
 )
+from psyche_lightning_solana.borsh import Reader
+from psyche_lightning_solana.errors import Refused
 from psyche_lightning_solana.interface import (
     AUTHORIZER,
     COORDINATOR,
@@ -290,6 +293,32 @@ def _report(
         "broadcast_bloom": _filter(broadcasts),
         "broadcast_merkle": merkle,
     }
+
+
+# What the program reads.
+
+_SPECS = {spec.discriminator: spec for spec in COORDINATOR.instructions.values()}
+
+
+def decode(data: bytes) -> tuple[str, dict[str, Any]]:
+    """An instruction's name and arguments, with the witness' trailer if there is one.
+
+    Raises:
+        Refused: another discriminator, or the arguments are not one canonical encoding.
+    """
+    spec = _SPECS.get(data[:8])
+    if spec is None:
+        raise Refused("InstructionFallbackNotFound")
+    trailer = {"witness": WITNESS_TRAILER, "warmup_witness": WARMUP_TRAILER}.get(spec.name)
+    reader = Reader(data[8:])
+    try:
+        arguments: dict[str, Any] = spec.arguments.read(reader)
+        if reader.left and trailer is not None:
+            arguments.update(trailer.read(reader))
+        reader.end()
+    except WireError as error:
+        raise Refused("InstructionDidNotDeserialize") from error
+    return spec.name, arguments
 
 
 # The authorizer.

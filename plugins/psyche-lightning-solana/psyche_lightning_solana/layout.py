@@ -137,6 +137,9 @@ MANIFEST = _struct(
     ("holders", _key()),  # bit i: the i-th of the registered wallets may hold the checkpoint
     ("votes", (VOTE, (MAX_CLIENTS,))),
 )
+INSTANCE_SIZE = 8 + 165
+ADDRESS_SIZE = 176
+"""Bytes of the two accounts in borsh: a run's instance, and a node's address."""
 MANIFEST_SIZE = 10_136
 """One call may give a new account at most 10,240 bytes."""
 MANIFEST_DISCRIMINATOR = discriminator("RunManifest")

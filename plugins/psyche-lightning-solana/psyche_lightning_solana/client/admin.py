@@ -27,10 +27,9 @@ from psyche_lightning_solana.client.run import EVERYBODY, SolanaRun
 from psyche_lightning_solana.client.sender import Receipt
 from psyche_lightning_solana.client.translate import config_section, metadata_section, plain_model
 from psyche_lightning_solana.interface import AUTHORIZER, CHECKPOINT_SCOPE, JOIN_SCOPE
-from psyche_lightning_solana.layout import COORDINATOR_SIZE, MANIFEST_SIZE
+from psyche_lightning_solana.layout import COORDINATOR_SIZE, INSTANCE_SIZE, MANIFEST_SIZE
 from psyche_lightning_solana.types import CONFIG, METADATA, MODEL
 
-INSTANCE_SIZE = 8 + 165
 AUTHORIZATION_SIZE = 8 + 1 + 32 + 32 + 4 + 20 + 1 + 4 + 8
 SCOPES = {"join": JOIN_SCOPE, "checkpoint": CHECKPOINT_SCOPE}
 RESERVE = 20

@@ -51,10 +51,10 @@ from psyche_lightning_solana.client.sender import Receipt
 from psyche_lightning_solana.client.wallet import Wallet
 from psyche_lightning_solana.instructions import RunKeys
 from psyche_lightning_solana.interface import MAX_NODE_ADDRESS
+from psyche_lightning_solana.layout import ADDRESS_SIZE
 
 logger = logging.getLogger(__name__)
 
-ADDRESS_SIZE = 176
 FEW_TRANSACTIONS = 100
 """A wallet that cannot pay for so many need not join."""
 LARGEST_FLOAT = 3.0e38

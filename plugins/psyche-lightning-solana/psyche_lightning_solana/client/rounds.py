@@ -18,8 +18,9 @@ from psyche_lightning.protocol.state import ClientStatus, Phase, Round, RunState
 from psyche_lightning_solana import hosting
 from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.client.ledger import Call, Entry
-from psyche_lightning_solana.hosting import Clock, Refused
-from psyche_lightning_solana.model import decode
+from psyche_lightning_solana.errors import Refused
+from psyche_lightning_solana.hosting import Clock
+from psyche_lightning_solana.instructions import decode
 
 MAX_ROUNDS = 4096
 """Rounds of an epoch that are kept; a node that needs older ones takes a newer snapshot instead."""

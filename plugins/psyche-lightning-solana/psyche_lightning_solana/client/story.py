@@ -22,9 +22,10 @@ from psyche_lightning_solana.account import ManifestAccount, RunAccounts
 from psyche_lightning_solana.client.ledger import Call, Entry
 from psyche_lightning_solana.client.rounds import act
 from psyche_lightning_solana.client.sender import ANCHOR_ERROR
-from psyche_lightning_solana.hosting import Clock, Refused
+from psyche_lightning_solana.errors import Refused
+from psyche_lightning_solana.hosting import Clock
+from psyche_lightning_solana.instructions import decode
 from psyche_lightning_solana.interface import AUTHORIZER, TREASURER
-from psyche_lightning_solana.model import decode
 
 COMPUTE_BUDGET = Pubkey.from_string("ComputeBudget111111111111111111111111111111")
 NAMES = {spec.discriminator: spec.name for program in (AUTHORIZER, TREASURER) for spec in program.instructions.values()}

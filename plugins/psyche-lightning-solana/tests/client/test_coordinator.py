@@ -7,7 +7,7 @@ import math
 import pytest
 from psyche_lightning_solana.client import timekeeper
 from psyche_lightning_solana.client.ledger import Ledger
-from psyche_lightning_solana.model import decode
+from psyche_lightning_solana.instructions import decode
 from solders.account import Account
 from solders.pubkey import Pubkey
 

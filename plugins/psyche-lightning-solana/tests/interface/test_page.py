@@ -8,7 +8,7 @@ from pathlib import Path
 from psyche_lightning_solana import layout
 from psyche_lightning_solana.errors import REFUSALS
 from psyche_lightning_solana.interface import COORDINATOR, Meta
-from psyche_lightning_solana.model import ADDRESS_SIZE, INSTANCE_SIZE
+from psyche_lightning_solana.layout import ADDRESS_SIZE, INSTANCE_SIZE
 
 PAGE = (Path(__file__).parents[4] / "docs" / "solana-account.md").read_text()
 

@@ -15,7 +15,6 @@ from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.instructions import RunKeys
 from psyche_lightning_solana.interface import AUTHORIZER, CHECKPOINT_SCOPE, JOIN_SCOPE
 from psyche_lightning_solana.layout import COORDINATOR_DISCRIMINATOR, COORDINATOR_SIZE, discriminator
-from psyche_lightning_solana.model import Account
 from psyche_lightning_solana.types import CHECKPOINT, CONFIG, METADATA, MODEL, PROGRESS
 from solders.instruction import AccountMeta, Instruction
 from solders.pubkey import Pubkey
@@ -25,6 +24,7 @@ from psyche_lightning.protocol.bloom import BLOOM_SIZE, participants_bloom
 from psyche_lightning.protocol.committee import round_selection
 from psyche_lightning.protocol.state import Phase, WitnessProof
 from psyche_lightning.wire.canonical import ZERO_HASH, sha256
+from solana_support.model import Account
 from solana_support.native import NativeProgram
 from solana_support.twins import Disagreement, Seen, Twins
 from solana_support.values import any_value, sane_config, sane_model
@@ -405,7 +405,7 @@ class Trial:
         steps: how many instructions.
         wallets: how many clients there may be.
         patient: see :class:`Traffic`.
-        remember: see :class:`~psyche_lightning_solana.model.ModelProgram`.
+        remember: see :class:`~solana_support.model.ModelProgram`.
     """
 
     seed: int

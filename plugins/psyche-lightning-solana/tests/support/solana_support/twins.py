@@ -10,7 +10,6 @@ from psyche_lightning_solana.hosting import Clock
 from psyche_lightning_solana.instructions import RunKeys
 from psyche_lightning_solana.interface import COORDINATOR
 from psyche_lightning_solana.layout import COORDINATOR_SIZE
-from psyche_lightning_solana.model import Account, ModelProgram
 from psyche_lightning_solana.programs import image
 from solders.compute_budget import set_compute_unit_limit
 from solders.instruction import AccountMeta, Instruction
@@ -21,6 +20,7 @@ from solders.transaction import VersionedTransaction
 from solders.transaction_metadata import FailedTransactionMetadata
 from solders.transaction_status import InstructionErrorCustom, TransactionErrorInstructionError
 
+from solana_support.model import Account, ModelProgram
 from solana_support.native import NativeAccount, NativeProgram
 from solana_support.vm import Vm
 
@@ -67,7 +67,7 @@ class Twins:
     """A chain with the program, and the same chain with the model.
 
     Args:
-        remember: see :class:`~psyche_lightning_solana.model.ModelProgram`.
+        remember: see :class:`~solana_support.model.ModelProgram`.
         native: run everything on the native build, too.
     """
 

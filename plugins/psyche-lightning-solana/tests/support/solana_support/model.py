@@ -15,13 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from solders.instruction import AccountMeta
-from solders.pubkey import Pubkey
-
-from psyche_lightning.coordinator.machine import MachineError
-from psyche_lightning.errors import WireError
-from psyche_lightning.protocol.state import CoordinatorConfig, RunState
-from psyche_lightning.wire.canonical import ZERO_HASH
 from psyche_lightning_solana import hosting
 from psyche_lightning_solana.account import (
     ManifestAccount,
@@ -32,30 +25,35 @@ from psyche_lightning_solana.account import (
     write_manifest,
 )
 from psyche_lightning_solana.borsh import Reader, Struct
-from psyche_lightning_solana.errors import NUMBERS
-from psyche_lightning_solana.hosting import Clock, Refused, require
+from psyche_lightning_solana.errors import NUMBERS, Refused, require
+from psyche_lightning_solana.hosting import Clock
+from psyche_lightning_solana.instructions import decode
 from psyche_lightning_solana.interface import (
     AUTHORIZER,
     CHECKPOINT_SCOPE,
     COORDINATOR,
     JOIN_SCOPE,
     MAX_RUN_ID,
-    WARMUP_TRAILER,
-    WITNESS_TRAILER,
 )
 from psyche_lightning_solana.layout import (
+    ADDRESS_SIZE,
     COORDINATOR_DISCRIMINATOR,
     COORDINATOR_SIZE,
+    INSTANCE_SIZE,
     MANIFEST_DISCRIMINATOR,
     MANIFEST_SIZE,
     discriminator,
     view_manifest,
 )
+from solders.instruction import AccountMeta
+from solders.pubkey import Pubkey
 
-INSTANCE_SIZE = 8 + 165
-ADDRESS_SIZE = 176
+from psyche_lightning.coordinator.machine import MachineError
+from psyche_lightning.errors import WireError
+from psyche_lightning.protocol.state import CoordinatorConfig, RunState
+from psyche_lightning.wire.canonical import ZERO_HASH
+
 SYSTEM_PROGRAM = bytes(32)
-_SPECS = {spec.discriminator: spec for spec in COORDINATOR.instructions.values()}
 
 
 @dataclass
@@ -367,27 +365,6 @@ class ModelProgram:
         data = self._owned(given, self.program_id, discriminator("NodeAddress"), ADDRESS_SIZE)
         require(data[16:48] == user.key, "ConstraintHasOne")
         return data
-
-
-def decode(data: bytes) -> tuple[str, dict[str, Any]]:
-    """An instruction's name and arguments, with the witness' trailer if there is one.
-
-    Raises:
-        Refused: another discriminator, or the arguments are not one canonical encoding.
-    """
-    spec = _SPECS.get(data[:8])
-    if spec is None:
-        raise Refused("InstructionFallbackNotFound")
-    trailer = {"witness": WITNESS_TRAILER, "warmup_witness": WARMUP_TRAILER}.get(spec.name)
-    reader = Reader(data[8:])
-    try:
-        arguments: dict[str, Any] = spec.arguments.read(reader)
-        if reader.left and trailer is not None:
-            arguments.update(trailer.read(reader))
-        reader.end()
-    except WireError as error:
-        raise Refused("InstructionDidNotDeserialize") from error
-    return spec.name, arguments
 
 
 def _read(kind: Struct, data: bytes, name: str) -> dict[str, Any]:
