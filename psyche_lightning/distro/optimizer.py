@@ -85,8 +85,6 @@ class DisTrO(torch.optim.Optimizer):
         self._devices = [parameter.device for parameter in self._parameters]
         self._index = {entry.name: number for number, entry in enumerate(self.layout.entries)}
         if self.config.float32_gradients:
-            if not hasattr(torch.Tensor, "grad_dtype"):
-                raise ConfigError(f"distro float32_gradients needs torch 2.10 or newer; this is {torch.__version__}")
             for parameter in self._parameters:
                 parameter.grad_dtype = torch.float32
         self.lr_bits()

@@ -31,6 +31,8 @@ from psyche_lightning.train.runner import check_data, train_recipe
 
 Make = Callable[..., Any]
 SEQ_LEN = 32
+# Nodes are threads of this process, and Lightning's bf16-true sets the whole process' default dtype.
+PLAIN = ["run.overlap=false", "model.dtype=float32", "trainer.precision=32-true", "trainer.validate_every=0"]
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def server(tmp_path: Path) -> Iterator[FileServer]:
 
 
 def recipe_of(server: FileServer, *overrides: str, **config: Any) -> Recipe:
-    loaded = load_recipe("demo", ["trainer.threads=null", "validate_every=0", *overrides], twin=True)
+    loaded = load_recipe("hf-llama", [*PLAIN, *overrides], twin=True)
     given = {"url": f"{server.url}/a.bin", "vocab_size": 256, "fetch": {"retry_seconds": 0.2}, **config}
     return replace(loaded, data=DataSection("tokens", given, SEQ_LEN))
 
