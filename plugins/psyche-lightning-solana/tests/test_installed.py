@@ -86,6 +86,18 @@ def test_a_node_and_whoever_looks_at_a_run_need_no_anchorpy():
     assert done.stdout == "True False\n", done.stderr
 
 
+@pytest.mark.parametrize("command", [["localnet"], ["cost", "demo"]])
+def test_where_the_local_chain_is_missing_it_is_said_how_to_get_it(command):
+    code = (
+        "import sys; sys.modules['psyche_lightning_localnet'] = None; from psyche_lightning.cli import main;"
+        f"sys.exit(main(['solana', *{command}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "pip install psyche-lightning-localnet" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_every_command_is_listed_and_can_be_loaded(capsys):
     from psyche_lightning_solana.commands import COMMANDS
 
