@@ -143,7 +143,7 @@ class Deployer:
         image, address = self._image, self._target.address
         if image[:4] != b"\x7fELF":
             raise DeployError(
-                "the file is not a program; expected an ELF shared object such as `psyche solana build` makes"
+                "the file is not a program; expected an ELF shared object, the .so file that a build of it makes"
             )
         program = await self._account(address)
         code = loader.read_code(await self._account(loader.code_address(address)))
