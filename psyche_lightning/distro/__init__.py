@@ -1,7 +1,7 @@
 """DisTrO: nodes exchange a few signs of DCT coefficients instead of gradients.
 
-Usable without the rest of the package: :class:`DisTrO` is an ordinary ``torch.optim.Optimizer``. Each name is imported
-when it is used, so :class:`DistroConfig` needs no torch.
+It works without the rest of the package: :class:`DisTrO` is an ordinary ``torch.optim.Optimizer``. Each name is
+imported at first use, so :class:`DistroConfig` needs no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from psyche_lightning.distro.layout import Layout
     from psyche_lightning.distro.optimizer import DisTrO, NonFiniteGradientError
     from psyche_lightning.distro.partial import Tally, decode_tally, encode_tally, merge
-    from psyche_lightning.distro.payload import PayloadForm
+    from psyche_lightning.distro.payload import PayloadCodec
     from psyche_lightning.distro.votes import Votes, select
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "DistroConfig",
     "Layout",
     "NonFiniteGradientError",
-    "PayloadForm",
+    "PayloadCodec",
     "Tally",
     "Votes",
     "decode",
@@ -45,7 +45,7 @@ _MODULES = {
     "layout": ("Layout",),
     "optimizer": ("DisTrO", "NonFiniteGradientError"),
     "partial": ("Tally", "decode_tally", "encode_tally", "merge"),
-    "payload": ("PayloadForm",),
+    "payload": ("PayloadCodec",),
     "votes": ("Votes", "select"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

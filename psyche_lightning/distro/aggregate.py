@@ -1,18 +1,17 @@
-"""Exact aggregation: from the agreed votes to the sign of the update, the same bytes everywhere (invariant I1).
+"""Exact aggregation: from the agreed votes to the sign of the update, the same bytes on every node (invariant I1).
 
-Votes of n = peers * k are summed as integers into V, and the update is ``sign(X)``, ``X = B V B.T`` with the integer
-basis B of :func:`~psyche_lightning.distro.transform.integer_basis`, |B| <= 127. It is computed in one of two ways:
+Votes of n = peers * k are summed as integers into V. The update is ``sign(X)`` with ``X = B V B.T`` and the integer
+basis B of :func:`~psyche_lightning.distro.transform.integer_basis`, |B| <= 127. There are two ways to compute it:
 
-- few votes: as the sum of their outer products ``s B[:, b] B[:, d].T``. Each product is at most ``127 * 127``, so that
-  any partial sum is at most ``127 * 127 * n``;
-- many votes: as ``T = V B.T``, any partial sum of a row b of V being at most ``127 * sum_d |V[b, d]|`` with
-  ``sum |V| <= n``; then ``X = B T``, any partial sum of column l being at most
-  ``127 * sum_b |T[b, l]| <= 127 * 127 * n``.
+- for few votes, as the sum of their outer products ``s B[:, b] B[:, d].T``. Each product is at most ``127 * 127``, so
+  each partial sum is at most ``127 * 127 * n``;
+- for many votes, as ``T = V B.T`` and ``X = B T``. A partial sum of row b of V is at most ``127 * sum_d |V[b, d]|``,
+  and ``sum |V| <= n``. So a partial sum of column l is at most ``127 * sum_b |T[b, l]| <= 127 * 127 * n``.
 
-Each term and each partial sum is an integer that the format represents, so that both ways are exact, whatever the order
-of their sums and whether or not they contract into FMA: float32 represents all integers up to 2^24, and
-``127^2 n <= 2^24`` for n <= 1040; float64 goes to 2^53, n <= 5e11. Below the limit all give the same integers, hence
-the same signs. Nothing depends on peers' order, batch size or threads.
+All terms and partial sums are integers that the format represents. So both ways are exact, in any order of summation
+and with or without FMA: float32 represents all integers up to 2^24, and ``127^2 n <= 2^24`` for n <= 1040; float64
+represents them up to 2^53, n <= 5e11. Below the limit all ways give the same integers, hence the same signs. Nothing
+depends on the order of the peers, the batch size or the number of threads.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ FLOAT32_VOTES = 2**24 // 127**2
 
 
 OUTER_VOTES = 64
-"""The most votes per chunk for which outer products are the quicker way."""
+"""The most votes per chunk for which outer products are faster."""
 
 
 def sign_update(
@@ -47,19 +46,19 @@ def sign_update(
     dtype: torch.dtype | None = None,
     limit: int = 64,
 ) -> Iterator[torch.Tensor]:
-    """Aggregate the votes of all peers.
+    """Aggregate the votes of all peers. ``devices``, ``dtype`` and ``limit`` do not change the result.
 
     Args:
         votes: one per peer, in any order, or those of partial sums (:meth:`Tally.votes`).
         layout: the model's layout.
         config: the run's configuration.
-        devices: where each entry's result is computed; the CPU unless given.
-        dtype: float32 or float64, by the number of votes unless given.
-        limit: chunks per batch. Neither changes the outcome.
+        devices: where to compute the result of each entry; the CPU by default.
+        dtype: float32 or float64; by default chosen by the number of votes.
+        limit: chunks per batch.
 
     Yields:
-        For each entry of the layout in order a contiguous float32 tensor of its shape on its device, of -1, 0 and 1
-        (never -0). Only the tensor in work and a few batches are in memory.
+        For each entry of the layout, in order, a contiguous float32 tensor of its shape on its device, of -1, 0 and 1
+        (never -0). Memory holds only the tensor being computed and a few batches.
     """
     entries = layout.entries
     devices = devices or [torch.device("cpu")] * len(entries)
@@ -76,7 +75,7 @@ def sign_update(
                 entry = entries[tile.entry]
                 results[tile.entry] = torch.empty(entry.rows, entry.cols, dtype=torch.float32, device=device)
         here = [ballot.part(batch.start, batch.stop) for ballot in votes]
-        aggregator.load(here or [Votes.empty(len(batch), config.widest)])
+        aggregator.load(here or [Votes.empty(len(batch), config.max_k)])
         with full_precision(device):
             signs = aggregator.signs(0, len(batch))
         for view, block in zip(layout.views(batch, results), layout.blocks(batch, signs), strict=True):
@@ -91,14 +90,14 @@ def sign_update(
 
 
 class Aggregator:
-    """The basis on one device, and the arithmetic that n votes a chunk need; use it within ``full_precision``.
+    """The basis on one device, and the arithmetic for n votes per chunk; use it within ``full_precision``.
 
     Args:
         config: the run's configuration.
-        votes: how many are summed per chunk, peers * k.
-        device: where.
-        dtype: float32 or float64, by the number of votes unless given.
-        outer: whether to sum outer products, by the number of votes unless given.
+        votes: votes that are summed per chunk, peers * k.
+        device: where to compute.
+        dtype: float32 or float64; by default chosen by the number of votes.
+        outer: whether to sum outer products; by default chosen by the number of votes.
     """
 
     def __init__(
@@ -114,13 +113,13 @@ class Aggregator:
         self._dtype = dtype or (torch.float32 if votes <= FLOAT32_VOTES else torch.float64)
         self._outer = votes <= OUTER_VOTES if outer is None else outer
         self._basis = torch.tensor(integer_basis(config.chunk), dtype=self._dtype, device=device)
-        # Columns of B with either sign, and one of zeros for chunks without votes.
+        # The columns of B with both signs, and a column of zeros for chunks without votes.
         columns = self._basis.T
         self._columns = torch.cat([columns, -columns, torch.zeros_like(columns[:1])])
         self._work: list[torch.Tensor] = []
 
     def load(self, votes: Sequence[Votes]) -> None:
-        """Take over the votes of all peers, of one at least, for the same chunks."""
+        """Load the votes of one or more peers for the same chunks."""
         positions = np.concatenate([ballot.positions for ballot in votes], axis=1)
         signs = np.concatenate([ballot.signs for ballot in votes], axis=1)
         if not self._outer:
@@ -135,9 +134,9 @@ class Aggregator:
         )
 
     def signs(self, start: int, stop: int) -> torch.Tensor:
-        """The signs of the sums for some of the loaded chunks, float32 [chunks, c, c].
+        """The signs of the sums of some loaded chunks, float32 [chunks, c, c].
 
-        They are in memory that the next call overwrites.
+        The next call overwrites their memory.
         """
         chunks, c = stop - start, self._side
         first, second = self._first[start:stop], self._second[start:stop]
@@ -155,7 +154,7 @@ class Aggregator:
         return sums.sign_().to(torch.float32)
 
     def _buffer(self, number: int, *size: int) -> torch.Tensor:
-        """Working memory, reused from call to call."""
+        """Working memory, which all calls reuse."""
         elements = math.prod(size)
         if len(self._work) <= number or self._work[number].numel() < elements:
             self._work[number:] = [torch.empty(elements, dtype=self._dtype, device=self.device)]

@@ -1,4 +1,4 @@
-"""Protects this package's arithmetic from the precision settings of the program around it."""
+"""Shields this package's arithmetic from the precision settings of the surrounding program."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 @contextmanager
 def full_precision(*devices: torch.device) -> Iterator[None]:
-    """Run a block with IEEE float32 matrix products on devices: no autocast, no TF32, no bfloat16, no gradients.
+    """Run a block with IEEE float32 matrix products: no autocast, no TF32, no bfloat16, no gradients.
 
-    ``set_float32_matmul_precision`` alone does not undo what the newer ``torch.backends.*.fp32_precision`` settings
-    hold, so those are saved and put back as well. The settings are the process's; they are back when the block ends.
+    ``set_float32_matmul_precision`` alone does not override the newer ``torch.backends.*.fp32_precision`` settings, so
+    these are saved and restored as well. The settings belong to the whole process; the end of the block restores them.
     """
     candidates: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     backends = [backend for backend in candidates if hasattr(backend, "fp32_precision")]
     saved = [backend.fp32_precision for backend in backends]
     try:
         legacy: str | None = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses to name it when only the newer settings were used
+    except RuntimeError:  # torch refuses to say it if only the newer settings were used
         legacy = None
     torch.set_float32_matmul_precision("highest")
     try:

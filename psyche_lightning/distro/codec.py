@@ -1,15 +1,15 @@
-"""The payload: votes as canonical bytes, version 2 (``docs/wire-format.md`` is the format on one page).
+"""The payload: votes as canonical bytes, version 2 (``docs/wire-format.md`` describes it on one page).
 
 Big-endian, most significant bit first::
 
     u8  version      u8  log2(chunk side)      u16  k      u32  number of chunks
-    per group of g chunks, as one stream of bits without gaps, zero-padded to a whole byte at its end:
+    for each group of g chunks, one stream of bits without gaps; zeros fill the last byte of the payload:
         w bits             the ranks of the g chunks' sets, as digits to the base C(n, k) + 1, the last chunk's highest
-        g k (l + 1) bits   for each vote its position's l low bits and its sign, 1 = negative
+        g k (l + 1) bits   for each vote the l low bits of its position, and its sign, 1 = negative
 
-The order of a chunk's positions carries nothing, so their set is numbered (:mod:`~psyche_lightning.distro.sets`). The
-digit 0 stands for a chunk without votes, whose other bits are zero as well, and for the chunks that the last group
-lacks. Every value has exactly one encoding: ``encode(decode(x)) == x``.
+The order of a chunk's positions carries no information, so their set is numbered
+(:mod:`~psyche_lightning.distro.sets`). The digit 0 stands for a chunk without votes, whose other bits are zero as well,
+and for the chunks that the last group lacks. Every value has exactly one encoding: ``encode(decode(x)) == x``.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from psyche_lightning.distro.votes import Votes
 from psyche_lightning.errors import PayloadError
 
 _HEADER = struct.Struct(">BBHI")
-_BATCH_BITS = 1 << 21  # one byte of working memory each, a few times over
+_BATCH_BITS = 1 << 21  # bits of a batch; working memory is a few bytes for each
 
 
 class _Code:
-    """The groups of one chunk area and k."""
+    """Writes and reads the groups for one chunk area and k."""
 
     def __init__(self, area: int, k: int) -> None:
         self.plan, self.k, self.area = plan(area, k), k, area
         self.votes = self.plan.group * k
         self.bits = self.plan.word + self.votes * (self.plan.low + 1)
-        self.batch = max(8, _BATCH_BITS // self.bits // 8 * 8)  # groups at a time: whole bytes
+        self.batch = max(8, _BATCH_BITS // self.bits // 8 * 8)  # groups per batch, which fill whole bytes
         self.ranks = Ranks(self.plan.universe, k, self.plan.limbs)
         self.spread = np.arange(k)[:, None] if self.plan.low else 0
         self.places = [self.plan.states**place for place in range(self.plan.group)]
@@ -46,7 +46,7 @@ class _Code:
         return -(-chunks // self.plan.group)
 
     def write(self, positions: NDArray[np.int16], signs: NDArray[np.int8]) -> NDArray[np.uint8]:
-        """The bits of whole groups, [groups, bits], one in each byte."""
+        """The bits of whole groups, [groups, bits], one bit in each byte."""
         shape, group = self.plan, self.plan.group
         count = self.groups(len(positions))
         missing = count * group - len(positions)
@@ -70,7 +70,7 @@ class _Code:
         return bits
 
     def read(self, bits: NDArray[np.uint8], first: int) -> tuple[NDArray[np.int16], NDArray[np.int8]]:
-        """Undo :meth:`write`; ``first`` is the number of the first group, for the error messages."""
+        """Undo :meth:`write`; ``first`` is the number of the first group, for error messages."""
         shape, group, k = self.plan, self.plan.group, self.k
         count = len(bits)
         wide = np.zeros((count, shape.limbs * LIMB), np.uint8)
@@ -108,7 +108,7 @@ def _code(area: int, k: int) -> _Code:
 
 
 def payload_size(chunk_count: int, config: DistroConfig) -> int:
-    """Bytes of a payload; they depend on the layout and the configuration alone."""
+    """Bytes of a payload; they depend only on the layout and the configuration."""
     shape = plan(config.area, config.k)
     groups = -(-chunk_count // shape.group)
     return _HEADER.size + (groups * (shape.word + shape.group * config.k * (shape.low + 1)) + 7) // 8
@@ -133,20 +133,20 @@ def encode(votes: Votes, config: DistroConfig) -> bytes:
 
 
 def decode(payload: bytes, chunk_count: int, config: DistroConfig, start: int = 0, stop: int | None = None) -> Votes:
-    """Read a payload that must be for this layout and configuration.
+    """Read a payload for this layout and configuration.
 
     Args:
-        payload: bytes from anyone.
+        payload: untrusted bytes.
         chunk_count: :attr:`Layout.chunk_count` of this node.
         config: this run's configuration.
-        start: the first chunk that is wanted.
-        stop: the first that is not wanted any more, all of them unless given; the others are not looked at.
+        start: the first wanted chunk.
+        stop: the chunk after the last wanted one, by default all; the others are not checked.
 
     Returns:
         The votes of the chunks ``start`` to ``stop``.
 
     Raises:
-        PayloadError: the bytes are not the one encoding of votes for this layout.
+        PayloadError: the bytes are not the canonical encoding of votes for this layout.
     """
     _check_frame(payload, chunk_count, config)
     stop = chunk_count if stop is None else stop

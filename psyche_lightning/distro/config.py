@@ -1,4 +1,4 @@
-"""What all nodes of a run must agree on about the compression."""
+"""The compression settings that all nodes of a run share."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class DistroConfig:
 
     Attributes:
         chunk: side of the square chunks that are transformed: 8, 16, 32 or 64.
-        k: coefficients sent of each chunk; from 1 to a quarter of the chunk's area, and at most 128.
-        decay: what remains of delta before a gradient is added, 0 to 1.
+        k: coefficients that are sent per chunk; from 1 to a quarter of the chunk's area, and at most 128.
+        decay: fraction of delta that remains before a gradient is added, 0 to 1.
         removal: fraction of the sent component that is subtracted from delta, 0 to 1.
-        lookahead: whether gradients are taken ahead of the published parameters, at ``p - lr * sign(delta)``.
-        k_for: another k for the parameters whose names match a pattern (``{"*embed*": 2}``); the first match counts.
-        float32_gradients: whether gradients of parameters of lower precision are accumulated over micro-batches in
-            float32 (at the cost of their memory), where their own dtype would lose small ones.
+        lookahead: whether gradients are computed ahead of the published parameters, at ``p - lr * sign(delta)``.
+        k_for: another k for parameters whose names match a pattern (``{"*embed*": 2}``); the first match counts.
+        float32_gradients: whether gradients of low-precision parameters are accumulated over micro-batches in float32.
+            This needs their memory, but keeps small gradients that the parameters' dtype would lose.
 
     Raises:
-        ConfigError: a value is of a wrong type or out of its range.
+        ConfigError: a value has a wrong type or is out of range.
     """
 
     chunk: int = 64
@@ -42,12 +42,12 @@ class DistroConfig:
         if type(self.chunk) is not int or self.chunk not in (8, 16, 32, 64):
             raise ConfigError(f"distro.chunk is {self.chunk!r}; choose 8, 16, 32 or 64.")
         if not isinstance(self.k_for, Mapping) or not all(isinstance(pattern, str) for pattern in self.k_for):
-            raise ConfigError(f"distro.k_for is {self.k_for!r}; expected a k for each of some patterns of names.")
+            raise ConfigError(f"distro.k_for is {self.k_for!r}; expected a mapping from patterns of names to k.")
         for name, k in {"k": self.k, **{f"k_for of {pattern!r}": k for pattern, k in self.k_for.items()}}.items():
-            if type(k) is not int or not 1 <= k <= self.most:
+            if type(k) is not int or not 1 <= k <= self.k_limit:
                 raise ConfigError(
                     f"distro.{name} is {k!r}; with distro.chunk={self.chunk} choose a whole number from 1 to "
-                    f"{self.most}."
+                    f"{self.k_limit}."
                 )
         for name in ("decay", "removal"):
             value = getattr(self, name)
@@ -71,11 +71,11 @@ class DistroConfig:
         return replace(self, k=k, k_for={}) if self.k_for else self
 
     @property
-    def widest(self) -> int:
+    def max_k(self) -> int:
         """The largest k of any parameter."""
         return max(self.k, *self.k_for.values()) if self.k_for else self.k
 
     @property
-    def most(self) -> int:
+    def k_limit(self) -> int:
         """The largest k for this chunk."""
         return min(self.area // 4, 128)

@@ -14,9 +14,9 @@ from psyche_lightning.distro.layout import Batch, Layout
 
 
 class Delta:
-    """Delta of all parameters as chunks, so that a step moves only gradients into their places.
+    """Delta of all parameters, stored as chunks, so that a step only copies gradients into it.
 
-    What belongs to no parameter is zero. Everything is float32, on the device of the parameter.
+    Elements that belong to no parameter are zero. Everything is float32, on the parameter's device.
 
     Args:
         layout: the model's layout.
@@ -26,7 +26,7 @@ class Delta:
     def __init__(self, layout: Layout, devices: Sequence[torch.device]) -> None:
         self._layout = layout
         counts = dict.fromkeys(devices, 0)
-        self._shift = []  # from a chunk's number in the model to its place on its device
+        self._shift = []  # to add to a chunk's number for its place on its device
         for entry, device in zip(layout.entries, devices, strict=True):
             self._shift.append(counts[device] - entry.offset)
             counts[device] += entry.chunks
@@ -39,13 +39,13 @@ class Delta:
             }
 
     def chunks(self, batch: Batch) -> torch.Tensor:
-        """The chunks of a batch of one device, [chunks, c, c]; writing to them changes the update."""
+        """The chunks of a batch on one device, [chunks, c, c]; writing to them changes delta."""
         entry = batch.tiles[0].entry
         start = batch.start + self._shift[entry]
         return self._chunks[self._devices[entry]][start : start + len(batch)]
 
     def get(self, number: int) -> torch.Tensor:
-        """A copy of an entry's update, in the parameter's shape."""
+        """A copy of an entry's delta, in the parameter's shape."""
         entry = self._layout.entries[number]
         found = torch.empty(entry.rows, entry.cols, dtype=torch.float32, device=self._devices[number])
         for view, block in self._pairs(number, found):
@@ -53,7 +53,7 @@ class Delta:
         return found.view(entry.shape)
 
     def put(self, number: int, value: torch.Tensor) -> None:
-        """Replace an entry's update; ``value`` has the parameter's shape."""
+        """Replace an entry's delta; ``value`` has the parameter's shape."""
         entry = self._layout.entries[number]
         for view, block in self._pairs(number, value.detach().reshape(entry.rows, entry.cols)):
             block.copy_(view)

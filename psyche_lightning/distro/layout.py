@@ -1,9 +1,9 @@
 """How the parameters of a model are cut into square chunks.
 
-Parameters stand in ascending byte order of their names. Matrices are padded with zeros to whole chunks; more
-dimensions fold into two, at the place that needs the fewest chunks (leading dimensions into the rows where several do);
-scalars and vectors are cut in runs of ``chunk * chunk``. The chunks of a matrix are numbered row by row, and those of
-all parameters are numbered through.
+Parameters are in ascending byte order of their names. Zeros pad matrices to whole chunks. Tensors of more dimensions
+fold into two where that takes the fewest chunks (if several places do, most dimensions go into the rows). Scalars and
+vectors are cut into runs of ``chunk * chunk``. The chunks of a matrix are numbered row by row, and the numbers continue
+from one parameter to the next.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from psyche_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter's place.
+    """The place of one parameter.
 
     Attributes:
         name: the parameter's name.
@@ -44,27 +44,27 @@ class Entry:
 
     @property
     def chunks(self) -> int:
-        """How many chunks it takes."""
+        """The number of its chunks."""
         return self.grid[0] * self.grid[1]
 
     @property
     def in_runs(self) -> bool:
-        """Whether it is cut in runs (vectors and scalars)."""
+        """Whether it is cut into runs (vectors and scalars)."""
         return len(self.shape) < 2
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A part of one entry that is a regular grid in the matrix and in the chunks: whole chunks, or parts of edge ones.
+    """A part of one entry that is a regular grid in matrix and chunks: whole chunks, or the same part of edge chunks.
 
     Attributes:
         entry: number of the entry.
         size: chunk rows, rows within a chunk, chunk columns, columns within a chunk.
         row: its first row in the matrix.
-        column: its first column there.
+        column: its first column in the matrix.
         width: columns of the matrix that a chunk spans: the side, or the area for runs.
-        offset: elements before its first one in the batch's chunks.
-        strides: of the four dimensions there.
+        offset: elements before it in the batch's chunks.
+        strides: strides of the four dimensions in the batch's chunks.
     """
 
     entry: int
@@ -78,13 +78,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Batch:
-    """Chunks ``start`` to ``stop`` of the whole model, and the tiles that they consist of.
+    """Chunks ``start`` to ``stop`` of the whole model, and their tiles.
 
     Attributes:
         start: its first chunk.
         stop: the first chunk after it.
-        tiles: what there is to copy.
-        padding: what of its chunks belongs to no parameter, as pairs of size and offset, with the strides of tiles.
+        tiles: the parts to copy.
+        padding: the parts that belong to no parameter, as size, offset and strides like those of tiles.
     """
 
     start: int
@@ -100,17 +100,17 @@ class Layout:
     """The chunks of a model's trainable parameters.
 
     Args:
-        named_parameters: ``(name, parameter)``; frozen ones are left out, a tied one stands under its first name.
-            Only their metadata is used, so parameters on the meta device do.
+        named_parameters: ``(name, parameter)``; frozen ones are left out, and a tied one has its first name. Only
+            metadata is used, so parameters on the meta device work.
         chunk: side of a chunk.
 
     Attributes:
-        entries: in ascending order of the names.
+        entries: the parameters, in ascending order of their names.
         chunk: side of a chunk.
         chunk_count: chunks of all entries.
 
     Raises:
-        ConfigError: two parameters have one name, none is trainable, or one is not of a real floating-point dtype.
+        ConfigError: two parameters have one name, none is trainable, or a dtype is not real floating-point.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, torch.Tensor]], chunk: int = 64) -> None:
@@ -122,11 +122,11 @@ class Layout:
                 raise ConfigError(f"two parameters are named {name!r}; give each its own name")
             if not parameter.dtype.is_floating_point:
                 raise ConfigError(
-                    f"parameter {name!r} is {parameter.dtype}; only real floating-point ones can be trained"
+                    f"parameter {name!r} is {parameter.dtype}; only real floating-point parameters can be trained"
                 )
             trainable[name] = parameter
         if not trainable:
-            raise ConfigError("the model has no trainable parameter; set requires_grad on those that shall be trained")
+            raise ConfigError("the model has no trainable parameter; set requires_grad on those that should be trained")
         self.chunk = chunk
         self.chunk_count = 0
         entries = []
@@ -148,9 +148,9 @@ class Layout:
         )
 
     def digest(self, config: DistroConfig) -> bytes:
-        """SHA-256 of what payloads depend on: wire version, chunk, k, names and shapes (not the dtypes).
+        """SHA-256 of what payloads depend on: wire version, chunk, k, names and shapes (not dtypes).
 
-        Where parameters have their own k, those follow.
+        If parameters have their own k, these are included.
         """
         state = hashlib.sha256(b"psyche distro layout\0")
         state.update(struct.pack(">BHII", WIRE_VERSION, self.chunk, config.k, len(self.entries)))
@@ -215,20 +215,19 @@ class Layout:
         return [chunks.as_strided(tile.size, tile.strides, first + tile.offset) for tile in batch.tiles]
 
     def padding(self, batch: Batch, chunks: torch.Tensor) -> list[torch.Tensor]:
-        """What of a batch's chunks belongs to no parameter, as views; ``chunks`` as for :meth:`blocks`."""
+        """The parts of a batch's chunks that belong to no parameter, as views; ``chunks`` as for :meth:`blocks`."""
         first = chunks.storage_offset()
         return [chunks.as_strided(size, strides, first + offset) for size, offset, strides in batch.padding]
 
     def views(self, batch: Batch, matrices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The tiles of a batch as views of the parameters, or of what has their shapes.
+        """The tiles of a batch as views of the parameters, or of tensors with their shapes.
 
         Args:
             batch: one of :meth:`batches`.
             matrices: one :func:`folded` tensor per entry, or None.
 
         Returns:
-            For each tile the view whose elements are those of its view in :meth:`blocks`; None where there is no
-            matrix.
+            For each tile the view whose elements correspond to its view in :meth:`blocks`; None if there is no matrix.
         """
         found: list[torch.Tensor | None] = []
         for tile in batch.tiles:
@@ -243,7 +242,7 @@ class Layout:
         return found
 
     def folded(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of an entry's shape as its matrix: a view where its strides allow one, else a copy."""
+        """A tensor of an entry's shape as its matrix: a view if its strides allow one, else a copy."""
         entry = self.entries[number]
         return tensor.detach().reshape(entry.rows, entry.cols)
 
@@ -260,7 +259,7 @@ class Layout:
         return Batch(start, stop, tuple(tiles), tuple(padding))
 
     def _tiles(self, index: int, first: int, count: int, before: int) -> Iterator[Tile]:
-        """Chunks of one entry, whole chunk rows or a part of one, that follow ``before`` others in their batch."""
+        """Tiles of chunks of one entry (whole chunk rows, or a part of one), after ``before`` chunks of the batch."""
         entry, c = self.entries[index], self.chunk
         area, columns = c * c, entry.grid[1]
         if entry.in_runs:
@@ -278,10 +277,10 @@ class Layout:
 
 
 def _spans(first: int, count: int, length: int, side: int) -> list[tuple[int, int, int, int]]:
-    """Along one dimension: whole chunks, and what of the last one is in use.
+    """Along one dimension: the whole chunks, and the used part of the last one.
 
     Returns:
-        ``(chunks before it here, first element, chunks, elements of each)``.
+        ``(chunks before it, first element, chunks, elements of each)``.
     """
     whole = min(first + count, length // side) - first
     spans = [(0, first * side, whole, side)] if whole else []

@@ -1,4 +1,4 @@
-"""The optimizer: compress the local update, apply the agreed ones (invariants I1 and I2)."""
+"""The optimizer: compresses the local update and applies the agreed ones (invariants I1 and I2)."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.distro.delta import Delta
 from psyche_lightning.distro.layout import Batch, Layout
-from psyche_lightning.distro.payload import PayloadForm
+from psyche_lightning.distro.payload import PayloadCodec
 from psyche_lightning.distro.votes import Votes, select
 from psyche_lightning.errors import ConfigError, PayloadError, PsycheError
 
 
 class NonFiniteGradientError(PsycheError, FloatingPointError):
-    """The norm of a gradient is infinite or NaN in float32; nothing was changed and nothing may be sent."""
+    """The norm of a gradient is infinite or NaN in float32. Nothing has changed, and the node must send nothing."""
 
 
 class DisTrO(torch.optim.Optimizer):
-    """Decoupled momentum whose strongest DCT components, as signs, are all that nodes exchange.
+    """Optimizer whose nodes exchange only the signs of the strongest DCT components of their accumulated gradients.
 
-    Alone, it is used as any optimizer: ``loss.backward(); optimizer.step()``. In a run, :meth:`encode` makes this
-    node's payload, and :meth:`apply` takes the payloads that all nodes agreed on; equal parameters, payloads and
-    learning rates give equal parameters, to the bit. All numbers are float32 on the parameter's device; parameters of
-    another dtype have a float32 master, of which they hold the rounded value. A parameter that was changed from outside
-    (a checkpoint was loaded into the module) gives its value to the master where the two differ.
+    Alone, it works like any optimizer: ``loss.backward(); optimizer.step()``. In a run, :meth:`encode` makes this
+    node's payload, and :meth:`apply` applies the payloads on which all nodes agreed. Equal parameters, payloads and
+    learning rates give equal parameters, to the bit. All numbers are float32 on the parameter's device. A parameter of
+    another dtype has a float32 master and holds its rounded value. If somebody else changes the parameter (for example
+    by loading a checkpoint into the module), the master takes the new values where the two differ.
 
     Args:
         parameters: ``(name, parameter)`` pairs such as ``module.named_parameters()``, or groups: dictionaries whose
             ``"params"`` holds such pairs (or parameters, with their names in ``"param_names"``), with their own ``lr``
-            and ``weight_decay`` if wanted. Frozen parameters are left alone.
+            and ``weight_decay`` if wanted. Frozen parameters stay as they are.
         lr: the size of each parameter's step; schedulers may change it in the groups.
         weight_decay: ``p *= 1 - lr * weight_decay`` before each step.
         config: the run's compression.
-        budget: bytes of working memory that :meth:`encode` and :meth:`apply` may take, beside payloads and, in
-            encode, 3 k bytes a chunk for the votes. It is this node's own affair: results do not depend on it.
+        budget: bytes of working memory for :meth:`encode` and :meth:`apply`, not counting payloads and, in encode, 3 k
+            bytes per chunk for the votes. Nodes may choose it freely: results do not depend on it.
 
     Attributes:
         layout: how the parameters are cut into chunks.
         config: as given.
         budget: as given.
-        nonce: how often :meth:`encode` ran since delta was empty.
+        nonce: how often :meth:`encode` ran since delta was last empty.
 
     Raises:
         ConfigError: names are missing or not unique, nothing is trainable, or a value is out of range.
@@ -64,7 +64,7 @@ class DisTrO(torch.optim.Optimizer):
     ) -> None:
         self.config = config or DistroConfig()
         if budget <= 0:
-            raise ConfigError(f"budget is {budget!r}; choose the bytes that encode and apply may work in")
+            raise ConfigError(f"budget is {budget!r}; choose the bytes of working memory for encode and apply")
         self.budget = budget
         self.nonce = 0
         self._delta: Delta | None = None
@@ -79,7 +79,7 @@ class DisTrO(torch.optim.Optimizer):
                     raise ConfigError(f"two parameters are named {name!r}; give each its own name")
                 named[name], owner[name] = parameter, number
         self.layout = Layout(named.items(), self.config.chunk)
-        self._form = PayloadForm(self.layout, self.config)
+        self._codec = PayloadCodec(self.layout, self.config)
         self._parameters = [named[entry.name] for entry in self.layout.entries]
         self._owners = [owner[entry.name] for entry in self.layout.entries]
         self._devices = [parameter.device for parameter in self._parameters]
@@ -90,10 +90,10 @@ class DisTrO(torch.optim.Optimizer):
         self.lr_bits()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only the constructor adds groups: the layout is part of what all nodes agreed on.
+        """Refuse a group after construction: the layout is part of what all nodes agreed on.
 
         Raises:
-            ConfigError: the optimizer exists already.
+            ConfigError: the optimizer already exists.
         """
         if hasattr(self, "layout"):
             raise ConfigError("the parameters of a run are fixed; make them trainable before DisTrO is constructed")
@@ -107,44 +107,44 @@ class DisTrO(torch.optim.Optimizer):
     @property
     def max_payload(self) -> int:
         """The size of every payload of this layout, in bytes."""
-        return self._form.size
+        return self._codec.size
 
     def abstention(self) -> bytes:
-        """The payload that votes for nothing."""
-        return self._form.silent()
+        """The payload without votes."""
+        return self._codec.abstention()
 
     def lr_bits(self) -> tuple[int, ...]:
         """The current learning rate of each group, as the bits of its float32 value.
 
         Raises:
-            ConfigError: one is negative or not finite.
+            ConfigError: a learning rate is negative or not finite.
         """
         values = np.array([float(group["lr"]) for group in self.param_groups], np.float32)
         if not (np.isfinite(values) & (values >= 0)).all():
             raise ConfigError(f"the learning rates are {values.tolist()}; each must be finite and not negative")
-        # -0.0 equals 0.0 and has other bits; the sum makes it 0.0.
+        # -0.0 equals 0.0 but has other bits; adding 0 makes it 0.0.
         return tuple((values + np.float32(0)).view(np.uint32).tolist())
 
     def check(self, payload: bytes) -> None:
-        """Refuse what :meth:`apply` would refuse.
+        """Refuse a payload that :meth:`apply` would refuse.
 
         Raises:
-            PayloadError: the payload is not a canonical one for this layout.
+            PayloadError: the payload is not canonical for this layout.
         """
-        self._form.decode(payload)
+        self._codec.decode(payload)
 
     @torch.no_grad()
     def encode(self) -> bytes:
-        """Add the gradients to delta, and compress it.
+        """Add the gradients to delta, and compress delta.
 
-        ``delta = decay * delta + lr * grad``; the k strongest coefficients of each chunk become votes, and ``removal``
-        of their part is taken out of delta. A missing gradient counts as zero.
+        ``delta = decay * delta + lr * grad``. The k strongest coefficients of each chunk become votes, and ``removal``
+        times their component is subtracted from delta. A missing gradient counts as zero.
 
         Returns:
             The payload: the signs of the chosen coefficients.
 
         Raises:
-            NonFiniteGradientError: with the parameter's name; nothing has changed.
+            NonFiniteGradientError: a norm is not finite; the text names the parameter. Nothing has changed.
         """
         self._check_gradients()
         config, layout = self.config, self.layout
@@ -155,12 +155,12 @@ class DisTrO(torch.optim.Optimizer):
             None if parameter.grad is None else layout.folded(number, parameter.grad)
             for number, parameter in enumerate(self._parameters)
         ]
-        votes = Votes.empty(layout.chunk_count, config.widest)
-        shape = (2, min(self._limit(config.widest), layout.chunk_count), config.chunk, config.chunk)
-        work: torch.Tensor | None = None  # two batches of chunks: what the transform needs
+        votes = Votes.empty(layout.chunk_count, config.max_k)
+        shape = (2, min(self._limit(config.max_k), layout.chunk_count), config.chunk, config.chunk)
+        work: torch.Tensor | None = None  # two batches of chunks, for the transform
         with full_precision(*self._devices):
-            for batch in layout.batches(shape[1], list(zip(self._devices, self._form.ks, strict=True))):
-                k = self._form.ks[batch.tiles[0].entry]
+            for batch in layout.batches(shape[1], list(zip(self._devices, self._codec.ks, strict=True))):
+                k = self._codec.ks[batch.tiles[0].entry]
                 chunks = self._delta.chunks(batch)
                 if work is None or work.device != chunks.device:
                     work = torch.empty(shape, dtype=torch.float32, device=chunks.device)
@@ -178,17 +178,17 @@ class DisTrO(torch.optim.Optimizer):
                     if batch.padding:
                         torch._foreach_zero_(layout.padding(batch, chunks))
         self.nonce += 1
-        return self._form.encode(votes)
+        return self._codec.encode(votes)
 
     @torch.no_grad()
     def apply(self, payloads: Sequence[bytes], lrs: Sequence[int]) -> None:
         """Move the parameters by the agreed payloads: ``p *= 1 - lr * weight_decay``, then ``p -= lr * sign``.
 
-        The outcome is a pure function of the parameters, the set of payloads and the learning rates (I1); no payloads
-        change nothing, not even by weight decay.
+        The result is a pure function of the parameters, the set of payloads and the learning rates (I1). Without
+        payloads nothing changes, not even by weight decay.
 
         Args:
-            payloads: the agreed ones, in any order.
+            payloads: the agreed payloads, in any order.
             lrs: the agreed learning rate of each group, as :meth:`lr_bits` gives them.
 
         Raises:
@@ -198,31 +198,31 @@ class DisTrO(torch.optim.Optimizer):
         rates = self._checked_rates(lrs)
         layout, config = self.layout, self.config
         span = self._span(len(payloads))
-        if span < layout.chunk_count:  # votes are decoded in several parts: all must be good before the first is used
+        if span < layout.chunk_count:  # parts are decoded later: check all payloads before using any
             for payload in payloads:
                 self.check(payload)
         if not payloads:
             return
-        # 1 - lr * wd in double, rounded once to float32: the same factor everywhere.
+        # Compute 1 - lr * wd in double and round it once to float32: the same factor on every node.
         decays = [group["weight_decay"] for group in self.param_groups]
         factors = [float(np.float32(1 - lr * decay)) for lr, decay in zip(rates, decays, strict=True)]
         targets = [self._published(number) for number in range(len(layout.entries))]
         matrices = [layout.folded(number, target) for number, target in enumerate(targets)]
         aggregator: Aggregator | None = None
-        first = last = 0  # the chunks whose votes are at hand
+        first = last = 0  # the chunks whose votes are loaded
         with full_precision(*self._devices):
-            for batch in layout.batches(self._limit(len(payloads) * config.widest), self._devices):
+            for batch in layout.batches(self._limit(len(payloads) * config.max_k), self._devices):
                 device = self._devices[batch.tiles[0].entry]
                 if aggregator is None or aggregator.device != device:
-                    aggregator, last = Aggregator(config, len(payloads) * config.widest, device), batch.start
+                    aggregator, last = Aggregator(config, len(payloads) * config.max_k, device), batch.start
                 if batch.stop > last:
                     first, last = batch.start, min(batch.start + span, layout.chunk_count)
-                    some = [self._form.decode(payload, first, last) for payload in payloads]
+                    some = [self._codec.decode(payload, first, last) for payload in payloads]
                     aggregator.load(some)
                 signs = layout.blocks(batch, aggregator.signs(batch.start - first, batch.stop - first))
                 views = layout.views(batch, matrices)
-                # Two kernels, each rounding once: a fused one would round differently on some devices. That lr * sign
-                # is exact makes the second the same with and without FMA.
+                # Two kernels, which round once each: a fused one would round differently on some devices. lr * sign is
+                # exact, so the second gives the same with and without FMA.
                 for factor, ours, _ in self._by_rate(factors, batch, views, signs):
                     if factor != 1:
                         torch._foreach_mul_(ours, factor)
@@ -230,7 +230,7 @@ class DisTrO(torch.optim.Optimizer):
                     torch._foreach_sub_(ours, theirs, alpha=rate)
         for number, (parameter, target) in enumerate(zip(self._parameters, targets, strict=True)):
             if matrices[number].untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
-                target.copy_(matrices[number].view(target.shape))  # its strides had allowed no view
+                target.copy_(matrices[number].view(target.shape))  # its strides allowed no view
             if target is not parameter:
                 parameter.copy_(target)
         self._opt_called = True  # torch's schedulers warn when they are stepped before any optimizer step
@@ -238,7 +238,7 @@ class DisTrO(torch.optim.Optimizer):
     def _by_rate(
         self, rates: Sequence[float], batch: Batch, some: Sequence[Any], others: Sequence[Any]
     ) -> Iterator[tuple[float, list[torch.Tensor], list[torch.Tensor]]]:
-        """The tiles of a batch, put together by the rate of their parameter's group; None are left out."""
+        """The tiles of a batch, grouped by the rate of their parameter's group; leaves out None."""
         if len(rates) == 1 and all(other is not None for other in others):
             yield rates[0], list(some), list(others)
             return
@@ -254,24 +254,24 @@ class DisTrO(torch.optim.Optimizer):
                 yield rates[owner], list(ones), list(twos)
 
     def _limit(self, votes: int) -> int:
-        """Chunks per batch: what stays in the caches of a CPU, or what the budget has room for."""
+        """Chunks per batch: as many as fit into the caches of a CPU, or into the budget."""
         config = self.config
-        chunk = 4 * (6 * config.area + 4 * votes * config.chunk)  # bytes of all buffers, generously
+        chunk = 4 * (6 * config.area + 4 * votes * config.chunk)  # bytes of all buffers, rounded up
         roomy = max(1, self.budget // 2 // chunk)
         if all(device.type == "cpu" for device in self._devices):
             return min(roomy, 64 * (64 // config.chunk) ** 2 * min(8, torch.get_num_threads()))
         return min(roomy, 8192)
 
     def _span(self, peers: int) -> int:
-        """Chunks whose votes of all peers fit into half the budget; at least a batch's."""
-        votes = max(1, peers * self.config.widest)
+        """Chunks whose votes of all peers fit into half the budget, but at least one batch."""
+        votes = max(1, peers * self.config.max_k)
         return max(self._limit(votes), self.budget // 2 // (16 * votes))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """What a node alone in its run does: encode, and apply the own payload.
+        """Encode, and apply this node's own payload, as a node does that is alone in its run.
 
         Args:
-            closure: computes the gradients and returns the loss; called at the look-ahead point where the configuration
+            closure: computes the gradients and returns the loss; called at the look-ahead point if the configuration
                 says so.
 
         Returns:
@@ -291,7 +291,7 @@ class DisTrO(torch.optim.Optimizer):
 
     @contextmanager
     def look_ahead(self) -> Iterator[None]:
-        """Within the block, parameters hold ``p - lr * sign(delta)``; after it, the very bytes from before (I2)."""
+        """Within the block, parameters hold ``p - lr * sign(delta)``; afterwards the same bytes as before (I2)."""
         self._not_looking_ahead("look_ahead")
         lrs = _floats(self.lr_bits())
         with torch.no_grad():
@@ -310,12 +310,12 @@ class DisTrO(torch.optim.Optimizer):
             self._saved = None
 
     def reset(self) -> None:
-        """Forget delta; parameters stay."""
+        """Empty delta; parameters stay."""
         self._delta = None
         self.nonce = 0
 
     def delta(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Delta of each parameter, in the layout's order: ``(name, float32 copy)``; none at first."""
+        """Yields delta of each parameter, in the layout's order, as ``(name, float32 copy)``; nothing at first."""
         if self._delta is not None:
             for number, entry in enumerate(self.layout.entries):
                 yield entry.name, self._delta.get(number)
@@ -324,7 +324,7 @@ class DisTrO(torch.optim.Optimizer):
         """Replace delta of one parameter.
 
         Raises:
-            PsycheError: no such name, or another shape or dtype.
+            PsycheError: the name is unknown, or shape or dtype are wrong.
         """
         number = self._expected(name, tensor)
         if self._delta is None:
@@ -332,9 +332,9 @@ class DisTrO(torch.optim.Optimizer):
         self._delta.put(number, tensor)
 
     def published(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parameters that all nodes share, in the layout's order: ``(name, float32 tensor)``, not copied.
+        """Yields the parameters that all nodes share, in the layout's order, as ``(name, float32 tensor)``, not copied.
 
-        For parameters of another dtype, the master.
+        For a parameter of another dtype it yields the master.
         """
         self._not_looking_ahead("published")
         for number, entry in enumerate(self.layout.entries):
@@ -342,10 +342,10 @@ class DisTrO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_published(self, name: str, tensor: torch.Tensor) -> None:
-        """Take over one of another node's :meth:`published` parameters.
+        """Set one parameter to another node's :meth:`published` value.
 
         Raises:
-            PsycheError: no such name, or another shape or dtype.
+            PsycheError: the name is unknown, or shape or dtype are wrong.
         """
         self._not_looking_ahead("load_published")
         published = self._published(self._expected(name, tensor))
@@ -354,7 +354,7 @@ class DisTrO(torch.optim.Optimizer):
             self._parameters[self._index[name]].copy_(published)
 
     def _expected(self, name: str, tensor: torch.Tensor) -> int:
-        """The number of the entry that a float32 tensor of its shape is for."""
+        """The number of the entry to which a float32 tensor of the right shape belongs."""
         if name not in self._index:
             raise PsycheError(f"no trainable parameter is named {name!r}; there are {', '.join(self._index)}")
         shape = self.layout.entries[self._index[name]].shape
@@ -366,7 +366,7 @@ class DisTrO(torch.optim.Optimizer):
         return self._index[name]
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with ``delta`` and, where there is one, ``master`` per parameter, and the nonce."""
+        """Like torch's, with ``delta`` and, if there is one, ``master`` for each parameter, and the nonce."""
         found = super().state_dict()
         state = {key: dict(values) for key, values in found["state"].items()}
         names = [name for group in self.param_groups for name in group["param_names"]]  # torch numbers in this order
@@ -375,10 +375,10 @@ class DisTrO(torch.optim.Optimizer):
         return {**found, "state": state, "nonce": self.nonce}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict` exactly; torch's own would round the state to the parameters' dtype.
+        """Restore :meth:`state_dict` exactly; torch's own method would round the state to the parameters' dtype.
 
         Raises:
-            ConfigError: it was saved for other parameters.
+            ConfigError: the state belongs to other parameters.
         """
         self._not_looking_ahead("load_state_dict")
         groups = state_dict["param_groups"]
@@ -440,7 +440,7 @@ class DisTrO(torch.optim.Optimizer):
                 raise ConfigError(f"the gradient of {name!r} is sparse; DisTrO needs dense ones (sparse=False)")
             if parameter.grad.dtype == torch.float32 and parameter.grad.is_contiguous():
                 flat = parameter.grad.view(-1)
-                squares.append(torch.dot(flat, flat))  # at the speed of memory, and finite unless values are absurd
+                squares.append(torch.dot(flat, flat))  # as fast as memory allows, and finite for sensible values
             else:
                 squares.append(_norm(parameter.grad))
             numbers.append(number)
@@ -449,7 +449,7 @@ class DisTrO(torch.optim.Optimizer):
             if not math.isfinite(value) and gradient is not None and not math.isfinite(norm := float(_norm(gradient))):
                 name = self.layout.entries[number].name
                 raise NonFiniteGradientError(
-                    f"the gradient of {name!r} has the norm {norm}, where a finite one is expected; "
+                    f"the gradient of {name!r} has the norm {norm}, but it must be finite; "
                     "skip this batch, clip gradients, or lower the learning rate"
                 )
 
@@ -469,7 +469,7 @@ class DisTrO(torch.optim.Optimizer):
 
 
 def _named_groups(parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups with ``params`` and ``param_names``; a parameter that is tied within a group stands once.
+    """Groups with ``params`` and ``param_names``; a parameter that is tied within a group appears once.
 
     Raises:
         ConfigError: a parameter has no name.
@@ -492,7 +492,7 @@ def _named_groups(parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict
 
 
 def _check_weight_decay(value: Any) -> None:
-    """Refuse what cannot be a weight decay.
+    """Check a weight decay.
 
     Raises:
         ConfigError: it is not a finite number from 0.

@@ -1,7 +1,7 @@
-"""Partial sums: what a relay sends on in place of its peers' payloads.
+"""Partial sums: what a relay sends on instead of its peers' payloads.
 
-The sum of votes is a sum of integers, so that peers may be added up in any order and grouping: :func:`merge` is
-associative and commutative, and the update from a tally is, to the bit, that from the payloads which it stands for.
+The sum of votes is a sum of integers, so peers may be added in any order and grouping: :func:`merge` is associative and
+commutative. The update from a tally equals the update from the payloads in it, to the bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KIND = 0x80 | WIRE_VERSION  # a payload's first byte is the version alone
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """The sums of some peers' votes that are not zero.
+    """The nonzero sums of some peers' votes.
 
     Attributes:
         chunks: chunks of the model.
@@ -38,7 +38,7 @@ class Tally:
 
     @staticmethod
     def of(votes: Votes, config: DistroConfig) -> Tally:
-        """One peer's votes."""
+        """The tally of one peer's votes."""
         chunks = len(votes.positions)
         keys = np.arange(chunks, dtype=np.int64)[:, None] * config.area + votes.positions
         cast = votes.signs != 0
@@ -46,13 +46,13 @@ class Tally:
 
     @property
     def units(self) -> int:
-        """How many single votes the sums amount to."""
+        """The number of single votes in the sums."""
         return int(np.abs(self.sums).sum())
 
     def votes(self) -> Votes:
-        """As many columns as the fullest chunk has single votes; what a chunk lacks has the sign 0.
+        """The tally as votes, with as many columns as the fullest chunk has single votes; unused ones have sign 0.
 
-        A sum of 3 stands as three votes for one position, so that :func:`sign_update` takes it as it is.
+        A sum of 3 becomes three votes for one position, so :func:`sign_update` accepts the result.
         """
         repeats = np.abs(self.sums)
         keys, signs = np.repeat(self.keys, repeats), np.repeat(np.sign(self.sums), repeats)
@@ -67,10 +67,10 @@ class Tally:
 
 
 def merge(one: Tally, other: Tally) -> Tally:
-    """The votes of the peers of both.
+    """The tally of the peers of both.
 
     Raises:
-        ValueError: they are for other layouts.
+        ValueError: they have different layouts.
     """
     if (one.chunks, one.area) != (other.chunks, other.area):
         raise ValueError(f"tallies of {one.chunks} x {one.area} and {other.chunks} x {other.area} coefficients")
@@ -84,10 +84,10 @@ def merge(one: Tally, other: Tally) -> Tally:
 def encode_tally(tally: Tally) -> bytes:
     """Write a tally, in about ``log2(coefficients / votes) + 3`` bits per single vote.
 
-    The header, big-endian: u8 ``0x80 | version``, u8 log2 of the chunk side, u32 chunks, u64 single votes n. Then, as
-    one stream of bits: of the keys of the n votes, in ascending order, ``l = floor(log2(chunks * area / n))`` low bits
-    each; their high bits in unary, the bit ``high_i + i`` of ``n + (chunks * area >> l)`` being set; n signs, 1 =
-    negative; zeros to a whole byte (the Elias-Fano form of a multiset).
+    The header is big-endian: u8 ``0x80 | version``, u8 log2 of the chunk side, u32 chunks, u64 single votes n. A stream
+    of bits follows: for each of the n keys, in ascending order, its ``l = floor(log2(chunks * area / n))`` low bits;
+    the high bits of all keys in unary, where bit ``high_i + i`` of ``n + (chunks * area >> l)`` bits is set; n signs, 1
+    = negative; zeros up to a whole byte. This is the Elias-Fano code of a multiset.
     """
     repeats = np.abs(tally.sums)
     keys, negative = np.repeat(tally.keys, repeats), np.repeat(tally.sums < 0, repeats)
@@ -103,23 +103,23 @@ def encode_tally(tally: Tally) -> bytes:
 
 
 def decode_tally(payload: bytes, chunk_count: int, config: DistroConfig, peers: int) -> Tally:
-    """Read a tally that must be for this layout.
+    """Read a tally for this layout.
 
     Args:
-        payload: bytes from anyone.
+        payload: untrusted bytes.
         chunk_count: :attr:`Layout.chunk_count` of this node.
         config: this run's configuration.
-        peers: the most peers that may have been added up.
+        peers: the most peers that the tally may contain.
 
     Raises:
-        PayloadError: the bytes are not the one encoding of a tally of so many peers for this layout.
+        PayloadError: the bytes are not the canonical encoding of a tally of at most ``peers`` peers for this layout.
     """
     if len(payload) < _HEADER.size:
         raise PayloadError(f"the tally ends after {len(payload)} bytes; its header has {_HEADER.size}")
     kind, log2, chunks, count = _HEADER.unpack_from(payload)
     if (kind, log2, chunks) != (_KIND, config.chunk.bit_length() - 1, chunk_count):
-        raise PayloadError(f"the tally's header is {payload[: _HEADER.size].hex()}, that of another version or layout")
-    most = peers * config.widest * chunk_count
+        raise PayloadError(f"the tally has the header {payload[: _HEADER.size].hex()} of another version or layout")
+    most = peers * config.max_k * chunk_count
     if count > most:
         raise PayloadError(f"the tally has {count} votes; {peers} peers have at most {most}")
     low, upper = _shape(chunk_count * config.area, count)

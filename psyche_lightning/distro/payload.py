@@ -1,7 +1,7 @@
-"""The payload of a whole model: one part for each k in use, in ascending order of k.
+"""The payload of a whole model: one part for each k, in ascending order of k.
 
-A part is the code of :mod:`~psyche_lightning.distro.codec` for the chunks of that k, in the layout's order. With one k
-for all parameters there is one part, and the payload is it.
+A part is the encoding of :mod:`~psyche_lightning.distro.codec` for the chunks with that k, in the layout's order. If
+all parameters have the same k, the payload is this one part.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from psyche_lightning.distro.votes import Votes
 from psyche_lightning.errors import ConfigError, PayloadError
 
 
-class PayloadForm:
+class PayloadCodec:
     """Writes and reads the payloads of one layout and configuration.
 
     Args:
@@ -39,22 +39,22 @@ class PayloadForm:
             only = DistroConfig(config.chunk, 1, k_for={pattern: 2})
             if all(only.k_of(entry.name) == 1 for entry in layout.entries):
                 names = ", ".join(entry.name for entry in layout.entries[:8])
-                raise ConfigError(f"distro k_for[{pattern!r}] matches no parameter; there are {names}, ...")
+                raise ConfigError(f"distro.k_for[{pattern!r}] matches no parameter; the names are {names}, ...")
         self._layout, self._config = layout, config
         self.size = sum(codec.payload_size(len(chunks), part) for part, chunks in self._parts)
 
     @cached_property
     def _parts(self) -> list[tuple[DistroConfig, NDArray[np.int64]]]:
-        """The configuration of each part and the numbers of its chunks, ascending."""
+        """The configuration of each part, and the ascending numbers of its chunks."""
         of_chunk = np.repeat(self.ks, [entry.chunks for entry in self._layout.entries])
         return [(self._config.uniform(int(k)), np.flatnonzero(of_chunk == k)) for k in np.unique(of_chunk)]
 
-    def silent(self) -> bytes:
-        """The payload without any vote."""
-        return self.encode(Votes.empty(self._layout.chunk_count, self._config.widest))
+    def abstention(self) -> bytes:
+        """The payload without votes."""
+        return self.encode(Votes.empty(self._layout.chunk_count, self._config.max_k))
 
     def encode(self, votes: Votes) -> bytes:
-        """Write votes, [chunks, widest k]; of a chunk with a smaller k, the first columns count."""
+        """Write votes, [chunks, largest k]; for a chunk with a smaller k, only the first columns count."""
         if len(self._parts) == 1:
             return codec.encode(votes, self._parts[0][0])
         return b"".join(
@@ -63,17 +63,17 @@ class PayloadForm:
         )
 
     def decode(self, payload: bytes, start: int = 0, stop: int | None = None) -> Votes:
-        """Read the votes of the chunks ``start`` to ``stop``; a column beyond a chunk's k has the sign 0.
+        """Read the votes of the chunks ``start`` to ``stop``; columns beyond a chunk's k have sign 0.
 
         Raises:
-            PayloadError: the bytes are not the one encoding of votes for this layout.
+            PayloadError: the bytes are not the canonical encoding of votes for this layout.
         """
         stop = self._layout.chunk_count if stop is None else stop
         if len(self._parts) == 1:
             return codec.decode(payload, self._layout.chunk_count, self._parts[0][0], start, stop)
         if len(payload) != self.size:
             raise PayloadError(f"the payload has {len(payload)} bytes; {self.size} are expected")
-        votes = Votes.empty(stop - start, self._config.widest)
+        votes = Votes.empty(stop - start, self._config.max_k)
         offset = 0
         for part, chunks in self._parts:
             end = offset + codec.payload_size(len(chunks), part)

@@ -1,7 +1,7 @@
-"""Sets as numbers: the combinatorial number system, vectorized, with the plan that makes it short and quick.
+"""Sets as numbers: a vectorized combinatorial number system, and the plan that makes it short and fast.
 
-A set of k of n positions ``q_0 < ... < q_(k-1)`` has the rank ``C(q_0, 1) + C(q_1, 2) + ... + C(q_(k-1), k)``, and each
-rank below ``C(n, k)`` is that of exactly one set. Ranks may need hundreds of bits; they are kept in limbs of 56 bits.
+A set of k of n positions ``q_0 < ... < q_(k-1)`` has the rank ``C(q_0, 1) + C(q_1, 2) + ... + C(q_(k-1), k)``. Each
+rank below ``C(n, k)`` belongs to exactly one set. Ranks may need hundreds of bits, so they consist of limbs of 56 bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LIMB = 56
-"""Bits of a limb: whole bytes, with room in int64 for the sum of 128 of them."""
+"""Bits of a limb: whole bytes, and the sum of 128 limbs still fits into int64."""
 _MASK = (1 << LIMB) - 1
 _TOLERANCE = Fraction(1, 100)
 
@@ -25,11 +25,11 @@ class Plan:
     """How the votes of chunks are cut into fields; ``docs/wire-format.md`` gives the rule.
 
     Attributes:
-        low: low bits of each position that are sent as they are.
+        low: low bits of each position that are sent unchanged.
         group: chunks whose ranks share one word.
         word: bits of that word.
-        universe: n, how many values the high parts can take after they were made distinct.
-        states: what a chunk's share of a word can be: no votes, or one of the ``C(n, k)`` sets.
+        universe: n, the number of values of the high parts after they were made distinct.
+        states: values of a chunk's digit in a word: no votes, or one of the ``C(n, k)`` sets.
     """
 
     low: int
@@ -46,7 +46,7 @@ class Plan:
 
 @cache
 def plan(area: int, k: int) -> Plan:
-    """The most low bits that cost at most 1 % over the shortest plan; a word of several chunks fits one limb."""
+    """The plan with the most low bits that is at most 1 % longer than the shortest; a shared word fits one limb."""
     best: list[tuple[Fraction, Plan]] = []
     for low in range(area.bit_length() - 1):
         universe = (area >> low) + (k - 1 if low else 0)
@@ -62,7 +62,7 @@ def plan(area: int, k: int) -> Plan:
 
 
 class Ranks:
-    """Ranks of k-subsets of ``range(universe)``.
+    """Converts between k-subsets of ``range(universe)`` and their ranks.
 
     Args:
         universe: n.
@@ -74,12 +74,12 @@ class Ranks:
         self.k, self.limbs = k, limbs
         self._tables, self._guesses = [], []
         for size in range(1, k + 1):
-            values = [comb(position, size) for position in range(universe + 1)]  # one more, for guesses
+            values = [comb(position, size) for position in range(universe + 1)]  # one more than needed, for guesses
             self._tables.append(to_limbs(values, -(-values[-1].bit_length() // LIMB)))  # C(q, size) for all q
             self._guesses.append(_Guess(values, size))
 
     def rank(self, sets: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Ranks, [limbs, count], of sets, [k, count], in ascending order."""
+        """Ranks, [limbs, count], of sets, [k, count], which are in ascending order."""
         total = np.zeros((self.limbs, sets.shape[1]), np.int64)
         for table, chosen in zip(self._tables, sets, strict=True):
             for limb, column in zip(total[self.limbs - len(table) :], table, strict=True):
@@ -92,7 +92,7 @@ class Ranks:
         rest = ranks
         for size in reversed(range(self.k)):
             table = self._tables[size]
-            rest = rest[len(rest) - len(table) :]  # it is below the last binomial: the limbs above are zero
+            rest = rest[len(rest) - len(table) :]  # below the last binomial, so the higher limbs are zero
             found = self._guesses[size].find(rest)
             left = carry(rest - np.take(table, found, axis=1))
             high = np.flatnonzero(left[0] < 0)
@@ -103,14 +103,14 @@ class Ranks:
 
 
 class _Guess:
-    """Finds, by exponent and leading bits, the position whose binomial is the largest not above a rank, or the next.
+    """Finds the position of the largest binomial that is not above a rank, or the next position.
 
-    Neighbours ``C(q, size)`` and ``C(q + 1, size)`` differ by more than one part in q / size, so that a few leading
-    bits tell all but neighbours apart.
+    It looks at exponent and leading bits. Neighbours ``C(q, size)`` and ``C(q + 1, size)`` differ by more than one part
+    in q / size, so a few leading bits distinguish all but neighbours.
     """
 
     def __init__(self, values: list[int], size: int) -> None:
-        self._drop = 52 - (len(values) // size).bit_length()  # how many bits of float64's mantissa do not matter
+        self._drop = 52 - (len(values) // size).bit_length()  # bits of float64's mantissa that do not matter
         ends = np.array(values, np.float64)
         self._first, last = (np.array([0.5, ends[-1]]).view(np.int64) >> self._drop).tolist()
         tops = (np.arange(self._first, last + 2) + 1 << self._drop).view(np.float64)
@@ -122,14 +122,14 @@ class _Guess:
         for limb in ranks[1:]:
             value *= 2.0**LIMB
             value += limb
-        value *= 1 + 2.0**-40  # more than what was lost by rounding, less than neighbours differ by
+        value *= 1 + 2.0**-40  # more than the rounding error, less than neighbours differ
         keys = np.maximum(value, 0.5).view(np.int64) >> self._drop
         found: NDArray[np.int64] = np.take(self._positions, keys - self._first)
         return found
 
 
 def carry(limbs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Bring all but the first limb into range, in place; a negative number keeps a negative first limb."""
+    """Bring all limbs but the first into range, in place; a negative number keeps a negative first limb."""
     for limb in range(len(limbs) - 1, 0, -1):
         limbs[limb - 1] += limbs[limb] >> LIMB
         limbs[limb] &= _MASK

@@ -14,7 +14,7 @@ def basis(size: int) -> NDArray[np.float64]:
     """The matrix F of the DCT-II, [size, size].
 
     ``F[j, b] = a_b cos(pi (j + 1/2) b / size)`` with ``a_0 = sqrt(1/size)``, else ``a_b = sqrt(2/size)``. Its columns
-    are orthonormal: ``x @ F`` transforms a row, ``y @ F.T`` brings it back.
+    are orthonormal: ``x @ F`` transforms a row, and ``y @ F.T`` is the inverse.
     """
     j, b = np.arange(size)[:, None], np.arange(size)[None, :]
     matrix: NDArray[np.float64] = np.sqrt(2 / size) * np.cos(np.pi * (j + 0.5) * b / size)
@@ -25,7 +25,7 @@ def basis(size: int) -> NDArray[np.float64]:
 
 @cache
 def integer_basis(size: int) -> NDArray[np.int64]:
-    """``round(127 F / max|F|)``: integers of at most 127, the same on every machine.
+    """``round(127 F / max|F|)``: integers of magnitude at most 127, the same on every machine.
 
     No value lies within 1e-6 of a rounding boundary, so the last bits of a libm's cosine do not matter.
     """
@@ -50,7 +50,7 @@ def forward(blocks: torch.Tensor, work: tuple[torch.Tensor, torch.Tensor] | None
         work: as in :func:`sandwich`.
 
     Returns:
-        The coefficients, float32, [chunks, c, c]; frequency of the rows first.
+        The coefficients, float32, [chunks, c, c]; the frequency of the rows comes first.
     """
     f = basis_tensor(blocks.shape[-1], blocks.device)
     return sandwich(f.T, blocks, f, work)
@@ -65,13 +65,13 @@ def inverse(coefficients: torch.Tensor) -> torch.Tensor:
 def sandwich(
     left: torch.Tensor, blocks: torch.Tensor, right: torch.Tensor, work: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """``left @ X @ right`` for each X of [chunks, c, c], as two matrix products; the right one comes first.
+    """``left @ X @ right`` for each X of [chunks, c, c], as two matrix products, the right one first.
 
     Args:
         left: [c, c].
         blocks: contiguous, [chunks, c, c].
         right: [c, c].
-        work: buffers like ``blocks`` for the two products, so that a loop over batches allocates nothing.
+        work: buffers like ``blocks`` for the two products, so a loop over batches allocates nothing.
     """
     chunks, c, _ = blocks.shape
     half, whole = work or (torch.empty_like(blocks), torch.empty_like(blocks))
@@ -80,12 +80,12 @@ def sandwich(
 
 
 def subtract(blocks: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> None:
-    """Take a few coefficients out of blocks, in place; a sum of k outer products of basis vectors per chunk.
+    """Subtract a few coefficients from blocks, in place: a sum of k outer products of basis vectors per chunk.
 
     Args:
         blocks: float32 [chunks, c, c].
-        positions: int64 [chunks, k], of the coefficients.
-        values: float32 [chunks, k], what to subtract there.
+        positions: int64 [chunks, k], positions of the coefficients.
+        values: float32 [chunks, k], the values to subtract.
     """
     c = blocks.shape[-1]
     columns = basis_tensor(c, blocks.device).T

@@ -1,4 +1,4 @@
-"""Votes: which coefficients of each chunk a node sends, and with which sign."""
+"""Votes: which coefficients of each chunk a node sends, and their signs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Votes:
 
     Attributes:
         positions: int16 [chunks, k], strictly ascending in each chunk; ``row * c + column`` of the coefficient.
-        signs: int8 [chunks, k], +1 or -1; a chunk of zeros casts no votes, and its k signs are 0.
+        signs: int8 [chunks, k], +1 or -1; a chunk of zeros has no votes, and its k signs are 0.
     """
 
     positions: NDArray[np.int16]
@@ -23,12 +23,12 @@ class Votes:
 
     @staticmethod
     def empty(chunks: int, k: int) -> Votes:
-        """No chunk casts any."""
+        """Votes without any vote."""
         return Votes(np.tile(np.arange(k, dtype=np.int16), (chunks, 1)), np.zeros((chunks, k), np.int8))
 
     @staticmethod
     def of(positions: NDArray[np.int16], signs: NDArray[np.int8]) -> Votes:
-        """Votes for what was selected, in place: a coefficient that is zero counts as positive unless all are."""
+        """Votes for the selected coefficients, in place. A zero counts as positive unless its whole chunk is zero."""
         zero = signs == 0
         if zero.any():
             silent = zero.all(axis=1)
@@ -42,26 +42,26 @@ class Votes:
 
 
 def select(coefficients: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k coefficients of largest magnitude of each chunk.
+    """Select the k coefficients of largest magnitude of each chunk.
 
     Args:
         coefficients: float32 [chunks, c, c].
-        k: how many to keep.
+        k: how many to select.
 
     Returns:
-        Positions, int64 [chunks, k], ascending, and the values there, float32 [chunks, k]. Which of several equal
-        magnitudes is kept depends on the machine, never on the run: the choice is local, its outcome is what is sent.
+        Positions, int64 [chunks, k], ascending, and the values there, float32 [chunks, k]. Among equal magnitudes the
+        choice may depend on the machine. This does no harm, because nodes exchange the chosen votes.
     """
     flat = coefficients.flatten(1)
     chunks, area = flat.shape
-    # Every one of the k largest is in one of the k groups with the largest maxima.
+    # Each of the k largest is in one of the k groups with the largest maxima.
     depth = 1 << ((area // k).bit_length() - 1) // 2
     groups = area // depth
     if depth > 1 and groups > k:
         grid = flat.view(chunks, depth, groups)
         best = _largest(torch.maximum(grid.amax(dim=1), grid.amin(dim=1).neg_()), k)
         rows = torch.arange(0, area, groups, device=flat.device)
-        candidates = (best[:, None, :] + rows[:, None]).flatten(1)  # in ascending order, as the groups are
+        candidates = (best[:, None, :] + rows[:, None]).flatten(1)  # in ascending order, like the groups
         positions = candidates.gather(1, _largest(flat.gather(1, candidates).abs_(), k))
     else:
         positions = _largest(flat.abs(), k)
@@ -69,17 +69,17 @@ def select(coefficients: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _largest(magnitudes: torch.Tensor, k: int) -> torch.Tensor:
-    """Where the k largest of each row are, int64 [rows, k], ascending; magnitudes are float32 and not negative."""
+    """Positions of the k largest of each row, int64 [rows, k], ascending; magnitudes are float32, not negative."""
     if not magnitudes.is_cpu:
         return magnitudes.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
-    # numpy's vectorized partition of whole numbers beats torch's top-k: magnitudes order like their bits.
+    # numpy's vectorized partition of integers is faster than torch's top-k, and magnitudes order like their bits.
     bits = magnitudes.numpy().view(np.int32)
     rows, count = bits.shape
     least = np.partition(bits, count - k, axis=1)[:, count - k, None]
     found = np.flatnonzero(bits >= least)
     if len(found) == rows * k:
         return torch.from_numpy(found.reshape(rows, k) - np.arange(rows)[:, None] * count)
-    # Some row has more that are equal to its k-th largest: their places make the difference.
+    # Some row has more values equal to its k-th largest: their positions decide.
     shift = (count - 1).bit_length()
     keys = bits.astype(np.int64) << shift | np.arange(count)
     keys.partition(count - k, axis=1)

@@ -74,7 +74,7 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
         ConfigError: its configuration is wrong, or nothing in it can be trained.
     """
     model = meta_model(recipe) if model is None else model
-    from psyche_lightning.distro import Layout, PayloadForm
+    from psyche_lightning.distro import Layout, PayloadCodec
 
     named = list(model.named_parameters())
     trainable = [parameter for _, parameter in named if parameter.requires_grad]
@@ -94,5 +94,5 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
         parameters=sum(parameter.numel() for _, parameter in named),
         trainable=count,
         memory=memory,
-        payload=PayloadForm(layout, recipe.distro).size,
+        payload=PayloadCodec(layout, recipe.distro).size,
     )

@@ -55,7 +55,7 @@ def ballot():
     return layout, config, [random_votes(layout.chunk_count, config, seed) for seed in range(4)]
 
 
-def test_the_update_is_that_of_integer_arithmetic(ballot, device):
+def test_the_update_equals_integer_arithmetic(ballot, device):
     layout, config, votes = ballot
     b = integer_basis(64)
     blocks = torch.from_numpy(np.sign(b @ sums(votes, config) @ b.T)).float()
@@ -68,7 +68,7 @@ def test_the_update_is_that_of_integer_arithmetic(ballot, device):
     assert flat(found) == flat(expected)
 
 
-def test_the_bytes_are_the_recorded_ones(ballot, device):
+def test_the_bytes_equal_the_recorded_ones(ballot, device):
     layout, config, votes = ballot
     found = flat(sign_update(votes, layout, config, devices=[device] * len(layout.entries)))
     assert hashlib.sha256(found).hexdigest() == "a4f63eefd322226c58a3cdc99757cb92f6266ae23f4ced162c60d1144f8bc9a7"
@@ -145,7 +145,7 @@ def test_many_peers_switch_to_float64_and_stay_exact():
 
 
 @pytest.fixture(params=["medium", "high", "mkldnn bf16", "autocast", "double", "defaults"])
-def surroundings(request, device):
+def precision_settings(request, device):
     """Precision settings of a user's program, any of which would spoil the integers."""
     what = request.param
     if what in ("medium", "high"):
@@ -162,7 +162,7 @@ def surroundings(request, device):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_a_programs_precision_settings_do_not_matter_and_stay(surroundings, ballot, device):
+def test_a_programs_precision_settings_do_not_matter_and_stay(precision_settings, ballot, device):
     layout, config, votes = ballot
     # Aligned votes: sums that bfloat16 and TF32 would round.
     votes = votes + [random_votes(layout.chunk_count, config, 0)] * 100

@@ -114,7 +114,7 @@ def test_dimensions_fold_where_the_fewest_chunks_are_needed():
     assert (experts.rows, experts.cols, experts.grid) == (1024, 64, (16, 1))
 
 
-def test_names_stand_in_byte_order_frozen_ones_nowhere_tied_ones_once():
+def test_entries_are_in_byte_order_without_frozen_and_repeated_parameters():
     one = torch.nn.Parameter(torch.zeros(3))
     frozen = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
     named = [("é", torch.nn.Parameter(torch.zeros(1))), ("b", one), ("B", frozen), ("a", one), ("z", torch.zeros(1))]
@@ -133,7 +133,7 @@ def test_digest_covers_names_shapes_chunk_and_k_but_not_the_dtype():
     assert len({digest(), *others}) == 6
 
 
-def test_what_cannot_be_laid_out_is_said():
+def test_errors_of_the_layout_are_explained():
     one, other = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(ConfigError, match="two parameters are named 'w'"):
         Layout([("w", one), ("w", other)])

@@ -145,7 +145,7 @@ def test_regression_learns_with_look_ahead_and_a_closure():
     assert losses[-1] < losses[0] / 50
 
 
-def test_look_ahead_gives_the_very_bytes_back():
+def test_look_ahead_restores_the_same_bytes():
     for dtype in (torch.float32, torch.bfloat16):
         model = Model(dtype)
         optimizer = DisTrO(model.named_parameters(), 1e-2, config=CONFIG)
@@ -317,7 +317,7 @@ def test_schedulers_set_the_rate_without_warnings():
             scheduler.step()
 
 
-def test_a_rate_that_is_no_number_is_refused():
+def test_a_learning_rate_that_is_not_finite_is_refused():
     optimizer = DisTrO(Model().named_parameters(), 0.5, config=CONFIG)
     for lr in (-1.0, math.nan, math.inf):
         optimizer.param_groups[0]["lr"] = lr
@@ -327,7 +327,7 @@ def test_a_rate_that_is_no_number_is_refused():
     assert optimizer.lr_bits() == (0,)
 
 
-def test_reset_forgets_the_accumulated_update():
+def test_reset_empties_delta():
     model = Model()
     optimizer = DisTrO(model.named_parameters(), 1e-2, config=CONFIG)
     backward(model, optimizer, 0)
@@ -401,7 +401,7 @@ def test_published_parameters_carry_over(dtype):
         target.load_published("scale", torch.ones(1, dtype=torch.float64))
 
 
-def test_any_strides_do():
+def test_any_strides_work():
     generator = torch.Generator().manual_seed(0)
     values, gradient = torch.randn(20, 30, generator=generator), torch.randn(20, 30, generator=generator)
     plain, turned = torch.nn.Parameter(values.clone()), torch.nn.Parameter(values.t().contiguous().t())
@@ -453,7 +453,7 @@ def test_strides_that_fold_into_no_matrix_are_copied():
     assert outcomes[0] == outcomes[1]
 
 
-def test_it_works_when_begun_in_inference_mode():
+def test_it_works_if_started_in_inference_mode():
     weight = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
     optimizer = DisTrO([("w", weight)], 1e-2, config=DistroConfig(chunk=8))
     with torch.inference_mode():
@@ -464,7 +464,7 @@ def test_it_works_when_begun_in_inference_mode():
     assert (weight != 1).any()
 
 
-def test_constructing_it_wrongly_is_explained():
+def test_wrong_arguments_are_explained():
     model = Model()
     with pytest.raises(ConfigError, match=r"pass module\.named_parameters\(\)"):
         DisTrO(model.parameters(), 1e-2)  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ def test_merging_is_associative_and_commutative_and_sums(chunks, seed, spread):
 
 
 @pytest.mark.parametrize("peers", [1, 2, 7, 40])
-def test_the_update_of_a_tally_is_that_of_its_payloads(peers):
+def test_a_tally_gives_the_update_of_its_payloads(peers):
     layout = Layout([("a", torch.nn.Parameter(torch.zeros(30, 50))), ("b", torch.nn.Parameter(torch.zeros(100)))], 8)
     votes = list(ballots(peers, layout.chunk_count, peers, 20))
     total = functools.reduce(merge, [Tally.of(one, CONFIG) for one in votes])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from psyche_lightning.distro import DisTrO, DistroConfig, Layout, PayloadForm, Votes, encode
+from psyche_lightning.distro import DisTrO, DistroConfig, Layout, PayloadCodec, Votes, encode
 from psyche_lightning.errors import ConfigError, PayloadError
 
 SHAPES = {"embed": (40, 16), "layers.0": (16, 24), "layers.1": (24, 16), "norm": (70,)}
@@ -24,7 +24,7 @@ def test_each_parameter_sends_its_own_k_and_all_of_it_arrives():
     optimizer = DisTrO(parameters.items(), lr=0.1, config=CONFIG)
     payload = optimizer.encode()
     assert len(payload) == optimizer.max_payload
-    form, layout = PayloadForm(optimizer.layout, CONFIG), optimizer.layout
+    form, layout = PayloadCodec(optimizer.layout, CONFIG), optimizer.layout
     votes = form.decode(payload)
     cast = np.abs(votes.signs).sum(axis=1)
     for entry, k in zip(layout.entries, (1, 3, 9, 3), strict=True):
@@ -36,7 +36,7 @@ def test_each_parameter_sends_its_own_k_and_all_of_it_arrives():
         assert (part.signs == votes.signs[start:stop]).all()
 
 
-def test_the_update_is_that_of_each_parameter_alone():
+def test_the_update_equals_that_of_each_parameter_alone():
     together = dict(named())
     optimizer = DisTrO(together.items(), lr=0.1, config=CONFIG)
     optimizer.step()
@@ -61,7 +61,7 @@ def test_one_k_for_all_is_the_plain_code():
     layout = Layout(named(), 8)
     config = DistroConfig(chunk=8, k=5)
     votes = Votes.empty(layout.chunk_count, 5)
-    assert PayloadForm(layout, config).encode(votes) == encode(votes, config)
+    assert PayloadCodec(layout, config).encode(votes) == encode(votes, config)
     assert layout.digest(config) != layout.digest(DistroConfig(chunk=8, k=5, k_for={"norm": 4}))
 
 
@@ -73,11 +73,11 @@ def test_other_bytes_are_refused(spoil):
 
 
 def test_patterns_that_match_nothing_or_ask_too_much_are_refused():
-    with pytest.raises(ConfigError, match=r"matches no parameter; there are embed"):
+    with pytest.raises(ConfigError, match=r"matches no parameter; the names are embed"):
         DisTrO(named(), lr=0.1, config=DistroConfig(chunk=8, k=3, k_for={"embedding*": 1}))
     with pytest.raises(ConfigError, match=r"k_for of 'norm' is 17; .* from 1 to 16"):
         DistroConfig(chunk=8, k=3, k_for={"norm": 17})
-    with pytest.raises(ConfigError, match="expected a k for each"):
+    with pytest.raises(ConfigError, match="expected a mapping from patterns"):
         DistroConfig(chunk=8, k=3, k_for=4)
 
 

@@ -29,7 +29,7 @@ def test_the_strongest_two_of_each_row_are_the_published_ones():  # vector 12
 
 
 @pytest.mark.parametrize("size", [8, 16, 32, 64])
-def test_the_transform_is_orthonormal_and_its_own_way_back(size, device):
+def test_the_transform_is_orthonormal_and_invertible(size, device):
     generator = torch.Generator().manual_seed(size)
     blocks = torch.randn(7, size, size, generator=generator).to(device)
     coefficients = transform.forward(blocks)
