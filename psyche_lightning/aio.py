@@ -1,4 +1,4 @@
-"""Waits with a limit that never lose a cancellation, as ``asyncio.wait_for`` of Python 3.10 and 3.11 can."""
+"""Waits with a time limit that never lose a cancellation, unlike ``asyncio.wait_for`` of Python 3.10 and 3.11."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _T = TypeVar("_T")
 
 
 async def within(seconds: float, work: Awaitable[_T]) -> _T:
-    """Await ``work``, which is cancelled after ``seconds``.
+    """Await ``work``, and cancel it after ``seconds``.
 
     Raises:
-        asyncio.TimeoutError: it took longer.
+        asyncio.TimeoutError: ``work`` took longer.
     """
     task = asyncio.current_task()
     assert task is not None
@@ -35,16 +35,16 @@ async def within(seconds: float, work: Awaitable[_T]) -> _T:
         timer.cancel()
 
 
-async def happens(event: asyncio.Event, seconds: float) -> bool:
-    """Whether the event is set within the time."""
+async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Returns whether the event is set within ``seconds``."""
     try:
         return await within(seconds, event.wait())
     except asyncio.TimeoutError:
         return event.is_set()
 
 
-async def news(event: asyncio.Event, seconds: float | None) -> None:
-    """Return when the event is set, or after so many seconds (None: never); the event is set then, too."""
+async def wait_or_set(event: asyncio.Event, seconds: float | None) -> None:
+    """Wait for the event, and set it after ``seconds`` (None: never)."""
     timer = None if seconds is None else asyncio.get_running_loop().call_later(max(seconds, 0.0), event.set)
     try:
         await event.wait()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 
 class PsycheError(Exception):
-    """Base of every error of this package: what happened, what was expected, what to do."""
+    """Base of all errors of this package. The text says what happened, what was expected and what to do."""
 
 
 class ConfigError(PsycheError):
@@ -16,42 +16,42 @@ class ConfigError(PsycheError):
 
 
 class PluginError(PsycheError):
-    """A plugin is malformed, or a name is registered by nobody or by several plugins."""
+    """A plugin is malformed, or no plugin or several plugins register a name."""
 
 
 class WireError(PsycheError):
-    """Bytes from outside are not one of the canonical encodings that the decoder accepts."""
+    """Bytes from outside are not in the one encoding that the decoder accepts."""
 
 
 class PayloadError(WireError):
-    """A DisTrO payload is malformed, non-canonical or does not fit the model's layout."""
+    """A DisTrO payload is malformed, not canonical, or does not fit the model's layout."""
 
 
 class TransportError(PsycheError):
-    """A transport could not start, reach a peer or fetch a blob."""
+    """A transport cannot start, reach a peer or fetch a blob."""
 
 
 class AbsentError(TransportError):
-    """None of the peers that were asked for a blob has it."""
+    """Every peer that was asked for a blob answered that it does not have it."""
 
 
 class StoreError(PsycheError):
-    """A node's folder of blobs and promises is full, unwritable, in use or damaged."""
+    """A node's folder of blobs and promises is full, not writable, in use or damaged."""
 
 
 class CheckpointError(PsycheError):
-    """A checkpoint is missing, damaged or of something else, or its address cannot be read or written."""
+    """A checkpoint is missing, damaged or of another model, or its address cannot be read or written."""
 
 
 class DataError(PsycheError):
-    """Samples cannot be obtained.
+    """Samples are not available.
 
-    A node whose training samples raise this gives nothing to the round, and their ids are assigned again later; where
-    the error is lasting, the node leaves the run with it.
+    If a node's training samples raise it, the node contributes nothing to the round, and the ids are assigned again
+    later. If the error is lasting, the node leaves the run with it.
 
     Attributes:
-        ids: the samples, as they were asked for; empty where it is not about some of them.
-        lasting: whether asking again is of no use, as when the data is not what it was at the start.
+        ids: the requested samples; empty if the error does not concern particular samples.
+        lasting: whether another attempt is useless, for example because the data has changed since the start.
     """
 
     def __init__(self, message: str, *, ids: Sequence[int] = (), lasting: bool = False) -> None:
@@ -64,7 +64,8 @@ class CoordinatorError(PsycheError):
     """A coordinator refused a request or cannot be reached.
 
     Attributes:
-        code: the machine's error name (as Psyche's, such as ``"InvalidWitness"``), ``"Unreachable"`` or a host's own.
+        code: the machine's name of the error (as in Psyche, such as ``"InvalidWitness"``), ``"Unreachable"`` or a
+            host's own name.
         retryable: whether the same request may succeed later.
     """
 
@@ -87,13 +88,13 @@ class ManifestMismatchError(CoordinatorError):
 
 
 def cause(error: OSError) -> str:
-    """What the operating system says, such as ``Connection refused``; asyncio puts other words in its place."""
+    """The operating system's text, such as ``Connection refused``, which asyncio replaces by its own."""
     if error.errno is not None and error.errno > 0:
         return os.strerror(error.errno)
     return error.strerror or str(error) or type(error).__name__
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` when a choice is close to ``name``, else nothing."""
+    """Returns ``" Did you mean 'x'?"`` if a choice is close to ``name``, else an empty text."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""

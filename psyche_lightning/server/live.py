@@ -187,7 +187,7 @@ class News:
 
     async def wait(self, timeout: float | None) -> None:
         """Return after the next change, at once if one came since the last call, or after ``timeout`` seconds."""
-        await aio.news(self._event, timeout)
+        await aio.wait_or_set(self._event, timeout)
         self._event.clear()
 
 

@@ -250,7 +250,7 @@ class NetworkTransportContract(TransportContract):
 
         self.play(scene)
 
-    def test_one_wrong_byte_among_several_sources_is_found_and_its_source_named(
+    def test_one_wrong_byte_among_several_providers_is_found_and_its_provider_named(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         async def scene() -> None:
@@ -264,7 +264,7 @@ class NetworkTransportContract(TransportContract):
             c.blobs[digest] = bytes(wrong)
             fetched = await a.transport.fetch(digest, [b.key, c.key, d.key], max_size=BIG, timeout=LONG)
             assert fetched == data
-            blamed = [record.getMessage() for record in caplog.records if "other bytes" in record.getMessage()]
+            blamed = [record.getMessage() for record in caplog.records if "wrong bytes" in record.getMessage()]
             assert len(blamed) == 1
             assert short(c.key) in blamed[0]
             other = os.urandom(BIG)

@@ -1,4 +1,4 @@
-"""The transport contract (the ``transport`` plugin kind): small messages by gossip, blobs by hash."""
+"""The contract of the plugin kind ``transport``: small messages by gossip, blobs by hash."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class TransportContext:
     """What a transport gets from its node.
 
     Attributes:
-        identity: the node's key; peers are named by public keys, and a transport proves its own to them.
+        identity: the node's key. Public keys name peers, and a transport proves its node's key to them.
         run_id: the run; transports of different runs do not talk to each other.
-        on_message: call with ``(peer, message)`` for each message that came in, on the event loop; must not block. The
-            peer is the one that delivered it, perhaps for another. False says that the message is bad: it is not passed
-            on to others.
-        read_blob: returns the bytes of a blob by SHA-256, or None; may be called from any thread.
-        on_served: call with ``(size of the blob, bytes given out)`` when a peer was given a blob or a part of one.
+        on_message: the transport calls it with ``(peer, message)`` for each message that arrives, on the event loop. It
+            does not block. The peer delivered the message, but another node may have written it. It returns False for a
+            bad message, which the transport then does not pass on.
+        read_blob: returns the bytes of a blob by SHA-256, or None; any thread may call it.
+        on_served: the transport calls it with ``(size of the blob, bytes sent)`` when it sent a blob or a part of one.
     """
 
     identity: Identity
@@ -34,21 +34,21 @@ class TransportContext:
 
 @dataclass(frozen=True)
 class Link:
-    """How a peer is reached, for people to look at.
+    """The state of the link to one peer, for people.
 
     Attributes:
         peer: public key.
         connected: whether a connection is open.
         round_trip: seconds, or None when not measured.
-        bytes_up: bytes written to sockets towards it, everything counted.
-        bytes_down: bytes read from sockets from it.
+        bytes_up: bytes written to sockets towards the peer, overhead included.
+        bytes_down: bytes read from sockets from the peer, overhead included.
         reason: why the link is down, or empty.
-        bandwidth: bytes a second that blobs from it came with lately, or None when not measured.
+        bandwidth: bytes a second of the last blobs from the peer, or None when not measured.
         last_seen: seconds since the peer was last heard, or None when it never was.
-        path: how its bytes travel, such as ``"direct"`` or ``"relay https://..."``; empty when not known.
-        tried: whether an attempt to connect has ended, one way or the other.
-        answered: seconds in which the peer, at the last attempt to connect, proved its key and refused this node, as
-            those do of whose run it is no participant; None when it did not.
+        path: how bytes travel, such as ``"direct"`` or ``"relay https://..."``; empty when not known.
+        tried: whether an attempt to connect has ended, successfully or not.
+        answered: seconds after which the peer, at the last attempt to connect, proved its key and refused this node (as
+            it refuses any node outside its run); None when it did not.
     """
 
     peer: bytes
@@ -75,17 +75,17 @@ class Link:
 
 
 Progress = Callable[[int, int], None]
-"""Called with ``(bytes here so far, bytes of the whole)`` as a blob comes in; on the event loop, must not block."""
+"""Called with ``(bytes received, bytes in all)`` while a blob arrives; on the event loop, must not block."""
 
 
 class Transport(Protocol):
     """Carries messages and blobs between the nodes of one run.
 
-    Messages may be lost, duplicated or reordered; blobs are checked against their hash by the transport.
+    Messages may be lost, duplicated or reordered. The transport checks blobs against their hash.
     """
 
     async def start(self, context: TransportContext) -> str:
-        """Begin to listen and return the address under which peers reach this node.
+        """Start to listen, and return the address at which peers reach this node.
 
         Raises:
             TransportError: it cannot listen.
@@ -93,12 +93,13 @@ class Transport(Protocol):
         ...
 
     def set_peers(self, peers: Mapping[bytes, str]) -> None:
-        """Replace the peers: public key to address. Connections from and to anyone else are refused or closed."""
+        """Replace the peers (public key to address). Connections from and to all others are refused or closed."""
 
     def send(self, peer: bytes, message: bytes) -> None:
-        """Queue a message for one peer; bounded, drops the oldest for a peer that does not keep up.
+        """Queue a message for one peer.
 
-        A message for someone who is not a peer is dropped.
+        The queue is bounded: a peer that does not keep up loses the oldest messages. A message for a node that is not a
+        peer is dropped.
 
         Raises:
             TransportError: the message is longer than ``MAX_MESSAGE_SIZE``.
@@ -116,16 +117,16 @@ class Transport(Protocol):
         timeout: float,
         progress: Progress | None = None,
     ) -> bytes:
-        """Get a blob by SHA-256 from whoever of the providers has it.
+        """Get a blob by SHA-256 from any of the providers.
 
-        The order says who is preferred; a transport may ask those first that answered better before, and take a large
-        blob from several of them at once. A provider that does not answer uses up at most half of the time that is
-        left when there are others after it.
+        The providers come in order of preference. A transport may first ask those that answered better before, and may
+        take a large blob from several at once. A provider that does not answer uses up at most half of the remaining
+        time when others follow.
 
         Raises:
-            TransportError: nobody delivered matching bytes of at most ``max_size`` within ``timeout`` seconds, or the
-                transport was stopped; the text says for each provider what happened. An ``AbsentError`` when each of
-                them said that it does not have the blob.
+            TransportError: no provider delivered matching bytes of at most ``max_size`` within ``timeout`` seconds, or
+                the transport was stopped; the text says for each provider what happened. It is an ``AbsentError`` when
+                each of them answered that it does not have the blob.
         """
         ...
 
@@ -138,12 +139,12 @@ class Transport(Protocol):
 
 
 def check_message(message: bytes) -> None:
-    """Refuse a message that no peer would accept.
+    """Refuse a message that is too long for every peer.
 
     Raises:
         TransportError: it is longer than ``MAX_MESSAGE_SIZE``.
     """
     if len(message) > MAX_MESSAGE_SIZE:
         raise TransportError(
-            f"a message of {len(message)} bytes; at most {MAX_MESSAGE_SIZE} can be sent: larger things travel as blobs"
+            f"a message of {len(message)} bytes; at most {MAX_MESSAGE_SIZE} can be sent, and larger things as blobs"
         )

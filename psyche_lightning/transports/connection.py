@@ -1,7 +1,7 @@
-"""One open connection to a proven peer: messages, pings and blobs, side by side, over any :class:`Pipe`.
+"""One open connection to an authenticated peer, over any :class:`Pipe`: messages, pings and blobs side by side.
 
-What is urgent (messages, requests, pings) and what is bulky (blocks of blobs) are written apart. Of the bulky, one
-block of each blob goes in turn, and only as fast as the node's limit allows: a blob never holds up a message for long.
+Two lanes keep urgent frames (messages, requests, pings) apart from bulky ones (blocks of blobs). Blobs take turns, one
+block each, and go only as fast as the node's limit allows. So a blob never delays a message for long.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Protocol
 from psyche_lightning.aio import within
 from psyche_lightning.errors import AbsentError, TransportError, WireError
 from psyche_lightning.transports.base import TransportContext
-from psyche_lightning.transports.budget import Throttle
 from psyche_lightning.transports.framing import Kind, Source, frame, goodbye_text, read_frame
 from psyche_lightning.transports.pipe import GoodbyeError, Pipe
+from psyche_lightning.transports.throttle import Throttle
 from psyche_lightning.wire.identity import short
 
 MAX_SERVED = 8  # blobs of one peer in memory at a time
-MAX_WANTED = 64  # requests of one peer that wait
+MAX_WANTED = 64  # waiting requests of one peer
 _NUMBER = struct.Struct("!I")
 _WANT = struct.Struct("!I32sQQ")
 _FOUND = struct.Struct("!IQ")
@@ -33,12 +33,12 @@ _BATCH = 64 * 1024
 _log = logging.getLogger(__name__)
 
 
-class Outbox:
-    """Frames that wait for a peer; the oldest gives way.
+class SendQueue:
+    """Frames that wait to be sent to a peer; drops the oldest when it is full.
 
     Args:
-        max_frames: how many wait at most.
-        max_bytes: how many bytes they have together at most.
+        max_frames: the most frames that wait.
+        max_bytes: the most bytes that they have together.
     """
 
     def __init__(self, max_frames: int = 1024, max_bytes: int = 4 << 20) -> None:
@@ -65,11 +65,11 @@ class Outbox:
 
 
 class Part(Protocol):
-    """A part of a blob that is wanted from a peer, such as :class:`~psyche_lightning.transports.download.Span`."""
+    """A part of a blob that this node wants, such as :class:`~psyche_lightning.transports.download.Span`."""
 
     at: int
     end: int
-    shortened: Callable[[], None] | None  # called when the end has come nearer, while the part is on its way
+    shortened: Callable[[], None] | None  # called when ``end`` decreases while the part arrives
 
     @property
     def digest(self) -> bytes:
@@ -77,19 +77,19 @@ class Part(Protocol):
         ...
 
     def found(self, size: int, now: float) -> bool:
-        """Learn the size of the blob; whether the part is still wanted. Raises TransportError to refuse it."""
+        """Learn the size of the blob. Returns whether the part is still wanted; raises TransportError to refuse it."""
         ...
 
     def write(self, block: bytes | memoryview, now: float) -> bool:
-        """Take the next bytes; whether more are wanted."""
+        """Take the next bytes. Returns whether more are wanted."""
         ...
 
 
-class Library(Protocol):
-    """Where blobs that peers ask for come from."""
+class BlobReader(Protocol):
+    """Reads the blobs that peers ask for."""
 
     async def read(self, digest: bytes) -> bytes | None:
-        """The blob, or None; never raises."""
+        """Returns the blob, or None; never raises."""
         ...
 
 
@@ -99,7 +99,7 @@ class StalledError(TransportError):
 
 @dataclass
 class _Request:
-    """A part of a blob that this side asked for."""
+    """A part of a blob that this node asked for."""
 
     part: Part
     offset: int
@@ -115,7 +115,7 @@ class _Request:
 
 @dataclass
 class _Served:
-    """A part of a blob on its way to the peer."""
+    """A part of a blob that goes to the peer."""
 
     number: int
     data: memoryview
@@ -124,20 +124,20 @@ class _Served:
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What the connections of a node share.
+class ConnectionContext:
+    """What all connections of a node share.
 
     Attributes:
-        context: handlers of messages.
-        library: blobs.
-        upload: the limit on what goes out.
-        download: the limit on what comes in; blobs pay for it where they are asked for.
-        gossip: called with ``(peer, body)`` of a GOSSIP frame; raises WireError when it is malformed.
-        stall: seconds without progress after which a request counts as failed.
+        context: what the transport got from its node.
+        blobs: reads the blobs that peers ask for.
+        upload: the limit on sending.
+        download: the limit on receiving; a :class:`~psyche_lightning.transports.download.Fetch` accounts for blobs.
+        gossip: called with ``(peer, body)`` of a GOSSIP frame; raises WireError when the frame is malformed.
+        stall: seconds without progress after which a request fails.
     """
 
     context: TransportContext
-    library: Library
+    blobs: BlobReader
     upload: Throttle
     download: Throttle
     gossip: Callable[[bytes, bytes], None]
@@ -149,35 +149,35 @@ class Connection:
 
     Args:
         peer: the peer's public key, proven.
-        dialled: whether this node made the connection.
-        pipe: the bytes.
-        outbox: frames for this peer; it outlives the connection.
-        around: what the connections of a node share.
+        dialled: whether this node opened the connection.
+        pipe: carries the bytes.
+        queue: frames for this peer; it outlives the connection.
+        shared: what all connections of the node share.
 
     Attributes:
-        since: loop time at which it was opened.
+        since: loop time at which the connection was opened.
         heard: loop time of the last complete frame from the peer.
-        round_trip: seconds of the last ping, or None.
-        reason: why it is closed, or empty.
+        round_trip: seconds that the last ping took, or None.
+        reason: why the connection is closed, or empty.
         offence: whether it is closed because the peer broke the protocol.
     """
 
-    def __init__(self, peer: bytes, dialled: bool, pipe: Pipe, outbox: Outbox, around: Surroundings) -> None:
+    def __init__(self, peer: bytes, dialled: bool, pipe: Pipe, queue: SendQueue, shared: ConnectionContext) -> None:
         self.peer = peer
         self.dialled = dialled
         self.pipe = pipe
         self.round_trip: float | None = None
         self.reason = ""
         self.offence = False
-        self._outbox = outbox
-        self._around = around
+        self._queue = queue
+        self._shared = shared
         self._loop = asyncio.get_running_loop()
         self.since = self.heard = self._loop.time()
-        self._writing: dict[bool, float] = {}  # bulk or not -> since when that lane takes no more bytes
+        self._writing: dict[bool, float] = {}  # bulk or not -> when the write that still waits began
         self._pinged: float | None = None
         self._ping_next = self.since
         self._control: deque[bytes] = deque()
-        self._answers: deque[bytes] = deque()  # to requests, apart from blocks
+        self._answers: deque[bytes] = deque()  # FOUND and ABSENT
         self._urgent = asyncio.Event()
         self._bulk = asyncio.Event()
         self._numbers = 0
@@ -186,16 +186,16 @@ class Connection:
         self._last_wanted = 0
         self._wanted: deque[tuple[int, bytes, int, int]] = deque()
         self._loading: dict[int, asyncio.Task[None]] = {}
-        self._enough: dict[int, int] = {}  # of requests that are being loaded: length, if it has changed
+        self._enough: dict[int, int] = {}  # request that is being loaded -> its new length
         self._served: deque[_Served] = deque()
 
     @property
     def stuck(self) -> float | None:
-        """Loop time since which the peer takes no more bytes, or None."""
+        """Loop time at which the oldest unfinished write began, or None."""
         return min(self._writing.values(), default=None)
 
     async def run(self) -> None:
-        """Serve the connection until it ends; :attr:`reason` says why it did."""
+        """Serve the connection until it ends; :attr:`reason` then says why."""
         lanes = [asyncio.create_task(self._read(source, kinds)) for source, kinds in self.pipe.lanes]
         lanes += [asyncio.create_task(self._write_urgent()), asyncio.create_task(self._write_bulk())]
         try:
@@ -215,33 +215,33 @@ class Connection:
                 await within(1.0, self.pipe.closed())
 
     def wake(self) -> None:
-        """Say that the outbox has something."""
+        """Tell the connection that the queue has frames."""
         self._urgent.set()
 
     def close(self, reason: str) -> None:
-        """Tell the peer (if it listens) and end the connection now; the first reason stays."""
+        """Tell the peer why, if possible, and end the connection at once; the first reason stays."""
         if not self.reason:
             self.reason = reason
             self.pipe.close(reason)
 
     def forgive(self, seconds: float) -> None:
-        """Count ``seconds`` neither as silence nor as being stuck: this process slept."""
+        """Do not count the last ``seconds`` as silence or as being stuck, because this process slept."""
         self.heard += seconds
         self._writing = {lane: since + seconds for lane, since in self._writing.items()}
 
     def ping(self, now: float, interval: float) -> None:
-        """Send a ping when the last one was answered and is old enough."""
+        """Send a ping if the last one was answered and ``interval`` has passed."""
         if self._pinged is None and now >= self._ping_next:
             self._pinged, self._ping_next = now, now + interval
             self._post(frame(Kind.PING))
 
-    # -- blobs that this side wants -----------------------------------------------------------------------------------
+    # -- blobs that this node wants -----------------------------------------------------------------------------------
 
     async def pull(self, part: Part) -> None:
-        """Have the peer deliver a part of a blob, or as much of it as is still wanted.
+        """Get a part of a blob from the peer, or as much of it as is still wanted.
 
         Raises:
-            TransportError: it does not have it, stops delivering, or what it has is refused.
+            TransportError: the peer does not have the blob, stops delivering it, or has one that the part refuses.
         """
         async with self._slots:
             self._numbers += 1
@@ -265,24 +265,24 @@ class Connection:
                     self._post(frame(Kind.ENOUGH, _ENOUGH.pack(number, 0)))
 
     async def _progress(self, request: _Request) -> None:
-        """Wait until the request is done, as long as it makes progress."""
+        """Wait until the request is done; give up when it makes no progress."""
         while True:
             before = request.moved
-            await asyncio.wait([request.done], timeout=self._around.stall)
+            await asyncio.wait([request.done], timeout=self._shared.stall)
             if request.done.done():
                 return request.done.result()
             if before == request.moved:
                 got = f"{request.received} of {request.expected} bytes" if request.expected else "no answer"
-                raise StalledError(f"stalled ({got}, then nothing for {self._around.stall:.1f} s)")
+                raise StalledError(f"stalled ({got}, then nothing for {self._shared.stall:.1f} s)")
 
     def _answer(self, kind: int, body: bytes) -> None:
-        """FOUND, BLOCK or ABSENT: something about a request of this side."""
+        """Handle FOUND, BLOCK or ABSENT, an answer to a request of this node."""
         (number,) = _NUMBER.unpack_from(body)
         if not 0 < number <= self._numbers:
-            raise WireError(f"an answer to request {number}, which was never made")
+            raise WireError(f"it answered request {number}, which this node never made")
         request = self._requests.get(number)
         if request is None or request.done.done():
-            return  # given up meanwhile
+            return  # given up in the meantime
         if kind == Kind.ABSENT:
             request.expected = 0  # nothing is left to cancel
             request.done.set_exception(AbsentError("does not have it"))
@@ -290,7 +290,7 @@ class Connection:
         if kind == Kind.FOUND:
             _, size = _FOUND.unpack(body)
             if request.expected is not None:
-                raise WireError("a blob was announced twice")
+                raise WireError("it announced a blob twice")
             request.expected = min(request.length, max(0, size - request.offset))
             try:
                 wanted = request.part.found(size, self._loop.time())
@@ -300,13 +300,13 @@ class Connection:
         else:
             block = memoryview(body)[_NUMBER.size :]
             if request.expected is None or len(block) > request.expected - request.received:
-                raise WireError("a block of a blob has the wrong length")
+                raise WireError("it sent a block with a wrong length")
             request.received += len(block)
             wanted = request.part.write(block, self._loop.time())
         if not wanted or request.received == request.expected:
             request.done.set_result(None)
 
-    # -- what goes out ------------------------------------------------------------------------------------------------
+    # -- sending ------------------------------------------------------------------------------------------------------
 
     def _post(self, data: bytes) -> None:
         self._control.append(data)
@@ -325,8 +325,8 @@ class Connection:
             parts = [*self._control]
             self._control.clear()
             size = 0
-            while self._outbox and size < _BATCH:
-                parts.append(self._outbox.pop())
+            while self._queue and size < _BATCH:
+                parts.append(self._queue.pop())
                 size += len(parts[-1])
             if not parts:
                 self._urgent.clear()
@@ -344,8 +344,8 @@ class Connection:
                 return
 
     async def _write(self, data: bytes, *, bulk: bool) -> bool:
-        """Write when it is this connection's turn; whether it is still open."""
-        await self._around.upload.turn(len(data), urgent=not bulk)
+        """Write when the limit allows; returns whether the connection is still open."""
+        await self._shared.upload.acquire(len(data), urgent=not bulk)
         self._writing[bulk] = self._loop.time()
         try:
             await self.pipe.write(data, bulk=bulk)
@@ -356,25 +356,25 @@ class Connection:
         return True
 
     def _next_bulk(self) -> bytes:
-        """What answers wait, and one block of each blob in turn, as many as go at once."""
+        """Waiting answers, and one block of each blob in turn, up to one batch."""
         parts = [*self._answers]
         self._answers.clear()
-        most = min(self.pipe.batch, self._around.upload.batch)
+        most = min(self.pipe.batch, self._shared.upload.batch)
         size = 0
         while self._served and size < most:
             served = self._served.popleft()
-            block = served.data[served.sent : served.sent + self._around.upload.block]
+            block = served.data[served.sent : served.sent + self._shared.upload.block]
             parts.append(frame(Kind.BLOCK, _NUMBER.pack(served.number), block))
             served.sent += len(block)
             size += len(block)
-            self._around.context.on_served(served.size, len(block))
+            self._shared.context.on_served(served.size, len(block))
             if served.sent < len(served.data):
                 self._served.append(served)
             else:
                 self._load_more()
         return b"".join(parts)
 
-    # -- what comes in ------------------------------------------------------------------------------------------------
+    # -- receiving ----------------------------------------------------------------------------------------------------
 
     async def _read(self, source: Source, kinds: Collection[int]) -> None:
         try:
@@ -397,12 +397,12 @@ class Connection:
 
     def _handle(self, kind: int, body: bytes) -> None:
         if kind in (Kind.MESSAGE, Kind.GOSSIP):
-            self._around.download.charge(len(body))
+            self._shared.download.charge(len(body))
             if kind == Kind.GOSSIP:
-                self._around.gossip(self.peer, body)
+                self._shared.gossip(self.peer, body)
                 return
             try:
-                self._around.context.on_message(self.peer, body)
+                self._shared.context.on_message(self.peer, body)
             except Exception:
                 _log.exception("handling a message from %s failed", short(self.peer))
         elif kind == Kind.PING:
@@ -424,7 +424,7 @@ class Connection:
 
     def _want(self, number: int, digest: bytes, offset: int, length: int) -> None:
         if number <= self._last_wanted:
-            raise WireError(f"request {number} after request {self._last_wanted}")
+            raise WireError(f"it made request {number} after request {self._last_wanted}")
         self._last_wanted = number
         self._wanted.append((number, digest, offset, length))
         self._check_patience()
@@ -436,9 +436,9 @@ class Connection:
             self._loading[wanted[0]] = asyncio.create_task(self._load(*wanted))
 
     async def _load(self, number: int, digest: bytes, offset: int, length: int) -> None:
-        """Read a blob, possibly from a slow disk, and begin to send the part."""
+        """Read a blob, perhaps from a slow disk, and start to send the part."""
         try:
-            data = await self._around.library.read(digest)
+            data = await self._shared.blobs.read(digest)
         finally:
             del self._loading[number]
         limit = self._enough.pop(number, length)

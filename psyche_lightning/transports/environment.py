@@ -1,4 +1,4 @@
-"""Options of the network transports that a machine sets once, in its environment."""
+"""Options of the network transports that a machine's environment variables set."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "PSYCHE_UPLOAD": ("upload", float),
     "PSYCHE_DOWNLOAD": ("download", float),
 }
-"""Variable: the option that it gives, unless the recipe or the strategy does, and how its text is read."""
+"""Variable: (option, type). The option of a recipe or strategy wins over the variable."""
 
 
 def with_environment(options: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """The options, completed from the environment.
+    """Add to the options those that environment variables set.
 
     Raises:
-        ConfigError: a variable is not what its option takes.
+        ConfigError: a variable's text does not fit its option.
     """
     values = dict(options)
     for variable, (name, read) in VARIABLES.items():

@@ -1,21 +1,20 @@
 """Frames of the network transports: body length (u32, big-endian), kind (u8), body.
 
-The length is checked against the limits of the kind before anything is read or allocated.
-
+The reader checks the length against the limits of the kind before it reads or allocates anything.
 =========  ==========================================================================================================
 HELLO      version u8 | server key 32 | challenge 32 | signature 64 (see :mod:`~psyche_lightning.transports.handshake`)
 PROOF      client key 32 | signature 64
-WELCOME    empty: the client is a peer, the link is open
+WELCOME    empty: the client is a peer, and the link is open
 GOODBYE    up to 200 bytes of UTF-8: why the sender closes the connection
 MESSAGE    the message, up to ``MAX_MESSAGE_SIZE``
 PING       empty; the answer is PONG
 PONG       empty
 WANT       request u32 | SHA-256 32 | offset u64 | length u64: send that part of that blob
-FOUND      request u32 | size of the whole blob u64: the part follows, as far as the blob has it
+FOUND      request u32 | size of the whole blob u64: the part follows, up to the end of the blob
 BLOCK      request u32 | the next bytes of the part, at most 64 KiB
 ABSENT     request u32: the sender does not have the blob
-ENOUGH     request u32 | length u64: send no more than so many bytes of the part; 0 if it is not wanted any more
-GOSSIP     a message that is passed on (see :mod:`~psyche_lightning.transports.gossip`)
+ENOUGH     request u32 | length u64: send no more than this many bytes of the part; 0 cancels the request
+GOSSIP     a message to pass on (see :mod:`~psyche_lightning.transports.gossip`)
 =========  ==========================================================================================================
 """
 
@@ -34,7 +33,7 @@ _HEADER = struct.Struct("!IB")
 
 
 class Kind(enum.IntEnum):
-    """What a frame is."""
+    """The kind of a frame."""
 
     HELLO = 0
     PROOF = 1
@@ -69,13 +68,13 @@ LIMITS: dict[int, tuple[int, int]] = {
 
 
 class Source(Protocol):
-    """Where frames come from, such as an ``asyncio.StreamReader``."""
+    """A stream of bytes to read frames from, such as an ``asyncio.StreamReader``."""
 
     async def readexactly(self, n: int) -> bytes:
         """The next ``n`` bytes.
 
         Raises:
-            EOFError: the stream ends before.
+            EOFError: the stream ends earlier.
             OSError: the connection broke.
         """
         ...
@@ -87,12 +86,12 @@ def frame(kind: Kind, *parts: bytes | memoryview) -> bytes:
 
 
 def goodbye(reason: str) -> bytes:
-    """A GOODBYE frame; a reason that is too long is cut."""
+    """A GOODBYE frame; cuts a reason that is too long."""
     return frame(Kind.GOODBYE, reason.encode()[: LIMITS[Kind.GOODBYE][1]])
 
 
 def goodbye_text(body: bytes) -> str:
-    """The reason in a GOODBYE frame, with everything removed that could disturb a terminal."""
+    """The reason in a GOODBYE frame; replaces characters that could disturb a terminal."""
     return "".join(c if c.isprintable() else "?" for c in body.decode(errors="replace"))
 
 
@@ -100,20 +99,20 @@ async def read_frame(reader: Source, allowed: Collection[int]) -> tuple[int, byt
     """Read one frame.
 
     Args:
-        reader: where it comes from.
-        allowed: the kinds that are in order now.
+        reader: the stream.
+        allowed: the kinds that may come now.
 
     Returns:
         Kind and body.
 
     Raises:
-        WireError: the kind is not allowed, or the length not within its limits.
+        WireError: the kind is not allowed, or its length is outside the limits.
         EOFError: the connection ended.
         OSError: the connection broke.
     """
     length, kind = _HEADER.unpack(await reader.readexactly(_HEADER.size))
     if kind not in allowed:
-        raise WireError(f"a frame of kind {kind} is not in order here")
+        raise WireError(f"a frame of kind {kind} is not allowed here")
     smallest, largest = LIMITS[kind]
     if not smallest <= length <= largest:
         raise WireError(f"a {Kind(kind).name} frame of {length} bytes; {smallest} to {largest} are accepted")

@@ -1,20 +1,20 @@
-"""Messages for everybody: who passes what on to whom. Without I/O; time and randomness come in.
+"""Decides who passes which message on to whom. Has no I/O; time and randomness come in.
 
-Nodes send their messages to every peer that they are connected to. A peer that they cannot reach (two nodes behind home
-routers, a link that is down at the moment) is named in the message, and a few neighbours are asked to pass it on, which
-they do in the same way: so a message floods exactly as far as it must. Each node acts on a message once, however often
-it comes, and only on one that its own node does not refuse. When a link comes up, what was said in the last minute is
-said again, because nobody knows what was lost with the link before it.
+A node sends its messages to all peers to which it is connected. For peers that it cannot reach (because both are behind
+home routers, or a link is down at the moment) it names them in the message and asks a few neighbours to pass it on. The
+neighbours do the same, so a message floods only as far as needed. A node acts once on each message, however often it
+arrives, and never passes on a message that it refuses. When a link comes up, the node repeats the messages of the last
+minute, because nobody knows what the old link lost.
 
-A message for one peer that cannot be reached goes the same way, private: those who pass it on do not take it
-themselves (but can read it, as all participants of the run can).
+A private message to one peer that the node cannot reach travels in the same way. The nodes that pass it on do not act
+on it (but can read it, like all participants of the run).
 
 Body of a GOSSIP frame::
 
     number u64 | hops u8 | private u8 | names u8 | origin 32 | names x 8 bytes | message
 
-``number`` is fresh for each message of its origin, ``hops`` (1 to 4) how often it may be passed on still, and the names
-are the beginnings of the keys of those who have not been reached, in ascending order.
+``number`` is new for each message of its origin. ``hops`` (1 to 4) says how often the message may still be passed on.
+The names are the first bytes of the keys of the nodes that have not been reached, in ascending order.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from psyche_lightning.wire.identity import KEY_SIZE
 
 MAX_HOPS = 4
 MAX_NAMES = 32
-FAN = 4  # neighbours that are asked to pass a message on
-RECENT = 60.0  # seconds in which a message is said again on a new link
+FANOUT = 4  # neighbours that are asked to pass a message on
+RECENT = 60.0  # seconds for which a message is repeated on a new link
 RECENT_BYTES, RECENT_COUNT = 1 << 20, 512
-SEEN_COUNT = 16384  # messages that are remembered, so as to act on them once
+SEEN_COUNT = 16384  # messages that a node remembers, to act on each of them once
 _HEAD = struct.Struct("!QBBB32s")
 _NAME = 8
 
 Delivery = tuple[bytes, bytes]
-"""A peer, and the frame that goes to it."""
+"""A peer, and a frame to send to it."""
 
 
 @dataclass(frozen=True)
 class Rumor:
-    """A message on its way.
+    """A message that nodes pass on.
 
     Attributes:
-        number: fresh for each message of its origin.
-        hops: how often it may be passed on still.
-        private: whether only those named take it.
-        origin: key of the node that it comes from; not proven.
-        names: beginnings of the keys of those who have not been reached.
-        message: what is said.
+        number: new for each message of its origin.
+        hops: how often it may still be passed on.
+        private: whether only the named nodes act on it.
+        origin: key of the node that wrote it; not proven.
+        names: first bytes of the keys of the nodes that have not been reached.
+        message: its content.
     """
 
     number: int
@@ -75,7 +75,7 @@ class Rumor:
         """Read the body of a GOSSIP frame.
 
         Raises:
-            WireError: it is not the one encoding of a rumor.
+            WireError: the body is not the canonical encoding of a rumor.
         """
         if len(body) < _HEAD.size:
             raise WireError(f"a GOSSIP frame of {len(body)} bytes; its head alone has {_HEAD.size}")
@@ -93,12 +93,12 @@ class Rumor:
 
     @property
     def id(self) -> bytes:
-        """The same however it came here, and different for all others."""
+        """Identifies the message, however it got here."""
         return sha256(_HEAD.pack(self.number, 0, self.private, 0, self.origin) + self.message)[:16]
 
 
 class Gossip:
-    """One node's memory of what was said.
+    """The messages that one node has sent and seen.
 
     Args:
         own: the node's key.
@@ -113,13 +113,13 @@ class Gossip:
         self._recent: OrderedDict[bytes, tuple[float, Rumor]] = OrderedDict()
         self._recent_bytes = 0
 
-    def say(self, message: bytes, now: float, near: Collection[bytes], far: Collection[bytes]) -> list[Delivery]:
-        """Tell everybody.
+    def broadcast(self, message: bytes, now: float, near: Collection[bytes], far: Collection[bytes]) -> list[Delivery]:
+        """Send a message to all peers.
 
         Args:
-            message: what.
+            message: the message.
             now: seconds.
-            near: the peers that the node is connected to.
+            near: the peers to which the node is connected.
             far: its other peers.
         """
         rumor = self._new(message, False, far)
@@ -128,12 +128,12 @@ class Gossip:
         helpers = self._choose(near) if far else ()
         return [(peer, rumor.frame() if peer in helpers else plain) for peer in near]
 
-    def whisper(self, peer: bytes, message: bytes, now: float, near: Collection[bytes]) -> list[Delivery]:
-        """Have others pass a message on to a peer that the node is not connected to; arguments as of :meth:`say`."""
+    def send_via_others(self, peer: bytes, message: bytes, now: float, near: Collection[bytes]) -> list[Delivery]:
+        """Let others pass a message on to a peer that has no connection; arguments as in :meth:`broadcast`."""
         rumor = self._new(message, True, [peer])
         return [(neighbour, rumor.frame()) for neighbour in self._choose(near)]
 
-    def hear(
+    def receive(
         self,
         body: bytes,
         sender: bytes,
@@ -145,21 +145,21 @@ class Gossip:
         """Act on a GOSSIP frame.
 
         Args:
-            body: of the frame.
-            sender: the peer that it came from.
+            body: body of the frame.
+            sender: the peer that sent it.
             now: seconds.
             peers: all peers of the node.
-            near: those that it is connected to.
-            take: gives the node the message; False if that refused it.
+            near: those to which it is connected.
+            take: gives the node the message; returns False if the node refuses it.
 
         Returns:
-            What is to be passed on.
+            The frames to send.
 
         Raises:
             WireError: the frame is malformed.
         """
         rumor = Rumor.decode(body)
-        if rumor.origin not in peers or rumor.id in self._seen:  # the own key is not among the peers either
+        if rumor.origin not in peers or rumor.id in self._seen:  # a node is not its own peer
             return []
         self._seen[rumor.id] = None
         while len(self._seen) > SEEN_COUNT:
@@ -182,8 +182,8 @@ class Gossip:
             deliveries.append((peer, onward.frame()))
         return deliveries
 
-    def again(self, peer: bytes, now: float) -> list[bytes]:
-        """Frames for a peer whose link has just come up: what this node said, and what others had no way to tell it."""
+    def repeat(self, peer: bytes, now: float) -> list[bytes]:
+        """Frames for a peer whose link has just come up: this node's recent messages, and those that name the peer."""
         self._forget(now)
         return [
             replace(rumor, names=(), hops=1).frame()
@@ -199,7 +199,7 @@ class Gossip:
         return Rumor(self._number, MAX_HOPS, private, self._own, tuple(sorted(set(names))), message)
 
     def _choose(self, peers: Collection[bytes]) -> Sequence[bytes]:
-        return self._rng.sample(sorted(peers), min(FAN, len(peers)))
+        return self._rng.sample(sorted(peers), min(FANOUT, len(peers)))
 
     def _remember(self, rumor: Rumor, now: float) -> None:
         self._recent[rumor.id] = (now, rumor)

@@ -1,28 +1,30 @@
 """Mutual authentication of two nodes over TLS 1.3, by their Ed25519 node keys.
 
-Each process makes a fresh TLS key with a self-signed certificate that says nothing about who it is. TLS gives a secret
-channel to *whoever holds the key of that certificate*; the node keys then say who that is, and who the client is::
+Each process makes a fresh TLS key with a self-signed certificate that names nobody. TLS gives a secret channel to
+*whoever holds the key of that certificate*. The node keys then prove who that is, and who the client is::
 
     server -> client   HELLO   version, server key B, challenge c,
                                sign_B("psyche-lightning tcp server 1", run, SHA-256(certificate))
     client -> server   PROOF   client key A, sign_A("psyche-lightning tcp client 1", run, c | B | SHA-256(certificate))
     server -> client   WELCOME, or GOODBYE with the reason
 
-Why nobody can stand in the middle, nor use what was heard elsewhere:
+Why nobody can stand in the middle, or use a message that was recorded elsewhere:
 
-* *The client knows the server.* In TLS 1.3 the server signs the transcript of this very handshake with the key of its
-  certificate. The HELLO signature is node B's word that this certificate is its own, in this run. Someone in the middle
-  must show a certificate whose key they hold, for which B has signed nothing; B's HELLO, passed on, names another
-  certificate than the one that the client sees. Passing on the TLS bytes untouched is what any router does.
+* *The client knows the server.* In TLS 1.3 the server signs the transcript of this handshake with the key of its
+  certificate. The HELLO signature is node B's statement that this certificate is its own, in this run. Someone in the
+  middle must show a certificate whose key they hold, and B has signed nothing for that certificate. If they pass on B's
+  HELLO, it names another certificate than the one that the client sees. Passing on the TLS bytes unchanged is only what
+  any router does.
 * *The server knows the client.* The client sends its proof only into a channel whose other end it knows to be B. The
   proof names B, B's certificate and a challenge that B drew for this connection alone. So a proof that M received from
-  A (who meant to talk to M) names M and is worthless at B, even with B's challenge passed to A; a proof recorded at B
-  answers an old challenge; and nobody but B can read a proof for B before it is used.
-* *Nothing else can pass for these signatures*, nor they for others: each starts with its purpose and the run id.
-* Whether the proven key is one of the current peers is decided after that, so that a stranger learns only what B is.
+  A (who meant to talk to M) names M and is worthless at B, even if M passed B's challenge to A. A proof recorded at B
+  answers an old challenge. And nobody but B can read a proof for B before it is used.
+* *Nothing else can pass for these signatures*, and they cannot pass for others: each starts with its purpose and the
+  run id.
+* The server decides after the proof whether the key is a current peer, so a stranger learns only who B is.
 
-The node's secret never leaves the process: only the fresh TLS key is written, to a private folder that is gone at once,
-because Python's ``ssl`` loads keys from files only. Sessions are not resumed, so every connection proves all of this.
+The node's secret never leaves the process. Only the fresh TLS key is written to a private folder, which is deleted at
+once, because Python's ``ssl`` loads keys from files only. Sessions are not resumed, so all of this is proved each time.
 """
 
 from __future__ import annotations
@@ -53,23 +55,23 @@ WRONG_PROOF = "wrong proof of identity, or another run"
 
 
 class HandshakeError(TransportError):
-    """The other side did not prove what it had to, or refused; the text is the reason."""
+    """The other side did not prove its key, or refused this node; the text is the reason."""
 
 
 class RefusedError(HandshakeError):
-    """The other side proved who it is, and refused this node."""
+    """The other side proved its key, and refused this node."""
 
 
 class UnwelcomeError(HandshakeError):
-    """The other side proved who it is, and is not welcome now."""
+    """The other side proved its key, and this node refuses it now."""
 
 
 class Handshake:
-    """One node's side of all its handshakes: TLS contexts with a fresh key, and the proofs above.
+    """One node's side of all its handshakes: TLS contexts with a fresh key, and the proofs.
 
     Args:
         identity: the node's key.
-        run_id: the run; nodes of another run fail.
+        run_id: the run; handshakes with nodes of another run fail.
 
     Attributes:
         server_context: TLS settings for accepted connections.
@@ -90,22 +92,22 @@ class Handshake:
         _load(self.server_context, key, certificate)
         self.client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self.client_context.minimum_version = ssl.TLSVersion.TLSv1_3
-        # No authority vouches for these certificates: the HELLO does, in meet().
+        # No authority vouches for these certificates; meet() checks the HELLO instead.
         self.client_context.check_hostname = False
         self.client_context.verify_mode = ssl.CERT_NONE
 
     async def meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, expected: bytes) -> None:
-        """The client's part.
+        """Do the client's part.
 
         Args:
             reader: the TLS connection.
             writer: the same.
-            expected: public key of the node that the server must be.
+            expected: public key that the server must prove.
 
         Raises:
-            HandshakeError: the server is someone else.
-            RefusedError: it refused this node.
-            WireError: the server sent what is no handshake.
+            HandshakeError: the server is another node.
+            RefusedError: the server refused this node.
+            WireError: the server sent something other than a handshake.
             EOFError, OSError: the connection ended.
         """
         encrypted: ssl.SSLObject | None = writer.get_extra_info("ssl_object")
@@ -118,9 +120,9 @@ class Handshake:
         if hello[0] != VERSION:
             raise HandshakeError(f"it speaks version {hello[0]} of this transport, this node {VERSION}")
         if server != expected:
-            raise HandshakeError(f"another node answers there: {short(server)}")
+            raise HandshakeError(f"another node answers at this address: {short(server)}")
         if not verify(expected, SERVER_PURPOSE, self._run_id, binding, signature):
-            raise HandshakeError("what answers there does not hold the peer's key in this run")
+            raise HandshakeError("the node at this address does not prove the peer's key in this run")
         proof = self._identity.sign(CLIENT_PURPOSE, self._run_id, challenge + expected + binding)
         writer.write(frame(Kind.PROOF, self._identity.public, proof))
         kind, body = await read_frame(reader, {Kind.WELCOME, Kind.GOODBYE})
@@ -133,20 +135,20 @@ class Handshake:
         writer: asyncio.StreamWriter,
         objection: Callable[[bytes], str | None],
     ) -> bytes:
-        """The server's part.
+        """Do the server's part.
 
         Args:
             reader: the TLS connection.
             writer: the same.
-            objection: why a client with this (proven) key is not welcome, or None.
+            objection: returns why a client with this (proven) key is refused, or None.
 
         Returns:
-            The public key of the client, proven.
+            The client's public key, proven.
 
         Raises:
-            HandshakeError: the client proved nothing.
+            HandshakeError: the client did not prove a key.
             UnwelcomeError: there is an objection.
-            WireError: the client sent what is no handshake.
+            WireError: the client sent something other than a handshake.
             EOFError, OSError: the connection ended.
         """
         challenge = secrets.token_bytes(CHALLENGE_SIZE)
@@ -160,13 +162,13 @@ class Handshake:
         reason = objection(client)
         if reason is not None:
             writer.write(goodbye(reason))
-            raise UnwelcomeError(f"{short(client)} is not welcome: {reason}")
+            raise UnwelcomeError(f"{short(client)} is refused: {reason}")
         writer.write(frame(Kind.WELCOME))
         return client
 
 
 def _certificate(key: Ed25519PrivateKey) -> x509.Certificate:
-    """A minimal certificate; nothing in it is ever relied on but its key."""
+    """A minimal certificate; only its key matters."""
     name = x509.Name([])
     return (
         x509.CertificateBuilder()
@@ -181,7 +183,7 @@ def _certificate(key: Ed25519PrivateKey) -> x509.Certificate:
 
 
 def _load(context: ssl.SSLContext, key: Ed25519PrivateKey, certificate: x509.Certificate) -> None:
-    """Give key and certificate to ``ssl``, which reads files only: in a folder of mode 0700 that goes at once."""
+    """Give key and certificate to ``ssl``, which reads only files: in a folder of mode 0700 that is deleted at once."""
     secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     with tempfile.TemporaryDirectory(prefix="psyche-tls-") as folder:
         path = Path(folder) / "pem"

@@ -1,4 +1,4 @@
-"""A transport between nodes of one process, which may run on event loops in different threads."""
+"""A transport between the nodes of one process, whose event loops may run in different threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class MemoryNetwork:
-    """Where the transports of one process find each other by address."""
+    """Finds the transports of one process by address."""
 
     def __init__(self) -> None:
         self._members: dict[str, MemoryTransport] = {}
@@ -27,7 +27,7 @@ class MemoryNetwork:
         self._lock = threading.Lock()
 
     def enter(self, transport: MemoryTransport) -> str:
-        """Give a transport an address that was never used before."""
+        """Give a transport a new address."""
         with self._lock:
             address = f"memory:{next(self._numbers)}"
             self._members[address] = transport
@@ -39,7 +39,7 @@ class MemoryNetwork:
             self._members.pop(address, None)
 
     def find(self, address: str) -> MemoryTransport | None:
-        """The transport at an address, if it is there now."""
+        """The transport at an address, or None."""
         with self._lock:
             return self._members.get(address)
 
@@ -50,11 +50,11 @@ _PROCESS = MemoryNetwork()
 class MemoryTransport:
     """A :class:`~psyche_lightning.transports.base.Transport` without sockets.
 
-    Messages to a peer that is not there (yet, or any more) are lost, as on any transport. The bytes of its links are
-    those of messages and blobs.
+    A message to a peer that is not there (yet, or any more) is lost, as on any transport. Links count the bytes of
+    messages and blobs.
 
     Args:
-        network: the network to enter; all transports of the process meet in one when it is not given.
+        network: the network to enter; by default the one that all transports of the process share.
     """
 
     def __init__(self, network: MemoryNetwork | None = None) -> None:
@@ -151,7 +151,7 @@ class MemoryTransport:
         if target is None or target._context is None or self._loop is None:
             raise TransportError("is not connected")
         if timeout <= 0:
-            raise TransportError("was not asked for lack of time")
+            raise TransportError("was not asked, because time ran out")
         reading = self._loop.run_in_executor(None, target._context.read_blob, digest)
         self._fetches.add(reading)
         try:
@@ -180,11 +180,11 @@ class MemoryTransport:
             target._count(self._context.identity.public, up=len(data))
         target._context.on_served(len(data), len(data))
         if sha256(data) != digest:
-            raise TransportError("delivered other bytes")
+            raise TransportError("delivered wrong bytes")
         return bytes(data)
 
     def _reach(self, peer: bytes) -> MemoryTransport | None:
-        """The transport of a peer, when both of the same run have each other as peers."""
+        """The transport of a peer, if both belong to the same run and have each other as peers."""
         context, address = self._context, self._peers.get(peer)
         target = self._network.find(address) if address is not None and self._loop is not None else None
         if context is None or target is None or target._context is None or target._loop is None:
@@ -193,7 +193,7 @@ class MemoryTransport:
         return target if same and context.identity.public in target._peers else None
 
     def _receive(self, sender: bytes, message: bytes) -> bool:
-        """Queue a message from the sender's thread; the oldest gives way when the node does not keep up."""
+        """Queue a message, in the sender's thread; drops the oldest if the node does not keep up."""
         with self._lock:
             loop = self._loop
             if loop is None or loop.is_closed() or sender not in self._peers:

@@ -1,9 +1,9 @@
 """What the network transports share: one link to each peer, gossip, blobs from several peers, limits, liveness.
 
-Each pair of nodes has one connection for both directions, so it is enough when one of the two can be reached. The node
-with the smaller key dials at once, the other one only when no connection has come for a moment; a newer connection
-takes the place of an older one, except that one dialled by the smaller key is left alone while it is young, so that
-two made at the same time do not end each other.
+Each pair of nodes has one connection for both directions, so one of the two must be reachable. The node with the
+smaller key dials at once. The other one dials only if no connection comes for a moment. A newer connection replaces an
+older one. But a young connection that the smaller key dialled stays, so that two connections made at the same time do
+not end each other.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from psyche_lightning.aio import happens, within
+from psyche_lightning.aio import is_set_within, within
 from psyche_lightning.errors import TransportError, WireError, cause
 from psyche_lightning.transports.base import Link, Progress, TransportContext, check_message
-from psyche_lightning.transports.budget import Throttle
-from psyche_lightning.transports.connection import Connection, Surroundings
+from psyche_lightning.transports.cache import KEPT_SECONDS, BlobCache
+from psyche_lightning.transports.connection import Connection, ConnectionContext
 from psyche_lightning.transports.download import Download, Fetch
 from psyche_lightning.transports.framing import Kind, frame
 from psyche_lightning.transports.gossip import Gossip
 from psyche_lightning.transports.handshake import RefusedError, UnwelcomeError
-from psyche_lightning.transports.library import KEPT_SECONDS, BlobLibrary
 from psyche_lightning.transports.meter import ByteMeter
 from psyche_lightning.transports.peer import Peer
 from psyche_lightning.transports.pipe import Pipe
+from psyche_lightning.transports.throttle import Throttle
 from psyche_lightning.wire.identity import short
 
-MAX_ARRIVING = 256  # connections that have not proved who they are
+MAX_ARRIVING = 256  # connections that have not proved their key
 GRACE = 2.0  # seconds that the node with the larger key waits for the other to dial
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds between attempts to connect
-PARTIAL_BYTES = 256 << 20  # of blobs that could not be completed, kept for the next attempt
-COMPLAIN_EVERY = 30.0  # seconds between log lines about one who misbehaves
+PARTIAL_BYTES = 256 << 20  # bytes of incomplete blobs that are kept for the next attempt
+COMPLAIN_EVERY = 30.0  # seconds between log lines about the same offender
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
 class MeshTransport(abc.ABC):
-    """A :class:`~psyche_lightning.transports.base.Transport` over connections; a subclass makes the connections.
+    """A :class:`~psyche_lightning.transports.base.Transport` over connections, which a subclass makes.
 
     Args:
-        meter: counts the bytes of everything, refused strangers included; one of its own by default.
+        meter: counts all bytes, also those of refused strangers; a new one by default.
         upload: bytes a second that this node sends at most; None for no limit.
         download: bytes a second that it receives at most; None for no limit.
         rng: spreads the attempts to reconnect, and chooses who passes messages on.
         ping_interval: seconds between pings on each link.
-        silence: seconds after which a peer that sends nothing, or takes nothing, is disconnected.
-        handshake_timeout: seconds in which a new connection must have proved who it is.
-        overhead: what a byte costs on the wire, with everything that is put around it.
+        silence: seconds after which a peer that sends nothing or takes nothing is disconnected.
+        handshake_timeout: seconds in which a new connection must prove its key.
+        overhead: bytes on the wire for each byte, headers included.
 
     Raises:
         ConfigError: a limit is not a positive number.
@@ -80,9 +80,9 @@ class MeshTransport(abc.ABC):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running = False
         self._context: TransportContext | None = None
-        self._around: Surroundings | None = None
+        self._shared: ConnectionContext | None = None
         self._gossip: Gossip | None = None
-        self._library: BlobLibrary | None = None
+        self._cache: BlobCache | None = None
         self._peers: dict[bytes, Peer] = {}
         self._partial: OrderedDict[bytes, Download] = OrderedDict()
         self._arriving: dict[asyncio.Task[None], None] = {}  # in order of arrival
@@ -91,17 +91,17 @@ class MeshTransport(abc.ABC):
 
     @property
     def meter(self) -> ByteMeter:
-        """Counts the bytes of everything."""
+        """Counts all bytes."""
         return self._meter
 
     # -- what a subclass does -----------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     async def _open(self, context: TransportContext) -> str:
-        """Begin to listen, give each arrival to :meth:`_arrive`, and return the node's address.
+        """Start to listen, give each new connection to :meth:`_arrive`, and return the node's address.
 
         Raises:
-            TransportError: it cannot.
+            TransportError: it cannot listen.
         """
 
     @abc.abstractmethod
@@ -109,13 +109,13 @@ class MeshTransport(abc.ABC):
         """Connect to a peer, prove this node's key in this run, and have the peer prove its own.
 
         Raises:
-            TransportError, WireError, OSError, EOFError: the reason why that failed.
+            TransportError, WireError, OSError, EOFError: the attempt failed.
         """
         ...
 
     @abc.abstractmethod
     async def _shut(self) -> None:
-        """Stop listening; called once all connections are closed, perhaps without :meth:`_open` before."""
+        """Stop listening. Called once all connections are closed, perhaps without an :meth:`_open` before."""
 
     # -- the contract -------------------------------------------------------------------------------------------------
 
@@ -125,14 +125,14 @@ class MeshTransport(abc.ABC):
             raise TransportError("this transport was started before; make a new one")
         self._loop = asyncio.get_running_loop()
         self._context = context
-        self._library = BlobLibrary(context.read_blob)
+        self._cache = BlobCache(context.read_blob)
         self._gossip = Gossip(context.identity.public, self._rng)
-        self._around = Surroundings(
-            context, self._library, self._upload, self._download, self._heard, stall=self._silence / 2
+        self._shared = ConnectionContext(
+            context, self._cache, self._upload, self._download, self._heard, stall=self._silence / 2
         )
         address = await self._open(context)
         self._running = True
-        self._spawn(self._tend())
+        self._spawn(self._maintain())
         peers, self._peers = self._peers, {}
         self.set_peers({key: peer.address for key, peer in peers.items()})
         return address
@@ -145,7 +145,7 @@ class MeshTransport(abc.ABC):
             if peer.dialler is not None:
                 peer.dialler.cancel()
             if peer.connection is not None:
-                peer.connection.close("you are not among the peers any more")
+                peer.connection.close("you are no longer a peer in this run")
         for key, address in peers.items():
             if key == own:
                 continue
@@ -159,21 +159,21 @@ class MeshTransport(abc.ABC):
             peer.dialler = self._spawn(self._keep_linked(peer))
 
     def send(self, peer: bytes, message: bytes) -> None:
-        """See the contract; a peer that is not connected gets it once it is, and now if others can reach it."""
+        """See the contract. An unconnected peer gets the message once it is connected, and at once through others."""
         check_message(message)
         known = self._peers.get(peer)
         if known is None:
             return
         known.put(frame(Kind.MESSAGE, message))
         if known.connection is None and self._gossip is not None:
-            self._deliver(self._gossip.whisper(peer, bytes(message), self._now(), self._near()))
+            self._deliver(self._gossip.send_via_others(peer, bytes(message), self._now(), self._near()))
 
     def broadcast(self, message: bytes) -> None:
-        """See the contract; it reaches also those that only others are connected to."""
+        """See the contract. The message also reaches peers to which only others are connected."""
         check_message(message)
         if self._gossip is not None and self._running:
             near = self._near()
-            self._deliver(self._gossip.say(bytes(message), self._now(), near, self._peers.keys() - near))
+            self._deliver(self._gossip.broadcast(bytes(message), self._now(), near, self._peers.keys() - near))
 
     async def fetch(
         self,
@@ -186,8 +186,8 @@ class MeshTransport(abc.ABC):
     ) -> bytes:
         """See the contract.
 
-        Of the providers, those are asked first that are connected and whose blobs came fastest before; a large blob
-        comes from several at once. What is here of a blob that nobody completed is kept for the next attempt.
+        First asks the providers that are connected and whose blobs came fastest before; takes a large blob from several
+        at once. Keeps the bytes of a blob that nobody completed for the next attempt.
         """
         unknown = [key for key in providers if key not in self._peers]
         if not self._running:
@@ -219,8 +219,8 @@ class MeshTransport(abc.ABC):
         self._running = False
         for peer in self._peers.values():
             peer.reason = "this node stopped"
-            peer.up.set()  # nobody waits for it any longer
-        for _ in range(4):  # a library below may lose a cancellation
+            peer.up.set()  # wakes those who wait for it
+        for _ in range(4):  # a library that we use may lose a cancellation
             tasks = [*self._tasks, *self._arriving]
             if not tasks:
                 break
@@ -242,10 +242,10 @@ class MeshTransport(abc.ABC):
             self._peers[key].put(data)
 
     def _heard(self, sender: bytes, body: bytes) -> None:
-        """Act on a GOSSIP frame; raises WireError when it is malformed."""
+        """Act on a GOSSIP frame; raises WireError when the frame is malformed."""
         assert self._gossip is not None
         take = lambda message: self._take(sender, message)  # noqa: E731
-        self._deliver(self._gossip.hear(body, sender, self._now(), self._peers.keys(), self._near(), take))
+        self._deliver(self._gossip.receive(body, sender, self._now(), self._peers.keys(), self._near(), take))
 
     def _take(self, sender: bytes, message: bytes) -> bool:
         assert self._context is not None
@@ -265,7 +265,7 @@ class MeshTransport(abc.ABC):
     # -- links --------------------------------------------------------------------------------------------------------
 
     async def _keep_linked(self, peer: Peer) -> None:
-        """Dial whenever there is no connection, with growing pauses."""
+        """Dial while there is no connection, with growing pauses."""
         patient = self._context is not None and self._context.identity.public > peer.key
         attempts = 0
         while self._running:
@@ -275,7 +275,7 @@ class MeshTransport(abc.ABC):
                 attempts = 0 if self._now() - begun > self._ping_interval else attempts + 1
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempts - 1, 10)) if attempts else 0.0
             pause = pause * self._rng.uniform(0.5, 1.5) + (GRACE * self._rng.uniform(1.0, 1.5) if patient else 0.0)
-            if pause and await happens(peer.up, pause):
+            if pause and await is_set_within(peer.up, pause):
                 continue
             meter, dialled = ByteMeter(self._meter), self._now()
             try:
@@ -294,18 +294,18 @@ class MeshTransport(abc.ABC):
                 self._adopt(peer, pipe, dialled=True)
 
     def _adopt(self, peer: Peer, pipe: Pipe, *, dialled: bool) -> None:
-        """Make a proven connection the link of its peer."""
-        assert self._around is not None
+        """Make an authenticated connection the link of its peer."""
+        assert self._shared is not None
         assert self._gossip is not None
-        connection = Connection(peer.key, dialled, pipe, peer.outbox, self._around)
+        connection = Connection(peer.key, dialled, pipe, peer.queue, self._shared)
         self._spawn(self._serve(peer, connection))
         if not self._running or self._peers.get(peer.key) is not peer:
-            connection.close("you are not among the peers any more")
+            connection.close("you are no longer a peer in this run")
             return
         old, peer.connection, peer.tried = peer.connection, connection, True
         if old is not None:
-            old.close("a newer connection took its place")
-        for data in self._gossip.again(peer.key, self._now()):
+            old.close("a newer connection replaced it")
+        for data in self._gossip.repeat(peer.key, self._now()):
             peer.put(data)
         peer.down.clear()
         peer.up.set()
@@ -329,38 +329,38 @@ class MeshTransport(abc.ABC):
 
     # -- arrivals -----------------------------------------------------------------------------------------------------
 
-    def _arrive(self, admission: Awaitable[tuple[bytes, Pipe]], whence: str) -> None:
-        """Bring a new connection through its handshake; those that take too long give way to newer ones.
+    def _arrive(self, admission: Awaitable[tuple[bytes, Pipe]], origin: str) -> None:
+        """Run the handshake of a new connection. When too many are open, the oldest is ended.
 
         Args:
             admission: proves the peer's key; fails like :meth:`_dial`.
-            whence: where it comes from, for the log.
+            origin: where the connection comes from, for the log.
         """
         if len(self._arriving) >= MAX_ARRIVING:
-            next(iter(self._arriving)).cancel()  # the oldest: honest ones are quick
-            self._complain(whence.rpartition(":")[0], f"one of {MAX_ARRIVING} connections that prove nothing")
-        task = asyncio.create_task(self._receive(admission, whence))
+            next(iter(self._arriving)).cancel()  # the oldest: an honest node is quick
+            self._complain(origin.rpartition(":")[0], f"one of {MAX_ARRIVING} connections that do not prove their key")
+        task = asyncio.create_task(self._receive(admission, origin))
         self._arriving[task] = None
         task.add_done_callback(lambda done: self._arriving.pop(done, None))
 
-    async def _receive(self, admission: Awaitable[tuple[bytes, Pipe]], whence: str) -> None:
+    async def _receive(self, admission: Awaitable[tuple[bytes, Pipe]], origin: str) -> None:
         try:
             key, pipe = await self._timed(admission)
         except UnwelcomeError as error:  # peers learn of each other at different times
-            _log.info("refused a connection from %s: %s", whence, error)
+            _log.info("refused a connection from %s: %s", origin, error)
         except (TransportError, WireError, OSError, EOFError) as error:
-            self._complain(whence.rpartition(":")[0], f"refused a connection: {reason(error)}")
+            self._complain(origin.rpartition(":")[0], f"refused a connection: {reason(error)}")
         else:
             if key in self._peers:
                 self._adopt(self._peers[key], pipe, dialled=False)
             else:
-                pipe.close("you are not among the peers any more")
+                pipe.close("you are no longer a peer in this run")
 
     def _objection(self, key: bytes) -> str | None:
-        """Why a node with this key is not let in, or None."""
+        """Why a node with this key is refused, or None."""
         peer = self._peers.get(key)
         if peer is None or self._context is None:
-            return "you are not among the peers"
+            return "you are not a peer in this run"
         old, own = peer.connection, self._context.identity.public
         young = old is not None and self._now() - old.since < 2 * GRACE
         if old is not None and young and old.dialled and own < key:
@@ -368,7 +368,7 @@ class MeshTransport(abc.ABC):
         return None
 
     def _complain(self, who: str, what: str) -> None:
-        """Name in the log who misbehaves, but not over and over."""
+        """Log who misbehaves, but not again and again."""
         now = self._now()
         if now - self._complaints.get(who, -math.inf) < COMPLAIN_EVERY:
             _log.debug("%s: %s", who, what)
@@ -378,23 +378,23 @@ class MeshTransport(abc.ABC):
         self._complaints[who] = now
         _log.warning("%s: %s", who, what)
 
-    # -- upkeep -------------------------------------------------------------------------------------------------------
+    # -- maintenance --------------------------------------------------------------------------------------------------
 
-    async def _tend(self) -> None:
-        """Ping, close what is silent or takes nothing, and forget."""
+    async def _maintain(self) -> None:
+        """Ping, close links that send nothing or take nothing, and drop old blobs."""
         period = min(1.0, self._ping_interval / 2)
         last = self._now()
         while True:
             await asyncio.sleep(period)
             now = self._now()
             late, last = now - last - period, now
-            assert self._library is not None
-            self._library.forget(now - KEPT_SECONDS)
+            assert self._cache is not None
+            self._cache.forget(now - KEPT_SECONDS)
             for peer in self._peers.values():
                 connection = peer.connection
                 if connection is None:
                     continue
-                if late > period:  # this process slept: what came meanwhile has not been read yet
+                if late > period:  # this process slept, and has not yet read what came
                     connection.forgive(late)
                 if now - connection.heard > self._silence:
                     connection.close(f"silent for {self._silence:g} s")
@@ -422,7 +422,7 @@ class MeshTransport(abc.ABC):
 
 
 def reason(error: Exception) -> str:
-    """What an error says, in few words."""
+    """The text of an error, in few words."""
     if isinstance(error, OSError):
         return cause(error)
     if isinstance(error, EOFError):

@@ -1,7 +1,8 @@
-"""Bytes counted where they enter and leave the process: at the sockets, with TLS and all framing included.
+"""Counts bytes at the sockets, where they enter and leave the process, with TLS and all framing included.
 
-Works with asyncio's selector event loop (the default on Unix), which reads and writes through the socket object; a loop
-in C, such as uvloop, goes past it. Bytes that the kernel adds (TCP/IP headers, retransmissions) are not visible here.
+This works with asyncio's selector event loop (the default on Unix), which reads and writes through the socket object. A
+loop written in C, such as uvloop, bypasses it. Bytes that the kernel adds (TCP/IP headers, retransmissions) are not
+counted.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class ByteMeter:
-    """Counts bytes, also from several threads; what it counts is counted in its parent as well.
+    """Counts bytes; threads may share it. Its parent counts them as well.
 
     Args:
-        parent: the meter of the whole of which this one is a part.
+        parent: the meter of the whole of which this one counts a part.
 
     Attributes:
         up: bytes written.
@@ -44,7 +45,7 @@ class ByteMeter:
 class MeteredSocket(socket.socket):
     """A socket that counts its bytes in :attr:`meter`.
 
-    Sockets that it accepts have a meter of their own, whose parent is the listener's.
+    An accepted socket has a meter of its own, whose parent is the listener's.
     """
 
     def __init__(
@@ -60,9 +61,9 @@ class MeteredSocket(socket.socket):
         self.meter = meter or ByteMeter()
 
     def accept(self) -> tuple[MeteredSocket, Any]:
-        """As of ``socket.socket``."""
+        """As in ``socket.socket``."""
         plain, address = super().accept()
-        # By family, type and number as of the standard library; the blocking mode is not inherited through them.
+        # As in the standard library, by family, type and number. These do not carry the blocking mode.
         timeout = plain.gettimeout()
         accepted = MeteredSocket(
             plain.family, plain.type, plain.proto, fileno=plain.detach(), meter=ByteMeter(self.meter)
@@ -71,31 +72,31 @@ class MeteredSocket(socket.socket):
         return accepted, address
 
     def send(self, data: ReadableBuffer, flags: int = 0, /) -> int:
-        """As of ``socket.socket``."""
+        """As in ``socket.socket``."""
         sent = super().send(data, flags)
         self.meter.count(up=sent)
         return sent
 
     def sendall(self, data: ReadableBuffer, flags: int = 0, /) -> None:
-        """As of ``socket.socket``, by way of :meth:`send`, so that a part sent before an error is counted too."""
+        """As in ``socket.socket``, but through :meth:`send`, so a part sent before an error counts too."""
         view = memoryview(data).cast("B")
         while view:
             view = view[self.send(view, flags) :]
 
     def sendmsg(self, buffers: Iterable[ReadableBuffer], /, *rest: Any) -> int:
-        """As of ``socket.socket``."""
+        """As in ``socket.socket``."""
         sent = super().sendmsg(buffers, *rest)
         self.meter.count(up=sent)
         return sent
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
-        """As of ``socket.socket``; bytes that are only peeked at do not count."""
+        """As in ``socket.socket``; bytes that are only peeked at do not count."""
         data = super().recv(bufsize, flags)
         self._received(len(data), flags)
         return data
 
     def recv_into(self, buffer: WriteableBuffer, nbytes: int = 0, flags: int = 0) -> int:
-        """As of ``socket.socket``; bytes that are only peeked at do not count."""
+        """As in ``socket.socket``; bytes that are only peeked at do not count."""
         size = super().recv_into(buffer, nbytes, flags)
         self._received(size, flags)
         return size
@@ -106,7 +107,7 @@ class MeteredSocket(socket.socket):
 
 
 def socket_factory(meter: ByteMeter) -> Callable[[Any], socket.socket]:
-    """What ``aiohttp.TCPConnector(socket_factory=...)`` takes, to count a client's traffic in ``meter``."""
+    """The ``socket_factory`` of an ``aiohttp.TCPConnector`` that counts a client's traffic in ``meter``."""
 
     def make(info: Any) -> socket.socket:
         family, kind, proto, *_ = info

@@ -6,18 +6,18 @@ import asyncio
 import logging
 import math
 
-from psyche_lightning.aio import happens
+from psyche_lightning.aio import is_set_within
 from psyche_lightning.errors import TransportError
 from psyche_lightning.transports.base import Link
-from psyche_lightning.transports.connection import Connection, Outbox, StalledError
+from psyche_lightning.transports.connection import Connection, SendQueue, StalledError
 from psyche_lightning.transports.download import Span
 from psyche_lightning.transports.meter import ByteMeter
 from psyche_lightning.wire.identity import short
 
 CONNECT_WAIT = 5.0  # seconds that a fetch waits for a link that is down
-USUAL_BANDWIDTH = 2.5e6  # bytes a second of a peer that has not delivered anything yet
+USUAL_BANDWIDTH = 2.5e6  # bytes a second that are expected of a peer that has not delivered anything yet
 USUAL_ROUND_TRIP = 0.05
-MEASURED = 64 * 1024  # bytes from which on the time that they took says something
+MEASURED = 64 * 1024  # bytes from which on a transfer is long enough to measure the bandwidth
 _log = logging.getLogger(__name__)
 
 
@@ -29,24 +29,24 @@ class Peer:
         address: where it listens.
 
     Attributes:
-        outbox: frames for it.
+        queue: frames to send to it.
         connection: the link, or None.
         up: set while there is a connection.
         down: set while there is none.
         reason: why there is none.
         tried: whether an attempt to connect has ended.
         lost: why the last connection ended.
-        answered: seconds in which it refused the last attempt to connect; None when it did not.
+        answered: seconds after which it refused the last attempt to connect; None when it did not.
         seen: loop time at which an earlier connection last heard it.
-        bandwidth: bytes a second with which parts of blobs came from it lately; None when not measured.
-        trusted: whether it never delivered other bytes than were asked for.
-        dialler: the task that keeps the link.
+        bandwidth: bytes a second of the last parts of blobs from it; None when not measured.
+        trusted: whether it has always delivered the right bytes.
+        dialler: the task that keeps the link up.
     """
 
     def __init__(self, key: bytes, address: str) -> None:
         self.key = key
         self.address = address
-        self.outbox = Outbox()
+        self.queue = SendQueue()
         self.connection: Connection | None = None
         self.up = asyncio.Event()
         self.down = asyncio.Event()
@@ -63,7 +63,7 @@ class Peer:
 
     def put(self, data: bytes) -> None:
         """Queue a frame."""
-        self.outbox.put(data)
+        self.queue.put(data)
         if self.connection is not None:
             self.connection.wake()
 
@@ -73,7 +73,7 @@ class Peer:
         self._past_down += meter.down
 
     def link(self, now: float) -> Link:
-        """For people to look at."""
+        """The state of the link, for people."""
         up, down, connection = self._past_up, self._past_down, self.connection
         if connection is None:
             seen = None if self.seen is None else now - self.seen
@@ -84,26 +84,26 @@ class Peer:
         return Link(self.key, True, connection.round_trip, up, down, "", self.bandwidth, seen, path)
 
     def rank(self, size: int) -> tuple[bool, bool, int]:
-        """Sorts peers by how soon they would deliver a blob: those that differ by less than a factor of 4 are equal.
+        """Sort key by which peers that deliver a blob sooner come first; a difference below a factor of 4 is ignored.
 
         Args:
-            size: bytes of the blob, at most.
+            size: the largest size of the blob in bytes.
         """
         trip = self.connection.round_trip if self.connection is not None else None
         expected = (USUAL_ROUND_TRIP if trip is None else trip) + size / (self.bandwidth or USUAL_BANDWIDTH)
         return not self.trusted, self.connection is None, round(math.log(max(expected, 0.05), 4))
 
-    # -- as a supplier of a download ----------------------------------------------------------------------------------
+    # -- as a provider of a download ----------------------------------------------------------------------------------
 
     async def pull(self, span: Span) -> None:
-        """Fill a span over the link, once it is up.
+        """Fill a span over the link; wait for the link if it is down.
 
         Raises:
-            TransportError: it is not connected, does not have the blob, or does not deliver it.
+            TransportError: the peer is not connected, does not have the blob, or does not deliver it.
         """
         loop = asyncio.get_running_loop()
         if self.connection is None:
-            await happens(self.up, CONNECT_WAIT)
+            await is_set_within(self.up, CONNECT_WAIT)
         if self.connection is None:
             raise TransportError(f"is not connected ({self.reason})")
         begun = loop.time()
@@ -119,6 +119,6 @@ class Peer:
                 self.bandwidth = rate if self.bandwidth is None else (self.bandwidth + rate) / 2
 
     def lied(self, what: str) -> None:
-        """Remember that it delivered something else, and say so."""
+        """Record and log that it delivered wrong bytes."""
         self.trusted = False
-        _log.warning("%s %s; it is asked last from now on", short(self.key), what)
+        _log.warning("%s %s; this node asks it last from now on", short(self.key), what)

@@ -1,4 +1,4 @@
-"""What lies under a connection: an open, authenticated and encrypted way to one peer (TLS over TCP, QUIC streams)."""
+"""What carries a connection: an open, authenticated and encrypted way to one peer (TLS over TCP, QUIC streams)."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ URGENT = frozenset(LIMITS) - HANDSHAKE - BULK
 
 
 class GoodbyeError(OSError):
-    """The peer closed the connection and said why; the text is the reason, fit to be shown."""
+    """The peer closed the connection and gave a reason, which is the text and safe to show."""
 
 
 class Pipe(Protocol):
-    """Frames in each direction: in two lanes, so that what is urgent does not wait for what is bulky, or in one."""
+    """Carries frames in each direction, in one lane or in two; with two, urgent frames need not wait for bulky ones."""
 
     @property
     def meter(self) -> ByteMeter:
-        """Counts the bytes, up and down, with everything that is put around them."""
+        """Counts the bytes, up and down, overhead included."""
         ...
 
     @property
     def batch(self) -> int:
-        """Bytes of something bulky that are best written at once, where no limit says less."""
+        """Bytes of bulky frames that are best written at once, if no limit says less."""
         ...
 
     @property
     def lanes(self) -> Sequence[tuple[Source, Collection[int]]]:
-        """Where frames come from, and which kinds may come there."""
+        """The streams that frames come from, and the kinds that may come on each."""
         ...
 
     async def write(self, data: bytes, *, bulk: bool) -> None:
-        """Send frames; returns once little of them waits in this process.
+        """Send frames; returns once few of the bytes still wait in this process.
 
         Raises:
             OSError: the connection broke.
@@ -45,11 +45,11 @@ class Pipe(Protocol):
         """
 
     def close(self, reason: str) -> None:
-        """Tell the peer why, if it listens, and end the connection now."""
+        """Tell the peer why, if possible, and end the connection at once."""
 
     async def closed(self) -> None:
         """Wait until everything is released."""
 
     def path(self) -> str:
-        """How the bytes travel, as of :attr:`psyche_lightning.transports.base.Link.path`."""
+        """How bytes travel, see :attr:`psyche_lightning.transports.base.Link.path`."""
         ...

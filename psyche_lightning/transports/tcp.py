@@ -18,9 +18,9 @@ from psyche_lightning.transports.meter import ByteMeter, MeteredSocket
 from psyche_lightning.transports.pipe import BULK, URGENT, Pipe
 
 OVERHEAD = 1.04
-"""What a byte costs on the wire: TLS records, and headers of TCP, IP and Ethernet, in packets of 1500 bytes."""
+"""Bytes on the wire for each byte: TLS records, and headers of TCP, IP and Ethernet, in packets of 1500 bytes."""
 CONGESTION = b"bbr"
-"""Congestion control, where the kernel has it: others take each lost packet for a full link, and slow down."""
+"""Congestion control, if the kernel has it: others slow down at each lost packet, as if the link were full."""
 _READ_LIMIT = 256 * 1024
 _WILDCARDS = ("", "0.0.0.0", "::")
 
@@ -31,14 +31,14 @@ class TcpTransport(MeshTransport):
     Args:
         host: interface to listen on; ``0.0.0.0`` or ``::`` for all, which needs ``advertise``.
         port: port to listen on; 0 takes a free one.
-        advertise: ``HOST`` or ``HOST:PORT`` that peers are to dial, when it is not ``host`` and ``port``.
-        meter: counts the bytes of all sockets, refused strangers included; one of its own by default.
-        upload: bytes a second that this node sends at most, headers of the network included; None for no limit.
+        advertise: ``HOST`` or ``HOST:PORT`` that peers dial, if it differs from ``host`` and ``port``.
+        meter: counts the bytes of all sockets, also those of refused strangers; a new one by default.
+        upload: bytes a second that this node sends at most, network headers included; None for no limit.
         download: bytes a second that it receives at most; None for no limit.
         rng: spreads the attempts to reconnect, and chooses who passes messages on.
         ping_interval: seconds between pings on each link.
-        silence: seconds after which a peer that sends nothing, or takes nothing, is disconnected.
-        handshake_timeout: seconds in which a new connection must have proved who it is.
+        silence: seconds after which a peer that sends nothing or takes nothing is disconnected.
+        handshake_timeout: seconds in which a new connection must prove its key.
 
     Raises:
         ConfigError: a limit is not a positive number.
@@ -77,8 +77,8 @@ class TcpTransport(MeshTransport):
     async def _open(self, context: TransportContext) -> str:
         if self._host in _WILDCARDS and self._advertise is None:
             raise TransportError(
-                f"listening on every interface (host={self._host!r}) says nothing about where peers find this node: "
-                "give advertise='HOST' or 'HOST:PORT' too, as they can reach it"
+                f"a node that listens on every interface (host={self._host!r}) does not know at which address peers "
+                "reach it: also give advertise='HOST' or 'HOST:PORT'"
             )
         self._handshake = Handshake(context.identity, context.run_id)
         self._listener = await self._listen()
@@ -154,7 +154,7 @@ class TcpTransport(MeshTransport):
         while True:
             try:
                 sock, target = await loop.sock_accept(listener)
-            except OSError as error:  # no descriptor left, or the client was gone before it was accepted
+            except OSError as error:  # no descriptor is left, or the client has already gone
                 self._complain("this node", f"accepting a connection failed: {reason(error)}")
                 await asyncio.sleep(0.2)
                 continue
@@ -181,12 +181,12 @@ class TcpTransport(MeshTransport):
 
 
 class TlsPipe:
-    """A TLS connection after the handshake; both lanes in one, of which each writes a little in turn.
+    """A TLS connection after the handshake. Its one lane carries urgent and bulky frames, a few of each in turn.
 
     Args:
         reader: the stream.
         writer: the same.
-        meter: what counts the bytes of its socket.
+        meter: counts the bytes of its socket.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, meter: ByteMeter) -> None:
@@ -194,13 +194,13 @@ class TlsPipe:
         self._reader = reader
         self._writer = writer
         self._turn = asyncio.Lock()
-        # The less waits below, the sooner something urgent goes out.
+        # The fewer bytes wait in the kernel, the sooner an urgent frame leaves.
         writer.transport.set_write_buffer_limits(high=BLOCK_SIZE)
         sock = writer.get_extra_info("socket")
         if sock is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2 * BLOCK_SIZE)
         if sock is not None and hasattr(socket, "TCP_CONGESTION"):
-            with contextlib.suppress(OSError):  # not in this kernel, or not for everyone
+            with contextlib.suppress(OSError):  # the kernel lacks it, or does not allow it
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION)
 
     @property
@@ -210,7 +210,7 @@ class TlsPipe:
 
     @property
     def batch(self) -> int:
-        """One block: what is urgent waits for it."""
+        """One block: urgent frames wait for it."""
         return BLOCK_SIZE
 
     @property
@@ -245,7 +245,7 @@ def _stream_protocol(loop: asyncio.AbstractEventLoop) -> tuple[asyncio.StreamRea
 
 
 def _address(host: str, port: int) -> str:
-    """``tcp://HOST:PORT`` from ``HOST`` or ``HOST:PORT``; IPv6 hosts are put in brackets."""
+    """``tcp://HOST:PORT`` from ``HOST`` or ``HOST:PORT``; puts IPv6 hosts in brackets."""
     if host.count(":") > 1 and not host.startswith("["):
         host = f"[{host}]"
     has_port = ":" in host.rpartition("]")[2]
@@ -256,7 +256,7 @@ def _locate(address: str) -> tuple[str, int]:
     """Host and port of an address.
 
     Raises:
-        TransportError: it is not one of this transport.
+        TransportError: it is not an address of this transport.
     """
     try:
         parts = urlsplit(address)

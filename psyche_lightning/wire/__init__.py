@@ -1,1 +1,1 @@
-"""Canonical bytes, SHA-256, identities and signatures."""
+"""Canonical encoding, SHA-256, identities and signatures."""

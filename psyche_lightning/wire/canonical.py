@@ -1,4 +1,4 @@
-"""Values as bytes with exactly one accepted encoding; SHA-256, which addresses blobs, commitments and digests."""
+"""The canonical encoding, which has one form for each value, and SHA-256, which addresses blobs and commitments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sha256(*parts: bytes | memoryview) -> bytes:
 
 
 def pack(value: Any) -> bytes:
-    """Encode lists, ints, bytes, text, booleans and None; dictionaries are refused (their order is not canonical)."""
+    """Encode lists, ints, bytes, text, booleans and None; refuses dictionaries, whose order is not canonical."""
     return bytes(msgpack.packb(value, use_bin_type=True, strict_types=False))
 
 
@@ -31,13 +31,13 @@ def unpack(data: bytes, *, max_size: int) -> Any:
 
     Args:
         data: the encoded bytes.
-        max_size: the largest number of bytes that the caller accepts; also bounds every element.
+        max_size: the largest number of bytes that the caller accepts; also limits every element.
 
     Returns:
-        The value; sequences come back as lists.
+        The value; all sequences are lists.
 
     Raises:
-        WireError: too long, malformed, of a type that is not allowed, or not the canonical encoding.
+        WireError: the bytes are too long, malformed, of a type that is not allowed, or not the canonical encoding.
     """
     if len(data) > max_size:
         raise WireError(f"a message of {len(data)} bytes; at most {max_size} are accepted")
@@ -53,12 +53,12 @@ def unpack(data: bytes, *, max_size: int) -> Any:
             max_map_len=0,
             max_ext_len=0,
         )
-    except Exception as error:  # msgpack raises many types, all of which mean the same here
+    except Exception as error:  # msgpack raises many types, which all mean the same here
         raise WireError(f"not a canonical message: {type(error).__name__}") from error
     try:
         again = pack(value)
     except Exception as error:
         raise WireError(f"not a canonical message: {type(error).__name__}") from error
     if again != data:
-        raise WireError("not a canonical message: its values have another encoding")
+        raise WireError("not a canonical message: this is not the canonical encoding of its value")
     return value

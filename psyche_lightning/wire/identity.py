@@ -15,12 +15,12 @@ SIGNATURE_SIZE = 64
 
 
 def short(key: bytes) -> str:
-    """The first four bytes of a key in hex, as people read it in tables and logs."""
+    """The first four bytes of a key in hex, for tables and logs."""
     return key[:4].hex()
 
 
 def _statement(purpose: str, run_id: str, payload: bytes) -> bytes:
-    """What is signed: length-prefixed purpose and run id, then the payload, so that no two statements share bytes."""
+    """The bytes to sign: purpose and run id with their lengths, then the payload. So no two statements are equal."""
     head = b""
     for text in (purpose, run_id):
         raw = text.encode()
@@ -48,12 +48,12 @@ class Identity:
 
     @classmethod
     def generate(cls) -> Identity:
-        """A fresh random identity."""
+        """A new random identity."""
         return cls(os.urandom(KEY_SIZE))
 
     @classmethod
     def load_or_create(cls, path: Path) -> Identity:
-        """Read 32 raw secret bytes from ``path``, or create it (mode 0600) with fresh ones.
+        """Read 32 raw secret bytes from ``path``, or create the file (mode 0600) with new ones.
 
         Raises:
             ConfigError: the file exists but is not a key, or cannot be read or written.
@@ -73,7 +73,7 @@ class Identity:
             raise ConfigError(f"cannot read or create the node key {path}: {error.strerror}") from error
 
     def secret_bytes(self) -> bytes:
-        """The 32 raw secret bytes, for a library that proves the node's key itself, as QUIC does."""
+        """The 32 raw secret bytes, for a library that proves the node's key by itself, such as QUIC."""
         return self._key.private_bytes_raw()
 
     def sign_raw(self, payload: bytes) -> bytes:
@@ -86,7 +86,7 @@ class Identity:
 
 
 def verify(public: bytes, purpose: str, run_id: str, payload: bytes, signature: bytes) -> bool:
-    """Whether ``signature`` is ``public``'s over ``payload`` for that purpose and run. Never raises on bad bytes."""
+    """Whether ``signature`` is the one of ``public`` over ``payload`` for that purpose and run; never raises."""
     if len(public) != KEY_SIZE or len(signature) != SIGNATURE_SIZE:
         return False
     try:

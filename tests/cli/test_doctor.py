@@ -385,7 +385,7 @@ def test_participants_are_dialled_and_their_refusal_counts_as_an_answer() -> Non
         assert [one.verdict for one in rows] == [Verdict.OK, Verdict.WARNING, Verdict.WARNING]
         assert "answers within" in rows[0].value
         assert "refused" in rows[1].value
-        assert "another node answers there" in rows[2].value
+        assert "another node answers at this address" in rows[2].value
         assert told[-1] == 1.0
 
     asyncio.run(scene())

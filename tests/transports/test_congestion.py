@@ -54,10 +54,10 @@ def used() -> bytes:
     return asyncio.run(scene())
 
 
-def test_bbr_where_the_kernel_has_it() -> None:
+def test_bbr_is_used_if_the_kernel_has_it() -> None:
     assert used() == b"bbr"
 
 
-def test_what_the_machine_has_where_it_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machines_default_is_used_without_bbr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tcp, "CONGESTION", b"not there")
     assert used() == b"reno"

@@ -1,4 +1,4 @@
-"""How sources share a blob: sources and time are played here, real ones are in the conformance kit."""
+"""How providers share a blob: providers and time are played here, real ones are in the conformance kit."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from psyche_lightning.errors import AbsentError, TransportError
-from psyche_lightning.transports.budget import Throttle
 from psyche_lightning.transports.download import Download, Fetch, Span
+from psyche_lightning.transports.throttle import Throttle
 from psyche_lightning.wire.canonical import sha256
 
 BLOCK = 64 * 1024
@@ -19,7 +19,7 @@ DATA = random.Random(0).randbytes(5_000_003)
 
 
 class Played:
-    """A source that delivers what the test says."""
+    """A provider that delivers what the test says."""
 
     def __init__(self, name: str, data: bytes | None = DATA, pause: float = 0.0, dies_after: float = 1e18) -> None:
         self.key = name.encode().ljust(32)
@@ -77,15 +77,15 @@ class PlayedTime(asyncio.SelectorEventLoop):
 
 
 def play(
-    *sources: Played, download: Download | None = None, timeout: float = 30, limit: float | None = None
+    *providers: Played, download: Download | None = None, timeout: float = 30, limit: float | None = None
 ) -> tuple[bytes, float]:
-    """Fetch from these sources; returns the bytes, and the seconds that passed in the played time."""
+    """Fetch from these providers; returns the bytes, and the seconds that passed in the played time."""
     loop = PlayedTime()
 
     async def main() -> bytes:
         throttle = Throttle(limit, clock=loop.time)
         try:
-            return await Fetch(download or Download(sha256(DATA), 6_000_000), list(sources), timeout, throttle).run()
+            return await Fetch(download or Download(sha256(DATA), 6_000_000), list(providers), timeout, throttle).run()
         finally:
             throttle.close()
 
@@ -95,17 +95,17 @@ def play(
         loop.close()
 
 
-def fetch(*sources: Played, download: Download | None = None, timeout: float = 30) -> bytes:
-    return play(*sources, download=download, timeout=timeout)[0]
+def fetch(*providers: Played, download: Download | None = None, timeout: float = 30) -> bytes:
+    return play(*providers, download=download, timeout=timeout)[0]
 
 
-def test_one_source_gets_one_request() -> None:
+def test_one_provider_gets_one_request() -> None:
     one = Played("one")
     assert fetch(one) == DATA
     assert (one.requests, one.given) == (1, len(DATA))
 
 
-def test_sources_share_by_their_speed() -> None:
+def test_providers_share_a_blob_by_their_speed() -> None:
     quick, slow = Played("quick", pause=0.001), Played("slow", pause=0.02)
     assert fetch(slow, quick) == DATA
     assert quick.given > 3 * slow.given > 0
@@ -119,12 +119,12 @@ def test_a_small_blob_is_not_divided() -> None:
     assert two.requests == 0
 
 
-def test_whoever_does_not_answer_is_not_waited_for() -> None:
+def test_a_provider_that_does_not_answer_is_replaced() -> None:
     silent, one = Played("silent", pause=1000), Played("one")
     assert fetch(silent, one) == DATA
 
 
-def test_whoever_hardly_moves_loses_its_part() -> None:
+def test_a_slow_provider_loses_its_span() -> None:
     stops, one = Played("stops", pause=0.0), Played("one", pause=0.001)
 
     async def pull(span: Span) -> None:
@@ -137,13 +137,13 @@ def test_whoever_hardly_moves_loses_its_part() -> None:
     assert fetch(stops, one) == DATA
 
 
-def test_what_a_lost_source_gave_is_not_fetched_again() -> None:
+def test_bytes_from_a_lost_provider_are_not_fetched_again() -> None:
     dying, one = Played("dying", dies_after=1_000_000), Played("one", pause=0.001)
     assert fetch(dying, one) == DATA
     assert one.given <= len(DATA) - 900_000
 
 
-def test_a_later_attempt_goes_on() -> None:
+def test_a_later_attempt_continues() -> None:
     download = Download(sha256(DATA), 6_000_000)
     with pytest.raises(TransportError, match=r"\(\d+ of 5000003 bytes are kept\): .* was lost: it died"):
         fetch(Played("dying", dies_after=2_000_000), download=download)
@@ -153,33 +153,33 @@ def test_a_later_attempt_goes_on() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_liars_are_found_out_whatever_they_lie_about(seed: int) -> None:
+def test_wrong_bytes_and_sizes_are_traced_to_their_providers(seed: int) -> None:
     rng = random.Random(seed)
     wrong = bytearray(DATA)
     for _ in range(200):
         wrong[rng.randrange(len(DATA))] ^= 1
     lies = [bytes(wrong), DATA[:-1], DATA + b"x", b"", None]
-    sources = [Played(f"honest {n}", pause=rng.random() / 100) for n in range(2)]
+    providers = [Played(f"honest {n}", pause=rng.random() / 100) for n in range(2)]
     liars = [Played(f"liar {n}", rng.choice(lies), rng.random() / 100) for n in range(2)]
-    sources += liars
-    rng.shuffle(sources)
-    assert fetch(*sources) == DATA
-    for source in sources:
-        assert not source.lies or source in liars
+    providers += liars
+    rng.shuffle(providers)
+    assert fetch(*providers) == DATA
+    for provider in providers:
+        assert not provider.lies or provider in liars
 
 
-def test_all_wrong_is_an_error_that_names_everyone_and_keeps_nothing() -> None:
-    sources = [Played("one", DATA[:-1], 0.001), Played("two", bytes(len(DATA)), 0.001)]
+def test_if_all_bytes_are_wrong_the_error_names_all_and_nothing_is_kept() -> None:
+    providers = [Played("one", DATA[:-1], 0.001), Played("two", bytes(len(DATA)), 0.001)]
     download = Download(sha256(DATA), 6_000_000)
     with pytest.raises(TransportError) as caught:
-        fetch(*sources, download=download)
-    for source in sources:
-        assert f"{source.key[:4].hex()} delivered other bytes" in str(caught.value)
-        assert source.lies
+        fetch(*providers, download=download)
+    for provider in providers:
+        assert f"{provider.key[:4].hex()} delivered wrong bytes" in str(caught.value)
+        assert provider.lies
     assert download.received == 0
 
 
-def test_one_who_lied_serves_only_when_nobody_else_does() -> None:
+def test_an_untrusted_provider_is_asked_last() -> None:
     liar, one = Played("liar", pause=0.001), Played("one", pause=0.001)
     liar.trusted = False
     assert fetch(one, liar) == DATA
@@ -187,22 +187,22 @@ def test_one_who_lied_serves_only_when_nobody_else_does() -> None:
     assert fetch(Played("lost", dies_after=0), liar) == DATA
 
 
-def test_too_much_is_refused_before_anything_comes() -> None:
+def test_a_blob_that_is_too_large_is_refused_before_it_arrives() -> None:
     with pytest.raises(TransportError, match="has 5000003 bytes, more than the 10 expected"):
         fetch(one := Played("one"), download=Download(sha256(DATA), 10))
     assert one.given == 0
 
 
-def test_nobody_and_no_time_are_errors_that_say_so() -> None:
+def test_errors_tell_a_lack_of_providers_from_a_lack_of_time() -> None:
     with pytest.raises(TransportError, match="no provider is known"):
         fetch()
-    with pytest.raises(TransportError, match="was not asked for lack of time"):
+    with pytest.raises(TransportError, match="was not asked, because time ran out"):
         fetch(Played("one"), timeout=0)
     with pytest.raises(TransportError, match=r"took too long \(no answer after 0.1 s\)"):
         fetch(Played("one", pause=1000), timeout=0.1)
 
 
-def test_with_a_limit_no_more_is_asked_for_than_may_come() -> None:
+def test_with_a_limit_requests_stay_within_the_rate() -> None:
     asked: list[int] = []
 
     class Watched(Played):
@@ -211,8 +211,8 @@ def test_with_a_limit_no_more_is_asked_for_than_may_come() -> None:
             await super().pull(span)
 
     small = random.Random(1).randbytes(200_000)
-    sources = [Watched("one", small), Watched("two", small)]
-    data, seconds = play(*sources, download=Download(sha256(small), 200_000), limit=100_000)
+    providers = [Watched("one", small), Watched("two", small)]
+    data, seconds = play(*providers, download=Download(sha256(small), 200_000), limit=100_000)
     assert data == small
     assert max(asked) <= 25_000
     assert 100_000 * seconds + 10_000 + 2 * 25_001 >= 200_000

@@ -17,7 +17,7 @@ GIVEN = {
 }
 
 
-def test_what_is_not_given_comes_from_the_environment() -> None:
+def test_missing_options_come_from_the_environment() -> None:
     assert with_environment({}, GIVEN) == {
         "host": "0.0.0.0",
         "port": 4000,
@@ -33,14 +33,14 @@ def test_what_is_not_given_comes_from_the_environment() -> None:
     assert with_environment({"host": "10.0.0.7"}, {}) == {"host": "10.0.0.7"}
 
 
-def test_a_variable_that_makes_no_sense_is_named() -> None:
+def test_an_invalid_variable_is_named() -> None:
     with pytest.raises(ConfigError, match="PSYCHE_PORT is 'http'; expected a number"):
         with_environment({}, {"PSYCHE_PORT": "http"})
     with pytest.raises(ConfigError, match=r"upload is 0\.0; expected bytes a second"):
         load_plugins().transports()["tcp"](with_environment({}, {"PSYCHE_UPLOAD": "0"}))
 
 
-def test_the_built_in_transport_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tcp_transport_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in GIVEN.items():
         monkeypatch.setenv(name, value)
     built: Any = load_plugins().transports()["tcp"]({"advertise": "10.0.0.7"})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from psyche_lightning.errors import WireError
 from psyche_lightning.protocol.messages import MAX_MESSAGE_SIZE
 from psyche_lightning.transports.framing import Kind
-from psyche_lightning.transports.gossip import FAN, MAX_HOPS, RECENT, RECENT_BYTES, Gossip, Rumor
+from psyche_lightning.transports.gossip import FANOUT, MAX_HOPS, RECENT, RECENT_BYTES, Gossip, Rumor
 
 HEADER = 5
 
@@ -46,15 +46,15 @@ class Village:
                 self.taken[at].append(message)
                 return at not in self.refusing
 
-            told = self.nodes[at].hear(data[HEADER:], self.keys[sender], 0.0, self.peers(at), self.near[at], take)
+            told = self.nodes[at].receive(data[HEADER:], self.keys[sender], 0.0, self.peers(at), self.near[at], take)
             under_way.extend((at, key, frame) for key, frame in told)
 
     def say(self, a: int, message: bytes) -> None:
         near = self.near[a]
-        self.pass_on([(a, *one) for one in self.nodes[a].say(message, 0.0, near, self.peers(a) - near)])
+        self.pass_on([(a, *one) for one in self.nodes[a].broadcast(message, 0.0, near, self.peers(a) - near)])
 
     def whisper(self, a: int, b: int, message: bytes) -> None:
-        self.pass_on([(a, *one) for one in self.nodes[a].whisper(self.keys[b], message, 0.0, self.near[a])])
+        self.pass_on([(a, *one) for one in self.nodes[a].send_via_others(self.keys[b], message, 0.0, self.near[a])])
 
 
 def full(count: int) -> set[frozenset[int]]:
@@ -73,7 +73,7 @@ def distances(count: int, edges: set[frozenset[int]], start: int) -> dict[int, i
 
 @settings(max_examples=60)
 @given(data=st.data(), count=st.integers(2, 6), seed=st.integers(0, 1000))
-def test_everyone_within_reach_hears_it_exactly_once(data: st.DataObject, count: int, seed: int) -> None:
+def test_every_reachable_node_acts_on_a_message_once(data: st.DataObject, count: int, seed: int) -> None:
     edges = data.draw(st.sets(st.sampled_from(sorted(full(count), key=sorted))))
     village = Village(count, edges, seed)
     village.say(0, b"news")
@@ -84,21 +84,21 @@ def test_everyone_within_reach_hears_it_exactly_once(data: st.DataObject, count:
     assert village.taken[0] == []
 
 
-def test_where_everyone_is_connected_nobody_passes_anything_on() -> None:
+def test_in_a_full_mesh_nobody_passes_messages_on() -> None:
     village = Village(20, full(20), 1)
     village.say(3, b"news")
     assert village.frames == 19
 
 
-def test_one_who_is_out_of_reach_costs_a_few_messages_and_not_one_for_each_pair() -> None:
+def test_an_unreachable_node_costs_only_a_few_messages() -> None:
     edges = full(30) - {frozenset((0, 29))}
     village = Village(30, edges, 1)
     village.say(0, b"news")
     assert village.taken[29] == [b"news"]
-    assert village.frames <= 28 + FAN
+    assert village.frames <= 28 + FANOUT
 
 
-def test_a_chain_is_followed_as_far_as_messages_may_travel() -> None:
+def test_a_message_follows_a_chain_up_to_the_hop_limit() -> None:
     edges = {frozenset((a, a + 1)) for a in range(9)}
     village = Village(10, edges, 1)
     village.say(0, b"news")
@@ -106,44 +106,44 @@ def test_a_chain_is_followed_as_far_as_messages_may_travel() -> None:
     assert reached == list(range(1, MAX_HOPS + 2))
 
 
-def test_what_is_refused_goes_no_further() -> None:
+def test_a_refused_message_is_not_passed_on() -> None:
     village = Village(3, {frozenset((0, 1)), frozenset((1, 2))}, 1)
     village.refusing.add(1)
     village.say(0, b"bad")
     assert village.taken == [[], [b"bad"], []]
 
 
-def test_a_whisper_is_taken_by_its_addressee_alone() -> None:
+def test_only_the_addressee_acts_on_a_private_message() -> None:
     village = Village(4, {frozenset((0, 1)), frozenset((1, 2)), frozenset((2, 3))}, 1)
     village.whisper(0, 3, b"hush")
     assert village.taken == [[], [], [], [b"hush"]]
 
 
-def test_one_who_is_no_peer_any_more_is_not_heard_through_others() -> None:
+def test_messages_of_a_former_peer_are_ignored() -> None:
     origin, middle, far = (bytes([n]) * 32 for n in range(3))
-    said = Gossip(origin, random.Random(1)).say(b"news", 0.0, {middle}, {far})
+    said = Gossip(origin, random.Random(1)).broadcast(b"news", 0.0, {middle}, {far})
     heard: list[bytes] = []
     node = Gossip(far, random.Random(2))
-    node.hear(said[0][1][HEADER:], middle, 0.0, {middle}, {middle}, lambda message: bool(heard.append(message)))
+    node.receive(said[0][1][HEADER:], middle, 0.0, {middle}, {middle}, lambda message: bool(heard.append(message)))
     assert not heard
 
 
-def test_on_a_new_link_comes_what_was_said_lately_and_what_others_could_not_deliver() -> None:
+def test_a_new_link_gets_recent_and_undelivered_messages() -> None:
     a, b, c, d = (bytes([n]) * 32 for n in range(4))
     one, two = Gossip(a, random.Random(1)), Gossip(b, random.Random(2))
-    (heard,) = one.say(b"for all", 100.0, {b}, {c, d})
-    two.hear(heard[1][HEADER:], a, 100.0, {a, c, d}, {a}, lambda message: True)
-    two.say(b"from b", 100.0, {a}, {c, d})
-    assert [Rumor.decode(frame[HEADER:]).message for frame in two.again(c, 101.0)] == [b"for all", b"from b"]
-    assert [Rumor.decode(frame[HEADER:]).message for frame in two.again(a, 101.0)] == [b"from b"]
-    assert two.again(c, 101.0 + RECENT) == []
+    (heard,) = one.broadcast(b"for all", 100.0, {b}, {c, d})
+    two.receive(heard[1][HEADER:], a, 100.0, {a, c, d}, {a}, lambda message: True)
+    two.broadcast(b"from b", 100.0, {a}, {c, d})
+    assert [Rumor.decode(frame[HEADER:]).message for frame in two.repeat(c, 101.0)] == [b"for all", b"from b"]
+    assert [Rumor.decode(frame[HEADER:]).message for frame in two.repeat(a, 101.0)] == [b"from b"]
+    assert two.repeat(c, 101.0 + RECENT) == []
 
 
 def test_memory_is_bounded() -> None:
     one = Gossip(b"a" * 32, random.Random(1))
     for number in range(100):
-        one.say(bytes([number]) * 60_000, float(number) / 100, set(), set())
-    assert sum(map(len, one.again(b"b" * 32, 1.0))) <= RECENT_BYTES + 120_000
+        one.broadcast(bytes([number]) * 60_000, float(number) / 100, set(), set())
+    assert sum(map(len, one.repeat(b"b" * 32, 1.0))) <= RECENT_BYTES + 120_000
 
 
 @given(

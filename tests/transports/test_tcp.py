@@ -116,14 +116,14 @@ async def ended(reader: asyncio.StreamReader) -> None:
 def test_a_stranger_proves_itself_and_is_refused() -> None:
     async def scene() -> None:
         async with living(TcpTransport()) as (node,):
-            with pytest.raises(HandshakeError, match="not among the peers"):
+            with pytest.raises(HandshakeError, match="you are not a peer"):
                 async with admitted(node, Identity.generate()):
                     pass
 
     play(scene)
 
 
-def test_a_proof_does_not_serve_twice() -> None:
+def test_a_proof_cannot_be_replayed() -> None:
     async def scene() -> None:
         guest = Identity.generate()
         handshake = Handshake(guest, "run")
@@ -148,7 +148,7 @@ def test_a_proof_does_not_serve_twice() -> None:
     play(scene)
 
 
-def test_a_proof_meant_for_one_node_does_not_serve_at_another() -> None:
+def test_a_proof_for_one_node_is_useless_at_another() -> None:
     """A dials M, a peer; M is at the same time a client of B and passes B's challenge to A, and A's proof to B."""
 
     async def scene() -> None:
@@ -183,7 +183,7 @@ def test_a_proof_meant_for_one_node_does_not_serve_at_another() -> None:
     play(scene)
 
 
-def test_nobody_in_the_middle_can_pass_on_the_word_of_a_server() -> None:
+def test_a_man_in_the_middle_cannot_pass_on_a_servers_hello() -> None:
     """A dials the address of B; M answers with its own certificate and B's HELLO."""
 
     async def scene() -> None:
@@ -204,7 +204,7 @@ def test_nobody_in_the_middle_can_pass_on_the_word_of_a_server() -> None:
             await dialler.start()
             dialler.transport.set_peers({target.key: "tcp://{}:{}".format(*server.sockets[0].getsockname())})
             dialler.transport.send(target.key, b"confidential")
-            await eventually(lambda: "does not hold the peer's key" in link(dialler, target.key)[1], "a refusal")
+            await eventually(lambda: "does not prove the peer's key" in link(dialler, target.key)[1], "a refusal")
             await eventually(lambda: stolen, "the relay sees the end")
             assert stolen[0] == b""
             await dialler.transport.stop()
@@ -219,7 +219,7 @@ def test_another_node_at_an_address_is_named() -> None:
         expected = Identity.generate().public
         async with living(TcpTransport(), TcpTransport()) as (a, b):
             a.transport.set_peers({expected: b.address})
-            await eventually(lambda: "another node answers there" in link(a, expected)[1], "a reason")
+            await eventually(lambda: "another node answers at this address" in link(a, expected)[1], "a reason")
 
     play(scene)
 
@@ -332,11 +332,11 @@ def test_what_breaks_the_protocol_is_answered_with_the_reason() -> None:
         (struct.pack("!IB", 2**32 - 1, Kind.MESSAGE), "a MESSAGE frame of 4294967295 bytes"),
         (struct.pack("!IB", 5 + BLOCK_SIZE, Kind.BLOCK), "a BLOCK frame of"),
         (struct.pack("!IB", 1, Kind.PING), "a PING frame of 1 bytes"),
-        (struct.pack("!IB", 0, Kind.WELCOME), "kind 2 is not in order"),
-        (struct.pack("!IB", 0, 77), "kind 77 is not in order"),
+        (struct.pack("!IB", 0, Kind.WELCOME), "kind 2 is not allowed"),
+        (struct.pack("!IB", 0, 77), "kind 77 is not allowed"),
         (want + want, "request 1 after request 1"),
-        (frame(Kind.ABSENT, number), "request 1, which was never made"),
-        (frame(Kind.BLOCK, number, b"x"), "request 1, which was never made"),
+        (frame(Kind.ABSENT, number), "request 1, which this node never made"),
+        (frame(Kind.BLOCK, number, b"x"), "request 1, which this node never made"),
     ]
 
     async def scene() -> None:
@@ -371,7 +371,7 @@ def test_a_provider_that_lies_about_sizes_is_cut_off_and_the_next_one_asked() ->
                     )
                     _, body = await read_frame(reader, {Kind.WANT})
                     writer.write(lie(body[:4]))
-                    assert "it broke the protocol: a" in await farewell(reader)
+                    assert "it broke the protocol: it" in await farewell(reader)
                     assert await fetch == bytes(100)
 
     play(scene)
@@ -503,7 +503,7 @@ def test_a_long_sleep_of_the_process_is_not_taken_for_silence() -> None:
 
 
 @pytest.mark.parametrize("reachable", [0, 1])
-def test_it_is_enough_that_one_of_two_can_be_reached(reachable: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_reachable_node_of_two_is_enough(reachable: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mesh, "GRACE", 0.2)
 
     async def scene() -> None:
@@ -550,7 +550,7 @@ def test_a_young_connection_of_the_smaller_key_stays_and_an_old_one_is_replaced(
             async with admitted(a, larger) as (_, writer):
                 writer.write(frame(Kind.MESSAGE, b"from the new one"))
                 await eventually(lambda: a.texts(), "the new connection serves")
-                await eventually(lambda: "took its place" in transports[1]._peers[a.key].lost, "the old one ends")
+                await eventually(lambda: "replaced it" in transports[1]._peers[a.key].lost, "the old one ends")
 
     play(scene)
 
@@ -641,7 +641,7 @@ def test_addresses_are_written_and_read() -> None:
             _locate(wrong)
 
 
-def test_an_address_that_makes_no_sense_is_shown_and_harms_nobody() -> None:
+def test_an_invalid_address_is_reported_and_breaks_nothing() -> None:
     async def scene() -> None:
         strange = Identity.generate().public
         async with living(TcpTransport(), TcpTransport()) as (a, b):

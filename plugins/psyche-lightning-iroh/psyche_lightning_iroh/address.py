@@ -1,7 +1,7 @@
 """Addresses of the iroh transport: ``iroh://192.0.2.7:4433,10.0.0.7:4433?relay=https://relay.example/``.
 
-Where a node may be found: addresses of its own, and the relay that it listens at, if any. Who it is says its key, which
-peers know already and which QUIC proves.
+An address says where a node may be found: its own addresses, and its relay, if any. It does not say who the node is:
+peers already know its key, which QUIC proves.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Address:
         """Read an address.
 
         Raises:
-            TransportError: it is not one of this transport.
+            TransportError: it is not an address of this transport.
         """
         try:
-            # Not urlsplit: several hosts are no URL's authority, and some versions of Python say so.
+            # Not urlsplit: several hosts do not form a URL's authority, and some versions of Python refuse them.
             scheme, _, rest = text.partition("://")
             authority, _, options = rest.partition("?")
             query = parse_qs(options, strict_parsing=True) if options else {}
@@ -65,7 +65,7 @@ class Address:
         )
 
     async def resolve(self) -> list[str]:
-        """``IP:PORT`` of each host, names looked up."""
+        """``IP:PORT`` of each host, with names looked up."""
         loop = asyncio.get_running_loop()
         found: dict[str, None] = {}
         for host, port in self.hosts:
@@ -78,10 +78,10 @@ class Address:
 
 
 def split(text: str, default: int | None = None) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT`` (or ``HOST``, where there is a default); IPv6 addresses stand in brackets.
+    """Host and port of ``HOST:PORT`` (or of ``HOST``, if there is a default); IPv6 addresses are in brackets.
 
     Raises:
-        ValueError: it is malformed.
+        ValueError: the text is malformed.
     """
     if default is not None and text.count(":") > 1 and not text.startswith("["):
         return text, default
@@ -93,12 +93,12 @@ def split(text: str, default: int | None = None) -> tuple[str, int]:
 
 
 def join(host: str, port: int) -> str:
-    """``HOST:PORT``, an IPv6 address in brackets."""
+    """``HOST:PORT``, with IPv6 addresses in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_ip(host: str) -> bool:
-    """Whether it is an IP address and not a name."""
+    """Whether it is an IP address, not a name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -107,12 +107,12 @@ def is_ip(host: str) -> bool:
 
 
 def usable(found: Iterable[str], host: str) -> list[tuple[str, int]]:
-    """Of the socket addresses that iroh knows of itself, those to tell peers.
+    """Select the socket addresses that peers should learn from those that iroh knows of this node.
 
     Args:
         found: ``IP:PORT``.
-        host: where the node was told to listen: loopback is told to peers only if that is loopback too, and nothing
-            but that address if it is one.
+        host: the IP address on which the node listens. If it is a wildcard, all addresses but loopback are selected,
+            else only this one.
     """
     listening = ipaddress.ip_address(host)
     chosen = []

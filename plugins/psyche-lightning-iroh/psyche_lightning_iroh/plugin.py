@@ -18,11 +18,11 @@ def register_transports(register: Callable[[str, Callable[..., Any]], None]) -> 
 
 
 def iroh(options: Mapping[str, Any]) -> IrohTransport:
-    """QUIC between nodes that have their keys as addresses, direct or through a relay.
+    """QUIC between nodes whose addresses are their keys, directly or through a relay.
 
     Args:
-        options: the arguments of :class:`psyche_lightning_iroh.IrohTransport`. What is not given of host, port,
-            advertise, upload and download comes from the environment, as for the built-in transport.
+        options: arguments of :class:`psyche_lightning_iroh.IrohTransport`. If host, port, advertise, upload or download
+            is missing, the environment gives it, as for the built-in transport.
 
     Raises:
         ConfigError: an option is unknown or wrong.

@@ -1,8 +1,8 @@
-"""The transport ``iroh``: links over QUIC, between nodes that prove the keys by which they know each other.
+"""The transport ``iroh``: QUIC links between nodes that know each other by their keys and prove them.
 
-A connection has two bidirectional streams: one for what is urgent, with priority, and one for blobs. iroh's handshake
-is TLS 1.3 with the two Ed25519 node keys; the protocol's name in it (ALPN) is a hash of the run's name, so that nodes
-of different runs do not even get to talk.
+A connection has two bidirectional streams: one with priority for urgent frames, and one for blobs. iroh's handshake is
+TLS 1.3 with the two Ed25519 node keys. Its protocol name (ALPN) is a hash of the run's name, so nodes of different runs
+cannot connect.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from psyche_lightning.transports.pipe import BULK, URGENT, GoodbyeError, Pipe
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import short
 from psyche_lightning_iroh.address import Address, is_ip, split, usable
-from psyche_lightning_iroh.binding import quicken
+from psyche_lightning_iroh.binding import use_fast_copy
 
 VERSION = 1
 OVERHEAD = 1.03
-"""What a byte costs on the wire: headers of QUIC, UDP, IP and Ethernet, and acknowledgements."""
+"""Bytes on the wire for each byte: headers of QUIC, UDP, IP and Ethernet, and acknowledgements."""
 READ_SIZE = WRITE_SIZE = 256 * 1024
 ONLINE_WAIT = 10.0  # seconds to wait for a relay
 CLOSE_WAIT = 1.0
 ROUTER_WAIT = 2.0  # seconds to wait for a router to open a port
 _CLOSED_BY_PEER = "closed by peer: "
-_PLACE = re.compile(r" *\(\S*\.rs:\d+:\d+\)")
+_RUST_LOCATION = re.compile(r" *\(\S*\.rs:\d+:\d+\)")
 _log = logging.getLogger(__name__)
 
 
@@ -52,18 +52,18 @@ class IrohTransport(MeshTransport):
     Args:
         host: interface to listen on (UDP); ``0.0.0.0`` for all, whose addresses peers then try.
         port: port to listen on; 0 takes a free one.
-        advertise: ``HOST`` or ``HOST:PORT`` that peers are to try besides, such as a router's forwarded port.
-        relay: who helps nodes that cannot reach each other. ``"off"`` (or False): nobody; only peers are contacted, and
-            the router of the local network, which iroh always asks for a port. ``"on"`` (or True): the public relays
-            of iroh's makers. A URL or several: relays of your own. Relays see who talks to whom, and not what; paths
-            become direct where routers allow it.
-        upload: bytes a second that this node sends at most, headers of the network included; None for no limit.
+        advertise: ``HOST`` or ``HOST:PORT`` that peers try as well, such as a router's forwarded port.
+        relay: who helps nodes that cannot reach each other. ``"off"`` (or False): nobody; the node contacts only peers
+            and the local network's router, which iroh always asks for a port. ``"on"`` (or True): the public relays of
+            iroh's makers. One or several URLs: your own relays. A relay sees who talks to whom, but not what they say.
+            Paths become direct where routers allow it.
+        upload: bytes a second that this node sends at most, network headers included; None for no limit.
         download: bytes a second that it receives at most; None for no limit.
-        meter: counts the bytes of all connections; one of its own by default.
+        meter: counts the bytes of all connections; a new one by default.
         rng: spreads the attempts to reconnect, and chooses who passes messages on.
         ping_interval: seconds between pings on each link.
-        silence: seconds after which a peer that sends nothing, or takes nothing, is disconnected.
-        handshake_timeout: seconds in which a new connection must have proved who it is.
+        silence: seconds after which a peer that sends nothing or takes nothing is disconnected.
+        handshake_timeout: seconds in which a new connection must prove its key.
 
     Raises:
         ConfigError: ``relay`` or a limit is wrong.
@@ -104,13 +104,13 @@ class IrohTransport(MeshTransport):
 
     @property
     def meter(self) -> ByteMeter:
-        """Counts the bytes of all connections, headers of UDP and IP not included."""
+        """Counts the bytes of all connections, without the headers of UDP and IP."""
         for pipe in list(self._pipes):
             pipe.count()
         return self._meter
 
     async def _open(self, context: TransportContext) -> str:
-        quicken()
+        use_fast_copy()
         self._alpn = b"psyche-lightning/%d/" % VERSION + sha256(context.run_id.encode())[:16].hex().encode()
         host = await _lookup(self._host)
         self._endpoint = await self._bind(host, context.identity.secret_bytes())
@@ -126,23 +126,23 @@ class IrohTransport(MeshTransport):
                 ) from None
         if not found and relay is None:
             raise TransportError(
-                f"listening on {self._host} gives no address that peers could try: set advertise='HOST:PORT', or use a "
-                "relay"
+                f"a node that listens on {self._host} has no address that peers could try: set advertise='HOST:PORT', "
+                "or use a relay"
             )
         address = str(Address(tuple(dict.fromkeys(found)), relay))
         Address.parse(address)
         return address
 
     async def _bind(self, host: str, secret: bytes) -> Any:
-        """The endpoint; on one address of this machine only, if that was asked for."""
+        """Make the endpoint; it listens only on one address of this machine if ``host`` is one."""
         is_v6 = ":" in host
         exact = not ipaddress.ip_address(host).is_unspecified
         other = ("127.0.0.1:0" if is_v6 else "[::1]:0") if exact else None
         text = f"[{host}]:{self._port}" if is_v6 else f"{host}:{self._port}"
-        # iroh listens on both families; the one that was not asked for is kept to this machine, where it has one.
+        # iroh always listens on IPv4 and IPv6. The family that nobody asked for listens on loopback, if there is one.
         for addresses in ([other, text], [text]) if other else ([text],):
             options = iroh.EndpointOptions(
-                preset=_Settings(addresses),
+                preset=_Preset(addresses),
                 secret_key=secret,
                 alpns=[self._alpn],
                 relay_mode=_relay_mode(self._relays),
@@ -157,20 +157,20 @@ class IrohTransport(MeshTransport):
         )
 
     async def _online(self) -> str | None:
-        """Wait for a relay, if there is to be one; its URL."""
+        """Wait for a relay if the options name any. Returns its URL."""
         if self._relays == []:
             return None
         try:
             await within(ONLINE_WAIT, self._endpoint.online())
         except asyncio.TimeoutError:
-            _log.warning("no relay answered within %g s; only direct paths work until one does", ONLINE_WAIT)
+            _log.warning("no relay answered within %g s; only direct paths work until a relay answers", ONLINE_WAIT)
             return self._relays[0] if self._relays else None
         url: str | None = self._endpoint.addr().relay_url()
-        _log.info("nodes that cannot reach this one directly come through the relay %s", url)
+        _log.info("nodes that cannot reach this node directly use the relay %s", url)
         return url
 
     async def _found(self, host: str) -> list[tuple[str, int]]:
-        """Addresses of this node; on all interfaces, one that the internet can reach is waited for a little."""
+        """Addresses of this node; if it listens on all interfaces, wait a moment for a public one."""
         deadline = self._now() + (ROUTER_WAIT if ipaddress.ip_address(host).is_unspecified else 0.0)
         while True:
             found = usable(self._endpoint.addr().direct_addresses(), host)
@@ -196,20 +196,20 @@ class IrohTransport(MeshTransport):
         relay = where.relay if self._relays != [] else None
         addresses = await where.resolve()
         if not addresses and relay is None:
-            raise TransportError("it can be reached through a relay only, and this node's option relay is off")
+            raise TransportError("only a relay reaches it, and this node's option relay is off")
         connection = None
         try:
             target = iroh.EndpointAddr(iroh.EndpointId.from_bytes(key), relay, addresses)
             connection = await self._endpoint.connect(target, self._alpn)
             urgent, bulk = await connection.open_bi(), await connection.open_bi()
-            for stream in (urgent, bulk):  # the peer sees a stream when something comes on it
+            for stream in (urgent, bulk):  # the peer sees a stream only when bytes arrive on it
                 await stream.send().write_all(frame(Kind.WELCOME))
             pipe = await self._pipe(connection, urgent, bulk, meter)
             await read_frame(pipe.lanes[0][0], {Kind.WELCOME})
         except GoodbyeError as error:
             raise RefusedError(f"it refused: {error}") from None
         except iroh.IrohError as error:
-            said = _farewell(connection)
+            said = _close_reason(connection)
             raise (RefusedError(f"it refused: {said}") if said else TransportError(_text(error))) from None
         except BaseException:
             if connection is not None:
@@ -227,7 +227,7 @@ class IrohTransport(MeshTransport):
                 continue
             if incoming is None:
                 return
-            self._arrive(self._admit(incoming), await _whence(incoming))
+            self._arrive(self._admit(incoming), await _origin(incoming))
 
     async def _admit(self, incoming: Any) -> tuple[bytes, Pipe]:
         connection = None
@@ -237,7 +237,7 @@ class IrohTransport(MeshTransport):
             objection = self._objection(key)
             if objection is not None:
                 connection.close(1, objection.encode())
-                raise UnwelcomeError(f"{short(key)} is not welcome: {objection}")
+                raise UnwelcomeError(f"{short(key)} is refused: {objection}")
             urgent, bulk = await connection.accept_bi(), await connection.accept_bi()
             pipe = await self._pipe(connection, urgent, bulk, ByteMeter(self._meter))
             for source, _ in pipe.lanes[:2]:
@@ -262,13 +262,13 @@ class QuicPipe:
     """The two streams of a connection.
 
     Args:
-        connection: of iroh.
-        urgent: the stream for what is urgent.
+        connection: iroh's connection.
+        urgent: the stream for urgent frames.
         bulk: the stream for blobs.
-        meter: where its bytes are counted.
+        meter: counts its bytes.
 
     Attributes:
-        over: whether it has been closed, and its bytes counted for the last time.
+        over: whether it is closed and all of its bytes are counted.
     """
 
     def __init__(self, connection: Any, urgent: Any, bulk: Any, meter: ByteMeter) -> None:
@@ -286,7 +286,7 @@ class QuicPipe:
 
     @property
     def batch(self) -> int:
-        """Some blocks: each call of the library costs, and what is urgent goes another way."""
+        """Several blocks: each call of the library costs time, and urgent frames have their own stream."""
         return WRITE_SIZE
 
     @property
@@ -296,7 +296,7 @@ class QuicPipe:
         return (self._sources[0], URGENT), (self._sources[1], BULK), (more[0], ()), (more[1], ())
 
     def count(self) -> None:
-        """Bring the meter up to date with iroh's counters."""
+        """Update the meter from iroh's counters."""
         stats = self._connection.stats()
         up, down = stats.udp_tx_bytes - self._meter.up, stats.udp_rx_bytes - self._meter.down
         self._meter.count(max(0, up), max(0, down))
@@ -327,13 +327,13 @@ class QuicPipe:
 
 
 class _StreamSource:
-    """A stream of iroh to read from."""
+    """Reads from one of iroh's streams."""
 
     def __init__(self, connection: Any, stream: Any) -> None:
         self._connection = connection
         self._stream = stream
         self._data = b""
-        self._at = 0  # what comes before has been taken
+        self._at = 0  # bytes before this one have been read
 
     async def readexactly(self, n: int) -> bytes:
         """The next ``n`` bytes; see :class:`~psyche_lightning.transports.framing.Source`."""
@@ -358,9 +358,9 @@ class _StreamSource:
 
 
 class _NoMoreStreams:
-    """Where the peer would open further streams, whose unread bytes would fill this process' memory.
+    """Ends the connection when the peer opens further streams, whose unread bytes would fill this process' memory.
 
-    iroh lets a connection begin with a hundred, and takes none of them back.
+    iroh allows a new connection a hundred streams, and cannot lower that.
     """
 
     def __init__(self, connection: Any, *, both_ways: bool) -> None:
@@ -368,16 +368,16 @@ class _NoMoreStreams:
         self._accept = connection.accept_bi if both_ways else connection.accept_uni
 
     async def readexactly(self, n: int) -> bytes:
-        """Wait for what must not come; see :class:`~psyche_lightning.transports.framing.Source`."""
+        """Wait for a stream that must not come; see :class:`~psyche_lightning.transports.framing.Source`."""
         try:
             await self._accept()
         except iroh.IrohError as error:
             raise _broken(self._connection, error) from None
-        raise WireError("it opened more streams than the two of a link")
+        raise WireError("it opened more than the two streams of a link")
 
 
-class _Settings(iroh.Preset):
-    """No service of anybody is contacted, and nothing but the given addresses listened on."""
+class _Preset(iroh.Preset):
+    """Contacts no service, and listens only on the given addresses."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self._addresses = addresses
@@ -389,7 +389,7 @@ class _Settings(iroh.Preset):
 
 
 def _relays(option: str | bool | Sequence[str]) -> list[str] | None:
-    """URLs of relays; an empty list for none, None for the public ones."""
+    """The relays' URLs; empty for no relay, None for the public ones."""
     if option is True or option == "on":
         return None
     if option is False or option == "off":
@@ -398,8 +398,8 @@ def _relays(option: str | bool | Sequence[str]) -> list[str] | None:
     if isinstance(urls, Sequence) and urls and all(isinstance(url, str) and "://" in url for url in urls):
         return list(urls)
     raise ConfigError(
-        f"the option relay is {option!r}; expected off, on (the public relays of iroh's makers), or the URL of a relay "
-        "of your own, such as https://relay.example"
+        f"the option relay is {option!r}; expected off, on (the public relays of iroh's makers), or the URL of a "
+        "relay of your own, such as https://relay.example"
     )
 
 
@@ -413,7 +413,7 @@ def _relay_mode(relays: list[str] | None) -> Any:
 
 
 async def _lookup(host: str) -> str:
-    """The IP address of an interface that was given by name or address."""
+    """The IP address of an interface that is given by name or address."""
     if not host or is_ip(host):
         return host or "0.0.0.0"
     try:
@@ -424,13 +424,13 @@ async def _lookup(host: str) -> str:
 
 
 def _text(error: Any) -> str:
-    """What an error of iroh comes down to: the last of its causes, without places in its sources."""
+    """The last cause of an iroh error, without locations in its source code."""
     lines = [line.strip() for line in error.message().splitlines() if line.strip() not in ("", "Caused by:")]
-    return _PLACE.sub("", lines[-1]) if lines else "unknown error"
+    return _RUST_LOCATION.sub("", lines[-1]) if lines else "unknown error"
 
 
-async def _whence(incoming: Any) -> str:
-    """Where a connection comes from, for the log."""
+async def _origin(incoming: Any) -> str:
+    """The address from which a connection comes, for the log."""
     try:
         address = await incoming.remote_addr()
         return str(address.addr) if address.is_ip() else str(address)
@@ -438,8 +438,8 @@ async def _whence(incoming: Any) -> str:
         return "an address that is gone:"
 
 
-def _farewell(connection: Any) -> str:
-    """Why the peer closed the connection, if it did."""
+def _close_reason(connection: Any) -> str:
+    """Why the peer closed the connection, or empty."""
     reason = (connection.close_reason() or "") if connection is not None else ""
     if not reason.startswith(_CLOSED_BY_PEER):
         return ""
@@ -448,5 +448,5 @@ def _farewell(connection: Any) -> str:
 
 
 def _broken(connection: Any, error: Any) -> OSError:
-    said = _farewell(connection)
+    said = _close_reason(connection)
     return GoodbyeError(said) if said else OSError(_text(error))

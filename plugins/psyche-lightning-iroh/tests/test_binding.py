@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from psyche_lightning_iroh import binding
 
 Builder: Any = iroh.iroh_ffi._UniffiRustBufferBuilder
-SLOW = Builder.write if Builder.write is not binding.quick_write else None
+SLOW = Builder.write if Builder.write is not binding.fast_write else None
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Builder, "write", Builder.write)
-    binding.quicken.cache_clear()
+    binding.use_fast_copy.cache_clear()
     yield
-    binding.quicken.cache_clear()
+    binding.use_fast_copy.cache_clear()
 
 
 def slow_write(builder: Any, value: Any) -> None:
@@ -40,20 +40,20 @@ def content(parts: list[Any], write: Any) -> bytes:
 
 
 @given(st.lists(st.binary(max_size=3000), max_size=8))
-def test_the_quick_way_writes_the_same(parts: list[bytes]) -> None:
-    assert content(list(parts), binding.quick_write) == content(list(parts), slow_write) == b"".join(parts)
+def test_the_fast_copy_writes_the_same_bytes(parts: list[bytes]) -> None:
+    assert content(list(parts), binding.fast_write) == content(list(parts), slow_write) == b"".join(parts)
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-def test_it_takes_whatever_holds_bytes(kind: Any) -> None:
-    assert content([kind(b"abc"), kind(b"")], binding.quick_write) == b"abc"
+def test_the_fast_copy_accepts_every_type_of_bytes(kind: Any) -> None:
+    assert content([kind(b"abc"), kind(b"")], binding.fast_write) == b"abc"
 
 
-def test_it_is_in_use() -> None:
+def test_the_fast_copy_is_in_use() -> None:
     Builder.write = slow_write
-    assert binding.quicken()
-    assert Builder.write is binding.quick_write
-    assert binding.quicken()
+    assert binding.use_fast_copy()
+    assert Builder.write is binding.fast_write
+    assert binding.use_fast_copy()
 
 
 class Backwards(Builder):  # type: ignore[misc]
@@ -80,6 +80,6 @@ def test_a_binding_that_works_differently_is_left_alone(
     before = getattr(other, "write", None)
     with contextlib.suppress(AttributeError):
         monkeypatch.setattr(iroh.iroh_ffi, "_UniffiRustBufferBuilder", other)
-    assert not binding.quicken()
+    assert not binding.use_fast_copy()
     assert getattr(other, "write", None) is before
-    assert "slow way of copying stays in use" in caplog.text
+    assert "iroh copies bytes slowly" in caplog.text

@@ -61,7 +61,7 @@ def test_the_name_of_a_node_is_its_own_key() -> None:
     play(scene)
 
 
-def test_only_this_machine_is_listened_on_unless_told_otherwise() -> None:
+def test_a_node_listens_on_loopback_by_default() -> None:
     async def scene() -> None:
         async with living(IrohTransport()) as (node,):
             bound = node.transport._endpoint.bound_sockets()  # type: ignore[attr-defined]
@@ -71,18 +71,18 @@ def test_only_this_machine_is_listened_on_unless_told_otherwise() -> None:
     play(scene)
 
 
-def test_a_stranger_is_told_to_go(reach: Callable[..., Any]) -> None:
+def test_a_stranger_is_refused(reach: Callable[..., Any]) -> None:
     async def scene() -> None:
         async with living(IrohTransport()) as (node,):
             alpn = node.transport._alpn  # type: ignore[attr-defined]
             endpoint, connection = await reach(node, Identity.generate(), alpn)
-            assert await connection.closed() == "closed by peer: you are not among the peers (code 1)"
+            assert await connection.closed() == "closed by peer: you are not a peer in this run (code 1)"
             await endpoint.close()
 
     play(scene)
 
 
-def test_another_run_does_not_even_get_a_connection(reach: Callable[..., Any]) -> None:
+def test_a_node_of_another_run_cannot_connect(reach: Callable[..., Any]) -> None:
     async def scene() -> None:
         guest = Identity.generate()
         async with living(IrohTransport()) as (node,):
@@ -94,7 +94,7 @@ def test_another_run_does_not_even_get_a_connection(reach: Callable[..., Any]) -
     play(scene)
 
 
-def test_nobody_sits_at_the_address_of_another() -> None:
+def test_another_node_at_an_address_is_refused() -> None:
     async def scene() -> None:
         absent = Identity.generate()
         async with living(IrohTransport(handshake_timeout=2), IrohTransport()) as (a, b):
@@ -118,14 +118,14 @@ def test_a_peer_that_opens_more_streams_is_cut_off(both_ways: bool, reach: Calla
             await streams[0].recv().read_exact(5)
             more = (await connection.open_bi()).send() if both_ways else await connection.open_uni()
             await more.write_all(bytes(1000))
-            assert "it opened more streams" in await connection.closed()
-            await eventually(lambda: "it opened more streams" in link(node, guest.public).reason, "the link says why")
+            assert "it opened more" in await connection.closed()
+            await eventually(lambda: "it opened more" in link(node, guest.public).reason, "the link says why")
             await endpoint.close()
 
     play(scene)
 
 
-def test_what_is_urgent_has_priority() -> None:
+def test_the_urgent_stream_has_priority() -> None:
     async def scene() -> None:
         async with living(IrohTransport(), IrohTransport()) as (a, b):
             await eventually(lambda: a.connected(b) and b.connected(a), "they are connected")
@@ -137,7 +137,7 @@ def test_what_is_urgent_has_priority() -> None:
     play(scene)
 
 
-def test_urgent_things_overtake_a_blob(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urgent_frames_overtake_a_blob(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         async with living(IrohTransport(), IrohTransport()) as (a, b):
             await eventually(lambda: a.connected(b), "they are connected")
@@ -172,7 +172,7 @@ def test_every_byte_is_counted() -> None:
 
 
 @pytest.mark.parametrize("reachable", [0, 1])
-def test_it_is_enough_that_one_of_two_can_be_reached(reachable: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_reachable_node_of_two_is_enough(reachable: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mesh, "GRACE", 0.2)
 
     async def scene() -> None:
@@ -189,7 +189,7 @@ def test_it_is_enough_that_one_of_two_can_be_reached(reachable: int, monkeypatch
 # -- relays -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_choice_of_relays_is_read_and_nothing_else_accepted() -> None:
+def test_the_option_relay_is_read_and_checked() -> None:
     assert _relays("off") == _relays(False) == []
     assert _relays("on") is _relays(True) is None
     assert _relays("https://relay.example") == ["https://relay.example"]
@@ -221,7 +221,7 @@ def test_with_a_relay_that_does_not_answer_direct_paths_work(
     play(scene)
 
 
-def test_a_peer_behind_a_relay_is_out_of_reach_where_relays_are_off() -> None:
+def test_a_peer_behind_a_relay_is_unreachable_without_relays() -> None:
     async def scene() -> None:
         peer = Identity.generate().public
         async with living(IrohTransport()) as (a,):
@@ -258,7 +258,7 @@ def test_start_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     play(scene)
 
 
-def test_an_address_is_told_as_it_was_asked_for() -> None:
+def test_the_advertised_address_comes_first() -> None:
     async def scene() -> None:
         one = IrohTransport(host="0.0.0.0", advertise="home.example")
         async with living(one) as (node,):
@@ -295,7 +295,7 @@ def test_addresses_are_written_and_read() -> None:
             Address.parse(wrong)
 
 
-def test_an_address_that_makes_no_sense_is_shown_and_harms_nobody() -> None:
+def test_an_invalid_address_is_reported_and_breaks_nothing() -> None:
     async def scene() -> None:
         strange = Identity.generate().public
         async with living(IrohTransport(), IrohTransport()) as (a, b):
@@ -309,7 +309,7 @@ def test_an_address_that_makes_no_sense_is_shown_and_harms_nobody() -> None:
 # -- the plugin -------------------------------------------------------------------------------------------------------
 
 
-def test_it_comes_through_the_door_and_knows_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plugin_registers_the_transport_and_checks_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     factory = load_plugins().transports()["iroh"]
     assert isinstance(factory({"relay": "https://relay.example", "upload": 1000}), IrohTransport)
     with pytest.raises(ConfigError, match=r"'iroh' has no option 'relais'\. Did you mean 'relay'"):

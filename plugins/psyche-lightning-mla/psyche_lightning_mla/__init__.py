@@ -1,8 +1,8 @@
 """A causal language model with Multi-head Latent Attention, as a psyche_lightning plugin.
 
-`MLAConfig` and `MLAForCausalLM` are ordinary `transformers` classes; using either registers both with ``AutoConfig``
-and ``AutoModelForCausalLM`` under the model type ``psyche_mla``. They load when they are first used: the package itself
-is imported whenever plugins are listed, and must not wait for torch.
+`MLAConfig` and `MLAForCausalLM` are ordinary `transformers` classes. Using either registers both with ``AutoConfig``
+and ``AutoModelForCausalLM`` under the model type ``psyche_mla``. They load at first use, because listing plugins
+imports this package and must not wait for torch.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 # mypy: allow-untyped-calls
 # (the base classes in transformers are partly without annotations)
 
-# No `from __future__ import annotations` here: `strict` checks values against annotations only where they are types.
+# No `from __future__ import annotations` here: `strict` checks values only against annotations that are types.
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -16,8 +16,8 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class MLAConfig(PretrainedConfig):
     """Configuration of a dense causal language model with Multi-head Latent Attention.
 
-    Field names and meanings are those of `transformers`' ``DeepseekV3Config``, without its experts. The defaults are
-    a byte-level model of 1.8 million parameters that trains on a CPU.
+    Fields have the names and meanings of `transformers`' ``DeepseekV3Config``, without its experts. The defaults give a
+    byte-level model of 1.8 million parameters that trains on a CPU.
 
     Attributes:
         vocab_size: number of token ids.
@@ -26,20 +26,20 @@ class MLAConfig(PretrainedConfig):
         num_hidden_layers: number of blocks.
         num_attention_heads: number of heads.
         q_lora_rank: width of the query's low-rank projection; None projects queries directly.
-        kv_lora_rank: width of the latent from which keys and values are expanded, and that decoding caches.
+        kv_lora_rank: width of the latent, which decoding caches and from which keys and values are expanded.
         qk_nope_head_dim: width per head of the part of queries and keys without position.
-        qk_rope_head_dim: width of the rotary part; one rotary key is shared by all heads.
+        qk_rope_head_dim: width of the rotary part; all heads share one rotary key.
         v_head_dim: width per head of the values.
-        max_position_embeddings: longest sequence that the model is meant for, in tokens.
+        max_position_embeddings: longest sequence that the model supports, in tokens.
         rope_parameters: ``rope_type`` (one of `ROPE_TYPES`), ``rope_theta`` and that type's own parameters.
         rope_interleave: rotary pairs are neighbours ``(0, 1), (2, 3)...`` (DeepSeek), not halves (Llama).
         rms_norm_eps: epsilon of the norms before attention, before the MLP and at the end. The norms inside attention
-            use 1e-6, as DeepSeek-V3's do.
+            use 1e-6, like DeepSeek-V3.
         attention_bias: biases on ``q_a_proj``, ``kv_a_proj_with_mqa`` and ``o_proj``.
-        initializer_range: standard deviation of new weights. The projections that write to the residual stream start
-            smaller, by ``1 / sqrt(2 * num_hidden_layers)``.
+        initializer_range: standard deviation of new weights. It is smaller, by ``1 / sqrt(2 * num_hidden_layers)``, for
+            the projections that write to the residual stream.
         tie_word_embeddings: the output projection is the embedding matrix.
-        use_cache: whether forward outside training returns a cache by default.
+        use_cache: whether forward returns a cache by default, outside training.
         pad_token_id: padding id, or None.
         bos_token_id: first id of a text, or None.
         eos_token_id: id (or ids) that ends generation, or None.
@@ -73,13 +73,13 @@ class MLAConfig(PretrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Derive what transformers' rotary functions and caches read."""
+        """Set what transformers' rotary functions and caches read."""
         self.head_dim = self.qk_rope_head_dim
         self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
 
     def validate_dimensions(self) -> None:
-        """Refuse sizes that give no model; called by the strict dataclass."""
+        """Refuse sizes that describe no model; the strict dataclass calls it."""
         sizes = (
             "vocab_size",
             "hidden_size",
@@ -112,7 +112,7 @@ class MLAConfig(PretrainedConfig):
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     def parameter_count(self) -> int:
-        """The number of parameters of the model that this describes, without building it (tied ones count once)."""
+        """The number of parameters of this model, without building it; tied ones count once."""
         hidden, heads, latent = self.hidden_size, self.num_attention_heads, self.kv_lora_rank
         bias = int(self.attention_bias)
         if self.q_lora_rank is None:
@@ -127,9 +127,9 @@ class MLAConfig(PretrainedConfig):
         return embeddings + self.num_hidden_layers * block + hidden
 
     def cache_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes that cached decoding keeps per token, over all layers.
+        """Bytes per token that cached decoding keeps, over all layers.
 
         Args:
-            itemsize: bytes of an element of the cache (2 for bfloat16).
+            itemsize: bytes of one element of the cache (2 for bfloat16).
         """
         return (self.kv_lora_rank + self.qk_rope_head_dim) * self.num_hidden_layers * itemsize

@@ -41,7 +41,7 @@ def inverse_frequencies(config: MLAConfig) -> tuple[list[float], float]:
         ``qk_rope_head_dim / 2`` frequencies in radians per position, and the factor on cosine and sine (YaRN's).
     """
     rope: dict[str, Any] = config.rope_parameters or {}
-    with torch.device("cpu"):  # these numbers are needed even when the model is built on the meta device
+    with torch.device("cpu"):  # needed even when the model is on the meta device
         if rope["rope_type"] == "default":
             dims = torch.arange(0, config.qk_rope_head_dim, 2, dtype=torch.float)
             frequencies, factor = torch.pow(rope["rope_theta"], dims / config.qk_rope_head_dim).reciprocal(), 1.0
@@ -51,7 +51,7 @@ def inverse_frequencies(config: MLAConfig) -> tuple[list[float], float]:
 
 
 def softmax_scale(config: MLAConfig) -> float:
-    """The factor on attention scores: ``1 / sqrt(qk_head_dim)``, times YaRN's squared magnitude if it is in use."""
+    """The factor on attention scores: ``1 / sqrt(qk_head_dim)``, times YaRN's squared magnitude if YaRN is in use."""
     scale = 1.0 / math.sqrt(config.qk_head_dim)
     rope: dict[str, Any] = config.rope_parameters or {}
     if rope.get("rope_type") == "default" or not rope.get("mscale_all_dim") or rope["factor"] <= 1:
@@ -67,14 +67,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         x: [B, heads, T, D].
         cos: [B or 1, 1, T, D / 2].
         sin: like ``cos``.
-        interleaved: pairs are neighbours, else element i pairs with i + D / 2.
+        interleaved: whether pairs are neighbours; otherwise element i pairs with i + D / 2.
     """
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class MLARMSNorm(nn.RMSNorm):
-    """RMSNorm whose result has the dtype of its input, under autocast too."""
+    """RMSNorm whose result has the dtype of its input, also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last dimension of ``x``."""
@@ -82,11 +82,11 @@ class MLARMSNorm(nn.RMSNorm):
 
 
 class ResidualLinear(nn.Linear):
-    """A projection that writes to the residual stream; it starts smaller than others."""
+    """A projection that writes to the residual stream; its initial weights are smaller than those of others."""
 
 
 class MLAAttention(nn.Module):
-    """Attention whose keys and values are expanded from one small latent per token."""
+    """Attention whose keys and values are expanded from one small latent for each token."""
 
     def __init__(self, config: MLAConfig, layer_idx: int) -> None:
         super().__init__()
@@ -111,14 +111,14 @@ class MLAAttention(nn.Module):
         self.o_proj = ResidualLinear(self.num_heads * self.value, hidden, bias=config.attention_bias)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """Attend from ``hidden`` [B, T, hidden_size] to itself and to what the cache holds.
+        """Attend from ``hidden`` [B, T, hidden_size] to itself and to the tokens in the cache.
 
         Args:
             hidden: the normalized residual stream.
             cos: [B or 1, 1, T, rope / 2].
             sin: like ``cos``.
-            mask: bool or additive, [B, 1, T, S]; None when plainly causal.
-            cache: the latents and rope keys of earlier tokens; the new ones are appended.
+            mask: bool or additive, [B, 1, T, S]; None for a plain causal mask.
+            cache: the latents and rope keys of earlier tokens; gets the new ones.
         """
         batch, length, _ = hidden.shape
         q = self.q_proj(hidden) if self.direct_queries else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
@@ -130,7 +130,7 @@ class MLAAttention(nn.Module):
         if cache is not None:
             latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
         if mask is None and length > 1:
-            # Plainly causal from the first token on: what a preallocated cache has beyond them need not be expanded.
+            # A plain causal mask from the first token on: entries of a preallocated cache beyond it need no expansion.
             latent, k_rope = latent[:, :, :length], k_rope[:, :, :length]
 
         if cache is not None and self._absorbing_is_cheaper(length) and (mask is not None or length == 1):
@@ -148,7 +148,7 @@ class MLAAttention(nn.Module):
     def _attend_expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Attention over expanded keys and values: training and prefill. Returns [B, H, T, value]."""
+        """Attention over expanded keys and values, for training and prefill. Returns [B, H, T, value]."""
         batch, _, seen, _ = latent.shape
         kv = self.kv_b_proj(latent).view(batch, seen, self.num_heads, -1).transpose(1, 2)
         k_nope, v = kv.split([self.nope, self.value], dim=-1)
@@ -156,7 +156,7 @@ class MLAAttention(nn.Module):
         k = torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
         padding = q.shape[-1] - v.shape[-1]
         if padding and q.device.type == "cpu":
-            # The CPU's flash kernel wants one width; zeros change neither scores nor values.
+            # The CPU's flash kernel needs equal widths; zeros change neither scores nor values.
             q, k, v = (F.pad(x, (0, max(0, p))) for x, p in ((q, -padding), (k, -padding), (v, padding)))
         causal = mask is None and q.shape[2] > 1
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
@@ -165,9 +165,9 @@ class MLAAttention(nn.Module):
     def _attend_absorbed(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Attention to the latents themselves, with `kv_b_proj` moved into query and output: decoding.
+        """Attention to the latents themselves, for decoding: `kv_b_proj` moves into query and output.
 
-        Nothing is expanded per seen token (arXiv 2405.04434, section 2.1.2). Returns [B, H, T, value].
+        No seen token is expanded (arXiv 2405.04434, section 2.1.2). Returns [B, H, T, value].
         """
         up = self.kv_b_proj.weight.to(latent.dtype).view(self.num_heads, self.nope + self.value, self.latent)
         q_latent = q_nope @ up[:, : self.nope]  # [B, H, T, R]
@@ -219,7 +219,7 @@ class MLADecoderLayer(GradientCheckpointingLayer):
 
 
 class MLAPreTrainedModel(PreTrainedModel):
-    """What `transformers` needs to know about the family."""
+    """What `transformers` must know about this model family."""
 
     config_class = MLAConfig
     base_model_prefix = "model"
@@ -244,7 +244,7 @@ class MLAModel(MLAPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(MLADecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = MLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        # Numbers, not buffers: nothing to copy between nodes, and casting the model does not round them.
+        # Numbers, not buffers: nodes need not copy them, and casting the model does not round them.
         self.inv_freq, self.rope_factor = inverse_frequencies(config)
         self.post_init()
 
@@ -265,7 +265,7 @@ class MLAModel(MLAPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache is None:
-            # Its "keys" hold the latents, its "values" the rope keys, one head each.
+            # Its "keys" are the latents and its "values" the rope keys, with one head each.
             cache = DynamicCache(config=self.config)
         packed_positions = position_ids
         if position_ids is None:
@@ -276,7 +276,7 @@ class MLAModel(MLAPreTrainedModel):
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             cache=cache,
-            # Positions that count from zero several times mean packed texts; only the caller's can.
+            # Positions that count from zero several times mean packed texts; only the caller can give such positions.
             position_ids=packed_positions,
         )
         angles = position_ids[:, None, :, None].float() * torch.tensor(self.inv_freq, device=hidden.device)
@@ -316,13 +316,13 @@ class MLAForCausalLM(MLAPreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, S], 1 for tokens and 0 for padding; None when there is no padding.
-            position_ids: int64 [B, T]; None counts on from the cache.
+            position_ids: int64 [B, T]; None continues from the cache.
             cache: a cache to read and extend; its entries are latents and rope keys.
-            inputs_embeds: [B, T, hidden_size] in place of ``input_ids``.
+            inputs_embeds: [B, T, hidden_size] instead of ``input_ids``.
             labels: int64 [B, T], the same tokens as ``input_ids`` (they are shifted here); -100 is ignored.
             use_cache: whether to return a cache; None means ``config.use_cache``, and never in training.
-            logits_to_keep: compute only the last so many logits (0 for all), or those at these indices.
-            kwargs: passed on to the loss function (``num_items_in_batch``).
+            logits_to_keep: compute only this many last logits (0 for all), or those at these indices.
+            kwargs: passed to the loss function (``num_items_in_batch``).
 
         Returns:
             ``loss`` (float32 scalar, nats per predicted token), ``logits`` [B, T, vocab_size], ``cache``.

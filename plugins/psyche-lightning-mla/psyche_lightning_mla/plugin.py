@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_models(register: Callable[[str, Callable[..., Any]], None]) -> None:
-    """Register the model under the name for recipes, and under the model type that its checkpoints have."""
+    """Register the model under its name in recipes, and under the model type of its checkpoints."""
     register("mla", build)
     register("psyche_mla", build)
 
@@ -27,13 +27,13 @@ def build(config: Mapping[str, Any]) -> MLAForCausalLM:
     """Build an MLA language model.
 
     Args:
-        config: fields of :class:`psyche_lightning_mla.MLAConfig`; also ``rope_theta`` for short (the base of the rotary
-            frequencies), ``gradient_checkpointing`` (bool: compute activations again in the backward pass rather than
-            keep them), and ``path``, a checkpoint folder that replaces all fields.
+        config: fields of :class:`psyche_lightning_mla.MLAConfig`; also ``rope_theta`` (the base of the rotary
+            frequencies), ``gradient_checkpointing`` (bool: recompute activations in the backward pass, to save
+            memory), and ``path``, a checkpoint folder that replaces all fields.
 
     Returns:
-        The model, in training mode, with fresh parameters, or with those at ``path``. On the meta device parameters
-        have shapes only.
+        The model, in training mode, with new parameters, or with those at ``path``. On the meta device, parameters have
+        only shapes.
 
     Raises:
         ConfigError: a key is unknown or a value does not fit.
@@ -86,7 +86,7 @@ def _load_config(path: Any, others: Mapping[str, Any]) -> MLAConfig:
         )
     if not Path(str(path)).joinpath("config.json").is_file():
         raise ConfigError(
-            f"There is no config.json in {str(path)!r}: path expects a folder written by save_pretrained."
+            f"There is no config.json in {str(path)!r}: path must be a folder written by save_pretrained."
         )
     found, _ = MLAConfig.get_config_dict(path, local_files_only=True)
     if found.get("model_type") != MLAConfig.model_type:

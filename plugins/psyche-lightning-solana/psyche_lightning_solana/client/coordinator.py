@@ -250,7 +250,7 @@ class SolanaCoordinator:
                     if state != shown:
                         shown = state
                         yield state
-                await aio.news(news, MAX_AGE)
+                await aio.wait_or_set(news, MAX_AGE)
         finally:
             feed.forget(news)
 

@@ -83,7 +83,7 @@ class Timekeeper:
             while feed.failure is None:
                 news.clear()
                 wait = await self.look(feed.latest) if feed.latest is not None else None
-                await aio.news(news, wait)
+                await aio.wait_or_set(news, wait)
         finally:
             feed.forget(news)
 

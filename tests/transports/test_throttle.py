@@ -6,21 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psyche_lightning.transports.budget import Scheduler, Throttle, Ticket
+from psyche_lightning.transports.throttle import Throttle, TokenBucket, Waiter
 
 asks = st.lists(st.tuples(st.floats(0, 3), st.integers(1, 20_000), st.booleans()), min_size=1, max_size=60)
 
 
-def run(scheduler: Scheduler, wanted: list[tuple[float, int, bool]]) -> list[tuple[float, int, bool]]:
-    """Ask at the given times and follow the scheduler's own word on when to look again; ``(time, size, urgent)``."""
+def run(bucket: TokenBucket, wanted: list[tuple[float, int, bool]]) -> list[tuple[float, int, bool]]:
+    """Ask at the given times and follow the bucket's own word on when to look again; ``(time, size, urgent)``."""
     granted: list[tuple[float, int, bool]] = []
     due: list[tuple[int, bool]] = []
     waiting, now = sorted(wanted), 0.0
     while waiting or len(granted) < len(wanted):
         while waiting and waiting[0][0] <= now:
             _, size, urgent = waiting.pop(0)
-            scheduler.ask(Ticket(size, lambda one=(size, urgent): due.append(one)), urgent=urgent)  # type: ignore[misc]
-        left = scheduler.grant(now)
+            bucket.enqueue(Waiter(size, lambda one=(size, urgent): due.append(one)), urgent=urgent)  # type: ignore[misc]
+        left = bucket.grant(now)
         granted += [(now, *one) for one in due]
         due.clear()
         ahead = [waiting[0][0]] if waiting else []
@@ -32,52 +32,52 @@ def run(scheduler: Scheduler, wanted: list[tuple[float, int, bool]]) -> list[tup
 
 
 @given(wanted=asks, rate=st.floats(1000, 1e6))
-def test_no_stretch_of_time_sees_more_than_the_rate_allows(wanted: list[tuple[float, int, bool]], rate: float) -> None:
-    scheduler = Scheduler(rate, 0.0)
-    granted = run(scheduler, wanted)
+def test_the_rate_holds_over_any_time_span(wanted: list[tuple[float, int, bool]], rate: float) -> None:
+    bucket = TokenBucket(rate, 0.0)
+    granted = run(bucket, wanted)
     for i, (begin, _, _) in enumerate(granted):
         total, largest = 0, 0
         for now, size, _ in granted[i:]:
             total, largest = total + size, max(largest, size)
-            assert total <= rate * (now - begin) + scheduler.burst + largest + 1
+            assert total <= rate * (now - begin) + bucket.burst + largest + 1
 
 
 @given(wanted=asks, rate=st.floats(1000, 1e6))
-def test_the_rate_is_used_as_long_as_somebody_waits(wanted: list[tuple[float, int, bool]], rate: float) -> None:
-    granted = run(Scheduler(rate, 0.0), [(0.0, size, urgent) for _, size, urgent in wanted])
+def test_the_rate_is_used_fully_while_anyone_waits(wanted: list[tuple[float, int, bool]], rate: float) -> None:
+    granted = run(TokenBucket(rate, 0.0), [(0.0, size, urgent) for _, size, urgent in wanted])
     total = sum(size for _, size, _ in granted)
     assert granted[-1][0] <= total / rate + 0.002 * len(granted)
 
 
-def test_what_is_urgent_goes_before_all_that_waits_and_the_rest_in_turn() -> None:
+def test_urgent_waiters_come_first_and_the_others_in_order() -> None:
     order: list[str] = []
-    scheduler = Scheduler(10_000, 0.0)
+    bucket = TokenBucket(10_000, 0.0)
     for name, urgent in (("a", False), ("b", False), ("c", True), ("d", False), ("e", True)):
-        scheduler.ask(Ticket(10_000, lambda name=name: order.append(name)), urgent=urgent)  # type: ignore[misc]
+        bucket.enqueue(Waiter(10_000, lambda name=name: order.append(name)), urgent=urgent)  # type: ignore[misc]
     now = 0.0
-    while (left := scheduler.grant(now)) is not None:
+    while (left := bucket.grant(now)) is not None:
         now += left
     assert order == ["c", "e", "a", "b", "d"]
 
 
-def test_a_flood_that_nobody_asked_for_costs_a_bounded_time_and_refunds_count() -> None:
-    scheduler = Scheduler(10_000, 0.0)
+def test_unrequested_bytes_cost_a_bounded_time_and_refunds_count() -> None:
+    bucket = TokenBucket(10_000, 0.0)
     for _ in range(100):
-        scheduler.charge(1_000_000, 0.0)
+        bucket.charge(1_000_000, 0.0)
     granted: list[int] = []
-    scheduler.ask(Ticket(1, lambda: granted.append(1)), urgent=False)
-    assert scheduler.grant(0.0) == pytest.approx(1.0)
-    scheduler.refund(10_001, 0.0)
-    assert scheduler.grant(0.0) is None
+    bucket.enqueue(Waiter(1, lambda: granted.append(1)), urgent=False)
+    assert bucket.grant(0.0) == pytest.approx(1.0)
+    bucket.refund(10_001, 0.0)
+    assert bucket.grant(0.0) is None
     assert granted
 
 
-def test_those_who_give_up_are_passed_over() -> None:
+def test_waiters_that_give_up_are_skipped() -> None:
     async def main() -> None:
         now = 0.0
         throttle = Throttle(1000.0, clock=lambda: now)
-        await throttle.turn(50_000)
-        waiting = [asyncio.ensure_future(throttle.turn(1)) for _ in range(3)]
+        await throttle.acquire(50_000)
+        waiting = [asyncio.ensure_future(throttle.acquire(1)) for _ in range(3)]
         await asyncio.sleep(0)
         waiting[0].cancel()
         waiting[1].cancel()
@@ -94,7 +94,7 @@ def test_those_who_give_up_are_passed_over() -> None:
 def test_without_a_limit_nobody_waits() -> None:
     async def main() -> None:
         throttle = Throttle(None)
-        await throttle.turn(1 << 60)
+        await throttle.acquire(1 << 60)
         throttle.charge(1 << 60)
         throttle.refund(5)
         assert not throttle.limited
@@ -102,7 +102,7 @@ def test_without_a_limit_nobody_waits() -> None:
     asyncio.run(main())
 
 
-def test_the_less_there_is_the_smaller_the_pieces() -> None:
+def test_a_lower_rate_gives_smaller_blocks() -> None:
     assert Throttle(None).block == Throttle(1e9).block == 65536
     assert Throttle(1e6).block == 50_000
     assert Throttle(1).block == 4096

@@ -1,4 +1,4 @@
-"""How many bytes a second a node sends and receives: a token bucket, and turns in which what is urgent goes first."""
+"""Limits how many bytes a second a node sends and receives: a token bucket in which urgent bytes go first."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 from psyche_lightning.errors import ConfigError
 
-SMALLEST, LARGEST = 4 * 1024, 64 * 1024  # bytes that go at once
-TURN = 0.05  # seconds that they take, between these limits: how long something urgent waits for them
-BURST = 0.1  # seconds of the rate that can be saved up
-_DEBT = 1.0  # seconds of the rate that what was not asked for can cost at most
+SMALLEST_BLOCK, LARGEST_BLOCK = 4 * 1024, 64 * 1024  # bytes sent at once
+BLOCK_SECONDS = 0.05  # a block takes this long, between these limits; urgent bytes wait no longer for it
+BURST = 0.1  # seconds of the rate that an idle bucket saves up
+_DEBT = 1.0  # seconds of the rate that unrequested bytes cost at most
 
 
 @dataclass(eq=False)
-class Ticket:
-    """Someone who waits for a turn.
+class Waiter:
+    """A place in the queue of a bucket.
 
     Attributes:
-        size: bytes.
-        granted: call when the turn has come.
+        size: bytes to move.
+        granted: called when they may move.
         given_up: set it to leave the queue.
     """
 
@@ -32,57 +32,57 @@ class Ticket:
     given_up: bool = False
 
 
-class Scheduler:
-    """Who may move bytes next, and when. Without I/O: every method takes the time in seconds.
+class TokenBucket:
+    """Decides who may move bytes next, and when. Has no I/O: every method takes the time in seconds.
 
-    A turn is granted when the bucket is not empty, and may leave it in debt. In any time ``t`` the granted bytes are
-    so at most ``rate * t`` + :attr:`burst` + the size of one ticket. Urgent tickets come before all others; else the
-    order is that of asking, so that several who ask again after each turn share the rate.
+    It grants a waiter when it is not empty, and may then go into debt. So in any time ``t`` it grants at most
+    ``rate * t`` + :attr:`burst` + the size of one waiter. Urgent waiters come first, the others in the order in which
+    they came, so several who come again after each grant share the rate.
 
     Args:
         rate: bytes a second.
         now: the time.
 
     Attributes:
-        burst: bytes that can be saved up.
+        burst: bytes that it saves up.
     """
 
     def __init__(self, rate: float, now: float) -> None:
         self.rate = rate
-        self.burst = max(BURST * rate, SMALLEST)
+        self.burst = max(BURST * rate, SMALLEST_BLOCK)
         self._tokens = self.burst
         self._then = now
-        self._queue: list[tuple[bool, int, Ticket]] = []
+        self._queue: list[tuple[bool, int, Waiter]] = []
         self._numbers = itertools.count()
 
-    def ask(self, ticket: Ticket, *, urgent: bool) -> None:
-        """Queue a ticket; :meth:`grant` gives it its turn."""
-        heapq.heappush(self._queue, (not urgent, next(self._numbers), ticket))
+    def enqueue(self, waiter: Waiter, *, urgent: bool) -> None:
+        """Add a waiter; :meth:`grant` grants it."""
+        heapq.heappush(self._queue, (not urgent, next(self._numbers), waiter))
 
     def grant(self, now: float) -> float | None:
-        """Give out the turns that are due.
+        """Grant all waiters that are due.
 
         Returns:
-            Seconds until the next one is, or None when nobody waits.
+            Seconds until the next one is due, or None when no one waits.
         """
         self._refill(now)
         while self._queue:
-            ticket = self._queue[0][2]
-            if not ticket.given_up:
+            waiter = self._queue[0][2]
+            if not waiter.given_up:
                 if self._tokens <= 0:
                     return max(1e-3, -self._tokens / self.rate)
-                self._tokens -= ticket.size
-                ticket.granted()
+                self._tokens -= waiter.size
+                waiter.granted()
             heapq.heappop(self._queue)
         return None
 
     def charge(self, size: int, now: float) -> None:
-        """Account for bytes that nobody asked for; a flood of them costs others a bounded time."""
+        """Subtract bytes that nobody requested; a flood of them delays others for a bounded time."""
         self._refill(now)
         self._tokens = min(self._tokens, max(self._tokens - size, -_DEBT * self.rate))
 
     def refund(self, size: int, now: float) -> None:
-        """Give back what a turn was granted for and not used."""
+        """Put back bytes that were granted but not used."""
         self._refill(now)
         self._tokens = min(self.burst, self._tokens + size)
 
@@ -92,18 +92,18 @@ class Scheduler:
 
 
 class Throttle:
-    """One direction of a node's traffic, on its event loop.
+    """The limit on one direction of a node's traffic, on its event loop.
 
     Args:
         rate: bytes a second; None for no limit.
-        overhead: what a byte costs on the wire, with everything that is put around it.
+        overhead: bytes on the wire for each byte, headers included.
         what: the option's name, for messages.
         clock: seconds, as ``time.monotonic``.
 
     Attributes:
         rate: the limit, or infinity.
-        block: how many bytes of something bulky should go in one frame.
-        batch: how many of them should be written at once; without a limit, as many as may be.
+        block: bytes of a blob that one frame should carry.
+        batch: bytes of blobs to write at once; practically unlimited without a rate.
 
     Raises:
         ConfigError: the rate is not a positive number.
@@ -125,45 +125,45 @@ class Throttle:
         self.rate = float("inf") if rate is None else float(rate)
         self._clock = clock
         self._overhead = overhead
-        self._scheduler = None if rate is None else Scheduler(rate, clock())
+        self._bucket = None if rate is None else TokenBucket(rate, clock())
         self._timer: asyncio.TimerHandle | None = None
         self.batch = 1 << 30 if rate is None else 1
-        self.block = int(min(LARGEST, max(SMALLEST, TURN * self.rate)))
+        self.block = int(min(LARGEST_BLOCK, max(SMALLEST_BLOCK, BLOCK_SECONDS * self.rate)))
 
     @property
     def limited(self) -> bool:
         """Whether there is a limit."""
-        return self._scheduler is not None
+        return self._bucket is not None
 
-    async def turn(self, size: int, *, urgent: bool = False) -> None:
+    async def acquire(self, size: int, *, urgent: bool = False) -> None:
         """Wait until ``size`` bytes may move."""
-        if self._scheduler is None:
+        if self._bucket is None:
             return
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        ticket = Ticket(self._cost(size), lambda: None if granted.done() else granted.set_result(None))
-        self._scheduler.ask(ticket, urgent=urgent)
+        waiter = Waiter(self._cost(size), lambda: None if granted.done() else granted.set_result(None))
+        self._bucket.enqueue(waiter, urgent=urgent)
         self._go_on()
         try:
             await granted
         except asyncio.CancelledError:
-            ticket.given_up = True
-            if not granted.cancelled():  # its turn came at the same time
+            waiter.given_up = True
+            if not granted.cancelled():  # granted at the same time
                 self.refund(size)
             raise
 
     def charge(self, size: int) -> None:
-        """Account for bytes that moved without a turn."""
-        if self._scheduler is not None:
-            self._scheduler.charge(self._cost(size), self._clock())
+        """Count bytes that moved without waiting."""
+        if self._bucket is not None:
+            self._bucket.charge(self._cost(size), self._clock())
 
     def refund(self, size: int) -> None:
-        """Give back bytes that had a turn and did not move."""
-        if self._scheduler is not None and size > 0:
-            self._scheduler.refund(self._cost(size), self._clock())
+        """Put back bytes that were granted and did not move."""
+        if self._bucket is not None and size > 0:
+            self._bucket.refund(self._cost(size), self._clock())
             self._go_on()
 
     def close(self) -> None:
-        """Forget those who wait."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -171,10 +171,10 @@ class Throttle:
         return int(size * self._overhead) + 1
 
     def _go_on(self) -> None:
-        assert self._scheduler is not None
+        assert self._bucket is not None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        left = self._scheduler.grant(self._clock())
+        left = self._bucket.grant(self._clock())
         if left is not None:
             self._timer = asyncio.get_running_loop().call_later(left, self._go_on)

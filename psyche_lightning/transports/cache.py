@@ -1,4 +1,4 @@
-"""The blobs of a node as its peers read them: each is read from the store once, however many ask for parts of it."""
+"""Reads blobs for peers: one read from the store serves all peers that ask for parts of the blob."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ KEPT_SECONDS = 10.0
 _log = logging.getLogger(__name__)
 
 
-class BlobLibrary:
-    """Reads blobs in other threads, and keeps the last ones for a moment.
+class BlobCache:
+    """Reads blobs in other threads, and keeps the last ones for some seconds.
 
     Args:
-        read_blob: the bytes of a blob, or None; called from other threads.
+        read_blob: returns the bytes of a blob, or None; called from other threads.
     """
 
     def __init__(self, read_blob: Callable[[bytes], bytes | None]) -> None:
@@ -28,7 +28,7 @@ class BlobLibrary:
         self._reading: dict[bytes, asyncio.Future[bytes | None]] = {}
 
     async def read(self, digest: bytes) -> bytes | None:
-        """The blob, or None when it is not here or cannot be read."""
+        """Returns the blob, or None when it is not here or cannot be read."""
         if digest in self._kept:
             self._kept.move_to_end(digest)
             return self._kept[digest][1]
@@ -44,7 +44,7 @@ class BlobLibrary:
             return None
 
     def forget(self, before: float) -> None:
-        """Drop what was read before this loop time."""
+        """Drop blobs that were read before this loop time."""
         for digest in [digest for digest, (then, _) in self._kept.items() if then < before]:
             self._size -= len(self._kept.pop(digest)[1])
 
