@@ -84,13 +84,14 @@ class Register(Protocol[_Offer]):
 
 
 class TransportFactory(Protocol):
-    """Builds a transport from a recipe's ``node.options``."""
+    """Builds a transport from a recipe's ``node.transport_options``."""
 
     def __call__(self, options: Mapping[str, Any]) -> Transport:
         """Build one node's transport; it opens nothing before ``start``.
 
         Args:
-            options: the recipe's ``node.options``, plain values. Options that the transport does not know are an error.
+            options: the recipe's ``node.transport_options``, plain values. Options that the transport does not know are
+                an error.
 
         Raises:
             ConfigError: an option is unknown or wrong; the text lists the choices.

@@ -155,7 +155,7 @@ class _Visit:
     def folder(self) -> Path:
         """Of the node."""
         run = self.given.run
-        return Path(self.settings.node.dir or (f"psyche-{run}" if run else "."))
+        return Path(self.settings.node.directory or (f"psyche-{run}" if run else "."))
 
     def _coordinator(self, url: str) -> None:
         from psyche_lightning.cli.owner import administer
@@ -250,7 +250,7 @@ class _Visit:
         )
         given = self.given
         network = forecast.network(
-            self.settings.node.options,
+            self.settings.node.transport_options,
             links=self.links,
             reading=self.reading,
             url=given.coordinator,
@@ -325,7 +325,7 @@ def _transport(settings: Recipe, *, name: str | None = None, **options: Any) -> 
     from psyche_lightning.plugins import load_plugins
 
     factory = load_plugins().transports()[name or settings.node.transport]
-    given = {**settings.node.options, **options}
+    given = {**settings.node.transport_options, **options}
     factory(given)  # a wrong option is an error before anything is measured
     return lambda: factory(given)
 

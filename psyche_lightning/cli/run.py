@@ -308,7 +308,7 @@ def _bare(run_id: str, overrides: list[str]) -> dict[str, Any]:
     return {
         "config": {name: config[name] for name in given["run"] if name in config},
         "manifest": {
-            **({"run": sections["run"]} if "overlap" in given["run"] else {}),
+            **({"run": sections["run"]} if given["run"].keys() & sections["run"].keys() else {}),
             **({"distro": sections["distro"]} if given["distro"] else {}),
         },
         "seed": given["run"].get("seed"),

@@ -27,7 +27,7 @@ _LIMITS = {
     "distro": ("DisTrO's own work", "a larger global batch computes longer between two updates"),
     "upload": ("upload", "overlap=true hides it behind computing; a smaller k or a larger global batch sends less"),
     "download": ("download", "overlap=true hides it behind computing; a smaller k or fewer nodes send less"),
-    "disk": ("the disk", "a quicker disk for node.dir, or a larger global batch"),
+    "disk": ("the disk", "a quicker disk for node.directory, or a larger global batch"),
     "latency": ("latency", "overlap=true hides it behind computing; a larger global batch computes longer in between"),
 }
 

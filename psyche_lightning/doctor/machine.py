@@ -262,7 +262,7 @@ def disk_needed(recipe: Recipe, estimate: Estimate) -> int:
 def write_finding(seconds: float | None) -> Finding:
     """A row on durable writes."""
     if seconds is None:
-        advice = "choose another folder with node.dir=DIR"
+        advice = "choose another folder with node.directory=DIR"
         return Finding(RECIPE, "disk writes", "the folder cannot be written to", Verdict.PROBLEM, advice)
     slow = seconds > SLOW_WRITE
     advice = "each round waits for some such writes: a local SSD is quicker than a network drive" * slow
@@ -277,7 +277,7 @@ def _disk(recipe: Recipe, estimate: Estimate, folder: Path) -> Finding:
         return Finding(RECIPE, "disk", value, Verdict.UNKNOWN)
     value += f"; {size(have)} free in {folder.resolve()}"
     if needed > have:
-        advice = "make room, choose another folder with node.dir=DIR, or lower checkpoint.keep"
+        advice = "make room, choose another folder with node.directory=DIR, or lower checkpoint.keep"
         return Finding(RECIPE, "disk", value, Verdict.PROBLEM, advice)
     return Finding(RECIPE, "disk", value)
 

@@ -255,5 +255,6 @@ def _rate(name: str, rate: float | None) -> Finding:
 
 def listening_problem(error: TransportError) -> Finding:
     """A row for a transport that does not start."""
-    advice = "correct node.options or PSYCHE_HOST, PSYCHE_PORT and PSYCHE_ADVERTISE; a node that runs has the port"
+    where = "node.transport_options or PSYCHE_HOST, PSYCHE_PORT and PSYCHE_ADVERTISE"
+    advice = f"correct {where}; a node that runs has the port"
     return Finding(AREA, "own address", str(error), Verdict.PROBLEM, advice)

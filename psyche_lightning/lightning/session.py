@@ -20,7 +20,6 @@ from psyche_lightning.errors import DataError
 from psyche_lightning.lightning import delta as saved_delta
 from psyche_lightning.lightning.agreement import Agreement, agree, look
 from psyche_lightning.lightning.optimizers import copy_rates
-from psyche_lightning.lightning.options import Options
 from psyche_lightning.lightning.standing import Standing, after_round, at_the_end
 from psyche_lightning.lightning.traffic import Traffic
 from psyche_lightning.logs import ensure_heard, speaking
@@ -36,6 +35,7 @@ from psyche_lightning.plugins import load_plugins, packages
 from psyche_lightning.protocol.open_ids import shown
 from psyche_lightning.protocol.requests import Coordinator, Terms
 from psyche_lightning.protocol.state import ClientStatus, CoordinatorConfig, RunState
+from psyche_lightning.recipe.options import RunOptions
 from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.transports.base import Transport
 from psyche_lightning.transports.memory import MemoryTransport
@@ -88,7 +88,7 @@ class Session:
             run, or its values are not the options'.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: RunOptions) -> None:
         self.options = options
         self.waited = 0.0
         self.payload_bytes = 0
@@ -156,21 +156,20 @@ class Session:
         """
         options, agreement = self.options, self.agreement
         total = options.total_steps or total_steps or ENDLESS
-        run = agreement.run_section
+        shared = agreement.sections
         sizes = {"global_batch_size": global_batch, "total_steps": total}
-        run.update((name, sizes[name]) for name in agreement.unset)
-        manifest = {"run": run, "distro": agreement.distro_section, **sections}
-        manifest.update((name, section) for name, section in options.manifest.items() if name != "run")
+        shared["run"].update((name, sizes[name]) for name in agreement.unset)
+        manifest = {**sections, **options.manifest, **shared}
         self._optimizer = optimizer
         self._replica = replica = ParameterReplica(optimizer, module)
         self.traffic.payload_size = replica.max_payload
         settings = Settings(
-            overlap=agreement.overlap,
-            digest_every=agreement.digest_every,
+            overlap=agreement.run.overlap,
+            digest_every=agreement.run.digest_every,
             layout=replica.layout,
             max_payload=replica.max_payload,
             buffers=replica.has_buffers,
-            keep_bytes=agreement.keep_bytes or max(replica.size, LEAST_KEPT),
+            keep_bytes=agreement.run.keep_bytes or max(replica.size, LEAST_KEPT),
             tensors=replica.tensors,
         )
         folder = options.folder
@@ -225,7 +224,7 @@ class Session:
             self.options.config or sizes,
             **{name: getattr(times, name) for name in (*_TIMES, "init_min_clients", "min_clients", "witness_nodes")},
         )
-        host = RunHost(ALONE_RUN, config, seed=self.agreement.seed, max_seq_len=self.options.tokens_per_sample)
+        host = RunHost(ALONE_RUN, config, seed=self.agreement.run.seed, max_seq_len=self.options.tokens_per_sample)
         done, index = self.options.start or (done, done * global_batch)
         host.state = replace(host.state, step=done + 1, start_step=done + 1, epoch_start_data_index=index)
         return LocalCoordinator(host, identity, clock=lambda: float(self._ticks))
@@ -290,7 +289,7 @@ class Session:
         if self._taken is None:
             return None
         work, state = self._taken
-        return after_round(state, work.epoch, work.height, overlap=self.agreement.overlap)
+        return after_round(state, work.epoch, work.height, overlap=self.agreement.run.overlap)
 
     def submit(self, optimizer: torch.optim.Optimizer | None, loss: float = math.nan, samples: int = 0) -> None:
         """Hand in the update of the round in work, and apply the round's results when they are not to overlap.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -28,10 +29,11 @@ from psyche_lightning.lightning.device import OneDevice
 from psyche_lightning.lightning.loader import RoundLoader, Share, check_loader
 from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
 from psyche_lightning.lightning.optimizers import TakenStep, build_distro, copy_rates
-from psyche_lightning.lightning.options import Options
 from psyche_lightning.lightning.progress import RunProgress
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.node.participant import RoundWork
+from psyche_lightning.protocol.state import CoordinatorConfig
+from psyche_lightning.recipe.options import RunOptions
 
 STATE_KEY = "psyche_distro"
 
@@ -45,16 +47,43 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
     trained in micro-batches, with the gradient of their mean. Callbacks, validation and checkpoints see the
     parameters that all nodes have.
 
+    Every option but the first two is by name. One that all nodes share (``overlap`` to ``total_steps``) has the run's
+    value where it is left out, or the default where the run has none.
+
     Args:
-        coordinator: see :class:`~psyche_lightning.lightning.options.Options`, which lists all options.
-        run: likewise.
+        coordinator: URL of the coordinator; ``PSYCHE_COORDINATOR`` unless given. Without one, the process trains alone.
+        run: the run's name; ``PSYCHE_RUN`` unless given. Given together with ``coordinator``, or not at all.
+        overlap: whether results travel while the next round computes; they are then applied one round later.
+        seed: of the order of the data.
+        digest_every: rounds between digests of the parameters, by which nodes notice that theirs differ.
+        keep_bytes: agreed payloads that nodes keep, in bytes, so that others can catch up; beyond them they take a new
+            snapshot. 0 for as many as the parameters have, and at least 64 MiB.
+        chunk: side of DisTrO's chunks: 8, 16, 32 or 64.
+        k: coefficients sent of each chunk; from 1 to a quarter of the chunk's area, and at most 128.
+        decay: what remains of delta before a gradient is added, 0 to 1.
+        removal: fraction of the sent component that is subtracted from delta, 0 to 1.
+        lookahead: whether gradients are taken ahead of the published parameters, on a copy.
+        k_for: another k for the parameters whose names match a pattern (``{"*embed*": 2}``); the first match counts.
+        float32_gradients: whether gradients of parameters of lower precision are accumulated over micro-batches in
+            float32.
+        global_batch_size: samples of a round of the whole run, where the run leaves it to its first node; by default
+            what one node's DataLoader gives, times the run's ``init_min_clients``.
+        total_steps: where the run ends, where it leaves that to its first node; by default where Trainer ends.
+        transport: how nodes reach each other; ``psyche plugins`` lists the choices.
+        transport_options: what the transport is given, such as ``{"host": "0.0.0.0", "advertise": "10.0.0.7"}``.
+        directory: where the node keeps its key, promises and payloads, so that it can be killed and come back; one
+            folder for each node. None keeps them in memory.
+        patience: longest time to wait for a round, in seconds.
+        config: sizes of a run of this process alone; None for those that data and Trainer give.
+        start: of a run of this process alone: steps that were done before, and the first data id that is left.
+        manifest: sections of the run's manifest that replace those made from the module and its data.
+        tokens_per_sample: what a sample counts in the figures for people.
         accelerator: as of Lightning's strategies.
         checkpoint_io: as of Lightning's strategies.
         precision_plugin: as of Lightning's strategies.
-        options: of :class:`~psyche_lightning.lightning.options.Options`.
 
     Raises:
-        ConfigError: an option is unknown or wrong.
+        ConfigError: an option is wrong, or only one of coordinator and run is known.
     """
 
     strategy_name = "psyche"
@@ -65,12 +94,56 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         coordinator: str | None = None,
         run: str | None = None,
         *,
+        overlap: bool | None = None,
+        seed: int | None = None,
+        digest_every: int | None = None,
+        keep_bytes: int | None = None,
+        chunk: int | None = None,
+        k: int | None = None,
+        decay: float | None = None,
+        removal: float | None = None,
+        lookahead: bool | None = None,
+        k_for: Mapping[str, int] | None = None,
+        float32_gradients: bool | None = None,
+        global_batch_size: int | None = None,
+        total_steps: int | None = None,
+        transport: str = "tcp",
+        transport_options: Mapping[str, Any] | None = None,
+        directory: str | os.PathLike[str] | None = None,
+        patience: float = 24 * 3600.0,
+        config: CoordinatorConfig | None = None,
+        start: tuple[int, int] | None = None,
+        manifest: Mapping[str, Mapping[str, Any]] | None = None,
+        tokens_per_sample: int = 1,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
-        **options: Any,
     ) -> None:
-        self.options = Options.of({**options, "coordinator": coordinator, "run": run})
+        self.options = RunOptions(
+            coordinator=coordinator,
+            run=run,
+            overlap=overlap,
+            seed=seed,
+            digest_every=digest_every,
+            keep_bytes=keep_bytes,
+            chunk=chunk,
+            k=k,
+            decay=decay,
+            removal=removal,
+            lookahead=lookahead,
+            k_for=k_for,
+            float32_gradients=float32_gradients,
+            global_batch_size=global_batch_size,
+            total_steps=total_steps,
+            transport=transport,
+            transport_options=transport_options or {},
+            directory=directory,
+            patience=patience,
+            config=config,
+            start=start,
+            manifest=manifest or {},
+            tokens_per_sample=tokens_per_sample,
+        ).in_environment()
         self.session: Session | None = None
         super().__init__("cpu", accelerator, checkpoint_io, precision_plugin)
         self._forget()
@@ -160,7 +233,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         loader = RoundLoader(
             dataloader,  # type: ignore[arg-type]
             batch,
-            session.agreement.seed,
+            session.agreement.run.seed,
             self._rounds,
             decline=session.decline,
             upcoming=session.upcoming,

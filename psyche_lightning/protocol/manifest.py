@@ -78,7 +78,7 @@ def fix_values(held: dict[str, int | None], offered: Any) -> tuple[Any, dict[str
     found: list[tuple[str, object, object]]
     found = [(f"run.{name}", value, given[name]) for name, value in fixed.items() if given.get(name, value) != value]
     if found:
-        raise _mismatch(found)
+        raise mismatch(found)
     return offered, fixed
 
 
@@ -117,7 +117,7 @@ def merge(held: dict[str, Any] | None, offered: dict[str, Any]) -> dict[str, Any
         return plain
     found = [d for name, section in held.items() if name in plain for d in differences(section, plain[name], name)]
     if found:
-        raise _mismatch(found)
+        raise mismatch(found)
     return {**held, **plain} if plain.keys() - held.keys() else held
 
 
@@ -133,13 +133,20 @@ def differences(run: Any, node: Any, field: str) -> list[tuple[str, object, obje
     return [found for name, a, b in pairs for found in differences(a, b, name)]
 
 
-def _mismatch(found: list[tuple[str, object, object]]) -> ManifestMismatchError:
+def mismatch(
+    found: list[tuple[str, object, object]],
+    advice: str = "Give this node the run's values, or train under another run id.",
+) -> ManifestMismatchError:
+    """The error of a node whose configuration is not the run's.
+
+    Args:
+        found: as of :func:`differences`.
+        advice: what to do.
+    """
     lines = [f"  {field}: the run has {_brief(run)}, this node has {_brief(node)}" for field, run, node in found]
     more = [f"  and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else []
     return ManifestMismatchError(
-        "this node's configuration is not the run's:\n"
-        + "\n".join(lines[:MAX_SHOWN] + more)
-        + "\nGive this node the run's values, or train under another run id.",
+        "this node's configuration is not the run's:\n" + "\n".join(lines[:MAX_SHOWN] + more) + f"\n{advice}",
         found,
     )
 

@@ -1,11 +1,13 @@
 """What a recipe says, as frozen dataclasses; their fields are the keys of the YAML file.
 
-Each class documents its section; ``distro`` is :class:`~psyche_lightning.distro.DistroConfig` itself. ``Annotated``
-bounds are checked by :mod:`psyche_lightning.recipe.loading`.
+Each class documents its section; ``distro`` is :class:`~psyche_lightning.distro.DistroConfig` itself, ``node`` is
+:class:`~psyche_lightning.recipe.options.NodeOptions`. :mod:`psyche_lightning.recipe.loading` checks the bounds of
+``Annotated``.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -14,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.protocol.state import CoordinatorConfig
+from psyche_lightning.recipe.options import SHARED, NodeOptions, RunOptions, RunValues
 from psyche_lightning.recipe.schedule import Constant, Cosine, Linear, Schedule, WarmupStableDecay
 
 
@@ -40,21 +43,17 @@ Positive = Annotated[float, Range(0, above=True)]
 
 
 @dataclass(frozen=True)
-class RunSection(CoordinatorConfig):
-    """``run``: the coordinator's configuration (see :class:`CoordinatorConfig`), and two values for all nodes.
+class RunSection(RunValues, CoordinatorConfig):
+    """``run``: the coordinator's configuration, and what the nodes share besides.
 
-    Attributes:
-        overlap: whether results travel while the next round computes; they are then applied one round later.
-        seed: of the parameters' initialization and the order of the data.
+    Its keys are those of :class:`~psyche_lightning.protocol.state.CoordinatorConfig` and of
+    :class:`~psyche_lightning.recipe.options.RunValues`.
     """
-
-    overlap: bool = False
-    seed: NonNegative = 0
 
     @property
     def coordinator(self) -> CoordinatorConfig:
         """What the coordinator is given."""
-        return CoordinatorConfig(**{item.name: getattr(self, item.name) for item in fields(CoordinatorConfig)})
+        return CoordinatorConfig(**_part(self, CoordinatorConfig))
 
 
 @dataclass(frozen=True)
@@ -229,21 +228,6 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True)
-class NodeSection:
-    """``node``: how this node is connected; nodes may differ.
-
-    Attributes:
-        transport: a transport of a plugin; ``psyche plugins`` lists them.
-        options: what the plugin's factory is given.
-        dir: folder of the node's key, stored payloads and checkpoints; null for one named after the run.
-    """
-
-    transport: str = "tcp"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    dir: str | None = None
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A run, completely described.
 
@@ -267,9 +251,50 @@ class Recipe:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     trainer: TrainerSection = field(default_factory=TrainerSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
-    node: NodeSection = field(default_factory=NodeSection)
+    node: NodeOptions = field(default_factory=NodeOptions)
 
     @property
     def schedule(self) -> Schedule:
         """The learning rate as a function of the run's step."""
         return self.optimizer.schedule.build(self.optimizer.lr, self.run.total_steps)
+
+    def options(
+        self,
+        coordinator: str | None,
+        run: str | None,
+        directory: str | os.PathLike[str],
+        manifest: Mapping[str, Mapping[str, Any]],
+        *,
+        start: tuple[int, int] | None = None,
+        tokens_per_sample: int,
+    ) -> RunOptions:
+        """How a node takes part in a run with this recipe.
+
+        Args:
+            coordinator: URL of the run's coordinator; None to train alone.
+            run: the run's name.
+            directory: the node's folder; who trains alone keeps nothing in it.
+            manifest: the manifest's sections, as :func:`psyche_lightning.recipe.manifest.manifest` gives them.
+            start: steps that were done before, and the first data id that is left, for a run of this process alone.
+            tokens_per_sample: of the data.
+        """
+        alone = coordinator is None
+        return RunOptions(
+            **{
+                **_part(self.node, NodeOptions),
+                **_part(self.run, RunValues),
+                **_part(self.distro, DistroConfig),
+                "directory": None if alone else directory,
+            },
+            coordinator=coordinator,
+            run=None if alone else run,
+            config=self.run.coordinator if alone else None,
+            start=start if alone else None,
+            manifest={name: section for name, section in manifest.items() if name not in SHARED},
+            tokens_per_sample=tokens_per_sample,
+        )
+
+
+def _part(values: object, kind: type[CoordinatorConfig | RunValues | DistroConfig | NodeOptions]) -> dict[str, Any]:
+    """The fields of ``kind`` in ``values``, by name."""
+    return {item.name: getattr(values, item.name) for item in fields(kind)}

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from psyche_lightning.checkpoints.manifest import Manifest
 from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.recipe.options import RunValues
 
 PLACES = ("path", "url", "tokenizer", "fetch")
 """Keys of ``model.config`` and ``data.config`` that say where something lies or how it is fetched; nodes may differ."""
@@ -41,7 +42,7 @@ def manifest(recipe: Recipe, fingerprint: str | None = None) -> dict[str, dict[s
     optimizer["schedule"] = {"kind": recipe.optimizer.schedule.kind, **asdict(recipe.schedule)}
     del optimizer["lr"]  # the schedule has it as base_lr
     sections = {
-        "run": {"overlap": recipe.run.overlap, "seed": recipe.run.seed},
+        "run": {item.name: getattr(recipe.run, item.name) for item in fields(RunValues)},
         "distro": asdict(recipe.distro),
         "model": {
             "name": recipe.model.name,

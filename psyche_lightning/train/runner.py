@@ -60,7 +60,7 @@ def train_recipe(
         recipe: what to train.
         coordinator_url: the run's coordinator; None to train alone.
         run_id: the run; the recipe's name unless given.
-        directory: the node's folder; ``node.dir`` of the recipe, else ``psyche-RUN``, unless given.
+        directory: the node's folder; ``node.directory`` of the recipe, else ``psyche-RUN``, unless given.
 
     Returns:
         The content of ``result.json``: ``id`` and ``digest`` (hex), ``steps``, ``loss`` (``train`` and
@@ -72,7 +72,7 @@ def train_recipe(
     """
     _quiet()
     run = run_id or recipe.name
-    folder = Path(directory or recipe.node.dir or f"psyche-{run}")
+    folder = Path(directory or recipe.node.directory or f"psyche-{run}")
     who = (ALONE_RUN, "-") if coordinator_url is None else (run, short(node_key(folder).public))
     with speaking(*who):
         return _train(recipe, coordinator_url, run, folder)
@@ -82,7 +82,6 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
     plugins = load_plugins()
-    alone = coordinator_url is None
     fixed = None
     if coordinator_url is not None and recipe.checkpoint.resume is not None:
         fixed = _fixed(coordinator_url, run)
@@ -96,21 +95,13 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     if beginning.section is not None:
         sections[START] = dict(beginning.section)
     module = CausalModule(model, recipe.optimizer, recipe.schedule)
-    strategy = PsycheStrategy(
-        coordinator_url,
-        None if alone else run,
-        directory=None if alone else folder,
-        transport=recipe.node.transport,
-        transport_options=recipe.node.options,
-        config=recipe.run.coordinator if alone else None,
-        start=beginning.start if alone else None,
-        manifest=sections,
-        tokens_per_sample=provider.seq_len,
+    options = recipe.options(
+        coordinator_url, run, folder, sections, start=beginning.start, tokens_per_sample=provider.seq_len
     )
     diary = _Diary(recipe, provider, folder)
     diary.checkpoints = Checkpoints(recipe, run, folder, provider.tokenizer, sections)
     trainer = Trainer(
-        strategy=strategy,
+        strategy=PsycheStrategy(**vars(options)),
         accelerator=recipe.trainer.accelerator,
         devices=1,
         precision=recipe.trainer.precision,
@@ -162,7 +153,7 @@ class _Diary(Callback):
             self._metrics = (folder / METRICS).open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
-                f"cannot write to the node's folder {folder}: {error.strerror}; choose another with node.dir=DIR"
+                f"cannot write to the node's folder {folder}: {error.strerror}; choose another with node.directory=DIR"
             ) from error
 
     @property

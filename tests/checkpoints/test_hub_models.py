@@ -178,7 +178,7 @@ def test_psyche_train_takes_one_and_saves_to_the_hub(hub: LocalHub, files: dict[
         "HF_HUB_OFFLINE": "0",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    command = [sys.executable, "-m", "psyche_lightning", "train", str(tmp_path / "recipe.yaml"), "node.dir=node"]
+    command = [sys.executable, "-m", "psyche_lightning", "train", str(tmp_path / "recipe.yaml"), "node.directory=node"]
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
     )

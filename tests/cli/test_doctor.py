@@ -205,7 +205,7 @@ def test_a_link_that_nobody_measured_is_said_to_be_unknown() -> None:
 
 def test_the_nodes_own_limits_bound_the_link() -> None:
     _, figures = examine(
-        "demo", "--twin", "--nodes", "2", "--upload", "80", "--download", "80", "node.options.upload=1e5"
+        "demo", "--twin", "--nodes", "2", "--upload", "80", "--download", "80", "node.transport_options.upload=1e5"
     )
     parts = figures["prediction"]["parts"]
     assert parts["upload"] == pytest.approx(100 * parts["download"])
@@ -294,8 +294,8 @@ def test_problems_are_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
         (["--peer", "tcp://127.0.0.1:1#12"], "not an invitation"),
         (["--listen", "--peer", "x"], "other machine's side"),
         (["--listen", "node.transport=pigeon"], "pigeon"),
-        (["--listen", "node.options.prot=1"], "prot"),
-        (["--listen", "node.options.host=0.0.0.0"], "advertise"),
+        (["--listen", "node.transport_options.prot=1"], "prot"),
+        (["--listen", "node.transport_options.host=0.0.0.0"], "advertise"),
         (["--coordinator", "nowhere"], "not a coordinator's URL"),
         (["--json", "no/where.json"], "does not exist"),
     ],
@@ -592,7 +592,7 @@ def doctor_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str
 
 
 def test_listening_processes_and_a_calling_one(capsys: pytest.CaptureFixture[str]) -> None:
-    with doctor_process() as (process, invitation), doctor_process("node.options.upload=400000") as (_, slow):
+    with doctor_process() as (process, invitation), doctor_process("node.transport_options.upload=400000") as (_, slow):
         code, figures = examine(
             "demo", "--twin", "--nodes", "3", "--peer", invitation, "--peer", slow, "--megabytes", "1"
         )

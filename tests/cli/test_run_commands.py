@@ -64,7 +64,7 @@ def status(psyche, run):
 
 
 def test_bare_keys_without_a_recipe(psyche, coordinator):
-    code, text = psyche("run", "create", "bare", "init_min_clients=2", "run.max_round_train_time=7.5", "seed=4")
+    code, text = psyche("run", "create", "bare", "init_min_clients=2", "run.max_round_train_time=7.5")
     assert code == 0
     assert f"PSYCHE_COORDINATOR={coordinator} PSYCHE_RUN=bare" in text
     found = status(psyche, "bare")
@@ -72,6 +72,17 @@ def test_bare_keys_without_a_recipe(psyche, coordinator):
     assert (config["init_min_clients"], config["max_round_train_time"]) == (2, 7.5)
     # What was not said is left to the first node, down to the manifest.
     assert (config["total_steps"], config["global_batch_size_start"], found["manifest_digest"]) == (None, None, None)
+
+
+@pytest.mark.parametrize("given", [{"seed": 4}, {"digest_every": 3}, {"keep_bytes": 10**9}])
+def test_what_nodes_share_is_fixed_by_the_creator(psyche, coordinator, given):
+    from psyche_lightning.server.admin import CoordinatorAdmin
+
+    [(name, value)] = given.items()
+    run = name.replace("_", "-")
+    assert psyche("run", "create", run, f"{name}={value}")[0] == 0
+    manifest = CoordinatorAdmin(coordinator).manifest(status(psyche, run)["manifest_digest"])
+    assert manifest == {"run": {"overlap": False, "seed": 0, "digest_every": 10, "keep_bytes": 0, **given}}
 
 
 def test_overlap_and_compression_are_fixed_by_the_creator(psyche, coordinator):

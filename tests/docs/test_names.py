@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from psyche_lightning import hookspecs
-from psyche_lightning.lightning.options import Options
 from psyche_lightning.plugins import KINDS
 from psyche_lightning.recipe.config import Recipe
 from psyche_lightning.recipe.loading import resolve
+from psyche_lightning.recipe.options import RunOptions
 
 ROOT = Path(__file__).parents[2]
 PathOf = Callable[[str], Any]
@@ -126,7 +126,7 @@ def test_the_table_of_recipe_keys_is_complete_and_its_defaults_are_true(page: Pa
 def test_the_table_of_strategy_options_is_complete(page: PathOf) -> None:
     table = page("lightning.md").text.partition("## Options")[2].partition("## Fabric")[0]
     names = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
-    assert sorted(re.findall(r"`(\w+)`", " ".join(names))) == sorted(item.name for item in fields(Options))
+    assert sorted(re.findall(r"`(\w+)`", " ".join(names))) == sorted(item.name for item in fields(RunOptions))
 
 
 def test_the_events_and_effects_of_the_core_are_all_there(page: PathOf) -> None:

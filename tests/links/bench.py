@@ -138,7 +138,7 @@ def train_psyche(name: str, links: list[Link], recipe: str, blocks: int, steps: 
             raise RuntimeError(f"the run could not be created: {create.tail()}")
         folders = [folder / f"node-{number}" for number in range(len(nodes))]
         for node, own in zip(nodes, folders, strict=True):
-            train = ["train", recipe, *given, f"node.dir={own}", f"node.options.host={node.address}"]
+            train = ["train", recipe, *given, f"node.directory={own}", f"node.transport_options.host={node.address}"]
             train += ["--coordinator", url, "--run", "links"]
             processes.add(Child(own.name, train, log, inside=node.inside))
         wait_for("first steps", processes, partial(_reached, folders, SKIPPED), 900)

@@ -14,6 +14,8 @@ from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe import Recipe, find_recipe, load_recipe, resolve
 from psyche_lightning.recipe.config import RunSection
 from psyche_lightning.recipe.loading import resolve_key
+from psyche_lightning.recipe.manifest import manifest
+from psyche_lightning.recipe.options import NodeOptions, RunValues
 from psyche_lightning.recipe.schedule import Cosine
 
 SOURCE = """
@@ -57,7 +59,7 @@ def test_overrides_come_last_and_resolve_short_keys(path: Path) -> None:
             "schedule.warmup_steps=3",
             "model.config.hidden_size=16",
             "model.config.new.deep=[1, a]",
-            "options.port=4000",
+            "transport_options.port=4000",
             "data.config.path=/a=b",
             "clip_grad_norm=null",
             "overlap=true",
@@ -68,7 +70,7 @@ def test_overrides_come_last_and_resolve_short_keys(path: Path) -> None:
     assert (recipe.run.init_min_clients, recipe.optimizer.lr, recipe.run.total_steps) == (2, 1e-3, 9)
     assert recipe.optimizer.schedule.warmup_steps == 3
     assert recipe.model.config == {"hidden_size": 16, "nested": {"a": 1, "b": 2}, "new": {"deep": [1, "a"]}}
-    assert recipe.node.options == {"port": 4000}
+    assert recipe.node.transport_options == {"port": 4000}
     assert recipe.data.config == {"path": "/a=b"}
     assert recipe.optimizer.clip_grad_norm is None
     assert recipe.run.overlap is True
@@ -76,9 +78,26 @@ def test_overrides_come_last_and_resolve_short_keys(path: Path) -> None:
     assert recipe.run.epoch_time == 7200.0
 
 
-def test_every_coordinator_key_is_reachable_bare() -> None:
-    for item in fields(CoordinatorConfig):
-        assert resolve_key(item.name) == f"run.{item.name}"
+@pytest.mark.parametrize(
+    ("section", "kind"),
+    [("run", CoordinatorConfig), ("run", RunValues), ("distro", DistroConfig), ("node", NodeOptions)],
+)
+def test_every_key_of_a_run_and_a_node_is_reachable_bare(section: str, kind: type[CoordinatorConfig]) -> None:
+    for item in fields(kind):
+        assert resolve_key(item.name) == f"{section}.{item.name}"
+
+
+def test_a_recipe_becomes_a_node_s_options() -> None:
+    recipe = load_recipe("demo", ["overlap=true", "digest_every=3", "k=2", "transport=memory", "patience=7"])
+    sections = manifest(recipe)
+    options = recipe.options("http://x:1", "r", "folder", sections, tokens_per_sample=32)
+    assert options.given == {"run": sections["run"], "distro": sections["distro"]}
+    assert {**options.given, **options.manifest} == sections
+    assert (options.coordinator, options.run, options.directory) == ("http://x:1", "r", "folder")
+    assert (options.transport, options.patience, options.config) == ("memory", 7.0, None)
+    alone = recipe.options(None, "r", "folder", sections, start=(3, 4), tokens_per_sample=32)
+    assert (alone.run, alone.directory, alone.start) == (None, None, (3, 4))
+    assert alone.config == recipe.run.coordinator
 
 
 def test_the_twin_replaces_what_it_names_before_the_overrides(path: Path) -> None:
@@ -120,6 +139,11 @@ def test_the_twin_replaces_what_it_names_before_the_overrides(path: Path) -> Non
         ("seq_len=1.5", r"data\.seq_len is 1\.5 \(a number\); an integer was expected"),
         ("seq_len=true", r"data\.seq_len is True \(true or false\); an integer was expected"),
         ("overlap=1", r"run\.overlap is 1 \(an integer\); true or false was expected"),
+        ("digest_every=0", r"mine\.yaml: run\.digest_every is 0; choose a whole number from 1 on"),
+        ("keep_bytes=-1", r"run\.keep_bytes is -1; choose a whole number from 0 on"),
+        ("run.seed=18446744073709551616", r"run\.seed is 18446744073709551616; choose .* from 0 to 2\^64 - 1"),
+        ("digest_evry=3", r"Did you mean 'run\.digest_every'\?"),
+        ("patience=0", r"node\.patience is 0.*; choose a number of seconds above 0"),
         ("dtype=bfloat", r"model\.dtype is 'bfloat', which is no choice\. Did you mean 'bfloat16'\?"),
         ("model.config=3", r"model\.config is 3 \(an integer\); a section with keys was expected"),
         ("kind=wsd", r"schedule 'wsd' has no final_lr; its fields are .*stable_steps"),

@@ -87,7 +87,7 @@ class Fleet:
         number = len(self.nodes) if number is None else number
         folder = self.place(number)
         folder.mkdir(exist_ok=True)
-        own = [f"node.dir={folder}", "trainer.validate_every=0", *settings]
+        own = [f"node.directory={folder}", "trainer.validate_every=0", *settings]
         arguments = ["train", self._recipe, *self._settings, *own, "--twin", "--coordinator", self.url]
         arguments += ["--run", self.run]
         log = folder / "log.txt"

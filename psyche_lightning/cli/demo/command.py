@@ -90,7 +90,7 @@ def demo(
         for number, folder in enumerate(folders):
             folder.mkdir()
             # All hold the same parameters, so one node is enough to validate them.
-            extra = [f"node.dir={folder}", *([] if number == 0 else ["trainer.validate_every=0"])]
+            extra = [f"node.directory={folder}", *([] if number == 0 else ["trainer.validate_every=0"])]
             arguments = ["train", *common, "--run", RUN, *extra]
             child = Child(f"node {number}", arguments, folder / "log.txt", stage.environment(number))
             children.append(processes.add(child))

@@ -1,0 +1,188 @@
+"""How a process takes part in a run: one set of names for recipes, Trainer and Fabric.
+
+All nodes share :class:`RunValues` and :class:`~psyche_lightning.distro.DistroConfig`, the sections ``run`` and
+``distro`` of a run's manifest; :class:`NodeOptions` are each node's own. A recipe has them as sections.
+:class:`RunOptions` has them all in one list, where a shared value may be left to the run: the strategies take it, and a
+recipe becomes one when it is trained.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from psyche_lightning.distro.config import DistroConfig
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.protocol.state import CoordinatorConfig
+
+COORDINATOR_VARIABLE = "PSYCHE_COORDINATOR"
+RUN_VARIABLE = "PSYCHE_RUN"
+
+
+@dataclass(frozen=True)
+class RunValues:
+    """What all nodes of a run share besides the compression: the section ``run`` of its manifest.
+
+    Attributes:
+        overlap: whether results travel while the next round computes; they are then applied one round later.
+        seed: of the parameters' initialization and the order of the data.
+        digest_every: rounds between digests of the parameters, by which nodes notice that theirs differ.
+        keep_bytes: agreed payloads that nodes keep, in bytes, so that others can catch up; beyond them they take a new
+            snapshot. 0 for as many as the parameters have, and at least 64 MiB.
+
+    Raises:
+        ConfigError: a value is of a wrong type or out of its range.
+    """
+
+    overlap: bool = False
+    seed: int = 0
+    digest_every: int = 10
+    keep_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.overlap) is not bool:
+            raise ConfigError(f"run.overlap is {self.overlap!r}; choose true or false.")
+        for name, least, most in (("seed", 0, (1 << 64) - 1), ("digest_every", 1, None), ("keep_bytes", 0, None)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least or (most is not None and value > most):
+                to = "on" if most is None else "to 2^64 - 1"
+                raise ConfigError(f"run.{name} is {value!r}; choose a whole number from {least} {to}.")
+
+
+SHARED: dict[str, type[RunValues] | type[DistroConfig]] = {"run": RunValues, "distro": DistroConfig}
+"""What all nodes share, by section of the manifest."""
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    """``node``: how a node is connected and where it keeps what it must not lose; nodes may differ.
+
+    Attributes:
+        transport: how nodes reach each other; ``psyche plugins`` lists the choices.
+        transport_options: what the transport is given, such as ``{"host": "0.0.0.0", "advertise": "10.0.0.7"}``.
+        directory: where the node keeps its key, promises and payloads, so that it can be killed and come back; one
+            folder for each node.
+        patience: longest time to wait for a round, in seconds.
+
+    Raises:
+        ConfigError: a value is of a wrong type or out of its range.
+    """
+
+    transport: str = "tcp"
+    transport_options: Mapping[str, Any] = field(default_factory=dict)
+    directory: str | os.PathLike[str] | None = None
+    patience: float = 24 * 3600.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.transport_options, Mapping):
+            raise ConfigError(f"node.transport_options is {self.transport_options!r}; expected options by name.")
+        if not isinstance(self.patience, (int, float)) or math.isnan(self.patience) or self.patience <= 0:
+            raise ConfigError(f"node.patience is {self.patience!r}; choose a number of seconds above 0.")
+
+    @property
+    def folder(self) -> Path | None:
+        """``directory`` as a path."""
+        return None if self.directory is None else Path(self.directory)
+
+
+@dataclass(frozen=True)
+class RunOptions(NodeOptions):
+    """How this process takes part in a run. A shared value that is None is the run's, or the default where it has none.
+
+    Attributes:
+        coordinator: URL of the coordinator. Without one, the process is alone in a run of its own.
+        run: the run's name; given together with ``coordinator``, or not at all.
+        overlap: of :class:`RunValues`, as the next three.
+        seed: likewise.
+        digest_every: likewise.
+        keep_bytes: likewise.
+        chunk: of :class:`~psyche_lightning.distro.DistroConfig`, as the next six.
+        k: likewise.
+        decay: likewise.
+        removal: likewise.
+        lookahead: likewise.
+        k_for: likewise.
+        float32_gradients: likewise.
+        global_batch_size: samples of a round of the whole run, where the run leaves it to its first node.
+        total_steps: where the run ends, where it leaves that to its first node.
+        config: sizes of a run of this process alone; None for those that data and Trainer give.
+        start: of a run of this process alone: steps that were done before, and the first data id that is left.
+        manifest: sections of the run's manifest that replace those made from the module and its data.
+        tokens_per_sample: what a sample counts in the figures for people.
+
+    Raises:
+        ConfigError: a value is of a wrong type or out of its range.
+    """
+
+    coordinator: str | None = None
+    run: str | None = None
+    overlap: bool | None = None
+    seed: int | None = None
+    digest_every: int | None = None
+    keep_bytes: int | None = None
+    chunk: int | None = None
+    k: int | None = None
+    decay: float | None = None
+    removal: float | None = None
+    lookahead: bool | None = None
+    k_for: Mapping[str, int] | None = None
+    float32_gradients: bool | None = None
+    global_batch_size: int | None = None
+    total_steps: int | None = None
+    config: CoordinatorConfig | None = None
+    start: tuple[int, int] | None = None
+    manifest: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tokens_per_sample: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for section, kind in SHARED.items():
+            kind(**self.given[section])  # it checks itself
+        for name in ("global_batch_size", "total_steps", "tokens_per_sample"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} is {value!r}; choose a whole number from 1 on.")
+        foreign = sorted(self.manifest.keys() & SHARED.keys())
+        if foreign:
+            names = ", ".join(item.name for item in fields(SHARED[foreign[0]]))
+            raise ConfigError(f"manifest has the section {foreign[0]!r}, whose values are options: {names}.")
+
+    @property
+    def given(self) -> dict[str, dict[str, Any]]:
+        """The shared values that are not left to the run, by section of the manifest."""
+        found = {name: {item.name: getattr(self, item.name) for item in fields(kind)} for name, kind in SHARED.items()}
+        return {name: {key: value for key, value in each.items() if value is not None} for name, each in found.items()}
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process is the whole run."""
+        return self.coordinator is None
+
+    def in_environment(self, environment: Mapping[str, str] = os.environ) -> RunOptions:
+        """With ``PSYCHE_COORDINATOR`` and ``PSYCHE_RUN`` for what is None.
+
+        Raises:
+            ConfigError: only one of coordinator and run is known, or the coordinator is not a URL.
+        """
+        coordinator = self.coordinator or environment.get(COORDINATOR_VARIABLE) or None
+        run = self.run or environment.get(RUN_VARIABLE) or None
+        if (coordinator is None) != (run is None):
+            known, missing, variable = (
+                (f"the run {run!r}", "its coordinator's URL", COORDINATOR_VARIABLE)
+                if coordinator is None
+                else (f"the coordinator {coordinator!r}", "the run's name", RUN_VARIABLE)
+            )
+            raise ConfigError(
+                f"The strategy 'psyche' knows {known} but not {missing}: set {variable}, or neither of "
+                f"{COORDINATOR_VARIABLE} and {RUN_VARIABLE} to train alone."
+            )
+        if coordinator is not None and not re.match(r"[a-z][a-z0-9_.-]*:(?!\d+$)", coordinator):
+            raise ConfigError(
+                f"The coordinator {coordinator!r} is not a URL; expected one such as http://127.0.0.1:8080."
+            )
+        return replace(self, coordinator=coordinator, run=run)
