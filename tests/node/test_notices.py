@@ -7,7 +7,6 @@ from typing import Any, get_type_hints
 import pytest
 
 from psyche_lightning.node.notices import Finished, Notice, Outcome
-from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.transports.base import Link
 
 KEY = bytes(range(32))
@@ -41,14 +40,3 @@ def test_a_notice_is_a_value_with_a_text_and_a_level(kind: type[Notice]) -> None
 
 def test_how_a_run_ends_is_told_in_three_ways() -> None:
     assert len({str(Finished(outcome, KEY)) for outcome in Outcome}) == 3
-
-
-def test_the_same_notice_is_given_out_once_an_epoch_and_another_at_once() -> None:
-    out = Outbox(1.0, 8.0)
-    one, other = example(KINDS[0]), example(KINDS[1])
-    for notice in (one, example(KINDS[0]), other, one):
-        out.say(notice)
-    assert out.take() == [one, other]
-    out.new_epoch()
-    out.say(one)
-    assert out.take() == [one]

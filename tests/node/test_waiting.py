@@ -1,0 +1,132 @@
+"""For whom a node says that it waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from support.core import KEYS, Scene, parameters
+
+from psyche_lightning.node.agreement import EpochLog
+from psyche_lightning.node.events import Train
+from psyche_lightning.node.waiting import describe
+from psyche_lightning.protocol.requests import WarmupWitness
+from psyche_lightning.protocol.state import RunState
+from psyche_lightning.wire.identity import short
+
+
+def names(*who: int) -> str:
+    return ", ".join(short(KEYS[i]) for i in who)
+
+
+def members() -> Scene:
+    scene = Scene(4)
+    scene.join(0, 1)
+    return scene
+
+
+def warm() -> Scene:
+    scene = Scene(4)
+    scene.warm()
+    scene.ask(2, WarmupWitness(0, 2, parameters(0)))
+    return scene
+
+
+def paused() -> Scene:
+    scene = members()
+    scene.host.pause(scene.now)
+    return scene
+
+
+def training(overlap: bool = False) -> Scene:
+    scene = Scene(4, settings={"overlap": overlap})
+    scene.begin(but=(Train,))
+    return scene
+
+
+def some_results() -> Scene:
+    scene = training()
+    scene.hear(scene.result(1), scene.result(2))
+    return scene
+
+
+def all_results() -> Scene:
+    scene = training()
+    scene.hear(*[scene.result(i) for i in range(4)])
+    scene.report(1, scene.attest(1))
+    return scene
+
+
+def overlapping() -> Scene:
+    scene = training(overlap=True)
+    scene.hear(*[scene.result(i) for i in range(3)])
+    for i in scene.peers:
+        scene.report(i, scene.attest(i))
+    return scene
+
+
+def later() -> Scene:
+    scene = Scene(4)
+    scene.begin()
+    scene.play(3)
+    return scene
+
+
+def cooling() -> Scene:
+    scene = Scene(4, total_steps=1)
+    scene.begin()
+    scene.play(3)
+    return scene
+
+
+@pytest.mark.parametrize(
+    ("make", "applied", "text"),
+    [
+        pytest.param(members, None, "epoch 0: waiting for 4 members", id="members"),
+        pytest.param(paused, None, "the run is paused; waiting for `psyche run resume`", id="a paused run"),
+        pytest.param(
+            warm, None, f"epoch 0: waiting for {names(0, 1, 3)} to hold the parameters", id="those without parameters"
+        ),
+        pytest.param(cooling, 3, "epoch 0: waiting for its end to be agreed", id="the end of an epoch"),
+        pytest.param(training, None, "round 0: waiting for the epoch's parameters", id="the epoch's parameters"),
+        pytest.param(later, 2, "round 3: catching up, applying round 2", id="itself"),
+        pytest.param(
+            later, 3, f"round 3: waiting for results of 3/4 batches, from {names(1, 2, 3)}", id="results, up to date"
+        ),
+        pytest.param(
+            some_results, 0, f"round 0: waiting for results of 2/4 batches, from {names(0, 3)}", id="some results"
+        ),
+        pytest.param(all_results, 0, f"round 0: waiting for witnesses {names(0, 2, 3)}", id="witnesses"),
+        pytest.param(
+            overlapping, 0, f"round 1: waiting for results of 1/4 batches, from {names(3)}", id="the round before"
+        ),
+        pytest.param(
+            lambda: training(overlap=True), 0, f"round 0: waiting for witnesses {names(1, 2, 3)}", id="a first round"
+        ),
+    ],
+)
+def test_who_is_waited_for(make: Callable[[], Scene], applied: int | None, text: str) -> None:
+    scene = make()
+    assert describe(scene.state, scene.log, applied, scene.settings.delay) == text
+
+
+def test_only_who_is_a_witness_is_waited_for_as_one() -> None:
+    scene = Scene(4, witness_nodes=2, min_clients=2)
+    scene.begin(but=(Train,))
+    scene.hear(*[scene.result(i) for i in range(4)])
+    two = names(*scene.log.rounds[0].selection.witnesses())
+    assert describe(scene.state, scene.log, 0, 1) == f"round 0: waiting for witnesses {two}"
+
+
+def test_without_a_state_or_a_log_the_coordinator_is_waited_for() -> None:
+    assert describe(None, None, None, 1) == "waiting for the coordinator's state"
+    assert describe(RunState("run"), None, None, 1) == "phase UNINITIALIZED: waiting for the coordinator"
+    state = training().state
+    assert describe(state, None, 0, 1) == "phase ROUND_TRAIN: waiting for the coordinator"
+    assert describe(state, EpochLog(0, b""), 0, 1) == "phase ROUND_TRAIN: waiting for the coordinator"
+
+
+def test_a_warm_up_in_which_all_have_reported_waits_for_nobody() -> None:
+    state = replace(warm().state, clients=())
+    assert describe(state, None, None, 1) == "epoch 0: waiting for nobody to hold the parameters"
