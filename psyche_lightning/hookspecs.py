@@ -44,8 +44,7 @@ The rules are the same for all five hooks:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import pluggy
 
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
     import torch
     import typer
 
-    from psyche_lightning.protocol.owner import RunAdmin
+    from psyche_lightning.protocol.owner import ClockReading, RunAdmin
     from psyche_lightning.protocol.requests import Coordinator
     from psyche_lightning.transports.base import Transport
     from psyche_lightning.wire.identity import Identity
@@ -151,23 +150,7 @@ class OwnerFactory(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class ClockReading:
-    """Another clock, seen from here; all in seconds.
-
-    Attributes:
-        offset: by how much it is ahead of this machine's.
-        uncertainty: by how much that may be wrong.
-        answer_seconds: how long the quickest answer took, connecting included.
-    """
-
-    offset: float
-    uncertainty: float
-    answer_seconds: float
-
-
-@dataclass(frozen=True)
-class CoordinatorKind:
+class CoordinatorKind(NamedTuple):
     """What there is to one kind of coordinator. Nodes need its client; what it lacks besides, commands say.
 
     Attributes:

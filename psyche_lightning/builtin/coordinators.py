@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from psyche_lightning.hookspecs import ClockReading, CoordinatorKind, Register, hookimpl
+from psyche_lightning.hookspecs import CoordinatorKind, Register, hookimpl
 from psyche_lightning.plugins import build
 from psyche_lightning.protocol.state import CoordinatorConfig
 
 if TYPE_CHECKING:
-    from psyche_lightning.protocol.owner import RunAdmin
+    from psyche_lightning.protocol.owner import ClockReading, RunAdmin
     from psyche_lightning.protocol.requests import Coordinator
     from psyche_lightning.wire.identity import Identity
 

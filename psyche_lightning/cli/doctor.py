@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from psyche_lightning.doctor.prediction import Prediction
     from psyche_lightning.doctor.speed import Speed
     from psyche_lightning.doctor.surroundings import Reached
-    from psyche_lightning.hookspecs import ClockReading
+    from psyche_lightning.protocol.owner import ClockReading
     from psyche_lightning.recipe import Recipe
     from psyche_lightning.transports.base import Transport
 

@@ -12,7 +12,7 @@ from psyche_lightning.doctor.link import Measured
 from psyche_lightning.doctor.prediction import Conditions, Prediction, needed_rate, predict
 from psyche_lightning.doctor.speed import Speed
 from psyche_lightning.doctor.surroundings import members
-from psyche_lightning.hookspecs import ClockReading
+from psyche_lightning.protocol.owner import ClockReading
 from psyche_lightning.recipe import Recipe
 from psyche_lightning.transports.environment import with_environment
 

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 from psyche_lightning.doctor.finding import Finding, Verdict, duration, speed
 from psyche_lightning.doctor.link import Measured
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
-from psyche_lightning.hookspecs import ClockReading
 from psyche_lightning.plugins import load_plugins
+from psyche_lightning.protocol.owner import ClockReading
 from psyche_lightning.transports.base import Link, Transport, TransportContext
 from psyche_lightning.wire.identity import Identity, short
 

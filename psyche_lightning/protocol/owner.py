@@ -79,3 +79,18 @@ class RunAdmin(Protocol):
     def claim(self, points: int | None) -> str:
         """Have points paid, all unless given; returns what was paid, in words."""
         ...
+
+
+@dataclass(frozen=True)
+class ClockReading:
+    """Another clock, seen from here; all in seconds.
+
+    Attributes:
+        offset: by how much it is ahead of this machine's.
+        uncertainty: by how much that may be wrong.
+        answer_seconds: how long the quickest answer took, connecting included.
+    """
+
+    offset: float
+    uncertainty: float
+    answer_seconds: float

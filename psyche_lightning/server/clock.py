@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from psyche_lightning.errors import CoordinatorError
-from psyche_lightning.hookspecs import ClockReading
+from psyche_lightning.protocol.owner import ClockReading
 from psyche_lightning.server.admin import check_url
 
 LOOKS = 8
