@@ -14,10 +14,11 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from psyche_lightning.data.options import whole
 from psyche_lightning.errors import ConfigError, cause, nearest
+from psyche_lightning.logs import Outage
 
 if TYPE_CHECKING:
     import aiohttp
@@ -128,6 +129,7 @@ class Client:
         self._session: aiohttp.ClientSession | None = None
         self._failed_at = -1.0
         self._failure = ""
+        self._outages: dict[str, Outage] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="psyche-data", daemon=True)
         self._thread.start()
@@ -167,7 +169,7 @@ class Client:
             Temporary: time is up.
             Refused: the server answers with something else.
         """
-        return await self._patiently(lambda: self._part(url, start, length), asked)
+        return await self._patiently(url, lambda: self._part(url, start, length), asked)
 
     async def text(self, url: str, limit: int) -> bytes:
         """A small document as a whole.
@@ -177,9 +179,11 @@ class Client:
             Refused: the server answers with something else.
             ConfigError: it is larger than ``limit`` bytes.
         """
-        return await self._patiently(lambda: self._text(url, limit), time.monotonic())
+        return await self._patiently(url, lambda: self._text(url, limit), time.monotonic())
 
-    async def _patiently(self, request: Callable[[], Awaitable[_T]], asked: float) -> _T:
+    async def _patiently(self, url: str, request: Callable[[], Awaitable[_T]], asked: float) -> _T:
+        server = urlsplit(url).netloc.rpartition("@")[2]
+        outage = self._outages.setdefault(server, Outage(logger, f"the data server {server}", level=logging.INFO))
         async with self._slots:
             if self._failed_at >= asked:
                 raise Temporary(self._failure)
@@ -188,15 +192,20 @@ class Client:
                     stop=stop_after_delay(self._fetch.retry_seconds),
                     wait=wait_random_exponential(multiplier=0.2, max=3.0),
                     retry=retry_if_exception_type(Temporary),
-                    before_sleep=_say,
+                    before_sleep=lambda attempt: outage.fails(attempt.outcome.exception() if attempt.outcome else None),
                     reraise=True,
                 ):
                     with attempt:
                         found = await request()
             except Temporary as error:
+                outage.fails(error)
                 if error.server:
                     self._failed_at, self._failure = time.monotonic(), str(error)
                 raise
+            except Refused:
+                outage.works()
+                raise
+            outage.works()
             return found
 
     async def _part(self, url: str, start: int, length: int) -> Answer:
@@ -247,11 +256,6 @@ class Client:
             raise Temporary(f"{url}: no connection to {error.host}:{error.port} ({cause(error.os_error)})") from error
         except (aiohttp.ClientError, OSError) as error:
             raise Temporary(f"{url}: {error or type(error).__name__}") from error
-
-
-def _say(attempt: RetryCallState) -> None:
-    if attempt.attempt_number == 1:
-        logger.info("data: %s; trying again", attempt.outcome.exception() if attempt.outcome else "failed")
 
 
 def check_url(url: object) -> str:

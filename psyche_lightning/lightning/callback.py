@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,8 +11,6 @@ from psyche_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from psyche_lightning.lightning.session import Session
-
-logger = logging.getLogger(__name__)
 
 
 class CoordinatorCallback(Callback):
@@ -45,8 +42,7 @@ class CoordinatorCallback(Callback):
         if every and trainer.global_step % every == 0:
             for name, value in session.figures().items():
                 pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
-        if trainer.strategy.stop_if_finished():  # type: ignore[attr-defined]
-            logger.info("%s, %d steps", session.finished, trainer.global_step)
+        trainer.strategy.stop_if_finished()  # type: ignore[attr-defined]
 
     def _session(self, trainer: Trainer) -> Session | None:
         session: Session | None = getattr(trainer.strategy, "session", None)

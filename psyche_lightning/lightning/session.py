@@ -16,7 +16,7 @@ import torch
 
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.distro import DisTrO, NonFiniteGradientError
-from psyche_lightning.errors import DataError
+from psyche_lightning.errors import DataError, PsycheError
 from psyche_lightning.lightning import delta as saved_delta
 from psyche_lightning.lightning.agreement import Agreement, agree, look
 from psyche_lightning.lightning.optimizers import copy_rates
@@ -106,6 +106,7 @@ class Session:
         self._over = False
         self._taken: tuple[RoundWork, RunState] | None = None
         self.signer = b""
+        self._why = ""
         self._voice = contextlib.ExitStack()
         ensure_heard(packages())
         # Who trains alone needs none, but is told at once what is wrong with it.
@@ -407,8 +408,13 @@ class Session:
     def interrupt(self, error: BaseException) -> None:
         """End a wait of the training thread with ``error``, or the next one; may be called from a signal handler."""
         self._interruption = error
+        self.fails(error)
         if self._participant is not None:
             self._participant.interrupt(error)
+
+    def fails(self, error: BaseException) -> None:
+        """Training ends with an error; the log says so when the node leaves."""
+        self._why = _reason(error)
 
     def close(self) -> None:
         """Leave the run; idempotent."""
@@ -416,7 +422,7 @@ class Session:
             saved_delta.save(self.options.folder, self._run, self._optimizer)
         self._over, self._next, self.work = True, None, None
         if self._participant is not None:
-            self._participant.stop()
+            self._participant.stop(self._why)
             if isinstance(self._journal, Journal):
                 self._journal.close()
             if self._ledger is not None:
@@ -431,6 +437,14 @@ def node_key(folder: Path) -> Identity:
         ConfigError: it cannot be read or written.
     """
     return Identity.load_or_create(folder / "node.key")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "Ctrl-C"
+    if isinstance(error, SystemExit):  # Trainer makes one of the signal
+        return "SIGTERM" if type(error).__name__ == "SIGTERMException" else "the program ends"
+    return str(error) if isinstance(error, PsycheError) else f"{type(error).__name__}: {error}"
 
 
 class _RecentBlobs(MemoryBlobStore):

@@ -432,6 +432,12 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Called by Trainer when training ends with an error or a signal."""
+        if self.session is not None:
+            self.session.fails(exception)
+        super().on_exception(exception)
+
     def teardown(self) -> None:
         """Called by Trainer at the end, also after an error: leave the run."""
         try:

@@ -117,7 +117,7 @@ class NodeCore:
 
     def waiting(self) -> str:
         """What the node waits for and for whom, in one line for people (I4)."""
-        return describe(self.state, self.log, self._follower.next_apply, self.settings.delay)
+        return describe(self.state, self.log, self._follower.next_apply, self.settings.delay, self.public)
 
     @property
     def log(self) -> EpochLog | None:

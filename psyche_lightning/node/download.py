@@ -8,11 +8,11 @@ delivered one, so the fast ones give more; one that keeps failing is left alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from psyche_lightning.errors import AbsentError, TransportError
-from psyche_lightning.node.notices import Notice, PieceNotDelivered, TransferUnderWay
+from psyche_lightning.node.notices import PieceNotDelivered
 from psyche_lightning.node.snapshot import MAX_INDEX_SIZE, Index, Piece, decode_index
 from psyche_lightning.node.store import BlobStore
 from psyche_lightning.transports.base import Transport
@@ -25,7 +25,6 @@ STRIKES = 3
 PIECE_TIMEOUT = 600.0
 """A transport gives up on a peer that delivers nothing long before; this bounds one that drips."""
 INDEX_TIMEOUT = 60.0
-REPORT_EVERY = 5.0
 
 
 @dataclass
@@ -50,6 +49,10 @@ class Transfer:
         """Bytes that are here, parts of pieces included."""
         return self.done + sum(self.partial.values())
 
+    def __str__(self) -> str:
+        peers = f"{len(self.sources)} peer{'s' * (len(self.sources) != 1)}"
+        return f"{self.here / 1e6:,.0f} of {self.total / 1e6:,.0f} MB from {peers}"
+
 
 class Downloads:
     """Obtains indices and pieces.
@@ -57,17 +60,15 @@ class Downloads:
     Args:
         transport: the node's.
         store: where everything goes.
-        say: tells people something.
 
     Attributes:
         transfer: the one that is under way, or None.
     """
 
-    def __init__(self, transport: Transport, store: BlobStore, say: Callable[[Notice], None]) -> None:
+    def __init__(self, transport: Transport, store: BlobStore) -> None:
         self.transfer: Transfer | None = None
         self._transport = transport
         self._store = store
-        self._say = say
 
     async def index(self, digest: bytes, providers: Sequence[bytes]) -> Index:
         """The index of parameters (or buffers), from the own store or a peer.
@@ -98,21 +99,11 @@ class Downloads:
         transfer = Transfer(digest, index.size, index.size - sum(piece.size for piece in missing))
         if missing:
             self.transfer = transfer
-            reporter = loop.create_task(self._report(transfer))
             try:
-                await _Pull(self._transport, self._store, self._say, transfer, missing, providers).run()
+                await _Pull(self._transport, self._store, transfer, missing, providers).run()
             finally:
                 self.transfer = None
-                reporter.cancel()
         return index
-
-    async def _report(self, transfer: Transfer) -> None:
-        before = transfer.here
-        while True:
-            await asyncio.sleep(REPORT_EVERY)
-            here = transfer.here
-            rate, before = (here - before) / REPORT_EVERY, here
-            self._say(TransferUnderWay(transfer.digest, here, transfer.total, len(transfer.sources), rate))
 
 
 class _Pull:
@@ -122,14 +113,12 @@ class _Pull:
         self,
         transport: Transport,
         store: BlobStore,
-        say: Callable[[Notice], None],
         transfer: Transfer,
         pieces: Sequence[Piece],
         providers: Sequence[bytes],
     ) -> None:
         self._transport = transport
         self._store = store
-        self._say = say
         self._transfer = transfer
         self._waiting = list(pieces)
         self._left = len(pieces)
@@ -162,7 +151,7 @@ class _Pull:
                 self._tried[piece.digest][source] = reason
                 self._strikes[source] += 1
                 if not isinstance(error, AbsentError):
-                    self._say(PieceNotDelivered(source, piece.tensor, reason))
+                    PieceNotDelivered(source, piece.tensor, reason).tell()
                 self._waiting.insert(0, piece)
             else:
                 self._left -= 1

@@ -326,7 +326,7 @@ class Follower:
             self.repair.stuck = None
         elif stuck is None and self._overdue > state.config.max_round_train_time:
             self.repair.stuck = height
-            missing = describe(state, log, height, self._settings.delay)
+            missing = describe(state, log, height, self._settings.delay, self._public)
             self._out.say(RoundNotApplicable(height, missing))
 
     # --- where to begin ---------------------------------------------------------------------------------------------

@@ -11,8 +11,19 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import ClassVar
 
-from psyche_lightning.transports.base import Link
+from psyche_lightning.logs import duration
+from psyche_lightning.protocol.state import ClientStatus
 from psyche_lightning.wire.identity import short
+
+logger = logging.getLogger(__name__)
+
+MOST_NAMES = 8
+"""Names of nodes in one line."""
+_LEFT = {
+    ClientStatus.DROPPED: "was dropped from the epoch, as the others did not hear of it",
+    ClientStatus.WITHDRAWN: "has left the run",
+    ClientStatus.EJECTED: "was ejected from the run",
+}
 
 
 class Notice(ABC):
@@ -27,6 +38,10 @@ class Notice(ABC):
     @abstractmethod
     def __str__(self) -> str:
         """The notice in words."""
+
+    def tell(self) -> None:
+        """Put it into the log; the record's only argument is the notice itself."""
+        logger.log(self.level, "%s", self)
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------
@@ -75,22 +90,6 @@ class ParametersNotObtained(Notice):
 
     def __str__(self) -> str:
         return f"could not obtain the parameters {_name(self.digest)}: {self.reason}; trying again"
-
-
-@dataclass(frozen=True)
-class TransferUnderWay(Notice):
-    """Parameters are on their way: ``here`` of ``total`` bytes, from so many peers, at ``rate`` bytes a second."""
-
-    level = logging.INFO
-    digest: bytes
-    here: int
-    total: int
-    peers: int
-    rate: float
-
-    def __str__(self) -> str:
-        share = f"{self.here / 1e6:,.0f} of {self.total / 1e6:,.0f} MB"
-        return f"parameters {_name(self.digest)}: {share} from {self.peers} peers, {self.rate / 1e6:,.1f} MB/s"
 
 
 @dataclass(frozen=True)
@@ -299,18 +298,108 @@ class Waits(Notice):
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.what} ({self.seconds:.0f} s)"
+        return f"{self.what} ({duration(self.seconds)})"
+
+
+# --- coming and going -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class LinkIsDown(Notice):
-    """A peer that this node waits for, perhaps, cannot be reached."""
+class Joined(Notice):
+    """The coordinator has counted the node in.
+
+    Attributes:
+        node: its key.
+        signer: the key that the coordinator knows it by.
+        address: where peers reach it; empty where they find it by its key.
+    """
 
     level = logging.INFO
-    link: Link
+    node: bytes
+    signer: bytes
+    address: str
 
     def __str__(self) -> str:
-        return str(self.link)
+        known = "" if self.signer == self.node else f" (signer {short(self.signer)})"
+        where = f", peers reach it at {self.address}" if self.address else ""
+        return f"joined the run as {short(self.node)}{known}{where}"
+
+
+@dataclass(frozen=True)
+class EpochFormed(Notice):
+    """An epoch has its nodes.
+
+    Attributes:
+        epoch: its number.
+        nodes: their keys.
+        member: whether this node is one of them.
+    """
+
+    level = logging.INFO
+    epoch: int
+    nodes: tuple[bytes, ...]
+    member: bool
+
+    def __str__(self) -> str:
+        names = ", ".join(map(short, self.nodes[:MOST_NAMES])) + (", ..." if len(self.nodes) > MOST_NAMES else "")
+        many = f"{len(self.nodes)} node{'s' * (len(self.nodes) != 1)}"
+        late = "" if self.member else "; this node came late and takes part in the next one"
+        return f"epoch {self.epoch} has {many}: {names}{late}"
+
+
+@dataclass(frozen=True)
+class EpochUndone(Notice):
+    """The end of an epoch was not agreed: the run goes on from where that epoch began, with its step ``step``."""
+
+    epoch: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"the end of epoch {self.epoch} was not agreed: its rounds from step {self.step} on are trained again"
+
+
+@dataclass(frozen=True)
+class PeerLeft(Notice):
+    """A node of the epoch takes no part in it any more."""
+
+    level = logging.INFO
+    node: bytes
+    status: ClientStatus
+
+    def __str__(self) -> str:
+        return f"{short(self.node)} {_LEFT[self.status]}"
+
+
+@dataclass(frozen=True)
+class Dropped(Notice):
+    """The run counts this node out, as others did not hear of it."""
+
+    status: ClientStatus
+
+    def __str__(self) -> str:
+        return f"this node {_LEFT[self.status]}; it asks to take part in the next epoch"
+
+
+@dataclass(frozen=True)
+class Paused(Notice):
+    """The run is paused, or resumed."""
+
+    level = logging.INFO
+    paused: bool
+
+    def __str__(self) -> str:
+        return "the run is paused" if self.paused else "the run goes on"
+
+
+@dataclass(frozen=True)
+class Left(Notice):
+    """The node has left the run; ``reason`` says why, in words."""
+
+    level = logging.INFO
+    reason: str
+
+    def __str__(self) -> str:
+        return f"leaves the run: {self.reason}"
 
 
 # --- the end --------------------------------------------------------------------------------------------------------

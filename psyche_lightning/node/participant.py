@@ -7,7 +7,6 @@ and there also does all work on the parameters, so that a model is never touched
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import queue
 import struct
@@ -22,7 +21,7 @@ from psyche_lightning.errors import PsycheError
 from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.events import Apply, Event, Train, Trained
 from psyche_lightning.node.ledger import Ledger
-from psyche_lightning.node.notices import Finished, LinkIsDown, Notice, Waits
+from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.runtime import Runtime, TrainerTask
 from psyche_lightning.node.settings import Settings
@@ -33,12 +32,10 @@ from psyche_lightning.protocol.requests import Coordinator, Report
 from psyche_lightning.transports.base import Transport
 from psyche_lightning.wire.identity import Identity
 
-logger = logging.getLogger(__name__)
-
 _T = TypeVar("_T")
 START_TIMEOUT = 120.0
-REMIND_EVERY = 15.0
-"""Seconds of waiting after which the log says again for whom."""
+LOOK_EVERY = 5.0
+"""Seconds between looks at the node's patience."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +55,6 @@ class RoundWork:
     batch: tuple[Interval, ...]
 
 
-def _log(notice: Notice) -> None:
-    logger.log(notice.level, "%s", notice)
-
-
 class Participant:
     """Takes part in one run.
 
@@ -75,7 +68,6 @@ class Participant:
         settings: what the node core must know.
         store: blobs.
         journal: promises.
-        say: tells people something; by default the log.
         traffic: returns bytes ``(up, down)`` counted at the node's sockets.
         ledger: the node's ledger, if it keeps one.
         patience: longest wait for a round, in seconds; then an error says for whom it waited.
@@ -93,14 +85,12 @@ class Participant:
         settings: Settings,
         store: BlobStore,
         journal: Journal | MemoryJournal,
-        say: Callable[[Notice], None] = _log,
         traffic: Callable[[], tuple[int, int]] = lambda: (0, 0),
         ledger: Ledger | None = None,
         patience: float = 24 * 3600.0,
     ) -> None:
         self.run_id = run_id
         self.identity = identity
-        self._say = say
         self._patience = patience
         self._inbox: queue.SimpleQueue[TrainerTask] = queue.SimpleQueue()
         self._next: RoundWork | None = None
@@ -117,7 +107,6 @@ class Participant:
             store,
             journal,
             self._inbox.put,
-            say,
             traffic,
             ledger,
         )
@@ -146,7 +135,8 @@ class Participant:
         """
         self._thread.start()
         self._running = True
-        self._starting = asyncio.run_coroutine_threadsafe(self._runtime.start(), self._loop)
+        with self._runtime.speaking():  # so does whatever begins on the loop by this
+            self._starting = asyncio.run_coroutine_threadsafe(self._runtime.start(), self._loop)
         if self._interruption is not None:
             self._starting.cancel()
         try:
@@ -160,10 +150,11 @@ class Participant:
                 raise self._interruption from None
             raise
 
-    def stop(self, *, withdraw: bool | None = None, linger: float = 5.0) -> None:
+    def stop(self, why: str = "", *, withdraw: bool | None = None, linger: float = 5.0) -> None:
         """Leave the run and close everything within seconds; idempotent.
 
         Args:
+            why: for people; a finished run needs no other reason.
             withdraw: whether to tell the coordinator; by default unless the run is finished.
             linger: longest time that peers are still served who have not reported the last parameters, in seconds.
         """
@@ -172,7 +163,9 @@ class Participant:
         self._running = False
         leave = self._finished is None if withdraw is None else withdraw
         try:
-            self._on_loop(self._runtime.stop(withdraw=leave, linger=linger), linger + 15.0)
+            reason = why or str(self._finished or "its training ended here")
+            with self._runtime.speaking():
+                self._on_loop(self._runtime.stop(reason, withdraw=leave, linger=linger), linger + 15.0)
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(5.0)
@@ -283,9 +276,10 @@ class Participant:
     def _pump(self) -> TrainerTask:
         """Take one task from the loop and do it; waits with reminders and a bound."""
         began = time.monotonic()
+        self._runtime.wait.rest(began)
         while True:
             try:
-                task = self._inbox.get(timeout=REMIND_EVERY)
+                task = self._inbox.get(timeout=min(LOOK_EVERY, self._patience))
                 break
             except queue.Empty:
                 waited = time.monotonic() - began
@@ -294,12 +288,10 @@ class Participant:
                         f"nothing happened in run {self.run_id!r} for {waited:.0f} s: {self.waiting()}. "
                         "Start the missing nodes, or raise the node's patience."
                     ) from None
-                self._say(Waits(self.waiting(), waited))
-                for link in self._runtime.transport.links():
-                    if not link.connected:
-                        self._say(LinkIsDown(link))
+        self._runtime.wait.resume(time.monotonic())
         match task:
             case Train(epoch, height, step, batch):
+                self._runtime.wait.over()
                 self._next = RoundWork(epoch, height, step, batch)
             case Finished():
                 self._finished = task

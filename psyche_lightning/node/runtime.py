@@ -11,19 +11,31 @@ from dataclasses import replace
 from typing import Any
 
 from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, TransportError, WireError
+from psyche_lightning.logs import speaking
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.download import Downloads
 from psyche_lightning.node.ledger import Ledger
-from psyche_lightning.node.notices import DifferenceNotFound, Finished, MessageUnreadable, Notice, TensorDiffers
+from psyche_lightning.node.news import news
+from psyche_lightning.node.notices import (
+    DifferenceNotFound,
+    Finished,
+    Joined,
+    Left,
+    MessageUnreadable,
+    Notice,
+    TensorDiffers,
+    Waits,
+)
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.snapshot import decode_index, first_difference
 from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
+from psyche_lightning.node.waiting import Wait
 from psyche_lightning.protocol.messages import Envelope, Message, Result, open_envelope, seal
 from psyche_lightning.protocol.requests import Coordinator, GetRounds, Join, Report, Request, Withdraw, Witness
 from psyche_lightning.transports.base import Transport, TransportContext
-from psyche_lightning.wire.identity import Identity
+from psyche_lightning.wire.identity import Identity, short
 
 TICK = 0.25
 FETCH_TIMEOUT = 60.0
@@ -47,12 +59,12 @@ class Runtime:
         store: blobs.
         journal: promises.
         post: hands a task to the training thread; may be called from the loop.
-        say: tells people something.
         traffic: returns bytes ``(up, down)`` counted at the node's sockets.
         ledger: where certain rounds are written down, if anywhere.
 
     Attributes:
         downloads: parameters on their way to this node.
+        wait: the training thread's.
     """
 
     def __init__(
@@ -67,7 +79,6 @@ class Runtime:
         store: BlobStore,
         journal: Journal | MemoryJournal,
         post: Callable[[TrainerTask], None],
-        say: Callable[[Notice], None],
         traffic: Callable[[], tuple[int, int]],
         ledger: Ledger | None = None,
     ) -> None:
@@ -83,11 +94,12 @@ class Runtime:
         self.report = Report()
         self.address = ""
         self._post = post
-        self._say = say
         self._traffic = traffic
         self._ledger = ledger
         self._refused: Counter[bytes] = Counter()
-        self.downloads = Downloads(transport, store, say)
+        self.downloads = Downloads(transport, store)
+        self.wait = Wait()
+        self._joined = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         self.core = NodeCore(identity.public, coordinator.signer, run_id, settings, self._seal, self._kept_promises())
@@ -119,11 +131,15 @@ class Runtime:
         context = TransportContext(self.identity, self.run_id, self._on_message, self.store.get)
         self.address = await self.transport.start(context)
         await self.coordinator.request(Join(self.address, self.manifest))
+        self._joined = True
+        Joined(self.identity.public, self.coordinator.signer, self.address).tell()
         self._spawn(self._watch())
         self._spawn(self._tick())
 
-    async def stop(self, *, withdraw: bool, linger: float) -> None:
+    async def stop(self, why: str, *, withdraw: bool, linger: float) -> None:
         """Leave: wait for peers that still need this node, tell the coordinator, close everything."""
+        if self._joined:
+            Left(why).tell()
         deadline = time.monotonic() + linger
         while time.monotonic() < deadline and self._needed():
             await asyncio.sleep(0.05)
@@ -158,21 +174,39 @@ class Runtime:
 
     async def _watch(self) -> None:
         async for state in self.coordinator.watch():
+            for notice in news(self.core.state, state, self.coordinator.signer):
+                notice.tell()
             self.handle(ev.StateSeen(state))
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
             self.handle(ev.Tick())
+            self._tell_wait()
+
+    def _tell_wait(self) -> None:
+        transfer = self.downloads.transfer
+        what = self.core.waiting() if transfer is None else f"waiting for the parameters {transfer.digest.hex()[:12]}"
+        waited = self.wait.worth_a_line(time.monotonic(), what)
+        if waited is not None:
+            Waits(what if transfer is None else f"{what}: {transfer}", waited).tell()
+
+    def speaking(self) -> contextlib.AbstractContextManager[None]:
+        """What is logged within is said by this node; other nodes of the process may call it."""
+        return speaking(self.run_id, short(self.identity.public))
 
     def _on_message(self, peer: bytes, raw: bytes) -> bool:
+        with self.speaking():
+            return self._receive(peer, raw)
+
+    def _receive(self, peer: bytes, raw: bytes) -> bool:
         try:
             envelope = open_envelope(raw, self.run_id)
         except WireError as error:
             self._refused[peer] += 1
             times = self._refused[peer]
             if times & (times - 1) == 0:  # 1, 2, 4, ...: a flood does not fill the log
-                self._say(MessageUnreadable(peer, times, str(error)))
+                MessageUnreadable(peer, times, str(error)).tell()
             return False
         self.handle(ev.Received(envelope))
         return True
@@ -181,8 +215,9 @@ class Runtime:
         """Give the core an event and carry out what follows."""
         if self._stopping:
             return
-        for effect in self.core.handle(event, time.monotonic()):
-            self._carry_out(effect)
+        with self.speaking():
+            for effect in self.core.handle(event, time.monotonic()):
+                self._carry_out(effect)
 
     # --- effects ----------------------------------------------------------------------------------------------------
 
@@ -211,7 +246,7 @@ class Runtime:
                 if self._ledger is not None:
                     self._ledger.append(self.run_id, records)
             case Notice():
-                self._say(effect)
+                effect.tell()
             case Request():
                 self._spawn(self._ask(effect))
 
@@ -303,9 +338,9 @@ class Runtime:
             mine = await self.downloads.index(effect.mine, effect.providers)
             theirs = await self.downloads.index(effect.theirs, effect.providers)
         except (TransportError, WireError) as error:
-            self._say(DifferenceNotFound(effect.round, str(error)))
+            DifferenceNotFound(effect.round, str(error)).tell()
             return
-        self._say(TensorDiffers(first_difference(mine, theirs), effect.round))
+        TensorDiffers(first_difference(mine, theirs), effect.round).tell()
 
     async def _ask(self, request: Request[Any]) -> None:
         """Ask the coordinator; what this node may never do ends it, the rest the core repeats."""

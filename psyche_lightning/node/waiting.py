@@ -1,13 +1,70 @@
-"""For whom a node waits, in one line for people (invariant I4)."""
+"""For whom a node waits, in one line for people (invariant I4), and when that is worth a line."""
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
+
+from psyche_lightning.logs import REMINDERS, next_reminder
 from psyche_lightning.node.agreement import EpochLog
 from psyche_lightning.protocol.state import Phase, RunState
 from psyche_lightning.wire.identity import short
 
+FIRST = 2.0
+"""Seconds of waiting that need no words."""
+COMPARED = 8
+"""Waits of the past that say how long one usually takes."""
 
-def describe(state: RunState | None, log: EpochLog | None, next_apply: int | None, delay: int) -> str:
+
+class Wait:
+    """The time between two rounds that a node's training thread waits, and when to say so.
+
+    A wait is told when it takes longer than usual, then at intervals, and when the node comes to wait for something
+    else. All times are seconds of one monotonic clock.
+    """
+
+    def __init__(self) -> None:
+        self._past: deque[float] = deque(maxlen=COMPARED)
+        self._since: float | None = None
+        self._waited = 0.0
+        self._due = FIRST
+        self._told: tuple[float, str] | None = None
+
+    def rest(self, now: float) -> None:
+        """The thread has nothing to do."""
+        self._since = now
+
+    def resume(self, now: float) -> None:
+        """It has something to do, which need not be the next round."""
+        if self._since is not None:
+            self._waited += now - self._since
+        self._since = None
+
+    def over(self) -> None:
+        """The next round has come: another wait begins with the next rest."""
+        self._past.append(self._waited)
+        self._waited, self._told = 0.0, None
+        self._due = min(max(FIRST, 2.0 * statistics.median(self._past)), REMINDERS[-1])
+
+    def worth_a_line(self, now: float, what: str) -> float | None:
+        """The seconds waited so far, if they are to be told now; None if not.
+
+        Args:
+            now: the time.
+            what: what the node waits for; more of the same is nothing else.
+        """
+        if self._since is None:
+            return None
+        waited = self._waited + now - self._since
+        changed = self._told is not None and what != self._told[1] and waited - self._told[0] >= REMINDERS[0]
+        if waited < self._due and not changed:
+            return None
+        self._told = waited, what
+        self._due = next_reminder(waited)
+        return waited
+
+
+def describe(state: RunState | None, log: EpochLog | None, next_apply: int | None, delay: int, node: bytes) -> str:
     """Say what the node waits for.
 
     Args:
@@ -15,6 +72,7 @@ def describe(state: RunState | None, log: EpochLog | None, next_apply: int | Non
         log: what it knows of the epoch.
         next_apply: next round to apply; None while the parameters are not the epoch's.
         delay: rounds from training to applying.
+        node: this node's key.
     """
     if state is None:
         return "waiting for the coordinator's state"
@@ -28,6 +86,8 @@ def describe(state: RunState | None, log: EpochLog | None, next_apply: int | Non
         return f"epoch {state.epoch}: waiting for {', '.join(late) or 'nobody'} to hold the parameters"
     if state.phase is Phase.COOLDOWN:
         return f"epoch {state.epoch}: waiting for its end to be agreed"
+    if state.phase is Phase.FINISHED:
+        return "the run is finished: waiting for its last parameters"
     current = state.current
     if current is None or log is None or current.height not in log.rounds:
         return f"phase {state.phase.name}: waiting for the coordinator"
@@ -42,5 +102,7 @@ def describe(state: RunState | None, log: EpochLog | None, next_apply: int | Non
         share = f"{len(missing)}/{len(about.batches)}"
         return f"round {current.height}: waiting for results of {share} batches, from {names}"
     reported = {record.proof.index for record in current.witnesses}
-    late = [short(n) for i, n in enumerate(here.nodes) if here.selection.is_witness(i) and i not in reported]
-    return f"round {current.height}: waiting for witnesses {', '.join(late)}"
+    silent = [n for i, n in enumerate(here.nodes) if here.selection.is_witness(i) and i not in reported]
+    if node in silent:
+        return f"round {current.height}: waiting for the coordinator to take this node's report"
+    return f"round {current.height}: waiting for witnesses {', '.join(map(short, silent))}"

@@ -333,7 +333,9 @@ class HttpCoordinator:
             )
         if message.type is aiohttp.WSMsgType.ERROR:
             raise ValueError(str(message.data))
-        raise ValueError(f"it closed the connection ({message.type.name.lower()} {message.data or ''})")
+        if message.type is aiohttp.WSMsgType.CLOSE:
+            raise ValueError(f"it closed the connection ({message.data})")
+        raise ValueError("the connection broke")
 
     def _handle(self, frame: list[Any]) -> None:
         kind, *values = frame

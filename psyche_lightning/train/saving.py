@@ -75,8 +75,9 @@ class Checkpoints:
     def at_the_end(self, session: Session, model: torch.nn.Module, step: int) -> Callable[[], None]:
         """Begin the last one; what is returned waits for it, and raises PsycheError where it could not be written."""
         standing = session.standing or Standing(step, 0, 0, ())
-        rank = self._rank(standing, session)
-        self._writer.save(lambda: ModelCopy(model, PREFIX), self._moment(standing), rank, last=True)
+        if self._saved != standing.step or standing.step % self._every:  # else it is being written
+            rank = self._rank(standing, session)
+            self._writer.save(lambda: ModelCopy(model, PREFIX), self._moment(standing), rank, last=True)
         return lambda: self._writer.finish(standing.step)
 
     def _rank(self, standing: Standing, session: Session) -> int | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import abc
 import asyncio
 import logging
-import math
 import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import TypeVar
 
 from psyche_lightning.aio import is_set_within, within
 from psyche_lightning.errors import TransportError, WireError, cause
+from psyche_lightning.logs import next_reminder
 from psyche_lightning.transports.base import Link, Progress, TransportContext, check_message
 from psyche_lightning.transports.cache import KEPT_SECONDS, BlobCache
 from psyche_lightning.transports.connection import Connection, ConnectionContext
@@ -36,7 +36,6 @@ MAX_ARRIVING = 256  # connections that have not proved their key
 GRACE = 2.0  # seconds that the node with the larger key waits for the other to dial
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds between attempts to connect
 PARTIAL_BYTES = 256 << 20  # bytes of incomplete blobs that are kept for the next attempt
-COMPLAIN_EVERY = 30.0  # seconds between log lines about the same offender
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ class MeshTransport(abc.ABC):
         self._partial: OrderedDict[bytes, Download] = OrderedDict()
         self._arriving: dict[asyncio.Task[None], None] = {}  # in order of arrival
         self._tasks: set[asyncio.Task[None]] = set()
-        self._complaints: dict[str, float] = {}
+        self._complaints: dict[str, tuple[float, float]] = {}  # who -> when it began, and when to say it again
 
     @property
     def meter(self) -> ByteMeter:
@@ -289,7 +288,7 @@ class MeshTransport(abc.ABC):
                     peer.reason = f"cannot connect to {peer.address[:100]}: {reason(error)}"
                     if peer.lost:
                         peer.reason += f" (the last connection ended: {peer.lost})"
-                    _log.debug("%s: %s", short(peer.key), peer.reason)
+                    peer.outage.fails(peer.reason)
             else:
                 self._adopt(peer, pipe, dialled=True)
 
@@ -310,6 +309,7 @@ class MeshTransport(abc.ABC):
         peer.down.clear()
         peer.up.set()
         _log.debug("%s is connected (%s)", short(peer.key), pipe.path())
+        peer.outage.works()
 
     async def _serve(self, peer: Peer, connection: Connection) -> None:
         try:
@@ -325,7 +325,7 @@ class MeshTransport(abc.ABC):
                 peer.up.clear()
                 peer.down.set()
                 if self._running and self._peers.get(peer.key) is peer:
-                    _log.info("%s is gone: %s", short(peer.key), connection.reason)
+                    peer.outage.fails(connection.reason)
 
     # -- arrivals -----------------------------------------------------------------------------------------------------
 
@@ -347,7 +347,7 @@ class MeshTransport(abc.ABC):
         try:
             key, pipe = await self._timed(admission)
         except UnwelcomeError as error:  # peers learn of each other at different times
-            _log.info("refused a connection from %s: %s", origin, error)
+            self._complain(origin.rpartition(":")[0], f"refused a connection: {error}", logging.INFO)
         except (TransportError, WireError, OSError, EOFError) as error:
             self._complain(origin.rpartition(":")[0], f"refused a connection: {reason(error)}")
         else:
@@ -367,16 +367,17 @@ class MeshTransport(abc.ABC):
             return "a connection to you was made at the same time"
         return None
 
-    def _complain(self, who: str, what: str) -> None:
+    def _complain(self, who: str, what: str, level: int = logging.WARNING) -> None:
         """Log who misbehaves, but not again and again."""
         now = self._now()
-        if now - self._complaints.get(who, -math.inf) < COMPLAIN_EVERY:
+        began, due = self._complaints.get(who, (now, now))
+        if now < due:
             _log.debug("%s: %s", who, what)
             return
         if len(self._complaints) >= 1024:
             self._complaints.clear()
-        self._complaints[who] = now
-        _log.warning("%s: %s", who, what)
+        self._complaints[who] = began, began + next_reminder(now - began)
+        _log.log(level, "%s: %s", who, what)
 
     # -- maintenance --------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import math
 
 from psyche_lightning.aio import is_set_within
 from psyche_lightning.errors import TransportError
+from psyche_lightning.logs import Outage
 from psyche_lightning.transports.base import Link
 from psyche_lightning.transports.connection import Connection, SendQueue, StalledError
 from psyche_lightning.transports.download import Span
@@ -17,6 +18,7 @@ from psyche_lightning.wire.identity import short
 CONNECT_WAIT = 5.0  # seconds that a fetch waits for a link that is down
 USUAL_BANDWIDTH = 2.5e6  # bytes a second that are expected of a peer that has not delivered anything yet
 USUAL_ROUND_TRIP = 0.05
+ALLOWANCE = 15.0  # seconds before a peer that was never reached is reported: they learn of each other one by one
 MEASURED = 64 * 1024  # bytes from which on a transfer is long enough to measure the bandwidth
 _log = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class Peer:
         reason: why there is none.
         tried: whether an attempt to connect has ended.
         lost: why the last connection ended.
+        outage: reports that it is away.
         answered: seconds after which it refused the last attempt to connect; None when it did not.
         seen: loop time at which an earlier connection last heard it.
         bandwidth: bytes a second of the last parts of blobs from it; None when not measured.
@@ -54,6 +57,7 @@ class Peer:
         self.reason = "not connected yet"
         self.tried = False
         self.lost = ""
+        self.outage = Outage(_log, f"peer {short(key)}", level=logging.INFO, allowance=ALLOWANCE)
         self.answered: float | None = None
         self.seen: float | None = None
         self.bandwidth: float | None = None

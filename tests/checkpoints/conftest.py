@@ -33,7 +33,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return take
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def quiet(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Nothing is wrong, unless a test looks at what is said."""
     yield

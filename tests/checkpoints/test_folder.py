@@ -21,6 +21,8 @@ from psyche_lightning.errors import CheckpointError, ConfigError
 
 Make = Callable[[Path, int], Path]
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())

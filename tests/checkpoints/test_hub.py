@@ -15,6 +15,8 @@ from psyche_lightning.errors import CheckpointError
 
 Make = Callable[[Path, int], Path]
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -21,6 +21,8 @@ from psyche_lightning.errors import CheckpointError
 
 Make = Callable[[Path, int], Path]
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 
 def moment(step: int) -> Moment:
     return Moment("run", step, 1, 10 * step, "ab" * 32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import logging
 import socket
 import threading
 import time
@@ -243,7 +244,8 @@ def test_joiners_see_that_the_data_is_other(server: Server) -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503, 429, 408, 404, 403])
-def test_errors_that_may_pass_are_tried_again(server: Server, status: int) -> None:
+def test_errors_that_may_pass_are_tried_again(server: Server, status: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "psyche_lightning")
     write(server, "a.bin", 100)
     data = opened(server, fetch={"retry_seconds": 30})
     left = [2]
@@ -259,6 +261,11 @@ def test_errors_that_may_pass_are_tried_again(server: Server, status: int) -> No
         assert not caught.value.lasting
         left[0] = 0
     assert len(data.samples(0, 2)) == 2
+    if status not in (404, 403):
+        name = f"the data server {server.url.removeprefix('http://')}"
+        lost, back = caplog.messages  # once each, however often it was tried
+        assert lost.startswith(f"lost {name}: {server.url}/a.bin: the server answers {status}")
+        assert back.startswith(f"{name} is back after ")
 
 
 def lie(status: int = 206, body: bytes = b"", **headers: str) -> Callable[[web.Request], web.StreamResponse]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.distro import DisTrO, DistroConfig
+from psyche_lightning.logs import Speaker
 from psyche_lightning.node.notices import Notice
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
@@ -19,7 +21,20 @@ from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.transports.memory import MemoryNetwork, MemoryTransport
-from psyche_lightning.wire.identity import Identity
+from psyche_lightning.wire.identity import Identity, short
+
+
+class Ear(logging.Handler):
+    """Keeps the notices of all nodes, with who told them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addFilter(Speaker())
+        self.told: list[tuple[str, Notice]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.args and isinstance(record.args, tuple) and isinstance(record.args[0], Notice):
+            self.told.append((record.node, record.args[0]))  # type: ignore[attr-defined] # by the filter
 
 
 @dataclass
@@ -30,7 +45,6 @@ class Trainee:
     run: Run
     overlap: bool = False
     keep_bytes: int = 1 << 30
-    said: list[Notice] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     error: BaseException | None = None
@@ -68,7 +82,6 @@ class Trainee:
             ),
             store=self.store,
             journal=self.journal,
-            say=self.said.append,
             patience=60.0,
         )
 
@@ -98,6 +111,11 @@ class Trainee:
             self.participant.stop()
 
     @property
+    def said(self) -> list[Notice]:
+        """What this node told, of all that was told in the process."""
+        return [notice for node, notice in self.run.told if node == short(self.identity.public)]
+
+    @property
     def bytes(self) -> bytes:
         return b"".join(p.detach().numpy().tobytes() for p in self.module.parameters())
 
@@ -105,6 +123,7 @@ class Trainee:
 @dataclass
 class Run:
     host: RunHost
+    told: list[tuple[str, Notice]]
     network: MemoryNetwork = field(default_factory=MemoryNetwork)
 
     def go(self, *trainees: Trainee) -> None:
@@ -126,6 +145,11 @@ MakeRun = Callable[..., Run]
 def make_run() -> Iterator[MakeRun]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    ear = Ear()
+    logger = logging.getLogger("psyche_lightning")
+    level = logger.level
+    logger.addHandler(ear)
+    logger.setLevel(logging.INFO)
 
     def make(nodes: int, steps: int, **values: float) -> Run:
         config = CoordinatorConfig(
@@ -138,9 +162,11 @@ def make_run() -> Iterator[MakeRun]:
         )
         host = RunHost("test", config, seed=7)
         host.begin(0.0)
-        return Run(host)
+        return Run(host, ear.told)
 
     yield make
+    logger.removeHandler(ear)
+    logger.setLevel(level)
     torch.set_num_threads(threads)
 
 

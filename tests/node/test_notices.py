@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from psyche_lightning.node.notices import Finished, Notice, Outcome
-from psyche_lightning.transports.base import Link
+from psyche_lightning.protocol.state import ClientStatus
 
 KEY = bytes(range(32))
 VALUES: dict[Any, Any] = {
@@ -16,7 +16,8 @@ VALUES: dict[Any, Any] = {
     str: "what a field says",
     int: 7654321,
     float: 7654321.0,
-    Link: Link(KEY, False, None, 0, 0, "what a link says"),
+    bool: True,
+    ClientStatus: ClientStatus.DROPPED,
     Outcome: Outcome.OTHER_PARAMETERS,
 }
 KINDS = Notice.__subclasses__()

@@ -58,6 +58,12 @@ def all_results() -> Scene:
     return scene
 
 
+def reported() -> Scene:
+    scene = all_results()
+    scene.report(0, scene.attest(0))
+    return scene
+
+
 def overlapping() -> Scene:
     scene = training(overlap=True)
     scene.hear(*[scene.result(i) for i in range(3)])
@@ -97,7 +103,10 @@ def cooling() -> Scene:
         pytest.param(
             some_results, 0, f"round 0: waiting for results of 2/4 batches, from {names(0, 3)}", id="some results"
         ),
-        pytest.param(all_results, 0, f"round 0: waiting for witnesses {names(0, 2, 3)}", id="witnesses"),
+        pytest.param(
+            all_results, 0, "round 0: waiting for the coordinator to take this node's report", id="the coordinator"
+        ),
+        pytest.param(reported, 0, f"round 0: waiting for witnesses {names(2, 3)}", id="witnesses"),
         pytest.param(
             overlapping, 0, f"round 1: waiting for results of 1/4 batches, from {names(3)}", id="the round before"
         ),
@@ -108,7 +117,7 @@ def cooling() -> Scene:
 )
 def test_who_is_waited_for(make: Callable[[], Scene], applied: int | None, text: str) -> None:
     scene = make()
-    assert describe(scene.state, scene.log, applied, scene.settings.delay) == text
+    assert describe(scene.state, scene.log, applied, scene.settings.delay, KEYS[0]) == text
 
 
 def test_only_who_is_a_witness_is_waited_for_as_one() -> None:
@@ -116,17 +125,17 @@ def test_only_who_is_a_witness_is_waited_for_as_one() -> None:
     scene.begin(but=(Train,))
     scene.hear(*[scene.result(i) for i in range(4)])
     two = names(*scene.log.rounds[0].selection.witnesses())
-    assert describe(scene.state, scene.log, 0, 1) == f"round 0: waiting for witnesses {two}"
+    assert describe(scene.state, scene.log, 0, 1, b"") == f"round 0: waiting for witnesses {two}"
 
 
 def test_without_a_state_or_a_log_the_coordinator_is_waited_for() -> None:
-    assert describe(None, None, None, 1) == "waiting for the coordinator's state"
-    assert describe(RunState("run"), None, None, 1) == "phase UNINITIALIZED: waiting for the coordinator"
+    assert describe(None, None, None, 1, KEYS[0]) == "waiting for the coordinator's state"
+    assert describe(RunState("run"), None, None, 1, KEYS[0]) == "phase UNINITIALIZED: waiting for the coordinator"
     state = training().state
-    assert describe(state, None, 0, 1) == "phase ROUND_TRAIN: waiting for the coordinator"
-    assert describe(state, EpochLog(0, b""), 0, 1) == "phase ROUND_TRAIN: waiting for the coordinator"
+    assert describe(state, None, 0, 1, KEYS[0]) == "phase ROUND_TRAIN: waiting for the coordinator"
+    assert describe(state, EpochLog(0, b""), 0, 1, KEYS[0]) == "phase ROUND_TRAIN: waiting for the coordinator"
 
 
 def test_a_warm_up_in_which_all_have_reported_waits_for_nobody() -> None:
     state = replace(warm().state, clients=())
-    assert describe(state, None, None, 1) == "epoch 0: waiting for nobody to hold the parameters"
+    assert describe(state, None, None, 1, KEYS[0]) == "epoch 0: waiting for nobody to hold the parameters"

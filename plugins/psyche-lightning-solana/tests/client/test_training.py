@@ -31,7 +31,7 @@ class Node:
         self.replica = ParameterReplica(self.optimizer, self.module)
         self.wallet, self.manifest, self.network, self.proxies = wallet, manifest, network, proxies
         self.identity = Identity.generate()
-        self.steps, self.said, self.error = [], [], None
+        self.steps, self.error = [], None
         self.journal, self.store = MemoryJournal(), MemoryBlobStore()
         self.thread = threading.Thread(target=self.train, daemon=True)
         self.stopping = threading.Event()
@@ -51,7 +51,6 @@ class Node:
             settings=Settings(False, 2, self.replica.layout, self.replica.max_payload, retry=0.2),
             store=self.store,
             journal=self.journal,
-            say=self.said.append,
             patience=60.0,
         )
 
@@ -83,8 +82,8 @@ async def finished(nodes, timeout=120.0):
     end = asyncio.get_running_loop().time() + timeout
     while any(node.thread.is_alive() for node in nodes):
         await asyncio.sleep(0.05)
-        assert asyncio.get_running_loop().time() < end, [(node.steps, node.said[-3:]) for node in nodes]
-    told = "\n".join(f"{node.error}\n  {node.steps}\n  {node.said}\n  {node.client.run.log.records}" for node in nodes)
+        assert asyncio.get_running_loop().time() < end, [(node.steps, node.error) for node in nodes]
+    told = "\n".join(f"{node.error}\n  {node.steps}\n  {node.client.run.log.records}" for node in nodes)
     assert not any(node.error for node in nodes), told
 
 

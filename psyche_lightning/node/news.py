@@ -1,0 +1,48 @@
+"""What two states of a run, one after the other, mean for the people of a node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from psyche_lightning.node.notices import Dropped, EpochFormed, EpochUndone, Notice, Paused, PeerLeft
+from psyche_lightning.protocol.state import Client, ClientStatus, Phase, RunState
+
+
+def news(before: RunState | None, now: RunState, signer: bytes) -> Iterator[Notice]:
+    """What happened between two states; those in between may have been skipped.
+
+    Args:
+        before: as the node saw the run last; None when it sees it for the first time.
+        now: as it is.
+        signer: the key that the coordinator knows this node by.
+    """
+    if before is None:
+        if now.phase is Phase.PAUSED:
+            yield Paused(True)
+    elif (before.phase is Phase.PAUSED) != (now.phase is Phase.PAUSED):
+        yield Paused(now.phase is Phase.PAUSED)
+    if before is not None and _undone(before, now):
+        yield EpochUndone(before.epoch, now.step)
+    formed = now.phase is Phase.WARMUP or now.phase.active
+    known = before is not None and before.epoch == now.epoch and (before.phase is Phase.WARMUP or before.phase.active)
+    if formed and not known:
+        nodes = _well(now)
+        yield EpochFormed(now.epoch, tuple(client.node for client in nodes.values()), signer in nodes)
+    elif formed and before is not None:
+        gone = {client.signer: client for client in (*now.exited_clients, *now.clients) if not _healthy(client)}
+        for key, client in _well(before).items():
+            if key in gone:
+                yield Dropped(gone[key].status) if key == signer else PeerLeft(client.node, gone[key].status)
+
+
+def _undone(before: RunState, now: RunState) -> bool:
+    ended = before.phase is Phase.COOLDOWN and now.epoch > before.epoch
+    return ended and now.step == before.start_step < before.step
+
+
+def _healthy(client: Client) -> bool:
+    return client.status is ClientStatus.HEALTHY
+
+
+def _well(state: RunState) -> dict[bytes, Client]:
+    return {client.signer: client for client in state.clients if _healthy(client)}
