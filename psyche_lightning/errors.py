@@ -98,3 +98,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns ``" Did you mean 'x'?"`` if a choice is close to ``name``, else an empty text."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def counted(number: int, thing: str) -> str:
+    """Such as ``1 node`` or ``3 nodes``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from psyche_lightning.cli.ledger import ledger
-from psyche_lightning.errors import ConfigError, CoordinatorError
+from psyche_lightning.errors import ConfigError, CoordinatorError, counted
 from psyche_lightning.protocol.owner import Creation
 from psyche_lightning.server.admin import TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
 
@@ -66,8 +66,10 @@ def create(
     elif not paused and status["phase"] in ("paused", "uninitialized"):
         status = admin.start()
     config, url = status["config"], coordinator or os.environ[URL_VARIABLE]
-    steps = "steps until its nodes' max_steps" if config["total_steps"] is None else f"{config['total_steps']} steps"
-    print(f"created run {run_id} on {url}: {steps}, begins with {config['init_min_clients']} node(s)")
+    steps = (
+        "steps until its nodes' max_steps" if config["total_steps"] is None else counted(config["total_steps"], "step")
+    )
+    print(f"created run {run_id} on {url}: {steps}, begins with {counted(config['init_min_clients'], 'node')}")
     if paused:
         print(f"it is not open yet: psyche run start {run_id}")
     print(f"on each node: PSYCHE_COORDINATOR={url} PSYCHE_RUN={run_id}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from psyche_lightning.coordinator.machine import Ending, ending
-from psyche_lightning.errors import WireError
+from psyche_lightning.errors import WireError, counted
 from psyche_lightning.protocol.codec import from_json, to_json
 from psyche_lightning.protocol.committee import quorum, round_selection
 from psyche_lightning.protocol.requests import Report
@@ -250,7 +250,7 @@ def _notable(before: RunState, after: RunState, now: float) -> list[tuple[str, s
         return notes
     if after.phase is Phase.WARMUP:
         signers = [client.signer for client in after.clients]
-        notes.append(("epoch", f"epoch {after.epoch} is formed by {len(signers)} nodes: {_names(signers)}"))
+        notes.append(("epoch", f"epoch {after.epoch} is formed by {counted(len(signers), 'node')}: {_names(signers)}"))
         if before.checkpoint.digest and not after.checkpoint.digest:
             lost = before.checkpoint
             text = f"nobody is left who holds the parameters {lost.digest[:4].hex()} of step {lost.step}"
@@ -263,15 +263,17 @@ def _notable(before: RunState, after: RunState, now: float) -> list[tuple[str, s
             text = "nodes started from different parameters; all take those of the first node to report"
             notes.append(("epoch", f"{text}, {digest}"))
     elif before.phase is Phase.WARMUP and after.phase is Phase.WAITING_FOR_MEMBERS:
-        few = len(after.clients) < after.config.min_clients
-        why = f"only {len(after.clients)} nodes are left" if few else "nobody reported its parameters in time"
+        why = "nobody reported its parameters in time"
+        left = len(after.clients)
+        if left < after.config.min_clients:
+            why = f"only {counted(left, 'node')} {'is' if left == 1 else 'are'} left"
         notes.append(("epoch", f"epoch {after.epoch} could not begin: {why}"))
     elif after.phase is Phase.COOLDOWN and not after.draining:
         notes.append(("epoch", f"epoch {after.epoch} ends: no witness reported"))
     elif before.phase is Phase.COOLDOWN:
         notes.append(("epoch", f"epoch {before.epoch} has ended: {_outcome(before, after)}"))
     if after.phase is Phase.FINISHED:
-        notes.append(("run", f"the run has finished after {after.step - 1} steps"))
+        notes.append(("run", f"the run has finished after {counted(after.step - 1, 'step')}"))
     elif after.phase is Phase.PAUSED:
         notes.append(("run", "the run is paused"))
     elif before.phase is Phase.PAUSED:

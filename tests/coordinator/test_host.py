@@ -452,7 +452,7 @@ def test_events_of_what_goes_wrong() -> None:
     host.tick(20.0)
     host.handle(key(0), Withdraw(), 21.0)
     host.handle(key(1), Withdraw(), 21.0)
-    assert "epoch 0 could not begin: only 1 nodes are left" in story(host)
+    assert "epoch 0 could not begin: only 1 node is left" in story(host)
     join(host, range(2), 22.0)
     host.tick(27.0)
     for i, client in enumerate(host.state.clients):

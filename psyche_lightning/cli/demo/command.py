@@ -16,10 +16,10 @@ from rich.table import Table
 
 from psyche_lightning.cli.console import stdout
 from psyche_lightning.cli.demo.processes import Child, Processes
-from psyche_lightning.cli.demo.report import Figures, counted, plot, read_results, read_validation
+from psyche_lightning.cli.demo.report import Figures, plot, read_results, read_validation
 from psyche_lightning.cli.demo.stage import Stage, find_stage
 from psyche_lightning.cli.demo.view import View, megabytes
-from psyche_lightning.errors import ConfigError, PsycheError
+from psyche_lightning.errors import ConfigError, PsycheError, counted
 
 if TYPE_CHECKING:
     from psyche_lightning.recipe import Recipe

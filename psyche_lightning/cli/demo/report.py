@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from psyche_lightning.errors import PsycheError
+from psyche_lightning.errors import PsycheError, counted
 
 
 @dataclass
@@ -74,11 +74,6 @@ class Figures:
             "history": self.history,
             "events": self.events,
         }
-
-
-def counted(number: int, thing: str) -> str:
-    """Such as "1 node" or "3 nodes"."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _ends(values: list[float]) -> list[float]:
