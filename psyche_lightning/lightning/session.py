@@ -29,6 +29,7 @@ from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
+from psyche_lightning.node.runtime import NodeParts
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.plugins import load_plugins, packages
@@ -185,17 +186,19 @@ class Session:
         self._journal = MemoryJournal() if folder is None else Journal(folder / "journal")
         self._ledger = None if folder is None else Ledger(folder / LEDGER)
         self._participant = Participant(
-            identity=identity,
-            run_id=self._run,
-            coordinator=coordinator,
-            transport=self._transport,
-            replica=replica,
-            manifest=manifest,
-            settings=settings,
-            store=store,
-            journal=self._journal,
-            traffic=lambda: self.traffic.total,
-            ledger=self._ledger,
+            NodeParts(
+                identity=identity,
+                run_id=self._run,
+                coordinator=coordinator,
+                transport=self._transport,
+                replica=replica,
+                manifest=manifest,
+                settings=settings,
+                store=store,
+                journal=self._journal,
+                traffic=lambda: self.traffic.total,
+                ledger=self._ledger,
+            ),
             patience=options.patience,
         )
         if self._interruption is not None:
@@ -236,7 +239,7 @@ class Session:
     def identity(self) -> bytes:
         """The node's public key."""
         assert self._participant is not None
-        return self._participant.identity.public
+        return self._participant.node.identity.public
 
     @property
     def joined(self) -> bool:
@@ -334,7 +337,7 @@ class Session:
             self.peek()  # to the very end: everything is applied when the run is over
         else:
             with self._waiting():
-                participant.settle(work)
+                participant.wait_applied(work)
 
     def decline(self, error: DataError) -> None:
         """Give nothing to the round in work, whose samples cannot be obtained: its data ids stay open.

@@ -12,7 +12,6 @@ import queue
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,17 +19,11 @@ from typing import Any, TypeVar
 from psyche_lightning.errors import PsycheError
 from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.events import Apply, Event, Train, Trained
-from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import Finished
-from psyche_lightning.node.replica import Replica
-from psyche_lightning.node.runtime import Runtime, TrainerTask
-from psyche_lightning.node.settings import Settings
-from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
+from psyche_lightning.node.runtime import NodeParts, Runtime, TrainerTask
 from psyche_lightning.protocol.messages import Result
 from psyche_lightning.protocol.open_ids import Interval, closed
-from psyche_lightning.protocol.requests import Coordinator, Report
-from psyche_lightning.transports.base import Transport
-from psyche_lightning.wire.identity import Identity
+from psyche_lightning.protocol.requests import Report
 
 _T = TypeVar("_T")
 START_TIMEOUT = 120.0
@@ -59,59 +52,19 @@ class Participant:
     """Takes part in one run.
 
     Args:
-        identity: the node's key.
-        run_id: the run.
-        coordinator: client of the run's coordinator.
-        transport: the transport, not yet started.
-        replica: the parameters; only touched on the thread that calls :meth:`next_round` and :meth:`settle`.
-        manifest: this node's run configuration; sections that the run does not have yet are fixed by it.
-        settings: what the node core must know.
-        store: blobs.
-        journal: promises.
-        traffic: returns bytes ``(up, down)`` counted at the node's sockets.
-        ledger: the node's ledger, if it keeps one.
+        node: what it is made of; its parameters are only touched on the thread that calls :meth:`next_round` and
+            :meth:`wait_applied`.
         patience: longest wait for a round, in seconds; then an error says for whom it waited.
     """
 
-    def __init__(
-        self,
-        *,
-        identity: Identity,
-        run_id: str,
-        coordinator: Coordinator,
-        transport: Transport,
-        replica: Replica,
-        manifest: Mapping[str, Any],
-        settings: Settings,
-        store: BlobStore,
-        journal: Journal | MemoryJournal,
-        traffic: Callable[[], tuple[int, int]] = lambda: (0, 0),
-        ledger: Ledger | None = None,
-        patience: float = 24 * 3600.0,
-    ) -> None:
-        self.run_id = run_id
-        self.identity = identity
+    def __init__(self, node: NodeParts, *, patience: float = 24 * 3600.0) -> None:
+        self.node = node
         self._patience = patience
         self._inbox: queue.SimpleQueue[TrainerTask] = queue.SimpleQueue()
         self._next: RoundWork | None = None
         self._finished: Finished | None = None
         self._started_at: dict[int, float] = {}
-        self._runtime = Runtime(
-            identity,
-            run_id,
-            coordinator,
-            transport,
-            replica,
-            manifest,
-            settings,
-            store,
-            journal,
-            self._inbox.put,
-            traffic,
-            ledger,
-        )
-        self._settings = settings
-        self._store = store
+        self._runtime = Runtime(node, self._inbox.put)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="psyche-node", daemon=True)
         self._running = False
@@ -187,7 +140,7 @@ class Participant:
     @property
     def traffic(self) -> tuple[int, int]:
         """Bytes ``(up, down)`` counted at the node's sockets."""
-        return self._runtime._traffic()
+        return self.node.traffic()
 
     @property
     def transfer(self) -> Transfer | None:
@@ -221,9 +174,9 @@ class Participant:
             self._started_at = {work.step: time.monotonic()}
         return work
 
-    def settle(self, work: RoundWork) -> None:
+    def wait_applied(self, work: RoundWork) -> None:
         """Wait until the results of that round are applied; returns at once where results overlap training."""
-        while not self._settings.overlap and self._next is None and self._finished is None:
+        while not self.node.settings.overlap and self._next is None and self._finished is None:
             task = self._pump()
             if isinstance(task, Apply) and (task.epoch, task.height) >= (work.epoch, work.height):
                 return
@@ -260,9 +213,9 @@ class Participant:
                 start,
                 end,
                 nonce,
-                self._store.put(payload),
+                self.node.store.put(payload),
                 len(payload),
-                self._settings.layout,
+                self.node.settings.layout,
                 lrs,
                 int.from_bytes(struct.pack("<f", loss), "little"),
                 tokens,
@@ -285,7 +238,7 @@ class Participant:
                 waited = time.monotonic() - began
                 if waited > self._patience:
                     raise PsycheError(
-                        f"nothing happened in run {self.run_id!r} for {waited:.0f} s: {self.waiting()}. "
+                        f"nothing happened in run {self.node.run_id!r} for {waited:.0f} s: {self.waiting()}. "
                         "Start the missing nodes, or raise the node's patience."
                     ) from None
         self._runtime.wait.resume(time.monotonic())

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, TransportError, WireError
@@ -45,78 +45,77 @@ TrainerTask = ReplicaTask | ev.Train | Finished | BaseException
 """What the training thread gets to do; an exception ends it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeParts:
+    """What a node is made of.
+
+    Attributes:
+        identity: its key.
+        run_id: the run.
+        coordinator: client of the run's coordinator.
+        transport: the transport, not yet started.
+        replica: the parameters, which only the training thread touches.
+        manifest: the node's run configuration; it fixes the sections that the run does not have yet.
+        settings: what the node core must know.
+        store: blobs.
+        journal: promises.
+        traffic: returns bytes ``(up, down)`` counted at the node's sockets.
+        ledger: where the node writes down the rounds that are certain, if it keeps a ledger.
+    """
+
+    identity: Identity
+    run_id: str
+    coordinator: Coordinator
+    transport: Transport
+    replica: Replica
+    manifest: Mapping[str, Any]
+    settings: Settings
+    store: BlobStore
+    journal: Journal | MemoryJournal
+    traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    ledger: Ledger | None = None
+
+
 class Runtime:
     """One node's loop. Everything here runs on it, except where a method says otherwise.
 
     Args:
-        identity: the node's key.
-        run_id: the run.
-        coordinator: client of the run's coordinator.
-        transport: the transport, not yet started.
-        replica: the parameters.
-        manifest: this node's run configuration, which must equal the run's.
-        settings: what the core must know.
-        store: blobs.
-        journal: promises.
-        post: hands a task to the training thread; may be called from the loop.
-        traffic: returns bytes ``(up, down)`` counted at the node's sockets.
-        ledger: where certain rounds are written down, if anywhere.
+        node: the node's parts.
+        post: hands a task to the training thread; the loop may call it.
 
     Attributes:
         downloads: parameters on their way to this node.
         wait: the training thread's.
     """
 
-    def __init__(
-        self,
-        identity: Identity,
-        run_id: str,
-        coordinator: Coordinator,
-        transport: Transport,
-        replica: Replica,
-        manifest: Mapping[str, Any],
-        settings: Settings,
-        store: BlobStore,
-        journal: Journal | MemoryJournal,
-        post: Callable[[TrainerTask], None],
-        traffic: Callable[[], tuple[int, int]],
-        ledger: Ledger | None = None,
-    ) -> None:
-        self.identity = identity
-        self.run_id = run_id
-        self.coordinator = coordinator
-        self.transport = transport
-        self.replica = replica
-        self.manifest = dict(manifest)
-        self.settings = settings
-        self.store = store
-        self.journal = journal
+    def __init__(self, node: NodeParts, post: Callable[[TrainerTask], None]) -> None:
+        self.node = node
         self.report = Report()
         self.address = ""
         self._post = post
-        self._traffic = traffic
-        self._ledger = ledger
         self._refused: Counter[bytes] = Counter()
-        self.downloads = Downloads(transport, store)
+        self.downloads = Downloads(node.transport, node.store)
         self.wait = Wait()
         self._joined = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self.core = NodeCore(identity.public, coordinator.signer, run_id, settings, self._seal, self._kept_promises())
+        self.core = NodeCore(
+            node.identity.public, node.coordinator.signer, node.run_id, node.settings, self._seal, self._kept_promises()
+        )
 
     def _seal(self, message: Message) -> Envelope:
-        return seal(self.identity, self.run_id, message)
+        return seal(self.node.identity, self.node.run_id, message)
 
     def _kept_promises(self) -> dict[str, Envelope]:
         """What a former life of this node had signed, as far as its payload is still stored."""
         kept = {}
-        for key, raw in self.journal.load().items():
+        for key, raw in self.node.journal.load().items():
             try:
-                envelope = open_envelope(raw, self.run_id)
+                envelope = open_envelope(raw, self.node.run_id)
             except WireError:
                 continue  # another run's journal in this folder
             message = envelope.message
-            if not isinstance(message, Result) or self.store.has(message.payload):
+            if not isinstance(message, Result) or self.node.store.has(message.payload):
                 kept[key] = envelope
         return kept
 
@@ -128,11 +127,11 @@ class Runtime:
         Raises:
             PsycheError: the transport cannot listen, or the coordinator cannot be reached or refuses this node.
         """
-        context = TransportContext(self.identity, self.run_id, self._on_message, self.store.get)
-        self.address = await self.transport.start(context)
-        await self.coordinator.request(Join(self.address, self.manifest))
+        context = TransportContext(self.node.identity, self.node.run_id, self._on_message, self.node.store.get)
+        self.address = await self.node.transport.start(context)
+        await self.node.coordinator.request(Join(self.address, self.node.manifest))
         self._joined = True
-        Joined(self.identity.public, self.coordinator.signer, self.address).tell()
+        Joined(self.node.identity.public, self.node.coordinator.signer, self.address).tell()
         self._spawn(self._watch())
         self._spawn(self._tick())
 
@@ -146,11 +145,11 @@ class Runtime:
         self._stopping = True
         if withdraw:
             with contextlib.suppress(PsycheError, asyncio.TimeoutError, OSError):
-                await asyncio.wait_for(self.coordinator.request(Withdraw()), 3.0)
+                await asyncio.wait_for(self.node.coordinator.request(Withdraw()), 3.0)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for closing in (self.transport.stop(), self.coordinator.close()):
+        for closing in (self.node.transport.stop(), self.node.coordinator.close()):
             with contextlib.suppress(PsycheError, asyncio.TimeoutError, OSError):
                 await asyncio.wait_for(closing, 3.0)
 
@@ -173,8 +172,8 @@ class Runtime:
             self._post(error)
 
     async def _watch(self) -> None:
-        async for state in self.coordinator.watch():
-            for notice in news(self.core.state, state, self.coordinator.signer):
+        async for state in self.node.coordinator.watch():
+            for notice in news(self.core.state, state, self.node.coordinator.signer):
                 notice.tell()
             self.handle(ev.StateSeen(state))
 
@@ -193,7 +192,7 @@ class Runtime:
 
     def speaking(self) -> contextlib.AbstractContextManager[None]:
         """What is logged within is said by this node; other nodes of the process may call it."""
-        return speaking(self.run_id, short(self.identity.public))
+        return speaking(self.node.run_id, short(self.node.identity.public))
 
     def _on_message(self, peer: bytes, raw: bytes) -> bool:
         with self.speaking():
@@ -201,7 +200,7 @@ class Runtime:
 
     def _receive(self, peer: bytes, raw: bytes) -> bool:
         try:
-            envelope = open_envelope(raw, self.run_id)
+            envelope = open_envelope(raw, self.node.run_id)
         except WireError as error:
             self._refused[peer] += 1
             times = self._refused[peer]
@@ -224,13 +223,13 @@ class Runtime:
     def _carry_out(self, effect: ev.Effect) -> None:
         match effect:
             case ev.Broadcast(envelope):
-                self.transport.broadcast(envelope.raw)
+                self.node.transport.broadcast(envelope.raw)
             case ev.SendTo(peer, envelope):
-                self.transport.send(peer, envelope.raw)
+                self.node.transport.send(peer, envelope.raw)
             case ev.Promise(key, envelope):
-                self.journal.append(key, envelope.raw)
+                self.node.journal.append(key, envelope.raw)
             case ev.SetPeers(peers):
-                self.transport.set_peers(dict(peers))
+                self.node.transport.set_peers(dict(peers))
             case ev.Fetch():
                 self._spawn(self._fetch(effect))
             case ev.Load(digest, providers) | ev.LoadBuffers(digest, providers):
@@ -240,11 +239,11 @@ class Runtime:
             case ev.Diagnose():
                 self._spawn(self._diagnose(effect))
             case ev.Keep():
-                self.journal.retain(effect.promises)
+                self.node.journal.retain(effect.promises)
                 self._spawn(self._clear(effect))
             case ev.WriteDown(records):
-                if self._ledger is not None:
-                    self._ledger.append(self.run_id, records)
+                if self.node.ledger is not None:
+                    self.node.ledger.append(self.node.run_id, records)
             case Notice():
                 effect.tell()
             case Request():
@@ -255,13 +254,13 @@ class Runtime:
 
         def clear() -> None:
             pieces = [piece for digest in effect.snapshots for piece in self._pieces(digest)]
-            self.store.retain({*effect.snapshots, *effect.payloads, *pieces})
+            self.node.store.retain({*effect.snapshots, *effect.payloads, *pieces})
 
         await asyncio.get_running_loop().run_in_executor(None, clear)
 
     def _pieces(self, digest: bytes) -> list[bytes]:
         """The pieces of stored parameters; none if their index is not here."""
-        index = self.store.get(digest)
+        index = self.node.store.get(digest)
         return [piece.digest for piece in decode_index(index).pieces] if index is not None else []
 
     def run_replica_task(self, task: ReplicaTask) -> ev.Event:
@@ -270,18 +269,18 @@ class Runtime:
             case ev.Apply():
                 return self._apply(task)
             case ev.TakeSnapshot(open_ids):
-                return ev.SnapshotTaken(self.replica.snapshot(self.store.put, open_ids))
+                return ev.SnapshotTaken(self.node.replica.snapshot(self.node.store.put, open_ids))
             case ev.Load(digest):
                 try:
-                    self.replica.load(digest, self._blob)
+                    self.node.replica.load(digest, self._blob)
                     return ev.Loaded(digest, open_ids=decode_index(self._blob(digest)).open_ids)
                 except PsycheError as error:
                     return ev.Loaded(digest, str(error))
             case ev.ShareBuffers(epoch):
-                return ev.BuffersTaken(epoch, self.replica.snapshot_buffers(self.store.put))
+                return ev.BuffersTaken(epoch, self.node.replica.snapshot_buffers(self.node.store.put))
             case ev.LoadBuffers(index):
                 try:
-                    self.replica.load_buffers(index, self._blob)
+                    self.node.replica.load_buffers(index, self._blob)
                     return ev.BuffersLoaded(index)
                 except PsycheError as error:
                     return ev.BuffersLoaded(index, str(error))
@@ -289,15 +288,15 @@ class Runtime:
     def _apply(self, task: ev.Apply) -> ev.Applied:
         blobs = [self._blob(payload) for payload in task.payloads]
         if blobs:
-            self.replica.apply(blobs, task.lrs)
+            self.node.replica.apply(blobs, task.lrs)
         digest = b""
         if task.digest_due:
-            describe = self.replica.snapshot if task.snapshot else self.replica.digest
-            digest = describe(self.store.put, task.open_ids)
-        return ev.Applied(task.epoch, task.height, digest, self.replica.prints() if task.prints else b"")
+            describe = self.node.replica.snapshot if task.snapshot else self.node.replica.digest
+            digest = describe(self.node.store.put, task.open_ids)
+        return ev.Applied(task.epoch, task.height, digest, self.node.replica.prints() if task.prints else b"")
 
     def _blob(self, digest: bytes) -> bytes:
-        data = self.store.get(digest)
+        data = self.node.store.get(digest)
         if data is None:
             raise PsycheError(f"the blob {digest.hex()[:12]} vanished from this node's store; is its disk in order?")
         return data
@@ -305,17 +304,17 @@ class Runtime:
     async def _fetch(self, effect: ev.Fetch) -> None:
         loop = asyncio.get_running_loop()
         try:
-            data = await loop.run_in_executor(None, self.store.get, effect.payload)
+            data = await loop.run_in_executor(None, self.node.store.get, effect.payload)
             known = data is not None
             if data is None:
-                data = await self.transport.fetch(
+                data = await self.node.transport.fetch(
                     effect.payload, effect.providers, max_size=effect.size, timeout=FETCH_TIMEOUT
                 )
             if len(data) != effect.size:
                 raise PayloadError(f"{len(data)} bytes, and {effect.size} were announced")
-            await loop.run_in_executor(None, self.replica.check, data)
+            await loop.run_in_executor(None, self.node.replica.check, data)
             if not known:
-                await loop.run_in_executor(None, self.store.put, data)
+                await loop.run_in_executor(None, self.node.store.put, data)
         except PayloadError as error:
             self.handle(ev.Fetched(effect.payload, str(error), refused=True))
         except TransportError as error:
@@ -345,7 +344,7 @@ class Runtime:
     async def _ask(self, request: Request[Any]) -> None:
         """Ask the coordinator; what this node may never do ends it, the rest the core repeats."""
         try:
-            answer = await self.coordinator.request(self._completed(request))
+            answer = await self.node.coordinator.request(self._completed(request))
         except CoordinatorError as error:
             if isinstance(request, Join) and not error.retryable:
                 self._post(error)
@@ -359,8 +358,8 @@ class Runtime:
         """The request with what the core does not know."""
         match request:
             case Join():
-                return Join(self.address, self.manifest)
+                return Join(self.address, self.node.manifest)
             case Witness():
-                up, down = self._traffic()
+                up, down = self.node.traffic()
                 return replace(request, report=replace(self.report, bytes_up=up, bytes_down=down))
         return request

@@ -16,6 +16,7 @@ from psyche_lightning.logs import Speaker
 from psyche_lightning.node.notices import Notice
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
+from psyche_lightning.node.runtime import NodeParts
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
 from psyche_lightning.protocol.state import CoordinatorConfig
@@ -65,23 +66,25 @@ class Trainee:
 
     def make(self) -> Participant:
         return Participant(
-            identity=self.identity,
-            run_id="test",
-            coordinator=LocalCoordinator(self.run.host, self.identity),
-            transport=MemoryTransport(self.run.network),
-            replica=self.replica,
-            manifest={"model": {"parameters": ["weight", "bias"]}},
-            settings=Settings(
-                self.overlap,
-                2,
-                self.replica.layout,
-                self.replica.max_payload,
-                tensors=self.replica.tensors,
-                keep_bytes=self.keep_bytes,
-                retry=0.2,
+            NodeParts(
+                identity=self.identity,
+                run_id="test",
+                coordinator=LocalCoordinator(self.run.host, self.identity),
+                transport=MemoryTransport(self.run.network),
+                replica=self.replica,
+                manifest={"model": {"parameters": ["weight", "bias"]}},
+                settings=Settings(
+                    self.overlap,
+                    2,
+                    self.replica.layout,
+                    self.replica.max_payload,
+                    tensors=self.replica.tensors,
+                    keep_bytes=self.keep_bytes,
+                    retry=0.2,
+                ),
+                store=self.store,
+                journal=self.journal,
             ),
-            store=self.store,
-            journal=self.journal,
             patience=60.0,
         )
 
@@ -103,7 +106,7 @@ class Trainee:
                 self.participant.submit(
                     work, payload, nonce=nonce, lrs=self.optimizer.lr_bits(), loss=loss.item(), tokens=1
                 )
-                self.participant.settle(work)
+                self.participant.wait_applied(work)
                 self.spoil(self, work)
         except BaseException as error:
             self.error = error

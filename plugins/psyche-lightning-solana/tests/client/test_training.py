@@ -12,6 +12,7 @@ from psyche_lightning_solana.client.coordinator import SolanaCoordinator
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant
+from psyche_lightning.node.runtime import NodeParts
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
 from psyche_lightning.protocol.state import Phase
@@ -42,15 +43,17 @@ class Node:
         client.run.provider._longest = 1.0
         self.client = client
         return Participant(
-            identity=self.identity,
-            run_id="run",
-            coordinator=client,
-            transport=MemoryTransport(self.network),
-            replica=self.replica,
-            manifest=self.manifest,
-            settings=Settings(False, 2, self.replica.layout, self.replica.max_payload, retry=0.2),
-            store=self.store,
-            journal=self.journal,
+            NodeParts(
+                identity=self.identity,
+                run_id="run",
+                coordinator=client,
+                transport=MemoryTransport(self.network),
+                replica=self.replica,
+                manifest=self.manifest,
+                settings=Settings(False, 2, self.replica.layout, self.replica.max_payload, retry=0.2),
+                store=self.store,
+                journal=self.journal,
+            ),
             patience=60.0,
         )
 
@@ -68,7 +71,7 @@ class Node:
                 loss.backward()
                 nonce, payload = self.optimizer.nonce, self.optimizer.encode()
                 node.submit(work, payload, nonce=nonce, lrs=self.optimizer.lr_bits(), loss=loss.item(), tokens=1)
-                node.settle(work)
+                node.wait_applied(work)
         except BaseException as error:
             self.error = error
         finally:
