@@ -81,7 +81,6 @@ class SolanaCoordinator:
         clock: monotonic seconds.
         sleep: waits.
         randomness: spreads the waits of many nodes.
-        on_status: called with a line for people when a subscription comes or goes.
     """
 
     def __init__(
@@ -95,14 +94,12 @@ class SolanaCoordinator:
         clock: Callable[[], float] = time.monotonic,
         sleep: Sleep = asyncio.sleep,
         randomness: random.Random | None = None,
-        on_status: Callable[[str], None] | None = None,
     ) -> None:
         self.run = SolanaRun(cluster, run_id, wallet, clock=clock, sleep=sleep, randomness=randomness)
         self._node = identity.public
         self._patience = patience
         self._clock = clock
         self._sleep = sleep
-        self._on_status = on_status or logger.info
         self._feed: Feed | None = None
         self._keys: RunKeys | None = None
         self._book = AddressBook(self.run, clock)
@@ -279,7 +276,6 @@ class SolanaCoordinator:
                 self.run.manifest_address,
                 check=self.run.check_account,
                 patience=self._patience,
-                on_status=self._on_status,
                 clock=self._clock,
                 sleep=self._sleep,
             )

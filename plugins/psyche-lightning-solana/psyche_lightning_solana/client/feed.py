@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ from solders.pubkey import Pubkey
 from solders.rpc.responses import AccountNotification, SubscriptionResult
 
 from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.logs import Outage
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning_solana.client.cluster import Cluster, Endpoint
 from psyche_lightning_solana.client.reader import Account, Reader
 from psyche_lightning_solana.client.rpc import RpcProblem, Sleep, unreachable
 from psyche_lightning_solana.layout import COORDINATOR
+
+logger = logging.getLogger(__name__)
 
 CLOCK = Pubkey.from_string("SysvarC1ock11111111111111111111111111111111")
 MAX_NOTIFICATION = 1024 * 1024
@@ -85,7 +89,6 @@ class Feed:
         manifest: address of the manifest account.
         check: refuses bytes that are not the run's account any more.
         patience: seconds without any answer after which it gives up.
-        on_status: is told when subscriptions come and go.
         clock: monotonic seconds.
         sleep: waits.
 
@@ -105,7 +108,6 @@ class Feed:
         *,
         check: Callable[[Account | None], None],
         patience: float = 600.0,
-        on_status: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
@@ -119,7 +121,7 @@ class Feed:
         self._manifest = manifest
         self._check = check
         self._patience = patience
-        self._on_status = on_status or (lambda text: None)
+        self._outage = Outage(logger, f"the chain {cluster.name}", clock=clock)
         self._clock = clock
         self._sleep = sleep
         self._chain_time = 0
@@ -216,10 +218,12 @@ class Feed:
             self.polls += 1
             try:
                 await self.refresh(self._wanted_slot)
+                self._outage.works()
                 if self.latest is not None and self.latest.nonce < self._wanted:
                     await self._sleep(0.05)  # a notification overtook the service that was asked
                     continue
             except RpcProblem as problem:
+                self._outage.fails(f"{problem.endpoint}: {problem.text}")
                 if not problem.retryable or self._clock() - self._heard > self._patience:
                     self._fail(unreachable(problem, "the run's account", self._cluster.name))
                     return
@@ -239,25 +243,24 @@ class Feed:
 
     async def _subscribe(self, endpoint: Endpoint) -> None:
         failed = 0
+        # Without subscriptions it looks, so this alone is no reason to worry.
+        outage = Outage(logger, f"the subscription with {endpoint.name}", level=logging.INFO, clock=self._clock)
         while self.failure is None and not self._stopped:
             try:
-                await self._listen(endpoint)
+                await self._listen(endpoint, outage)
             except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
                 raise
             except BaseException as error:  # whatever a service sends: solders panics on some of it
                 if self._stopped:
                     return  # closing a connection swallows a cancellation (websockets' legacy client)
                 failed += 1
-                self._on_status(
-                    f"no subscription with {endpoint.name} ({type(error).__name__}); "
-                    f"looking every {self._cluster.options.poll:g} s meanwhile"
-                )
+                outage.fails(f"{type(error).__name__}; looking every {self._cluster.options.poll:g} s meanwhile")
                 self._look.set()
             else:
                 failed = 0
             await self._sleep(min(LONGEST_GAP, 2.0 * failed) if failed else 0.5)
 
-    async def _listen(self, endpoint: Endpoint) -> None:
+    async def _listen(self, endpoint: Endpoint, outage: Outage) -> None:
         """Subscribe and take notifications until the connection ends."""
         level = Commitment(self._cluster.options.commitment)
         async with connect(
@@ -276,7 +279,7 @@ class Feed:
                         if isinstance(message, SubscriptionResult) and not subscribed:
                             subscribed = True
                             self.subscriptions += 1
-                            self._on_status(f"subscribed with {endpoint.name}")
+                            outage.works()
                             self._look.set()  # for what changed before
                         elif isinstance(message, AccountNotification):
                             self._notified(message)

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import functools
 import json
+import logging
 import random
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -23,7 +25,10 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_aft
 
 from psyche_lightning.aio import within
 from psyche_lightning.errors import CoordinatorError, PsycheError
+from psyche_lightning.logs import Outage
 from psyche_lightning_solana.client.cluster import LOOPBACK, Cluster, Endpoint, shown
+
+logger = logging.getLogger(__name__)
 
 FINAL_CODES = frozenset({-32600, -32601, -32602, -32700, -32003, -32006, -32013, -32015})
 """Codes of JSON-RPC and of Solana for requests that are wrong: malformed, unsigned, of an unknown version."""
@@ -150,7 +155,7 @@ class PoolProvider(AsyncHTTPProvider):
         timeout: seconds for one attempt.
         sleep: waits between attempts.
         randomness: spreads the waits of many nodes.
-        on_problem: is told of each failed attempt.
+        clock: monotonic seconds, for what the log says about services that are away.
     """
 
     def __init__(
@@ -161,7 +166,7 @@ class PoolProvider(AsyncHTTPProvider):
         timeout: float = TIMEOUT,
         sleep: Sleep = asyncio.sleep,
         randomness: random.Random | None = None,
-        on_problem: Callable[[RpcProblem], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super(AsyncHTTPProvider, self).__init__(endpoints[0].http)  # without its session, which would be another one
         urls = [urlsplit(endpoint.http) for endpoint in endpoints]
@@ -178,7 +183,11 @@ class PoolProvider(AsyncHTTPProvider):
         self._longest = timeout
         self._sleep = sleep
         self._randomness = randomness or random.Random()
-        self._on_problem = on_problem
+        # Where another service may answer; of the only one, whoever asked tells.
+        self._outages = {
+            endpoint: Outage(logger, f"the RPC service {endpoint.name}", level=logging.INFO, clock=clock)
+            for endpoint in (endpoints if len(endpoints) > 1 else ())
+        }
 
     @property
     def endpoint(self) -> Endpoint:
@@ -260,12 +269,16 @@ class PoolProvider(AsyncHTTPProvider):
                 text = await within(self._longest, self._post(endpoint, request))
             except asyncio.TimeoutError:
                 raise RpcProblem(f"no answer within {self._longest:.0f} s", retryable=True) from None
-            return decode(text)
+            found = decode(text)
         except RpcProblem as problem:
             problem.endpoint = endpoint.name
-            if self._on_problem is not None:
-                self._on_problem(problem)
+            logger.debug("%s: %s", problem.endpoint, problem.text)
+            if problem.code is None and endpoint in self._outages:
+                self._outages[endpoint].fails(problem.text)
             raise
+        if endpoint in self._outages:
+            self._outages[endpoint].works()
+        return found
 
     async def _post(self, endpoint: Endpoint, request: str) -> str:
         headers = {"Content-Type": "application/json"}

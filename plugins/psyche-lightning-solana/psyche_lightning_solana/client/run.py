@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import Callable
@@ -28,8 +27,6 @@ from psyche_lightning_solana.client.wallet import Wallet
 from psyche_lightning_solana.instructions import RunKeys
 from psyche_lightning_solana.interface import AUTHORIZER, COORDINATOR, JOIN_SCOPE
 from psyche_lightning_solana.layout import discriminator, view_coordinator
-
-logger = logging.getLogger(__name__)
 
 EVERYBODY = Pubkey.default()
 """The grantee of an authorization for everyone."""
@@ -89,7 +86,7 @@ class SolanaRun:
         self.run_id = run_id
         self.program = cluster.program()
         self.log = Log(cluster.options.log)
-        self.provider = PoolProvider(cluster.endpoints, sleep=sleep, randomness=randomness, on_problem=self._stumbled)
+        self.provider = PoolProvider(cluster.endpoints, sleep=sleep, randomness=randomness)
         self.reader = Reader(self.provider, cluster.options.commitment)
         self.clock = clock
         self.sleep = sleep
@@ -105,9 +102,6 @@ class SolanaRun:
     def at(cls, url: str, run_id: str, wallet: Wallet | None = None, **given: Any) -> SolanaRun:
         """Access by a ``solana:`` URL."""
         return cls(parse(url), run_id, wallet, **given)
-
-    def _stumbled(self, problem: RpcProblem) -> None:
-        logger.debug("%s: %s", problem.endpoint, problem.text)
 
     # --- addresses --------------------------------------------------------------------------------------------------
 

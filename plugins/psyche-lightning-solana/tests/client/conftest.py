@@ -57,7 +57,7 @@ class World:
 
     def __init__(self, server, proxies):
         self.server, self.chain, self.proxies = server, server.chain, proxies
-        self.problems, self.said, self.opened = [], [], []
+        self.opened = []
 
     def endpoints(self):
         return [Endpoint(proxy.url, proxy.ws_url) for proxy in self.proxies]
@@ -71,7 +71,7 @@ class World:
 
     def provider(self, **given):
         settings = {"sleep": quickly, "timeout": 1.0, "randomness": random.Random(0)}
-        return PoolProvider(self.endpoints(), on_problem=self.problems.append, **{**settings, **given})
+        return PoolProvider(self.endpoints(), **{**settings, **given})
 
     def reader(self, commitment="confirmed", **given):
         return Reader(self.provider(**given), commitment)
@@ -115,7 +115,6 @@ class World:
             wallet=wallet,
             patience=patience,
             sleep=quickly,
-            on_status=self.said.append,
         )
         client.run.provider._longest = 1.0
         self.opened.append(client)

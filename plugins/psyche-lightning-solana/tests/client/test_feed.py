@@ -25,7 +25,6 @@ async def following(world, ws=None, **options):
         keys.coordinator_account,
         access.manifest_address,
         check=access.check_account,
-        on_status=world.said.append,
         sleep=access.sleep,
     )
     return owner, feed
@@ -46,7 +45,7 @@ async def change(owner, number):
     return (await owner.run.snapshot()).nonce
 
 
-def test_changes_come_by_subscription_and_again_after_it_broke(run):
+def test_changes_come_by_subscription_and_again_after_it_broke(run, caplog):
     async def test(world):
         owner, feed = await following(world, poll=3600.0)
         feed.start()
@@ -55,9 +54,48 @@ def test_changes_come_by_subscription_and_again_after_it_broke(run):
             nonce = await change(owner, number)
             await seen(feed, lambda nonce=nonce: feed.latest.nonce == nonce)
             await world.proxies[0].cut()
-        assert any("no subscription" in text for text in world.said)
+        name = f"the subscription with {world.endpoints()[0].name}"
+        told = [text for text in caplog.messages if name in text]
+        assert told[0].startswith(f"lost {name}: ")
+        assert told[0].endswith("looking every 3600 s meanwhile; trying again")
+        assert told[1].startswith(f"{name} is back after ")
         await feed.stop()
 
+    caplog.set_level("INFO", "psyche_lightning_solana")
+    run(test, programs=True)
+
+
+def test_a_chain_that_does_not_answer_is_told_at_once_then_at_intervals_and_when_it_is_back(run, caplog):
+    now = [0.0]
+
+    def said():
+        return [(record.levelname, record.getMessage()) for record in caplog.records if record.name.endswith(".feed")]
+
+    async def told(text):
+        while not any(text in message for _, message in said()):
+            await asyncio.sleep(0.01)
+
+    async def test(world):
+        _, feed = await following(world, poll=0.5)
+        feed._outage._clock = lambda: now[0]
+        feed.start()
+        await seen(feed, lambda: feed.subscriptions == 1)
+        assert said() == []
+        world.proxies[0].always("*", "status 503")
+        feed.look()
+        await told("lost the chain localnet: ")
+        assert "it answered with HTTP status 503; trying again" in caplog.text
+        now[0] = 31.0
+        feed.look()
+        await told("the chain localnet is still away after 31 s: ")
+        now[0] = 42.0
+        world.proxies[0].heal()
+        feed.look()
+        await told("the chain localnet is back after 42 s")
+        assert [level for level, _ in said()] == ["WARNING"] * 3
+        await feed.stop()
+
+    caplog.set_level("WARNING", "psyche_lightning_solana")
     run(test, programs=True)
 
 

@@ -30,20 +30,23 @@ FINAL = ["error -32602 Invalid params", "error -32601 Method not found", "error 
 
 
 @pytest.mark.parametrize("failure", PASSING)
-def test_what_passes_is_tried_again_at_the_same_service(run, failure):
+def test_what_passes_is_tried_again_at_the_same_service(run, failure, caplog):
     async def test(world):
         world.proxies[0].fail("getBalance", failure, failure)
         key = world.wallet(5_000_000).public
         assert await world.reader().balance(key) == 5_000_000
         assert world.proxies[0].counts["getBalance"] == 3
-        assert len(world.problems) == 2
-        assert world.problems[0].retryable
+        name = world.endpoints()[0].name
+        problems = [(record.levelname, record.getMessage()) for record in caplog.records if name in record.getMessage()]
+        assert [level for level, text in problems if text.startswith(f"{name}: ")] == ["DEBUG", "DEBUG"]
+        assert len(problems) == 2  # of the only service, whoever asks it tells
 
+    caplog.set_level("DEBUG", "psyche_lightning_solana")
     run(test)
 
 
 @pytest.mark.parametrize("failure", PASSING)
-def test_then_the_next_service_is_asked_and_stays_the_first(run, failure):
+def test_then_the_next_service_is_asked_and_stays_the_first(run, failure, caplog):
     async def test(world):
         first, second = world.proxies
         first.always("getBalance", failure)
@@ -52,7 +55,13 @@ def test_then_the_next_service_is_asked_and_stays_the_first(run, failure):
         assert (first.counts["getBalance"], second.counts["getBalance"]) == (3, 1)
         await reader.balance(Pubkey.new_unique())
         assert (first.counts["getBalance"], second.counts["getBalance"]) == (3, 2)
+        told = [record.getMessage() for record in caplog.records if record.name.endswith(".rpc")]
+        if failure.startswith("error"):  # it answers
+            assert told == []
+        else:
+            assert [text.rpartition(": ")[0] for text in told] == [f"cannot reach the RPC service {first.url}"]
 
+    caplog.set_level("INFO", "psyche_lightning_solana")
     run(test, services=2)
 
 
