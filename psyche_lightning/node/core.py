@@ -58,7 +58,6 @@ class NodeCore:
     ) -> None:
         self.public = public
         self.signer = signer
-        self.run_id = run_id
         self.settings = settings
         self.state: RunState | None = None
         self.finished = False
@@ -202,7 +201,7 @@ class NodeCore:
         index = next((i for i, c in enumerate(state.clients) if c.signer == self.signer), None)
         if index is None:
             return
-        follower.leave(state.epoch)
+        follower.next_apply = None  # what was under way in the epoch before will not be finished
         decided = state.checkpoint.digest
         if follower.holding is None and (follower.looked or not decided or self._out.attempts("load")):
             follower.snapshot()

@@ -123,12 +123,6 @@ class Follower:
         height = self.next_apply
         return self.log is not None and height is not None and height > _head(state) and height not in self.log.rounds
 
-    def leave(self, epoch: int) -> None:
-        """Another epoch is being formed: what was under way in the one before will not be finished."""
-        if self.log is not None and self.log.epoch < epoch and self.next_apply is not None:
-            self.next_apply = None
-            self.holding = self.holding if self.busy is None else None
-
     def _open_epoch(self, epoch: int, digest: bytes) -> None:
         old, self.log = self.log, EpochLog(epoch, digest)
         self.repair, self._records, self.digests = Repair(self._settings), [], {}

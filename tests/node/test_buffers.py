@@ -251,15 +251,33 @@ def test_where_nobody_is_known_nobody_is_waited_for_and_nothing_said() -> None:
     assert node.out.take() == []
 
 
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_training_waits_until_the_buffers_are_here() -> None:
+    scene = Scene(3, me=1, settings={"buffers": True})
+    scene.ready()
+    assert not of(scene.obey(scene.see()), ev.Train)
+    effects = scene.give(ev.Received(seal(NODES[0], RUN, Buffers(0, INDEX))))
+    assert one(effects, ev.LoadBuffers).index == INDEX
+    assert not of(effects, ev.Train)
+    assert of(scene.give(ev.BuffersLoaded(INDEX)), ev.Train)
+
+
+def test_the_first_to_report_trains_at_once_and_shares_before() -> None:
+    scene = Scene(3, settings={"buffers": True})
+    scene.warm()
+    effects = scene.obey(scene.see())
+    assert of(effects, ev.ShareBuffers) == [ev.ShareBuffers(0)]
+    assert sent(scene.give(ev.BuffersTaken(0, INDEX)), Buffers) == [Buffers(0, INDEX)]
+    for i in scene.peers:
+        scene.ask(i, WarmupWitness(0, i, scene.digest))
+    assert of(scene.see(), ev.Train)
+
+
 def test_each_epoch_begins_anew() -> None:
     scene = Scene(3, settings={"buffers": True}, total_steps=4, epoch_time=50.0)
-    scene.warm()
-    scene.head = 0
-    scene.obey(scene.see())
-    assert scene.state.warmup_witnesses[0].proof.index == 0
-    for i in (1, 2):
-        scene.ask(i, WarmupWitness(0, i, parameters(0)))
-    scene.obey(scene.see())
+    scene.begin()
     scene.now += 50.0  # the epoch is over after its first round
     scene.play(3)
     scene.vote(scene.core.holding or b"", 1)

@@ -155,6 +155,15 @@ def test_where_the_run_s_are_not_to_be_had_it_is_tried_again() -> None:
     assert brief(scene.tick(0.1), ev.Load) == ["Load 0"]
 
 
+def test_parameters_that_were_obtained_do_not_delay_others_that_are_wanted_next() -> None:
+    scene = warm(0, 2)
+    effects = scene.obey(scene.see(), but=(WarmupWitness,))
+    assert brief(effects, ev.Load) == ["Load 0"]
+    scene.ask(2, Withdraw())
+    scene.ask(1, WarmupWitness(0, 1, parameters(1)))
+    assert brief(scene.see(), ev.Load) == ["Load 1"]
+
+
 def test_who_is_no_client_has_no_part_in_a_warm_up() -> None:
     scene = Scene(3, me=3, init_min_clients=3)
     scene.nodes = 3
@@ -415,6 +424,23 @@ def test_who_gave_no_sign_of_life_is_named_once() -> None:
     assert of(effects, HealthCheck) == [HealthCheck(0, 1, (KEYS[2],))]
     assert not of(scene.tick(60.0), HealthCheck)
     assert scene.ask(0, one(effects, HealthCheck)) == 1
+
+
+def test_in_each_epoch_it_is_looked_for_anew() -> None:
+    scene = Scene(4, total_steps=4, epoch_time=50.0)
+    scene.begin()
+    scene.now += 50.0
+    assert not of(scene.play(3), HealthCheck)
+    scene.next_epoch()
+    scene.obey(scene.see())
+    for i in (1, 3):
+        scene.obey(scene.hear(scene.result(i)))
+    scene.pass_time(40.0)
+    scene.obey(scene.see())
+    for i in (1, 3):
+        scene.report(i, scene.attest(i))
+    scene.pass_time(5.0)
+    assert of(scene.see(), HealthCheck) == [HealthCheck(1, 1, (KEYS[2],))]
 
 
 def test_where_everybody_was_heard_nobody_is_named() -> None:

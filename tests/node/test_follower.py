@@ -627,32 +627,46 @@ def test_with_overlap_a_last_round_which_nobody_witnesses_any_more_counts_as_emp
     assert scene.core.holding is not None
 
 
-def next_epoch() -> Scene:
-    """The epoch of one step is over and another is formed, in a run of two steps."""
+def test_a_new_epoch_needs_the_promises_and_parameters_of_no_other() -> None:
     scene = Scene(4, total_steps=3, epoch_time=50.0)
     scene.begin()
     scene.now += 50.0
     scene.play(3)
-    assert scene.state.phase is Phase.COOLDOWN
-    scene.obey(scene.see())
-    return scene
-
-
-def test_a_new_epoch_needs_the_promises_and_parameters_of_no_other() -> None:
-    scene = next_epoch()
-    agreed = scene.core.holding
-    assert agreed
-    scene.vote(agreed, 1, 2)
-    scene.obey(scene.see())
-    scene.join(0, 1, 2, 3)
-    scene.pass_time(3.0)
-    scene.obey(scene.see())
-    for i in scene.peers:
-        scene.ask(i, WarmupWitness(1, i, agreed))
-    assert scene.state.phase is Phase.ROUND_TRAIN
+    agreed = scene.next_epoch()
     effects = scene.see()
     assert of(effects, ev.Keep) == [ev.Keep((agreed,), (), ())]
     assert brief(effects, ev.Load, ev.Train) == ["Train 0"]
+
+
+def test_a_new_epoch_has_other_offers_and_tells_again_what_it_told() -> None:
+    scene = Scene(4, total_steps=3, epoch_time=50.0, settings={"keep_bytes": 0})
+    train = one(scene.begin(but=(ev.Train,)), ev.Train)
+    scene.obey(scene.give(scene.trained(train, lrs=(9,))))
+    scene.now += 50.0
+    effects = scene.play(3)
+    assert of(effects, RatesDiffer)
+    assert sent(effects, Offer)
+    scene.next_epoch()
+    (train,) = of(scene.obey(scene.see(), but=(ev.Train,)), ev.Train)
+    assert sent(scene.hear(seal(NODES[1], RUN, Ask(1, 0, 1))), Offer) == []
+    scene.obey(scene.give(scene.trained(train, lrs=(9,))))
+    scene.obey(scene.hear(*[scene.result(i) for i in scene.peers]), but=WITHOUT)
+    assert of(witnessed(scene, *[scene.attest(i) for i in scene.peers]), RatesDiffer)
+
+
+def test_lists_that_come_when_the_next_epoch_is_formed_start_no_repair() -> None:
+    scene = Scene(4, total_steps=3, epoch_time=50.0)
+    scene.begin()
+    scene.head = None
+    scene.now += 50.0
+    scene.play(3, digests=False)
+    scene.vote(parameters(3), 1, 2, 3)
+    lists = [seal(NODES[i], RUN, Attest(0, 2, b"", 2, parameters(2))) for i in (1, 2, 3)]
+    scene.join(0, 1, 2, 3)
+    scene.pass_time(3.0)
+    assert scene.state.phase is Phase.WARMUP
+    scene.obey(scene.see())
+    assert not of(scene.hear(*lists), Notice)
 
 
 def test_what_was_under_way_in_an_epoch_is_left_when_the_next_is_formed() -> None:

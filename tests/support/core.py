@@ -172,6 +172,8 @@ class Scene:
         self.obey(self.see())
         for i in self.peers:
             self.ask(i, WarmupWitness(self.state.epoch, i, parameters(0)))
+            if self.state.phase is Phase.WARMUP:
+                self.obey(self.see())  # who is not the first in the list waits for who is
         assert self.state.phase is Phase.ROUND_TRAIN
 
     def begin(self, but: tuple[type, ...] = ()) -> list[ev.Effect]:
@@ -182,6 +184,28 @@ class Scene:
         """
         self.ready()
         return self.obey(self.see(), but)
+
+    def next_epoch(self) -> bytes:
+        """The epoch, of which the core has seen the end, is agreed, and everybody begins the next with its parameters.
+
+        The core has seen the warm-up, not the first round.
+        """
+        agreed = self.core.holding
+        assert agreed
+        for i in self.peers:
+            if self.state.phase is Phase.COOLDOWN:
+                self.vote(agreed, i)
+        self.obey(self.see())
+        self.join(*range(self.nodes))
+        self.pass_time(3.0)
+        self.obey(self.see())
+        for i in self.peers:
+            self.ask(i, WarmupWitness(self.state.epoch, i, agreed))
+        assert self.state.phase is Phase.ROUND_TRAIN
+        self.log = EpochLog(self.state.epoch, agreed)
+        self.log.start(0, ())
+        self._observe()
+        return agreed
 
     def _observe(self) -> None:
         """Follow the coordinator's rounds in the log of somebody who hears everything."""
