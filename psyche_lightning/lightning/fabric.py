@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,12 +22,12 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import _LRScheduler
 
-from psyche_lightning.distro import DisTrO
 from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.lightning.device import OneDevice
-from psyche_lightning.lightning.loader import RoundLoader, check_loader
+from psyche_lightning.lightning.entry import Entry
+from psyche_lightning.lightning.loader import WITHOUT_A_BATCH, RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
-from psyche_lightning.lightning.optimizers import TakenStep, build_distro, copy_rates
+from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.participant import RoundWork
@@ -79,6 +80,10 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         accelerator: as of Lightning's strategies.
         checkpoint_io: as of Lightning's strategies.
         precision: as of Lightning's strategies.
+
+    Attributes:
+        options: what was given, with the environment's.
+        session: this node's membership in the run, also when it is over; None before the loader is iterated over.
 
     Raises:
         ConfigError: an option is wrong, or only one of coordinator and run is known.
@@ -142,13 +147,15 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
             tokens_per_sample=tokens_per_sample,
         ).in_environment()
         super().__init__("cpu", accelerator, checkpoint_io, precision)
-        self.session: Session | None = None
-        self._module: Module | None = None
-        self._optimizer: Optimizer | None = None
-        self._distro: DisTrO | None = None
-        self._taken: TakenStep | None = None
+        self._step: TakenStep | None = None
         self._loader: RoundLoader | None = None
+        self.session: Session | None = None
         self._ahead = ExitStack()
+
+    @cached_property
+    def _entry(self) -> Entry:
+        """The look at the run, when something first needs to know of it."""
+        return Entry(self.options)
 
     # --- set-up -----------------------------------------------------------------------------------------------------
 
@@ -156,14 +163,12 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         self, module: Module, optimizers: list[Optimizer], scheduler: _LRScheduler | None = None
     ) -> tuple[Module, list[Optimizer], _LRScheduler | None]:
         """Called by ``fabric.setup(module, optimizer)``; looks at the run and takes over the optimizer's step."""
-        if len(optimizers) != 1 or self._distro is not None:
+        if len(optimizers) != 1 or self._step is not None:
             raise ConfigError(
                 "the strategy 'psyche' trains one module with one optimizer (which may have several parameter groups): "
                 "fabric.setup(module, optimizer), once"
             )
-        self._module, self._optimizer = module, optimizers[0]
-        self._distro = build_distro(optimizers[0], module, self._looked().agreement.distro)
-        self._taken = TakenStep(optimizers[0])
+        self._step = TakenStep(optimizers[0], module, self._entry.distro)
         return module, optimizers, scheduler
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -178,56 +183,59 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         """Called by ``fabric.setup_dataloaders``; the first loader is fed by the run, the others stay as they are."""
         if self._loader is not None:
             return dataloader
-        batch = self._looked().global_batch(check_loader(dataloader))
-        session = self._looked()
-        self._loader = RoundLoader(
+        self._loader = loader = RoundLoader(
             dataloader,
-            batch,
-            session.agreement.run.seed,
-            self._rounds,
+            self._entry.global_batch(check_loader(dataloader)),
+            self._entry.run.seed,
+            lambda: self._rounds(loader),
             split=False,
             decline=self._decline,
-            upcoming=session.upcoming,
+            upcoming=lambda: None if self.session is None else self.session.upcoming(),
         )
-        return self._loader
+        return loader
 
-    def _looked(self) -> Session:
-        if self.session is None:
-            self.session = Session(self.options)
-        return self.session
-
-    def _join(self) -> None:
-        if self._distro is None or self._module is None:
-            raise ConfigError("set up module and optimizer before training: fabric.setup(module, optimizer)")
-        assert self._loader is not None
-        order = self._loader.order
+    def _join(self, loader: RoundLoader) -> Session:
+        step = self._set_up
         sections = {
-            "model": model_section(self._module, self._distro),
-            "optimizer": optimizer_section(self._distro, None),
-            "data": data_section(order.length, order.shuffle),
+            "model": model_section(step.module, step.distro),
+            "optimizer": optimizer_section(step.distro, None),
+            "data": data_section(loader.order.length, loader.order.shuffle),
         }
-        self._looked().join(
-            self._module, self._distro, sections, global_batch=self._loader.global_batch, total_steps=None
-        )
+        session = Session(self._entry, step, sections, global_batch=loader.global_batch, total_steps=None)
+        try:
+            session.start()
+        except BaseException:
+            session.close()
+            raise
+        self.session = session
         atexit.register(self.close)
         default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if default and threading.current_thread() is threading.main_thread():
             # Fabric leaves signals alone, and the default action would not tell the coordinator.
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        return session
+
+    @property
+    def _set_up(self) -> TakenStep:
+        """The module with its optimizer.
+
+        Raises:
+            ConfigError: there is none yet.
+        """
+        if self._step is None:
+            raise ConfigError("set up module and optimizer before training: fabric.setup(module, optimizer)")
+        return self._step
 
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     @property
     def finished(self) -> Finished | None:
         """How the run ended for this node, which its text says; None as long as it has not."""
-        return self.session.finished if self.session is not None else None
+        return None if self.session is None else self.session.finished
 
-    def _rounds(self) -> Iterator[RoundWork]:
+    def _rounds(self, loader: RoundLoader) -> Iterator[RoundWork]:
         """The rounds of one pass over the data."""
-        session = self._looked()
-        if not session.joined:
-            self._join()
-        assert self._loader is not None
+        session, step = self.session or self._join(loader), self._set_up
         passes: int | None = None
         while True:
             self._published()
@@ -235,24 +243,19 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
             if work is None:
                 session.close()
                 return
-            now = (work.step - 1) // len(self._loader)
+            now = (work.step - 1) // len(loader)
             if passes not in (None, now):
                 return
             passes = now
             session.take()
-            self._look_ahead()
+            self._ahead.enter_context(step.looking_ahead())
             yield work
 
-    def _decline(self, error: DataError) -> None:
+    def _decline(self, work: RoundWork, error: DataError) -> None:
         self._published()
-        self._looked().decline(error)
-
-    def _look_ahead(self) -> None:
-        assert self._distro is not None
-        assert self._optimizer is not None
-        if self._distro.config.lookahead:
-            copy_rates(self._optimizer, self._distro)
-            self._ahead.enter_context(self._distro.look_ahead())
+        if self.session is None:
+            raise error
+        self.session.decline(work, error)
 
     def _published(self) -> None:
         """End the look-ahead."""
@@ -260,17 +263,14 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Called by ``optimizer.step()``: hand in the round's update, and take the agreed one."""
-        session, taken, loader = self.session, self._taken, self._loader
-        if session is None or taken is None or loader is None or loader.share is None or session.work is None:
-            raise ConfigError(
-                "optimizer.step() needs a batch of the run: iterate over the loader that fabric.setup_dataloaders "
-                "returned, and make one step for each batch"
-            )
-        taken.reset()
+        session, step, loader = self.session, self._step, self._loader
+        if session is None or step is None or loader is None or session.work is None:
+            raise ConfigError(WITHOUT_A_BATCH)
+        step.reset()
         result = super().optimizer_step(optimizer, **kwargs)
         self._published()
         loss = float(result.detach()) if isinstance(result, torch.Tensor) and result.numel() == 1 else math.nan
-        session.submit(self._optimizer if taken.called else None, loss, loader.share.samples)
+        session.submit(session.work, step.called, loss, loader.share.samples)
         return result
 
     def close(self) -> None:

@@ -19,6 +19,10 @@ from psyche_lightning.data.order import DataOrder
 from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.node.participant import RoundWork
 
+WITHOUT_A_BATCH = (
+    "optimizer.step() needs a batch of the run: iterate over the loader that fabric.setup_dataloaders returned, and "
+    "make one step for each batch"
+)
 SHOWN = "give the Trainer a DataLoader over a map-style data set, with batch_size and shuffle"
 
 
@@ -42,7 +46,7 @@ class Share:
         return sum(self.sizes)
 
 
-def _fail(error: DataError) -> None:
+def _fail(work: RoundWork, error: DataError) -> None:
     raise error
 
 
@@ -55,12 +59,11 @@ class RoundLoader:
         seed: the run's.
         rounds: called for each iteration; yields the rounds of one pass over the data.
         split: whether a share is split into micro-batches of the user's ``batch_size``.
-        decline: told when the first samples of the round in work cannot be obtained; then the next round comes.
+        decline: told of a round whose first samples cannot be obtained, and why; then the next round comes.
         upcoming: the data ids ``(start, stop)`` of what may come after the round in work; None for unknown. A data set
             with a method ``prefetch(indices)`` is told of a whole share when it begins, and of this.
 
     Attributes:
-        share: the round that was yielded last.
         order: data ids to samples.
 
     Raises:
@@ -74,12 +77,12 @@ class RoundLoader:
         seed: int,
         rounds: Callable[[], Iterator[RoundWork]],
         split: bool = True,
-        decline: Callable[[DataError], None] = _fail,
+        decline: Callable[[RoundWork, DataError], None] = _fail,
         upcoming: Callable[[], tuple[int, int] | None] = lambda: None,
     ) -> None:
         batch_size = check_loader(loader)
         _auto_add_worker_init_fn(loader, 0)
-        self.share: Share | None = None
+        self._share: Share | None = None
         self.order = DataOrder(len(loader.dataset), isinstance(loader.sampler, RandomSampler), seed)  # type: ignore[arg-type]
         self.global_batch = global_batch
         self._most = batch_size if split else None
@@ -103,13 +106,24 @@ class RoundLoader:
 
     def __iter__(self) -> Iterator[Any]:
         for work in self._rounds():
-            self.share = self.load(work)
+            self._share = share = self.load(work)
             try:
-                first = next(self.share.rest)
+                first = next(share.rest)
             except DataError as error:
-                self._decline(error)
+                self._decline(work, error)
                 continue
             yield first
+
+    @property
+    def share(self) -> Share:
+        """The share whose first micro-batch was yielded last.
+
+        Raises:
+            ConfigError: none was yet.
+        """
+        if self._share is None:
+            raise ConfigError(WITHOUT_A_BATCH)
+        return self._share
 
     def load(self, work: RoundWork) -> Share:
         """Begin to load the round's share, cut into micro-batches as equal as can be."""
@@ -127,7 +141,7 @@ class RoundLoader:
 
     def close(self) -> None:
         """End the workers."""
-        self.share, self._inner = None, None
+        self._share, self._inner = None, None
 
     def _build(self) -> DataLoader[Any]:
         user = self._loader

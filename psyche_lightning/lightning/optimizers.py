@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -55,23 +56,32 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
     return distro
 
 
-def copy_rates(optimizer: torch.optim.Optimizer, distro: DisTrO) -> None:
-    """Take over the learning rates of the user's optimizer, on which schedulers work."""
-    for theirs, ours in zip(optimizer.param_groups, distro.param_groups, strict=True):
-        ours["lr"] = theirs["lr"]
-
-
 class TakenStep:
-    """Stands in for the ``step`` of the user's optimizer: it computes gradients and notes that they are to be sent.
+    """DisTrO in place of the ``step`` of the user's optimizer, which only computes gradients now.
+
+    Args:
+        optimizer: what the user configured; of any kind. Its groups have learning rates and weight decays.
+        module: whose parameters it trains.
+        config: the run's compression.
 
     Attributes:
-        called: whether it was called since :meth:`reset`. Gradient scalers do not when a gradient is infinite.
+        optimizer: as given.
+        module: as given.
+        distro: makes and applies the updates.
+        called: whether the step was called since :meth:`reset`. Gradient scalers do not call it when a gradient is
+            infinite.
+
+    Raises:
+        ConfigError: the optimizer has parameters that the module does not.
     """
 
     # torch's schedulers look for these two marks, and warn of a step that was replaced after they were made.
     _wrapped_by_lr_sched = True
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> None:
+        self.optimizer = optimizer
+        self.module = module
+        self.distro = build_distro(optimizer, module, config)
         self.called = False
         optimizer._opt_called = True  # type: ignore[attr-defined]
         optimizer.step = self  # type: ignore[method-assign]
@@ -84,3 +94,18 @@ class TakenStep:
     def reset(self) -> None:
         """Forget the last call."""
         self.called = False
+
+    def copy_rates(self) -> None:
+        """Give DisTrO the learning rates of the user's optimizer, on which schedulers work."""
+        for theirs, ours in zip(self.optimizer.param_groups, self.distro.param_groups, strict=True):
+            ours["lr"] = theirs["lr"]
+
+    @contextlib.contextmanager
+    def looking_ahead(self) -> Iterator[None]:
+        """Have the module at the looked-ahead parameters within, where the run wants that."""
+        if not self.distro.config.lookahead:
+            yield
+            return
+        self.copy_rates()
+        with self.distro.look_ahead():
+            yield

@@ -6,23 +6,20 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-
-import torch
 
 from psyche_lightning.coordinator.host import RunHost
-from psyche_lightning.distro import DisTrO, NonFiniteGradientError
+from psyche_lightning.distro import NonFiniteGradientError
 from psyche_lightning.errors import DataError, PsycheError
 from psyche_lightning.lightning import delta as saved_delta
-from psyche_lightning.lightning.agreement import Agreement, agree, look
-from psyche_lightning.lightning.optimizers import copy_rates
+from psyche_lightning.lightning.entry import Entry
+from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.lightning.standing import Standing, after_round, at_the_end
 from psyche_lightning.lightning.traffic import Traffic
-from psyche_lightning.logs import ensure_heard, speaking
+from psyche_lightning.logs import speaking
 from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.ledger import FILE as LEDGER
 from psyche_lightning.node.ledger import Ledger
@@ -31,23 +28,17 @@ from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.runtime import NodeParts
 from psyche_lightning.node.settings import Settings
-from psyche_lightning.node.store import DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
-from psyche_lightning.plugins import load_plugins, packages
+from psyche_lightning.node.store import BlobStore, DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.protocol.open_ids import shown
-from psyche_lightning.protocol.requests import Coordinator, Terms
+from psyche_lightning.protocol.requests import Coordinator
 from psyche_lightning.protocol.state import ClientStatus, CoordinatorConfig, RunState
-from psyche_lightning.recipe.options import RunOptions
 from psyche_lightning.server.local import LocalCoordinator
-from psyche_lightning.transports.base import Transport
-from psyche_lightning.transports.memory import MemoryTransport
-from psyche_lightning.transports.meter import socket_factory
 from psyche_lightning.wire.identity import Identity, short
 
 logger = logging.getLogger(__name__)
 
 ENDLESS = 2**32 - 1
 """Steps of a run that nobody limited."""
-ALONE_RUN = "alone"
 ALONE_EPOCH = 1000
 """Rounds of an epoch of a run of one process: then what it remembers of them is dropped."""
 ALONE_BLOBS = 8
@@ -68,29 +59,43 @@ _TIMES = (
 
 
 class Session:
-    """Membership in a run, from the first look at it to leaving.
+    """A node's membership in a run, for the thread that trains: rounds come in, updates go out.
 
     Args:
-        options: how to take part.
+        entry: the look at the run.
+        step: the module with its optimizer.
+        sections: the manifest's sections of model, optimizer and data.
+        global_batch: as of :meth:`Entry.global_batch`.
+        total_steps: where this node's user wants to end; None for no end.
+        done: steps that were done before, in a run of this process alone.
 
     Attributes:
-        agreement: what all nodes share.
+        entry: as given.
         traffic: what it sends and receives.
+        identity: the node's public key.
+        signer: the key that the coordinator knows it by.
         waited: seconds that this node waited for others so far.
         payload_bytes: bytes of payloads that it owed its peers so far, computed: one to each in each round.
         loss: mean loss of the last round that it trained.
         samples: samples that it trained in that round.
-        work: the round that it works on.
-        signer: the key that the coordinator knows it by.
+        work: the round that it works on; None between rounds.
         lost_rounds: rounds in a row, up to now, to which it gave nothing for want of samples.
 
     Raises:
-        PsycheError: the transport is unknown or refuses its options, the coordinator cannot be reached, has no such
-            run, or its values are not the options'.
+        PsycheError: the node's folder cannot be used, or the coordinator's URL is wrong.
     """
 
-    def __init__(self, options: RunOptions) -> None:
-        self.options = options
+    def __init__(
+        self,
+        entry: Entry,
+        step: TakenStep,
+        sections: dict[str, dict[str, Any]],
+        *,
+        global_batch: int,
+        total_steps: int | None,
+        done: int = 0,
+    ) -> None:
+        self.entry = entry
         self.waited = 0.0
         self.payload_bytes = 0
         self.loss = math.nan
@@ -98,181 +103,111 @@ class Session:
         self.work: RoundWork | None = None
         self.lost_rounds = 0
         self._next: RoundWork | None = None
-        self._participant: Participant | None = None
-        self._interruption: BaseException | None = None
-        self._optimizer: DisTrO | None = None
-        self._replica: ParameterReplica | None = None
-        self.traffic = Traffic()
+        self._taken: tuple[RoundWork, RunState] | None = None
         self._ticks = 0
         self._over = False
-        self._taken: tuple[RoundWork, RunState] | None = None
-        self.signer = b""
         self._why = ""
-        self._voice = contextlib.ExitStack()
-        ensure_heard(packages())
-        # Who trains alone needs none, but is told at once what is wrong with it.
-        transport = load_plugins().transports()[options.transport](options.transport_options)
-        self._transport: Transport = MemoryTransport() if options.alone else self.traffic.watch(transport)
-        if options.alone:
-            unset = () if options.config else ("global_batch_size", "total_steps")
-            terms = Terms(options.config or CoordinatorConfig(), unset)
-        else:
-            terms = look(self._client(Identity.generate()))
-        self.agreement: Agreement = agree(options, terms)
+        self._step = step
+        self._replica = replica = ParameterReplica(step.distro, step.module)
+        self.traffic = Traffic(entry.transport, entry.meter, replica.max_payload)
+        self._folder = folder = entry.options.folder
+        total = entry.options.total_steps or total_steps or ENDLESS
+        with contextlib.ExitStack() as opened:
+            identity = Identity.generate() if folder is None else node_key(folder)
+            opened.enter_context(speaking(entry.run_id, short(identity.public)))
+            if folder is not None and saved_delta.load(folder, entry.run_id, step.distro):
+                logger.info("taking up delta of %d rounds from %s", step.distro.nonce, folder)
+            url = entry.options.coordinator
+            coordinator: Coordinator
+            store: BlobStore
+            if url is None:
+                coordinator, store = self._own_run(identity, global_batch, total, done), _RecentBlobs()
+            else:
+                coordinator, store = entry.client(url, identity), MemoryBlobStore()
+            journal: Journal | MemoryJournal = MemoryJournal()
+            ledger: Ledger | None = None
+            if folder is not None:
+                store = DirectoryBlobStore(folder / "blobs")
+                journal = opened.enter_context(contextlib.closing(Journal(folder / "journal")))
+                ledger = opened.enter_context(contextlib.closing(Ledger(folder / LEDGER)))
+            node = NodeParts(
+                identity=identity,
+                run_id=entry.run_id,
+                coordinator=coordinator,
+                transport=entry.transport,
+                replica=replica,
+                manifest=entry.manifest(sections, {"global_batch_size": global_batch, "total_steps": total}),
+                settings=Settings(
+                    overlap=entry.run.overlap,
+                    digest_every=entry.run.digest_every,
+                    layout=replica.layout,
+                    max_payload=replica.max_payload,
+                    buffers=replica.has_buffers,
+                    keep_bytes=entry.run.keep_bytes or max(replica.size, LEAST_KEPT),
+                    tensors=replica.tensors,
+                ),
+                store=store,
+                journal=journal,
+                traffic=lambda: self.traffic.total,
+                served=self.traffic.served,
+                ledger=ledger,
+            )
+            self._participant = Participant(node, patience=entry.options.patience)
+            self.identity, self.signer = identity.public, coordinator.signer
+            self._opened = opened.pop_all()
 
-    # --- joining ----------------------------------------------------------------------------------------------------
-
-    def global_batch(self, local: int) -> int:
-        """Samples of a round of the whole run.
-
-        Args:
-            local: what the user's DataLoader and accumulation give one node.
-        """
-        agreement = self.agreement
-        if "global_batch_size" not in agreement.unset:
-            return agreement.config.global_batch_size_end
-        return self.options.global_batch_size or local * agreement.config.init_min_clients
-
-    def join(
-        self,
-        module: torch.nn.Module,
-        optimizer: DisTrO,
-        sections: Mapping[str, Any],
-        *,
-        global_batch: int,
-        total_steps: int | None,
-        done: int = 0,
-    ) -> None:
-        """Become a member; the rounds come by :meth:`next_round`.
-
-        Args:
-            module: the model.
-            optimizer: trains it.
-            sections: the manifest's sections of model, optimizer and data.
-            global_batch: as of :meth:`global_batch`.
-            total_steps: where this node's user wants to end; None for no end.
-            done: steps that were done before, in a run of this process alone.
+    def start(self) -> None:
+        """Become a member.
 
         Raises:
             PsycheError: the run refuses this node, or the transport cannot listen.
         """
-        options, agreement = self.options, self.agreement
-        total = options.total_steps or total_steps or ENDLESS
-        shared = agreement.sections
-        sizes = {"global_batch_size": global_batch, "total_steps": total}
-        shared["run"].update((name, sizes[name]) for name in agreement.unset)
-        manifest = {**sections, **options.manifest, **shared}
-        self._optimizer = optimizer
-        self._replica = replica = ParameterReplica(optimizer, module)
-        self.traffic.payload_size = replica.max_payload
-        settings = Settings(
-            overlap=agreement.run.overlap,
-            digest_every=agreement.run.digest_every,
-            layout=replica.layout,
-            max_payload=replica.max_payload,
-            buffers=replica.has_buffers,
-            keep_bytes=agreement.run.keep_bytes or max(replica.size, LEAST_KEPT),
-            tensors=replica.tensors,
-        )
-        folder = options.folder
-        identity = Identity.generate() if folder is None else node_key(folder)
-        self._voice.enter_context(speaking(self._run, short(identity.public)))
-        if folder is not None and saved_delta.load(folder, self._run, optimizer):
-            logger.info("taking up delta of %d rounds from %s", optimizer.nonce, folder)
-        coordinator = self._own_run(identity, global_batch, total, done) if options.alone else self._client(identity)
-        self.signer = coordinator.signer
-        memory = _RecentBlobs() if options.alone else MemoryBlobStore()
-        store = memory if folder is None else DirectoryBlobStore(folder / "blobs")
-        self._journal = MemoryJournal() if folder is None else Journal(folder / "journal")
-        self._ledger = None if folder is None else Ledger(folder / LEDGER)
-        self._participant = Participant(
-            NodeParts(
-                identity=identity,
-                run_id=self._run,
-                coordinator=coordinator,
-                transport=self._transport,
-                replica=replica,
-                manifest=manifest,
-                settings=settings,
-                store=store,
-                journal=self._journal,
-                traffic=lambda: self.traffic.total,
-                ledger=self._ledger,
-            ),
-            patience=options.patience,
-        )
-        if self._interruption is not None:
-            raise self._interruption
         self._participant.start()
-
-    @property
-    def _run(self) -> str:
-        return self.options.run or ALONE_RUN
-
-    def _client(self, identity: Identity) -> Coordinator:
-        url, run = self.options.coordinator, self.options.run
-        assert url is not None
-        assert run is not None
-        scheme = urlsplit(url).scheme
-        options = {"socket_factory": socket_factory(self.traffic.coordinator)} if scheme in ("http", "https") else {}
-        return load_plugins().coordinators()[scheme].client(url, run, identity, options)
 
     def _own_run(self, identity: Identity, global_batch: int, total: int, done: int) -> LocalCoordinator:
         """A run of this process alone. Its seconds are its rounds: nothing in it depends on how long anything takes."""
+        options = self.entry.options
         sizes = CoordinatorConfig(
             global_batch_size_start=global_batch, global_batch_size_end=global_batch, total_steps=total
         )
         half = ALONE_EPOCH / 2
         times = CoordinatorConfig(epoch_time=ALONE_EPOCH, max_round_train_time=half, warmup_time=half)
         config = replace(
-            self.options.config or sizes,
+            options.config or sizes,
             **{name: getattr(times, name) for name in (*_TIMES, "init_min_clients", "min_clients", "witness_nodes")},
         )
-        host = RunHost(ALONE_RUN, config, seed=self.agreement.run.seed, max_seq_len=self.options.tokens_per_sample)
-        done, index = self.options.start or (done, done * global_batch)
+        host = RunHost(self.entry.run_id, config, seed=self.entry.run.seed, max_seq_len=options.tokens_per_sample)
+        done, index = options.start or (done, done * global_batch)
         host.state = replace(host.state, step=done + 1, start_step=done + 1, epoch_start_data_index=index)
         return LocalCoordinator(host, identity, clock=lambda: float(self._ticks))
 
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     @property
-    def identity(self) -> bytes:
-        """The node's public key."""
-        assert self._participant is not None
-        return self._participant.node.identity.public
-
-    @property
-    def joined(self) -> bool:
-        """Whether this process is, or was, a member."""
-        return self._participant is not None
-
-    @property
     def finished(self) -> Finished | None:
         """How the run ended for this node; None as long as it has not."""
-        return self._participant.finished if self._participant else None
+        return self._participant.finished
 
     @property
     def state(self) -> RunState | None:
-        """The newest state of the run that this node saw."""
-        state: RunState | None = self._participant.state if self._participant else None
-        return state
+        """The newest state of the run that this node saw; None before the first."""
+        return self._participant.state
 
     @property
     def transfer(self) -> Transfer | None:
         """The parameters that are on their way to this node; None when none are."""
-        return self._participant.transfer if self._participant else None
+        return self._participant.transfer
 
     def peek(self) -> RoundWork | None:
         """The next round of this node, which stays the next; waits for it. None when the run is over."""
         if self._next is None and not self._over:
-            assert self._participant is not None
             if self.work is not None:
                 logger.warning(
                     "the optimizer made no step in round %d of epoch %d: this node gives nothing to it",
                     self.work.height,
                     self.work.epoch,
                 )
-                self.submit(None)
+                self.submit(self.work, False)
             with self._waiting():
                 self._next = self._participant.next_round()
             self._over = self._next is None
@@ -293,25 +228,23 @@ class Session:
         if self._taken is None:
             return None
         work, state = self._taken
-        return after_round(state, work.epoch, work.height, overlap=self.agreement.run.overlap)
+        return after_round(state, work.epoch, work.height, overlap=self.entry.run.overlap)
 
-    def submit(self, optimizer: torch.optim.Optimizer | None, loss: float = math.nan, samples: int = 0) -> None:
-        """Hand in the update of the round in work, and apply the round's results when they are not to overlap.
+    def submit(self, work: RoundWork, usable: bool, loss: float = math.nan, samples: int = 0) -> None:
+        """Hand in the update of a round, and apply the round's results when they are not to overlap.
 
         Args:
-            optimizer: the user's, whose groups have the learning rates; None when there are no usable gradients.
+            work: the round.
+            usable: whether there are gradients to take.
             loss: mean loss of this node's samples, for people.
             samples: how many there were.
         """
-        work, self.work = self.work, None
-        distro, participant = self._optimizer, self._participant
-        assert work is not None
-        assert distro is not None
-        assert participant is not None
+        self.work = None
+        distro = self._step.distro
         nonce = distro.nonce
         payload = None
-        if optimizer is not None:
-            copy_rates(optimizer, distro)
+        if usable:
+            self._step.copy_rates()
             try:
                 payload = distro.encode()
             except NonFiniteGradientError as error:
@@ -320,33 +253,34 @@ class Session:
             payload, samples = distro.abstention(), 0
         self.loss, self.samples, self.lost_rounds = loss, samples, 0
         self.payload_bytes += len(payload) * max(0, self._clients() - 1)
-        participant.submit(
+        self._participant.submit(
             work,
             payload,
             nonce=nonce,
             lrs=distro.lr_bits(),
             loss=loss,
-            tokens=samples * self.options.tokens_per_sample,
+            tokens=samples * self.entry.options.tokens_per_sample,
         )
         self._ticks += 1
-        folder = self.options.folder
-        if folder is not None and self._ticks % saved_delta.SAVE_EVERY == 0:
-            saved_delta.save(folder, self._run, distro)
+        if self._folder is not None and self._ticks % saved_delta.SAVE_EVERY == 0:
+            saved_delta.save(self._folder, self.entry.run_id, distro)
         state = self.state
         if state is not None and work.step >= state.config.total_steps:
             self.peek()  # to the very end: everything is applied when the run is over
         else:
             with self._waiting():
-                participant.wait_applied(work)
+                self._participant.wait_applied(work)
 
-    def decline(self, error: DataError) -> None:
-        """Give nothing to the round in work, whose samples cannot be obtained: its data ids stay open.
+    def decline(self, work: RoundWork, error: DataError) -> None:
+        """Give nothing to a round whose samples cannot be obtained: its data ids stay open.
+
+        Args:
+            work: the round.
+            error: why.
 
         Raises:
             DataError: the error is lasting, or it was like this for too many rounds in a row; the node has to leave.
         """
-        work = self.work
-        assert work is not None
         if error.lasting:
             raise error
         lost = self.lost_rounds + 1
@@ -363,7 +297,7 @@ class Session:
             shown(work.batch),
             error,
         )
-        self.submit(None)
+        self.submit(work, False)
         self.lost_rounds = lost
 
     def upcoming(self) -> tuple[int, int] | None:
@@ -403,17 +337,14 @@ class Session:
 
     def digest(self) -> bytes:
         """Digest of the parameters as they are now."""
-        assert self._replica is not None
         return self._replica.digest(MemoryBlobStore().put)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
     def interrupt(self, error: BaseException) -> None:
         """End a wait of the training thread with ``error``, or the next one; may be called from a signal handler."""
-        self._interruption = error
         self.fails(error)
-        if self._participant is not None:
-            self._participant.interrupt(error)
+        self._participant.interrupt(error)
 
     def fails(self, error: BaseException) -> None:
         """Training ends with an error; the log says so when the node leaves."""
@@ -421,16 +352,13 @@ class Session:
 
     def close(self) -> None:
         """Leave the run; idempotent."""
-        if self._participant is not None and not self._over and self.options.folder and self._optimizer:
-            saved_delta.save(self.options.folder, self._run, self._optimizer)
+        if self._folder is not None and not self._over:
+            saved_delta.save(self._folder, self.entry.run_id, self._step.distro)
         self._over, self._next, self.work = True, None, None
-        if self._participant is not None:
+        try:
             self._participant.stop(self._why)
-            if isinstance(self._journal, Journal):
-                self._journal.close()
-            if self._ledger is not None:
-                self._ledger.close()
-        self._voice.close()
+        finally:
+            self._opened.close()
 
 
 def node_key(folder: Path) -> Identity:

@@ -6,7 +6,9 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,17 +20,18 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from psyche_lightning.distro import DisTrO
 from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.device import OneDevice
-from psyche_lightning.lightning.loader import RoundLoader, Share, check_loader
+from psyche_lightning.lightning.entry import Entry
+from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
-from psyche_lightning.lightning.optimizers import TakenStep, build_distro, copy_rates
+from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.lightning.progress import RunProgress
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.node.participant import RoundWork
@@ -81,6 +84,10 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         accelerator: as of Lightning's strategies.
         checkpoint_io: as of Lightning's strategies.
         precision_plugin: as of Lightning's strategies.
+
+    Attributes:
+        options: what was given, with the environment's.
+        session: this node's membership in the run, also when it is over; None before it joins.
 
     Raises:
         ConfigError: an option is wrong, or only one of coordinator and run is known.
@@ -146,20 +153,9 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         ).in_environment()
         self.session: Session | None = None
         super().__init__("cpu", accelerator, checkpoint_io, precision_plugin)
-        self._forget()
-
-    def _forget(self) -> None:
-        """The state outside of fit."""
-        self._trainer: Trainer | None = None
-        self._distro: DisTrO | None = None
-        self._taken: TakenStep | None = None
-        self._progress: RunProgress | None = None
-        self._loaders: list[RoundLoader] = []
-        self._accumulate = 1
-        self._carried: list[torch.Tensor | None] | None = None
-        self._loss = math.nan
-        self._lost: DataError | None = None
-        self._old_handler: Any = None
+        self._fit: _Fit | None = None
+        self._training: _Training | None = None
+        self._undo = ExitStack()
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -176,39 +172,17 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
             trainer.callbacks.insert(0, CoordinatorCallback())  # type: ignore[attr-defined]
 
     def setup(self, trainer: Trainer) -> None:
-        """Called by Trainer before anything runs; when fitting, looks at the run."""
+        """Called by Trainer before anything runs; when fitting, checks what a run cannot have."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._check(trainer)
-            self._trainer = trainer
-            self._accumulate, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, 1
-            self.session = Session(self.options)
+            _check(trainer)
         super().setup(trainer)
 
-    def _check(self, trainer: Trainer) -> None:
-        assert self.lightning_module is not None
-        if not self.lightning_module.automatic_optimization:
-            raise ConfigError(
-                f"{type(self.lightning_module).__name__} has automatic_optimization=False, but the strategy 'psyche' "
-                "makes the optimizer's step itself. Return the loss from training_step and leave the rest to Trainer, "
-                'or write your own loop with Fabric(strategy="psyche").'
-            )
-        if trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-            raise ConfigError(
-                "Trainer has overfit_batches set, which repeats batches, but the run decides "
-                "which samples come. Give the Trainer a small data set instead (torch.utils.data.Subset)."
-            )
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ConfigError(
-                "GradientAccumulationScheduler changes the batch size during training, which all nodes of a run share. "
-                "Use Trainer's accumulate_grad_batches, or the run's global_batch_size_warmup_tokens."
-            )
-
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Called by Trainer; takes over the step of the module's optimizer."""
-        assert self.session is not None
-        module = self.lightning_module
-        assert module is not None
+        """Called by Trainer when fitting; looks at the run and takes over the step of the module's optimizer."""
+        self.session = None
+        entry = Entry(self.options)
         super().setup_optimizers(trainer)
+        module = trainer.lightning_module
         if len(self.optimizers) != 1 or isinstance(self.optimizers[0], _MockOptimizer):
             raise ConfigError(
                 f"{type(module).__name__}.configure_optimizers gives {len(self.optimizers)} optimizers, or none that "
@@ -219,90 +193,251 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
                 "A ReduceLROnPlateau follows a metric of this node alone, but all nodes must use the same learning "
                 "rate in each round. Use a scheduler that depends only on the step."
             )
-        optimizer = self.optimizers[0]
-        self._distro = build_distro(optimizer, module, self.session.agreement.distro)
-        self._taken = TakenStep(optimizer)
+        accumulate, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, 1
+        self._undo.callback(setattr, trainer, "accumulate_grad_batches", accumulate)
+        self._fit = _Fit(trainer, entry, TakenStep(self.optimizers[0], module, entry.distro), accumulate)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Called by Trainer with each DataLoader; the one for training is fed by the run."""
-        session, trainer = self.session, self._trainer
-        if session is None or trainer is None or not trainer.training:
+        fit = self._fit
+        if fit is None or not fit.trainer.training:
             return dataloader
         batch_size = check_loader(dataloader)
-        batch = session.global_batch(batch_size * self._accumulate)
         loader = RoundLoader(
             dataloader,  # type: ignore[arg-type]
-            batch,
-            session.agreement.run.seed,
-            self._rounds,
-            decline=session.decline,
-            upcoming=session.upcoming,
+            fit.entry.global_batch(batch_size * fit.accumulate),
+            fit.entry.run.seed,
+            lambda: self._now.rounds(),
+            decline=lambda work, error: self._now.session.decline(work, error),
+            upcoming=lambda: self._now.session.upcoming(),
         )
-        for old in self._loaders:
-            old.close()
-        self._loaders = [loader]
+        self._undo.callback(loader.close)
+        for earlier in fit.loaders:
+            earlier.close()
+        fit.loaders.append(loader)
         return loader
 
     def on_train_start(self) -> None:
         """Called by Trainer when everything is set up: join the run."""
-        session, trainer, module, distro = self.session, self._trainer, self.lightning_module, self._distro
-        assert session is not None
-        assert trainer is not None
-        assert module is not None
-        assert distro is not None
-        combined = trainer.fit_loop._combined_loader
-        if combined is None or len(combined.flattened) != 1 or not self._loaders:
+        assert self._fit is not None  # since setup_optimizers
+        self._training = training = _Training(self._fit)
+        self.session = training.session
+        self._undo.callback(training.session.close)
+        if threading.current_thread() is threading.main_thread():
+            self._undo.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+            signal.signal(signal.SIGTERM, training.terminate(signal.getsignal(signal.SIGTERM)))
+        if training.trainer.received_sigterm:  # up to now Trainer's own handler only noted it
+            raise SIGTERMException
+        training.session.start()
+
+    # --- rounds -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _now(self) -> _Training:
+        """What there is while Trainer trains."""
+        assert self._training is not None  # since on_train_start
+        return self._training
+
+    def stop_if_finished(self) -> bool:
+        """Tell Trainer to stop when the run is over; returns whether it is."""
+        return self._training is not None and self._training.stop_if_finished()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Train the round's share: all micro-batches but one forward and backward here, that one by Trainer.
+
+        Returns:
+            What the module returned, with the mean of the whole share as the loss; its gradient is that of the part
+            that Trainer is to run backward.
+        """
+        training, optimizer = self._now, self.optimizers[0]
+        share = training.loader.share
+        if len(share.sizes) == 1:
+            output = super().training_step(*args, **kwargs)
+            training.loss = _value(_loss_of(output))
+            return output
+        optimizer.zero_grad()
+        batch, *rest = args
+        mean: torch.Tensor | None = None
+        try:
+            for size, micro in zip(share.sizes[1:], share.rest, strict=True):
+                micro = self._transferred(training.trainer.lightning_module, micro)
+                _weigh(training.trainer, micro)
+                loss = _loss_of(super().training_step(micro, *rest, **kwargs))
+                if loss is not None:
+                    part = loss * (size / share.samples)
+                    mean = part.detach() if mean is None else mean + part.detach()
+                    self.backward(part, optimizer)
+        except DataError as error:  # Trainer gets its loss all the same; the round is declined after its step
+            training.lost = error
+        # Trainer zeroes the gradients before it runs backward on what we return; pre_backward puts these back.
+        training.carried = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        _weigh(training.trainer, batch)
+        output = super().training_step(batch, *rest, **kwargs)
+        last = _loss_of(output)
+        if last is not None:
+            whole = last * (share.sizes[0] / share.samples)
+            whole = whole if mean is None else whole + mean
+            output = {**output, "loss": whole} if isinstance(output, Mapping) else whole
+            training.loss = _value(whole)
+        return output
+
+    def _transferred(self, module: LightningModule, batch: Any) -> Any:
+        """A batch on the node's device, through the same hooks as those that Trainer fetches."""
+        batch = self.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return self.batch_to_device(batch, dataloader_idx=0)
+
+    def pre_backward(self, closure_loss: torch.Tensor) -> None:
+        """Put the gradients of the other micro-batches back, so that backward adds to them."""
+        carried, self._now.carried = self._now.carried, ()
+        parameters = (p for group in self.optimizers[0].param_groups for p in group["params"])
+        for parameter, gradient in zip(parameters, carried, strict=False):
+            parameter.grad = gradient
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Called by Trainer: forward, backward and clipping, then the round's payload and its results."""
+        training = self._now
+        step, share = training.step, training.loader.share
+
+        def ahead() -> Any:
+            with step.looking_ahead():
+                return closure()
+
+        step.reset()
+        training.carried, training.lost, training.loss = (), None, math.nan
+        result = super().optimizer_step(optimizer, ahead, model, **kwargs)
+        if training.lost is not None:
+            training.session.decline(share.work, training.lost)
+        else:
+            usable = step.called and not math.isnan(training.loss)
+            training.session.submit(share.work, usable, training.loss, share.samples)
+        return result
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state that a checkpoint has: that of the user's groups, and DisTrO's."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        state = dict(optimizer.state_dict())
+        if self._fit is not None:
+            state[STATE_KEY] = self._fit.step.distro.state_dict()
+        return state
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore :meth:`optimizer_state`; the state of another optimizer's own step is of no use and left out."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            optimizer.load_state_dict({"state": {}, "param_groups": saved["param_groups"]})
+            if STATE_KEY in saved and self._fit is not None:
+                self._fit.step.distro.load_state_dict(saved[STATE_KEY])
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Called by Trainer when training ends with an error or a signal."""
+        if self.session is not None:
+            self.session.fails(exception)
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        """Called by Trainer at the end, also after an error: leave the run."""
+        try:
+            self._undo.close()
+        finally:
+            self._fit = self._training = None
+            super().teardown()
+
+
+@dataclass
+class _Fit:
+    """One call of ``Trainer.fit``, from the moment in which there is an optimizer.
+
+    Attributes:
+        trainer: fits.
+        entry: the look at the run.
+        step: the module with its optimizer.
+        accumulate: batches of the user's whose gradients make one step.
+        loaders: those for training, the newest last.
+    """
+
+    trainer: Trainer
+    entry: Entry
+    step: TakenStep
+    accumulate: int
+    loaders: list[RoundLoader] = field(default_factory=list)
+
+
+class _Training:
+    """The part of a fit in which this node is a member of the run.
+
+    Args:
+        fit: what there was before.
+
+    Attributes:
+        trainer: trains.
+        step: the module with its optimizer.
+        session: the membership; it begins when it is started.
+        loss: mean loss of the share in work.
+        lost: why some of its samples could not be obtained.
+        carried: gradients of its micro-batches but the last, for Trainer to add that one's to; empty where there are
+            none.
+
+    Raises:
+        ConfigError: there is not exactly one train dataloader.
+        PsycheError: the node's folder cannot be used.
+    """
+
+    def __init__(self, fit: _Fit) -> None:
+        self.trainer, self.step = trainer, step = fit.trainer, fit.step
+        self.loss = math.nan
+        self.lost: DataError | None = None
+        self.carried: Sequence[torch.Tensor | None] = ()
+        self._loaders = fit.loaders
+        if len(CombinedLoader(trainer.train_dataloader).flattened) != 1 or not fit.loaders:
             raise ConfigError("the strategy 'psyche' trains with exactly one train dataloader")
-        loader = self._loaders[0]
         clip = None
         if trainer.gradient_clip_val:
             algorithm = str(trainer.gradient_clip_algorithm or "norm").rpartition(".")[2].lower()
             clip = (algorithm, float(trainer.gradient_clip_val))
+        order = self.loader.order
         sections = {
-            "model": model_section(module, distro),
-            "optimizer": optimizer_section(distro, clip),
-            "data": data_section(loader.order.length, loader.order.shuffle),
+            "model": model_section(step.module, step.distro),
+            "optimizer": optimizer_section(step.distro, clip),
+            "data": data_section(order.length, order.shuffle),
         }
         self._progress = RunProgress(trainer)
-        self._listen(trainer)
-        session.join(
-            module,
-            distro,
+        self.session = Session(
+            fit.entry,
+            step,
             sections,
-            global_batch=loader.global_batch,
-            total_steps=self._last_step(trainer),
+            global_batch=self.loader.global_batch,
+            total_steps=_last_step(trainer),
             done=trainer.global_step,
         )
 
-    def _last_step(self, trainer: Trainer) -> int | None:
-        """The step at which Trainer ends, by ``max_steps`` or ``max_epochs``; None when it does not."""
-        limits = [trainer.max_steps] if trainer.max_steps > -1 else []
-        if trainer.max_epochs is not None and trainer.max_epochs > -1:
-            limits.append(trainer.max_epochs * int(trainer.num_training_batches))
-        return min(limits, default=None)
+    @property
+    def loader(self) -> RoundLoader:
+        """The one that Trainer iterates over."""
+        return self._loaders[-1]
 
-    # --- signals ----------------------------------------------------------------------------------------------------
+    def terminate(self, before: Any) -> Callable[[int, Any], None]:
+        """A handler of SIGTERM after ``before``: it ends a wait for other nodes, too."""
 
-    def _listen(self, trainer: Trainer) -> None:
-        """Let SIGTERM end a wait for other nodes, too; Trainer's own handler only notes it."""
-        if threading.current_thread() is threading.main_thread():
-            self._old_handler = signal.getsignal(signal.SIGTERM)
-            signal.signal(signal.SIGTERM, self._terminate)
-        if trainer.received_sigterm:
-            raise SIGTERMException
-
-    def _terminate(self, number: int, frame: Any) -> None:
-        if callable(self._old_handler):
-            self._old_handler(number, frame)
-        if self.session is not None:
+        def handle(number: int, frame: Any) -> None:
+            if callable(before):
+                before(number, frame)
             self.session.interrupt(SIGTERMException())
 
-    # --- rounds -----------------------------------------------------------------------------------------------------
+        return handle
 
-    def _rounds(self) -> Iterator[RoundWork]:
+    def rounds(self) -> Iterator[RoundWork]:
         """The rounds of one Lightning epoch, as the loader asks for them."""
-        assert self.session is not None
-        assert self._progress is not None
         fresh = True
         while (work := self.session.peek()) is not None:
             if not self._progress.enter(work.step, fresh):
@@ -316,142 +451,46 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
 
     def stop_if_finished(self) -> bool:
         """Tell Trainer to stop when the run is over; returns whether it is."""
-        finished = self.session is not None and self.session.finished is not None
-        if finished and self._trainer is not None:
-            self._trainer.should_stop = True
+        finished = self.session.finished is not None
+        if finished:
+            self.trainer.should_stop = True
             # Trainer would wait for its minimum, but no more rounds come.
-            self._trainer.fit_loop.min_epochs = 0
-            self._trainer.fit_loop.epoch_loop.min_steps = None
+            self.trainer.fit_loop.min_epochs = 0
+            self.trainer.fit_loop.epoch_loop.min_steps = None
         return finished
 
-    @property
-    def _share(self) -> Share | None:
-        return self._loaders[0].share if self._loaders else None
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Train the round's share: all micro-batches but one forward and backward here, that one by Trainer.
+def _check(trainer: Trainer) -> None:
+    """Refuse what a run cannot have.
 
-        Returns:
-            What the module returned, with the mean of the whole share as the loss; its gradient is that of the part
-            that Trainer is to run backward.
-        """
-        share, trainer, optimizer = self._share, self._trainer, self.optimizers[0]
-        if share is None or trainer is None or len(share.sizes) == 1:
-            output = super().training_step(*args, **kwargs)
-            self._loss = _value(_loss_of(output))
-            return output
-        optimizer.zero_grad()
-        batch, *rest = args
-        mean: torch.Tensor | None = None
-        try:
-            for size, micro in zip(share.sizes[1:], share.rest, strict=True):
-                micro = self._transferred(trainer, micro)
-                _weigh(trainer, micro)
-                loss = _loss_of(super().training_step(micro, *rest, **kwargs))
-                if loss is not None:
-                    part = loss * (size / share.samples)
-                    mean = part.detach() if mean is None else mean + part.detach()
-                    self.backward(part, optimizer)
-        except DataError as error:  # Trainer gets its loss all the same; the round is declined after its step
-            self._lost = error
-        # Trainer zeroes the gradients before it runs backward on what we return; pre_backward puts these back.
-        self._carried = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        _weigh(trainer, batch)
-        output = super().training_step(batch, *rest, **kwargs)
-        last = _loss_of(output)
-        if last is not None:
-            whole = last * (share.sizes[0] / share.samples)
-            whole = whole if mean is None else whole + mean
-            output = {**output, "loss": whole} if isinstance(output, Mapping) else whole
-            self._loss = _value(whole)
-        else:
-            self._loss = math.nan
-        return output
+    Raises:
+        ConfigError: what it is, and what to do instead.
+    """
+    module = trainer.lightning_module
+    if not module.automatic_optimization:
+        raise ConfigError(
+            f"{type(module).__name__} has automatic_optimization=False, but the strategy 'psyche' makes the "
+            "optimizer's step itself. Return the loss from training_step and leave the rest to Trainer, or write your "
+            'own loop with Fabric(strategy="psyche").'
+        )
+    if trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+        raise ConfigError(
+            "Trainer has overfit_batches set, which repeats batches, but the run decides "
+            "which samples come. Give the Trainer a small data set instead (torch.utils.data.Subset)."
+        )
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigError(
+            "GradientAccumulationScheduler changes the batch size during training, which all nodes of a run share. "
+            "Use Trainer's accumulate_grad_batches, or the run's global_batch_size_warmup_tokens."
+        )
 
-    def _transferred(self, trainer: Trainer, batch: Any) -> Any:
-        """A batch on the node's device, through the same hooks as those that Trainer fetches."""
-        assert self.lightning_module is not None
-        batch = self.precision_plugin.convert_input(batch)
-        batch = self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return self.batch_to_device(batch, dataloader_idx=0)
 
-    def pre_backward(self, closure_loss: torch.Tensor) -> None:
-        """Put the gradients of the other micro-batches back, so that backward adds to them."""
-        if self._carried is not None:
-            parameters = [p for group in self.optimizers[0].param_groups for p in group["params"]]
-            for parameter, gradient in zip(parameters, self._carried, strict=True):
-                parameter.grad = gradient
-            self._carried = None
-
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: LightningModule | Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Called by Trainer: forward, backward and clipping, then the round's payload and its results."""
-        session, distro, taken, share = self.session, self._distro, self._taken, self._share
-        assert session is not None
-        assert distro is not None
-        assert taken is not None
-        assert share is not None
-
-        def ahead() -> Any:
-            copy_rates(optimizer, distro)
-            with distro.look_ahead():
-                return closure()
-
-        taken.reset()
-        self._carried = self._lost = None
-        result = super().optimizer_step(optimizer, ahead if distro.config.lookahead else closure, model, **kwargs)
-        if self._lost is not None:
-            session.decline(self._lost)
-        else:
-            usable = taken.called and not math.isnan(self._loss)
-            session.submit(optimizer if usable else None, self._loss, share.samples)
-        return result
-
-    # --- checkpoints ------------------------------------------------------------------------------------------------
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state that a checkpoint has: that of the user's groups, and DisTrO's."""
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
-        state = dict(optimizer.state_dict())
-        if self._distro is not None:
-            state[STATE_KEY] = self._distro.state_dict()
-        return state
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore :meth:`optimizer_state`; the state of another optimizer's own step is of no use and left out."""
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            optimizer.load_state_dict({"state": {}, "param_groups": saved["param_groups"]})
-            if STATE_KEY in saved and self._distro is not None:
-                self._distro.load_state_dict(saved[STATE_KEY])
-
-    # --- the end ----------------------------------------------------------------------------------------------------
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Called by Trainer when training ends with an error or a signal."""
-        if self.session is not None:
-            self.session.fails(exception)
-        super().on_exception(exception)
-
-    def teardown(self) -> None:
-        """Called by Trainer at the end, also after an error: leave the run."""
-        try:
-            if self.session is not None:
-                self.session.close()
-        finally:
-            if self._old_handler is not None:
-                signal.signal(signal.SIGTERM, self._old_handler)
-            for loader in self._loaders:
-                loader.close()
-            if self._trainer is not None:
-                self._trainer.accumulate_grad_batches = self._accumulate
-            self._forget()
-            super().teardown()
+def _last_step(trainer: Trainer) -> int | None:
+    """The step at which Trainer ends, by ``max_steps`` or ``max_epochs``; None when it does not."""
+    limits = [trainer.max_steps] if trainer.max_steps > -1 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > -1:
+        limits.append(trainer.max_epochs * int(trainer.num_training_batches))
+    return min(limits, default=None)
 
 
 def _weigh(trainer: Trainer, batch: Any) -> None:

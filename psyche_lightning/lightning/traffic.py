@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-
-from psyche_lightning.transports.base import Link, Progress, Transport, TransportContext
+from psyche_lightning.transports.base import Transport
 from psyche_lightning.transports.meter import ByteMeter
 
 
 class Traffic:
     """Bytes of one node.
 
-    Attributes:
+    Args:
+        transport: the node's.
         coordinator: counts the sockets to the coordinator.
-        payload_size: bytes of a payload; a blob of this size that a peer fetched counts as one.
+        payload_size: bytes of a payload; a blob of this size that a peer fetches counts as one.
+
+    Attributes:
         payloads_up: bytes of the payloads that peers fetched from this node.
     """
 
-    def __init__(self) -> None:
-        self.coordinator = ByteMeter()
-        self.payload_size = 0
+    def __init__(self, transport: Transport, coordinator: ByteMeter, payload_size: int) -> None:
         self.payloads_up = 0
-        self._transport: Transport | None = None
-
-    def watch(self, transport: Transport) -> Transport:
-        """The transport to use in place of ``transport``."""
         self._transport = transport
-        return _Watched(transport, self)
+        self._coordinator = coordinator
+        self._payload_size = payload_size
 
     @property
     def total(self) -> tuple[int, int]:
@@ -36,48 +31,11 @@ class Traffic:
         if isinstance(meter, ByteMeter):
             up, down = meter.up, meter.down
         else:
-            links = self._transport.links() if self._transport is not None else []
+            links = self._transport.links()
             up, down = sum(link.bytes_up for link in links), sum(link.bytes_down for link in links)
-        return self.coordinator.up + up, self.coordinator.down + down
+        return self._coordinator.up + up, self._coordinator.down + down
 
-    def gave(self, size: int, given: int) -> None:
-        """Note what a peer was given of a blob of ``size`` bytes."""
-        if size == self.payload_size:
+    def served(self, size: int, given: int) -> None:
+        """Note that a peer was given that much of a blob of ``size`` bytes."""
+        if size == self._payload_size:
             self.payloads_up += given
-
-
-class _Watched:
-    """A transport that tells which blobs it gives out."""
-
-    def __init__(self, transport: Transport, traffic: Traffic) -> None:
-        self._transport = transport
-        self._traffic = traffic
-
-    async def start(self, context: TransportContext) -> str:
-        return await self._transport.start(replace(context, on_served=self._traffic.gave))
-
-    def set_peers(self, peers: Mapping[bytes, str]) -> None:
-        self._transport.set_peers(peers)
-
-    def send(self, peer: bytes, message: bytes) -> None:
-        self._transport.send(peer, message)
-
-    def broadcast(self, message: bytes) -> None:
-        self._transport.broadcast(message)
-
-    async def fetch(
-        self,
-        digest: bytes,
-        providers: Sequence[bytes],
-        *,
-        max_size: int,
-        timeout: float,
-        progress: Progress | None = None,
-    ) -> bytes:
-        return await self._transport.fetch(digest, providers, max_size=max_size, timeout=timeout, progress=progress)
-
-    def links(self) -> list[Link]:
-        return self._transport.links()
-
-    async def stop(self) -> None:
-        await self._transport.stop()

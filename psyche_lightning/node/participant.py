@@ -24,6 +24,7 @@ from psyche_lightning.node.runtime import NodeParts, Runtime, TrainerTask
 from psyche_lightning.protocol.messages import Result
 from psyche_lightning.protocol.open_ids import Interval, closed
 from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.state import RunState
 
 _T = TypeVar("_T")
 START_TIMEOUT = 120.0
@@ -148,8 +149,8 @@ class Participant:
         return self._runtime.downloads.transfer
 
     @property
-    def state(self) -> Any:
-        """The newest :class:`~psyche_lightning.protocol.state.RunState` that this node saw, or None."""
+    def state(self) -> RunState | None:
+        """The newest state of the run that this node saw; None before the first."""
         return self._runtime.core.state
 
     def waiting(self) -> str:

@@ -60,6 +60,7 @@ class NodeParts:
         store: blobs.
         journal: promises.
         traffic: returns bytes ``(up, down)`` counted at the node's sockets.
+        served: told ``(size of the blob, bytes sent)`` when a peer was given a blob or a part of one.
         ledger: where the node writes down the rounds that are certain, if it keeps a ledger.
     """
 
@@ -73,6 +74,7 @@ class NodeParts:
     store: BlobStore
     journal: Journal | MemoryJournal
     traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    served: Callable[[int, int], None] = lambda size, given: None
     ledger: Ledger | None = None
 
 
@@ -127,7 +129,8 @@ class Runtime:
         Raises:
             PsycheError: the transport cannot listen, or the coordinator cannot be reached or refuses this node.
         """
-        context = TransportContext(self.node.identity, self.node.run_id, self._on_message, self.node.store.get)
+        node = self.node
+        context = TransportContext(node.identity, node.run_id, self._on_message, node.store.get, node.served)
         self.address = await self.node.transport.start(context)
         await self.node.coordinator.request(Join(self.address, self.node.manifest))
         self._joined = True

@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader
 
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.hookspecs import DataProvider
-from psyche_lightning.lightning.agreement import look
 from psyche_lightning.lightning.callback import CoordinatorCallback
-from psyche_lightning.lightning.session import ALONE_RUN, Session, node_key
+from psyche_lightning.lightning.entry import ALONE_RUN, look
+from psyche_lightning.lightning.session import Session, node_key
 from psyche_lightning.lightning.strategy import PsycheStrategy
 from psyche_lightning.logs import speaking
+from psyche_lightning.node.download import Transfer
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.recipe.config import Recipe
@@ -98,10 +99,11 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     options = recipe.options(
         coordinator_url, run, folder, sections, start=beginning.start, tokens_per_sample=provider.seq_len
     )
-    diary = _Diary(recipe, provider, folder)
+    strategy = PsycheStrategy(**vars(options))
+    diary = _Diary(recipe, provider, folder, strategy)
     diary.checkpoints = Checkpoints(recipe, run, folder, provider.tokenizer, sections)
     trainer = Trainer(
-        strategy=PsycheStrategy(**vars(options)),
+        strategy=strategy,
         accelerator=recipe.trainer.accelerator,
         devices=1,
         precision=recipe.trainer.precision,
@@ -130,7 +132,7 @@ class _Diary(Callback):
 
     checkpoints: Checkpoints
 
-    def __init__(self, recipe: Recipe, provider: DataProvider, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, provider: DataProvider, folder: Path, strategy: PsycheStrategy) -> None:
         self.result: dict[str, Any] = {}
         self._recipe = recipe
         self._provider = provider
@@ -141,13 +143,8 @@ class _Diary(Callback):
         self._started = self._began = 0.0
         self._trained = 0
         self._console = Console()
-        self._session: Session | None = None
-        self._bars = Bars(
-            self._console,
-            recipe.name,
-            recipe.run.total_steps,
-            lambda: self._session.transfer if self._session else None,
-        )
+        self._strategy = strategy
+        self._bars = Bars(self._console, recipe.name, recipe.run.total_steps, self._transfer)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._metrics = (folder / METRICS).open("a", encoding="utf-8")
@@ -163,7 +160,6 @@ class _Diary(Callback):
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._session = _session(trainer)
         self._bars.start()
         self._started = time.monotonic()
 
@@ -175,7 +171,7 @@ class _Diary(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        session, step = _session(trainer), trainer.global_step
+        session, step = self._session, trainer.global_step
         seconds = max(time.monotonic() - self._began, 1e-6)
         up, down = session.traffic.total
         self._trained += 1
@@ -201,7 +197,7 @@ class _Diary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._validation or self._validation[-1][0] != trainer.global_step:
             self._validate(trainer, pl_module)
-        session = _session(trainer)
+        session = self._session
         assert isinstance(pl_module, CausalModule)
         finish = self.checkpoints.at_the_end(session, pl_module.model, trainer.global_step)
         up, down = session.traffic.total
@@ -226,6 +222,17 @@ class _Diary(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
+
+    def _transfer(self) -> Transfer | None:
+        """Parameters on their way to this node, once it has joined."""
+        session = self._strategy.session
+        return session.transfer if session else None
+
+    @property
+    def _session(self) -> Session:
+        """The node's membership, while it trains."""
+        assert self._strategy.session is not None
+        return self._strategy.session
 
     # --- what they do -----------------------------------------------------------------------------------------------
 
@@ -257,13 +264,6 @@ def _fixed(url: str, run: str) -> Mapping[str, Any]:
     """The manifest of a run as far as it is fixed."""
     client = load_plugins().coordinators()[urlsplit(url).scheme].client
     return look(client(url, run, Identity.generate(), {})).manifest or {}
-
-
-def _session(trainer: Trainer) -> Session:
-    strategy = trainer.strategy
-    assert isinstance(strategy, PsycheStrategy)
-    assert strategy.session is not None
-    return strategy.session
 
 
 def _ends(values: list[float]) -> list[float]:

@@ -64,16 +64,15 @@ class Outage(Callback):
         submit, decline = sessions.Session.submit, sessions.Session.decline
         lock = threading.Lock()
 
-        def submitted(session: Any, *arguments: Any) -> None:
-            step = session.work.step
+        def submitted(session: Any, work: RoundWork, *arguments: Any) -> None:
             with lock:
-                if step == self.after and not self.down and not self.lost:
+                if work.step == self.after and not self.down and not self.lost:
                     self.down = True
                     self.server.stop()
-            submit(session, *arguments)
+            submit(session, work, *arguments)
 
-        def declined(session: Any, error: DataError) -> None:
-            decline(session, error)
+        def declined(session: Any, work: RoundWork, error: DataError) -> None:
+            decline(session, work, error)
             with lock:
                 self.lost += 1
                 if self.lost >= self.rounds and self.down:
@@ -158,10 +157,10 @@ def test_data_that_changes_under_way_ends_the_node_s_part(
 ) -> None:
     submit = sessions.Session.submit
 
-    def submitted(session: Any, *arguments: Any) -> None:
-        if session.work.step == 3:
+    def submitted(session: Any, work: RoundWork, *arguments: Any) -> None:
+        if work.step == 3:
             np.zeros(SEQ_LEN * 300, np.uint16).tofile(tmp_path / "tokens" / "a.bin")
-        submit(session, *arguments)
+        submit(session, work, *arguments)
 
     monkeypatch.setattr(sessions.Session, "submit", submitted)
     with pytest.raises(DataError, match=r"a.bin changed under way: at the start it had 12800 bytes, now it has 19200"):
@@ -287,15 +286,18 @@ def works(*stretches: tuple[int, int]) -> Iterator[RoundWork]:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_passes_over_rounds_without_samples(workers: int) -> None:
-    declined: list[DataError] = []
+    declined: list[tuple[RoundWork, DataError]] = []
     user = DataLoader(Sometimes({5}), batch_size=4, num_workers=workers)
-    loader = RoundLoader(user, 8, 0, lambda: works((0, 4), (4, 8), (8, 12)), decline=declined.append)
+    loader = RoundLoader(
+        user, 8, 0, lambda: works((0, 4), (4, 8), (8, 12)), decline=lambda *told: declined.append(told)
+    )
     try:
         assert [int(batch[0, 0]) for batch in loader] == [0, 8]
     finally:
         loader.close()
-    assert len(declined) == 1
-    assert "sample 5 is away" in str(declined[0])
+    [(work, error)] = declined
+    assert work.batch == ((4, 8),)
+    assert "sample 5 is away" in str(error)
 
 
 def test_without_a_run_a_failure_is_one() -> None:
@@ -350,10 +352,10 @@ def test_a_round_that_loses_samples_in_mid_training_is_declined(
     decline = sessions.Session.decline
     after: list[bytes] = []
 
-    def declining(session: Any, error: DataError) -> None:
-        declined.append(session.work.step)
+    def declining(session: Any, work: RoundWork, error: DataError) -> None:
+        declined.append(work.step)
         after.append(parameter_bytes(module))
-        decline(session, error)
+        decline(session, work, error)
         after.append(parameter_bytes(module))
 
     monkeypatch.setattr(sessions.Session, "decline", declining)

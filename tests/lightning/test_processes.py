@@ -209,8 +209,8 @@ def test_overlap_and_look_ahead_end_with_the_same_bytes_everywhere(
 
     together(lambda: node(0), lambda: node(1))
     assert strategies[0].session is not None
-    assert strategies[0].session.agreement.run.overlap
-    assert strategies[0].session.agreement.distro.lookahead
+    assert strategies[0].session.entry.run.overlap
+    assert strategies[0].session.entry.distro.lookahead
     assert parameter_bytes(modules[0]) == parameter_bytes(modules[1])
 
 

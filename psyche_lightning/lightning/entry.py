@@ -1,0 +1,147 @@
+"""The way into a run: a look at it, what it and this node agree on before it joins, and the means to take part."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+from urllib.parse import urlsplit
+
+from psyche_lightning.distro import DistroConfig
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.logs import ensure_heard
+from psyche_lightning.plugins import load_plugins, packages
+from psyche_lightning.protocol.manifest import START, differences, manifest_text, mismatch
+from psyche_lightning.protocol.requests import Coordinator, GetTerms, Terms
+from psyche_lightning.protocol.state import CoordinatorConfig
+from psyche_lightning.recipe.options import SHARED, RunOptions, RunValues
+from psyche_lightning.transports.base import Transport
+from psyche_lightning.transports.memory import MemoryTransport
+from psyche_lightning.transports.meter import ByteMeter, socket_factory
+from psyche_lightning.wire.identity import Identity
+
+ALONE_RUN = "alone"
+
+
+def look(client: Coordinator, timeout: float = 60.0) -> Terms:
+    """Ask a run for what it has fixed, on an event loop of its own.
+
+    Raises:
+        CoordinatorError: the coordinator cannot be reached, or does not have the run.
+    """
+
+    async def ask() -> Terms:
+        try:
+            return await client.request(GetTerms())
+        finally:
+            await client.close()
+
+    # In a thread, because notebooks have a running loop in this one.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(asyncio.wait_for(ask(), timeout))).result()
+
+
+class Entry:
+    """What a process knows of its run before it joins; it looks at the run once.
+
+    Args:
+        options: how to take part.
+
+    Attributes:
+        options: as given.
+        run_id: the run's name.
+        terms: what the run has fixed; for a run of this process alone, what its options fix.
+        run: the values that all nodes share.
+        distro: the compression, which they share as well.
+        transport: not yet started.
+        meter: counts the bytes at the sockets to the coordinator.
+
+    Raises:
+        PsycheError: the transport is unknown or refuses its options, the coordinator cannot be reached, has no such
+            run, or its values are not the options'.
+    """
+
+    def __init__(self, options: RunOptions) -> None:
+        ensure_heard(packages())
+        self.options = options
+        self.run_id = options.run or ALONE_RUN
+        self.meter = ByteMeter()
+        # Who trains alone needs none, but is told at once what is wrong with it.
+        transport = load_plugins().transports()[options.transport](options.transport_options)
+        self.transport: Transport = MemoryTransport() if options.coordinator is None else transport
+        if options.coordinator is None:
+            unset = () if options.config else ("global_batch_size", "total_steps")
+            self.terms = Terms(options.config or CoordinatorConfig(), unset)
+        else:
+            self.terms = look(self.client(options.coordinator, Identity.generate()))
+        self.run, self.distro = agree(options, self.terms)
+
+    def client(self, url: str, identity: Identity) -> Coordinator:
+        """A client of the run's coordinator for a node with that key."""
+        scheme = urlsplit(url).scheme
+        options = {"socket_factory": socket_factory(self.meter)} if scheme in ("http", "https") else {}
+        return load_plugins().coordinators()[scheme].client(url, self.run_id, identity, options)
+
+    def global_batch(self, local: int) -> int:
+        """Samples of a round of the whole run.
+
+        Args:
+            local: what the user's DataLoader and accumulation give one node.
+        """
+        if "global_batch_size" not in self.terms.unset:
+            return self.terms.config.global_batch_size_end
+        return self.options.global_batch_size or local * self.terms.config.init_min_clients
+
+    def manifest(self, sections: dict[str, dict[str, Any]], sizes: dict[str, int]) -> dict[str, dict[str, Any]]:
+        """This node's manifest.
+
+        Args:
+            sections: those of model, optimizer and data, where the options do not have them.
+            sizes: what this node fixes, by name, where the run leaves it to its first node.
+        """
+        held = self.terms.manifest or {}
+        shared = {name: dict(held.get(name, asdict(getattr(self, name)))) for name in SHARED}
+        shared["run"].update((name, sizes[name]) for name in self.terms.unset)
+        return {**sections, **{name: dict(section) for name, section in self.options.manifest.items()}, **shared}
+
+
+def agree(options: RunOptions, terms: Terms) -> tuple[RunValues, DistroConfig]:
+    """Combine a node's options with what its run has fixed: the run's values win, and options must not contradict them.
+
+    Raises:
+        ManifestMismatchError: options, or sections that the node brings, differ from the run's; it lists all fields.
+        ConfigError: the run has a value that this version does not know, or goes on from a checkpoint that this node
+            does not have.
+    """
+    held = terms.manifest or {}
+    shared: dict[str, Any] = {}
+    found: list[tuple[str, object, object]] = []
+    for section, kind in SHARED.items():
+        defaults, given = asdict(kind()), options.given[section]
+        fixed = {**defaults, **held[section]} if section in held else {}
+        unknown = fixed.keys() - defaults.keys()
+        if unknown:
+            raise ConfigError(
+                f"the run has the setting {section}.{min(unknown)}, which this version does not know; install the "
+                f"version with which it was created. Known: {', '.join(defaults)}."
+            )
+        found += [(f"{section}.{name}", fixed[name], v) for name, v in given.items() if fixed and fixed[name] != v]
+        shared[section] = {**defaults, **given, **fixed}
+    sizes = {"global_batch_size": terms.config.global_batch_size_end, "total_steps": terms.config.total_steps}
+    for name, size in sizes.items():
+        value = getattr(options, name)
+        if name not in terms.unset and value not in (None, size):
+            found.append((f"run.{name}", size, value))
+    for name, section in json.loads(manifest_text(options.manifest)).items():
+        found += differences(held[name], section, name) if name in held else []
+    if found:
+        raise mismatch(found, "Give this node the run's values; an option of the strategy that is left out has them.")
+    begun = held.get(START)
+    if begun is not None and START not in options.manifest:
+        raise ConfigError(
+            f"the run goes on from the checkpoint of step {begun.get('step')}, and this node would begin anew: give "
+            "its recipe checkpoint.resume=ADDRESS, where that checkpoint lies."
+        )
+    return RunValues(**shared["run"]), DistroConfig(**shared["distro"])
