@@ -1,4 +1,4 @@
-"""Ranges of files in bounded memory: what was used last, and what is on its way."""
+"""A bounded memory of ranges of files: the last used ones, and those that are being fetched."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from concurrent.futures import Future
 
 from psyche_lightning.data.files import Lost, Range
 
-Piece = bytes | Lost
+Found = bytes | Lost
 
 
 class RangeCache:
-    """The ranges that were used last, up to a number of bytes; and a future for each that is being fetched.
+    """Keeps the last used ranges up to a number of bytes, and a future for each range that is being fetched.
 
-    Nothing is fetched twice at a time, whoever asks. Failures are not kept.
+    It never fetches a range twice at a time. It does not keep failures.
 
     Args:
-        limit: bytes of ranges that are kept.
+        limit: the most bytes of ranges to keep.
 
     Attributes:
-        size: bytes that are kept now.
+        size: bytes of the ranges that it keeps now.
     """
 
     def __init__(self, limit: int) -> None:
@@ -29,20 +29,20 @@ class RangeCache:
         self._limit = limit
         self._lock = threading.Lock()
         self._kept: OrderedDict[Range, bytes] = OrderedDict()
-        self._coming: dict[Range, Future[Piece]] = {}
+        self._coming: dict[Range, Future[Found]] = {}
         self._coming_size = 0
 
-    def want(self, ranges: Sequence[Range], *, room: bool = False) -> tuple[dict[Range, Future[Piece]], list[Range]]:
-        """Look ranges up.
+    def request(self, ranges: Sequence[Range], *, room: bool = False) -> tuple[dict[Range, Future[Found]], list[Range]]:
+        """Look up ranges.
 
         Args:
-            ranges: what is wanted.
-            room: whether only as many are wanted as fit into half of the limit, together with what is coming.
+            ranges: the wanted ranges.
+            room: take only as many as fit into half of the limit, together with those being fetched.
 
         Returns:
-            A future for each range, and those ranges that the caller has to fetch and to :meth:`bring`.
+            A future for each range, and the ranges that the caller must fetch and pass to :meth:`deliver`.
         """
-        found: dict[Range, Future[Piece]] = {}
+        found: dict[Range, Future[Found]] = {}
         missing = []
         with self._lock:
             for part in ranges:
@@ -62,8 +62,8 @@ class RangeCache:
                     missing.append(part)
         return found, missing
 
-    def bring(self, part: Range, piece: Piece) -> None:
-        """Give what was fetched to all who wait for it."""
+    def deliver(self, part: Range, piece: Found) -> None:
+        """Give a fetched range to all who wait for it."""
         with self._lock:
             future = self._coming.pop(part)
             self._coming_size -= part.length

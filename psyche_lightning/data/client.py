@@ -1,4 +1,4 @@
-"""HTTP from a thread of training: an event loop in the background, bounded answers, retries, and memory of failures."""
+"""An HTTP client for a training thread: a background event loop, bounded answers, retries, remembered failures."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 10.0
 SLOWEST = 32 << 10
-"""Bytes a second; a server that gives fewer counts as gone."""
+"""Bytes a second; a slower server counts as gone."""
 GONE = (401, 403, 404, 410)
 _LATER = (408, 425, 429)
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Fetch:
+class FetchOptions:
     """How this node fetches data; nodes may differ.
 
     Attributes:
         cache_mb: memory for samples, in MiB.
-        retry_seconds: how long a request is repeated before its samples count as lost.
-        connections: requests at a time.
+        retry_seconds: how long to repeat a request before its samples count as lost.
+        connections: the most requests at a time.
     """
 
     cache_mb: int = 256
@@ -49,11 +49,11 @@ class Fetch:
     connections: int = 8
 
     @classmethod
-    def of(cls, values: object) -> Fetch:
+    def of(cls, values: object) -> FetchOptions:
         """Check the option ``fetch``.
 
         Raises:
-            ConfigError: it is no mapping, or one of its keys is unknown or wrong.
+            ConfigError: it is not a mapping, or a key is unknown or has a wrong value.
         """
         names = [item.name for item in fields(cls)]
         given = {} if values is None else values
@@ -71,10 +71,10 @@ class Fetch:
 
 
 class Temporary(Exception):
-    """A request failed in a way that may pass.
+    """A request failed, but may succeed later.
 
     Attributes:
-        server: whether other requests to the same server would fail as well.
+        server: whether other requests to the same server would fail, too.
     """
 
     def __init__(self, reason: str, *, server: bool = True) -> None:
@@ -84,13 +84,13 @@ class Temporary(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """A part of a file as a server gave it.
+    """A part of a file from a server.
 
     Attributes:
         data: the bytes.
-        start: the first byte's place in the file.
+        start: position of the first byte in the file.
         size: bytes of the whole file.
-        version: what changes when the file does: its entity tag, or else the time of its last change.
+        version: changes with the file: its entity tag, or else the time of its last change.
     """
 
     data: bytes
@@ -100,10 +100,10 @@ class Answer:
 
 
 class Refused(Exception):
-    """The server answers, but not with a range of the file; repeating is of no use.
+    """The server answers, but not with a range of the file; a repetition is useless.
 
     Attributes:
-        status: of HTTP.
+        status: the HTTP status.
     """
 
     def __init__(self, status: int, reason: str) -> None:
@@ -112,17 +112,17 @@ class Refused(Exception):
 
 
 class Client:
-    """Requests on an event loop in a thread.
+    """Makes requests on an event loop in a thread.
 
-    When a server did not answer for ``fetch.retry_seconds``, requests that waited meanwhile fail with it: a server
-    that is away costs a round that time once, however many requests it needs.
+    If a server did not answer for ``fetch.retry_seconds``, the requests that waited meanwhile fail as well. So a server
+    that is down delays a round only once, however many requests the round needs.
 
     Args:
         fetch: how to fetch.
-        local: whether the servers are on this machine.
+        local: whether the servers run on this machine.
     """
 
-    def __init__(self, fetch: Fetch, *, local: bool) -> None:
+    def __init__(self, fetch: FetchOptions, *, local: bool) -> None:
         self._fetch = fetch
         self._local = local
         self._slots = asyncio.Semaphore(fetch.connections)
@@ -135,11 +135,11 @@ class Client:
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
-        """Run a coroutine on the loop; called from any other thread."""
+        """Run a coroutine on the loop; call it from another thread."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def close(self) -> None:
-        """End the thread; requests under way are given up."""
+        """End the thread, and give up requests in progress."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._stop()))
             if threading.current_thread() is not self._thread:
@@ -157,31 +157,31 @@ class Client:
     # --- requests ---------------------------------------------------------------------------------------------------
 
     async def part(self, url: str, start: int, length: int, asked: float) -> Answer:
-        """Bytes of a file, fewer than ``length`` only where it ends before.
+        """Fetch bytes of a file; returns fewer than ``length`` only at its end.
 
         Args:
-            url: of the file.
+            url: URL of the file.
             start: the first byte.
-            length: how many.
-            asked: ``time.monotonic()`` when they were wanted.
+            length: number of bytes.
+            asked: ``time.monotonic()`` when they were requested.
 
         Raises:
             Temporary: time is up.
             Refused: the server answers with something else.
         """
-        return await self._patiently(url, lambda: self._part(url, start, length), asked)
+        return await self._retry(url, lambda: self._part(url, start, length), asked)
 
     async def text(self, url: str, limit: int) -> bytes:
-        """A small document as a whole.
+        """Fetch a small document.
 
         Raises:
             Temporary: time is up.
             Refused: the server answers with something else.
-            ConfigError: it is larger than ``limit`` bytes.
+            ConfigError: the document is larger than ``limit`` bytes.
         """
-        return await self._patiently(url, lambda: self._text(url, limit), time.monotonic())
+        return await self._retry(url, lambda: self._text(url, limit), time.monotonic())
 
-    async def _patiently(self, url: str, request: Callable[[], Awaitable[_T]], asked: float) -> _T:
+    async def _retry(self, url: str, request: Callable[[], Awaitable[_T]], asked: float) -> _T:
         server = urlsplit(url).netloc.rpartition("@")[2]
         outage = self._outages.setdefault(server, Outage(logger, f"the data server {server}", level=logging.INFO))
         async with self._slots:
@@ -217,7 +217,7 @@ class Client:
             match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", text)
             first, last, size = map(int, match.groups()) if match else (-1, -1, -1)
             if match is None or first != start or last != min(start + length, size) - 1:
-                raise Temporary(f"{url}: the server gave {text[:80]!r} in place of bytes {start}-{start + length - 1}")
+                raise Temporary(f"{url}: the server sent {text[:80]!r} instead of bytes {start}-{start + length - 1}")
             try:
                 data = await response.content.readexactly(last - first + 1)
             except asyncio.IncompleteReadError as error:
@@ -233,7 +233,7 @@ class Client:
             while chunk := await response.content.read(1 << 16):
                 found += chunk
                 if len(found) > limit:
-                    raise ConfigError(f"{url} is larger than {limit} bytes, which is too much for what it should be.")
+                    raise ConfigError(f"{url} is larger than {limit} bytes, so it cannot be the expected document.")
             return found
 
     @contextlib.asynccontextmanager
@@ -241,7 +241,7 @@ class Client:
         import aiohttp
 
         if self._session is None:
-            # The environment's proxies are for the world outside; a server on this machine is not behind them.
+            # Proxies of the environment are for other machines; a server on this machine needs none.
             self._session = aiohttp.ClientSession(trust_env=not self._local)
         total = CONNECT_TIMEOUT + READ_TIMEOUT + length / SLOWEST
         timeout = aiohttp.ClientTimeout(total=total, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
@@ -259,7 +259,7 @@ class Client:
 
 
 def check_url(url: object) -> str:
-    """``url`` if it is one of HTTP.
+    """Returns ``url`` if it is an HTTP URL.
 
     Raises:
         ConfigError: it is not.
@@ -275,5 +275,5 @@ def check_url(url: object) -> str:
 
 
 def is_local(url: str) -> bool:
-    """Whether the server is this machine."""
+    """Whether the server runs on this machine."""
     return urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")

@@ -1,4 +1,4 @@
-"""Which files make up a corpus, in which order, and what is in them."""
+"""Finds and reads the files of a corpus, in a fixed order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from psyche_lightning.errors import ConfigError
 
 STDLIB = "stdlib"
-# Prose, then sources.
+# First prose, then sources.
 _SUFFIXES = """
 txt text md rst tex org adoc
 py pyi c h cc cpp cxx hpp rs go java kt scala swift js jsx ts tsx rb pl lua php sh sql r jl hs ml ex erl clj lisp
@@ -20,19 +20,19 @@ html css yaml yml toml ini cfg
 """
 DEFAULT_PATTERNS = tuple(f"*.{suffix}" for suffix in _SUFFIXES.split())
 
-# Tests are a third of the standard library and unlike the rest; the others are not part of it.
+# Tests are a third of the standard library and unlike the rest; the other folders do not belong to it.
 _NOT_STDLIB_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-# These describe one machine's build of Python.
+# These files describe one machine's build of Python.
 _NOT_STDLIB_FILES = ("_sysconfigdata*", "sitecustomize.py", "usercustomize.py")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What was read.
+    """The content of a corpus.
 
     Attributes:
         texts: the contents of the files, in order.
-        skipped: files of folders that are not text, in order.
+        skipped: files in folders that are not text, in order.
     """
 
     texts: list[bytes]
@@ -44,17 +44,17 @@ def read_corpus(paths: Sequence[str], patterns: Sequence[str], max_bytes: int | 
 
     Args:
         paths: files, folders, or `STDLIB` for the sources of the running Python's standard library; in this order.
-        patterns: which files of a folder belong: `fnmatch` patterns for the file's name, or, when they have a slash,
-            for the path below the folder (``*`` crosses slashes). Files that are named themselves always belong.
-        max_bytes: stop after so many bytes, in the middle of a file if need be; None reads all.
+        patterns: `fnmatch` patterns for files in folders. A pattern matches the file's name or, if it has a slash, the
+            path below the folder (``*`` matches slashes, too). Files that ``paths`` names always belong.
+        max_bytes: the most bytes to read, which may end within a file; None reads all.
 
     Returns:
-        The texts; those of a folder are sorted by their path below it, written with slashes, by code points. Hidden
-        files and folders (``.git``), ``__pycache__`` and files with zero bytes, which no text has, are left out.
+        The texts. Files of a folder are sorted by their path below it, written with slashes, by code points. Hidden
+        files and folders (``.git``), ``__pycache__``, and files with zero bytes, which are not text, are left out.
 
     Raises:
-        ConfigError: a path does not exist, a folder has no such file, a file that is named itself is not text or cannot
-            be read, or all texts are empty.
+        ConfigError: a path does not exist, no file in a folder matches, a named file is not text or cannot be read, or
+            all texts are empty.
     """
     texts: list[bytes] = []
     skipped: list[str] = []
@@ -77,14 +77,14 @@ def read_corpus(paths: Sequence[str], patterns: Sequence[str], max_bytes: int | 
         texts.append(data)
     if not any(texts):
         raise ConfigError(
-            f"There is no text in {', '.join(paths)}: it has {len(texts)} empty and {len(skipped)} binary files that "
-            f"match {', '.join(patterns)}. Name another path, or set glob to patterns that fit."
+            f"There is no text in {', '.join(paths)}: {len(texts)} empty and {len(skipped)} binary files match "
+            f"{', '.join(patterns)}. Name another path, or set glob to other patterns."
         )
     return Corpus(texts, skipped)
 
 
 def _find(paths: Sequence[str], patterns: Sequence[str]) -> dict[Path, bool]:
-    """The files of a corpus in order, each with whether it is named itself."""
+    """The files of a corpus in order, and whether each is named in ``paths``."""
     found: dict[Path, bool] = {}
     for path in paths:
         place = Path(path).expanduser()
@@ -111,7 +111,7 @@ def _standard_library() -> list[Path]:
     kept = [file for file in files if not any(fnmatchcase(file, pattern) for pattern in _NOT_STDLIB_FILES)]
     if not kept:
         raise ConfigError(
-            f"This Python has no sources of its standard library at {str(root)!r}. Name a folder of text as path."
+            f"This Python has no sources of its standard library in {str(root)!r}. Name a folder of text as path."
         )
     return [root / file for file in sorted(kept)]
 
@@ -126,13 +126,13 @@ def _folder(root: Path, patterns: Sequence[str]) -> list[Path]:
     if not kept:
         raise ConfigError(
             f"There is no text in the folder {str(root)!r}: none of its {len(files)} files matches "
-            f"{', '.join(patterns)}. Name another path, or set glob to patterns that fit."
+            f"{', '.join(patterns)}. Name another path, or set glob to other patterns."
         )
     return kept
 
 
 def _walk(root: Path, skipped: frozenset[str]) -> Iterator[str]:
-    """The files below ``root``, as paths relative to it with slashes, in no particular order."""
+    """The files below ``root``, as relative paths with slashes, in any order."""
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in {*skipped, "__pycache__"}]
         below = Path(folder).relative_to(root)

@@ -1,4 +1,4 @@
-"""``dataset.json``: what a folder of token files holds; and the writer that makes such folders."""
+"""``dataset.json`` describes a folder of token files; the writer makes such folders."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from psyche_lightning.errors import ConfigError, DataError
 
 NAME = "dataset.json"
 MAX_SIZE = 4 << 20
-"""Bytes of the largest description."""
+"""The most bytes of a description."""
 FORMAT = "psyche tokens 1"
 TOKENIZER = "tokenizer"
-"""Folder beside the description, in the format of ``save_pretrained``."""
+"""Folder next to the description, in the format of ``save_pretrained``."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class TokenFile:
     """One file of a folder.
 
     Attributes:
-        name: within the folder.
-        tokens: how many it has.
-        sha256: of its bytes, in hex.
+        name: name within the folder.
+        tokens: number of tokens.
+        sha256: SHA-256 of its bytes, in hex.
     """
 
     name: str
@@ -40,13 +40,13 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Description:
-    """What a folder of token files holds.
+    """Describes a folder of token files.
 
     Attributes:
         token_size: bytes of a token.
         vocab_size: number of token ids.
         tokenizer: ``"bytes"``, or ``"tokenizer"`` for the folder of that name.
-        files: in their order.
+        files: the files, in order.
     """
 
     token_size: int
@@ -60,7 +60,7 @@ class Description:
         return sum(file.tokens for file in self.files)
 
     def text(self) -> str:
-        """The description as it is written."""
+        """The content of ``dataset.json``."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
@@ -68,11 +68,11 @@ class Description:
         """Read what :meth:`text` wrote.
 
         Args:
-            text: from anywhere.
-            where: it comes from, for messages.
+            text: untrusted bytes.
+            where: where they come from, for messages.
 
         Raises:
-            ConfigError: it is something else.
+            ConfigError: they are something else.
         """
         try:
             values = json.loads(text)
@@ -82,7 +82,7 @@ class Description:
             found = cls(**values, files=files)
             found._check()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError(f"{where} is no description of token files that psyche can read: {error}.") from error
+            raise ConfigError(f"{where} does not describe token files that psyche can read: {error}.") from error
         return found
 
     def _check(self) -> None:
@@ -101,10 +101,10 @@ class Description:
 
 
 def read_description(folder: Path) -> Description | None:
-    """The description in a folder, or None where there is none.
+    """Returns the description in a folder, or None if there is none.
 
     Raises:
-        ConfigError: it is malformed, or the files are not those that it names.
+        ConfigError: it is malformed, or the files differ from it.
     """
     path = folder / NAME
     if not path.is_file():
@@ -122,19 +122,19 @@ def read_description(folder: Path) -> Description | None:
 
 
 class TokenWriter:
-    """Writes token files and, when everything is written, their description.
+    """Writes token files and finally their description.
 
     Args:
-        folder: a new or empty one.
+        folder: a new or empty folder.
         encoder: makes the ids.
-        token_size: bytes of a token; None for the smaller that holds the vocabulary.
-        file_tokens: tokens after which a new file is begun.
+        token_size: bytes of a token; None for the smallest size that fits the vocabulary.
+        file_tokens: tokens after which a new file begins.
 
     Attributes:
-        tokens: written so far.
+        tokens: tokens written so far.
 
     Raises:
-        ConfigError: the folder has something in it or cannot be made, or the token size is too small.
+        ConfigError: the folder is not empty or cannot be created, or the token size is too small.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class TokenWriter:
             if any(folder.iterdir()):
                 raise ConfigError(f"The folder {folder} is not empty; choose a new one for the token files.")
         except OSError as error:
-            raise ConfigError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+            raise ConfigError(f"The folder {folder} cannot be created: {error.strerror}.") from error
         self.tokens = 0
         self._folder = folder
         self._encoder = encoder
@@ -217,7 +217,7 @@ class TokenWriter:
 
 
 def changed_files(folder: Path, description: Description) -> list[str]:
-    """The names of the files whose bytes are not those that the description names."""
+    """The names of the files whose bytes differ from the description."""
     return [file.name for file in description.files if _sha256(folder / file.name) != file.sha256]
 
 
@@ -230,7 +230,7 @@ def _sha256(path: Path) -> str:
 
 
 def largest_id(path: Path, token_size: int, start: int = 0) -> int:
-    """The largest token id of a file; -1 for none."""
+    """The largest token id in a file; -1 if it has none."""
     largest = -1
     with path.open("rb") as file:
         file.seek(start)

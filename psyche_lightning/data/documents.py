@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from psyche_lightning.data.client import Fetch
+from psyche_lightning.data.client import FetchOptions
 from psyche_lightning.data.options import whole
 from psyche_lightning.data.order import make_order, psyche_seed
 from psyche_lightning.data.packed import PackedData
@@ -24,31 +24,31 @@ _SAVED_SPLITS = "dataset_dict.json"
 class DocumentData(PackedData):
     """The texts of a data set as samples.
 
-    The tokens of all texts in their order, with an end-of-text id after each, are cut into blocks of ``seq_len``; an
-    incomplete last block is dropped. They lie in a temporary file (``TMPDIR`` says where), so that memory is bounded.
-    With ``streaming`` nothing is downloaded beforehand: texts are fetched and tokenized up to the sample that is asked
-    for, in the order of the data set.
+    The tokens of all texts, in order and with an end-of-text id after each, are cut into blocks of ``seq_len``. An
+    incomplete last block is dropped. The tokens are in a temporary file (in ``TMPDIR``), so memory is bounded. With
+    ``streaming`` nothing is downloaded in advance: texts are fetched and tokenized, in the order of the data set, up to
+    the requested sample.
 
     Args:
-        seed: the run's, for ``shuffle: true``.
+        seed: the run's seed, for ``shuffle: true``.
         seq_len: tokens of a sample, at least 2.
         path: a folder of ``save_to_disk``, or a file or folder of jsonl, json, csv, parquet or arrow files.
-        dataset: in place of ``path``: the name of a data set on the Hugging Face Hub.
+        dataset: instead of ``path``, the name of a data set on the Hugging Face Hub.
         name: its configuration, if it has several.
-        revision: its commit, so that all nodes have the same.
-        split: which part of it.
-        text: the column of the texts.
+        revision: its commit, so that all nodes use the same.
+        split: the part of the data set.
+        text: the column with the texts.
         tokenizer: ``"bytes"``, a path, or the name of a tokenizer on the Hub.
-        streaming: whether the data set is read while the run goes on.
-        max_samples: how many samples are made at most; needed for streaming.
-        shuffle: true for an order by the run's seed, false, or the 32 numbers of a seed of Psyche's; true unless
-            streaming, where it is false.
-        validation_samples: samples that are held out, spread evenly over the data; none with streaming.
-        fetch: see :class:`~psyche_lightning.data.client.Fetch`.
+        streaming: whether to read the data set during the run.
+        max_samples: the most samples to make; required for streaming.
+        shuffle: true for an order by the run's seed, false for the data set's order, or the 32 numbers of one of
+            Psyche's seeds. The default is true, or false with streaming.
+        validation_samples: number of samples to hold out, spread evenly over the data; none with streaming.
+        fetch: see :class:`~psyche_lightning.data.client.FetchOptions`.
 
     Raises:
-        ConfigError: an option is wrong, or there is no such data set or column.
-        DataError: the data set cannot be read, or there is no room for its tokens.
+        ConfigError: an option is wrong, or the data set or the column does not exist.
+        DataError: the data set cannot be read, or there is no space for its tokens.
     """
 
     def __init__(
@@ -77,15 +77,15 @@ class DocumentData(PackedData):
         psyche_seed(shuffle)
         if streaming and (max_samples is None or shuffle is not False or validation_samples):
             raise ConfigError(
-                "A data set that is streamed is read in its own order: set max_samples to the samples that the run may "
-                "use, and leave out shuffle and validation_samples."
+                "A streamed data set is read in its own order: set max_samples to the samples that the run may use, "
+                "and remove shuffle and validation_samples."
             )
         if (path is None) == (dataset is None):
             raise ConfigError(
                 "The data provider 'datasets' needs either path (on this machine) or dataset (a name on the Hugging "
                 f"Face Hub); it got {'neither' if path is None else 'both'}."
             )
-        fetching = Fetch.of(fetch)
+        fetching = FetchOptions.of(fetch)
         encoder = Encoder(tokenizer, download=True)
         source = str(path or dataset)
         if path is None:
@@ -115,9 +115,9 @@ class Column:
     """The texts in a column of a data set, as :data:`~psyche_lightning.data.spool.Documents`.
 
     Args:
-        dataset: of the ``datasets`` library, either kind.
-        name: of the column.
-        source: for messages.
+        dataset: a data set of the ``datasets`` library, iterable or not.
+        name: the column.
+        source: where the data comes from, for messages.
     """
 
     def __init__(self, dataset: Any, name: str, source: str) -> None:
@@ -126,18 +126,18 @@ class Column:
         self._source = source
 
     def __call__(self, first: int) -> Iterator[bytes]:
-        """The texts from number ``first`` on.
+        """Yields the texts from number ``first`` on.
 
         Raises:
-            ConfigError: there is no such column, or it has something other than text.
+            ConfigError: the column does not exist, or contains something other than text.
         """
         rest = self._dataset.skip(first) if first else self._dataset
         number = first
-        for rows in rest.iter(batch_size=_ROWS):  # in batches, as __iter__ would divide the rows among workers
+        for rows in rest.iter(batch_size=_ROWS):  # in batches, because __iter__ divides the rows among workers
             if self._name not in rows:
                 raise ConfigError(
                     f"{self._source} has no column {self._name!r}. Columns: {', '.join(rows)}. Set data.config.text to "
-                    "the one with the texts."
+                    "the column with the texts."
                 )
             for text in rows[self._name]:
                 if not isinstance(text, str):
@@ -163,11 +163,11 @@ def _open_hub(dataset: str, name: str | None, split: str, revision: str | None, 
     datasets = _library()
     try:
         return datasets.load_dataset(dataset, name, split=split, revision=revision, streaming=streaming)
-    except Exception as error:  # the library has no common type for what is missing, misspelt or unreachable
+    except Exception as error:  # the library's errors have no common type
         raise ConfigError(
             f"The data set {dataset!r} (configuration {name or 'default'}, split {split!r}, revision "
-            f"{revision or 'newest'}) cannot be opened: {type(error).__name__}: {error}. Check the names, and whether "
-            "there is a network; a data set that is on disk already is named by path."
+            f"{revision or 'newest'}) cannot be opened: {type(error).__name__}: {error}. Check the names and the "
+            "network; give path instead for a data set on this machine's disk."
         ) from error
 
 
@@ -180,7 +180,7 @@ def _open_local(place: Path, split: str) -> Any:
             return datasets.load_from_disk(str(place))[split]
         files = _files(place)
         builder = _BUILDERS[files[0].suffix]
-        # Streamed from disk: nothing is written to the library's cache, and memory stays small.
+        # Stream from disk, so that nothing goes to the library's cache and memory stays small.
         return datasets.load_dataset(builder, data_files=[str(file) for file in files], split="train", streaming=True)
     except ConfigError:
         raise
@@ -189,7 +189,7 @@ def _open_local(place: Path, split: str) -> Any:
 
 
 def _files(place: Path) -> list[Path]:
-    """The files of a data set, sorted by name; all of one kind."""
+    """The files of a data set, sorted by name; all have the same suffix."""
     suffixes = ", ".join(_BUILDERS)
     if not place.exists():
         raise ConfigError(
@@ -203,6 +203,6 @@ def _files(place: Path) -> list[Path]:
     if len(kinds) != 1 or kinds[0] not in _BUILDERS:
         raise ConfigError(
             f"The data path {str(place)!r} has {'files of ' + ', '.join(kinds) if kinds else 'no data files'}, "
-            f"expected files of one of the kinds {suffixes}."
+            f"expected files with one of the suffixes {suffixes}."
         )
     return files

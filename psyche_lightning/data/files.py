@@ -1,4 +1,4 @@
-"""Token files in Psyche's formats (its local.rs): what they hold, and blocks read from them, wherever they lie."""
+"""Token files in Psyche's formats (its local.rs): checks their form, and reads blocks of them from anywhere."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from psyche_lightning.errors import ConfigError
 SUFFIXES = (".bin", ".npy", ".ds")
 TOKEN_SIZES = (2, 4)
 HEAD_SIZE = 1 << 12
-"""Bytes at a file's beginning that are part of its fingerprint."""
+"""Bytes at the beginning of a file that go into its fingerprint."""
 MAX_FILES = 10_000
 _NPY_MAGIC = b"\x93NUMPY"
 _NPY_TYPES = {"<u2": 2, "<u4": 4, "<i4": 4}
 
 
 class Range(NamedTuple):
-    """A part of a file: its number, the first byte, and how many."""
+    """A part of a file: number of the file, first byte, and number of bytes."""
 
     file: int
     start: int
@@ -39,9 +39,9 @@ class FileInfo:
 
     Attributes:
         name: its path or URL, for messages.
-        size: in bytes.
+        size: bytes.
         head: its first :data:`HEAD_SIZE` bytes.
-        version: what changes when the file does: a time stamp, an entity tag.
+        version: changes with the file: a time stamp or an entity tag.
     """
 
     name: str
@@ -51,27 +51,27 @@ class FileInfo:
 
 
 class Lost(NamedTuple):
-    """Why a range cannot be had, and whether asking again is of no use."""
+    """Why a range is not available, and whether another attempt is useless."""
 
     reason: str
     lasting: bool = False
 
 
 class Files(Protocol):
-    """Files that are read by ranges.
+    """Files that can be read by ranges.
 
     Attributes:
-        infos: the files in their order.
+        infos: the files, in order.
     """
 
     infos: list[FileInfo]
 
     def read(self, ranges: Sequence[Range]) -> list[bytes | Lost]:
-        """The bytes of each range, or why there are none."""
+        """Returns the bytes of each range, or why it is not available."""
         ...
 
-    def ahead(self, ranges: Sequence[Range]) -> None:
-        """Begin to obtain ranges that will be read soon, as many as there is room for; returns at once."""
+    def prefetch(self, ranges: Sequence[Range]) -> None:
+        """Start to fetch ranges that will be read soon, as many as fit into memory; returns at once."""
         ...
 
 
@@ -79,10 +79,10 @@ class LocalFiles:
     """Files on disk.
 
     Args:
-        paths: of the files, in their order.
+        paths: the files, in order.
 
     Raises:
-        ConfigError: one cannot be read.
+        ConfigError: a file cannot be read.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -90,7 +90,7 @@ class LocalFiles:
         self.infos = [_look(path) for path in paths]
 
     def read(self, ranges: Sequence[Range]) -> list[bytes | Lost]:
-        """The bytes of each range, or why there are none."""
+        """Returns the bytes of each range, or why it is not available."""
         return [self._read(part) for part in ranges]
 
     def _read(self, part: Range) -> bytes | Lost:
@@ -106,23 +106,23 @@ class LocalFiles:
             return Lost(f"{info.name} cannot be read: {error.strerror}")
         return data if len(data) == part.length else Lost(f"{info.name} ends before byte {part.start + part.length}")
 
-    def ahead(self, ranges: Sequence[Range]) -> None:
-        """Nothing: the system reads ahead by itself."""
+    def prefetch(self, ranges: Sequence[Range]) -> None:
+        """Do nothing: the operating system reads ahead by itself."""
 
 
 def changed(info: FileInfo, now: str) -> str:
-    """The sentence about a file that is not what it was."""
+    """The message about a file that has changed."""
     return (
-        f"{info.name} changed under way: at the start it had {info.size} bytes, now it has {now}. A run "
-        "needs the same samples from its beginning to its end: put the old file back, or begin a new run"
+        f"{info.name} has changed: at the start it had {info.size} bytes, now it has {now}. A run needs the same "
+        "samples from beginning to end: restore the old file, or start a new run"
     )
 
 
 def find_files(places: Sequence[str]) -> list[Path]:
-    """The token files at ``places``: files, and those of folders sorted by name; each once, in that order.
+    """The token files at ``places``: files, and files in folders sorted by name; each once, in that order.
 
     Raises:
-        ConfigError: a place does not exist, or a folder has no token file.
+        ConfigError: a place does not exist, or a folder has no token files.
     """
     found: dict[Path, None] = {}
     for place in places:
@@ -142,7 +142,7 @@ def find_files(places: Sequence[str]) -> list[Path]:
             )
         found.update(dict.fromkeys(inside))
     if len(found) > MAX_FILES:
-        raise ConfigError(f"There are {len(found)} token files, expected at most {MAX_FILES}; make larger ones.")
+        raise ConfigError(f"There are {len(found)} token files, expected at most {MAX_FILES}; make larger files.")
     return list(found)
 
 
@@ -156,12 +156,12 @@ def _look(path: Path) -> FileInfo:
 
 
 def npy_header(info: FileInfo) -> tuple[int, int] | None:
-    """The bytes before the tokens and the size of one, for a file with the header of numpy's format; else None.
+    """The bytes before the tokens and the size of a token, for a file with a header of numpy's format; else None.
 
     Psyche maps ``.npy`` files raw and would read the header as tokens.
 
     Raises:
-        ConfigError: the array is not one row of u16 or u32 tokens, or the file ends before it does.
+        ConfigError: the array is not one row of u16 or u32 tokens, or the file is shorter than its array.
     """
     if not (info.name.endswith(".npy") and info.head.startswith(_NPY_MAGIC)):
         return None
@@ -171,7 +171,7 @@ def npy_header(info: FileInfo) -> tuple[int, int] | None:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
     except ValueError as error:
-        raise ConfigError(f"The header of {info.name} is not one of numpy's format: {error}.") from error
+        raise ConfigError(f"The header of {info.name} is not in numpy's format: {error}.") from error
     size = _NPY_TYPES.get(dtype.str)
     if size is None or len(shape) != 1:
         raise ConfigError(
@@ -180,27 +180,27 @@ def npy_header(info: FileInfo) -> tuple[int, int] | None:
         )
     if info.size != stream.tell() + shape[0] * size:
         raise ConfigError(
-            f"{info.name} has {info.size} bytes, but its header promises {shape[0]} tokens of {size} bytes; copy it "
+            f"{info.name} has {info.size} bytes, but its header announces {shape[0]} tokens of {size} bytes; copy it "
             "again."
         )
     return stream.tell(), size
 
 
 class TokenBlocks:
-    """Blocks of ``seq_len`` tokens in a row of files; what is left at a file's end is dropped, as Psyche does.
+    """Blocks of ``seq_len`` tokens in a row of files. The rest at a file's end is dropped, as in Psyche.
 
-    A file of n tokens has ``n // seq_len`` blocks, the last one included.
+    A file of n tokens has ``n // seq_len`` blocks.
 
     Args:
         files: raw little-endian tokens, or numpy's format.
         seq_len: tokens of a block.
-        token_size: bytes of a token of raw files; None for 2, or what the files' headers say.
+        token_size: bytes of a token in raw files; None for 2, or what the files' headers say.
 
     Attributes:
-        count: how many blocks there are.
+        count: number of blocks.
         fingerprint: lengths and beginnings of the files.
         token_size: bytes of a token.
-        tokens: of all files.
+        tokens: tokens of all files.
         starts: bytes before the tokens of each file.
 
     Raises:
@@ -229,8 +229,8 @@ class TokenBlocks:
             tokens, rest = divmod(info.size - start, self.token_size)
             if rest:
                 raise ConfigError(
-                    f"{info.name} has {info.size} bytes, which are no whole number of tokens of {self.token_size} "
-                    "bytes; it is not a token file, token_size is wrong, or the file is not complete."
+                    f"{info.name} has {info.size} bytes, which is not a whole number of tokens of {self.token_size} "
+                    "bytes; it is not a token file, token_size is wrong, or the file is incomplete."
                 )
             self.tokens += tokens
             counts.append(tokens // seq_len)
@@ -241,7 +241,7 @@ class TokenBlocks:
         self.fingerprint = f"{len(files.infos)} files, {total} bytes, {digest.hexdigest()}"
 
     def read(self, numbers: Sequence[int]) -> list[NDArray[Any]]:
-        """The blocks with these numbers.
+        """Returns the blocks with these numbers.
 
         Raises:
             Unavailable: some of them cannot be read.
@@ -254,9 +254,9 @@ class TokenBlocks:
             raise Unavailable(reasons[0] + more, lost, lasting=any(part.lasting for part in lost.values()))
         return [np.frombuffer(part, self._dtype) for part in found if isinstance(part, bytes)]
 
-    def ahead(self, numbers: Sequence[int]) -> None:
-        """Begin to obtain blocks that will be read soon."""
-        self._files.ahead(self._ranges(numbers))
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Start to fetch blocks that will be read soon."""
+        self._files.prefetch(self._ranges(numbers))
 
     def _ranges(self, numbers: Sequence[int]) -> list[Range]:
         size = self._seq_len * self.token_size

@@ -1,4 +1,4 @@
-"""The provider ``mix``: a weighted mix of token files that a JSON index describes."""
+"""The provider ``mix``: a weighted mix of token files, described by a JSON index."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from psyche_lightning.data.client import Fetch, check_url
+from psyche_lightning.data.client import FetchOptions, check_url
 from psyche_lightning.data.files import Files, LocalFiles, TokenBlocks, find_files
 from psyche_lightning.data.options import strings, whole
 from psyche_lightning.data.order import Order, Table, check_table, make_order, psyche_seed
@@ -24,18 +25,18 @@ from psyche_lightning.data.tokens import vocabulary
 from psyche_lightning.errors import ConfigError
 
 MAX_INDEX = 1 << 20
-"""Bytes of the largest index."""
+"""The most bytes of an index."""
 MAX_SOURCES = 1000
 _SIZES = {"TwoBytes": 2, "FourBytes": 4}
 _LOCATIONS = ("SingleUrl", "NumberedFiles", "Local")
 
 
 class Source(NamedTuple):
-    """One of the mixed sources.
+    """One source of a mix.
 
     Attributes:
         blocks: its tokens.
-        order: its own.
+        order: the order of its blocks.
     """
 
     blocks: TokenBlocks
@@ -43,20 +44,20 @@ class Source(NamedTuple):
 
 
 class MixedData(PackedData):
-    """A weighted mix of token files, in Psyche's order; the mix is as long as its sources together.
+    """A weighted mix of token files, in Psyche's order; the mix is as long as all sources together.
 
     Args:
-        seed: the run's, which decides nothing: the index has the seeds.
+        seed: the run's seed, which is not used: the index has the seeds.
         seq_len: tokens of a sample, at least 2.
-        path: of the JSON index.
-        url: of the JSON index, in place of ``path``.
-        vocab_size: number of token ids; None for that of the tokenizer.
-        tokenizer: with which the files were made, to be saved with checkpoints: ``"bytes"`` or a path.
-        validation_samples: samples that are held out, spread evenly over the mix.
-        fetch: see :class:`~psyche_lightning.data.client.Fetch`; the memory is divided among the sources.
+        path: path of the JSON index.
+        url: instead of ``path``, URL of the JSON index.
+        vocab_size: number of token ids; None for the tokenizer's.
+        tokenizer: the tokenizer that made the files, to save with checkpoints: ``"bytes"`` or a path.
+        validation_samples: number of samples to hold out, spread evenly over the mix.
+        fetch: see :class:`~psyche_lightning.data.client.FetchOptions`; the sources share the memory.
 
     Raises:
-        ConfigError: an option or the index is wrong, or there is no data where it points.
+        ConfigError: an option or the index is wrong, or it points to missing data.
         DataError: a server cannot be reached.
     """
 
@@ -74,7 +75,7 @@ class MixedData(PackedData):
     ) -> None:
         whole("seq_len", seq_len, least=2)
         whole("validation_samples", validation_samples, least=0)
-        fetching = Fetch.of(fetch)
+        fetching = FetchOptions.of(fetch)
         if (path is None) == (url is None):
             raise ConfigError(
                 "The data provider 'mix' needs either path or url of a JSON index; it got "
@@ -84,7 +85,7 @@ class MixedData(PackedData):
         index = Index(_read(path, url, fetching), where, base=None if path is None else Path(path).expanduser().parent)
         encoder = None if tokenizer is None else Encoder(tokenizer)
         size = vocabulary(vocab_size, encoder)
-        share = Fetch(max(1, fetching.cache_mb // len(index.entries)), fetching.retry_seconds, fetching.connections)
+        share = replace(fetching, cache_mb=max(1, fetching.cache_mb // len(index.entries)))
         sources = [index.open(entry, seq_len, share) for entry in index.entries]
         super().__init__(
             MixedBlocks(sources, index.weights),
@@ -98,18 +99,18 @@ class MixedData(PackedData):
 
 
 class MixedBlocks:
-    """The blocks of several sources, in the order in which weights mix them.
+    """The blocks of several sources, mixed by weights.
 
     Args:
-        sources: what is mixed.
-        weights: of the sources; None for their lengths.
+        sources: the sources.
+        weights: weights of the sources; None for their lengths.
 
     Attributes:
         count: blocks of all sources together.
-        fingerprint: of sources and weights.
+        fingerprint: fingerprint of sources and weights.
 
     Raises:
-        ConfigError: there are too many blocks, or none with a weight.
+        ConfigError: there are too many blocks, or no source with a weight has a block.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None) -> None:
@@ -120,16 +121,16 @@ class MixedBlocks:
         text = json.dumps([used, [source.blocks.fingerprint for source in sources]])
         self.fingerprint = f"{len(sources)} sources, {hashlib.sha256(text.encode()).hexdigest()}"
         self._sources = list(sources)
-        # Without a block there is no order; that there is too little data is said by whoever asks.
+        # Without a block there is no order; the caller reports that there is too little data.
         self._which: NDArray[Any]
         self._block: NDArray[Any]
         self._which, self._block = weighted_order(used, sizes) if self.count else (np.empty(0), np.empty(0))
 
     def read(self, numbers: Sequence[int]) -> list[NDArray[Any]]:
-        """The blocks at these places of the mix.
+        """Returns the blocks at these places of the mix.
 
         Raises:
-            Unavailable: some of them cannot be given.
+            Unavailable: some of them cannot be read.
         """
         found: dict[int, NDArray[Any]] = {}
         lost: list[int] = []
@@ -146,10 +147,10 @@ class MixedBlocks:
             raise Unavailable("; ".join(reasons), lost, lasting=lasting)
         return [found[number] for number in numbers]
 
-    def ahead(self, numbers: Sequence[int]) -> None:
-        """Begin to obtain blocks that will be read soon."""
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Start to fetch blocks that will be read soon."""
         for source, _, blocks in self._split(numbers):
-            source.blocks.ahead(blocks)
+            source.blocks.prefetch(blocks)
 
     def _split(self, numbers: Sequence[int]) -> list[tuple[Source, list[int], list[int]]]:
         """For each source the places that it fills, and its blocks for them."""
@@ -168,17 +169,17 @@ class Index:
     """The JSON index: Psyche's ``{"shuffle": ..., "providers": [[location, weight], ...]}``.
 
     Args:
-        text: of the index.
-        where: it comes from, for messages.
-        base: its folder, against which local places are resolved; None for an index from elsewhere, which may not name
-            files of this machine.
+        text: the index.
+        where: where it comes from, for messages.
+        base: its folder, to resolve local paths. None for an index from elsewhere, which may not name files of this
+            machine.
 
     Attributes:
         entries: the sources.
-        weights: one for each of them, or None for their lengths.
+        weights: one for each source, or None for their lengths.
 
     Raises:
-        ConfigError: it is not of that form.
+        ConfigError: it does not have this form.
     """
 
     def __init__(self, text: bytes, where: str, *, base: Path | None) -> None:
@@ -195,26 +196,26 @@ class Index:
             raise self._wrong(f"'providers' is not a list of 1 to {MAX_SOURCES}")
         weighted = [isinstance(entry, list) for entry in providers]
         if any(weighted) and not all(weighted):
-            raise self._wrong("some of 'providers' have a weight and others have none")
+            raise self._wrong("some of 'providers' have a weight and others do not")
         self.weights: list[float] | None = None
         self.entries: list[Any] = providers
         if all(weighted):
             if any(len(entry) != 2 for entry in providers):
-                raise self._wrong("an entry of 'providers' is not of the form [location, weight]")
+                raise self._wrong("an entry of 'providers' does not have the form [location, weight]")
             self.entries = [entry for entry, _ in providers]
             self.weights = [self._weight(weight) for _, weight in providers]
 
     def order(self, length: int) -> Order:
-        """Of the mix' places."""
+        """The order of the places of the mix."""
         if self._seed is None:
             return make_order(length, shuffle=False, seed=0)
         return Table(shuffle_from_top(length, self._seed))
 
-    def open(self, entry: Any, seq_len: int, fetch: Fetch) -> Source:
-        """One source.
+    def open(self, entry: Any, seq_len: int, fetch: FetchOptions) -> Source:
+        """Open one source.
 
         Raises:
-            ConfigError: the entry is wrong, or there is no data where it points.
+            ConfigError: the entry is wrong, or it points to missing data.
             DataError: a server cannot be reached.
         """
         self._keys(entry, ("location", "token_size_in_bytes", "shuffle"))
@@ -226,7 +227,7 @@ class Index:
         order = make_order(blocks.count, shuffle=False if seed is None else list(seed), seed=0)
         return Source(blocks, order)
 
-    def _files(self, location: Any, fetch: Fetch) -> Files:
+    def _files(self, location: Any, fetch: FetchOptions) -> Files:
         if not isinstance(location, dict) or len(location) != 1 or next(iter(location)) not in _LOCATIONS:
             raise self._wrong(f"a 'location' is {str(location)[:80]}, expected one of {', '.join(_LOCATIONS)}")
         ((kind, value),) = location.items()
@@ -257,10 +258,10 @@ class Index:
         return float(value)
 
     def _wrong(self, problem: str) -> ConfigError:
-        return ConfigError(f"The index {self._where} is not that of a mix: {problem}.")
+        return ConfigError(f"The index {self._where} does not describe a mix: {problem}.")
 
 
-def _read(path: str | None, url: str | None, fetch: Fetch) -> bytes:
+def _read(path: str | None, url: str | None, fetch: FetchOptions) -> bytes:
     if path is None:
         return read_text(check_url(url), fetch, MAX_INDEX)
     place = Path(strings("path", path)[0]).expanduser()
@@ -270,5 +271,5 @@ def _read(path: str | None, url: str | None, fetch: Fetch) -> bytes:
     except OSError as error:
         raise ConfigError(f"The index {path!r} cannot be read: {error.strerror}.") from error
     if len(text) > MAX_INDEX:
-        raise ConfigError(f"The index {path!r} is larger than {MAX_INDEX} bytes, which is too much for an index.")
+        raise ConfigError(f"The index {path!r} is larger than {MAX_INDEX} bytes, which is too large for an index.")
     return text

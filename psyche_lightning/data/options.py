@@ -1,4 +1,4 @@
-"""Checks of options that several providers have."""
+"""Checks for options that several providers share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from psyche_lightning.errors import ConfigError
 
 
 def whole(name: str, value: object, least: int) -> int:
-    """``value`` if it is a whole number of at least ``least``.
+    """Returns ``value`` if it is a whole number of at least ``least``.
 
     Raises:
         ConfigError: it is not.
@@ -17,7 +17,7 @@ def whole(name: str, value: object, least: int) -> int:
 
 
 def strings(name: str, value: object) -> list[str]:
-    """``value``, a string or a list of strings, as a list.
+    """Returns ``value``, a string or a list of strings, as a list.
 
     Raises:
         ConfigError: it is neither.

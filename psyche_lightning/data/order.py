@@ -1,4 +1,4 @@
-"""Which sample a data id stands for: the same on every node, for data of any size."""
+"""The sample for each data id: the same on every node, for data of any size."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ ROUNDS = 4
 SEED_SIZE = 32
 
 Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]
-"""Ids below a length to places below it, one to one."""
+"""Maps ids below a length to places below it, one to one."""
 
 
 class DataOrder:
-    """Data ids to indices of samples.
+    """Maps data ids to indices of samples.
 
-    Ids wrap around at the end of the data. With ``shuffle``, each pass over the data is a permutation of its own: a
-    Feistel network on the smallest even number of bits that holds all indices, walked until it is back in range.
+    Ids wrap around at the end of the data. With ``shuffle``, each pass over the data has its own permutation: a Feistel
+    network on the smallest even number of bits that holds all indices, repeated until the result is in range.
 
     Args:
         length: samples of the data.
         shuffle: whether to permute.
-        seed: the run's.
+        seed: the run's seed.
     """
 
     def __init__(self, length: int, shuffle: bool, seed: int) -> None:
@@ -38,7 +38,7 @@ class DataOrder:
         self._half = max(1, ((length - 1).bit_length() + 1) // 2)
 
     def indices(self, start: int, stop: int) -> list[int]:
-        """The indices of the ids from ``start`` up to ``stop``, without it."""
+        """The indices of the ids from ``start`` up to, but not including, ``stop``."""
         found: list[int] = []
         while start < stop:
             epoch, first = divmod(start, self.length)
@@ -49,12 +49,12 @@ class DataOrder:
         return found
 
     def __call__(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The first pass, as an :data:`Order`."""
+        """The indices in the first pass, as an :data:`Order`."""
         return self._permuted(ids.astype(np.uint64), 0).astype(np.int64) if self.shuffle else ids
 
     def _permuted(self, places: NDArray[np.uint64], epoch: int) -> NDArray[np.uint64]:
         key = sha256(b"psyche data order\0", self._seed.to_bytes(8, "little"), epoch.to_bytes(8, "little"))
-        keys = np.frombuffer(key, "<u8")  # one for each round
+        keys = np.frombuffer(key, "<u8")  # one for each round of the network
         out: NDArray[np.uint64] = self._network(places, keys)
         while (outside := out >= self.length).any():
             out[outside] = self._network(out[outside], keys)
@@ -70,7 +70,7 @@ class DataOrder:
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014): every bit of the result depends on every bit."""
+    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014): each bit of the result depends on every bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: NDArray[np.uint64] = values ^ (values >> np.uint64(31))
@@ -78,7 +78,7 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class Table:
-    """An order that is written down.
+    """An order in the form of a table.
 
     Args:
         table: the place of each id.
@@ -93,7 +93,7 @@ class Table:
 
 
 def psyche_seed(shuffle: object) -> bytes | None:
-    """The 32 bytes of ``shuffle``: false, true, or a seed of Psyche's as 32 numbers; None for true and false.
+    """The 32 bytes of ``shuffle``, if it is one of Psyche's seeds as 32 numbers; None if it is true or false.
 
     Raises:
         ConfigError: it is none of these.
@@ -113,10 +113,10 @@ def make_order(length: int, *, shuffle: object, seed: int) -> Order:
     """The order of ``length`` samples.
 
     Args:
-        length: how many there are.
-        shuffle: true for a permutation that takes no memory, false for none, 32 numbers for Psyche's (data_shuffle.rs),
-            which is a table of four bytes a sample.
-        seed: the run's, for true.
+        length: number of samples.
+        shuffle: true for a permutation that needs no memory, false for no permutation, 32 numbers for Psyche's
+            permutation (data_shuffle.rs), a table of four bytes per sample.
+        seed: the run's seed, used if ``shuffle`` is true.
 
     Raises:
         ConfigError: ``shuffle`` is wrong, or the table would be too large.
@@ -129,13 +129,13 @@ def make_order(length: int, *, shuffle: object, seed: int) -> Order:
 
 
 def check_table(length: int) -> None:
-    """Refuse a table of too many samples.
+    """Refuse a table for too many samples.
 
     Raises:
         ConfigError: there are more than :data:`~psyche_lightning.data.shuffle.MAX_TABLE`.
     """
     if length > MAX_TABLE:
         raise ConfigError(
-            f"Psyche's orders are tables, and {length:,} samples are more than the {MAX_TABLE:,} of the largest. Use "
-            "token files with shuffle: true, which takes no memory, or false."
+            f"Psyche's orders are tables of at most {MAX_TABLE:,} samples, and there are {length:,}. Use token files "
+            "with shuffle: true, which needs no memory, or with false."
         )

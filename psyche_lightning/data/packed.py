@@ -1,4 +1,4 @@
-"""The provider of all data that is a row of tokens cut into blocks: its order, validation, checks and errors."""
+"""The base of providers whose data is a row of tokens cut into blocks: order, validation, checks and errors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _SHOWN = 8
 
 
 class Unavailable(Exception):
-    """Blocks that a source cannot give.
+    """Blocks that a source cannot deliver.
 
     Attributes:
-        numbers: of the blocks.
-        lasting: whether asking again is of no use.
+        numbers: numbers of the blocks.
+        lasting: whether another attempt is useless.
     """
 
     def __init__(self, reason: str, numbers: Iterable[int], *, lasting: bool = False) -> None:
@@ -37,44 +37,44 @@ class Blocks(Protocol):
     """Numbered blocks of ``seq_len`` tokens.
 
     Attributes:
-        count: how many there are.
-        fingerprint: the same on two machines when their blocks are, as text.
+        count: number of blocks.
+        fingerprint: a text that is equal on two machines if their blocks are.
     """
 
     count: int
     fingerprint: str
 
     def read(self, numbers: Sequence[int]) -> list[NDArray[Any]]:
-        """The blocks with these numbers, unsigned integers of shape [seq_len].
+        """Returns the blocks with these numbers, unsigned integers of shape [seq_len].
 
         Raises:
-            Unavailable: some of them cannot be given.
+            Unavailable: some of them cannot be read.
         """
         ...
 
-    def ahead(self, numbers: Sequence[int]) -> None:
-        """Begin to obtain blocks that will be read soon, as many as there is room for; returns at once."""
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Start to fetch blocks that will be read soon, as many as fit into memory; returns at once."""
         ...
 
 
 class PackedData:
     """A data provider over blocks of tokens (:class:`psyche_lightning.hookspecs.DataProvider`).
 
-    Blocks spread evenly over the data are held out for validation; the others, in their order, have the ids.
+    Blocks spread evenly over the data are held out for validation. The ids number the other blocks, in their order.
 
     Args:
-        blocks: the source.
+        blocks: the blocks.
         seq_len: tokens of a block.
-        vocab_size: number of token ids; blocks with others are refused.
-        order: makes the order of so many training blocks.
-        encoder: whose tokenizer is saved with checkpoints.
-        validation_samples: blocks that are held out.
+        vocab_size: number of token ids; blocks with larger ids are refused.
+        order: makes the order for a number of training blocks.
+        encoder: has the tokenizer to save with checkpoints.
+        validation_samples: number of blocks to hold out.
         source: where the data comes from, for messages.
 
     Attributes:
         seq_len: tokens of a sample.
         vocab_size: number of token ids.
-        fingerprint: of the data.
+        fingerprint: fingerprint of the data.
 
     Raises:
         ConfigError: there are too few blocks.
@@ -104,41 +104,41 @@ class PackedData:
                 f"{validation_samples} are for validation; expected at least one more for training. Add data, or "
                 "choose a smaller seq_len or validation_samples."
             )
-        # The middles of as many equal stretches: distinct, because a stretch has at least one block.
+        # The middles of equal stretches; they are distinct, because a stretch has at least one block.
         held_out = np.arange(validation_samples, dtype=np.int64)
         self._held_out = (2 * held_out + 1) * blocks.count // (2 * validation_samples or 1)
         self._skips = self._held_out - held_out
         self._order = order(self._length)
 
     def __len__(self) -> int:
-        """How many training samples there are."""
+        """The number of training samples."""
         return self._length
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer as a ``transformers`` object, or None when the data does not say which it was made with."""
+        """The tokenizer as a ``transformers`` object, or None if the data does not name the one that made it."""
         return None if self._encoder is None else self._encoder.tokenizer
 
     def samples(self, start: int, stop: int) -> list[dict[str, torch.Tensor]]:
-        """The training samples with the ids from ``start`` up to ``stop``, without it; ids wrap modulo the length.
+        """Returns the training samples with ids from ``start`` up to, but not including, ``stop``; ids wrap around.
 
         Returns:
             For each id ``input_ids`` and ``labels``, int64 of shape [seq_len], equal (the model shifts the labels).
 
         Raises:
-            DataError: some of them cannot be obtained; it has their ids.
+            DataError: some samples are not available; it has their ids.
         """
         return self._samples(self._numbers(start, stop), range(start, stop), "samples")
 
     def prefetch(self, start: int, stop: int) -> None:
-        """Begin to obtain samples that will be asked for soon; returns at once, and keeps within bounds."""
-        self._blocks.ahead(self._numbers(start, stop))
+        """Start to fetch samples that will be needed soon, within the limit on memory; returns at once."""
+        self._blocks.prefetch(self._numbers(start, stop))
 
     def validation(self) -> list[dict[str, torch.Tensor]]:
-        """The held-out samples, in the order of the data; of the same form as those for training.
+        """Returns the held-out samples, in the order of the data, in the same form as training samples.
 
         Raises:
-            DataError: some of them cannot be obtained.
+            DataError: some samples are not available.
         """
         return self._samples(self._held_out.tolist(), range(len(self._held_out)), "validation samples")
 
@@ -155,7 +155,7 @@ class PackedData:
         except Unavailable as error:
             lost = [one for one, number in zip(ids, numbers, strict=True) if number in error.numbers]
             raise DataError(
-                f"{what} {intervals(lost)} of {self._source} cannot be obtained: {error}",
+                f"{what} {intervals(lost)} of {self._source} are not available: {error}",
                 ids=lost,
                 lasting=error.lasting,
             ) from error
@@ -164,7 +164,7 @@ class PackedData:
             largest = max(int(block.max()) for block in blocks)
             raise DataError(
                 f"{what} {intervals(wrong)} of {self._source} have token ids up to {largest}, but the vocabulary has "
-                f"{self.vocab_size}: the data was made with another tokenizer, or token_size is not that of the files",
+                f"{self.vocab_size}: another tokenizer made the data, or token_size does not fit the files",
                 ids=wrong,
                 lasting=True,
             )
@@ -178,7 +178,7 @@ class PackedData:
 
 
 def intervals(ids: Sequence[int]) -> str:
-    """Numbers for people: ``3-5, 9``."""
+    """Numbers as intervals, for people: ``3-5, 9``."""
     found: list[list[int]] = []
     for one in sorted(ids):
         if found and one - found[-1][1] <= 1:
@@ -186,5 +186,5 @@ def intervals(ids: Sequence[int]) -> str:
         else:
             found.append([one, one])
     texts = [f"{first}" if first == last else f"{first}-{last}" for first, last in found]
-    more = [f"and {len(texts) - _SHOWN} more stretches"] if len(texts) > _SHOWN else []
+    more = [f"and {len(texts) - _SHOWN} more intervals"] if len(texts) > _SHOWN else []
     return ", ".join([*texts[:_SHOWN], *more])

@@ -1,4 +1,4 @@
-"""The provider ``parquet``: samples that were prepared before, with labels and positions (Psyche's preprocessed.rs)."""
+"""The provider ``parquet``: prepared samples with labels and positions (Psyche's preprocessed.rs)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from psyche_lightning.data.client import Fetch
+from psyche_lightning.data.client import FetchOptions
 from psyche_lightning.data.options import strings, whole
 from psyche_lightning.data.order import make_order, psyche_seed
 from psyche_lightning.data.packed import intervals
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100
-"""The label that no loss is computed for."""
+"""The label without a loss."""
 INPUTS, LABELS, POSITIONS, LENGTHS = "inputs", "labels", "position_ids", "sequence_lengths"
 _EDGE = 1 << 16
 
 Rows = dict[str, NDArray[np.int64]]
 
 
-class Group(NamedTuple):
-    """A row group: the unit in which parquet is read.
+class RowGroup(NamedTuple):
+    """A row group, the unit in which parquet files are read.
 
     Attributes:
         file: number of its file.
-        number: its own there.
-        rows: how many it has.
+        number: its number in the file.
+        rows: number of rows.
     """
 
     file: int
@@ -46,22 +46,22 @@ class Group(NamedTuple):
 
 
 class PreparedData:
-    """Rows of parquet files as samples: ``inputs``, and if they are there, ``labels`` and ``position_ids``.
+    """Rows of parquet files as samples: ``inputs`` and, if they exist, ``labels`` and ``position_ids``.
 
-    Each is a list of ``seq_len`` integers. Where there are no ``position_ids`` but ``sequence_lengths`` (the lengths of
-    the texts that are packed into the row), positions count from 0 in each text. Row groups that were used last are
-    kept up to ``fetch.cache_mb``.
+    Each is a list of ``seq_len`` integers. If there are no ``position_ids`` but ``sequence_lengths`` (the lengths of
+    the texts in a row), positions count from 0 in each text. The last used row groups are kept, up to
+    ``fetch.cache_mb``.
 
     Args:
-        seed: the run's, for ``shuffle: true``.
-        seq_len: tokens of a sample, at least 2; every row has as many.
+        seed: the run's seed, for ``shuffle: true``.
+        seq_len: tokens of a sample, at least 2, and of every row.
         path: a parquet file, a folder of them (in the order of their names), or a list.
-        vocab_size: number of token ids; None for that of the tokenizer.
-        tokenizer: with which the samples were made, to be saved with checkpoints: ``"bytes"`` or a path.
-        shuffle: true for an order by the run's seed, false for that of the rows, or the 32 numbers of a seed of
-            Psyche's. A shuffled order reads row groups again and again unless they all fit into memory.
-        validation_samples: rows at the end that are held out.
-        fetch: see :class:`~psyche_lightning.data.client.Fetch`.
+        vocab_size: number of token ids; None for the tokenizer's.
+        tokenizer: the tokenizer that made the samples, to save with checkpoints: ``"bytes"`` or a path.
+        shuffle: true for an order by the run's seed, false for the order of the rows, or the 32 numbers of one of
+            Psyche's seeds. A shuffled order reads row groups again and again unless all fit into memory.
+        validation_samples: number of rows to hold out, at the end.
+        fetch: see :class:`~psyche_lightning.data.client.FetchOptions`.
 
     Attributes:
         seq_len: tokens of a sample.
@@ -69,7 +69,7 @@ class PreparedData:
         fingerprint: lengths, beginnings and ends of the files.
 
     Raises:
-        ConfigError: an option is wrong, or there are no such rows where ``path`` points.
+        ConfigError: an option is wrong, or ``path`` does not lead to such rows.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class PreparedData:
     ) -> None:
         self.seq_len = whole("seq_len", seq_len, least=2)
         psyche_seed(shuffle)
-        self._memory = Fetch.of(fetch).cache_mb << 20
+        self._memory = FetchOptions.of(fetch).cache_mb << 20
         self._encoder = None if tokenizer is None else Encoder(tokenizer)
         self.vocab_size = vocabulary(vocab_size, self._encoder)
         places = strings("path", path)
@@ -119,32 +119,32 @@ class PreparedData:
         self._begin()
 
     def __len__(self) -> int:
-        """How many training samples there are."""
+        """The number of training samples."""
         return self._length
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer as a ``transformers`` object, or None when nobody said which it is."""
+        """The tokenizer as a ``transformers`` object, or None if no option names it."""
         return None if self._encoder is None else self._encoder.tokenizer
 
     def samples(self, start: int, stop: int) -> list[dict[str, torch.Tensor]]:
-        """The training samples with the ids from ``start`` up to ``stop``, without it; ids wrap modulo the length.
+        """Returns the training samples with ids from ``start`` up to, but not including, ``stop``; ids wrap around.
 
         Returns:
-            For each id ``input_ids``, ``labels`` and, where the rows have positions, ``position_ids``, int64 of shape
+            For each id ``input_ids``, ``labels`` and, if the rows have positions, ``position_ids``, int64 of shape
             [seq_len].
 
         Raises:
-            DataError: some of them cannot be read; it has their ids.
+            DataError: some samples are not available; it has their ids.
         """
         ids = np.array([number % self._length for number in range(start, stop)], dtype=np.int64)
         return self._read(self._order(ids).tolist(), range(start, stop), "samples")
 
     def validation(self) -> list[dict[str, torch.Tensor]]:
-        """The held-out rows; of the same form as those for training.
+        """Returns the held-out rows, in the same form as training samples.
 
         Raises:
-            DataError: some of them cannot be read.
+            DataError: some rows are not available.
         """
         return self._read(range(self._length, self._rows), range(self._rows - self._length), "validation samples")
 
@@ -170,7 +170,7 @@ class PreparedData:
         if failed:
             reasons = "; ".join(dict.fromkeys(map(str, failed.values())))
             raise DataError(
-                f"{what} {intervals(lost)} of {self._source} cannot be obtained: {reasons}",
+                f"{what} {intervals(lost)} of {self._source} are not available: {reasons}",
                 ids=lost,
                 lasting=any(error.lasting for error in failed.values()),
             )
@@ -186,12 +186,12 @@ class PreparedData:
                     self._kept.popitem(last=False)
             return self._kept[number]
 
-    def _load(self, group: Group) -> Rows:
-        """One row group, checked."""
+    def _load(self, group: RowGroup) -> Rows:
+        """Read and check one row group."""
         path = self._files[group.file]
         try:
             table = _library().ParquetFile(path).read_row_group(group.number, columns=list(self._columns))
-        except Exception as error:  # pyarrow raises its own and the system's types
+        except Exception as error:  # pyarrow raises errors of its own and of the system
             raise DataError(f"row group {group.number} of {path} cannot be read ({error})") from error
         where = f"row group {group.number} of {path}"
         rows: Rows = {}
@@ -228,20 +228,20 @@ class PreparedData:
                 )
 
     def _positions(self, counts: NDArray[np.int64], lengths: NDArray[np.int64], where: str) -> NDArray[np.int64]:
-        """Positions that count from 0 in each of the texts that are packed into a row."""
+        """Positions that count from 0 in each text of a row."""
         positions = np.empty((len(counts), self.seq_len), np.int64)
         begin = 0
         for row, count in enumerate(counts.tolist()):
             texts = lengths[begin : begin + count]
             begin += count
             if (texts < 1).any() or int(texts.sum()) != self.seq_len:
-                raise DataError(f"{where}: {LENGTHS} of a row do not add up to seq_len={self.seq_len}", lasting=True)
+                raise DataError(f"{where}: a row's {LENGTHS} do not add up to seq_len={self.seq_len}", lasting=True)
             starts = np.repeat(np.cumsum(texts) - texts, texts)
             positions[row] = np.arange(self.seq_len) - starts
         return positions
 
-    def _look(self) -> tuple[tuple[str, ...], list[Group]]:
-        """Which columns are read, and the row groups of all files."""
+    def _look(self) -> tuple[tuple[str, ...], list[RowGroup]]:
+        """The columns to read, and the row groups of all files."""
         columns: tuple[str, ...] | None = None
         groups = []
         for number, path in enumerate(self._files):
@@ -252,33 +252,31 @@ class PreparedData:
             except Exception as error:  # as above
                 if isinstance(error, ConfigError):
                     raise
-                raise ConfigError(f"{path} is not a parquet file that can be read: {error}.") from error
+                raise ConfigError(f"{path} is not a readable parquet file: {error}.") from error
             if INPUTS not in names:
-                raise ConfigError(
-                    f"{path} has no column {INPUTS!r}, which has the token ids; columns: {', '.join(names)}."
-                )
+                raise ConfigError(f"{path} has no column {INPUTS!r} with the token ids; columns: {', '.join(names)}.")
             found = tuple(name for name in (INPUTS, LABELS, POSITIONS) if name in names)
             if LENGTHS in names and POSITIONS not in names:
                 found = (*found, LENGTHS)
             if columns not in (None, found):
-                raise ConfigError(f"{path} has the columns {found}, but the files before it {columns}.")
+                raise ConfigError(f"{path} has the columns {found}, but earlier files have {columns}.")
             columns = found
             for index in range(metadata.num_row_groups):
                 group = metadata.row_group(index)
                 size = 8 * group.num_rows * self.seq_len * (len(found) + 1)
                 if max(size, group.total_byte_size) > self._memory:
                     raise ConfigError(
-                        f"Row group {index} of {path} has {group.num_rows} rows, which take {size >> 20} MiB; "
+                        f"Row group {index} of {path} has {group.num_rows} rows, which need {size >> 20} MiB; "
                         f"fetch.cache_mb allows {self._memory >> 20}. Write the file with a smaller row_group_size, or "
                         "raise fetch.cache_mb."
                     )
-                groups.append(Group(number, index, group.num_rows))
+                groups.append(RowGroup(number, index, group.num_rows))
         assert columns is not None
         return columns, groups
 
 
 def _lists(column: Any, where: str, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The length of each row's list, and the entries of all lists one after the other."""
+    """The length of each row's list, and the entries of all lists in a row."""
     import pyarrow
     from pyarrow import compute
 
@@ -307,7 +305,7 @@ def _find(places: Sequence[str]) -> list[Path]:
             inside = [path] if path.is_file() else []
         if not inside:
             raise ConfigError(
-                f"The data path {place!r} is neither a parquet file nor a folder with some (looked for "
+                f"The data path {place!r} is neither a parquet file nor a folder with parquet files (looked for "
                 f"{path.absolute()})."
             )
         found.update(dict.fromkeys(inside))

@@ -1,4 +1,4 @@
-"""Token files behind HTTP, read by range requests: in parallel, in bounded memory, and ahead of their use."""
+"""Reads token files over HTTP by range requests: in parallel, in bounded memory, and in advance."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from psyche_lightning.data.cache import Piece, RangeCache
-from psyche_lightning.data.client import GONE, Client, Fetch, Refused, Temporary, check_url, is_local
+from psyche_lightning.data.cache import Found, RangeCache
+from psyche_lightning.data.client import GONE, Client, FetchOptions, Refused, Temporary, check_url, is_local
 from psyche_lightning.data.files import HEAD_SIZE, MAX_FILES, FileInfo, Lost, Range, changed
 from psyche_lightning.data.options import whole
 from psyche_lightning.errors import ConfigError, DataError
 
 MAX_REQUEST = 4 << 20
-"""Bytes of one range request; neighbouring ranges are joined up to it."""
+"""The most bytes of one range request; adjacent ranges are joined up to it."""
 _OTHER_FILE = (200, 412, 416)
 
 
 class RemoteFiles:
     """Files at URLs, as :class:`~psyche_lightning.data.files.Files`.
 
-    What was read last, and what was read ahead, is kept up to ``fetch.cache_mb``.
+    It keeps the last ranges that were read or prefetched, up to ``fetch.cache_mb``.
 
     Args:
-        urls: of the files, in their order.
+        urls: URLs of the files, in order.
         fetch: how to fetch.
 
     Raises:
-        ConfigError: a URL is malformed, does not exist, or its server does not answer range requests.
+        ConfigError: a URL is malformed, does not exist, or its server does not support range requests.
         DataError: a server cannot be reached.
     """
 
-    def __init__(self, urls: Sequence[str], fetch: Fetch) -> None:
+    def __init__(self, urls: Sequence[str], fetch: FetchOptions) -> None:
         self._urls = [check_url(url) for url in urls]
         self._fetch = fetch
         self._begin()
@@ -54,7 +54,7 @@ class RemoteFiles:
         self._begin()
 
     def _running(self) -> Client:
-        if self._process != os.getpid():  # a forked worker has no loop, and locks in an unknown state
+        if self._process != os.getpid():  # a forked worker has no loop, and its locks may be held
             self._begin()
         if self._client is None:
             self._client = Client(self._fetch, local=all(map(is_local, self._urls)))
@@ -62,34 +62,34 @@ class RemoteFiles:
         return self._client
 
     def read(self, ranges: Sequence[Range]) -> list[bytes | Lost]:
-        """The bytes of each range, or why there are none."""
+        """Returns the bytes of each range, or why it is not available."""
         found = self._want(ranges)
         return [found[part].result() for part in ranges]
 
-    def ahead(self, ranges: Sequence[Range]) -> None:
-        """Begin to obtain ranges that will be read soon, up to half of the memory; returns at once."""
+    def prefetch(self, ranges: Sequence[Range]) -> None:
+        """Start to fetch ranges that will be read soon, up to half of the memory; returns at once."""
         self._want(ranges, room=True)
 
-    def _want(self, ranges: Sequence[Range], *, room: bool = False) -> dict[Range, Future[Piece]]:
-        """Begin to fetch what is not there, neighbours in one request."""
+    def _want(self, ranges: Sequence[Range], *, room: bool = False) -> dict[Range, Future[Found]]:
+        """Start to fetch ranges that are not in the cache, adjacent ones in one request."""
         client, asked = self._running(), time.monotonic()
-        found, missing = self._cache.want(ranges, room=room)
+        found, missing = self._cache.request(ranges, room=room)
         for group in _joined(missing):
             client.submit(self._bring(client, group, asked))
         return found
 
     async def _bring(self, client: Client, group: list[Range], asked: float) -> None:
-        """Fetch neighbouring ranges and hand them out; each of them gets an answer, whatever happens."""
+        """Fetch adjacent ranges and deliver them; each of them gets an answer, whatever happens."""
         first = group[0]
         length = sum(part.length for part in group)
-        found: bytes | Lost = Lost("fetching it was given up")
+        found: bytes | Lost = Lost("the request was given up")
         try:
             found = await self._get(client, Range(first.file, first.start, length), asked)
         finally:
             for part in group:
                 place = part.start - first.start
                 piece = found if isinstance(found, Lost) else found[place : place + part.length]
-                self._cache.bring(part, piece)
+                self._cache.deliver(part, piece)
 
     async def _get(self, client: Client, part: Range, asked: float) -> bytes | Lost:
         info = self.infos[part.file]
@@ -99,7 +99,7 @@ class RemoteFiles:
             return Lost(str(error))
         except Refused as error:
             if error.status in _OTHER_FILE:
-                return Lost(changed(info, f"another length, or without ranges ({error})"), lasting=True)
+                return Lost(changed(info, f"another length, or its server no ranges ({error})"), lasting=True)
             return Lost(f"{info.name}: the server answers {error}")
         if answer.size != info.size or (answer.version and info.version and answer.version != info.version):
             return Lost(changed(info, f"{answer.size} bytes, {answer.version or 'no version'}"), lasting=True)
@@ -117,7 +117,7 @@ class RemoteFiles:
                 task.cancel()
 
     async def _look(self, client: Client, url: str, asked: float) -> FileInfo:
-        """Size, version and beginning of a file, by one range request."""
+        """Size, version and beginning of a file, from one range request."""
         try:
             answer = await client.part(url, 0, HEAD_SIZE, asked)
         except Refused as error:
@@ -126,7 +126,7 @@ class RemoteFiles:
 
 
 def refusal(url: str, error: Refused) -> ConfigError:
-    """What a user can do about an address whose server answers, but not as it should."""
+    """The error for an address whose server gives a wrong answer, with what to do."""
     if error.status in GONE:
         return ConfigError(
             f"The data address {url} does not exist or is not public: its server answers {error}. Check data.config."
@@ -134,13 +134,13 @@ def refusal(url: str, error: Refused) -> ConfigError:
     if error.status == 416:
         return ConfigError(f"The data file {url} is empty.")
     return ConfigError(
-        f"The server of {url} does not answer range requests (it answers {error}), which are needed to read single "
-        "samples. Choose another server, such as `psyche data serve`, or copy the files to this machine."
+        f"The server of {url} does not support range requests (it answers {error}), which are needed to read single "
+        "samples. Use another server, such as `psyche data serve`, or copy the files to this machine."
     )
 
 
-def read_text(url: str, fetch: Fetch, limit: int) -> bytes:
-    """A small document at a URL.
+def read_text(url: str, fetch: FetchOptions, limit: int) -> bytes:
+    """Fetch a small document at a URL.
 
     Raises:
         ConfigError: it does not exist, or is larger than ``limit`` bytes.
@@ -158,20 +158,20 @@ def read_text(url: str, fetch: Fetch, limit: int) -> bytes:
 
 
 def numbered(template: object, *, start: object, pad: object, count: object) -> list[str]:
-    """The URLs of numbered files, as Psyche's http.rs makes them.
+    """The URLs of numbered files, built as in Psyche's http.rs.
 
     Args:
-        template: a URL with exactly one ``{}``, where the number goes.
+        template: a URL with exactly one ``{}`` for the number.
         start: the first number.
-        pad: digits to which numbers are filled up with zeros; 0 for none.
-        count: how many files there are.
+        pad: digits to which zeros fill up numbers; 0 for none.
+        count: number of files.
 
     Raises:
-        ConfigError: one of them is wrong.
+        ConfigError: an argument is wrong.
     """
     if not isinstance(template, str) or template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
         raise ConfigError(
-            f"The URL of numbered files is {template!r}, expected one with exactly one {{}} where the number goes, "
+            f"The URL of numbered files is {template!r}, expected a URL with exactly one {{}} for the number, "
             "such as https://example.org/tokens-{}.bin."
         )
     first, width = whole("start", start, least=0), whole("pad", pad, least=0)
@@ -182,7 +182,7 @@ def numbered(template: object, *, start: object, pad: object, count: object) -> 
 
 
 def _joined(ranges: Sequence[Range]) -> list[list[Range]]:
-    """Ranges in groups that follow each other in a file without a gap, of at most :data:`MAX_REQUEST` bytes."""
+    """Groups of ranges that follow each other in a file without a gap, of at most :data:`MAX_REQUEST` bytes each."""
     groups: list[list[Range]] = []
     size = 0
     for part in sorted(ranges):

@@ -1,4 +1,4 @@
-"""A folder of token files behind HTTP with range requests, for nodes that have no copy."""
+"""Serves a folder of token files over HTTP with range requests, for nodes without a copy."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class FileServer:
     """Serves the files of a folder, read-only, from a thread; a context manager.
 
     Args:
-        folder: whose files are served, also those of folders in it; links that lead out of it are not followed.
+        folder: the folder; folders within it are served as well, but links that lead out of it are not followed.
         host: address to listen on.
-        port: to listen on; 0 for any free one.
+        port: port to listen on; 0 for any free one.
 
     Attributes:
-        url: of the folder, without a slash at its end; once it is started.
+        url: URL of the folder, without a slash at its end; set by :meth:`start`.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: the folder does not exist.
     """
 
     def __init__(self, folder: str | Path, host: str = "127.0.0.1", port: int = 0) -> None:
@@ -44,10 +44,10 @@ class FileServer:
         self.stop()
 
     def start(self) -> None:
-        """Listen; after :meth:`stop` again, on the same port.
+        """Start to listen; after :meth:`stop`, again on the same port.
 
         Raises:
-            ConfigError: the address cannot be listened on.
+            ConfigError: this process cannot listen on the address.
         """
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="psyche-files", daemon=True)
@@ -62,14 +62,14 @@ class FileServer:
             ) from error
 
     def stop(self) -> None:
-        """Close every connection and stop listening."""
+        """Close all connections and stop listening."""
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(START_TIMEOUT)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def application(self) -> web.Application:
-        """What answers requests."""
+        """The application that answers requests."""
         application = web.Application()
         application.router.add_static("/", self._folder, follow_symlinks=False)
         return application

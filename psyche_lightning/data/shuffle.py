@@ -1,4 +1,4 @@
-"""Psyche's orders of samples, reproduced bit for bit (its data_shuffle.rs): ChaCha8, shuffles, weighted index."""
+"""Psyche's orders of samples, bit for bit (its data_shuffle.rs): ChaCha8, shuffles, weighted index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Words = NDArray[np.uint32]
 
 MAX_TABLE = 1 << 28
-"""Samples of the largest table: a gigabyte of u32."""
+"""The most samples of a table, which is a gigabyte of u32."""
 _BLOCKS = 1 << 12
 _AT_ONCE = 1 << 16
 _WORD = 1 << 32
@@ -46,7 +46,7 @@ class ChaCha8:
         return found
 
     def back(self, count: int) -> None:
-        """Give the last ``count`` words of :meth:`words` back."""
+        """Put back the last ``count`` words of :meth:`words`."""
         self._place -= count
 
     def below(self, bound: int) -> int:
@@ -57,7 +57,7 @@ class ChaCha8:
         return high
 
     def _more(self) -> Words:
-        """The words of the next blocks, computed for all of them at once."""
+        """The words of the next blocks, computed all at once."""
         counter = np.arange(self._counter, self._counter + _BLOCKS, dtype=np.uint64)
         self._counter += _BLOCKS
         start = np.empty((16, _BLOCKS), np.uint32)
@@ -67,7 +67,7 @@ class ChaCha8:
         start[13] = (counter >> np.uint64(32)).astype(np.uint32)
         start[14:] = 0
         x = list(start.copy())
-        for _ in range(4):  # eight rounds: columns, then diagonals
+        for _ in range(4):  # eight rounds: first columns, then diagonals
             for a in range(4):
                 _quarter(x, a, 4 + a, 8 + a, 12 + a)
             for a in range(4):
@@ -84,7 +84,7 @@ def _quarter(x: list[Words], a: int, b: int, c: int, d: int) -> None:
 
 
 def _swaps(length: int, generator: ChaCha8) -> Iterator[int]:
-    """For each i the place that it is swapped with: rand 0.9's "increasing uniform", which draws several at once."""
+    """For each i the place to swap it with: rand 0.9's "increasing uniform", which draws several places at once."""
     n, chunk, left = 0, 0, 1
     while n < length:
         m = n + 1
@@ -106,10 +106,10 @@ def _swaps(length: int, generator: ChaCha8) -> Iterator[int]:
 
 
 def _draws(generator: ChaCha8, bounds: range) -> Iterator[int]:
-    """``generator.below`` of each bound; nearly each takes one word, so that they are computed many at once."""
+    """``generator.below`` for each bound. Nearly all take one word, so many are computed at once."""
     place = 0
     while place < len(bounds):
-        expected = max(64, _WORD // bounds[place])  # draws until one takes a second word
+        expected = max(64, _WORD // bounds[place])  # expected draws before one takes a second word
         part = bounds[place : place + min(_AT_ONCE, expected)]
         many = np.arange(part.start, part.stop, part.step, dtype=np.int64).astype(np.uint64)
         words = generator.words(len(many)).astype(np.uint64)
@@ -125,7 +125,7 @@ def _draws(generator: ChaCha8, bounds: range) -> Iterator[int]:
 
 
 def psyche_shuffle(length: int, seed: bytes) -> NDArray[np.uint32]:
-    """The permutation of ``range(length)`` that Psyche's seeded shuffle makes.
+    """The permutation of ``range(length)`` by Psyche's seeded shuffle.
 
     Args:
         length: at most :data:`MAX_TABLE`; a million takes a fraction of a second.
@@ -148,13 +148,13 @@ def shuffle_from_top(length: int, seed: bytes) -> NDArray[np.uint32]:
 
 
 def weighted_order(weights: Sequence[float], sizes: Sequence[int]) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
-    """Which sample of which source stands at each place of a weighted mix.
+    """The sample of a source at each place of a weighted mix.
 
-    For each place s the source with the largest ``weight * max(s, 1) - drawn`` gives its next sample, the first of
-    equals, and begins again at its end; empty sources give none.
+    At place s, the source with the largest ``weight * max(s, 1) - drawn`` gives its next sample; the first one wins a
+    tie. A source starts again at its end, and empty sources give no samples.
 
     Args:
-        weights: of the sources; only their ratios count.
+        weights: weights of the sources; only their ratios count.
         sizes: samples of the sources; the mix is as long as their sum.
 
     Returns:

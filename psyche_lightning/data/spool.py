@@ -1,4 +1,4 @@
-"""Documents, tokenized into a temporary file as far as samples are asked for."""
+"""Tokenizes documents into a temporary file, as far as samples are requested."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from psyche_lightning.data.tokenizer import Encoder, QuietProgress
 from psyche_lightning.errors import ConfigError, DataError
 
 Documents = Callable[[int], Iterator[bytes]]
-"""The texts from the one with this number on; called again after a failure."""
+"""Yields the texts from the one with this number on; called again after a failure."""
 
 
 class Spool:
-    """Blocks of ``seq_len`` tokens cut from the tokens of all documents; memory is that of one document.
+    """Blocks of ``seq_len`` tokens, cut from the tokens of all documents; memory holds one document.
 
-    The file lies where ``TMPDIR`` says. It has no name, so that nothing is left of it however the process ends. A copy
-    in another process reads the documents again, as far as its blocks are asked for.
+    The file is in ``TMPDIR``. It has no name, so it disappears however the process ends. A copy in another process
+    reads the documents again, as far as its blocks are requested.
 
     Args:
-        documents: the texts; may fail for a while.
+        documents: yields the texts; may fail temporarily.
         encoder: makes the ids.
         seq_len: tokens of a block.
-        most: blocks that are made at most; None for all.
-        lazily: whether documents are read only when their blocks are asked for; ``most`` is then the count.
-        retry_seconds: how long reading is tried again before blocks count as lost.
+        most: the most blocks to make; None for all.
+        lazily: whether to read documents only when their blocks are requested; ``most`` is then the count.
+        retry_seconds: how long to try reading again before blocks count as lost.
 
     Attributes:
-        count: how many blocks there are.
-        fingerprint: of all blocks; lazily, of the first.
+        count: number of blocks.
+        fingerprint: fingerprint of all blocks; lazily, of the first one.
 
     Raises:
-        DataError: the documents cannot be read, or there is no room for their tokens.
+        DataError: the documents cannot be read, or there is no space for their tokens.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Spool:
     # --- blocks -----------------------------------------------------------------------------------------------------
 
     def read(self, numbers: Sequence[int]) -> list[NDArray[Any]]:
-        """The blocks with these numbers, after all before them.
+        """Returns the blocks with these numbers, after tokenizing all blocks before them.
 
         Raises:
             Unavailable: the documents cannot be read that far.
@@ -110,21 +110,21 @@ class Spool:
         handle = self._file.fileno()
         return [np.frombuffer(os.pread(handle, size, number * size), self._encoder.dtype) for number in numbers]
 
-    def ahead(self, numbers: Sequence[int]) -> None:
-        """Begin to tokenize as far as these blocks."""
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Start to tokenize up to these blocks."""
         self._target = max(self._target, max(numbers, default=-1) + 1)
         if self._lazily and self._process == os.getpid() and (self._worker is None or not self._worker.is_alive()):
-            self._worker = threading.Thread(target=self._fill_ahead, name="psyche-spool", daemon=True)
+            self._worker = threading.Thread(target=self._prefetch, name="psyche-spool", daemon=True)
             self._worker.start()
 
-    def _fill_ahead(self) -> None:
-        with contextlib.suppress(Unavailable):  # whoever reads the blocks is told
+    def _prefetch(self) -> None:
+        with contextlib.suppress(Unavailable):  # reading the blocks raises it again
             self._fill(self._target)
 
     # --- filling ----------------------------------------------------------------------------------------------------
 
     def _fill(self, blocks: int | None, progress: QuietProgress | None = None) -> None:
-        """Tokenize until there are so many blocks, or all of them."""
+        """Tokenize until there are this many blocks, or all of them."""
         wanted = self._most if blocks is None else blocks
         retrying = Retrying(
             stop=stop_after_delay(self._retry_seconds),
@@ -137,7 +137,7 @@ class Spool:
                 retrying(self._append, wanted, progress)
             except (ConfigError, DataError):
                 raise
-            except Exception as error:  # what a data set raises when its files or its network fail has no common type
+            except Exception as error:  # errors of data sets have no common type
                 self._texts = None
                 here, end = self._tokens // self._seq_len, self._most if wanted is None else wanted
                 reason = f"the documents after number {self._read} cannot be read ({type(error).__name__}: {error})"
@@ -183,8 +183,8 @@ class Spool:
                 self._file.flush()
         except OSError as error:
             raise DataError(
-                f"There is no room for the tokens in {tempfile.gettempdir()}: {error.strerror}. Set TMPDIR to a folder "
-                "on a larger disk."
+                f"There is no space for the tokens in {tempfile.gettempdir()}: {error.strerror}. Set TMPDIR to a "
+                "folder on a larger disk."
             ) from error
 
     def _sha256(self, blocks: int) -> str:

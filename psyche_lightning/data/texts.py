@@ -1,4 +1,4 @@
-"""Text files for ``psyche data tokenize``: which, in which order, and the texts in them, a piece at a time."""
+"""Text files for ``psyche data tokenize``: finds them in a fixed order, and reads their texts one at a time."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from psyche_lightning.errors import ConfigError
 
 MAX_LINE = 64 << 20
-"""Bytes of the longest line of a ``.jsonl`` file."""
+"""The most bytes of a line in a ``.jsonl`` file."""
 
 
 def find_texts(paths: Sequence[Path], globs: Sequence[str]) -> list[Path]:
-    """Files in the order of ``paths``, those of folders sorted by their path below it; each once.
+    """The files in the order of ``paths``, those in folders sorted by their path below it; each once.
 
     Args:
-        paths: files and folders. Files that are named themselves always belong.
-        globs: patterns for the names of files in folders; hidden files and folders are left out.
+        paths: files and folders. Files that are named here always belong.
+        globs: patterns for names of files in folders; hidden files and folders are left out.
 
     Raises:
-        ConfigError: a path does not exist, or a folder has no such file.
+        ConfigError: a path does not exist, or no file in a folder matches.
     """
     found: dict[Path, None] = {}
     for path in paths:
@@ -33,7 +33,7 @@ def find_texts(paths: Sequence[Path], globs: Sequence[str]) -> list[Path]:
             if not inside:
                 raise ConfigError(
                     f"There is no text in the folder {str(path)!r}: none of its {len(kept)} files matches "
-                    f"{', '.join(globs)}; give --glob."
+                    f"{', '.join(globs)}; give other patterns with --glob."
                 )
         elif not path.is_file():
             raise ConfigError(f"The text {str(path)!r} does not exist (looked for {path.absolute()}).")
@@ -42,14 +42,14 @@ def find_texts(paths: Sequence[Path], globs: Sequence[str]) -> list[Path]:
 
 
 def read_texts(file: Path, column: str) -> Iterator[bytes]:
-    """The texts of a file: one, or one for each line of a ``.jsonl`` file.
+    """Yields the texts of a file: one, or one for each line of a ``.jsonl`` file.
 
     Args:
-        file: UTF-8.
+        file: a file in UTF-8.
         column: the key of the text in each line.
 
     Raises:
-        ConfigError: it cannot be read, or a line is not an object with such a text.
+        ConfigError: the file cannot be read, or a line is not an object with such a text.
     """
     try:
         if file.suffix != ".jsonl":
@@ -74,6 +74,6 @@ def _text(line: bytes, column: str, where: str) -> bytes:
         raise ConfigError(f"{where} is not JSON: {error}.") from error
     text = row.get(column) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        keys = f"it has the keys {', '.join(row)}" if isinstance(row, dict) else "it is no object"
-        raise ConfigError(f"{where} has no text under {column!r}: {keys}. Give the right one with --column.")
+        keys = f"it has the keys {', '.join(row)}" if isinstance(row, dict) else "it is not an object"
+        raise ConfigError(f"{where} has no text under {column!r}: {keys}. Give the right key with --column.")
     return text.encode("utf-8", errors="replace")

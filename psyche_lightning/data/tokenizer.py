@@ -1,4 +1,4 @@
-"""Text to token ids: bytes, or a Hugging Face tokenizer."""
+"""Converts text to token ids: bytes, or a Hugging Face tokenizer."""
 
 # mypy: allow-untyped-calls
 # (the tokenizer classes in transformers are partly without annotations)
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BYTES = "bytes"
 BYTE_VOCABULARY = 256
 BYTE_END = 0
-"""Ends each text of bytes: no text has it, so that no id beyond the bytes is needed."""
+"""Ends each text of bytes. No text contains it, so no id beyond the bytes is needed."""
 
 _PIECE_CHARACTERS = 1 << 20
 _PIECES_AT_ONCE = 16
@@ -33,19 +33,19 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
 class Encoder:
-    """Turns texts into ids, each text followed by an end-of-text id.
+    """Converts texts to ids, with an end-of-text id after each text.
 
     Args:
         name: ``"bytes"`` (ids 0 to 255), a folder or ``tokenizer.json`` on disk, or with ``download`` the name of a
             tokenizer on the Hugging Face Hub.
-        download: whether a name that is no path is looked up on the Hub.
+        download: whether to look up a name on the Hub if it is not a path.
 
     Attributes:
         vocab_size: number of ids.
         dtype: the smallest unsigned type that holds them.
 
     Raises:
-        ConfigError: there is no such tokenizer.
+        ConfigError: the tokenizer does not exist.
     """
 
     def __init__(self, name: str = BYTES, *, download: bool = False) -> None:
@@ -62,14 +62,14 @@ class Encoder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer as a ``transformers`` object, to be saved with checkpoints."""
+        """The tokenizer as a ``transformers`` object, to save with checkpoints."""
         return byte_tokenizer() if self._loaded is None else self._loaded
 
     def encode(self, text: bytes) -> Tokens:
-        """The ids of one text, without special tokens but for its end, if the tokenizer has an end-of-text token.
+        """Returns the ids of one text and its end-of-text id, if the tokenizer has one, without other special tokens.
 
-        Bytes that are not UTF-8 become U+FFFD, unless the ids are bytes. Texts are cut at line ends into pieces of
-        about a million characters.
+        Bytes that are not UTF-8 become U+FFFD, unless the ids are bytes. Long texts are cut at line ends, about every
+        million characters.
         """
         if self._loaded is None:
             return np.frombuffer(text + bytes([BYTE_END]), dtype=np.uint8)
@@ -84,7 +84,7 @@ class Encoder:
         return np.concatenate(ids) if ids else np.empty(0, self.dtype)
 
     def encode_all(self, texts: Sequence[bytes]) -> Tokens:
-        """The ids of texts, one after the other; a progress bar shows on a terminal when this takes long."""
+        """Returns the ids of all texts in a row; on a terminal, a progress bar appears after a while."""
         with QuietProgress("Tokenizing", sum(map(len, texts))) as progress:
             ids = []
             for text in texts:
@@ -96,8 +96,8 @@ class Encoder:
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer whose ids are the bytes of UTF-8, 0 to 255.
 
-    Byte-level BPE without merges, saved and loaded like any other fast tokenizer. It has no special tokens: a text's
-    end is byte 0, which belongs in the model's ``eos_token_id``.
+    It is a byte-level BPE without merges, saved and loaded like any other fast tokenizer. It has no special tokens: a
+    text ends with byte 0, which belongs in the model's ``eos_token_id``.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -112,20 +112,20 @@ def load_tokenizer(name: str, *, download: bool = False) -> PreTrainedTokenizerB
     """Load a tokenizer from a folder or a ``tokenizer.json``, or from the Hub, without running its code.
 
     Args:
-        name: a path, or with ``download`` a name of the Hub where there is no such path.
-        download: whether the Hub is asked.
+        name: a path or, with ``download``, a name on the Hub if there is no such path.
+        download: whether to ask the Hub.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: the tokenizer does not exist or cannot be loaded.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     place = Path(name).expanduser()
     expected = f"expected {BYTES!r}, a folder written by a Hugging Face tokenizer's save_pretrained, a tokenizer.json"
     expected += (
-        ", or the name of a tokenizer on the Hub, for which a network is needed (or HF_HUB_OFFLINE=1 and its cache)."
+        ", or the name of a tokenizer on the Hub, which needs a network (or HF_HUB_OFFLINE=1 and the Hub's cache)."
         if download
-        else ". Names of the Hub are not looked up: download the tokenizer first."
+        else ". Names on the Hub are not looked up: download the tokenizer first."
     )
     if not place.exists() and not download:
         raise ConfigError(f"The tokenizer {name!r} does not exist (looked for {place.absolute()}); {expected}")
@@ -140,7 +140,7 @@ def load_tokenizer(name: str, *, download: bool = False) -> PreTrainedTokenizerB
 
 
 def _letter(byte: int) -> str:
-    """The character for a byte in byte-level BPE (GPT-2's table): printable ones stand for themselves."""
+    """The character for a byte in byte-level BPE (GPT-2's table); printable bytes stand for themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     if byte in printable:
         return chr(byte)
@@ -148,7 +148,7 @@ def _letter(byte: int) -> str:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut ``text`` after line ends, at least `_PIECE_CHARACTERS` apart."""
+    """Cut ``text`` after line ends that are at least `_PIECE_CHARACTERS` apart."""
     start = 0
     while start < len(text):
         newline = text.find("\n", start + _PIECE_CHARACTERS)
@@ -158,11 +158,11 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 class QuietProgress:
-    """A progress bar on stderr that appears only on a terminal, and only when there is time to look at it.
+    """A progress bar on stderr that appears only on a terminal, and only after a while.
 
     Args:
-        what: is done, for people.
-        total: of what :meth:`advance` counts; None when nobody knows.
+        what: what is being done, for people.
+        total: the sum of all :meth:`advance` calls; None if it is not known.
     """
 
     def __init__(self, what: str, total: float | None) -> None:
@@ -178,7 +178,7 @@ class QuietProgress:
         return self
 
     def advance(self, size: float) -> None:
-        """Count ``size`` more as done."""
+        """Add ``size`` to what is done."""
         self._bar.advance(self._task, size)
         if not self._shown and self._bar.console.is_terminal and time.monotonic() - self._begin > _QUIET_SECONDS:
             self._bar.start()

@@ -1,4 +1,4 @@
-"""The provider ``tokens``: token files in Psyche's formats, on disk or behind HTTP."""
+"""The provider ``tokens``: token files in Psyche's formats, on disk or over HTTP."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from psyche_lightning.data.client import Fetch
+from psyche_lightning.data.client import FetchOptions
 from psyche_lightning.data.description import MAX_SIZE, NAME, Description, read_description
 from psyche_lightning.data.files import TOKEN_SIZES, Files, LocalFiles, TokenBlocks, find_files
 from psyche_lightning.data.options import strings, whole
@@ -18,27 +18,28 @@ from psyche_lightning.errors import ConfigError
 
 
 class TokenData(PackedData):
-    """Token files as samples; sample i of a file is its i-th ``seq_len`` tokens.
+    """Token files as samples; sample i of a file is its i-th run of ``seq_len`` tokens.
 
     Args:
-        seed: the run's, for ``shuffle: true``.
+        seed: the run's seed, for ``shuffle: true``.
         seq_len: tokens of a sample, at least 2.
         path: a token file, a folder of them (``.bin``, ``.npy``, ``.ds``, in the order of their names), or a list.
-        url: in place of ``path``: a file, a folder's ``dataset.json``, or with ``count`` numbered files, where ``{}``
+        url: instead of ``path``: a file, a folder's ``dataset.json``, or with ``count`` numbered files, where ``{}``
             stands for the number.
-        count: how many numbered files there are.
-        start: number of the first.
-        pad: digits to which numbers are filled up with zeros.
-        token_size: bytes of a token: 2 or 4; None for what ``dataset.json`` or the header of a ``.npy`` says, else 2.
+        count: number of numbered files.
+        start: number of the first file.
+        pad: digits to which zeros fill up numbers.
+        token_size: bytes of a token: 2 or 4; None for the value in ``dataset.json`` or in the header of a ``.npy``
+            file, else 2.
         vocab_size: number of token ids; None for that of ``dataset.json`` or the tokenizer.
-        tokenizer: with which the files were made, to be saved with checkpoints: ``"bytes"`` or a path.
-        shuffle: true for an order by the run's seed, false for that of the files, or the 32 numbers of a seed of
-            Psyche's, for its order.
-        validation_samples: samples that are held out, spread evenly over the data.
-        fetch: see :class:`~psyche_lightning.data.client.Fetch`.
+        tokenizer: the tokenizer that made the files, to save with checkpoints: ``"bytes"`` or a path.
+        shuffle: true for an order by the run's seed, false for the order of the files, or the 32 numbers of one of
+            Psyche's seeds, for Psyche's order.
+        validation_samples: number of samples to hold out, spread evenly over the data.
+        fetch: see :class:`~psyche_lightning.data.client.FetchOptions`.
 
     Raises:
-        ConfigError: an option is wrong, or there is no data of that form where it points.
+        ConfigError: an option is wrong, or there is no such data.
         DataError: a server cannot be reached.
     """
 
@@ -63,10 +64,10 @@ class TokenData(PackedData):
         whole("validation_samples", validation_samples, least=0)
         psyche_seed(shuffle)
         check_token_size(token_size)
-        fetching = Fetch.of(fetch)
+        fetching = FetchOptions.of(fetch)
         if (path is None) == (url is None):
             raise ConfigError(
-                "The data provider 'tokens' needs either path (files on this machine) or url (files behind HTTP); it "
+                "The data provider 'tokens' needs either path (files on this machine) or url (files over HTTP); it "
                 f"got {'neither' if path is None else 'both'}."
             )
         files: Files
@@ -99,9 +100,9 @@ class TokenData(PackedData):
 
 
 def _addresses(
-    url: Any, fetch: Fetch, *, start: int, pad: int, count: int | None
+    url: Any, fetch: FetchOptions, *, start: int, pad: int, count: int | None
 ) -> tuple[list[str], Description | None]:
-    """The files behind ``url``, and what their ``dataset.json`` says."""
+    """The URLs of the files behind ``url``, and their ``dataset.json``."""
     if count is not None:
         return numbered(url, start=start, pad=pad, count=count), None
     if not isinstance(url, str) or not url.endswith(f"/{NAME}"):
@@ -111,10 +112,10 @@ def _addresses(
 
 
 def check_token_size(token_size: object) -> None:
-    """Refuse token sizes that no file has.
+    """Check the size of a token.
 
     Raises:
-        ConfigError: it is neither None nor one of them.
+        ConfigError: it is neither None nor a size that files may have.
     """
     if token_size is not None and token_size not in TOKEN_SIZES:
         raise ConfigError(f"token_size is {token_size!r}, expected {' or '.join(map(str, TOKEN_SIZES))} bytes.")
@@ -122,14 +123,14 @@ def check_token_size(token_size: object) -> None:
 
 def _check_same(name: str, given: object, described: object) -> None:
     if given is not None and given != described:
-        raise ConfigError(f"{name} is {given!r}, but {NAME} of the data says {described!r}; leave {name} out.")
+        raise ConfigError(f"{name} is {given!r}, but {NAME} of the data says {described!r}; remove {name}.")
 
 
 def vocabulary(vocab_size: object, encoder: Encoder | None) -> int:
-    """The number of token ids, which the files themselves do not tell.
+    """The number of token ids, which the files themselves do not contain.
 
     Raises:
-        ConfigError: nobody says it, or the tokenizer has more.
+        ConfigError: no option gives it, or the tokenizer has more ids.
     """
     if vocab_size is None and encoder is None:
         raise ConfigError(
@@ -140,8 +141,8 @@ def vocabulary(vocab_size: object, encoder: Encoder | None) -> int:
     if encoder is not None:
         if size and encoder.vocab_size > size:
             raise ConfigError(
-                f"The tokenizer has {encoder.vocab_size} ids, but vocab_size is {size}: the tokenizer is not that of "
-                "the data, or vocab_size is too small."
+                f"The tokenizer has {encoder.vocab_size} ids, but vocab_size is {size}: another tokenizer made the "
+                "data, or vocab_size is too small."
             )
         size = size or encoder.vocab_size
     return size

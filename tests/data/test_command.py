@@ -125,7 +125,7 @@ def test_verify_finds_a_changed_byte(texts: Path, tmp_path: Path, capsys: pytest
         ),
         (["{texts}", "--tokenizer", "{texts}"], "cannot be loaded"),
         (["{texts}", "--out", "{texts}"], "is not empty"),
-        (["{texts}", "--out", "{texts}/z.txt"], "cannot be made"),
+        (["{texts}", "--out", "{texts}/z.txt"], "cannot be created"),
         (["{texts}", "--token-size", "1"], "token_size is 1, expected 2 or 4 bytes"),
     ],
 )
@@ -138,8 +138,8 @@ def test_what_is_wrong_is_said(
     assert message.replace("{texts}", str(texts)) in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_lines_that_are_no_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for line, message in (("{", "Line 2 of .* is not JSON"), ("[1]", "Line 2 of .* it is no object")):
+def test_lines_without_text_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line, message in (("{", "Line 2 of .* is not JSON"), ("[1]", "Line 2 of .* it is not an object")):
         (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line)
         assert tokenize(tmp_path / "a.jsonl", "--out", tmp_path / f"out{len(line)}") == 1
         assert re.search(message, capsys.readouterr().err.replace("\n", " "))

@@ -98,7 +98,7 @@ def test_a_stream_is_read_as_far_as_it_is_asked_for() -> None:
     assert read[0] == 8
     spool.read([1])
     assert read[0] == 8
-    spool.ahead([9])
+    spool.prefetch([9])
     assert spool._worker is not None
     spool._worker.join(20)
     assert read[0] == 20
@@ -157,14 +157,14 @@ def test_a_data_set_that_breaks_at_the_start(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-def test_no_room_for_the_tokens(tmp_path: Path, texts_at: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_for_the_tokens(tmp_path: Path, texts_at: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(io.BytesIO):
         def write(self, data: Any) -> int:
             raise OSError(28, "No space left on device")
 
     texts_at(tmp_path / "a.jsonl", 3)
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Full())
-    with pytest.raises(DataError, match=r"no room for the tokens in .*: No space left on device. Set TMPDIR"):
+    with pytest.raises(DataError, match=r"no space for the tokens in .*: No space left on device. Set TMPDIR"):
         opened(tmp_path)
 
 
@@ -177,8 +177,8 @@ def test_no_room_for_the_tokens(tmp_path: Path, texts_at: Make, monkeypatch: pyt
         ({"text": "body"}, r"has no column 'body'. Columns: text, number. Set data.config.text"),
         ({"text": "number"}, "Row 0 of .* has '1' in the column 'number', expected a text"),
         ({"streaming": True}, "set max_samples"),
-        ({"streaming": True, "max_samples": 9, "shuffle": True}, "leave out shuffle"),
-        ({"streaming": True, "max_samples": 9, "validation_samples": 1}, "leave out shuffle and validation_samples"),
+        ({"streaming": True, "max_samples": 9, "shuffle": True}, "remove shuffle"),
+        ({"streaming": True, "max_samples": 9, "validation_samples": 1}, "remove shuffle and validation_samples"),
         ({"max_samples": 0}, "max_samples is 0"),
         ({"tokenizer": 5}, "tokenizer is 5"),
         ({"validation_samples": 999}, "too little data"),
@@ -190,8 +190,8 @@ def test_wrong_options_are_refused(tmp_path: Path, texts_at: Make, options: dict
         opened(tmp_path, **options)
 
 
-def test_places_that_are_no_data_sets(tmp_path: Path, texts_at: Make) -> None:
-    with pytest.raises(ConfigError, match="has no data files, expected files of one of the kinds"):
+def test_paths_without_a_data_set_are_refused(tmp_path: Path, texts_at: Make) -> None:
+    with pytest.raises(ConfigError, match="has no data files, expected files with one of the suffixes"):
         opened(tmp_path)
     texts_at(tmp_path / "a.jsonl", 2)
     (tmp_path / "b.csv").write_text("text\nx\n")
@@ -202,7 +202,7 @@ def test_places_that_are_no_data_sets(tmp_path: Path, texts_at: Make) -> None:
 def test_a_data_set_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"data set 'someone/nothing' .* cannot be opened: .* there is a network"):
+    with pytest.raises(ConfigError, match=r"data set 'someone/nothing' .* cannot be opened: .* Check the names"):
         DocumentData(1, 16, dataset="someone/nothing")
 
 

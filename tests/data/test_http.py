@@ -18,7 +18,7 @@ import pytest
 from aiohttp import web
 
 from psyche_lightning.data import client
-from psyche_lightning.data.client import Fetch
+from psyche_lightning.data.client import FetchOptions
 from psyche_lightning.data.files import Lost, Range
 from psyche_lightning.data.remote import RemoteFiles, numbered
 from psyche_lightning.data.serve import FileServer
@@ -104,7 +104,7 @@ def test_a_request_has_a_largest_size(server: Server, monkeypatch: pytest.Monkey
 
 def test_memory_is_bounded(server: Server) -> None:
     write(server, "a.bin", 3 << 19)
-    files = RemoteFiles([f"{server.url}/a.bin"], Fetch(cache_mb=1))
+    files = RemoteFiles([f"{server.url}/a.bin"], FetchOptions(cache_mb=1))
     size = 1 << 15
     ranges = [Range(0, start, size) for start in range(0, 3 << 20, size)]
     for part in ranges:
@@ -117,9 +117,9 @@ def test_memory_is_bounded(server: Server) -> None:
     assert len(server.ranges) == 1, "the oldest is not"
 
 
-def test_looking_ahead_is_bounded_and_what_it_brings_is_used(server: Server) -> None:
+def test_prefetching_is_bounded_and_its_ranges_are_used(server: Server) -> None:
     write(server, "a.bin", 3 << 19)
-    files = RemoteFiles([f"{server.url}/a.bin"], Fetch(cache_mb=1, connections=1))
+    files = RemoteFiles([f"{server.url}/a.bin"], FetchOptions(cache_mb=1, connections=1))
     size = 1 << 15
     ranges = [Range(0, start, size) for start in range(0, 3 << 20, 2 * size)]
     gate = threading.Event()
@@ -130,8 +130,8 @@ def test_looking_ahead_is_bounded_and_what_it_brings_is_used(server: Server) -> 
         gate.wait(20)
 
     server.answer = hold
-    files.ahead(ranges)
-    files.ahead(ranges)
+    files.prefetch(ranges)
+    files.prefetch(ranges)
     waiting = len(files._cache._coming)
     gate.set()
     assert 8 <= waiting <= 16, "no more than half of the memory is under way"
@@ -203,7 +203,7 @@ def test_an_empty_file(server: Server) -> None:
         opened(server)
 
 
-def test_nobody_at_the_address() -> None:
+def test_no_server_at_the_address() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -214,7 +214,7 @@ def test_nobody_at_the_address() -> None:
 def test_a_server_without_ranges(server: Server) -> None:
     write(server, "a.bin", 100)
     server.answer = lambda request: web.Response(body=b"x" * 200)
-    with pytest.raises(ConfigError, match=r"does not answer range requests .it answers 200 OK"):
+    with pytest.raises(ConfigError, match=r"does not support range requests .it answers 200 OK"):
         opened(server)
 
 
@@ -222,21 +222,21 @@ def test_another_file_under_the_same_address(server: Server) -> None:
     path = write(server, "a.bin", 100)
     data = opened(server)
     write(server, "a.bin", 101)
-    with pytest.raises(DataError, match=r"a.bin changed under way: at the start it had 200 bytes") as caught:
+    with pytest.raises(DataError, match=r"a.bin has changed: at the start it had 200 bytes") as caught:
         data.samples(3, 6)
     assert caught.value.lasting
     assert caught.value.ids == (3, 4, 5)
     time.sleep(0.01)
     write(server, "a.bin", 100, first=7)
     assert path.stat().st_size == 200
-    with pytest.raises(DataError, match="changed under way"):
+    with pytest.raises(DataError, match="has changed"):
         data.samples(0, 1)
     write(server, "a.bin", 4)
-    with pytest.raises(DataError, match="changed under way"):
+    with pytest.raises(DataError, match="has changed"):
         data.samples(20, 21)
 
 
-def test_joiners_see_that_the_data_is_other(server: Server) -> None:
+def test_joining_nodes_notice_other_data(server: Server) -> None:
     write(server, "a.bin", 100)
     before = opened(server).fingerprint
     write(server, "a.bin", 100, first=1)
@@ -244,7 +244,7 @@ def test_joiners_see_that_the_data_is_other(server: Server) -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503, 429, 408, 404, 403])
-def test_errors_that_may_pass_are_tried_again(server: Server, status: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_temporary_errors_are_tried_again(server: Server, status: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "psyche_lightning")
     write(server, "a.bin", 100)
     data = opened(server, fetch={"retry_seconds": 30})
@@ -284,7 +284,7 @@ def lie(status: int = 206, body: bytes = b"", **headers: str) -> Callable[[web.R
         lie(body=b"1234", Content_Range="bytes 0-7/200"),
     ],
 )
-def test_answers_to_another_question_are_not_used(server: Server, answer: Any) -> None:
+def test_answers_with_other_bytes_are_not_used(server: Server, answer: Any) -> None:
     write(server, "a.bin", 100)
     data = opened(server)
     server.answer = answer
@@ -306,7 +306,7 @@ def test_one_file_that_is_away_does_not_hold_up_the_others(server: Server) -> No
 
 def test_a_dead_server_costs_one_wait_however_much_is_asked(server: Server) -> None:
     write(server, "a.bin", 4000)
-    files = RemoteFiles([f"{server.url}/a.bin"], Fetch(retry_seconds=0.5, connections=2))
+    files = RemoteFiles([f"{server.url}/a.bin"], FetchOptions(retry_seconds=0.5, connections=2))
     server.stop()
     try:
         attempts = [0]
@@ -327,7 +327,7 @@ def test_a_dead_server_costs_one_wait_however_much_is_asked(server: Server) -> N
         server.start()
 
 
-def test_a_server_that_drips_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_slow_server_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     write(server, "a.bin", 100)
     monkeypatch.setattr(client, "READ_TIMEOUT", 0.3)
     monkeypatch.setattr(client, "CONNECT_TIMEOUT", 0.3)
@@ -383,7 +383,7 @@ def mixed(server: Server, *providers: Any, **options: Any) -> Any:
     return MixedData(1, 4, vocab_size=1000, fetch=SOON, **{**where, **options})
 
 
-def test_a_mix_is_psyche_s(server: Server) -> None:
+def test_a_mix_equals_psyches(server: Server) -> None:
     """Weights .7 and .3 of five samples each: Psyche's vector."""
     write(server, "a.bin", 20)
     write(server, "b.bin", 20, first=100)
@@ -433,7 +433,7 @@ def test_part_of_a_mix_may_be_away(server: Server) -> None:
         ({"shuffle": {"Seeded": True}, "providers": [1]}, "a 'shuffle' is"),
         ({"shuffle": "Yes", "providers": [1]}, "a 'shuffle' is Yes"),
         ({"shuffle": "DontShuffle", "providers": [entry({"SingleUrl": "x"}), entry({"SingleUrl": "x"}, 1)]}, "some of"),
-        ({"shuffle": "DontShuffle", "providers": [[1, 2, 3]]}, "not of the form"),
+        ({"shuffle": "DontShuffle", "providers": [[1, 2, 3]]}, "does not have the form"),
         ({"shuffle": "DontShuffle", "providers": [entry({"SingleUrl": "x"}, 0)]}, "a weight is 0"),
         ({"shuffle": "DontShuffle", "providers": [entry({"SingleUrl": "x"}, "1")]}, "a weight is '1'"),
         ({"shuffle": "DontShuffle", "providers": [entry({"Gcp": {"bucket_name": "x"}})]}, "expected one of SingleUrl"),

@@ -92,11 +92,11 @@ def test_row_groups_are_kept_within_bounds(tmp_path: Path, monkeypatch: pytest.M
         ({"inputs": [*ROWS[:8], [1, 2, 3, -1, 5, 6]]}, "input_ids has the value -1"),
         ({"inputs": ROWS, "labels": [*ROWS[:8], [-100, -1, 0, 0, 0, 0]]}, "labels has the value -1"),
         ({"inputs": ROWS, "position_ids": [*ROWS[:1] * 8, [6] * 6]}, "position_ids has the value 6, but positions"),
-        ({"inputs": ROWS, "sequence_lengths": [[6]] * 8 + [[5]]}, "sequence_lengths of a row do not add up"),
-        ({"inputs": ROWS, "sequence_lengths": [[6]] * 8 + [[7, -1]]}, "sequence_lengths of a row do not add up"),
+        ({"inputs": ROWS, "sequence_lengths": [[6]] * 8 + [[5]]}, "a row's sequence_lengths do not add up"),
+        ({"inputs": ROWS, "sequence_lengths": [[6]] * 8 + [[7, -1]]}, "a row's sequence_lengths do not add up"),
     ],
 )
-def test_rows_that_are_not_what_they_should_be(tmp_path: Path, columns: Any, message: str) -> None:
+def test_malformed_rows_are_refused(tmp_path: Path, columns: Any, message: str) -> None:
     data = opened(write(tmp_path / "a.parquet", **columns))
     assert len(data.samples(0, 8)) == 8
     with pytest.raises(DataError, match=message) as caught:
@@ -111,7 +111,7 @@ def test_columns_of_another_type(tmp_path: Path, inputs: Any) -> None:
         opened(write(tmp_path / "a.parquet", inputs=inputs)).samples(0, 1)
 
 
-def test_a_file_that_breaks_under_way(tmp_path: Path) -> None:
+def test_a_file_that_breaks_during_a_run(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", inputs=ROWS)
     data = opened(path, validation_samples=1)
     whole = path.read_bytes()
@@ -127,7 +127,7 @@ def test_a_file_that_breaks_under_way(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"path": "nowhere"}, "'nowhere' is neither a parquet file nor a folder with some"),
+        ({"path": "nowhere"}, "'nowhere' is neither a parquet file nor a folder with parquet files"),
         ({"vocab_size": None}, "set data.config.vocab_size"),
         ({"validation_samples": 9}, "9 rows, of which 9 are for validation"),
         ({"shuffle": "x"}, "shuffle is 'x'"),
@@ -142,14 +142,14 @@ def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], mess
 
 def test_files_that_are_not_such_tables(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really PAR1")
-    with pytest.raises(ConfigError, match="is not a parquet file that can be read"):
+    with pytest.raises(ConfigError, match="is not a readable parquet file"):
         opened(tmp_path)
     write(tmp_path / "a.parquet", tokens=ROWS)
-    with pytest.raises(ConfigError, match=r"has no column 'inputs', .*; columns: tokens"):
+    with pytest.raises(ConfigError, match=r"has no column 'inputs' .*; columns: tokens"):
         opened(tmp_path)
     write(tmp_path / "a.parquet", inputs=ROWS)
     write(tmp_path / "b.parquet", inputs=ROWS, labels=ROWS)
-    with pytest.raises(ConfigError, match="but the files before it"):
+    with pytest.raises(ConfigError, match="but earlier files have"):
         opened(tmp_path)
 
 

@@ -311,7 +311,7 @@ def test_no_progress_in_a_log(
         ({"glob": "*.rst"}, r"none of its 6 files matches \*.rst"),
         ({"tokenizer": 3}, "tokenizer is 3, expected 'bytes' or the path"),
         ({"tokenizer": "gpt2"}, "tokenizer 'gpt2' does not exist .*not looked up"),
-        ({"validation_fraction": 1.0}, "validation_fraction is 1.0, expected a share"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0, expected a fraction"),
         ({"validation_fraction": "0.1"}, "validation_fraction is '0.1'"),
         ({"validation_samples": -1}, "validation_samples is -1"),
         ({"validation_samples": 5, "validation_fraction": 0.1}, "Both validation_fraction and validation_samples"),
@@ -340,7 +340,7 @@ def test_places_without_text_are_refused(tmp_path: Path) -> None:
         open_bytes(empty)
     (empty / "a.txt").touch()
     (empty / "b.txt").write_bytes(b"\0" * 100)
-    with pytest.raises(ConfigError, match="it has 1 empty and 1 binary files"):
+    with pytest.raises(ConfigError, match="1 empty and 1 binary files"):
         open_bytes(empty)
     with pytest.raises(ConfigError, match=r"b.txt' is not text: it has zero bytes"):
         open_bytes(empty / "b.txt")

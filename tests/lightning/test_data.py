@@ -163,7 +163,7 @@ def test_data_that_changes_under_way_ends_the_node_s_part(
         submit(session, work, *arguments)
 
     monkeypatch.setattr(sessions.Session, "submit", submitted)
-    with pytest.raises(DataError, match=r"a.bin changed under way: at the start it had 12800 bytes, now it has 19200"):
+    with pytest.raises(DataError, match=r"a.bin has changed: at the start it had 12800 bytes, now it has 19200"):
         train_recipe(recipe_of(server, "total_steps=30"), directory=tmp_path / "n")
 
 
@@ -202,7 +202,7 @@ def test_a_model_too_small_for_the_tokens(server: FileServer, tmp_path: Path) ->
 
 def test_tokens_of_another_tokenizer(server: FileServer, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"token ids up to .*, but the vocabulary has 100: the data was made with another"
+        DataError, match=r"token ids up to .*, but the vocabulary has 100: another tokenizer made the data"
     ):
         train_recipe(recipe_of(server, vocab_size=100), directory=tmp_path / "n")
 
