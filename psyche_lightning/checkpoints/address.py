@@ -1,4 +1,4 @@
-"""Places where checkpoints lie: a folder, an address that fsspec opens, or a repository of the Hugging Face Hub."""
+"""Storage for checkpoints: a folder, an address that fsspec opens, or a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from psyche_lightning.errors import CheckpointError, ConfigError, PsycheError, n
 HUB = "hf"
 
 
-class Place:
-    """A folder of folders, by its address; every failure is a :class:`CheckpointError` that names it.
+class Storage:
+    """The folders at an address; every failure is a :class:`CheckpointError` that names the address.
 
-    Use :func:`open_place`. Methods block and may be called from any thread.
+    Use :func:`open_storage`. Methods block and may be called from any thread.
 
     Args:
         address: as the user wrote it.
-        fs: a file system of fsspec.
-        root: the address as that file system writes it.
+        fs: an fsspec file system.
+        root: the address in that file system's form.
     """
 
     def __init__(self, address: str, fs: Any, root: str) -> None:
@@ -34,7 +34,7 @@ class Place:
         return self.address
 
     def name(self, path: str) -> str:
-        """The address of something in it, for people."""
+        """The address of a path in it, for people."""
         return f"{self.address.rstrip('/')}/{path}" if path else self.address
 
     def _at(self, path: str) -> str:
@@ -46,7 +46,7 @@ class Place:
             yield
         except PsycheError:
             raise
-        except Exception as error:  # every file system has errors of its own
+        except Exception as error:  # every file system has its own errors
             raise CheckpointError(f"cannot {what} {self.name(path)}: {_reason(error)}") from error
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -59,8 +59,8 @@ class Place:
         return Path(self._root) if "file" in names else None
 
     def entries(self, path: str = "") -> dict[str, int | None]:
-        """Names in a folder, with the sizes of files in bytes and None for folders; empty where nothing is."""
-        with self._doing("look at", path):
+        """Names in a folder, with the size of each file in bytes and None for folders; empty if there is no folder."""
+        with self._doing("list", path):
             self._fs.invalidate_cache()
             try:
                 found = self._fs.ls(self._at(path), detail=True)
@@ -70,7 +70,7 @@ class Place:
             return {name: None if entry["type"] == "directory" else entry["size"] for name, entry in named.items()}
 
     def read(self, path: str, limit: int) -> bytes | None:
-        """A small file; None where there is none.
+        """Returns a small file, or None if it does not exist.
 
         Raises:
             CheckpointError: it is larger than ``limit`` bytes.
@@ -83,25 +83,25 @@ class Place:
                 return None
         if len(data) > limit:
             raise CheckpointError(
-                f"{self.name(path)} has more than {limit} bytes; that is no {path.rpartition('/')[2]}"
+                f"{self.name(path)} has more than {limit} bytes; it cannot be a {path.rpartition('/')[2]}"
             )
         return data
 
     def download(self, path: str, target: Path) -> None:
-        """Copy one file here."""
+        """Copy one file to this machine."""
         with self._doing("read", path):
             self._fs.get_file(self._at(path), str(target))
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Make the place if it is not there, so that one that cannot be written is known at the start."""
+        """Create the folder if it does not exist, so that a failure to write shows at the start."""
         with self._doing("write to"):
             self._fs.makedirs(self._root, exist_ok=True)
             self._fs.ls(self._root, detail=False)
 
     def upload(self, folder: Path, name: str) -> None:
-        """Copy a folder's files into the folder ``name``, the manifest last; what was there goes first."""
+        """Copy a folder's files into the folder ``name``, the manifest last; removes earlier content first."""
         with self._doing("write", name):
             self.remove(name)
             self._fs.makedirs(self._at(name), exist_ok=True)
@@ -110,26 +110,26 @@ class Place:
                 self._fs.put_file(str(file), self._at(f"{name}/{file.name}"))
 
     def remove(self, name: str) -> None:
-        """Remove a folder, its manifest first: what is left of an interrupted removal is incomplete."""
+        """Remove a folder, its manifest first, so that an interrupted removal leaves an incomplete checkpoint."""
         with self._doing("remove", name):
             if NAME in self.entries(name):
                 self._fs.rm_file(self._at(f"{name}/{NAME}"))
-            if self.entries(name) or name in self.entries():  # a folder without files is none in an object store
+            if self.entries(name) or name in self.entries():  # an object store has no empty folders
                 self._fs.rm(self._at(name), recursive=True)
 
 
-class HubPlace(Place):
-    """A repository of the Hugging Face Hub, or a folder in one. What is written goes through its own client.
+class HubStorage(Storage):
+    """A repository of the Hugging Face Hub, or a folder in it. It writes through the Hub's own client.
 
     Args:
         address: ``hf://OWNER/NAME[@REVISION][/FOLDER]``.
         fs: an ``HfFileSystem``.
-        root: as :class:`Place`.
+        root: as for :class:`Storage`.
     """
 
     def __init__(self, address: str, fs: Any, root: str) -> None:
         super().__init__(address, fs, root)
-        with self._doing("understand the address"):
+        with self._doing("read the address"):
             found = fs.resolve_path(root)
         self._folder: str = found.path_in_repo
         self._repo: dict[str, Any] = {
@@ -139,12 +139,12 @@ class HubPlace(Place):
         }
 
     def prepare(self) -> None:
-        """Look whether the repository is there. It is not made: whether it is public is its owner's decision."""
+        """Check that the repository exists. It is not created, because its owner decides whether it is public."""
         with self._doing("write to"):
             self._fs._api.repo_info(**self._repo)
 
     def upload(self, folder: Path, name: str) -> None:
-        """Two commits: the files, then the manifest."""
+        """Make two commits: first the files, then the manifest."""
         path = posixpath.join(self._folder, name)
         with self._doing("write", name):
             self.remove(name)
@@ -163,15 +163,15 @@ class HubPlace(Place):
             )
 
     def remove(self, name: str) -> None:
-        """One commit."""
+        """Make one commit."""
         with self._doing("remove", name):
             if self.entries(name):
                 path = posixpath.join(self._folder, name)
                 self._fs._api.delete_folder(**self._repo, path_in_repo=path, commit_message=f"{name}: removed")
 
 
-def open_place(address: str) -> Place:
-    """The place of an address: a folder, ``PROTOCOL://...`` of fsspec, or ``hf://OWNER/NAME[@REVISION][/FOLDER]``.
+def open_storage(address: str) -> Storage:
+    """Open an address: a folder, ``PROTOCOL://...`` of fsspec, or ``hf://OWNER/NAME[@REVISION][/FOLDER]``.
 
     Raises:
         ConfigError: the protocol is unknown or its package is not installed.
@@ -182,7 +182,7 @@ def open_place(address: str) -> Place:
 
     protocol, separator, rest = address.partition("://")
     if separator and not rest.strip("/"):
-        raise ConfigError(f"The address {address!r} has nothing after {protocol}://; expected a folder there.")
+        raise ConfigError(f"The address {address!r} has nothing after {protocol}://; expected a folder.")
     try:
         fs, root = fsspec.core.url_to_fs(address if separator else str(Path(address).expanduser().absolute()))
     except ImportError as error:
@@ -194,23 +194,23 @@ def open_place(address: str) -> Place:
                 "Use a folder, or an address such as s3://BUCKET/FOLDER, gs://, file:// or hf://OWNER/NAME."
             ) from error
         raise CheckpointError(f"The address {address!r} cannot be opened: {error}") from error
-    except Exception as error:  # every file system has errors of its own
+    except Exception as error:  # every file system has its own errors
         raise CheckpointError(f"The address {address!r} cannot be opened: {_reason(error)}") from error
     is_repository = protocol == HUB and not rest.startswith("buckets/")
-    return HubPlace(address, fs, root) if is_repository else Place(address, fs, root)
+    return HubStorage(address, fs, root) if is_repository else Storage(address, fs, root)
 
 
 def _reason(error: BaseException) -> str:
-    """An error in one line; those of the Hub have more."""
+    """An error in one line; errors of the Hub have several."""
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # how the Hub's file system says it
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # the Hub's file system hides the cause
         return _reason(error.__cause__)
     if isinstance(error, GatedRepoError):
         return "the repository is gated: ask for access on its page, then log in with `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return (
-            "there is no such repository, or this machine's user may not see it; make it with `hf repos create "
+            "the repository does not exist, or this machine's user may not see it; create it with `hf repos create "
             "OWNER/NAME`, or log in with `hf auth login`"
         )
     if isinstance(error, OfflineModeIsEnabled):

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a checkpoint is and which files it has. It is written last, so whoever sees it has all.
+"""``manifest.json`` describes a checkpoint and lists its files. It is written last, so it means that all files exist.
 
 A JSON object with ``format`` (1), ``run``, ``step``, ``epoch``, ``data_index``, ``digest``, ``recipe`` and ``files``:
 ``{name: {"size": bytes, "sha256": hex}}``.
@@ -32,7 +32,7 @@ class File:
 
     Attributes:
         size: in bytes.
-        sha256: of its bytes, in hex.
+        sha256: SHA-256 of its bytes, in hex.
     """
 
     size: int
@@ -40,15 +40,15 @@ class File:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What a checkpoint is of.
+class Metadata:
+    """Which state of which run a checkpoint holds.
 
     Attributes:
         run: the run's name.
         step: training steps that the parameters contain.
         epoch: the run's epoch in which it was saved.
-        data_index: first data id of the step that follows.
-        recipe: digest of what must be equal on all nodes (the manifest of the run), in hex.
+        data_index: first data id of the next step.
+        recipe: digest of the run's manifest, which is equal on all nodes, in hex.
     """
 
     run: str
@@ -63,13 +63,13 @@ class Manifest:
     """A complete checkpoint.
 
     Attributes:
-        moment: what it is of.
-        digest: of the parameters as they are saved, in hex: that of the run, as far as their dtype is float32 and no
-            data ids were open.
+        metadata: which state of which run it holds.
+        digest: digest of the saved parameters, in hex. It is the run's digest if all dtypes are float32 and no data ids
+            were open.
         files: all files but the manifest, by name.
     """
 
-    moment: Moment
+    metadata: Metadata
     digest: str
     files: Mapping[str, File]
 
@@ -82,20 +82,20 @@ class Manifest:
         """The content of ``manifest.json``."""
         files = {name: asdict(self.files[name]) for name in sorted(self.files)}
         return (
-            json.dumps({"format": FORMAT, **asdict(self.moment), "digest": self.digest, "files": files}, indent=1)
+            json.dumps({"format": FORMAT, **asdict(self.metadata), "digest": self.digest, "files": files}, indent=1)
             + "\n"
         )
 
     @classmethod
     def parse(cls, data: bytes, source: str) -> Manifest:
-        """Read one that comes from outside.
+        """Read a manifest from outside.
 
         Args:
             data: the file's bytes.
-            source: where it lies, for people.
+            source: where the file is, for people.
 
         Raises:
-            CheckpointError: it is not of this form.
+            CheckpointError: it is not a manifest of this format.
         """
         try:
             values: Any = json.loads(data)
@@ -103,20 +103,20 @@ class Manifest:
                 raise ValueError(f"its format is {values['format']!r}, and this version knows {FORMAT}")
             numbers = {name: values[name] for name in ("step", "epoch", "data_index")}
             if any(type(number) is not int or not 0 <= number < 1 << 64 for number in numbers.values()):
-                raise ValueError("step, epoch or data_index is no whole number")
-            moment = Moment(run=_text(values["run"]), recipe=_hash(values["recipe"]), **numbers)
+                raise ValueError("step, epoch or data_index is not a whole number")
+            metadata = Metadata(run=_text(values["run"]), recipe=_hash(values["recipe"]), **numbers)
             if not 0 < len(values["files"]) <= MAX_FILES:
                 raise ValueError(f"it has {len(values['files'])} files")
             files = {_name(name): _file(entry) for name, entry in values["files"].items()}
-            return cls(moment, _hash(values["digest"]), files)
+            return cls(metadata, _hash(values["digest"]), files)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{source} is not the manifest of a checkpoint: {error!r}") from error
 
 
-def describe(folder: Path, moment: Moment, digest: bytes) -> Manifest:
-    """The manifest of a folder's files, which are read once."""
+def describe(folder: Path, metadata: Metadata, digest: bytes) -> Manifest:
+    """The manifest of a folder's files; reads each file once."""
     files = {path.name: file_of(path) for path in sorted(folder.iterdir()) if path.name != NAME}
-    return Manifest(moment, digest.hex(), files)
+    return Manifest(metadata, digest.hex(), files)
 
 
 def file_of(path: Path) -> File:
@@ -130,7 +130,7 @@ def file_of(path: Path) -> File:
 
 
 def folder_name(step: int) -> str:
-    """Such as ``step-000120``; names in order are steps in order up to a million."""
+    """The name of a checkpoint's folder, such as ``step-000120``; names sort like steps up to a million."""
     return f"step-{step:06d}"
 
 
@@ -142,24 +142,24 @@ def step_of(name: str) -> int | None:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or len(value) > 200:
-        raise ValueError(f"{value!r} is no name")
+        raise ValueError(f"{value!r} is not a name")
     return value
 
 
 def _hash(value: Any) -> str:
     if not isinstance(value, str) or not _HASH.fullmatch(value):
-        raise ValueError(f"{value!r} is no SHA-256 in hex")
+        raise ValueError(f"{value!r} is not a SHA-256 in hex")
     return value
 
 
 def _name(value: str) -> str:
-    if value == NAME or not _FILE.fullmatch(value):  # nothing may lie outside of the folder
-        raise ValueError(f"{value!r} is no name of a file in the folder")
+    if value == NAME or not _FILE.fullmatch(value):  # no file may be outside the folder
+        raise ValueError(f"{value!r} is not a name of a file in the folder")
     return value
 
 
 def _file(value: Any) -> File:
     size, sha256 = value["size"], value["sha256"]
     if type(size) is not int or size < 0:
-        raise ValueError(f"{size!r} is no number of bytes")
+        raise ValueError(f"{size!r} is not a number of bytes")
     return File(size, _hash(sha256))

@@ -1,4 +1,4 @@
-"""A model's parameters as they are at one moment, and that moment in Hugging Face format."""
+"""Copies a model's parameters at one metadata, and saves the copy in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from psyche_lightning.wire.canonical import sha256
 
 
 class ModelCopy:
-    """A copy of a model's state in main memory, made at once; the model may go on changing.
+    """A copy of a model's state in main memory, made at once; the model may change afterwards.
 
     Args:
-        model: with ``save_pretrained``. One whose ``save_pretrained`` takes no ``state_dict`` cannot be copied; it is
-            written by the caller (:attr:`copied` is false then).
-        prefix: what stands before the names of its parameters in the run's digest.
+        model: has ``save_pretrained``. If that takes no ``state_dict``, the model cannot be copied (:attr:`copied` is
+            false), and the caller writes it at once.
+        prefix: comes before the names of its parameters in the run's digest.
     """
 
     def __init__(self, model: torch.nn.Module, prefix: str = "") -> None:
@@ -37,22 +37,22 @@ class ModelCopy:
             self._named = {name: _cloned(value, clones) for name, value in self._named.items()}
 
     def digest(self) -> bytes:
-        """Of the parameters, computed as that of a run is (:mod:`psyche_lightning.node.snapshot`)."""
+        """Digest of the parameters, computed like a run's (:mod:`psyche_lightning.node.snapshot`)."""
         named = sorted(((self._prefix + name, value) for name, value in self._named.items()), key=_order)
         return sha256(encode_index(describe_tensors(named)))
 
     def save(self, folder: Path) -> None:
-        """Write it in Hugging Face format.
+        """Write the copy in Hugging Face format.
 
         Raises:
-            OSError: there is no room.
+            OSError: there is no space.
         """
         options = {} if self._state is None else {"state_dict": dict(self._state)}
         self._model.save_pretrained(folder, **options)
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """What a tokenizer's ``save_pretrained`` writes, by name; nothing for None."""
+    """The files that a tokenizer's ``save_pretrained`` writes, by name; none for None."""
     if tokenizer is None:
         return {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Saving checkpoints in the background: first into the node's own folder, then to the address that nodes share."""
+"""Saves checkpoints in the background: first into the node's own folder, then at the address that nodes share."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from psyche_lightning.checkpoints.address import Place, open_place
+from psyche_lightning.checkpoints.address import Storage, open_storage
 from psyche_lightning.checkpoints.folder import fetch_newest, prune
-from psyche_lightning.checkpoints.manifest import MAX_SIZE, NAME, Manifest, Moment, describe, folder_name
+from psyche_lightning.checkpoints.manifest import MAX_SIZE, NAME, Manifest, Metadata, describe, folder_name
 from psyche_lightning.checkpoints.model import ModelCopy
 from psyche_lightning.errors import CheckpointError, PsycheError
 
 FOLDER = "checkpoints"
-"""In a node's folder: its checkpoints."""
+"""The folder of checkpoints in a node's folder."""
 NEWEST = "checkpoint"
-"""In a node's folder: a link to the newest of them."""
+"""The link to the newest checkpoint in a node's folder."""
 PAUSES = (2.0, 10.0, 60.0)
 """Seconds between attempts to write to an address."""
 TAKEOVER = 300.0
-"""Seconds without anything new at an address after which the next writer takes the place of the one before."""
+"""Seconds without a change at an address after which the next writer replaces the one before it."""
 LOOKS = 30
-"""How often a writer that waits looks there in that time."""
+"""How often a waiting writer looks in that time."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +34,20 @@ logger = logging.getLogger(__name__)
 class Writer:
     """Writes the checkpoints of one node.
 
-    Training waits for the copy of the parameters and nothing else: one thread writes the node's own folder, another
-    the address. While one checkpoint is being written, the next is left out, so there is never more than one copy.
+    Training waits only for the copy of the parameters. One thread writes the node's own folder, another one the
+    address. A checkpoint is skipped while an earlier one is being written, so there is never more than one copy.
 
-    Which node writes to the address follows from the round and is known to all (``rank``). The first does at once; a
-    further one keeps its own until the manifest of the one before is there, or nothing new has come for a while.
+    The round decides which nodes write to the address, and all nodes know it (``rank``). The first writes at once.
+    Another one waits until the manifest of the one before it is there, or nothing has changed for a while.
 
     Args:
-        folder: the node's; gets ``checkpoints/step-...`` and ``checkpoint``, a link to the newest.
-        place: the address that nodes share; None for none.
-        keep: newest checkpoints that stay, in the folder and at the address.
-        extra: more files for each checkpoint, by name: those of the tokenizer.
+        folder: the node's folder; gets ``checkpoints/step-...`` and ``checkpoint``, a link to the newest.
+        storage: the address that nodes share, or None.
+        keep: number of checkpoints to keep, in the folder and at the address.
+        extra: further files of each checkpoint, by name, such as the tokenizer's.
         pauses: see :data:`PAUSES`.
         takeover: see :data:`TAKEOVER`.
-        sleep: waits that many seconds.
+        sleep: waits for a number of seconds.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -56,7 +56,7 @@ class Writer:
     def __init__(
         self,
         folder: Path,
-        place: Place | None,
+        storage: Storage | None,
         *,
         keep: int,
         extra: dict[str, bytes],
@@ -66,8 +66,8 @@ class Writer:
     ) -> None:
         self._node = folder
         self._own = folder / FOLDER
-        self._home = open_place(str(self._own))
-        self._place = place
+        self._home = open_storage(str(self._own))
+        self._storage = storage
         self._keep = keep
         self._extra = extra
         self._pauses = pauses
@@ -84,37 +84,37 @@ class Writer:
         except OSError as error:
             raise CheckpointError(f"cannot write to {self._own}: {error.strerror}") from error
 
-    # --- called by the thread that trains ---------------------------------------------------------------------------
+    # --- called by the training thread ------------------------------------------------------------------------------
 
-    def save(self, copy: Callable[[], ModelCopy], moment: Moment, rank: int | None, *, last: bool = False) -> bool:
-        """Have a checkpoint written.
+    def save(self, copy: Callable[[], ModelCopy], metadata: Metadata, rank: int | None, *, last: bool = False) -> bool:
+        """Write a checkpoint in the background.
 
         Args:
             copy: makes the copy; called at once, if at all.
-            moment: what it is of.
-            rank: this node's place among those that write to the address; None when it does not.
-            last: whether nothing comes after it: then it waits for the one before, and is not left out.
+            metadata: which state of which run it holds.
+            rank: this node's position among those that write to the address; None if it does not write there.
+            last: whether it is the last one; it then waits for the one before it instead of being skipped.
 
         Returns:
-            Whether it is written; not when the one before is still being written.
+            Whether it is written; false while an earlier one is being written.
         """
         if last:
             self._saver.wait()
         elif self._saver.busy:
-            logger.warning("the checkpoint of step %d is left out: the one before is still being written", moment.step)
+            logger.warning("the checkpoint of step %d is skipped: an earlier one is still being written", metadata.step)
             return False
         made = copy()
         if made.copied:
-            self._saver.start(lambda: self._save(made, moment, rank))
+            self._saver.start(lambda: self._save(made, metadata, rank))
         else:  # this model can only be written as it is now
-            self._save(made, moment, rank)
+            self._save(made, metadata, rank)
         return True
 
     def finish(self, step: int) -> None:
         """Wait until everything is written.
 
         Raises:
-            PsycheError: the checkpoint of ``step`` could not be written to the node's folder, or to the address.
+            PsycheError: the checkpoint of ``step`` could not be written to the node's folder or to the address.
         """
         self._saver.wait()
         self._uploader.wait()
@@ -123,36 +123,36 @@ class Writer:
 
     # --- the background -----------------------------------------------------------------------------------------------
 
-    def _save(self, made: ModelCopy, moment: Moment, rank: int | None) -> None:
-        target = self._own / folder_name(moment.step)
+    def _save(self, made: ModelCopy, metadata: Metadata, rank: int | None) -> None:
+        target = self._own / folder_name(metadata.step)
         fresh = target.with_name(f"{target.name}.new")
         try:
             shutil.rmtree(fresh, ignore_errors=True)
             made.save(fresh)
             for name, data in self._extra.items():
                 (fresh / name).write_bytes(data)
-            manifest = describe(fresh, moment, made.digest())
+            manifest = describe(fresh, metadata, made.digest())
             (fresh / NAME).write_text(manifest.text(), encoding="utf-8")
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
             self._link(target)
-            logger.info("wrote the checkpoint of step %d to %s", moment.step, target)
+            logger.info("wrote the checkpoint of step %d to %s", metadata.step, target)
         except OSError as error:
             shutil.rmtree(fresh, ignore_errors=True)
             problem = CheckpointError(f"cannot write the checkpoint {target}: {error.strerror}; is the disk full?")
-            self._note(moment.step, problem)
+            self._note(metadata.step, problem)
             return
-        except Exception as error:  # what save_pretrained of somebody's model raises
-            self._note(moment.step, CheckpointError(f"cannot write the checkpoint {target}: {error!r}"))
+        except Exception as error:  # save_pretrained of a user's model may raise anything
+            self._note(metadata.step, CheckpointError(f"cannot write the checkpoint {target}: {error!r}"))
             return
-        if self._place is not None and rank is not None:
-            place = self._place
-            self._uploading.add(moment.step)
-            dropped = self._uploader.start(lambda: self._upload(place, target, manifest, rank), moment.step)
+        if self._storage is not None and rank is not None:
+            storage = self._storage
+            self._uploading.add(metadata.step)
+            dropped = self._uploader.start(lambda: self._upload(storage, target, manifest, rank), metadata.step)
             if dropped is not None:
                 self._uploading.discard(dropped)
                 logger.warning(
-                    "the checkpoint of step %d is not written to %s: a newer one came before its turn", dropped, place
+                    "the checkpoint of step %d is not written to %s: a newer one replaced it first", dropped, storage
                 )
         try:
             prune(self._home, self._keep, frozenset(self._uploading))
@@ -160,7 +160,7 @@ class Writer:
             logger.warning("%s", error)
 
     def _link(self, target: Path) -> None:
-        """Let ``checkpoint`` lead to the newest one."""
+        """Point the link ``checkpoint`` to the newest one."""
         link, fresh = self._node / NEWEST, self._node / f"{NEWEST}.new"
         if link.is_dir() and not link.is_symlink():
             shutil.rmtree(link)
@@ -168,15 +168,15 @@ class Writer:
         fresh.symlink_to(Path(FOLDER, target.name), target_is_directory=True)
         os.replace(fresh, link)
 
-    def _upload(self, place: Place, folder: Path, manifest: Manifest, rank: int) -> None:
-        step = manifest.moment.step
+    def _upload(self, storage: Storage, folder: Path, manifest: Manifest, rank: int) -> None:
+        step = manifest.metadata.step
         try:
             for pause in (*self._pauses, None):
                 try:
-                    if not self._is_there(place, manifest, rank):
-                        place.upload(folder, folder.name)
-                        logger.info("wrote the checkpoint of step %d to %s", step, place.name(folder.name))
-                    prune(place, self._keep)
+                    if not self._is_there(storage, manifest, rank):
+                        storage.upload(folder, folder.name)
+                        logger.info("wrote the checkpoint of step %d to %s", step, storage.name(folder.name))
+                    prune(storage, self._keep)
                     return
                 except PsycheError as error:
                     if pause is None:
@@ -188,20 +188,20 @@ class Writer:
         finally:
             self._uploading.discard(step)
 
-    def _is_there(self, place: Place, manifest: Manifest, rank: int) -> bool:
-        """Whether another node has written this checkpoint; those before this one get their time."""
-        name = folder_name(manifest.moment.step)
+    def _is_there(self, storage: Storage, manifest: Manifest, rank: int) -> bool:
+        """Whether another node has written this checkpoint; gives earlier writers their time."""
+        name = folder_name(manifest.metadata.step)
         seen: dict[str, int | None] = {}
         idle = 0.0
         while True:
-            if _digest(place, name) == manifest.digest:
+            if _digest(storage, name) == manifest.digest:
                 return True
-            now = place.entries(name)
+            now = storage.entries(name)
             idle = 0.0 if now != seen else idle
             seen = now
             if idle >= rank * self._takeover:
                 if rank:
-                    logger.info("writing %s, as the node before this one did not", place.name(name))
+                    logger.info("writing %s, because the node before this one did not", storage.name(name))
                 return False
             self._sleep(self._takeover / LOOKS)
             idle += self._takeover / LOOKS
@@ -211,20 +211,20 @@ class Writer:
         logger.error("%s", error)
 
 
-def _digest(place: Place, name: str) -> str | None:
-    """Of the parameters of a checkpoint that is complete; None of one that is not."""
-    data = place.read(f"{name}/{NAME}", MAX_SIZE)
+def _digest(storage: Storage, name: str) -> str | None:
+    """Digest of the parameters of a complete checkpoint; None if it is incomplete."""
+    data = storage.read(f"{name}/{NAME}", MAX_SIZE)
     try:
         return None if data is None else Manifest.parse(data, name).digest
-    except CheckpointError:  # whoever writes it replaces it
+    except CheckpointError:  # its writer replaces it
         return None
 
 
 class Worker:
-    """One thread that does one thing after another; of those that wait only the newest is done.
+    """One thread that works off one task after another; of the waiting tasks it does only the newest.
 
     Args:
-        name: of the thread.
+        name: name of the thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -235,24 +235,24 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Whether something is being done."""
+        """Whether a task is running."""
         with self._changed:
             return self._working
 
     def start(self, work: Callable[[], None], number: int = 0) -> int | None:
-        """Do ``work`` soon; returns the number of what is not done, because this takes its place."""
+        """Do ``work`` soon. Returns the number of the waiting task that it replaces, if any."""
         with self._changed:
             dropped = None if self._next is None else self._next[1]
             self._next = work, number
             if not self._working:
                 self._working = True
-                # A daemon: a node that is told to stop does not wait for a slow address.
-                run = contextvars.copy_context().run  # so that its log lines are those of this node
+                # A daemon: a stopping node does not wait for a slow address.
+                run = contextvars.copy_context().run  # so its log lines name this node
                 threading.Thread(target=run, args=(self._run,), name=self._name, daemon=True).start()
             return dropped
 
     def wait(self) -> None:
-        """Return when nothing is left to do."""
+        """Wait until all tasks are done."""
         with self._changed:
             self._changed.wait_for(lambda: not self._working)
 
@@ -271,18 +271,18 @@ class Worker:
                     self._working = False
                     self._changed.notify_all()
                 raise
-            del work  # with the tensors that it holds, before anyone who waits goes on and perhaps ends Python
+            del work  # frees its tensors before a waiting thread goes on and may end Python
 
 
 def copy_newest(source: str, target: str, cache: Path) -> str:
-    """Copy the newest usable checkpoint of one address to another; returns where it lies now.
+    """Copy the newest usable checkpoint of one address to another. Returns its new address.
 
     Raises:
         PsycheError: there is none, or the address cannot be written.
     """
-    place = open_place(target)
-    place.prepare()
+    storage = open_storage(target)
+    storage.prepare()
     found, folder = fetch_newest(source, cache)
-    name = folder_name(found.manifest.moment.step)
-    place.upload(folder, name)
-    return place.name(name)
+    name = folder_name(found.manifest.metadata.step)
+    storage.upload(folder, name)
+    return storage.name(name)

@@ -1,4 +1,4 @@
-"""``psyche checkpoints``: what lies at an address, whether it is whole, and copies of it elsewhere."""
+"""``psyche checkpoints``: lists, checks and copies the checkpoints of an address."""
 
 from __future__ import annotations
 
@@ -11,28 +11,34 @@ def checkpoints(
     address: Annotated[str, typer.Argument(help="A folder of checkpoints, or an address such as s3://bucket/run.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its hash.")] = False,
     to: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Copy the newest one there; other addresses are copied first.")
+        str | None, typer.Option(metavar="ADDRESS", help="Copy the newest usable checkpoint to this address.")
     ] = None,
 ) -> None:
-    """List the checkpoints of an address; copy the newest usable one to another."""
+    """List the checkpoints of an address, check them, or copy the newest usable one."""
     import tempfile
     from pathlib import Path
 
     from rich.table import Table
 
-    from psyche_lightning.checkpoints.address import open_place
-    from psyche_lightning.checkpoints.folder import candidates, fetch
+    from psyche_lightning.checkpoints.address import open_storage
+    from psyche_lightning.checkpoints.folder import complete_checkpoints, fetch
     from psyche_lightning.checkpoints.writer import copy_newest
     from psyche_lightning.cli.console import stdout
     from psyche_lightning.errors import CheckpointError
 
-    found = candidates(open_place(address))
+    found = complete_checkpoints(open_storage(address))
     table = Table("step", "epoch", "run", "files", "bytes", "parameters", *(["verified"] if verify else []))
     damaged = []
     with tempfile.TemporaryDirectory() as folder:
         for one in found:
-            moment, manifest = one.manifest.moment, one.manifest
-            row = [f"{moment.step:,}", f"{moment.epoch}", moment.run, f"{len(manifest.files)}", f"{manifest.size:,}"]
+            metadata, manifest = one.manifest.metadata, one.manifest
+            row = [
+                f"{metadata.step:,}",
+                f"{metadata.epoch}",
+                metadata.run,
+                f"{len(manifest.files)}",
+                f"{manifest.size:,}",
+            ]
             if verify:
                 try:
                     fetch(one, Path(folder))

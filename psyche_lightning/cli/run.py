@@ -275,7 +275,7 @@ def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
 
         found = newest(recipe.checkpoint.resume)
         sections[START] = start_section(found.manifest)
-        print(f"going on after step {found.manifest.moment.step}, from {found}")
+        print(f"going on after step {found.manifest.metadata.step}, from {found}")
     del sections["data"]  # what the samples are only a node that has them can say, so the first fixes this section
     return {
         "config": asdict(recipe.run.coordinator),

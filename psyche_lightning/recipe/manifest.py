@@ -21,8 +21,8 @@ PLACES = ("path", "url", "tokenizer", "fetch")
 
 def start_section(checkpoint: Manifest) -> dict[str, Any]:
     """The section ``start`` of a run that goes on from a checkpoint; nodes that would begin otherwise are refused."""
-    moment = checkpoint.moment
-    return {"step": moment.step, "data_index": moment.data_index, "digest": checkpoint.digest}
+    metadata = checkpoint.metadata
+    return {"step": metadata.step, "data_index": metadata.data_index, "digest": checkpoint.digest}
 
 
 def manifest(recipe: Recipe, fingerprint: str | None = None) -> dict[str, dict[str, Any]]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from psyche_lightning.checkpoints.address import open_place
-from psyche_lightning.checkpoints.folder import cache_folder, candidates, fetch_newest, local_model
-from psyche_lightning.checkpoints.manifest import Moment
+from psyche_lightning.checkpoints.address import open_storage
+from psyche_lightning.checkpoints.folder import cache_folder, complete_checkpoints, fetch_newest, local_model
+from psyche_lightning.checkpoints.manifest import Metadata
 from psyche_lightning.checkpoints.model import ModelCopy, tokenizer_files
 from psyche_lightning.checkpoints.writer import Writer
 from psyche_lightning.errors import ConfigError
@@ -48,10 +48,10 @@ class Checkpoints:
 
     def __init__(self, recipe: Recipe, run: str, folder: Path, tokenizer: Any, sections: Mapping[str, Any]) -> None:
         section = recipe.checkpoint
-        place = None if section.to is None else open_place(section.to)
-        if place is not None:
-            place.prepare()
-        self._writer = Writer(folder, place, keep=section.keep, extra=tokenizer_files(tokenizer))
+        storage = None if section.to is None else open_storage(section.to)
+        if storage is not None:
+            storage.prepare()
+        self._writer = Writer(folder, storage, keep=section.keep, extra=tokenizer_files(tokenizer))
         self._every = section.every
         self._writers = section.writers
         self._run = run
@@ -69,7 +69,7 @@ class Checkpoints:
             return
         # A node that had no part in that round is late by some; then it is not the one that is waited for.
         rank = self._rank(standing, session) if standing.step % self._every == 0 else None
-        if self._writer.save(lambda: ModelCopy(model, PREFIX), self._moment(standing), rank):
+        if self._writer.save(lambda: ModelCopy(model, PREFIX), self._metadata(standing), rank):
             self._saved = standing.step
 
     def at_the_end(self, session: Session, model: torch.nn.Module, step: int) -> Callable[[], None]:
@@ -77,15 +77,15 @@ class Checkpoints:
         standing = session.standing or Standing(step, 0, 0, ())
         if self._saved != standing.step or standing.step % self._every:  # else it is being written
             rank = self._rank(standing, session)
-            self._writer.save(lambda: ModelCopy(model, PREFIX), self._moment(standing), rank, last=True)
+            self._writer.save(lambda: ModelCopy(model, PREFIX), self._metadata(standing), rank, last=True)
         return lambda: self._writer.finish(standing.step)
 
     def _rank(self, standing: Standing, session: Session) -> int | None:
         rank = standing.rank(session.signer)
         return rank if rank is not None and rank < self._writers else None
 
-    def _moment(self, standing: Standing) -> Moment:
-        return Moment(self._run, standing.step, standing.epoch, standing.data_index, self._recipe)
+    def _metadata(self, standing: Standing) -> Metadata:
+        return Metadata(self._run, standing.step, standing.epoch, standing.data_index, self._recipe)
 
 
 def recipe_digest(sections: Mapping[str, Any]) -> str:
@@ -135,18 +135,19 @@ def begin(recipe: Recipe, fixed: Mapping[str, Any] | None) -> Beginning:
             f"model.path={address}."
         )
     step = None if begun is None else int(begun["step"])
-    if step is not None and all(one.manifest.moment.step != step for one in candidates(open_place(address))):
+    there = [] if step is None else complete_checkpoints(open_storage(address))
+    if step is not None and all(one.manifest.metadata.step != step for one in there):
         text = "the checkpoint of step %d, with which the run began, is not at %s any more; the run is further"
         logger.info(text, step, address)
         step = None
     found, folder = fetch_newest(address, cache_folder(), step)
-    moment = found.manifest.moment
+    metadata = found.manifest.metadata
     if step is not None and begun is not None and begun["digest"] != found.manifest.digest:
         raise ConfigError(f"{found} is not the checkpoint of step {step} that the run was created from.")
-    if begun is None and moment.step >= recipe.run.total_steps:
+    if begun is None and metadata.step >= recipe.run.total_steps:
         raise ConfigError(
-            f"{found} has {moment.step} steps already, and run.total_steps is {recipe.run.total_steps}; raise it."
+            f"{found} has {metadata.step} steps already, and run.total_steps is {recipe.run.total_steps}; raise it."
         )
-    logger.info("going on after step %d of run %r, from %s", moment.step, moment.run, found)
+    logger.info("going on after step %d of run %r, from %s", metadata.step, metadata.run, found)
     kept = {name: recipe.model.config[name] for name in _KEPT if name in recipe.model.config}
     return Beginning({**kept, "path": str(folder)}, begun or start_section(found.manifest))

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import HfFileSystem
 from support.hub import LocalHub
 
-from psyche_lightning.checkpoints.manifest import NAME, Moment, describe, folder_name
+from psyche_lightning.checkpoints.manifest import NAME, Metadata, describe, folder_name
 from psyche_lightning.checkpoints.model import ModelCopy
 
 RECIPE = "ab" * 32
@@ -45,8 +45,8 @@ def quiet(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> I
         ]
 
 
-def moment(step: int, run: str = "run") -> Moment:
-    return Moment(run, step, 1, 10 * step, RECIPE)
+def metadata(step: int, run: str = "run") -> Metadata:
+    return Metadata(run, step, 1, 10 * step, RECIPE)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +82,7 @@ def make(saved: Path, model: Any) -> Make:
     def put(folder: Path, step: int) -> Path:
         target = folder / folder_name(step)
         shutil.copytree(saved, target)
-        manifest = describe(target, moment(step), ModelCopy(model).digest())
+        manifest = describe(target, metadata(step), ModelCopy(model).digest())
         (target / NAME).write_text(manifest.text())
         return target
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from psyche_lightning.checkpoints.address import open_place
+from psyche_lightning.checkpoints.address import open_storage
 from psyche_lightning.checkpoints.folder import scan
 from psyche_lightning.checkpoints.manifest import folder_name
 from psyche_lightning.cli import main
@@ -33,11 +33,11 @@ def test_a_copy_elsewhere_from_which_anyone_generates(
 ) -> None:
     make(tmp_path, 10)
     assert main(["checkpoints", str(tmp_path), "--to", memory]) == 0
-    assert scan(open_place(memory)) == {10: True}
+    assert scan(open_storage(memory)) == {10: True}
     assert f"copied to {memory}/step-000010" in capsys.readouterr().out
     assert main(["generate", memory, "--prompt", "a", "--max-new-tokens", "2", "--seed", "1"]) == 0
     captured = capsys.readouterr()
     assert captured.out
-    assert "taking the parameters of step 10" in captured.err
+    assert "loading the parameters of step 10" in captured.err
     assert main(["checkpoints", f"{memory}/other"]) == 1
     assert "There is no complete checkpoint at memory://bucket/run/other" in " ".join(capsys.readouterr().err.split())

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psyche_lightning.checkpoints.address import open_place
-from psyche_lightning.checkpoints.folder import doomed, fetch, fetch_newest, local_model, newest, prune, scan
+from psyche_lightning.checkpoints.address import open_storage
+from psyche_lightning.checkpoints.folder import fetch, fetch_newest, local_model, newest, prune, removable, scan
 from psyche_lightning.checkpoints.manifest import NAME, Manifest, folder_name, step_of
 from psyche_lightning.errors import CheckpointError, ConfigError
 
@@ -33,11 +33,11 @@ def flip(path: Path) -> None:
 # --- manifest ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_manifest_comes_back(make: Make, tmp_path: Path) -> None:
+def test_manifests_round_trip(make: Make, tmp_path: Path) -> None:
     data = (make(tmp_path, 7) / NAME).read_bytes()
     manifest = Manifest.parse(data, "here")
     assert manifest.text().encode() == data
-    assert (manifest.moment.step, manifest.moment.data_index, manifest.moment.run) == (7, 70, "run")
+    assert (manifest.metadata.step, manifest.metadata.data_index, manifest.metadata.run) == (7, 70, "run")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= manifest.files.keys()
     assert manifest.size == sum(path.stat().st_size for path in (tmp_path / folder_name(7)).iterdir()) - len(data)
 
@@ -46,15 +46,15 @@ def test_a_manifest_comes_back(make: Make, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format": 2}, "its format is 2"),
-        ({"step": -1}, "no whole number"),
-        ({"step": True}, "no whole number"),
-        ({"digest": "x"}, "no SHA-256"),
+        ({"step": -1}, "not a whole number"),
+        ({"step": True}, "not a whole number"),
+        ({"digest": "x"}, "not a SHA-256"),
         ({"files": {}}, "0 files"),
-        ({"files": {"../evil": {"size": 1, "sha256": "0" * 64}}}, "no name of a file"),
-        ({"files": {"/etc/passwd": {"size": 1, "sha256": "0" * 64}}}, "no name of a file"),
-        ({"files": {".hidden": {"size": 1, "sha256": "0" * 64}}}, "no name of a file"),
-        ({"files": {NAME: {"size": 1, "sha256": "0" * 64}}}, "no name of a file"),
-        ({"files": {"a": {"size": -1, "sha256": "0" * 64}}}, "no number of bytes"),
+        ({"files": {"../evil": {"size": 1, "sha256": "0" * 64}}}, "not a name of a file"),
+        ({"files": {"/etc/passwd": {"size": 1, "sha256": "0" * 64}}}, "not a name of a file"),
+        ({"files": {".hidden": {"size": 1, "sha256": "0" * 64}}}, "not a name of a file"),
+        ({"files": {NAME: {"size": 1, "sha256": "0" * 64}}}, "not a name of a file"),
+        ({"files": {"a": {"size": -1, "sha256": "0" * 64}}}, "not a number of bytes"),
         ({"files": [1]}, "not the manifest"),
     ],
 )
@@ -65,7 +65,7 @@ def test_other_manifests_are_refused(make: Make, tmp_path: Path, change: dict[st
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{}", b"\xff", b"[" * 100_000])
-def test_what_is_no_manifest_is_refused(data: bytes) -> None:
+def test_other_bytes_are_not_a_manifest(data: bytes) -> None:
     with pytest.raises(CheckpointError, match="here is not the manifest of a checkpoint"):
         Manifest.parse(data, "here")
 
@@ -89,15 +89,15 @@ def test_the_newest_complete_one_is_taken(make: Make, tmp_path: Path) -> None:
         make(tmp_path, step)
     (tmp_path / folder_name(30) / NAME).unlink()
     (tmp_path / "notes.txt").write_text("not a checkpoint")
-    assert scan(open_place(str(tmp_path))) == {10: True, 20: True, 30: False}
+    assert scan(open_storage(str(tmp_path))) == {10: True, 20: True, 30: False}
     found, folder = fetch_newest(str(tmp_path), tmp_path / "cache")
-    assert (found.manifest.moment.step, folder) == (20, tmp_path / folder_name(20))
+    assert (found.manifest.metadata.step, folder) == (20, tmp_path / folder_name(20))
     assert fetch_newest(str(tmp_path), tmp_path, step=10)[1] == tmp_path / folder_name(10)
-    assert fetch_newest(str(tmp_path / folder_name(10)), tmp_path)[0].manifest.moment.step == 10
+    assert fetch_newest(str(tmp_path / folder_name(10)), tmp_path)[0].manifest.metadata.step == 10
 
 
 @pytest.mark.parametrize("how", ["changed", "shorter", "missing", "manifest"])
-def test_a_damaged_one_gives_way_to_the_one_before(
+def test_the_checkpoint_before_a_damaged_one_is_used(
     make: Make, tmp_path: Path, how: str, said: Callable[[], list[str]]
 ) -> None:
     make(tmp_path, 10)
@@ -111,10 +111,10 @@ def test_a_damaged_one_gives_way_to_the_one_before(
     else:
         (weights.parent / NAME).write_text("{")
     found, _ = fetch_newest(str(tmp_path), tmp_path / "cache")
-    assert found.manifest.moment.step == 10
+    assert found.manifest.metadata.step == 10
     (line,) = said()
     assert "step-000020" in line
-    assert "trying the one before" in line
+    assert "trying the one before it" in line
     assert ("model.safetensors" in line) == (how != "manifest")
     with pytest.raises(CheckpointError, match="step-000020"):
         fetch_newest(str(tmp_path), tmp_path / "cache", step=20)
@@ -123,7 +123,7 @@ def test_a_damaged_one_gives_way_to_the_one_before(
 def test_when_all_are_damaged_the_newest_is_named(make: Make, tmp_path: Path, said: Callable[[], list[str]]) -> None:
     for step in (10, 20):
         flip(make(tmp_path, step) / "config.json")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be used; of the newest: .*step-000020"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is usable; the newest: .*step-000020"):
         fetch_newest(str(tmp_path), tmp_path / "cache")
 
 
@@ -134,8 +134,8 @@ def test_a_renamed_folder_is_refused(make: Make, tmp_path: Path, said: Callable[
 
 
 def test_from_an_address_it_is_copied_once(make: Make, tmp_path: Path, memory: str) -> None:
-    place = open_place(memory)
-    place.upload(make(tmp_path, 10), folder_name(10))
+    storage = open_storage(memory)
+    storage.upload(make(tmp_path, 10), folder_name(10))
     cache = tmp_path / "cache"
     found, folder = fetch_newest(memory, cache)
     assert cache in folder.parents
@@ -150,12 +150,12 @@ def test_from_an_address_it_is_copied_once(make: Make, tmp_path: Path, memory: s
 
 
 def test_an_address_that_changes_under_way(make: Make, tmp_path: Path, memory: str) -> None:
-    place = open_place(memory)
-    place.upload(make(tmp_path, 10), folder_name(10))
+    storage = open_storage(memory)
+    storage.upload(make(tmp_path, 10), folder_name(10))
     found = newest(memory)
     fs = fsspec.filesystem("memory")
     fs.pipe_file("/bucket/run/step-000010/model.safetensors", b"something else")
-    with pytest.raises(CheckpointError, match=r"damaged, or changed under way: model\.safetensors has 14 bytes"):
+    with pytest.raises(CheckpointError, match=r"damaged, or changed meanwhile: model\.safetensors has 14 bytes"):
         fetch(found, tmp_path / "cache")
     fs.rm_file("/bucket/run/step-000010/tokenizer.json")
     fs.pipe_file("/bucket/run/step-000010/model.safetensors", (tmp_path / "step-000010/model.safetensors").read_bytes())
@@ -169,7 +169,11 @@ def test_an_address_that_changes_under_way(make: Make, tmp_path: Path, memory: s
 @pytest.mark.parametrize(
     ("address", "error", "message"),
     [
-        ("/no/such/place", CheckpointError, r"no complete checkpoint at /no/such/place: .*step-000120.*nothing is"),
+        (
+            "/no/such/place",
+            CheckpointError,
+            r"no complete checkpoint at /no/such/place: .*step-000120.*found nothing",
+        ),
         ("memory://nowhere", CheckpointError, "no complete checkpoint at memory://nowhere"),
         ("memry://bucket/run", ConfigError, r"unknown protocol\. Did you mean 'memory'\?"),
         ("s3://", ConfigError, "nothing after s3://"),
@@ -186,23 +190,23 @@ def test_a_protocol_whose_package_is_missing() -> None:
 
     address = "s3://bucket/run" if importlib.util.find_spec("s3fs") is None else "gs://bucket/run"
     with pytest.raises(ConfigError, match=r"needs a package that is not installed: .*Install (s3fs|gcsfs)"):
-        open_place(address)
+        open_storage(address)
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot write to .*file/run"):
-        open_place(str(tmp_path / "file" / "run")).prepare()
+        open_storage(str(tmp_path / "file" / "run")).prepare()
 
 
 @pytest.mark.parametrize("kind", ["file", "memory"])
 def test_uploads_are_complete_only_with_their_manifest(make: Make, tmp_path: Path, memory: str, kind: str) -> None:
     address = memory if kind == "memory" else f"file://{tmp_path}/there"
-    place = open_place(address)
-    place.prepare()
+    storage = open_storage(address)
+    storage.prepare()
     folder = make(tmp_path / "here", 10)
     written: list[str] = []
-    put = type(place._fs).put_file
+    put = type(storage._fs).put_file
 
     def watched(fs: Any, local: str, remote: str, **options: Any) -> None:
         written.append(remote.rpartition("/")[2])
@@ -213,17 +217,17 @@ def test_uploads_are_complete_only_with_their_manifest(make: Make, tmp_path: Pat
 
     failed: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(place._fs), "put_file", watched)
+        patch.setattr(type(storage._fs), "put_file", watched)
         with pytest.raises(CheckpointError, match="the line is down"):
-            place.upload(folder, folder.name)
-        assert scan(place) == {10: False}
+            storage.upload(folder, folder.name)
+        assert scan(storage) == {10: False}
         written.clear()
-        place.upload(folder, folder.name)
+        storage.upload(folder, folder.name)
     assert written[-1] == NAME
     assert set(written) == {path.name for path in folder.iterdir()}
-    assert scan(place) == {10: True}
-    place.remove(folder.name)
-    assert place.entries() == {}
+    assert scan(storage) == {10: True}
+    storage.remove(folder.name)
+    assert storage.entries() == {}
 
 
 # --- pruning ----------------------------------------------------------------------------------------------------------
@@ -240,13 +244,13 @@ def test_uploads_are_complete_only_with_their_manifest(make: Make, tmp_path: Pat
         ({1: True}, 0, []),
     ],
 )
-def test_what_may_go(found: dict[int, bool], keep: int, gone: list[int]) -> None:
-    assert doomed(found, keep) == gone
+def test_which_checkpoints_are_removable(found: dict[int, bool], keep: int, gone: list[int]) -> None:
+    assert removable(found, keep) == gone
 
 
 @given(st.dictionaries(st.integers(0, 50), st.booleans()), st.integers(1, 5), st.sets(st.integers(0, 50)))
-def test_the_newest_complete_one_never_goes(found: dict[int, bool], keep: int, spare: set[int]) -> None:
-    gone = set(doomed(found, keep, spare))
+def test_the_newest_complete_checkpoint_is_never_removable(found: dict[int, bool], keep: int, spare: set[int]) -> None:
+    gone = set(removable(found, keep, spare))
     complete = sorted(step for step, whole in found.items() if whole)
     assert not gone & set(complete[-keep:])
     assert not gone & spare
@@ -260,14 +264,14 @@ def test_pruning_removes_folders(make: Make, tmp_path: Path) -> None:
         make(tmp_path, step)
     (tmp_path / folder_name(30) / NAME).unlink()
     (tmp_path / "other").mkdir()
-    assert prune(open_place(str(tmp_path)), 1, spare={20}) == [10, 30]
+    assert prune(open_storage(str(tmp_path)), 1, spare={20}) == [10, 30]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-000020", "step-000040"]
 
 
 # --- a model's path ---------------------------------------------------------------------------------------------------
 
 
-def test_what_a_model_is_given_as_its_path(
+def test_the_path_for_a_model(
     make: Make, saved: Path, tmp_path: Path, memory: str, said: Callable[[], list[str]]
 ) -> None:
     checkpoints = make(tmp_path / "run", 10).parent
@@ -275,17 +279,17 @@ def test_what_a_model_is_given_as_its_path(
     assert local_model("owner/name@main") == "owner/name@main"
     assert local_model(str(checkpoints)) == str(checkpoints / folder_name(10))
     assert local_model(f"file://{saved}") == str(saved)
-    open_place(memory).upload(checkpoints / folder_name(10), folder_name(10))
+    open_storage(memory).upload(checkpoints / folder_name(10), folder_name(10))
     folder = Path(local_model(memory, cache=tmp_path / "cache"))
     assert (folder / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
-    assert [f"from {place}/step-000010" in line for place, line in zip((checkpoints, memory), said(), strict=True)]
+    assert [f"from {storage}/step-000010" in line for storage, line in zip((checkpoints, memory), said(), strict=True)]
     shape = Path(local_model(memory, weights=False, cache=tmp_path / "shape"))
     assert (shape / "config.json").is_file()
     assert not (shape / "model.safetensors").exists()
 
 
 def test_a_plain_model_at_an_address(saved: Path, tmp_path: Path, memory: str) -> None:
-    open_place(memory).upload(saved, "model")
+    open_storage(memory).upload(saved, "model")
     folder = Path(local_model(f"{memory}/model", cache=tmp_path / "cache"))
     assert {path.name for path in folder.iterdir()} == {path.name for path in saved.iterdir()}
     with pytest.raises(CheckpointError, match="There is nothing at memory://bucket/other"):

@@ -79,7 +79,7 @@ def test_shapes_and_fresh_parameters_need_only_the_configuration(
     assert not any("safetensors" in request for request in hub.requests)
 
 
-def test_every_wrong_name_has_its_own_words(
+def test_each_wrong_name_has_its_own_message(
     hub: LocalHub, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("me/model", files)
@@ -109,7 +109,7 @@ def test_every_wrong_name_has_its_own_words(
         hf({"path": "me/another"})
 
 
-def test_nobody_at_the_hub_s_address(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_server_at_the_hubs_address(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
@@ -142,7 +142,7 @@ class OwnModel(PreTrainedModel):
 """
 
 
-def test_code_of_its_own_runs_only_when_the_recipe_says_so(
+def test_a_models_own_code_runs_only_if_the_recipe_allows_it(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from psyche_lightning.checkpoints.address import open_place
+from psyche_lightning.checkpoints.address import open_storage
 from psyche_lightning.checkpoints.folder import newest, scan
 from psyche_lightning.cli import main
 from psyche_lightning.coordinator.creation import create_host
@@ -52,15 +52,15 @@ def manifest_at(address: str) -> Any:
     return newest(address).manifest
 
 
-def test_alone_it_goes_on_as_if_nothing_had_been(recipe: Recipe, tmp_path: Path, cache: Path, memory: str) -> None:
+def test_a_single_node_resumes_exactly(recipe: Recipe, tmp_path: Path, cache: Path, memory: str) -> None:
     whole = train_recipe(recipe, directory=tmp_path / "whole")
     first = train_recipe(with_checkpoint(with_steps(recipe, 2), to=memory), directory=tmp_path / "first")
     saved = manifest_at(memory)
     assert saved.digest == first["digest"]
-    assert (saved.moment.step, saved.moment.data_index) == (2, 8)
+    assert (saved.metadata.step, saved.metadata.data_index) == (2, 8)
     second = train_recipe(with_checkpoint(recipe, resume=memory, every=2), directory=tmp_path / "second")
     assert second["digest"] == whole["digest"]
-    assert scan(open_place(str(tmp_path / "second" / "checkpoints"))) == {4: True}
+    assert scan(open_storage(str(tmp_path / "second" / "checkpoints"))) == {4: True}
     rows = [json.loads(line) for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [3, 4]
     old = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
@@ -73,18 +73,18 @@ def test_alone_it_goes_on_as_if_nothing_had_been(recipe: Recipe, tmp_path: Path,
 def test_a_checkpoint_on_the_way_says_what_it_contains(recipe: Recipe, tmp_path: Path, overlap: bool) -> None:
     run = replace(recipe.run, overlap=overlap, total_steps=7)
     train_recipe(with_checkpoint(replace(recipe, run=run), every=2), directory=tmp_path / "node")
-    place = open_place(str(tmp_path / "node" / "checkpoints"))
+    storage = open_storage(str(tmp_path / "node" / "checkpoints"))
     digests = {}
-    for step, whole in scan(place).items():
+    for step, whole in scan(storage).items():
         assert whole
-        digests[step] = manifest_at(place.name(f"step-{step:06d}")).digest
+        digests[step] = manifest_at(storage.name(f"step-{step:06d}")).digest
     assert {7} < digests.keys() <= {2, 4, 6, 7}  # one is left out where the one before was still being written
     for step, digest in digests.items():
         alone = train_recipe(with_steps(replace(recipe, run=run), step), directory=tmp_path / f"to-{step}")
         assert alone["digest"] == digest, f"the checkpoint of step {step} has other parameters"
 
 
-def test_what_cannot_be_gone_on_from(recipe: Recipe, tmp_path: Path, cache: Path, memory: str) -> None:
+def test_checkpoints_that_cannot_be_resumed(recipe: Recipe, tmp_path: Path, cache: Path, memory: str) -> None:
     with pytest.raises(CheckpointError, match="no complete checkpoint at memory://bucket/run"):
         train_recipe(with_checkpoint(recipe, resume=memory), directory=tmp_path / "a")
     train_recipe(with_checkpoint(recipe, to=memory), directory=tmp_path / "b")
@@ -92,7 +92,7 @@ def test_what_cannot_be_gone_on_from(recipe: Recipe, tmp_path: Path, cache: Path
         train_recipe(with_checkpoint(recipe, resume=memory), directory=tmp_path / "c")
 
 
-def test_an_address_that_cannot_be_written_is_known_at_the_start(recipe: Recipe, tmp_path: Path) -> None:
+def test_an_address_that_cannot_be_written_fails_at_the_start(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for address, message in ((f"{tmp_path}/file/x", "cannot write to"), ("s3://bucket/x", "s3fs")):
         with pytest.raises((CheckpointError, ConfigError), match=message):
@@ -150,7 +150,7 @@ def train_all(recipes: list[Recipe], url: str, run: str, folder: Path) -> list[A
     return results
 
 
-def test_a_run_of_two_stops_and_another_goes_on(
+def test_a_new_run_resumes_a_stopped_run_of_two(
     recipe: Recipe, text: Path, tmp_path: Path, cache: Path, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shared = str(tmp_path / "shared")
@@ -170,7 +170,7 @@ def test_a_run_of_two_stops_and_another_goes_on(
         train_recipe(with_checkpoint(recipe, to=None), coordinator_url=url, run_id="second", directory=tmp_path / "x")
     second = train_all([on, on], url, "second", tmp_path)
     assert second[0]["digest"] == second[1]["digest"] == manifest_at(shared).digest
-    saved = manifest_at(shared).moment
+    saved = manifest_at(shared).metadata
     assert (saved.step, saved.run, saved.data_index) == (4, "second", 16)
     rows = (tmp_path / "second-0" / "metrics.jsonl").read_text().splitlines()
     assert {json.loads(row)["step"] for row in rows if "tokens_per_second" in row} == {3, 4}
@@ -178,7 +178,7 @@ def test_a_run_of_two_stops_and_another_goes_on(
         train_recipe(on, coordinator_url=url, run_id="first", directory=tmp_path / "y")
 
 
-def test_a_node_that_comes_late_to_a_run_that_went_on(
+def test_a_node_joins_a_resumed_run_late(
     recipe: Recipe, make: Any, tmp_path: Path, said: Callable[[], list[str]]
 ) -> None:
     """It begins with the checkpoint that the run began with, or with a newer one where that is not kept any more."""
@@ -190,7 +190,7 @@ def test_a_node_that_comes_late_to_a_run_that_went_on(
     assert (found.start, found.options["path"]) == ((2, 20), str(tmp_path / "step-000002"))
     with pytest.raises(ConfigError, match="is not the checkpoint of step 2 that the run was created from"):
         begin(on, {"start": {**first, "digest": "00" * 32}})
-    open_place(str(tmp_path)).remove("step-000002")
+    open_storage(str(tmp_path)).remove("step-000002")
     said()
     found = begin(on, {"start": first})
     assert (found.section, found.options["path"]) == (first, str(tmp_path / "step-000003"))

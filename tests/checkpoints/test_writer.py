@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from psyche_lightning.checkpoints.address import Place, open_place
+from psyche_lightning.checkpoints.address import Storage, open_storage
 from psyche_lightning.checkpoints.folder import fetch_newest, scan
-from psyche_lightning.checkpoints.manifest import NAME, Moment, folder_name
+from psyche_lightning.checkpoints.manifest import NAME, Metadata, folder_name
 from psyche_lightning.checkpoints.model import ModelCopy
 from psyche_lightning.checkpoints.writer import Worker, Writer, copy_newest
 from psyche_lightning.errors import CheckpointError
@@ -24,13 +24,13 @@ Make = Callable[[Path, int], Path]
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
-def moment(step: int) -> Moment:
-    return Moment("run", step, 1, 10 * step, "ab" * 32)
+def metadata(step: int) -> Metadata:
+    return Metadata("run", step, 1, 10 * step, "ab" * 32)
 
 
 def writer(folder: Path, to: str | None = None, **options: Any) -> Writer:
     values: dict[str, Any] = {"keep": 2, "extra": {}, "pauses": (), "sleep": lambda seconds: None, **options}
-    return Writer(folder, None if to is None else open_place(to), **values)
+    return Writer(folder, None if to is None else open_storage(to), **values)
 
 
 class Gate(ModelCopy):
@@ -45,15 +45,15 @@ class Gate(ModelCopy):
         super().save(folder)
 
 
-def test_what_is_left_of_a_run(model: Any, tmp_path: Path, memory: str) -> None:
+def test_the_checkpoints_that_a_run_leaves(model: Any, tmp_path: Path, memory: str) -> None:
     one = writer(tmp_path, memory, extra={"tokenizer_config.json": b"{}"})
     for step in (10, 20, 30):
-        one.save(lambda: ModelCopy(model, "model."), moment(step), 0, last=True)
+        one.save(lambda: ModelCopy(model, "model."), metadata(step), 0, last=True)
     one.finish(30)
-    assert scan(open_place(str(tmp_path / "checkpoints"))) == scan(open_place(memory)) == {20: True, 30: True}
+    assert scan(open_storage(str(tmp_path / "checkpoints"))) == scan(open_storage(memory)) == {20: True, 30: True}
     assert (tmp_path / "checkpoint").resolve() == (tmp_path / "checkpoints" / folder_name(30)).resolve()
     found, _ = fetch_newest(memory, tmp_path / "cache")
-    assert found.manifest.moment == moment(30)
+    assert found.manifest.metadata == metadata(30)
     assert "tokenizer_config.json" in found.manifest.files
     assert not list(tmp_path.rglob("*.new"))
 
@@ -63,12 +63,12 @@ def test_training_goes_on_while_the_copy_is_written(model: Any, tmp_path: Path, 
     weight = next(iter(model.parameters()))
     before = weight.detach().clone()
     gate = Gate(model)
-    assert one.save(lambda: gate, moment(10), None)
+    assert one.save(lambda: gate, metadata(10), None)
     with torch.no_grad():
         weight.add_(1)  # what training does meanwhile is not in it
     try:
-        assert not one.save(lambda: pytest.fail("no second copy"), moment(20), None)
-        assert said() == ["the checkpoint of step 20 is left out: the one before is still being written"]
+        assert not one.save(lambda: pytest.fail("no second copy"), metadata(20), None)
+        assert said() == ["the checkpoint of step 20 is skipped: an earlier one is still being written"]
         gate.open.set()
         one.finish(10)
     finally:
@@ -98,7 +98,7 @@ def test_a_model_of_another_kind_is_written_at_once(tmp_path: Path) -> None:
             (folder / "config.json").write_text(threading.current_thread().name)
 
     one = writer(tmp_path)
-    one.save(lambda: ModelCopy(Own(2, 2)), moment(1), None)
+    one.save(lambda: ModelCopy(Own(2, 2)), metadata(1), None)
     one.finish(1)
     assert (tmp_path / "checkpoint" / "config.json").read_text() == threading.current_thread().name
 
@@ -106,31 +106,31 @@ def test_a_model_of_another_kind_is_written_at_once(tmp_path: Path) -> None:
 def test_an_address_that_is_away_for_a_while(
     model: Any, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
 ) -> None:
-    slept, upload = [], Place.upload
+    slept, upload = [], Storage.upload
 
-    def unlucky(place: Place, folder: Path, name: str) -> None:
+    def unlucky(storage: Storage, folder: Path, name: str) -> None:
         if len(slept) < 2:
             raise CheckpointError("the line is down")
-        upload(place, folder, name)
+        upload(storage, folder, name)
 
-    monkeypatch.setattr(Place, "upload", unlucky)
+    monkeypatch.setattr(Storage, "upload", unlucky)
     one = writer(tmp_path, memory, pauses=(1.0, 5.0), sleep=slept.append)
-    one.save(lambda: ModelCopy(model), moment(10), 0, last=True)
+    one.save(lambda: ModelCopy(model), metadata(10), 0, last=True)
     one.finish(10)
     assert slept == [1, 5]
     assert said() == ["the line is down; trying again in 1 s", "the line is down; trying again in 5 s"]
-    assert scan(open_place(memory)) == {10: True}
+    assert scan(open_storage(memory)) == {10: True}
 
 
 def test_an_address_that_stays_away(
     model: Any, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
 ) -> None:
-    def failing(place: Place, folder: Path, name: str) -> None:
+    def failing(storage: Storage, folder: Path, name: str) -> None:
         raise CheckpointError("the line is down")
 
-    monkeypatch.setattr(Place, "upload", failing)
+    monkeypatch.setattr(Storage, "upload", failing)
     one = writer(tmp_path, memory)
-    one.save(lambda: ModelCopy(model), moment(10), 0, last=True)
+    one.save(lambda: ModelCopy(model), metadata(10), 0, last=True)
     with pytest.raises(CheckpointError, match=r"the line is down\. The checkpoint of step 10 is in .*step-000010"):
         one.finish(10)
     one.finish(20)  # what failed on the way is said and does not stop a training
@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_written(model: Any, tmp_path: Path, said: Calla
     one = writer(tmp_path)
     (tmp_path / "checkpoints" / f"{folder_name(10)}.new").write_text("in the way")
     (tmp_path / "checkpoints" / folder_name(10)).write_text("in the way")
-    one.save(lambda: ModelCopy(model), moment(10), None)
+    one.save(lambda: ModelCopy(model), metadata(10), None)
     with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*step-000010"):
         one.finish(10)
 
@@ -152,70 +152,70 @@ def test_a_folder_that_cannot_be_written(model: Any, tmp_path: Path, said: Calla
 
 def test_only_writers_write(model: Any, tmp_path: Path, memory: str) -> None:
     one = writer(tmp_path, memory)
-    one.save(lambda: ModelCopy(model), moment(10), None, last=True)
+    one.save(lambda: ModelCopy(model), metadata(10), None, last=True)
     one.finish(10)
-    assert open_place(memory).entries() == {}
+    assert open_storage(memory).entries() == {}
 
 
 def test_the_second_writer_leaves_it_to_the_first(model: Any, tmp_path: Path, memory: str) -> None:
     first = writer(tmp_path / "a", memory)
-    first.save(lambda: ModelCopy(model), moment(10), 0, last=True)
+    first.save(lambda: ModelCopy(model), metadata(10), 0, last=True)
     first.finish(10)
-    before = open_place(memory).read(f"{folder_name(10)}/{NAME}", 1 << 20)
+    before = open_storage(memory).read(f"{folder_name(10)}/{NAME}", 1 << 20)
     slept: list[float] = []
     second = writer(tmp_path / "b", memory, sleep=slept.append, extra={"more.txt": b"more"})
-    second.save(lambda: ModelCopy(model), moment(10), 1, last=True)
+    second.save(lambda: ModelCopy(model), metadata(10), 1, last=True)
     second.finish(10)
     assert slept == []
-    assert open_place(memory).read(f"{folder_name(10)}/{NAME}", 1 << 20) == before
+    assert open_storage(memory).read(f"{folder_name(10)}/{NAME}", 1 << 20) == before
 
 
 def test_the_second_writer_takes_over(model: Any, tmp_path: Path, memory: str, said: Callable[[], list[str]]) -> None:
     """The first one dies in the middle: what it has written is replaced, once nothing new has come for a while."""
-    place = open_place(memory)
+    storage = open_storage(memory)
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
         if len(slept) == 20:  # the first one's only sign of life
-            place._fs.pipe_file("/bucket/run/step-000010/config.json", b"half of it")
+            storage._fs.pipe_file("/bucket/run/step-000010/config.json", b"half of it")
 
     second = writer(tmp_path, memory, sleep=sleep, takeover=60.0)
-    second.save(lambda: ModelCopy(model), moment(10), 1, last=True)
+    second.save(lambda: ModelCopy(model), metadata(10), 1, last=True)
     second.finish(10)
     assert sum(slept) == pytest.approx(20 * 2 + 60, abs=2)
-    assert said() == ["writing memory://bucket/run/step-000010, as the node before this one did not"]
-    assert fetch_newest(memory, tmp_path / "cache")[0].manifest.moment.step == 10
+    assert said() == ["writing memory://bucket/run/step-000010, because the node before this one did not"]
+    assert fetch_newest(memory, tmp_path / "cache")[0].manifest.metadata.step == 10
 
 
 def test_other_parameters_of_the_same_step_replace_those_there(model: Any, tmp_path: Path, memory: str) -> None:
     """An epoch that was not agreed is trained again."""
     first = writer(tmp_path, memory)
-    first.save(lambda: ModelCopy(model), moment(10), 0, last=True)
+    first.save(lambda: ModelCopy(model), metadata(10), 0, last=True)
     first.finish(10)
     changed = copy.deepcopy(model)
     with torch.no_grad():
         next(iter(changed.parameters())).add_(1)
     made = ModelCopy(changed)
     again = writer(tmp_path, memory)
-    again.save(lambda: made, moment(10), 0, last=True)
+    again.save(lambda: made, metadata(10), 0, last=True)
     again.finish(10)
     assert fetch_newest(memory, tmp_path / "cache")[0].manifest.digest == made.digest().hex()
 
 
 def test_one_that_was_damaged_there_is_replaced(model: Any, tmp_path: Path, memory: str) -> None:
-    place = open_place(memory)
-    place._fs.pipe_file(f"/bucket/run/{folder_name(10)}/{NAME}", b"{")
+    storage = open_storage(memory)
+    storage._fs.pipe_file(f"/bucket/run/{folder_name(10)}/{NAME}", b"{")
     one = writer(tmp_path, memory)
-    one.save(lambda: ModelCopy(model), moment(10), 0, last=True)
+    one.save(lambda: ModelCopy(model), metadata(10), 0, last=True)
     one.finish(10)
-    assert fetch_newest(memory, tmp_path / "cache")[0].manifest.moment.step == 10
+    assert fetch_newest(memory, tmp_path / "cache")[0].manifest.metadata.step == 10
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def test_of_what_waits_only_the_newest_is_done() -> None:
+def test_only_the_newest_waiting_task_is_done() -> None:
     worker, gate, done = Worker("test"), threading.Event(), []
     started = threading.Event()
 
@@ -234,7 +234,7 @@ def test_of_what_waits_only_the_newest_is_done() -> None:
     assert not worker.busy
 
 
-def test_what_is_done_is_forgotten_before_anyone_who_waits_goes_on() -> None:
+def test_a_finished_task_is_released_before_waiting_threads_go_on() -> None:
     """A thread that frees tensors, which lets others run, while Python ends: that aborts the process."""
     forgotten = []
 
@@ -253,7 +253,7 @@ def test_what_is_done_is_forgotten_before_anyone_who_waits_goes_on() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_failure_does_not_hold_up_who_waits() -> None:
+def test_a_failure_does_not_block_waiting_threads() -> None:
     worker = Worker("test")
     worker.start(lambda: 1 / 0)
     worker.wait()
@@ -263,4 +263,4 @@ def test_copying_from_one_address_to_another(make: Make, tmp_path: Path, memory:
     make(tmp_path / "run", 10)
     make(tmp_path / "run", 20)
     assert copy_newest(str(tmp_path / "run"), memory, tmp_path / "cache") == f"{memory}/step-000020"
-    assert scan(open_place(memory)) == {20: True}
+    assert scan(open_storage(memory)) == {20: True}
