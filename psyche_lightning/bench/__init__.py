@@ -1,1 +1,1 @@
-"""Measurements behind ``psyche bench``: bytes on the wire, speed of the engine, quality for bytes."""
+"""Measurements for ``psyche bench``: bytes on the wire, speed of the engine, quality for bytes."""

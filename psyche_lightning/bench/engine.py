@@ -1,4 +1,4 @@
-"""Time and memory of one DisTrO step, beside AdamW's step, the machine's limits and the public reference."""
+"""Time and memory of one DisTrO step, next to AdamW's step, the machine's limits and the public reference."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from psyche_lightning.errors import ConfigError
 
 PEERS = 4
 TRAFFIC = 20
-"""Bytes per float32 parameter that a step cannot avoid: gradient read, delta and parameter read and written."""
+"""Bytes per float32 parameter that a step must move: gradient read, delta and parameter read and written."""
 
 
 @dataclass
-class Measured:
-    """One model.
+class StepFigures:
+    """Figures of one model.
 
     Attributes:
-        name: what kind of model.
-        parameters: how many.
-        tensors: in how many tensors.
-        times: seconds by what was timed, the best of several.
-        memory: bytes at the peak above what was there before, by step; empty where the system does not tell.
+        name: the kind of model.
+        parameters: number of parameters.
+        tensors: number of tensors.
+        times: seconds of each part, the best of several runs.
+        memory: additional bytes at the peak of each step; empty if the system does not tell.
         bandwidth: bytes per second of a large copy, read and written.
         arithmetic: multiply-adds per second of a large float32 matrix product.
     """
@@ -47,20 +47,20 @@ class Measured:
 
     @property
     def step(self) -> float:
-        """Seconds of encode and apply."""
+        """Seconds for encode and apply."""
         return self.times["encode"] + self.times["apply"]
 
     def bound(self, config: DistroConfig) -> float:
-        """Seconds of the larger of a step's unavoidable traffic and its arithmetic, at the measured rates."""
+        """Seconds of a step's unavoidable traffic or of its arithmetic, whichever is longer, at the measured rates."""
         products = 2 * config.chunk + config.k + min(PEERS * config.k, 2 * config.chunk)
         return self.parameters * max(TRAFFIC / self.bandwidth, products / self.arithmetic)
 
 
 def shapes(kind: str, millions: float) -> list[tuple[int, ...]]:
-    """Shapes of a model: ``blocks`` of a transformer, or 300 tensors, ``small`` ones or ``odd`` ones.
+    """Shapes of a model: ``blocks`` of a transformer, or 300 tensors that are ``small`` or ``odd``.
 
-    The dimensions are multiples of 64, as those of language models are; but for ``odd``, where padding to whole chunks
-    adds half as much again.
+    The dimensions are multiples of 64, as in language models. With ``odd`` they are not, and padding to whole chunks
+    adds another half.
     """
     total = int(millions * 1e6)
     if kind in ("small", "odd"):
@@ -73,10 +73,10 @@ def shapes(kind: str, millions: float) -> list[tuple[int, ...]]:
 
 
 def load_reference(path: Path) -> Any:
-    """The class ``DeMo`` of a checkout of bloc97/DeMo, its gather replaced by copies of the own result.
+    """The class ``DeMo`` of a checkout of bloc97/DeMo; its gather returns copies of its own result.
 
     Raises:
-        ConfigError: there is no ``demo.py``, or a package that it imports is missing.
+        ConfigError: ``demo.py`` does not exist, or a package that it imports is missing.
     """
     file = path / "demo.py" if path.is_dir() else path
     spec = importlib.util.spec_from_file_location("reference_demo", file)
@@ -104,8 +104,8 @@ def limits() -> tuple[float, float]:
     return 8 * source.numel() / copy, 1536**3 / best(lambda: matrix @ matrix, 5)
 
 
-def measure(kind: str, millions: float, config: DistroConfig, reference: Any, repeats: int) -> Measured:
-    """Time a model's step; all candidates in turn, the best of each."""
+def measure(kind: str, millions: float, config: DistroConfig, reference: Any, repeats: int) -> StepFigures:
+    """Time a model's step; all candidates in turn, the best run of each."""
     generator = torch.Generator().manual_seed(0)
 
     def parameters() -> list[tuple[str, torch.nn.Parameter]]:
@@ -119,7 +119,7 @@ def measure(kind: str, millions: float, config: DistroConfig, reference: Any, re
     named = parameters()
     count = sum(parameter.numel() for _, parameter in named)
     names = {"blocks": "transformer", "small": "300 tensors", "odd": "300 odd tensors"}
-    result = Measured(names[kind], count, len(named))
+    result = StepFigures(names[kind], count, len(named))
     result.bandwidth, result.arithmetic = limits()
     _measure_ours(result, named, config, repeats)
     gc.collect()
@@ -132,7 +132,7 @@ def measure(kind: str, millions: float, config: DistroConfig, reference: Any, re
 
 
 def _measure_ours(
-    result: Measured, named: list[tuple[str, torch.nn.Parameter]], config: DistroConfig, repeats: int
+    result: StepFigures, named: list[tuple[str, torch.nn.Parameter]], config: DistroConfig, repeats: int
 ) -> None:
     optimizer = DisTrO(named, lr=1e-3, config=config)
     rates, payload = optimizer.lr_bits(), optimizer.encode()
@@ -146,7 +146,7 @@ def _measure_ours(
 
 
 def _measure_reference(
-    result: Measured, plain: list[torch.nn.Parameter], config: DistroConfig, reference: Any, repeats: int
+    result: StepFigures, plain: list[torch.nn.Parameter], config: DistroConfig, reference: Any, repeats: int
 ) -> None:
     theirs = reference(
         plain, lr=1e-3, compression_decay=config.decay, compression_topk=config.k, compression_chunk=config.chunk
@@ -156,7 +156,7 @@ def _measure_reference(
 
 
 def best(call: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of several calls, after one to warm up."""
+    """Seconds of the fastest of several calls, after one warm-up call."""
     call()
     found = float("inf")
     for _ in range(repeats):
@@ -167,10 +167,10 @@ def best(call: Callable[[], object], repeats: int) -> float:
 
 
 def peak(call: Callable[[], object]) -> int:
-    """Bytes by which the process grew at most during a call; 0 where only Linux could tell."""
+    """Bytes by which the process grew at most during a call; 0 if the system does not tell (only Linux does)."""
     gc.collect()
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed is to count again
+        ctypes.CDLL(None).malloc_trim(0)  # memory that earlier calls freed must count again
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident size so far
         before = _status("VmRSS")
         call()

@@ -1,4 +1,4 @@
-"""Hostile bytes for the decoders: each input is refused by name, or is the one encoding of what it decodes to."""
+"""Hostile bytes for the decoders: they refuse each input with a clear error, or it is a canonical encoding."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from psyche_lightning.distro import DistroConfig, Tally, decode, decode_tally, e
 from psyche_lightning.errors import PayloadError
 
 CASES = [(8, 1, 7), (8, 2, 3), (16, 3, 4), (32, 4, 3), (32, 32, 2), (64, 1, 6), (64, 8, 2), (64, 16, 2)]
-"""Chunk side, k and number of chunks: one or more limbs, chunks alone and in groups, with low bits or not."""
+"""Chunk side, k and number of chunks: one or several limbs, chunks alone and in groups, with and without low bits."""
 
 
 @dataclass
 class Outcome:
-    """What the decoders did.
+    """What a decoder did.
 
     Attributes:
-        inputs: how many they were given.
-        accepted: how many of those were canonical encodings.
-        slowest: seconds that the slowest input took.
+        inputs: number of inputs.
+        accepted: number of inputs that were canonical encodings.
+        slowest: seconds for the slowest input.
     """
 
     inputs: int = 0
@@ -32,7 +32,7 @@ class Outcome:
 
 
 def mutated(original: bytes, source: random.Random) -> bytes:
-    """Other bytes: bits flipped, bytes replaced, cut, extended, or noise behind a good header."""
+    """Change bytes: flip bits, replace bytes, cut, extend, or put noise behind a good header."""
     data = bytearray(original)
     kind = source.randrange(6)
     if kind == 0:
@@ -56,11 +56,11 @@ def mutated(original: bytes, source: random.Random) -> bytes:
 
 
 def fuzz(inputs: int, seed: int) -> dict[str, Outcome]:
-    """Give each decoder so many inputs.
+    """Give each decoder a number of inputs.
 
     Raises:
-        AssertionError: an input was accepted that is not the encoding of what it decodes to.
-        Exception: whatever a decoder raised that is not a ``PayloadError``.
+        AssertionError: a decoder accepted an input that is not a canonical encoding.
+        Exception: a decoder raised something other than a ``PayloadError``.
     """
     source = random.Random(seed)
     outcomes = {"payloads": Outcome(), "tallies": Outcome()}

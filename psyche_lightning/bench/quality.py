@@ -1,7 +1,7 @@
-"""Loss against bytes: small byte-level language models trained by several nodes on the same tokens.
+"""Loss against bytes: several nodes train small byte-level language models on the same tokens.
 
-All nodes have the same parameters, so one model serves them all: each node has its own samples and its own optimizer
-state, and what they exchange is what the engine sends.
+All nodes have the same parameters, so one model serves all of them. Each node has its own samples and its own optimizer
+state, and they exchange what the engine sends.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ SIZES: dict[str, dict[str, int]] = {
     },
     "demo": {},
 }
-"""What differs from the model of the recipe ``demo``."""
+"""Differences from the model of the recipe ``demo``."""
 CONTEXT = 64
 DEFAULT_RATES = (1e-3, 2e-3, 4e-3)
 SETTINGS = ("32/64", "2/64", "8/64", "32/32", "64/32")
-""""K/CHUNK" of what is compared by default."""
+""""K/CHUNK" of each setting that is compared by default."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Method:
     """One way to train together.
 
     Attributes:
-        family: what it is, without its setting.
+        family: its name, without the setting.
         rule: ``adamw`` (all-reduce), ``floats`` (the DeMo rule) or ``engine``.
         config: the compression.
-        overlap: whether a round's results are applied one round later.
+        overlap: whether results are applied one round later.
     """
 
     family: str
@@ -59,7 +59,7 @@ class Method:
 
     @property
     def setting(self) -> str:
-        """Votes and chunks, as people read them; empty where nothing is compressed."""
+        """Votes and chunks, for people; empty without compression."""
         return "" if self.rule == "adamw" else f"k={self.config.k}, {self.config.chunk}x{self.config.chunk}"
 
 
@@ -71,8 +71,8 @@ class Plan:
         nodes: nodes that train together.
         rounds: rounds of each training.
         batch: samples of a node in a round.
-        seeds: trainings with the best rate.
-        rates: learning rates that are tried on the first seed.
+        seeds: trainings with the best learning rate.
+        rates: learning rates to try with the first seed.
     """
 
     nodes: int = 4
@@ -84,17 +84,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one model.
+    """The result of one method on one model.
 
     Attributes:
         model: its size.
         family: see :class:`Method`.
         setting: see :class:`Method`.
-        rate: the learning rate, the best of a few on the first seed.
+        rate: the learning rate that was best with the first seed.
         loss: mean validation loss over the seeds, in nats per byte.
-        spread: its standard deviation over the seeds.
+        spread: standard deviation of the loss over the seeds.
         sent: bytes that a node sends per round; for the all-reduce those of a ring, ``2 (n - 1) / n`` gradients.
-        ratio: bytes of the all-reduce per byte of this method.
+        ratio: bytes of the all-reduce for each byte of this method.
     """
 
     model: str
@@ -108,7 +108,7 @@ class Row:
 
 
 def build_model(size: str, seed: int) -> torch.nn.Module:
-    """The model of the recipe ``demo``, of one of :data:`SIZES`."""
+    """The model of the recipe ``demo`` in one of the :data:`SIZES`."""
     model = load_recipe("demo").model
     torch.manual_seed(seed)
     built: torch.nn.Module = load_plugins().models()[model.name]({**model.config, **SIZES[size]})
@@ -116,7 +116,7 @@ def build_model(size: str, seed: int) -> torch.nn.Module:
 
 
 class Text:
-    """The sources of Python's standard library: on every machine, and a tenth held out."""
+    """The sources of Python's standard library, which every machine has; a tenth is held out."""
 
     def __init__(self) -> None:
         files = sorted(Path(os.__file__).parent.glob("*.py"))
@@ -132,7 +132,7 @@ class Text:
 
 
 Step = Callable[[list[list[torch.Tensor]], float], None]
-"""Takes each node's gradients and the learning rate, and moves the model."""
+"""Takes each node's gradients and the learning rate, and updates the model."""
 
 
 def all_reduce(model: torch.nn.Module, nodes: int) -> tuple[Step, float]:
@@ -150,7 +150,7 @@ def all_reduce(model: torch.nn.Module, nodes: int) -> tuple[Step, float]:
 
 
 def engine(model: torch.nn.Module, nodes: int, config: DistroConfig, *, overlap: bool = False) -> tuple[Step, float]:
-    """This package; with overlap, a round's results are applied one round later."""
+    """This package; with overlap, results are applied one round later."""
     optimizers = [DisTrO(model.named_parameters(), 0.0, config=config) for _ in range(nodes)]
     waiting: deque[list[bytes]] = deque()
 
@@ -169,7 +169,7 @@ def engine(model: torch.nn.Module, nodes: int, config: DistroConfig, *, overlap:
 
 
 def float_rule(model: torch.nn.Module, nodes: int, config: DistroConfig) -> tuple[Step, float]:
-    """The DeMo rule: values in floats, the mean of those that hit a position, and the sign of its inverse."""
+    """The DeMo rule in floats: the sign of the inverse transform of the mean over those that chose a position."""
     layout = Layout(model.named_parameters(), config.chunk)
     named = dict(model.named_parameters())
     parameters = [named[entry.name] for entry in layout.entries]
@@ -204,7 +204,7 @@ def float_rule(model: torch.nn.Module, nodes: int, config: DistroConfig) -> tupl
 
 
 def build_step(method: Method, model: torch.nn.Module, nodes: int) -> tuple[Step, float]:
-    """A method's step, and the bytes that a node sends in it."""
+    """A method's step, and the bytes that a node sends in a step."""
     if method.rule == "adamw":
         return all_reduce(model, nodes)
     if method.rule == "floats":
@@ -238,14 +238,14 @@ def train(size: str, method: Method, rate: float, seed: int, plan: Plan) -> tupl
 
 
 def methods(settings: Sequence[str], decay: float) -> list[Method]:
-    """What is compared; the all-reduce comes first.
+    """The methods to compare; the all-reduce comes first.
 
     Args:
-        settings: ``"K/CHUNK"`` each; the first one is also run with overlap, and the DeMo rule at all of them.
+        settings: ``"K/CHUNK"`` each; the engine and the DeMo rule run with all of them, and with overlap the first.
         decay: see :class:`DistroConfig`.
 
     Raises:
-        ConfigError: one is not of that form, or out of range.
+        ConfigError: a setting has another form, or is out of range.
     """
     found = [Method("AdamW, all-reduce", "adamw")]
     for number, setting in enumerate(settings):
@@ -262,7 +262,7 @@ def methods(settings: Sequence[str], decay: float) -> list[Method]:
 
 
 def compare(sizes: Sequence[str], compared: Sequence[Method], plan: Plan, workers: int = 2) -> Iterator[Row]:
-    """Train each size with each method, several at a time in processes of one thread."""
+    """Train each size with each method, several at a time, in processes of one thread."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for size in sizes:
@@ -284,7 +284,7 @@ def compare(sizes: Sequence[str], compared: Sequence[Method], plan: Plan, worker
 
 
 def draw(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Loss against bytes, a panel for each model and a line for each family, with the spread over the seeds."""
+    """Plot loss against bytes: one panel per model, one line per family, with the spread over the seeds."""
     import matplotlib
 
     matplotlib.use("agg")

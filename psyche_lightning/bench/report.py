@@ -1,4 +1,4 @@
-"""What the benchmarks share: writing figures and pictures."""
+"""Writes figures and pictures for all benchmarks."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from psyche_lightning.errors import ConfigError
 
 
 def check_folder(path: Path | None, option: str) -> None:
-    """Refuse, before anything is measured, a file that could not be written.
+    """Refuse a file that cannot be written, before anything is measured.
 
     Raises:
-        ConfigError: its folder does not exist.
+        ConfigError: the file's folder does not exist.
     """
     if path is not None and not path.resolve().parent.is_dir():
         raise ConfigError(f"the folder of {option} {path} does not exist; create it first")
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    """Write figures for programs."""
+    """Write figures as JSON."""
     if path is not None:
         path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def picture(path: Path | None, title: str, x: str, y: str, lines: dict[str, tuple[list[Any], list[float]]]) -> None:
-    """Draw lines, on logarithmic axes where x are numbers, else bars; NaN is a bar that is missing."""
+    """Draw lines on logarithmic axes if x are numbers, else bars; NaN means a missing bar."""
     if path is None:
         return
     import matplotlib

@@ -1,4 +1,4 @@
-"""Speed of the transports between two processes of this machine, over its loopback interface."""
+"""TransportSpeed of the transports between two processes of this machine, over loopback."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Speed:
-    """One transport.
+class TransportSpeed:
+    """TransportSpeed of one transport.
 
     Attributes:
-        name: as recipes name it.
+        name: its name in recipes.
         best: bytes a second of the fastest blob.
-        median: of all blobs.
-        round_trip: median time in seconds until a message was answered; None where there are no messages.
-        overhead: bytes at the sockets for each byte of a blob; None when they are not counted.
+        median: median of all blobs, bytes a second.
+        round_trip: median seconds until a message was answered; None if there are no messages.
+        overhead: bytes at the sockets for each byte of a blob; None if they are not counted.
     """
 
     name: str
@@ -48,14 +48,14 @@ class Speed:
     overhead: float | None = None
 
 
-def measure(name: str, options: Mapping[str, Any], size: int, repeats: int) -> Speed:
+def measure(name: str, options: Mapping[str, Any], size: int, repeats: int) -> TransportSpeed:
     """Fetch blobs of ``size`` bytes from another process.
 
     Args:
         name: a registered transport.
-        options: what its factory is given on both sides.
+        options: options of its factory on both sides.
         size: bytes of a blob.
-        repeats: how many are fetched, after a first one that does not count.
+        repeats: number of blobs, after a first one that does not count.
 
     Raises:
         PsycheError: the transport does not exist or does not work.
@@ -65,12 +65,12 @@ def measure(name: str, options: Mapping[str, Any], size: int, repeats: int) -> S
         return asyncio.run(_fetch_all(name, transport, child, size))
 
 
-def sockets(size: int, repeats: int) -> Speed:
-    """The same bytes over a plain TCP socket, without encryption or anything else: what the machine can do.
+def sockets(size: int, repeats: int) -> TransportSpeed:
+    """Send the same bytes over a plain TCP socket without encryption, which shows what the machine can do.
 
     Args:
         size: bytes of a blob.
-        repeats: how many are sent, after a first one that does not count.
+        repeats: number of blobs, after a first one that does not count.
     """
     times = []
     with _other(["", "{}", str(size), str(repeats + 1)]) as child:
@@ -87,10 +87,10 @@ def sockets(size: int, repeats: int) -> Speed:
                         raise PsycheError("the other process closed its socket")
                     view = view[got:]
                 times.append(time.perf_counter() - begun)
-    return Speed("plain sockets", size / min(times[1:]), size / statistics.median(times[1:]))
+    return TransportSpeed("plain sockets", size / min(times[1:]), size / statistics.median(times[1:]))
 
 
-async def _fetch_all(name: str, transport: Transport, child: subprocess.Popen[str], size: int) -> Speed:
+async def _fetch_all(name: str, transport: Transport, child: subprocess.Popen[str], size: int) -> TransportSpeed:
     answered = asyncio.Event()
     identity = Identity.generate()
     context = TransportContext(identity, RUN, lambda peer, message: answered.set(), lambda digest: None)
@@ -121,7 +121,7 @@ async def _fetch_all(name: str, transport: Transport, child: subprocess.Popen[st
             trips.append(time.perf_counter() - begun)
     finally:
         await transport.stop()
-    return Speed(
+    return TransportSpeed(
         name,
         best=size / min(times[1:]),
         median=size / statistics.median(times[1:]),
@@ -132,7 +132,7 @@ async def _fetch_all(name: str, transport: Transport, child: subprocess.Popen[st
 
 @contextmanager
 def _other(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """The process that has the blobs; ended at the end."""
+    """The process that has the blobs; it ends with the block."""
     child = subprocess.Popen(
         [sys.executable, "-m", "psyche_lightning.bench.transport", *arguments],
         stdin=subprocess.PIPE,

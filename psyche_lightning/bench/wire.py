@@ -1,4 +1,4 @@
-"""Bytes of payloads and of partial sums, counted by encoding real votes."""
+"""Bytes of payloads and partial sums, counted by encoding real votes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ REFERENCE_BITS = 96
 
 @dataclass(frozen=True)
 class PayloadRow:
-    """One k.
+    """Figures for one k.
 
     Attributes:
         chunk: side of a chunk.
         k: votes per chunk.
-        bits: bits per vote including sign and header.
+        bits: bits per vote, with sign and header.
         limit: ``log2 C(chunk^2, k) / k + 1``.
-        megabytes: a payload, 10^6 bytes.
-        psyche: the same votes as 16-bit positions and signs, 10^6 bytes.
-        reference: as the DeMo reference's int64 and float32, 10^6 bytes.
-        parameters_ratio: bytes of a float32 gradient per payload byte.
+        megabytes: size of a payload, in 10^6 bytes.
+        psyche: the same votes as 16-bit positions and signs, in 10^6 bytes.
+        reference: the same votes as int64 and float32, as in the DeMo reference, in 10^6 bytes.
+        parameters_ratio: bytes of a float32 gradient for each byte of payload.
     """
 
     chunk: int
@@ -42,12 +42,12 @@ class PayloadRow:
 
 @dataclass(frozen=True)
 class RelayRow:
-    """A relay of several peers.
+    """Figures for a relay of several peers.
 
     Attributes:
-        peers: how many payloads it merged.
-        separate: all of them, 10^6 bytes.
-        merged: their tally, 10^6 bytes.
+        peers: number of payloads that it merged.
+        separate: size of all of them, in 10^6 bytes.
+        merged: size of their tally, in 10^6 bytes.
         bits: bits per original vote.
     """
 
@@ -58,7 +58,7 @@ class RelayRow:
 
 
 def random_votes(chunks: int, config: DistroConfig, seed: int) -> Votes:
-    """Uniform positions: what late training looks like to within 0.3 % (and the worst case for a set code)."""
+    """Votes at uniform positions: the worst case for a set code, and within 0.3 % what late training sends."""
     generator = torch.Generator().manual_seed(seed)
     votes = Votes.empty(chunks, config.k)
     for start in range(0, chunks, 1024):
@@ -71,7 +71,7 @@ def random_votes(chunks: int, config: DistroConfig, seed: int) -> Votes:
 
 
 def payloads(parameters: int, ks: list[int], chunk: int) -> list[PayloadRow]:
-    """Encode random votes of a model of so many parameters for each k."""
+    """Encode random votes for a model with this number of parameters, for each k."""
     rows = []
     for k in ks:
         config = DistroConfig(chunk, k)
@@ -94,7 +94,7 @@ def payloads(parameters: int, ks: list[int], chunk: int) -> list[PayloadRow]:
 
 
 def relays(chunks: int, k: int, peers: list[int]) -> list[RelayRow]:
-    """Merge random votes of peers and encode the tally."""
+    """Merge random votes of peers, and encode the tally."""
     config = DistroConfig(k=k)
     rows: list[RelayRow] = []
     total, done, separate = None, 0, 0

@@ -1,4 +1,4 @@
-"""``psyche bench``: bytes on the wire, speed of the engine, quality for bytes."""
+"""``psyche bench``: measures bytes on the wire, speed of the engine, and quality for bytes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rich.table import Table
 from psyche_lightning.bench.report import check_folder, picture, write_json
 from psyche_lightning.cli.console import stdout
 
-bench = typer.Typer(help="Measure bytes, speed and quality; tables, JSON and pictures.", no_args_is_help=True)
+bench = typer.Typer(help="Measure bytes, speed and quality, as tables, JSON and pictures.", no_args_is_help=True)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")]
 Png = Annotated[Path | None, typer.Option("--png", help="Draw a picture into this file.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads that torch uses; its own choice unless given.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; by default torch decides.")]
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -32,11 +32,11 @@ def _table(title: str, *columns: str) -> Table:
 def wire(
     millions: Annotated[float, typer.Option(min=1, help="Parameters of the model, in millions.")] = 100,
     chunk: Annotated[int, typer.Option(help="Side of the chunks.")] = 64,
-    k: Annotated[int, typer.Option(min=1, help="Votes per chunk of the relays.")] = 4,
+    k: Annotated[int, typer.Option(min=1, help="Votes per chunk for the relays.")] = 4,
     json_file: Json = None,
     png: Png = None,
 ) -> None:
-    """Bytes of a payload for each k, and of what a relay that merged N peers sends on."""
+    """Measure a payload for each k, and what a relay that merged N peers sends on."""
     from psyche_lightning.bench.wire import as_json, payloads, relays
 
     check_folder(json_file, "--json")
@@ -81,12 +81,12 @@ def engine(
     reference: Annotated[
         Path | None, typer.Option(help="Folder of a checkout of github.com/bloc97/DeMo to compare with.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of which the fastest counts.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the fastest counts.")] = 5,
     threads: Threads = None,
     json_file: Json = None,
     png: Png = None,
 ) -> None:
-    """Time of a DisTrO step with 4 peers beside AdamW's, the machine's limits and the public reference."""
+    """Time a DisTrO step with 4 peers, next to AdamW's step, the machine's limits and the public reference."""
     import torch
 
     from psyche_lightning.bench.engine import load_reference, measure
@@ -123,7 +123,7 @@ def engine(
             table.add_row(f"peak memory of the {name}, MB", *(f"{one.memory[name] / 1e6:.0f}" for one in results))
     console.print(table)
     console.print(
-        "Kept besides parameters and gradients: delta (4 bytes a parameter); float32 masters of other dtypes (4); "
+        "Memory besides parameters and gradients: delta (4 bytes a parameter); float32 masters of other dtypes (4); "
         "during look-ahead a copy of the parameters.",
         style="dim",
     )
@@ -137,24 +137,24 @@ def engine(
 
 @bench.command()
 def quality(
-    sizes: Annotated[list[str] | None, typer.Option("--size", help="small or demo; both unless given.")] = None,
+    sizes: Annotated[list[str] | None, typer.Option("--size", help="small or demo; by default both.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--setting", metavar="K/CHUNK", help="Votes per chunk and its side, such as 8/64; repeatable."),
     ] = None,
-    decay: Annotated[float, typer.Option(help="What remains of delta each round.")] = 0.9,
+    decay: Annotated[float, typer.Option(help="Fraction of delta that remains each round.")] = 0.9,
     nodes: Annotated[int, typer.Option(min=2, help="Nodes that train together.")] = 4,
     rounds: Annotated[int, typer.Option(min=12, help="Rounds of each training.")] = 120,
     batch: Annotated[int, typer.Option(min=1, help="Samples of a node in a round.")] = 4,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of which mean and spread are shown.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings for mean and spread.")] = 3,
     rates: Annotated[
-        list[float] | None, typer.Option("--rate", help="Learning rates to try on the first seed.")
+        list[float] | None, typer.Option("--rate", help="Learning rates to try with the first seed.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Trainings at a time, each in a process of one thread.")] = 2,
     json_file: Json = None,
     png: Png = None,
 ) -> None:
-    """Validation loss against bytes: AdamW with all-reduce, the DeMo rule in floats, this engine."""
+    """Compare validation loss against bytes: AdamW with all-reduce, the DeMo rule in floats, this engine."""
     from psyche_lightning.bench.quality import DEFAULT_RATES, SETTINGS, SIZES, Plan, compare, draw, methods
     from psyche_lightning.errors import ConfigError
 
@@ -188,7 +188,7 @@ def fuzz(
     seed: Annotated[int, typer.Option(help="The same seed gives the same inputs.")] = 0,
     json_file: Json = None,
 ) -> None:
-    """Hostile bytes for the decoders of payloads and partial sums: refused by name, or canonical."""
+    """Give hostile bytes to the decoders of payloads and partial sums; each is refused or canonical."""
     from psyche_lightning.bench.fuzz import fuzz as run
 
     check_folder(json_file, "--json")
@@ -203,27 +203,27 @@ def fuzz(
 @bench.command()
 def transport(
     names: Annotated[
-        list[str] | None, typer.Option("--transport", help="Which; repeatable. All that use the network unless given.")
+        list[str] | None, typer.Option("--transport", help="A transport; repeatable. By default all for the network.")
     ] = None,
     megabytes: Annotated[float, typer.Option(min=1, max=1000, help="Size of a blob in MB.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Blobs of which the fastest and the median are shown.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Blobs of each; fastest and median are shown.")] = 8,
     json_file: Json = None,
 ) -> None:
-    """MB/s and latency of the transports between two processes of this machine, beside plain sockets."""
-    from psyche_lightning.bench.transport import Speed, measure, sockets
+    """Measure MB/s and latency of the transports between two processes of this machine, next to plain sockets."""
+    from psyche_lightning.bench.transport import TransportSpeed, measure, sockets
     from psyche_lightning.plugins import load_plugins
 
     check_folder(json_file, "--json")
     known = load_plugins().transports()
     chosen = names or [name for name in known if name != "memory"]
     for name in chosen:
-        known[name]  # an unknown one is an error before anything is measured
+        known[name]  # refuse an unknown one before anything is measured
     size = int(megabytes * 1e6)
     table = _table(
         f"Blobs of {megabytes:g} MB over loopback, {repeats} of each",
         *("", "best MB/s", "median MB/s", "/ plain", "trip, ms", "wire/blob"),
     )
-    results: list[Speed] = []
+    results: list[TransportSpeed] = []
     console = stdout()
     for number, name in enumerate(track(["", *chosen], console=console, transient=True)):
         results.append(sockets(size, repeats) if number == 0 else measure(name, {}, size, repeats))

@@ -1,4 +1,4 @@
-"""``psyche doctor``: what stands between this machine and a run, and how quick the run will be."""
+"""``psyche doctor``: checks whether a machine is ready for a run, and predicts the run's speed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from psyche_lightning.errors import ConfigError, CoordinatorError, TransportErro
 from psyche_lightning.server.admin import URL_VARIABLE
 
 if TYPE_CHECKING:
-    from psyche_lightning.doctor.link import Invitation, Measured
-    from psyche_lightning.doctor.prediction import Prediction
-    from psyche_lightning.doctor.speed import Speed
-    from psyche_lightning.doctor.surroundings import Reached
+    from psyche_lightning.doctor.connectivity import Reached
+    from psyche_lightning.doctor.link import Invitation, MeasuredLink
+    from psyche_lightning.doctor.round_time import Prediction
+    from psyche_lightning.doctor.speed import TrainingSpeed
     from psyche_lightning.protocol.owner import ClockReading
     from psyche_lightning.recipe import Recipe
     from psyche_lightning.transports.base import Transport
@@ -42,28 +42,28 @@ def doctor(
         list[str] | None,
         typer.Argument(
             metavar="[RECIPE] [KEY=VALUE]...",
-            help="A recipe, and values that replace its own, or the defaults of node.*, such as node.transport=iroh.",
+            help="A recipe and values for its keys, or values for node.* alone, such as node.transport=iroh.",
         ),
     ] = None,
-    twin: Annotated[bool, typer.Option("--twin", help="The recipe's CPU-sized twin.")] = False,
+    twin: Annotated[bool, typer.Option("--twin", help="Use the recipe's CPU-sized twin.")] = False,
     coordinator: Annotated[
-        str | None, typer.Option(envvar=URL_VARIABLE, metavar="URL", help="Look at this coordinator.")
+        str | None, typer.Option(envvar=URL_VARIABLE, metavar="URL", help="Examine this coordinator.")
     ] = None,
     run: Annotated[
-        str | None, typer.Option(envvar="PSYCHE_RUN", metavar="RUN", help="Look at this run and its participants.")
+        str | None, typer.Option(envvar="PSYCHE_RUN", metavar="RUN", help="Examine this run and its participants.")
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="Nodes to predict for; those of the run or recipe unless given.")
+        int | None, typer.Option(min=1, help="Nodes to predict for; by default those of the run or recipe.")
     ] = None,
     listen: Annotated[
-        bool, typer.Option("--listen", help="Wait for another doctor and be the other end of its link.")
+        bool, typer.Option("--listen", help="Wait for a doctor on another machine that measures the link to this one.")
     ] = False,
     peer: Annotated[
         list[str] | None,
-        typer.Option(metavar="INVITATION", help="Measure the link to a doctor that listens; repeat it for several."),
+        typer.Option(metavar="INVITATION", help="Measure the link to a doctor that listens; repeatable."),
     ] = None,
-    megabytes: Annotated[float, typer.Option(min=1, max=1000, help="To send each way at most.")] = 32,
-    seconds: Annotated[float, typer.Option(min=1, max=120, help="That each measurement takes at most, about.")] = 8,
+    megabytes: Annotated[float, typer.Option(min=1, max=1000, help="The most MB to send each way.")] = 32,
+    seconds: Annotated[float, typer.Option(min=1, max=120, help="About the most seconds for each measurement.")] = 8,
     upload: Annotated[
         float | None, typer.Option(min=0.001, metavar="MBIT/S", help="Predict for this upload, not the measured one.")
     ] = None,
@@ -71,43 +71,43 @@ def doctor(
         float | None, typer.Option(min=0.001, metavar="MBIT/S", help="Predict for this download.")
     ] = None,
     latency: Annotated[
-        float | None, typer.Option(min=0, metavar="MS", help="Predict for this round trip to others.")
+        float | None, typer.Option(min=0, metavar="MS", help="Predict for this round trip to peers.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
 ) -> None:
-    """Examine this machine, its links and a recipe, and predict the run's speed.
+    """Check whether this machine is ready for a run, and predict the run's speed.
 
-    Without anything: the machine alone. The exit code is 1 when there is a problem, and 0 with warnings.
+    Without arguments it examines only the machine. The exit code is 1 if there is a problem, and 0 with warnings.
     """
     check_folder(json_file, "--json")
     recipe, settings = _resolve(arguments or [], twin)
     if listen and (peer or json_file):
-        raise ConfigError("--listen is the other machine's side; leave --peer and --json to the one that measures")
+        raise ConfigError("--listen is for the other machine; use --peer and --json on the machine that measures")
     if listen:
         asyncio.run(_listen(_transport(settings)))
         return
     if run and not coordinator:
-        raise ConfigError(f"--run {run} lives on a coordinator: give --coordinator URL too, or set {URL_VARIABLE}")
+        raise ConfigError(f"--run {run} needs its coordinator: also give --coordinator URL, or set {URL_VARIABLE}")
     for name, value in (("--nodes", nodes), ("--upload", upload), ("--download", download), ("--latency", latency)):
         if value is not None and recipe is None:
-            raise ConfigError(f"{name} is for predicting; name a recipe as well, such as `psyche doctor demo {name} 4`")
+            raise ConfigError(f"{name} is for a prediction; also name a recipe, such as `psyche doctor demo {name} 4`")
     invitations = _invitations(peer or [])
     console = stdout()
-    given = _Given(coordinator, run or (recipe.name if recipe else None), run is not None, nodes, latency)
-    given.upload, given.download = (None if rate is None else rate * 1e6 / 8 for rate in (upload, download))
-    visit = _Visit(recipe, settings, given, int(megabytes * 1e6), seconds)
-    with _progress(console) as visit.progress:
-        visit.examine(invitations)
-    _show(console, visit.findings)
+    options = _Options(coordinator, run or (recipe.name if recipe else None), run is not None, nodes, latency)
+    options.upload, options.download = (None if rate is None else rate * 1e6 / 8 for rate in (upload, download))
+    examination = _Examination(recipe, settings, options, int(megabytes * 1e6), seconds)
+    with _progress(console) as examination.progress:
+        examination.examine(invitations)
+    _show(console, examination.findings)
     if json_file is not None:
-        json_file.write_text(json.dumps(visit.as_json(), indent=2) + "\n")
-    if any(finding.verdict is Verdict.PROBLEM for finding in visit.findings):
+        json_file.write_text(json.dumps(examination.as_json(), indent=2) + "\n")
+    if any(finding.verdict is Verdict.PROBLEM for finding in examination.findings):
         raise typer.Exit(1)
 
 
 @dataclass
-class _Given:
-    """What the command line says of the run; rates in bytes a second."""
+class _Options:
+    """The command line's values for the run; rates in bytes a second."""
 
     coordinator: str | None
     run: str | None
@@ -119,12 +119,12 @@ class _Given:
 
 
 @dataclass
-class _Visit:
+class _Examination:
     """One examination, part by part."""
 
     recipe: Recipe | None
     settings: Recipe
-    given: _Given
+    options: _Options
     most_bytes: int
     seconds: float
     progress: Callable[[str, float], None] = lambda what, done: None
@@ -132,18 +132,18 @@ class _Visit:
     reading: ClockReading | None = None
     status: Mapping[str, Any] | None = None
     reached: list[Reached] = field(default_factory=list)
-    links: list[Measured] = field(default_factory=list)
-    speed: Speed | None = None
+    links: list[MeasuredLink] = field(default_factory=list)
+    speed: TrainingSpeed | None = None
     prediction: Prediction | None = None
 
     def examine(self, invitations: list[Invitation]) -> None:
-        """Look at everything that was asked for."""
+        """Examine everything that was requested."""
         from psyche_lightning.doctor import machine
 
         self.progress("the machine", 0.0)
         self.findings += machine.examine(self.folder)
-        if self.given.coordinator is not None:
-            self._coordinator(self.given.coordinator)
+        if self.options.coordinator is not None:
+            self._coordinator(self.options.coordinator)
         if self.status is not None:
             self._peers(self.status)
         for number, invitation in enumerate(invitations, 1):
@@ -153,61 +153,61 @@ class _Visit:
 
     @property
     def folder(self) -> Path:
-        """Of the node."""
-        run = self.given.run
+        """The node's folder."""
+        run = self.options.run
         return Path(self.settings.node.directory or (f"psyche-{run}" if run else "."))
 
     def _coordinator(self, url: str) -> None:
         from psyche_lightning.cli.owner import administer
-        from psyche_lightning.doctor import surroundings
+        from psyche_lightning.doctor import connectivity
 
         self.progress("coordinator", 0.0)
-        found, self.reading = surroundings.coordinator(url)
+        found, self.reading = connectivity.coordinator(url)
         self.findings += found
-        if self.given.run is None or any(one.verdict is Verdict.PROBLEM for one in found):
+        if self.options.run is None or any(one.verdict is Verdict.PROBLEM for one in found):
             return
-        area = surroundings.AREA
+        area = connectivity.AREA
         try:
-            self.status = administer(url, self.given.run).status()
+            self.status = administer(url, self.options.run).status()
         except CoordinatorError as error:
-            missing = error.code == "UnknownRun" and not self.given.run_named
+            missing = error.code == "UnknownRun" and not self.options.run_named
             verdict = Verdict.UNKNOWN if missing else Verdict.PROBLEM
             self.findings.append(Finding(area, "run", str(error), verdict, "give its name with --run"))
             return
-        phase, members = self.status["phase"].replace("_", " "), surroundings.members(self.status)
-        self.findings.append(Finding(area, self.given.run, f"{phase}, {len(members)} nodes"))
+        phase, members = self.status["phase"].replace("_", " "), connectivity.members(self.status)
+        self.findings.append(Finding(area, self.options.run, f"{phase}, {len(members)} nodes"))
 
     def _peers(self, status: Mapping[str, Any]) -> None:
-        from psyche_lightning.doctor import surroundings
+        from psyche_lightning.doctor import connectivity
 
-        assert self.given.run is not None
-        assert self.given.coordinator is not None
-        run, far = self.given.run, surroundings.is_far(self.given.coordinator)
+        assert self.options.run is not None
+        assert self.options.coordinator is not None
+        run, far = self.options.run, connectivity.is_far(self.options.coordinator)
         make = _transport(self.settings)
         try:
-            address = asyncio.run(surroundings.own_address(make, run))
-            self.findings.append(surroundings.address_finding(address, far=far))
+            address = asyncio.run(connectivity.own_address(make, run))
+            self.findings.append(connectivity.address_finding(address, far=far))
         except TransportError as error:
-            self.findings.append(surroundings.listening_problem(error))
-        own = surroundings.own_key(self.folder)
-        members = surroundings.members(status)
+            self.findings.append(connectivity.listening_problem(error))
+        own = connectivity.own_key(self.folder)
+        members = connectivity.members(status)
         addresses = {key: row["address"] for key, row in members.items() if key != own and row["address"]}
         if not addresses:
             return
-        try:  # another port: a node of this machine may have the usual one
+        try:  # another port, because a node on this machine may use the usual one
             self.reached = asyncio.run(
-                surroundings.reach(_transport(self.settings, port=0), run, addresses, self.progress)
+                connectivity.reach(_transport(self.settings, port=0), run, addresses, self.progress)
             )
         except TransportError as error:
-            self.findings.append(Finding(surroundings.AREA, "peers", str(error), Verdict.PROBLEM, "see own address"))
-        self.findings += map(surroundings.peer_finding, self.reached)
+            self.findings.append(Finding(connectivity.AREA, "peers", str(error), Verdict.PROBLEM, "see own address"))
+        self.findings += map(connectivity.peer_finding, self.reached)
 
     def _link(self, invitation: Invitation, number: int) -> None:
-        from psyche_lightning.doctor import link, surroundings
+        from psyche_lightning.doctor import connectivity, link
         from psyche_lightning.plugins import load_plugins
 
         name = invitation.scheme if invitation.scheme in load_plugins().transports() else None
-        area = surroundings.LINK if number == 1 else f"{surroundings.LINK} {number}"
+        area = connectivity.LINK if number == 1 else f"{connectivity.LINK} {number}"
         try:
             found = asyncio.run(
                 link.call(
@@ -222,16 +222,16 @@ class _Visit:
             self.findings.append(Finding(area, "peer", str(error), Verdict.PROBLEM))
             return
         self.links.append(found)
-        self.findings += surroundings.link_findings(found, area)
+        self.findings += connectivity.link_findings(found, area)
 
     def _recipe(self, recipe: Recipe) -> None:
-        from psyche_lightning.doctor import forecast, machine
+        from psyche_lightning.doctor import machine, prediction
         from psyche_lightning.doctor.speed import measure
         from psyche_lightning.recipe.estimate import estimate
 
         self.progress("the model's size", 0.0)
         size = estimate(recipe)
-        shape = forecast.run_shape(recipe, self.status, self.given.nodes)
+        shape = prediction.run_shape(recipe, self.status, self.options.nodes)
         device, there = machine.choose_device(recipe)
         needs = machine.needs(recipe, size, self.folder, shape.nodes, device)
         self.progress("disk", 0.0)
@@ -248,23 +248,23 @@ class _Visit:
             seconds=self.seconds,
             progress=self.progress,
         )
-        given = self.given
-        network = forecast.network(
+        options = self.options
+        network = prediction.network(
             self.settings.node.transport_options,
             links=self.links,
             reading=self.reading,
-            url=given.coordinator,
+            url=options.coordinator,
             answered=[one.link.answered for one in self.reached if one.link.answered is not None],
-            upload=given.upload,
-            download=given.download,
-            round_trip=None if given.latency is None else given.latency / 1e3,
+            upload=options.upload,
+            download=options.download,
+            round_trip=None if options.latency is None else options.latency / 1e3,
         )
-        conditions = forecast.conditions(recipe, shape, network, self.speed, size.payload, written)
-        self.prediction, rows = forecast.findings(conditions, network, self.speed, shape)
+        conditions = prediction.conditions(recipe, shape, network, self.speed, size.payload, written)
+        self.prediction, rows = prediction.findings(conditions, network, self.speed, shape)
         self.findings += rows
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """Everything as JSON."""
         return {
             "findings": [finding.as_json() for finding in self.findings],
             "links": [_finite(asdict(link)) for link in self.links],
@@ -280,14 +280,14 @@ class _Visit:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity."""
+    """Replace infinite numbers by None, because JSON has no infinity."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
 
 
 def _resolve(arguments: list[str], twin: bool) -> tuple[Recipe | None, Recipe]:
-    """The recipe, if one is named, and what says how this node is connected."""
+    """The recipe, if one is named, and a recipe with this node's connection settings."""
     from psyche_lightning.recipe import load_recipe, resolve
     from psyche_lightning.recipe.loading import parse_override
 
@@ -300,7 +300,7 @@ def _resolve(arguments: list[str], twin: bool) -> tuple[Recipe | None, Recipe]:
         recipe = load_recipe(name, overrides, twin=twin)
         return recipe, recipe
     if twin:
-        raise ConfigError("--twin is a form of a recipe; name the recipe as well")
+        raise ConfigError("--twin is an option of a recipe; also name the recipe")
     node: dict[str, Any] = {}
     for text in overrides:
         key, value = parse_override(text)
@@ -321,12 +321,12 @@ def _invitations(texts: list[str]) -> list[Invitation]:
 
 
 def _transport(settings: Recipe, *, name: str | None = None, **options: Any) -> Callable[[], Transport]:
-    """Makes transports with this machine's options; those given here win."""
+    """Returns a factory of transports with this machine's options; options given here win."""
     from psyche_lightning.plugins import load_plugins
 
     factory = load_plugins().transports()[name or settings.node.transport]
     given = {**settings.node.transport_options, **options}
-    factory(given)  # a wrong option is an error before anything is measured
+    factory(given)  # refuse a wrong option before anything is measured
     return lambda: factory(given)
 
 
@@ -339,14 +339,14 @@ async def _listen(make: Callable[[], Transport]) -> None:
 
     def announce(invitation: Invitation) -> None:
         print(f"on the other machine:\n\n    psyche doctor --peer '{invitation}'\n")
-        print("Whoever has this line can measure the link until you press Ctrl-C.", flush=True)
+        print("Anyone who has this line can measure the link until you press Ctrl-C.", flush=True)
 
     await listen(make, announce, lambda text: print(text, flush=True), stop)
 
 
 @contextlib.contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """Shows on a terminal what is being measured."""
+    """Show on a terminal what is being measured."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     bar = Progress(TextColumn("{task.description}"), BarColumn(), console=console, transient=True)
     bar.disable = not console.is_terminal
@@ -356,7 +356,7 @@ def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
 
 
 def _show(console: Console, findings: list[Finding]) -> None:
-    """One table; what to do stands below what was found."""
+    """Print one table, with advice below what was found."""
     table = Table("", "", "found", "verdict", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.columns[2].ratio = 1
     table.expand = False

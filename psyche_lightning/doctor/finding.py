@@ -1,4 +1,4 @@
-"""One result of an examination: what was found, whether that is well, and what to do if it is not."""
+"""One result of an examination: what was found, whether it is good, and what to do if it is not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Verdict(Enum):
-    """Whether what was found is well."""
+    """How good a finding is."""
 
     OK = "ok"
     WARNING = "warning"
@@ -17,14 +17,14 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """A row of the report.
+    """One row of the report.
 
     Attributes:
-        area: the group to which it belongs, such as ``"machine"``.
-        name: what was looked at.
+        area: the group of the row, such as ``"machine"``.
+        name: what was examined.
         value: what was found, for people.
-        verdict: whether that is well.
-        advice: what to do; empty when there is nothing to do.
+        verdict: how good it is.
+        advice: what to do; empty if there is nothing to do.
     """
 
     area: str
@@ -34,7 +34,7 @@ class Finding:
     advice: str = ""
 
     def as_json(self) -> dict[str, str]:
-        """For programs."""
+        """The row as JSON."""
         return {
             "area": self.area,
             "name": self.name,
@@ -63,12 +63,12 @@ def duration(seconds: float) -> str:
 
 
 def speed(rate: float) -> str:
-    """Bytes a second for people, and as providers of lines count them: ``2.5 MB/s (20 Mbit/s)``."""
+    """Bytes and bits a second for people: ``2.5 MB/s (20 Mbit/s)``."""
     return f"{size(rate)}/s ({scaled(8 * rate, (' bit', ' kbit', ' Mbit', ' Gbit'))}/s)"
 
 
 def scaled(number: float, units: tuple[str, ...]) -> str:
-    """Three digits and the unit that suits them, of units a thousand apart."""
+    """A number with three digits and the unit that fits; units are a factor of thousand apart."""
     for unit in units[:-1]:
         if number < 999.5:
             return f"{number:.3g}{unit}"

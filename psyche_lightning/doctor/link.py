@@ -1,8 +1,8 @@
-"""A link between two machines, measured by two doctors before there is a run.
+"""Measures the link between two machines by two doctors, before there is a run.
 
-One listens and prints an invitation, ``ADDRESS#SECRET``; the other dials it. The keys of both follow from the secret,
-so each proves to the other that it holds the invitation, with the transport's own handshake, and nobody else gets in.
-What is asked for is bounded by both sides: by the caller in what it wants, by the listener in what it grants.
+One doctor listens and prints an invitation, ``ADDRESS#SECRET``; the other one dials it. The keys of both follow from
+the secret. So each proves with the transport's own handshake that it holds the invitation, and nobody else gets in.
+Both sides limit the traffic: the caller by what it requests, the listener by what it grants.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ANSWER_SECONDS = 5.0
 PINGS = 12
 FIRST_BLOB = 256_000
 MOST_BYTES, MOST_SECONDS = 1_000_000_000, 120.0
-"""What a listener grants at most, whatever it was told to."""
+"""The most that a listener grants, whatever the caller requests."""
 BACK_SECONDS = 10.0
 _MESSAGE_SIZE = 4096
 _POLL = 0.02
@@ -39,10 +39,10 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Invitation:
-    """Where a listening doctor is, and the secret by which the two know each other.
+    """The address of a listening doctor, and the secret by which the two know each other.
 
     Attributes:
-        address: of the transport.
+        address: the transport's address.
         secret: random bytes.
     """
 
@@ -54,7 +54,7 @@ class Invitation:
 
     @classmethod
     def parse(cls, text: str) -> Invitation:
-        """Read what the other doctor printed.
+        """Read the text that the other doctor printed.
 
         Raises:
             ConfigError: it is not an invitation.
@@ -66,7 +66,7 @@ class Invitation:
             raw = b""
         if not mark or "://" not in address or len(raw) != SECRET_SIZE:
             raise ConfigError(
-                f"{text[:100]!r} is not an invitation; on the other machine run `psyche doctor --listen` and copy what "
+                f"{text[:100]!r} is not an invitation; run `psyche doctor --listen` on the other machine and copy what "
                 "it prints, such as tcp://192.168.1.11:4000#0123... (in quotes)"
             )
         return cls(address, raw)
@@ -78,29 +78,29 @@ class Invitation:
 
     @property
     def run_id(self) -> str:
-        """What stands for a run's name."""
+        """A name that takes the place of a run's name."""
         return f"doctor-{sha256(b'run' + self.secret)[:8].hex()}"
 
     def identity(self, role: str) -> Identity:
-        """The key of the ``listener``, the ``caller``, or the listener's ``second`` one, which dials back."""
+        """The key of the ``listener``, of the ``caller``, or the ``second`` key of the listener, which dials back."""
         return Identity(sha256(b"psyche-lightning doctor 1 " + role.encode() + b" " + self.secret))
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A link, as the caller sees it; rates in bytes a second, times in seconds.
+class MeasuredLink:
+    """A link as the caller sees it; rates in bytes a second, times in seconds.
 
     Attributes:
         address: where the peer listens.
-        path: as the transport says it, such as ``"direct"``.
-        round_trip: median of small messages there and back.
-        upload: to the peer; None when nothing arrived in time.
-        download: from the peer; None likewise.
-        clock_offset: by how much the peer's clock is ahead.
-        clock_uncertainty: by how much that may be wrong.
+        path: the transport's word for the path, such as ``"direct"``.
+        round_trip: median round trip of small messages.
+        upload: rate to the peer; None if nothing arrived in time.
+        download: rate from the peer; None if nothing arrived in time.
+        clock_offset: how far the peer's clock is ahead.
+        clock_uncertainty: how far off the offset may be.
         own_address: where this machine listens.
-        called_back: how the peer reached that address: the path, or empty when it could not.
-        why_not: why it could not.
+        called_back: the path by which the peer reached that address; empty if it could not.
+        why_not: why the peer could not reach it.
     """
 
     address: str
@@ -116,7 +116,7 @@ class Measured:
 
 
 def new_secret() -> bytes:
-    """A secret whose caller's key is the smaller: that one dials at once."""
+    """A secret for which the caller's key is the smaller one, so that the caller dials at once."""
     while True:
         secret = os.urandom(SECRET_SIZE)
         invitation = Invitation("", secret)
@@ -124,12 +124,12 @@ def new_secret() -> bytes:
             return secret
 
 
-# -- the one who calls ------------------------------------------------------------------------------------------------
+# -- the caller -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Caller:
-    """Asks the listener, and knows which answer is to what."""
+    """Sends requests to the listener, and matches answers to them."""
 
     transport: Transport
     peer: bytes
@@ -150,10 +150,10 @@ class _Caller:
     async def ask(
         self, what: str, *arguments: Any, kinds: tuple[type, ...], seconds: float = ANSWER_SECONDS
     ) -> list[Any]:
-        """Send a request and wait for its answer, which has values of these types.
+        """Send a request, and wait for its answer, whose values have these types.
 
         Raises:
-            TransportError: none came, or another.
+            TransportError: no answer came, or one of another form.
         """
         self.number += 1
         number, answer = self.number, asyncio.get_running_loop().create_future()
@@ -164,7 +164,7 @@ class _Caller:
         except asyncio.TimeoutError:
             raise TransportError(f"the other doctor did not answer ({what}) within {seconds:g} s") from None
         if tuple(map(type, values)) != kinds:
-            raise TransportError(f"the other doctor gave no proper answer ({what}); is it of the same version?")
+            raise TransportError(f"the other doctor sent a malformed answer ({what}); does it have the same version?")
         return values
 
 
@@ -175,18 +175,18 @@ async def call(
     most_bytes: int,
     seconds: float,
     progress: Progress = lambda what, done: None,
-) -> Measured:
+) -> MeasuredLink:
     """Measure the link to a listening doctor.
 
     Args:
         make: makes the transport with this machine's options.
-        invitation: of the other.
-        most_bytes: sent each way at most.
-        seconds: that each way takes at most.
-        progress: is told what is measured, and which part of it is done, 0 to 1.
+        invitation: the other doctor's invitation.
+        most_bytes: the most bytes to send each way.
+        seconds: the most seconds for each way.
+        progress: called with what is measured, and the fraction of it that is done.
 
     Raises:
-        TransportError: this machine cannot listen, the other cannot be reached, or it fell silent.
+        TransportError: this machine cannot listen, or the other one cannot be reached or stops answering.
     """
     transport, blobs = make(), _Blobs()
     caller = _Caller(transport, invitation.identity("listener").public)
@@ -194,13 +194,13 @@ async def call(
     try:
         own = await transport.start(context)
         progress("connecting", 0.0)
-        # The second key has no address: it can only come by itself.
+        # The second key has no address: only the listener can dial with it.
         transport.set_peers({caller.peer: invitation.address, invitation.identity("second").public: ""})
         link = await _connected(transport, caller.peer, CONNECT_SECONDS)
         if not link.connected:
             raise TransportError(
                 f"cannot reach the other doctor: {link.reason}. Is `psyche doctor --listen` running there, with an "
-                "address that can be reached from here?"
+                "address that this machine can reach?"
             )
         trips, offset, uncertainty = await _ping(caller, progress)
         download = await _download(caller, most_bytes, seconds, progress)
@@ -208,7 +208,7 @@ async def call(
         progress("dialling back", 0.0)
         back, why_not = await caller.ask("call", own, kinds=(str, str), seconds=BACK_SECONDS + ANSWER_SECONDS)
         link = next(one for one in transport.links() if one.peer == caller.peer)
-        return Measured(
+        return MeasuredLink(
             address=invitation.address,
             path=link.path or "connected",
             round_trip=statistics.median(trips),
@@ -225,7 +225,7 @@ async def call(
 
 
 async def _ping(caller: _Caller, progress: Progress) -> tuple[list[float], float, float]:
-    """Round trips, and the other clock as the quickest of them shows it."""
+    """Round trips, and offset and uncertainty of the other clock, by the fastest of them."""
     found = []
     for number in range(PINGS):
         progress("latency", number / PINGS)
@@ -239,7 +239,7 @@ async def _ping(caller: _Caller, progress: Progress) -> tuple[list[float], float
 
 
 async def _download(caller: _Caller, most_bytes: int, seconds: float, progress: Progress) -> float | None:
-    """Bytes a second from the peer: of a small blob, then of one that suits the rate."""
+    """Bytes a second from the peer, measured with a small blob and then with one whose size fits the rate."""
     rate, spent = None, 0.0
     for size in _sizes(most_bytes):
         wanted = size(rate, seconds - spent)
@@ -278,24 +278,24 @@ async def _upload(caller: _Caller, blobs: _Blobs, most_bytes: int, seconds: floa
 
 
 def _sizes(most_bytes: int) -> list[Callable[[float | None, float], int]]:
-    """How large the first blob is, and the second, by the rate of the first and the seconds that are left."""
+    """Functions for the size of the first and the second blob, from the first one's rate and the seconds left."""
     return [
         lambda rate, left: min(FIRST_BLOB, most_bytes),
         lambda rate, left: 0 if rate is None or left <= 0 else min(most_bytes - FIRST_BLOB, int(0.7 * rate * left)),
     ]
 
 
-# -- the one who listens ----------------------------------------------------------------------------------------------
+# -- the listener -----------------------------------------------------------------------------------------------------
 
 
 async def listen(make: MakeTransport, announce: Callable[[Invitation], None], say: Say, stop: asyncio.Event) -> None:
-    """Be the other end for whoever has the invitation, until told to stop.
+    """Be the other end for a doctor that has the invitation, until told to stop.
 
     Args:
-        make: makes the transport with this machine's options; called again for each attempt to dial back.
-        announce: is given the invitation.
-        say: is given lines for people.
-        stop: set to end.
+        make: makes the transport with this machine's options; called again to dial back.
+        announce: called with the invitation.
+        say: called with lines for people.
+        stop: ends it when set.
 
     Raises:
         TransportError: this machine cannot listen.
@@ -314,7 +314,7 @@ async def listen(make: MakeTransport, announce: Callable[[Invitation], None], sa
             link = next(iter(transport.links()))
             if link.connected != there:
                 there = link.connected
-                say(f"somebody is here ({link.path or 'connected'})" if there else "they have left")
+                say(f"the other doctor is connected ({link.path or 'connected'})" if there else "it has left")
             await _within(_POLL * 10, stop)
     finally:
         listener.close()
@@ -322,7 +322,7 @@ async def listen(make: MakeTransport, announce: Callable[[Invitation], None], sa
 
 
 class _Listener:
-    """Answers one caller, one request after another."""
+    """Answers the requests of one caller, one after another."""
 
     def __init__(self, transport: Transport, make: MakeTransport, shared: Invitation, say: Say) -> None:
         self.blobs = _Blobs()
@@ -333,7 +333,7 @@ class _Listener:
         self._busy: asyncio.Task[None] | None = None
 
     def hear(self, peer: bytes, message: bytes) -> bool:
-        """Take a request; one that comes while another is worked on is dropped."""
+        """Take a request; drops one that comes while another one is in progress."""
         try:
             number, what, *arguments = _open(message)
         except (WireError, ValueError):
@@ -350,14 +350,14 @@ class _Listener:
         return True
 
     def close(self) -> None:
-        """Stop what is under way."""
+        """Stop the request in progress."""
         if self._busy is not None:
             self._busy.cancel()
 
     async def _work(self, peer: bytes, number: int, work: Callable[..., Any], arguments: list[Any]) -> None:
         try:
             answer = await work(peer, *arguments)
-        except (TypeError, ValueError):  # not what the other doctor sends
+        except (TypeError, ValueError):  # a doctor does not send such values
             return
         self._transport.send(peer, pack([number, *answer]))
 
@@ -390,21 +390,23 @@ class _Listener:
         finally:
             await transport.stop()
         found = (link.path or "connected") if link.connected else ""
-        self._say(f"their address {address[:100]} " + (f"can be reached from here ({found})" if found else "cannot"))
+        self._say(
+            f"their address {address[:100]} is " + (f"reachable from here ({found})" if found else "not reachable")
+        )
         return [found, link.reason[:500]]
 
 
-# -- both -------------------------------------------------------------------------------------------------------------
+# -- both sides -------------------------------------------------------------------------------------------------------
 
 
 class _Blobs:
-    """The last blob that was made."""
+    """Holds the last blob that was made."""
 
     def __init__(self) -> None:
         self._kept: tuple[bytes, bytes] = b"", b""
 
     async def make(self, size: int) -> bytes:
-        """Make one of that many random bytes, which nothing on the way can compress; returns its hash."""
+        """Make a blob of random bytes, which nothing can compress. Returns its hash."""
 
         def fresh() -> tuple[bytes, bytes]:
             data = os.urandom(size)
@@ -414,19 +416,19 @@ class _Blobs:
         return self._kept[0]
 
     def get(self, digest: bytes) -> bytes | None:
-        """The blob, if it is this one."""
+        """Returns the blob with this hash, or None."""
         return self._kept[1] if digest == self._kept[0] else None
 
 
 def _open(message: bytes) -> list[Any]:
     value = unpack(message, max_size=_MESSAGE_SIZE)
     if not isinstance(value, list) or len(value) < 2 or not isinstance(value[0], int):
-        raise WireError("not a message of a doctor")
+        raise WireError("not a doctor's message")
     return value
 
 
 def _bounded(number: int, most: int) -> int:
-    """A size or a time that was asked for; raises ValueError for nonsense."""
+    """A requested size or time; raises ValueError if it is out of range."""
     if not isinstance(number, int) or not 0 < number <= most:
         raise ValueError(number)
     return number
@@ -440,7 +442,7 @@ async def _fetch(
     seconds: float,
     progress: Callable[[float], None] = lambda part: None,
 ) -> tuple[int, float]:
-    """Fetch a blob for at most some seconds; returns the bytes that came and the seconds that they took."""
+    """Fetch a blob within a number of seconds. Returns the bytes that arrived and the seconds that they took."""
     here = 0
 
     def came(so_far: int, whole: int) -> None:
@@ -449,13 +451,13 @@ async def _fetch(
         progress(so_far / max(whole, 1))
 
     began = time.perf_counter()
-    with contextlib.suppress(TransportError):  # what has come until then counts
+    with contextlib.suppress(TransportError):  # the bytes that arrived still count
         here = len(await transport.fetch(digest, [peer], max_size=size, timeout=seconds, progress=came))
     return here, max(time.perf_counter() - began, 1e-6)
 
 
 async def _connected(transport: Transport, peer: bytes, seconds: float) -> Link:
-    """The link to a peer once it is up, or as it is when time is over."""
+    """Returns the link to a peer once it is up, or as it is when time is up."""
     until = time.monotonic() + seconds
     while True:
         link = next(one for one in transport.links() if one.peer == peer)

@@ -1,4 +1,4 @@
-"""The machine by itself, and what a recipe needs of it."""
+"""Examines the machine, and what a recipe needs of it."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ AREA, RECIPE = "machine", "recipe"
 OLDEST = (3, 10)
 LEAST_MEMORY, LEAST_DISK = 2e9, 2e9
 LEAST_KEPT = 64 << 20
-"""Bytes of agreed payloads that a node keeps at least."""
+"""The least bytes of agreed payloads that a node keeps."""
 SNAPSHOTS = 3
-"""Of the parameters that are on disk at a time: the epoch's first, and two within it."""
+"""Snapshots of the parameters on disk at a time: the epoch's first one, and two within the epoch."""
 WRITES = 16
-"""Small writes of which the median counts."""
+"""Small writes; the median counts."""
 SLOW_WRITE = 0.05
 FILES, FILES_PER_PEER = 128, 4
-"""Files and sockets that a node has open, and how many more for each peer."""
+"""Open files and sockets of a node, and how many more for each peer."""
 BUSY = 0.5
-"""Load of other work, for each core, from which on measurements suffer."""
+"""Load of other programs, per core, from which on measurements suffer."""
 ROOM = 1.3
-"""Memory for activations and the framework, as a factor on what is known."""
+"""Memory for activations and the framework, as a factor on the known memory."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def examine(folder: Path = Path()) -> list[Finding]:
-    """Python, torch, threads, memory, disk, files, clock and plugins.
+    """Examine Python, torch, threads, memory, disk, files, clock and plugins.
 
     Args:
-        folder: where a node would keep its files.
+        folder: the folder for a node's files.
     """
     import torch
 
@@ -68,10 +68,10 @@ def examine(folder: Path = Path()) -> list[Finding]:
             "threads",
             f"torch uses {torch.get_num_threads()}, {cores} cores" + ("" if load is None else f", load {load:.1f}"),
             Verdict.WARNING if busy else Verdict.OK,
-            "other programs keep the cores busy: training will be slower, and so is what is measured now" * busy,
+            "other programs use the cores: training will be slower, and so are the measurements now" * busy,
         ),
         _enough(AREA, "memory", memory, LEAST_MEMORY, "free", "close programs; small recipes may still fit"),
-        _enough(AREA, "disk", disk, LEAST_DISK, f"free in {folder.resolve()}", "make room, or train in another folder"),
+        _enough(AREA, "disk", disk, LEAST_DISK, f"free in {folder.resolve()}", "free space, or use another folder"),
         open_files(AREA, 1),
         _clock(time.time()),
         *_plugins(),
@@ -79,20 +79,20 @@ def examine(folder: Path = Path()) -> list[Finding]:
 
 
 def needs(recipe: Recipe, estimate: Estimate, folder: Path, nodes: int, device: torch.device) -> list[Finding]:
-    """Memory, disk and files that a recipe takes, beside what there is.
+    """Compare memory, disk and files that a recipe needs with those of this machine.
 
     Args:
         recipe: the run.
         estimate: its size.
-        folder: of the node.
-        nodes: of the run.
-        device: that computes.
+        folder: the node's folder.
+        nodes: nodes of the run.
+        device: the device that computes.
     """
     return [_memory(estimate, device), _disk(recipe, estimate, folder), open_files(RECIPE, nodes)]
 
 
 def choose_device(recipe: Recipe) -> tuple[torch.device, Finding]:
-    """The device that the recipe trains on, and what there is to say of it."""
+    """Returns the device on which the recipe trains, and a row about it."""
     import torch
 
     wanted, there = recipe.trainer.accelerator, devices()
@@ -104,7 +104,7 @@ def choose_device(recipe: Recipe) -> tuple[torch.device, Finding]:
         kind = "cpu"
     precision, threads = recipe.trainer.precision, recipe.trainer.threads or torch.get_num_threads()
     if kind == "cuda" and precision.startswith("bf16") and not torch.cuda.is_bf16_supported():
-        verdict, advice = Verdict.WARNING, "this GPU computes bfloat16 slowly; 32-true or 16-mixed may be quicker"
+        verdict, advice = Verdict.WARNING, "this GPU computes bfloat16 slowly; 32-true or 16-mixed may be faster"
     device = torch.device(kind)
     name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
     value = f"{name}, parameters {recipe.model.dtype}, precision {precision}"
@@ -114,7 +114,7 @@ def choose_device(recipe: Recipe) -> tuple[torch.device, Finding]:
 
 
 def devices() -> list[str]:
-    """Kinds of devices that torch can compute on, the quickest last."""
+    """Kinds of devices on which torch can compute, the fastest last."""
     import torch
 
     found = ["cpu"]
@@ -127,18 +127,18 @@ def devices() -> list[str]:
 
 def usable_cores() -> int:
     """Cores that this process may use."""
-    with suppress(AttributeError, OSError):  # only some systems can say
+    with suppress(AttributeError, OSError):  # only some systems tell
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def available_memory() -> int | None:
-    """Bytes that a process may still take before the machine or its container is full; None when not known."""
+    """Bytes that this process may still use before the machine or its container is full; None when not known."""
     found = []
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found.append(next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024)
-    with suppress(OSError, ValueError):  # no number where there is no limit
+    with suppress(OSError, ValueError):  # the text is no number if there is no limit
         limit = int((_CGROUP / "memory.max").read_text())
         found.append(max(0, limit - int((_CGROUP / "memory.current").read_text())))
     if not found:
@@ -148,7 +148,7 @@ def available_memory() -> int | None:
 
 
 def free_disk(folder: Path) -> int | None:
-    """Bytes that are free where the folder is, or would be; None when not known."""
+    """Free bytes on the disk of a folder, which need not exist yet; None when not known."""
     try:
         return shutil.disk_usage(_there(folder)).free
     except OSError:
@@ -156,7 +156,7 @@ def free_disk(folder: Path) -> int | None:
 
 
 def write_seconds(folder: Path) -> float | None:
-    """Seconds until a small write in that folder is safely on disk, the median of some; None where none is possible."""
+    """Median seconds until a small write in a folder is safely on disk; None if the folder cannot be written."""
     times = []
     with suppress(OSError), tempfile.TemporaryFile(dir=_there(folder)) as file:
         for _ in range(WRITES):
@@ -169,7 +169,7 @@ def write_seconds(folder: Path) -> float | None:
 
 
 def open_files(area: str, nodes: int) -> Finding:
-    """The limit on open files beside what a node of a run of that size has open."""
+    """Compare the limit on open files with what a node in a run of this size needs."""
     needed = FILES + FILES_PER_PEER * nodes
     try:
         import resource
@@ -189,7 +189,7 @@ def open_files(area: str, nodes: int) -> Finding:
 
 
 def _there(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
+    """The folder, or the nearest folder above it that exists."""
     place = folder.resolve()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -198,7 +198,7 @@ def _there(folder: Path) -> Path:
 
 def _enough(area: str, name: str, have: int | None, least: float, where: str, advice: str) -> Finding:
     if have is None:
-        return Finding(area, name, "this system does not say how much is free", Verdict.UNKNOWN)
+        return Finding(area, name, "this system does not tell how much is free", Verdict.UNKNOWN)
     good = have >= least
     return Finding(area, name, f"{size(have)} {where}", Verdict.OK if good else Verdict.WARNING, "" if good else advice)
 
@@ -213,7 +213,7 @@ def _load() -> float | None:
 def _clock(now: float) -> Finding:
     text = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
     if time.gmtime(now).tm_year < 2025:
-        return Finding(AREA, "clock", text, Verdict.PROBLEM, "set this machine's clock: certificates of servers fail")
+        return Finding(AREA, "clock", text, Verdict.PROBLEM, "set this machine's clock: server certificates fail")
     return Finding(AREA, "clock", text)
 
 
@@ -224,12 +224,12 @@ def _plugins() -> list[Finding]:
     found = [Finding(AREA, "plugins", f"{len(entries)} of {', '.join(names)}")]
     for failure in loaded.failures:
         value = f"{failure.plugin} of {failure.distribution} {failure.version} failed to load: {failure.error}"
-        advice = f"update or uninstall it: pip install -U {failure.distribution}; everything else works without it"
+        advice = f"update or uninstall it: pip install -U {failure.distribution}; all other plugins still work"
         found.append(Finding(AREA, "plugin", value, Verdict.WARNING, advice))
     for registry in loaded.registries():
         for name in registry.conflicts:
             found.append(
-                Finding(AREA, "plugin", f"two plugins have {name!r}", Verdict.WARNING, registry.conflict(name))
+                Finding(AREA, "plugin", f"two plugins register {name!r}", Verdict.WARNING, registry.conflict(name))
             )
     return found
 
@@ -245,28 +245,28 @@ def _memory(estimate: Estimate, device: torch.device) -> Finding:
         return Finding(RECIPE, "memory", value, Verdict.UNKNOWN)
     value += f"; {size(have)} free"
     if needed > have:
-        return Finding(RECIPE, "memory", value, Verdict.PROBLEM, "train a smaller model, or on a machine with more")
+        return Finding(RECIPE, "memory", value, Verdict.PROBLEM, "train a smaller model, or use a larger machine")
     if ROOM * needed > have:
         return Finding(RECIPE, "memory", value, Verdict.WARNING, "activations may not fit; lower micro_batch_size")
     return Finding(RECIPE, "memory", value)
 
 
 def disk_needed(recipe: Recipe, estimate: Estimate) -> int:
-    """Bytes that a node writes at most: snapshots, payloads, delta, and checkpoints."""
+    """The most bytes that a node writes: snapshots, payloads, delta, and checkpoints."""
     parameters = estimate.memory["parameters"]
-    snapshot = max(parameters, 4 * estimate.trainable)  # float32 masters are what is published
+    snapshot = max(parameters, 4 * estimate.trainable)  # snapshots hold float32 masters
     kept = max(snapshot, LEAST_KEPT)
     return SNAPSHOTS * snapshot + kept + 4 * estimate.trainable + (recipe.checkpoint.keep + 1) * parameters
 
 
 def write_finding(seconds: float | None) -> Finding:
-    """A row on durable writes."""
+    """A row about durable writes."""
     if seconds is None:
         advice = "choose another folder with node.directory=DIR"
         return Finding(RECIPE, "disk writes", "the folder cannot be written to", Verdict.PROBLEM, advice)
     slow = seconds > SLOW_WRITE
-    advice = "each round waits for some such writes: a local SSD is quicker than a network drive" * slow
-    value = f"safe after {duration(seconds)}"
+    advice = "each round waits for several such writes: a local SSD is faster than a network drive" * slow
+    value = f"on disk after {duration(seconds)}"
     return Finding(RECIPE, "disk writes", value, Verdict.WARNING if slow else Verdict.OK, advice)
 
 
@@ -277,13 +277,13 @@ def _disk(recipe: Recipe, estimate: Estimate, folder: Path) -> Finding:
         return Finding(RECIPE, "disk", value, Verdict.UNKNOWN)
     value += f"; {size(have)} free in {folder.resolve()}"
     if needed > have:
-        advice = "make room, choose another folder with node.directory=DIR, or lower checkpoint.keep"
+        advice = "free space, choose another folder with node.directory=DIR, or lower checkpoint.keep"
         return Finding(RECIPE, "disk", value, Verdict.PROBLEM, advice)
     return Finding(RECIPE, "disk", value)
 
 
 def model_size(estimate: Estimate) -> Finding:
-    """How large the model and its payload are."""
+    """A row about the size of the model and its payload."""
     value = f"{count(estimate.parameters)} parameters"
     if estimate.trainable != estimate.parameters:
         value += f", {count(estimate.trainable)} of them trained"

@@ -1,145 +1,217 @@
-"""How long a round takes, from what was measured: a pure function, so that anyone can check it.
-
-A round of n nodes that share S samples, each of which takes c seconds, with payloads of P bytes, an upload and a
-download of U and D bytes a second, a round trip of R seconds to peers and of Q to the coordinator, and f seconds until
-a small write is safely on disk::
-
-    compute  = c * ceil(S / n)                         the slowest node's, where others are known to be slower
-    distro   = encode + apply                          of the own update; of all n
-    upload   = w * ((n - 1) * P + messages) / U        each of the others fetches the own payload once
-    download = w * ((n - 1) * P + messages) / D        and this node theirs, at the same time
-    disk     = 7 * f                                   what a node promises and a coordinator tells is stored before
-    latency  = 3 R / 2 + Q                             announcement, request of payloads, report and next round
-
-    working  = compute + distro
-    exchange = latency + max(upload, download)
-
-    overlap off:  round = working + exchange + disk
-    overlap on:   round = max(working, upload, download, (working + exchange) / 2) + disk
-
-w is what a byte costs on the wire with its headers. With overlap all of a round's exchange, the coordinator's part
-included, goes on while the next one computes, and must be over before the one after that: two rounds in the time that
-one takes from its start to its last message. Tokens a second are ``S * seq_len / round``, and utilization is the share
-of the round in which this node computes, ``c * ceil(S / n) / round``.
-
-It assumes that every node has a link like this one, that nobody fails, and that nodes do not share cores.
-"""
+"""Predicts a run from measurements, and describes the prediction in rows."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-WIRE = 1.04
-"""Bytes on the wire for each byte of a payload, as of the TCP transport."""
-MESSAGE, LISTED = 600, 32
-"""Bytes of a node's messages to each peer in a round: results and witness lists, and in these each commitment."""
-WRITES = 7
-"""Writes of a round that others wait for: the payload with its folder, at its trainer and at who fetched it, the
-announcement, the witness list, and the coordinator's own."""
-SLOWER = 1.05
-"""Others count as slower from this factor on."""
+from psyche_lightning.doctor.connectivity import members
+from psyche_lightning.doctor.finding import Finding, Verdict, duration, size, speed
+from psyche_lightning.doctor.link import MeasuredLink
+from psyche_lightning.doctor.round_time import Conditions, Prediction, needed_rate, predict
+from psyche_lightning.doctor.speed import TrainingSpeed
+from psyche_lightning.protocol.owner import ClockReading
+from psyche_lightning.recipe import Recipe
+from psyche_lightning.transports.environment import with_environment
+
+AREA = "prediction"
+HANDSHAKE_TRIPS = 3.0
+"""Round trips until a peer has proved its key: TCP, TLS, and the proofs."""
+BUSY = 0.7
+"""Utilization below which the doctor gives advice."""
+_LIMITS = {
+    "compute": ("computing", ""),
+    "slowest": ("the slowest node", "all others wait for it: leave it out, or let all nodes have similar devices"),
+    "distro": ("DisTrO's own work", "with a larger global batch, nodes compute longer between two updates"),
+    "upload": ("upload", "overlap=true hides it behind computing; a smaller k or a larger global batch sends less"),
+    "download": ("download", "overlap=true hides it behind computing; a smaller k or fewer nodes send less"),
+    "disk": ("the disk", "use a faster disk for node.directory, or a larger global batch"),
+    "latency": ("latency", "overlap=true hides it behind computing; a larger global batch computes longer in between"),
+}
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What a round depends on; times in seconds, sizes in bytes, rates in bytes a second.
+class RunShape:
+    """The size of a round.
 
     Attributes:
-        nodes: how many train, this one included.
-        samples: of a round of all nodes together.
-        seq_len: tokens of a sample.
-        sample_seconds: forward and backward of one sample on this node.
-        encode_seconds: of DisTrO's own update.
-        apply_seconds: of applying all nodes' updates.
-        payload: bytes that a node publishes in a round.
-        overlap: whether results travel while the next round computes.
-        upload: rate at which this node can send; infinite for a link that is not looked at.
-        download: rate at which it can receive.
-        round_trip: to peers.
-        coordinator_trip: to the coordinator and back.
-        write_seconds: until a small write is safely on disk.
-        slowest_seconds: the slowest peer's computing in a round, with its encoding; 0 when nothing is known of peers.
+        nodes: nodes that train.
+        samples: samples of a round.
+        rates: tokens a second of the other nodes, as they report it, by short key.
     """
 
     nodes: int
     samples: int
-    seq_len: int
-    sample_seconds: float
-    encode_seconds: float
-    apply_seconds: float
-    payload: int
-    overlap: bool
-    upload: float = math.inf
-    download: float = math.inf
-    round_trip: float = 0.0
-    coordinator_trip: float = 0.0
-    write_seconds: float = 0.0
-    slowest_seconds: float = 0.0
+    rates: Mapping[str, float]
 
     @property
-    def traffic(self) -> int:
-        """Bytes that a node sends in a round, and as many that it receives, without headers of the network."""
-        return (self.nodes - 1) * (self.payload + MESSAGE + LISTED * self.nodes)
+    def share(self) -> int:
+        """Samples of one node."""
+        return math.ceil(self.samples / self.nodes)
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What follows; times in seconds.
+class Network:
+    """The link for a prediction; rates in bytes a second, times in seconds; None means not known.
 
     Attributes:
-        round_seconds: of a whole round.
-        tokens_per_second: of all nodes together.
-        utilization: share of the time in which this node computes, 0 to 1.
-        parts: compute, distro, upload, download, disk and latency of a round, each for itself; ``slowest`` is what a
-            slower peer's computing takes beyond the own.
-        limit: the part that limits the run most.
+        upload: this node's upload.
+        download: this node's download.
+        round_trip: round trip to peers.
+        coordinator_trip: round trip to the coordinator.
     """
 
-    round_seconds: float
-    tokens_per_second: float
-    utilization: float
-    parts: dict[str, float]
-    limit: str
+    upload: float | None
+    download: float | None
+    round_trip: float | None
+    coordinator_trip: float | None
 
 
-def predict(given: Conditions) -> Prediction:
-    """What a run will reach under these conditions (the module says how)."""
-    own = given.sample_seconds * math.ceil(given.samples / given.nodes)
-    slower = given.slowest_seconds - given.encode_seconds
-    compute = slower if slower > SLOWER * own else own
-    several = given.nodes > 1
-    wire = WIRE * given.traffic
-    parts = {
-        "compute": own,
-        "slowest": compute - own,
-        "distro": given.encode_seconds + given.apply_seconds,
-        "upload": wire / given.upload,
-        "download": wire / given.download,
-        "disk": WRITES * given.write_seconds if several else 0.0,
-        "latency": 1.5 * given.round_trip + given.coordinator_trip if several else 0.0,
-    }
-    working, transfer = compute + parts["distro"], max(parts["upload"], parts["download"])
-    exchange = parts["latency"] + transfer
-    hidden: tuple[str, ...] = ()  # behind something longer, so that it limits nothing
-    total = working + exchange
-    if given.overlap:
-        hidden = ("upload", "download", "latency") if working >= exchange else ("compute", "slowest", "distro")
-        total = max(working, transfer, total / 2)
-    total += parts["disk"]
-    limit = max((name for name in parts if name not in hidden), key=lambda name: parts[name])
-    return Prediction(
-        round_seconds=total,
-        tokens_per_second=given.samples * given.seq_len / total,
-        utilization=own / total,
-        parts=parts,
-        limit=limit,
+def run_shape(recipe: Recipe, status: Mapping[str, Any] | None, nodes: int | None) -> RunShape:
+    """A round of the run, or of the recipe if there is no run.
+
+    Args:
+        recipe: gives the batch, and the number of nodes with which it begins.
+        status: the run's status, whose values win.
+        nodes: number of nodes to predict for; None for those of the run and this one, or of the recipe.
+    """
+    batch, rates, there = recipe.run.global_batch_size_end, {}, recipe.run.init_min_clients
+    if status is not None:
+        found = members(status)
+        batch = status["config"]["global_batch_size_end"] or batch
+        there = max(status["config"]["init_min_clients"], len(found))
+        rates = {row["key"]: row["tokens_per_second"] for row in found.values() if row["tokens_per_second"]}
+    return RunShape(nodes or there, batch, rates)
+
+
+def network(
+    options: Mapping[str, Any],
+    *,
+    links: Sequence[MeasuredLink],
+    reading: ClockReading | None,
+    url: str | None,
+    answered: Sequence[float],
+    upload: float | None,
+    download: float | None,
+    round_trip: float | None,
+) -> Network:
+    """The known properties of the link: given values, else the slowest measured ones; never above the node's limits.
+
+    Args:
+        options: options of the transport, which may set limits.
+        links: measured links to peers.
+        reading: the coordinator's clock, and how long its answers took.
+        url: the coordinator's URL.
+        answered: seconds in which peers refused this node.
+        upload: given upload in bytes a second, or None.
+        download: given download in bytes a second, or None.
+        round_trip: given round trip in seconds, or None.
+    """
+    limits = with_environment(options)
+    rates = []
+    for name, given in (("upload", upload), ("download", download)):
+        measured = [getattr(link, name) for link in links]
+        known = [*(measured if given is None else [given]), limits.get(name)]
+        rates.append(min((rate for rate in known if rate is not None), default=None))
+    trip = round_trip
+    if trip is None and links:
+        trip = max(link.round_trip for link in links)
+    if trip is None and answered:
+        trip = max(answered) / HANDSHAKE_TRIPS
+    # Connecting takes one round trip, the encryption another, and the answer one.
+    own = None if reading is None else reading.answer_seconds / (3 if url and url.startswith("https") else 2)
+    return Network(rates[0], rates[1], trip, own if own is not None else trip)
+
+
+def conditions(
+    recipe: Recipe,
+    shape: RunShape,
+    network: Network,
+    speed: TrainingSpeed,
+    payload: int,
+    write_seconds: float | None = None,
+) -> Conditions:
+    """The arguments of the formula; an unknown value counts as no delay."""
+    share = shape.share * recipe.data.seq_len
+    return Conditions(
+        nodes=shape.nodes,
+        samples=shape.samples,
+        seq_len=recipe.data.seq_len,
+        sample_seconds=speed.sample_seconds,
+        encode_seconds=speed.encode_seconds,
+        apply_seconds=speed.apply_seconds,
+        payload=payload,
+        overlap=recipe.run.overlap,
+        upload=network.upload or math.inf,
+        download=network.download or math.inf,
+        round_trip=network.round_trip or 0.0,
+        coordinator_trip=network.coordinator_trip or 0.0,
+        write_seconds=write_seconds or 0.0,
+        slowest_seconds=max((share / rate for rate in shape.rates.values()), default=0.0),
     )
 
 
-def needed_rate(given: Conditions) -> float:
-    """Bytes a second, each way, with which transfer takes as long as computing.
+def findings(
+    given: Conditions, network: Network, speed_: TrainingSpeed, shape: RunShape
+) -> tuple[Prediction, list[Finding]]:
+    """Returns the prediction and its rows."""
+    found = predict(given)
+    tokens = given.seq_len / speed_.sample_seconds
+    rows = [
+        Finding("recipe", "speed", f"{_tokens(tokens)} on this device alone: {speed_.how}"),
+        _link(given, network),
+        Finding(AREA, "round", f"{duration(found.round_seconds)}: {_parts(given, found)}"),
+        Finding(AREA, "speed", f"{_tokens(found.tokens_per_second)} of {_nodes(shape.nodes)}, {_batch(given)}"),
+    ]
+    what, advice = _LIMITS[found.limit]
+    if found.limit == "slowest":
+        name = min(shape.rates, key=lambda key: shape.rates[key])
+        what = f"{what}, {name}"
+    low = found.utilization < BUSY
+    value = f"{found.utilization:.0%} of the time this device computes; the limit is {what}"
+    verdict = Verdict.WARNING if low and advice else Verdict.OK
+    if given.overlap:
+        advice = advice.replace("overlap=true hides it behind computing; ", "")
+    rows.append(Finding(AREA, "utilization", value, verdict, advice if low else ""))
+    return found, rows
 
-    With overlap that is enough for it to cost nothing; without, it halves the speed.
-    """
-    return WIRE * given.traffic / (given.sample_seconds * math.ceil(given.samples / given.nodes))
+
+def _link(given: Conditions, network: Network) -> Finding:
+    if given.nodes == 1:
+        return Finding(AREA, "link", "one node alone needs no link")
+    needed = f"{size(given.traffic)} each way a round; {speed(needed_rate(given))} moves them while it computes"
+    known = []
+    for name in ("upload", "download"):
+        rate = getattr(network, name)
+        known += [] if rate is None else [f"{name} {speed(rate)}"]
+    if network.round_trip is not None:
+        known.append(f"round trip {duration(network.round_trip)}")
+    if network.upload is None or network.download is None:
+        advice = (
+            "the prediction assumes that it takes no time: measure it (psyche doctor --listen on a peer's machine, "
+            "--peer here), or give --upload, --download and --latency"
+        )
+        return Finding(AREA, "link", "; ".join([needed, *known]), Verdict.UNKNOWN, advice)
+    slow = min(network.upload, network.download) < needed_rate(given)
+    advice = "slower than that: rounds wait for the link" * slow
+    return Finding(AREA, "link", f"{needed}; here {', '.join(known)}", Verdict.WARNING if slow else Verdict.OK, advice)
+
+
+def _parts(given: Conditions, found: Prediction) -> str:
+    names = {"distro": "DisTrO", "slowest": "waiting for the slowest"}
+    texts = [f"{names.get(name, name)} {duration(part)}" for name, part in found.parts.items() if part > 0]
+    return f"{', '.join(texts)}; results overlap computing" if given.overlap else ", ".join(texts)
+
+
+def _tokens(rate: float) -> str:
+    return f"{rate:,.0f} tokens/s" if rate >= 100 else f"{rate:.3g} tokens/s"
+
+
+def _nodes(nodes: int) -> str:
+    return "one node" if nodes == 1 else f"{nodes} nodes like this one"
+
+
+def _batch(given: Conditions) -> str:
+    return f"{given.samples} samples of {given.seq_len} tokens a round"

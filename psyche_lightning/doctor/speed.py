@@ -1,4 +1,4 @@
-"""How quickly this device trains a recipe: steps of its own where they fit, else operations and a measured rate."""
+"""How fast this device trains a recipe: from training steps if the model fits, else from operations and a rate."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from psyche_lightning.recipe import Recipe
 
 STEPS = 12
-"""Micro-batches that are timed at most, after one that is not."""
+"""The most micro-batches to time, after one that does not count."""
 MATRIX = 1024
 SAMPLE = 4 << 20
-"""Parameters of the matrix on which DisTrO is timed when the model itself is not built."""
+"""Parameters of the matrix for timing DisTrO without the model."""
 _DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
 Progress = Callable[[str, float], None]
-"""Called with what is done now, and which part of all is behind, 0 to 1."""
+"""Called with what is measured now, and the fraction of everything that is done."""
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What a device does; times in seconds.
+class TrainingSpeed:
+    """The speed of a device; times in seconds.
 
     Attributes:
         sample_seconds: forward and backward of one sample.
-        encode_seconds: of one's own update, DisTrO.
-        apply_seconds: of all nodes' updates.
-        micro_batch: samples that went through at once.
-        steps: micro-batches that were timed; 0 when it was computed instead.
-        how: how these figures came about, for people.
+        encode_seconds: encoding this node's update.
+        apply_seconds: applying all nodes' updates.
+        micro_batch: samples in a micro-batch.
+        steps: micro-batches that were timed; 0 if the figures were computed instead.
+        how: where the figures come from, for people.
     """
 
     sample_seconds: float
@@ -61,18 +61,18 @@ def measure(
     fits: bool,
     seconds: float,
     progress: Progress = lambda what, done: None,
-) -> Speed:
-    """Train a few micro-batches of random tokens, if that takes no longer than it may; else compute.
+) -> TrainingSpeed:
+    """Train a few micro-batches of random tokens if the model fits and there is time, else compute the speed.
 
     Args:
-        recipe: what is trained, with which precision and threads.
+        recipe: what to train, with its precision and threads.
         estimate: its size.
-        device: that computes.
-        nodes: whose updates are applied.
+        device: the device that computes.
+        nodes: number of nodes whose updates are applied.
         share: samples of one node in a round.
-        fits: whether the model fits into the memory.
-        seconds: to spend, about.
-        progress: is told how far it is.
+        fits: whether the model fits into memory.
+        seconds: about how many seconds to use.
+        progress: called with the progress.
     """
     before = torch.get_num_threads()
     if recipe.trainer.threads is not None:
@@ -82,27 +82,27 @@ def measure(
         rate = matmul_rate(device, _DTYPES.get(recipe.trainer.precision, getattr(torch, recipe.model.dtype)))
         progress("operations of a sample", 0.1)
         operations = sample_flops(recipe, estimate)
-        expected = operations / rate  # at best: a real step takes about twice as long
+        expected = operations / rate  # the best case: a real step takes about twice as long
         most = min(recipe.trainer.micro_batch_size, share)
         for micro_batch in dict.fromkeys((most, 1)):
             if fits and 4 * expected * micro_batch <= seconds:
                 speed = _train(recipe, device, micro_batch, nodes, seconds, progress)
-                shortened = "" if micro_batch == most else f", as {most} would have taken too long"
+                shortened = "" if micro_batch == most else f", because {most} would have taken too long"
                 return replace(speed, how=speed.how + shortened)
         progress("DisTrO", 0.6)
         encode, apply = _distro_by_size(recipe, estimate, device, nodes)
         why = f"a step takes longer than {seconds:g} s" if fits else "the model does not fit"
         how = (
-            f"computed, as {why}: {operations:.3g} operations a sample at the {rate / 1e9:.3g} GFLOP/s of a matrix "
-            "product; real steps reach a third to two thirds of that"
+            f"computed, because {why}: {operations:.3g} operations a sample at the {rate / 1e9:.3g} GFLOP/s of a "
+            "matrix product; real steps reach a third to two thirds of that"
         )
-        return Speed(expected, encode, apply, most, 0, how)
+        return TrainingSpeed(expected, encode, apply, most, 0, how)
     finally:
         torch.set_num_threads(before)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second (a multiply-add counts as two) of a large matrix product."""
+    """Operations a second of a large matrix product; a multiply-add counts as two."""
     matrix = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
 
     def product() -> None:
@@ -113,9 +113,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def sample_flops(recipe: Recipe, estimate: Estimate) -> float:
-    """Operations of forward and backward of one sample, counted on the meta device.
+    """Operations for forward and backward of one sample, counted on the meta device.
 
-    A model that cannot be run there counts as 6 operations for each trainable parameter and token.
+    For a model that cannot run there, each trainable parameter and token counts as 6 operations.
     """
     counter = FlopCounterMode(display=False)
     try:
@@ -123,14 +123,14 @@ def sample_flops(recipe: Recipe, estimate: Estimate) -> float:
         ids = torch.zeros(1, recipe.data.seq_len, dtype=torch.long, device="meta")
         with counter:
             model(input_ids=ids, labels=ids).loss.backward()
-    except Exception:  # whatever a model does with values that are not there
+    except Exception:  # models may fail in any way without real values
         return 6.0 * estimate.trainable * recipe.data.seq_len
     return float(counter.get_total_flops())
 
 
 def _train(
     recipe: Recipe, device: torch.device, micro_batch: int, nodes: int, seconds: float, progress: Progress
-) -> Speed:
+) -> TrainingSpeed:
     from psyche_lightning.train.module import CausalModule
 
     progress("the model", 0.15)
@@ -161,11 +161,11 @@ def _train(
     progress("DisTrO", 0.8)
     encode, apply = _distro(recipe, list(model.named_parameters()), nodes, device)
     how = f"median of {len(times)} training steps of {micro_batch} samples each"
-    return Speed(statistics.median(times) / micro_batch, encode, apply, micro_batch, len(times), how)
+    return TrainingSpeed(statistics.median(times) / micro_batch, encode, apply, micro_batch, len(times), how)
 
 
 def _distro(recipe: Recipe, named: list[tuple[str, Any]], nodes: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of encoding and of applying the updates of ``nodes``."""
+    """Seconds to encode an update, and to apply the updates of ``nodes`` nodes."""
     optimizer = DisTrO(named, lr=recipe.optimizer.lr, config=recipe.distro)
     rates, payload = optimizer.lr_bits(), optimizer.encode()
 
@@ -181,7 +181,7 @@ def _distro(recipe: Recipe, named: list[tuple[str, Any]], nodes: int, device: to
 
 
 def _distro_by_size(recipe: Recipe, estimate: Estimate, device: torch.device, nodes: int) -> tuple[float, float]:
-    """The same from one matrix, scaled to the model's size."""
+    """Like :func:`_distro`, but from one matrix, scaled to the model's size."""
     side = 64 * round((min(SAMPLE, max(estimate.trainable, 64 * 64)) ** 0.5) / 64)
     weight = torch.nn.Parameter(torch.zeros(side, side, device=device))
     weight.grad = torch.randn_like(weight)
@@ -191,7 +191,7 @@ def _distro_by_size(recipe: Recipe, estimate: Estimate, device: torch.device, no
 
 
 def _finish(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -131,7 +131,7 @@ class ConnectionContext:
         context: what the transport got from its node.
         blobs: reads the blobs that peers ask for.
         upload: the limit on sending.
-        download: the limit on receiving; a :class:`~psyche_lightning.transports.download.Fetch` accounts for blobs.
+        download: the limit on receiving; downloads of blobs wait for it themselves.
         gossip: called with ``(peer, body)`` of a GOSSIP frame; raises WireError when the frame is malformed.
         stall: seconds without progress after which a request fails.
     """

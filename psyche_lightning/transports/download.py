@@ -248,7 +248,7 @@ class Download:
         return None
 
 
-class Fetch:
+class DownloadAttempt:
     """One attempt to complete a download.
 
     Args:

@@ -22,7 +22,7 @@ from psyche_lightning.logs import next_reminder
 from psyche_lightning.transports.base import Link, Progress, TransportContext, check_message
 from psyche_lightning.transports.cache import KEPT_SECONDS, BlobCache
 from psyche_lightning.transports.connection import Connection, ConnectionContext
-from psyche_lightning.transports.download import Download, Fetch
+from psyche_lightning.transports.download import Download, DownloadAttempt
 from psyche_lightning.transports.framing import Kind, frame
 from psyche_lightning.transports.gossip import Gossip
 from psyche_lightning.transports.handshake import RefusedError, UnwelcomeError
@@ -196,7 +196,7 @@ class MeshTransport(abc.ABC):
             download = Download(digest, max_size)
         known = [self._peers[key] for key in dict.fromkeys(providers) if key in self._peers]
         known.sort(key=lambda peer: peer.rank(download.max_size))
-        fetch = Fetch(download, known, timeout, self._download, progress)
+        fetch = DownloadAttempt(download, known, timeout, self._download, progress)
         try:
             return await fetch.run()
         except TransportError as error:

@@ -75,6 +75,6 @@ def test_fuzz_finds_nothing(tmp_path):
     assert all(0 < outcome["accepted"] < 500 for outcome in figures.values())
 
 
-def test_what_cannot_be_written_is_said_first(tmp_path, capsys):
+def test_a_file_that_cannot_be_written_is_reported_first(tmp_path, capsys):
     assert main(["bench", "wire", "--json", str(tmp_path / "no" / "j")]) == 1
     assert "does not exist" in capsys.readouterr().err

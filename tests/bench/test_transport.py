@@ -26,7 +26,7 @@ def test_a_limit_shows(tmp_path):
     assert measure("tcp", {"upload": 4_000_000}, 1_000_000, 1).best < 4_400_000
 
 
-def test_what_does_not_exist_is_said_before_anything_is_measured(capsys):
+def test_an_unknown_transport_is_reported_before_anything_is_measured(capsys):
     assert main(["bench", "transport", "--transport", "pigeon"]) == 1
     assert "pigeon" in capsys.readouterr().err
 

@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from psyche_lightning.cli import main
-from psyche_lightning.doctor import forecast, link, machine, surroundings
+from psyche_lightning.doctor import connectivity, link, machine, prediction
 from psyche_lightning.doctor.finding import Verdict, duration, size, speed
-from psyche_lightning.doctor.prediction import MESSAGE, WIRE, Conditions, needed_rate, predict
+from psyche_lightning.doctor.round_time import MESSAGE, WIRE, Conditions, needed_rate, predict
 from psyche_lightning.doctor.speed import measure, sample_flops
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
 from psyche_lightning.recipe import load_recipe
@@ -132,7 +132,7 @@ def test_shares_are_whole_samples() -> None:
     assert predict(replace(LAN, samples=33)).parts["compute"] == pytest.approx(0.9)
 
 
-def test_more_of_anything_slow_is_never_quicker() -> None:
+def test_a_slower_part_never_makes_a_round_faster() -> None:
     rng = random.Random(5)
     for _ in range(300):
         given = replace(
@@ -211,7 +211,7 @@ def test_the_nodes_own_limits_bound_the_link() -> None:
     assert parts["upload"] == pytest.approx(100 * parts["download"])
 
 
-def test_a_model_that_is_too_large_is_computed_and_a_problem() -> None:
+def test_a_model_that_does_not_fit_is_computed_and_is_a_problem() -> None:
     recipe = load_recipe("consilience-40b")
     found = estimate(recipe)
     small = load_recipe("demo", ["threads=1"])
@@ -225,7 +225,7 @@ def test_a_model_that_is_too_large_is_computed_and_a_problem() -> None:
     assert speed.sample_seconds > 0
 
 
-def test_what_would_take_too_long_is_tried_with_one_sample_and_then_computed() -> None:
+def test_slow_steps_are_tried_with_one_sample_and_then_computed() -> None:
     recipe = load_recipe("demo", ["threads=1"])
     told: list[float] = []
     speed = measure(
@@ -238,7 +238,7 @@ def test_what_would_take_too_long_is_tried_with_one_sample_and_then_computed() -
     assert torch.get_num_threads() >= 1
 
 
-def test_operations_are_counted_where_no_values_are() -> None:
+def test_operations_are_counted_on_the_meta_device() -> None:
     recipe = load_recipe("demo")
     found = estimate(recipe)
     rule = 6 * found.trainable * recipe.data.seq_len
@@ -292,7 +292,7 @@ def test_problems_are_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
         (["--nodes", "3"], "name a recipe"),
         (["--peer", "tcp://127.0.0.1:1"], "not an invitation"),
         (["--peer", "tcp://127.0.0.1:1#12"], "not an invitation"),
-        (["--listen", "--peer", "x"], "other machine's side"),
+        (["--listen", "--peer", "x"], "--listen is for the other machine"),
         (["--listen", "node.transport=pigeon"], "pigeon"),
         (["--listen", "node.transport_options.prot=1"], "prot"),
         (["--listen", "node.transport_options.host=0.0.0.0"], "advertise"),
@@ -343,22 +343,22 @@ def test_the_clock_of_a_real_coordinator_is_read() -> None:
             assert abs(reading.offset) <= reading.uncertainty + 0.05
             late = await elsewhere(lambda: read_clock(url, clock=lambda: time.time() - 100))
             assert late.offset == pytest.approx(100, abs=late.uncertainty + 0.05)
-            found = surroundings.clock_finding("run", "the coordinator", late.offset, late.uncertainty)
+            found = connectivity.clock_finding("run", "the coordinator", late.offset, late.uncertainty)
             assert found.verdict is Verdict.WARNING
             assert "behind the coordinator" in found.value
 
     asyncio.run(scene())
 
 
-def test_a_server_without_a_clock_or_without_a_life_is_named() -> None:
+def test_a_server_without_a_clock_and_a_dead_one_are_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(CoordinatorError, match="cannot reach"):
         read_clock(url)
-    found, reading = surroundings.coordinator(url)
+    found, reading = connectivity.coordinator(url)
     assert reading is None
     assert [one.verdict for one in found] == [Verdict.PROBLEM]
-    found, reading = surroundings.coordinator("embedded:")
+    found, reading = connectivity.coordinator("embedded:")
     assert [one.verdict for one in found] == [Verdict.UNKNOWN]
 
 
@@ -375,13 +375,13 @@ def test_participants_are_dialled_and_their_refusal_counts_as_an_answer() -> Non
         try:
             addresses = {known.key: known.address, Identity.generate().public: dead, other.public: known.address}
             told: list[float] = []
-            found = await surroundings.reach(
+            found = await connectivity.reach(
                 TcpTransport, known.run_id, addresses, lambda what, done: told.append(done)
             )
         finally:
             await known.transport.stop()
         assert [one.there for one in found] == [True, False, False]
-        rows = [surroundings.peer_finding(one) for one in found]
+        rows = [connectivity.peer_finding(one) for one in found]
         assert [one.verdict for one in rows] == [Verdict.OK, Verdict.WARNING, Verdict.WARNING]
         assert "answers within" in rows[0].value
         assert "refused" in rows[1].value
@@ -424,14 +424,14 @@ def test_a_run_names_what_its_nodes_report() -> None:
         "pending": rows[2:],
         "config": {"global_batch_size_end": 30, "init_min_clients": 2},
     }
-    shape = forecast.run_shape(recipe, status, None)
+    shape = prediction.run_shape(recipe, status, None)
     assert (shape.nodes, shape.samples, shape.share) == (3, 30, 10)
     assert shape.rates == {keys[0].hex()[:8]: 100.0, keys[1].hex()[:8]: 400.0}
-    net = forecast.Network(1e6, 1e6, 0.1, 0.1)
-    speed = forecast.Speed(0.01, 0.001, 0.001, 8, 3, "measured")
-    given = forecast.conditions(recipe, shape, net, speed, 5000)
+    net = prediction.Network(1e6, 1e6, 0.1, 0.1)
+    speed = prediction.TrainingSpeed(0.01, 0.001, 0.001, 8, 3, "measured")
+    given = prediction.conditions(recipe, shape, net, speed, 5000)
     assert given.slowest_seconds == pytest.approx(10 * 128 / 100)
-    found, rows_ = forecast.findings(given, net, speed, shape)
+    found, rows_ = prediction.findings(given, net, speed, shape)
     assert found.limit == "slowest"
     assert keys[0].hex()[:8] in rows_[-1].value
     assert rows_[-1].verdict is Verdict.WARNING
@@ -448,12 +448,12 @@ def test_a_run_names_what_its_nodes_report() -> None:
     ],
 )
 def test_whether_the_own_address_can_be_reached(address: str, far: bool, verdict: Verdict) -> None:
-    assert surroundings.address_finding(address, far=far).verdict is verdict
+    assert connectivity.address_finding(address, far=far).verdict is verdict
 
 
 def test_which_coordinators_are_on_other_machines() -> None:
-    assert not any(map(surroundings.is_far, ["http://127.0.0.1:80", "http://localhost:1", "http://[::1]:80"]))
-    assert all(map(surroundings.is_far, ["http://10.0.0.7:80", "https://runs.example", "http://[fe80::1]:80"]))
+    assert not any(map(connectivity.is_far, ["http://127.0.0.1:80", "http://localhost:1", "http://[::1]:80"]))
+    assert all(map(connectivity.is_far, ["http://10.0.0.7:80", "https://runs.example", "http://[fe80::1]:80"]))
 
 
 # -- a link -----------------------------------------------------------------------------------------------------------
@@ -487,7 +487,7 @@ def test_two_doctors_measure_their_link() -> None:
         assert found.download is not None
         assert 0 < found.round_trip < 5
         assert abs(found.clock_offset) <= found.clock_uncertainty + 0.05
-        rows = surroundings.link_findings(found)
+        rows = connectivity.link_findings(found)
         assert {one.verdict for one in rows} == {Verdict.OK}
         assert {what for what, _ in told} == {"connecting", "latency", "download", "upload", "dialling back"}
 
@@ -513,7 +513,7 @@ def test_an_address_that_nobody_reaches_is_a_warning() -> None:
             made = iter([TcpTransport(advertise=dead)])
             found = await link.call(lambda: next(made), invitation, most_bytes=300_000, seconds=2)
         assert not found.called_back
-        row = surroundings.link_findings(found)[-1]
+        row = connectivity.link_findings(found)[-1]
         assert row.verdict is Verdict.WARNING
         assert dead in row.value
 
@@ -524,7 +524,7 @@ def test_an_address_that_nobody_reaches_is_a_warning() -> None:
         link.BACK_SECONDS = link_seconds
 
 
-def test_only_who_is_invited_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_an_invited_doctor_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "CONNECT_SECONDS", 1.0)
 
     async def scene() -> None:
@@ -536,7 +536,7 @@ def test_only_who_is_invited_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(scene())
 
 
-def test_what_a_caller_may_not_ask_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_a_caller_may_not_make_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         async with listening() as invitation:
             transport = TcpTransport()
@@ -554,7 +554,7 @@ def test_what_a_caller_may_not_ask_is_not_answered(monkeypatch: pytest.MonkeyPat
                     with pytest.raises(TransportError, match="did not answer"):
                         await caller.ask(*wrong, kinds=(bytes,), seconds=0.2)
                 assert await caller.ask("ping", kinds=(int,))
-                with pytest.raises(TransportError, match="no proper answer"):
+                with pytest.raises(TransportError, match="sent a malformed answer"):
                     await caller.ask("ping", kinds=(bytes, bytes))
             finally:
                 await transport.stop()
@@ -562,7 +562,7 @@ def test_what_a_caller_may_not_ask_is_not_answered(monkeypatch: pytest.MonkeyPat
     asyncio.run(scene())
 
 
-def test_an_invitation_says_where_and_who() -> None:
+def test_invitations_are_written_and_read() -> None:
     one = link.Invitation("tcp://10.0.0.7:4000", link.new_secret())
     assert link.Invitation.parse(f" {one}\n") == one
     assert one.scheme == "tcp"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from psyche_lightning.errors import AbsentError, TransportError
-from psyche_lightning.transports.download import Download, Fetch, Span
+from psyche_lightning.transports.download import Download, DownloadAttempt, Span
 from psyche_lightning.transports.throttle import Throttle
 from psyche_lightning.wire.canonical import sha256
 
@@ -85,7 +85,9 @@ def play(
     async def main() -> bytes:
         throttle = Throttle(limit, clock=loop.time)
         try:
-            return await Fetch(download or Download(sha256(DATA), 6_000_000), list(providers), timeout, throttle).run()
+            return await DownloadAttempt(
+                download or Download(sha256(DATA), 6_000_000), list(providers), timeout, throttle
+            ).run()
         finally:
             throttle.close()
 

@@ -1,4 +1,4 @@
-"""What is around a node of a run: its coordinator, the other participants, and the own address."""
+"""Examines what a node of a run must reach: its coordinator, its peers, and itself at its own address."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from psyche_lightning.doctor.finding import Finding, Verdict, duration, speed
-from psyche_lightning.doctor.link import Measured
+from psyche_lightning.doctor.link import MeasuredLink
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.protocol.owner import ClockReading
@@ -21,7 +21,7 @@ from psyche_lightning.wire.identity import Identity, short
 
 AREA, LINK = "run", "link"
 SKEW = 2.0
-"""Seconds that a clock may be off before it is worth a word."""
+"""Seconds of clock difference from which on there is a warning."""
 LATE = 0.5
 """Seconds to the coordinator and back from which on rounds suffer."""
 REACH_SECONDS = 12.0
@@ -30,12 +30,12 @@ _POLL = 0.02
 
 @dataclass(frozen=True)
 class Reached:
-    """A participant of the run.
+    """A peer that was dialled.
 
     Attributes:
         key: its public key.
         address: where it listens.
-        link: what came of dialling it.
+        link: the link after dialling.
     """
 
     key: bytes
@@ -44,27 +44,27 @@ class Reached:
 
     @property
     def there(self) -> bool:
-        """Whether it proved its key, if only to refuse a stranger."""
+        """Whether it proved its key, even if it then refused this node."""
         return self.link.connected or self.link.answered is not None
 
 
 def coordinator(url: str) -> tuple[list[Finding], ClockReading | None]:
-    """Whether a coordinator can be reached, and how far this machine's clock is from its own.
+    """Check whether a coordinator can be reached, and how far this machine's clock differs from its clock.
 
     Raises:
-        ConfigError, PluginError: the URL is none of a coordinator.
+        ConfigError, PluginError: the URL is not a coordinator's.
     """
     scheme, colon, _ = url.partition(":")
     if not colon:
         raise ConfigError(f"{url!r} is not a coordinator's URL; expected one such as http://127.0.0.1:8080")
     clock = load_plugins().coordinators()[scheme].clock
     if clock is None:
-        text = f"a coordinator of the kind {scheme!r} does not say what time it is"
+        text = f"a coordinator of the kind {scheme!r} does not tell the time"
         return [Finding(AREA, "clock", text, Verdict.UNKNOWN)], None
     try:
         reading = clock(url)
     except CoordinatorError as error:
-        advice = "check the URL, that `psyche coordinator` runs there, and that no firewall is in between"
+        advice = "check the URL, that `psyche coordinator` runs there, and that no firewall blocks it"
         if error.code == "NoClock":
             return [Finding(AREA, "clock", str(error), Verdict.UNKNOWN)], None
         return [Finding(AREA, "coordinator", str(error), Verdict.PROBLEM, advice)], None
@@ -74,32 +74,32 @@ def coordinator(url: str) -> tuple[list[Finding], ClockReading | None]:
         "coordinator",
         f"{url} answers within {duration(reading.answer_seconds)}, connecting included",
         Verdict.WARNING if late else Verdict.OK,
-        "every round waits for it once; choose one nearby, or longer rounds (a larger global batch)" * late,
+        "every round waits for it once; choose a coordinator nearby, or longer rounds (a larger global batch)" * late,
     )
     return [there, clock_finding(AREA, "the coordinator", reading.offset, reading.uncertainty)], reading
 
 
 def clock_finding(area: str, whose: str, offset: float, uncertainty: float) -> Finding:
-    """How far this machine's clock is from another one."""
+    """A row about the difference between this machine's clock and another one."""
     far = abs(offset) - uncertainty > SKEW
     side = "behind" if offset > 0 else "ahead of"
     value = f"{duration(abs(offset))} {side} {whose}, give or take {duration(uncertainty)}"
     if abs(offset) <= uncertainty:
         value = f"equal to {whose}'s, give or take {duration(uncertainty)}"
     advice = (
-        "rounds do not depend on it, but logs cannot be compared and certificates may fail: turn time sync (NTP) on"
+        "rounds do not depend on it, but logs are hard to compare and certificates may fail: turn time sync (NTP) on"
     )
     return Finding(area, "clock", value, Verdict.WARNING if far else Verdict.OK, advice if far else "")
 
 
 def members(status: Mapping[str, Any]) -> dict[bytes, dict[str, Any]]:
-    """Those who take part in a run, by node key, from its status."""
+    """The participants of a run, by node key, from its status."""
     rows = [row for row in (*status["clients"], *status["pending"]) if row["status"] in ("healthy", "pending")]
     return {bytes.fromhex(row["signer"]): row for row in rows}
 
 
 def own_key(folder: Path) -> bytes | None:
-    """The public key of the node whose folder this is, if it has run before."""
+    """The public key of the node with this folder; None if it has never run."""
     path = folder / "node.key"
     return Identity.load_or_create(path).public if path.is_file() else None
 
@@ -111,14 +111,14 @@ async def reach(
     progress: Callable[[str, float], None] = lambda what, done: None,
     seconds: float = REACH_SECONDS,
 ) -> list[Reached]:
-    """Dial the participants of a run with a key of no meaning; they prove theirs and refuse it.
+    """Dial the participants of a run with a random key. They prove their keys and refuse it.
 
     Args:
         make: makes the transport.
         run_id: the run.
         addresses: public key to address.
-        progress: is told how many have answered.
-        seconds: to wait at most.
+        progress: called with how many have answered.
+        seconds: the most seconds to wait.
 
     Raises:
         TransportError: this machine's transport does not start.
@@ -141,19 +141,19 @@ async def reach(
 
 
 def _eager(addresses: Mapping[bytes, str]) -> Identity:
-    """A fresh key, of a few the smallest: the node with the smaller one dials at once."""
+    """A new key, the smallest of several, because the node with the smaller key dials at once."""
     return min((Identity.generate() for _ in range(4 * len(addresses) + 4)), key=lambda one: one.public)
 
 
 def peer_finding(found: Reached) -> Finding:
-    """A row on one participant."""
+    """A row about one participant."""
     name, link = f"peer {short(found.key)}", found.link
     if link.connected:
         trip = "" if link.round_trip is None else f", {duration(link.round_trip)} there and back"
         return Finding(AREA, name, f"{found.address}: {link.path or 'connected'}{trip}")
     if link.answered is not None:
         return Finding(AREA, name, f"{found.address}: answers within {duration(link.answered)}, handshake included")
-    advice = "it is enough when that node can reach this one; otherwise see docs/transports.md on relays"
+    advice = "one direction is enough: that node may reach this one; otherwise see docs/transports.md about relays"
     reason = link.reason if found.address in link.reason else f"{found.address}: {link.reason}"
     return Finding(AREA, name, reason, Verdict.WARNING, advice)
 
@@ -162,7 +162,7 @@ async def own_address(make: Callable[[], Transport], run_id: str) -> str:
     """Where a node with these options would listen.
 
     Raises:
-        TransportError: it cannot.
+        TransportError: it cannot listen.
     """
     transport = make()
     context = TransportContext(Identity.generate(), run_id, lambda peer, message: True, lambda digest: None)
@@ -173,24 +173,25 @@ async def own_address(make: Callable[[], Transport], run_id: str) -> str:
 
 
 def address_finding(address: str, *, called_back: str | None = None, why_not: str = "", far: bool = False) -> Finding:
-    """A row on the own address.
+    """A row about this machine's own address.
 
     Args:
         address: where this machine listens.
-        called_back: how a peer reached it; empty when it could not, None when nobody tried.
+        called_back: the path by which a peer reached it; empty if it could not, None if nobody tried.
         why_not: why it could not.
-        far: whether others are on other machines.
+        far: whether other nodes are on other machines.
     """
     if called_back:
         return Finding(LINK, "own address", f"{address}, which the peer reached ({called_back})")
     kind = _kind(address)
     if called_back is not None:
         advice = (
-            "the link works, as this machine reached the peer; others like this one it will not reach. Forward the "
-            "port and set PSYCHE_HOST, PSYCHE_PORT and PSYCHE_ADVERTISE, or use node.transport=iroh with a relay"
+            "the link works, because this machine reached the peer. Other machines like this one cannot reach it: "
+            "forward the port and set PSYCHE_HOST, PSYCHE_PORT and PSYCHE_ADVERTISE, or use node.transport=iroh with a "
+            "relay"
         )
         return Finding(LINK, "own address", f"{address}: the peer cannot reach it: {why_not}", Verdict.WARNING, advice)
-    ask = "only another machine can tell whether it is reached: psyche doctor --listen there, --peer here"
+    ask = "only another machine can tell whether it is reachable: run psyche doctor --listen there, --peer here"
     if kind == "loopback":
         advice = "for nodes on other machines set PSYCHE_HOST=0.0.0.0 and PSYCHE_ADVERTISE=HOST"
         return Finding(
@@ -200,12 +201,12 @@ def address_finding(address: str, *, called_back: str | None = None, why_not: st
             Verdict.WARNING if far else Verdict.OK,
             advice if far else "",
         )
-    value = f"{address}, a private network's" if kind == "private" else address
+    value = f"{address}, in a private network" if kind == "private" else address
     return Finding(AREA, "own address", value, Verdict.UNKNOWN, ask)
 
 
 def is_far(url: str) -> bool:
-    """Whether a URL leads to another machine, as far as its text tells."""
+    """Whether a URL leads to another machine, judged by its text."""
     host = urlsplit(url).hostname or ""
     return host not in ("localhost", "") and _kind(f"x://{_bracketed(host)}:1") != "loopback"
 
@@ -215,7 +216,7 @@ def _bracketed(host: str) -> str:
 
 
 def _kind(address: str) -> str:
-    """``loopback`` or ``private`` when all IP addresses in it are, else nothing."""
+    """``loopback`` or ``private`` if all its IP addresses are, else empty."""
     hosts = []
     for part in address.partition("://")[2].partition("?")[0].split(","):
         try:
@@ -227,12 +228,12 @@ def _kind(address: str) -> str:
     return "private" if all(host.is_private for host in hosts) else ""
 
 
-def link_findings(found: Measured, area: str = LINK) -> list[Finding]:
-    """Rows on a link that was measured.
+def link_findings(found: MeasuredLink, area: str = LINK) -> list[Finding]:
+    """Rows about a measured link.
 
     Args:
         found: the link.
-        area: the rows' own, where several links are measured.
+        area: the area of the rows, which differs if there are several links.
     """
     rows = [
         Finding(LINK, "peer", f"{found.address}: {found.path}, {duration(found.round_trip)} there and back"),
@@ -246,15 +247,13 @@ def link_findings(found: Measured, area: str = LINK) -> list[Finding]:
 
 def _rate(name: str, rate: float | None) -> Finding:
     if rate is None:
-        advice = (
-            "try again with more --seconds; a firewall or a limit (PSYCHE_UPLOAD, PSYCHE_DOWNLOAD) may be in the way"
-        )
+        advice = "try again with more --seconds; a firewall or a limit (PSYCHE_UPLOAD, PSYCHE_DOWNLOAD) may block it"
         return Finding(LINK, name, "nothing arrived in time", Verdict.PROBLEM, advice)
     return Finding(LINK, name, speed(rate))
 
 
 def listening_problem(error: TransportError) -> Finding:
-    """A row for a transport that does not start."""
+    """A row about a transport that does not start."""
     where = "node.transport_options or PSYCHE_HOST, PSYCHE_PORT and PSYCHE_ADVERTISE"
-    advice = f"correct {where}; a node that runs has the port"
+    advice = f"correct {where}; another node may use the port already"
     return Finding(AREA, "own address", str(error), Verdict.PROBLEM, advice)
