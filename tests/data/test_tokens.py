@@ -131,7 +131,7 @@ def test_a_file_that_changes_is_named(tmp_path: Path, tokens_at: Make) -> None:
     assert caught.value.ids == (2, 3, 4)
     tokens_at(tmp_path / "a.bin", 40, first=3)
     os.utime(tmp_path / "a.bin", ns=(0, 0))
-    with pytest.raises(DataError, match="changed under way"):
+    with pytest.raises(DataError, match="has changed: at the start"):
         data.samples(0, 1)
 
 
