@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from psyche_lightning import PsycheStrategy
 from psyche_lightning.lightning import session
 from psyche_lightning.node.participant import Participant
-from psyche_lightning.node.runtime import Runtime
+from psyche_lightning.node.runtime import NodeParts, Runtime
 from psyche_lightning.server.admin import CoordinatorAdmin
 
 Make = Callable[..., Any]
@@ -109,10 +109,10 @@ def test_there_is_no_bad_time_for_a_signal(
                 signal.raise_signal(number)
 
     class Signalled(Participant):
-        def __init__(self, **options: Any) -> None:
+        def __init__(self, node: NodeParts, **options: Any) -> None:
             if moment == "asked what the run is":
                 signal.raise_signal(number)
-            super().__init__(**options)
+            super().__init__(node, **options)
             if moment == "about to join":
                 signal.raise_signal(number)
 
