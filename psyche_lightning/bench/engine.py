@@ -169,7 +169,7 @@ def best(call: Callable[[], object], repeats: int) -> float:
 def peak(call: Callable[[], object]) -> int:
     """Bytes by which the process grew at most during a call; 0 if the system does not tell (only Linux does)."""
     gc.collect()
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)  # memory that earlier calls freed must count again
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident size so far
         before = _status("VmRSS")

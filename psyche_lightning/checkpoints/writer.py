@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextvars
 import logging
-import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from psyche_lightning import system
 from psyche_lightning.checkpoints.address import Storage, open_storage
 from psyche_lightning.checkpoints.folder import fetch_newest, prune
 from psyche_lightning.checkpoints.manifest import MAX_SIZE, NAME, Manifest, Metadata, describe, folder_name
@@ -135,7 +135,7 @@ class Writer:
             (fresh / NAME).write_text(manifest.text(), encoding="utf-8")
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
-            self._link(target)
+            system.lead(self._node / NEWEST, target)
             logger.info("wrote the checkpoint of step %d to %s", metadata.step, target)
         except OSError as error:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -158,15 +158,6 @@ class Writer:
             prune(self._home, self._keep, frozenset(self._uploading))
         except CheckpointError as error:
             logger.warning("%s", error)
-
-    def _link(self, target: Path) -> None:
-        """Point the link ``checkpoint`` to the newest one."""
-        link, fresh = self._node / NEWEST, self._node / f"{NEWEST}.new"
-        if link.is_dir() and not link.is_symlink():
-            shutil.rmtree(link)
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(Path(FOLDER, target.name), target_is_directory=True)
-        os.replace(fresh, link)
 
     def _upload(self, storage: Storage, folder: Path, manifest: Manifest, rank: int) -> None:
         step = manifest.metadata.step

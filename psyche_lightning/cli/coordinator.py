@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from psyche_lightning import system
 from psyche_lightning.server.admin import TOKEN_VARIABLE
 
 
@@ -35,9 +35,7 @@ async def _serve(host: str, port: int, directory: Path, token: str | None, grace
 
     # Before anything can go wrong with a half-started server, and before the URL invites a signal.
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    system.on_stop(stop.set)
     store = SqliteStore(directory)
     try:
         server = CoordinatorServer(store, token=token or None, grace=grace)

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import math
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from psyche_lightning import system
 from psyche_lightning.bench.report import check_folder
 from psyche_lightning.cli.console import stdout
 from psyche_lightning.doctor.finding import Finding, Verdict
@@ -333,9 +333,8 @@ def _transport(settings: Recipe, *, name: str | None = None, **options: Any) -> 
 async def _listen(make: Callable[[], Transport]) -> None:
     from psyche_lightning.doctor.link import listen
 
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    stop = asyncio.Event()
+    system.on_stop(stop.set)
 
     def announce(invitation: Invitation) -> None:
         print(f"on the other machine:\n\n    psyche doctor --peer '{invitation}'\n")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tenacity import Retrying, retry_if_exception_type, retry_if_not_exception_type, stop_after_delay
 from tenacity import wait_random_exponential as wait
 
+from psyche_lightning import system
 from psyche_lightning.data.packed import Unavailable
 from psyche_lightning.data.tokenizer import Encoder, QuietProgress
 from psyche_lightning.errors import ConfigError, DataError
@@ -107,8 +108,10 @@ class Spool:
             self._begin()
         self._fill(max(numbers, default=-1) + 1)
         size = self._seq_len * self._encoder.dtype.itemsize
-        handle = self._file.fileno()
-        return [np.frombuffer(os.pread(handle, size, number * size), self._encoder.dtype) for number in numbers]
+        return [np.frombuffer(self._at(number * size, size), self._encoder.dtype) for number in numbers]
+
+    def _at(self, offset: int, size: int) -> bytes:
+        return system.read_at(self._file, size, offset, self._lock)
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Start to tokenize up to these blocks."""
@@ -191,5 +194,5 @@ class Spool:
         digest = hashlib.sha256()
         end = blocks * self._seq_len * self._encoder.dtype.itemsize
         for start in range(0, end, 1 << 20):
-            digest.update(os.pread(self._file.fileno(), min(1 << 20, end - start), start))
+            digest.update(self._at(start, min(1 << 20, end - start)))
         return digest.hexdigest()

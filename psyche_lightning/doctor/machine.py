@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from psyche_lightning import system
 from psyche_lightning.doctor.finding import Finding, Verdict, count, duration, size
 from psyche_lightning.plugins import load_plugins
 
@@ -49,8 +50,8 @@ def examine(folder: Path = Path()) -> list[Finding]:
     """
     import torch
 
-    cores = usable_cores()
-    load = _load()
+    cores = system.cores()
+    load = system.load()
     busy = load is not None and load > BUSY * cores
     memory, disk = available_memory(), free_disk(folder)
     python = sys.version_info[:2] >= OLDEST
@@ -109,7 +110,7 @@ def choose_device(recipe: Recipe) -> tuple[torch.device, Finding]:
     name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
     value = f"{name}, parameters {recipe.model.dtype}, precision {precision}"
     if kind == "cpu":
-        value += f", {threads} of {usable_cores()} cores"
+        value += f", {threads} of {system.cores()} cores"
     return device, Finding(RECIPE, "device", value, verdict, advice)
 
 
@@ -125,13 +126,6 @@ def devices() -> list[str]:
     return found
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    with suppress(AttributeError, OSError):  # only some systems tell
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def available_memory() -> int | None:
     """Bytes that this process may still use before the machine or its container is full; None when not known."""
     found = []
@@ -141,10 +135,7 @@ def available_memory() -> int | None:
     with suppress(OSError, ValueError):  # the text is no number if there is no limit
         limit = int((_CGROUP / "memory.max").read_text())
         found.append(max(0, limit - int((_CGROUP / "memory.current").read_text())))
-    if not found:
-        with suppress(AttributeError, OSError, ValueError):
-            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(found, default=None)
+    return min(found, default=system.memory())
 
 
 def free_disk(folder: Path) -> int | None:
@@ -171,17 +162,12 @@ def write_seconds(folder: Path) -> float | None:
 def open_files(area: str, nodes: int) -> Finding:
     """Compare the limit on open files with what a node in a run of this size needs."""
     needed = FILES + FILES_PER_PEER * nodes
-    try:
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    except ImportError:  # Windows has no such limit
-        return Finding(area, "open files", "no limit")
-    if soft == resource.RLIM_INFINITY or soft >= 2 * needed:
-        text = "no limit" if soft == resource.RLIM_INFINITY else f"{soft:,} may be open"
+    soft, hard = system.open_files()
+    if soft is None or soft >= 2 * needed:
+        text = "no limit" if soft is None else f"{soft:,} may be open"
         return Finding(area, "open files", f"{text}, a node in a run of {nodes} needs about {needed}")
     verdict = Verdict.WARNING if soft >= needed else Verdict.PROBLEM
-    more = "any number" if hard == resource.RLIM_INFINITY else f"{hard:,}"
+    more = "any number" if hard is None else f"{hard:,}"
     advice = f"raise it before training: ulimit -n {2 * needed} ({more} are allowed)"
     return Finding(
         area, "open files", f"{soft:,} may be open, a node in a run of {nodes} needs about {needed}", verdict, advice
@@ -201,13 +187,6 @@ def _enough(area: str, name: str, have: int | None, least: float, where: str, ad
         return Finding(area, name, "this system does not tell how much is free", Verdict.UNKNOWN)
     good = have >= least
     return Finding(area, name, f"{size(have)} {where}", Verdict.OK if good else Verdict.WARNING, "" if good else advice)
-
-
-def _load() -> float | None:
-    try:
-        return os.getloadavg()[0]
-    except (AttributeError, OSError):
-        return None
 
 
 def _clock(now: float) -> Finding:

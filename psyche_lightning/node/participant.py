@@ -66,7 +66,7 @@ class Participant:
         self._finished: Finished | None = None
         self._started_at: dict[int, float] = {}
         self._runtime = Runtime(node, self._inbox.put)
-        self._loop = asyncio.new_event_loop()
+        self._loop = asyncio.SelectorEventLoop()  # Windows' own would read past sockets that count their bytes
         self._thread = threading.Thread(target=self._run_loop, name="psyche-node", daemon=True)
         self._running = False
         self._starting: Future[None] | None = None

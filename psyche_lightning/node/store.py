@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import struct
@@ -23,6 +22,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from psyche_lightning import system
 from psyche_lightning.errors import StoreError
 from psyche_lightning.wire.canonical import HASH_SIZE, sha256
 
@@ -142,7 +142,7 @@ class DirectoryBlobStore:
                 return digest
             if not target.parent.is_dir():
                 target.parent.mkdir(exist_ok=True)
-                _sync_directory(self.path)
+                system.sync_folder(self.path)
             temporary = self.path / "tmp" / f"{os.getpid()}-{next(self._names)}"
             try:
                 with open(temporary, "wb") as file:
@@ -155,7 +155,7 @@ class DirectoryBlobStore:
                 temporary.unlink(missing_ok=True)
                 raise
             if durable:
-                _sync_directory(target.parent)
+                system.sync_folder(target.parent)
                 self._durable.add(digest)
         return digest
 
@@ -259,8 +259,8 @@ class Journal:
         self._values: dict[str, bytes] = {}
         with _explained("open the journal", self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self._file = os.fdopen(descriptor, "r+b", buffering=0)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._file: BinaryIO = os.fdopen(descriptor, "r+b", buffering=0)
             try:
                 self._claim(self._file)
                 self._end = self._replay(self._file.read())
@@ -311,15 +311,29 @@ class Journal:
                 data = MAGIC + b"".join(_record(key, value) for key, value in values.items())
                 _write_all(file, data)
                 _sync(file)
-                os.replace(temporary, self.path)
+                if not system.MOVES_OPEN_FILES:
+                    file.close()
+                    self._replace(temporary)
+                    file = self._file
+                else:
+                    os.replace(temporary, self.path)
+                    self._file.close()
             except BaseException:
                 if file is not None:
                     file.close()
                 temporary.unlink(missing_ok=True)
                 raise
-            self._file.close()
             self._file, self._end, self._values = file, len(data), values
-            _sync_directory(self.path.parent)
+            system.sync_folder(self.path.parent)
+
+    def _replace(self, temporary: Path) -> None:
+        """Put a new file in place of the old one while neither is open; the claim on it is given up for a moment."""
+        self._file.close()
+        try:
+            os.replace(temporary, self.path)
+        finally:
+            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - it is the journal again
+            self._claim(self._file)
 
     def close(self) -> None:
         """Release the file; idempotent."""
@@ -327,16 +341,12 @@ class Journal:
             self._file.close()
 
     def _claim(self, file: BinaryIO) -> None:
-        """Keep other processes away, by a record lock: forked data workers would inherit that of flock."""
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise StoreError(
-                    f"another process uses the journal {self.path}. Two nodes cannot share a folder: stop the other "
-                    "one, or give this node a folder of its own."
-                ) from error
-            # Some network file systems know no locks; the journal itself works there.
+        """Keep other processes away."""
+        if not system.claim(file):
+            raise StoreError(
+                f"another process uses the journal {self.path}. Two nodes cannot share a folder: stop the other one, "
+                "or give this node a folder of its own."
+            )
 
     def _replay(self, data: bytes) -> int:
         """Read all records into ``_values``, repair the end, and return where the next record goes."""
@@ -344,7 +354,7 @@ class Journal:
             self._file.seek(0)
             _write_all(self._file, MAGIC)
             _sync(self._file)
-            _sync_directory(self.path.parent)
+            system.sync_folder(self.path.parent)
             return len(MAGIC)
         if not data.startswith(MAGIC):
             raise StoreError(f"{self.path} is not a journal of this version; move it away or choose another folder")
@@ -403,15 +413,6 @@ def _write_all(file: BinaryIO, data: bytes) -> None:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """Make new names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ counted.
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -83,11 +84,13 @@ class MeteredSocket(socket.socket):
         while view:
             view = view[self.send(view, flags) :]
 
-    def sendmsg(self, buffers: Iterable[ReadableBuffer], /, *rest: Any) -> int:
-        """As in ``socket.socket``."""
-        sent = super().sendmsg(buffers, *rest)
-        self.meter.count(up=sent)
-        return sent
+    if sys.platform != "win32":  # whose sockets have no such method
+
+        def sendmsg(self, buffers: Iterable[ReadableBuffer], /, *rest: Any) -> int:
+            """As in ``socket.socket``."""
+            sent = super().sendmsg(buffers, *rest)
+            self.meter.count(up=sent)
+            return sent
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
         """As in ``socket.socket``; bytes that are only peeked at do not count."""

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psyche_lightning import system
 from psyche_lightning.errors import PsycheError, StoreError
 from psyche_lightning.node.store import MAGIC, BlobStore, DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.wire.canonical import sha256
@@ -142,7 +143,9 @@ def test_an_unwritable_folder_is_explained(tmp_path: Path) -> None:
     assert text.count("Make it writable for this user") == 2
 
 
-def test_the_newest_value_of_a_key_survives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moves", [True, False])
+def test_the_newest_value_of_a_key_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: bool) -> None:
+    monkeypatch.setattr(system, "MOVES_OPEN_FILES", moves)
     for journal in (MemoryJournal(), Journal(tmp_path / "deep" / "journal")):
         journal.append("round 1", b"first")
         journal.append("round 2", b"")
@@ -215,7 +218,31 @@ def test_arbitrary_files_load_or_are_refused(
         Journal(path).close()
 
 
-def test_a_second_process_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_journal_that_cannot_be_replaced_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(system, "MOVES_OPEN_FILES", moves)
+    journal = Journal(tmp_path / "journal")
+    journal.append("a", b"1")
+    journal.append("b", b"2")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(StoreError, match="rewrite the journal"):
+            journal.retain({"a"})
+    journal.append("c", b"3")
+    journal.close()
+    with contextlib.closing(Journal(tmp_path / "journal")) as again:
+        assert again.load() == {"a": b"1", "b": b"2", "c": b"3"}
+    assert [path.name for path in tmp_path.iterdir()] == ["journal"]
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_second_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: bool) -> None:
+    monkeypatch.setattr(system, "MOVES_OPEN_FILES", moves)
     journal = Journal(tmp_path / "journal")
     journal.append("a", b"1")
     journal.retain({"a"})  # the new file is claimed as well

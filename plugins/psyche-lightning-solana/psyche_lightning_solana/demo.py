@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import statistics
 import time
 from collections import defaultdict
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from psyche_lightning import system
 from psyche_lightning.cli.demo.processes import Child, Processes
 from psyche_lightning.errors import CoordinatorError, PsycheError
 from psyche_lightning.protocol.state import Phase
@@ -183,7 +183,7 @@ class SolanaStage:
                 )
         elif self._resumed is not None and self._killed is None and done >= KILL_AFTER and len(nodes) >= KILL_FROM:
             self._killed = nodes[-1].name
-            nodes[-1].signal(signal.SIGKILL)
+            nodes[-1].signal(system.KILL)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -13,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from psyche_lightning import system
 from psyche_lightning.errors import PsycheError
 
 PSYCHE = ("-m", "psyche_lightning")
@@ -94,9 +94,7 @@ class Child:
 
     def signal(self, number: int) -> None:
         """Send a signal to its whole session, if it still runs."""
-        if self.code is None:
-            with contextlib.suppress(ProcessLookupError):  # it may end in between
-                os.killpg(self.process.pid, number)
+        system.send_signal(self.process, number)
 
 
 class Processes:
@@ -127,5 +125,5 @@ class Processes:
             while time.monotonic() < deadline and any(child.code is None for child in group):
                 time.sleep(0.02)
             for child in group:
-                child.signal(signal.SIGKILL)
+                child.signal(system.KILL)
                 child.process.wait()
