@@ -259,6 +259,17 @@ def test_overlap_applies_no_more_than_precedes_the_round_that_is_trained_next() 
     assert brief(effects, *TRAINING) == ["Train 2"]
 
 
+def test_overlap_trains_before_it_applies_what_is_not_to_be_in_that_round_s_parameters() -> None:
+    scene = Scene(4, settings={"overlap": True})
+    scene.ready()
+    scene.obey(scene.see())  # round 0 is trained
+    scene.play_alone(2)
+    scene.listen(0, 1)  # what decides round 0 is here before round 1 is known
+    effects = scene.see()
+    assert brief(effects, *TRAINING) == ["Train 1"]
+    assert brief(scene.tick(), *TRAINING) == ["Apply 0"]
+
+
 def test_without_overlap_a_round_waits_until_the_one_before_is_applied() -> None:
     scene = Scene(4)
     scene.ready()
