@@ -1,4 +1,4 @@
-"""Which client trains which samples: derived by everyone from the round's seed (Psyche's data_selection.rs)."""
+"""Divides a round's samples among its clients, by the round's seed (Psyche's data_selection.rs)."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def assign(seed: int, data_index: int, batch_size: int, selection: CommitteeSele
         seed: the round's u64 seed.
         data_index: the round's first data id.
         batch_size: samples of the round.
-        selection: its committees.
+        selection: the round's committees.
 
     Returns:
         ``(client index, start, stop)`` of each non-empty share, ascending by data id; ``stop`` is the first id after
-        it. Together the shares are ``data_index`` to ``data_index + batch_size - 1`` without gap or overlap.
+        it. Together the shares cover ``data_index`` to ``data_index + batch_size - 1`` without gap or overlap.
     """
     trainers = shuffle(selection.trainers(), seed)
     if not trainers:

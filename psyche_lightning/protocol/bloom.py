@@ -1,6 +1,6 @@
-"""Bloom filters over FNV-1a, byte for byte Psyche's (its bloom.rs).
+"""Bloom filters over FNV-1a, byte for byte as in Psyche (its bloom.rs).
 
-They decide nothing except, in a health check, whether witnesses heard from a client.
+They decide only, in a health check, whether witnesses heard from a client.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def fnv1a(key: int, item: bytes) -> int:
 
 
 def bloom_keys(seed: int) -> tuple[int, ...]:
-    """The eight u64 keys of a round's filters, from its seed; Psyche's witnesses draw theirs at random.
+    """The eight u64 keys of a round's filters, derived from its seed; Psyche's witnesses draw theirs at random.
 
     Key *i* is the first 8 bytes (LE) of ``S("psyche-lightning bloom 1", LE64(seed), byte(i))``.
     """
@@ -37,12 +37,12 @@ def bloom_keys(seed: int) -> tuple[int, ...]:
 
 
 class Bloom:
-    """A set of byte strings that may also claim members that it has not.
+    """A set of byte strings that may also claim members that it does not have.
 
     Args:
-        keys: u64 keys, one position each.
+        keys: u64 keys; each gives one position.
         words: number of 64-bit words.
-        bits: the bits so far, bit ``p`` of the integer for position ``p``.
+        bits: the bits so far; bit ``p`` of the integer is position ``p``.
     """
 
     def __init__(self, keys: Sequence[int], words: int = BLOOM_WORDS, bits: int = 0) -> None:
@@ -52,7 +52,7 @@ class Bloom:
 
     @classmethod
     def of(cls, seed: int, items: Iterable[bytes] = ()) -> Bloom:
-        """A filter of the round with that seed, holding ``items``."""
+        """A filter for the round with that seed, with ``items`` as members."""
         bloom = cls(bloom_keys(seed))
         for item in items:
             bloom.add(item)
@@ -63,7 +63,7 @@ class Bloom:
         """Read a serialized filter of 8 keys and 16 words.
 
         Raises:
-            WireError: it does not have 192 bytes.
+            WireError: the data does not have 192 bytes.
         """
         if len(data) != BLOOM_SIZE:
             raise WireError(f"a Bloom filter of {len(data)} bytes; it has {BLOOM_SIZE}")
@@ -75,7 +75,7 @@ class Bloom:
         return struct.pack(f"<{len(self.keys)}Q", *self.keys) + self.bits.to_bytes(8 * self.words, "little")
 
     def positions(self, item: bytes) -> list[int]:
-        """The bit positions of ``item``, one a key."""
+        """The bit positions of ``item``, one for each key."""
         return [fnv1a(key, item) % (64 * self.words) for key in self.keys]
 
     def add(self, item: bytes) -> None:
@@ -88,5 +88,5 @@ class Bloom:
 
 
 def participants_bloom(seed: int, signers: Iterable[bytes]) -> bytes:
-    """The serialized filter with which a witness of the round with that seed names the clients that it heard from."""
+    """The serialized filter by which a witness of the round with that seed names the clients that it heard from."""
     return Bloom.of(seed, (sha256(signer) for signer in signers)).to_bytes()

@@ -1,11 +1,11 @@
-"""Run states as JSON, exactly, and small changes between them.
+"""Exact JSON forms of run states, and small changes between them.
 
-The JSON form follows the dataclasses: objects with the fields' names in their order, bytes as lower-case hex, phases
-and statuses as numbers. A field that is None, or an empty Bloom filter, is left out.
+The JSON form follows the dataclasses: objects have the fields' names in their order, bytes are lower-case hex, phases
+and statuses are numbers. Fields that are None and empty Bloom filters are left out.
 
-A change is a JSON object in the manner of JSON merge patch (RFC 7386): it holds what is different, null where a key
-goes away. Other than there, lists are patched, too, by ``{"at": {"2": change}}``, which changes elements in place (so a
-round is addressed by its slot), ``{"splice": [first, removed, [new, ...]]}``, which replaces a stretch, or both.
+A change is a JSON object like a JSON merge patch (RFC 7386): it holds the differences, and null for a key that is
+removed. Unlike there, lists can be patched, too: ``{"at": {"2": change}}`` changes elements in place (so a round is
+addressed by its slot), and ``{"splice": [first, removed, [new, ...]]}`` replaces a section; a change may have both.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _T = TypeVar("_T")
 
 
 def to_json(value: Any, *, blooms: bool = True) -> Any:
-    """A dataclass of :mod:`~psyche_lightning.protocol.state` as JSON-able values."""
+    """Convert a dataclass of :mod:`~psyche_lightning.protocol.state` to JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = _hints(type(value))
         out = {}
@@ -52,7 +52,7 @@ def to_json(value: Any, *, blooms: bool = True) -> Any:
             item = getattr(value, name)
             if item is None or (name in _BLOOMS and not (blooms and item)):
                 continue
-            # A whole number given for a float field comes back as a float, so it leaves as one.
+            # A whole number in a float field is read as a float, so it is written as one.
             is_float = float in (hint, *typing.get_args(hint))
             out[name] = float(item) if is_float else to_json(item, blooms=blooms)
         return out
@@ -66,17 +66,17 @@ def to_json(value: Any, *, blooms: bool = True) -> Any:
 
 
 def from_json(cls: type[_T], data: Any) -> _T:
-    """Read what :func:`to_json` wrote of a ``cls``, and nothing else.
+    """Read what :func:`to_json` wrote for a ``cls``, and nothing else.
 
     Raises:
-        WireError: which value is wrong and what belongs there.
+        WireError: a value is wrong; the text says which one and what was expected.
     """
     value: _T = _decode(cls, data, cls.__name__)
     return value
 
 
 def state_to_json(state: RunState, *, blooms: bool = False) -> dict[str, Any]:
-    """A run state; ``blooms`` says whether the witnesses' Bloom filters, which nodes do not need, are kept."""
+    """Convert a run state. ``blooms`` says whether to keep the witnesses' Bloom filters, which nodes do not need."""
     out: dict[str, Any] = to_json(state, blooms=blooms)
     return out
 
@@ -85,7 +85,7 @@ def state_from_json(data: Any) -> RunState:
     """Read what :func:`state_to_json` wrote.
 
     Raises:
-        WireError: which value is wrong and what belongs there.
+        WireError: a value is wrong; the text says which one and what was expected.
     """
     state = from_json(RunState, data)
     if len(state.rounds) > STORED_ROUNDS or state.head >= max(1, len(state.rounds)):
@@ -94,12 +94,12 @@ def state_from_json(data: Any) -> RunState:
         )
     for slot, round_ in enumerate(state.rounds):
         if round_.height % STORED_ROUNDS != slot:
-            raise WireError(f"RunState.rounds[{slot}] has height {round_.height}, which belongs elsewhere")
+            raise WireError(f"RunState.rounds[{slot}] has height {round_.height}, which belongs in another slot")
     return state
 
 
 def round_to_json(round_: Round, *, blooms: bool = False) -> dict[str, Any]:
-    """One round, as :func:`state_to_json` writes it."""
+    """Convert one round, as :func:`state_to_json` does."""
     out: dict[str, Any] = to_json(round_, blooms=blooms)
     return out
 
@@ -108,7 +108,7 @@ def round_from_json(data: Any) -> Round:
     """Read what :func:`round_to_json` wrote.
 
     Raises:
-        WireError: which value is wrong and what belongs there.
+        WireError: a value is wrong; the text says which one and what was expected.
     """
     return from_json(Round, data)
 
@@ -126,7 +126,7 @@ def _expect(holds: bool, path: str, expected: str, got: Any) -> None:
 
 def _decode(hint: Any, data: Any, path: str, sizes: tuple[int, ...] = ()) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):  # the only one is "or None", which to_json leaves out
+    if origin in (typing.Union, types.UnionType):  # the only union is "or None", and to_json leaves out None
         hint = arguments[0]
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _decode_object(hint, data, path)
@@ -198,11 +198,11 @@ _SCALARS: dict[Any, Callable[[Any, str, tuple[int, ...]], Any]] = {
 
 
 def diff(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The change that :func:`patch` turns ``old`` into ``new`` with; empty when they are equal.
+    """The change with which :func:`patch` turns ``old`` into ``new``; empty if they are equal.
 
     Args:
         old: a JSON object without nulls.
-        new: another; where ``old`` has a list, ``new`` has a list, a scalar or nothing.
+        new: another JSON object; where ``old`` has a list, it has a list, a scalar or nothing.
     """
     change: dict[str, Any] = {name: None for name in old if name not in new}
     for name, value in new.items():
@@ -214,7 +214,7 @@ def diff(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equality of JSON values as they are written, in which 1, 1.0 and true are three."""
+    """Whether two JSON values are written in the same way; 1, 1.0 and true are different."""
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
@@ -248,10 +248,10 @@ def _difference(old: Any, new: Any) -> Any:
 
 
 def patch(old: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """Apply a change that :func:`diff` made; ``old`` itself stays as it was.
+    """Apply a change that :func:`diff` made; does not modify ``old``.
 
     Raises:
-        WireError: it is not one for ``old``.
+        WireError: the change does not fit ``old``.
     """
     if not isinstance(change, dict):
         raise WireError("a change is a JSON object")
@@ -260,7 +260,7 @@ def patch(old: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         if value is not None:
             new[name] = _patched(old[name], value) if name in old else value
         elif new.pop(name, None) is None:
-            raise WireError(f"a change removes {name[:60]!r}, which is not there")
+            raise WireError(f"a change removes {name[:60]!r}, which does not exist")
     return new
 
 

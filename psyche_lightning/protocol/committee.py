@@ -1,4 +1,4 @@
-"""Who trains and who witnesses in a round: a permutation of the clients that everyone derives from the round's seed.
+"""Who trains and who witnesses in a round: a permutation of the clients that every party derives from the round's seed.
 
 The permutation is Ethereum's swap-or-not shuffle with 90 rounds (Psyche's swap_or_not.rs and committee_selection.rs).
 """
@@ -19,7 +19,7 @@ MAX_WITNESSES = 32
 
 
 class Committee(IntEnum):
-    """What a client does in a round; the numbers are on the wire."""
+    """The role of a client in a round; the numbers are on the wire."""
 
     TIE_BREAKER = 0
     VERIFIER = 1
@@ -29,13 +29,13 @@ class Committee(IntEnum):
 def quorum(expected: int) -> int:
     """How many of ``expected`` must agree: two thirds rounded down, but never half or fewer.
 
-    Psyche's table except where that falls to half: 4 needs 3, not 2. So two quorums always share a member.
+    This is Psyche's table except where that gives half: 4 needs 3, not 2. So two quorums always share a member.
     """
     return max(1, int(expected * (2 / 3)), expected // 2 + 1)
 
 
 class Permutation:
-    """Swap-or-not shuffle of ``range(size)`` under a 32-byte key; pivots and bit blocks are hashed once."""
+    """The swap-or-not shuffle of ``range(size)`` with a 32-byte key; hashes pivots and blocks of bits only once."""
 
     def __init__(self, key: bytes, size: int) -> None:
         self._key = key
@@ -45,7 +45,7 @@ class Permutation:
         self._positions: dict[int, int] = {}
 
     def __call__(self, index: int) -> int:
-        """The position to which ``index`` goes.
+        """The position to which ``index`` moves.
 
         Raises:
             IndexError: ``index`` is not below the size.
@@ -75,17 +75,17 @@ class Permutation:
 
 
 class CommitteeSelection:
-    """The committees of one round. Positions are computed when asked for, and kept.
+    """The committees of one round. It computes positions when needed, and keeps them.
 
     Args:
         tie_breakers: clients that settle disputes; always 0 so far.
         witness_nodes: witnesses of the round; 0 for everyone up to 32.
         verification_percent: share of the others that verify, 0 to 100.
-        clients: how many clients the round has.
+        clients: number of clients in the round.
         seed: the round's u64 seed.
 
     Raises:
-        CoordinatorError: more seats than clients, or a percentage above 100 (code ``InvalidCommitteeSelection``).
+        CoordinatorError: there are more seats than clients, or a percentage above 100 (``InvalidCommitteeSelection``).
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class CommitteeSelection:
                 )
         if not 0 <= verification_percent <= 100:
             raise CoordinatorError(
-                f"verification_percent is {verification_percent}; it lies between 0 and 100",
+                f"verification_percent is {verification_percent}; it must be between 0 and 100",
                 code="InvalidCommitteeSelection",
             )
         self.clients = clients
@@ -111,11 +111,11 @@ class CommitteeSelection:
         self._witness = Permutation(sha256(self.seed, b"witness"), clients)
 
     def committee_position(self, index: int) -> int:
-        """Position of the client at ``index`` of the round's list in the committee order."""
+        """Position in the committee order of the client at ``index`` of the round's list."""
         return self._committee(index)
 
     def committee(self, index: int) -> Committee:
-        """What the client at ``index`` does."""
+        """The role of the client at ``index``."""
         position = self._committee(index)
         if position < self.tie_breakers:
             return Committee.TIE_BREAKER
@@ -128,7 +128,7 @@ class CommitteeSelection:
         return [index for index in range(self.clients) if self.committee(index) is Committee.TRAINER]
 
     def witness_position(self, index: int) -> int:
-        """Position of the client at ``index`` in the witness order; a position below ``witness_count`` is a seat."""
+        """Position of the client at ``index`` in the witness order; positions below ``witness_count`` are seats."""
         return self._witness(index)
 
     def is_witness(self, index: int) -> bool:
@@ -140,7 +140,7 @@ class CommitteeSelection:
         return [index for index in range(self.clients) if self.is_witness(index)]
 
     def witness_proof(self, index: int) -> WitnessProof:
-        """The claim of the client at ``index``, true or not as the shuffle has it."""
+        """The claim of the client at ``index``, with its true position and whether it witnesses."""
         return WitnessProof(position=self._witness(index), index=index, witness=self.is_witness(index))
 
     def verify_witness(self, proof: WitnessProof) -> bool:
@@ -156,9 +156,9 @@ def _selection(
 
 
 def round_selection(round_: Round, config: CoordinatorConfig) -> CommitteeSelection:
-    """The committees of ``round_``; cached, because the machine and the nodes ask often.
+    """The committees of ``round_``; cached, because the machine and the nodes ask for them often.
 
-    A round that only drains may have fewer clients than ``witness_nodes``: then all of them witness.
+    A drain round may have fewer clients than ``witness_nodes``; then all of them witness.
     """
     clients = len(round_.clients)
     return _selection(

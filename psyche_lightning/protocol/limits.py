@@ -1,4 +1,4 @@
-"""Which configurations of a run a coordinator accepts (Psyche's coordinator.rs, ``check``)."""
+"""The configurations of a run that a coordinator accepts (Psyche's coordinator.rs, ``check``)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from psyche_lightning.errors import ConfigError
 from psyche_lightning.protocol.state import CoordinatorConfig
 
 MAX_RUN_ID = 32
-"""Bytes of a run's name in UTF-8 (the limit of a Solana seed)."""
+"""The most bytes of a run's name in UTF-8 (the limit of a Solana seed)."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The sizes for which a host has room.
+    """The largest sizes that a host supports.
 
     Attributes:
         clients: members of an epoch.
         witnesses: witnesses of a round.
         batch: samples of a round.
         steps: training rounds of the run.
-        extra_time: seconds that further members may be waited for.
+        extra_time: seconds to wait for further members.
         whole_seconds: whether durations must be whole seconds.
     """
 
@@ -34,7 +34,7 @@ class Limits:
 
 
 PSYCHE_LIMITS = Limits(clients=256, witnesses=32, batch=65535, steps=2**32 - 2, extra_time=255, whole_seconds=True)
-"""What fits into Psyche's account layout; the step after the last must fit, too."""
+"""The limits of Psyche's account layout, into which the step after the last must fit, too."""
 
 _DURATIONS = (
     "epoch_time",
@@ -47,25 +47,25 @@ _DURATIONS = (
 
 
 def check_run_id(run_id: str) -> None:
-    """Refuse a name that a run cannot have.
+    """Check a run's name.
 
     Raises:
         ConfigError: it is empty or longer than 32 bytes of UTF-8.
     """
     size = len(run_id.encode("utf-8", "surrogatepass"))
     if not 0 < size <= MAX_RUN_ID:
-        raise ConfigError(f"the run id {run_id[:40]!r} has {size} bytes; choose one of 1 to {MAX_RUN_ID} bytes")
+        raise ConfigError(f"the run id {run_id[:40]!r} has {size} bytes; it must have 1 to {MAX_RUN_ID} bytes")
 
 
 def check_config(config: CoordinatorConfig, limits: Limits | None = None) -> None:
-    """Refuse a configuration with which a run could not proceed; the first failing rule is named.
+    """Check that a run with this configuration can proceed; the first broken rule is named.
 
     Args:
         config: the configuration.
-        limits: the host's sizes; the roomy default when None.
+        limits: the host's limits; the wide defaults if None.
 
     Raises:
-        ConfigError: which field breaks which rule.
+        ConfigError: a field breaks a rule; the text names both.
     """
     limits = limits or Limits()
 
@@ -73,10 +73,10 @@ def check_config(config: CoordinatorConfig, limits: Limits | None = None) -> Non
         if not holds:
             raise ConfigError(f"{field} is {getattr(config, field)}; it must be {expected}")
 
-    # Written so that NaN, which no comparison accepts, fails.
+    # Each comparison is written so that NaN fails.
     rule(config.epoch_time > 0, "epoch_time", "more than 0 seconds")
     rule(
-        # Psyche allows 0; here an epoch begins only when a client has reported in warm-up, which takes time.
+        # Psyche allows 0. Here an epoch begins only after a client has reported in warm-up, which takes time.
         0 < config.warmup_time < config.epoch_time,
         "warmup_time",
         f"more than 0 and less than epoch_time ({config.epoch_time})",
@@ -111,7 +111,7 @@ def check_config(config: CoordinatorConfig, limits: Limits | None = None) -> Non
         "waiting_for_members_extra_time",
         f"more than 0 and at most {limits.extra_time} seconds",
     )
-    # What Psyche leaves unchecked, or to its field types.
+    # Rules that Psyche does not check, or leaves to its field types.
     rule(
         0 <= config.global_batch_size_warmup_tokens < 1 << 64,
         "global_batch_size_warmup_tokens",

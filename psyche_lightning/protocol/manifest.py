@@ -1,4 +1,4 @@
-"""The agreed manifest of a run: sections that the first node to name them fixes (invariant I9)."""
+"""The agreed manifest of a run: the first node that names a section fixes it (invariant I9)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from psyche_lightning.wire.canonical import sha256
 MAX_MANIFEST_SIZE = 4 * 1024 * 1024
 MAX_SHOWN = 10
 START = "start"
-"""The section of a run that goes on from a checkpoint: its ``step``, ``data_index`` and parameter ``digest``."""
+"""The section of a run that resumes from a checkpoint: its ``step``, ``data_index`` and parameter ``digest``."""
 ABSENT = "(absent)"
 """Stands for a field that one side does not have."""
 
 
 LEFT_OPEN = ("global_batch_size", "total_steps")
-"""What a run's creator may leave to the first node, which names it in the section ``run`` of its manifest."""
+"""Values that a run's creator may leave to the first node, which gives them in the section ``run`` of its manifest."""
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
     """The canonical form of a manifest: JSON with sorted keys, no spaces, ASCII (invariant I9).
 
     Raises:
-        CoordinatorError: it is not JSON (``InvalidManifest``).
+        CoordinatorError: the manifest is not JSON (``InvalidManifest``).
     """
     try:
         return json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -36,7 +36,7 @@ def manifest_text(manifest: Mapping[str, Any]) -> str:
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> bytes:
-    """SHA-256 of :func:`manifest_text`, under which a server gives the manifest out."""
+    """SHA-256 of :func:`manifest_text`, the address of the manifest on a server."""
     return sha256(manifest_text(manifest).encode())
 
 
@@ -44,16 +44,16 @@ def fix_values(held: dict[str, int | None], offered: Any) -> tuple[Any, dict[str
     """Take a node's values for the configuration out of its manifest.
 
     Args:
-        held: what the first node fixes, with the values that it did; None as long as there was none. A node's value
-            for anything else does not count: the run's creator decided.
+        held: the values that the first node fixes, or None for those not yet fixed. A node's other values do not count,
+            because the run's creator decided them.
         offered: the node's manifest.
 
     Returns:
-        The manifest without them, and the values with what this node fixed.
+        The manifest without these values, and the values with those that this node fixed.
 
     Raises:
-        ManifestMismatchError: the node has other values than the first one.
-        CoordinatorError: one is needed and missing, or no whole number (``InvalidManifest``).
+        ManifestMismatchError: the node's values differ from the first node's.
+        CoordinatorError: a value is missing, or is not a whole number (``InvalidManifest``).
     """
     section = offered.get("run") if isinstance(offered, dict) else None
     if not isinstance(section, dict):
@@ -83,7 +83,7 @@ def fix_values(held: dict[str, int | None], offered: Any) -> tuple[Any, dict[str
 
 
 def with_values(config: CoordinatorConfig, held: dict[str, int | None]) -> CoordinatorConfig:
-    """The configuration with the values that are fixed."""
+    """The configuration with the fixed values."""
     batch, steps = held.get("global_batch_size"), held.get("total_steps")
     if batch is not None:
         config = replace(config, global_batch_size_start=batch, global_batch_size_end=batch)
@@ -91,18 +91,18 @@ def with_values(config: CoordinatorConfig, held: dict[str, int | None]) -> Coord
 
 
 def merge(held: dict[str, Any] | None, offered: dict[str, Any]) -> dict[str, Any]:
-    """The run's manifest after a node with ``offered`` joins: it must equal what is held, and may add sections.
+    """The run's manifest after a node with ``offered`` joins, which must equal it and may add sections.
 
     Args:
         held: the run's sections so far; None before the first node.
-        offered: the node's.
+        offered: the node's sections.
 
     Returns:
-        A new dictionary of plain JSON values, or ``held`` itself when nothing is added.
+        A new dictionary of plain JSON values, or ``held`` itself if nothing is added.
 
     Raises:
-        ManifestMismatchError: sections that both have differ; it lists every field.
-        CoordinatorError: ``offered`` is not a JSON object or too large (``InvalidManifest``).
+        ManifestMismatchError: common sections differ; the error lists every field.
+        CoordinatorError: ``offered`` is not a JSON object or is too large (``InvalidManifest``).
     """
     try:
         text = json.dumps(offered, allow_nan=False)
@@ -137,16 +137,16 @@ def mismatch(
     found: list[tuple[str, object, object]],
     advice: str = "Give this node the run's values, or train under another run id.",
 ) -> ManifestMismatchError:
-    """The error of a node whose configuration is not the run's.
+    """The error for a node whose configuration differs from the run's.
 
     Args:
-        found: as of :func:`differences`.
+        found: differences, as :func:`differences` returns them.
         advice: what to do.
     """
     lines = [f"  {field}: the run has {_brief(run)}, this node has {_brief(node)}" for field, run, node in found]
     more = [f"  and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else []
     return ManifestMismatchError(
-        "this node's configuration is not the run's:\n" + "\n".join(lines[:MAX_SHOWN] + more) + f"\n{advice}",
+        "this node's configuration differs from the run's:\n" + "\n".join(lines[:MAX_SHOWN] + more) + f"\n{advice}",
         found,
     )
 

@@ -9,7 +9,7 @@ from psyche_lightning.protocol.messages import Attest
 from psyche_lightning.wire.canonical import ZERO_HASH, sha256
 
 EMPTY_ROOT = ZERO_HASH
-"""The root of no items."""
+"""The root of an empty list."""
 
 
 def _leaf(item: bytes) -> bytes:
@@ -17,14 +17,14 @@ def _leaf(item: bytes) -> bytes:
 
 
 def _parents(level: list[bytes]) -> list[bytes]:
-    """One level up; an odd level duplicates its last node."""
+    """The next level up; an odd level repeats its last node."""
     if len(level) % 2:
         level = [*level, level[-1]]
     return [sha256(b"\x01", level[i], level[i + 1]) for i in range(0, len(level), 2)]
 
 
 def merkle_root(items: Sequence[bytes]) -> bytes:
-    """Root over ``items`` in the order given, 32 bytes; :data:`EMPTY_ROOT` for none."""
+    """The root, 32 bytes, over ``items`` in the given order; :data:`EMPTY_ROOT` for none."""
     level = [_leaf(item) for item in items]
     while len(level) > 1:
         level = _parents(level)
@@ -32,10 +32,10 @@ def merkle_root(items: Sequence[bytes]) -> bytes:
 
 
 def merkle_proof(items: Sequence[bytes], index: int) -> list[tuple[bool, bytes]]:
-    """How ``items[index]`` leads to the root: from the leaf up, ``(the sibling is on the left, sibling)``.
+    """The path from ``items[index]`` up to the root, as ``(whether the sibling is on the left, sibling)``.
 
     Raises:
-        IndexError: there is no such item.
+        IndexError: the item does not exist.
     """
     if not 0 <= index < len(items):
         raise IndexError(f"item {index} of {len(items)}")
@@ -58,10 +58,10 @@ def verify_proof(root: bytes, item: bytes, proof: Sequence[tuple[bool, bytes]]) 
 
 
 def attest_root(attest: Attest) -> bytes:
-    """The root in a witness record that binds the witness' list.
+    """The root in a witness record, which binds the witness' list.
 
-    Leaves are the commitment hashes as listed and then, when a digest is present, ``b"digest"``, ``applied`` as u64 LE
-    and the digest. No commitment can pass for that leaf: it has 46 bytes, they have 32.
+    Its leaves are the commitment hashes in the list's order and, if there is a digest, ``b"digest"``, ``applied`` as
+    u64 LE and the digest. No commitment can pass for that last leaf, which has 46 bytes instead of 32.
     """
     leaves = attest.hashes()
     if attest.digest:

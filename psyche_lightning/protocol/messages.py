@@ -1,7 +1,7 @@
 """The messages that nodes gossip, and the signed envelope that carries them.
 
-Every message is small (a payload travels as a blob, fetched by hash) and names run, epoch and height in the clear,
-so that two different ones for one batch are a proof of equivocation (invariant I5).
+Messages are small (a payload travels as a blob that is fetched by hash). Each names run, epoch and height in the clear,
+so two different results for one batch prove equivocation (invariant I5).
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ PURPOSE = "psyche-lightning gossip 1"
 
 @dataclass(frozen=True)
 class Result:
-    """A trainer's announcement of one batch's compressed update, field by field as it is signed.
+    """A trainer's announcement of the compressed update of one batch; all fields are signed.
 
     Attributes:
         epoch: u16 epoch of the run.
         height: round height within the epoch, from 0.
-        step: optimizer step over the run, from 1.
+        step: optimizer step of the run, from 1.
         start: first data id of the batch.
-        end: its last data id.
-        nonce: how many updates this trainer had encoded before since its optimizer state was empty.
+        end: last data id of the batch.
+        nonce: number of updates that this trainer encoded before, since its optimizer state was empty.
         payload: SHA-256 of the payload blob.
         size: bytes of the payload blob.
         layout: digest of what the payload's positions mean (shapes, chunk, k).
         lrs: fp32 bits of the learning rate of each parameter group.
         loss: fp32 bits of the mean training loss of the batch; information only.
-        tokens: tokens or samples trained on. 0 tells an abstention: the payload is empty, the ids are trained again.
-        again: further ids of the batch, as ``(first, last)``: those of earlier rounds that were not agreed. Ascending,
-            without stretches that touch.
+        tokens: tokens or samples of the batch. 0 is an abstention: the payload is empty, and the ids are trained again.
+        again: further ids of the batch, which were not agreed in earlier rounds, as ``(first, last)``: ascending
+            intervals that do not touch.
     """
 
     kind: ClassVar[int] = 0
@@ -61,25 +61,25 @@ class Result:
 
     @property
     def batch(self) -> tuple[Interval, ...]:
-        """All its data ids, half-open: the share of the round's own samples first."""
+        """All data ids of the batch, half-open; the share of the round's own samples comes first."""
         return half_open(((self.start, self.end), *self.again))
 
     def commitment(self, run_id: str, trainer: bytes) -> bytes:
-        """The hash that witnesses list: it covers the run, the trainer and every field above."""
+        """The hash that witnesses list; it covers the run, the trainer and all fields."""
         return sha256(b"psyche-lightning commitment 1", pack([run_id, trainer, *_values(self)]))
 
 
 @dataclass(frozen=True)
 class Attest:
-    """A witness' list of what it verified; the Merkle root in its witness record binds it.
+    """A witness' list of what it verified; the Merkle root in its witness record binds the list.
 
     Attributes:
         epoch: epoch of the run.
-        height: height of the round *in which* it was sent (it lists that round's results, or with
-            overlap those of the round before).
+        height: height of the round *in which* it was sent (it lists that round's results or, with overlap, those of the
+            round before).
         commitments: ascending 32-byte commitment hashes, concatenated.
-        applied: height up to which (exclusive) ``digest`` has results applied.
-        digest: the sender's newest parameter digest, at ``applied``; empty while it has none.
+        applied: height before which all results are applied in ``digest``.
+        digest: the sender's newest parameter digest, at ``applied``; empty if it has none.
     """
 
     kind: ClassVar[int] = 1
@@ -90,7 +90,7 @@ class Attest:
     digest: bytes
 
     def hashes(self) -> list[bytes]:
-        """The commitment hashes one by one."""
+        """The commitment hashes, one by one."""
         return [self.commitments[i : i + HASH_SIZE] for i in range(0, len(self.commitments), HASH_SIZE)]
 
 
@@ -101,7 +101,7 @@ class Ask:
     Attributes:
         epoch: epoch of the run.
         height: round height.
-        attempt: counts up, so that a repeated request is not taken for a duplicate.
+        attempt: increases, so that a repeated request does not look like a duplicate.
     """
 
     kind: ClassVar[int] = 2
@@ -126,11 +126,11 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Offer:
-    """Parameters within the epoch that the sender keeps, so that nobody has to replay the rounds before.
+    """Parameters within the epoch that the sender keeps, so that other nodes need not replay earlier rounds.
 
     Attributes:
         epoch: epoch of the run.
-        applied: height up to which (exclusive) they have results applied.
+        applied: height before which all results are applied in them.
         snapshot: their digest, which witness lists prove.
     """
 
@@ -142,12 +142,12 @@ class Offer:
 
 @dataclass(frozen=True)
 class Stuck:
-    """The sender cannot apply a round: nobody gives it what it lacks. It asks for an :class:`Offer` of later ones.
+    """The sender cannot apply a round, because no peer has what it needs. It asks for an :class:`Offer`.
 
     Attributes:
         epoch: epoch of the run.
-        height: the round.
-        attempt: counts up, so that a repeated request is not taken for a duplicate.
+        height: height of the round.
+        attempt: increases, so that a repeated request does not look like a duplicate.
     """
 
     kind: ClassVar[int] = 5
@@ -182,7 +182,7 @@ def _values(message: Message) -> list[Any]:
 
 
 def _check(message: Message) -> None:
-    """Refuse values outside their range, whoever made them."""
+    """Refuse values that are out of range, both when sending and when receiving."""
     for field in dataclasses.fields(message):
         value = getattr(message, field.name)
         hint = _HINTS[type(message)][field.name]
@@ -203,9 +203,9 @@ def _check(message: Message) -> None:
             type(pair) is not tuple or [type(n) for n in pair] != [int, int] or not 0 <= pair[0] <= pair[1] < 1 << 64
             for pair in message.again
         ):
-            raise WireError(f"the ids trained again are at most {MAX_AGAIN} stretches [first, last]")
+            raise WireError(f"the ids trained again must be at most {MAX_AGAIN} intervals [first, last]")
         if any(a[1] + 1 >= b[0] for a, b in itertools.pairwise(message.again)):
-            raise WireError("the ids trained again are not in ascending order, or stretches of them touch")
+            raise WireError("the ids trained again are not in ascending order, or their intervals touch")
     if isinstance(message, Attest):
         if len(message.digest) not in (0, HASH_SIZE):
             raise WireError(f"a parameter digest has {HASH_SIZE} bytes or none, not {len(message.digest)}")
@@ -235,7 +235,8 @@ def open_envelope(raw: bytes, run_id: str) -> Envelope:
     """Decode and verify what :func:`seal` made.
 
     Raises:
-        WireError: too long, not canonical, unknown kind, field out of range or wrong signature.
+        WireError: the bytes are too long or not canonical, the kind is unknown, a field is out of range, or the
+            signature is wrong.
     """
     head = KEY_SIZE + SIGNATURE_SIZE
     if not head < len(raw) <= MAX_MESSAGE_SIZE:
@@ -265,15 +266,15 @@ def open_envelope(raw: bytes, run_id: str) -> Envelope:
 
 
 def equivocator(run_id: str, first: bytes, second: bytes) -> bytes:
-    """The node key of the trainer that signed both.
+    """The node key of the trainer that signed two different results.
 
     Args:
         run_id: the run.
         first: one signed result, as it was gossiped.
-        second: the other.
+        second: the other signed result.
 
     Raises:
-        CoordinatorError: they prove nothing (``InvalidAccusation``).
+        CoordinatorError: they do not prove equivocation (``InvalidAccusation``).
     """
     try:
         one, other = open_envelope(first, run_id), open_envelope(second, run_id)

@@ -1,12 +1,12 @@
-"""Data ids whose batch was not agreed, and who trains them again: derived by everyone from the agreed sets.
+"""Data ids whose batch was not agreed, and who trains them again; every party derives this from the agreed sets.
 
-Ids of the round with optimizer step *s* that are in no agreed result are due with step *s + 3*, the first round for
-which every node is sure to know them in time, with and without overlap. Steps count over epochs, so what is open when
-an epoch ends is trained in the next one. A round takes at most as many of them as it has samples of its own, the oldest
-first, so that a run in trouble is never asked for more than twice its work.
+Ids of the round with optimizer step *s* that are in no agreed result are due with step *s + 3*. That is the first round
+for which every node surely knows them in time, with and without overlap. Steps count over epochs, so ids that are open
+when an epoch ends are trained in the next one. A round takes at most as many of them as it has samples of its own, the
+oldest first, so that a run in trouble never does more than twice its work.
 
-In memory ids are half-open, as Python's ranges are. What nodes send and write down has the first and the last id;
-:func:`closed` and :func:`half_open` are the way there and back.
+In memory, ids are half-open intervals, like Python's ranges. Messages and files have the first and the last id;
+:func:`closed` and :func:`half_open` convert between the two.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ AGAIN_AFTER = 3
 """Training rounds from the one whose batch was not agreed to the one that trains it again."""
 
 Interval = tuple[int, int]
-"""A stretch of data ids ``(start, stop)``: from ``start`` on, up to ``stop`` and without it."""
+"""A range of data ids ``(start, stop)``, with ``start`` and without ``stop``."""
 OpenIds = tuple[tuple[int, int, int], ...]
-"""``(step with which they are due, start, stop)``, ascending, without neighbours of one step that touch."""
+"""``(step with which they are due, start, stop)``, ascending; intervals of one step do not touch."""
 
 
 def closed(intervals: Iterable[Interval]) -> tuple[tuple[int, int], ...]:
-    """The stretches as ``(first id, last id)``, as they are sent and written down."""
+    """The intervals as ``(first id, last id)``, as in messages and files."""
     return tuple((start, stop - 1) for start, stop in intervals)
 
 
 def half_open(stretches: Iterable[Sequence[int]]) -> tuple[Interval, ...]:
-    """The stretches that :func:`closed` gave, in memory again."""
+    """The inverse of :func:`closed`."""
     return tuple((first, last + 1) for first, last in stretches)
 
 
 def shown(intervals: Sequence[Interval], most: int = 4) -> str:
-    """The stretches for people, the last id included, such as ``3-5, 9``; at most so many of them."""
+    """The intervals for people, with the last id, such as ``3-5, 9``; at most ``most`` of them."""
     texts = [str(first) if first == last else f"{first}-{last}" for first, last in closed(intervals[:most])]
     return ", ".join([*texts, *(["..."] if len(intervals) > most else [])]) or "none"
 
 
 def merged(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
-    """The same ids as disjoint stretches in ascending order, none next to another."""
+    """The same ids as disjoint, ascending intervals that do not touch."""
     out: list[Interval] = []
     for start, stop in sorted(intervals):
         if out and start <= out[-1][1]:
@@ -50,12 +50,12 @@ def merged(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
 
 
 def count(intervals: Iterable[Interval]) -> int:
-    """How many ids there are."""
+    """The number of ids."""
     return sum(stop - start for start, stop in intervals)
 
 
 def take(open_ids: OpenIds, step: int, limit: int) -> tuple[tuple[Interval, ...], OpenIds]:
-    """What the round with that step trains again, and what stays open; a round that drains (step 0) takes nothing."""
+    """The ids that the round with that step trains again, and those that stay open; drain rounds (step 0) take none."""
     taken: list[Interval] = []
     rest: list[tuple[int, int, int]] = []
     for due, start, stop in open_ids:
@@ -69,7 +69,7 @@ def take(open_ids: OpenIds, step: int, limit: int) -> tuple[tuple[Interval, ...]
 
 
 def reopen(open_ids: OpenIds, step: int, intervals: Iterable[Interval]) -> OpenIds:
-    """With the ids of the round with that step that are in no agreed result."""
+    """The open ids with those of the round with that step that are in no agreed result."""
     added = ((step + AGAIN_AFTER, start, stop) for start, stop in merged(intervals))
     return tuple(sorted((*open_ids, *added)))
 
@@ -77,14 +77,14 @@ def reopen(open_ids: OpenIds, step: int, intervals: Iterable[Interval]) -> OpenI
 def assign_again(
     intervals: Sequence[Interval], shares: Sequence[tuple[int, int, int]]
 ) -> dict[int, tuple[Interval, ...]]:
-    """Divide ids that are trained again among a round's trainers, as evenly as can be.
+    """Divide ids that are trained again among a round's trainers, as evenly as possible.
 
     Args:
         intervals: the ids, as :func:`take` gives them.
         shares: the round's own samples, as :func:`~psyche_lightning.protocol.assignment.assign` divides them.
 
     Returns:
-        The stretches of each client that gets any. The remainder goes to those with the smaller shares of their own.
+        The intervals of each client that gets any. The remainder goes to the clients with smaller shares of their own.
     """
     trainers = [client for client, _, _ in reversed(shares)]
     base, remainder = divmod(count(intervals), len(trainers))
@@ -106,6 +106,6 @@ def assign_again(
 
 
 def batches(shares: Sequence[tuple[int, int, int]], again: Sequence[Interval]) -> dict[int, tuple[Interval, ...]]:
-    """All ids of each trainer of a round: its own share first, then what it trains again."""
+    """All ids of each trainer of a round: first its own share, then the ids that it trains again."""
     more = assign_again(again, shares) if again else {}
     return {client: ((start, stop), *more.get(client, ())) for client, start, stop in shares}

@@ -1,4 +1,4 @@
-"""The owner's side of a run, the same for every kind of coordinator; ``psyche run`` is this with a command line."""
+"""What an owner does with a run, the same for every kind of coordinator; ``psyche run`` is its command line."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Creation:
-    """What a run shall be.
+    """The run that an owner wants to create.
 
     Attributes:
-        config: values of :class:`~psyche_lightning.protocol.state.CoordinatorConfig`; the rest is default, or fixed
-            by the first node.
+        config: values of :class:`~psyche_lightning.protocol.state.CoordinatorConfig`; the others are defaults, or
+            the first node fixes them.
         manifest: the sections that are known; the first node fixes the others.
-        seed: from which committees and assignments follow, where the coordinator does not draw it itself.
+        seed: decides committees and assignments, if the coordinator does not draw it itself.
         max_seq_len: tokens of a sample.
-        recipe: the :class:`~psyche_lightning.recipe.config.Recipe` that it was made from, if one.
-        everybody: whether every node may join; otherwise ``authorize`` says who.
+        recipe: the :class:`~psyche_lightning.recipe.config.Recipe` of the run, if there is one.
+        everybody: whether every node may join; if not, ``authorize`` names those that may.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -30,14 +30,14 @@ class Creation:
 
 
 class RunAdmin(Protocol):
-    """What people do with one run. Blocking; each call does only what is not done yet, so it may be repeated.
+    """What people can do with one run. Calls block, do only what is not done yet, and so may be repeated.
 
-    A status is what :func:`psyche_lightning.server.status.run_status` gives. All methods raise
+    A status is what :func:`psyche_lightning.server.status.run_status` returns. All methods raise
     :class:`~psyche_lightning.errors.CoordinatorError`.
     """
 
     def create(self, wanted: Creation) -> dict[str, Any]:
-        """Make the run, not yet open where that can be; returns its status."""
+        """Create the run, if possible not yet open; returns its status."""
         ...
 
     def update(self, wanted: Creation) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class RunAdmin(Protocol):
         ...
 
     def pause(self) -> dict[str, Any]:
-        """Halt it when its epoch has ended, at once when none is under way; returns its status."""
+        """Pause the run at the end of its epoch, or at once if no epoch has begun; returns its status."""
         ...
 
     def resume(self) -> dict[str, Any]:
@@ -57,38 +57,38 @@ class RunAdmin(Protocol):
         ...
 
     def status(self) -> dict[str, Any]:
-        """Where it stands."""
+        """Returns the run's status."""
         ...
 
     def close(self) -> str:
-        """Remove a halted run; returns what became of it, in words."""
+        """Remove a halted run; returns in words what happened."""
         ...
 
     def authorize(self, node: str | None) -> str:
-        """Let a node (its key, or its wallet on a chain) join, or everybody; returns what that means, in words."""
+        """Let a node (its key, or its wallet on a chain) or everybody join; returns in words what that means."""
         ...
 
     def revoke(self, node: str | None) -> str:
-        """Take that back; returns what that means, in words."""
+        """Undo :meth:`authorize`; returns in words what that means."""
         ...
 
     def points(self) -> list[dict[str, Any]]:
-        """``node``, ``earned``, ``slashed`` and ``claimed`` of everyone who took part."""
+        """Returns ``node``, ``earned``, ``slashed`` and ``claimed`` of each participant."""
         ...
 
     def claim(self, points: int | None) -> str:
-        """Have points paid, all unless given; returns what was paid, in words."""
+        """Have points paid, by default all; returns in words what was paid."""
         ...
 
 
 @dataclass(frozen=True)
 class ClockReading:
-    """Another clock, seen from here; all in seconds.
+    """Another clock as seen from this machine; all in seconds.
 
     Attributes:
-        offset: by how much it is ahead of this machine's.
-        uncertainty: by how much that may be wrong.
-        answer_seconds: how long the quickest answer took, connecting included.
+        offset: how far it is ahead of this machine's clock.
+        uncertainty: how far off the offset may be.
+        answer_seconds: how long the fastest answer took, with connecting.
     """
 
     offset: float

@@ -1,8 +1,8 @@
-"""What a node asks of its run's coordinator: each request in one definition, from the node core to every host.
+"""The requests of a node to its run's coordinator: one definition each, from the node core to every host.
 
-The core gives requests out, a :class:`Coordinator` carries them, and
-:meth:`~psyche_lightning.coordinator.host.RunHost.handle` answers them. What travels between a node and a server follows
-from the fields: see :func:`encode` and :func:`decode`.
+The core emits requests, a :class:`Coordinator` carries them, and
+:meth:`~psyche_lightning.coordinator.host.RunHost.handle` answers them. Their fields define what travels between a node
+and a server: see :func:`encode` and :func:`decode`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Answer = TypeVar("Answer", covariant=True)
 
 @dataclass(frozen=True)
 class Report:
-    """What a witness sends along for people to look at; it decides nothing.
+    """Figures that a witness sends for people; they decide nothing.
 
     Attributes:
-        step: optimizer step that the figures belong to.
-        loss: mean training loss of the sender's batch, in the model's unit; NaN when it had none.
+        step: optimizer step to which the figures belong.
+        loss: mean training loss of the sender's batch, in the model's unit; NaN if it had no batch.
         tokens_per_second: the sender's own rate.
-        bytes_up: bytes the sender wrote to its sockets since it started.
-        bytes_down: bytes it read.
+        bytes_up: bytes that the sender wrote to its sockets since it started.
+        bytes_down: bytes that it read.
     """
 
     step: int = 0
@@ -43,12 +43,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a run has fixed, as a node that thinks of joining sees it.
+    """What a run has fixed, for a node that considers joining.
 
     Attributes:
         config: durations and sizes.
-        unset: what the first node to join fixes: ``global_batch_size`` and ``total_steps``, or one of them.
-        manifest: the agreed sections; None as long as there are none.
+        unset: what the first node to join fixes: ``global_batch_size``, ``total_steps`` or both.
+        manifest: the agreed sections; None if there are none yet.
     """
 
     config: CoordinatorConfig
@@ -57,11 +57,11 @@ class Terms:
 
 
 class Request(Generic[Answer]):
-    """Something that a node asks; the parameter is the type of the answer.
+    """A request of a node; the parameter is the type of the answer.
 
     Attributes:
         name: the request's name between node and server.
-        reads: whether it only looks: nothing changes, so nothing needs to be stored.
+        reads: whether it only reads, so that nothing needs to be stored.
     """
 
     name: ClassVar[str]
@@ -74,17 +74,17 @@ class Request(Generic[Answer]):
 
     @classmethod
     def answer_from_json(cls, value: Any) -> Any:
-        """The answer that :meth:`answer_to_json` made.
+        """The inverse of :meth:`answer_to_json`.
 
         Raises:
-            WireError: it is something else.
+            WireError: the value is something else.
         """
         return value
 
 
 @dataclass(frozen=True)
 class GetTerms(Request[Terms]):
-    """What has the run fixed? Does not join it."""
+    """Asks what the run has fixed, without joining it."""
 
     name = "terms"
     reads = True
@@ -103,12 +103,12 @@ class GetTerms(Request[Terms]):
 
 @dataclass(frozen=True)
 class Join(Request[None]):
-    """Makes the sender a pending member; again, to tell a new address.
+    """Makes the sender a pending member; sent again to change its address.
 
     The node core leaves both fields to the runtime, which knows them.
 
     Attributes:
-        address: where its transport is reached.
+        address: the address of its transport.
         manifest: its sections of the run's manifest.
 
     Raises:
@@ -122,14 +122,14 @@ class Join(Request[None]):
 
 @dataclass(frozen=True)
 class Withdraw(Request[None]):
-    """Leaves: a pending member is forgotten, a client of the epoch becomes Withdrawn."""
+    """Leaves the run: a pending member is forgotten, and a client of the epoch becomes Withdrawn."""
 
     name = "withdraw"
 
 
 @dataclass(frozen=True)
 class WarmupWitness(Request[None]):
-    """Says that the client at ``index`` of the list holds the parameters with that digest."""
+    """Says that the client at ``index`` of the list holds the parameters with this digest."""
 
     name = "warmup_witness"
     epoch: int
@@ -142,8 +142,8 @@ class Witness(Request[None]):
     """Reports as a witness of a round.
 
     Attributes:
-        epoch: of the run.
-        height: of the round.
+        epoch: epoch of the run.
+        height: height of the round.
         proof: the sender's place in the committee.
         merkle: root of its list.
         participants: Bloom filter of the signers that it heard.
@@ -163,7 +163,7 @@ class Witness(Request[None]):
 
 @dataclass(frozen=True)
 class HealthCheck(Request[int]):
-    """Names clients without a sign of life in the round before ``height``; the answer is how many were dropped."""
+    """Names clients that gave no sign of life in the round before ``height``; the answer is how many were dropped."""
 
     name = "health_check"
     epoch: int
@@ -195,7 +195,7 @@ class Accuse(Request[None]):
 
 @dataclass(frozen=True)
 class GetRounds(Request[tuple[Round, ...]]):
-    """The rounds of the epoch from height ``first`` on, complete with witness records; none if not all are kept."""
+    """Asks for the epoch's rounds from height ``first`` on, with witness records; none if not all are kept."""
 
     name = "rounds"
     reads = True
@@ -228,45 +228,45 @@ _FIELDS: dict[type[Request[Any]], list[tuple[str, Any]]] = {kind: _fields(kind) 
 
 
 class Coordinator(Protocol):
-    """A client of one run's coordinator, whichever host runs it (the ``coordinator`` plugin kind).
+    """A client of one run's coordinator, on any kind of host (the plugin kind ``coordinator``).
 
-    Implementations retry what is retryable with bounds of their own; what still fails is raised with
-    ``retryable=True`` when trying again later makes sense. The signer of every request is the client itself.
+    Implementations repeat retryable requests within limits of their own. They raise the last error with
+    ``retryable=True`` if a later attempt makes sense. The signer of every request is the client itself.
     """
 
     @property
     def signer(self) -> bytes:
-        """The 32-byte key that the coordinator knows this client by: the node's own, or a wallet's."""
+        """The 32-byte key by which the coordinator knows this client: the node's own key, or a wallet's."""
         ...
 
     async def request(self, request: Request[Answer]) -> Answer:
-        """Ask, and return the answer.
+        """Send a request, and return the answer.
 
         Raises:
-            CoordinatorError: it is refused, or the coordinator cannot be reached.
+            CoordinatorError: the request is refused, or the coordinator cannot be reached.
         """
         ...
 
     def watch(self) -> AsyncIterator[RunState]:
-        """The state now and after every change, newest only (changes may be skipped); reconnects by itself."""
+        """Yields the state now and after each change; may skip all but the newest, and reconnects by itself."""
         ...
 
     async def close(self) -> None:
-        """Release connections; further calls fail."""
+        """Close connections; further calls fail."""
 
 
 # --- between node and server ----------------------------------------------------------------------------------------
 
 
 def encode(request: Request[Any], *, held: bool = False) -> list[Any]:
-    """The fields of a request as canonical msgpack takes them, in order.
+    """The fields of a request as values for canonical msgpack, in order.
 
-    A proof stands as its three values, a report as a list of its five, keys as a list, and a manifest as its digest and
-    its canonical text.
+    A proof becomes its three values, a report a list of its five values, keys a list, and a manifest its digest and its
+    canonical text.
 
     Args:
-        request: what is asked.
-        held: whether the server has the manifest already, whose text is left empty then.
+        request: the request.
+        held: whether the server already has the manifest, whose text is then empty.
     """
     values: list[Any] = []
     for item, hint in _FIELDS[type(request)]:
@@ -288,14 +288,14 @@ def decode(name: str, values: Any, manifests: Mapping[bytes, dict[str, Any]]) ->
     """Read what :func:`encode` wrote.
 
     Args:
-        name: of the request.
+        name: name of the request.
         values: its fields, from the wire.
-        manifests: those that the server holds, by digest.
+        manifests: the manifests that the server holds, by digest.
 
     Raises:
-        WireError: unknown, or not the fields of that request.
-        CoordinatorError: the fields are wrong within (``InvalidRequest``, ``InvalidManifest``), or the manifest's text
-            was left out and is not held (``ManifestNeeded``).
+        WireError: the request is unknown, or has other fields.
+        CoordinatorError: the content of a field is wrong (``InvalidRequest``, ``InvalidManifest``), or the manifest's
+            text is empty and the server does not hold it (``ManifestNeeded``).
     """
     kind = REQUESTS.get(name)
     if kind is None:
@@ -323,7 +323,7 @@ def decode(name: str, values: Any, manifests: Mapping[bytes, dict[str, Any]]) ->
 
 
 def wire_types(kind: type[Request[Any]]) -> tuple[type, ...]:
-    """The types of what :func:`encode` gives for a request of that kind."""
+    """The types of the values that :func:`encode` returns for a request of this kind."""
     types: list[type] = []
     for _, hint in _FIELDS[kind]:
         if hint is WitnessProof:
@@ -338,7 +338,7 @@ def wire_types(kind: type[Request[Any]]) -> tuple[type, ...]:
 
 
 def _report(values: list[Any]) -> Report:
-    """Check the figures of a witness: they decide nothing, but they are stored and shown."""
+    """Check the figures of a witness. They decide nothing, but they are stored and shown."""
     kinds = (int, float, float, int, int)
     if len(values) != 5 or any(type(value) is not kind for value, kind in zip(values, kinds, strict=True)):
         raise CoordinatorError(
@@ -357,7 +357,7 @@ def _manifest(digest: bytes, text: str, held: Mapping[bytes, dict[str, Any]]) ->
     try:
         manifest = json.loads(text)
         if not isinstance(manifest, dict) or manifest_text(manifest) != text or sha256(text.encode()) != digest:
-            raise ValueError("not its canonical form, or not what its digest says")
+            raise ValueError("not its canonical form, or it does not match its digest")
     except (ValueError, RecursionError) as error:
         raise CoordinatorError(f"the manifest cannot be read: {error}", code="InvalidManifest") from error
     return manifest

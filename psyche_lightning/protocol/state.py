@@ -1,7 +1,7 @@
 """The state of a run, as the coordinator holds it and nodes see it (the fields of Psyche's coordinator.rs).
 
-Plain data: the transitions live in :mod:`psyche_lightning.coordinator.machine`. Nodes receive the same classes,
-with the witnesses' Bloom filters left out (they decide nothing).
+These are plain data; the transitions are in :mod:`psyche_lightning.coordinator.machine`. Nodes receive the same
+classes without the witnesses' Bloom filters, which decide nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BLOOM_KEYS = 8
 
 
 class Phase(IntEnum):
-    """What a run is doing; the numbers are on the wire."""
+    """What a run does; the numbers are on the wire."""
 
     UNINITIALIZED = 0
     WAITING_FOR_MEMBERS = 1
@@ -28,17 +28,17 @@ class Phase(IntEnum):
 
     @property
     def halted(self) -> bool:
-        """Whether only a command can move the run on."""
+        """Whether only a command can continue the run."""
         return self in (Phase.UNINITIALIZED, Phase.FINISHED, Phase.PAUSED)
 
     @property
     def active(self) -> bool:
-        """Whether an epoch's rounds are under way."""
+        """Whether the run is in an epoch's rounds or cool-down."""
         return self in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS, Phase.COOLDOWN)
 
 
 class ClientStatus(IntEnum):
-    """How a client stands; anything but healthy leaves the list at the end of the round."""
+    """The status of a client; a client that is not healthy leaves the list at the end of the round."""
 
     HEALTHY = 0
     DROPPED = 1
@@ -48,23 +48,23 @@ class ClientStatus(IntEnum):
 
 @dataclass(frozen=True)
 class CoordinatorConfig:
-    """The run's durations and sizes. Durations are ceilings in seconds, batches count samples.
+    """The run's durations and sizes. Durations are upper limits in seconds, batches count samples.
 
     Attributes:
         warmup_time: longest time for nodes to obtain the epoch's parameters.
         cooldown_time: longest time for nodes to report the parameters at the end of an epoch.
         max_round_train_time: longest time for a round's training and exchange.
         round_witness_time: longest time to wait for witnesses that did not report during training.
-        epoch_time: an epoch ends after the round in which this has passed.
+        epoch_time: an epoch ends after the round in which this time is over.
         global_batch_size_start: samples of the whole run in the first round.
-        global_batch_size_end: samples of a round once ``global_batch_size_warmup_tokens`` were seen.
+        global_batch_size_end: samples of a round after ``global_batch_size_warmup_tokens`` tokens.
         global_batch_size_warmup_tokens: length of the batch ramp in tokens; 0 for no ramp.
         total_steps: training rounds of the run.
         init_min_clients: clients needed to begin an epoch.
-        min_clients: clients below which an epoch ends.
-        witness_nodes: witnesses a round; 0 for everyone up to the limit.
+        min_clients: number of clients below which an epoch ends.
+        witness_nodes: witnesses per round; 0 for everyone up to the limit.
         verification_percent: share of verifiers; not supported yet, so 0.
-        waiting_for_members_extra_time: longest time that further members are waited for once there are enough.
+        waiting_for_members_extra_time: longest time to wait for further members once there are enough.
     """
 
     warmup_time: float = 60.0
@@ -88,10 +88,10 @@ class Client:
     """A member of the epoch.
 
     Attributes:
-        signer: 32-byte key that identifies the client to the coordinator (a wallet, or the node key).
+        signer: 32-byte key by which the coordinator knows the client (a wallet, or the node key).
         node: 32-byte node key, which signs gossip and names the node on transports.
-        address: where the transport reaches it; empty where the transport finds nodes by key.
-        status: how it stands.
+        address: the address of its transport; empty if the transport finds nodes by key.
+        status: its status.
         exited_height: round height at which it left the list.
     """
 
@@ -113,16 +113,16 @@ class WitnessProof:
 
 @dataclass(frozen=True)
 class WitnessRecord:
-    """One witness' report as the coordinator stores it.
+    """A witness' report as the coordinator stores it.
 
     Attributes:
         proof: its seat.
-        merkle: root over the list of its :class:`~psyche_lightning.protocol.messages.Attest` (see ``attest_root``);
-            in warm-up the digest of the parameters that the client holds.
+        merkle: root over the list of its :class:`~psyche_lightning.protocol.messages.Attest` (see ``attest_root``); in
+            warm-up, the digest of the parameters that the client holds.
         complete: whether it came during training, which means "I have everything".
-        participants: serialized Bloom filter (192 bytes) of clients whose results arrived or who owed none; empty in
-            nodes' views.
-        broadcasts: serialized Bloom filter of commitments; for Psyche's readers; empty in nodes' views.
+        participants: serialized Bloom filter (192 bytes) of clients whose results arrived or that owed none; empty in
+            the nodes' views.
+        broadcasts: serialized Bloom filter of commitments, for Psyche's readers; empty in the nodes' views.
     """
 
     proof: WitnessProof
@@ -138,13 +138,13 @@ class Round:
 
     Attributes:
         height: counts rounds within the epoch from 0.
-        step: the optimizer step that it trains, from 1; 0 for a round that only drains the pipeline.
+        step: the optimizer step that it trains, from 1; 0 for a drain round.
         seed: u64 from which committee and assignment follow.
         data_index: first data id of the round.
-        batch_size: samples of the round; 0 when it drains.
-        clients: the signers of the clients at its start, in list order; proofs and assignment count in it.
+        batch_size: samples of the round; 0 for a drain round.
+        clients: signers of the clients at its start, in list order, which proofs and assignment use.
         tie_breaker_tasks: always 0 so far.
-        witnesses: reports in the order in which they came.
+        witnesses: reports in order of arrival.
     """
 
     height: int = 0
@@ -159,12 +159,12 @@ class Round:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The parameters that a joiner must hold.
+    """The parameters that a joining node must hold.
 
     Attributes:
-        digest: parameter digest; empty as long as nothing was agreed (a fresh run, or nobody is left who holds it):
-            then the first warm-up witness of the epoch decides.
-        step: training steps that they contain.
+        digest: parameter digest. It is empty if none is agreed (in a fresh run, or if nobody is left who holds the
+            parameters); then the first warm-up witness of the epoch decides.
+        step: training steps that the parameters contain.
     """
 
     digest: bytes = b""
@@ -173,34 +173,35 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything that decides what happens next in a run. Immutable: a transition returns a new one.
+    """Everything that decides how a run continues. Immutable: a transition returns a new state.
 
     Attributes:
         run_id: the run's name, at most 32 bytes of UTF-8.
-        phase: what the run is doing.
+        phase: what the run does.
         phase_start: time at which the phase began, in the coordinator's seconds.
         config: durations and sizes.
         max_seq_len: tokens of a sample, for the batch ramp and token counts.
-        epoch: counts epochs from 0.
+        epoch: number of the epoch, from 0.
         step: the next optimizer step, from 1; ``total_steps + 1`` when all are trained.
         epoch_start_data_index: first data id of the epoch.
         epoch_start: time at which the epoch began.
         gathered_at: time since which enough members wait for an epoch; None while there are too few.
         start_step: ``step`` when the epoch began.
-        last_step: 0, or ``step`` when the epoch began to drain: no round trains it any more in this epoch.
+        last_step: 0, or ``step`` when the epoch began to drain; this epoch trains no further step.
         head: index of the current round in ``rounds`` (height modulo 4).
         rounds: ring of the last four rounds; slot ``height % 4``. Empty before the first round of an epoch.
         warmup_witnesses: records of clients that hold the epoch's parameters.
         epoch_digest: digest of the parameters with which the epoch's first round began; empty before it.
         clients: members in list order.
         exited_clients: members that left during the epoch.
-        checkpoint: the parameters that joiners must hold.
-        checkpoint_votes: ``(signer, step, digest)`` reported during this cool-down.
-        holders: signers of the clients that may hold the checkpoint: those of the last epoch, and those who said so
-            since, without those that had a whole warm-up to say so and did not. An epoch without any gives it up.
+        checkpoint: the parameters that joining nodes must hold.
+        checkpoint_votes: ``(signer, step, digest)`` of each vote in this cool-down.
+        holders: signers of the clients that may hold the checkpoint: the clients of the last epoch and those that
+            reported it since, except those that did not report it in a whole warm-up. An epoch without any holder
+            gives the checkpoint up.
         pending_pause: whether the run pauses at the end of the epoch.
         cold_start_epoch: whether the epoch follows a pause, so that learning rates warm up again.
-        nonce: grows by at least one with every change; updates with a smaller one are stale.
+        nonce: grows with every change by at least one; updates with a smaller nonce are stale.
     """
 
     run_id: str
@@ -230,11 +231,11 @@ class RunState:
 
     @property
     def current(self) -> Round | None:
-        """The newest round of the epoch, or None before the first."""
+        """The newest round of the epoch; None before the first."""
         return self.rounds[self.head] if self.rounds else None
 
     def round_at(self, height: int) -> Round | None:
-        """The stored round of that height, or None when the ring does not hold it."""
+        """The stored round of that height; None if the ring does not hold it."""
         slot = height % STORED_ROUNDS
         if height < 0 or slot >= len(self.rounds) or self.rounds[slot].height != height:
             return None
@@ -242,5 +243,5 @@ class RunState:
 
     @property
     def draining(self) -> bool:
-        """Whether the epoch only flushes its pipeline now."""
+        """Whether the epoch only drains its pipeline now."""
         return self.last_step != 0

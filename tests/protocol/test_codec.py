@@ -92,7 +92,7 @@ def test_nodes_do_not_get_the_bloom_filters() -> None:
         (["clients"], {}, "a list"),
         (["clients"], [None] * 70000, "a list of at most"),
         (["rounds", 0, "clients", 1], "00", r"RunState\.rounds\[0\]\.clients\[1\]"),
-        (["rounds", 0, "height"], 5, "belongs elsewhere"),
+        (["rounds", 0, "height"], 5, "belongs in another slot"),
         (["rounds", 0, "witnesses", 0, "proof", "index"], "2", r"witnesses\[0\]\.proof\.index"),
         (["rounds", 0, "witnesses", 0, "participants"], "00", "192 bytes"),
         (["checkpoint", "digest"], "00" * 31, "hex of 0 or 32 bytes"),
