@@ -15,6 +15,7 @@ from psyche_lightning.distro.aggregate import Aggregator
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.distro.delta import Delta
+from psyche_lightning.distro.internals import add_to_each, clear_each, multiply_each, note_step, subtract_from_each
 from psyche_lightning.distro.layout import Batch, Layout
 from psyche_lightning.distro.payload import PayloadCodec
 from psyche_lightning.distro.votes import Votes, select
@@ -168,7 +169,7 @@ class DisTrO(torch.optim.Optimizer):
                 chunks.mul_(config.decay)
                 views = layout.views(batch, gradients)
                 for rate, ours, added in self._by_rate(rates, batch, layout.blocks(batch, chunks), views):
-                    torch._foreach_add_(ours, added, alpha=rate)
+                    add_to_each(ours, added, rate)
                 chosen, values = select(transform.forward(chunks, (half, whole)), k)
                 some = Votes.of(chosen.cpu().numpy().astype(np.int16), values.sign().cpu().numpy().astype(np.int8))
                 votes.positions[batch.start : batch.stop, :k] = some.positions
@@ -176,7 +177,7 @@ class DisTrO(torch.optim.Optimizer):
                 if config.removal:
                     transform.subtract(chunks, chosen, values.mul_(config.removal))
                     if batch.padding:
-                        torch._foreach_zero_(layout.padding(batch, chunks))
+                        clear_each(layout.padding(batch, chunks))
         self.nonce += 1
         return self._codec.encode(votes)
 
@@ -225,15 +226,15 @@ class DisTrO(torch.optim.Optimizer):
                 # exact, so the second gives the same with and without FMA.
                 for factor, ours, _ in self._by_rate(factors, batch, views, signs):
                     if factor != 1:
-                        torch._foreach_mul_(ours, factor)
+                        multiply_each(ours, factor)
                 for rate, ours, theirs in self._by_rate(rates, batch, views, signs):
-                    torch._foreach_sub_(ours, theirs, alpha=rate)
+                    subtract_from_each(ours, theirs, rate)
         for number, (parameter, target) in enumerate(zip(self._parameters, targets, strict=True)):
             if matrices[number].untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
                 target.copy_(matrices[number].view(target.shape))  # its strides allowed no view
             if target is not parameter:
                 parameter.copy_(target)
-        self._opt_called = True  # torch's schedulers warn when they are stepped before any optimizer step
+        note_step(self)
 
     def _by_rate(
         self, rates: Sequence[float], batch: Batch, some: Sequence[Any], others: Sequence[Any]

@@ -15,12 +15,12 @@ class OneDevice:
     """
 
     owner: str
-    _parallel_devices: list[torch.device] | None = None
+    _devices: list[torch.device] | None = None
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
         """The node's device in a list, as Lightning gives it."""
-        return self._parallel_devices
+        return self._devices
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
@@ -29,9 +29,12 @@ class OneDevice:
                 f"{self.owner} has devices={len(devices)}, but a node of the strategy 'psyche' trains on one device. "
                 "Set devices=1 and start a process for each device: each is a node of the run."
             )
-        self._parallel_devices = devices
-        if devices:
-            self._root_device = torch.device(devices[0])
+        self._devices = devices
+
+    @property
+    def root_device(self) -> torch.device:
+        """The node's device; the CPU until Lightning gives one."""
+        return torch.device(self._devices[0]) if self._devices else torch.device("cpu")
 
     @property
     def num_nodes(self) -> int:

@@ -20,7 +20,6 @@ from lightning.fabric.plugins import CheckpointIO, Precision
 from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 from torch.nn import Module
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import _LRScheduler
 
 from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.lightning.device import OneDevice
@@ -160,8 +159,8 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
     # --- set-up -----------------------------------------------------------------------------------------------------
 
     def setup_module_and_optimizers(
-        self, module: Module, optimizers: list[Optimizer], scheduler: _LRScheduler | None = None
-    ) -> tuple[Module, list[Optimizer], _LRScheduler | None]:
+        self, module: Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[Module, list[Optimizer], Any]:
         """Called by ``fabric.setup(module, optimizer)``; looks at the run and takes over the optimizer's step."""
         if len(optimizers) != 1 or self._step is not None:
             raise ConfigError(

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from psyche_lightning.data.order import DataOrder
 from psyche_lightning.errors import ConfigError, DataError
+from psyche_lightning.lightning.internals import seed_workers
 from psyche_lightning.node.participant import RoundWork
 
 WITHOUT_A_BATCH = (
@@ -81,7 +81,7 @@ class RoundLoader:
         upcoming: Callable[[], tuple[int, int] | None] = lambda: None,
     ) -> None:
         batch_size = check_loader(loader)
-        _auto_add_worker_init_fn(loader, 0)
+        seed_workers(loader)
         self._share: Share | None = None
         self.order = DataOrder(len(loader.dataset), isinstance(loader.sampler, RandomSampler), seed)  # type: ignore[arg-type]
         self.global_batch = global_batch

@@ -11,6 +11,7 @@ import torch
 
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.lightning.internals import replace_step
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +76,12 @@ class TakenStep:
         ConfigError: the optimizer has parameters that the module does not.
     """
 
-    # torch's schedulers look for these two marks, and warn of a step that was replaced after they were made.
-    _wrapped_by_lr_sched = True
-
     def __init__(self, optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> None:
         self.optimizer = optimizer
         self.module = module
         self.distro = build_distro(optimizer, module, config)
         self.called = False
-        optimizer._opt_called = True  # type: ignore[attr-defined]
-        optimizer.step = self  # type: ignore[method-assign]
+        replace_step(optimizer, self)
 
     def __call__(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure, if there is one, and return its result."""

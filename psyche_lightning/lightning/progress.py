@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from psyche_lightning.lightning.internals import set_fetched, set_steps
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -57,16 +59,14 @@ class RunProgress:
             self._count(done, self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
     def _count(self, done: int, index: int) -> None:
-        fit_loop = self._trainer.fit_loop
-        loop = fit_loop.epoch_loop
+        loop = self._trainer.fit_loop.epoch_loop
         steps = loop.automatic_optimization.optim_progress.optimizer.step
         for total, current in ((steps.total, steps.current), (loop.batch_progress.total, loop.batch_progress.current)):
             for counter, value in ((total, done), (current, index)):
                 for name in vars(counter):
                     setattr(counter, name, value)
-        loop._batches_that_stepped = done
-        if fit_loop._data_fetcher is not None:
-            fit_loop._data_fetcher.fetched = index
+        set_steps(self._trainer, done)
+        set_fetched(self._trainer, index)
 
     def _step_schedulers(self, step: int) -> None:
         """What Trainer would have done after each step that this node missed; it does so itself after ``step``."""

@@ -16,7 +16,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -29,6 +29,7 @@ from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.device import OneDevice
 from psyche_lightning.lightning.entry import Entry
+from psyche_lightning.lightning.internals import before_transfer, weigh
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
 from psyche_lightning.lightning.optimizers import TakenStep
@@ -183,7 +184,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         entry = Entry(self.options)
         super().setup_optimizers(trainer)
         module = trainer.lightning_module
-        if len(self.optimizers) != 1 or isinstance(self.optimizers[0], _MockOptimizer):
+        if len(self.optimizers) != 1 or not self.optimizers[0].param_groups:
             raise ConfigError(
                 f"{type(module).__name__}.configure_optimizers gives {len(self.optimizers)} optimizers, or none that "
                 "trains; the strategy 'psyche' needs exactly one (it may have several parameter groups)."
@@ -261,7 +262,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         try:
             for size, micro in zip(share.sizes[1:], share.rest, strict=True):
                 micro = self._transferred(training.trainer.lightning_module, micro)
-                _weigh(training.trainer, micro)
+                weigh(training.trainer, micro)
                 loss = _loss_of(super().training_step(micro, *rest, **kwargs))
                 if loss is not None:
                     part = loss * (size / share.samples)
@@ -271,7 +272,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
             training.lost = error
         # Trainer zeroes the gradients before it runs backward on what we return; pre_backward puts these back.
         training.carried = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        _weigh(training.trainer, batch)
+        weigh(training.trainer, batch)
         output = super().training_step(batch, *rest, **kwargs)
         last = _loss_of(output)
         if last is not None:
@@ -284,7 +285,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
     def _transferred(self, module: LightningModule, batch: Any) -> Any:
         """A batch on the node's device, through the same hooks as those that Trainer fetches."""
         batch = self.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = before_transfer(module, batch)
         return self.batch_to_device(batch, dataloader_idx=0)
 
     def pre_backward(self, closure_loss: torch.Tensor) -> None:
@@ -324,7 +325,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state that a checkpoint has: that of the user's groups, and DisTrO's."""
         if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
+            optimizer = optimizer.optimizer
         state = dict(optimizer.state_dict())
         if self._fit is not None:
             state[STATE_KEY] = self._fit.step.distro.state_dict()
@@ -491,13 +492,6 @@ def _last_step(trainer: Trainer) -> int | None:
     if trainer.max_epochs is not None and trainer.max_epochs > -1:
         limits.append(trainer.max_epochs * int(trainer.num_training_batches))
     return min(limits, default=None)
-
-
-def _weigh(trainer: Trainer, batch: Any) -> None:
-    """Let ``self.log`` weigh what it gets by the size of this batch."""
-    results = trainer._results
-    assert results is not None
-    results.batch, results.batch_size = batch, None
 
 
 def _loss_of(output: Any) -> torch.Tensor | None:

@@ -119,11 +119,12 @@ class ParameterReplica:
 
 def persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that a module's ``state_dict`` has, by name."""
+    saved = module.state_dict().keys()
     found: dict[str, torch.Tensor] = {}
     for prefix, part in module.named_modules():
-        for name, buffer in part._buffers.items():
-            if buffer is not None and name not in part._non_persistent_buffers_set:
-                found[f"{prefix}.{name}" if prefix else name] = buffer
+        for name, buffer in part.named_buffers(prefix, recurse=False):
+            if name in saved:
+                found[name] = buffer
     return found
 
 
