@@ -1,1 +1,1 @@
-"""The built-in plugins: nothing here could not be a distribution of its own."""
+"""The built-in plugins; each could be a distribution of its own."""

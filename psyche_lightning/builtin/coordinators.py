@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_coordinators(register: Register[CoordinatorKind]) -> None:
-    """Offer the coordinators that every installation has."""
+    """Register the coordinators that every installation has."""
     register("embedded", CoordinatorKind(embedded))
     register("http", SERVER)
     register("https", SERVER)
 
 
 def embedded(url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
-    """A new run that lives and ends with this process; the options are those of :class:`RunHost`."""
+    """A new run that exists only within this process; the options are those of :class:`RunHost`."""
     from psyche_lightning.coordinator.host import RunHost
     from psyche_lightning.server.local import LocalCoordinator
 
@@ -40,7 +40,7 @@ def _owner(url: str, run_id: str, token: str | None) -> RunAdmin:
 
 
 def http(url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
-    """A coordinator that ``psyche coordinator`` runs somewhere."""
+    """A coordinator that ``psyche coordinator`` runs, here or elsewhere."""
     from psyche_lightning.server.client import HttpCoordinator
 
     return build(f"coordinator {url!r}", partial(HttpCoordinator, url, run_id, identity), options)

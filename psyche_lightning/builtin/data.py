@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_data_providers(register: Register[DataProviderFactory]) -> None:
-    """Offer the data providers that every installation has."""
+    """Register the data providers that every installation has."""
     register("text", text)
     register("tokens", tokens)
     register("mix", mix)
@@ -31,14 +31,14 @@ def text(config: Mapping[str, Any], *, seed: int) -> DataProvider:
 
 
 def tokens(config: Mapping[str, Any], *, seed: int) -> DataProvider:
-    """Token files in Psyche's formats, on disk or behind HTTP."""
+    """Token files in Psyche's formats, on disk or over HTTP."""
     from psyche_lightning.data.tokens import TokenData
 
     return build("data provider 'tokens'", partial(TokenData, seed), config)
 
 
 def mix(config: Mapping[str, Any], *, seed: int) -> DataProvider:
-    """A weighted mix of token files that a JSON index describes."""
+    """A weighted mix of token files, described by a JSON index."""
     from psyche_lightning.data.mix import MixedData
 
     return build("data provider 'mix'", partial(MixedData, seed), config)
@@ -52,7 +52,7 @@ def datasets(config: Mapping[str, Any], *, seed: int) -> DataProvider:
 
 
 def parquet(config: Mapping[str, Any], *, seed: int) -> DataProvider:
-    """Samples that were prepared before, with labels and positions."""
+    """Prepared samples with labels and positions."""
     from psyche_lightning.data.parquet import PreparedData
 
     return build("data provider 'parquet'", partial(PreparedData, seed), config)

@@ -19,33 +19,33 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @hookimpl
 def register_models(register: Register[ModelFactory]) -> None:
-    """Offer the models that every installation has."""
+    """Register the models that every installation has."""
     register("hf", hf)
 
 
 def hf(config: Mapping[str, Any]) -> PreTrainedModel:
-    """Any causal language model of ``transformers``: fresh by its configuration, from a folder, or from the Hub.
+    """Any causal language model of ``transformers``: new from a configuration, from a folder, or from the Hub.
 
     Args:
-        config: either ``model_type`` (``"llama"``, ...) with fields of its configuration class; or ``path`` of a folder
-            in Hugging Face format or ``OWNER/NAME[@REVISION]`` of the Hub, with fields that replace those of its
-            configuration. With ``path`` also ``fresh`` (bool: its configuration with fresh parameters) and
-            ``trust_remote_code`` (bool: run the code that it brings). The Hub is not asked where ``HF_HUB_OFFLINE`` is
-            set; then its cache must have the model.
+        config: either ``model_type`` (``"llama"``, ...) and fields of its configuration class; or ``path`` of a folder
+            in Hugging Face format or ``OWNER/NAME[@REVISION]`` on the Hub, and fields that replace those of its
+            configuration. With ``path`` also ``fresh`` (bool: use its configuration with new parameters) and
+            ``trust_remote_code`` (bool: run the model's own code). If ``HF_HUB_OFFLINE`` is set, the Hub is not asked,
+            and its cache must have the model.
 
     Returns:
-        The model in training mode, its parameters in float32.
+        The model in training mode, with parameters in float32.
 
     Raises:
-        ConfigError: neither or both are given, the type or a field is unknown or wrong, the folder is no checkpoint, or
-            the Hub does not give the model; the text says why.
+        ConfigError: neither or both are given, the type or a field is unknown or wrong, the folder is not a model, or
+            the Hub does not deliver the model; the text says why.
     """
     fields = dict(config)
     path, model_type = fields.pop("path", None), fields.pop("model_type", None)
     if (path is None) == (model_type is None):
         raise ConfigError(
             "The model 'hf' needs either model_type (such as 'llama') with fields of its configuration, or a path: a "
-            "local folder in Hugging Face format, or a name of the Hub such as Qwen/Qwen3-0.6B@main; it got "
+            "local folder in Hugging Face format, or a name on the Hub such as Qwen/Qwen3-0.6B@main; it got "
             f"{'both' if path is not None else 'neither'}."
         )
     if path is None:
@@ -67,7 +67,7 @@ def hf(config: Mapping[str, Any]) -> PreTrainedModel:
             revision=source.revision,
             local_files_only=source.local,
             trust_remote_code=trusted,
-            use_safetensors=True,  # anything else has to be unpickled
+            use_safetensors=True,  # other formats would be unpickled
             dtype=torch.float32,
         )
         return loaded
@@ -77,11 +77,11 @@ def hf(config: Mapping[str, Any]) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model lies.
+    """The location of a model.
 
     Attributes:
-        name: a folder, or a name of the Hub.
-        revision: of the Hub.
+        name: a folder, or a name on the Hub.
+        revision: revision on the Hub.
         local: whether it is a folder.
     """
 
@@ -91,10 +91,10 @@ class _Source:
 
 
 def _source(path: str) -> _Source:
-    """What a path means.
+    """Resolve a path.
 
     Raises:
-        ConfigError: it is neither a model's folder nor like a name of the Hub.
+        ConfigError: it is neither a model's folder nor a possible name on the Hub.
     """
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
@@ -102,7 +102,7 @@ def _source(path: str) -> _Source:
     name, _, revision = path.partition("@")
     if folder.exists() or not _HUB_NAME.fullmatch(name) or (not revision and path.endswith("@")):
         raise ConfigError(
-            f"The model path {path!r} is not a folder in Hugging Face format (no config.json), nor a name of the Hub "
+            f"The model path {path!r} is not a folder in Hugging Face format (no config.json), nor a name on the Hub "
             "such as Qwen/Qwen3-0.6B@main."
         )
     return _Source(name, revision or "main", local=False)
@@ -125,19 +125,19 @@ def _fresh(resolved: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
 
 
 def _built(source: str, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """What ``build`` returns, ready to train; its errors in words."""
+    """Call ``build``, make its model ready to train, and turn its errors into a ConfigError."""
     try:
         model = build()
         model.train()
         return model
     except ConfigError:
         raise
-    except Exception as error:  # what wrong fields raise differs from model to model
+    except Exception as error:  # models raise different types for wrong fields
         raise ConfigError(f"The model 'hf' of {source} cannot be built: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    """Why a model could not be built. The Hub's client says it somewhere in a chain of errors."""
+    """Why a model could not be built; the Hub's client says it somewhere in a chain of errors."""
     from huggingface_hub import errors as hub
 
     chain: list[BaseException] = []
@@ -161,7 +161,7 @@ def _reason(error: BaseException) -> str:
             return text
     if "trust_remote_code" in str(error):
         return (
-            "it brings code of its own, which nobody has checked. Read that code; if you trust it, set "
+            "it has code of its own, which nobody has checked. Read that code; if you trust it, set "
             "model.config.trust_remote_code=true and name the revision that you read, as OWNER/NAME@COMMIT."
         )
     reason = error.__cause__ or error

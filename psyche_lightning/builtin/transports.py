@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_transports(register: Register[TransportFactory]) -> None:
-    """Offer the transports that every installation has."""
+    """Register the transports that every installation has."""
     register("tcp", tcp)
     register("memory", memory)
 
 
 def tcp(options: Mapping[str, Any]) -> Transport:
-    """Asyncio TCP with TLS bound to the nodes' keys."""
+    """TCP with TLS that is bound to the nodes' keys."""
     from psyche_lightning.transports.environment import with_environment
     from psyche_lightning.transports.tcp import TcpTransport
 

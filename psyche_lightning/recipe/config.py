@@ -1,4 +1,4 @@
-"""What a recipe says, as frozen dataclasses; their fields are the keys of the YAML file.
+"""A recipe as frozen dataclasses; their fields are the keys of the YAML file.
 
 Each class documents its section; ``distro`` is :class:`~psyche_lightning.distro.DistroConfig` itself, ``node`` is
 :class:`~psyche_lightning.recipe.options.NodeOptions`. :mod:`psyche_lightning.recipe.loading` checks the bounds of
@@ -21,7 +21,7 @@ from psyche_lightning.recipe.schedule import Constant, Cosine, Linear, Schedule,
 
 
 class Range(NamedTuple):
-    """Bounds of a number: ``low <= value <= high``, or ``low < value`` where ``above``."""
+    """Bounds of a number: ``low <= value <= high``, or ``low < value`` if ``above``."""
 
     low: float
     high: float = float("inf")
@@ -44,7 +44,7 @@ Positive = Annotated[float, Range(0, above=True)]
 
 @dataclass(frozen=True)
 class RunSection(RunValues, CoordinatorConfig):
-    """``run``: the coordinator's configuration, and what the nodes share besides.
+    """``run``: the coordinator's configuration, and further values that the nodes share.
 
     Its keys are those of :class:`~psyche_lightning.protocol.state.CoordinatorConfig` and of
     :class:`~psyche_lightning.recipe.options.RunValues`.
@@ -52,20 +52,20 @@ class RunSection(RunValues, CoordinatorConfig):
 
     @property
     def coordinator(self) -> CoordinatorConfig:
-        """What the coordinator is given."""
+        """The coordinator's configuration."""
         return CoordinatorConfig(**_part(self, CoordinatorConfig))
 
 
 @dataclass(frozen=True)
 class ModelSection:
-    """``model``: what is trained.
+    """``model``: the model to train.
 
     Attributes:
-        name: a model of a plugin; ``psyche plugins`` lists them.
-        config: what the plugin's factory is given.
-        path: where the first parameters come from: a folder in Hugging Face format, a name of the Hub, or an address of
-            checkpoints; the factory gets it as ``path``, an address as the folder of a copy.
-        dtype: of the parameters; bfloat16 ones have float32 masters.
+        name: a plugin's model; ``psyche plugins`` lists them.
+        config: the configuration for the plugin's factory.
+        path: where the first parameters come from: a folder in Hugging Face format, a name on the Hub, or an address of
+            checkpoints. The factory gets it as ``path``; an address becomes the folder of a copy.
+        dtype: dtype of the parameters; bfloat16 ones have float32 masters.
     """
 
     name: str = "hf"
@@ -75,18 +75,18 @@ class ModelSection:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the factory is given."""
+        """The arguments of the factory."""
         return {**self.config, **({} if self.path is None else {"path": self.path})}
 
 
 @dataclass(frozen=True)
 class DataSection:
-    """``data``: what it is trained on.
+    """``data``: the data to train on.
 
     Attributes:
-        name: a data provider of a plugin; ``psyche plugins`` lists them.
-        config: what the plugin's factory is given.
-        seq_len: tokens of a sample; given to the factory as well.
+        name: a plugin's data provider; ``psyche plugins`` lists them.
+        config: the configuration for the plugin's factory.
+        seq_len: tokens of a sample; the factory gets it, too.
     """
 
     name: str = "text"
@@ -95,7 +95,7 @@ class DataSection:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the factory is given."""
+        """The arguments of the factory."""
         return {**self.config, "seq_len": self.seq_len}
 
 
@@ -106,14 +106,14 @@ class ScheduleSection:
     Attributes:
         kind: ``constant``, ``linear``, ``cosine`` or ``wsd`` (warm-up, stable, decay).
         warmup_steps: length of the linear warm-up.
-        warmup_init_lr: the rate at which it begins.
-        final_lr: of ``linear`` and ``cosine``: the last rate.
-        total_steps: of ``linear`` and ``cosine``: where it is reached; the run's ``total_steps`` unless set.
-        stable_steps: of ``wsd``: steps at the base rate.
-        cosine_decay_steps: of ``wsd``: length of the cosine.
-        cosine_decay_final_lr: of ``wsd``: rate at its end.
-        linear_decay_steps: of ``wsd``: length of the line that follows.
-        linear_decay_final_lr: of ``wsd``: rate at its end.
+        warmup_init_lr: the rate at which the warm-up begins.
+        final_lr: for ``linear`` and ``cosine``: the last rate.
+        total_steps: for ``linear`` and ``cosine``: the step of the last rate; by default the run's ``total_steps``.
+        stable_steps: for ``wsd``: steps at the base rate.
+        cosine_decay_steps: for ``wsd``: length of the cosine.
+        cosine_decay_final_lr: for ``wsd``: rate at the end of the cosine.
+        linear_decay_steps: for ``wsd``: length of the line after the cosine.
+        linear_decay_final_lr: for ``wsd``: rate at the end of the line.
     """
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
@@ -128,13 +128,13 @@ class ScheduleSection:
     linear_decay_final_lr: Rate | None = None
 
     def lengths(self, share: Fraction) -> dict[str, int]:
-        """The fields that are set and count steps, each times ``share`` and rounded down."""
+        """The fields that are set and count steps, each multiplied by ``share`` and rounded down."""
         names = ("warmup_steps", "total_steps", "stable_steps", "cosine_decay_steps", "linear_decay_steps")
         values = {name: getattr(self, name) for name in names}
         return {name: int(value * share) for name, value in values.items() if value}
 
     def build(self, lr: float, run_steps: int) -> Schedule:
-        """The schedule with base rate ``lr`` in a run of ``run_steps``.
+        """Build the schedule with base rate ``lr`` for a run of ``run_steps``.
 
         Raises:
             ConfigError: a field of another kind is set, one of this kind is missing, or they contradict each other.
@@ -170,7 +170,7 @@ class ScheduleSection:
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """``optimizer``: the size of the steps; their direction is DisTrO's.
+    """``optimizer``: the size of the steps; DisTrO decides their direction.
 
     Attributes:
         lr: base learning rate.
@@ -196,7 +196,7 @@ class TrainerSection:
         validation_samples: samples of one validation.
         log_every: rounds between log lines.
         accelerator: Lightning's ``accelerator``.
-        threads: torch threads; null leaves torch's choice.
+        threads: torch threads; null for torch's own choice.
     """
 
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "32-true"
@@ -210,14 +210,14 @@ class TrainerSection:
 
 @dataclass(frozen=True)
 class CheckpointSection:
-    """``checkpoint``: what is kept of the parameters, and what a run goes on from.
+    """``checkpoint``: which checkpoints are kept, and from which one a run resumes.
 
     Attributes:
         every: rounds between checkpoints; 0 for one at the end.
-        keep: newest checkpoints that stay, in the node's folder and at the address.
+        keep: number of newest checkpoints to keep, in the node's folder and at the address.
         to: an address that the nodes share, besides each node's own folder; null for none.
-        writers: nodes that care for the address: the first writes, a further one where those before it do not.
-        resume: an address of checkpoints from which the run goes on: parameters, step and data; null to begin anew.
+        writers: nodes that write to the address: the first one writes, and another one only if those before it fail.
+        resume: an address of checkpoints from which the run resumes: parameters, step and data; null to start anew.
     """
 
     every: NonNegative = 0
@@ -229,17 +229,17 @@ class CheckpointSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run, completely described.
+    """A complete description of a run.
 
     Attributes:
-        name: the run's name unless another is given.
+        name: the default of the run's name.
         run: durations, sizes, seed.
         distro: compression.
-        model: what is trained.
-        data: what on.
+        model: the model to train.
+        data: the data to train on.
         optimizer: step sizes.
         trainer: how this node computes.
-        checkpoint: what is kept of the parameters.
+        checkpoint: which checkpoints are kept.
         node: how this node is connected.
     """
 
@@ -273,10 +273,10 @@ class Recipe:
         Args:
             coordinator: URL of the run's coordinator; None to train alone.
             run: the run's name.
-            directory: the node's folder; who trains alone keeps nothing in it.
-            manifest: the manifest's sections, as :func:`psyche_lightning.recipe.manifest.manifest` gives them.
-            start: steps that were done before, and the first data id that is left, for a run of this process alone.
-            tokens_per_sample: of the data.
+            directory: the node's folder; a process that trains alone keeps nothing in it.
+            manifest: the manifest's sections, as :func:`psyche_lightning.recipe.manifest.manifest` returns them.
+            start: for a run of this process alone: steps that were done before, and the first data id that is left.
+            tokens_per_sample: tokens of a sample.
         """
         alone = coordinator is None
         return RunOptions(

@@ -1,6 +1,6 @@
-"""What a recipe will take, before anything is trained: parameters, memory and bytes per round.
+"""Estimates what a recipe needs before any training: parameters, memory and bytes per round.
 
-The model is built on the meta device, where parameters have shapes and no values, so any size works on any machine.
+The model is built on the meta device, where parameters have shapes but no values, so every size works on every machine.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Estimate:
-    """The size of a run, all in bytes except where it says otherwise.
+    """The size of a run, in bytes unless stated otherwise.
 
     Attributes:
-        parameters: number of parameters, tied ones counted once.
-        trainable: number of those that are trained.
-        memory: what one node holds, by name; activations and the framework come on top.
-        payload: what one node publishes in a round.
+        parameters: number of parameters; tied ones count once.
+        trainable: number of trainable parameters.
+        memory: memory of one node, by name, without activations and the framework.
+        payload: bytes that one node publishes in a round.
     """
 
     parameters: int
@@ -35,11 +35,11 @@ class Estimate:
     payload: int
 
     def bytes_per_round(self, nodes: int) -> int:
-        """Payload bytes that a node sends, and as many that it receives, where each fetches from each."""
+        """Payload bytes that a node sends, and as many that it receives, if each fetches from each."""
         return (nodes - 1) * self.payload
 
     def allreduce_bytes_per_round(self, nodes: int) -> float:
-        """What each node sends in a ring all-reduce of float32 gradients: ``2 (n - 1) / n x 4 x parameters``."""
+        """Bytes that each node sends in a ring all-reduce of float32 gradients: ``2 (n - 1) / n x 4 x parameters``."""
         return 2 * (nodes - 1) / nodes * FLOAT32 * self.trainable
 
 
@@ -49,7 +49,7 @@ def meta_model(recipe: Recipe) -> torch.nn.Module:
     Raises:
         PluginError: no plugin has the model.
         ConfigError: its configuration is wrong.
-        CheckpointError: nothing usable is at its path.
+        CheckpointError: its path leads to nothing usable.
     """
     build = load_plugins().models()[recipe.model.name]
     import torch
@@ -67,11 +67,11 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
 
     Args:
         recipe: the run.
-        model: its model, if it exists already; None builds it on the meta device.
+        model: its model, if it already exists; None builds it on the meta device.
 
     Raises:
         PluginError: no plugin has the model.
-        ConfigError: its configuration is wrong, or nothing in it can be trained.
+        ConfigError: its configuration is wrong, or it has no trainable parameters.
     """
     model = meta_model(recipe) if model is None else model
     from psyche_lightning.distro import Layout, PayloadCodec

@@ -1,4 +1,4 @@
-"""Recipes: finding the YAML file, overriding keys, and resolving both into a typed :class:`Recipe`."""
+"""Finds a recipe's YAML file, overrides its keys, and resolves both into a typed :class:`Recipe`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TWIN = "twin"
 
 
 def recipe_folders() -> list[Path]:
-    """Where recipes are looked up by name: ``./recipes``, then those that are installed with the package."""
+    """The folders in which recipes are found by name: ``./recipes``, then the installed ones."""
     return [Path("recipes"), Path(str(resources.files("psyche_lightning.recipes")))]
 
 
@@ -28,7 +28,7 @@ def find_recipe(recipe: str) -> Path:
     """The file of a recipe: a path, or the name of a file in one of :func:`recipe_folders`.
 
     Raises:
-        ConfigError: there is none; the text lists the names that there are.
+        ConfigError: the recipe does not exist; the text lists the known names.
     """
     if Path(recipe).is_file():
         return Path(recipe)
@@ -47,14 +47,14 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, twin: bool
     """Read a recipe and resolve it.
 
     Args:
-        recipe: a path, or the name of a recipe; a ``.toml`` file is a run configuration of Psyche's.
-        overrides: ``key=value`` with dotted keys; a key that ends like exactly one key of the recipe is enough, so that
-            ``init_min_clients=2`` means ``run.init_min_clients=2``. Values are YAML; the last of several wins.
-        twin: whether the recipe's ``twin`` section, its CPU-sized form, replaces what it names (before the overrides).
+        recipe: a path, or the name of a recipe; a ``.toml`` file is one of Psyche's run configurations.
+        overrides: ``key=value`` with dotted keys. A key may be shortened to its end if only one key of the recipe ends
+            like it: ``init_min_clients=2`` means ``run.init_min_clients=2``. Values are YAML; the last one wins.
+        twin: whether to apply the recipe's ``twin`` section, its CPU-sized form, before the overrides.
 
     Raises:
-        ConfigError: no such recipe, no YAML, an unknown key (with the nearest and the choices), a value of a wrong type
-            or out of bounds, or values that contradict each other.
+        ConfigError: the recipe does not exist or is not YAML, a key is unknown (the text names the nearest one and the
+            choices), a value has a wrong type or is out of bounds, or values contradict each other.
     """
     path = find_recipe(str(recipe))
     values = _read(path)
@@ -80,10 +80,10 @@ def resolve(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
 
     Args:
         values: sections by name, as in a recipe's file without its ``twin``.
-        source: what messages name as the origin.
+        source: the origin that messages name.
 
     Raises:
-        ConfigError: as :func:`load_recipe`.
+        ConfigError: see :func:`load_recipe`.
     """
     try:
         recipe = _typed(Recipe, dict(values), "")
@@ -95,14 +95,14 @@ def resolve(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
 
 
 def resolve_key(key: str) -> str:
-    """The full dotted key for one that ends like it, such as ``run.min_clients`` for ``min_clients``.
+    """The full dotted key for the end of a key, such as ``run.min_clients`` for ``min_clients``.
 
     Raises:
         ConfigError: no key or several keys end like it.
     """
     keys = dict(_leaves(Recipe, ""))
     parts = key.split(".")
-    for cut in range(len(parts), 0, -1):  # what follows is a key inside a free section such as model.config
+    for cut in range(len(parts), 0, -1):  # the rest is a key inside a free section such as model.config
         head, rest = ".".join(parts[:cut]), parts[cut:]
         found = [full for full, free in keys.items() if f".{full}".endswith(f".{head}") and (free or not rest)]
         if found:  # an outer key wins: total_steps is the run's, not the schedule's
@@ -125,7 +125,7 @@ def resolve_key(key: str) -> str:
 
 
 def _check_together(recipe: Recipe) -> None:
-    """The rules that involve several keys."""
+    """Check the rules that involve several keys."""
     recipe.schedule  # noqa: B018 - building it checks it
     check_run_id(recipe.name)
     check_config(recipe.run.coordinator)
@@ -140,8 +140,8 @@ def _read(path: Path) -> dict[str, Any]:
 
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # PyYAML, OmegaConf and the file system raise many types, all of which mean this
-        raise ConfigError(f"{path} is not a YAML file that can be read: {error}") from error
+    except Exception as error:  # PyYAML, OmegaConf and the file system raise many types
+        raise ConfigError(f"{path} is not a readable YAML file: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path} does not contain sections; a recipe begins with keys such as 'model:' and 'run:'.")
     return typing.cast("dict[str, Any]", values)
@@ -151,16 +151,16 @@ def parse_override(text: str) -> tuple[str, Any]:
     """The full key and the value of one ``key=value``, such as ``("run.min_clients", 2)`` for ``min_clients=2``.
 
     Raises:
-        ConfigError: it is not of that form, the key is unknown or ambiguous, or the value is not YAML.
+        ConfigError: the text has another form, the key is unknown or ambiguous, or the value is not YAML.
     """
     from omegaconf import OmegaConf
 
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"The override {text!r} is not of the form key=value, such as run.total_steps=100.")
+        raise ConfigError(f"The override {text!r} does not have the form key=value, such as run.total_steps=100.")
     try:
         parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
-    except Exception as error:  # PyYAML and OmegaConf raise many types, all of which mean the same here
+    except Exception as error:  # PyYAML and OmegaConf raise many types
         raise ConfigError(f"The override {text!r} has a value that is not YAML: {value!r}.") from error
     assert isinstance(parsed, dict)
     return resolve_key(key.strip()), parsed["value"]
@@ -175,7 +175,7 @@ def _merge(values: dict[str, Any], other: Mapping[str, Any]) -> None:
 
 
 def _leaves(section: type, prefix: str) -> Iterator[tuple[str, bool]]:
-    """Every dotted key, and whether anything may be inside it."""
+    """All dotted keys, and whether each may contain further keys."""
     for name, hint in typing.get_type_hints(section).items():
         if is_dataclass(hint):
             yield from _leaves(typing.cast(type, hint), f"{prefix}{name}.")
@@ -188,7 +188,7 @@ def _some_key(section: str) -> str:
 
 
 def _unknown(key: str, section: type, prefix: str) -> str:
-    """The sentence about a key that ``section`` lacks: the nearest one, there or elsewhere, and the choices."""
+    """The message about a key that ``section`` lacks: the nearest key, here or elsewhere, and the choices."""
     names = [item.name for item in fields(section)]
     leaves = [leaf for leaf, _ in _leaves(Recipe, "")]
     last = key.rpartition(".")[2]
@@ -204,10 +204,10 @@ def _unknown(key: str, section: type, prefix: str) -> str:
 
 
 def _typed(hint: Any, value: Any, key: str) -> Any:
-    """``value`` as the type ``hint`` says.
+    """Returns ``value`` as the type ``hint``.
 
     Raises:
-        ConfigError: it is another type, out of bounds, or has keys that the type lacks.
+        ConfigError: it has another type, is out of bounds, or has unknown keys.
     """
     if is_dataclass(hint):
         return _section(typing.cast(type, hint), value, key)
@@ -224,7 +224,7 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
         if not any(type(value) is type(choice) and value == choice for choice in arguments):
             choices = [str(choice) for choice in arguments]
             hint = nearest(str(value), choices)
-            raise ConfigError(f"{key} is {value!r}, which is no choice.{hint} Choices: {', '.join(choices)}.")
+            raise ConfigError(f"{key} is {value!r}, which is not a choice.{hint} Choices: {', '.join(choices)}.")
         return value
     if origin is Mapping and isinstance(value, dict):
         return value
@@ -247,5 +247,5 @@ def _section(section: type, values: Any, key: str) -> Any:
     return section(**{name: _typed(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
 
 
-# What a type is, in the words of messages.
+# Types in the words of messages.
 _KINDS = {type(None): "null", bool: "true or false", int: "an integer", float: "a number", str: "text", dict: "keys"}

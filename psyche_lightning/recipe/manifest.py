@@ -1,4 +1,4 @@
-"""What a recipe gives to the run's manifest: what must be equal on all nodes, and nothing else (invariant I9).
+"""The recipe's part of the run's manifest: everything that must be equal on all nodes, and nothing else (invariant I9).
 
 The coordinator holds the manifest, compares it with each node's, and says in which fields they differ
 (:mod:`psyche_lightning.protocol.manifest`).
@@ -16,11 +16,11 @@ from psyche_lightning.recipe.config import Recipe
 from psyche_lightning.recipe.options import RunValues
 
 PLACES = ("path", "url", "tokenizer", "fetch")
-"""Keys of ``model.config`` and ``data.config`` that say where something lies or how it is fetched; nodes may differ."""
+"""Keys of ``model.config`` and ``data.config`` that name a location or how to fetch from it; nodes may differ."""
 
 
 def start_section(checkpoint: Manifest) -> dict[str, Any]:
-    """The section ``start`` of a run that goes on from a checkpoint; nodes that would begin otherwise are refused."""
+    """The section ``start`` of a run that resumes from a checkpoint; nodes that would start otherwise are refused."""
     metadata = checkpoint.metadata
     return {"step": metadata.step, "data_index": metadata.data_index, "digest": checkpoint.digest}
 
@@ -28,12 +28,12 @@ def start_section(checkpoint: Manifest) -> dict[str, Any]:
 def manifest(recipe: Recipe, fingerprint: str | None = None) -> dict[str, dict[str, Any]]:
     """The manifest's sections, as plain JSON values.
 
-    The coordinator's own configuration is not part of it (the coordinator has it), nor are micro-batches, devices,
-    folders and connections. The schedule is: the same ``total_steps`` for all is written into it.
+    The coordinator's own configuration is not part of it, because the coordinator has it, nor are micro-batches,
+    devices, folders and connections. The schedule contains the ``total_steps`` that is equal on all nodes.
 
     Args:
         recipe: the node's recipe.
-        fingerprint: what the data provider says that its samples are, if it does.
+        fingerprint: the data provider's fingerprint, if it has one.
     """
     data = {"name": recipe.data.name, "seq_len": recipe.data.seq_len, "config": _without_places(recipe.data.config)}
     if fingerprint is not None:

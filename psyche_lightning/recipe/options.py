@@ -1,9 +1,9 @@
 """How a process takes part in a run: one set of names for recipes, Trainer and Fabric.
 
 All nodes share :class:`RunValues` and :class:`~psyche_lightning.distro.DistroConfig`, the sections ``run`` and
-``distro`` of a run's manifest; :class:`NodeOptions` are each node's own. A recipe has them as sections.
-:class:`RunOptions` has them all in one list, where a shared value may be left to the run: the strategies take it, and a
-recipe becomes one when it is trained.
+``distro`` of a run's manifest. Each node has its own :class:`NodeOptions`. A recipe has all of them as sections.
+:class:`RunOptions` has them in one list, in which a shared value may be left to the run: strategies take it, and a
+recipe becomes one for training.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ RUN_VARIABLE = "PSYCHE_RUN"
 
 @dataclass(frozen=True)
 class RunValues:
-    """What all nodes of a run share besides the compression: the section ``run`` of its manifest.
+    """Values that all nodes of a run share besides the compression: the section ``run`` of its manifest.
 
     Attributes:
         overlap: whether results travel while the next round computes; they are then applied one round later.
-        seed: of the parameters' initialization and the order of the data.
-        digest_every: rounds between digests of the parameters, by which nodes notice that theirs differ.
-        keep_bytes: agreed payloads that nodes keep, in bytes, so that others can catch up; beyond them they take a new
-            snapshot. 0 for as many as the parameters have, and at least 64 MiB.
+        seed: seed for the initial parameters and the order of the data.
+        digest_every: rounds between digests of the parameters, by which nodes notice differences.
+        keep_bytes: bytes of agreed payloads that nodes keep so that others can catch up; beyond them, they take a new
+            snapshot. 0 means as many as the parameters have, but at least 64 MiB.
 
     Raises:
-        ConfigError: a value is of a wrong type or out of its range.
+        ConfigError: a value has a wrong type or is out of range.
     """
 
     overlap: bool = False
@@ -60,17 +60,17 @@ SHARED: dict[str, type[RunValues] | type[DistroConfig]] = {"run": RunValues, "di
 
 @dataclass(frozen=True)
 class NodeOptions:
-    """``node``: how a node is connected and where it keeps what it must not lose; nodes may differ.
+    """``node``: how a node is connected and where it keeps its durable files; nodes may differ.
 
     Attributes:
         transport: how nodes reach each other; ``psyche plugins`` lists the choices.
-        transport_options: what the transport is given, such as ``{"host": "0.0.0.0", "advertise": "10.0.0.7"}``.
-        directory: where the node keeps its key, promises and payloads, so that it can be killed and come back; one
-            folder for each node.
+        transport_options: options of the transport, such as ``{"host": "0.0.0.0", "advertise": "10.0.0.7"}``.
+        directory: the folder for the node's key, promises and payloads, so that it can be killed and come back; each
+            node needs its own.
         patience: longest time to wait for a round, in seconds.
 
     Raises:
-        ConfigError: a value is of a wrong type or out of its range.
+        ConfigError: a value has a wrong type or is out of range.
     """
 
     transport: str = "tcp"
@@ -92,31 +92,31 @@ class NodeOptions:
 
 @dataclass(frozen=True)
 class RunOptions(NodeOptions):
-    """How this process takes part in a run. A shared value that is None is the run's, or the default where it has none.
+    """How this process takes part in a run. If a shared value is None, the run's value or the default counts.
 
     Attributes:
-        coordinator: URL of the coordinator. Without one, the process is alone in a run of its own.
+        coordinator: URL of the coordinator; without it, the process is alone in its own run.
         run: the run's name; given together with ``coordinator``, or not at all.
-        overlap: of :class:`RunValues`, as the next three.
-        seed: likewise.
-        digest_every: likewise.
-        keep_bytes: likewise.
-        chunk: of :class:`~psyche_lightning.distro.DistroConfig`, as the next six.
-        k: likewise.
-        decay: likewise.
-        removal: likewise.
-        lookahead: likewise.
-        k_for: likewise.
-        float32_gradients: likewise.
-        global_batch_size: samples of a round of the whole run, where the run leaves it to its first node.
-        total_steps: where the run ends, where it leaves that to its first node.
+        overlap: see :class:`RunValues`, as for the next three.
+        seed: see there.
+        digest_every: see there.
+        keep_bytes: see there.
+        chunk: see :class:`~psyche_lightning.distro.DistroConfig`, as for the next six.
+        k: see there.
+        decay: see there.
+        removal: see there.
+        lookahead: see there.
+        k_for: see there.
+        float32_gradients: see there.
+        global_batch_size: samples of a round of the whole run, if the run leaves it to its first node.
+        total_steps: the last step of the run, if the run leaves it to its first node.
         config: sizes of a run of this process alone; None for those that data and Trainer give.
-        start: of a run of this process alone: steps that were done before, and the first data id that is left.
+        start: for a run of this process alone: steps that were done before, and the first data id that is left.
         manifest: sections of the run's manifest that replace those made from the module and its data.
-        tokens_per_sample: what a sample counts in the figures for people.
+        tokens_per_sample: tokens that a sample counts in figures for people.
 
     Raises:
-        ConfigError: a value is of a wrong type or out of its range.
+        ConfigError: a value has a wrong type or is out of range.
     """
 
     coordinator: str | None = None
@@ -142,7 +142,7 @@ class RunOptions(NodeOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         for section, kind in SHARED.items():
-            kind(**self.given[section])  # it checks itself
+            kind(**self.given[section])  # its constructor checks the values
         for name in ("global_batch_size", "total_steps", "tokens_per_sample"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -154,7 +154,7 @@ class RunOptions(NodeOptions):
 
     @property
     def given(self) -> dict[str, dict[str, Any]]:
-        """The shared values that are not left to the run, by section of the manifest."""
+        """The shared values that are given, by section of the manifest."""
         found = {name: {item.name: getattr(self, item.name) for item in fields(kind)} for name, kind in SHARED.items()}
         return {name: {key: value for key, value in each.items() if value is not None} for name, each in found.items()}
 
@@ -164,7 +164,7 @@ class RunOptions(NodeOptions):
         return self.coordinator is None
 
     def in_environment(self, environment: Mapping[str, str] = os.environ) -> RunOptions:
-        """With ``PSYCHE_COORDINATOR`` and ``PSYCHE_RUN`` for what is None.
+        """The options, completed from ``PSYCHE_COORDINATOR`` and ``PSYCHE_RUN``.
 
         Raises:
             ConfigError: only one of coordinator and run is known, or the coordinator is not a URL.

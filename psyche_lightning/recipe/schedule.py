@@ -1,6 +1,6 @@
-"""Psyche's learning-rate schedules as pure functions of the run's step, so that a late joiner stands where all do.
+"""Psyche's learning-rate schedules as pure functions of the run's step, so a node that joins late has the same rate.
 
-Steps count from 1, as in the coordinator's rounds; every schedule warms up linearly for ``step < warmup_steps``.
+Steps count from 1, like the coordinator's rounds. Every schedule warms up linearly while ``step < warmup_steps``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from psyche_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class Constant:
-    """The base rate after the warm-up.
+    """The base rate, after the warm-up.
 
     Attributes:
         base_lr: the rate after the warm-up.
@@ -38,7 +38,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear(Constant):
-    """From the base rate in a straight line to ``final_lr`` at ``total_steps``, where it stays.
+    """A straight line from the base rate to ``final_lr`` at ``total_steps``, where the rate stays.
 
     Attributes:
         total_steps: the step at which the final rate is reached, warm-up included.
@@ -62,7 +62,7 @@ class Linear(Constant):
 
 @dataclass(frozen=True)
 class Cosine(Linear):
-    """Half a cosine from the base rate to ``final_lr`` at ``total_steps``; not clamped beyond (as in Psyche)."""
+    """Half a cosine from the base rate to ``final_lr`` at ``total_steps``; not clamped after it, as in Psyche."""
 
     def _after_warmup(self, step: int) -> float:
         fraction = step / (self.total_steps - self.warmup_steps)
@@ -71,14 +71,14 @@ class Cosine(Linear):
 
 @dataclass(frozen=True)
 class WarmupStableDecay(Constant):
-    """The base rate for a while, half a cosine down, then a straight line, whose end stays.
+    """The base rate for a while, then half a cosine, then a straight line, at whose end the rate stays.
 
     Attributes:
         stable_steps: steps at the base rate.
         cosine_decay_steps: length of the cosine.
-        cosine_decay_final_lr: rate at its end.
+        cosine_decay_final_lr: rate at the end of the cosine.
         linear_decay_steps: length of the line.
-        linear_decay_final_lr: rate at its end.
+        linear_decay_final_lr: rate at the end of the line.
     """
 
     stable_steps: int = 0
@@ -90,7 +90,7 @@ class WarmupStableDecay(Constant):
     def __post_init__(self) -> None:
         if not self.linear_decay_final_lr <= self.cosine_decay_final_lr <= self.base_lr:
             raise ConfigError(
-                "A schedule 'wsd' goes down: linear_decay_final_lr <= cosine_decay_final_lr <= lr is needed, not "
+                "A schedule 'wsd' must not rise: linear_decay_final_lr <= cosine_decay_final_lr <= lr, not "
                 f"{self.linear_decay_final_lr} <= {self.cosine_decay_final_lr} <= {self.base_lr}."
             )
 
@@ -108,7 +108,7 @@ class WarmupStableDecay(Constant):
 
 
 Schedule = Constant
-"""What all schedules are: callable with a step."""
+"""The type of all schedules: a call with a step returns the rate."""
 
 
 def _half_cosine(start: float, end: float, fraction: float) -> float:

@@ -1,8 +1,8 @@
-"""Psyche's own run configurations in TOML, as recipes.
+"""Reads Psyche's own run configurations in TOML as recipes.
 
-Settings that decide nothing here are passed over (AdamW's place is DisTrO's, ``quantize_1bit`` is always so); those
-that this project cannot do are refused by name. What a file does not say (which data, where it names none) is default,
-and ``key=value`` overrides it as in any recipe.
+It ignores settings that decide nothing here (DisTrO replaces AdamW, and ``quantize_1bit`` is always on), and refuses
+those that this project does not support. What a file leaves out, such as the data, has its default, and ``key=value``
+overrides it as in any recipe.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ SIZES = {"TwoBytes": 2, "FourBytes": 4}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The sections of a recipe that a run configuration stands for.
+    """Convert a run configuration to the sections of a recipe.
 
     Raises:
-        ConfigError: it is no TOML, not of that form, or says what this project cannot do.
+        ConfigError: the file is not TOML, has another form, or needs something that this project does not support.
     """
     tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from error
+        raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
     config = values.get("config")
     if not isinstance(config, dict):
-        raise ConfigError(f"{path} has no section [config]; a run configuration of Psyche's begins with one.")
+        raise ConfigError(f"{path} has no section [config]; one of Psyche's run configurations begins with it.")
     known = CoordinatorConfig.__dataclass_fields__
     unknown = [name for name in config if name not in known]
     if unknown:
-        raise ConfigError(f"{path}: [config] has the unknown key {unknown[0]!r}. There are: {', '.join(known)}.")
+        raise ConfigError(f"{path}: [config] has the unknown key {unknown[0]!r}. Known keys: {', '.join(known)}.")
     recipe: dict[str, Any] = {"run": dict(config)}
     model = values.get("model")
     if model is not None:
         try:
             recipe.update(_model(model["LLM"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{path}: [model.LLM] is not of Psyche's form: {error!r}") from error
+            raise ConfigError(f"{path}: [model.LLM] does not have Psyche's form: {error!r}") from error
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
     if isinstance(values.get("run_id"), str):
@@ -54,7 +54,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def _model(llm: Mapping[str, Any]) -> dict[str, Any]:
     if llm["architecture"] == "Torchtitan":
-        raise ConfigError("the architecture Torchtitan is not known here; HfLlama, HfDeepseek and HfAuto are.")
+        raise ConfigError("the architecture Torchtitan is not supported; use HfLlama, HfDeepseek or HfAuto.")
     recipe: dict[str, Any] = {"data": {"seq_len": llm["max_seq_len"], **_data(llm["data_location"])}}
     source = _checkpoint(llm["checkpoint"])
     if source is not None:
@@ -70,7 +70,7 @@ def _model(llm: Mapping[str, Any]) -> dict[str, Any]:
             "decay": settings["compression_decay"],
         }
     elif rule != "AdamW":
-        raise ConfigError(f"the optimizer {rule!r} trains nothing; choose Distro.")
+        raise ConfigError(f"the optimizer {rule!r} is not supported; choose Distro.")
     for name in ("weight_decay", "clip_grad_norm"):
         if settings.get(name) is not None:
             optimizer[name] = settings[name]
@@ -79,7 +79,7 @@ def _model(llm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checkpoint(value: Any) -> str | None:
-    """Where the first parameters come from: a repository, an address, or nowhere."""
+    """Where the first parameters come from: a repository, an address, or None."""
     kind, fields = _only(value, "checkpoint")
     if kind in ("Hub", "P2P"):
         revision = fields.get("revision")
@@ -103,7 +103,7 @@ def _data(value: Any) -> dict[str, Any]:
     if kind == "Http":
         return {"name": "tokens", "config": _http(place)}
     raise ConfigError(
-        f"the data location {kind!r} is not known here: choose Local, Http, WeightedHttp, Preprocessed or Dummy."
+        f"the data location {kind!r} is not supported: choose Local, Http, WeightedHttp, Preprocessed or Dummy."
     )
 
 
@@ -122,12 +122,12 @@ def _http(place: Mapping[str, Any]) -> dict[str, Any]:
             "count": where["num_files"],
         }
     else:
-        raise ConfigError(f"the location {kind!r} is not known here: choose SingleUrl or NumberedFiles.")
+        raise ConfigError(f"the location {kind!r} is not supported: choose SingleUrl or NumberedFiles.")
     return found
 
 
 def _only(value: Any, name: str) -> tuple[str, Any]:
-    """An externally tagged value: ``"Dummy"``, or ``{"Hub": {...}}``."""
+    """Split an externally tagged value: ``"Dummy"``, or ``{"Hub": {...}}``."""
     if isinstance(value, str):
         return value, {}
     if isinstance(value, dict) and len(value) == 1:

@@ -90,11 +90,11 @@ def test_each_wrong_name_has_its_own_message(
         "me/nothing": "the Hub has no such model, or your user may not see it: check the name",
         "me/model@other": "the Hub has the model, but not this revision",
         "me/gated": "it is gated: ask for access on its page",
-        "me/own": "it brings code of its own, which nobody has checked",
+        "me/own": "it has code of its own, which nobody has checked",
         str(tmp_path): "is not a folder in Hugging Face format",
-        "a/b/c": "nor a name of the Hub",
-        "me/model@": "nor a name of the Hub",
-        "../model": "nor a name of the Hub",
+        "a/b/c": "nor a name on the Hub",
+        "me/model@": "nor a name on the Hub",
+        "../model": "nor a name on the Hub",
     }.items():
         with pytest.raises(ConfigError, match=message):
             hf({"path": name})

@@ -129,7 +129,7 @@ def test_verify_finds_a_changed_byte(texts: Path, tmp_path: Path, capsys: pytest
         (["{texts}", "--token-size", "1"], "token_size is 1, expected 2 or 4 bytes"),
     ],
 )
-def test_what_is_wrong_is_said(
+def test_mistakes_are_explained(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     given = [argument.replace("{texts}", str(texts)) for argument in arguments]

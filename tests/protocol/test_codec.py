@@ -53,7 +53,7 @@ def through_text(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def test_states_come_back_exactly() -> None:
+def test_states_round_trip_exactly() -> None:
     assert state_from_json(through_text(state_to_json(STATE, blooms=True))) == STATE
     assert state_from_json(through_text(state_to_json(RunState("r")))) == RunState("r")
     assert json.dumps(state_to_json(STATE)["config"]).startswith('{"warmup_time": 7.0,')

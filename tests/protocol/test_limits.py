@@ -72,7 +72,7 @@ def test_other_values_out_of_range(field: str, values: dict[str, float]) -> None
         {"warmup_time": 0.5},
     ],
 )
-def test_the_layout_s_limits_are_not_the_machine_s(values: dict[str, float]) -> None:
+def test_the_limits_of_psyches_layout_are_not_the_machines(values: dict[str, float]) -> None:
     config = CoordinatorConfig(**values)  # type: ignore[arg-type]
     check_config(config)
     with pytest.raises(ConfigError, match=f"^{list(values)[-1]} is "):

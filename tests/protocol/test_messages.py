@@ -43,7 +43,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
 
 
 @given(messages)
-def test_what_is_sealed_is_opened(message: Message) -> None:
+def test_sealed_messages_are_opened(message: Message) -> None:
     envelope = seal(NODE, "run", message)
     assert open_envelope(envelope.raw, "run") == envelope
     assert envelope.sender == NODE.public

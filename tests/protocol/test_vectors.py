@@ -77,7 +77,7 @@ def test_vector_3_permutation() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 600), st.binary(min_size=32, max_size=32))
-def test_permutation_is_one(size: int, key: bytes) -> None:
+def test_the_permutation_is_one_to_one(size: int, key: bytes) -> None:
     permutation = Permutation(key, size)
     assert sorted(permutation(i) for i in range(size)) == list(range(size))
 
@@ -213,7 +213,7 @@ def test_quorum_is_more_than_half() -> None:
     assert all(2 * quorum(n) > n for n in range(1, 500))
 
 
-def test_a_proof_must_be_the_shuffle_s() -> None:
+def test_a_proof_must_match_the_shuffle() -> None:
     selection = CommitteeSelection(0, 2, 0, 5, 9)
     seats = selection.witnesses()
     assert len(seats) == 2

@@ -122,8 +122,8 @@ def test_the_twin_replaces_what_it_names_before_the_overrides(path: Path) -> Non
         ("run.total_steps.x=1", r"Unknown key 'run\.total_steps\.x'"),
         ("config.x=1", r"'config\.x' could be any of model\.config, data\.config"),
         ("model=3", r"'model' is a section; set one of its keys, such as model\.name="),
-        ("nonsense", r"'nonsense' is not of the form key=value"),
-        ("=3", r"'=3' is not of the form"),
+        ("nonsense", r"'nonsense' does not have the form key=value"),
+        ("=3", r"'=3' does not have the form"),
         ("lr=[1", r"'lr=\[1' has a value that is not YAML"),
         ("lr=abc", r"optimizer\.lr is 'abc' \(text\); a number was expected"),
         ("lr=.nan", r"optimizer\.lr is nan"),
@@ -144,7 +144,7 @@ def test_the_twin_replaces_what_it_names_before_the_overrides(path: Path) -> Non
         ("run.seed=18446744073709551616", r"run\.seed is 18446744073709551616; choose .* from 0 to 2\^64 - 1"),
         ("digest_evry=3", r"Did you mean 'run\.digest_every'\?"),
         ("patience=0", r"node\.patience is 0.*; choose a number of seconds above 0"),
-        ("dtype=bfloat", r"model\.dtype is 'bfloat', which is no choice\. Did you mean 'bfloat16'\?"),
+        ("dtype=bfloat", r"model\.dtype is 'bfloat', which is not a choice\. Did you mean 'bfloat16'\?"),
         ("model.config=3", r"model\.config is 3 \(an integer\); a section with keys was expected"),
         ("kind=wsd", r"schedule 'wsd' has no final_lr; its fields are .*stable_steps"),
         ("final_lr=null", r"schedule 'cosine' needs final_lr"),
@@ -154,7 +154,7 @@ def test_the_twin_replaces_what_it_names_before_the_overrides(path: Path) -> Non
         ("name=" + "x" * 33, r"the run id 'x+' has 33 bytes"),
     ],
 )
-def test_what_is_wrong_is_said(path: Path, override: str, message: str) -> None:
+def test_mistakes_are_explained(path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(path, [override])
 
@@ -162,13 +162,13 @@ def test_what_is_wrong_is_said(path: Path, override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("run: [1", "not a YAML file"),
+        ("run: [1", "not a readable YAML file"),
         ("- 1\n- 2\n", "does not contain sections"),
         ("1: 2\n", "does not contain sections"),
         ("run: 5\n", "run is 5; a section with keys was expected"),
         ("run: {total_stps: 5}\n", r"mine\.yaml: Unknown key 'run\.total_stps'\. Did you mean 'run\.total_steps'\?"),
         ("optmizer: {lr: 5}\n", r"Unknown key 'optmizer'.* Did you mean 'optimizer'\?"),
-        ("run: {seed: '${nowhere}'}\n", "not a YAML file that can be read.*nowhere"),
+        ("run: {seed: '${nowhere}'}\n", "not a readable YAML file.*nowhere"),
     ],
 )
 def test_wrong_files_are_refused(path: Path, text: str, message: str) -> None:
@@ -182,9 +182,9 @@ def test_an_empty_file_is_a_recipe_of_defaults(path: Path) -> None:
     assert load_recipe(path) == Recipe("mine")
 
 
-def test_a_file_that_is_no_text_is_refused(path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00binary")
-    with pytest.raises(ConfigError, match="not a YAML file"):
+    with pytest.raises(ConfigError, match="not a readable YAML file"):
         load_recipe(path)
 
 

@@ -35,7 +35,7 @@ def size_of(name: str) -> Estimate:
     return estimate(load_recipe(name))
 
 
-def test_the_recipes_are_there() -> None:
+def test_the_recipes_exist() -> None:
     assert {"consilience-40b", "demo", "hf-llama", "mla-200m", "tokens"} <= set(RECIPES)
 
 

@@ -44,7 +44,7 @@ def test_vectors(schedule: Schedule, step: int, expected: float) -> None:
 
 
 @pytest.mark.parametrize("schedule", [CONSTANT, LINEAR, COSINE, WSD])
-def test_it_warms_up_in_a_straight_line(schedule: Schedule) -> None:
+def test_the_warm_up_is_a_straight_line(schedule: Schedule) -> None:
     rates = [schedule(step) for step in range(11)]
     assert rates == pytest.approx([0.001 + 0.0009 * step for step in range(11)])
 

@@ -71,7 +71,7 @@ def test_the_banner_says_what_there_is():
     assert f"faucet       {faucet_keypair().pubkey()}" in lines[2]
 
 
-def test_what_is_wrong_is_said(type_it, tmp_path):
+def test_mistakes_are_explained(type_it, tmp_path):
     nonsense = tmp_path / "nonsense.so"
     nonsense.write_text("nonsense")
     for arguments, words in (

@@ -144,7 +144,7 @@ def test_airdrop_and_deploy_as_people_type_them(local, tmp_path, psyche):
     assert "there already, the same" in psyche("deploy", "coordinator", "--url", local.url)[1]
 
 
-def test_what_is_wrong_is_said(psyche):
+def test_mistakes_are_explained(psyche):
     for arguments, words in (
         (("deploy", "nothing"), "there is no program 'nothing'; choose authorizer, coordinator, treasurer"),
         (("deploy", "authorizer", "--url", "moonnet"), "there is no cluster 'moonnet'"),
