@@ -1,1 +1,1 @@
-"""One run as its coordinator keeps it, without I/O: the state machine, members, and what happened."""
+"""One run as its coordinator keeps it, without I/O: state machine, members, and history."""

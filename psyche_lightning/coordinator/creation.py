@@ -1,4 +1,4 @@
-"""How a run is created from what people send: names checked, the rest default."""
+"""Creates a run from a request: checks names and values, and uses defaults for the rest."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ SETTINGS = {field.name: field.type for field in fields(CoordinatorConfig)}
 
 
 def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHost:
-    """The run that a request describes, not yet open to members.
+    """Create the run that a request describes, not yet open to members.
 
-    A batch size or number of steps that it leaves out is fixed by the first node that joins. A run whose manifest has
-    the section ``start`` begins after that step, with that data id.
+    The first node that joins fixes a batch size or number of steps that the request leaves out. A run whose manifest
+    has the section ``start`` begins after that step, with that data id.
 
     Args:
         body: ``run_id``, and optionally ``config`` (fields of :class:`CoordinatorConfig`), ``manifest``, ``seed`` and
             ``max_seq_len``.
-        entropy: returns that many random bytes, for the seed of a request that has none.
+        entropy: returns a number of random bytes, for the seed if the request has none.
 
     Raises:
-        ConfigError: an unknown key (with the nearest), or a value of a wrong type or out of range.
+        ConfigError: a key is unknown (the text names the nearest), or a value has a wrong type or is out of range.
     """
     _known(body, KEYS, "key of a run's creation")
     run_id, config, manifest = body.get("run_id"), body.get("config") or {}, body.get("manifest")
     seed, max_seq_len = body.get("seed"), body.get("max_seq_len", 1)
     if not isinstance(run_id, str):
-        raise ConfigError(f"run_id is {run_id!r}; a run has a name of 1 to 32 bytes")
+        raise ConfigError(f"run_id is {run_id!r}; expected a name of 1 to 32 bytes")
     if not isinstance(config, dict):
         raise ConfigError("config is not a JSON object of settings such as init_min_clients")
     if not isinstance(manifest, (dict, type(None))):
@@ -65,31 +65,31 @@ def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHos
 
 
 def _start(section: Any, total_steps: int | None) -> tuple[int, int]:
-    """Steps that were done before the run, and its first data id."""
+    """The steps that were done before the run, and its first data id."""
     values: list[Any] = [section.get(name) for name in ("step", "data_index")] if isinstance(section, dict) else []
     if not values or any(type(value) is not int or not 0 <= value < 1 << 63 for value in values):
         raise ConfigError(f"the manifest's section {START} is {section!r}; expected step and data_index from 0")
     done, index = values
     if total_steps is not None and done >= total_steps:
         raise ConfigError(
-            f"the run is to go on after step {done}, and total_steps is {total_steps}; total_steps counts from the "
-            "very beginning, so raise it"
+            f"the run resumes after step {done}, but total_steps is {total_steps}; total_steps counts from the very "
+            "beginning, so raise it"
         )
     return done, index
 
 
 def check_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings with numbers of the right kind; those that are null are left out.
+    """Check settings and convert their numbers; leaves out settings that are null.
 
     Raises:
-        ConfigError: an unknown name, with the nearest and the choices, or something that is not a number.
+        ConfigError: a name is unknown (the text names the nearest and the choices), or a value is not a number.
     """
     _known(config, tuple(SETTINGS), "setting of a run")
     values: dict[str, Any] = {}
     for name, value in config.items():
         if value is None:
             continue
-        # The annotations are text, and only these two.
+        # Annotations are texts, and only these two occur.
         if SETTINGS[name] == "float" and type(value) in (int, float):
             values[name] = float(value)
         elif SETTINGS[name] == "int" and type(value) is int:
@@ -103,4 +103,4 @@ def check_settings(config: dict[str, Any]) -> dict[str, Any]:
 def _known(given: dict[str, Any], names: tuple[str, ...], what: str) -> None:
     for name in given:
         if name not in names:
-            raise ConfigError(f"{name!r} is not a {what}.{nearest(name, names)} There are: {', '.join(names)}.")
+            raise ConfigError(f"{name!r} is not a {what}.{nearest(name, names)} Choices: {', '.join(names)}.")

@@ -1,4 +1,4 @@
-"""What a run's host remembers for people: notable events, and the figures of each step. It decides nothing."""
+"""The history that a coordinator keeps for people: notable events, and figures of each step. It decides nothing."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Event:
-    """Something notable.
+    """A notable event.
 
     Attributes:
         time: the coordinator's seconds.
-        kind: ``joined``, ``left``, ``dropped`` or ``ejected`` (a node); ``epoch`` or ``run`` (the whole).
-        text: for people.
-        epoch: the run's epoch then.
-        step: its next optimizer step then.
-        signer: the node that it is about, in hex; empty when it is about the run.
+        kind: ``joined``, ``left``, ``dropped`` or ``ejected`` for a node; ``epoch`` or ``run`` for the whole run.
+        text: the event in words.
+        epoch: the run's epoch at that time.
+        step: the next optimizer step at that time.
+        signer: the node that the event concerns, in hex; empty if it concerns the run.
     """
 
     time: float
@@ -43,20 +43,20 @@ class Event:
 
 @dataclass(frozen=True)
 class Metrics:
-    """The figures of one round that trained, from the reports of those who trained its step.
+    """The figures of one training round, from the reports of the nodes that trained its step.
 
     Attributes:
         epoch: the round's epoch.
-        height: its height.
+        height: the round's height.
         step: the optimizer step that it trained, from 1.
         time: when it began, in the coordinator's seconds.
         clients: members at its start.
         batch_size: its samples.
         reports: nodes that reported figures of this step.
-        losses: reports among them with a loss.
+        losses: reports with a loss.
         loss: mean of those losses; None without any.
         tokens_per_second: sum over the reports.
-        bytes_up: mean bytes that a reporter wrote since its report before.
+        bytes_up: mean bytes that a reporter wrote since its previous report.
         bytes_down: mean bytes that it read.
     """
 
@@ -74,7 +74,7 @@ class Metrics:
     bytes_down: float = 0.0
 
     def plus(self, report: Report, before: Report | None) -> Metrics:
-        """With one more report; ``before`` is the last one from the same sender."""
+        """The figures with one more report; ``before`` is the previous report of the same sender."""
         loss, losses = self.loss, self.losses
         if math.isfinite(report.loss):
             losses += 1
@@ -82,7 +82,7 @@ class Metrics:
         reports = self.reports + 1
 
         def mean(old: float, total: int, seen: int) -> float:
-            # A sender that started again counts from zero.
+            # A sender that has restarted counts from zero.
             return old + ((total - seen if total >= seen else total) - old) / reports
 
         return replace(
@@ -97,12 +97,12 @@ class Metrics:
 
 
 class Tail(Generic[_T]):
-    """The newest entries of a list that only grows, which keep their places.
+    """The newest entries of a list that only grows; entries keep their places.
 
     Args:
-        limit: how many are kept.
-        items: the entries so far, the first of which has place ``first``.
-        first: how many came before those.
+        limit: number of entries to keep.
+        items: the entries so far; the first one has place ``first``.
+        first: number of entries before those.
     """
 
     def __init__(self, limit: int, items: list[_T] | None = None, first: int = 0) -> None:
@@ -112,11 +112,11 @@ class Tail(Generic[_T]):
 
     @property
     def count(self) -> int:
-        """How many entries there ever were."""
+        """The number of entries ever added."""
         return self._first + len(self._items)
 
     def add(self, item: _T) -> None:
-        """Append, and forget the oldest beyond the limit."""
+        """Append an entry, and drop the oldest one beyond the limit."""
         self._items.append(item)
         excess = len(self._items) - self._limit
         if excess > 0:
@@ -124,15 +124,15 @@ class Tail(Generic[_T]):
             self._first += excess
 
     def change(self, update: Callable[[_T], _T], newest: int) -> None:
-        """Replace each of the newest entries by what ``update`` makes of it."""
+        """Replace each of the newest entries by the result of ``update``."""
         self._items[-newest:] = map(update, self._items[-newest:])
 
     def since(self, place: int) -> list[_T]:
-        """The entries from that place on, as far as they are kept."""
+        """The entries from a place on, as far as they are kept."""
         return self._items[max(0, place - self._first) :]
 
     def dump(self, place: int = 0) -> dict[str, Any]:
-        """JSON-able; :meth:`load` reads it."""
+        """The entries as JSON values, which :meth:`load` reads."""
         first = max(self._first, min(place, self.count))
         return {"first": first, "items": [to_json(item) for item in self.since(first)]}
 
@@ -144,16 +144,16 @@ class Tail(Generic[_T]):
             WireError: it is something else.
         """
         if not (isinstance(data, dict) and type(data.get("first")) is int and isinstance(data.get("items"), list)):
-            raise WireError(f"a list of {kind.__name__} has a first place and items")
+            raise WireError(f"a list of {kind.__name__} must have a first place and items")
         return cls(limit, [from_json(kind, item) for item in data["items"]], data["first"])
 
 
 class History:
-    """Writes down what happens to a run.
+    """Records what happens to a run.
 
     Attributes:
         events: the newest notable events.
-        metrics: figures of the newest rounds that trained; those of the newest two may still change.
+        metrics: figures of the newest training rounds; those of the newest two may still change.
         reports: the latest report of each signer of the epoch.
     """
 
@@ -167,10 +167,10 @@ class History:
         self.events.add(Event(now, kind, text, state.epoch, state.step, signer.hex()))
 
     def report(self, epoch: int, signer: bytes, report: Report) -> None:
-        """Count a witness' figures towards the step that they are of, if it is one of the newest two; only once.
+        """Add a witness' figures to those of their step, once, if it is one of the newest two steps.
 
-        Where results overlap training, that step is the one before the round in which the witness reports; the last
-        one is reported while the epoch drains.
+        If results overlap training, that step is the one before the round in which the witness reports. The last step
+        is reported while the epoch drains.
         """
         clean = replace(
             report,
@@ -178,7 +178,7 @@ class History:
             tokens_per_second=report.tokens_per_second if math.isfinite(report.tokens_per_second) else 0.0,
         )
         before = self.reports.get(signer)
-        if repr(clean) == repr(before):  # by value even when the loss is not a number
+        if repr(clean) == repr(before):  # equal values, even if the loss is NaN
             return
         self.reports[signer] = clean
         if before is None or before.step != clean.step:
@@ -187,10 +187,10 @@ class History:
             )
 
     def observe(self, before: RunState, after: RunState, now: float) -> None:
-        """Write down what a transition means for people."""
+        """Record a transition, as far as it matters to people."""
         round_ = after.current
         began = after.phase is Phase.ROUND_TRAIN and before.phase is not Phase.ROUND_TRAIN
-        if began and round_ is not None and round_.step:  # a round that drains has no figures of its own
+        if began and round_ is not None and round_.step:  # a drain round has no figures of its own
             self.metrics.add(
                 Metrics(after.epoch, round_.height, round_.step, now, len(round_.clients), round_.batch_size)
             )
@@ -201,7 +201,7 @@ class History:
             self.reports = {signer: report for signer, report in self.reports.items() if signer in members}
 
     def dump(self, events_from: int, metrics_from: int) -> dict[str, Any]:
-        """JSON-able; :meth:`load` reads it."""
+        """The history as JSON values, which :meth:`load` reads."""
         reports = {}
         for signer, report in self.reports.items():
             reports[signer.hex()] = to_json(report)
@@ -223,7 +223,7 @@ class History:
         history = cls()
         history.events = Tail.load(MAX_EVENTS, Event, data["events"])
         metrics = Tail.load(MAX_METRICS, Metrics, data["metrics"])
-        # Version 0.1 kept rows of rounds that drain, too.
+        # Version 0.1 also kept rows of drain rounds.
         history.metrics = Tail(MAX_METRICS, [row for row in metrics.since(0) if row.step], data["metrics"]["first"])
         for signer, values in data["reports"].items():
             lossless = values["loss"] is None
@@ -237,7 +237,7 @@ def _names(signers: list[bytes]) -> str:
 
 
 def _notable(before: RunState, after: RunState, now: float) -> list[tuple[str, str]]:
-    """Kinds and texts of the events that a transition is worth."""
+    """Kinds and texts of the events of a transition."""
     notes: list[tuple[str, str]] = []
     if after.pending_pause and not before.pending_pause:
         notes.append(("run", "a pause was asked for; the epoch ends first"))
@@ -282,7 +282,7 @@ def _notable(before: RunState, after: RunState, now: float) -> list[tuple[str, s
 
 
 def _reason(state: RunState, round_: Round, now: float) -> str:
-    """Why an epoch ends after that round."""
+    """Why an epoch ends after this round."""
     match ending(state, round_, now):
         case Ending.NO_WITNESS:
             return "no witness reported"

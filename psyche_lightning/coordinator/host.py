@@ -1,7 +1,7 @@
-"""One run without I/O: the state machine, who waits for an epoch, the agreed manifest and the epoch's rounds.
+"""One run without I/O: the state machine, members that wait for an epoch, the agreed manifest, the epoch's rounds.
 
-Hosts around it (in the process, the server, the simulator) bring the clock and carry messages. Every method that takes
-``now`` moves the run on as far as it goes; one that raises has changed nothing that decides anything.
+Hosts around it (in the process, the server, the simulator) provide the clock and carry messages. Every method that
+takes ``now`` advances the run as far as possible. A method that raises has changed nothing that decides anything.
 """
 
 from __future__ import annotations
@@ -47,34 +47,34 @@ from psyche_lightning.wire.identity import short
 
 FORMAT = 1
 MAX_ROUNDS = 4096
-"""Rounds of the epoch that are kept; a node that needs older ones takes a newer snapshot instead."""
+"""Rounds of the epoch that are kept; a node that needs older rounds takes a newer snapshot instead."""
 
 
 class RunHost:
     """One run, from its creation to its end.
 
     Args:
-        run_id: its name, 1 to 32 bytes of UTF-8.
+        run_id: the run's name, 1 to 32 bytes of UTF-8.
         config: durations and sizes.
         seed: u64 from which the seeds of all rounds follow.
         max_seq_len: tokens of a sample.
-        manifest: the sections that are agreed already; None when the first node fixes everything.
-        limits: the sizes for which this host has room; roomy when None.
-        unset: what of the configuration the first node fixes through the section ``run`` of its manifest: names of
-            :data:`~psyche_lightning.protocol.manifest.LEFT_OPEN`.
+        manifest: the sections that are already agreed; None if the first node fixes everything.
+        limits: the largest sizes that this host supports; wide limits if None.
+        unset: the values of the configuration that the first node fixes through the section ``run`` of its manifest:
+            names of :data:`~psyche_lightning.protocol.manifest.LEFT_OPEN`.
 
     Attributes:
         state: the run's state.
-        manifest: the agreed sections; None until a node joined or the creator gave some.
-        membership: who belongs to the run, and who may.
-        history: what happened, for people: events, the figures of rounds, the members' reports.
-        rounds: the newest rounds of the epoch ``rounds_epoch``, contiguous, the current one last; with all witness
+        manifest: the agreed sections; None until a node has joined, unless the creator gave some.
+        membership: who belongs to the run, and who may join.
+        history: what happened, for people: events, figures of rounds, the members' reports.
+        rounds: the newest rounds of the epoch ``rounds_epoch`` without gaps, the current one last; with all witness
             records but without their Bloom filters.
-        rounds_epoch: their epoch.
-        points: what each signer earned: an epoch's samples, in equal parts to the clients that were well at its end.
+        rounds_epoch: the epoch of these rounds.
+        points: points of each signer: an epoch's samples, in equal parts to the clients that were healthy at its end.
 
     Raises:
-        ConfigError: the name or the configuration is not acceptable.
+        ConfigError: the name or the configuration is not valid.
     """
 
     def __init__(
@@ -106,32 +106,32 @@ class RunHost:
         self._left_open: dict[str, int | None] = dict.fromkeys(unset)
         self._now = 0.0
 
-    # What others look at.
+    # What others read.
 
     def pending(self) -> list[Client]:
-        """Members who wait for the next epoch."""
+        """Members that wait for the next epoch."""
         formed = self.state.phase is Phase.WARMUP or self.state.phase.active
         busy = {client.signer for client in machine.healthy(self.state)} if formed else ()
         return [member for signer, member in self.membership.members.items() if signer not in busy]
 
     @property
     def unset(self) -> list[str]:
-        """What of the configuration the first node will fix."""
+        """The values of the configuration that the first node will fix."""
         return [name for name, value in self._left_open.items() if value is None]
 
     def deadline(self) -> float | None:
-        """When the clock alone moves the run on, in the coordinator's seconds; None when only an input can."""
+        """When time alone advances the run, in the coordinator's seconds; None if only an input can."""
         return machine.deadline(self.state)
 
-    # What people ask for.
+    # What people request.
 
     def begin(self, now: float) -> None:
-        """Open the run to members; the first node that joins does so, too, if nobody did."""
+        """Open the run to members; the first node that joins also opens it."""
         opened = machine.start(self.state, now) if self.state.phase is Phase.UNINITIALIZED else self.state
         self._apply(opened, now)
 
     def pause(self, now: float) -> None:
-        """Halt the run when its epoch has drained; at once when none is under way.
+        """Pause the run when its epoch has drained, or at once if no epoch has begun.
 
         Raises:
             CoordinatorError: ``Halted``.
@@ -139,7 +139,7 @@ class RunHost:
         self._apply(machine.pause(self.state, now), now)
 
     def resume(self, now: float) -> None:
-        """Open a paused run to members again; those still connected are members already.
+        """Open a paused run to members again; connected nodes are members already.
 
         Raises:
             CoordinatorError: ``CannotResume``.
@@ -147,10 +147,10 @@ class RunHost:
         self._apply(machine.resume(self.state, now), now)
 
     def start(self, now: float) -> None:
-        """Open a halted run to members, whether it is new or paused.
+        """Open a halted run to members, new or paused.
 
         Raises:
-            CoordinatorError: ``CannotResume``: it is open already, or finished.
+            CoordinatorError: the run is already open, or finished (``CannotResume``).
         """
         self.begin(now) if self.state.phase is Phase.UNINITIALIZED else self.resume(now)
 
@@ -158,35 +158,35 @@ class RunHost:
         """Change settings of a halted run.
 
         Raises:
-            CoordinatorError: it is open (``UpdateConfigNotHalted``).
-            ConfigError: the run could not proceed with them.
+            CoordinatorError: the run is open (``UpdateConfigNotHalted``).
+            ConfigError: the run could not proceed with these settings.
         """
         if not self.state.phase.halted:
             raise CoordinatorError(
-                f"the run is open, in phase {self.state.phase.name}; pause it before it is changed",
+                f"the run is open, in phase {self.state.phase.name}; pause it before you change it",
                 code="UpdateConfigNotHalted",
             )
         changed = replace(self.state.config, **config)
         check_config(changed, self.limits)
-        # What the first node would fix is fixed now.
+        # The owner now fixes what the first node would fix.
         fixed = {"total_steps": "total_steps", "global_batch_size_start": "global_batch_size"}
         for setting in config.keys() & fixed.keys():
             self._left_open.pop(fixed[setting], None)
         self._apply(replace(self.state, config=changed, nonce=self.state.nonce + 1), now)
 
-    # What members ask.
+    # What members request.
 
     def handle(self, signer: bytes, request: Request[Answer], now: float) -> Answer:
         """Answer a request.
 
         Args:
-            signer: 32-byte node key that signed it.
-            request: what is asked.
+            signer: 32-byte node key that signed the request.
+            request: the request.
             now: the coordinator's seconds.
 
         Raises:
-            CoordinatorError: it is refused; nothing that decides anything has changed. The codes are those of
-                :mod:`~psyche_lightning.coordinator.machine` and of the methods below.
+            CoordinatorError: the request is refused, and nothing that decides anything has changed. The codes are those
+                of :mod:`~psyche_lightning.coordinator.machine` and of the methods below.
         """
         answer: Any = None
         match request:
@@ -210,7 +210,7 @@ class RunHost:
                 self._accuse(signer, first, second, now)
             case _:
                 raise CoordinatorError(f"no coordinator knows the request {request!r:.80}", code="Unsupported")
-        return answer  # type: ignore[no-any-return] # each branch gives what its request declares
+        return answer  # type: ignore[no-any-return] # each branch returns what its request declares
 
     def _rounds_from(self, epoch: int, first: int) -> tuple[Round, ...]:
         if epoch != self.rounds_epoch or not self.rounds or not self.rounds[0].height <= first:
@@ -218,11 +218,11 @@ class RunHost:
         return tuple(self.rounds[first - self.rounds[0].height :])
 
     def _join(self, signer: bytes, address: str, manifest: Mapping[str, Any], now: float) -> None:
-        """Make a node a member, who takes part from the next epoch on; again, to tell a new address.
+        """Make a node a member from the next epoch on; repeated to change its address.
 
         Raises:
             ManifestMismatchError: the run has another manifest.
-            CoordinatorError: ``InvalidManifest``; ``InvalidMember`` for a key or an address that cannot be;
+            CoordinatorError: ``InvalidManifest``; ``InvalidMember`` for an impossible key or address;
                 ``NotAuthorized``; ``Ejected``; ``RunFull`` (retryable).
         """
         self.membership.check(signer, address)
@@ -237,16 +237,14 @@ class RunHost:
         self._apply(machine.move(state, signer, signer, address), now)
 
     def _with_values(self, values: dict[str, int | None]) -> RunState:
-        """The state with what a node fixed of the configuration."""
+        """The state with the values of the configuration that a node fixed."""
         if values == self._left_open:
             return self.state
         config = with_values(self.state.config, values)
         try:
             check_config(config, self.limits)
         except ConfigError as error:
-            raise CoordinatorError(
-                f"the run cannot take this node's values: {error}", code="InvalidManifest"
-            ) from error
+            raise CoordinatorError(f"this node's values do not fit the run: {error}", code="InvalidManifest") from error
         return replace(self.state, config=config, nonce=self.state.nonce + 1)
 
     def _withdraw(self, signer: bytes, now: float) -> None:
@@ -254,9 +252,9 @@ class RunHost:
             raise MachineError("InvalidWithdraw", f"{short(signer)} is not a member of this run")
 
     def disconnected(self, signer: bytes, now: float, reason: str) -> None:
-        """A node vanished: a pending member is forgotten, a client of the epoch is dropped; no member, no effect.
+        """Handle a vanished node: forget a pending member, drop a client of the epoch, ignore others.
 
-        Once the run is finished, going is what nodes do.
+        When the run is finished, nodes leave as expected.
         """
         if self.state.phase is Phase.FINISHED:
             self._forget(signer, ClientStatus.WITHDRAWN, "left", "left the finished run", now)
@@ -274,7 +272,7 @@ class RunHost:
         return known
 
     def _witness(self, signer: bytes, request: Witness, now: float) -> None:
-        """Take a witness' report. The figures of one that comes too late are noted all the same."""
+        """Record a witness' report; also keeps the figures of a report that comes too late."""
         if any(client.signer == signer for client in self.state.clients):
             self.history.report(request.epoch, signer, request.report)
         self._apply(machine.witness(self.state, signer, request), now)
@@ -291,7 +289,7 @@ class RunHost:
         return dropped
 
     def _accuse(self, signer: bytes, first: bytes, second: bytes, now: float) -> None:
-        """Eject for good who signed two results for one batch; who is ejected already stays it."""
+        """Eject a trainer that signed two results for one batch, for the rest of the run."""
         culprit = equivocator(self.state.run_id, first, second)
         if signer not in self.membership.members:
             raise CoordinatorError(f"{short(signer)} is not a member of this run", code="InvalidAccusation")
@@ -307,13 +305,13 @@ class RunHost:
     # Time.
 
     def tick(self, now: float) -> bool:
-        """Move the run on as far as it goes at ``now``; returns whether anything changed."""
+        """Advance the run as far as possible at ``now``; returns whether anything changed."""
         before = self.state
         self._apply(self.state, now)
         return self.state is not before
 
     def restarted(self, now: float) -> None:
-        """Go on after the host was down: the time since the last change does not count."""
+        """Continue after the host was down; the time since the last change does not count."""
         shift, state = now - self._now, self.state
         gathered = state.gathered_at
         self._apply(
@@ -328,14 +326,14 @@ class RunHost:
         )
 
     def _round_seed(self) -> int:
-        """The seed of the round that may begin next: LE64 of S(LE64(seed), run id, LE64(epoch), LE64(height))."""
+        """The seed of the next round: LE64 of S(LE64(seed), run id, LE64(epoch), LE64(height))."""
         state, round_ = self.state, self.state.current
         height = round_.height + 1 if round_ else 0
         digest = sha256(struct.pack("<Q", self._seed), state.run_id.encode(), struct.pack("<QQ", state.epoch, height))
         return int.from_bytes(digest[:8], "little")
 
     def _apply(self, state: RunState, now: float) -> None:
-        """Take ``state``, then every step that is due."""
+        """Set ``state``, then take every step that is due."""
         self._now = now
         while True:
             if state is not self.state:
@@ -367,13 +365,14 @@ class RunHost:
     # Durability.
 
     def dump(self, *, rounds_from: int = 0, events_from: int = 0, metrics_from: int = 0) -> dict[str, Any]:
-        """Everything, JSON-able and exact.
+        """Everything as exact JSON values.
 
-        A store that keeps what grows apart asks for the new entries only, and gives them all to :meth:`load`. What
-        was dumped stays as it was, except the last of ``history`` and the last two of ``metrics``.
+        A store that keeps growing parts separately asks for the new entries only, and gives all of them to
+        :meth:`load`. Entries that were dumped do not change, except the last of ``history`` and the last two of
+        ``metrics``.
 
         Args:
-            rounds_from: height of the first round of ``history`` to give.
+            rounds_from: height of the first round in ``history``.
             events_from: number of the first event.
             metrics_from: number of the first row of figures.
         """
@@ -396,7 +395,7 @@ class RunHost:
         """Read what :meth:`dump` wrote; call :meth:`restarted` before anything else.
 
         Raises:
-            WireError: it is something else.
+            WireError: the data is something else.
         """
         try:
             if data["format"] != FORMAT:

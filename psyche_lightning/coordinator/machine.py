@@ -1,10 +1,10 @@
-"""The coordinator's state machine: pure functions from a run's state to its next.
+"""The coordinator's state machine: pure functions from a run's state to the next one.
 
-docs/psyche.md says what differs from Psyche's.
+docs/psyche.md lists the differences from Psyche's machine.
 
-Inputs (:func:`witness` and the like) only record; :func:`tick` alone moves a run from phase to phase, one step a call,
-so a host ticks until nothing changes. Time and randomness come in as arguments. Every change makes ``nonce`` grow, and
-a call that changes nothing returns the very state that it got.
+Inputs (:func:`witness` and similar) only record. Only :func:`tick` moves a run from phase to phase, one step per call,
+so a host calls it until nothing changes. Time and randomness are arguments. Every change increases ``nonce``, and a
+call that changes nothing returns the same state object.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ DRAIN_ROUNDS = 2
 
 
 class MachineError(CoordinatorError):
-    """A transition that the machine refuses; ``code`` is Psyche's name of the error (``InvalidCheckpoint`` is ours)."""
+    """The machine refuses a transition; ``code`` is Psyche's name of the error (``InvalidCheckpoint`` is ours)."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message, code=code)
 
 
 def batch_size(config: CoordinatorConfig, tokens: int) -> int:
-    """Samples of the round before which the run has seen ``tokens`` tokens; half rounds up, as Psyche's."""
+    """Samples of the next round after ``tokens`` tokens of the run; half rounds up, as in Psyche."""
     start, end = config.global_batch_size_start, config.global_batch_size_end
     ramp = config.global_batch_size_warmup_tokens
     if tokens >= ramp:
@@ -54,12 +54,12 @@ def batch_size(config: CoordinatorConfig, tokens: int) -> int:
 
 
 def healthy(state: RunState) -> list[Client]:
-    """The clients that are well, in list order."""
+    """The healthy clients, in list order."""
     return [client for client in state.clients if client.status is ClientStatus.HEALTHY]
 
 
 def deadline(state: RunState) -> float | None:
-    """When the clock alone moves the run on; None when only an input can."""
+    """When time alone advances the run; None if only an input can."""
     config, start = state.config, state.phase_start
     if state.phase is Phase.WAITING_FOR_MEMBERS:
         return None if state.gathered_at is None else state.gathered_at + config.waiting_for_members_extra_time
@@ -84,7 +84,7 @@ def _heard_enough(state: RunState, round_: Round) -> bool:
 
 
 def _nobody_left_to_report(state: RunState, round_: Round) -> bool:
-    """Whether each witness has reported or is gone."""
+    """Whether each witness has reported or has left."""
     selection = round_selection(round_, state.config)
     reported = {record.proof.index for record in round_.witnesses}
     present = {client.signer for client in healthy(state)}
@@ -106,9 +106,9 @@ class Ending(Enum):
 
 
 def ending(state: RunState, round_: Round, now: float) -> Ending | None:
-    """Why the epoch ends after the training round ``round_``; None when it goes on.
+    """Why the epoch ends after the training round ``round_``; None if it continues.
 
-    ``state`` has the step counted and the clients that left removed.
+    In ``state`` the step is counted and the clients that left are removed.
     """
     if not round_.witnesses:
         return Ending.NO_WITNESS
@@ -156,7 +156,7 @@ def start(state: RunState, now: float) -> RunState:
     """Open a new run to members.
 
     Raises:
-        MachineError: it was opened before (``InvalidRunState``).
+        MachineError: the run was opened before (``InvalidRunState``).
     """
     if state.phase is not Phase.UNINITIALIZED:
         raise MachineError("InvalidRunState", f"the run is already in phase {state.phase.name}")
@@ -164,16 +164,16 @@ def start(state: RunState, now: float) -> RunState:
 
 
 def tick(state: RunState, pending: Sequence[Client] | None, now: float, seed: int) -> RunState:
-    """Take the next step that is due, if one is.
+    """Take the next step that is due, if any.
 
     Args:
         state: the state.
-        pending: the members that wait for an epoch, no more than the host has room for; None when unknown.
+        pending: the members that wait for an epoch, at most as many as the host supports; None if not known.
         now: the coordinator's time in seconds.
         seed: u64 for the round that may begin.
 
     Raises:
-        MachineError: only a command can move the run on (``Halted``).
+        MachineError: only a command can continue the run (``Halted``).
     """
     if state.phase.halted:
         raise MachineError("Halted", f"the run is halted in phase {state.phase.name}")
@@ -201,7 +201,7 @@ def _tick_waiting(state: RunState, pending: Sequence[Client], now: float) -> Run
             return _change(state, gathered_at=now)
         if not _expired(state, now):
             return state
-    # Nobody is left who could serve the parameters: the first warm-up witness decides again.
+    # If nobody is left who could serve the parameters, the first warm-up witness decides again.
     lost = {client.signer for client in pending}.isdisjoint(state.holders)
     return _enter(
         state,
@@ -224,7 +224,7 @@ def _tick_waiting(state: RunState, pending: Sequence[Client], now: float) -> Run
 def _tick_warmup(state: RunState, now: float, seed: int) -> RunState:
     departed = _departed(state, 0)
     if departed:
-        # A record names its client by index, so those who remain get their new ones.
+        # A record names its client by index, so the clients that stay get new indices.
         index = {client.signer: i for i, client in enumerate(departed["clients"])}
         records = [(index.get(state.clients[record.proof.index].signer), record) for record in state.warmup_witnesses]
         kept = tuple(replace(record, proof=WitnessProof(i, i)) for i, record in records if i is not None)
@@ -234,11 +234,11 @@ def _tick_warmup(state: RunState, now: float, seed: int) -> RunState:
     if len(state.warmup_witnesses) < len(state.clients) and not _expired(state, now):
         return state
     if not state.warmup_witnesses:
-        # They had the whole warm-up to show that they hold the checkpoint; those who did not, do not.
+        # These clients had the whole warm-up to report the checkpoint. None did, so none holds it.
         silent = {client.signer for client in state.clients}
         holders = tuple(signer for signer in state.holders if signer not in silent)
         return _enter(state, Phase.WAITING_FOR_MEMBERS, now, holders=holders)
-    # When parameters are agreed, every record is of those; else the first decides, and they are what is agreed.
+    # If parameters are agreed, all records name them. If not, the first record decides, and its parameters are agreed.
     digest = state.warmup_witnesses[0].merkle
     agreed = state.checkpoint if state.checkpoint.digest else Checkpoint(digest, state.step - 1)
     state = replace(state, epoch_digest=digest, checkpoint=agreed)
@@ -275,7 +275,7 @@ def _end_round(state: RunState, round_: Round, now: float, seed: int) -> RunStat
 
 
 def _drained(state: RunState) -> int:
-    """How many of the stored rounds only drained; the ring holds more than there ever are."""
+    """How many of the stored rounds are drain rounds; the ring has room for all of them."""
     return sum(round_.step == 0 for round_ in state.rounds)
 
 
@@ -290,7 +290,7 @@ def _tick_cooldown(state: RunState, now: float) -> RunState:
     if agreed:
         checkpoint = Checkpoint(step=agreed[0][0], digest=agreed[0][1])
         state = replace(state, checkpoint=checkpoint, epoch_start_data_index=round_.data_index + round_.batch_size)
-    else:  # back to where the epoch began: its steps are trained again
+    else:  # go back to the epoch's beginning, and train its steps again
         state = replace(state, step=state.start_step)
     members = dict.fromkeys(client.signer for client in (*state.clients, *state.exited_clients))
     state = replace(state, epoch=state.epoch + 1, holders=tuple(members), cold_start_epoch=state.pending_pause)
@@ -300,10 +300,10 @@ def _tick_cooldown(state: RunState, now: float) -> RunState:
 
 
 def warmup_witness(state: RunState, signer: bytes, request: WarmupWitness) -> RunState:
-    """Record which parameters a client holds; too late, it changes nothing.
+    """Record which parameters a client holds; changes nothing if it comes too late.
 
     Raises:
-        MachineError: ``Halted``; ``InvalidRunState`` while no epoch is formed; ``InvalidWitness`` for another epoch,
+        MachineError: ``Halted``; ``InvalidRunState`` if no epoch is formed; ``InvalidWitness`` for another epoch,
             client or digest; ``DuplicateWitness``.
     """
     index, digest = request.index, request.digest
@@ -317,7 +317,7 @@ def warmup_witness(state: RunState, signer: bytes, request: WarmupWitness) -> Ru
     if not (at_index and _is_healthy(state, signer)):
         raise MachineError("InvalidWitness", f"{signer[:4].hex()} is not the healthy client at index {index}")
     if any(record.proof.index == index for record in state.warmup_witnesses):
-        raise MachineError("DuplicateWitness", f"client {index} has reported its parameters already")
+        raise MachineError("DuplicateWitness", f"client {index} has already reported its parameters")
     if len(digest) != HASH_SIZE:
         raise MachineError("InvalidWitness", f"a parameter digest has {HASH_SIZE} bytes, not {len(digest)}")
     if state.checkpoint.digest and digest != state.checkpoint.digest:
@@ -336,7 +336,7 @@ def witness(state: RunState, signer: bytes, request: Witness) -> RunState:
 
     Raises:
         MachineError: ``Halted``; ``InvalidRunState`` outside a round; ``InvalidWitness`` for another round, a client
-            without that seat or one that is not healthy, or bytes of a wrong size; ``DuplicateWitness``.
+            without that seat or not healthy, or bytes of a wrong size; ``DuplicateWitness``.
     """
     epoch, height, proof = request.epoch, request.height, request.proof
     round_ = _running_round(state)
@@ -351,9 +351,9 @@ def witness(state: RunState, signer: bytes, request: Witness) -> RunState:
             "InvalidWitness", f"{signer[:4].hex()} has no witness seat {proof.position} at index {proof.index}"
         )
     if not _is_healthy(state, signer):
-        raise MachineError("InvalidWitness", f"{signer[:4].hex()} is not a healthy client any more")
+        raise MachineError("InvalidWitness", f"{signer[:4].hex()} is no longer a healthy client")
     if any(record.proof.index == proof.index for record in round_.witnesses):
-        raise MachineError("DuplicateWitness", f"client {proof.index} has reported on height {height} already")
+        raise MachineError("DuplicateWitness", f"client {proof.index} has already reported on height {height}")
     for name, value, size in (
         ("merkle root", request.merkle, HASH_SIZE),
         ("participants filter", request.participants, BLOOM_SIZE),
@@ -368,18 +368,18 @@ def witness(state: RunState, signer: bytes, request: Witness) -> RunState:
 
 
 def health_check(state: RunState, signer: bytes, request: HealthCheck) -> tuple[RunState, int]:
-    """Drop the named clients, from which the witnesses of the round before heard nothing.
+    """Drop the named clients, from which the witnesses of the previous round heard nothing.
 
-    A client is healthy when a quorum of those witnesses' reports has it among its participants, when it was not in that
-    round, or when the round cannot tell (nobody reported on it, or it only drained). Clients that have left already
-    are passed over.
+    A client is healthy if the reports of a quorum of those witnesses name it as a participant, if it was not in that
+    round, or if the round cannot tell (nobody reported on it, or it was a drain round). Clients that have already left
+    are ignored.
 
     Returns:
         The state, and how many clients were dropped.
 
     Raises:
-        MachineError: ``Halted``; ``InvalidRunState`` outside a round; ``InvalidHealthCheck`` when a listed client is
-            healthy, the caller is not, the round is another or the first.
+        MachineError: ``Halted``; ``InvalidRunState`` outside a round; ``InvalidHealthCheck`` if a listed client is
+            healthy, the caller is not, or the round is another or the first.
     """
     epoch, height = request.epoch, request.height
     round_ = _running_round(state)
@@ -388,7 +388,7 @@ def health_check(state: RunState, signer: bytes, request: HealthCheck) -> tuple[
         raise MachineError(
             "InvalidHealthCheck",
             f"a health check at epoch {epoch}, height {height}; the run is at epoch {state.epoch}, height "
-            f"{round_.height}, and the first round has none before it",
+            f"{round_.height}, and the first round has no previous one",
         )
     if not _is_healthy(state, signer):
         raise MachineError("InvalidHealthCheck", f"{signer[:4].hex()} is not a healthy client of this epoch")
@@ -407,7 +407,7 @@ def health_check(state: RunState, signer: bytes, request: HealthCheck) -> tuple[
 
 
 def vote(state: RunState, signer: bytes, request: Vote) -> RunState:
-    """Record a client's vote for the parameters that it holds at the end of the epoch; the same vote again is fine.
+    """Record a client's vote for the parameters that it holds at the end of the epoch; may be repeated.
 
     Raises:
         MachineError: ``Halted``; ``InvalidRunState`` outside cool-down; ``InvalidCheckpoint`` for another epoch, a
@@ -416,29 +416,29 @@ def vote(state: RunState, signer: bytes, request: Vote) -> RunState:
     step, digest = request.step, request.digest
     _not_halted(state)
     if state.phase is not Phase.COOLDOWN:
-        raise MachineError("InvalidRunState", f"checkpoints are taken in cool-down; the run is in {state.phase.name}")
+        raise MachineError("InvalidRunState", f"votes count in cool-down only; the run is in {state.phase.name}")
     _same_epoch(state, request.epoch, "InvalidCheckpoint")
     if not _is_healthy(state, signer):
         raise MachineError("InvalidCheckpoint", f"{signer[:4].hex()} is not a healthy client of this epoch")
     if len(digest) != HASH_SIZE or not 0 <= step < state.step:
         raise MachineError(
             "InvalidCheckpoint",
-            f"a checkpoint has a digest of {HASH_SIZE} bytes (got {len(digest)}) and at most {state.step - 1} steps "
+            f"a vote needs a digest of {HASH_SIZE} bytes (got {len(digest)}) and at most {state.step - 1} steps "
             f"(got {step})",
         )
     for voter, *before in state.checkpoint_votes:
         if voter == signer:
             if before == [step, digest]:
                 return state
-            raise MachineError("InvalidCheckpoint", f"{signer[:4].hex()} has voted for other parameters already")
+            raise MachineError("InvalidCheckpoint", f"{signer[:4].hex()} has already voted for other parameters")
     return _change(state, checkpoint_votes=(*state.checkpoint_votes, (signer, step, digest)))
 
 
 def withdraw(state: RunState, signer: bytes, status: ClientStatus = ClientStatus.WITHDRAWN) -> RunState:
-    """A healthy client leaves: by its own will, or (``DROPPED``) because the host saw it vanish.
+    """Let a healthy client leave: by its own decision, or (``DROPPED``) because the host saw it vanish.
 
     Raises:
-        MachineError: it is not one (``InvalidWithdraw``).
+        MachineError: it is not a healthy client (``InvalidWithdraw``).
     """
     if not _is_healthy(state, signer):
         raise MachineError("InvalidWithdraw", f"{signer[:4].hex()} is not a healthy client of this epoch")
@@ -446,16 +446,16 @@ def withdraw(state: RunState, signer: bytes, status: ClientStatus = ClientStatus
 
 
 def move(state: RunState, signer: bytes, node: bytes, address: str) -> RunState:
-    """A client that came back is reached at ``address``; who is none, or has another node key, changes nothing."""
+    """Change the address of a client that came back; other signers and node keys change nothing."""
     clients = tuple(replace(c, address=address) if (c.signer, c.node) == (signer, node) else c for c in state.clients)
     return state if clients == state.clients else _change(state, clients=clients)
 
 
 def pause(state: RunState, now: float) -> RunState:
-    """Halt the run: at once between epochs and in warm-up, else when the epoch has drained.
+    """Pause the run: at once between epochs and in warm-up, otherwise when the epoch has drained.
 
     Raises:
-        MachineError: it is halted already (``Halted``).
+        MachineError: the run is already halted (``Halted``).
     """
     _not_halted(state)
     if state.phase.active:
@@ -464,10 +464,10 @@ def pause(state: RunState, now: float) -> RunState:
 
 
 def resume(state: RunState, now: float) -> RunState:
-    """Open a paused run to members again, or finish it when all is trained.
+    """Open a paused run to members again, or finish it if all steps are trained.
 
     Raises:
-        MachineError: it is not paused (``CannotResume``).
+        MachineError: the run is not paused (``CannotResume``).
     """
     if state.phase is not Phase.PAUSED:
         raise MachineError("CannotResume", f"only a paused run resumes; this one is in phase {state.phase.name}")

@@ -1,4 +1,4 @@
-"""Who belongs to a run: its members, who may become one, and who never again."""
+"""The members of a run: who belongs to it, who may join, and who never may again."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Membership:
     """The members of one run and the rules of admission.
 
     Args:
-        run_id: its name, for messages.
-        room: how many members it takes.
+        run_id: the run's name, for messages.
+        room: the largest number of members.
 
     Attributes:
-        members: everyone who joined and is not gone, by signer.
-        ejected: node keys that never join again.
+        members: everyone who joined and has not left, by signer.
+        ejected: node keys that may never join again.
     """
 
     def __init__(self, run_id: str, room: int) -> None:
@@ -37,27 +37,27 @@ class Membership:
         return None if self._allowed is None else sorted(self._allowed)
 
     def allow(self, node: bytes | None) -> None:
-        """Let a node with that key join, or everyone."""
+        """Let a node with this key join, or everyone."""
         if node is None:
             self._allowed = None
         elif self._allowed is not None:
             self._allowed.add(node)
 
     def forbid(self, node: bytes | None) -> None:
-        """Let a node with that key not join again, or nobody who is not allowed by key; members stay until they go."""
+        """Forbid a node with this key to join again, or everyone who is not allowed by key; members stay."""
         if self._allowed is None:
             self._allowed = {member.node for member in self.members.values()} if node is not None else set()
         self._allowed.discard(node or b"")
 
     def check(self, signer: bytes, address: str) -> None:
-        """Refuse who may not become, or stay, a member.
+        """Check that a node may become, or stay, a member.
 
         Raises:
             CoordinatorError: ``InvalidMember``, ``Ejected``, ``NotAuthorized``, or ``RunFull`` (retryable).
         """
         if len(signer) != KEY_SIZE or len(address) > MAX_ADDRESS:
             raise CoordinatorError(
-                f"a member has a key of {KEY_SIZE} bytes and an address of at most {MAX_ADDRESS} characters",
+                f"a member must have a key of {KEY_SIZE} bytes and an address of at most {MAX_ADDRESS} characters",
                 code="InvalidMember",
             )
         if signer in self.ejected:
@@ -68,19 +68,19 @@ class Membership:
             )
         if self._allowed is not None and signer not in self._allowed:
             raise CoordinatorError(
-                f"the node {signer.hex()} may not join this run; its owner can let it: "
+                f"the node {signer.hex()} may not join this run; its owner can allow it: "
                 f"`psyche run authorize {self._run_id} {signer.hex()}`",
                 code="NotAuthorized",
             )
         if signer not in self.members and len(self.members) >= self._room:
             raise CoordinatorError(
-                f"the run has {len(self.members)} members and no room for more; try again later",
+                f"the run has {len(self.members)} members, which is its limit; try again later",
                 code="RunFull",
                 retryable=True,
             )
 
     def dump(self) -> dict[str, Any]:
-        """Everything, JSON-able."""
+        """Everything as JSON values."""
         return {
             "ejected": sorted(key.hex() for key in self.ejected),
             "allowed": None if self._allowed is None else sorted(key.hex() for key in self._allowed),
@@ -88,7 +88,7 @@ class Membership:
         }
 
     def restore(self, data: dict[str, Any]) -> None:
-        """Take what :meth:`dump` gave; raises what reading something else raises."""
+        """Restore what :meth:`dump` returned; other data raises the errors of reading it."""
         self.members = {member.signer: member for member in (from_json(Client, m) for m in data["members"])}
         self.ejected = {bytes.fromhex(key) for key in data.get("ejected", [])}
         allowed = data.get("allowed")
