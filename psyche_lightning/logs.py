@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Literal, TextIO
+from typing import Literal, TextIO, TypedDict
 
 OURS = "psyche_lightning"
 """The logger above all of the package; a plugin's are named after its own package."""
@@ -110,6 +110,18 @@ class LogHandler(logging.Handler):
             pass  # a node does not end because nobody reads its output any more
         except Exception:
             self.handleError(record)
+
+
+class Redirections(TypedDict):
+    """Arguments of rich's displays: whether they take over a stream while they are drawn."""
+
+    redirect_stdout: bool
+    redirect_stderr: bool
+
+
+def redirections() -> Redirections:
+    """A display takes over lines that go to a terminal, and leaves those that go to a file or a pipe."""
+    return Redirections(redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty())
 
 
 # --- who hears it ---------------------------------------------------------------------------------------------------

@@ -21,11 +21,12 @@ STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d"
 
 @pytest.fixture
 def logger() -> Iterator[logging.Logger]:
-    """One that only we hear."""
+    """One that only we hear, and nobody speaks yet."""
     logger = logging.getLogger("psyche_lightning.tests.voice")
     logger.propagate = False
     logger.setLevel(logging.DEBUG)
-    yield logger
+    with speaking("-", "-"):
+        yield logger
     logger.handlers.clear()
 
 
@@ -111,7 +112,7 @@ def test_the_command_hears_us_plugins_and_warnings_and_leaves_logging_as_it_was(
 ) -> None:
     ours, plugin, other = (logging.getLogger(name) for name in ("psyche_lightning.x", "some_plugin.x", "other.x"))
     before = list(logging.getLogger().handlers), logging.getLogger("psyche_lightning").level
-    with logs.handled("stdout", ["some_plugin"]):
+    with speaking("-", "-"), logs.handled("stdout", ["some_plugin"]):
         for logger in (ours, plugin, other):
             logger.info("hello")
             logger.debug("details")

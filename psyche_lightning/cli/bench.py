@@ -13,6 +13,7 @@ from rich.table import Table
 
 from psyche_lightning.bench.report import check_folder, picture, write_json
 from psyche_lightning.cli.console import stdout
+from psyche_lightning.logs import redirections
 
 bench = typer.Typer(help="Measure bytes, speed and quality, as tables, JSON and pictures.", no_args_is_help=True)
 
@@ -170,7 +171,7 @@ def quality(
         *("model", "method", "setting", "rate", "loss, nats per byte", "bytes per round", "fewer bytes"),
     )
     rows = []
-    with Live(table, console=stdout(), refresh_per_second=2):
+    with Live(table, console=stdout(), refresh_per_second=2, **redirections()):
         for row in compare(sizes or list(SIZES), compared, plan, workers):
             rows.append(row)
             table.add_row(

@@ -45,6 +45,7 @@ def tokenize(
     from psyche_lightning.data.description import TokenWriter
     from psyche_lightning.data.texts import find_texts, read_texts
     from psyche_lightning.data.tokenizer import Encoder
+    from psyche_lightning.logs import redirections
 
     files = find_texts(paths, glob or DEFAULT_GLOBS)
     encoder = Encoder(tokenizer, download=True)
@@ -58,6 +59,7 @@ def tokenize(
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
+        **redirections(),
     ) as progress:
         task = progress.add_task("", total=sum(file.stat().st_size for file in files))
         texts = 0

@@ -23,6 +23,7 @@ from psyche_lightning.bench.report import check_folder
 from psyche_lightning.cli.console import stdout
 from psyche_lightning.doctor.finding import Finding, Verdict
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
+from psyche_lightning.logs import redirections
 from psyche_lightning.server.admin import URL_VARIABLE
 
 if TYPE_CHECKING:
@@ -340,14 +341,14 @@ async def _listen(make: Callable[[], Transport]) -> None:
         print(f"on the other machine:\n\n    psyche doctor --peer '{invitation}'\n")
         print("Anyone who has this line can measure the link until you press Ctrl-C.", flush=True)
 
-    await listen(make, announce, lambda text: print(text, flush=True), stop)
+    await listen(make, announce, stop)
 
 
 @contextlib.contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
     """Show on a terminal what is being measured."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), console=console, transient=True)
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), console=console, transient=True, **redirections())
     bar.disable = not console.is_terminal
     with bar:
         task = bar.add_task("", total=1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,8 @@ import typer
 
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.plugins import load_plugins
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -34,10 +37,10 @@ def generate(
     model_type = _model_type(checkpoint)
     import torch
     from transformers import TextStreamer
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    set_verbosity_error()  # type: ignore[no-untyped-call]
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     models = load_plugins().models()
     if model_type in models:  # its factory makes the type known to transformers
         with torch.device("meta"):
@@ -53,7 +56,7 @@ def generate(
         raise ConfigError(f"The prompt has {ids.shape[1]} tokens; the model sees {room}, so give it a shorter one.")
     if room is not None and ids.shape[1] + max_new_tokens > room:
         max_new_tokens = room - ids.shape[1]
-        typer.echo(f"(the model sees {room} tokens: at most {max_new_tokens} are added)", err=True)
+        logger.info("the model sees %d tokens: at most %d are added", room, max_new_tokens)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     with torch.inference_mode():
         loaded.generate(

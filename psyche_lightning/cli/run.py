@@ -13,6 +13,7 @@ import typer
 
 from psyche_lightning.cli.ledger import ledger
 from psyche_lightning.errors import ConfigError, CoordinatorError, counted
+from psyche_lightning.logs import redirections
 from psyche_lightning.protocol.owner import Creation
 from psyche_lightning.server.admin import TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
 
@@ -129,7 +130,7 @@ def watch(
 
     admin, console = administer(coordinator, run_id), stdout()
     found = admin.status()
-    with Live(_picture(found), console=console, auto_refresh=False) as live:
+    with Live(_picture(found), console=console, auto_refresh=False, **redirections()) as live:
         while found["phase"] != "finished":
             time.sleep(every)
             try:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.logs import redirections
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -169,7 +170,7 @@ class QuietProgress:
         from rich.console import Console
         from rich.progress import Progress
 
-        self._bar = Progress(console=Console(stderr=True), transient=True)
+        self._bar = Progress(console=Console(stderr=True), transient=True, **redirections())
         self._task = self._bar.add_task(what, total=total)
         self._begin = time.monotonic()
         self._shown = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import statistics
 import time
@@ -20,6 +21,8 @@ from psyche_lightning.errors import ConfigError, TransportError, WireError
 from psyche_lightning.transports.base import Link, Transport, TransportContext
 from psyche_lightning.wire.canonical import pack, sha256, unpack
 from psyche_lightning.wire.identity import Identity
+
+logger = logging.getLogger(__name__)
 
 SECRET_SIZE = 16
 CONNECT_SECONDS = 20.0
@@ -33,7 +36,6 @@ _MESSAGE_SIZE = 4096
 _POLL = 0.02
 
 MakeTransport = Callable[[], Transport]
-Say = Callable[[str], None]
 Progress = Callable[[str, float], None]
 
 
@@ -288,13 +290,12 @@ def _sizes(most_bytes: int) -> list[Callable[[float | None, float], int]]:
 # -- the listener -----------------------------------------------------------------------------------------------------
 
 
-async def listen(make: MakeTransport, announce: Callable[[Invitation], None], say: Say, stop: asyncio.Event) -> None:
+async def listen(make: MakeTransport, announce: Callable[[Invitation], None], stop: asyncio.Event) -> None:
     """Be the other end for a doctor that has the invitation, until told to stop.
 
     Args:
         make: makes the transport with this machine's options; called again to dial back.
         announce: called with the invitation.
-        say: called with lines for people.
         stop: ends it when set.
 
     Raises:
@@ -303,7 +304,7 @@ async def listen(make: MakeTransport, announce: Callable[[Invitation], None], sa
     secret = new_secret()
     shared = Invitation("", secret)
     transport, caller = make(), shared.identity("caller").public
-    listener = _Listener(transport, make, shared, say)
+    listener = _Listener(transport, make, shared)
     context = TransportContext(shared.identity("listener"), shared.run_id, listener.hear, listener.blobs.get)
     try:
         address = await transport.start(context)
@@ -314,7 +315,10 @@ async def listen(make: MakeTransport, announce: Callable[[Invitation], None], sa
             link = next(iter(transport.links()))
             if link.connected != there:
                 there = link.connected
-                say(f"the other doctor is connected ({link.path or 'connected'})" if there else "it has left")
+                if there:
+                    logger.info("the other doctor is connected (%s)", link.path or "connected")
+                else:
+                    logger.info("the other doctor has left")
             await _within(_POLL * 10, stop)
     finally:
         listener.close()
@@ -324,12 +328,11 @@ async def listen(make: MakeTransport, announce: Callable[[Invitation], None], sa
 class _Listener:
     """Answers the requests of one caller, one after another."""
 
-    def __init__(self, transport: Transport, make: MakeTransport, shared: Invitation, say: Say) -> None:
+    def __init__(self, transport: Transport, make: MakeTransport, shared: Invitation) -> None:
         self.blobs = _Blobs()
         self._transport = transport
         self._make = make
         self._shared = shared
-        self._say = say
         self._busy: asyncio.Task[None] | None = None
 
     def hear(self, peer: bytes, message: bytes) -> bool:
@@ -373,7 +376,7 @@ class _Listener:
         seconds = _bounded(millis, int(1e3 * MOST_SECONDS)) / 1e3
         got, took = await _fetch(self._transport, digest, peer, _bounded(size, MOST_BYTES), seconds)
         if got:
-            self._say(f"received {got / 1e6:.1f} MB at {got / took / 1e6:.2f} MB/s")
+            logger.info("received %.1f MB at %.2f MB/s", got / 1e6, got / took / 1e6)
         return [got, round(1e6 * took)]
 
     async def _call(self, peer: bytes, address: str) -> list[Any]:
@@ -390,9 +393,8 @@ class _Listener:
         finally:
             await transport.stop()
         found = (link.path or "connected") if link.connected else ""
-        self._say(
-            f"their address {address[:100]} is " + (f"reachable from here ({found})" if found else "not reachable")
-        )
+        found_out = f"is reachable from here ({found})" if found else "is not reachable"
+        logger.info("their address %s %s", address[:100], found_out)
         return [found, link.reason[:500]]
 
 

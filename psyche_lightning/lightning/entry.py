@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -21,6 +22,8 @@ from psyche_lightning.transports.base import Transport
 from psyche_lightning.transports.memory import MemoryTransport
 from psyche_lightning.transports.meter import ByteMeter, socket_factory
 from psyche_lightning.wire.identity import Identity
+
+logger = logging.getLogger(__name__)
 
 ALONE_RUN = "alone"
 
@@ -72,6 +75,7 @@ class Entry:
         transport = load_plugins().transports()[options.transport](options.transport_options)
         self.transport: Transport = MemoryTransport() if options.coordinator is None else transport
         if options.coordinator is None:
+            logger.info("no coordinator is given: this process trains alone")
             unset = () if options.config else ("global_batch_size", "total_steps")
             self.terms = Terms(options.config or CoordinatorConfig(), unset)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +11,6 @@ import torch
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.internals import replace_step
-
-logger = logging.getLogger(__name__)
 
 
 def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> DisTrO:
@@ -44,17 +41,7 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
                 "weight_decay": float(group.get("weight_decay", 0.0)),
             }
         )
-    distro = DisTrO(groups, lr=float(optimizer.param_groups[0]["lr"]), config=config)
-    logger.info(
-        "DisTrO replaces the step of %s, whose learning rate, weight decay and parameter groups it uses: "
-        "%d signs of each %dx%d chunk, %s bytes a round",
-        type(optimizer).__name__,
-        config.k,
-        config.chunk,
-        config.chunk,
-        f"{distro.max_payload:,}",
-    )
-    return distro
+    return DisTrO(groups, lr=float(optimizer.param_groups[0]["lr"]), config=config)
 
 
 class TakenStep:
@@ -87,6 +74,14 @@ class TakenStep:
         """Run the closure, if there is one, and return its result."""
         self.called = True
         return None if closure is None else closure()
+
+    def __str__(self) -> str:
+        config = self.distro.config
+        return (
+            f"DisTrO replaces the step of {type(self.optimizer).__name__}, whose learning rate, weight decay and "
+            f"parameter groups it uses: {config.k} signs of each {config.chunk}x{config.chunk} chunk, "
+            f"{self.distro.max_payload:,} bytes a round"
+        )
 
     def reset(self) -> None:
         """Forget the last call."""

@@ -115,6 +115,7 @@ class Session:
         with contextlib.ExitStack() as opened:
             identity = Identity.generate() if folder is None else node_key(folder)
             opened.enter_context(speaking(entry.run_id, short(identity.public)))
+            logger.info("%s", step)
             if folder is not None and saved_delta.load(folder, entry.run_id, step.distro):
                 logger.info("taking up delta of %d rounds from %s", step.distro.nonce, folder)
             url = entry.options.coordinator
@@ -151,6 +152,7 @@ class Session:
                 traffic=lambda: self.traffic.total,
                 served=self.traffic.served,
                 ledger=ledger,
+                alone=url is None,
             )
             self._participant = Participant(node, patience=entry.options.patience)
             self.identity, self.signer = identity.public, coordinator.signer

@@ -62,6 +62,7 @@ class NodeParts:
         traffic: returns bytes ``(up, down)`` counted at the node's sockets.
         served: told ``(size of the blob, bytes sent)`` when a peer was given a blob or a part of one.
         ledger: where the node writes down the rounds that are certain, if it keeps a ledger.
+        alone: whether it is the whole run, so that its coming and going need no words.
     """
 
     identity: Identity
@@ -76,6 +77,7 @@ class NodeParts:
     traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)
     served: Callable[[int, int], None] = lambda size, given: None
     ledger: Ledger | None = None
+    alone: bool = False
 
 
 class Runtime:
@@ -134,13 +136,14 @@ class Runtime:
         self.address = await self.node.transport.start(context)
         await self.node.coordinator.request(Join(self.address, self.node.manifest))
         self._joined = True
-        Joined(self.node.identity.public, self.node.coordinator.signer, self.address).tell()
+        if not self.node.alone:
+            Joined(self.node.identity.public, self.node.coordinator.signer, self.address).tell()
         self._spawn(self._watch())
         self._spawn(self._tick())
 
     async def stop(self, why: str, *, withdraw: bool, linger: float) -> None:
         """Leave: wait for peers that still need this node, tell the coordinator, close everything."""
-        if self._joined:
+        if self._joined and not self.node.alone:
             Left(why).tell()
         deadline = time.monotonic() + linger
         while time.monotonic() < deadline and self._needed():
@@ -176,8 +179,9 @@ class Runtime:
 
     async def _watch(self) -> None:
         async for state in self.node.coordinator.watch():
-            for notice in news(self.core.state, state, self.node.coordinator.signer):
-                notice.tell()
+            if not self.node.alone:
+                for notice in news(self.core.state, state, self.node.coordinator.signer):
+                    notice.tell()
             self.handle(ev.StateSeen(state))
 
     async def _tick(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +12,7 @@ from weakref import WeakValueDictionary
 
 from psyche_lightning import aio
 from psyche_lightning.errors import PsycheError
+from psyche_lightning.logs import speaking
 from psyche_lightning.protocol.manifest import manifest_digest
 from psyche_lightning.protocol.requests import Answer, Join, Request
 from psyche_lightning.protocol.state import RunState
@@ -18,6 +20,8 @@ from psyche_lightning.protocol.state import RunState
 if TYPE_CHECKING:
     from psyche_lightning.coordinator.host import RunHost
     from psyche_lightning.server.store import Store
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SAVE_AGAIN = 1.0
@@ -55,6 +59,7 @@ class LiveRun:
         self._unsaved = False
         self._lock = threading.RLock()
         self._listeners: list[Callable[[], None]] = []
+        self._told = host.history.events.count
         self.manifests: dict[bytes, dict[str, Any]] = {}
 
     @classmethod
@@ -149,10 +154,19 @@ class LiveRun:
             return
         if self._store is not None:
             self._store.save(self.host)
+            self._tell()
         self._unsaved = False
         self.state = self.host.state
         for listener in list(self._listeners):
             listener()
+
+    def _tell(self) -> None:
+        """Log what has happened to the run; within a node's process the node tells."""
+        events = self.host.history.events
+        with speaking(self.state.run_id, "-"):
+            for event in events.since(self._told):
+                logger.info("%s", event.text)
+        self._told = events.count
 
 
 _sharing = threading.Lock()

@@ -16,6 +16,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from psyche_lightning.logs import redirections
 from psyche_lightning.node.download import Transfer
 
 
@@ -50,7 +51,9 @@ class Bars:
         self._parameters = self._bytes.add_task("")
         self._transfer = transfer
         self._shown: Transfer | None = None
-        self._live = Live(console=console, get_renderable=self.render) if console.is_terminal else None
+        self._live = (
+            Live(console=console, get_renderable=self.render, **redirections()) if console.is_terminal else None
+        )
 
     def start(self) -> None:
         """Begin to draw."""

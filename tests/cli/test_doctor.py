@@ -461,8 +461,8 @@ def test_which_coordinators_are_on_other_machines() -> None:
 
 @contextlib.asynccontextmanager
 async def listening(make: Callable[[], TcpTransport] = TcpTransport) -> AsyncIterator[link.Invitation]:
-    stop, invited, said = asyncio.Event(), asyncio.get_running_loop().create_future(), []
-    task = asyncio.ensure_future(link.listen(make, invited.set_result, said.append, stop))
+    stop, invited = asyncio.Event(), asyncio.get_running_loop().create_future()
+    task = asyncio.ensure_future(link.listen(make, invited.set_result, stop))
     try:
         yield await asyncio.wait_for(invited, 10)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,10 +30,12 @@ SCRIPT = Path(__file__).with_name("user_script.py")
 PATIENCE = 120.0
 
 
-def start(url: str, run: str, *arguments: str) -> subprocess.Popen[str]:
+def start(url: str, run: str, *arguments: str, first: str = "") -> subprocess.Popen[str]:
+    """Start the user's program; ``first`` is what it does before anything else."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PSYCHE_COORDINATOR": url, "PSYCHE_RUN": run}
+    whole = f"{first}\nimport runpy; runpy.run_path({str(SCRIPT)!r})"
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
+        [sys.executable, "-c", whole, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -70,6 +73,23 @@ def test_an_unmodified_program_in_two_processes_ends_with_the_same_bytes(create_
     assert status["config"]["global_batch_size_end"] == 16, "two nodes with batches of eight"
 
 
+LOGGING = "import logging; logging.basicConfig(level={level!r}, format='MINE %(levelname)s %(message)s')"
+
+
+def test_a_program_hears_its_node_and_its_own_logging_replaces_ours(create_run: Make, tmp_path: Path) -> None:
+    url, run = create_run(init_min_clients=3)
+    firsts = ["", LOGGING.format(level="INFO"), LOGGING.format(level="WARNING")]
+    processes = [start(url, run, str(n), str(tmp_path / str(n)), first=first) for n, first in enumerate(firsts)]
+    ours, mine, quiet = (process.communicate(timeout=PATIENCE)[0].splitlines() for process in processes)
+    assert [process.returncode for process in processes] == [0, 0, 0], (ours, mine, quiet)
+    for what in ("DisTrO replaces the step of AdamW", "joined the run as", "epoch 0 has 3 nodes", "leaves the run: "):
+        (line,) = (line for line in ours if what in line)
+        assert re.match(rf"\S+T\S+ INFO    {run} [0-9a-f]{{8}} ", line), line
+        (line,) = (line for line in mine if what in line)
+        assert line.startswith("MINE INFO "), line
+        assert not [line for line in quiet if what in line]
+
+
 def test_signals_while_waiting_for_others_leave_the_run(create_run: Make, tmp_path: Path) -> None:
     url, run = create_run(init_min_clients=3)
     admin = CoordinatorAdmin(url)
@@ -81,9 +101,12 @@ def test_signals_while_waiting_for_others_leave_the_run(create_run: Make, tmp_pa
         for process in processes:
             process.wait(30)
     finally:
+        told = []
         for process in processes:
             process.kill()
-            process.communicate()
+            told.append(process.communicate()[0])
+    for text, reason in zip(told, ("SIGTERM", "Ctrl-C"), strict=True):
+        assert text.count(f"leaves the run: {reason}\n") == 1, text
     # They said so themselves: who only vanishes is dropped.
     assert [event["kind"] for event in admin.status(run)["events"]].count("left") == 2
 

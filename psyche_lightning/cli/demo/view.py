@@ -13,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from psyche_lightning.logs import redirections
+
 LINE_EVERY, LINES = 10, 6
 """Where the output is not a terminal: most rounds between two lines, and about the fewest lines of a short run."""
 EVENTS = 4
@@ -47,7 +49,9 @@ class View:
         self._all_reduce = all_reduce
         self._rounds = rounds
         self._clock = clock
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._live = (
+            Live(console=console, auto_refresh=False, transient=True, **redirections()) if console.is_terminal else None
+        )
         self._first: tuple[int, float] | None = None
         self._every = max(1, min(LINE_EVERY, rounds // LINES))
         self._printed = 0

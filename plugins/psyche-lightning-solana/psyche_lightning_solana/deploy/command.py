@@ -57,6 +57,7 @@ async def _deploy(
 ) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from psyche_lightning.logs import redirections
     from psyche_lightning_solana.client import cluster as clusters
     from psyche_lightning_solana.client.rpc import connect
     from psyche_lightning_solana.deploy.deployer import LAMPORTS, Deployer
@@ -67,7 +68,9 @@ async def _deploy(
     target = _target(name, address, payer, cluster, known=name == program)
     async with connect(cluster) as client:
         authority = await _authority(client, target, cluster)
-        bar = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), **redirections()
+        )
         task = bar.add_task("writing", total=len(image))
         deployer = Deployer(
             client,
