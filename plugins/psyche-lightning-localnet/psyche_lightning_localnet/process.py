@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -66,7 +67,8 @@ class LocalnetProcess:
     def stop(self, timeout: float = 20.0) -> int:
         """Stop it as Ctrl-C does, which saves its ledger, and return its exit code."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            # Windows can only end a process; the ledger is then that of its last snapshot.
+            self.process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
