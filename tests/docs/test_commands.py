@@ -47,7 +47,7 @@ def parse(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     path: list[str] = []
     rest = [*arguments]
     while rest[0].startswith("-"):
-        assert rest[0] in ("--traceback", "--version", "--help")
+        assert rest[0] in ("--traceback", "--verbose", "--version", "--help")
         del rest[0]
     command: Any = typer.main.get_command(_app(rest[0]))
     while isinstance(command, TyperGroup):
@@ -107,8 +107,11 @@ def test_every_command_in_the_text_exists(pages: list[Any]) -> None:
                     command = child(group, word)
                     assert command, f"{page.name}: `{span}` does not exist"
             if command is not None:
-                known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
-                assert set(options) <= known | {"--traceback"}, f"{page.name}: `{span}` has unknown options"
+                known = {option for parameter in command.params for option in parameter.opts}
+                known |= {"--help", "--traceback", "--verbose"}
+                assert set(options) <= known | {"--traceback", "--verbose"}, (
+                    f"{page.name}: `{span}` has unknown options"
+                )
 
 
 def test_every_option_in_the_text_is_one_of_some_command(pages: list[Any]) -> None:
