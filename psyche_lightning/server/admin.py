@@ -1,4 +1,4 @@
-"""What people ask of a coordinator server: create, list, look at, pause and resume runs. Plain HTTP, no asyncio."""
+"""The requests of people to a coordinator server: create, list, inspect, pause and resume runs, over plain HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_ANSWER_SIZE = 64 * 1024 * 1024
 
 
 def check_url(url: str) -> str:
-    """The URL without a slash at its end.
+    """Returns the URL without a slash at its end.
 
     Raises:
         ConfigError: it is not an http or https URL.
@@ -38,12 +38,12 @@ def check_url(url: str) -> str:
 
 
 class CoordinatorAdmin:
-    """A client for people's requests.
+    """A client for the requests of people.
 
     Args:
-        url: of the server; None for the environment's ``PSYCHE_COORDINATOR``.
-        token: for a server that wants one; None for the environment's ``PSYCHE_COORDINATOR_TOKEN``.
-        attempts: tries to reach the server.
+        url: URL of the server; None for ``PSYCHE_COORDINATOR`` in the environment.
+        token: token, if the server needs one; None for ``PSYCHE_COORDINATOR_TOKEN`` in the environment.
+        attempts: how often to try to reach the server.
     """
 
     def __init__(self, url: str | None = None, *, token: str | None = None, attempts: int = 5) -> None:
@@ -53,7 +53,7 @@ class CoordinatorAdmin:
         self.url = check_url(url)
         self._token = token or os.environ.get(TOKEN_VARIABLE)
         self._attempts = attempts
-        # The environment's proxies are for the world outside; a coordinator on this machine is not behind them.
+        # Proxies of the environment are for other machines; a coordinator on this machine needs none.
         local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
         self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
 
@@ -66,17 +66,17 @@ class CoordinatorAdmin:
         seed: int | None = None,
         max_seq_len: int = 1,
     ) -> dict[str, Any]:
-        """Create a run and return its status. Creating it again in the same way changes nothing.
+        """Create a run and return its status. An identical second request changes nothing.
 
         Args:
-            run_id: its name, at most 32 bytes.
-            config: values of :class:`~psyche_lightning.protocol.state.CoordinatorConfig`; the rest is default.
-            manifest: what is already known of the run's manifest.
-            seed: from which all committees and assignments follow; None for a random one.
+            run_id: the run's name, at most 32 bytes.
+            config: values of :class:`~psyche_lightning.protocol.state.CoordinatorConfig`; the others are defaults.
+            manifest: the known part of the run's manifest.
+            seed: decides all committees and assignments; None for a random one.
             max_seq_len: tokens of a sample.
 
         Raises:
-            CoordinatorError: it was refused, or the server cannot be reached.
+            CoordinatorError: the request is refused, or the server cannot be reached.
         """
         body = {
             "run_id": run_id, "config": config or {}, "manifest": manifest, "seed": seed, "max_seq_len": max_seq_len
@@ -84,20 +84,20 @@ class CoordinatorAdmin:
         return self._ask("POST", "/v1/runs", body)
 
     def status(self, run_id: str) -> dict[str, Any]:
-        """What ``GET /v1/runs/RUN`` answers: the run for people and programs to look at."""
+        """The answer of ``GET /v1/runs/RUN``: the run's status for people and programs."""
         return self._ask("GET", _path(run_id))
 
     def manifest(self, digest: str) -> dict[str, Any]:
-        """The manifest whose SHA-256 in hex a run's status gives as ``manifest_digest``."""
+        """The manifest with this SHA-256 in hex, which a run's status contains as ``manifest_digest``."""
         return self._ask("GET", f"/v1/manifests/{digest}")
 
     def runs(self) -> list[dict[str, Any]]:
-        """A line on each run: ``run_id``, ``phase``, ``epoch``, ``step``, ``total_steps``, ``clients``."""
+        """A summary of each run: ``run_id``, ``phase``, ``epoch``, ``step``, ``total_steps``, ``clients``."""
         runs: list[dict[str, Any]] = self._ask("GET", "/v1/runs")["runs"]
         return runs
 
     def pause(self, run_id: str) -> dict[str, Any]:
-        """Pause the run at the end of its epoch, at once when none is under way; returns the status."""
+        """Pause the run at the end of its epoch, or at once if no epoch has begun; returns the status."""
         return self.command(run_id, "pause")
 
     def resume(self, run_id: str) -> dict[str, Any]:
@@ -105,12 +105,12 @@ class CoordinatorAdmin:
         return self.command(run_id, "resume")
 
     def command(self, run_id: str, name: str, **body: Any) -> dict[str, Any]:
-        """Ask one of the owner's commands of a run; returns the answer.
+        """Send one of the owner's commands for a run; returns the answer.
 
         Args:
             run_id: the run.
             name: ``pause``, ``resume``, ``start``, ``update``, ``close``, ``authorize`` or ``revoke``.
-            body: what the command takes.
+            body: the command's arguments.
         """
         return self._ask("POST", f"{_path(run_id)}/{name}", body)
 
@@ -154,7 +154,7 @@ class CoordinatorAdmin:
             value = None
         if not isinstance(value, dict):
             raise CoordinatorError(
-                f"{self.url} answered {status} with something that is not JSON: no psyche coordinator listens there",
+                f"{self.url} answered {status} with something that is not JSON: it is not a psyche coordinator",
                 code="Unreachable",
             )
         return value
@@ -164,9 +164,9 @@ class ServerRun:
     """The owner's side of one run of a server (:class:`~psyche_lightning.protocol.owner.RunAdmin`).
 
     Args:
-        url: of the server.
+        url: URL of the server.
         run_id: the run.
-        token: for a server that wants one; None for the environment's.
+        token: token, if the server needs one; None for the environment's.
     """
 
     def __init__(self, url: str, run_id: str, token: str | None = None) -> None:
@@ -174,7 +174,7 @@ class ServerRun:
         self._run = run_id
 
     def create(self, wanted: Creation) -> dict[str, Any]:
-        """Create the run; it is open at once."""
+        """Create the run, which is open at once."""
         manifest = None if wanted.manifest is None else dict(wanted.manifest)
         status = self._admin.create(
             self._run, dict(wanted.config), manifest=manifest, seed=wanted.seed, max_seq_len=wanted.max_seq_len
@@ -190,7 +190,7 @@ class ServerRun:
         return self._admin.command(self._run, "start")
 
     def pause(self) -> dict[str, Any]:
-        """Halt the run at the end of its epoch."""
+        """Pause the run at the end of its epoch."""
         return self._admin.pause(self._run)
 
     def resume(self) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class ServerRun:
         return self._admin.resume(self._run)
 
     def status(self) -> dict[str, Any]:
-        """Where the run stands."""
+        """Returns the run's status."""
         return self._admin.status(self._run)
 
     def close(self) -> str:
@@ -212,21 +212,21 @@ class ServerRun:
         return f"{node or 'everybody'} may join run {self._run}"
 
     def revoke(self, node: str | None) -> str:
-        """Take it back."""
+        """Undo :meth:`authorize`."""
         self._admin.command(self._run, "revoke", node=node)
         if node is None:
             return f"only nodes that were authorized by their keys may join run {self._run}"
         return f"{node} may not join run {self._run} again"
 
     def points(self) -> list[dict[str, Any]]:
-        """A point is a sample's share: an epoch's samples in equal parts to those who were well at its end."""
+        """Points of each node: the samples of each epoch, in equal parts to the nodes that were healthy at its end."""
         points: list[dict[str, Any]] = self.status()["points"]
         return points
 
     def claim(self, points: int | None) -> str:
-        """Refused: a server pays nothing."""
+        """Refuse: a server does not pay."""
         raise CoordinatorError(
-            f"{self._admin.url} counts points and pays nothing; a run on a chain with a treasurer does",
+            f"{self._admin.url} counts points but does not pay; a run on a chain with a treasurer does",
             code="NoTreasurer",
         )
 

@@ -1,18 +1,18 @@
-"""What travels between a node and the coordinator's server over their one websocket.
+"""What travels between a node and the coordinator's server over their websocket.
 
 The server speaks first. Its frames are text: JSON lists that start with a word.
 
-- ``["hello", version, challenge]``: 32 random bytes in hex, fresh for each connection.
-- ``["state", {...}]``: the full state, Bloom filters left out; then ``["change", nonce, {...}]``: what differs from the
-  state with that nonce.
-- ``["ok", number, result]`` or ``["error", number, {"error", "code", "retryable", ...}]``: the answer to a request;
-  number 0 means the connection itself, which the server then closes.
+- ``["hello", version, challenge]``: 32 random bytes in hex, new for each connection.
+- ``["state", {...}]``: the full state without Bloom filters; then ``["change", nonce, {...}]``: the differences from
+  the state with that nonce.
+- ``["ok", number, result]`` or ``["error", number, {"error", "code", "retryable", ...}]``: the answer to a request.
+  Number 0 concerns the connection itself, which the server then closes.
 
-The node's frames are binary. The first proves who it is: its public key, then its signature of the challenge. Each
-later one is a request: a signature, then the canonical msgpack of ``[number, name, values]``. The signature covers
-purpose, run id, challenge and that msgpack, and numbers grow strictly within a connection; so a recorded request is
-refused on the same connection because its number was used, and on every other one because the challenge differs. A
-connection that never proves who it is only watches.
+The node's frames are binary. The first one proves the node's key: it holds the public key, then the signature of the
+challenge. Each further frame is a request: a signature, then the canonical msgpack of ``[number, name, values]``. The
+signature covers purpose, run id, challenge and that msgpack, and numbers increase within a connection. So a recorded
+request is refused on the same connection because its number was used, and on every other one because the challenge
+differs. A connection that never proves a key can only watch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HELLO = "psyche-lightning coordinator hello 1"
 REQUEST = "psyche-lightning coordinator request 1"
 
 SYNC = "sync"
-"""Asks the server for the full state again: about the connection, not the run."""
+"""Requests the full state again; it concerns the connection, not the run."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Frame:
     """A verified frame of a node.
 
     Attributes:
-        number: grows strictly within a connection, from 1.
-        name: of the request, or :data:`SYNC`.
+        number: increases within a connection, from 1.
+        name: name of the request, or :data:`SYNC`.
         values: the request's fields, not yet checked; see :func:`~psyche_lightning.protocol.requests.decode`.
     """
 
@@ -57,10 +57,10 @@ def seal_hello(identity: Identity, run_id: str, challenge: bytes) -> bytes:
 
 
 def open_hello(frame: bytes, run_id: str, challenge: bytes) -> bytes:
-    """Verify a first frame and return the public key of the node.
+    """Verify a first frame; returns the node's public key.
 
     Raises:
-        WireError: it has another size or the signature is wrong.
+        WireError: it has another size, or its signature is wrong.
     """
     if len(frame) != KEY_SIZE + SIGNATURE_SIZE:
         raise WireError(
@@ -73,7 +73,7 @@ def open_hello(frame: bytes, run_id: str, challenge: bytes) -> bytes:
 
 
 def seal_frame(identity: Identity, run_id: str, challenge: bytes, number: int, name: str, values: list[Any]) -> bytes:
-    """Sign a request; see the module's description for the layout."""
+    """Sign a request; the module's description shows the layout."""
     body = pack([number, name, values])
     return identity.sign(REQUEST, run_id, challenge + body) + body
 
@@ -83,18 +83,18 @@ def open_frame(frame: bytes, public: bytes, run_id: str, challenge: bytes, last:
 
     Args:
         frame: the websocket message.
-        public: the key that the connection belongs to.
-        run_id: the run that it is about.
-        challenge: the connection's own.
-        last: the number of the latest request of this connection.
+        public: the public key of the connection.
+        run_id: the run.
+        challenge: the connection's challenge.
+        last: number of the connection's latest request.
 
     Raises:
-        WireError: wrong signature, malformed, or a number that was used before.
+        WireError: the signature is wrong, the frame is malformed, or its number was used before.
     """
     signature, body = frame[:SIGNATURE_SIZE], frame[SIGNATURE_SIZE:]
     if not verify(public, REQUEST, run_id, challenge + body, signature):
         raise WireError(
-            f"wrong signature on a request of {short(public)}: it was changed under way, replayed from another "
+            f"wrong signature on a request of {short(public)}: it was changed on the way, replayed from another "
             f"connection, or meant for another run than {run_id!r}"
         )
     value = unpack(body, max_size=MAX_FRAME_SIZE)
@@ -102,14 +102,14 @@ def open_frame(frame: bytes, public: bytes, run_id: str, challenge: bytes, last:
         raise WireError("a request is a list of number, name and values")
     number, name, values = value
     if type(number) is not int or number <= last:
-        raise WireError(f"request number {number!r} after {last}: it was replayed; numbers grow with each request")
+        raise WireError(f"request number {number!r} after {last}: it was replayed; numbers must increase")
     if not isinstance(name, str):
         raise WireError(f"the name of a request is {type(name).__name__}; expected text")
     return Frame(number, name, values)
 
 
 def problem(error: PsycheError, *, choices: list[str] | None = None) -> dict[str, Any]:
-    """``{"error", "code", "retryable"}``, with ``"differences"`` or ``"choices"`` where there are some."""
+    """``{"error", "code", "retryable"}``, and ``"differences"`` or ``"choices"`` if there are any."""
     result: dict[str, Any] = {
         "error": str(error),
         "code": getattr(error, "code", type(error).__name__),
@@ -123,9 +123,9 @@ def problem(error: PsycheError, *, choices: list[str] | None = None) -> dict[str
 
 
 def coordinator_error(value: Any) -> CoordinatorError:
-    """The error that :func:`problem` described; anything else becomes a plain one."""
+    """The error that :func:`problem` described; other values become a plain error."""
     if not isinstance(value, dict) or not isinstance(value.get("error"), str):
-        return CoordinatorError("the coordinator refused without saying why")
+        return CoordinatorError("the coordinator refused without giving a reason")
     differences = value.get("differences")
     if isinstance(differences, list) and all(isinstance(row, list) and len(row) == 3 for row in differences):
         return ManifestMismatchError(value["error"], [(str(field), run, own) for field, run, own in differences])

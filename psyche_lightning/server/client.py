@@ -1,4 +1,4 @@
-"""The node's side of a coordinator server: one websocket, kept up through restarts and lost links."""
+"""A node's client for a coordinator server: one websocket, which it restores after restarts and lost links."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ HEARTBEAT = 20.0
 MAX_PROBLEM_SIZE = 64 * 1024
 FIRST_WAIT, LONGEST_WAIT = 0.5, 3.0
 REPEATED = {"DuplicateWitness", "InvalidWithdraw"}
-"""What a machine answers to a request that it has taken already; after a lost answer that means it worked."""
+"""The machine's answers to a request that it has already accepted; after a lost answer they mean success."""
 
 
 @dataclass(eq=False)
 class _Call:
-    """A request on its way.
+    """A request that waits for its answer.
 
     Attributes:
-        name: of the request.
+        name: name of the request.
         values: its fields, encoded.
         answer: resolved by the server's answer.
         sent: how often it was sent.
@@ -62,26 +62,26 @@ class _Call:
 
 
 class _Lost(Exception):
-    """The connection failed in a way that trying again may cure."""
+    """The connection failed, but another attempt may succeed."""
 
 
 class HttpCoordinator:
     """A client of one run on a server (a :class:`~psyche_lightning.protocol.requests.Coordinator`).
 
-    It connects at the first call. Requests that are unanswered when the link breaks are sent again on the next one.
+    It connects at the first call. If the link breaks, unanswered requests are sent again on the next one.
 
     Args:
-        url: of the server, such as ``http://127.0.0.1:8080``.
+        url: URL of the server, such as ``http://127.0.0.1:8080``.
         run_id: the run.
         identity: the node's key, which signs everything.
-        socket_factory: makes the sockets, for those who count bytes (as of ``aiohttp.TCPConnector``).
-        attempts: tries to reach the server at the start.
+        socket_factory: makes the sockets, to count bytes (see ``aiohttp.TCPConnector``).
+        attempts: how often to try to reach the server at the start.
         patience: seconds to keep trying once the run was reached.
-        connect_timeout: seconds for one try.
-        clock: monotonic seconds, for what the log says about a lost connection.
+        connect_timeout: seconds for one attempt.
+        clock: monotonic seconds, for log lines about a lost connection.
 
     Raises:
-        ConfigError: the URL is none.
+        ConfigError: the URL is malformed.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class HttpCoordinator:
     # The protocol.
 
     async def request(self, request: Request[Answer]) -> Answer:
-        """Ask, and return the answer; a manifest itself travels only when the server does not hold it."""
+        """Send a request and return its answer; a manifest's text travels only if the server does not hold it."""
         try:
             value = await self._call(request.name, encode(request, held=True))
         except CoordinatorError as error:
@@ -135,7 +135,7 @@ class HttpCoordinator:
         return answer
 
     async def watch(self) -> AsyncIterator[RunState]:
-        """The state now and after every change, newest only."""
+        """Yields the state now and after each change, newest only."""
         self._start()
         news = asyncio.Event()
         self._watchers.add(news)
@@ -153,7 +153,7 @@ class HttpCoordinator:
             self._watchers.discard(news)
 
     async def close(self) -> None:
-        """End the connection; calls that are still open fail."""
+        """End the connection; open calls fail."""
         self._fail(CoordinatorError(f"the connection to {self.url} was closed by this node", code="Closed"))
         if self._task is not None:
             self._task.cancel()
@@ -171,7 +171,7 @@ class HttpCoordinator:
         self._start()
         call = _Call(name, values, asyncio.get_running_loop().create_future())
         self._waiting.append(call)
-        # The connection's task gives up by itself; this bounds what it cannot see.
+        # The connection's task gives up by itself; this timer is for what it cannot see.
         timer = call.answer.get_loop().call_later(self._patience + ANSWER_TIMEOUT, self._overdue, call)
         try:
             await self._flush()
@@ -187,7 +187,7 @@ class HttpCoordinator:
             call.answer.set_exception(CoordinatorError(text, code="Unreachable", retryable=True))
 
     async def _flush(self) -> None:
-        """Send what waits, in order, if there is a connection; what cannot be sent waits for the next one."""
+        """Send waiting calls in order if there is a connection; the others wait for the next one."""
         async with self._sending:
             while self._socket is not None and self._waiting:
                 call = self._waiting.pop(0)
@@ -198,7 +198,7 @@ class HttpCoordinator:
                 try:
                     await self._socket.send_bytes(frame)
                 except (OSError, aiohttp.ClientError):
-                    return  # the connection's task sees the same and puts the call back
+                    return  # the connection's task sees it, too, and puts the call back
 
     async def _run(self) -> None:
         try:
@@ -220,7 +220,7 @@ class HttpCoordinator:
                     await asyncio.sleep(FIRST_WAIT)
         except CoordinatorError as error:
             self._fail(error)
-        except Exception as error:  # whatever it is, nobody may wait for this task in vain
+        except Exception as error:  # nobody may wait for this task forever
             self._fail(CoordinatorError(f"the coordinator client failed: {error!r}", code="Client"))
             raise
 
@@ -243,14 +243,14 @@ class HttpCoordinator:
             raise CoordinatorError(
                 f"cannot reach the coordinator at {self.url} for run {self.run_id!r}: {error}. "
                 f"Tried {tries} times in {time.monotonic() - started:.0f} s. Check the URL (--coordinator or "
-                "PSYCHE_COORDINATOR), that `psyche coordinator` runs there, and that no firewall is in between.",
+                "PSYCHE_COORDINATOR), that `psyche coordinator` runs there, and that no firewall blocks it.",
                 code="Unreachable",
                 retryable=True,
             ) from error
         raise AssertionError("tenacity returns or raises")
 
     async def _handshake(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse[bool]:
-        """Open the websocket and prove who we are; the first state completes it."""
+        """Open the websocket and prove the node's key; the first state completes it."""
         path = f"{self.url}/v1/runs/{quote(self.run_id, safe='')}"
         try:
             connection = await session.ws_connect(
@@ -270,7 +270,7 @@ class HttpCoordinator:
             kind, *values = self._frame(await connection.receive(self._connect_timeout))
             if kind != "hello" or len(values) != 2 or values[0] != VERSION:
                 raise CoordinatorError(
-                    f"{self.url} speaks another protocol than version {VERSION}: {[kind, *values]!r:.80}. "
+                    f"{self.url} uses another protocol than version {VERSION}: {[kind, *values]!r:.80}. "
                     "Use the same version of psyche-lightning on the nodes and the coordinator.",
                     code="WrongVersion",
                 )
@@ -280,7 +280,7 @@ class HttpCoordinator:
             self._handle(self._frame(await connection.receive(self._connect_timeout)))
         except asyncio.TimeoutError as error:
             await connection.close()
-            raise _Lost(f"it opened a websocket and fell silent for {self._connect_timeout:.0f} s") from error
+            raise _Lost(f"it opened a websocket but sent nothing for {self._connect_timeout:.0f} s") from error
         except (OSError, aiohttp.ClientError, ValueError, TypeError) as error:
             await connection.close()
             raise _Lost(str(error)) from error
@@ -293,7 +293,7 @@ class HttpCoordinator:
         return connection
 
     async def _refusal(self, session: aiohttp.ClientSession, path: str, status: int) -> CoordinatorError:
-        """Why the server did not open the websocket, in its own words."""
+        """Why the server did not open the websocket, in the server's words."""
         try:
             async with session.get(path) as answer:
                 problem = json.loads(await answer.content.read(MAX_PROBLEM_SIZE))
@@ -302,19 +302,19 @@ class HttpCoordinator:
         except (OSError, aiohttp.ClientError, asyncio.TimeoutError, ValueError):
             pass
         return CoordinatorError(
-            f"{self.url} answered {status} and is not a psyche coordinator, or a proxy before it refuses websockets",
+            f"{self.url} answered {status}: it is not a psyche coordinator, or a proxy in front refuses websockets",
             code="Unreachable",
         )
 
     async def _receive(self, connection: aiohttp.ClientWebSocketResponse[bool]) -> None:
-        """Handle frames until the connection is lost, which always ends it."""
+        """Handle frames until the connection is lost."""
         await self._flush()
         while True:
             try:
                 self._handle(self._frame(await connection.receive()))
             except (OSError, aiohttp.ClientError, ValueError, TypeError, LookupError) as error:
                 raise _Lost(str(error) or type(error).__name__) from error
-            if self._stale:  # a change that does not fit what we have: ask for everything
+            if self._stale:  # the change does not fit our state: request the full state
                 self._stale = False
                 self._waiting.append(_Call(SYNC, [], asyncio.get_running_loop().create_future()))
                 await self._flush()
@@ -389,7 +389,7 @@ class HttpCoordinator:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    # What people hear, and the end.
+    # Log lines, and the end.
 
     def _away(self, why: object) -> None:
         self.status = f"cannot reach the coordinator at {self.url}: {why}"

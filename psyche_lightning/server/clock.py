@@ -1,4 +1,4 @@
-"""How far this machine's clock is from a server's, from the Date that HTTP answers carry."""
+"""Measures how far this machine's clock is from a server's, by the Date header of HTTP answers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from psyche_lightning.server.admin import check_url
 
 LOOKS = 8
 SPREAD = 0.13
-"""Seconds between looks: together they see a second of the server's begin."""
+"""Seconds between looks, so that together they see the server's second begin."""
 TIMEOUT = 5.0
 
 
 @dataclass(frozen=True)
 class Look:
-    """One answer: sent and received by this machine's clock, and what the other said in between, in whole seconds."""
+    """One answer: when this machine sent and received, and the server's time in between, in whole seconds."""
 
     sent: float
     received: float
@@ -30,10 +30,10 @@ class Look:
 
 
 def combine(looks: Sequence[Look]) -> ClockReading:
-    """What several answers tell together.
+    """Combine several answers.
 
-    A clock that said ``s`` stood somewhere in ``[s, s + 1)`` at some time between sending and receiving, so it is ahead
-    by more than ``s - received`` and by less than ``s + 1 - sent``; each answer narrows that down.
+    A clock that said ``s`` was in ``[s, s + 1)`` at some time between sending and receiving. So it is ahead by more
+    than ``s - received`` and by less than ``s + 1 - sent``; each answer narrows the range.
     """
     low = max(look.said - look.received for look in looks)
     high = min(look.said + 1 - look.sent for look in looks)
@@ -50,14 +50,14 @@ def read_clock(
     """Ask a server a few times; takes about a second.
 
     Args:
-        url: of the server.
+        url: URL of the server.
         clock: seconds since 1970.
-        sleep: waits.
+        sleep: waits for a number of seconds.
         looks: how often to ask.
 
     Raises:
-        ConfigError: the URL is none.
-        CoordinatorError: it does not answer, or does not say what time it is.
+        ConfigError: the URL is malformed.
+        CoordinatorError: the server does not answer, or does not tell the time.
     """
     url = check_url(url)
     local = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
@@ -71,7 +71,7 @@ def read_clock(
         try:
             with opener.open(request, timeout=TIMEOUT) as answer:
                 received, said = clock(), answer.headers["Date"]
-        except urllib.error.HTTPError as error:  # whatever it thinks of the request, it says when
+        except urllib.error.HTTPError as error:  # an error answer has a date, too
             received, said = clock(), error.headers["Date"]
             error.close()
         except OSError as error:
@@ -81,5 +81,5 @@ def read_clock(
         try:
             found.append(Look(sent, received, email.utils.parsedate_to_datetime(said or "").timestamp()))
         except (TypeError, ValueError):
-            raise CoordinatorError(f"{url} does not say what time it is", code="NoClock") from None
+            raise CoordinatorError(f"{url} does not tell the time", code="NoClock") from None
     return combine(found)

@@ -1,4 +1,4 @@
-"""A run under way: the pure :class:`RunHost` with a clock, a store, and those who watch it."""
+"""A live run: the pure :class:`RunHost` with a clock, a store, and watchers."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SAVE_AGAIN = 1.0
-"""Seconds between attempts to store a change that the disk refused."""
+"""Seconds between attempts to store a change after the disk failed."""
 
 
 MAX_MANIFESTS = 8
 SHORTEST_WAIT = 0.001
-"""Seconds: timers may fire a little early, and a clock that lags must not turn the wait into a spin."""
+"""Seconds. Timers may fire slightly early, and a slow clock must not turn the wait into a busy loop."""
 
 
 class LiveRun:
-    """Applies changes to a run one at a time, from any thread, and moves it on as far as it goes without waiting.
+    """Applies changes to a run one at a time, from any thread, and advances it as far as possible without waiting.
 
-    A change is stored before it shows anywhere (invariant I8): :attr:`state` is what was stored last. While the store
-    refuses, the run takes no further change, and what was changed but not stored is tried again first.
+    A change is stored before it is visible anywhere (invariant I8): :attr:`state` is the last stored state. While the
+    store fails, the run accepts no further change, and the change that is not stored yet is tried again first.
 
     Args:
         host: the run.
@@ -45,9 +45,9 @@ class LiveRun:
         store: where changes are kept; None for a run that ends with its process.
 
     Attributes:
-        host: the run, for looking at.
-        state: as it was stored last.
-        manifests: some of those with which nodes joined, by digest.
+        host: the run, to read.
+        state: the last stored state.
+        manifests: some of the manifests with which nodes joined, by digest.
     """
 
     def __init__(self, host: RunHost, clock: Callable[[], float], store: Store | None = None) -> None:
@@ -64,34 +64,34 @@ class LiveRun:
 
     @classmethod
     def of(cls, host: RunHost, clock: Callable[[], float]) -> LiveRun:
-        """The one live run of a host without a store; everybody in the process who shares the host shares it."""
+        """The one live run of a host without a store, for everybody in the process who shares the host."""
         with _sharing:
-            run = _shared.get(id(host))  # which is the host's own as long as the run, which holds it, lives
+            run = _shared.get(id(host))  # the run holds the host, so the id stays valid
             if run is None:
                 run = _shared[id(host)] = cls(host, clock)
             return run
 
     def handle(self, signer: bytes, request: Request[Answer]) -> Answer:
-        """Answer a member's request as of what is stored, and store what it changes before the answer is seen.
+        """Answer a member's request, and store what it changes before the answer is visible.
 
         Raises:
-            PsycheError: the request is refused, or the store refused as :meth:`act` says.
+            PsycheError: the request is refused, or the store fails (see :meth:`act`).
         """
         with self._lock:
             if request.reads:
                 self._save()
                 return self.host.handle(signer, request, self._time())
             answer = self.act(lambda host, now: host.handle(signer, request, now))
-            if isinstance(request, Join) and len(self.manifests) < MAX_MANIFESTS:  # few differ within a run
+            if isinstance(request, Join) and len(self.manifests) < MAX_MANIFESTS:  # few manifests differ within a run
                 self.manifests[manifest_digest(request.manifest)] = dict(request.manifest)
             return answer
 
     def act(self, action: Callable[[RunHost, float], T]) -> T:
-        """Apply ``action(host, now)``, move the run on, store, announce, and return the action's result.
+        """Apply ``action(host, now)``, advance the run, store, announce, and return the action's result.
 
         Raises:
-            PsycheError: the action's own error, in which case nothing changed; or the store's, in which case the change
-                is not announced, and doing it again is the right thing.
+            PsycheError: the action's own error, after which nothing has changed; or the store's, after which the change
+                is not announced and should be repeated.
         """
         with self._lock:
             self._save()
@@ -101,17 +101,17 @@ class LiveRun:
             return result
 
     def tick(self) -> None:
-        """Move the run on if time has come, then store and announce it; cheap when nothing is due.
+        """Advance the run if the time has come, then store and announce the change; cheap if nothing is due.
 
         Raises:
-            PsycheError: the store refused.
+            PsycheError: the store fails.
         """
         with self._lock:
             self._save()
             self._advance()
 
     def wait_time(self) -> float | None:
-        """Seconds until :meth:`tick` has something to do, or None when only a change can move the run on."""
+        """Seconds until :meth:`tick` has something to do; None if only a change can advance the run."""
         with self._lock:
             if self._unsaved:
                 return SAVE_AGAIN
@@ -119,7 +119,7 @@ class LiveRun:
             return None if deadline is None else max(SHORTEST_WAIT, deadline - self._time())
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Have ``listener()`` called, from any thread, after every change; returns how to end that."""
+        """Call ``listener()``, from any thread, after every change; returns a function that ends this."""
         with self._lock:
             self._listeners.append(listener)
 
@@ -137,7 +137,7 @@ class LiveRun:
         """Tick at the run's deadlines until cancelled, on the running event loop."""
         with self.news() as news:
             while True:
-                with contextlib.suppress(PsycheError):  # the store refused: wait_time() says when to try again
+                with contextlib.suppress(PsycheError):  # the store failed: wait_time() says when to try again
                     self.tick()
                 await news.wait(self.wait_time())
 
@@ -174,7 +174,7 @@ _shared: WeakValueDictionary[int, LiveRun] = WeakValueDictionary()
 
 
 class News:
-    """Wakes one task of an event loop when a run changed; a context manager."""
+    """Wakes one task of an event loop when a run has changed; a context manager."""
 
     def __init__(self, run: LiveRun) -> None:
         self._loop = asyncio.get_running_loop()
@@ -188,7 +188,7 @@ class News:
         self._end()
 
     def wake(self) -> None:
-        """Wake the task; from any thread."""
+        """Wake the task; any thread may call it."""
         try:
             current = asyncio.get_running_loop()
         except RuntimeError:
@@ -200,13 +200,13 @@ class News:
                 self._loop.call_soon_threadsafe(self._event.set)
 
     async def wait(self, timeout: float | None) -> None:
-        """Return after the next change, at once if one came since the last call, or after ``timeout`` seconds."""
+        """Wait for the next change, or ``timeout`` seconds; returns at once if one came since the last call."""
         await aio.wait_or_set(self._event, timeout)
         self._event.clear()
 
 
 async def states(run: LiveRun) -> AsyncIterator[RunState]:
-    """The state now and after every change, newest only."""
+    """Yields the state now and after each change, newest only."""
     with run.news() as news:
         seen: RunState | None = None
         while True:

@@ -1,4 +1,4 @@
-"""The coordinator within the process: no sockets, no waiting, the pace of the node."""
+"""A coordinator within the process: no sockets, no waiting, as fast as the node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from psyche_lightning.wire.identity import Identity
 class LocalCoordinator:
     """A client of a run in the same process; implements :class:`~psyche_lightning.protocol.requests.Coordinator`.
 
-    Several of them, also on the event loops of several threads, may share one host.
+    Several of them may share one host, also on the event loops of several threads.
 
     Args:
         host: the run.
@@ -32,12 +32,12 @@ class LocalCoordinator:
         self._closed = False
 
     async def request(self, request: Request[Answer]) -> Answer:
-        """Ask, and return the answer."""
+        """Send a request and return its answer."""
         self._start()
         return self._run.handle(self.signer, request)
 
     async def watch(self) -> AsyncIterator[RunState]:
-        """The state now and after every change, newest only."""
+        """Yields the state now and after each change, newest only."""
         self._start()
         async for state in states(self._run):
             yield state

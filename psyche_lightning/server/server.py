@@ -1,7 +1,7 @@
 """The coordinator as a server: several runs, JSON for people, a websocket for each node, a page at ``/``.
 
-Who may do what: nodes sign everything (see :mod:`~psyche_lightning.server.channel`); creating and changing
-runs takes the token if the server has one; looking is free.
+Permissions: nodes sign everything (see :mod:`~psyche_lightning.server.channel`); creating and changing runs needs the
+token if the server has one; reading is free.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from psyche_lightning.wire.identity import KEY_SIZE
 
 MAX_BODY_SIZE = MAX_FRAME_SIZE
 RECONNECT_TIME = 10.0
-"""Seconds on top of the grace in which nodes find a coordinator that was restarted."""
+"""Seconds in addition to the grace in which nodes find a restarted coordinator."""
 STATUS = {
     "UnknownRun": 404,
     "UnknownManifest": 404,
@@ -49,11 +49,11 @@ class CoordinatorServer:
     """Serves the runs of a store.
 
     Args:
-        store: where the runs are kept; what it holds goes on.
+        store: where the runs are kept; stored runs continue.
         clock: seconds since 1970.
-        entropy: returns that many random bytes.
-        token: what those must show who create and change runs; None lets everybody.
-        grace: seconds in which a node whose connection broke may come back before it counts as gone.
+        entropy: returns a number of random bytes.
+        token: the token that creating and changing runs needs; None lets everybody.
+        grace: seconds in which a node may come back after its connection broke, before it counts as gone.
         heartbeat: seconds between pings; a node that is silent for one and a half of them is disconnected.
     """
 
@@ -82,10 +82,10 @@ class CoordinatorServer:
         self._stopping = False
 
     async def start(self, host: str = "127.0.0.1", port: int = 8080) -> str:
-        """Load the runs, listen, and return the URL.
+        """Load the runs, start to listen, and return the URL.
 
         Raises:
-            PsycheError: the store cannot be read, or the address cannot be listened on.
+            PsycheError: the store cannot be read, or the server cannot listen on the address.
         """
         for run_host in self._store.load():
             run = self._add(LiveRun(run_host, self._clock, self._store))
@@ -107,7 +107,7 @@ class CoordinatorServer:
         return f"http://{f'[{listening}]' if ':' in listening else listening}:{bound}"
 
     async def stop(self) -> None:
-        """Close every connection and stop listening; the runs stay in the store."""
+        """Close all connections and stop listening; the runs stay in the store."""
         self._stopping = True
         for handle in self._leaving.values():
             handle.cancel()
@@ -150,7 +150,7 @@ class CoordinatorServer:
         self._leaving.pop((run.state.run_id, signer), None)
         try:
             run.act(lambda host, now: host.disconnected(signer, now, reason))
-        except PsycheError:  # the store refuses: it stays a member until changes can be stored again
+        except PsycheError:  # the store fails: the node stays a member until it works again
             self._expect(run, signer, self._grace, reason)
 
     # Requests.
@@ -193,7 +193,7 @@ class CoordinatorServer:
         shown = request.headers.get("Authorization", "")
         if self._token is not None and not hmac.compare_digest(shown.encode(), f"Bearer {self._token}".encode()):
             raise CoordinatorError(
-                "creating and changing runs takes this coordinator's token: "
+                "creating and changing runs needs this coordinator's token: "
                 "pass --token or set PSYCHE_COORDINATOR_TOKEN",
                 code="Unauthorized",
             )
@@ -226,9 +226,9 @@ class CoordinatorServer:
             host.begin(self._clock())
             self._store.create(host, body)
             self._add(LiveRun(host, self._clock, self._store))
-        elif self._store.created(run_id) != body:  # asked again in the same way, an answer was lost
+        elif self._store.created(run_id) != body:  # an identical request may repeat one whose answer was lost
             raise CoordinatorError(
-                f"run {run_id!r} exists already with other values. Choose another name, or look at it with "
+                f"run {run_id!r} already exists with other values. Choose another name, or look at it with "
                 f"`psyche run status {run_id}`.",
                 code="RunExists",
             )
@@ -320,7 +320,7 @@ class CoordinatorServer:
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         run = self._run(request)
         origin = request.headers.get("Origin")
-        # A page cannot set this header, so another site's does not get in by it.
+        # A page of another site cannot set this header, so it does not help such a page.
         hosts = {request.host, *request.headers.get("X-Forwarded-Host", "").replace(" ", "").split(",")}
         if origin is not None and urlsplit(origin).netloc not in hosts:
             raise CoordinatorError("a page of another site may not watch", code="Unauthorized")

@@ -1,4 +1,4 @@
-"""A run as JSON for people and the programs that they write."""
+"""A run as JSON, for people and their programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psyche_lightning.wire.identity import short
 
 
 def run_line(run: LiveRun) -> dict[str, Any]:
-    """``run_id``, ``phase``, ``epoch``, ``height``, ``step``, ``total_steps``, ``clients``: what a list shows."""
+    """A run in a list: ``run_id``, ``phase``, ``epoch``, ``height``, ``step``, ``total_steps``, ``clients``."""
     state = run.state
     return {
         "run_id": state.run_id,
@@ -28,18 +28,18 @@ def run_line(run: LiveRun) -> dict[str, Any]:
 
 
 def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dict[str, Any]:
-    """Everything that a person may want to know of a run.
+    """The full status of a run.
 
     Args:
         run: the run.
-        events_from: number of the first event to give; numbers count from 0 over the whole run.
-        metrics_from: number of the first round's figures to give.
+        events_from: number of the first event to include; numbers count from 0 over the whole run.
+        metrics_from: number of the first round whose figures to include.
 
     Returns:
-        JSON-able: the fields of :func:`run_line`, ``nonce``, ``config`` (null for what the first node will fix),
+        JSON values: the fields of :func:`run_line`, ``nonce``, ``config`` (null for what the first node will fix),
         ``pending_pause``, ``checkpoint``, ``manifest_digest``; ``clients`` (of the epoch), ``exited`` and ``pending``,
         each with key, status and latest figures; ``points``; ``allowed`` (node keys that may join, null for everyone);
-        ``events`` and ``metrics``, and how many there are of each.
+        ``events`` and ``metrics``, and the number of each.
     """
     host, state = run.host, run.state
     reports = host.history.reports
@@ -48,7 +48,7 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         config["global_batch_size_start"] = config["global_batch_size_end"] = None
     if "total_steps" in host.unset:
         config["total_steps"] = None
-    # Between two epochs the clients of the last one are members who wait again, or gone.
+    # Between two epochs, the clients of the last one wait again as members, or have left.
     clients = () if state.phase in (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED) else state.clients
     known = {client.signer for client in clients}
     return {
@@ -74,7 +74,7 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
 
 
 def standing(client: Client, state: RunState) -> str:
-    """How a client of the epoch stands, in a word; who went with the finished run did all it had to."""
+    """The status of a client in a word; a client that left the finished run counts as finished."""
     done = state.phase is Phase.FINISHED and client.status is ClientStatus.WITHDRAWN
     return "finished" if done else client.status.name.lower()
 
@@ -86,7 +86,7 @@ def _member(client: Client, status: str, reports: dict[bytes, Report]) -> dict[s
         "signer": client.signer.hex(),
         "address": client.address,
         "status": status,
-        "step": report.step or None if report else None,  # 0: it trained nothing yet
+        "step": report.step or None if report else None,  # 0 means that it has trained nothing yet
         "loss": report.loss if report and math.isfinite(report.loss) else None,
         "tokens_per_second": report.tokens_per_second if report else None,
         "bytes_up": report.bytes_up if report else None,

@@ -1,4 +1,4 @@
-"""Where a server keeps its runs: SQLite on disk, or memory (invariant I8)."""
+"""Stores a server's runs, in SQLite or in memory (invariant I8)."""
 
 from __future__ import annotations
 
@@ -26,54 +26,54 @@ CREATE TABLE IF NOT EXISTS entry (
 
 
 class Store(Protocol):
-    """Keeps runs. What a method returned from is durable."""
+    """Keeps runs. A change is durable when the method returns."""
 
     def load(self) -> list[RunHost]:
-        """Every run, in the order of creation.
+        """Returns all runs, in order of creation.
 
         Raises:
-            PsycheError: what is stored cannot be read.
+            PsycheError: the stored data cannot be read.
         """
         ...
 
     def create(self, host: RunHost, created: dict[str, Any]) -> None:
-        """Keep a new run, and the request that made it.
+        """Store a new run, and the request that created it.
 
         Raises:
-            CoordinatorError: it cannot be stored (``StoreFailed``, retryable); nothing is kept.
+            CoordinatorError: the run cannot be stored (``StoreFailed``, retryable); nothing is kept.
         """
 
     def created(self, run_id: str) -> dict[str, Any]:
-        """The request that made the run."""
+        """The request that created the run."""
         ...
 
     def remove(self, run_id: str) -> None:
-        """Forget a run.
+        """Delete a run.
 
         Raises:
-            CoordinatorError: as :meth:`create`; it is still there.
+            CoordinatorError: see :meth:`create`; the run is still there.
         """
 
     def save(self, host: RunHost) -> None:
-        """Keep a change of a run.
+        """Store a change of a run.
 
         Raises:
-            CoordinatorError: as :meth:`create`; the next call stores what this one could not.
+            CoordinatorError: see :meth:`create`; the next call stores this change, too.
         """
 
     def close(self) -> None:
-        """Release the files."""
+        """Close the files."""
 
 
 class MemoryStore:
-    """Keeps runs as long as the process lives."""
+    """Keeps runs in memory, until the process ends."""
 
     def __init__(self) -> None:
         self._hosts: dict[str, RunHost] = {}
         self._created: dict[str, dict[str, Any]] = {}
 
     def load(self) -> list[RunHost]:
-        """The runs themselves."""
+        """Returns the runs themselves."""
         return list(self._hosts.values())
 
     def create(self, host: RunHost, created: dict[str, Any]) -> None:
@@ -81,30 +81,30 @@ class MemoryStore:
         self._hosts[host.state.run_id], self._created[host.state.run_id] = host, created
 
     def created(self, run_id: str) -> dict[str, Any]:
-        """The request that made the run."""
+        """The request that created the run."""
         return self._created[run_id]
 
     def remove(self, run_id: str) -> None:
-        """Forget the run."""
+        """Delete the run."""
         del self._hosts[run_id], self._created[run_id]
 
     def save(self, host: RunHost) -> None:
-        """Nothing to do: the run is the one that is kept."""
+        """Do nothing: the run itself is kept."""
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 @dataclass
 class _Saved:
-    """How far a run is stored.
+    """What is stored of a run.
 
     Attributes:
-        epoch: whose rounds are stored.
-        height: of the newest one.
-        events: how many there were.
-        metrics: how many there were.
-        manifest: the stored one.
+        epoch: epoch of the stored rounds.
+        height: height of the newest stored round.
+        events: number of events.
+        metrics: number of rows of figures.
+        manifest: the stored manifest.
     """
 
     epoch: int = 0
@@ -115,15 +115,15 @@ class _Saved:
 
 
 class SqliteStore:
-    """Keeps runs in one SQLite file; each change is on the disk when the call returns.
+    """Keeps runs in one SQLite file; each change is on disk when the call returns.
 
-    A run is a row that each change rewrites, and entries (rounds of the epoch, events, figures) that it adds.
+    A run is a row that each change rewrites, and entries (rounds of the epoch, events, figures) that changes add.
 
     Args:
-        directory: where the file is; made if missing. One process at a time can have it.
+        directory: folder of the file; created if missing. Only one process at a time can use it.
 
     Raises:
-        CoordinatorError: it cannot be opened (``StoreFailed``).
+        CoordinatorError: the file cannot be opened (``StoreFailed``).
     """
 
     def __init__(self, directory: Path) -> None:
@@ -134,7 +134,7 @@ class SqliteStore:
         except OSError as error:
             raise self._failed("open", error.strerror or str(error)) from error
         try:
-            # The server's loop is one thread, but it need not be the one that opened the file.
+            # The server's loop runs in one thread, but perhaps not in the one that opened the file.
             self._database = sqlite3.connect(self._path, timeout=2.0, isolation_level=None, check_same_thread=False)
             self._database.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._database.execute("PRAGMA journal_mode=WAL")
@@ -146,7 +146,7 @@ class SqliteStore:
             raise self._failed("open", reason) from error
 
     def load(self) -> list[RunHost]:
-        """Read every run."""
+        """Returns all runs."""
         hosts = []
         try:
             rows = self._database.execute("SELECT run_id, state FROM run WHERE state IS NOT NULL ORDER BY rowid")
@@ -161,7 +161,7 @@ class SqliteStore:
                 }
                 host = RunHost.load(data)
                 figures, stored = host.history.metrics, data["metrics"]
-                if figures.count < stored["first"] + len(stored["items"]):  # some of an older version are left out
+                if figures.count < stored["first"] + len(stored["items"]):  # rows of an older version were left out
                     with self._transaction():
                         self._database.execute("DELETE FROM entry WHERE run_id = ? AND kind = 'metric'", (run_id,))
                         self._append(run_id, "metric", **figures.dump(), limit=MAX_METRICS)
@@ -184,7 +184,7 @@ class SqliteStore:
         self._saved[run_id] = _saved(host)
 
     def created(self, run_id: str) -> dict[str, Any]:
-        """The request that made the run."""
+        """The request that created the run."""
         row = self._database.execute("SELECT created FROM run WHERE run_id = ?", (run_id,)).fetchone()
         created: dict[str, Any] = json.loads(row[0])
         return created
@@ -197,7 +197,7 @@ class SqliteStore:
         self._saved.pop(run_id, None)
 
     def save(self, host: RunHost) -> None:
-        """Write what changed."""
+        """Write the changes."""
         with self._transaction():
             self._write(host, self._saved[host.state.run_id])
         self._saved[host.state.run_id] = _saved(host)
@@ -255,7 +255,7 @@ class SqliteStore:
     def _failed(self, what: str, reason: str) -> PsycheError:
         advice = "Stop what uses it, make the directory writable, or start with another --dir."
         if what == "write":
-            advice = "The run takes no change until it can be stored: free space or make the directory writable."
+            advice = "The run accepts no change until it can be stored: free space or make the directory writable."
         return CoordinatorError(
             f"cannot {what} the coordinator's store {self._path}: {reason}. {advice}",
             code="StoreFailed",

@@ -1,4 +1,4 @@
-"""One websocket of the coordinator's server: a node's, or that of someone who only watches."""
+"""One websocket of the coordinator's server, of a node or of a watcher."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Websocket:
     """Serves one websocket until it closes.
 
     Args:
-        run: the run that it is about.
+        run: the run.
         socket: the prepared websocket.
-        challenge: fresh random bytes that this connection's signatures cover.
-        arrived: called with the connection once its node proved who it is.
+        challenge: random bytes that this connection's signatures cover.
+        arrived: called with the connection once its node has proved its key.
 
     Attributes:
         run: the run.
-        signer: the node's public key; empty for who only watches.
+        signer: the node's public key; empty for a watcher.
         reason: why the connection ended, in words.
     """
 
@@ -57,7 +57,7 @@ class Websocket:
         self._closing: asyncio.Future[bool] | None = None
 
     async def serve(self) -> None:
-        """Push the state and answer requests; returns when the connection is gone."""
+        """Push the state and answer requests; returns when the connection has ended."""
         sender = asyncio.ensure_future(self._push())
         try:
             async for message in self._socket:
@@ -71,18 +71,18 @@ class Websocket:
             with contextlib.suppress(OSError, RuntimeError):
                 await self._send(["error", 0, problem(CoordinatorError(str(error), code="BadRequest"))])
                 await self._socket.close(code=CLOSE_REFUSED)
-        except (OSError, RuntimeError):  # the socket went away while we wrote to it
+        except (OSError, RuntimeError):  # the socket was closed during a write
             self.reason = "its connection was lost"
         finally:
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)
 
     def replace(self) -> None:
-        """End the connection because its node has a newer one."""
+        """End the connection, because its node has a newer one."""
         self._closing = asyncio.ensure_future(self._socket.close(code=CLOSE_REPLACED))
 
     def end(self) -> None:
-        """End the connection because the run is gone."""
+        """End the connection, because the run was removed."""
         self._closing = asyncio.ensure_future(self._socket.close(message=b"the run is closed"))
 
     async def _send(self, frame: list[Any]) -> None:
@@ -90,7 +90,7 @@ class Websocket:
             await self._socket.send_str(json.dumps(frame, separators=(",", ":")))
 
     async def _push(self) -> None:
-        """The state, then what changed; a slow reader skips to the newest."""
+        """Send the state, then changes; a slow reader skips to the newest."""
         known: dict[str, Any] = {}
         with self._news as news:
             await self._send(["hello", VERSION, self._challenge.hex()])

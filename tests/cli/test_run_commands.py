@@ -251,7 +251,7 @@ def test_points_are_counted_and_not_paid(psyche):
     assert psyche("run", "points", "unpaid", "--json")[1].strip() == "[]"
     code, text = psyche("run", "claim", "unpaid")
     assert code == 1
-    assert "pays nothing" in text
+    assert "does not pay" in text
 
 
 def test_status_wants_a_run_or_a_file(psyche, tmp_path):

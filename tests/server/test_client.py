@@ -138,7 +138,7 @@ def test_something_else_listens_there(run, kind):
         await site.start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         client = HttpCoordinator(url, "r", Identity.generate(), attempts=1, connect_timeout=0.5)
-        expected = {"page": "not a psyche coordinator", "silent": "fell silent", "babble": "another protocol"}[kind]
+        expected = {"page": "not a psyche coordinator", "silent": "sent nothing", "babble": "another protocol"}[kind]
         with pytest.raises(CoordinatorError, match=expected):
             await client.request(Join("a", {}))
         await client.close()

@@ -86,7 +86,7 @@ def test_a_request_works_once_and_only_on_its_own_connection(served, run):
             first = await Raw.open(url, identity=alice)
             request = join(alice, first.challenge)
             assert await first.answer(request) == ["ok", 1, None]
-            assert "replayed; numbers grow" in await first.refused(request)
+            assert "replayed; numbers must increase" in await first.refused(request)
             second = await Raw.open(url, identity=alice)
             assert "replayed from another connection" in await second.refused(request)
             assert server.runs["r"].host.membership.members.keys() == set([alice.public])
