@@ -288,7 +288,10 @@ class MeshTransport(abc.ABC):
                     peer.reason = f"cannot connect to {peer.address[:100]}: {reason(error)}"
                     if peer.lost:
                         peer.reason += f" (the last connection ended: {peer.lost})"
-                    peer.outage.fails(peer.reason)
+                    if peer.answered is None:
+                        peer.outage.fails(peer.reason)
+                    else:  # it is there, and does not count this node in, yet or any more
+                        _log.debug("%s: %s", short(peer.key), peer.reason)
             else:
                 self._adopt(peer, pipe, dialled=True)
 
@@ -347,7 +350,7 @@ class MeshTransport(abc.ABC):
         try:
             key, pipe = await self._timed(admission)
         except UnwelcomeError as error:  # peers learn of each other at different times
-            self._complain(origin.rpartition(":")[0], f"refused a connection: {error}", logging.INFO)
+            _log.debug("refused a connection from %s: %s", origin, error)
         except (TransportError, WireError, OSError, EOFError) as error:
             self._complain(origin.rpartition(":")[0], f"refused a connection: {reason(error)}")
         else:
@@ -367,7 +370,7 @@ class MeshTransport(abc.ABC):
             return "a connection to you was made at the same time"
         return None
 
-    def _complain(self, who: str, what: str, level: int = logging.WARNING) -> None:
+    def _complain(self, who: str, what: str) -> None:
         """Log who misbehaves, but not again and again."""
         now = self._now()
         began, due = self._complaints.get(who, (now, now))
@@ -377,7 +380,7 @@ class MeshTransport(abc.ABC):
         if len(self._complaints) >= 1024:
             self._complaints.clear()
         self._complaints[who] = began, began + next_reminder(now - began)
-        _log.log(level, "%s: %s", who, what)
+        _log.warning("%s: %s", who, what)
 
     # -- maintenance --------------------------------------------------------------------------------------------------
 

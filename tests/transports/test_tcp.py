@@ -23,7 +23,7 @@ from psyche_lightning.transports import mesh
 from psyche_lightning.transports.framing import BLOCK_SIZE, LIMITS, Kind, frame, goodbye_text, read_frame
 from psyche_lightning.transports.handshake import SERVER_PURPOSE, Handshake, HandshakeError
 from psyche_lightning.transports.tcp import TcpTransport, _address, _locate
-from psyche_lightning.wire.identity import Identity
+from psyche_lightning.wire.identity import Identity, short
 
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 EVERY = frozenset(LIMITS)
@@ -649,4 +649,32 @@ def test_an_invalid_address_is_reported_and_breaks_nothing() -> None:
             await eventually(lambda: "is not an address" in link(a, strange)[1], "the link says why")
             await eventually(lambda: a.connected(b), "the others are connected")
 
+    play(scene)
+
+
+def test_a_peer_is_told_lost_and_found_and_one_that_refuses_is_not_away(caplog: pytest.LogCaptureFixture) -> None:
+    """Until an epoch begins, who is a peer of whom differs from node to node."""
+
+    def told() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.levelname != "DEBUG"]
+
+    async def scene() -> None:
+        async with living(TcpTransport(), TcpTransport()) as (a, b):
+            await eventually(lambda: a.transport.links()[0].connected, "they are connected")
+            assert told() == []
+            a.transport.set_peers({})
+            b.transport.set_peers({})
+            a.transport.set_peers({b.key: b.address})
+            a.transport._peers[b.key].outage._allowance = 0.0  # type: ignore[attr-defined] # not to wait for it
+            await eventually(lambda: a.transport.links()[0].answered is not None, "b refuses a")
+            assert told() == []
+            introduce([a, b])
+            await eventually(lambda: a.transport.links()[0].connected, "they are connected again")
+            await b.transport.stop()
+            await eventually(lambda: not a.transport.links()[0].connected, "b is gone")
+            lost = f"lost peer {short(b.key)}: it said goodbye: this node stopped; trying again"
+            assert [text for text in told() if text.startswith("lost")][-1] == lost
+            assert not any("cannot reach" in text for text in told())
+
+    caplog.set_level("DEBUG", "psyche_lightning")
     play(scene)
