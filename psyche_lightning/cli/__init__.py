@@ -1,4 +1,4 @@
-"""The ``psyche`` command: a table of sub-commands, each imported only when it is the one that is called."""
+"""The ``psyche`` command: a table of sub-commands; only the called one is imported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Command:
     Attributes:
         target: ``"module:name"`` of a function with typer's annotations, or of a ``typer.Typer`` with sub-commands.
         help: its line in ``psyche --help``.
-        log: where it tells what happens; on the standard output if it prints nothing else.
+        log: where its log goes; standard output if it prints nothing else.
     """
 
     target: str
@@ -41,24 +41,24 @@ class Command:
 COMMANDS = {
     "train": Command("psyche_lightning.cli.train:train", "Train as one node: join a run, or run alone.", log="stdout"),
     "generate": Command("psyche_lightning.cli.generate:generate", "Complete a text with a checkpoint."),
-    "checkpoints": Command("psyche_lightning.cli.checkpoints:checkpoints", "Look at checkpoints anywhere, copy them."),
+    "checkpoints": Command("psyche_lightning.cli.checkpoints:checkpoints", "List, check and copy checkpoints."),
     "sim": Command("psyche_lightning.cli.sim:sim", "Replay whole runs under faults in virtual time."),
     "coordinator": Command("psyche_lightning.cli.coordinator:coordinator", "Serve runs to nodes, and a live page."),
-    "data": Command("psyche_lightning.cli.data:data", "Make token files, look at data, serve it to other nodes."),
-    "run": Command("psyche_lightning.cli.run:run", "Create, look at, pause and resume runs."),
-    "demo": Command("psyche_lightning.cli.demo:demo", "Watch a few nodes on this machine train a model."),
-    "doctor": Command("psyche_lightning.cli.doctor:doctor", "Examine machine, link and recipe; predict a run's speed."),
+    "data": Command("psyche_lightning.cli.data:data", "Make, inspect and serve token files."),
+    "run": Command("psyche_lightning.cli.run:run", "Create, inspect, pause and resume runs."),
+    "demo": Command("psyche_lightning.cli.demo:demo", "Watch several nodes on this machine train a model."),
+    "doctor": Command("psyche_lightning.cli.doctor:doctor", "Check this machine for a run; predict the run's speed."),
     "bench": Command("psyche_lightning.cli.bench:bench", "Measure bytes, speed and quality."),
-    "plugin": Command("psyche_lightning.cli.plugin:plugin", "Begin a plugin of your own."),
-    "plugins": Command("psyche_lightning.cli.plugins:plugins", "List what is installed, and what failed to load."),
+    "plugin": Command("psyche_lightning.cli.plugin:plugin", "Create a plugin of your own."),
+    "plugins": Command("psyche_lightning.cli.plugins:plugins", "List installed plugins and those that failed."),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``psyche`` and return its exit code: 0, 1 for an error that was explained, 2 for usage, 130 for Ctrl-C.
+    """Run ``psyche``; returns its exit code: 0, 1 for an explained error, 2 for wrong usage, 130 for Ctrl-C.
 
     Args:
-        arguments: the command line without the program's name; None for this process'.
+        arguments: the command line without the program's name; None for that of this process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = _command_name(_typed() or arguments)
@@ -82,19 +82,19 @@ def _run(name: str | None, arguments: list[str]) -> int:
 
 
 def _command_name(arguments: list[str]) -> str | None:
-    """The sub-command that is called: the options before it take no values."""
+    """The sub-command on the command line; the options before it take no values."""
     return next((argument for argument in arguments if not argument.startswith("-")), None)
 
 
 def _typed() -> list[str]:
-    """The line to complete, without the program's name; empty where no shell asks for completions."""
+    """The line to complete, without the program's name; empty if no shell asks for completions."""
     if "_PSYCHE_COMPLETE" not in os.environ:
         return []
     return next((os.environ[name].split()[1:] for name in _TYPED if name in os.environ), [])
 
 
 def _app(called: str | None) -> typer.Typer:
-    """The application with the called command in full and only names and help lines of the others."""
+    """The application: the called command in full, and only names and help lines of the others."""
     app = typer.Typer(
         name="psyche",
         help="Train one model on many machines that share only the internet.",
@@ -109,7 +109,7 @@ def _app(called: str | None) -> typer.Typer:
     if called not in COMMANDS:
         commands = load_plugins().commands()
         for name, registration in commands.registrations.items():
-            if name not in COMMANDS:  # `psyche plugins` names those who try to take one
+            if name not in COMMANDS:  # `psyche plugins` names plugins that try to take one
                 _add(app, name, _help_line(registration), commands[name]() if name == called else None)
         if called in commands.conflicts:
             raise PluginError(commands.conflict(called))
@@ -126,15 +126,13 @@ def _options(
     traceback: bool = typer.Option(
         False, "--traceback", envvar=TRACEBACK_VARIABLE, help="Show Python's traceback of an error."
     ),
-    verbose: bool = typer.Option(
-        False, "--verbose", envvar=VERBOSE_VARIABLE, help="Tell in the log also what only developers want to know."
-    ),
+    verbose: bool = typer.Option(False, "--verbose", envvar=VERBOSE_VARIABLE, help="Log details for developers, too."),
     version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
     """Train one model on many machines that share only the internet."""
-    if traceback:  # The processes that a command starts follow.
+    if traceback:  # processes that the command starts inherit it
         os.environ[TRACEBACK_VARIABLE] = "1"
     if verbose:
         os.environ[VERBOSE_VARIABLE] = "1"
@@ -149,7 +147,7 @@ def _add(app: typer.Typer, name: str, help_line: str, command: Callable[..., Any
 
 
 def _only_listed() -> None:
-    """Stands in for a command that is listed but not called."""
+    """Stands for a command that is listed but not called."""
 
 
 def _load(target: str) -> Callable[..., Any] | typer.Typer:

@@ -1,4 +1,4 @@
-"""Where commands print to."""
+"""The console to which commands print."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ WIDE = 200
 
 
 def stdout() -> Console:
-    """Standard output: as wide as a terminal; elsewhere no line is wrapped and no table is squeezed into 80 columns."""
+    """Standard output, as wide as a terminal; elsewhere it wraps no line and fits no table into 80 columns."""
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE, soft_wrap=True)

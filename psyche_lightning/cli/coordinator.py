@@ -1,4 +1,4 @@
-"""``psyche coordinator``: serve runs to nodes, and a page to people."""
+"""``psyche coordinator``: serves runs to nodes, and a page to people."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from psyche_lightning.server.admin import TOKEN_VARIABLE
 
 def coordinator(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8080,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     directory: Annotated[
-        Path, typer.Option("--dir", help="Where the runs are kept; the same directory goes on from where it was.")
+        Path, typer.Option("--dir", help="Folder for the runs; runs that it contains continue.")
     ] = Path("psyche-coordinator"),
     token: Annotated[
-        str | None, typer.Option(envvar=TOKEN_VARIABLE, help="Secret without which nobody creates, pauses or resumes.")
+        str | None, typer.Option(envvar=TOKEN_VARIABLE, help="Secret that creating and changing runs needs.")
     ] = None,
-    grace: Annotated[
-        float, typer.Option(min=0.0, help="Seconds in which a node whose connection broke may come back.")
-    ] = 5.0,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds in which a node may reconnect.")] = 5.0,
 ) -> None:
-    """Serve runs to nodes, and a page that shows them live to people."""
+    """Serve runs to nodes, and a live page about them to people."""
     asyncio.run(_serve(host, port, directory, token, grace))
 
 
@@ -33,7 +31,7 @@ async def _serve(host: str, port: int, directory: Path, token: str | None, grace
     from psyche_lightning.server.server import CoordinatorServer
     from psyche_lightning.server.store import SqliteStore
 
-    # Before anything can go wrong with a half-started server, and before the URL invites a signal.
+    # Install handlers before the server starts, and before its URL is printed.
     stop = asyncio.Event()
     system.on_stop(stop.set)
     store = SqliteStore(directory)

@@ -1,4 +1,4 @@
-"""``psyche data``: make token files, look at data, and serve a folder of it to other nodes."""
+"""``psyche data``: makes token files, inspects data, and serves a folder of token files to other nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from psyche_lightning.hookspecs import DataProvider
 
-data = typer.Typer(no_args_is_help=True, help="Make token files from text, look at data, serve it to other nodes.")
+data = typer.Typer(no_args_is_help=True, help="Make token files from text, inspect data, serve token files.")
 
 DEFAULT_GLOBS = ["*.txt", "*.md", "*.jsonl"]
 _SHOWN = 300
@@ -22,22 +22,22 @@ _SHOWN = 300
 @data.command()
 def tokenize(
     paths: Annotated[
-        list[Path], typer.Argument(help="Text files, or folders of them; .jsonl has a text in each line.")
+        list[Path], typer.Argument(help="Text files, or folders of them; each line of a .jsonl file is a text.")
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the token files.")],
     tokenizer: Annotated[
-        str, typer.Option(help="'bytes', a tokenizer on disk, or the name of one on the Hugging Face Hub.")
+        str, typer.Option(help="'bytes', a tokenizer on disk, or a name on the Hugging Face Hub.")
     ] = "bytes",
     glob: Annotated[
-        list[str] | None, typer.Option(help="Which files of folders; may be given several times. By default text.")
+        list[str] | None, typer.Option(help="Pattern for files in folders; repeatable. By default text files.")
     ] = None,
     column: Annotated[str, typer.Option(help="The key of the text in lines of .jsonl files.")] = "text",
-    token_size: Annotated[int | None, typer.Option(help="Bytes of a token, 2 or 4; the smaller that fits.")] = None,
-    file_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a new file is begun.")] = 1 << 29,
+    token_size: Annotated[int | None, typer.Option(help="Bytes of a token, 2 or 4; by default as few as fit.")] = None,
+    file_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a new file begins.")] = 1 << 29,
 ) -> None:
-    """Write Psyche's token files from text, with a description and the tokenizer beside them.
+    """Write token files in Psyche's format from text, with their description and tokenizer.
 
-    Each file, or each line of a .jsonl file, is a text; after each comes the tokenizer's end-of-text id.
+    Each file, or each line of a .jsonl file, is a text; the tokenizer's end-of-text id follows each text.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -82,14 +82,14 @@ def inspect(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=0, help="How many samples to show.")] = 2,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a sample of token files.")] = 256,
+    samples: Annotated[int, typer.Option(min=0, help="Number of samples to show.")] = 2,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a sample, for token files.")] = 256,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read token files and compare them with dataset.json.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a data provider gives: how many samples, their fingerprint, and the first of them."""
+    """Show the number of a data provider's samples, their fingerprint, and the first of them."""
     from rich.table import Table
 
     from psyche_lightning.cli.console import stdout
@@ -112,11 +112,11 @@ def inspect(
 
 @data.command()
 def serve(
-    folder: Annotated[Path, typer.Argument(help="Whose files are served, read-only.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    folder: Annotated[Path, typer.Argument(help="Folder to serve, read-only.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8090,
 ) -> None:
-    """Serve a folder of token files to nodes that have no copy of it."""
+    """Serve a folder of token files to nodes without a copy."""
     from psyche_lightning.data.serve import FileServer
 
     stop = threading.Event()
@@ -130,7 +130,7 @@ def serve(
 
 
 def _is_data(what: str) -> bool:
-    """Whether it is a place of token files, not a recipe."""
+    """Whether the path leads to token files, not to a recipe."""
     from psyche_lightning.data.files import SUFFIXES
 
     return Path(what).is_dir() or Path(what).suffix in SUFFIXES
@@ -159,8 +159,8 @@ def _open_files(path: Path, seq_len: int, verify: bool) -> tuple[DataProvider, d
         if description is None:
             raise ConfigError(f"{path} has no dataset.json to compare with; `psyche data tokenize` writes one.")
         if wrong := changed_files(path, description):
-            raise ConfigError(f"{', '.join(wrong)} in {path} are not what dataset.json says; copy them again.")
-        facts["verified"] = "every byte is what dataset.json says"
+            raise ConfigError(f"{', '.join(wrong)} in {path} do not match dataset.json; copy them again.")
+        facts["verified"] = "every byte matches dataset.json"
     vocabulary = None if description else facts["largest_id"] + 1
     provider = TokenData(0, seq_len, path=str(path), vocab_size=vocabulary, shuffle=False)
     return provider, {**facts, **_facts(provider)}
@@ -187,7 +187,7 @@ def _facts(provider: DataProvider) -> dict[str, Any]:
 
 
 def _shown(provider: DataProvider, sample: Any) -> str:
-    """A sample for people: as text, if there is a tokenizer."""
+    """A sample for people, as text if there is a tokenizer."""
     ids = sample["input_ids"].tolist()
     tokenizer: Any = provider.tokenizer
     return " ".join(map(str, ids)) if tokenizer is None else str(tokenizer.decode(ids))

@@ -1,4 +1,4 @@
-"""What ``psyche train --dry-run`` prints: the resolved recipe, and what it will take."""
+"""What ``psyche train --dry-run`` prints: the resolved recipe, and what it needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from psyche_lightning.recipe.estimate import Estimate, estimate
 
 
 def print_dry_run(recipe: Recipe) -> None:
-    """Check that the recipe's plugins are installed, build its model without values, and print tables.
+    """Check that the recipe's plugins are installed, build its model on the meta device, and print tables.
 
     Raises:
         PluginError: a plugin that the recipe names is missing.
@@ -67,7 +67,7 @@ def _size(recipe: Recipe, size: Estimate) -> Table:
         table.add_row("trainable parameters", f"{size.trainable:,}")
     for what, amount in size.memory.items():
         table.add_row(f"memory: {what}", size_text(amount))
-    table.add_row("memory in all, without activations", size_text(sum(size.memory.values())), style="bold")
+    table.add_row("total memory, without activations", size_text(sum(size.memory.values())), style="bold")
     first, last = (batch * recipe.data.seq_len for batch in _batches(recipe))
     table.add_row("tokens of a round", f"{first:,}" if first == last else f"{first:,} to {last:,}")
     return table

@@ -1,4 +1,4 @@
-"""``psyche generate``: complete a text with a trained model."""
+"""``psyche generate``: completes a text with a trained model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def generate(
             help="A folder in Hugging Face format, a folder of checkpoints, or an address.",
         ),
     ],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
-    seed: Annotated[int | None, typer.Option(help="Draw the same text every time.")] = None,
+    prompt: Annotated[str, typer.Option(help="The text to complete.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always chooses the most likely token.")] = 0.8,
+    seed: Annotated[int | None, typer.Option(help="Seed, to get the same text every time.")] = None,
 ) -> None:
-    """Complete a text with a checkpoint; of several the newest."""
+    """Complete a text with a checkpoint, by default the newest."""
     if not prompt:
         raise ConfigError("The prompt is empty; give at least one character after --prompt.")
     from psyche_lightning.checkpoints.folder import local_model
@@ -53,10 +53,10 @@ def generate(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     room = getattr(loaded.config, "max_position_embeddings", None)
     if room is not None and ids.shape[1] >= room:
-        raise ConfigError(f"The prompt has {ids.shape[1]} tokens; the model sees {room}, so give it a shorter one.")
+        raise ConfigError(f"The prompt has {ids.shape[1]} tokens, but the model takes only {room}; shorten it.")
     if room is not None and ids.shape[1] + max_new_tokens > room:
         max_new_tokens = room - ids.shape[1]
-        logger.info("the model sees %d tokens: at most %d are added", room, max_new_tokens)
+        logger.info("the model takes %d tokens, so at most %d are added", room, max_new_tokens)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     with torch.inference_mode():
         loaded.generate(
@@ -65,12 +65,12 @@ def generate(
 
 
 def _model_type(checkpoint: Path) -> str:
-    """What ``config.json`` says the model is.
+    """The model type in ``config.json``.
 
     Raises:
-        ConfigError: the folder is missing or is no checkpoint.
+        ConfigError: the folder is missing or is not a checkpoint.
     """
-    expected = "a folder in Hugging Face format was expected, with config.json and model.safetensors"
+    expected = "expected a folder in Hugging Face format, with config.json and model.safetensors"
     if not checkpoint.is_dir():
         raise ConfigError(f"There is no folder {str(checkpoint)!r}; {expected}.")
     try:

@@ -1,4 +1,4 @@
-"""``psyche run ledger``: who trained which data ids, audited from the ledgers of a run's nodes alone."""
+"""``psyche run ledger``: shows who trained which data ids, by an audit of the nodes' ledgers alone."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ ROWS = 20
 def ledger(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="FOLDER...", help="Folders of nodes, or one that holds them; or ledger files."),
+        typer.Argument(metavar="FOLDER...", help="Folders of nodes, a folder with such folders, or ledger files."),
     ],
     run_id: Annotated[
-        str | None, typer.Option("--run", metavar="RUN", help="The run, where the folders have several.")
+        str | None, typer.Option("--run", metavar="RUN", help="The run, if the folders have several.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Fail unless each data id was trained exactly once, or is named as open.")
+        bool, typer.Option("--check", help="Fail unless each data id was trained exactly once or is open.")
     ] = False,
-    rows: Annotated[int, typer.Option(min=0, help="Rows of the table, the newest; 0 for all.")] = ROWS,
+    rows: Annotated[int, typer.Option(min=0, help="Number of newest rows to show; 0 for all.")] = ROWS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show each data id: who trained it, in which round, with which commitment; or that it was not trained.
+    """Show for each data id who trained it, in which round and with which commitment, or that it was not trained.
 
-    Nothing but the nodes' folders is needed, and several of them complete each other. Assignments are recomputed, and
-    the signatures of all results checked.
+    This needs only the nodes' folders; several folders complete each other. It recomputes all assignments and checks
+    the signatures of all results.
     """
     from psyche_lightning.node.audit import audit
     from psyche_lightning.node.ledger import find_ledgers, read_ledger
@@ -45,7 +45,7 @@ def ledger(
     else:
         _show(found, rows, len(ledgers))
     if check and (found.problems or not found.rounds):
-        raise PsycheError(f"the ledger is not complete: {'; '.join(found.problems) or 'no round is in it'}")
+        raise PsycheError(f"the ledger is not complete: {'; '.join(found.problems) or 'it has no rounds'}")
 
 
 def _plain(found: Audit) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which plugin knows the owner's side of a run, and which reads the accounts of runs."""
+"""Finds the plugin that manages a run for its owner, and the one that reads accounts of runs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def administer(url: str | None, run_id: str, token: str | None = None) -> RunAdm
     """The owner's side of a run, by the coordinator's URL.
 
     Args:
-        url: the coordinator; its scheme names the plugin, as for nodes. None for the environment's.
+        url: URL of the coordinator; its scheme names the plugin, as for nodes. None for the environment's.
         run_id: the run.
-        token: what a server may want to be shown.
+        token: token, if the server needs one.
 
     Raises:
-        ConfigError: the URL is wrong, or runs of that kind cannot be administered.
-        PluginError: no plugin has the scheme.
+        ConfigError: the URL is wrong, or such runs have no owner's side.
+        PluginError: no plugin registers the scheme.
     """
     url = url or os.environ.get(URL_VARIABLE)
     if not url:
@@ -33,15 +33,15 @@ def administer(url: str | None, run_id: str, token: str | None = None) -> RunAdm
     found = load_plugins().coordinators()
     owner = found[scheme].owner
     if owner is None:
-        raise ConfigError(f"a run of the coordinator {scheme!r} lives in one process and has no owner's side")
+        raise ConfigError(f"a run of the coordinator {scheme!r} exists within one process, so it has no owner's side")
     return owner(url, run_id, token)
 
 
 def read_account_file(path: Path) -> dict[str, Any]:
-    """The status in a dump of a run's account, read by the plugin that knows its form.
+    """The status in a dump of a run's account, read by the plugin that knows its format.
 
     Raises:
-        ConfigError: the file cannot be read, or no plugin knows it.
+        ConfigError: the file cannot be read, or no plugin knows its format.
     """
     readers = (kind.account for kind in load_plugins().coordinators().values())
     read = next((reader for reader in readers if reader is not None), None)

@@ -1,4 +1,4 @@
-"""``psyche plugin``: begin a plugin of one's own, as a complete package whose tests pass."""
+"""``psyche plugin``: creates a plugin, as a complete package whose tests pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUFFIX = ".txt"
 LONGEST = 40
 _NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
-plugin = typer.Typer(no_args_is_help=True, help="Begin a plugin of your own.")
+plugin = typer.Typer(no_args_is_help=True, help="Create a plugin of your own.")
 
 
 class Kind(str, Enum):
@@ -38,29 +38,29 @@ class Kind(str, Enum):
 
     @property
     def words(self) -> str:
-        """As the plugin host calls it."""
+        """The plugin host's name for it."""
         return "data provider" if self is Kind.DATA else self.value
 
     @property
     def registry(self) -> str:
-        """The method of the plugin host that lists those that are installed."""
+        """The plugin host's method that lists the installed ones."""
         return f"{self.words.replace(' ', '_')}s"
 
 
 @plugin.callback()
 def _group() -> None:
-    """Begin a plugin of your own."""
+    """Create a plugin of your own."""
 
 
 @plugin.command()
 def new(
-    kind: Annotated[Kind, typer.Argument(help="What it adds.", show_default=False)],
-    name: Annotated[str, typer.Argument(help="What recipes and command lines call it.", show_default=False)],
-    directory: Annotated[Path, typer.Option(help="The folder in which to put the package's folder.")] = Path("."),
+    kind: Annotated[Kind, typer.Argument(help="What the plugin adds.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="Its name in recipes and command lines.", show_default=False)],
+    directory: Annotated[Path, typer.Option(help="Folder for the new package's folder.")] = Path("."),
 ) -> None:
-    """Write a complete package: entry point, one working implementation, the conformance test, a README.
+    """Write a complete package: entry point, a working implementation, the conformance tests, a README.
 
-    It is an ordinary Python package, psyche-lightning-NAME, and its tests pass as they are.
+    It is an ordinary Python package, psyche-lightning-NAME, and its tests pass without changes.
     """
     folder = write(kind, name, directory)
     console = Console(soft_wrap=True, highlight=False)
@@ -77,15 +77,15 @@ def write(kind: Kind, name: str, directory: Path) -> Path:
     """Write a package.
 
     Args:
-        kind: what it adds.
-        name: what it registers.
-        directory: where its folder goes; made if it is not there.
+        kind: what the plugin adds.
+        name: the name that it registers.
+        directory: the folder for the package's folder; created if missing.
 
     Returns:
         The new folder.
 
     Raises:
-        ConfigError: the name cannot be used or is taken, or the folder exists or cannot be written.
+        ConfigError: the name is not valid or is taken, or the folder exists or cannot be written.
     """
     _check_name(kind, name)
     distribution = f"psyche-lightning-{name.replace('_', '-')}"
@@ -111,7 +111,7 @@ def write(kind: Kind, name: str, directory: Path) -> Path:
             (folder / path).write_text(text, encoding="utf-8")
     except FileExistsError as error:
         raise ConfigError(
-            f"{str(error.filename)!r} exists already, and nothing is overwritten; choose another name, or another "
+            f"{str(error.filename)!r} already exists and is not overwritten; choose another name, or another "
             "folder with --directory"
         ) from error
     except OSError as error:
@@ -120,7 +120,7 @@ def write(kind: Kind, name: str, directory: Path) -> Path:
 
 
 def _sources(folder: Traversable, prefix: str = "") -> list[tuple[str, Traversable]]:
-    """The templates below a folder, each with the path of what it becomes."""
+    """The templates in a folder, each with the path of its file in the package."""
     found = []
     for entry in folder.iterdir():
         if entry.is_dir():
@@ -137,15 +137,15 @@ def _filled(text: str, values: dict[str, str]) -> str:
 def _check_name(kind: Kind, name: str) -> None:
     if not _NAME.fullmatch(name) or len(name) > LONGEST or keyword.iskeyword(name):
         raise ConfigError(
-            f"a plugin cannot be named {name!r}: a name begins with a lower-case letter and goes on with lower-case "
-            f"letters, digits and single '-' or '_' between them, {LONGEST} characters at most, and no word of Python's"
+            f"a plugin cannot have the name {name!r}: a name begins with a lower-case letter, followed by lower-case "
+            f"letters, digits and single '-' or '_', at most {LONGEST} characters, and is not a Python keyword"
         )
     if kind is Kind.COMMAND and name in COMMANDS:
         raise ConfigError(f"{name!r} is a command of psyche itself; choose another name")
     installed: Registry[object] = getattr(load_plugins(), kind.registry)()
     if name in installed:
         owner = installed.registrations[name].owner
-        raise ConfigError(f"{owner} registers the {kind.words} {name!r} already; choose another name")
+        raise ConfigError(f"{owner} already registers the {kind.words} {name!r}; choose another name")
     if name in installed.conflicts:
         raise PsycheError(installed.conflict(name))
     if kind is Kind.MODEL:
@@ -153,5 +153,5 @@ def _check_name(kind: Kind, name: str) -> None:
 
         if name in CONFIG_MAPPING:
             raise ConfigError(
-                f"transformers has models of the type {name!r}, and a checkpoint says its type; choose another name"
+                f"transformers has the model type {name!r}, and checkpoints name their type; choose another name"
             )

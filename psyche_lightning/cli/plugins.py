@@ -1,4 +1,4 @@
-"""``psyche plugins``: what is installed, from which distribution, and what failed to load."""
+"""``psyche plugins``: lists installed plugins, their distributions, and those that failed to load."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from psyche_lightning.plugins import Plugins, load_plugins
 
 
 def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List what is installed, from which distribution, and what failed to load and why.
+    """List installed plugins and their distributions, and those that failed to load, with the reason.
 
-    The exit code is 1 when something failed to load or a name has two owners.
+    The exit code is 1 if a plugin failed to load or two plugins register one name.
     """
     loaded = load_plugins()
     conflicts = [registry.conflict(name) for registry in loaded.registries() for name in registry.conflicts]

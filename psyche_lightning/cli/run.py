@@ -1,4 +1,4 @@
-"""``psyche run``: what a run's owner does, on any coordinator."""
+"""``psyche run``: the commands of a run's owner, for every kind of coordinator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from psyche_lightning.recipe import Recipe
 
-run = typer.Typer(no_args_is_help=True, help="Create, look at, change and close the runs of a coordinator.")
+run = typer.Typer(no_args_is_help=True, help="Create, inspect, change and close the runs of a coordinator.")
 
 Url = Annotated[
     str | None, typer.Option("--coordinator", envvar=URL_VARIABLE, metavar="URL", help="The coordinator's URL.")
@@ -34,12 +34,12 @@ Arguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RECIPE] [KEY=VALUE]...",
-        help="A recipe, and values that replace its own or the defaults, such as init_min_clients=2.",
+        help="A recipe and values for its keys, or values alone, such as init_min_clients=2.",
     ),
 ]
-Twin = Annotated[bool, typer.Option("--twin", help="The recipe's CPU-sized twin.")]
+Twin = Annotated[bool, typer.Option("--twin", help="Use the recipe's CPU-sized twin.")]
 Node = Annotated[
-    str, typer.Argument(metavar="NODE", help="A node's key in hex, on a chain its wallet's address; or 'everybody'.")
+    str, typer.Argument(metavar="NODE", help="A node's key in hex (on a chain its wallet's address), or 'everybody'.")
 ]
 EVERYBODY = "everybody"
 EVENTS = 10
@@ -52,12 +52,12 @@ def create(
     coordinator: Url = None,
     token: Token = None,
     twin: Twin = False,
-    paused: Annotated[bool, typer.Option("--paused", help="Do not open it yet; `psyche run start` does.")] = False,
+    paused: Annotated[bool, typer.Option("--paused", help="Create it closed; `psyche run start` opens it.")] = False,
     invited: Annotated[
-        bool, typer.Option("--invited", help="Only nodes that `psyche run authorize` names may join.")
+        bool, typer.Option("--invited", help="Only nodes named with `psyche run authorize` may join.")
     ] = False,
 ) -> None:
-    """Create a run. Without a recipe, the first node that joins decides what it trains."""
+    """Create a run. Without a recipe, the first node that joins decides what the run trains."""
     from psyche_lightning.cli.owner import administer
 
     admin = administer(coordinator, run_id, token)
@@ -100,7 +100,7 @@ def status(
         Path | None, typer.Option("--account-file", metavar="FILE", help="A dump of a run's account, of any version 1.")
     ] = None,
 ) -> None:
-    """Show where a run stands."""
+    """Show a run's status."""
     from psyche_lightning.cli.owner import administer, read_account_file
 
     if (run_id is None) == (account_file is None):
@@ -120,9 +120,9 @@ def status(
 def watch(
     run_id: RunId,
     coordinator: Url = None,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")] = 1.0,
 ) -> None:
-    """Show where a run stands, again and again, until it is finished or you press Ctrl-C."""
+    """Show a run's status and keep it up to date, until the run is finished or you press Ctrl-C."""
     from rich.live import Live
 
     from psyche_lightning.cli.console import stdout
@@ -144,7 +144,7 @@ def watch(
 
 @run.command()
 def start(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
-    """Open a run that is not open yet to nodes."""
+    """Open a run to nodes."""
     from psyche_lightning.cli.owner import administer
 
     after = administer(coordinator, run_id, token).start()
@@ -153,7 +153,7 @@ def start(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
 
 @run.command()
 def close(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
-    """Remove a run that is paused or finished; on a chain, what its accounts hold comes back."""
+    """Remove a run that is paused or finished; on a chain, you get back what its accounts hold."""
     from psyche_lightning.cli.owner import administer
 
     print(administer(coordinator, run_id, token).close())
@@ -161,7 +161,7 @@ def close(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
 
 @run.command()
 def authorize(run_id: RunId, node: Node, coordinator: Url = None, token: Token = None) -> None:
-    """Let a node join, or everybody."""
+    """Let a node or everybody join."""
     from psyche_lightning.cli.owner import administer
 
     print(administer(coordinator, run_id, token).authorize(None if node == EVERYBODY else node))
@@ -169,7 +169,7 @@ def authorize(run_id: RunId, node: Node, coordinator: Url = None, token: Token =
 
 @run.command()
 def revoke(run_id: RunId, node: Node, coordinator: Url = None, token: Token = None) -> None:
-    """Take that back; who trains already stays until its epoch ends."""
+    """Undo authorize; a node that already trains stays until its epoch ends."""
     from psyche_lightning.cli.owner import administer
 
     print(administer(coordinator, run_id, token).revoke(None if node == EVERYBODY else node))
@@ -177,7 +177,7 @@ def revoke(run_id: RunId, node: Node, coordinator: Url = None, token: Token = No
 
 @run.command()
 def points(run_id: RunId, coordinator: Url = None, as_json: Json = False) -> None:
-    """Show what the nodes earned: an epoch pays in equal shares those who were well at its end."""
+    """Show what the nodes earned: an epoch gives equal points to all nodes that were healthy at its end."""
     from rich.table import Table
 
     from psyche_lightning.cli.console import stdout
@@ -190,16 +190,16 @@ def points(run_id: RunId, coordinator: Url = None, as_json: Json = False) -> Non
     table = Table("node", "earned", "slashed", "claimed")
     for row in sorted(rows, key=lambda row: -row["earned"]):
         table.add_row(row["node"], *(f"{row[name]:,}" for name in ("earned", "slashed", "claimed")))
-    stdout().print(table if rows else "nobody has earned anything yet: points are given when an epoch ends")
+    stdout().print(table if rows else "nobody has earned points yet; they are given when an epoch ends")
 
 
 @run.command()
 def claim(
     run_id: RunId,
-    number: Annotated[int | None, typer.Argument(metavar="[POINTS]", min=1, help="How many; all unless given.")] = None,
+    number: Annotated[int | None, typer.Argument(metavar="[POINTS]", min=1, help="How many; by default all.")] = None,
     coordinator: Url = None,
 ) -> None:
-    """Have your points paid, where the run has a treasurer."""
+    """Have your points paid, if the run has a treasurer."""
     from psyche_lightning.cli.owner import administer
 
     print(administer(coordinator, run_id).claim(number))
@@ -245,26 +245,26 @@ run.command()(ledger)
 
 
 def wanted(run_id: str, arguments: list[str], twin: bool, *, everybody: bool = True) -> Creation:
-    """What the arguments of ``create`` and ``update`` say."""
+    """The run that the arguments of ``create`` and ``update`` describe."""
     recipe, overrides = _split(arguments)
     if recipe is None and twin:
-        raise ConfigError("--twin is a form of a recipe; name the recipe as well")
+        raise ConfigError("--twin is an option of a recipe; also name the recipe")
     values = _bare(run_id, overrides) if recipe is None else _from_recipe(recipe, overrides, twin)
     return Creation(**values, everybody=everybody)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The recipe, if the first argument is one, and the overrides."""
+    """The recipe, if the first argument names one, and the overrides."""
     recipe = arguments[0] if arguments and "=" not in arguments[0] else None
     overrides = arguments[recipe is not None :]
     for text in overrides:
         if "=" not in text:
-            raise ConfigError(f"{text!r} is not of the form key=value; the recipe comes first, right after the run")
+            raise ConfigError(f"{text!r} does not have the form key=value; the recipe comes first, right after the run")
     return recipe, overrides
 
 
 def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
-    """What is created for a recipe: everything is known."""
+    """The creation of a run with a recipe, which fixes everything."""
     from psyche_lightning.protocol.manifest import START
     from psyche_lightning.recipe import load_recipe
     from psyche_lightning.recipe.manifest import manifest, start_section
@@ -276,8 +276,8 @@ def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
 
         found = newest(recipe.checkpoint.resume)
         sections[START] = start_section(found.manifest)
-        print(f"going on after step {found.manifest.metadata.step}, from {found}")
-    del sections["data"]  # what the samples are only a node that has them can say, so the first fixes this section
+        print(f"resuming after step {found.manifest.metadata.step}, from {found}")
+    del sections["data"]  # only a node that has the samples can describe them, so the first one fixes this section
     return {
         "config": asdict(recipe.run.coordinator),
         "manifest": sections,
@@ -288,7 +288,7 @@ def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
 
 
 def _bare(run_id: str, overrides: list[str]) -> dict[str, Any]:
-    """What is created without a recipe: only what was given; the first node fixes the rest."""
+    """The creation of a run without a recipe; the first node fixes what is not given."""
     from psyche_lightning.recipe import resolve
     from psyche_lightning.recipe.loading import parse_override
     from psyche_lightning.recipe.manifest import manifest
@@ -299,7 +299,7 @@ def _bare(run_id: str, overrides: list[str]) -> dict[str, Any]:
         section, _, name = key.partition(".")
         if section not in given:
             raise ConfigError(
-                f"{text.partition('=')[0]!r} belongs to what is trained; name a recipe before it: "
+                f"{text.partition('=')[0]!r} belongs to a recipe; name the recipe before it: "
                 f"`psyche run create RUN RECIPE {text}`"
             )
         given[section][name] = value
@@ -344,7 +344,7 @@ def _picture(found: dict[str, Any]) -> RenderableType:
     parts += [Text(f"{name}: {value}") for name, value in found.get("about", {}).items()]
     losses = [row["loss"] for row in found["metrics"] if row["loss"] is not None]
     if losses:
-        parts.append(Text(f"training loss {losses[-1]:.4f}, at first {losses[0]:.4f}"))
+        parts.append(Text(f"training loss {losses[-1]:.4f}, first {losses[0]:.4f}"))
     table = Table("node", "status", "address", "step", "loss", "tokens/s", "bytes up", "bytes down")
     for node in (*found["clients"], *found["pending"], *found["exited"]):
         loss, rate = node["loss"], node["tokens_per_second"]

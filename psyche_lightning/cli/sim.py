@@ -1,4 +1,4 @@
-"""``psyche sim``: replay histories of the simulator, whole runs under faults in virtual time."""
+"""``psyche sim``: replays histories of the simulator, whole runs under faults in virtual time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from psyche_lightning.simulation.simulator import simulate, simulate_all
 
 
 def sim(
-    seed: Annotated[int, typer.Option(help="Seed of the (first) history; the same seed gives the same history.")] = 0,
-    histories: Annotated[int, typer.Option(min=1, help="How many seeds to play, counting up from --seed.")] = 1,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that play histories at the same time.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the first history; a seed always gives the same history.")] = 0,
+    histories: Annotated[int, typer.Option(min=1, help="Number of histories, with seeds from --seed on.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that play histories in parallel.")] = 1,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Print what happens in one history, with virtual times.")
+        bool, typer.Option("--trace", help="Print all events of one history, with virtual times.")
     ] = False,
 ) -> None:
-    """Play runs of 4 to 8 nodes with loss, delay, kills, cuts and cheats in virtual time; a failure replays."""
+    """Play runs of 4 to 8 nodes with loss, delay, kills, cuts and cheats in virtual time; failures can be replayed."""
     console = stdout()
 
     def show(now: float, text: str) -> None:

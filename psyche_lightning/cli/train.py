@@ -1,4 +1,4 @@
-"""``psyche train``: one node of a run that a recipe describes."""
+"""``psyche train``: runs one node of a run that a recipe describes."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from psyche_lightning.recipe import load_recipe
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of one that comes with psyche.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of an installed recipe.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's, such as lr=1e-3."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values for the recipe's keys, such as lr=1e-3."),
     ] = None,
     coordinator: Annotated[
         str | None,
-        typer.Option(envvar="PSYCHE_COORDINATOR", metavar="URL", help="Join this coordinator; alone without."),
+        typer.Option(
+            envvar="PSYCHE_COORDINATOR", metavar="URL", help="Join this coordinator; without it, train alone."
+        ),
     ] = None,
     run: Annotated[
-        str | None, typer.Option(envvar="PSYCHE_RUN", metavar="RUN", help="The run's name; the recipe's unless given.")
+        str | None, typer.Option(envvar="PSYCHE_RUN", metavar="RUN", help="The run's name; by default the recipe's.")
     ] = None,
     twin: Annotated[bool, typer.Option("--twin", help="Train the recipe's CPU-sized twin.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print the resolved recipe, its size, memory and bytes per round.")
     ] = False,
 ) -> None:
-    """Train as one node: join a coordinator's run, or run alone."""
+    """Train as one node: join a run on a coordinator, or train alone."""
     resolved = load_recipe(recipe, overrides or (), twin=twin)
     if dry_run:
         from psyche_lightning.cli.dry_run import print_dry_run

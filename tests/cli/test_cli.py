@@ -270,7 +270,7 @@ def test_a_dry_run_prints_recipe_size_and_traffic(
     assert main(["train", "consilience-40b", "init_min_clients=20", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     for text in ("Recipe consilience-40b", "optimizer.schedule.stable_steps", "run.init_min_clients", "39.9 B", "2e-05",
-                 "float32 masters", "look-ahead copy", "memory in all", "fp32 all-reduce", "│    20 │"):  # fmt: skip
+                 "float32 masters", "look-ahead copy", "total memory", "fp32 all-reduce", "│    20 │"):  # fmt: skip
         assert text in printed, text
 
 

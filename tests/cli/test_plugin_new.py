@@ -53,27 +53,27 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(arguments) == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert main(["plugin", "new", "model", *arguments[3:]]) == 1
-    assert "exists already, and nothing is overwritten" in " ".join(capsys.readouterr().err.split())
+    assert "already exists and is not overwritten" in " ".join(capsys.readouterr().err.split())
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
-        ("data", "Mine", "cannot be named 'Mine'"),
-        ("data", "../mine", "cannot be named '../mine'"),
-        ("data", "a--b", "cannot be named"),
-        ("data", "9lives", "cannot be named"),
-        ("data", "class", "no word of Python's"),
-        ("data", "x" * 41, "40 characters at most"),
-        ("data", "tokens", "registers the data provider 'tokens' already"),
-        ("transport", "tcp", "registers the transport 'tcp' already"),
-        ("coordinator", "http", "registers the coordinator 'http' already"),
-        ("model", "llama", "transformers has models of the type 'llama'"),
+        ("data", "Mine", "cannot have the name 'Mine'"),
+        ("data", "../mine", "cannot have the name '../mine'"),
+        ("data", "a--b", "cannot have the name"),
+        ("data", "9lives", "cannot have the name"),
+        ("data", "class", "is not a Python keyword"),
+        ("data", "x" * 41, "at most 40 characters"),
+        ("data", "tokens", "already registers the data provider 'tokens'"),
+        ("transport", "tcp", "already registers the transport 'tcp'"),
+        ("coordinator", "http", "already registers the coordinator 'http'"),
+        ("model", "llama", "transformers has the model type 'llama'"),
         ("command", "train", "a command of psyche itself"),
     ],
 )
-def test_a_name_that_cannot_be_is_explained(
+def test_an_invalid_name_is_explained(
     kind: str, name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plugin", "new", kind, name, "--directory", str(tmp_path / "new")]) == 1

@@ -116,7 +116,7 @@ def test_a_recipe_fixes_everything_but_the_data(psyche, coordinator):
         (["int_min_clients=2"], "Did you mean 'run.init_min_clients'"),
         (["init_min_clients=many"], "an integer was expected"),
         (["init_min_clients=0"], "init_min_clients is 0"),
-        (["lr=3"], "name a recipe before it"),
+        (["lr=3"], "name the recipe before it"),
         (["init_min_clients=[2"], "not YAML"),
         (["init_min_clients=2", "demo"], "the recipe comes first"),
         (["nosuchrecipe"], "There is no recipe"),

@@ -1,4 +1,4 @@
-"""``psyche demo``: a coordinator and a few nodes on this machine train a language model before your eyes."""
+"""``psyche demo``: a coordinator and several nodes on this machine train a language model while you watch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command itself: prepare, start, watch, sum up."""
+"""The command itself: prepares, starts, watches, and sums up."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ RUN = "demo"
 MARK = "psyche-demo.json"
 POLL = 0.3
 GRACE = 60.0
-"""Seconds that nodes may take to write their results once the run is finished."""
+"""Seconds that nodes have to write their results after the run is finished."""
 PROMPT = "def __init__(self"
 
 
 def demo(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's, such as k=16."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values for the recipe's keys, such as k=16."),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, max=64, help="How many nodes train.")] = 3,
-    rounds: Annotated[int | None, typer.Option(min=1, help="How many rounds; the recipe's unless given.")] = None,
-    recipe: Annotated[str, typer.Option(help="What they train.")] = "demo",
+    nodes: Annotated[int, typer.Option(min=1, max=64, help="Number of nodes.")] = 3,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds; by default the recipe's.")] = None,
+    recipe: Annotated[str, typer.Option(help="The recipe to train.")] = "demo",
     twin: Annotated[bool, typer.Option("--twin", help="Train the recipe's CPU-sized twin.")] = False,
     coordinator: Annotated[
-        str, typer.Option(help="Who coordinates: `server`, or a plugin's that has a demo, such as `solana`.")
+        str, typer.Option(help="The coordinator: `server`, or a plugin's that has a demo, such as `solana`.")
     ] = "server",
     transport: Annotated[
-        str | None, typer.Option(help="How nodes talk; the recipe's way unless given. `psyche plugins` lists them.")
+        str | None, typer.Option(help="The nodes' transport; by default the recipe's. `psyche plugins` lists them.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     keep: Annotated[
-        Path, typer.Option("--keep", metavar="DIR", help="Folder for checkpoint, plot and logs; replaced if a demo's.")
+        Path, typer.Option("--keep", metavar="DIR", help="Folder for all files; an earlier demo's is replaced.")
     ] = Path("psyche-demo"),
 ) -> None:
     """Train a small language model on real text with several nodes on this machine, over real sockets."""
-    for interrupt in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this with interrupts ignored
+    for interrupt in (signal.SIGINT, signal.SIGTERM):  # even if the shell started this with interrupts ignored
         signal.signal(interrupt, signal.default_int_handler)
     console = stdout()
     stage = find_stage(coordinator)
@@ -110,17 +110,17 @@ def demo(
 
 
 def _stretched(recipe: Recipe, rounds: int) -> list[str]:
-    """Overrides that fit the schedule to that many rounds: its parts keep their shares of the run."""
+    """Overrides that fit the schedule to this many rounds; its parts keep their shares of the run."""
     lengths = recipe.optimizer.schedule.lengths(Fraction(rounds, recipe.run.coordinator.total_steps))
     return [f"optimizer.schedule.{name}={length}" for name, length in lengths.items()]
 
 
 def _prepare(folder: Path) -> None:
-    """Make an empty folder, replacing that of an earlier demo but nothing else."""
+    """Make an empty folder; replaces that of an earlier demo, but nothing else."""
     try:
         if folder.exists() and any(folder.iterdir()):
             if not (folder / MARK).exists():
-                raise ConfigError(f"{folder} is not empty and not of an earlier demo; choose another with --keep DIR")
+                raise ConfigError(f"{folder} is not empty and not an earlier demo's; choose another with --keep DIR")
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARK).write_text('{"made by": "psyche demo"}\n')
@@ -154,7 +154,7 @@ def _finish(nodes: list[Child]) -> None:
 
 
 def _figures(status: dict[str, Any], folders: list[Path], parameters: int, all_reduce: float, rounds: int) -> Figures:
-    # Of steps that were trained again, since their epoch was undone, the newest row counts.
+    # For steps that were trained again because their epoch was undone, the newest row counts.
     metrics = {row["step"]: row for row in status["metrics"]}
     rows = [{**row, "bytes_per_node": max(row["bytes_up"], row["bytes_down"])} for row in metrics.values()]
     times = [event["time"] for event in status["events"]]

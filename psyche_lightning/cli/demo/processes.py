@@ -1,4 +1,4 @@
-"""The demo's processes: started in sessions of their own, watched, and always stopped within seconds."""
+"""The demo's processes: they run in sessions of their own, are watched, and always stop within seconds."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from psyche_lightning.errors import PsycheError
 PSYCHE = ("-m", "psyche_lightning")
 START_TIMEOUT = 60.0
 ASK_SECONDS = 2.0
-"""How long a process may take to leave by itself before it is killed."""
+"""Seconds in which a process may end by itself before it is killed."""
 _URL = re.compile(r"https?://[\w.:\[\]-]+")
 _THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM")}
 
 
 class Child:
-    """A ``psyche`` command in a process of its own, with its output in a log file.
+    """A ``psyche`` command in its own process, with its output in a log file.
 
     Args:
-        name: what it is called in messages.
-        arguments: of the command.
-        log: file that gets its output; appended to.
-        environment: variables besides this process' own.
-        program: what Python runs; ``psyche`` unless given.
+        name: its name in messages.
+        arguments: the command's arguments.
+        log: file for its output, which is appended.
+        environment: variables in addition to those of this process.
+        program: what Python runs; by default ``psyche``.
         inside: the command that runs Python elsewhere, such as in a network namespace.
     """
 
@@ -69,7 +69,7 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """Its exit code, or None while it runs."""
         return self.process.poll()
 
     def tail(self, lines: int = 12) -> str:
@@ -77,10 +77,10 @@ class Child:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def url(self) -> str:
-        """The first URL that it prints, once it has.
+        """Wait for the first URL in its output; returns it.
 
         Raises:
-            PsycheError: it ended, or printed none in time.
+            PsycheError: the process ended, or printed no URL in time.
         """
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
@@ -98,7 +98,7 @@ class Child:
 
 
 class Processes:
-    """All children; leaving the context stops them: asked first, killed after a few seconds."""
+    """All children. At the end of the context they are asked to stop, and killed after a few seconds."""
 
     def __init__(self) -> None:
         self.children: list[Child] = []
@@ -117,7 +117,7 @@ class Processes:
         return child
 
     def stop(self) -> None:
-        """Stop everything in five seconds, the nodes first, so that they can still say goodbye to the coordinator."""
+        """Stop everything in five seconds, the nodes first, so that they can say goodbye to the coordinator."""
         for group in (self.children[1:], self.children[:1]):
             for child in group:
                 child.signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What the demo shows at its end: figures, a plot, JSON."""
+"""The demo's final report: figures, a plot, JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Figures:
         nodes: each finished node's ``result.json``.
         history: a row per round.
         validation: ``(step, loss)`` of each validation.
-        events: what happened, as the coordinator tells it.
+        events: what happened, in the coordinator's words.
     """
 
     parameters: int
@@ -38,13 +38,13 @@ class Figures:
 
     @property
     def busiest(self) -> float:
-        """The larger of bytes up and down of the busiest node, per round."""
+        """Bytes per round of the busiest node, up or down, whichever is larger."""
         busiest: int = max(max(node["socket_bytes_up"], node["socket_bytes_down"]) for node in self.nodes)
         return busiest / self.rounds
 
     @property
     def ratio(self) -> float:
-        """How many times fewer bytes than an fp32 all-reduce, everything counted at the sockets."""
+        """How many times fewer bytes than an fp32 all-reduce, with everything counted at the sockets."""
         return self.all_reduce / self.busiest if self.busiest else float("inf")
 
     @property
@@ -54,7 +54,7 @@ class Figures:
 
     @property
     def digests(self) -> set[str]:
-        """The parameter digests of the nodes; one, if they are equal."""
+        """The nodes' parameter digests; a single one if they are equal."""
         return {node["digest"] for node in self.nodes}
 
     def as_json(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def read_results(folders: list[Path]) -> list[dict[str, Any]]:
     """The ``result.json`` of each node that finished.
 
     Raises:
-        PsycheError: none did.
+        PsycheError: no node did.
     """
     results = [json.loads(path.read_text()) for folder in folders if (path := folder / "result.json").exists()]
     if not results:
@@ -108,7 +108,7 @@ def plot(figures: Figures, path: Path, unit: str) -> None:
 
     rows = [row for row in figures.history if row["loss"] is not None]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained")
-    alone = "o" if len(rows) == 1 else None  # no line goes through one point
+    alone = "o" if len(rows) == 1 else None  # one point makes no line
     curve = [row["step"] for row in rows], [row["loss"] for row in rows]
     top.plot(*curve, color="#9db4d0", marker=alone, label="training")
     if figures.validation:

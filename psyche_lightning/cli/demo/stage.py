@@ -1,4 +1,4 @@
-"""What a demo is played on: a coordinator of some kind, which it starts, fills with a run, and looks at."""
+"""A demo's coordinator of any kind: starts it, creates a run on it, and reads the run's status."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Stage(Protocol):
     """One kind of coordinator in the demo. A plugin's coordinator has one if its kind has a ``demo``.
 
     Attributes:
-        what: it, in words.
+        what: its name in words.
     """
 
     what: str
 
     def open(self, processes: Processes, folder: Path, nodes: int, console: Console) -> str:
-        """Start the coordinator, its files in ``folder``; returns its URL for the nodes."""
+        """Start the coordinator with its files in ``folder``; returns its URL for the nodes."""
         ...
 
     def create(self, run_id: str, recipe: str, overrides: list[str], twin: bool) -> None:
@@ -36,25 +36,25 @@ class Stage(Protocol):
         ...
 
     def look(self, nodes: list[Child]) -> dict[str, Any] | None:
-        """The run's status, as ``psyche run status --json`` gives it, or None while it cannot be had.
+        """The run's status, as ``psyche run status --json`` prints it, or None while it is not available.
 
-        What a demo does to the run and its nodes on the way, it does here.
+        If a demo does something to the run or its nodes during the run, it does so here.
         """
         ...
 
     def finish(self, folders: list[Path]) -> dict[str, Any]:
-        """Called when the nodes have finished; returns what the demo's JSON has besides."""
+        """Called when the nodes have finished; returns additional values for the demo's JSON."""
         ...
 
     def show(self, console: Console) -> None:
-        """Print what only this kind of coordinator has to tell."""
+        """Print what only this kind of coordinator reports."""
 
 
 def find_stage(name: str) -> Stage:
-    """The stage of that name.
+    """The stage with this name.
 
     Raises:
-        ConfigError: there is no such coordinator, or it has no demo.
+        ConfigError: the coordinator does not exist, or has no demo.
     """
     if name == SERVER:
         return ServerStage()
@@ -70,7 +70,7 @@ def find_stage(name: str) -> Stage:
 
 
 class ServerStage:
-    """``psyche coordinator`` in a process of its own."""
+    """``psyche coordinator`` in its own process."""
 
     what = "the coordinator"
 
@@ -103,11 +103,11 @@ class ServerStage:
         return {}
 
     def look(self, nodes: list[Child]) -> dict[str, Any] | None:
-        """Ask the server; one that died is started again."""
+        """Ask the server; restarts a server that has died."""
         from psyche_lightning.server.admin import CoordinatorAdmin
 
         if self._server.code is not None:
-            self._server.restart(self._serve(self._url.rpartition(":")[2]))  # it kept everything, so the run goes on
+            self._server.restart(self._serve(self._url.rpartition(":")[2]))  # it stored all, so the run continues
         try:
             return CoordinatorAdmin(self._url).status(self._run)
         except CoordinatorError as error:
@@ -116,8 +116,8 @@ class ServerStage:
             return None
 
     def finish(self, folders: list[Path]) -> dict[str, Any]:
-        """Nothing."""
+        """Do nothing."""
         return {}
 
     def show(self, console: Console) -> None:
-        """Nothing."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""The demo's live picture: the run's progress, its nodes, and what happened."""
+"""The demo's live view: the run's progress, its nodes, and its events."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from rich.text import Text
 from psyche_lightning.logs import redirections
 
 LINE_EVERY, LINES = 10, 6
-"""Where the output is not a terminal: most rounds between two lines, and about the fewest lines of a short run."""
+"""If the output is not a terminal: the most rounds between two lines, and about the fewest lines of a short run."""
 EVENTS = 4
 
 
 def megabytes(count: float | None) -> str:
-    """Bytes as people read them."""
+    """Bytes for people."""
     if count is None:
         return "-"
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 class View:
-    """Shows a run's status; redraws on a terminal, prints lines elsewhere.
+    """Shows a run's status; redraws it on a terminal, prints lines elsewhere.
 
     Args:
-        console: where to.
-        all_reduce: bytes of an fp32 all-reduce per node and round, for the ratio; None for a node alone.
+        console: the console to print to.
+        all_reduce: bytes of an fp32 all-reduce per node and round, for the ratio; None for a single node.
         rounds: training rounds of the run.
         clock: monotonic seconds.
     """
