@@ -1,7 +1,7 @@
-"""What a node knows of an epoch's rounds, and what follows from it: the agreed sets, and the ids that stay open.
+"""Derives agreed sets and open ids from what a node knows of an epoch's rounds.
 
-Pure data and rules without I/O or clock. The rule of the agreed set is invariant I1's input: every node that has the
-same witness records and lists decides the same set, whatever else it heard.
+Pure data and rules without I/O or clock. Invariant I1 needs this rule: nodes with the same witness records and lists
+decide the same set, regardless of other messages.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from psyche_lightning.protocol.state import Round
 
 @dataclass(frozen=True)
 class AgreedSet:
-    """What every node applies for a round.
+    """The results that every node applies.
 
     Attributes:
         entries: agreed results in ascending commitment order.
-        lrs: fp32 bits of the agreed learning rate of each parameter group; empty when nothing is agreed.
+        lrs: fp32 bits of each parameter group's agreed learning rate; empty if nothing is agreed.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -37,7 +37,7 @@ class AgreedSet:
 
 @dataclass(frozen=True)
 class Undecided:
-    """What is missing to decide.
+    """Data missing to decide.
 
     Attributes:
         lists: indices (in the attesting round's clients) of witnesses whose list did not arrive.
@@ -51,17 +51,17 @@ class Undecided:
 def decide(results: RoundLog, attesting: RoundLog, absent: Collection[int] = ()) -> AgreedSet | Undecided:
     """The agreed set of the results of one round (design, section 3).
 
-    A commitment is agreed when it is in the lists of a quorum of the *expected* witnesses of the attesting round; a
-    list counts when its Merkle root is in that witness' record. Two agreed commitments of one trainer for one batch
-    exclude both. Lists that did not arrive matter only while they could still change the outcome.
+    A commitment is agreed when a quorum of the *expected* witnesses of the attesting round lists it. A list counts
+    when its Merkle root is in that witness' record. If one trainer has two agreed commitments for one batch, both are
+    excluded. Missing lists matter only while they could still change the outcome.
 
     Args:
         results: the round whose results are decided.
-        attesting: the final round in which they were witnessed.
-        absent: witnesses whose list nobody can supply any more.
+        attesting: the final round that witnessed them.
+        absent: witnesses whose list no peer can supply.
 
     Returns:
-        The agreement, or what is missing.
+        The agreement or the missing data.
     """
     needed = quorum(attesting.selection.witness_count)
     records = attesting.round.witnesses
@@ -92,16 +92,16 @@ def decide(results: RoundLog, attesting: RoundLog, absent: Collection[int] = ())
 
 @dataclass(frozen=True)
 class DecidedRound:
-    """What a node writes down of a decided round, for the ledger of the run.
+    """A decided round as a node writes it to the run's ledger.
 
     Attributes:
         epoch: of the run.
-        round: the coordinator's record of it.
-        nodes: node key of each of its clients.
-        again: ids of earlier rounds that it trained again.
+        round: the coordinator's record.
+        nodes: node key of each client.
+        again: ids of earlier rounds that it retrained.
         results: the agreed announcements.
-        parameters: digest with which the epoch began.
-        ended: digest with which it ended, as agreed; empty but for its last round.
+        parameters: digest at the epoch's start.
+        ended: agreed digest at the epoch's end; empty except in its last round.
     """
 
     epoch: int
@@ -119,12 +119,12 @@ class EpochLog:
 
     Attributes:
         epoch: number of the epoch.
-        digest: parameters with which it began.
+        digest: parameters at its start.
         rounds: by height.
-        early: messages of rounds that were not announced or assigned yet, by height.
-        agreements: what was decided, by height; contiguous.
-        decided: height of the first round that is not decided; None while it is not known what was open before.
-        open_at: open ids by the number of rounds decided: those with which this node began, and after each round since.
+        early: messages of rounds not yet announced or assigned, by height.
+        agreements: decisions by height; contiguous.
+        decided: height of the first undecided round; None while the ids open before it are unknown.
+        open_at: open ids by number of decided rounds, from this node's first round on.
     """
 
     epoch: int
@@ -137,7 +137,7 @@ class EpochLog:
     _base: int = 0
 
     def start(self, applied: int, open_ids: OpenIds) -> None:
-        """Begin to decide at round ``applied``, before which these ids were open; perhaps not for the first time."""
+        """Start (or restart) deciding at round ``applied``; these ids were open before it."""
         self._base = self.decided = applied
         self.agreements = {}
         self.open_at = {applied: open_ids}
@@ -145,7 +145,7 @@ class EpochLog:
             log.assigned = log.assigned and (height < applied or not log.round.step)
 
     def assign(self) -> list[RoundLog]:
-        """Give batches to every round whose ids can be known; returns those rounds, ascending."""
+        """Assign batches to every round with known ids; returns those rounds, ascending."""
         found = []
         height = self._base
         if self.decided is not None:
@@ -158,7 +158,7 @@ class EpochLog:
         return found
 
     def again(self, height: int) -> tuple[Interval, ...]:
-        """The ids of earlier rounds that this round trains again."""
+        """The earlier rounds' ids that this round retrains."""
         first = max(self._base, height - 2)
         open_ids = self.open_at[first]
         taken: tuple[Interval, ...] = ()
@@ -167,7 +167,7 @@ class EpochLog:
         return taken
 
     def close(self, agreement: AgreedSet) -> DecidedRound:
-        """Take the decision on the first undecided round."""
+        """Record the decision on the first undecided round."""
         height = self.decided
         assert height is not None
         log = self.rounds[height]
@@ -181,22 +181,22 @@ class EpochLog:
         return DecidedRound(self.epoch, log.round, log.nodes, again, results, self.digest)
 
     def forget(self, before: int) -> None:
-        """Drop what is known of the rounds before that height."""
+        """Drop the rounds below that height."""
         for known in (self.rounds, self.agreements, self.open_at, self.early):
             for height in [height for height in known if height < before]:
                 del known[height]
         self._base = max(self._base, before)
 
     def payloads(self) -> tuple[bytes, ...]:
-        """Hashes of all payloads announced in the rounds that are kept."""
+        """Hashes of all payloads announced in kept rounds."""
         return tuple(entry.result.payload for log in self.rounds.values() for entry in log.entries.values())
 
     def quorum_digest(self, applied: int, span: int) -> bytes | None:
-        """The digest that a quorum of witnesses of one round holds after ``applied`` rounds; None as long as none does.
+        """The digest that a quorum of a round's witnesses holds after ``applied`` rounds, or None.
 
         Args:
             applied: rounds applied.
-            span: rounds after that in which lists may name it.
+            span: later rounds whose lists may name it.
         """
         for height in range(max(0, applied - 1), applied + span + 1):
             log = self.rounds.get(height)

@@ -1,11 +1,11 @@
-"""The participant without I/O: events in, effects out (invariant I3).
+"""The participant without I/O: takes events, returns effects (I3).
 
-One :class:`NodeCore` follows one run. It keeps no clock, socket, thread or tensor: time comes with each event, the
-replica (the parameters) is driven by effects, and a history of events replays exactly. The runtime, the tests and the
-simulator drive the same class.
+One :class:`NodeCore` follows one run. It keeps no clock, socket, thread or tensor: each event carries the time,
+effects drive the replica (the parameters), and a history of events replays exactly. The runtime, the tests and the
+simulator use the same class.
 
-A round in short: train the assigned batch, announce the payload, fetch and verify the others', attest what was
-verified, and apply the agreed set before the next training (without overlap) or the one after (with it).
+One round: train the assigned batch, announce the payload, fetch and verify the other payloads, attest them,
+and apply the agreed set before the next training (without overlap) or the one after (with overlap).
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from psyche_lightning.protocol.requests import HealthCheck, Join, Vote, WarmupWi
 from psyche_lightning.protocol.state import ClientStatus, Phase, Round, RunState
 
 STALE = ("InvalidWitness", "DuplicateWitness", "InvalidHealthCheck", "InvalidRunState", "Halted")
-"""Refusals that a request meets when the run moved on while it travelled."""
+"""Refusals of a request that arrives after the run moved on."""
 FINAL_LOADS = 3
-"""Attempts to obtain the parameters of a finished run."""
+"""Attempts to get the parameters of a finished run."""
 
 
 class NodeCore:
-    """One node's part in one run.
+    """One node in one run.
 
     Args:
         public: this node's key, which signs its messages.
-        signer: the key that the coordinator knows it by.
+        signer: this node's key at the coordinator.
         run_id: the run.
         settings: see :class:`Settings`.
         seal: signs a message.
-        promises: envelopes that a former life of this node had stored, by key (I8).
+        promises: envelopes that this node stored before a restart, by key (I8).
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class NodeCore:
     # --- the door -------------------------------------------------------------------------------------------------
 
     def handle(self, event: Event, now: float) -> list[Effect]:
-        """Take one event and return what has to be done, in order.
+        """Handle one event and return its effects in order.
 
         Args:
             event: what happened.
-            now: seconds of any clock that never goes back.
+            now: seconds of any monotonic clock.
         """
         self._out.now = max(now, self._out.now)
         follower, log = self._follower, self._follower.log
@@ -84,7 +84,7 @@ class NodeCore:
                 self._see(state)
             case ev.RoundsSeen(epoch, _, rounds):
                 if log is not None and log.epoch == epoch and self.state is not None:
-                    # The newest may have got more records since this answer was made.
+                    # The newest may have more records than this answer.
                     for record in rounds[:-1]:
                         follower.observe(record, self.state, final=True)
             case ev.Received(envelope):
@@ -115,17 +115,17 @@ class NodeCore:
         return self._out.take()
 
     def waiting(self) -> str:
-        """What the node waits for and for whom, in one line for people (I4)."""
+        """Describes what and whom the node waits for, in one line (I4)."""
         return describe(self.state, self.log, self._follower.next_apply, self.settings.delay, self.public)
 
     @property
     def log(self) -> EpochLog | None:
-        """What this node knows of the epoch."""
+        """The epoch's known rounds."""
         return self._follower.log
 
     @property
     def holding(self) -> bytes | None:
-        """Digest of the parameters where it is known."""
+        """Digest of the parameters, if known."""
         return self._follower.holding
 
     # --- news from peers ----------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class NodeCore:
             self._conclude(state)
 
     def _stay_member(self, state: RunState) -> None:
-        """Ask to be counted in whenever this node is not, or an epoch is about to be formed."""
+        """Ask to join when this node is no member, or when an epoch is about to form."""
         if state.phase in (Phase.FINISHED, Phase.UNINITIALIZED):
             return
         member = any(c.signer == self.signer and c.status is ClientStatus.HEALTHY for c in state.clients)
@@ -201,7 +201,7 @@ class NodeCore:
         index = next((i for i, c in enumerate(state.clients) if c.signer == self.signer), None)
         if index is None:
             return
-        follower.next_apply = None  # what was under way in the epoch before will not be finished
+        follower.next_apply = None  # unfinished work of the previous epoch stays unfinished
         decided = state.checkpoint.digest
         if follower.holding is None and (follower.looked or not decided or self._out.attempts("load")):
             follower.snapshot()
@@ -209,7 +209,7 @@ class NodeCore:
         records = state.warmup_witnesses
         target = decided or (records[0].merkle if records else b"")
         if not target:
-            # Nobody decided yet: the first in the list goes at once, another when that one seems to be away.
+            # Undecided: the first in the list reports at once, the next ones when it seems to be away.
             if index and not self._out.due(("first", state.epoch), after=state.config.warmup_time / 2):
                 return
             assert follower.holding is not None
@@ -223,7 +223,7 @@ class NodeCore:
         self._buffers.advance(state, self.log)
 
     def _to_train(self) -> RoundLog | None:
-        """The oldest round that this node still has to train: with overlap perhaps the one before the announced one."""
+        """The oldest round this node still has to train; with overlap, perhaps the one before the announced one."""
         state, log, applied = self.state, self.log, self._follower.next_apply
         if state is None or log is None or state.current is None or state.phase is not Phase.ROUND_TRAIN:
             return None
@@ -253,7 +253,7 @@ class NodeCore:
         self._out.emit(ev.Train(state.epoch, here.round.height, here.round.step, batch))
 
     def _attest(self, state: RunState, log: EpochLog, current: Round) -> None:
-        """Report as a witness: during training once everything is here, in the witness phase with what is here."""
+        """Report as a witness: in training once everything is here, in the witness phase in any case."""
         here = log.rounds[current.height]
         index = here.index_of(self.public)
         if index is None or not here.selection.is_witness(index) or self._follower.repair.stuck is not None:
@@ -271,18 +271,18 @@ class NodeCore:
         self._out.emit(witness_report(here, index, envelope, about))
 
     def _list(self, epoch: int, height: int, about: RoundLog | None) -> Attest:
-        # The newest digest until there is another: a round may end before all have sent their lists.
+        # Repeats the newest digest until the next: a round may end before all lists arrive.
         applied, digest = max(self._follower.digests.items(), default=(0, b""))
         hashes = sorted(entry.commitment for entry in about.verified()) if about else []
         return Attest(epoch, height, b"".join(hashes), applied, digest)
 
     def _attested(self, log: EpochLog, height: int) -> RoundLog | None:
-        """The round whose results are witnessed in round ``height``; None when it has none."""
+        """The round whose results are witnessed in round ``height``, or None."""
         about = log.rounds.get(height - self.settings.delay + 1)
         return about if about and about.round.step else None
 
     def _check_health(self, state: RunState, log: EpochLog, current: Round) -> None:
-        """Name the trainers from which nothing was witnessed in the round before."""
+        """Name the trainers without a witnessed result in the previous round."""
         if state.phase is not Phase.ROUND_TRAIN or current.height == 0:
             return
         before, about = log.rounds.get(current.height - 1), self._attested(log, current.height - 1)
@@ -297,7 +297,7 @@ class NodeCore:
             self._out.emit(HealthCheck(state.epoch, current.height, signers))
 
     def _conclude(self, state: RunState) -> None:
-        """At the end of an epoch: report the parameters; at the end of the run: leave with them."""
+        """Report the parameters at the end of an epoch; leave at the end of the run."""
         follower, log = self._follower, self.log
         if state.phase is Phase.FINISHED and follower.busy is None and self._left(state):
             return
@@ -313,7 +313,7 @@ class NodeCore:
             self._out.emit(Vote(state.epoch, state.step - 1, follower.holding))
 
     def _left(self, state: RunState) -> bool:
-        """Leave the finished run once this node holds its parameters, or cannot get them; returns whether it left."""
+        """Leave the finished run once this node has its parameters or cannot get them; returns whether it left."""
         follower, wanted = self._follower, state.checkpoint.digest
         if not wanted:
             outcome = Outcome.NOTHING_AGREED
@@ -335,5 +335,5 @@ class NodeCore:
 
 
 def _none_of(state: RunState, log: RoundLog, indices: set[int]) -> bool:
-    """Whether nobody among these clients of a round can be waited for."""
+    """Whether all these clients of a round are gone."""
     return not indices or indices <= gone(state, log)

@@ -1,8 +1,8 @@
-"""Brings parameters into a node's blob store, piece by piece, from several peers at once.
+"""Downloads parameters into a node's blob store, piece by piece, from several peers.
 
-Every piece is checked against its hash, which the agreed digest covers. What is stored stays, so a transfer that is
-interrupted goes on where it was. Each peer is asked for the next piece that it was not asked for as soon as it has
-delivered one, so the fast ones give more; one that keeps failing is left alone.
+Every piece is checked against its hash, which the agreed digest covers. Stored pieces stay, so an interrupted
+transfer resumes. Each peer gets its next request as soon as it has delivered a piece, so fast peers deliver
+more. A peer that keeps failing is no longer asked.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from psyche_lightning.transports.base import Transport
 from psyche_lightning.wire.identity import short
 
 WIDTH = 2
-"""Pieces that a peer is asked for at the same time."""
+"""Pieces requested from a peer at the same time."""
 STRIKES = 3
-"""Failures after which a peer is left alone during a transfer."""
+"""Failures after which a transfer no longer asks a peer."""
 PIECE_TIMEOUT = 600.0
-"""A transport gives up on a peer that delivers nothing long before; this bounds one that drips."""
+"""Bounds a peer that delivers slowly; the transport drops one that delivers nothing long before."""
 INDEX_TIMEOUT = 60.0
 
 
 @dataclass
 class Transfer:
-    """Parameters on their way to this node, for progress bars.
+    """Progress of a download of parameters.
 
     Attributes:
-        digest: of the parameters.
+        digest: the digest.
         total: bytes of all their pieces.
-        done: bytes that are here, those that were here before included.
-        sources: peers that delivered something.
+        done: bytes that are here, including earlier ones.
+        sources: peers that delivered pieces.
     """
 
     digest: bytes
@@ -46,7 +46,7 @@ class Transfer:
 
     @property
     def here(self) -> int:
-        """Bytes that are here, parts of pieces included."""
+        """Bytes that are here, including partial pieces."""
         return self.done + sum(self.partial.values())
 
     def __str__(self) -> str:
@@ -55,14 +55,14 @@ class Transfer:
 
 
 class Downloads:
-    """Obtains indices and pieces.
+    """Gets indices and pieces.
 
     Args:
         transport: the node's.
-        store: where everything goes.
+        store: gets all the blobs.
 
     Attributes:
-        transfer: the one that is under way, or None.
+        transfer: the current one, or None.
     """
 
     def __init__(self, transport: Transport, store: BlobStore) -> None:
@@ -71,10 +71,10 @@ class Downloads:
         self._store = store
 
     async def index(self, digest: bytes, providers: Sequence[bytes]) -> Index:
-        """The index of parameters (or buffers), from the own store or a peer.
+        """The index of parameters or buffers, from the store or a peer.
 
         Raises:
-            TransportError: nobody delivered it.
+            TransportError: no peer has it.
             WireError: it is not one.
         """
         loop = asyncio.get_running_loop()
@@ -85,10 +85,10 @@ class Downloads:
         return decode_index(data)
 
     async def obtain(self, digest: bytes, providers: Sequence[bytes]) -> Index:
-        """Bring an index and all its pieces into the store.
+        """Fetch an index and all its pieces.
 
         Raises:
-            TransportError: nobody delivered one of them; the others stay.
+            TransportError: a piece is missing; the others stay stored.
             WireError: the index is not one.
         """
         index = await self.index(digest, providers)
@@ -107,7 +107,7 @@ class Downloads:
 
 
 class _Pull:
-    """One transfer: peers pull from a list of pieces until it is empty."""
+    """One transfer: takes pieces from a list until it is empty."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class _Pull:
             raise TransportError(f"{self._left} pieces are missing: {text}")
 
     async def _work(self, source: bytes) -> None:
-        """Let one peer deliver pieces until nothing is left for it."""
+        """Get pieces from one peer until none is left for it."""
         while (piece := await self._next(source)) is not None:
             try:
                 await self._take(source, piece)
@@ -159,7 +159,7 @@ class _Pull:
                 self._news.notify_all()
 
     async def _next(self, source: bytes) -> Piece | None:
-        """The next piece for a peer; waits while others may still give some back. None when it has nothing to do."""
+        """The next piece for a peer, or None; waits while other peers may still return some."""
         async with self._news:
             while self._left and self._strikes[source] < STRIKES:
                 for place, piece in enumerate(self._waiting):
@@ -172,7 +172,7 @@ class _Pull:
             return None
 
     def _hopeless(self) -> bool:
-        """Whether some piece was refused by everybody who is still asked."""
+        """Whether all peers still in use refused some piece."""
         able = {source for source in self._sources if self._strikes[source] < STRIKES}
         return any(able <= self._tried[piece.digest].keys() for piece in self._waiting)
 

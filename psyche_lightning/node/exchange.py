@@ -1,6 +1,6 @@
-"""What nodes tell each other in an epoch: messages are filed, answered and asked for, payloads fetched.
+"""Exchanges an epoch's messages with peers: files, answers and requests them, and fetches payloads.
 
-Part of the node core, so without I/O: everything goes out as effects.
+Part of the node core, so it does no I/O: all output is effects.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from psyche_lightning.protocol.requests import Accuse
 from psyche_lightning.protocol.state import ClientStatus, RunState
 
 EARLY_ROUNDS = 3
-"""Messages of this many rounds before and after the newest are kept until their round is known and assigned."""
+"""Keeps messages of this many rounds around the newest until their round is known and assigned."""
 ASK_ALL = 3
-"""Every so many questions go to all peers instead of one."""
+"""One question in this many goes to all peers."""
 
 
 def gone(state: RunState, log: RoundLog) -> set[int]:
-    """Indices of clients of a round that cannot be waited for any more."""
+    """Indices of a round's clients that are not healthy any more."""
     healthy = {client.signer for client in state.clients if client.status is ClientStatus.HEALTHY}
     return {i for i, signer in enumerate(log.round.clients) if signer not in healthy}
 
 
 class Exchange:
-    """One node's talk with its peers.
+    """Talks to the peers of one node.
 
     Args:
         public: this node's key.
         settings: see :class:`Settings`.
         seal: signs a message.
-        promises: envelopes that this node has stored, by key; a batch is never signed for twice (I8).
+        promises: this node's stored envelopes by key; it never signs a batch twice (I8).
         out: where effects go.
     """
 
@@ -77,18 +77,18 @@ class Exchange:
             self._out.emit(ev.SetPeers(peers))
 
     def knows(self, key: bytes) -> bool:
-        """Whether that is a peer."""
+        """Whether it is a peer."""
         return key in self._members
 
     def providers(self, first: bytes | None = None) -> tuple[bytes, ...]:
-        """All peers, ``first`` in front; nobody where this node is not a client itself, as they would not let it in."""
+        """All peers, ``first`` in front; none if this node is not a client, as peers would refuse it."""
         peers = self._peers if self._inside else ()
         return tuple(sorted((key for key, _ in peers), key=lambda key: key != first))
 
     # --- messages -------------------------------------------------------------------------------------------------
 
     def receive(self, envelope: Envelope, log: EpochLog, head: int) -> None:
-        """Take a peer's result, list or question about a round; ``head`` is the newest that was announced."""
+        """Take a peer's result, list or question about a round; ``head`` is the newest announced round."""
         message = envelope.message
         assert isinstance(message, (Result, Attest, Ask))
         known = log.rounds.get(message.height)
@@ -105,7 +105,7 @@ class Exchange:
                 waiting.append(envelope)
 
     def file(self, log: RoundLog, envelope: Envelope) -> Entry | None:
-        """Put a message of a known round into its log, or say why not; returns a new result's entry."""
+        """Put a known round's message into its log, or say why not; returns a new result's entry."""
         try:
             if isinstance(envelope.message, Attest):
                 log.add_attest(envelope)
@@ -121,7 +121,7 @@ class Exchange:
         return entry
 
     def file_early(self, log: EpochLog, assigned: Iterable[RoundLog]) -> None:
-        """File what came too early for rounds that have their batches now, and what this node promised for them."""
+        """File early messages and this node's promises for rounds that now have their batches."""
         for known in assigned:
             height = known.round.height
             for envelope in log.early.pop(height, []):
@@ -150,7 +150,7 @@ class Exchange:
     def ask(
         self, epoch: int, height: int, peer: bytes | None = None, *, after: float = 0.0, everybody: bool = False
     ) -> None:
-        """Ask that peer, or one after the other, for a round's messages; at times all: someone else may have them."""
+        """Ask ``peer``, or peers in turn, for a round's messages; sometimes ask all, as another may have them."""
         key = ("ask", height, "all" if everybody else peer)
         if self._out.due(key, after=after):
             attempt = self._out.attempts(key)
@@ -163,20 +163,20 @@ class Exchange:
                 self._out.emit(ev.SendTo(peer, envelope))
 
     def asked(self, height: int) -> int:
-        """How often everybody was asked for a round's messages."""
+        """How often all peers were asked for a round."""
         return self._out.attempts(("ask", height, "all"))
 
     def offer(self, epoch: int, applied: int, snapshot: bytes) -> None:
-        """Tell everybody of parameters that this node keeps."""
+        """Offer this node's stored parameters to all peers."""
         self._offer = self._seal(Offer(epoch, applied, snapshot))
         self._out.emit(ev.Broadcast(self._offer))
 
     def complain(self, message: Stuck) -> None:
-        """Ask everybody for parameters after a round that this node cannot apply."""
+        """Ask all peers for parameters after a round that this node cannot apply."""
         self._out.emit(ev.Broadcast(self._seal(message)))
 
     def offer_to(self, peer: bytes) -> None:
-        """Tell one peer, if this node keeps any."""
+        """Send a peer this node's offer, if any."""
         if self._offer is not None:
             self._out.emit(ev.SendTo(peer, self._offer))
 
@@ -210,7 +210,7 @@ class Exchange:
                 self._out.emit(ev.Fetch(payload, entry.result.size, providers))
 
     def fetched(self, event: ev.Fetched) -> None:
-        """Note that a payload is here, or why not."""
+        """Note that a payload arrived, or why not."""
         for log, entry in self._fetching.pop(event.payload, []):
             if event.refused:
                 log.settle(entry, event.reason)
@@ -219,19 +219,19 @@ class Exchange:
                 log.settle(entry)
 
     def announce(self, log: RoundLog, result: Result, key: str) -> None:
-        """Promise this node's own result durably, then tell everybody; its payload is stored."""
+        """Promise this node's result durably, then broadcast it; its payload is stored."""
         if self.promised(key, result.batch) is not None:
             return
         self.publish(log, self._promise(key, result))
 
     def promised(self, key: str, batch: tuple[Interval, ...]) -> Envelope | None:
-        """The result that this node, perhaps in a former life, signed for that batch."""
+        """The result that this node, perhaps before a restart, signed for a batch."""
         envelope = self._promises.get(key)
         result = envelope.message if envelope else None
         return envelope if isinstance(result, Result) and result.batch == batch else None
 
     def keep_promises(self, epoch: int, height: int = 0) -> tuple[tuple[str, ...], tuple[bytes, ...]]:
-        """Drop the promises of rounds before that one; returns keys and payloads of the others."""
+        """Drop promises of earlier rounds; returns keys and payloads of the others."""
         for key, kept in list(self._promises.items()):
             message = kept.message
             assert isinstance(message, (Result, Attest))
@@ -241,19 +241,19 @@ class Exchange:
         return tuple(self._promises), tuple(result.payload for result in results)
 
     def new_epoch(self) -> None:
-        """What was offered in the epoch before is of no use."""
+        """Drop the offer of the previous epoch."""
         self._offer = None
 
     def publish(self, log: RoundLog, envelope: Envelope) -> None:
-        """File and broadcast this node's own announcement."""
-        if log.assigned:  # else it is filed once that is known again
+        """File and broadcast this node's announcement."""
+        if log.assigned:  # else it is filed once it is assigned
             entry = self.file(log, envelope)
             if entry is not None:
                 log.settle(entry)
         self._out.emit(ev.Broadcast(envelope))
 
     def attest(self, log: RoundLog, key: str, make: Callable[[], Attest]) -> Envelope:
-        """Promise a witness list durably, unless one was promised before, and tell everybody."""
+        """Promise a witness list durably, unless already promised, and broadcast it."""
         envelope = self._promises.get(key) or self._promise(key, make())
         self.file(log, envelope)
         self._out.emit(ev.Broadcast(envelope))
@@ -268,11 +268,11 @@ class Exchange:
     # --- buffers --------------------------------------------------------------------------------------------------
 
     def share_buffers(self, epoch: int, index: bytes) -> None:
-        """Tell everybody where this node keeps its buffers."""
+        """Broadcast where this node keeps its buffers."""
         envelope = self._seal(Buffers(epoch, index))
         self.pass_on(envelope)
         self._out.emit(ev.Broadcast(envelope))
 
     def pass_on(self, buffers: Envelope) -> None:
-        """Tell whoever asks where the epoch's buffers are."""
+        """Tell asking peers where the epoch's buffers are."""
         self._buffers = buffers

@@ -1,7 +1,7 @@
-"""Keeps the parameters at the run's: decides rounds, has them applied, begins from snapshots, repairs what differs.
+"""Keeps the parameters equal to the run's: decides and applies rounds, starts from snapshots, repairs differences.
 
-Part of the node core, so without I/O: the replica (the parameters) is driven by effects. Deciding runs ahead of
-applying where a node catches up.
+Part of the node core, so it does no I/O: effects drive the replica (the parameters). Deciding runs ahead of
+applying while a node catches up.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ from psyche_lightning.protocol.requests import GetRounds
 from psyche_lightning.protocol.state import ClientStatus, Phase, Round, RunState
 
 ASKED_ENOUGH = 3
-"""Questions to all peers after which a list that none of them has counts as absent when its witness is gone."""
+"""Questions to all peers after which a missing list counts as absent if its witness is gone."""
 HOPELESS_LOADS = 3
-"""Failed attempts to obtain parameters after which peers are asked for newer ones."""
+"""Failed attempts to get parameters after which peers are asked for newer ones."""
 LOOK_AHEAD = 8
-"""Decided rounds whose payloads are fetched before their turn."""
+"""Number of decided rounds to fetch payloads for in advance."""
 
 
 class Follower:
-    """One node's way through the rounds of an epoch.
+    """Takes one node through the rounds of an epoch.
 
     Args:
         public: this node's key.
         run_id: the run.
         settings: see :class:`Settings`.
-        exchange: the node's talk with its peers.
+        exchange: talks to the peers.
         out: where effects go.
 
     Attributes:
-        log: what is known of the epoch.
-        next_apply: height of the next round to apply; None while the parameters are not the epoch's.
-        holding: digest of the parameters where it is known.
+        log: the epoch's known rounds.
+        next_apply: height of the next round to apply; None until the parameters are the epoch's.
+        holding: digest of the parameters, if known.
         digests: digests in this epoch, by the number of rounds applied.
-        repair: what is needed when something differs or is missing.
-        busy: what the training thread does with the parameters, or what is obtained for it.
-        looked: whether this node knows the digest of the parameters with which it was started.
+        repair: state for repairing what differs or is missing.
+        busy: the training thread's work on the parameters, or the fetch it waits for.
+        looked: whether this node knows the digest of its initial parameters.
     """
 
     def __init__(self, public: bytes, run_id: str, settings: Settings, exchange: Exchange, out: Outbox) -> None:
@@ -99,7 +99,7 @@ class Follower:
                 self.observe(record, state, final=over or record.height < state.current.height)
 
     def observe(self, record: Round, state: RunState, *, final: bool) -> None:
-        """Take a round that the coordinator announced; ``final`` when its witness records are complete."""
+        """Take an announced round; ``final`` means that its witness records are complete."""
         assert self.log is not None
         log = self.log.rounds.get(record.height)
         if log is None:
@@ -114,12 +114,12 @@ class Follower:
             log.round, log.final = record, final
 
     def epoch_over(self, state: RunState) -> bool:
-        """Whether the epoch of the log has no more rounds to come."""
+        """Whether the log's epoch gets no more rounds."""
         assert self.log is not None
         return state.epoch != self.log.epoch or state.phase is Phase.COOLDOWN
 
     def resolved(self, state: RunState) -> bool:
-        """Whether every round of the epoch is applied, as far as this node knows them."""
+        """Whether every round of the epoch that this node knows is applied."""
         height = self.next_apply
         return self.log is not None and height is not None and height > _head(state) and height not in self.log.rounds
 
@@ -138,7 +138,7 @@ class Follower:
             self._out.emit(ev.Keep(tuple(sorted({digest, self.holding or digest})), payloads, promises))
 
     def _begin(self, log: EpochLog, applied: int) -> None:
-        """The parameters are those of the epoch after so many rounds: decide and apply from there."""
+        """Decide and apply on from parameters that contain ``applied`` rounds."""
         self.next_apply, self._kept, self._overdue, self._guessed = applied, 0, 0.0, False
         self.digests, self._records, self.repair.stuck = {}, [], None
         log.start(applied, self._open_ids)
@@ -147,14 +147,14 @@ class Follower:
     # --- the parameters ---------------------------------------------------------------------------------------------
 
     def load(self, digest: bytes, why: Notice, base: Base | None = None) -> None:
-        """Take parameters from the own store or from peers, unless that was tried a moment ago."""
+        """Load parameters from this node's store or from peers, unless just tried."""
         if self.busy is None and self._out.due("load"):
             self._out.say(why)
             self.busy, self._loading, self.holding = ("load", digest), base, None
             self._out.emit(ev.Load(digest, self._exchange.providers()))
 
     def snapshot(self) -> None:
-        """Store the parameters, and learn their digest."""
+        """Store the parameters and get their digest."""
         if self.busy is None:
             self.busy = "snapshot"
             self._out.emit(ev.TakeSnapshot(self._open_ids))
@@ -201,11 +201,11 @@ class Follower:
     # --- deciding and applying --------------------------------------------------------------------------------------
 
     def follow(self, state: RunState, to_train: Callable[[], RoundLog | None] = lambda: None) -> None:
-        """Obtain what is missing, and apply every round whose agreed set can be known, in order.
+        """Get missing data and apply, in order, every round whose agreed set is known.
 
         Args:
             state: the run's.
-            to_train: gives the round that this node trains next; what is not to be in its parameters has to wait.
+            to_train: returns the round that this node trains next; later results wait for it.
         """
         log = self.log
         if log is None:
@@ -238,11 +238,11 @@ class Follower:
             self._out.emit(GetRounds(log.epoch, first))
 
     def _decide(self, log: EpochLog, state: RunState) -> None:
-        """Decide the rounds, in order, as far as lists and announcements are here; ask for what is missing."""
+        """Decide rounds in order while lists and announcements are here; ask for missing ones."""
         while log.decided is not None and log.decided in log.rounds:
             agreement = self._agree(log, log.decided, state)
             if agreement is None:
-                # The two behind it are assigned, too: in a replay, ask for them together.
+                # The next two are assigned, too: in a replay, ask for all together.
                 for height in range(log.decided + 1, log.decided + 3):
                     if height + self._settings.delay < _head(state):
                         self._agree(log, height, state)
@@ -251,7 +251,7 @@ class Follower:
             self._exchange.file_early(log, log.assign())
 
     def _agree(self, log: EpochLog, height: int, state: RunState) -> AgreedSet | None:
-        """The agreed set of a round, or None while it is open."""
+        """A round's agreed set, or None while it is open."""
         results, attesting = log.rounds.get(height), log.rounds.get(height + self._settings.delay - 1)
         if attesting is None:
             over = self.epoch_over(state) and _head(state) < height + self._settings.delay - 1
@@ -274,7 +274,7 @@ class Follower:
         return None
 
     def _absent(self, log: EpochLog, attesting: RoundLog, state: RunState) -> set[int]:
-        """Witnesses that are gone, and whose list nobody supplied for half of the deadline though all were asked."""
+        """Witnesses that left and whose list no peer supplied within half the deadline, though all were asked."""
         key, height = self._public, attesting.round.height
         waited = self._overdue > state.config.max_round_train_time / 2
         asked = waited and self._exchange.asked(height) >= ASKED_ENOUGH
@@ -310,7 +310,7 @@ class Follower:
             self._out.say(RatesDiffer())
 
     def _notice_stuck(self, log: EpochLog, state: RunState) -> None:
-        """Notice that a round cannot be applied though everybody was asked until the deadline."""
+        """Notice a round that cannot be applied though all peers were asked in time."""
         height, stuck = self.next_apply, self.repair.stuck
         if height is None:
             return
@@ -326,7 +326,7 @@ class Follower:
     # --- where to begin ---------------------------------------------------------------------------------------------
 
     def _find_base(self, log: EpochLog, state: RunState) -> None:
-        """Look for parameters from which to replay: the own ones, or what peers offer and witness lists prove."""
+        """Look for parameters to replay from: this node's, or offers that witness lists prove."""
         repair, head = self.repair, _head(state)
         if repair.stuck is None and self._out.attempts("load") > HOPELESS_LOADS:
             repair.stuck = -1
@@ -343,7 +343,7 @@ class Follower:
         if self.busy is not None:
             return
         if not repair.own and repair.stuck is None and head > self._settings.digest_every:
-            # Perhaps nobody has the first rounds any more: their answers tell what they keep.
+            # Perhaps no peer has the first rounds any more: the answers say what peers keep.
             self._exchange.ask(log.epoch, head)
             if repair.sought is None:
                 repair.sought = self._out.now
@@ -357,7 +357,7 @@ class Follower:
     # --- comparing --------------------------------------------------------------------------------------------------
 
     def compare(self) -> None:
-        """Compare this node's digests with those of the witnesses, and repair what differs from a quorum's (I6)."""
+        """Compare this node's digests with the witnesses' and repair what differs from a quorum's (I6)."""
         if self.log is None or self.next_apply is None:
             return
         for applied in sorted(rounds for rounds in self.digests if rounds > self.repair.confirmed):
@@ -369,7 +369,7 @@ class Follower:
                 return
 
     def _confirm(self, log: EpochLog, applied: int) -> None:
-        """A quorum holds what this node held after so many rounds: write them down, and keep no more than needed."""
+        """Write down rounds whose parameters a quorum confirmed, and drop what is no longer needed."""
         self.repair.confirm(applied)
         certain = tuple(record for record in self._records if record.round.height < applied)
         if certain:
@@ -383,7 +383,7 @@ class Follower:
             self._out.emit(ev.Keep(snapshots, (*payloads, *log.payloads()), promises))
 
     def _repair(self, log: EpochLog, applied: int, theirs: bytes) -> None:
-        """The parameters differ: replay, and where that does not help take those of a peer."""
+        """Replay because the parameters differ; if that fails, take a peer's parameters."""
         last, equal = applied - 1, self.repair.confirmed
         if self.repair.differ(applied, replay=not self._guessed):
             self._out.say(ParametersDiffer(last, equal))
@@ -395,7 +395,7 @@ class Follower:
         self._out.forget("load")
 
     def write_down(self, state: RunState) -> None:
-        """At the end of an epoch, its last rounds are certain when the agreed parameters are this node's."""
+        """Write down an epoch's last rounds when the agreed parameters are this node's."""
         log = self.log
         if log is None or not self._records or state.epoch != log.epoch + 1 or not self.resolved(state):
             return
@@ -406,5 +406,5 @@ class Follower:
 
 
 def _head(state: RunState) -> int:
-    """Height of the newest round that the coordinator announced, or -1."""
+    """Height of the newest announced round, or -1."""
     return state.current.height if state.current else -1

@@ -1,7 +1,7 @@
-"""A node's part in a run, as a training loop uses it: rounds come in, compressed updates go out.
+"""Takes part in a run for a training loop, which gets rounds and hands in compressed updates.
 
-The network runs on an asyncio loop in a background thread. The thread that trains calls :meth:`Participant.next_round`
-and there also does all work on the parameters, so that a model is never touched by two threads.
+The network runs on an asyncio loop in a background thread. The training thread calls :meth:`Participant.next_round`,
+which also does all work on the parameters, so that two threads never touch a model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from psyche_lightning.protocol.state import RunState
 _T = TypeVar("_T")
 START_TIMEOUT = 120.0
 LOOK_EVERY = 5.0
-"""Seconds between looks at the node's patience."""
+"""Seconds between checks of the patience."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RoundWork:
         epoch: epoch of the run.
         height: round within the epoch.
         step: optimizer step over the run, from 1.
-        batch: data ids to train: the node's share of the round, then those of earlier rounds whose trainer failed.
+        batch: data ids to train: the node's share of the round, then ids of earlier rounds whose trainer failed.
     """
 
     epoch: int
@@ -53,9 +53,9 @@ class Participant:
     """Takes part in one run.
 
     Args:
-        node: what it is made of; its parameters are only touched on the thread that calls :meth:`next_round` and
+        node: the node's parts; its parameters are only touched on the thread that calls :meth:`next_round` and
             :meth:`wait_applied`.
-        patience: longest wait for a round, in seconds; then an error says for whom it waited.
+        patience: longest wait for a round, in seconds; then an error names the missing nodes.
     """
 
     def __init__(self, node: NodeParts, *, patience: float = 24 * 3600.0) -> None:
@@ -66,7 +66,7 @@ class Participant:
         self._finished: Finished | None = None
         self._started_at: dict[int, float] = {}
         self._runtime = Runtime(node, self._inbox.put)
-        self._loop = asyncio.SelectorEventLoop()  # Windows' own would read past sockets that count their bytes
+        self._loop = asyncio.SelectorEventLoop()  # Windows' default loop would bypass sockets that count bytes
         self._thread = threading.Thread(target=self._run_loop, name="psyche-node", daemon=True)
         self._running = False
         self._starting: Future[None] | None = None
@@ -82,14 +82,14 @@ class Participant:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
 
     def start(self) -> None:
-        """Connect and ask to be counted in.
+        """Connect and ask to join.
 
         Raises:
             PsycheError: the transport cannot listen, or the coordinator cannot be reached or refuses this node.
         """
         self._thread.start()
         self._running = True
-        with self._runtime.speaking():  # so does whatever begins on the loop by this
+        with self._runtime.speaking():  # also covers work started on the loop
             self._starting = asyncio.run_coroutine_threadsafe(self._runtime.start(), self._loop)
         if self._interruption is not None:
             self._starting.cancel()
@@ -98,7 +98,7 @@ class Participant:
         except PsycheError:
             self.stop(withdraw=False)
             raise
-        except BaseException as error:  # interrupted, perhaps when the coordinator had counted this node in already
+        except BaseException as error:  # interrupted, perhaps after the coordinator let this node join
             self.stop(withdraw=True)
             if isinstance(error, CancelledError) and self._interruption is not None:
                 raise self._interruption from None
@@ -108,9 +108,9 @@ class Participant:
         """Leave the run and close everything within seconds; idempotent.
 
         Args:
-            why: for people; a finished run needs no other reason.
-            withdraw: whether to tell the coordinator; by default unless the run is finished.
-            linger: longest time that peers are still served who have not reported the last parameters, in seconds.
+            why: reason for people; a finished run needs none.
+            withdraw: whether to tell the coordinator; default: unless the run is finished.
+            linger: longest time to serve peers that have not reported the last parameters, in seconds.
         """
         if not self._running:
             return
@@ -127,7 +127,7 @@ class Participant:
                 self._loop.close()
 
     def interrupt(self, error: BaseException) -> None:
-        """End the wait of the training thread, or its next one, with ``error``; a signal handler may call this."""
+        """End the training thread's current or next wait with ``error``; a signal handler may call this."""
         self._interruption = error
         self._inbox.put(error)
         if self._starting is not None:
@@ -135,7 +135,7 @@ class Participant:
 
     @property
     def finished(self) -> Finished | None:
-        """How the run ended for this node; None as long as it has not."""
+        """How the run ended for this node; None until it ends."""
         return self._finished
 
     @property
@@ -145,25 +145,25 @@ class Participant:
 
     @property
     def transfer(self) -> Transfer | None:
-        """The parameters that are on their way to this node; None when none are."""
+        """The parameters that this node is downloading, or None."""
         return self._runtime.downloads.transfer
 
     @property
     def state(self) -> RunState | None:
-        """The newest state of the run that this node saw; None before the first."""
+        """The newest run state that this node saw; None before the first."""
         return self._runtime.core.state
 
     def waiting(self) -> str:
-        """For whom the node waits, in one line."""
+        """Whom the node waits for, in one line."""
         return self._runtime.core.waiting()
 
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def next_round(self) -> RoundWork | None:
-        """Wait for the next batch of this node, meanwhile applying the results of others.
+        """Wait for this node's next batch and apply the results of others meanwhile.
 
         Returns:
-            The work, or None when the run is over and the parameters are its last.
+            The work, or None when the run is over and the parameters are final.
 
         Raises:
             PsycheError: the coordinator refused this node, or nothing came within the node's patience.
@@ -176,7 +176,7 @@ class Participant:
         return work
 
     def wait_applied(self, work: RoundWork) -> None:
-        """Wait until the results of that round are applied; returns at once where results overlap training."""
+        """Wait until a round's results are applied; returns at once if results overlap training."""
         while not self.node.settings.overlap and self._next is None and self._finished is None:
             task = self._pump()
             if isinstance(task, Apply) and (task.epoch, task.height) >= (work.epoch, work.height):
@@ -192,15 +192,15 @@ class Participant:
         loss: float = math.nan,
         tokens: int = 0,
     ) -> None:
-        """Hand in the compressed update of a round; it is stored durably before it is announced.
+        """Hand in a round's compressed update, which is stored durably and then announced.
 
         Args:
             work: the round.
-            payload: the encoded update; None when the batch gave none (non-finite gradients).
-            nonce: updates that this trainer had encoded before.
+            payload: the encoded update; None if the batch gave none (non-finite gradients).
+            nonce: count of updates this trainer encoded before.
             lrs: fp32 bits of the learning rate of each parameter group.
             loss: mean training loss, for people.
-            tokens: tokens or samples trained on. 0 tells that nothing was: the ids are trained again by somebody.
+            tokens: tokens or samples trained on. 0 means none: another node trains the ids again.
         """
         result = None
         if payload is not None:
@@ -228,7 +228,7 @@ class Participant:
         self._loop.call_soon_threadsafe(self._runtime.handle, event)
 
     def _pump(self) -> TrainerTask:
-        """Take one task from the loop and do it; waits with reminders and a bound."""
+        """Do one task from the loop; waits with reminders and a time limit."""
         began = time.monotonic()
         self._runtime.wait.rest(began)
         while True:

@@ -1,8 +1,8 @@
-"""What a node does when its parameters are not the run's, or what leads to them is not to be had (invariant I6).
+"""Repairs a node whose parameters are not the run's, or that misses data to reach them (I6).
 
-Part of the node core, so without I/O. Parameters within an epoch come back by a snapshot and replay. Snapshots are
-those that this node keeps itself, and those that peers offer; what is offered counts when the witness lists of a round
-show that a quorum held parameters of that digest.
+Part of the node core, so it does no I/O. A snapshot and replay restore parameters within an epoch. This node keeps
+some snapshots and peers offer others. An offer counts when a round's witness lists show that a quorum held
+parameters with that digest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from psyche_lightning.node.settings import Settings
 PRINT_SIZE = 8
 MAX_OFFERS = 16
 SNAPSHOT_PAUSE = 4
-"""Digests from one snapshot that a peer asked for to the next."""
+"""Digests between two snapshots that peers request."""
 
 
 @dataclass(frozen=True, order=True)
@@ -34,16 +34,16 @@ class Base:
 
 @dataclass
 class Repair:
-    """What a node remembers of an epoch for its repair.
+    """A node's repair state for an epoch.
 
     Attributes:
         settings: see :class:`Settings`.
         own: snapshots of this epoch that this node keeps, ascending.
-        offers: what peers keep, with no proof so far.
-        confirmed: rounds applied at the newest digest that this node shares with a quorum.
-        stuck: height of the round that cannot be applied, though everybody was asked for long enough.
+        offers: snapshots of peers, not yet proven.
+        confirmed: rounds applied at the newest digest shared with a quorum.
+        stuck: height of the round that cannot be applied, although all peers were asked.
         wanted: whether a peer asked for a snapshot.
-        sought: when this node began to look for parameters to replay from.
+        sought: when this node started to look for parameters to replay.
     """
 
     settings: Settings
@@ -61,7 +61,7 @@ class Repair:
     # --- what differs ---------------------------------------------------------------------------------------------
 
     def fingerprint(self, applied: int, prints: bytes) -> str | None:
-        """Note the parameters' fingerprints; in a replay, name the first tensor that was not what it is now."""
+        """Note the parameters' fingerprints; in a replay, return the first tensor that differs from before."""
         self._prints[applied] = prints
         before = self._suspect.pop(applied, prints)
         if before == prints:
@@ -73,19 +73,19 @@ class Repair:
         return names[place] if place < len(names) else f"number {place}"
 
     def confirm(self, applied: int) -> None:
-        """A quorum holds the parameters that this node has after so many rounds."""
+        """A quorum holds this node's parameters after ``applied`` rounds."""
         self.confirmed = applied
         self._prints = {rounds: prints for rounds, prints in self._prints.items() if rounds > applied}
 
     def differ(self, applied: int, *, replay: bool) -> bool:
-        """A quorum holds others after so many rounds.
+        """A quorum holds other parameters.
 
         Args:
-            applied: the rounds.
-            replay: whether this node knows everything that a replay needs.
+            applied: rounds.
+            replay: whether this node has everything for a replay.
 
         Returns:
-            Whether to replay; False where that cannot help, or did not help before.
+            Whether to replay; False if that cannot help or did not help before.
         """
         if not replay or applied in self._replayed:
             self.stuck = applied - 1
@@ -97,25 +97,25 @@ class Repair:
     # --- what is not to be had ------------------------------------------------------------------------------------
 
     def waited(self, height: int, now: float) -> float:
-        """For how long ``height`` has been the round that cannot be applied, in seconds."""
+        """Seconds for which ``height`` has been the round that cannot be applied."""
         if self._blocked[0] != height:
             self._blocked = (height, now)
         return now - self._blocked[1]
 
     def hear(self, offer: Base) -> None:
-        """A peer keeps parameters."""
+        """A peer offers some."""
         if offer not in self.offers:
             self.offers = sorted([*self.offers, offer])[-MAX_OFFERS:]
 
     def ask(self, applied: int) -> None:
-        """A peer asks for a snapshot; not too often."""
+        """Note a peer's snapshot request, rate-limited."""
         pause = SNAPSHOT_PAUSE * self.settings.digest_every
         self.wanted = not self.own or self.own[-1].applied + pause <= applied
 
     # --- where to begin -------------------------------------------------------------------------------------------
 
     def bases(self, log: EpochLog) -> list[Base]:
-        """Where a replay may begin, the best first: what this node keeps and knows to be right, then what is proven."""
+        """Bases for a replay, best first: this node's confirmed snapshots, then proven offers."""
         first = Base(0, log.digest)
         own = [base for base in self.own if base.applied <= self.confirmed] or [first]
         proven = [base for base in self.offers if self._proven(log, base)]
@@ -124,7 +124,7 @@ class Repair:
         return [base for base in dict.fromkeys(found) if base.applied > least]
 
     def unproven(self, log: EpochLog) -> list[Base]:
-        """Offers that no witness lists have proven yet, the newest first; none that would be of no use."""
+        """Useful offers that no witness lists have proven yet, newest first."""
         least = -1 if self.stuck is None else self.stuck
         return [base for base in reversed(self.offers) if base.applied > least and not self._proven(log, base)]
 
@@ -132,12 +132,12 @@ class Repair:
         return log.quorum_digest(base.applied, self.settings.digest_span) == base.digest
 
     def keep(self, base: Base) -> None:
-        """This node has stored a snapshot."""
+        """Note a stored snapshot."""
         self.own.append(base)
         self.wanted = False
 
     def outdated(self) -> int:
-        """Height below which nothing is needed any more: that of the last snapshot but one that a quorum confirmed."""
+        """Height below which nothing is needed: that of the second-newest confirmed snapshot."""
         good = [base for base in self.own if base.applied <= self.confirmed]
         if len(good) < 2:
             return 0

@@ -1,4 +1,4 @@
-"""What a node knows of one round: its assignment, announcements, and witness lists. Pure data without I/O or clock."""
+"""A node's data on one round: assignment, announcements and witness lists. No I/O or clock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psyche_lightning.protocol.state import CoordinatorConfig, Round
 from psyche_lightning.wire.identity import short
 
 MAX_ENTRIES_PER_BATCH = 8
-"""Two different results of one trainer for one batch prove equivocation; a few more are kept, as one may be agreed."""
+"""Two results of one trainer for one batch prove equivocation; a few more are kept, as one may be agreed."""
 
 
 @dataclass(eq=False)
@@ -40,24 +40,24 @@ class Entry:
 
 @dataclass
 class RoundLog:
-    """Everything known of one round.
+    """All that is known of a round.
 
     Attributes:
-        round: the coordinator's record of it, the newest seen.
+        round: the coordinator's newest record of it.
         nodes: node key of each client of the round, in list order.
         run_id: the run.
-        layout: what payload positions must mean; results with another layout are refused.
+        layout: digest of the meaning of payload positions; others are refused.
         max_payload: largest payload in bytes.
         selection: the round's committees.
-        final: whether ``round`` holds all witness records that it will ever hold.
-        assigned: whether ``batches`` is known: it depends on the agreed sets of earlier rounds.
-        batches: the data ids of each trainer, by its index: its own share first, then what it trains again.
+        final: whether ``round`` holds all its witness records.
+        assigned: whether ``batches`` is known; earlier agreed sets determine it.
+        batches: each trainer's data ids by its index: its own share, then ids to train again.
         entries: announced results by commitment.
         attests: lists by sender index and Merkle root.
         votes: indices of the witnesses that hold a parameter digest, by ``(rounds applied, digest)``.
-        silent: trainers from which no result was heard of.
+        silent: trainers without a known result.
         missing: trainers whose result this node cannot vouch for.
-        hopeless: those among them of whom nothing better is to come: two results for one batch, or a bad payload.
+        hopeless: the missing trainers with two results for one batch, or a bad payload.
     """
 
     round: Round
@@ -82,16 +82,16 @@ class RoundLog:
     def open(
         cls, round: Round, nodes: tuple[bytes, ...], config: CoordinatorConfig, run_id: str, layout: bytes, limit: int
     ) -> RoundLog:
-        """Begin the log of a round that the coordinator announced; one that only drains has no batches to assign."""
+        """Open the log of an announced round; a draining round has no batches to assign."""
         log = cls(round, nodes, run_id, layout, limit, round_selection(round, config), assigned=not round.step)
         log._places = {node: index for index, node in enumerate(nodes)}
         return log
 
     def assign(self, again: tuple[Interval, ...]) -> list[Envelope]:
-        """Divide the round's ids and those that it trains again among its trainers.
+        """Divide the round's ids and the ids to train again among its trainers.
 
         Returns:
-            What was filed under another assignment, to be filed anew.
+            Messages filed under another assignment, to file anew.
         """
         self.assigned = True
         shares = assign(self.round.seed, self.round.data_index, self.round.batch_size, self.selection)
@@ -109,10 +109,10 @@ class RoundLog:
         return self._places.get(node)
 
     def add_result(self, envelope: Envelope) -> Entry | None:
-        """Take an announcement of an assigned round; returns the new entry, or None when it was known.
+        """Take an announcement of an assigned round; returns the new entry, or None if known.
 
         Raises:
-            WireError: it does not belong to this round, says why.
+            WireError: it does not belong to this round.
         """
         result = envelope.message
         assert isinstance(result, Result)
@@ -143,7 +143,7 @@ class RoundLog:
         return entry
 
     def settle(self, entry: Entry, refused: str = "") -> None:
-        """Note that an entry's payload is here and well-formed, or why it can never be used."""
+        """Note that an entry's payload is here and well-formed, or why it is unusable."""
         entry.verified, entry.refused = not refused, refused
         if len(self._of[entry.trainer]) > 1:
             return
@@ -177,10 +177,10 @@ class RoundLog:
         return self._of.get(trainer, [])
 
     def verified(self) -> list[Entry]:
-        """Results that this node can vouch for: payload stored and well-formed, and only one for its batch."""
+        """Results that this node vouches for: payload stored and well-formed, one result per batch."""
         return [entries[0] for entries in self._of.values() if len(entries) == 1 and entries[0].verified]
 
     def messages(self) -> list[Envelope]:
-        """Every stored message of the round, to send again."""
+        """All stored messages of the round, to resend."""
         lists = [envelope for by_root in self.attests.values() for envelope in by_root.values()]
         return [entry.envelope for entry in self.entries.values()] + lists

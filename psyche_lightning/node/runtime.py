@@ -42,27 +42,27 @@ FETCH_TIMEOUT = 60.0
 
 ReplicaTask = ev.Apply | ev.TakeSnapshot | ev.Load | ev.ShareBuffers | ev.LoadBuffers
 TrainerTask = ReplicaTask | ev.Train | Finished | BaseException
-"""What the training thread gets to do; an exception ends it."""
+"""A task of the training thread; an exception ends it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeParts:
-    """What a node is made of.
+    """The parts of a node.
 
     Attributes:
         identity: its key.
         run_id: the run.
         coordinator: client of the run's coordinator.
         transport: the transport, not yet started.
-        replica: the parameters, which only the training thread touches.
-        manifest: the node's run configuration; it fixes the sections that the run does not have yet.
-        settings: what the node core must know.
+        replica: the parameters; only the training thread touches them.
+        manifest: the node's run configuration; fixes the sections that the run lacks.
+        settings: the node core's settings.
         store: blobs.
         journal: promises.
         traffic: returns bytes ``(up, down)`` counted at the node's sockets.
-        served: told ``(size of the blob, bytes sent)`` when a peer was given a blob or a part of one.
-        ledger: where the node writes down the rounds that are certain, if it keeps a ledger.
-        alone: whether it is the whole run, so that its coming and going need no words.
+        served: called with ``(blob size, bytes sent)`` after a peer got a blob or a part of one.
+        ledger: the ledger for rounds that are certain, or None.
+        alone: whether it is the run's only node; then it logs no joining or leaving.
     """
 
     identity: Identity
@@ -81,14 +81,14 @@ class NodeParts:
 
 
 class Runtime:
-    """One node's loop. Everything here runs on it, except where a method says otherwise.
+    """One node's loop. Every method runs on it unless the method says otherwise.
 
     Args:
         node: the node's parts.
         post: hands a task to the training thread; the loop may call it.
 
     Attributes:
-        downloads: parameters on their way to this node.
+        downloads: parameters that this node downloads.
         wait: the training thread's.
     """
 
@@ -111,7 +111,7 @@ class Runtime:
         return seal(self.node.identity, self.node.run_id, message)
 
     def _kept_promises(self) -> dict[str, Envelope]:
-        """What a former life of this node had signed, as far as its payload is still stored."""
+        """Promises from before a restart whose payload is still stored."""
         kept = {}
         for key, raw in self.node.journal.load().items():
             try:
@@ -126,7 +126,7 @@ class Runtime:
     # --- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Listen, follow the coordinator and begin to tick.
+        """Listen, follow the coordinator and start to tick.
 
         Raises:
             PsycheError: the transport cannot listen, or the coordinator cannot be reached or refuses this node.
@@ -198,7 +198,7 @@ class Runtime:
             Waits(what if transfer is None else f"{what}: {transfer}", waited).tell()
 
     def speaking(self) -> contextlib.AbstractContextManager[None]:
-        """What is logged within is said by this node; other nodes of the process may call it."""
+        """Attributes log lines inside to this node; other nodes of the process may call it."""
         return speaking(self.node.run_id, short(self.node.identity.public))
 
     def _on_message(self, peer: bytes, raw: bytes) -> bool:
@@ -218,7 +218,7 @@ class Runtime:
         return True
 
     def handle(self, event: ev.Event) -> None:
-        """Give the core an event and carry out what follows."""
+        """Give the core an event and carry out its effects."""
         if self._stopping:
             return
         with self.speaking():
@@ -257,7 +257,7 @@ class Runtime:
                 self._spawn(self._ask(effect))
 
     async def _clear(self, effect: ev.Keep) -> None:
-        """Forget what is not needed any more, on another thread: it may be much."""
+        """Drop data no longer needed, on another thread: it may be a lot."""
 
         def clear() -> None:
             pieces = [piece for digest in effect.snapshots for piece in self._pieces(digest)]
@@ -266,7 +266,7 @@ class Runtime:
         await asyncio.get_running_loop().run_in_executor(None, clear)
 
     def _pieces(self, digest: bytes) -> list[bytes]:
-        """The pieces of stored parameters; none if their index is not here."""
+        """The pieces of stored parameters; none if their index is missing."""
         index = self.node.store.get(digest)
         return [piece.digest for piece in decode_index(index).pieces] if index is not None else []
 
@@ -318,7 +318,7 @@ class Runtime:
                     effect.payload, effect.providers, max_size=effect.size, timeout=FETCH_TIMEOUT
                 )
             if len(data) != effect.size:
-                raise PayloadError(f"{len(data)} bytes, and {effect.size} were announced")
+                raise PayloadError(f"{len(data)} bytes; {effect.size} were announced")
             await loop.run_in_executor(None, self.node.replica.check, data)
             if not known:
                 await loop.run_in_executor(None, self.node.store.put, data)
@@ -349,7 +349,7 @@ class Runtime:
         TensorDiffers(first_difference(mine, theirs), effect.round).tell()
 
     async def _ask(self, request: Request[Any]) -> None:
-        """Ask the coordinator; what this node may never do ends it, the rest the core repeats."""
+        """Ask the coordinator; a permanently refused join ends this node, the core repeats the rest."""
         try:
             answer = await self.node.coordinator.request(self._completed(request))
         except CoordinatorError as error:
@@ -362,7 +362,7 @@ class Runtime:
             self.handle(ev.RoundsSeen(request.epoch, request.first, answer))
 
     def _completed(self, request: Request[Any]) -> Request[Any]:
-        """The request with what the core does not know."""
+        """Add the fields that the core does not know."""
         match request:
             case Join():
                 return Join(self.address, self.node.manifest)

@@ -1,12 +1,12 @@
-"""What a node keeps: blobs by SHA-256, and a journal of its promises that survives ``kill -9`` (invariant I8).
+"""Stores a node's blobs by SHA-256 and its promises in a journal that survives ``kill -9`` (I8).
 
-Journal format: the magic bytes, then records one after another::
+Journal format: the magic bytes, then records::
 
     body length u32 | crc32 of body u32 | crc32 of the eight bytes before u32 | body
     body = key length u16 | key (UTF-8) | value
 
-Integers are little-endian. Every append is synced before it returns, so that at most the last record can be torn; the
-check of the header tells a torn end from a damaged middle, where a wrong length would hide the records behind it.
+Integers are little-endian. Every append syncs before it returns, so at most the last record can be torn. The header's
+checksum separates a torn end from a damaged middle, where a wrong length would hide later records.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BlobStore(Protocol):
     """Bytes by their SHA-256; every method may be called from any thread."""
 
     def put(self, data: bytes, durable: bool = True) -> bytes:
-        """Keep ``data`` and return its SHA-256; with ``durable`` it survives a power cut from then on.
+        """Keep ``data`` and return its SHA-256; ``durable`` data survives a power cut from then on.
 
         Raises:
             StoreError: the folder is full or cannot be written.
@@ -43,7 +43,7 @@ class BlobStore(Protocol):
         ...
 
     def get(self, digest: bytes) -> bytes | None:
-        """The bytes, or None when they are not here or no longer what they were."""
+        """The bytes, or None when they are missing or damaged."""
         ...
 
     def has(self, digest: bytes) -> bool:
@@ -51,17 +51,17 @@ class BlobStore(Protocol):
         ...
 
     def size(self, digest: bytes) -> int | None:
-        """Bytes of the blob, or None when it is not here."""
+        """Size of the blob in bytes, or None if missing."""
         ...
 
     def delete(self, digest: bytes) -> None:
-        """Forget the blob; nothing happens when it is not here."""
+        """Forget the blob; does nothing if it is missing."""
         ...
 
     def retain(self, keep: Collection[bytes]) -> None:
-        """Forget every blob that is not in ``keep`` and was here at the last call, or before this process began.
+        """Forget every blob not in ``keep`` that was here at the last call or before this process began.
 
-        What was put since then stays until the next call: who put it may not have told anybody yet.
+        Newer blobs stay until the next call: their writer may not have announced them yet.
         """
         ...
 
@@ -110,8 +110,8 @@ class MemoryBlobStore:
 class DirectoryBlobStore:
     """A :class:`BlobStore` in a folder that belongs to one process at a time; files are named ``aa/aabbcc...``.
 
-    A file gets its name only when it is complete, and is checked against it when it is read: one that fails is removed
-    and counts as absent, so that the node fetches it again.
+    A file gets its name only when it is complete. A read checks the content against the name: a file that fails is
+    removed and counts as absent, so the node fetches it again.
 
     Args:
         path: the folder; created when missing. Unfinished files of an earlier process are removed.
@@ -124,7 +124,7 @@ class DirectoryBlobStore:
         self.path = Path(path)
         self._lock = threading.Lock()
         self._names = itertools.count()
-        self._durable: set[bytes] = set()  # written and synced by this object: not worth writing again
+        self._durable: set[bytes] = set()  # already written and synced by this object
         self._young: set[bytes] = set()
         with _explained("prepare the blob folder", self.path):
             (self.path / "tmp").mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ class DirectoryBlobStore:
         data = self._read(digest)
         if data is None or sha256(data) == digest:
             return data
-        with self._lock:  # unless a put has replaced it meanwhile
+        with self._lock:  # unless a put replaced it meanwhile
             data = self._read(digest)
             if data is None or sha256(data) == digest:
                 return data
@@ -221,7 +221,7 @@ class DirectoryBlobStore:
 
 
 class MemoryJournal:
-    """The twin of :class:`Journal` for nodes that have no folder."""
+    """A :class:`Journal` in memory for nodes without a folder."""
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
@@ -243,11 +243,11 @@ class MemoryJournal:
 
 
 class Journal:
-    """A small file of a node's promises (key to value); what :meth:`append` returned from is there after a crash.
+    """A small file of a node's promises (key to value); appended records survive a crash.
 
     Args:
-        path: the file; created, with its folder, when missing. A torn last record is cut off. Other processes that
-            open it meanwhile are refused.
+        path: the file; created, with its folder, if missing. A torn last record is cut off. Other processes
+            cannot open it meanwhile.
 
     Raises:
         StoreError: the file cannot be read or written, is in use, is not a journal, or is damaged before its end.
@@ -269,10 +269,10 @@ class Journal:
                 raise
 
     def append(self, key: str, value: bytes) -> None:
-        """Write one record and sync it; the newest value of a key counts. Any thread may call it.
+        """Write and sync one record; the newest value of a key counts. Any thread may call it.
 
         Raises:
-            StoreError: the disk is full or the file cannot be written; the record is not in the journal then.
+            StoreError: the disk is full or the file cannot be written; the record is not stored.
         """
         record = _record(key, value)
         with self._lock, _explained("write to the journal", self.path):
@@ -283,7 +283,7 @@ class Journal:
                 _write_all(self._file, record)
                 _sync(self._file)
             except OSError:
-                # What was half written would be a damaged middle for the next record.
+                # A half-written record would become a damaged middle.
                 with contextlib.suppress(OSError):
                     self._file.truncate(self._end)
                 raise
@@ -327,12 +327,12 @@ class Journal:
             system.sync_folder(self.path.parent)
 
     def _replace(self, temporary: Path) -> None:
-        """Put a new file in place of the old one while neither is open; the claim on it is given up for a moment."""
+        """Replace the old file while neither is open; this releases the lock for a moment."""
         self._file.close()
         try:
             os.replace(temporary, self.path)
         finally:
-            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - it is the journal again
+            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - stays open as the journal
             self._claim(self._file)
 
     def close(self) -> None:
@@ -371,13 +371,13 @@ class Journal:
         return offset
 
     def _parse(self, data: bytes, offset: int) -> tuple[bytes | None, int]:
-        """The record at ``offset`` and the offset behind it; no body when it is the torn last one."""
+        """The record at ``offset`` and the next offset; no body if it is torn and last."""
         start = offset + _HEADER.size
         if start > len(data):
             return None, offset
         length, check, header_check = _HEADER.unpack_from(data, offset)
         if zlib.crc32(data[offset : start - 4]) != header_check:
-            if not any(data[start:]):  # the file had grown, its bytes had not arrived
+            if not any(data[start:]):  # the file grew before its bytes arrived
                 return None, offset
             raise self._damaged(offset)
         body = data[start : start + length]
@@ -404,7 +404,7 @@ def _record(key: str, value: bytes) -> bytes:
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:
-    """Write everything: an unbuffered file may take a part only."""
+    """Write everything: an unbuffered write may be partial."""
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
@@ -417,7 +417,7 @@ def _sync(file: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def _explained(action: str, path: Path) -> Iterator[None]:
-    """Turn an operating system error into one that says what to do."""
+    """Turn an operating system error into one with advice."""
     try:
         yield
     except OSError as error:
