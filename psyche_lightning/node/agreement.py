@@ -167,7 +167,7 @@ class EpochLog:
         return taken
 
     def close(self, agreement: AgreedSet) -> DecidedRound:
-        """Record the decision on the first undecided round."""
+        """Record a decision for the first open round."""
         height = self.decided
         assert height is not None
         log = self.rounds[height]

@@ -1,8 +1,8 @@
-"""Audits a run from its nodes' ledgers alone: is each data id trained exactly once, and by whom?
+"""Audits a run from its nodes' ledgers: checks that each data id is trained once, and by which node.
 
-Nothing is believed that can be recomputed: the assignment follows from the round's seed, the ids that are trained again
-from the agreed sets before, and every result carries its trainer's signature over ids, payload and round. The
-ledgers of several nodes complete each other (nobody is there all the time), and must not contradict each other.
+The audit recomputes what it can: the round's seed gives the assignment, earlier agreed sets give the ids to train
+again, and each result carries its trainer's signature over ids, payload and round. Ledgers of several nodes
+complete each other, because no node is always present, and must not contradict each other.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Line:
     Attributes:
         start: first id.
         stop: the id after the last.
-        trainer: node key of who trained them.
+        trainer: node key of the trainer.
         epoch: epoch of the round.
         height: its height.
         step: its optimizer step.
         commitment: of the agreed result.
-        again: whether another round had them first and did not agree on a result.
+        again: whether an earlier round had them without agreeing on a result.
     """
 
     start: int
@@ -63,15 +63,15 @@ class Audit:
 
     Attributes:
         run: the run's name.
-        lines: who trained what, ascending by data id.
-        untrained: ids that nobody trained: those of the last rounds, whose turn would have come after the end.
-        overdue: those among them whose turn had come: more was open than a round takes again.
+        lines: trained ids, ascending by data id.
+        untrained: ids that no node trained: ids of the last rounds, due after the end.
+        overdue: the untrained ids that were due: more ids were open than a round takes.
         missing: steps whose rounds no ledger has.
-        lost: steps up to which nothing is in the parameters, as nobody held them any more and the run began anew.
+        lost: steps up to which training was lost, because no node held the parameters and the run began anew.
         rounds: training rounds that count.
-        undone: training rounds of epochs whose end was not agreed; they were trained again.
+        undone: training rounds of epochs without an agreed end; they were trained again.
         last_step: the newest optimizer step in the ledgers.
-        problems: what is missing or contradicts itself; empty when nothing is missing.
+        problems: missing or contradictory data; empty when nothing is missing.
     """
 
     run: str
@@ -87,12 +87,12 @@ class Audit:
 
     @property
     def ids(self) -> int:
-        """Data ids that were trained."""
+        """Trained data ids."""
         return count((line.start, line.stop) for line in self.lines)
 
 
 def audit(rows: Iterable[Row]) -> Audit:
-    """Put the rows of one run's ledgers together and check them.
+    """Combine the rows of one run's ledgers and check them.
 
     Raises:
         PsycheError: they are of several runs, or not rows of a ledger.
@@ -151,7 +151,7 @@ def _first_step(found: Mapping[tuple[int, int], Row]) -> int:
 
 
 def _counted(found: Mapping[tuple[int, int], Row], audited: Audit) -> list[Row]:
-    """The rounds whose results are in the parameters: a step that is trained again undoes what came from it on."""
+    """The rounds whose results are in the parameters: retraining a step undoes that step and later ones."""
     kept: list[Row] = []
     for (epoch, _), row in found.items():
         while kept and kept[-1]["step"] >= row["step"]:
@@ -164,7 +164,7 @@ def _counted(found: Mapping[tuple[int, int], Row], audited: Audit) -> list[Row]:
 
 
 def _began_anew(before: Row, row: Row, ends: Mapping[int, str], audited: Audit) -> bool:
-    """Whether a round's epoch began with other parameters than those with which the one before ended."""
+    """Whether a round's epoch began with parameters other than those at the previous epoch's end."""
     if row["epoch"] == before["epoch"]:
         return False
     ended = ends.get(before["epoch"])
@@ -175,14 +175,14 @@ def _began_anew(before: Row, row: Row, ends: Mapping[int, str], audited: Audit) 
         return False
     audited.problems.append(
         f"epoch {row['epoch']} began with the parameters {row['parameters'][:12]} instead of those of step "
-        f"{before['step']}, {ended[:12]}, which nobody held any more: what was trained up to then is lost"
+        f"{before['step']}, {ended[:12]}, which no node held any more: earlier training is lost"
     )
     audited.lost.append(before["step"])
     return True
 
 
 def _enter(row: Row, open_ids: OpenIds, audited: Audit) -> OpenIds:
-    """Take one round into the audit; returns what is open after it."""
+    """Add one round to the audit; returns the ids open after it."""
     again, rest = take(open_ids, row["step"], row["batch_size"])
     where = f"round {row['height']} of epoch {row['epoch']}"
     if again != half_open(row["again"]):
@@ -202,7 +202,7 @@ def _enter(row: Row, open_ids: OpenIds, audited: Audit) -> OpenIds:
         place = (row["epoch"], row["height"], row["step"])
         fits = isinstance(result, Result) and (result.epoch, result.height, result.step) == place
         if not fits or not isinstance(result, Result) or assigned.get(trainer) != result.batch or trainer in trained:
-            audited.problems.append(f"{where} has a result of {short(envelope.sender)} that was not its to give")
+            audited.problems.append(f"{where} has a result of {short(envelope.sender)} that was not assigned")
             continue
         if not result.tokens:  # an abstention
             continue
@@ -215,14 +215,14 @@ def _enter(row: Row, open_ids: OpenIds, audited: Audit) -> OpenIds:
 
 
 def _check_cover(found: Mapping[tuple[int, int], Row], audited: Audit) -> None:
-    """Each id exactly once: trained, or named as not trained."""
+    """Check that each id appears once, as trained or untrained."""
     if audited.problems or not audited.rounds:
         return
     position = min(row["data_index"] for row in found.values())
     spans = sorted([*((line.start, line.stop) for line in audited.lines), *audited.untrained])
     for start, stop in spans:
         if start != position:
-            what = f"{position} to {start - 1} are missing" if start > position else f"{start} is there twice"
+            what = f"{position} to {start - 1} are missing" if start > position else f"{start} appears twice"
             audited.problems.append(f"of the data ids, {what}")
             return
         position = stop

@@ -1,7 +1,7 @@
-"""The model's buffers (BatchNorm's running statistics) are, at the start of an epoch, those of one node.
+"""Gives all nodes one node's model buffers (BatchNorm's running statistics) at the start of an epoch.
 
-That node is the first that reported its parameters in the warm-up. It shares them before it trains, and the others
-train no first round without them, unless they wait for long. Part of the node core, so without I/O.
+That node is the first to report its parameters in the warm-up. It shares its buffers before it trains. The others wait
+for them before their first round, up to a limit. Part of the node core, so it does no I/O.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from psyche_lightning.protocol.state import ClientStatus, Phase, RunState
 
 
 class BufferCopy:
-    """One node's part in that.
+    """One node's sharing.
 
     Args:
         public: this node's key.
         settings: see :class:`Settings`.
-        exchange: the node's talk with its peers.
+        exchange: talks to the peers.
         out: where effects go.
     """
 
@@ -38,7 +38,7 @@ class BufferCopy:
         self._done = False
 
     def hear(self, envelope: Envelope) -> None:
-        """A peer tells where its buffers are; that may come before this node knows that they are those to take."""
+        """Note where a peer's buffers are, perhaps before this node knows whose to take."""
         message, before = envelope.message, self._offers.get(envelope.sender)
         assert isinstance(message, Buffers)
         known = envelope.sender == self._source or self._exchange.knows(envelope.sender)
@@ -46,7 +46,7 @@ class BufferCopy:
             self._offers[envelope.sender] = envelope
 
     def taken(self, event: ev.BuffersTaken) -> None:
-        """This node's buffers are in its store."""
+        """Note that this node's buffers are stored."""
         if event.epoch == self._epoch:
             self._exchange.share_buffers(event.epoch, event.index)
 
@@ -59,7 +59,7 @@ class BufferCopy:
             self._out.say(BuffersNotObtained(event.reason))
 
     def advance(self, state: RunState, log: EpochLog | None) -> None:
-        """Share, take or ask for buffers, as far as it is known whose they are to be."""
+        """Share, take or ask for buffers once their owner is known."""
         if not self._settings.buffers:
             return
         before = self._source if state.epoch == self._epoch else None
@@ -71,7 +71,7 @@ class BufferCopy:
             return
         if self._source == self._public:
             self._done = True
-            if first:  # later they are not those of the epoch's start any more
+            if first:  # later they no longer match the epoch's start
                 self._out.emit(ev.ShareBuffers(state.epoch))
             return
         offer = self._offers.get(self._source)
@@ -87,7 +87,7 @@ class BufferCopy:
             self._exchange.ask(state.epoch, state.current.height, self._source, after=self._settings.retry / 2)
 
     def awaited(self, state: RunState, height: int) -> bool:
-        """Whether the training of that round, as it is the first, has to wait for them."""
+        """Whether training round ``height`` must wait for the buffers."""
         if not self._settings.buffers or self._done or height:
             return False
         there = {client.node for client in state.clients if client.status is ClientStatus.HEALTHY}
@@ -101,7 +101,7 @@ class BufferCopy:
 
 
 def _source(state: RunState, log: EpochLog | None) -> bytes | None:
-    """The node key of the epoch's first warm-up witness; its record has its place as the epoch began."""
+    """The node key of the first warm-up witness; its record holds its place at the epoch's start."""
     if not state.warmup_witnesses:
         return None
     index = state.warmup_witnesses[0].proof.index

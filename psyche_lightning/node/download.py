@@ -23,7 +23,7 @@ WIDTH = 2
 STRIKES = 3
 """Failures after which a transfer no longer asks a peer."""
 PIECE_TIMEOUT = 600.0
-"""Bounds a peer that delivers slowly; the transport drops one that delivers nothing long before."""
+"""Bounds a slow peer; the transport drops one that delivers nothing long before."""
 INDEX_TIMEOUT = 60.0
 
 
@@ -74,7 +74,7 @@ class Downloads:
         """The index of parameters or buffers, from the store or a peer.
 
         Raises:
-            TransportError: no peer has it.
+            TransportError: no one sent it.
             WireError: it is not one.
         """
         loop = asyncio.get_running_loop()

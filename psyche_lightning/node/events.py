@@ -1,8 +1,8 @@
 """What goes into the node core (events) and what comes out (effects); see :mod:`psyche_lightning.node.core`.
 
-What the core asks of the coordinator is an effect, too: the requests of :mod:`psyche_lightning.protocol.requests`.
+Requests to the coordinator are effects, too; see :mod:`psyche_lightning.protocol.requests`.
 
-All are plain data: the runtime, the tests and the simulator carry them out, each with its own clock and network.
+All are plain data: the runtime, the tests and the simulator execute them, each with its own clock and network.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Trained:
 class Fetched:
     """The answer to :class:`Fetch`. ``reason`` is empty when the payload is stored and well-formed.
 
-    ``refused`` tells a malformed payload, which no provider can mend, from one that could not be had.
+    ``refused`` marks a malformed payload, which no provider can fix; False means that it was not available.
     """
 
     payload: bytes
@@ -74,8 +74,8 @@ class Applied:
     Attributes:
         epoch: as of the effect.
         height: as of the effect.
-        digest: of the parameters afterwards where one was due, else empty.
-        prints: a fingerprint of 8 bytes of each trained parameter afterwards, where they were asked for, else empty.
+        digest: of the parameters afterwards if it was due, else empty.
+        prints: 8-byte fingerprint of each trained parameter afterwards if requested, else empty.
     """
 
     epoch: int
@@ -91,7 +91,7 @@ class Loaded:
     Attributes:
         digest: as of the effect.
         reason: empty when the parameters now have that digest.
-        open_ids: the data ids that are open after those parameters.
+        open_ids: the data ids open after those parameters.
     """
 
     digest: bytes
@@ -187,7 +187,7 @@ class Promise:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Get a payload from the first provider that has it, check its form, store it."""
+    """Get a payload from the first provider that has it, check it and store it."""
 
     payload: bytes
     size: int
@@ -213,10 +213,10 @@ class Apply:
         height: of the round.
         payloads: what to apply.
         lrs: fp32 bits of the learning rate of each parameter group.
-        digest_due: whether the parameters' digest is wanted.
-        snapshot: whether their tensors are to be stored, too, so that peers can take them.
-        prints: whether the fingerprints are wanted.
-        open_ids: what is open after the round; part of the digest.
+        digest_due: whether to compute the digest.
+        snapshot: whether to store their tensors, too, so that peers can take them.
+        prints: whether to compute fingerprints.
+        open_ids: ids open after the round; part of the digest.
     """
 
     epoch: int
@@ -231,7 +231,7 @@ class Apply:
 
 @dataclass(frozen=True)
 class Load:
-    """Replace the parameters by those with that digest, from the own store or from peers."""
+    """Load the parameters with that digest from this node's store or from peers."""
 
     digest: bytes
     providers: tuple[bytes, ...]
@@ -239,21 +239,21 @@ class Load:
 
 @dataclass(frozen=True)
 class TakeSnapshot:
-    """Put the parameters into the blob store and tell their digest, to which ``open_ids`` belong."""
+    """Store the parameters as blobs and report their digest, which covers ``open_ids``."""
 
     open_ids: OpenIds = ()
 
 
 @dataclass(frozen=True)
 class ShareBuffers:
-    """Put the model's buffers into the blob store and tell their index."""
+    """Store the model's buffers as blobs and report their index."""
 
     epoch: int
 
 
 @dataclass(frozen=True)
 class LoadBuffers:
-    """Replace the model's buffers by those with that index."""
+    """Load the model's buffers with that index."""
 
     index: bytes
     providers: tuple[bytes, ...]
@@ -261,7 +261,7 @@ class LoadBuffers:
 
 @dataclass(frozen=True)
 class Diagnose:
-    """Compare two parameter digests tensor by tensor and tell the first that differs, for people."""
+    """Compare two parameter digests by tensor and report the first difference to people."""
 
     round: int
     mine: bytes
@@ -271,7 +271,7 @@ class Diagnose:
 
 @dataclass(frozen=True)
 class Keep:
-    """Everything in the blob store and among the promises but this is no longer needed.
+    """Everything else in the blob store and the promises is no longer needed.
 
     Attributes:
         snapshots: digests of parameters.

@@ -1,7 +1,7 @@
-"""A node's durable ledger: one JSON line for each round whose agreed set is certain, appended and never changed.
+"""A node's durable ledger: one JSON line for each round whose agreed set is certain; append-only.
 
-Enough for anybody to audit the run without the coordinator (:mod:`psyche_lightning.node.audit`): what the coordinator
-announced of the round, and the agreed announcements as their trainers signed them.
+The ledger suffices to audit the run without the coordinator (:mod:`psyche_lightning.node.audit`): it holds the
+coordinator's record of the round and the agreed announcements as their trainers signed them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILE = "ledger.jsonl"
 
 Row = dict[str, Any]
 """``run``, ``epoch``, ``height``, ``step``, ``seed``, ``data_index``, ``batch_size``, ``nodes`` (hex), ``parameters``
-(hex digest with which the epoch began), ``ended`` (that with which it ended, in its last round, else empty), ``again``
+(hex digest at the epoch's start), ``ended`` (digest at the epoch's end, in its last round, else empty), ``again``
 (``[first, last]`` pairs), ``results`` (signed envelopes, base64)."""
 
 
@@ -48,8 +48,8 @@ def row_of(run_id: str, record: DecidedRound) -> Row:
 class Ledger:
     """The ledger file of a node; any thread may append.
 
-    A line is in the hands of the operating system when :meth:`append` returns, so it survives ``kill -9``; after a
-    power cut the last ones may be missing, which the ledgers of other nodes make good.
+    The operating system has the line when :meth:`append` returns, so it survives ``kill -9``. A power cut may lose the
+    last lines, which the ledgers of other nodes replace.
 
     Args:
         path: the file; created, with its folder, when missing. A torn last line is cut off.
@@ -107,7 +107,7 @@ def _whole(file: BinaryIO) -> int:
 
 
 def read_ledger(path: Path) -> Iterator[Row]:
-    """The rows of a ledger file, which may be that of a running node.
+    """The rows of a ledger file; its node may be running.
 
     Raises:
         StoreError: it cannot be read, or a line before the last is damaged.
@@ -116,7 +116,7 @@ def read_ledger(path: Path) -> Iterator[Row]:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
-                    return  # being written, or torn
+                    return  # unfinished or torn
                 try:
                     row = json.loads(line)
                     if not isinstance(row, dict):
@@ -129,7 +129,7 @@ def read_ledger(path: Path) -> Iterator[Row]:
 
 
 def find_ledgers(folders: Iterable[Path]) -> list[Path]:
-    """The ledger files in those folders, at any depth.
+    """The ledger files in the folders, at any depth.
 
     Raises:
         StoreError: a folder does not exist, or there is no ledger at all.
@@ -137,7 +137,7 @@ def find_ledgers(folders: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for folder in folders:
         if not folder.exists():
-            raise StoreError(f"there is no folder {folder}; give the folders of nodes, or one that holds them")
+            raise StoreError(f"there is no folder {folder}; give node folders, or a folder that holds them")
         found += [folder] if folder.is_file() else sorted(folder.rglob(FILE))
     if not found:
         raise StoreError(f"no {FILE} in {', '.join(map(str, folders))}; nodes with a folder write one as they train")

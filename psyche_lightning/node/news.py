@@ -1,4 +1,4 @@
-"""What two states of a run, one after the other, mean for the people of a node."""
+"""Derives notices for people from two successive states of a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from psyche_lightning.protocol.state import Client, ClientStatus, Phase, RunStat
 
 
 def news(before: RunState | None, now: RunState, signer: bytes) -> Iterator[Notice]:
-    """What happened between two states; those in between may have been skipped.
+    """Returns the events between two states, which need not be adjacent.
 
     Args:
-        before: as the node saw the run last; None when it sees it for the first time.
+        before: the run as the node last saw it; None at first sight.
         now: as it is.
-        signer: the key that the coordinator knows this node by.
+        signer: this node's key at the coordinator.
     """
     if before is None:
         if now.phase is Phase.PAUSED:

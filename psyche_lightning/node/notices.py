@@ -1,4 +1,4 @@
-"""What a node tells people, as facts. Programs decide by a notice's class and fields, people read its text.
+"""A node's notices to people, as facts. Programs use a notice's class and fields, people read its text.
 
 The text is made where the notice is shown: ``str(notice)``.
 """
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 MOST_NAMES = 8
 """Names of nodes in one line."""
 _LEFT = {
-    ClientStatus.DROPPED: "was dropped from the epoch, as the others did not hear of it",
+    ClientStatus.DROPPED: "was dropped from the epoch: the others did not hear from it",
     ClientStatus.WITHDRAWN: "has left the run",
     ClientStatus.EJECTED: "was ejected from the run",
 }
@@ -49,18 +49,18 @@ class Notice(ABC):
 
 @dataclass(frozen=True)
 class TakesStart(Notice):
-    """The node takes the parameters with which the epoch begins, as its own are others."""
+    """The node takes the epoch's initial parameters because its own differ."""
 
     level = logging.INFO
     digest: bytes
 
     def __str__(self) -> str:
-        return f"taking the run's parameters {_name(self.digest)} in place of the own ones"
+        return f"taking the run's parameters {_name(self.digest)} instead of its own"
 
 
 @dataclass(frozen=True)
 class TakesSnapshot(Notice):
-    """The node takes parameters from which it replays the epoch; they contain its first ``applied`` rounds."""
+    """The node takes parameters to replay the epoch from; they contain its first ``applied`` rounds."""
 
     level = logging.INFO
     digest: bytes
@@ -72,7 +72,7 @@ class TakesSnapshot(Notice):
 
 @dataclass(frozen=True)
 class TakesLast(Notice):
-    """The node takes the parameters with which the run ended."""
+    """The node takes the parameters of the run's end."""
 
     level = logging.INFO
     digest: bytes
@@ -83,7 +83,7 @@ class TakesLast(Notice):
 
 @dataclass(frozen=True)
 class ParametersNotObtained(Notice):
-    """Nobody gave the node these parameters, or they were not what was wanted; it will try again."""
+    """No peer sent these parameters, or they were wrong; the node tries again."""
 
     digest: bytes
     reason: str
@@ -94,7 +94,7 @@ class ParametersNotObtained(Notice):
 
 @dataclass(frozen=True)
 class PieceNotDelivered(Notice):
-    """A peer that seemed to have a piece of a tensor did not deliver it."""
+    """A peer did not deliver a piece of a tensor that it seemed to have."""
 
     peer: bytes
     tensor: str
@@ -107,7 +107,7 @@ class PieceNotDelivered(Notice):
 
 @dataclass(frozen=True)
 class BuffersNotObtained(Notice):
-    """Nobody gave the node the model's buffers."""
+    """No peer sent the model's buffers."""
 
     reason: str
 
@@ -117,12 +117,12 @@ class BuffersNotObtained(Notice):
 
 @dataclass(frozen=True)
 class KeepsOwnBuffers(Notice):
-    """The node trains with its own buffers, as ``source``, whose should be taken, does not give them."""
+    """The node trains with its own buffers because ``source`` does not send the shared ones."""
 
     source: bytes
 
     def __str__(self) -> str:
-        return f"{short(self.source)} does not give the model's buffers; training with this node's own"
+        return f"{short(self.source)} does not send the model's buffers; training with this node's own"
 
 
 # --- parameters that differ -----------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class KeepsOwnBuffers(Notice):
 
 @dataclass(frozen=True)
 class ParametersDiffer(Notice):
-    """A quorum holds other parameters after a round than this node, which replays.
+    """A quorum holds other parameters after a round; this node replays.
 
     Attributes:
         round: height of the round.
@@ -141,23 +141,23 @@ class ParametersDiffer(Notice):
     equal: int
 
     def __str__(self) -> str:
-        text = f"the parameters differ after round {self.round} from those of a quorum of witnesses"
+        text = f"the parameters after round {self.round} differ from those of a quorum of witnesses"
         return f"{text} (equal after {self.equal} rounds); replaying to find and repair it"
 
 
 @dataclass(frozen=True)
 class ReplayDoesNotHelp(Notice):
-    """The parameters after a round are not the quorum's, and a replay does not change that."""
+    """The parameters after a round still differ from the quorum's after a replay."""
 
     round: int
 
     def __str__(self) -> str:
-        return f"the parameters after round {self.round} differ still; taking those of a peer"
+        return f"the parameters after round {self.round} still differ; taking a peer's"
 
 
 @dataclass(frozen=True)
 class TensorDiffered(Notice):
-    """A replay showed which tensor had changed by itself, and in which round first."""
+    """A replay showed which tensor changed by itself first, and in which round."""
 
     tensor: str
     round: int
@@ -179,13 +179,13 @@ class TensorDiffers(Notice):
 
 @dataclass(frozen=True)
 class DifferenceNotFound(Notice):
-    """Which tensor differs after a round could not be found out."""
+    """The tensor that differs after a round could not be found."""
 
     round: int
     reason: str
 
     def __str__(self) -> str:
-        return f"which tensor differs after round {self.round} could not be found out: {self.reason}"
+        return f"could not find which tensor differs after round {self.round}: {self.reason}"
 
 
 # --- rounds ---------------------------------------------------------------------------------------------------------
@@ -193,23 +193,23 @@ class DifferenceNotFound(Notice):
 
 @dataclass(frozen=True)
 class DecidedWithoutLists(Notice):
-    """A round is decided without the lists of witnesses that left: nobody has them. Others may decide otherwise."""
+    """A round is decided without the lists of witnesses that left. Other nodes may decide otherwise."""
 
     round: int
     witnesses: tuple[bytes, ...]
 
     def __str__(self) -> str:
         names = ", ".join(map(short, self.witnesses))
-        return f"nobody has the list of {names}, who left; deciding round {self.round} without it"
+        return f"no peer has the list of {names} (left); deciding round {self.round} without it"
 
 
 @dataclass(frozen=True)
 class RoundNotApplicable(Notice):
-    """A round cannot be applied, though everybody was asked for what is missing.
+    """A round cannot be applied though all peers were asked for missing data.
 
     Attributes:
         round: its height.
-        missing: what for, in words.
+        missing: what is missing.
     """
 
     round: int
@@ -221,7 +221,7 @@ class RoundNotApplicable(Notice):
 
 @dataclass(frozen=True)
 class RatesDiffer(Notice):
-    """The learning rates that were agreed are not those of this node."""
+    """The agreed learning rates are not this node's."""
 
     def __str__(self) -> str:
         return "this node's learning rate differs from the agreed one, which is used"
@@ -232,7 +232,7 @@ class RatesDiffer(Notice):
 
 @dataclass(frozen=True)
 class MessageRefused(Notice):
-    """A peer's message is not what it may send."""
+    """A peer sent a disallowed message."""
 
     peer: bytes
     reason: str
@@ -243,7 +243,7 @@ class MessageRefused(Notice):
 
 @dataclass(frozen=True)
 class MessageUnreadable(Notice):
-    """A peer delivered bytes that are no signed message of this run, for the ``times``-th time."""
+    """A peer sent, for the ``times``-th time, bytes that are no signed message of this run."""
 
     peer: bytes
     times: int
@@ -291,7 +291,7 @@ class RequestRefused(Notice):
 
 @dataclass(frozen=True)
 class Waits(Notice):
-    """The training thread has waited for ``seconds``; ``what`` says for whom."""
+    """The training thread has waited ``seconds``; ``what`` is the reason."""
 
     level = logging.INFO
     what: str
@@ -306,12 +306,12 @@ class Waits(Notice):
 
 @dataclass(frozen=True)
 class Joined(Notice):
-    """The coordinator has counted the node in.
+    """The node has joined the run.
 
     Attributes:
         node: its key.
-        signer: the key that the coordinator knows it by.
-        address: where peers reach it; empty where they find it by its key.
+        signer: its key at the coordinator.
+        address: where peers reach it; empty if they find it by its key.
     """
 
     level = logging.INFO
@@ -327,7 +327,7 @@ class Joined(Notice):
 
 @dataclass(frozen=True)
 class EpochFormed(Notice):
-    """An epoch has its nodes.
+    """An epoch has nodes.
 
     Attributes:
         epoch: its number.
@@ -343,24 +343,24 @@ class EpochFormed(Notice):
     def __str__(self) -> str:
         names = ", ".join(map(short, self.nodes[:MOST_NAMES])) + (", ..." if len(self.nodes) > MOST_NAMES else "")
         many = f"{len(self.nodes)} node{'s' * (len(self.nodes) != 1)}"
-        late = "" if self.member else "; this node came late and takes part in the next one"
+        late = "" if self.member else "; this node is late and joins the next one"
         return f"epoch {self.epoch} has {many}: {names}{late}"
 
 
 @dataclass(frozen=True)
 class EpochUndone(Notice):
-    """The end of an epoch was not agreed: the run goes on from where that epoch began, with its step ``step``."""
+    """An epoch's end was not agreed: the run continues from the start of that epoch, at step ``step``."""
 
     epoch: int
     step: int
 
     def __str__(self) -> str:
-        return f"the end of epoch {self.epoch} was not agreed: its rounds from step {self.step} on are trained again"
+        return f"the end of epoch {self.epoch} was not agreed: its rounds are trained again from step {self.step}"
 
 
 @dataclass(frozen=True)
 class PeerLeft(Notice):
-    """A node of the epoch takes no part in it any more."""
+    """A node no longer takes part in the epoch."""
 
     level = logging.INFO
     node: bytes
@@ -372,12 +372,12 @@ class PeerLeft(Notice):
 
 @dataclass(frozen=True)
 class Dropped(Notice):
-    """The run counts this node out, as others did not hear of it."""
+    """The run dropped this node: others did not hear from it."""
 
     status: ClientStatus
 
     def __str__(self) -> str:
-        return f"this node {_LEFT[self.status]}; it asks to take part in the next epoch"
+        return f"this node {_LEFT[self.status]}; it asks to join the next epoch"
 
 
 @dataclass(frozen=True)
@@ -388,12 +388,12 @@ class Paused(Notice):
     paused: bool
 
     def __str__(self) -> str:
-        return "the run is paused" if self.paused else "the run goes on"
+        return "the run is paused" if self.paused else "the run resumes"
 
 
 @dataclass(frozen=True)
 class Left(Notice):
-    """The node has left the run; ``reason`` says why, in words."""
+    """The node has left the run for ``reason``, in words."""
 
     level = logging.INFO
     reason: str
@@ -406,7 +406,7 @@ class Left(Notice):
 
 
 class Outcome(Enum):
-    """What a node holds as it leaves the finished run."""
+    """What a node holds when it leaves a finished run."""
 
     LAST_PARAMETERS = auto()
     NOTHING_AGREED = auto()
@@ -419,7 +419,7 @@ class Finished(Notice):
 
     Attributes:
         outcome: ``LAST_PARAMETERS``: the node holds the run's last; ``NOTHING_AGREED``: the run has none;
-            ``OTHER_PARAMETERS``: nobody gave this node the run's last.
+            ``OTHER_PARAMETERS``: no peer sent the run's last.
         parameters: digest of the run's last parameters; empty when none were agreed.
     """
 
@@ -431,7 +431,7 @@ class Finished(Notice):
         if self.outcome is Outcome.NOTHING_AGREED:
             return "the run is finished; no parameters were agreed"
         if self.outcome is Outcome.OTHER_PARAMETERS:
-            return f"the run is finished, but nobody gave this node its last parameters {_name(self.parameters)}"
+            return f"the run is finished, but no peer sent its last parameters {_name(self.parameters)}"
         return "the run is finished"
 
 

@@ -1,4 +1,4 @@
-"""What a node core gives out while it handles an event, and when it is time to repeat something."""
+"""Collects a node core's effects while it handles an event, and schedules repetitions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from psyche_lightning.node.notices import Notice
 
 
 class Outbox:
-    """Collects effects; things that must be repeated until they succeed are due ever more rarely.
+    """Collects effects; repeats things until they succeed, at growing intervals.
 
     Args:
         first: seconds until the first repetition.
@@ -28,7 +28,7 @@ class Outbox:
         self._said: set[Notice] = set()
 
     def emit(self, effect: Effect) -> None:
-        """Give out an effect."""
+        """Add an effect."""
         self._effects.append(effect)
 
     def take(self) -> list[Effect]:
@@ -37,13 +37,13 @@ class Outbox:
         return effects
 
     def say(self, notice: Notice) -> None:
-        """Tell people something, once an epoch."""
+        """Emit a notice once an epoch."""
         if notice not in self._said:
             self._said.add(notice)
             self.emit(notice)
 
     def due(self, key: object, *, after: float = 0.0) -> bool:
-        """Whether to do it now: ``after`` seconds from the first question on, then ever rarer."""
+        """Whether to do it now: ``after`` seconds after the first call, then ever more rarely."""
         attempt, at = self._due.setdefault(key, (0, self.now + after))
         if self.now < at:
             return False
@@ -51,7 +51,7 @@ class Outbox:
         return True
 
     def once(self, key: object, *, every: float = float("inf")) -> bool:
-        """Whether it was not done yet, or not within ``every`` seconds; notes that it is done now."""
+        """Whether it was not done within ``every`` seconds; notes that it is done now."""
         if self.now < self._due.get(key, (0, self.now))[1]:
             return False
         self._due[key] = (1, self.now + every)
@@ -66,14 +66,14 @@ class Outbox:
         self._due.pop(key, None)
 
     def keep_only(self, keys: Collection[object]) -> None:
-        """Make all but these due at once."""
+        """Make other keys due at once."""
         self._due = {key: value for key, value in self._due.items() if key in keys}
 
     def prune(self) -> None:
-        """Forget what nobody asked about for long."""
+        """Forget keys unused for a long time."""
         past = self.now - 4 * self._most
         self._due = {key: (count, at) for key, (count, at) in self._due.items() if at > past}
 
     def new_epoch(self) -> None:
-        """What was said may be said again."""
+        """Allow notices to repeat."""
         self._said.clear()

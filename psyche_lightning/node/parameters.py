@@ -24,15 +24,15 @@ from psyche_lightning.protocol.open_ids import OpenIds
 class ParameterReplica:
     """Published parameters of a module; implements :class:`~psyche_lightning.node.replica.Replica`.
 
-    Its digest covers what the optimizer trains (float32 masters where it has some) and the frozen parameters. Tensors
-    are read and written one at a time, so that no second copy of the model is ever in memory.
+    The digest covers the trained parameters (float32 masters if the optimizer has any) and the frozen ones. Tensors
+    are read and written one at a time, so memory never holds a second copy of the model.
 
     Args:
-        optimizer: trains some of the module's parameters, under the names that ``module.named_parameters()`` has.
-        module: the model; its persistent buffers are those that are copied at the start of an epoch.
+        optimizer: trains some of the module's parameters, under the names of ``module.named_parameters()``.
+        module: the model; its persistent buffers are copied at the start of an epoch.
 
     Raises:
-        ConfigError: a parameter or buffer has a dtype that has no place in a snapshot.
+        ConfigError: a snapshot cannot hold the dtype of a parameter or buffer.
     """
 
     def __init__(self, optimizer: DisTrO, module: torch.nn.Module) -> None:
@@ -140,10 +140,10 @@ def describe_tensors(tensors: Iterable[tuple[str, torch.Tensor]], put: Put | Non
 
 
 def _matching(what: str, entries: Sequence[TensorEntry], ours: Mapping[str, torch.Tensor]) -> Sequence[TensorEntry]:
-    """The entries, if they are exactly our tensors.
+    """The entries, if they match our tensors.
 
     Raises:
-        WireError: which name is missing or unknown, or which shape or dtype differs.
+        WireError: a name is missing or unknown, or a shape or dtype differs.
     """
     theirs = {entry.name for entry in entries}
     for complaint, names in (("lacks", ours.keys() - theirs), ("has unknown", theirs - ours.keys())):
@@ -162,7 +162,7 @@ def _matching(what: str, entries: Sequence[TensorEntry], ours: Mapping[str, torc
 
 
 def _print(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor's words, int64: any single change shows in it."""
+    """The sum of a tensor's words (int64); any single change alters it."""
     flat = tensor.contiguous().view(-1).view(torch.uint8)
     if flat.numel() % 8 == flat.storage_offset() % 8 == 0:
         return flat.view(torch.int64).sum()
@@ -178,7 +178,7 @@ def _read(entry: TensorEntry, get: Get) -> torch.Tensor:
     """A tensor of an index on the CPU.
 
     Raises:
-        WireError: its pieces do not have the sizes that the index promises.
+        WireError: its pieces do not have the sizes in the index.
     """
     tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
     view = _bytes(tensor)

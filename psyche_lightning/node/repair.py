@@ -58,7 +58,7 @@ class Repair:
     _replayed: set[int] = field(default_factory=set)
     _blocked: tuple[int, float] = (-1, 0.0)
 
-    # --- what differs ---------------------------------------------------------------------------------------------
+    # --- differences ----------------------------------------------------------------------------------------------
 
     def fingerprint(self, applied: int, prints: bytes) -> str | None:
         """Note the parameters' fingerprints; in a replay, return the first tensor that differs from before."""
@@ -94,7 +94,7 @@ class Repair:
         self._suspect, self._prints = self._prints, {}
         return True
 
-    # --- what is not to be had ------------------------------------------------------------------------------------
+    # --- what is missing ------------------------------------------------------------------------------------------
 
     def waited(self, height: int, now: float) -> float:
         """Seconds for which ``height`` has been the round that cannot be applied."""
@@ -103,12 +103,12 @@ class Repair:
         return now - self._blocked[1]
 
     def hear(self, offer: Base) -> None:
-        """A peer offers some."""
+        """Note a peer offer."""
         if offer not in self.offers:
             self.offers = sorted([*self.offers, offer])[-MAX_OFFERS:]
 
     def ask(self, applied: int) -> None:
-        """Note a peer's snapshot request, rate-limited."""
+        """Note a peer's snapshot request, if due."""
         pause = SNAPSHOT_PAUSE * self.settings.digest_every
         self.wanted = not self.own or self.own[-1].applied + pause <= applied
 

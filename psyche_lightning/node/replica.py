@@ -1,4 +1,4 @@
-"""The parameters that a node trains, as the participant drives them."""
+"""The interface of the parameters that a node trains."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from psyche_lightning.protocol.open_ids import OpenIds
 
 
 class Replica(Protocol):
-    """Published parameters and the rule that updates them; never touched by local state (invariant I2).
+    """Published parameters and their update rule; local state never touches them (invariant I2).
 
-    Every method but :meth:`check` is called on the thread that trains.
+    Only :meth:`check` may be called outside the training thread.
 
     Attributes:
         layout: 32-byte digest of what payload positions mean.
@@ -47,7 +47,7 @@ class Replica(Protocol):
         ...
 
     def prints(self) -> bytes:
-        """A fingerprint of 8 bytes of each trained parameter: cheap, and different when anything in it is."""
+        """A fingerprint of 8 bytes of each trained parameter: cheap, and differs if anything in it does."""
         ...
 
     def load(self, digest: bytes, get: Get) -> None:

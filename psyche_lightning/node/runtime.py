@@ -349,7 +349,7 @@ class Runtime:
         TensorDiffers(first_difference(mine, theirs), effect.round).tell()
 
     async def _ask(self, request: Request[Any]) -> None:
-        """Ask the coordinator; a permanently refused join ends this node, the core repeats the rest."""
+        """Ask the coordinator; a permanently refused join ends the node, the core repeats others."""
         try:
             answer = await self.node.coordinator.request(self._completed(request))
         except CoordinatorError as error:

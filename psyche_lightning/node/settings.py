@@ -1,4 +1,4 @@
-"""What a node must know besides the run's state."""
+"""A node's settings besides the run's state."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ class Settings:
 
     Attributes:
         overlap: whether results are witnessed one round later and applied two rounds later.
-        digest_every: a parameter digest is due each time this many rounds have been applied.
+        digest_every: a parameter digest is due after every so many applied rounds.
         layout: digest of the meaning of payload positions.
         max_payload: largest payload in bytes.
         buffers: whether the model has buffers that are copied at the start of an epoch.
-        keep_bytes: agreed payloads that are kept since the last snapshot, in bytes; beyond it a new one is taken.
+        keep_bytes: bytes of agreed payloads to keep since the last snapshot before taking a new one.
         tensors: names of the parameters that are trained, in the order of the fingerprints of :class:`Applied`.
-        retry: seconds until a fetch, a question or a call is repeated first; doubles up to ``retry_most``.
+        retry: seconds to the first repetition of a fetch, question or call; doubles up to ``retry_most``.
         retry_most: longest such interval in seconds.
     """
 
@@ -37,10 +37,10 @@ class Settings:
         return 2 if self.overlap else 1
 
     def applied_before(self, height: int) -> int:
-        """How many rounds are applied when round ``height`` is trained; those from there on are under way."""
+        """Number of rounds applied when round ``height`` is trained; later rounds are under way."""
         return max(0, height - self.delay + 1)
 
     @property
     def digest_span(self) -> int:
-        """Rounds after a digest in which witness lists name it: until the next one is there."""
+        """Rounds after a digest in which witness lists name it, until the next digest."""
         return self.digest_every + self.delay

@@ -1,7 +1,7 @@
 """Parameters as blobs: an index that names every tensor, and pieces addressed by their hash (invariant I6).
 
-The SHA-256 of the index *is* the parameter digest: a two-level hash tree by name. Whoever knows the digest can fetch
-index and pieces from anybody, several sources at once, and every byte is checked.
+The SHA-256 of the index *is* the parameter digest: a two-level hash tree by name. A node that knows the digest can
+fetch index and pieces from any peers at once, and checks every byte.
 
 Index layout: canonical msgpack of ``[2, [[due step, first id, last id], ...], [name, dtype, [dimension, ...], bytes,
 [piece hash, ...]], ...]``: the data ids that are open after the parameters' last round, then the tensors in ascending
@@ -81,8 +81,8 @@ class Piece:
 
     Attributes:
         digest: SHA-256 of its bytes.
-        size: how many there are.
-        tensor: name of the (first) tensor that it belongs to.
+        size: number of bytes.
+        tensor: name of the (first) tensor that has it.
     """
 
     digest: bytes
@@ -96,7 +96,7 @@ class Index:
 
     Attributes:
         tensors: in ascending byte-wise order of names.
-        open_ids: data ids that are still to be trained again, which whoever takes the parameters must know.
+        open_ids: data ids still to train again; a node that takes the parameters needs them.
     """
 
     tensors: tuple[TensorEntry, ...]
@@ -167,7 +167,7 @@ def _entry(row: object) -> TensorEntry:
     if any(type(n) is not int or not 0 <= n <= MAX_TENSOR_SIZE for n in shape) or len(shape) > 16:
         raise WireError(f"tensor {name!r} has an impossible shape")
     if size != math.prod(shape) * DTYPE_SIZES[dtype] or size > MAX_TENSOR_SIZE:
-        raise WireError(f"tensor {name!r} claims {size} bytes, which its shape and dtype do not give")
+        raise WireError(f"tensor {name!r} claims {size} bytes, but its shape and dtype disagree")
     if len(pieces) != -(-size // PIECE_SIZE) or any(not isinstance(p, bytes) or len(p) != HASH_SIZE for p in pieces):
         raise WireError(f"tensor {name!r} of {size} bytes has {-(-size // PIECE_SIZE)} pieces, each a SHA-256")
     return TensorEntry(name, dtype, tuple(shape), size, tuple(pieces))

@@ -332,7 +332,7 @@ class Journal:
         try:
             os.replace(temporary, self.path)
         finally:
-            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - stays open as the journal
+            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - stays open, too
             self._claim(self._file)
 
     def close(self) -> None:

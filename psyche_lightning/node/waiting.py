@@ -1,4 +1,4 @@
-"""For whom a node waits, in one line for people (invariant I4), and when that is worth a line."""
+"""Says in one line whom a node waits for (invariant I4), and decides when to say it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from psyche_lightning.protocol.state import Phase, RunState
 from psyche_lightning.wire.identity import short
 
 FIRST = 2.0
-"""Seconds of waiting that need no words."""
+"""Seconds of unreported waiting."""
 COMPARED = 8
-"""Waits of the past that say how long one usually takes."""
+"""Past waits that define a usual wait."""
 
 
 class Wait:
-    """The time between two rounds that a node's training thread waits, and when to say so.
+    """Measures the training thread's wait between two rounds and decides when to report it.
 
-    A wait is told when it takes longer than usual, then at intervals, and when the node comes to wait for something
-    else. All times are seconds of one monotonic clock.
+    A wait is reported when it takes longer than usual, then at intervals, and when its cause changes.
+    All times are seconds of one monotonic clock.
     """
 
     def __init__(self) -> None:
@@ -35,23 +35,23 @@ class Wait:
         self._since = now
 
     def resume(self, now: float) -> None:
-        """It has something to do, which need not be the next round."""
+        """The thread has work, perhaps not the next round."""
         if self._since is not None:
             self._waited += now - self._since
         self._since = None
 
     def over(self) -> None:
-        """The next round has come: another wait begins with the next rest."""
+        """The next round has come: the next rest starts a new wait."""
         self._past.append(self._waited)
         self._waited, self._told = 0.0, None
         self._due = min(max(FIRST, 2.0 * statistics.median(self._past)), REMINDERS[-1])
 
     def worth_a_line(self, now: float, what: str) -> float | None:
-        """The seconds waited so far, if they are to be told now; None if not.
+        """The seconds waited so far if they are due for a report, else None.
 
         Args:
             now: the time.
-            what: what the node waits for; more of the same is nothing else.
+            what: the awaited thing; more of the same is no change.
         """
         if self._since is None:
             return None
@@ -68,9 +68,9 @@ def describe(state: RunState | None, log: EpochLog | None, next_apply: int | Non
     """Say what the node waits for.
 
     Args:
-        state: the run as the node sees it.
-        log: what it knows of the epoch.
-        next_apply: next round to apply; None while the parameters are not the epoch's.
+        state: the node's view of the run.
+        log: the epoch's known rounds.
+        next_apply: next round to apply; None until the parameters are the epoch's.
         delay: rounds from training to applying.
         node: this node's key.
     """

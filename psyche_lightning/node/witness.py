@@ -1,4 +1,4 @@
-"""What a witness reports, and the keys under which a node keeps its promises."""
+"""Witness reports, and the keys of a node's promises."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def witness_report(here: RoundLog, index: int, envelope: Envelope, about: RoundL
     """The request that binds a witness' list.
 
     Args:
-        here: the round in which it is sent.
+        here: the round that sends it.
         index: this node's place in its client list.
         envelope: the signed :class:`Attest`.
-        about: the round whose results it lists, or None when it has none.
+        about: the round whose results it lists, or None.
 
     Returns:
-        The request. Its Bloom filters are Psyche's: participants holds the hash of every client's signer that showed a
-        sign of life or owed none, broadcasts the commitments.
+        The request. Its Bloom filters are Psyche's: participants holds the signer hash of every client that showed a
+        sign of life or owed none; broadcasts holds the commitments.
     """
     attest = envelope.message
     assert isinstance(attest, Attest)
