@@ -1,1 +1,1 @@
-"""The participant: a core without I/O, and the runtime that connects it to transport, coordinator and clock."""
+"""The participant: a core without I/O, and a runtime that adds transport, coordinator and clock."""

@@ -181,7 +181,7 @@ class EpochLog:
         return DecidedRound(self.epoch, log.round, log.nodes, again, results, self.digest)
 
     def forget(self, before: int) -> None:
-        """Drop the rounds below that height."""
+        """Drop rounds below that height."""
         for known in (self.rounds, self.agreements, self.open_at, self.early):
             for height in [height for height in known if height < before]:
                 del known[height]

@@ -1,4 +1,4 @@
-"""Audits a run from its nodes' ledgers: checks that each data id is trained once, and by which node.
+"""Audits a run from its nodes' ledgers: is each data id trained exactly once, and by which node?
 
 The audit recomputes what it can: the round's seed gives the assignment, earlier agreed sets give the ids to train
 again, and each result carries its trainer's signature over ids, payload and round. Ledgers of several nodes
@@ -215,7 +215,7 @@ def _enter(row: Row, open_ids: OpenIds, audited: Audit) -> OpenIds:
 
 
 def _check_cover(found: Mapping[tuple[int, int], Row], audited: Audit) -> None:
-    """Check that each id appears once, as trained or untrained."""
+    """Check that each id appears once, trained or untrained."""
     if audited.problems or not audited.rounds:
         return
     position = min(row["data_index"] for row in found.values())

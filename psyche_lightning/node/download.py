@@ -74,7 +74,7 @@ class Downloads:
         """The index of parameters or buffers, from the store or a peer.
 
         Raises:
-            TransportError: no one sent it.
+            TransportError: no peer has it.
             WireError: it is not one.
         """
         loop = asyncio.get_running_loop()

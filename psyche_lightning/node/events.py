@@ -59,7 +59,7 @@ class Trained:
 class Fetched:
     """The answer to :class:`Fetch`. ``reason`` is empty when the payload is stored and well-formed.
 
-    ``refused`` marks a malformed payload, which no provider can fix; False means that it was not available.
+    ``refused`` marks a malformed payload, which no provider can mend, not a missing one.
     """
 
     payload: bytes

@@ -1,7 +1,7 @@
 """A node's durable ledger: one JSON line for each round whose agreed set is certain; append-only.
 
-The ledger suffices to audit the run without the coordinator (:mod:`psyche_lightning.node.audit`): it holds the
-coordinator's record of the round and the agreed announcements as their trainers signed them.
+It suffices to audit the run without the coordinator (:mod:`psyche_lightning.node.audit`): it holds the coordinator's
+record of the round, and the agreed announcements as their trainers signed them.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from psyche_lightning.protocol.state import Client, ClientStatus, Phase, RunStat
 
 
 def news(before: RunState | None, now: RunState, signer: bytes) -> Iterator[Notice]:
-    """Returns the events between two states, which need not be adjacent.
+    """The notices for the change between two states, perhaps not adjacent.
 
     Args:
         before: the run as the node last saw it; None at first sight.

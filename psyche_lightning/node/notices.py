@@ -327,7 +327,7 @@ class Joined(Notice):
 
 @dataclass(frozen=True)
 class EpochFormed(Notice):
-    """An epoch has nodes.
+    """An epoch has its nodes.
 
     Attributes:
         epoch: its number.

@@ -17,7 +17,7 @@ COMPARED = 8
 
 
 class Wait:
-    """Measures the training thread's wait between two rounds and decides when to report it.
+    """Measures a training thread's waits between rounds and decides when to report them.
 
     A wait is reported when it takes longer than usual, then at intervals, and when its cause changes.
     All times are seconds of one monotonic clock.

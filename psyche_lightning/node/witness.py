@@ -29,8 +29,8 @@ def witness_report(here: RoundLog, index: int, envelope: Envelope, about: RoundL
         about: the round whose results it lists, or None.
 
     Returns:
-        The request. Its Bloom filters are Psyche's: participants holds the signer hash of every client that showed a
-        sign of life or owed none; broadcasts holds the commitments.
+        The request. Its Bloom filters are Psyche's: participants has the signer hash of every client that showed a
+        sign of life or owed none; broadcasts has the commitments.
     """
     attest = envelope.message
     assert isinstance(attest, Attest)
