@@ -1,4 +1,4 @@
-"""Lightning's Trainer and Fabric as nodes of a run; everything here is imported when it is used."""
+"""Lightning's Trainer and Fabric as nodes of a run; everything here is imported on first use."""
 
 from __future__ import annotations
 

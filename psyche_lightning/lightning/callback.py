@@ -1,4 +1,4 @@
-"""The place where a Trainer and its run meet after each step."""
+"""Connects a Trainer with its run after each step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 class CoordinatorCallback(Callback):
-    """Stops Trainer when the run is over, and logs the run's figures; the strategy adds one when there is none.
+    """Stops Trainer when the run is over, and logs the run's figures; the strategy adds one if there is none.
 
-    Logged are ``psyche/clients``, ``psyche/epoch`` and ``psyche/round`` (the coordinator's), ``psyche/bytes_up`` and
+    It logs ``psyche/clients``, ``psyche/epoch`` and ``psyche/round`` (the coordinator's), ``psyche/bytes_up`` and
     ``psyche/bytes_down`` (at this node's sockets since it joined), and ``psyche/waiting`` (seconds that it waited).
 
     Args:
         log_every: steps between figures; None for Trainer's ``log_every_n_steps``, 0 for none.
 
     Raises:
-        ConfigError: ``log_every`` is no whole number from 0.
+        ConfigError: ``log_every`` is not a whole number >= 0.
     """
 
     def __init__(self, log_every: int | None = None) -> None:
@@ -34,7 +34,7 @@ class CoordinatorCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the run after each step."""
+        """Check the run after each step."""
         session = self._session(trainer)
         if session is None:
             return

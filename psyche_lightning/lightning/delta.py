@@ -1,7 +1,7 @@
-"""Delta of a node on disk, so that a killed node does not lose what it had yet to send.
+"""A node's delta on disk, so that a killed node keeps the delta it has not sent yet.
 
-One safetensors file with the float32 delta of each parameter by name; its metadata names the run, the layout that
-positions refer to, and the nonce. Parameters need none: they come back by snapshot and replay.
+One safetensors file has the float32 delta of each parameter by name; its metadata names the run, the layout that
+positions refer to, and the nonce. Parameters need no file: snapshot and replay restore them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 FILE = "delta.safetensors"
 SAVE_EVERY = 50
-"""Rounds between two saves: so much of delta a kill may cost."""
+"""Rounds between two saves: a kill loses at most this much."""
 
 
 def save(folder: Path, run: str, optimizer: DisTrO) -> None:
-    """Write delta; a kill in between leaves the file before.
+    """Write delta; a kill midway leaves the previous file.
 
     Raises:
         StoreError: the folder cannot be written.
@@ -46,7 +46,7 @@ def save(folder: Path, run: str, optimizer: DisTrO) -> None:
 
 
 def load(folder: Path, run: str, optimizer: DisTrO) -> bool:
-    """Take up delta as a former life of this node saved it; returns whether there was one that fits."""
+    """Load the delta that an earlier process of this node saved; returns whether one fits."""
     path = folder / FILE
     if not path.exists():
         return False
@@ -55,9 +55,9 @@ def load(folder: Path, run: str, optimizer: DisTrO) -> bool:
             about = json.loads((file.metadata() or {}).get("psyche", "{}"))
             if (about.get("run"), about.get("layout")) != (run, optimizer.layout_digest.hex()):
                 return False
-            deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError, ValueError) as error:
-        logger.warning("delta in %s cannot be read and is left out: %s", path, error)
+        logger.warning("delta in %s cannot be read and is ignored: %s", path, error)
         return False
     shapes = {entry.name: entry.shape for entry in optimizer.layout.entries}
     if any(delta.shape != shapes.get(name) or delta.dtype != torch.float32 for name, delta in deltas.items()):

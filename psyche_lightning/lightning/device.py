@@ -1,4 +1,4 @@
-"""A node trains on one device of one machine; Lightning's own worlds of several are not the run's."""
+"""A node trains on one device of one machine; runs do not use Lightning's own multi-device worlds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from psyche_lightning.errors import ConfigError
 
 
 class OneDevice:
-    """What Trainer and Fabric ask of a strategy that they give devices to; a base beside Lightning's.
+    """The device interface that Trainer and Fabric expect of a strategy; a base beside Lightning's.
 
     Attributes:
-        owner: who gives them, for errors.
+        owner: who sets devices, for errors.
     """
 
     owner: str
@@ -19,7 +19,7 @@ class OneDevice:
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
-        """The node's device in a list, as Lightning gives it."""
+        """The node's device in a list, as Lightning sets it."""
         return self._devices
 
     @parallel_devices.setter
@@ -33,7 +33,7 @@ class OneDevice:
 
     @property
     def root_device(self) -> torch.device:
-        """The node's device; the CPU until Lightning gives one."""
+        """The node's device; the CPU until Lightning sets one."""
         return torch.device(self._devices[0]) if self._devices else torch.device("cpu")
 
     @property

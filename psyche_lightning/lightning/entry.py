@@ -1,4 +1,4 @@
-"""The way into a run: a look at it, what it and this node agree on before it joins, and the means to take part."""
+"""The way into a run: query it, agree on its values before the node joins, and build the client and transport."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALONE_RUN = "alone"
 
 
 def look(client: Coordinator, timeout: float = 60.0) -> Terms:
-    """Ask a run for what it has fixed, on an event loop of its own.
+    """Ask a run for its fixed values, on a separate event loop.
 
     Raises:
         CoordinatorError: the coordinator cannot be reached, or does not have the run.
@@ -41,24 +41,24 @@ def look(client: Coordinator, timeout: float = 60.0) -> Terms:
         finally:
             await client.close()
 
-    # In a thread, because notebooks have a running loop in this one.
+    # In a thread, because notebooks already run a loop in this one.
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(lambda: asyncio.run(asyncio.wait_for(ask(), timeout))).result()
 
 
 class Entry:
-    """What a process knows of its run before it joins; it looks at the run once.
+    """A process' facts about its run before it joins; it queries the run once.
 
     Args:
-        options: how to take part.
+        options: the node's options.
 
     Attributes:
         options: as given.
         run_id: the run's name.
-        terms: what the run has fixed; for a run of this process alone, what its options fix.
+        terms: the run's fixed values; for a run of this process alone, those of its options.
         run: the values that all nodes share.
-        distro: the compression, which they share as well.
-        transport: not yet started.
+        distro: the compression, which all nodes share too.
+        transport: not started.
         meter: counts the bytes at the sockets to the coordinator.
 
     Raises:
@@ -71,11 +71,11 @@ class Entry:
         self.options = options
         self.run_id = options.run or ALONE_RUN
         self.meter = ByteMeter()
-        # Who trains alone needs none, but is told at once what is wrong with it.
+        # Training alone needs no transport, but wrong options still raise here.
         transport = load_plugins().transports()[options.transport](options.transport_options)
         self.transport: Transport = MemoryTransport() if options.coordinator is None else transport
         if options.coordinator is None:
-            logger.info("no coordinator is given: this process trains alone")
+            logger.info("no coordinator given: this process trains alone")
             unset = () if options.config else ("global_batch_size", "total_steps")
             self.terms = Terms(options.config or CoordinatorConfig(), unset)
         else:
@@ -92,7 +92,7 @@ class Entry:
         """Samples of a round of the whole run.
 
         Args:
-            local: what the user's DataLoader and accumulation give one node.
+            local: samples from one node's DataLoader and accumulation.
         """
         if "global_batch_size" not in self.terms.unset:
             return self.terms.config.global_batch_size_end
@@ -102,8 +102,8 @@ class Entry:
         """This node's manifest.
 
         Args:
-            sections: those of model, optimizer and data, where the options do not have them.
-            sizes: what this node fixes, by name, where the run leaves it to its first node.
+            sections: model, optimizer and data, if the options do not have them.
+            sizes: sizes that this node fixes, by name, if the run leaves them to its first node.
         """
         held = self.terms.manifest or {}
         shared = {name: dict(held.get(name, asdict(getattr(self, name)))) for name in SHARED}
@@ -112,11 +112,11 @@ class Entry:
 
 
 def agree(options: RunOptions, terms: Terms) -> tuple[RunValues, DistroConfig]:
-    """Combine a node's options with what its run has fixed: the run's values win, and options must not contradict them.
+    """Combine a node's options with its run's fixed values: the run's values win, and options must not contradict them.
 
     Raises:
-        ManifestMismatchError: options, or sections that the node brings, differ from the run's; it lists all fields.
-        ConfigError: the run has a value that this version does not know, or goes on from a checkpoint that this node
+        ManifestMismatchError: options, or sections of this node, differ from the run's; it lists all fields.
+        ConfigError: the run has a value that this version does not know, or resumes from a checkpoint that this node
             does not have.
     """
     held = terms.manifest or {}
@@ -141,7 +141,7 @@ def agree(options: RunOptions, terms: Terms) -> tuple[RunValues, DistroConfig]:
     for name, section in json.loads(manifest_text(options.manifest)).items():
         found += differences(held[name], section, name) if name in held else []
     if found:
-        raise mismatch(found, "Give this node the run's values; an option of the strategy that is left out has them.")
+        raise mismatch(found, "Give this node the run's values; an option of the strategy that you omit takes them.")
     begun = held.get(START)
     if begun is not None and START not in options.manifest:
         raise ConfigError(

@@ -35,18 +35,18 @@ from psyche_lightning.recipe.options import RunOptions
 
 
 class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
-    """One node of a run, for loops of one's own.
+    """One node of a run, for your own training loop.
 
-    The first DataLoader that is set up is the one for training: iterating over it gives this node's share of one round
-    after the other, one pass of the whole run over the data, and ends early when the run does (then :attr:`finished`
-    says why). Each batch wants one ``optimizer.step()``, which hands in the update and takes the agreed one. The node
+    The first DataLoader that you set up is the one for training: iterating over it yields this node's share of each
+    round in turn, for one pass of the whole run over the data, and ends early when the run does (:attr:`finished`
+    says why). Each batch needs one ``optimizer.step()``, which submits the update and applies the agreed one. The node
     leaves the run when the process ends, or by :meth:`close`.
 
-    With look-ahead, parameters are the looked-ahead ones from the moment in which a batch is given out to the
+    With look-ahead, the module has the looked-ahead parameters from the moment the loader yields a batch to the
     optimizer's step; save and validate between a step and the next batch.
 
-    Every option but the first two is by name. One that all nodes share (``overlap`` to ``total_steps``) has the run's
-    value where it is left out, or the default where the run has none.
+    All options but the first two are keyword-only. An omitted option that all nodes share (``overlap`` to
+    ``total_steps``) takes the run's value, or the default if the run has none.
 
     Args:
         coordinator: URL of the coordinator; ``PSYCHE_COORDINATOR`` unless given. Without one, the process trains alone.
@@ -153,7 +153,7 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
 
     @cached_property
     def _entry(self) -> Entry:
-        """The look at the run, when something first needs to know of it."""
+        """The run's fixed values; the first access queries the run."""
         return Entry(self.options)
 
     # --- set-up -----------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         return module, optimizers, scheduler
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Refuses: names and parameters are needed together.
+        """Fails: a run needs names and parameters together.
 
         Raises:
             ConfigError: always.
@@ -179,7 +179,7 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         raise ConfigError("the strategy 'psyche' needs module and optimizer together: fabric.setup(module, optimizer)")
 
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Called by ``fabric.setup_dataloaders``; the first loader is fed by the run, the others stay as they are."""
+        """Called by ``fabric.setup_dataloaders``; the run feeds the first loader, the others stay unchanged."""
         if self._loader is not None:
             return dataloader
         self._loader = loader = RoundLoader(
@@ -210,7 +210,7 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         atexit.register(self.close)
         default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if default and threading.current_thread() is threading.main_thread():
-            # Fabric leaves signals alone, and the default action would not tell the coordinator.
+            # Fabric ignores signals, and the default action would not notify the coordinator.
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         return session
 
@@ -219,7 +219,7 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         """The module with its optimizer.
 
         Raises:
-            ConfigError: there is none yet.
+            ConfigError: none is set up.
         """
         if self._step is None:
             raise ConfigError("set up module and optimizer before training: fabric.setup(module, optimizer)")
@@ -229,7 +229,7 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
 
     @property
     def finished(self) -> Finished | None:
-        """How the run ended for this node, which its text says; None as long as it has not."""
+        """The error whose text says how the run ended for this node; None until it ends."""
         return None if self.session is None else self.session.finished
 
     def _rounds(self, loader: RoundLoader) -> Iterator[RoundWork]:
@@ -261,7 +261,7 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         self._ahead.close()
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
-        """Called by ``optimizer.step()``: hand in the round's update, and take the agreed one."""
+        """Called by ``optimizer.step()``: submit the round's update, and apply the agreed one."""
         session, step, loader = self.session, self._step, self._loader
         if session is None or step is None or loader is None or session.work is None:
             raise ConfigError(WITHOUT_A_BATCH)

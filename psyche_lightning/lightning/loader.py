@@ -1,8 +1,8 @@
 """The user's DataLoader, fed one round at a time.
 
-A DataLoader asks its sampler ahead of time, up to two batches for each worker, which would wait for rounds that come
-only after the current one is trained. So data set, collate function and workers are the user's, and the sampler is the
-run: for each round the loader knows all the batches of this node's share before it asks for the first.
+A DataLoader asks its sampler ahead of time, up to two batches per worker, and would wait for rounds that start
+only after training the current one. So the user supplies data set, collate function and workers, and the run supplies
+the sampler: for each round the loader knows all batches of this node's share before it asks for the first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Share:
     Attributes:
         work: the round.
         sizes: samples of each micro-batch.
-        rest: the micro-batches after the first, loaded as they are taken.
+        rest: the micro-batches after the first, loaded on demand.
     """
 
     work: RoundWork
@@ -42,7 +42,7 @@ class Share:
 
     @property
     def samples(self) -> int:
-        """Samples of the share."""
+        """Samples in the share."""
         return sum(self.sizes)
 
 
@@ -59,15 +59,15 @@ class RoundLoader:
         seed: the run's.
         rounds: called for each iteration; yields the rounds of one pass over the data.
         split: whether a share is split into micro-batches of the user's ``batch_size``.
-        decline: told of a round whose first samples cannot be obtained, and why; then the next round comes.
-        upcoming: the data ids ``(start, stop)`` of what may come after the round in work; None for unknown. A data set
-            with a method ``prefetch(indices)`` is told of a whole share when it begins, and of this.
+        decline: called with a round whose first samples are unavailable, and the error; the next round follows.
+        upcoming: the data ids ``(start, stop)`` that may follow the current round; None if unknown. A data set's
+            method ``prefetch(indices)`` is called for a whole share when it begins, and for these ids.
 
     Attributes:
         order: data ids to samples.
 
     Raises:
-        ConfigError: the loader decides by itself which samples come when.
+        ConfigError: the loader itself decides the order of samples.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class RoundLoader:
         self._decline = decline
         self._upcoming = upcoming
         self._loader = loader
-        # Worker processes have copies of the data set, to which it would have to be said.
+        # Worker processes have copies of the data set, which this call would not reach.
         self._ahead = getattr(loader.dataset, "prefetch", None) if loader.num_workers == 0 else None
         self._plan: list[list[int]] = []
         self._inner: DataLoader[Any] | None = None
@@ -119,14 +119,14 @@ class RoundLoader:
         """The share whose first micro-batch was yielded last.
 
         Raises:
-            ConfigError: none was yet.
+            ConfigError: none yet.
         """
         if self._share is None:
             raise ConfigError(WITHOUT_A_BATCH)
         return self._share
 
     def load(self, work: RoundWork) -> Share:
-        """Begin to load the round's share, cut into micro-batches as equal as can be."""
+        """Begin to load the round's share, split into near-equal micro-batches."""
         indices = [i for ids in work.batch for i in self.order.indices(*ids)]
         parts = 1 if self._most is None else -(-len(indices) // self._most)
         cuts = [len(indices) * part // parts for part in range(parts + 1)]
@@ -140,7 +140,7 @@ class RoundLoader:
         return Share(work, [len(batch) for batch in self._plan], iter(self._inner))
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop workers."""
         self._share, self._inner = None, None
 
     def _build(self) -> DataLoader[Any]:
@@ -156,15 +156,15 @@ class RoundLoader:
             multiprocessing_context=user.multiprocessing_context,
             generator=user.generator,
             prefetch_factor=user.prefetch_factor,
-            persistent_workers=user.num_workers > 0,  # else every round would start them anew
+            persistent_workers=user.num_workers > 0,  # else every round restarts the workers
         )
 
 
 def check_loader(loader: object) -> int:
-    """Refuse a loader that cannot be fed by rounds; returns its ``batch_size``.
+    """Refuse a loader that rounds cannot feed; returns its ``batch_size``.
 
     Raises:
-        ConfigError: what is wrong, and what to give instead.
+        ConfigError: it is unsuitable; the text names a fix.
     """
     if not isinstance(loader, DataLoader):
         raise ConfigError(f"the train dataloader is a {type(loader).__name__}, not a torch DataLoader; {SHOWN}")
@@ -174,7 +174,7 @@ def check_loader(loader: object) -> int:
             f"among its nodes; {SHOWN}"
         )
     if type(loader).__iter__ is not DataLoader.__iter__:
-        raise ConfigError(f"{type(loader).__name__} has an iterator of its own, which the run cannot feed; {SHOWN}")
+        raise ConfigError(f"{type(loader).__name__} has its own iterator, which the run cannot feed; {SHOWN}")
     if loader.batch_size is None:
         raise ConfigError(
             f"the train dataloader has no batch_size (a batch_sampler, or batch_size=None), but the run decides which "

@@ -1,4 +1,4 @@
-"""The sections of a run's manifest that follow from a module, its optimizer and its data."""
+"""The manifest sections that a module, its optimizer and its data determine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model_section(module: torch.nn.Module, optimizer: DisTrO) -> dict[str, Any]:
 
 
 def optimizer_section(optimizer: DisTrO, clip: tuple[str, float] | None) -> dict[str, Any]:
-    """Weight decay and parameters of each group, and how gradients are clipped: ``(algorithm, value)`` or None."""
+    """Weight decay and parameters of each group, and the gradient clipping: ``(algorithm, value)`` or None."""
     groups = [
         {"weight_decay": float(group["weight_decay"]), "parameters": sorted(group["param_names"])}
         for group in optimizer.param_groups
@@ -31,7 +31,7 @@ def optimizer_section(optimizer: DisTrO, clip: tuple[str, float] | None) -> dict
 
 
 def data_section(length: int, shuffle: bool) -> dict[str, Any]:
-    """How many samples there are, and whether each pass has an order of its own."""
+    """The number of samples, and whether each pass has its own order."""
     return {"length": length, "shuffle": shuffle}
 
 

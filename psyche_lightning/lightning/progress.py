@@ -1,4 +1,4 @@
-"""Trainer's counters at the run's step, also after rounds in which this node had no part."""
+"""Keeps Trainer's counters at the run's step, even after rounds that this node missed."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ class RunProgress:
     """Moves Trainer to a step of the run. A Lightning epoch is one pass of the whole run over the data.
 
     Args:
-        trainer: whose counters, schedulers and progress bar follow the run.
+        trainer: its counters, schedulers and progress bar follow the run.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._length = int(trainer.num_training_batches)
-        self._scheduled = trainer.global_step  # the steps after which schedulers were stepped
+        self._scheduled = trainer.global_step  # the last step after which schedulers stepped
 
     def enter(self, step: int, fresh: bool) -> bool:
         """Set all counters to the moment before ``step``.
 
         Args:
-            step: of the run, from 1.
-            fresh: whether nothing was trained yet in this Lightning epoch, so that another may take its place.
+            step: step of the run, from 1.
+            fresh: whether this Lightning epoch has trained nothing yet, so that another may replace it.
 
         Returns:
-            False when the step is not for this Lightning epoch, or not for this Trainer: the epoch is to end.
+            False when the step is outside this Lightning epoch, or this Trainer: the epoch must end.
         """
         trainer, fit_loop = self._trainer, self._trainer.fit_loop
         done = step - 1
@@ -53,7 +53,7 @@ class RunProgress:
         return True
 
     def end(self, done: int) -> None:
-        """Take over the steps of the whole run when it is over; the last ones may have been without this node."""
+        """Take over the whole run's steps when it is over; this node may have missed the last ones."""
         if done > self._trainer.global_step:
             self._step_schedulers(done + 1)
             self._count(done, self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
@@ -69,7 +69,7 @@ class RunProgress:
         set_fetched(self._trainer, index)
 
     def _step_schedulers(self, step: int) -> None:
-        """What Trainer would have done after each step that this node missed; it does so itself after ``step``."""
+        """Do what Trainer would do after each step that this node missed; it does so itself after ``step``."""
         module = self._trainer.lightning_module
         for missed in range(self._scheduled + 1, step):
             epoch, index = divmod(missed - 1, self._length)

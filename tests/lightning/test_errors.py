@@ -136,7 +136,7 @@ class Own(DataLoader[Any]):
         (lambda data: DataLoader(data, sampler=WeightedRandomSampler([1.0] * 4, 4)), "sampler WeightedRandomSampler"),
         (lambda data: DataLoader(data, batch_sampler=[[0, 1]]), "no batch_size"),
         (lambda data: DataLoader(data, batch_size=None), "no batch_size"),
-        (lambda data: Own(data), "Own has an iterator of its own"),
+        (lambda data: Own(data), "Own has its own iterator"),
         (lambda data: DataLoader(torch.utils.data.Subset(data, [])), "data set is empty"),
     ],
 )
