@@ -49,40 +49,39 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
     ``total_steps``) takes the run's value, or the default if the run has none.
 
     Args:
-        coordinator: URL of the coordinator; ``PSYCHE_COORDINATOR`` unless given. Without one, the process trains alone.
-        run: the run's name; ``PSYCHE_RUN`` unless given. Given together with ``coordinator``, or not at all.
-        overlap: whether results travel while the next round computes; they are then applied one round later.
-        seed: of the order of the data.
-        digest_every: rounds between digests of the parameters, by which nodes notice that theirs differ.
-        keep_bytes: agreed payloads that nodes keep, in bytes, so that others can catch up; beyond them they take a new
-            snapshot. 0 for as many as the parameters have, and at least 64 MiB.
+        coordinator: URL of the coordinator; ``PSYCHE_COORDINATOR`` by default. Without one, the process trains alone.
+        run: the run's name; ``PSYCHE_RUN`` by default. Give it with ``coordinator``, or give neither.
+        overlap: whether results travel while the next round computes and are applied one round later.
+        seed: seed of the data order.
+        digest_every: rounds between digests of the parameters, which show nodes that theirs differ.
+        keep_bytes: bytes of agreed payloads that nodes keep so that others can catch up; beyond it they take a new
+            snapshot. 0 for the size of the parameters, but at least 64 MiB.
         chunk: side of DisTrO's chunks: 8, 16, 32 or 64.
-        k: coefficients sent of each chunk; from 1 to a quarter of the chunk's area, and at most 128.
-        decay: what remains of delta before a gradient is added, 0 to 1.
-        removal: fraction of the sent component that is subtracted from delta, 0 to 1.
-        lookahead: whether gradients are taken ahead of the published parameters, on a copy.
-        k_for: another k for the parameters whose names match a pattern (``{"*embed*": 2}``); the first match counts.
-        float32_gradients: whether gradients of parameters of lower precision are accumulated over micro-batches in
-            float32.
-        global_batch_size: samples of a round of the whole run, where the run leaves it to its first node; by default
-            what one node's DataLoader gives, times the run's ``init_min_clients``.
-        total_steps: where the run ends, where it leaves that to its first node; by default where Trainer ends.
+        k: coefficients sent per chunk; from 1 to a quarter of the chunk's area, and at most 128.
+        decay: factor on delta before a gradient is added, 0 to 1.
+        removal: fraction of the sent component to subtract from delta, 0 to 1.
+        lookahead: whether gradients come from a copy ahead of the published parameters.
+        k_for: another k for parameters whose names match a pattern (``{"*embed*": 2}``); the first match counts.
+        float32_gradients: whether micro-batch gradients of lower-precision parameters accumulate in float32.
+        global_batch_size: samples of a round of the whole run, if the run leaves it to its first node; by default
+            those of one node's DataLoader, times the run's ``init_min_clients``.
+        total_steps: the run's last step, if the run leaves it to its first node; by default Trainer's.
         transport: how nodes reach each other; ``psyche plugins`` lists the choices.
-        transport_options: what the transport is given, such as ``{"host": "0.0.0.0", "advertise": "10.0.0.7"}``.
-        directory: where the node keeps its key, promises and payloads, so that it can be killed and come back; one
-            folder for each node. None keeps them in memory.
-        patience: longest time to wait for a round, in seconds.
-        config: sizes of a run of this process alone; None for those that data and Trainer give.
-        start: of a run of this process alone: steps that were done before, and the first data id that is left.
-        manifest: sections of the run's manifest that replace those made from the module and its data.
-        tokens_per_sample: what a sample counts in the figures for people.
+        transport_options: the transport's options, such as ``{"host": "0.0.0.0", "advertise": "10.0.0.7"}``.
+        directory: folder for the node's key, promises and payloads, so that a killed node can come back; one
+            per node. None keeps them in memory.
+        patience: longest wait for a round, in seconds.
+        config: sizes of a run of this process alone; None for those of data and Trainer.
+        start: for a run of this process alone: steps done before, and the first data id left.
+        manifest: manifest sections that replace those made from the module and its data.
+        tokens_per_sample: tokens per sample in displayed figures.
         accelerator: as of Lightning's strategies.
         checkpoint_io: as of Lightning's strategies.
         precision: as of Lightning's strategies.
 
     Attributes:
-        options: what was given, with the environment's.
-        session: this node's membership in the run, also when it is over; None before the loader is iterated over.
+        options: the given ones, with the environment's.
+        session: this node's membership in the run, even after it ends; None before the loader is iterated over.
 
     Raises:
         ConfigError: an option is wrong, or only one of coordinator and run is known.

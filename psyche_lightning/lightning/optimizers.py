@@ -17,7 +17,7 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
     """A DisTrO with the parameter groups of the user's optimizer, their learning rates and weight decays.
 
     Args:
-        optimizer: what the user configured; of any kind.
+        optimizer: the user's; of any kind.
         module: names the parameters.
         config: the run's compression.
 
@@ -31,7 +31,7 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
         if unknown:
             shapes = ", ".join(str(tuple(parameter.shape)) for parameter in unknown[:3])
             raise ConfigError(
-                f"the optimizer trains {len(unknown)} tensors that are no parameters of {type(module).__name__} "
+                f"the optimizer trains {len(unknown)} tensors that are not parameters of {type(module).__name__} "
                 f"(of shapes {shapes}); only the module's own parameters can be shared with other nodes"
             )
         groups.append(
@@ -45,11 +45,11 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
 
 
 class TakenStep:
-    """DisTrO in place of the ``step`` of the user's optimizer, which only computes gradients now.
+    """DisTrO in place of the ``step`` of the user's optimizer, which now only computes gradients.
 
     Args:
-        optimizer: what the user configured; of any kind. Its groups have learning rates and weight decays.
-        module: whose parameters it trains.
+        optimizer: the user's; of any kind. Its groups have learning rates and weight decays.
+        module: it trains these parameters.
         config: the run's compression.
 
     Attributes:
@@ -94,7 +94,7 @@ class TakenStep:
 
     @contextlib.contextmanager
     def looking_ahead(self) -> Iterator[None]:
-        """Have the module at the looked-ahead parameters within, where the run wants that."""
+        """Give the module the looked-ahead parameters within, if the run looks ahead."""
         if not self.distro.config.lookahead:
             yield
             return

@@ -1,8 +1,8 @@
 """The name ``"psyche"`` in the strategy registries of Lightning's Trainer and Fabric.
 
 Lightning takes seconds to import and the ``psyche`` command does not need it, so ``import psyche_lightning`` must not
-import it. A registry that is there already gets the name at once; one that is not gets it in the moment in which
-Lightning makes it, by a finder on ``sys.meta_path`` that watches for these two modules and nothing else.
+import it. An existing registry gets the name at once; a missing one gets it when Lightning creates it, from a
+finder on ``sys.meta_path`` that watches for these two modules and nothing else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _fabric_strategy(**options: Any) -> Any:
     return PsycheFabricStrategy(**options)
 
 
-# Module that makes a registry -> the registry's name in it, and what the name "psyche" builds.
+# Module that makes a registry -> the registry's name, and the class that "psyche" builds.
 REGISTRIES = {
     "lightning.pytorch.strategies": ("StrategyRegistry", _trainer_strategy),
     "lightning.fabric.strategies": ("STRATEGY_REGISTRY", _fabric_strategy),
@@ -39,7 +39,7 @@ REGISTRIES = {
 
 
 def register() -> None:
-    """Give both registries the name, now or as soon as they exist; calling it again changes nothing."""
+    """Add the name to both registries, now or when they exist; a second call changes nothing."""
     for module in REGISTRIES:
         if module in sys.modules:
             _add(sys.modules[module])
@@ -49,13 +49,13 @@ def register() -> None:
 
 def _add(module: ModuleType) -> None:
     registry_name, strategy = REGISTRIES[module.__name__]
-    registry = getattr(module, registry_name, None)  # absent while Lightning itself is half imported
+    registry = getattr(module, registry_name, None)  # missing while Lightning is half imported
     if registry is not None and NAME not in registry:
         registry.register(NAME, strategy, description=DESCRIPTION)
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Lets the ordinary finders find the modules, and adds the name after they were executed."""
+    """Lets the ordinary finders find the modules, and adds the name after they execute."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -71,7 +71,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """A loader that adds the name once the module is there; otherwise the one that it wraps."""
+    """A loader that adds the name after the module executes; else acts as the one it wraps."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader

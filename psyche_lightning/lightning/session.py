@@ -1,4 +1,4 @@
-"""One process' part in one run, as Trainer and Fabric share it: rounds in, updates out."""
+"""One process' part in one run, shared by Trainer and Fabric: rounds in, updates out."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from psyche_lightning.wire.identity import Identity, short
 logger = logging.getLogger(__name__)
 
 ENDLESS = 2**32 - 1
-"""Steps of a run that nobody limited."""
+"""Steps of a run without a limit."""
 ALONE_EPOCH = 1000
-"""Rounds of an epoch of a run of one process: then what it remembers of them is dropped."""
+"""Rounds of an epoch of a single-process run, which then drops its record of them."""
 ALONE_BLOBS = 8
 LEAST_KEPT = 64 << 20
-"""Bytes of agreed payloads that are kept at least between two snapshots, where the run does not say."""
+"""Minimum bytes of agreed payloads to keep between two snapshots, if the run sets no value."""
 LOST_ROUNDS = 20
-"""Rounds in a row without samples after which a node leaves, so that others train its share."""
+"""A node leaves after this many rounds in a row without samples; others train its share."""
 AHEAD_NODES = 4
-"""Most nodes of a run in which each looks ahead to the next round, whose division nobody knows yet."""
+"""Nodes look ahead to the next round, whose division is unknown, in runs of up to this many nodes."""
 _TIMES = (
     "warmup_time",
     "cooldown_time",
@@ -62,27 +62,27 @@ class Session:
     """A node's membership in a run, for the thread that trains: rounds come in, updates go out.
 
     Args:
-        entry: the look at the run.
+        entry: the run's fixed values.
         step: the module with its optimizer.
         sections: the manifest's sections of model, optimizer and data.
-        global_batch: as of :meth:`Entry.global_batch`.
-        total_steps: where this node's user wants to end; None for no end.
-        done: steps that were done before, in a run of this process alone.
+        global_batch: see :meth:`Entry.global_batch`.
+        total_steps: the last step this node's user wants; None for no end.
+        done: steps done before, in a run of this process alone.
 
     Attributes:
         entry: as given.
-        traffic: what it sends and receives.
+        traffic: counts sent and received bytes.
         identity: the node's public key.
-        signer: the key that the coordinator knows it by.
-        waited: seconds that this node waited for others so far.
-        payload_bytes: bytes of payloads that it owed its peers so far, computed: one to each in each round.
+        signer: the key the coordinator knows.
+        waited: seconds that this node has waited for others.
+        payload_bytes: bytes of payloads owed to peers so far, computed: one to each in each round.
         loss: mean loss of the last round that it trained.
         samples: samples that it trained in that round.
-        work: the round that it works on; None between rounds.
-        lost_rounds: rounds in a row, up to now, to which it gave nothing for want of samples.
+        work: the current round; None between rounds.
+        lost_rounds: latest rounds in a row to which it gave nothing for lack of samples.
 
     Raises:
-        PsycheError: the node's folder cannot be used, or the coordinator's URL is wrong.
+        PsycheError: the node's folder is unusable, or the coordinator's URL is wrong.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Session:
             opened.enter_context(speaking(entry.run_id, short(identity.public)))
             logger.info("%s", step)
             if folder is not None and saved_delta.load(folder, entry.run_id, step.distro):
-                logger.info("taking up delta of %d rounds from %s", step.distro.nonce, folder)
+                logger.info("restored delta of %d rounds from %s", step.distro.nonce, folder)
             url = entry.options.coordinator
             coordinator: Coordinator
             store: BlobStore
@@ -167,7 +167,7 @@ class Session:
         self._participant.start()
 
     def _own_run(self, identity: Identity, global_batch: int, total: int, done: int) -> LocalCoordinator:
-        """A run of this process alone. Its seconds are its rounds: nothing in it depends on how long anything takes."""
+        """A run of this process alone. Its clock counts rounds: nothing in it depends on how long anything takes."""
         options = self.entry.options
         sizes = CoordinatorConfig(
             global_batch_size_start=global_batch, global_batch_size_end=global_batch, total_steps=total
@@ -187,7 +187,7 @@ class Session:
 
     @property
     def finished(self) -> Finished | None:
-        """How the run ended for this node; None as long as it has not."""
+        """How the run ended for this node; None until it ends."""
         return self._participant.finished
 
     @property
@@ -201,7 +201,7 @@ class Session:
         return self._participant.transfer
 
     def peek(self) -> RoundWork | None:
-        """The next round of this node, which stays the next; waits for it. None when the run is over."""
+        """Wait for this node's next round, without starting it. None when the run is over."""
         if self._next is None and not self._over:
             if self.work is not None:
                 logger.warning(
@@ -224,7 +224,7 @@ class Session:
 
     @property
     def standing(self) -> Standing | None:
-        """What the parameters contain now, outside of a round; None where that is not known."""
+        """The parameters' state now, outside of a round; None if unknown."""
         if self.finished and self.state is not None:
             return at_the_end(self.state)
         if self._taken is None:
@@ -233,13 +233,13 @@ class Session:
         return after_round(state, work.epoch, work.height, overlap=self.entry.run.overlap)
 
     def submit(self, work: RoundWork, usable: bool, loss: float = math.nan, samples: int = 0) -> None:
-        """Hand in the update of a round, and apply the round's results when they are not to overlap.
+        """Submit the update of a round, and apply the round's results unless they overlap.
 
         Args:
             work: the round.
-            usable: whether there are gradients to take.
-            loss: mean loss of this node's samples, for people.
-            samples: how many there were.
+            usable: whether there are usable gradients.
+            loss: mean loss of this node's samples, for display.
+            samples: number of samples.
         """
         self.work = None
         distro = self._step.distro
@@ -251,7 +251,7 @@ class Session:
                 payload = distro.encode()
             except NonFiniteGradientError as error:
                 logger.warning("round %d of epoch %d: %s", work.height, work.epoch, error)
-        if payload is None:  # an abstention: nobody has to wait for the round's deadline, and no tokens say that it is
+        if payload is None:  # abstain, so that no peer waits for the round's deadline; zero tokens mark an abstention
             payload, samples = distro.abstention(), 0
         self.loss, self.samples, self.lost_rounds = loss, samples, 0
         self.payload_bytes += len(payload) * max(0, self._clients() - 1)
@@ -268,20 +268,20 @@ class Session:
             saved_delta.save(self._folder, self.entry.run_id, distro)
         state = self.state
         if state is not None and work.step >= state.config.total_steps:
-            self.peek()  # to the very end: everything is applied when the run is over
+            self.peek()  # waits until the run is over and everything applied
         else:
             with self._waiting():
                 self._participant.wait_applied(work)
 
     def decline(self, work: RoundWork, error: DataError) -> None:
-        """Give nothing to a round whose samples cannot be obtained: its data ids stay open.
+        """Give nothing to a round whose samples are unavailable: its data ids stay open.
 
         Args:
             work: the round.
             error: why.
 
         Raises:
-            DataError: the error is lasting, or it was like this for too many rounds in a row; the node has to leave.
+            DataError: the error is lasting, or too many rounds in a row failed; the node must leave.
         """
         if error.lasting:
             raise error
@@ -303,9 +303,9 @@ class Session:
         self.lost_rounds = lost
 
     def upcoming(self) -> tuple[int, int] | None:
-        """The data ids ``(start, stop)`` of the whole run's next round, where it is worth while to look ahead to it.
+        """The data ids ``(start, stop)`` of the whole run's next round, if looking ahead is worthwhile; else None.
 
-        Which of them are this node's is not known before the round begins; so only in a run of few nodes.
+        A node does not know its share before the round begins, so this needs a run of few nodes.
         """
         current = self.state.current if self.state else None
         if current is None or not current.batch_size or len(current.clients) > AHEAD_NODES:
@@ -322,7 +322,7 @@ class Session:
             self.waited += time.monotonic() - began
 
     def figures(self) -> dict[str, float]:
-        """What loggers and people may want to know."""
+        """Figures for loggers and people."""
         state, (up, down) = self.state, self.traffic.total
         current = state.current if state else None
         return {
@@ -338,18 +338,18 @@ class Session:
         return sum(c.status is ClientStatus.HEALTHY for c in self.state.clients) if self.state else 0
 
     def digest(self) -> bytes:
-        """Digest of the parameters as they are now."""
+        """Digest of the current parameters."""
         return self._replica.digest(MemoryBlobStore().put)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
     def interrupt(self, error: BaseException) -> None:
-        """End a wait of the training thread with ``error``, or the next one; may be called from a signal handler."""
+        """End the training thread's current or next wait with ``error``; signal handlers may call it."""
         self.fails(error)
         self._participant.interrupt(error)
 
     def fails(self, error: BaseException) -> None:
-        """Training ends with an error; the log says so when the node leaves."""
+        """Note the error that ends training, for the log of the node's leave."""
         self._why = _reason(error)
 
     def close(self) -> None:
@@ -364,10 +364,10 @@ class Session:
 
 
 def node_key(folder: Path) -> Identity:
-    """The key of the node with that folder, made if there is none.
+    """The key in that node's folder; creates a missing one.
 
     Raises:
-        ConfigError: it cannot be read or written.
+        ConfigError: the key is unreadable or unwritable.
     """
     return Identity.load_or_create(folder / "node.key")
 
@@ -375,18 +375,18 @@ def node_key(folder: Path) -> Identity:
 def _reason(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "Ctrl-C"
-    if isinstance(error, SystemExit):  # Trainer makes one of the signal
+    if isinstance(error, SystemExit):  # Trainer raises it on the signal
         return "SIGTERM" if type(error).__name__ == "SIGTERMException" else "the program ends"
     return str(error) if isinstance(error, PsycheError) else f"{type(error).__name__}: {error}"
 
 
 class _RecentBlobs(MemoryBlobStore):
-    """Keeps only the newest blobs: alone, nobody asks for what was applied."""
+    """Keeps only the newest blobs: alone, no peer asks for applied blobs."""
 
     def put(self, data: bytes, durable: bool = True) -> bytes:
         """Keep ``data`` and forget the oldest."""
         digest = super().put(data, durable)
-        self._blobs[digest] = self._blobs.pop(digest)  # the newest, also when it was there before
+        self._blobs[digest] = self._blobs.pop(digest)  # the newest, even if already present
         while len(self._blobs) > ALONE_BLOBS:
             del self._blobs[next(iter(self._blobs))]
         return digest

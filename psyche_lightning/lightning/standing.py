@@ -1,4 +1,4 @@
-"""What a node's parameters contain, and which nodes write them to a shared address: the same answer on every node."""
+"""The steps in a node's parameters, and the nodes that write them to a shared address: equal on every node."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from psyche_lightning.protocol.state import CoordinatorConfig, Round, RunState
 
 @dataclass(frozen=True)
 class Standing:
-    """Where the parameters stand.
+    """The parameters' progress.
 
     Attributes:
         step: training steps that they contain.
         epoch: the run's epoch.
         data_index: first data id of the step that follows.
-        writers: signers of those who have them, in the order in which they care for a shared address.
+        writers: signers of nodes that have them, in the order of duty for a shared address.
     """
 
     step: int
@@ -26,24 +26,24 @@ class Standing:
     writers: tuple[bytes, ...]
 
     def rank(self, signer: bytes) -> int | None:
-        """A node's place among the writers, from 0; None when it is none."""
+        """A node's place among the writers, from 0; None for other nodes."""
         return self.writers.index(signer) if signer in self.writers else None
 
 
 def after_round(state: RunState, epoch: int, height: int, *, overlap: bool) -> Standing | None:
-    """After a node has trained in a round of the epoch, before its next one begins.
+    """The standing after a node trains a round, before its next one begins.
 
-    Without overlap the round's results are applied then; with it those of two rounds before are. Writers are the
-    round's trainers, beginning with one that its seed picks.
+    Without overlap it includes the round's results; with overlap, those up to two rounds before. Writers are the
+    round's trainers, starting with one that its seed picks.
 
     Args:
-        state: one that has the round.
-        epoch: of the round.
-        height: of the round.
+        state: a state with the round.
+        epoch: its epoch.
+        height: its height.
         overlap: whether results travel while the next round computes.
 
     Returns:
-        None when the state has no such round.
+        None if the state lacks the round.
     """
     rounds = {round_.height: round_ for round_ in state.rounds} if state.epoch == epoch else {}
     current = rounds.get(height)
@@ -57,10 +57,10 @@ def after_round(state: RunState, epoch: int, height: int, *, overlap: bool) -> S
 
 
 def at_the_end(state: RunState) -> Standing | None:
-    """When the run is finished. Writers are those whose votes made the parameters the agreed ones.
+    """The standing after the run. Writers are the nodes whose votes agreed on the parameters.
 
     Returns:
-        None when none are agreed.
+        None without agreement.
     """
     trained = [round_ for round_ in state.rounds if round_.step]
     last = max(trained, key=lambda round_: round_.height, default=None)

@@ -45,50 +45,49 @@ STATE_KEY = "psyche_distro"
 class PsycheStrategy(OneDevice, SingleDeviceStrategy):
     """One node of a run: trains its share of each round, and takes the step that all nodes agreed on.
 
-    The user's optimizer gives learning rates (schedulers work on it), weight decay and parameter groups; its step is
-    DisTrO's. One round is one optimizer step is one Lightning batch: ``global_step``, ``max_steps`` and everything
-    that counts steps mean those of the run. A round's share that is larger than the DataLoader's ``batch_size`` is
-    trained in micro-batches, with the gradient of their mean. Callbacks, validation and checkpoints see the
+    The user's optimizer gives learning rates (schedulers work on it), weight decay and parameter groups; DisTrO
+    replaces its step. One round is one optimizer step and one Lightning batch: ``global_step``, ``max_steps`` and all
+    other step counts are the run's. If a round's share exceeds the DataLoader's ``batch_size``, the node trains it in
+    micro-batches, with the gradient of their mean. Callbacks, validation and checkpoints see the
     parameters that all nodes have.
 
-    Every option but the first two is by name. One that all nodes share (``overlap`` to ``total_steps``) has the run's
-    value where it is left out, or the default where the run has none.
+    All options but the first two are keyword-only. An omitted option that all nodes share (``overlap`` to
+    ``total_steps``) takes the run's value, or the default if the run has none.
 
     Args:
-        coordinator: URL of the coordinator; ``PSYCHE_COORDINATOR`` unless given. Without one, the process trains alone.
-        run: the run's name; ``PSYCHE_RUN`` unless given. Given together with ``coordinator``, or not at all.
-        overlap: whether results travel while the next round computes; they are then applied one round later.
-        seed: of the order of the data.
-        digest_every: rounds between digests of the parameters, by which nodes notice that theirs differ.
-        keep_bytes: agreed payloads that nodes keep, in bytes, so that others can catch up; beyond them they take a new
-            snapshot. 0 for as many as the parameters have, and at least 64 MiB.
+        coordinator: URL of the coordinator; ``PSYCHE_COORDINATOR`` by default. Without one, the process trains alone.
+        run: the run's name; ``PSYCHE_RUN`` by default. Give it with ``coordinator``, or give neither.
+        overlap: whether results travel while the next round computes and are applied one round later.
+        seed: seed of the data order.
+        digest_every: rounds between digests of the parameters, which show nodes that theirs differ.
+        keep_bytes: bytes of agreed payloads that nodes keep so that others can catch up; beyond it they take a new
+            snapshot. 0 for the size of the parameters, but at least 64 MiB.
         chunk: side of DisTrO's chunks: 8, 16, 32 or 64.
-        k: coefficients sent of each chunk; from 1 to a quarter of the chunk's area, and at most 128.
-        decay: what remains of delta before a gradient is added, 0 to 1.
-        removal: fraction of the sent component that is subtracted from delta, 0 to 1.
-        lookahead: whether gradients are taken ahead of the published parameters, on a copy.
-        k_for: another k for the parameters whose names match a pattern (``{"*embed*": 2}``); the first match counts.
-        float32_gradients: whether gradients of parameters of lower precision are accumulated over micro-batches in
-            float32.
-        global_batch_size: samples of a round of the whole run, where the run leaves it to its first node; by default
-            what one node's DataLoader gives, times the run's ``init_min_clients``.
-        total_steps: where the run ends, where it leaves that to its first node; by default where Trainer ends.
+        k: coefficients sent per chunk; from 1 to a quarter of the chunk's area, and at most 128.
+        decay: factor on delta before a gradient is added, 0 to 1.
+        removal: fraction of the sent component to subtract from delta, 0 to 1.
+        lookahead: whether gradients come from a copy ahead of the published parameters.
+        k_for: another k for parameters whose names match a pattern (``{"*embed*": 2}``); the first match counts.
+        float32_gradients: whether micro-batch gradients of lower-precision parameters accumulate in float32.
+        global_batch_size: samples of a round of the whole run, if the run leaves it to its first node; by default
+            those of one node's DataLoader, times the run's ``init_min_clients``.
+        total_steps: the run's last step, if the run leaves it to its first node; by default Trainer's.
         transport: how nodes reach each other; ``psyche plugins`` lists the choices.
-        transport_options: what the transport is given, such as ``{"host": "0.0.0.0", "advertise": "10.0.0.7"}``.
-        directory: where the node keeps its key, promises and payloads, so that it can be killed and come back; one
-            folder for each node. None keeps them in memory.
-        patience: longest time to wait for a round, in seconds.
-        config: sizes of a run of this process alone; None for those that data and Trainer give.
-        start: of a run of this process alone: steps that were done before, and the first data id that is left.
-        manifest: sections of the run's manifest that replace those made from the module and its data.
-        tokens_per_sample: what a sample counts in the figures for people.
+        transport_options: the transport's options, such as ``{"host": "0.0.0.0", "advertise": "10.0.0.7"}``.
+        directory: folder for the node's key, promises and payloads, so that a killed node can come back; one
+            per node. None keeps them in memory.
+        patience: longest wait for a round, in seconds.
+        config: sizes of a run of this process alone; None for those of data and Trainer.
+        start: for a run of this process alone: steps done before, and the first data id left.
+        manifest: manifest sections that replace those made from the module and its data.
+        tokens_per_sample: tokens per sample in displayed figures.
         accelerator: as of Lightning's strategies.
         checkpoint_io: as of Lightning's strategies.
         precision_plugin: as of Lightning's strategies.
 
     Attributes:
-        options: what was given, with the environment's.
-        session: this node's membership in the run, also when it is over; None before it joins.
+        options: the given ones, with the environment's.
+        session: this node's membership in the run, even after it ends; None before it joins.
 
     Raises:
         ConfigError: an option is wrong, or only one of coordinator and run is known.
@@ -160,12 +159,12 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Lightning's own registration is not used: see :mod:`psyche_lightning.lightning.registration`."""
+        """Does nothing; :mod:`psyche_lightning.lightning.registration` registers the strategy."""
 
     # --- set-up -----------------------------------------------------------------------------------------------------
 
     def connect(self, model: LightningModule) -> None:
-        """Called by Trainer with the module; adds the :class:`CoordinatorCallback` when the user did not."""
+        """Called by Trainer with the module; adds the :class:`CoordinatorCallback` if the user did not."""
         super().connect(model)
         trainer = model.trainer
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -173,13 +172,13 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
             trainer.callbacks.insert(0, CoordinatorCallback())  # type: ignore[attr-defined]
 
     def setup(self, trainer: Trainer) -> None:
-        """Called by Trainer before anything runs; when fitting, checks what a run cannot have."""
+        """Called by Trainer before anything runs; when fitting, refuses unsupported settings."""
         if trainer.state.fn == TrainerFn.FITTING:
             _check(trainer)
         super().setup(trainer)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Called by Trainer when fitting; looks at the run and takes over the step of the module's optimizer."""
+        """Called by Trainer when fitting; queries the run and replaces the step of the module's optimizer."""
         self.session = None
         entry = Entry(self.options)
         super().setup_optimizers(trainer)
@@ -199,7 +198,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         self._fit = _Fit(trainer, entry, TakenStep(self.optimizers[0], module, entry.distro), accumulate)
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Called by Trainer with each DataLoader; the one for training is fed by the run."""
+        """Called by Trainer with each DataLoader; the run feeds the one for training."""
         fit = self._fit
         if fit is None or not fit.trainer.training:
             return dataloader
@@ -219,7 +218,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         return loader
 
     def on_train_start(self) -> None:
-        """Called by Trainer when everything is set up: join the run."""
+        """Called by Trainer after all set-up: join the run."""
         assert self._fit is not None  # since setup_optimizers
         self._training = training = _Training(self._fit)
         self.session = training.session
@@ -227,7 +226,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         if threading.current_thread() is threading.main_thread():
             self._undo.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
             signal.signal(signal.SIGTERM, training.terminate(signal.getsignal(signal.SIGTERM)))
-        if training.trainer.received_sigterm:  # up to now Trainer's own handler only noted it
+        if training.trainer.received_sigterm:  # so far Trainer's own handler only noted it
             raise SIGTERMException
         training.session.start()
 
@@ -235,7 +234,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
 
     @property
     def _now(self) -> _Training:
-        """What there is while Trainer trains."""
+        """The state while Trainer trains."""
         assert self._training is not None  # since on_train_start
         return self._training
 
@@ -244,11 +243,11 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         return self._training is not None and self._training.stop_if_finished()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Train the round's share: all micro-batches but one forward and backward here, that one by Trainer.
+        """Train the round's share: all micro-batches but one forward and backward here; Trainer trains that one.
 
         Returns:
-            What the module returned, with the mean of the whole share as the loss; its gradient is that of the part
-            that Trainer is to run backward.
+            The module's output, with the mean of the whole share as the loss; its gradient is that of the part
+            that Trainer runs backward.
         """
         training, optimizer = self._now, self.optimizers[0]
         share = training.loader.share
@@ -268,9 +267,9 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
                     part = loss * (size / share.samples)
                     mean = part.detach() if mean is None else mean + part.detach()
                     self.backward(part, optimizer)
-        except DataError as error:  # Trainer gets its loss all the same; the round is declined after its step
+        except DataError as error:  # Trainer still gets its loss; optimizer_step then declines the round
             training.lost = error
-        # Trainer zeroes the gradients before it runs backward on what we return; pre_backward puts these back.
+        # Trainer zeroes the gradients before it runs backward on the result; pre_backward restores these.
         training.carried = [p.grad for group in optimizer.param_groups for p in group["params"]]
         weigh(training.trainer, batch)
         output = super().training_step(batch, *rest, **kwargs)
@@ -283,13 +282,13 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         return output
 
     def _transferred(self, module: LightningModule, batch: Any) -> Any:
-        """A batch on the node's device, through the same hooks as those that Trainer fetches."""
+        """Move a batch to the node's device, with the hooks of Trainer's fetched batches."""
         batch = self.precision_plugin.convert_input(batch)
         batch = before_transfer(module, batch)
         return self.batch_to_device(batch, dataloader_idx=0)
 
     def pre_backward(self, closure_loss: torch.Tensor) -> None:
-        """Put the gradients of the other micro-batches back, so that backward adds to them."""
+        """Restore the gradients of the other micro-batches, so that backward adds to them."""
         carried, self._now.carried = self._now.carried, ()
         parameters = (p for group in self.optimizers[0].param_groups for p in group["params"])
         for parameter, gradient in zip(parameters, carried, strict=False):
@@ -323,7 +322,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state that a checkpoint has: that of the user's groups, and DisTrO's."""
+        """The state for a checkpoint: that of the user's groups, and DisTrO's."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         state = dict(optimizer.state_dict())
@@ -332,7 +331,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         return state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore :meth:`optimizer_state`; the state of another optimizer's own step is of no use and left out."""
+        """Restore :meth:`optimizer_state`; ignores the state of another optimizer's own step."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             optimizer.load_state_dict({"state": {}, "param_groups": saved["param_groups"]})
             if STATE_KEY in saved and self._fit is not None:
@@ -347,7 +346,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         super().on_exception(exception)
 
     def teardown(self) -> None:
-        """Called by Trainer at the end, also after an error: leave the run."""
+        """Called by Trainer at the end, even after an error: leave the run."""
         try:
             self._undo.close()
         finally:
@@ -357,14 +356,14 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
 
 @dataclass
 class _Fit:
-    """One call of ``Trainer.fit``, from the moment in which there is an optimizer.
+    """One call of ``Trainer.fit``, from the moment it has an optimizer.
 
     Attributes:
         trainer: fits.
-        entry: the look at the run.
+        entry: the run's fixed values.
         step: the module with its optimizer.
-        accumulate: batches of the user's whose gradients make one step.
-        loaders: those for training, the newest last.
+        accumulate: number of user batches whose gradients make one step.
+        loaders: training loaders, newest last.
     """
 
     trainer: Trainer
@@ -378,20 +377,20 @@ class _Training:
     """The part of a fit in which this node is a member of the run.
 
     Args:
-        fit: what there was before.
+        fit: the state before.
 
     Attributes:
         trainer: trains.
         step: the module with its optimizer.
-        session: the membership; it begins when it is started.
-        loss: mean loss of the share in work.
-        lost: why some of its samples could not be obtained.
-        carried: gradients of its micro-batches but the last, for Trainer to add that one's to; empty where there are
+        session: the membership; it begins at start.
+        loss: mean loss of the current share.
+        lost: why some of its samples are unavailable.
+        carried: gradients of its micro-batches but the last, to which Trainer adds the last one's; empty if there are
             none.
 
     Raises:
         ConfigError: there is not exactly one train dataloader.
-        PsycheError: the node's folder cannot be used.
+        PsycheError: the node's folder is unusable.
     """
 
     def __init__(self, fit: _Fit) -> None:
@@ -424,11 +423,11 @@ class _Training:
 
     @property
     def loader(self) -> RoundLoader:
-        """The one that Trainer iterates over."""
+        """The loader that Trainer iterates."""
         return self._loaders[-1]
 
     def terminate(self, before: Any) -> Callable[[int, Any], None]:
-        """A handler of SIGTERM after ``before``: it ends a wait for other nodes, too."""
+        """A SIGTERM handler that calls ``before``, then ends waits for other nodes."""
 
         def handle(number: int, frame: Any) -> None:
             if callable(before):
@@ -455,17 +454,17 @@ class _Training:
         finished = self.session.finished is not None
         if finished:
             self.trainer.should_stop = True
-            # Trainer would wait for its minimum, but no more rounds come.
+            # Else Trainer waits for its minimum, but no rounds follow.
             self.trainer.fit_loop.min_epochs = 0
             self.trainer.fit_loop.epoch_loop.min_steps = None
         return finished
 
 
 def _check(trainer: Trainer) -> None:
-    """Refuse what a run cannot have.
+    """Refuse unsupported settings.
 
     Raises:
-        ConfigError: what it is, and what to do instead.
+        ConfigError: one is set; the text names a fix.
     """
     module = trainer.lightning_module
     if not module.automatic_optimization:
@@ -487,7 +486,7 @@ def _check(trainer: Trainer) -> None:
 
 
 def _last_step(trainer: Trainer) -> int | None:
-    """The step at which Trainer ends, by ``max_steps`` or ``max_epochs``; None when it does not."""
+    """The step at which ``max_steps`` or ``max_epochs`` ends Trainer; None when neither does."""
     limits = [trainer.max_steps] if trainer.max_steps > -1 else []
     if trainer.max_epochs is not None and trainer.max_epochs > -1:
         limits.append(trainer.max_epochs * int(trainer.num_training_batches))

@@ -1,4 +1,4 @@
-"""What a node sends and receives, counted where it happens."""
+"""Counts the bytes that a node sends and receives."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Traffic:
 
     @property
     def total(self) -> tuple[int, int]:
-        """Bytes ``(up, down)`` at all sockets; of a transport without a meter, those that its links tell."""
+        """Bytes ``(up, down)`` at all sockets; if the transport has no meter, those its links report."""
         meter = getattr(self._transport, "meter", None)
         if isinstance(meter, ByteMeter):
             up, down = meter.up, meter.down
@@ -36,6 +36,6 @@ class Traffic:
         return self._coordinator.up + up, self._coordinator.down + down
 
     def served(self, size: int, given: int) -> None:
-        """Note that a peer was given that much of a blob of ``size`` bytes."""
+        """Note that a peer received this much of a blob of ``size`` bytes."""
         if size == self._payload_size:
             self.payloads_up += given

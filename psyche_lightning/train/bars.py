@@ -1,4 +1,4 @@
-"""What ``psyche train`` shows on a terminal: a bar for the rounds, and one for parameters that come from peers."""
+"""Terminal output of ``psyche train``: a bar for the rounds, and one for parameters that come from peers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from psyche_lightning.node.download import Transfer
 
 
 class Bars:
-    """Progress of a training, redrawn a few times a second; nothing where the console is no terminal.
+    """Progress of a training, redrawn a few times a second; draws nothing without a terminal.
 
     Args:
         console: where to draw.
-        name: of the training.
+        name: the run's name.
         total: its rounds.
-        transfer: gives the parameters that are on their way to this node, or None.
+        transfer: returns the parameters on their way to this node, or None.
     """
 
     def __init__(self, console: Console, name: str, total: int | None, transfer: Callable[[], Transfer | None]) -> None:
@@ -56,21 +56,21 @@ class Bars:
         )
 
     def start(self) -> None:
-        """Begin to draw."""
+        """Start drawing."""
         if self._live is not None:
             self._live.start()
 
     def stop(self) -> None:
-        """Draw once more, and no longer."""
+        """Draw once more, then stop."""
         if self._live is not None:
             self._live.stop()
 
     def advance(self, done: int, figures: str) -> None:
-        """So many rounds are done; ``figures`` stand beside them."""
+        """Show the rounds done, with ``figures`` beside them."""
         self._rounds.update(self._round, completed=done, figures=figures)
 
     def render(self) -> Group | Progress:
-        """The bars at this moment."""
+        """The current bars."""
         transfer = self._transfer()
         if transfer is None:
             return self._rounds

@@ -15,14 +15,14 @@ from psyche_lightning.recipe.config import OptimizerSection
 from psyche_lightning.recipe.schedule import Schedule
 
 INPUTS = ("input_ids", "labels", "position_ids")
-"""What a model is given of a sample."""
+"""Keys of a sample that a model gets."""
 
 
 class CausalModule(LightningModule):
     """A causal language model with the recipe's optimizer; its learning rate is a pure function of the run's step.
 
     Args:
-        model: as of :class:`~psyche_lightning.hookspecs.ModelFactory`.
+        model: see :class:`~psyche_lightning.hookspecs.ModelFactory`.
         optimizer: the recipe's section.
         schedule: the learning rate of each step, from 1.
     """
@@ -32,19 +32,19 @@ class CausalModule(LightningModule):
         self.model = model
         self._optimizer = optimizer
         self._schedule = schedule
-        # With a cache, models of transformers do not see that positions from 0 begin another text.
+        # With a cache, transformers models miss that positions from 0 start another text.
         takes = inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in takes else {}
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """The mean loss in nats a token; input_ids, labels and perhaps position_ids are int64 [batch, seq_len]."""
+        """Mean loss in nats per token; input_ids, labels and any position_ids are int64 [batch, seq_len]."""
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         loss: torch.Tensor = self.model(**inputs, **self._options).loss
         return loss
 
     @torch.no_grad()
     def evaluate(self, samples: Sequence[dict[str, torch.Tensor]], batch_size: int) -> float:
-        """The mean loss over samples in nats a token."""
+        """Mean loss over samples in nats per token."""
         training = self.training
         self.eval()
         total = 0.0
@@ -82,11 +82,11 @@ class ProviderDataset(Dataset[dict[str, torch.Tensor]]):
         return self._provider.samples(index, index + 1)[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
-        """The samples of several ids, asking for each stretch of neighbours at once."""
+        """The samples of several ids; reads each stretch of consecutive ids at once."""
         return [sample for stretch in _stretches(indices) for sample in self._provider.samples(*stretch)]
 
     def prefetch(self, indices: list[int]) -> None:
-        """Tell the provider that these ids will be asked for soon, if it wants to know."""
+        """Tell the provider to prefetch these ids, if it has a method for that."""
         ahead = getattr(self._provider, "prefetch", None)
         if ahead is not None:
             for stretch in _stretches(indices):
@@ -94,7 +94,7 @@ class ProviderDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def _stretches(indices: list[int]) -> Iterator[tuple[int, int]]:
-    """Each stretch of neighbours, as ``(start, stop)``."""
+    """Stretches of consecutive ids, ``(start, stop)``."""
     start = 0
     for place in range(1, len(indices) + 1):
         if place == len(indices) or indices[place] != indices[place - 1] + 1:

@@ -53,15 +53,15 @@ def train_recipe(
     """Train a recipe to the end of its run.
 
     The node's folder gets ``metrics.jsonl`` (a row for each step with ``step``, ``loss``, ``lr``,
-    ``tokens_per_second``, ``bytes_up`` and ``bytes_down``, ``seconds`` since it began and how many of them it
+    ``tokens_per_second``, ``bytes_up`` and ``bytes_down``, ``seconds`` since it began and the part of them it
     ``waited`` for others; rows with ``step`` and ``validation_loss``), ``result.json``,
-    and ``checkpoints`` with a folder in Hugging Face format for each; ``checkpoint`` leads to the newest.
+    and ``checkpoints`` with a folder in Hugging Face format for each; ``checkpoint`` links to the newest.
 
     Args:
-        recipe: what to train.
+        recipe: the recipe.
         coordinator_url: the run's coordinator; None to train alone.
-        run_id: the run; the recipe's name unless given.
-        directory: the node's folder; ``node.directory`` of the recipe, else ``psyche-RUN``, unless given.
+        run_id: the run; by default the recipe's name.
+        directory: the node's folder; by default ``node.directory`` of the recipe, else ``psyche-RUN``.
 
     Returns:
         The content of ``result.json``: ``id`` and ``digest`` (hex), ``steps``, ``loss`` (``train`` and
@@ -69,7 +69,7 @@ def train_recipe(
         payloads that peers fetched from this node) and ``payload_bytes_computed`` (a round: one payload to each peer).
 
     Raises:
-        PsycheError: anything that a user can do something about.
+        PsycheError: any error that a user can fix.
     """
     _quiet()
     run = run_id or recipe.name
@@ -88,7 +88,7 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
         fixed = _fixed(coordinator_url, run)
     beginning = begin(recipe, fixed)
     provider: DataProvider = plugins.data_providers()[recipe.data.name](recipe.data.options, seed=recipe.run.seed)
-    torch.manual_seed(recipe.run.seed)  # nodes of one kind begin with equal parameters, which need not travel then
+    torch.manual_seed(recipe.run.seed)  # equal nodes begin with equal parameters, which then need not travel
     model = plugins.models()[recipe.model.name](dict(beginning.options))
     model = model.to(getattr(torch, recipe.model.dtype)).train()
     check_data(model, provider)
@@ -123,7 +123,7 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
 
 
 class _Diary(Callback):
-    """Shows progress, and writes what is left of a training: metrics, checkpoints and the result.
+    """Shows progress, and writes a training's output: metrics, checkpoints and the result.
 
     Attributes:
         result: the content of ``result.json``, at the end.
@@ -164,7 +164,7 @@ class _Diary(Callback):
         self._started = time.monotonic()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._losses:  # now the parameters are the run's
+        if not self._losses:  # the parameters are now the run's
             self._validate(trainer, pl_module)
         self._began = time.monotonic()
 
@@ -177,7 +177,7 @@ class _Diary(Callback):
         self._trained += 1
         rate = session.samples * self._provider.seq_len / seconds
         lr, loss = self._recipe.schedule(step), session.loss
-        if session.samples:  # else they could not be obtained
+        if session.samples:  # 0 if they were unavailable
             self._losses.append(loss)
             self._write(
                 step=step, loss=loss, lr=lr, tokens_per_second=round(rate, 1), bytes_up=up, bytes_down=down,
@@ -234,7 +234,7 @@ class _Diary(Callback):
         assert self._strategy.session is not None
         return self._strategy.session
 
-    # --- what they do -----------------------------------------------------------------------------------------------
+    # --- helpers ----------------------------------------------------------------------------------------------------
 
     def _close(self) -> None:
         self._bars.stop()
@@ -261,7 +261,7 @@ class _Diary(Callback):
 
 
 def _fixed(url: str, run: str) -> Mapping[str, Any]:
-    """The manifest of a run as far as it is fixed."""
+    """The fixed part of a run's manifest."""
     client = load_plugins().coordinators()[urlsplit(url).scheme].client
     return look(client(url, run, Identity.generate(), {})).manifest or {}
 
@@ -274,8 +274,8 @@ def check_data(model: torch.nn.Module, provider: DataProvider) -> None:
     """Refuse data that does not fit the model; reads one sample.
 
     Raises:
-        ConfigError: the vocabulary is too large for the model, or it takes no positions and the data has some.
-        DataError: the sample cannot be obtained.
+        ConfigError: the vocabulary is too large for the model, or the data has positions that it does not take.
+        DataError: the sample is unavailable.
     """
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if isinstance(size, int) and size < provider.vocab_size:
@@ -293,7 +293,7 @@ def check_data(model: torch.nn.Module, provider: DataProvider) -> None:
 
 
 def _quiet() -> None:
-    """Keep what Trainer says about itself to a Trainer user out of the command's output."""
+    """Keep Trainer's hints for Trainer users out of the command's output."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\.")
     with contextlib.suppress(ImportError):

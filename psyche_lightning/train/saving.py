@@ -1,4 +1,4 @@
-"""A recipe's checkpoints: when they are made, what they are made from, and what a run goes on from."""
+"""A recipe's checkpoints: when and from which parameters a node saves them, and how a run resumes."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from psyche_lightning.recipe.manifest import start_section
 logger = logging.getLogger(__name__)
 
 PREFIX = "model."
-"""Before the names of a recipe's parameters: they are those of the model in its LightningModule."""
+"""Prefix of a recipe's parameter names: its LightningModule holds the model under this name."""
 _KEPT = ("trust_remote_code", "gradient_checkpointing")
-"""Keys of ``model.config`` that a checkpoint's own configuration does not have."""
+"""Keys of ``model.config`` that a checkpoint's own configuration lacks."""
 
 
 class Checkpoints:
     """Makes the checkpoints of one node.
 
     Args:
-        recipe: says when and where to.
+        recipe: sets when and where.
         run: the run's name.
         folder: the node's.
         tokenizer: saved with each; None for none.
-        sections: of the run's manifest; their digest is noted in each.
+        sections: the run's manifest; each notes its digest.
 
     Raises:
-        PsycheError: the folder or the address cannot be written.
+        PsycheError: the folder or address is not writable.
     """
 
     def __init__(self, recipe: Recipe, run: str, folder: Path, tokenizer: Any, sections: Mapping[str, Any]) -> None:
@@ -63,19 +63,19 @@ class Checkpoints:
         standing = session.standing if self._every else None
         if standing is None:
             return
-        if self._saved is None:  # a node that comes in the middle does not begin with a checkpoint
+        if self._saved is None:  # a node that joins midway does not start with a checkpoint
             self._saved = max(0, standing.step - 1)
         if standing.step // self._every <= self._saved // self._every:
             return
-        # A node that had no part in that round is late by some; then it is not the one that is waited for.
+        # A node that missed that round saves a later step; then no one waits for it, so it has no rank.
         rank = self._rank(standing, session) if standing.step % self._every == 0 else None
         if self._writer.save(lambda: ModelCopy(model, PREFIX), self._metadata(standing), rank):
             self._saved = standing.step
 
     def at_the_end(self, session: Session, model: torch.nn.Module, step: int) -> Callable[[], None]:
-        """Begin the last one; what is returned waits for it, and raises PsycheError where it could not be written."""
+        """Begin the last one; the returned function waits for it, and raises PsycheError if the write failed."""
         standing = session.standing or Standing(step, 0, 0, ())
-        if self._saved != standing.step or standing.step % self._every:  # else it is being written
+        if self._saved != standing.step or standing.step % self._every:  # else it is in progress
             rank = self._rank(standing, session)
             self._writer.save(lambda: ModelCopy(model, PREFIX), self._metadata(standing), rank, last=True)
         return lambda: self._writer.finish(standing.step)
@@ -89,18 +89,18 @@ class Checkpoints:
 
 
 def recipe_digest(sections: Mapping[str, Any]) -> str:
-    """The SHA-256 of the sections of a run's manifest as canonical JSON, in hex, but for where the run began."""
+    """The hex SHA-256 of a run's manifest sections as canonical JSON, without the section ``start``."""
     plain = {name: section for name, section in sections.items() if name != START}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a node begins with.
+    """A node's first state.
 
     Attributes:
-        options: what the model's factory is given.
-        section: ``start`` of the run's manifest; None for a run that begins anew.
+        options: for the model's factory.
+        section: ``start`` of the run's manifest; None for a run from step 1.
     """
 
     options: Mapping[str, Any]
@@ -108,12 +108,12 @@ class Beginning:
 
     @property
     def start(self) -> tuple[int, int] | None:
-        """Steps that were done before, and the first data id that is left."""
+        """Steps done before, and the first data id left."""
         return None if self.section is None else (self.section["step"], self.section["data_index"])
 
 
 def begin(recipe: Recipe, fixed: Mapping[str, Any] | None) -> Beginning:
-    """Where a node's first parameters come from; copies those at an address to this machine.
+    """The source of a node's first parameters; copies those at an address to this machine.
 
     Args:
         recipe: the node's.
@@ -130,14 +130,14 @@ def begin(recipe: Recipe, fixed: Mapping[str, Any] | None) -> Beginning:
     begun = None if fixed is None else fixed.get(START)
     if fixed is not None and begun is None:
         raise ConfigError(
-            "the run begins with step 1, and this node's checkpoint.resume wants it to go on from a checkpoint. Create "
+            "the run begins with step 1, but this node's checkpoint.resume names a checkpoint to resume from. Create "
             f"it with `psyche run create RUN RECIPE checkpoint.resume={address}`, or take only the parameters with "
             f"model.path={address}."
         )
     step = None if begun is None else int(begun["step"])
     there = [] if step is None else complete_checkpoints(open_storage(address))
     if step is not None and all(one.manifest.metadata.step != step for one in there):
-        text = "the checkpoint of step %d, with which the run began, is not at %s any more; the run is further"
+        text = "the run began with the checkpoint of step %d, which is no longer at %s; the run is further"
         logger.info(text, step, address)
         step = None
     found, folder = fetch_newest(address, cache_folder(), step)

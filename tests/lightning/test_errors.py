@@ -114,7 +114,7 @@ def test_an_optimizer_of_foreign_tensors(classifier: Make, loader: Make, trainer
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
 
-    with pytest.raises(ConfigError, match=r"1 tensors that are no parameters of Foreign.*\(3,\)"):
+    with pytest.raises(ConfigError, match=r"1 tensors that are not parameters of Foreign.*\(3,\)"):
         trainer(max_steps=1).fit(Foreign(), loader())
 
 
