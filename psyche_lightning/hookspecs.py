@@ -1,4 +1,4 @@
-"""The hooks of psyche_lightning: everything that a plugin can add, and the manual of how.
+"""The hooks of psyche_lightning: everything that a plugin can add, and how to add it.
 
 A plugin is an ordinary Python distribution, named ``psyche-lightning-<thing>`` by custom, with one entry point in the
 group ``psyche_lightning`` that names a module (or an object). The functions of that module marked with
@@ -24,18 +24,18 @@ The rules are the same for all five hooks:
 
 * **Signature.** An implementation takes exactly the argument ``register``. A hook that does not exist here, or other
   arguments, is an error of the plugin, which names the nearest hook and shows both signatures.
-* **What is registered.** ``register(name, factory)`` as often as the plugin likes; coordinators register a
+* **Registration.** Call ``register(name, factory)`` any number of times; coordinators register a
   :class:`CoordinatorKind`, which has several factories. A name has lower-case letters,
-  digits, ``-``, ``_`` and ``.``, and begins with a letter; recipes and command lines use it. Nothing is built until
-  someone asks for the name: registering is cheap, and the factory imports what is heavy. The module of the entry point
-  is imported by ``psyche --help`` too, so it must not import torch.
-* **Order.** Built-ins first, then distributions by name. It decides nothing: every name has one owner.
+  digits, ``-``, ``_`` and ``.``, and begins with a letter; recipes and command lines use it. The host builds nothing
+  until a name is used: registering is cheap, and the factory does the heavy imports. ``psyche --help`` also imports
+  the entry point's module, so it must not import torch.
+* **Order.** Built-ins first, then distributions by name. Order decides nothing: every name has one owner.
 * **Conflicts.** A name that two plugins register belongs to neither. Using it is an error that names both plugins with
-  their distributions; uninstall one, or leave it out with ``PSYCHE_PLUGINS``. That holds against built-ins too.
-* **Failures.** A plugin that cannot be imported, or whose hook raises, adds nothing; the others are not affected.
-  ``psyche plugins`` lists it with its error, and so does the message about a name that is missing because of it.
+  their distributions; uninstall one, or exclude it with ``PSYCHE_PLUGINS``. Built-ins follow this rule too.
+* **Failures.** A plugin that fails to import, or whose hook raises, adds nothing and does not affect the others.
+  ``psyche plugins`` lists it with its error; the message about a missing name lists failed plugins too.
 * **Choosing.** ``PSYCHE_PLUGINS=mla,psyche-lightning-iroh`` loads only the plugins with these entry-point or
-  distribution names, ``PSYCHE_PLUGINS=`` none. Built-ins are always there.
+  distribution names, ``PSYCHE_PLUGINS=`` none. Built-ins always load.
 
 ``psyche_lightning.testing`` has the conformance kits: ``transport``, ``coordinators``, ``models`` and ``data``.
 ``psyche plugin new`` writes a package to begin with, and ``docs/plugins.md`` builds one.
@@ -67,13 +67,13 @@ _Offer = TypeVar("_Offer", contravariant=True)
 
 
 class Register(Protocol[_Offer]):
-    """What a hook is given: call it once for each name."""
+    """A hook's argument: call it once for each name."""
 
     def __call__(self, name: str, offer: _Offer) -> None:
         """Offer a factory, or a :class:`CoordinatorKind`, under ``name``.
 
         Raises:
-            PluginError: the name is malformed, the offer is none, or this plugin used the name before.
+            PluginError: the name or the offer is invalid, or this plugin already used the name.
         """
 
 
@@ -89,8 +89,7 @@ class TransportFactory(Protocol):
         """Build one node's transport; it opens nothing before ``start``.
 
         Args:
-            options: the recipe's ``node.transport_options``, plain values. Options that the transport does not know are
-                an error.
+            options: the recipe's ``node.transport_options``, plain values. Unknown options are an error.
 
         Raises:
             ConfigError: an option is unknown or wrong; the text lists the choices.
@@ -102,7 +101,7 @@ class TransportFactory(Protocol):
 def register_transports(register: Register[TransportFactory]) -> None:
     """Register ways for nodes to exchange messages and blobs, chosen by the recipe's ``node.transport``.
 
-    ``factory(options)`` returns a :class:`psyche_lightning.transports.base.Transport`, one for each node; called on
+    ``factory(options)`` returns a :class:`psyche_lightning.transports.base.Transport`, one per node; it runs on
     the thread that starts the node, before its event loop runs.
 
     Example::
@@ -119,13 +118,13 @@ class ClientFactory(Protocol):
     """Builds the client of one run's coordinator."""
 
     def __call__(self, url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
-        """Build the client; it connects when it is first used.
+        """Build the client; it connects on first use.
 
         Args:
-            url: the whole coordinator URL as the user gave it; the registered name is its scheme.
+            url: the user's whole coordinator URL; the registered name is its scheme.
             run_id: the run.
             identity: the node's key, which signs its requests.
-            options: further plain values; unknown ones are an error.
+            options: more plain values; unknown ones are an error.
 
         Raises:
             ConfigError: the URL or an option is wrong.
@@ -137,12 +136,12 @@ class OwnerFactory(Protocol):
     """Builds the owner's side of one run."""
 
     def __call__(self, url: str, run_id: str, token: str | None) -> RunAdmin:
-        """Build it; it connects when it is first used.
+        """Build it; it connects on first use.
 
         Args:
             url: the whole coordinator URL.
             run_id: the run, which may not exist yet.
-            token: what a server may want to be shown, ``psyche run --token``.
+            token: the token a server may require, ``psyche run --token``.
 
         Raises:
             ConfigError: the URL is wrong.
@@ -151,16 +150,16 @@ class OwnerFactory(Protocol):
 
 
 class CoordinatorKind(NamedTuple):
-    """What there is to one kind of coordinator. Nodes need its client; what it lacks besides, commands say.
+    """The parts of one kind of coordinator. Nodes need the client; commands report other missing parts.
 
     Attributes:
-        client: builds what a node talks to.
-        owner: builds what ``psyche run`` talks to.
+        client: builds the client for nodes.
+        owner: builds the owner's side for ``psyche run``.
         clock: reads the clock of the coordinator with this URL, for ``psyche doctor``. Raises ``CoordinatorError``
-            where it cannot be reached, and one with the code ``NoClock`` where it does not tell the time.
-        account: reads a dump of a run's account, given its bytes and the file's name; returns a status as
-            :meth:`~psyche_lightning.protocol.owner.RunAdmin.status` does, for ``psyche run status --account-file``.
-        demo: builds what ``psyche demo --coordinator NAME`` is played on, a
+            if it is unreachable, and one with the code ``NoClock`` if it has no clock.
+        account: reads a dump of a run's account, given its bytes and the file's name; returns a status like
+            :meth:`~psyche_lightning.protocol.owner.RunAdmin.status`, for ``psyche run status --account-file``.
+        demo: builds the stage for ``psyche demo --coordinator NAME``, a
             ``psyche_lightning.cli.demo.stage.Stage``.
     """
 
@@ -175,8 +174,8 @@ class CoordinatorKind(NamedTuple):
 def register_coordinators(register: Register[CoordinatorKind]) -> None:
     """Register kinds of coordinators; the name is the scheme of the coordinator's URL (``solana`` for ``solana://...``).
 
-    A kind is a :class:`CoordinatorKind`, of which only ``client(url, run_id, identity, options)`` is needed: it returns
-    a client that fulfils :class:`psyche_lightning.protocol.requests.Coordinator`.
+    A kind is a :class:`CoordinatorKind`, which needs only ``client(url, run_id, identity, options)``: it returns
+    a client that implements :class:`psyche_lightning.protocol.requests.Coordinator`.
 
     Example::
 
@@ -207,12 +206,12 @@ class ModelFactory(Protocol):
         """Build the model, with freshly initialized parameters on the current default device.
 
         Args:
-            config: the recipe's ``model.config``, plain values; with ``path`` in it, a folder to load parameters from.
+            config: the recipe's ``model.config``, plain values; its ``path`` is a folder to load parameters from.
 
         Returns:
             A module with ``forward(input_ids, labels=...)``, both int64 of shape [batch, seq_len] (labels are not
-            shifted, -100 is ignored), whose result has ``.loss`` (scalar, nats a token) and ``.logits``
-            ([batch, seq_len, vocab]), and with ``save_pretrained`` that writes a Hugging Face-format folder.
+            shifted, -100 is ignored), whose result has ``.loss`` (scalar, nats per token) and ``.logits``
+            ([batch, seq_len, vocab]), and with ``save_pretrained``, which writes a Hugging Face-format folder.
 
         Raises:
             ConfigError: a key is unknown or wrong.
@@ -224,10 +223,10 @@ class ModelFactory(Protocol):
 def register_models(register: Register[ModelFactory]) -> None:
     """Register models, chosen by the recipe's ``model.name``.
 
-    ``factory(config)`` is also called under ``torch.device("meta")``, where it must not touch parameter values: that is
-    how ``--dry-run`` counts a model of any size. A plugin whose checkpoints have a ``model_type`` of their own
-    registers its classes with ``AutoConfig`` and ``AutoModelForCausalLM`` of ``transformers`` when the factory is
-    called, and registers the model under that name: ``psyche generate`` calls ``factory({})`` on the meta device
+    ``--dry-run`` also calls ``factory(config)`` under ``torch.device("meta")``, to count a model of any size; there it
+    must not touch parameter values. A plugin whose checkpoints have their own ``model_type``
+    registers its classes with ``AutoConfig`` and ``AutoModelForCausalLM`` of ``transformers`` in the
+    factory, and registers the model under that name: ``psyche generate`` calls ``factory({})`` on the meta device
     before it loads such a checkpoint.
 
     Example::
@@ -243,16 +242,16 @@ def register_models(register: Register[ModelFactory]) -> None:
 class DataProvider(Protocol):
     """The samples of a run, the same on every node.
 
-    ``psyche_lightning.testing.data`` is its conformance kit. Two more things are used where a provider has them:
+    ``psyche_lightning.testing.data`` is its conformance kit. A provider may also have:
 
-    * an attribute ``fingerprint`` (text), which is part of the run's manifest: nodes whose samples differ have
-      different ones, and are told so when they join;
-    * a method ``prefetch(start, stop)``, which is told that these ids will be asked for soon, begins to obtain them
-      within bounds of its own, and returns at once.
+    * an attribute ``fingerprint`` (text), which is part of the run's manifest: it differs between nodes whose samples
+      differ, and joining reports the difference;
+    * a method ``prefetch(start, stop)``, which is called before these ids are needed, begins to load them
+      within its own bounds, and returns at once.
 
     Attributes:
         vocab_size: number of token ids.
-        seq_len: tokens of a sample.
+        seq_len: tokens per sample.
     """
 
     vocab_size: int
@@ -260,11 +259,11 @@ class DataProvider(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """A ``transformers`` tokenizer that is saved with checkpoints, or None; an attribute does as well."""
+        """A ``transformers`` tokenizer to save with checkpoints, or None; it may be an attribute."""
         ...
 
     def __len__(self) -> int:
-        """How many training samples there are; ids wrap around after that."""
+        """Number of training samples; ids wrap around after that."""
         ...
 
     def samples(self, start: int, stop: int) -> list[dict[str, torch.Tensor]]:
@@ -273,12 +272,12 @@ class DataProvider(Protocol):
         Deterministic and independent of earlier calls.
 
         Returns:
-            For each id a dictionary with ``input_ids`` and ``labels``, and where all samples have them
+            For each id a dictionary with ``input_ids`` and ``labels``, and, if all samples have them,
             ``position_ids``, int64 of shape [seq_len]. Labels are not shifted; -100 is ignored.
 
         Raises:
-            DataError: some of them cannot be obtained, after trying again for a while; it has their ids. The node gives
-                nothing to the round then, and the ids are assigned again. Where it is lasting, the node leaves the run.
+            DataError: some samples remain unavailable after retries; it has their ids. The node then gives nothing to
+                the round, and the run assigns the ids again. If the error is lasting, the node leaves the run.
         """
         ...
 
@@ -298,7 +297,7 @@ class DataProviderFactory(Protocol):
             seed: the run's seed, for shuffling.
 
         Raises:
-            ConfigError: a key is unknown or wrong, or there is no data where it points.
+            ConfigError: a key is unknown or wrong, or points to no data.
         """
         ...
 
@@ -308,8 +307,8 @@ def register_data_providers(register: Register[DataProviderFactory]) -> None:
     """Register sources of samples, chosen by the recipe's ``data.name``.
 
     ``factory(config, seed=...)`` returns a :class:`DataProvider`. All nodes of a run must see the same samples under
-    the same ids: whatever decides them belongs in ``config``, which is part of the run's manifest except for its keys
-    ``path``, ``url``, ``tokenizer`` and ``fetch``, which may differ from machine to machine.
+    the same ids: every setting that affects them belongs in ``config``, which is part of the run's manifest except for
+    its keys ``path``, ``url``, ``tokenizer`` and ``fetch``, which may differ by machine.
 
     Example::
 
@@ -337,10 +336,10 @@ class CommandFactory(Protocol):
 
 @hookspec
 def register_commands(register: Register[CommandFactory]) -> None:
-    """Register sub-commands of ``psyche``; the first line of the factory's docstring is the line in ``psyche --help``.
+    """Register sub-commands of ``psyche``; ``psyche --help`` shows the first line of the factory's docstring.
 
-    ``factory()`` is called when the command is run; a ``PsycheError`` that it raises is printed without a traceback and
-    ends with exit code 1. The names of the host's own commands are taken.
+    Running the command calls ``factory()``; a ``PsycheError`` that it raises is printed without a traceback and
+    ends with exit code 1. The names of the host's own commands are reserved.
 
     Example::
 

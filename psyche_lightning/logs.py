@@ -1,7 +1,7 @@
-"""The one voice of the package: how a log line looks, which run and node it is of, and when it is said again.
+"""Logging of the package: the format of a log line, its run and node, and when to repeat it.
 
-Every module logs with ``logging.getLogger(__name__)``. The ``psyche`` command handles what they say for as long as it
-runs (:func:`handled`); in a script of the user's own, the user's handlers do, and ours steps in where there are none
+Every module logs with ``logging.getLogger(__name__)``. The ``psyche`` command handles all records while it
+runs (:func:`handled`); in a user's script, the user's handlers do, or ours if there are none
 (:func:`ensure_heard`).
 """
 
@@ -19,23 +19,23 @@ from datetime import datetime
 from typing import Literal, TextIO, TypedDict
 
 OURS = "psyche_lightning"
-"""The logger above all of the package; a plugin's are named after its own package."""
+"""The package's root logger; a plugin's has the name of the plugin's package."""
 REMINDERS = (15.0, 30.0, 60.0, 120.0, 300.0)
-"""Seconds after which what lasts is said again; later, whenever the last of these has passed once more."""
+"""Seconds after which to repeat a lasting outage; after the last, repeat at multiples of it."""
 STEADY = 10.0
-"""Seconds that something must work before its next failure counts as a new one."""
+"""Seconds of success before the next failure counts as a new outage."""
 
 Stream = Literal["stdout", "stderr"]
 _speaker: ContextVar[tuple[str, str]] = ContextVar("psyche_speaker", default=("-", "-"))
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-# --- who speaks -----------------------------------------------------------------------------------------------------
+# --- run and node ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def speaking(run: str, node: str) -> Iterator[None]:
-    """Everything that is logged within is of this run and node; tasks and callbacks that begin within inherit it.
+    """Label records logged within with this run and node; tasks and callbacks that begin within inherit it.
 
     Args:
         run: the run's name.
@@ -46,30 +46,30 @@ def speaking(run: str, node: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _speaker.set(before)  # not reset: a notebook may end in another context than it began in
+        _speaker.set(before)  # not reset: a notebook may end in a different context
 
 
 class Speaker(logging.Filter):
-    """Gives each record the attributes ``run`` and ``node``, ``"-"`` where there is none; for handlers of your own."""
+    """Gives each record the attributes ``run`` and ``node``, ``"-"`` for none; for your own handlers."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Lets every record pass."""
+        """Passes every record."""
         if not hasattr(record, "node"):
             record.run, record.node = _speaker.get()
         return True
 
 
-# --- how it looks ---------------------------------------------------------------------------------------------------
+# --- format ---------------------------------------------------------------------------------------------------------
 
 
 class LineFormatter(logging.Formatter):
-    """One line a record: local time with its offset from UTC, level, run, node, message.
+    """One line per record: local time with UTC offset, level, run, node, message.
 
-    Control characters, which may come from others, appear escaped. A traceback follows in indented lines.
+    Control characters, which may come from peers, are escaped. A traceback follows in indented lines.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line; the record has passed :class:`Speaker`."""
+        """The line; :class:`Speaker` labels the record first."""
         when = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
         text = record.getMessage()
         if record.name == "py.warnings":
@@ -88,10 +88,10 @@ def _plain(text: str) -> str:
 
 
 class LogHandler(logging.Handler):
-    """Writes lines to the standard output or error of the moment, which progress bars replace while they are drawn.
+    """Writes lines to the current standard output or error, which active progress bars replace.
 
     Args:
-        stream: which of them.
+        stream: which one.
     """
 
     def __init__(self, stream: Stream = "stderr") -> None:
@@ -107,24 +107,24 @@ class LogHandler(logging.Handler):
             stream.write(self.format(record) + "\n")
             stream.flush()
         except BrokenPipeError:
-            pass  # a node does not end because nobody reads its output any more
+            pass  # a node continues when no one reads its output
         except Exception:
             self.handleError(record)
 
 
 class Redirections(TypedDict):
-    """Arguments of rich's displays: whether they take over a stream while they are drawn."""
+    """Arguments of rich's displays: whether they redirect a stream while active."""
 
     redirect_stdout: bool
     redirect_stderr: bool
 
 
 def redirections() -> Redirections:
-    """A display takes over lines that go to a terminal, and leaves those that go to a file or a pipe."""
+    """A display redirects lines to a terminal, but not those to a file or a pipe."""
     return Redirections(redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty())
 
 
-# --- who hears it ---------------------------------------------------------------------------------------------------
+# --- handlers -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -133,7 +133,7 @@ def handled(stream: Stream, packages: Iterable[str] = ()) -> Iterator[None]:
 
     Args:
         stream: where lines go.
-        packages: those of plugins, which say as much as ours.
+        packages: plugins' packages, which get our level.
     """
     handler, root = LogHandler(stream), logging.getLogger()
     before = {logging.getLogger(name): logging.getLogger(name).level for name in (OURS, *packages)}
@@ -151,13 +151,13 @@ def handled(stream: Stream, packages: Iterable[str] = ()) -> Iterator[None]:
 
 
 def tell_more(packages: Iterable[str] = ()) -> None:
-    """Also handles what only developers want to know, until :func:`handled` ends."""
+    """Also handles debug records, until :func:`handled` ends."""
     for name in (OURS, *packages):
         logging.getLogger(name).setLevel(logging.DEBUG)
 
 
 class _LastResort(LogHandler):
-    """Ours in a user's script: silent as soon as anybody else handles the record."""
+    """Our handler in a user's script: silent when another handles the record."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,10 +165,10 @@ class _LastResort(LogHandler):
 
 
 def ensure_heard(packages: Iterable[str] = ()) -> None:
-    """Lets people hear what nodes say in a process in which nobody has configured logging; else changes nothing.
+    """Shows nodes' records in a process without configured logging; else changes nothing.
 
     Args:
-        packages: those of plugins.
+        packages: plugins' packages.
     """
     for name in (OURS, *packages):
         logger = logging.getLogger(name)
@@ -179,7 +179,7 @@ def ensure_heard(packages: Iterable[str] = ()) -> None:
 
 
 def _handlers(logger: logging.Logger, but: logging.Handler | None = None) -> list[logging.Handler]:
-    """Those that get the records of a logger."""
+    """The handlers of a logger's records."""
     found: list[logging.Handler] = []
     here: logging.Logger | None = logger
     while here is not None:
@@ -188,11 +188,11 @@ def _handlers(logger: logging.Logger, but: logging.Handler | None = None) -> lis
     return found
 
 
-# --- what lasts -----------------------------------------------------------------------------------------------------
+# --- outages --------------------------------------------------------------------------------------------------------
 
 
 def next_reminder(lasted: float) -> float:
-    """When to say the next time what has lasted for so many seconds: seconds from its beginning."""
+    """When to next report an outage that has lasted this long; in seconds from its start."""
     last = REMINDERS[-1]
     return next(due for due in itertools.chain(REMINDERS, itertools.count(2 * last, last)) if due > lasted)
 
@@ -210,16 +210,16 @@ def duration(seconds: float) -> str:
 
 
 class Outage:
-    """Tells people that something does not answer: at once, then at intervals, and when it is back.
+    """Logs that a service does not answer: at once, then at intervals, and when it is back.
 
-    Something that comes and goes is one outage, which is told at intervals as well. Call :meth:`fails` at each attempt
-    that fails, :meth:`works` whenever one does not.
+    A service that comes and goes has one outage, also logged at intervals. Call :meth:`fails` at each failed
+    attempt, and :meth:`works` at each other.
 
     Args:
-        logger: says it.
-        what: what does not answer, such as ``"the coordinator at http://..."``.
-        level: of the first line; what lasts is a warning.
-        allowance: seconds that it may take until it is reached for the first time without a word.
+        logger: logs the lines.
+        what: the service, such as ``"the coordinator at http://..."``.
+        level: of the first line; later lines are warnings.
+        allowance: seconds without a log line until the first success.
         clock: monotonic seconds.
     """
 
@@ -271,7 +271,7 @@ class Outage:
             return
         self._back = self._clock()
         if self._told:
-            # As loud as its loss was: whoever heard of that hears of this.
+            # At the level of its loss, so that the same readers see it.
             self._logger.log(self._told, "%s is back after %s", self._what, duration(self._back - self._began))
             self._told = logging.NOTSET
 

@@ -1,6 +1,6 @@
-"""The plugin host: loads plugins, keeps what they register, and says what is wrong with those that do not load.
+"""The plugin host: loads plugins, keeps their registrations, and reports why others fail to load.
 
-Built-ins come in through the same hooks as third parties' distributions; :mod:`psyche_lightning.hookspecs` is the
+Built-ins use the same hooks as third-party distributions; :mod:`psyche_lightning.hookspecs` is the
 manual. Loading runs no factory, so it stays cheap.
 """
 
@@ -40,7 +40,7 @@ BUILTINS = (
     "psyche_lightning.builtin.data",
 )
 
-# What each hook adds, in the words of messages.
+# The kind that each hook adds, for messages.
 KINDS = {
     "register_transports": "transport",
     "register_coordinators": "coordinator",
@@ -49,7 +49,7 @@ KINDS = {
     "register_commands": "command",
 }
 
-# Which extra of psyche-lightning brings a name that a host alone lacks.
+# The extra of psyche-lightning that adds a name the host lacks.
 EXTRAS = {"mla": "demo", "iroh": "iroh", "solana": "solana"}
 
 _Built = TypeVar("_Built")
@@ -63,11 +63,11 @@ class Registration:
 
     Attributes:
         kind: ``"transport"``, ``"coordinator"``, ``"model"``, ``"data provider"`` or ``"command"``.
-        name: what recipes and command lines call it.
-        offer: what it registered: a factory, or a :class:`~psyche_lightning.hookspecs.CoordinatorKind`; what each is
-            called with stands in :mod:`psyche_lightning.hookspecs`.
+        name: its name in recipes and command lines.
+        offer: a factory, or a :class:`~psyche_lightning.hookspecs.CoordinatorKind`;
+            :mod:`psyche_lightning.hookspecs` describes their arguments.
         plugin: the entry point's name, or the module of a built-in.
-        distribution: the distribution that brought the plugin.
+        distribution: the plugin's distribution.
         version: its version.
     """
 
@@ -80,7 +80,7 @@ class Registration:
 
     @property
     def owner(self) -> str:
-        """The plugin and its distribution, as messages name them."""
+        """The plugin and its distribution, for messages."""
         return f"plugin {self.plugin!r} of {self.distribution} {self.version}"
 
 
@@ -90,9 +90,9 @@ class Failure:
 
     Attributes:
         plugin: the entry point's name.
-        distribution: the distribution that brought it.
+        distribution: the plugin's distribution.
         version: its version.
-        error: what is wrong, for people.
+        error: the error, for people.
         details: the traceback, for the plugin's author.
     """
 
@@ -104,16 +104,16 @@ class Failure:
 
 
 class Registry(dict[str, _Offer]):
-    """What plugins registered of one kind, by name; looking up any other name raises :class:`PluginError`.
+    """The registrations of one kind, by name; looking up any other name raises :class:`PluginError`.
 
     Args:
-        kind: what is registered, in the words of messages.
-        registrations: everything that plugins registered of that kind.
+        kind: the kind, as messages call it.
+        registrations: all registrations of that kind.
         failures: the plugins that failed to load, for the message about a missing name.
 
     Attributes:
-        registrations: who registered each name.
-        conflicts: the names that belong to nobody, with those who registered them.
+        registrations: each name's registration.
+        conflicts: names that several plugins registered, with all registrations.
     """
 
     def __init__(self, kind: str, registrations: Iterable[Registration], failures: Sequence[Failure]) -> None:
@@ -132,18 +132,18 @@ class Registry(dict[str, _Offer]):
         choices = ", ".join(self) or "none"
         message = f"There is no {self.kind} {name!r}.{nearest(name, self)} Installed: {choices}."
         if name in EXTRAS:
-            message += f" A package of its own brings it: pip install 'psyche-lightning[{EXTRAS[name]}]'."
+            message += f" A separate package adds it: pip install 'psyche-lightning[{EXTRAS[name]}]'."
         if self._failures:
             failed = ", ".join(sorted({failure.plugin for failure in self._failures}))
             message += f" Plugins that failed to load: {failed}; `psyche plugins` says why."
         raise PluginError(message)
 
     def conflict(self, name: str) -> str:
-        """The sentence about a name that several plugins registered."""
+        """The message about a name that several plugins registered."""
         owners = " and by ".join(registration.owner for registration in self.conflicts[name])
         return (
             f"The {self.kind} {name!r} is registered by {owners}. Uninstall one of them, or set "
-            f"{PLUGINS_VARIABLE} to the plugins that you want."
+            f"{PLUGINS_VARIABLE} to the plugins you want."
         )
 
 
@@ -151,8 +151,8 @@ class Plugins:
     """The plugins of this process.
 
     Args:
-        builtins: modules that are loaded first.
-        only: entry-point or distribution names that are loaded; None for all that are installed.
+        builtins: modules to load first.
+        only: entry-point or distribution names to load; None for all installed plugins.
 
     Attributes:
         failures: the plugins that failed to load.
@@ -193,14 +193,14 @@ class Plugins:
         return self._registry("command")
 
     def registries(self) -> list[Registry[object]]:
-        """All of them, in the order in which the manual describes them."""
+        """All registries, in the order of the manual."""
         return [self._registry(kind) for kind in KINDS.values()]
 
     def _registry(self, kind: str) -> Registry[Any]:
         return Registry(kind, (found for found in self._registrations if found.kind == kind), self.failures)
 
     def _load(self, name: str, distribution: str, version: str, load: Callable[[], object]) -> None:
-        """Import one plugin and call its hooks; whatever goes wrong is recorded and leaves nothing behind."""
+        """Import one plugin and call its hooks; records any error and then keeps nothing of the plugin."""
         try:
             plugin = load()
             if self._manager.is_registered(plugin):
@@ -244,7 +244,7 @@ class Plugins:
 
 
 class _Recorder:
-    """The ``register`` that one hook of one plugin is given."""
+    """The ``register`` argument of one hook of one plugin."""
 
     def __init__(self, found: list[Registration], hook: str, plugin: str, distribution: str, version: str) -> None:
         self._found = found
@@ -272,17 +272,17 @@ class _Recorder:
 
 @functools.cache
 def load_plugins() -> Plugins:
-    """The plugins of this process, loaded at the first call as ``PSYCHE_PLUGINS`` says."""
+    """The plugins of this process; the first call loads them as ``PSYCHE_PLUGINS`` says."""
     names = os.environ.get(PLUGINS_VARIABLE)
     only = None if names is None else [name.strip() for name in names.split(",") if name.strip()]
     return Plugins(only=only)
 
 
 def build(what: str, target: Callable[..., _Built], options: Mapping[str, Any]) -> _Built:
-    """Call ``target(**options)``, refusing options that it does not take; for factories.
+    """Call ``target(**options)`` and refuse options that it does not take; for factories.
 
     Args:
-        what: what is built, as messages name it, such as ``"transport 'tcp'"``.
+        what: the result's name for messages, such as ``"transport 'tcp'"``.
         target: a class or function with named parameters.
         options: values by parameter name.
 
@@ -308,7 +308,7 @@ def _importer(module: str) -> Callable[[], object]:
 
 
 def packages() -> list[str]:
-    """The top-level packages of what is installed as plugins, under whose names they log; nothing is imported."""
+    """The top-level packages of installed plugins, which are their logger names; imports nothing."""
     return sorted({entry_point.module.partition(".")[0] for entry_point in _entry_points()})
 
 
@@ -323,7 +323,7 @@ def _origin(entry_point: importlib.metadata.EntryPoint) -> tuple[str, str]:
 
 
 def _normalized(name: str) -> str:
-    """Distribution names compare like this (PEP 503)."""
+    """Normalize a distribution name (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

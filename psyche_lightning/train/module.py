@@ -15,7 +15,7 @@ from psyche_lightning.recipe.config import OptimizerSection
 from psyche_lightning.recipe.schedule import Schedule
 
 INPUTS = ("input_ids", "labels", "position_ids")
-"""Keys of a sample that a model gets."""
+"""Sample keys passed to the model."""
 
 
 class CausalModule(LightningModule):
