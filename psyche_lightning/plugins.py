@@ -254,7 +254,7 @@ class _Recorder:
     def __call__(self, name: str, offer: Any) -> None:
         if not isinstance(name, str) or _NAME.fullmatch(name) is None:
             raise PluginError(
-                f"A {self._kind} cannot be named {name!r}: a name begins with a lower-case letter and goes on with "
+                f"A {self._kind} cannot be named {name!r}: a name begins with a lower-case letter, followed by "
                 "lower-case letters, digits, '-', '_' and '.'."
             )
         if self._kind == "coordinator":
@@ -264,7 +264,7 @@ class _Recorder:
                     f"register({name!r}, CoordinatorKind(client=...))."
                 )
         elif not callable(offer):
-            raise PluginError(f"The {self._kind} {name!r} needs a factory that can be called, not {offer!r}.")
+            raise PluginError(f"The {self._kind} {name!r} needs a callable factory, not {offer!r}.")
         if any((found.kind, found.name) == (self._kind, name) for found in self._found):
             raise PluginError(f"The plugin registers the {self._kind} {name!r} twice.")
         self._found.append(Registration(self._kind, name, offer, *self._origin))

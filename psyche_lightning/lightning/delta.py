@@ -29,7 +29,7 @@ def save(folder: Path, run: str, optimizer: DisTrO) -> None:
     """Write delta; a kill midway leaves the previous file.
 
     Raises:
-        StoreError: the folder cannot be written.
+        StoreError: the folder is not writable.
     """
     deltas = {name: delta.cpu() for name, delta in optimizer.delta()}
     if not deltas:

@@ -32,7 +32,7 @@ def look(client: Coordinator, timeout: float = 60.0) -> Terms:
     """Ask a run for its fixed values, on a separate event loop.
 
     Raises:
-        CoordinatorError: the coordinator cannot be reached, or does not have the run.
+        CoordinatorError: the coordinator is unreachable, or does not have the run.
     """
 
     async def ask() -> Terms:
@@ -62,7 +62,7 @@ class Entry:
         meter: counts the bytes at the sockets to the coordinator.
 
     Raises:
-        PsycheError: the transport is unknown or refuses its options, the coordinator cannot be reached, has no such
+        PsycheError: the transport is unknown or refuses its options, the coordinator is unreachable, has no such
             run, or its values are not the options'.
     """
 
@@ -145,7 +145,7 @@ def agree(options: RunOptions, terms: Terms) -> tuple[RunValues, DistroConfig]:
     begun = held.get(START)
     if begun is not None and START not in options.manifest:
         raise ConfigError(
-            f"the run goes on from the checkpoint of step {begun.get('step')}, and this node would begin anew: give "
-            "its recipe checkpoint.resume=ADDRESS, where that checkpoint lies."
+            f"the run resumes from the checkpoint of step {begun.get('step')}, but this node starts at step 1: set "
+            "checkpoint.resume=ADDRESS in its recipe to that checkpoint."
         )
     return RunValues(**shared["run"]), DistroConfig(**shared["distro"])

@@ -75,9 +75,9 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         start: for a run of this process alone: steps done before, and the first data id left.
         manifest: manifest sections that replace those made from the module and its data.
         tokens_per_sample: tokens per sample in displayed figures.
-        accelerator: as of Lightning's strategies.
-        checkpoint_io: as of Lightning's strategies.
-        precision: as of Lightning's strategies.
+        accelerator: as in Lightning's strategies.
+        checkpoint_io: as in Lightning's strategies.
+        precision: as in Lightning's strategies.
 
     Attributes:
         options: the given ones, with the environment's.

@@ -32,7 +32,7 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
             shapes = ", ".join(str(tuple(parameter.shape)) for parameter in unknown[:3])
             raise ConfigError(
                 f"the optimizer trains {len(unknown)} tensors that are not parameters of {type(module).__name__} "
-                f"(of shapes {shapes}); only the module's own parameters can be shared with other nodes"
+                f"(of shapes {shapes}); nodes can share only the module's own parameters"
             )
         groups.append(
             {

@@ -81,9 +81,9 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         start: for a run of this process alone: steps done before, and the first data id left.
         manifest: manifest sections that replace those made from the module and its data.
         tokens_per_sample: tokens per sample in displayed figures.
-        accelerator: as of Lightning's strategies.
-        checkpoint_io: as of Lightning's strategies.
-        precision_plugin: as of Lightning's strategies.
+        accelerator: as in Lightning's strategies.
+        checkpoint_io: as in Lightning's strategies.
+        precision_plugin: as in Lightning's strategies.
 
     Attributes:
         options: the given ones, with the environment's.

@@ -280,7 +280,7 @@ def check_data(model: torch.nn.Module, provider: DataProvider) -> None:
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if isinstance(size, int) and size < provider.vocab_size:
         raise ConfigError(
-            f"the data has {provider.vocab_size} token ids and the model room for {size}; set "
+            f"the data has {provider.vocab_size} token ids and the model has {size}; set "
             f"model.config.vocab_size={provider.vocab_size} or more"
         )
     if "position_ids" in provider.samples(0, 1)[0]:

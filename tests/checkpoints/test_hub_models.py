@@ -209,5 +209,5 @@ def test_a_tokenizer_that_does_not_fit_the_model(hub: LocalHub, files: dict[str,
         "model": {"path": "me/model"},
         "data": {"seq_len": 8, "config": {"path": str(tmp_path / "a.txt"), "tokenizer": str(tmp_path / "words")}},
     }
-    with pytest.raises(ConfigError, match="the data has 300 token ids and the model room for 256"):
+    with pytest.raises(ConfigError, match="the data has 300 token ids and the model has 256"):
         train_recipe(resolve(recipe), directory=tmp_path / "node")

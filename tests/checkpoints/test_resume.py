@@ -167,7 +167,7 @@ def test_a_new_run_resumes_a_stopped_run_of_two(
     assert "going on after step 2" in capsys.readouterr().out
     assert CoordinatorAdmin(url).status("second")["step"] == 3
     on = with_checkpoint(recipe, resume=shared)
-    with pytest.raises(ConfigError, match="goes on from the checkpoint of step 2, and this node would begin anew"):
+    with pytest.raises(ConfigError, match="resumes from the checkpoint of step 2, but this node starts at step 1"):
         train_recipe(with_checkpoint(recipe, to=None), coordinator_url=url, run_id="second", directory=tmp_path / "x")
     second = train_all([on, on], url, "second", tmp_path)
     assert second[0]["digest"] == second[1]["digest"] == manifest_at(shared).digest

@@ -196,7 +196,7 @@ def test_a_joiner_with_other_data_is_refused_with_the_field(
 
 
 def test_a_model_too_small_for_the_tokens(server: FileServer, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the data has 300 token ids and the model room for 256"):
+    with pytest.raises(ConfigError, match="the data has 300 token ids and the model has 256"):
         train_recipe(recipe_of(server, vocab_size=300), directory=tmp_path / "n")
 
 

@@ -78,7 +78,7 @@ def test_two_nodes_of_a_run(recipe: Recipe, tmp_path: Path, create_run: Make) ->
 
 def test_a_model_too_small_for_the_data(recipe: Recipe, tmp_path: Path) -> None:
     model = replace(recipe.model, config={**recipe.model.config, "vocab_size": 16})
-    with pytest.raises(ConfigError, match="256 token ids and the model room for 16"):
+    with pytest.raises(ConfigError, match="256 token ids and the model has 16"):
         train_recipe(replace(recipe, model=model), directory=tmp_path / "node")
 
 
