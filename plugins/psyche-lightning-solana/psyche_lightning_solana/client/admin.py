@@ -1,6 +1,6 @@
-"""What a run's owner does on the chain: create it, change it, let wallets join, pay and close.
+"""The owner's operations on the chain: create and change a run, let wallets join, pay and close.
 
-Every method does only what is not done yet, so one that was interrupted is simply called again.
+Every method does only the missing steps, so you can repeat an interrupted call.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from psyche_lightning_solana.types import CONFIG, METADATA, MODEL
 AUTHORIZATION_SIZE = 8 + 1 + 32 + 32 + 4 + 20 + 1 + 4 + 8
 SCOPES = {"join": JOIN_SCOPE, "checkpoint": CHECKPOINT_SCOPE}
 RESERVE = 20
-"""Transactions that creating a run may take, with room."""
+"""Upper bound for the transactions that create a run."""
 
 
 @dataclass(frozen=True)
 class Points:
-    """What a wallet earned.
+    """A wallet's earnings.
 
     Attributes:
         wallet: its address.
-        earned: points by epochs that succeeded.
+        earned: points from successful epochs.
         slashed: points taken away.
         claimed: points that the treasurer has paid; 0 for a run without one.
     """
@@ -72,10 +72,10 @@ class SolanaAdmin:
     # --- looking ----------------------------------------------------------------------------------------------------
 
     async def look(self) -> RunAccounts:
-        """The run as it is now.
+        """The current run.
 
         Raises:
-            CoordinatorError: there is no such run, or it cannot be read or reached.
+            CoordinatorError: the run does not exist, or cannot be read or reached.
         """
         return self.run.decode(await self.run.snapshot())
 
@@ -98,20 +98,20 @@ class SolanaAdmin:
         Args:
             config: durations and sizes, the fields of
                 :class:`~psyche_lightning.protocol.state.CoordinatorConfig`.
-            manifest: what all nodes must agree on; without one nobody can join until :meth:`update` sets it.
-            model: Psyche's model section; made up from the run's name unless given.
+            manifest: all nodes must agree on it; without one, no node can join until :meth:`update` sets it.
+            model: Psyche's model section; by default derived from the run's name.
             metadata: name, description, ``num_parameters``, ``vocab_size``.
-            max_seq_len: tokens of a sample, where ``model`` is not given.
-            client_version: which version of this plugin nodes must have; any, if empty.
-            everybody: whether every wallet may join; otherwise :meth:`authorize` says who.
-            mint: the token in which a treasurer pays points; without one, points are only counted.
+            max_seq_len: tokens of a sample, if ``model`` is not given.
+            client_version: the plugin version that nodes need; empty accepts any.
+            everybody: whether every wallet may join; otherwise :meth:`authorize` allows them.
+            mint: the token that a treasurer pays for points; without one, points are only counted.
 
         Returns:
             The run.
 
         Raises:
             ConfigError: values that the layout has no room for.
-            CoordinatorError: the run is another's (``NotOwner``), was created with other values and is under way
+            CoordinatorError: another wallet owns the run (``NotOwner``), it is open with other values
                 (``UpdateConfigNotHalted``), or the wallet cannot pay (``Unfunded``).
         """
         wanted = config_section(config)
@@ -129,7 +129,7 @@ class SolanaAdmin:
         return await self.look()
 
     async def _init(self, client_version: str, mint: Pubkey | None) -> None:
-        """Make the three accounts in one transaction, so that there are all or none."""
+        """Create the three accounts in one transaction: all of them or none."""
         me, seed = self.run.wallet.public, self.run.run_id
         account = Pubkey.create_with_seed(me, seed, self.run.program)
         make = create_account_with_seed(
@@ -165,16 +165,16 @@ class SolanaAdmin:
         client_version: str | None = None,
         rates: tuple[int | None, int | None] = (None, None),
     ) -> RunAccounts:
-        """Change what is given and not so yet; all but metadata and rates only while the run is halted.
+        """Apply the given changes; all but metadata and rates need a halted run.
 
         Args:
-            config: as of :meth:`create`.
-            model: as of :meth:`create`.
-            metadata: as of :meth:`create`.
-            progress: ``epoch``, ``step`` and ``epoch_start_data_index`` with which the run goes on.
-            manifest: as of :meth:`create`.
-            client_version: as of :meth:`create`.
-            rates: points of each epoch that begins from now on: shared by all, and taken from an ejected node.
+            config: as in :meth:`create`.
+            model: as in :meth:`create`.
+            metadata: as in :meth:`create`.
+            progress: ``epoch``, ``step`` and ``epoch_start_data_index`` where the run continues.
+            manifest: as in :meth:`create`.
+            client_version: as in :meth:`create`.
+            rates: points of each future epoch: shared by all, and taken from an ejected node.
 
         Raises:
             ConfigError: values that the layout has no room for.
@@ -188,7 +188,7 @@ class SolanaAdmin:
             wanted = config_section(config)
             if CONFIG.pack(wanted) != CONFIG.pack({name: int(getattr(run.state.config, name)) for name in wanted}):
                 changes["config"] = wanted
-        # The checkpoint moves by itself; what it was created with says nothing about where it is now.
+        # The checkpoint moves by itself; its initial value does not give its current place.
         if model is not None and _model(model) != _model(run.llm if any(run.model) else {}):
             changes["model"] = dict(model)
         if progress is not None:
@@ -246,10 +246,10 @@ class SolanaAdmin:
         return await self.start()
 
     async def pause(self) -> RunAccounts:
-        """Halt the run when its epoch has ended; at once when none is under way. One that is halted stays so.
+        """Halt the run after its epoch, or at once between epochs. A halted run stays halted.
 
         Raises:
-            CoordinatorError: ``NotOwner``; ``Halted`` when it was never started or is finished.
+            CoordinatorError: ``NotOwner``; ``Halted`` if it was never started or is finished.
         """
         run, owner = await self._owned()
         phase = run.state.phase
@@ -261,7 +261,7 @@ class SolanaAdmin:
         return await self.look()
 
     async def set_checkpoint(self, checkpoint: Mapping[str, Any]) -> RunAccounts:
-        """Say where a checkpoint lies, as ``{"Hub": {"repo_id": ...}}``: as the owner, or with an authorization."""
+        """Set a checkpoint's place, as ``{"Hub": {"repo_id": ...}}``: as the owner, or with an authorization."""
         run = await self.look()
         owner = await find_owner(self.run)
         if owner is None:
@@ -278,10 +278,10 @@ class SolanaAdmin:
         return await self.look()
 
     async def close(self) -> int:
-        """Close a halted run and take back what its accounts hold; returns the lamports that came back.
+        """Close a halted run and recover its accounts' balance; returns the recovered lamports.
 
         Raises:
-            CoordinatorError: ``CloseCoordinatorNotHalted`` while it is open; ``NotOwner``.
+            CoordinatorError: ``CloseCoordinatorNotHalted`` if it is open; ``NotOwner``.
         """
         run, owner = await self._owned()
         if not run.state.phase.halted:
@@ -305,10 +305,10 @@ class SolanaAdmin:
     # --- who may join -----------------------------------------------------------------------------------------------
 
     async def authorize(self, wallet: Pubkey | None, scope: str = "join") -> None:
-        """Let a wallet join, or everybody (None), or let one set the checkpoint (scope ``checkpoint``).
+        """Let a wallet or everybody (None) join, or set the checkpoint (scope ``checkpoint``).
 
         Raises:
-            ConfigError: there is no such scope.
+            ConfigError: the scope is unknown.
             CoordinatorError: this wallet is not the run's join authority, or main authority for the checkpoint.
         """
         authorizer, name = await self._grantor(scope)
@@ -326,7 +326,7 @@ class SolanaAdmin:
             await self._transact("+".join(names), parts)
 
     async def revoke(self, wallet: Pubkey | None, scope: str = "join") -> bool:
-        """Take an authorization back; returns whether there was an active one. Clients stay until their epoch ends."""
+        """Revoke an authorization; returns whether it was active. Clients stay until their epoch ends."""
         authorizer, name = await self._grantor(scope)
         grantee = wallet or EVERYBODY
         held = await self._authorization(authorization_address(authorizer, self.run.wallet.public, grantee, name))
@@ -334,7 +334,7 @@ class SolanaAdmin:
         return held is not None and bool(held["active"])
 
     async def _grantor(self, scope: str) -> tuple[Pubkey, bytes]:
-        """The authorizer's program and the scope's name, if this wallet grants such authorizations."""
+        """The authorizer's program and the scope's name, if this wallet may grant them."""
         if scope not in SCOPES:
             raise ConfigError(f"there is no scope {scope!r}; choose {', '.join(SCOPES)}")
         run, instance = await self.look(), await self.run.instance()
@@ -360,7 +360,7 @@ class SolanaAdmin:
         return values
 
     async def _close_authorization(self, authorizer: Pubkey, grantee: Pubkey, scope: bytes) -> None:
-        """Revoke; and take the storage back where that is possible at once."""
+        """Revoke, and recover the storage at once if possible."""
         me = self.run.wallet.public
         place = authorization_address(authorizer, me, grantee, scope)
         held = await self._authorization(place)
@@ -379,17 +379,17 @@ class SolanaAdmin:
     # --- points -----------------------------------------------------------------------------------------------------
 
     async def points(self) -> list[Points]:
-        """What each wallet earned, in the order in which they came."""
+        """Each wallet's earnings, in joining order."""
         run = await self.look()
         treasury = await Treasury.of(self.run)
         claimed = await treasury.claimed([Pubkey(m.signer) for m in run.members]) if treasury else {}
         return [Points(Pubkey(m.signer), m.earned, m.slashed, claimed.get(Pubkey(m.signer), 0)) for m in run.members]
 
     async def claim(self, points: int | None = None) -> int:
-        """Have the treasurer pay this wallet's points: all, or as many as given; returns how many it paid.
+        """Have the treasurer pay this wallet's points: all, or the given number; returns the paid points.
 
         Raises:
-            CoordinatorError: the run has no treasurer (``NoTreasurer``), or the points are not there.
+            CoordinatorError: the run has no treasurer (``NoTreasurer``), or points are lacking.
         """
         run, treasury = await self.look(), await Treasury.of(self.run)
         if treasury is None:
@@ -416,10 +416,10 @@ class SolanaAdmin:
     # --- sending ----------------------------------------------------------------------------------------------------
 
     async def _owned(self) -> tuple[RunAccounts, Owner]:
-        """The run, and the hand in which it is.
+        """The run and its controller.
 
         Raises:
-            CoordinatorError: it is not this wallet's (``NotOwner``).
+            CoordinatorError: another wallet owns it (``NotOwner``).
         """
         run = await self.look()
         owner = await find_owner(self.run)
@@ -438,7 +438,7 @@ class SolanaAdmin:
 
     async def _transact(self, name: str, parts: list[Instruction]) -> Receipt:
         receipt = await self.run.sender.send(name, parts, units=units(name))
-        # What follows builds on it; a service that is behind would not see it.
+        # Later steps build on it; a lagging service would miss it.
         await self._settled(receipt)
         return receipt
 
@@ -455,7 +455,7 @@ class SolanaAdmin:
             raise unreachable(problem, "the price of storage", self.run.cluster.name) from problem
 
     async def _check_funds(self) -> None:
-        """Say before the first transaction what the whole of it needs."""
+        """Check before the first transaction that the wallet can pay."""
         sizes = (COORDINATOR_SIZE, INSTANCE_SIZE, MANIFEST_SIZE, AUTHORIZATION_SIZE, 2048, 0)
         needed = sum([await self._rent(size) for size in sizes]) + RESERVE * SIGNATURE_FEE
         try:

@@ -56,12 +56,12 @@ from psyche_lightning_solana.layout import ADDRESS_SIZE
 logger = logging.getLogger(__name__)
 
 FEW_TRANSACTIONS = 100
-"""A wallet that cannot pay for so many need not join."""
+"""A wallet must be able to pay for this many to join."""
 LARGEST_FLOAT = 3.0e38
 REPEATABLE = ("vote_checkpoint",)
-"""Reports that may be made again, as long as they say the same."""
+"""Reports that a node may repeat unchanged."""
 OUTSIDERS = {"witness": "InvalidWitness", "warmup_witness": "InvalidWitness", "vote_checkpoint": "InvalidCheckpoint"}
-"""What the machine calls a report of one who is no client."""
+"""The machine's error for a report from a non-client."""
 
 _Result = TypeVar("_Result")
 
@@ -69,15 +69,15 @@ _Result = TypeVar("_Result")
 class SolanaCoordinator:
     """A client of one run (a :class:`~psyche_lightning.protocol.requests.Coordinator`).
 
-    The wallet is the signer; the node's own key goes along with each join. A node joins each epoch anew, as the program
-    wants it. While services stumble, calls fail with ``retryable`` errors and the state stays as it was last seen.
+    The wallet is the signer; each join also carries the node's own key. The program requires a new join for each epoch.
+    When services fail, calls raise ``retryable`` errors and the state keeps its last known value.
 
     Args:
         cluster: the chain and the options.
         run_id: the run.
         identity: the node's key.
-        wallet: who signs and pays; None to load it as the options say.
-        patience: seconds without any answer of any service after which :meth:`watch` gives up.
+        wallet: signs and pays; None loads it according to the options.
+        patience: seconds without an answer from any service before :meth:`watch` gives up.
         clock: monotonic seconds.
         sleep: waits.
         randomness: spreads the waits of many nodes.
@@ -117,17 +117,17 @@ class SolanaCoordinator:
 
     @property
     def signer(self) -> bytes:
-        """The wallet's address, by which the run knows this client.
+        """The wallet's address, which identifies this client.
 
         Raises:
-            ConfigError: there is no usable wallet.
+            ConfigError: no wallet is usable.
         """
         return bytes(self.run.wallet.public)
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 
     async def request(self, request: Request[Answer]) -> Answer:
-        """Ask the program, or look at its accounts, and return the answer."""
+        """Ask the program or read its accounts, and return the answer."""
         answer: Any = None
         match request:
             case GetTerms():
@@ -149,7 +149,7 @@ class SolanaCoordinator:
             case Witness():
                 await self._witness(request)
             case HealthCheck(epoch, height, signers):
-                # Each costs a transaction, so the witnesses do it in turn, as far as needed.
+                # Each costs a transaction, so the witnesses take turns, only as needed.
                 answer = await self._once(("health", epoch, height), lambda: self._health_check(epoch, height, signers))
             case Vote(epoch, step, digest):
                 await self._report(
@@ -160,37 +160,37 @@ class SolanaCoordinator:
                     digest,
                 )
             case Accuse():
-                # Both results are left out by everyone all the same.
+                # Every node still ignores both results.
                 text = "a run on a chain cannot eject a node that signed two results"
                 raise CoordinatorError(text, code="Unsupported")
             case _:
-                raise CoordinatorError(f"no run on a chain knows the request {request!r:.80}", code="Unsupported")
+                raise CoordinatorError(f"a run on a chain has no request {request!r:.80}", code="Unsupported")
         return answer  # type: ignore[no-any-return] # each branch gives what its request declares
 
     async def _terms(self) -> Terms:
-        """What the run has fixed."""
+        """The run's fixed terms."""
         run = await self._look()
         return Terms(run.state.config, (), await self.run.run_manifest(run))
 
     async def _become_member(self, address: str, manifest: dict[str, Any]) -> None:
-        """Become a member of the next epoch, and say where the node is reached; sends only what is not so yet.
+        """Become a member of the next epoch and publish the node's address; sends only what is missing.
 
         Raises:
             ManifestMismatchError: the run has another manifest.
-            CoordinatorError: ``NoManifest``, ``NotAuthorized``, ``Unfunded``; ``Halted`` when this node comes new to a
-                run that is not open; ``Replaced`` when another process uses the wallet.
+            CoordinatorError: ``NoManifest``, ``NotAuthorized``, ``Unfunded``; ``Halted`` when this node is new and the
+                run is not open; ``Replaced`` when another process uses the wallet.
         """
         run = await self._look()
         await self._check_manifest(run, manifest)
         if run.state.phase.halted:
             if not self._joined:
                 raise _halted(run.state)
-            return  # who was there waits; joining counts only once the run is open again
+            return  # earlier members wait; a join counts only once the run is open again
         await self._once("join", lambda: self._join(address))
         self._joined = True
 
     async def _withdraw(self) -> None:
-        """Leave the run; refused without a transaction when there is nothing to leave."""
+        """Leave the run; fails without a transaction if this node is not a member."""
         run = await self._look()
         if all(client.signer != self.signer for client in (*healthy(run.state), *run.pending)):
             raise CoordinatorError(f"{self.run.wallet.public} is not a member of this run", code="InvalidWithdraw")
@@ -215,7 +215,7 @@ class SolanaCoordinator:
         )
 
     async def _rounds(self, epoch: int, first: int) -> tuple[Round, ...]:
-        """The rounds of an epoch from height ``first`` on: as seen, or else made again from the ledger."""
+        """The rounds of an epoch from height ``first`` on: as seen, or rebuilt from the ledger."""
         run = await self._look()
         self._history.observe(run.state)
         if self._history.missing(epoch, first) and run.state.phase.active and run.state.epoch == epoch:
@@ -295,14 +295,14 @@ class SolanaCoordinator:
         return self._decoded[1]
 
     async def _look_up(self, run: RunAccounts) -> None:
-        """Addresses of those who matter; while services stumble, the old ones serve."""
+        """Look up the relevant addresses; keeps the old ones when services fail."""
         gathering = run.state.phase in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP)
         clients = run.pending if run.state.phase is Phase.WAITING_FOR_MEMBERS else run.state.clients
         with contextlib.suppress(RpcProblem):
             await self._book.update((client.signer for client in clients), all_of_them=gathering)
 
     def _check_alone(self, run: RunAccounts) -> None:
-        """Refuse to go on when another process joined with this wallet."""
+        """Raise an error if another process joined with this wallet."""
         mine = self._member(run)
         if self._joined and mine is not None and mine.p2p != self._node:
             raise CoordinatorError(
@@ -339,7 +339,7 @@ class SolanaCoordinator:
         held = await self.run.run_manifest(run)
         if held is None:
             raise CoordinatorError(
-                f"run {self.run.run_id!r} has no manifest, so nobody knows what it trains. Its owner sets it with "
+                f"run {self.run.run_id!r} has no manifest, so nodes cannot join. Its owner sets it with "
                 f"`psyche run update {self.run.run_id} RECIPE`.",
                 code="NoManifest",
             )
@@ -379,7 +379,7 @@ class SolanaCoordinator:
         await self._look(receipt.slot)
 
     async def _check_funds(self, *, new_address: bool) -> None:
-        """Say before the first transaction what is missing, rather than after the hundredth."""
+        """Check before the first transaction that the wallet can pay for a hundred."""
         try:
             balance = await self.run.reader.balance(self.run.wallet.public)
             needed = await self.run.reader.rent(0) + FEW_TRANSACTIONS * SIGNATURE_FEE
@@ -398,7 +398,7 @@ class SolanaCoordinator:
     # --- sending ----------------------------------------------------------------------------------------------------
 
     async def _once(self, key: Hashable, work: Callable[[], Awaitable[_Result]]) -> _Result:
-        """Do ``work``, or wait for the one that is being done under that key: nothing is sent twice."""
+        """Do ``work``, or wait for work in progress under that key, so that nothing is sent twice."""
         task = self._in_flight.get(key)
         if task is None:
             task = asyncio.ensure_future(work())
@@ -410,10 +410,10 @@ class SolanaCoordinator:
     def _ended(self, key: Hashable, task: asyncio.Future[Any]) -> None:
         self._in_flight.pop(key, None)
         if not task.cancelled():
-            task.exception()  # whoever asked may have gone meanwhile
+            task.exception()  # the caller may be gone by now
 
     async def _report(self, name: str, build: Callable[[RunKeys, Pubkey], Instruction], *place: Hashable) -> None:
-        """Send what counts once in an epoch; a repeated call, because the state does not show it yet, sends nothing."""
+        """Send a report that counts once per epoch; a repeated call before the state shows it sends nothing."""
         began = self._decode(self._feed.latest).state.epoch_start if self._feed and self._feed.latest else None
         key = (name, began, *place)
         if key in self._landed and name in REPEATABLE:
@@ -423,7 +423,7 @@ class SolanaCoordinator:
         try:
             await self._send(name, build, *place)
         except CoordinatorError as error:
-            if error.code == "SignerNotAClient":  # the machine, which knows no wallets that never joined
+            if error.code == "SignerNotAClient":  # the machine's error for wallets that never joined
                 raise CoordinatorError(str(error), code=OUTSIDERS[name]) from error
             raise
         self._landed = {other for other in self._landed if other[1] == began} | {key}
@@ -451,10 +451,10 @@ class SolanaCoordinator:
             raise
 
     async def _figures(self, report: Report, epoch: int, height: int) -> dict[str, Any]:
-        """A report in the form of Psyche's metadata: the run's step, and the newest loss, which is told once.
+        """A report in the form of Psyche's metadata: the run's step, and the newest loss, sent once.
 
-        The step is the run's in every round, also where an epoch drains or the figures are of the step before, as
-        results overlap training: the program takes no other, and Psyche's website forgets all steps after a lower one.
+        The step is always the run's, even when an epoch drains or the figures belong to the previous step (results
+        overlap training): the program accepts no other, and Psyche's website drops all steps after a lower one.
         """
         now, total = self._clock(), report.bytes_up + report.bytes_down
         before, self._bytes = self._bytes, (now, total)
@@ -494,7 +494,7 @@ class SolanaCoordinator:
         return dropped
 
     async def _my_turn(self, run: RunAccounts, epoch: int, height: int) -> bool:
-        """Wait until it is this node's turn in that round; false when the round ended before."""
+        """Wait for this node's turn in that round; returns False if the round ends first."""
         assert self._feed is not None
         end = self._clock() + timekeeper.STAGGER * timekeeper.turn(run, self.signer)
         while self._clock() < end:
@@ -510,7 +510,7 @@ def _at(state: RunState, epoch: int, height: int) -> bool:
 
 
 def _single(value: float) -> float:
-    """A number that a 32-bit float can hold; not a number becomes infinity, as Psyche has it."""
+    """The value clamped to a 32-bit float; NaN becomes infinity, as in Psyche."""
     if math.isnan(value):
         return math.inf
     return struct.unpack("<f", struct.pack("<f", min(max(value, -LARGEST_FLOAT), LARGEST_FLOAT)))[0]  # type: ignore[no-any-return]

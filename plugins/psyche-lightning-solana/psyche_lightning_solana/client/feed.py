@@ -1,8 +1,8 @@
-"""A run's accounts as they change: subscriptions with every RPC service, and looks in between where these fail.
+"""A run's accounts as they change: subscriptions with every RPC service, and polling when they fail.
 
-The coordinator account has a nonce, and only a higher one counts: services differ in how far they are, answers overtake
-each other, and states in between are skipped. The manifest account has none, so both are read together, as of one slot;
-only within an epoch's rounds, when the manifest cannot change, does a notification of the coordinator account suffice.
+The coordinator account has a nonce, and only a higher one counts: some services lag, answers can arrive out of order,
+and intermediate states are skipped. The manifest account has no nonce, so both are read together at one slot. Within
+an epoch's rounds the manifest cannot change, so a notification of the coordinator account is enough.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ MAX_NOTIFICATION = 1024 * 1024
 OPEN_TIMEOUT = 10.0
 HEARTBEAT = 10.0
 LONGEST_GAP = 30.0
-"""Seconds between attempts to subscribe; two more for each that failed."""
+"""Seconds between subscription attempts; each failure adds two."""
 SLOW_POLL = 15.0
-"""Seconds between looks while a subscription works: it may have died without a word."""
+"""Seconds between polls while a subscription works: it may have died silently."""
 CLOCK_JUMP = 2.0
-"""Seconds by which the chain's clock may differ from what was expected before anybody is told."""
+"""Seconds by which the chain's clock may differ from its expected time without a notification."""
 ROUNDS = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
 
 
@@ -48,9 +48,9 @@ class Snapshot:
     """A run's accounts as of one moment.
 
     Attributes:
-        slot: the newest slot that it shows.
+        slot: the newest slot it shows.
         coordinator: bytes of the coordinator account.
-        manifest: bytes of the manifest account; empty where there is none.
+        manifest: bytes of the manifest account; empty if it has none.
     """
 
     slot: int
@@ -64,7 +64,7 @@ class Snapshot:
 
     @property
     def within_rounds(self) -> int | None:
-        """The epoch whose rounds are under way; None between."""
+        """The epoch with rounds in progress, or None."""
         return _within_rounds(self.coordinator)
 
 
@@ -87,16 +87,16 @@ class Feed:
         reader: the RPC services.
         coordinator: address of the coordinator account.
         manifest: address of the manifest account.
-        check: refuses bytes that are not the run's account any more.
-        patience: seconds without any answer after which it gives up.
+        check: rejects bytes that are no longer the run's account.
+        patience: seconds without an answer before it gives up.
         clock: monotonic seconds.
         sleep: waits.
 
     Attributes:
         latest: the newest snapshot; None before the first.
-        failure: why it ended, once it did.
-        subscriptions: how many work now.
-        polls: how often it looked.
+        failure: why it ended; None before.
+        subscriptions: number working now.
+        polls: number of polls.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Feed:
         self._reading = asyncio.Lock()
 
     def start(self) -> None:
-        """Begin to follow; :meth:`stop` ends it."""
+        """Start following; :meth:`stop` ends it."""
         if not self._tasks:
             self._spawn(self._poll())
             for endpoint in self._cluster.endpoints:
@@ -145,39 +145,39 @@ class Feed:
         self._tasks.append(asyncio.get_running_loop().create_task(work))
 
     async def stop(self) -> None:
-        """End all of it."""
+        """Stop following."""
         self._stopped = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def news(self) -> asyncio.Event:
-        """An event that is set at every change, and when the feed fails; give it back to :meth:`forget`."""
+        """An event that is set at every change and on failure; release it with :meth:`forget`."""
         event = asyncio.Event()
         self._news.add(event)
         return event
 
     def forget(self, event: asyncio.Event) -> None:
-        """Set it no more."""
+        """Stop setting it."""
         self._news.discard(event)
 
     def look(self) -> None:
-        """Have it look soon."""
+        """Poll soon."""
         self._look.set()
 
     def chain_time(self) -> float:
-        """The chain's clock now, as far as the last look tells."""
+        """The chain's clock now, estimated from the last poll."""
         return self._chain_time + self._clock() - self._chain_time_at
 
     async def refresh(self, min_slot: int | None = None) -> Snapshot:
-        """Look now; returns the newest snapshot, which may be another one's.
+        """Poll now; returns the newest snapshot, maybe from another call.
 
         Args:
-            min_slot: a service that is behind this slot does not count.
+            min_slot: services behind this slot are ignored.
 
         Raises:
             RpcProblem: no service answers.
-            CoordinatorError: the account is gone, or is none of a run any more.
+            CoordinatorError: the account is gone, or no longer a run's.
         """
         async with self._reading:
             slot, found = await self._reader.accounts([self._coordinator, self._manifest, CLOCK], min_slot)
@@ -188,7 +188,7 @@ class Feed:
             expected = self.chain_time()
             self._chain_time, self._chain_time_at = int.from_bytes(clock.data[32:40], "little"), self._clock()
             if abs(self._chain_time - expected) > CLOCK_JUMP:
-                self._tell()  # whoever waits for a time looks again
+                self._tell()  # waiters for a time check again
         self._heard = self._clock()
         return self._take(Snapshot(slot, coordinator.data, b"" if manifest is None else manifest.data))
 
@@ -197,7 +197,7 @@ class Feed:
             self.latest = snapshot
             self._tell()
         elif snapshot.nonce == self.latest.nonce and snapshot.slot >= self.latest.slot:
-            # What has no nonce of its own: the owner set the manifest.
+            # No nonce of its own: the owner set the manifest.
             changed, self.latest = snapshot.manifest != self.latest.manifest, snapshot
             if changed:
                 self._tell()
@@ -220,7 +220,7 @@ class Feed:
                 await self.refresh(self._wanted_slot)
                 self._outage.works()
                 if self.latest is not None and self.latest.nonce < self._wanted:
-                    await self._sleep(0.05)  # a notification overtook the service that was asked
+                    await self._sleep(0.05)  # a notification is newer than this answer
                     continue
             except RpcProblem as problem:
                 self._outage.fails(f"{problem.endpoint}: {problem.text}")
@@ -243,25 +243,25 @@ class Feed:
 
     async def _subscribe(self, endpoint: Endpoint) -> None:
         failed = 0
-        # Without subscriptions it looks, so this alone is no reason to worry.
+        # Polling replaces subscriptions, so this alone is harmless.
         outage = Outage(logger, f"the subscription with {endpoint.name}", level=logging.INFO, clock=self._clock)
         while self.failure is None and not self._stopped:
             try:
                 await self._listen(endpoint, outage)
             except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
                 raise
-            except BaseException as error:  # whatever a service sends: solders panics on some of it
+            except BaseException as error:  # any answer of a service: solders panics on some
                 if self._stopped:
                     return  # closing a connection swallows a cancellation (websockets' legacy client)
                 failed += 1
-                outage.fails(f"{type(error).__name__}; looking every {self._cluster.options.poll:g} s meanwhile")
+                outage.fails(f"{type(error).__name__}; polling every {self._cluster.options.poll:g} s meanwhile")
                 self._look.set()
             else:
                 failed = 0
             await self._sleep(min(LONGEST_GAP, 2.0 * failed) if failed else 0.5)
 
     async def _listen(self, endpoint: Endpoint, outage: Outage) -> None:
-        """Subscribe and take notifications until the connection ends."""
+        """Subscribe and read notifications until the connection ends."""
         level = Commitment(self._cluster.options.commitment)
         async with connect(
             endpoint.ws,
@@ -280,7 +280,7 @@ class Feed:
                             subscribed = True
                             self.subscriptions += 1
                             outage.works()
-                            self._look.set()  # for what changed before
+                            self._look.set()  # for earlier changes
                         elif isinstance(message, AccountNotification):
                             self._notified(message)
             finally:
@@ -294,7 +294,7 @@ class Feed:
         slot, latest = message.result.context.slot, self.latest
         self._heard = self._clock()
         if len(data) != COORDINATOR.itemsize:
-            self._look.set()  # closed, perhaps: a look will tell
+            self._look.set()  # perhaps closed: a poll shows it
             return
         nonce = _number(data, "nonce", 8)
         if latest is not None and nonce <= latest.nonce:

@@ -1,4 +1,4 @@
-"""In whose hand a run is: a wallet's, or that of the treasurer program, which passes its owner's commands on."""
+"""Who controls a run: a wallet, or the treasurer program, which forwards its owner's commands."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from psyche_lightning_solana.layout import discriminator
 TOKEN_PROGRAM = Pubkey.from_string("TokenkegQfeZyiNwAJbNbGKPFXCWuBvf9Ss623VQ5DA")
 ASSOCIATED_TOKEN_PROGRAM = Pubkey.from_string("ATokenGPvbdGVxr1b2hvZbsiqW5xWH25efTNsLJA8knL")
 AMOUNT_AT = 64
-"""Place of the amount, a u64, in a token account."""
+"""Offset of the amount (u64) in a token account."""
 
 
 class Owner(Protocol):
-    """Builds what only a run's main authority may do."""
+    """Builds the main authority's instructions."""
 
     def update(self, **changes: Any) -> Instruction:
         """Metadata, config, model, progress."""
 
     def version(self, client_version: str) -> Instruction:
-        """The version that nodes must have."""
+        """The version that nodes need."""
 
     def rates(self, earning: int | None, slashing: int | None) -> Instruction:
-        """Points of the epochs to come."""
+        """Points of future epochs."""
 
     def paused(self, paused: bool) -> Instruction:
         """Pause or resume."""
@@ -43,13 +43,13 @@ class Owner(Protocol):
         """The manifest's digest and place."""
 
     def checkpoint(self, checkpoint: dict[str, Any]) -> Instruction:
-        """Where the checkpoint lies."""
+        """The checkpoint's place."""
 
     def free(self) -> Instruction:
         """Close the run.
 
         Raises:
-            CoordinatorError: the program has no way to.
+            CoordinatorError: the program cannot.
         """
 
 
@@ -70,11 +70,11 @@ class Direct:
         return self.keys.update(self.me, **changes)
 
     def version(self, client_version: str) -> Instruction:
-        """The version that nodes must have."""
+        """The version that nodes need."""
         return self.keys.update_client_version(self.me, client_version)
 
     def rates(self, earning: int | None, slashing: int | None) -> Instruction:
-        """Points of the epochs to come."""
+        """Points of future epochs."""
         return self.keys.set_future_epoch_rates(self.me, earning, slashing)
 
     def paused(self, paused: bool) -> Instruction:
@@ -86,7 +86,7 @@ class Direct:
         return self.keys.set_manifest(self.me, digest, address)
 
     def checkpoint(self, checkpoint: dict[str, Any]) -> Instruction:
-        """Where the checkpoint lies."""
+        """The checkpoint's place."""
         return self.keys.checkpoint(self.me, checkpoint)
 
     def free(self) -> Instruction:
@@ -95,7 +95,7 @@ class Direct:
 
 
 class Treasury:
-    """The treasurer's run is the main authority; a wallet is that run's.
+    """The treasurer's run is the main authority; a wallet controls it.
 
     Args:
         run: access to the run.
@@ -103,8 +103,8 @@ class Treasury:
         values: the treasurer's account of it.
 
     Attributes:
-        authority: whose commands the treasurer passes on.
-        mint: the token in which it pays.
+        authority: sends the commands that it forwards.
+        mint: the token it pays.
         place: the treasurer's account of the run, which is the run's main authority.
     """
 
@@ -126,7 +126,7 @@ class Treasury:
         try:
             program = run.cluster.program("treasurer")
         except ConfigError:
-            return None  # nobody said which program, so it is not that of this run
+            return None  # no program is given, so this run has none
         place = treasurer_run_address(program, treasurer_index(run.run_id))
         try:
             found = await run.reader.account(place)
@@ -139,7 +139,7 @@ class Treasury:
 
     @staticmethod
     def create(run: SolanaRun, keys: RunKeys, authorizer: Pubkey, mint: Pubkey, client_version: str) -> Instruction:
-        """The instruction that makes a run with a treasury; the wallet of ``run`` owns it."""
+        """The instruction that creates a run with a treasury; ``run``'s wallet owns it."""
         program, index, me = run.cluster.program("treasurer"), treasurer_index(run.run_id), run.wallet.public
         place = treasurer_run_address(program, index)
         accounts = {
@@ -165,7 +165,7 @@ class Treasury:
         }
         return build(TREASURER.instructions["run_create"], program, accounts, arguments)
 
-    # What the run's owner does.
+    # The run owner's commands.
 
     def _command(self, name: str, arguments: dict[str, Any]) -> Instruction:
         accounts = {
@@ -183,11 +183,11 @@ class Treasury:
         return self._command("run_update", changes)
 
     def version(self, client_version: str) -> Instruction:
-        """The version that nodes must have."""
+        """The version that nodes need."""
         return self._command("run_update", {"client_version": client_version})
 
     def rates(self, earning: int | None, slashing: int | None) -> Instruction:
-        """Points of the epochs to come."""
+        """Points of future epochs."""
         values = {"epoch_earning_rate_total_shared": earning, "epoch_slashing_rate_per_client": slashing}
         return self._command("run_update", values)
 
@@ -200,7 +200,7 @@ class Treasury:
         return self._command("run_set_manifest", {"digest": digest, "address": address})
 
     def checkpoint(self, checkpoint: dict[str, Any]) -> Instruction:
-        """Where the checkpoint lies."""
+        """The checkpoint's place."""
         return self._command("run_checkpoint", {"repo": checkpoint})
 
     def free(self) -> Instruction:
@@ -210,10 +210,10 @@ class Treasury:
             code="HasTreasurer",
         )
 
-    # What its nodes do.
+    # Node commands.
 
     async def claimed(self, wallets: Sequence[Pubkey]) -> dict[Pubkey, int]:
-        """Points that each wallet has claimed; those who never did are left out."""
+        """Points claimed by each wallet; omits wallets without claims."""
         places = [participant_address(self._program, self.place, wallet) for wallet in wallets]
         try:
             found = await self._run.reader.many(places)
@@ -235,7 +235,7 @@ class Treasury:
         return 0 if found is None else int.from_bytes(found.data[AMOUNT_AT : AMOUNT_AT + 8], "little")
 
     async def claim(self, me: Pubkey, points: int) -> tuple[str, list[Instruction]]:
-        """The instructions that pay a wallet; they make its token account and its participant where these lack."""
+        """The instructions that pay a wallet; they create its token account and participant if missing."""
         participant = participant_address(self._program, self.place, me)
         mine = token_account(me, self.mint)
         try:
@@ -266,10 +266,10 @@ class Treasury:
 
 
 async def find_owner(run: SolanaRun) -> Owner | None:
-    """The hand of the run's wallet; None when the run is not its.
+    """The wallet's control of the run; None if it has none.
 
     Raises:
-        CoordinatorError: there is no such run, or no service answers.
+        CoordinatorError: the run does not exist, or no service answers.
     """
     keys, instance, me = await run.keys(), await run.instance(), run.wallet.public
     assert instance is not None
@@ -282,13 +282,13 @@ async def find_owner(run: SolanaRun) -> Owner | None:
 
 
 def token_account(owner: Pubkey, mint: Pubkey) -> Pubkey:
-    """The account in which an owner holds a token by convention."""
+    """The conventional account for an owner's tokens."""
     seeds = [bytes(owner), bytes(TOKEN_PROGRAM), bytes(mint)]
     return Pubkey.find_program_address(seeds, ASSOCIATED_TOKEN_PROGRAM)[0]
 
 
 def make_token_account(payer: Pubkey, owner: Pubkey, mint: Pubkey) -> Instruction:
-    """Make it; one that is there is left as it is."""
+    """Create it; keeps an existing one."""
     from spl.token.instructions import create_idempotent_associated_token_account
 
     return create_idempotent_associated_token_account(payer, owner, mint)

@@ -1,4 +1,4 @@
-"""One run on one chain: found, checked, and ready for instructions."""
+"""Finds and checks one run on one chain; builds its instructions."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ EVERYBODY = Pubkey.default()
 
 @dataclass(frozen=True)
 class Instance:
-    """What the run's instance account says.
+    """The contents of a run's instance account.
 
     Attributes:
-        main_authority: who may change the run.
-        join_authority: whose authorizations let wallets join.
-        coordinator_account: where the state is.
+        main_authority: may change the run.
+        join_authority: authorizes wallets to join.
+        coordinator_account: holds the state.
     """
 
     main_authority: Pubkey
@@ -53,7 +53,7 @@ class SolanaRun:
     Args:
         cluster: the chain.
         run_id: the run.
-        wallet: who signs; None to load it when it is first needed.
+        wallet: signs; None loads it on first use.
         clock: monotonic seconds.
         wall: Unix seconds.
         sleep: waits.
@@ -64,10 +64,10 @@ class SolanaRun:
         run_id: as given.
         program: address of the coordinator program.
         reader: the RPC services.
-        log: what became of this client's transactions.
+        log: results of this client's transactions.
 
     Raises:
-        ConfigError: the run cannot have that name, nobody said which program, or the log cannot be written.
+        ConfigError: the name is invalid, no program is given, or the log cannot be written.
     """
 
     def __init__(
@@ -107,20 +107,20 @@ class SolanaRun:
 
     @property
     def instance_address(self) -> Pubkey:
-        """Where the instance account is."""
+        """Address of the instance account."""
         return instance_address(self.program, self.run_id)
 
     @property
     def manifest_address(self) -> Pubkey:
-        """Where the manifest account is."""
+        """Address of the manifest account."""
         return manifest_address(self.program, self.run_id)
 
     @property
     def wallet(self) -> Wallet:
-        """Who signs.
+        """The signer.
 
         Raises:
-            ConfigError: there is no usable wallet.
+            ConfigError: no wallet is usable.
         """
         if self._wallet is None:
             self._wallet = Wallet.load(self.cluster.options.wallet)
@@ -146,7 +146,7 @@ class SolanaRun:
     # --- finding and checking ---------------------------------------------------------------------------------------
 
     async def check_chain(self) -> None:
-        """See that this is the chain that was meant, and that the program is on it; once.
+        """Check once that this is the intended chain and has the program.
 
         Raises:
             CoordinatorError: another chain (``WrongCluster``), no program (``NotDeployed``), or no answer.
@@ -172,7 +172,7 @@ class SolanaRun:
         if self.cluster.genesis not in (None, found):
             known = next((name for name, (_, genesis) in CLUSTERS.items() if genesis == found), "another chain")
             raise CoordinatorError(
-                f"the RPC service at {self.provider.endpoint.name} is not of {self.cluster.name}: its first block is "
+                f"the RPC service at {self.provider.endpoint.name} is not on {self.cluster.name}: its first block is "
                 f"{found} ({known}), and that of {self.cluster.name} is {self.cluster.genesis}. Give the URL of a "
                 f"service of {self.cluster.name}, or name the cluster that is meant.",
                 code="WrongCluster",
@@ -184,7 +184,7 @@ class SolanaRun:
             try:
                 other = str(await Reader(alone, self.cluster.options.commitment).genesis())
             except RpcProblem:
-                continue  # one that is down now is asked again when it is needed
+                continue  # a service that is down is asked again when needed
             finally:
                 await alone.close()
             if other != found:
@@ -195,10 +195,10 @@ class SolanaRun:
                 )
 
     async def instance(self) -> Instance | None:
-        """What the instance account says; None if there is no such run.
+        """The instance account's contents; None if the run does not exist.
 
         Raises:
-            CoordinatorError: as of :meth:`check_chain`, or what is there is something else (``WrongAccount``).
+            CoordinatorError: as in :meth:`check_chain`, or the account is another kind (``WrongAccount``).
         """
         await self.check_chain()
         if self._instance is None:
@@ -229,7 +229,7 @@ class SolanaRun:
         """The run's addresses, which build its instructions.
 
         Raises:
-            CoordinatorError: as of :meth:`instance`; there is no such run (``NoSuchRun``).
+            CoordinatorError: as in :meth:`instance`; the run does not exist (``NoSuchRun``).
         """
         instance = await self.instance()
         if instance is None:
@@ -241,14 +241,14 @@ class SolanaRun:
         return self.keys_of(instance.coordinator_account)
 
     def keys_of(self, coordinator_account: Pubkey) -> RunKeys:
-        """The addresses of a run with that coordinator account."""
+        """The run's addresses with that coordinator account."""
         return RunKeys(self.program, self.run_id, coordinator_account)
 
     def anchored(self, keys: RunKeys) -> RunKeys:
-        """The same addresses, whose instructions anchorpy builds.
+        """The same addresses; anchorpy builds the instructions.
 
-        An owner sends few, and each of them matters. A node sends some in every round and builds them itself, into the
-        same bytes in a twentieth of the time: anchorpy takes a second to import and a millisecond for each.
+        An owner sends few instructions, and each one matters. A node sends some in every round and builds the same
+        bytes itself, twenty times faster: anchorpy takes a second to import and a millisecond for each.
         """
         from psyche_lightning_solana.client import anchor
 
@@ -257,10 +257,10 @@ class SolanaRun:
         return anchor.AnchorKeys(keys.program, keys.run_id, keys.coordinator_account, self._anchor)
 
     def check_account(self, found: Account | None) -> None:
-        """Refuse a coordinator account that is not this run's, or of another version or size.
+        """Reject a coordinator account of another run, version or size.
 
         Raises:
-            CoordinatorError: ``WrongAccount``; ``Closed`` when there is none any more.
+            CoordinatorError: ``WrongAccount``; ``Closed`` when the account is gone.
         """
         if found is None:
             raise CoordinatorError(f"run {self.run_id!r} was closed on {self.cluster.name}", code="Closed")
@@ -283,7 +283,7 @@ class SolanaRun:
             )
 
     def decode(self, snapshot: Snapshot) -> RunAccounts:
-        """The run as a snapshot shows it.
+        """The run in a snapshot.
 
         Raises:
             CoordinatorError: the accounts are damaged, or the manifest account is missing (``WrongAccount``).
@@ -300,10 +300,10 @@ class SolanaRun:
             raise CoordinatorError(f"run {self.run_id!r} cannot be read: {error}", code="WrongAccount") from error
 
     async def snapshot(self, min_slot: int | None = None) -> Snapshot:
-        """The run's accounts as they are now.
+        """The run's current accounts.
 
         Raises:
-            CoordinatorError: there is no such run, it cannot be read, or no service answers.
+            CoordinatorError: the run does not exist or is unreadable, or no service answers.
         """
         keys = await self.keys()
         try:
@@ -316,10 +316,10 @@ class SolanaRun:
         return Snapshot(slot, coordinator.data, b"" if beside is None else beside.data)
 
     async def run_manifest(self, run: RunAccounts) -> dict[str, Any] | None:
-        """The run's manifest; None as long as its owner set none.
+        """The run's manifest; None until its owner sets one.
 
         Raises:
-            CoordinatorError: it is not where it should be (``InvalidManifest``), or no service answers.
+            CoordinatorError: it is missing from its place (``InvalidManifest``), or no service answers.
         """
         fixed = run.manifest
         if fixed is None or not fixed.digest:
@@ -332,10 +332,10 @@ class SolanaRun:
         return self._manifests[fixed.digest]
 
     async def authorization(self, run: RunAccounts, instance: Instance) -> Pubkey:
-        """The authorization with which the wallet may join: its own, everybody's, or that of a grantee who delegated.
+        """The authorization that lets the wallet join: its own, everybody's, or a delegating grantee's.
 
         Raises:
-            CoordinatorError: there is none that is valid (``NotAuthorized``), or no service answers.
+            CoordinatorError: none is valid (``NotAuthorized``), or no service answers.
         """
         assert run.manifest is not None
         authorizer = Pubkey(run.manifest.authorizer)
@@ -367,17 +367,17 @@ class SolanaRun:
         )
 
     def node_address(self, wallet: bytes) -> Pubkey:
-        """The account that says where the node of that wallet is reached."""
+        """The account that holds the address of that wallet's node."""
         return node_address(self.program, self.run_id, Pubkey(wallet))
 
     async def close(self) -> None:
-        """Close connections, and finish the log."""
+        """Close connections and finish the log."""
         if self._sender is not None:
             await self._sender.close()
         await self.provider.close()
 
 
 def _instance_size(data: bytes) -> int:
-    """Bytes of an instance account that are used: the name at its end has a length of its own."""
+    """The used bytes of an instance account: the name at its end varies in length."""
     at = 8 + 1 + 3 * 32
     return at + 4 + min(int.from_bytes(data[at : at + 4], "little"), len(data))

@@ -57,7 +57,7 @@ def test_changes_come_by_subscription_and_again_after_it_broke(run, caplog):
         name = f"the subscription with {world.endpoints()[0].name}"
         told = [text for text in caplog.messages if name in text]
         assert told[0].startswith(f"lost {name}: ")
-        assert told[0].endswith("looking every 3600 s meanwhile; trying again")
+        assert told[0].endswith("polling every 3600 s meanwhile; trying again")
         assert told[1].startswith(f"{name} is back after ")
         await feed.stop()
 
