@@ -1,4 +1,4 @@
-"""Where nodes are reached: each may keep an account with its transport address on the chain."""
+"""Nodes' transport addresses: each node may keep an account with its address on the chain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psyche_lightning_solana.interface import COORDINATOR
 from psyche_lightning_solana.layout import discriminator
 
 MAX_AGE = 15.0
-"""Seconds after which known addresses are looked up again: nodes come back at other places."""
+"""Seconds before a known address is looked up again: nodes may move."""
 
 
 class AddressBook:
@@ -32,7 +32,7 @@ class AddressBook:
         self._at: dict[bytes, float] = {}
 
     async def update(self, signers: Iterable[bytes], *, all_of_them: bool = False) -> bool:
-        """Look up what is unknown or old; returns whether anything changed.
+        """Look up unknown and old addresses; returns whether any changed.
 
         Raises:
             RpcProblem: no service answers.

@@ -1,8 +1,8 @@
 """The coordinator program through anchorpy: its IDL, its ``Program``, and a ``Provider`` over the pool of RPC services.
 
-It builds what owners send, and is the reference for what nodes build themselves. Sending is
-:mod:`~psyche_lightning_solana.client.sender`'s, because anchorpy's provider sends once, with neither limits nor price.
-anchorpy takes a second to import, so this module is imported where it is used.
+It builds the owners' instructions, and is the reference for those that nodes build. The module
+:mod:`~psyche_lightning_solana.client.sender` sends them: anchorpy's provider sends once, without limits and price.
+anchorpy takes a second to import, so import this module only where needed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def _idl() -> Any:
 
 
 def program(address: Pubkey, pool: PoolProvider, commitment: str) -> Program:
-    """The coordinator program at an address. Its provider only reads: no key is in it."""
+    """The coordinator program at an address. Its provider has no key and only reads."""
     return Program(_idl(), address, Provider(PoolClient(pool, commitment), Wallet.dummy()))
 
 
 @dataclass(frozen=True)
 class AnchorKeys(RunKeys):
-    """The addresses of a run, whose instructions anchorpy builds.
+    """A run's addresses; anchorpy builds the instructions.
 
     Attributes:
         anchor: the program.
@@ -48,11 +48,11 @@ class AnchorKeys(RunKeys):
         self, name: str, accounts: Mapping[str, Pubkey], arguments: Mapping[str, Any], trailer: bytes
     ) -> Instruction:
         spec = COORDINATOR.instructions[name]
-        # anchorpy has a class of its own for every struct and enum; its coder makes them out of the canonical bytes.
+        # anchorpy has a class for every struct and enum; its coder builds them from the canonical bytes.
         values = self.anchor.coder.instruction.parse(spec.discriminator + spec.arguments.write(dict(arguments))).data
         more = [AccountMeta(accounts[m.name], m.signer, m.writable) for m in spec.more if m.name in accounts]
         named = {meta.name: accounts[meta.name] for meta in spec.accounts}
         given = [values[argument] for argument in spec.arguments.fields]
         built = self.anchor.instruction[name](*given, ctx=Context(accounts=named, remaining_accounts=more))
-        # What follows Psyche's arguments is no part of the IDL, which Psyche's tools share.
+        # The IDL, which Psyche's tools share, lacks the trailer after Psyche's arguments.
         return Instruction(built.program_id, bytes(built.data) + trailer, built.accounts)

@@ -1,8 +1,8 @@
-"""Which chain, which programs, and how much a node may pay: what a ``solana:`` URL and its options say.
+"""Reads a ``solana:`` URL and its options: the chain, the programs, and limits of payments.
 
 ``solana:localnet``, ``solana:devnet``, ``solana:mainnet``, or ``solana:`` and one or several RPC URLs with commas
-between them. Options follow as a fragment, which no server ever sees: ``solana:devnet#program=ADDRESS&poll=1``. Each
-may also be a variable of the environment, such as ``PSYCHE_SOLANA_PROGRAM`` or ``PSYCHE_SOLANA_AUTHORIZER``.
+between them. Options follow as a fragment, which no server sees: ``solana:devnet#program=ADDRESS&poll=1``. Each may
+also be an environment variable (``PSYCHE_SOLANA_PROGRAM``, ``PSYCHE_SOLANA_AUTHORIZER``).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ CLUSTERS = {
     "devnet": ("https://api.devnet.solana.com", "EtWTRABZaYq6iMfeYKouRu166VU2xqa1wcaWoxkZrfBG"),
     "mainnet": ("https://api.mainnet-beta.solana.com", "5eykt4UsFv8P8NJdTREpY1vzqKqZKvdpKuc147dw2N9d"),
 }
-"""Name -> RPC URL and hash of the first block, by which a cluster is known."""
+"""Name -> RPC URL and hash of the first block, which identifies a cluster."""
 
 
 def local_program(name: str) -> Keypair:
-    """The key pair of a program on the local chain; its seed is public, so it is for nothing else."""
+    """The key pair of a program on the local chain only: its seed is public."""
     return Keypair.from_seed(sha256(f"psyche-lightning localnet {name}".encode()))
 
 
 def local_faucet() -> Keypair:
-    """The faucet of every local chain, which may upgrade the programs that it has from the start; likewise public."""
+    """The faucet of every local chain; may upgrade the initial programs. Its seed is public, too."""
     return local_program("faucet")
 
 
@@ -57,7 +57,7 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """Scheme and host: the rest of such URLs often is a key."""
+        """Scheme and host: the rest of a URL often has a key."""
         return shown(self.http)
 
 
@@ -69,22 +69,22 @@ def shown(url: str) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """What may be set besides the cluster.
+    """Options besides the cluster.
 
     Attributes:
         program: address of the coordinator program.
         authorizer: address of the authorizer program.
         treasurer: address of the treasurer program.
         wallet: file of the wallet; None for the environment's.
-        rpc: further RPC URLs, with commas between them, for when the first fails.
-        ws: the websocket URL of each RPC URL, where it cannot be told from that.
-        compute_limit: most compute units that a transaction may be given.
+        rpc: further RPC URLs, separated by commas, used if the first fails.
+        ws: the websocket URL of each RPC URL, if it differs from the default.
+        compute_limit: largest compute limit of a transaction, in units.
         priority_fee_min: least priority fee, in micro-lamports for each compute unit.
-        priority_fee_max: most; the current price of the accounts in question decides in between.
+        priority_fee_max: largest priority fee; the accounts' current price decides in between.
         commitment: when a transaction counts: ``processed``, ``confirmed`` or ``finalized``.
-        grantee: whose authorization to join is used; the wallet's own or everybody's unless given.
+        grantee: authorized to join for this wallet; by default the wallet or everybody.
         log: file that gets a JSON line for each transaction.
-        poll: seconds between looks at the account while no subscription works.
+        poll: seconds between polls of the account while no subscription works.
     """
 
     program: str | None = None
@@ -107,9 +107,9 @@ class Cluster:
     """A chain and the programs on it.
 
     Attributes:
-        name: as the user named it; a URL without what may be secret.
+        name: as the user named it; a URL without secrets.
         endpoints: RPC services, in the order of preference.
-        genesis: what the hash of the first block must be; None for a chain that only its user knows.
+        genesis: the required hash of the first block; None for a custom chain.
         options: the rest.
     """
 
@@ -120,14 +120,14 @@ class Cluster:
 
     @property
     def local(self) -> bool:
-        """Whether all of it is on this machine."""
+        """Whether all services are local."""
         return all(urlsplit(endpoint.http).hostname in LOOPBACK for endpoint in self.endpoints)
 
     def program(self, name: str = "coordinator") -> Pubkey:
         """Address of a program: ``coordinator``, ``authorizer`` or ``treasurer``.
 
         Raises:
-            ConfigError: nobody said it, and the chain is not a local one.
+            ConfigError: no address is given, and the chain is not local.
         """
         option = "program" if name == "coordinator" else name
         given = getattr(self.options, option)
@@ -144,10 +144,10 @@ class Cluster:
 def parse(
     url: str, options: Mapping[str, object] | None = None, environment: Mapping[str, str] = os.environ
 ) -> Cluster:
-    """Read a ``solana:`` URL; what it says wins over ``options``, and those over the environment.
+    """Read a ``solana:`` URL; it overrides ``options``, which override the environment.
 
     Raises:
-        ConfigError: not such a URL, an unknown option (with the nearest), or a value that cannot be.
+        ConfigError: another URL, an unknown option (with the nearest), or an invalid value.
     """
     scheme, _, rest = url.partition(":")
     place, _, fragment = rest.partition("#")
@@ -156,7 +156,7 @@ def parse(
     read = _options(fragment, options or {}, environment)
     if place in CLUSTERS:
         default, genesis = CLUSTERS[place]
-        # Whoever has an RPC service of their own for a public cluster prefers it.
+        # A user's own RPC service for a public cluster comes first.
         first = [] if read.rpc and genesis is not None else [default]
         name = place
     else:
@@ -173,7 +173,7 @@ def parse(
 
 
 def shown_url(url: str) -> str:
-    """A ``solana:`` URL as it may be shown: without what may be secret in RPC URLs."""
+    """A ``solana:`` URL for display: without secrets of RPC URLs."""
     scheme, _, rest = url.partition(":")
     place = rest.partition("#")[0]
     if "://" not in place:
@@ -253,7 +253,7 @@ def _checked(url: str, schemes: tuple[str, ...]) -> str:
 
 
 def _websocket(http: str) -> str:
-    """Solana's convention: the port after that for requests; the same where none is named."""
+    """Solana's convention: the port after the request port; unchanged if none is given."""
     parts = urlsplit(http)
     scheme = {"http": "ws", "https": "wss"}[parts.scheme]
     netloc = parts.netloc

@@ -1,4 +1,4 @@
-"""What a transaction may cost: its compute limit and its priority fee, both within the user's bounds."""
+"""A transaction's compute limit and priority fee, both within the user's bounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIANTS = 256
 
 
 def sol(lamports: int) -> str:
-    """An amount as people read it."""
+    """An amount in readable form."""
     return f"{lamports / LAMPORTS:.9f}".rstrip("0").rstrip(".") + " SOL"
 
 
@@ -36,7 +36,7 @@ class Fees:
     """Chooses limit and price of each transaction.
 
     Args:
-        provider: the RPC services, which know what others pay.
+        provider: the RPC services, which report prices.
         options: the user's bounds.
         clock: monotonic seconds.
     """
@@ -49,21 +49,21 @@ class Fees:
         self._count = 0
 
     async def instructions(self, units: int, accounts: Sequence[Pubkey]) -> list[Instruction]:
-        """The two instructions that stand before the others.
+        """The two instructions that precede the others.
 
         Args:
             units: compute units that the transaction may need.
-            accounts: those that it writes, whose price is looked up.
+            accounts: the written accounts, which set the price.
         """
         price = await self.price(accounts)
-        # No two transactions of a wallet are the same bytes, even within one blockhash: a chain takes equal ones for
-        # one. That is wanted for one that is sent again, and wrong for two ticks.
+        # Two transactions of a wallet always differ, even within one blockhash: a chain treats equal bytes as one
+        # transaction. That is right for a resent transaction, but wrong for two ticks.
         self._count += 1
         limit = max(1, min(units, self._options.compute_limit - VARIANTS)) + self._count % VARIANTS
         return budget(min(limit, self._options.compute_limit), price)
 
     async def price(self, accounts: Sequence[Pubkey]) -> int:
-        """Micro-lamports for each compute unit: what three quarters of the recent transactions paid at most."""
+        """Micro-lamports for each compute unit: the third quartile of the recent transactions' prices."""
         low, high = self._options.priority_fee_min, self._options.priority_fee_max
         if low == high:
             return low
@@ -75,15 +75,15 @@ class Fees:
             answer = await self._provider.call("getRecentPrioritizationFees", [[str(account) for account in key]])
             paid = sorted(int(item["prioritizationFee"]) for item in answer)
         except (RpcProblem, TypeError, ValueError, LookupError):
-            return price  # a service may not know; the transaction goes for what was paid last
+            return price  # no service knows it: the transaction pays the last price
         price = min(max(paid[int(len(paid) * PERCENTILE)] if paid else 0, low), high)
         self._prices[key] = (self._clock(), price)
         return price
 
 
 UNITS = {
-    # What ends a round or an epoch does the most; the table in docs/solana-programs.md has what was measured with 256
-    # clients, and these are about twice that.
+    # The end of a round or an epoch takes the most. These values are about twice those measured with 256 clients (the
+    # table in docs/solana-programs.md).
     "witness": 350_000,
     "tick": 350_000,
     "health_check": 350_000,
@@ -113,7 +113,7 @@ UNITS = {
 }
 """Compute units that an instruction may need, by its name."""
 FORWARDED = "treasurer:"
-"""How a command of the coordinator is named that the treasurer passes on."""
+"""The name of a coordinator command that the treasurer forwards."""
 FORWARDING = 60_000
 
 
@@ -121,7 +121,7 @@ def units(names: str) -> int:
     """The limit for a transaction.
 
     Args:
-        names: its instructions, with ``+`` between them; one that is not known may use all that a transaction can.
+        names: its instructions, separated by ``+``; an unknown one gets a transaction's largest limit.
     """
     total = 0
     for name in names.split("+"):

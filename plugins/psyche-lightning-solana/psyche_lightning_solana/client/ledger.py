@@ -1,4 +1,4 @@
-"""The transactions that touched a run, as the chain keeps them: who did what, what it used, and how it ended."""
+"""The transactions that touched a run, from the chain: payer, instructions, cost and result."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from psyche_lightning_solana.client.reader import PAGE, Reader
 from psyche_lightning_solana.client.rpc import RpcProblem, error_name
 
 WIDTH = 8
-"""Transactions asked for at once."""
+"""Transactions requested at once."""
 MAX_TRANSACTIONS = 20_000
 TRIES = 5
 
 
 @dataclass(frozen=True)
 class Call:
-    """One instruction as a program got it, from the transaction itself or from another program.
+    """One instruction to a program, from the transaction itself or from another program.
 
     Attributes:
-        program: who got it.
+        program: receiver.
         data: its bytes.
         accounts: the accounts that it names.
     """
@@ -40,18 +40,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Entry:
-    """A transaction that landed.
+    """A landed transaction.
 
     Attributes:
         signature: its first signature in base58.
-        slot: where it landed.
+        slot: its slot.
         time: the chain's clock there, in Unix seconds.
-        payer: who paid.
+        payer: its payer.
         error: JSON of its ``TransactionError``; None when it succeeded.
         units: compute units that it used.
         fee: lamports that it cost.
-        calls: its instructions, each followed by those that it led to.
-        logs: what programs said.
+        calls: its instructions, each followed by its inner ones.
+        logs: the programs' lines.
         size: bytes.
     """
 
@@ -90,7 +90,7 @@ class Ledger:
         """Transactions so far, oldest first, and at most the newest 20,000.
 
         Args:
-            since: Unix seconds before which they do not matter.
+            since: Unix seconds; earlier ones are optional.
 
         Raises:
             RpcProblem: no service answers, or it no longer keeps some of them.
@@ -117,7 +117,7 @@ class Ledger:
                 found = await self._reader.transaction(Signature.from_string(signature))
                 if found is not None:
                     return _decode(signature, found)
-                await asyncio.sleep(0.2 * (attempt + 1))  # listed, and not yet to be had
+                await asyncio.sleep(0.2 * (attempt + 1))  # listed, but not available yet
         raise RpcProblem(f"it lists the transaction {signature[:12]} and does not have it", retryable=True)
 
 

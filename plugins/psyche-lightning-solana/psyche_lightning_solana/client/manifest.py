@@ -1,8 +1,8 @@
-"""The run's manifest itself: the chain holds its SHA-256, and an account beside it the text.
+"""The run's manifest: the run holds its SHA-256, and another account holds the text.
 
-The text lies, compressed, in a buffer of the chain's own loader, which is how programs of any size are stored: no other
-program is needed, every RPC service gives it out, and its rent comes back when the run is closed. Nobody has to trust
-it, because only a text with the right digest is taken.
+A buffer of the chain's own loader, which can store programs of any size, holds the compressed text: this needs no other
+program, every RPC service can read it, and closing the run returns its rent. The buffer needs no trust, because clients
+accept only a text with the right digest.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from psyche_lightning_solana.client.sender import Sender
 
 LOADER = Pubkey.from_string("BPFLoaderUpgradeab1e11111111111111111111111")
 PLACE = "account:"
-"""How the address of a manifest begins that lies in an account."""
+"""Prefix of a manifest address that names an account."""
 HEADER = 37
-"""Bytes of a buffer before its content: kind, and who may change it."""
+"""Bytes before a buffer's content: its kind and its authority."""
 WRITE_SIZE = 900
 UNITS = 20_000
 
 
 def _seed(run_id: str, digest: bytes) -> str:
-    """One place for each manifest of each run: a repeated call finds it, and closing a run takes only its own."""
+    """One place per manifest and run: a repeated call finds it, and closing a run removes only its own."""
     return sha256(digest, run_id.encode()).hex()[:32]
 
 
 def buffer_address(owner: Pubkey, run_id: str, digest: bytes) -> Pubkey:
-    """Where ``owner`` stores that manifest of that run."""
+    """The account of ``owner`` for a run's manifest."""
     return Pubkey.create_with_seed(owner, _seed(run_id, digest), LOADER)
 
 
 def beginning(owner: Pubkey, run_id: str, digest: bytes, size: int, lamports: int) -> list[Instruction]:
-    """Make the account, for ``size`` bytes of content."""
+    """Create the account for ``size`` bytes of content."""
     key = buffer_address(owner, run_id, digest)
     parameters = CreateAccountWithSeedParams(
         from_pubkey=owner,
@@ -59,7 +59,7 @@ def beginning(owner: Pubkey, run_id: str, digest: bytes, size: int, lamports: in
 
 
 def writing(owner: Pubkey, run_id: str, digest: bytes, data: bytes) -> Iterator[tuple[int, Instruction]]:
-    """Fill it, piece by piece; each with its place."""
+    """The pieces that fill it, with offsets."""
     accounts = [AccountMeta(buffer_address(owner, run_id, digest), False, True), AccountMeta(owner, True, False)]
     for at in range(0, len(data), WRITE_SIZE):
         part = data[at : at + WRITE_SIZE]
@@ -67,7 +67,7 @@ def writing(owner: Pubkey, run_id: str, digest: bytes, data: bytes) -> Iterator[
 
 
 def compress(manifest: dict[str, Any]) -> tuple[bytes, bytes]:
-    """SHA-256 of a manifest's canonical text, and the text as it is stored.
+    """SHA-256 of a manifest's canonical text, and the stored text.
 
     Raises:
         CoordinatorError: it is not JSON, or too large (``InvalidManifest``).
@@ -84,7 +84,7 @@ def decompress(data: bytes, digest: bytes) -> dict[str, Any]:
     """The manifest with that digest.
 
     Raises:
-        CoordinatorError: ``data`` is another one, or none (``InvalidManifest``).
+        CoordinatorError: ``data`` is not that manifest (``InvalidManifest``).
     """
     try:
         text = zlib.decompressobj().decompress(data, MAX_MANIFEST_SIZE + 1)
@@ -104,7 +104,7 @@ async def fetch(reader: Reader, digest: bytes, address: str) -> dict[str, Any]:
     """Read a run's manifest from the place that its manifest account names.
 
     Raises:
-        CoordinatorError: it is not there, or another one (``InvalidManifest``).
+        CoordinatorError: it is missing or another one (``InvalidManifest``).
         RpcProblem: no service answers.
     """
     try:
@@ -127,10 +127,10 @@ async def fetch(reader: Reader, digest: bytes, address: str) -> dict[str, Any]:
 
 
 async def store(sender: Sender, reader: Reader, run_id: str, manifest: dict[str, Any]) -> tuple[bytes, str]:
-    """Put a manifest on the chain, going on where an earlier call was interrupted.
+    """Put a manifest on the chain, continuing an interrupted call.
 
     Args:
-        sender: pays, and may change or close the account later.
+        sender: pays, and can change or close the account later.
         reader: the RPC services.
         run_id: the run.
         manifest: the run's sections.
@@ -147,7 +147,7 @@ async def store(sender: Sender, reader: Reader, run_id: str, manifest: dict[str,
     key = buffer_address(owner, run_id, digest)
     found = await reader.account(key)
     if found is not None and len(found.data) != HEADER + len(data):
-        # Compressed by another version of zlib: fine if whole, else made anew.
+        # Another zlib version compressed it: keep it if complete.
         if _whole(found, digest):
             return digest, f"{PLACE}{key}"
         await sender.send("close manifest", [_close(key, owner)], units=UNITS)

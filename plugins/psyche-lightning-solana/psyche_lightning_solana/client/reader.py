@@ -1,4 +1,4 @@
-"""What a client reads from the chain: accounts of one moment, what became of transactions, prices of storage."""
+"""A client's reads from the chain: accounts at one slot, results of transactions, prices of storage."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ PAGE = 1000
 
 @dataclass(frozen=True)
 class Account:
-    """An account as it was.
+    """An account's state.
 
     Attributes:
         owner: the program that may change it.
@@ -72,10 +72,10 @@ class Account:
 
 @dataclass(frozen=True)
 class Status:
-    """Where a transaction stands.
+    """A transaction's status.
 
     Attributes:
-        slot: where it landed.
+        slot: its slot.
         error: JSON of its ``TransactionError``; None when it succeeded.
         level: ``processed``, ``confirmed`` or ``finalized``.
     """
@@ -90,7 +90,7 @@ class Reader:
 
     Args:
         provider: them.
-        commitment: how settled what is read must be.
+        commitment: the commitment of reads.
 
     All methods raise :class:`~psyche_lightning_solana.client.rpc.RpcProblem`.
     """
@@ -98,11 +98,11 @@ class Reader:
     def __init__(self, provider: PoolProvider, commitment: str) -> None:
         self.provider = provider
         self.level = LEVELS[commitment]
-        # The ledger's past is not kept at a lower level than this.
+        # Services keep no ledger history below this level.
         self._past = max(self.level, CommitmentLevel.Confirmed, key=int)
 
     async def accounts(self, keys: Sequence[Pubkey], min_slot: int | None = None) -> tuple[int, list[Account | None]]:
-        """Accounts as they all were at one slot, and that slot; at most 100 of them, None for one that is not there."""
+        """At most 100 accounts as of one slot, and that slot; None for a missing account."""
         config = RpcAccountInfoConfig(
             encoding=UiAccountEncoding.Base64Zstd, commitment=self.level, min_context_slot=min_slot
         )
@@ -120,23 +120,23 @@ class Reader:
         ]
 
     async def account(self, key: Pubkey) -> Account | None:
-        """One account; None if it is not there."""
+        """One account; None if it is missing."""
         return (await self.accounts([key]))[1][0]
 
     async def many(self, keys: Sequence[Pubkey]) -> list[Account | None]:
-        """Any number of accounts, those of each hundred as of one slot."""
+        """Any number of accounts, each hundred as of one slot."""
         found: list[Account | None] = []
         for at in range(0, len(keys), MOST_ACCOUNTS):
             found += (await self.accounts(keys[at : at + MOST_ACCOUNTS]))[1]
         return found
 
     async def balance(self, key: Pubkey) -> int:
-        """Lamports of an account; 0 if it is not there."""
+        """Lamports of an account; 0 if it is missing."""
         request = GetBalance(key, RpcContextConfig(commitment=self.level))
         return (await self.provider.make_request(request, GetBalanceResp)).value
 
     async def rent(self, size: int) -> int:
-        """Lamports that an account with so many bytes must hold to stay."""
+        """Lamports that an account of this size must hold to stay."""
         request = GetMinimumBalanceForRentExemption(size)
         return (await self.provider.make_request(request, GetMinimumBalanceForRentExemptionResp)).value
 
@@ -145,22 +145,22 @@ class Reader:
         return (await self.provider.make_request(GetGenesisHash(), GetGenesisHashResp)).value
 
     async def height(self) -> tuple[int, int]:
-        """The newest slot, and the number of blocks up to it, which counts the life of a blockhash."""
+        """The newest slot, and its block height, which limits a blockhash's lifetime."""
         request = GetEpochInfo(RpcContextConfig(commitment=self.level))
         info = (await self.provider.make_request(request, GetEpochInfoResp)).value
         return info.absolute_slot, info.block_height
 
     async def send(self, transaction: bytes, min_slot: int | None = None) -> str:
-        """Hand in a signed transaction after a trial run; returns its signature. Sending it again is harmless."""
+        """Send a signed transaction after a preflight; returns its signature. Resending is harmless."""
         config = RpcSendTransactionConfig(preflight_commitment=self.level, max_retries=0, min_context_slot=min_slot)
         return str(await self._json(SendRawTransaction(transaction, config)))
 
     async def status(self, signature: Signature, *, past: bool = False) -> tuple[int, Status | None]:
-        """The newest slot, and where a transaction stands; None if it is unknown.
+        """The newest slot, and a transaction's status; None if unknown.
 
         Args:
             signature: its first signature.
-            past: whether to look beyond the newest blocks, too.
+            past: whether to search older blocks, too.
         """
         request = GetSignatureStatuses([signature], RpcSignatureStatusConfig(search_transaction_history=past))
         answer = await self._json(request)
@@ -174,7 +174,7 @@ class Reader:
             raise RpcProblem("it answered with malformed statuses", retryable=True) from None
 
     async def transaction(self, signature: Signature) -> dict[str, Any] | None:
-        """A transaction that landed, with its outcome, in the JSON of ``getTransaction``; None if it is unknown."""
+        """A landed transaction with its result, in the JSON of ``getTransaction``; None if unknown."""
         config = RpcTransactionConfig(UiTransactionEncoding.Base64, self._past, 0)
         answer = await self._json(GetTransaction(signature, config))
         if answer is None:

@@ -1,4 +1,4 @@
-"""What became of every transaction: one JSON line each, for the user's file and for tables."""
+"""The result of every transaction: one JSON line each, for the user's file and for tables."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from psyche_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class Record:
-    """One transaction of this client, or one that the chain refused before taking it.
+    """One transaction of this client, or one that the chain refused in advance.
 
     Attributes:
-        time: Unix seconds at which it was known what became of it.
+        time: Unix seconds at which its result was known.
         run: the run.
-        instruction: what it did; several names with ``+`` between them.
+        instruction: its instructions; several names are separated by ``+``.
         signature: its first signature in base58.
         result: ``ok``, or the name of the error.
         landed: whether it is on the chain, and paid for.
-        slot: the slot in which it landed; None when it did not, or nobody says.
-        units: compute units that it used; None when nobody says.
-        fee: lamports that it cost; None likewise.
-        tries: blockhashes that it took: more than one when earlier ones expired.
+        slot: the slot in which it landed; None if it did not, or is unknown.
+        units: compute units that it used; None if unknown.
+        fee: lamports that it cost; None if unknown.
+        tries: blockhashes that it used: more than one if earlier ones expired.
         size: bytes.
     """
 
@@ -42,11 +42,11 @@ class Record:
 
 
 class Log:
-    """Keeps the newest records, and appends each to a file if there is one.
+    """Keeps the newest records, and appends each to the file if given.
 
     Args:
-        path: the file; None for none.
-        keep: how many records stay in memory.
+        path: the file, or None.
+        keep: number of records in memory.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, keep: int = 1000) -> None:
@@ -62,7 +62,7 @@ class Log:
                 raise ConfigError(f"cannot write the log of transactions {path}: {error.strerror}") from error
 
     def write(self, record: Record) -> None:
-        """Keep a record. A full disk costs the line, not the training."""
+        """Keep a record. A full disk loses the line, not the training."""
         self.records.append(record)
         del self.records[: -self._keep]
         if self._path is None:

@@ -1,7 +1,7 @@
-"""The rounds of an epoch: as this node saw them, or made again from the transactions of the run.
+"""The rounds of an epoch: as this node saw them, or rebuilt from the run's transactions.
 
-The account keeps four rounds; the ledger keeps what made all of them. The epoch's first state follows from its present
-one, each transaction has its slot and time, and the program's model in Python does what the program did.
+The account keeps four rounds; the ledger keeps all transactions. The epoch's first state follows from its present one,
+each transaction has its slot and time, and the program's model in Python repeats the program's steps.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from psyche_lightning_solana.hosting import Clock
 from psyche_lightning_solana.instructions import decode
 
 MAX_ROUNDS = 4096
-"""Rounds of an epoch that are kept; a node that needs older ones takes a newer snapshot instead."""
+"""Kept rounds of an epoch; a node that needs older ones takes a newer snapshot instead."""
 
 
 class History:
-    """What was seen of the newest epoch's rounds, without Bloom filters.
+    """The seen rounds of the newest epoch, without Bloom filters.
 
-    A round is settled once a later one is there: no record is added to it any more.
+    A round is settled once a later one exists: its records no longer change.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class History:
         self._newest: Round | None = None
 
     def observe(self, state: RunState) -> None:
-        """Take the rounds that a state shows."""
+        """Add the rounds of a state."""
         current = state.current
         if current is None:
             return
@@ -57,26 +57,26 @@ class History:
                 break
 
     def fill(self, epoch: int, rounds: list[Round]) -> None:
-        """Take settled rounds that were found elsewhere."""
+        """Add settled rounds from elsewhere."""
         if epoch == self.epoch:
             for round_ in rounds:
                 self._settled.setdefault(round_.height, plain_round(round_))
 
     def missing(self, epoch: int, first: int) -> bool:
-        """Whether some round of that epoch, from height ``first`` on, was not seen to its end."""
+        """Whether some round of that epoch, from height ``first`` on, is incomplete."""
         if epoch != self.epoch or self._newest is None:
             return False
         return any(height not in self._settled for height in range(first, self._newest.height))
 
     def rounds(self, epoch: int, first: int) -> list[Round]:
-        """The rounds from height ``first`` to the newest, whose records may still grow; empty if one is missing."""
+        """The rounds from height ``first`` to the newest (still growing) one; empty if one is missing."""
         if epoch != self.epoch or self._newest is None or first > self._newest.height or self.missing(epoch, first):
             return []
         return [*(self._settled[height] for height in range(first, self._newest.height)), self._newest]
 
 
 def beginning(run: RunAccounts) -> RunAccounts:
-    """The run as it was when the epoch under way was formed."""
+    """The run when the current epoch was formed."""
     state = run.state
     order = {member.signer: place for place, member in enumerate(run.members)}
     everyone = sorted((*state.clients, *state.exited_clients), key=lambda client: order.get(client.signer, len(order)))
@@ -102,17 +102,17 @@ def beginning(run: RunAccounts) -> RunAccounts:
 
 
 def replay(run: RunAccounts, entries: Iterable[Entry], program: Pubkey, account: Pubkey) -> list[Round]:
-    """All rounds of the epoch under way.
+    """All rounds of the current epoch.
 
     Args:
-        run: the run as it is now, within an epoch.
-        entries: transactions of the account, oldest first, at least those since the epoch was formed.
+        run: the run now, within an epoch.
+        entries: transactions of the account, oldest first, at least from the epoch's formation on.
         program: the coordinator program.
         account: the run's coordinator account.
 
     Returns:
-        The rounds from the first to the newest, without Bloom filters; empty if what comes out is not what the account
-        shows, which means that the ledger no longer has all of it.
+        The rounds from the first to the newest, without Bloom filters; empty if the result differs from the account,
+        which means that the ledger is incomplete.
     """
     history = History()
     now = beginning(run)
@@ -135,14 +135,14 @@ def _apply(run: RunAccounts, call: Call, clock: Clock) -> RunAccounts:
         name, given = decode(call.data)
         return act(run, name, user, given, clock)
     except (Refused, machine.MachineError):
-        return run  # it belongs to the time before the epoch, in the same second
+        return run  # it precedes the epoch within the same second
 
 
 def act(run: RunAccounts, name: str, user: bytes, given: dict[str, Any], clock: Clock) -> RunAccounts:
-    """The run after an instruction that the program took: its checks of accounts and authority are not made again.
+    """The run after an accepted instruction, without new checks of accounts and authority.
 
     Raises:
-        Refused: the run is not what the program found.
+        Refused: the run differs from the program's.
         MachineError: likewise.
     """
     if name == "witness":

@@ -1,4 +1,4 @@
-"""Several RPC services as one: requests that fail are tried again, then elsewhere, as long as that can help."""
+"""Several RPC services as one: retries failed requests, first at the same service, then at the others."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ RETRYABLE_ERRORS = frozenset(
         "CommitCancelled",
     }
 )
-"""Errors of a transaction that say more about the moment than about it."""
+"""Transaction errors that depend on the moment."""
 ALREADY = "AlreadyProcessed"
 UNFUNDED = frozenset({"AccountNotFound", "InsufficientFundsForFee", "InsufficientFundsForRent"})
 
@@ -60,13 +60,13 @@ class RpcProblem(Exception):
     """A request failed.
 
     Attributes:
-        text: what happened, without what may be secret.
+        text: the problem, without secrets.
         retryable: whether the same request, perhaps to another service, may succeed.
-        code: of JSON-RPC; None where there was no such answer.
-        data: what came with the code.
-        endpoint: the service's name; empty when it does not matter which.
-        wait: seconds that the service asked to be left alone; None when it did not.
-        lost: whether the request may have been carried out all the same: some attempt was not answered.
+        code: of JSON-RPC; None without such an answer.
+        data: the code's data.
+        endpoint: the service's name; empty if irrelevant.
+        wait: seconds that the service asked to wait; None if it did not.
+        lost: whether the request may have been executed: some attempt got no answer.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class RpcProblem(Exception):
 
     @property
     def transaction_error(self) -> Any:
-        """Why a transaction failed its preflight, in the JSON of a ``TransactionError``; None if that is not it."""
+        """The preflight failure, in the JSON of a ``TransactionError``; None for another problem."""
         return self.data.get("err") if self.code == PREFLIGHT_FAILURE else None
 
 
 def from_error(error: object, endpoint: str) -> RpcProblem:
-    """The problem that the ``error`` object of an answer describes; anything malformed is one, too."""
+    """The problem in an answer's ``error`` object; malformed objects count as problems, too."""
     if not isinstance(error, Mapping) or type(error.get("code")) is not int:
         return RpcProblem("it answered with a malformed error", retryable=True, endpoint=endpoint)
     code, message, data = error["code"], str(error.get("message"))[:500], error.get("data")
@@ -107,7 +107,7 @@ def from_error(error: object, endpoint: str) -> RpcProblem:
 
 
 def error_name(error: Any) -> str:
-    """The name of a ``TransactionError`` in its JSON form; of an instruction's error that of the inner one."""
+    """The name of a ``TransactionError`` in JSON form; for an instruction's error, the inner name."""
     if isinstance(error, str):
         return error
     if isinstance(error, Mapping) and len(error) == 1:
@@ -121,7 +121,7 @@ def error_name(error: Any) -> str:
 
 
 def custom_code(error: Any) -> int | None:
-    """The program's own error number in a ``TransactionError``; None when it is another kind of error."""
+    """The program's own error number in a ``TransactionError``; None for other errors."""
     if isinstance(error, Mapping) and isinstance(error.get("InstructionError"), list):
         inner = error["InstructionError"][-1]
         if isinstance(inner, Mapping) and type(inner.get("Custom")) is int:
@@ -130,12 +130,12 @@ def custom_code(error: Any) -> int | None:
 
 
 def is_retryable(error: Any) -> bool:
-    """Whether a transaction that failed like this may do better later: an error of a program is final."""
+    """Whether a retry of the failed transaction may succeed; program errors are final."""
     return error_name(error) in RETRYABLE_ERRORS
 
 
 TRIES = 3
-"""Attempts at one service before the next one is asked."""
+"""Attempts at one service before the next."""
 FIRST_WAIT, WAIT_FACTOR, LONGEST_WAIT = 0.5, 1.5, 10.0
 TIMEOUT = 10.0
 MAX_ANSWER_SIZE = 64 * 1024 * 1024
@@ -147,7 +147,7 @@ Sleep = Callable[[float], Awaitable[None]]
 class PoolProvider(AsyncHTTPProvider):
     """Carries requests of ``solana``'s client to the first service that answers.
 
-    The service that answered last is asked first the next time, so a dead one costs its time-out only once.
+    The next request starts with the service that answered last, so a dead one costs one time-out.
 
     Args:
         endpoints: the services, in order of preference.
@@ -155,7 +155,7 @@ class PoolProvider(AsyncHTTPProvider):
         timeout: seconds for one attempt.
         sleep: waits between attempts.
         randomness: spreads the waits of many nodes.
-        clock: monotonic seconds, for what the log says about services that are away.
+        clock: monotonic seconds, for log messages about outages.
     """
 
     def __init__(
@@ -168,10 +168,10 @@ class PoolProvider(AsyncHTTPProvider):
         randomness: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super(AsyncHTTPProvider, self).__init__(endpoints[0].http)  # without its session, which would be another one
+        super(AsyncHTTPProvider, self).__init__(endpoints[0].http)  # without its session: this class has its own
         urls = [urlsplit(endpoint.http) for endpoint in endpoints]
-        # The environment's proxies are for the world outside; one time-out for the whole request is ours; and reading
-        # all certificates of the world takes a while.
+        # The environment's proxies are for external hosts; the whole request has one time-out; and loading all
+        # certificates takes a while.
         self.session = httpx.AsyncClient(
             timeout=None,
             trust_env=any(url.hostname not in LOOPBACK for url in urls),
@@ -183,7 +183,7 @@ class PoolProvider(AsyncHTTPProvider):
         self._longest = timeout
         self._sleep = sleep
         self._randomness = randomness or random.Random()
-        # Where another service may answer; of the only one, whoever asked tells.
+        # Only if another service may answer; else the caller reports it.
         self._outages = {
             endpoint: Outage(logger, f"the RPC service {endpoint.name}", level=logging.INFO, clock=clock)
             for endpoint in (endpoints if len(endpoints) > 1 else ())
@@ -191,7 +191,7 @@ class PoolProvider(AsyncHTTPProvider):
 
     @property
     def endpoint(self) -> Endpoint:
-        """The service that is asked first."""
+        """The first service to ask."""
         return self._endpoints[self._first]
 
     async def make_request(
@@ -202,10 +202,10 @@ class PoolProvider(AsyncHTTPProvider):
         Args:
             body: the request.
             parser: the class of the answer.
-            check: raises :class:`RpcProblem` for an answer that does not do.
+            check: raises :class:`RpcProblem` for an unusable answer.
 
         Raises:
-            RpcProblem: a service refused for good, or all of them failed.
+            RpcProblem: a service refused finally, or all failed.
         """
 
         def decode(text: str) -> _Answer:
@@ -221,7 +221,7 @@ class PoolProvider(AsyncHTTPProvider):
         return await self._ask(body.to_json(), lambda text: text)
 
     async def call(self, method: str, params: list[Any]) -> Any:
-        """Ask for what ``solders`` has no classes for; returns the answer's result."""
+        """Send a request without ``solders`` classes; returns the answer's result."""
         body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
         return json.loads(await self._ask(json.dumps(body), lambda text: text))["result"]
 
@@ -297,7 +297,7 @@ class PoolProvider(AsyncHTTPProvider):
 
 
 def _checked(text: bytes, status: int, after: str) -> str:
-    """The answer's text when it is one; solders would panic on some that are none."""
+    """The text of a valid answer; solders panics on some invalid ones."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -333,7 +333,7 @@ class PoolClient(AsyncClient):
 
     Args:
         provider: the pool.
-        commitment: how settled what it reads must be.
+        commitment: the commitment of its reads.
     """
 
     def __init__(self, provider: PoolProvider, commitment: str) -> None:
@@ -342,7 +342,7 @@ class PoolClient(AsyncClient):
 
 
 def unreachable(problem: RpcProblem, what: str, cluster: str) -> CoordinatorError:
-    """The error for people when nothing helped."""
+    """The error for users after all retries."""
     where = f" at {problem.endpoint}" if problem.endpoint else ""
     if not problem.retryable:
         return CoordinatorError(f"{cluster} refused {what}{where}: {problem.text}", code="Refused")
@@ -360,7 +360,7 @@ async def connect(cluster: Cluster) -> AsyncIterator[AsyncClient]:
     """A client of the first service of a cluster that answers.
 
     Raises:
-        PsycheError: none does, or it is another cluster.
+        PsycheError: no answer, or it is another cluster.
     """
     problems = []
     for endpoint in cluster.endpoints:

@@ -1,7 +1,7 @@
-"""Sends transactions: signed once, sent until they land or their blockhash expires, never landing twice.
+"""Signs a transaction once, and sends it until it lands or its blockhash expires. None lands twice.
 
-A transaction is resent as the same bytes, which a chain takes at most once. A new one, with a new blockhash, is made
-only when the old one can land no more: every service refused it, or its last block has passed without it.
+A resent transaction has the same bytes, and a chain accepts those only once. The sender makes a new one, with a new
+blockhash, only if the old one cannot land: every service refused it, or its last block passed without it.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ from psyche_lightning_solana.client.wallet import Wallet
 
 MAX_TRANSACTION_SIZE = 1232
 BLOCKHASH_AGE = 10.0
-"""Seconds after which a newer blockhash is asked for: a transaction should have most of its life before it."""
+"""Seconds before a blockhash is renewed: a transaction needs most of its lifetime."""
 RESEND_EVERY = 2.0
 FIRST_LOOK, LONGEST_LOOK = 0.05, 1.0
 HEIGHT_EVERY = 4
-"""Looks at a transaction's status for one at the height of the chain."""
+"""Status checks of a transaction per check of the chain's height."""
 DETAIL_TRIES = 4
 ANCHOR_ERROR = re.compile(r"Error Code: (\w+)\. Error Number: (\d+)\. Error Message: (.*)")
 
 
 @dataclass(frozen=True)
 class Blockhash:
-    """What gives a transaction its bounded life.
+    """Limits a transaction's lifetime.
 
     Attributes:
         value: the hash.
-        last_valid: height of the last block that takes a transaction with it.
+        last_valid: height of the last block that accepts it.
     """
 
     value: Hash
@@ -68,7 +68,7 @@ class Blockhash:
 
 
 class Blockhashes:
-    """The newest blockhash, asked for rarely: one serves for 150 blocks, about a minute.
+    """The newest blockhash, cached: one is valid for 150 blocks, about a minute.
 
     Args:
         provider: the RPC services.
@@ -90,7 +90,7 @@ class Blockhashes:
         """A fresh blockhash.
 
         Raises:
-            RpcProblem: no service gives one.
+            RpcProblem: no service answers.
         """
         async with self._lock:
             if self._known is None or self._clock() - self._at > BLOCKHASH_AGE:
@@ -102,18 +102,18 @@ class Blockhashes:
             return self._known
 
     def forget(self, stale: Blockhash) -> None:
-        """Do not give out this one again."""
+        """Stop giving out this one."""
         if self._known == stale:
             self._known = None
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """A transaction that is on the chain and succeeded.
+    """A successful transaction on the chain.
 
     Attributes:
         signature: its first signature.
-        slot: where it landed.
+        slot: its slot.
     """
 
     signature: Signature
@@ -121,7 +121,7 @@ class Receipt:
 
 
 class _Open(Exception):
-    """Nobody knows yet what becomes of a transaction."""
+    """A transaction's outcome is unknown so far."""
 
 
 class Sender:
@@ -133,8 +133,8 @@ class Sender:
         run: the run's name, for the log.
         options: limits.
         cluster: the chain's name, for messages.
-        log: where each transaction is recorded.
-        patience: seconds after which an unsettled transaction is given up.
+        log: records each transaction.
+        patience: seconds to wait for an unsettled transaction.
         clock: monotonic seconds.
         wall: Unix seconds.
         sleep: waits.
@@ -167,7 +167,7 @@ class Sender:
         self._blockhashes = Blockhashes(reader.provider, reader.level, clock)
         self._fees = Fees(reader.provider, options, clock)
         self._details: set[asyncio.Task[None]] = set()
-        # Transactions that may still land; asked for again, they are taken up and not made anew.
+        # Transactions that may still land; a repeated call resumes them.
         self._open: dict[tuple[str | bytes, ...], tuple[VersionedTransaction, Blockhash]] = {}
 
     async def send(
@@ -182,11 +182,11 @@ class Sender:
         """Send one transaction and wait until it counts.
 
         Args:
-            name: what it does, for log and messages.
-            instructions: of the programs; those of the compute budget are added.
+            name: its purpose, for log and messages.
+            instructions: of the programs; the sender adds the compute budget's.
             units: compute units that it may need.
-            signers: who signs besides the wallet.
-            min_slot: the slot whose state it builds on: a service that is behind is passed over.
+            signers: signers besides the wallet.
+            min_slot: the slot that it builds on; services behind it are skipped.
 
         Raises:
             CoordinatorError: the program refused (``code`` is its name for the error), the wallet cannot pay
@@ -223,7 +223,7 @@ class Sender:
             self._blockhashes.forget(blockhash)
 
     async def close(self) -> None:
-        """Finish what the log waits for, for a moment."""
+        """Briefly wait for pending log records."""
         if self._details:
             _, rest = await asyncio.wait(self._details, timeout=2.0)
             for task in rest:
@@ -263,7 +263,7 @@ class Sender:
         deadline: float,
         tries: int,
     ) -> Status | None:
-        """Send it until it counts; None when it can land no more.
+        """Send it until it counts; None if it can no longer land.
 
         Raises:
             _Open: time is up, and it may still land.
@@ -281,13 +281,13 @@ class Sender:
                 return None
             if error is None and not problem.lost:
                 raise
-            # Some service may have it: only its end is known, not its beginning.
+            # A service may have it: its end is known, not its beginning.
         sent, look, looks = self._clock(), FIRST_LOOK, 0
         while self._clock() < deadline:
             await self._sleep(look)
             look, looks = min(look * 1.5, LONGEST_LOOK), looks + 1
             with contextlib.suppress(RpcProblem):
-                # What is not there after the last block never will be; a service that is behind cannot tell.
+                # A transaction missing after its last block never lands; a lagging service cannot show this.
                 slot, height = await self._reader.height() if looks % HEIGHT_EVERY == 0 else (0, 0)
                 over = height > blockhash.last_valid
                 known, status = await self._reader.status(signature, past=over)
@@ -314,7 +314,7 @@ class Sender:
     # --- what people see ------------------------------------------------------------------------------------------
 
     def _refusal(self, name: str, error: Any, logs: Any) -> CoordinatorError:
-        """Why a transaction failed, as the program's log says it."""
+        """The reason of a failure, from the program's log."""
         if error_name(error) in UNFUNDED or (custom_code(error) == 1 and _mentions(logs, "insufficient lamports")):
             return CoordinatorError(
                 f"the wallet {self.wallet.public} cannot pay for {name} on {self._cluster}: a transaction costs at "
@@ -333,7 +333,7 @@ class Sender:
         return CoordinatorError(f"the chain refused {name}: {error_name(error)}", code=error_name(error))
 
     async def _refused(self, name: str, signature: Signature, error: Any) -> CoordinatorError:
-        """Why a transaction that landed failed: its log is asked for."""
+        """The failure of a landed transaction, read from its log."""
         details = await self._detail(signature)
         logs = details["meta"].get("logMessages") if details else None
         return self._refusal(name, error, logs)
@@ -348,7 +348,7 @@ class Sender:
         return None
 
     def _note(self, name: str, transaction: VersionedTransaction, status: Status, tries: int) -> None:
-        """Record a transaction that landed, as soon as the chain tells what it used."""
+        """Record a landed transaction once the chain reports its usage."""
 
         async def note() -> None:
             found = await self._detail(transaction.signatures[0])

@@ -1,7 +1,7 @@
-"""A run told from its transactions: what happened, each round's figures, and who sent what at which price.
+"""A run's history from its transactions: events, each round's figures, and the senders and prices.
 
-The account shows where a run stands; witness reports' figures and the past are only in the ledger. The program's model
-in Python takes each transaction, so the story is the chain's own and needs no observer that was there.
+The account shows a run's current state; only the ledger has the past and the figures of witness reports. The program's
+model in Python replays each transaction, so the history comes from the chain and needs no observer.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ NAMES = {spec.discriminator: spec.name for program in (AUTHORIZER, TREASURER) fo
 
 @dataclass(frozen=True)
 class Row:
-    """One transaction for people.
+    """One transaction in readable form.
 
     Attributes:
         signature: its first signature in base58.
-        slot: where it landed.
+        slot: its slot.
         time: the chain's clock there.
-        payer: who sent it.
-        instruction: what it did; several names with ``+`` between them.
+        payer: its sender.
+        instruction: its instructions; several names are separated by ``+``.
         units: compute units that it used.
         fee: lamports that it cost.
         size: bytes.
@@ -59,15 +59,15 @@ class Row:
 
 
 class Story:
-    """Takes a run's transactions in their order.
+    """Replays a run's transactions in order.
 
     Args:
         program: the coordinator program.
         account: the run's coordinator account.
 
     Attributes:
-        run: the run after them; None before it was made.
-        history: what is worth telling.
+        run: the run after them; None before its creation.
+        history: notable events.
         rows: a line for each.
     """
 
@@ -79,7 +79,7 @@ class Story:
         self._account = account
 
     def take(self, entries: Iterable[Entry]) -> None:
-        """Take the transactions that come next."""
+        """Replay the next transactions."""
         for entry in entries:
             names = []
             for call in entry.calls:
@@ -119,7 +119,7 @@ class Story:
             elif self.run is not None:
                 self._step(name, user, given, clock)
         except (Refused, machine.MachineError):
-            pass  # the chain took it; then the story has missed something, and the account will tell
+            pass  # the chain accepted it, so the history has a gap; the account shows the state
 
     def _begin(self, call: Call, given: dict[str, Any]) -> None:
         self.run = RunAccounts(
@@ -133,20 +133,20 @@ class Story:
         before, state = self.run, self.run.state
         if name == "witness" and state.current is not None:
             figures = given["metadata"]
-            # While an epoch drains, a loss that comes is still of the last step; without one there is nothing to tell.
+            # While an epoch drains, a loss still belongs to the last step; without a loss, skip the report.
             step = figures["step"] if state.current.step else state.step - 1
             if figures["step"] and (state.current.step or math.isfinite(figures["loss"])):
                 report = Report(step, figures["loss"], figures["tokens_per_sec"])
                 self.history.report(given.get("epoch", state.epoch), user, report)
         self.run = act(self.run, name, user, given, clock)
         after = self.run.state
-        if name == "vote_checkpoint":  # the vote and what follows from it are one instruction
+        if name == "vote_checkpoint":  # the vote and its effects are one instruction
             state = machine.vote(state, user, Vote(given["epoch"], given["step"], given["digest"]))
         self._note(before, name, user, given, clock.now)
         if state.phase is Phase.ROUND_TRAIN and after.phase in (Phase.ROUND_TRAIN, Phase.COOLDOWN) and after.current:
             assert state.current is not None
             if after.current.height != state.current.height or after.phase is Phase.COOLDOWN:
-                # The instruction took two steps at once.
+                # The instruction made two steps at once.
                 between = replace(state, phase=Phase.ROUND_WITNESS)
                 self.history.observe(state, between, clock.now)
                 state = between
@@ -171,7 +171,7 @@ class Story:
         """A run as JSON, in the form of :func:`psyche_lightning.server.status.run_status`.
 
         Args:
-            run: the run as its accounts show it now.
+            run: the run's current accounts.
             address: of its coordinator account.
         """
         state, reports = run.state, self.history.reports

@@ -1,9 +1,9 @@
-"""Sends ticks at a run's deadlines, when it is this node's turn and the chain's own clock says that time has come.
+"""Sends ticks at a run's deadlines, if it is this node's turn and the chain's own clock has reached the deadline.
 
-Every instruction moves the run on as far as it goes; a tick is only needed where the clock alone does. The clients
-stand in an order that the state gives; the first sends when time has come, each next one only if by then nothing
-happened, so that a deadline costs one transaction and not one of every node. Whoever is not in the list comes after it,
-so a run whose clients are all gone does not stand still.
+Every instruction advances the run as far as possible; a tick is needed only if time alone advances it. The state gives
+the clients an order: the first one sends at the deadline, and each next one only if nothing happened by its turn. So a
+deadline costs one transaction, not one per node. Nodes outside the list come last, so a run advances even if all its
+clients are gone.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from psyche_lightning_solana.client.rpc import RpcProblem
 logger = logging.getLogger(__name__)
 
 STAGGER = 2.0
-"""Seconds between two turns: a transaction of the one before should show by then."""
+"""Seconds between two turns: the previous node's transaction should show by then."""
 MOST_TURNS = 30
-"""Nobody waits for more than so many others."""
+"""A node waits for at most this many."""
 AFTERWARDS = 0.2
-"""Seconds after a tick in which its effect is waited for."""
+"""Seconds to wait for a tick's effect."""
 
 
 def deadline_of(run: RunAccounts) -> float | None:
-    """When the clock alone moves the run on, in the chain's seconds; None when only an input can."""
+    """The chain's time (seconds) at which the run advances by itself; None if it needs an input."""
     return None if run.state.phase.halted else deadline(run.state)
 
 
 def turn(run: RunAccounts, signer: bytes) -> int:
-    """How many others go first at this state's deadline."""
+    """Number of nodes before it at this state's deadline."""
     state = run.state
     waiting = state.phase is Phase.WAITING_FOR_MEMBERS
     those = [client.signer for client in (run.pending if waiting else healthy(state))]
@@ -57,7 +57,7 @@ class Timekeeper:
         feed: the run's accounts.
         decode: reads a snapshot of them.
         signer: the node's wallet.
-        may: whether this node takes part yet.
+        may: whether this node takes part now.
         tick: sends a tick for the state with that nonce.
     """
 
@@ -76,7 +76,7 @@ class Timekeeper:
         self._tick = tick
 
     async def run(self) -> None:
-        """Tick whenever it is due, until cancelled or until the feed fails."""
+        """Send due ticks until cancelled or until the feed fails."""
         feed = self._feed
         news = feed.news()
         try:
@@ -88,7 +88,7 @@ class Timekeeper:
             feed.forget(news)
 
     async def look(self, snapshot: Snapshot) -> float | None:
-        """Send a tick if one is due; returns the seconds until the next look, None for until something happens."""
+        """Send a due tick; returns the seconds until the next check, or None to wait for a change."""
         feed = self._feed
         try:
             run = self._decode(snapshot)
@@ -100,7 +100,7 @@ class Timekeeper:
             early = due + STAGGER * turn(run, self._signer) - feed.chain_time()
             if early > 0:
                 return early
-            # What was seen may be old, and the clock is only guessed in between: see how it really is.
+            # The snapshot may be old, and the clock is an estimate: read both again.
             snapshot = await feed.refresh()
             if snapshot.nonce != run.state.nonce:
                 return 0.0

@@ -1,6 +1,6 @@
-"""A recipe in the form in which Psyche's accounts describe a run, so that Psyche's tools can show it.
+"""A recipe in the form of Psyche's accounts, so that Psyche's tools can show the run.
 
-Nodes of this project go by the manifest; what is written here decides only durations, batch sizes and steps.
+Nodes of this project follow the manifest; these values set only durations, batch sizes and steps.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _SCHEDULES = {"Constant": "Constant", "Linear": "Linear", "Cosine": "Cosine", "W
 
 
 def config_section(config: CoordinatorConfig | Mapping[str, Any]) -> dict[str, int]:
-    """Durations and sizes as the layout has them: durations are ceilings, so they round up to whole seconds.
+    """Durations and sizes in the layout's form: durations are ceilings and round up to whole seconds.
 
     Raises:
-        ConfigError: a value that the layout has no room for.
+        ConfigError: a value does not fit the layout.
     """
     values = dict(config) if isinstance(config, Mapping) else asdict(config)
     for name in _DURATIONS:
@@ -44,7 +44,7 @@ def config_section(config: CoordinatorConfig | Mapping[str, Any]) -> dict[str, i
 
 
 def model_section(recipe: Recipe) -> dict[str, Any]:
-    """``{"LLM": ...}`` for a recipe: the fields of Psyche's run configuration, as far as a recipe knows them."""
+    """``{"LLM": ...}`` for a recipe: the fields of Psyche's run configuration that a recipe has."""
     schedule = {name: value for name, value in asdict(recipe.schedule).items() if value is not None}
     optimizer: dict[str, Any] = {
         "clip_grad_norm": recipe.optimizer.clip_grad_norm,
@@ -68,10 +68,10 @@ def plain_model(
     lr_schedule: Mapping[str, Any] | None = None,
     optimizer: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """``{"LLM": ...}`` where only the manifest knows what is trained.
+    """``{"LLM": ...}`` if only the manifest describes the model.
 
     Args:
-        name: stands where Psyche names a repository of the first parameters, which here come from the first node.
+        name: replaces Psyche's repository of the first parameters, which here come from the first node.
         max_seq_len: tokens of a sample.
         lr_schedule: Psyche's schedule; a constant rate unless given.
         optimizer: Psyche's optimizer; DisTrO's defaults unless given.
@@ -102,7 +102,7 @@ def plain_model(
 
 
 def metadata_section(name: str, description: str = "", parameters: int = 0, vocabulary: int = 0) -> dict[str, Any]:
-    """What people see of a run in lists."""
+    """A run's metadata for lists."""
     return {
         "name": name.encode()[:SHORT].decode("utf-8", "ignore"),
         "description": description.encode()[:280].decode("utf-8", "ignore"),
@@ -112,9 +112,9 @@ def metadata_section(name: str, description: str = "", parameters: int = 0, voca
 
 
 def of_recipe(recipe: Recipe) -> dict[str, Any]:
-    """All that :meth:`~psyche_lightning_solana.client.admin.SolanaAdmin.create` wants to know of a recipe.
+    """A recipe's arguments for :meth:`~psyche_lightning_solana.client.admin.SolanaAdmin.create`.
 
-    What the samples are only a node that has them can say, so the manifest has no section ``data``.
+    Only a node that has the samples can describe them, so the manifest has no section ``data``.
     """
     from psyche_lightning.recipe.estimate import estimate
     from psyche_lightning.recipe.manifest import manifest

@@ -1,6 +1,6 @@
 """A wallet: the Ed25519 key pair that signs a node's transactions and pays for them.
 
-The secret never leaves this module: not in a log, an error, a ``repr`` or a traceback.
+The secret never leaves this module: no log, error, ``repr`` or traceback shows it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _MAKE_ONE = "Make one with `psyche solana keygen FILE`, or with `solana-keygen n
 
 
 class Wallet:
-    """Signs messages. It can be neither printed, pickled nor copied into something that can.
+    """Signs messages. You cannot print or pickle it, nor copy it into a printable object.
 
     Args:
         keypair: the key pair.
-        source: where it came from, in words for messages.
+        source: its origin, in words for messages.
 
     Attributes:
         public: its address.
@@ -64,14 +64,14 @@ class Wallet:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None, environment: Mapping[str, str] = os.environ) -> Wallet:
-        """Find the wallet: ``path``, ``PSYCHE_WALLET_SECRET``, ``PSYCHE_WALLET``, else solana-cli's default file.
+        """Find the wallet: ``path``, ``PSYCHE_WALLET_SECRET``, ``PSYCHE_WALLET``, or solana-cli's default.
 
         Args:
             path: a file in solana-cli's form, a JSON list of 64 numbers.
-            environment: where the variables are looked up. ``PSYCHE_WALLET_SECRET`` has the list itself, or base58.
+            environment: the variables. ``PSYCHE_WALLET_SECRET`` holds the list itself, or base58.
 
         Raises:
-            ConfigError: there is none, it cannot be read, others can read it, or it is not a key pair.
+            ConfigError: it is missing, unreadable, readable by others, or not a key pair.
         """
         if path is None and environment.get(SECRET_VARIABLE):
             return _parse(environment[SECRET_VARIABLE], f"the variable {SECRET_VARIABLE}")
@@ -119,7 +119,7 @@ def _read(path: Path, *, chosen: bool) -> Wallet:
 
 
 def _parse(text: str, source: str) -> Wallet:
-    # Errors of the parsers quote what they read; `from None` and texts of our own keep that out.
+    # The parsers' errors quote their input; `from None` and our own texts hide it.
     try:
         text = text.strip()
         if text.startswith("["):
