@@ -1,10 +1,10 @@
-"""A run's two accounts as Python values and back (docs/solana-account.md has the bytes).
+"""Converts a run's two accounts to Python values and back (docs/solana-account.md has the bytes).
 
-The coordinator account is Psyche's, so any Psyche run can be read. What its layout has no field for is in the manifest
-account; without one (a run that this program does not own) those fields are empty.
+The coordinator account is Psyche's, so any Psyche run is readable. The manifest account has the fields that its layout
+lacks; without one (a run that this program does not own) they are empty.
 
-What the layout does not keep is derived (see ``docs/solana-account.md``): clients, step and batch size of the stored
-rounds, and which of a round's records came during its training.
+Other values are derived (see ``docs/solana-account.md``): clients, step and batch size of the stored rounds, and which
+of a round's records came during its training.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ _CLIENT, _MEMBER = struct.Struct("<32s32sBxxxI"), struct.Struct("<32s32s4Q")
 _WITNESS = struct.Struct("<QQB7x192s192s32s")
 _TRAINING = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
 REPORTING = (Phase.WARMUP, *_TRAINING)
-"""Phases in which the votes of the manifest account are warm-up records."""
+"""Phases whose votes in the manifest account are warm-up records."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A wallet that joined the run at some time; it keeps its place for good.
+    """A wallet that once joined the run; it keeps its place forever.
 
     Attributes:
         signer: its 32-byte key.
         p2p: the 32-byte key of its node.
         earned: points.
         slashed: points taken away.
-        active: it takes part in the epoch that begins while this equals the account's ``next_active``.
+        active: if equal to the account's ``next_active``, it takes part in the next epoch.
     """
 
     signer: bytes
@@ -80,7 +80,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Rates:
-    """Points of an epoch: shared by the clients that are healthy at its end, and taken from an ejected one."""
+    """Points of an epoch: shared by the clients healthy at its end, and taken from an ejected one."""
 
     earning_total_shared: int = 0
     slashing_per_client: int = 0
@@ -88,14 +88,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class ManifestAccount:
-    """What the manifest account fixes; what changes with the run is in the :class:`RunState`.
+    """The manifest account's fixed values; the :class:`RunState` has the changing ones.
 
     Attributes:
         bump: of its address.
         coordinator_account: the account that it belongs to.
         authorizer: the program whose authorizations count.
-        digest: SHA-256 of the run's manifest; empty while none is set.
-        address: where nodes find it.
+        digest: SHA-256 of the run's manifest; empty until one is set.
+        address: its place for nodes.
     """
 
     bump: int
@@ -107,21 +107,21 @@ class ManifestAccount:
 
 @dataclass(frozen=True)
 class RunAccounts:
-    """A run as it stands on the chain.
+    """A run's state on the chain.
 
     Attributes:
-        state: what the state machine works on; clients without addresses.
-        metadata: name, description, parameters and vocabulary, as the account has them (360 bytes).
-        model: Psyche's model section, as the account has it (552 bytes).
-        members: the wallets that ever joined, in the order in which they came.
+        state: the state machine's input; clients without addresses.
+        metadata: name, description, parameters and vocabulary, in the account's form (360 bytes).
+        model: Psyche's model section, in the account's form (552 bytes).
+        members: all wallets that ever joined, in joining order.
         next_active: see :class:`Member`.
-        current_rates: points of the epoch under way.
-        future_rates: points of epochs that begin from now on.
-        first_round: an epoch is formed, and no round of it has ended.
+        current_rates: points of the current epoch.
+        future_rates: points of future epochs.
+        first_round: an epoch is formed, and none of its rounds has ended.
         is_warmup_first_tick: the next epoch's warm-up has not begun.
         is_training_first_tick: the epoch's first round has not begun.
-        client_version: the version that the run's owner asks for.
-        manifest: what the manifest account fixes; None for a run without one.
+        client_version: the version that the run's owner requires.
+        manifest: the manifest account's values; None without one.
     """
 
     state: RunState
@@ -151,7 +151,7 @@ class RunAccounts:
 
     @property
     def pending(self) -> tuple[Client, ...]:
-        """The members that wait for the next epoch."""
+        """The members waiting for the next epoch."""
         return tuple(Client(m.signer, m.p2p) for m in self.members if m.active == self.next_active)
 
 
@@ -208,7 +208,7 @@ def _count(record: Any, field: str, most: int) -> int:
     return count
 
 
-# Reading.
+# Reading
 
 
 def read(coordinator: bytes | memoryview, manifest: bytes | memoryview | None = None) -> RunAccounts:
@@ -216,10 +216,10 @@ def read(coordinator: bytes | memoryview, manifest: bytes | memoryview | None = 
 
     Args:
         coordinator: bytes of the coordinator account.
-        manifest: bytes of the manifest account; None for a run that has none.
+        manifest: bytes of the manifest account; None without one.
 
     Raises:
-        AccountError: another kind, size or version of account, or one that is damaged.
+        AccountError: the account has another kind, size or version, or is damaged.
     """
     record = view_coordinator(coordinator)
     members = _members(record)
@@ -308,7 +308,7 @@ def _rounds(record: Record, state: RunState, order: dict[bytes, int]) -> tuple[R
         return ()  # an epoch's first round has clients
     everyone = [*state.clients, *state.exited_clients]
     everyone.sort(key=lambda client: order.get(client.signer, len(order)))
-    # Those who left in the warm-up have height 0, too, and were the first to leave.
+    # Clients that left in the warm-up have height 0, too, and left first.
     early: set[bytes] = set()
     if head["height"] < len(record["rounds"]):
         early_count = max(len(everyone) - int(record["rounds"][0]["clients_len"]), 0)
@@ -375,7 +375,7 @@ def _with_manifest(run: RunAccounts, record: Record) -> RunAccounts:
     return replace(run, state=state, manifest=fixed)
 
 
-# Writing.
+# Writing
 
 
 def _array(data: bytes) -> Any:
@@ -419,7 +419,7 @@ def write_coordinator(run: RunAccounts) -> bytes:
     record["client_version"] = _array(run.client_version.encode("utf-8", "surrogateescape").ljust(96, b"\0"))
     for slot, round_ in enumerate(state.rounds):
         _write_round(record["rounds"][slot], round_)
-    if state.phase is Phase.WARMUP:  # Psyche's readers look for the reports there; there is room for 32
+    if state.phase is Phase.WARMUP:  # Psyche's readers expect the reports here; 32 of them fit
         _write_witnesses(record["rounds"][0], state.warmup_witnesses[:MAX_WITNESSES])
     for field, clients in (("clients", state.clients), ("exited_clients", state.exited_clients)):
         parts = [_CLIENT.pack(c.signer, c.node, c.status, c.exited_height) for c in clients]

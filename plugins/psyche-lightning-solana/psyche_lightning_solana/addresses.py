@@ -1,4 +1,4 @@
-"""Program ids and derived addresses (as Psyche's programs derive them); the functions take the program's id."""
+"""Program ids, and addresses derived as in Psyche's programs; the functions take the program's id."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def manifest_address(program: Pubkey, run_id: str) -> Pubkey:
 
 
 def node_address(program: Pubkey, run_id: str, wallet: Pubkey) -> Pubkey:
-    """The account that says where the node of that wallet is reached."""
+    """The account that holds the address of that wallet's node."""
     return _derived(program, b"address", run_id.encode(), bytes(wallet))
 
 
@@ -36,15 +36,15 @@ def authorization_address(authorizer: Pubkey, grantor: Pubkey, grantee: Pubkey, 
 
 
 def treasurer_index(run_id: str) -> int:
-    """The index that a run's treasurer has by convention: LE64 of S(run id)."""
+    """The conventional index of a run's treasurer: LE64 of S(run id)."""
     return int.from_bytes(sha256(run_id.encode())[:8], "little")
 
 
 def treasurer_run_address(treasurer: Pubkey, index: int) -> Pubkey:
-    """The account of a run in the treasurer."""
+    """The treasurer's account of a run."""
     return _derived(treasurer, b"Run", index.to_bytes(8, "little"))
 
 
 def participant_address(treasurer: Pubkey, run: Pubkey, user: Pubkey) -> Pubkey:
-    """What a user has claimed of a run in the treasurer."""
+    """The treasurer's account of a user's claims."""
     return _derived(treasurer, b"Participant", bytes(run), bytes(user))

@@ -1,11 +1,11 @@
 """Types of the programs' arguments and accounts, each with its borsh form, its form in a C struct, and its IDL.
 
 One description serves the instructions (borsh), the coordinator account (``repr(C)``) and the IDL; the bytes are in
-docs/solana-account.md. Values are what a TOML run configuration holds: a struct is a dict, a variant without a body its
-name, a variant with one ``{name: body}``, an option that is not there None or left out.
+docs/solana-account.md. Values have the form of a TOML run configuration: a struct is a dict, a variant without a body
+is its name, a variant with one is ``{name: body}``, and an empty option is None or omitted.
 
-The decoders are strict: a value has one encoding, sizes are checked before anything is read, and what follows the
-zero that ends a fixed string is zero, too.
+The decoders are strict: a value has one encoding, sizes are checked before reading, and only zeros follow the end of
+a fixed string.
 """
 
 # ruff: noqa: D102 - the methods are described where Type declares them
@@ -22,7 +22,7 @@ from psyche_lightning.errors import ConfigError, WireError
 
 
 class Reader:
-    """Takes borsh values from ``data``, one after the other."""
+    """Reads borsh values from ``data`` in order."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -30,14 +30,14 @@ class Reader:
 
     @property
     def left(self) -> int:
-        """Bytes that are not read yet."""
+        """The number of unread bytes."""
         return len(self.data) - self.place
 
     def take(self, size: int) -> bytes:
         """The next ``size`` bytes.
 
         Raises:
-            WireError: there are fewer.
+            WireError: fewer are left.
         """
         if size > self.left:
             raise WireError(f"{size} bytes were expected at place {self.place} and {self.left} are left")
@@ -48,14 +48,14 @@ class Reader:
         """Check that everything was read.
 
         Raises:
-            WireError: something is left.
+            WireError: bytes are left.
         """
         if self.left:
             raise WireError(f"{self.left} bytes follow the value")
 
 
 class Type(ABC):
-    """A type. ``size`` and ``align`` are those of its C form; size 0 where it has none."""
+    """A type. ``size`` and ``align`` describe its C form; size 0 means it has none."""
 
     size = 0
     align = 1
@@ -70,10 +70,10 @@ class Type(ABC):
 
     @abstractmethod
     def read(self, reader: Reader) -> Any:
-        """Take a value in borsh.
+        """Read a value in borsh.
 
         Raises:
-            WireError: the bytes are not the canonical form of one.
+            WireError: the bytes are not a canonical form.
         """
 
     @abstractmethod
@@ -89,10 +89,10 @@ class Type(ABC):
         return self.read(Reader(data[: self.size]))
 
     def decode(self, data: bytes) -> Any:
-        """Read ``data``, which is one value in borsh and nothing else.
+        """Read ``data``, exactly one value in borsh.
 
         Raises:
-            WireError: it is not.
+            WireError: it is something else.
         """
         reader = Reader(data)
         value = self.read(reader)
@@ -101,7 +101,7 @@ class Type(ABC):
 
 
 class Number(Type):
-    """An integer or a float, little-endian; borsh knows no NaN."""
+    """An integer or a float, little-endian; borsh has no NaN."""
 
     def __init__(self, name: str, form: str) -> None:
         self.name, self.form = name, "<" + form
@@ -157,7 +157,7 @@ BOOL = Boolean()
 
 
 class Raw(Type):
-    """So many bytes, as they are; a list of numbers is taken, too."""
+    """A fixed number of raw bytes; also accepts a list of numbers."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -192,9 +192,9 @@ PUBKEY = Pubkey()
 
 
 class Fixed(Raw):
-    """A string of at most ``size`` bytes, filled up with zeros.
+    """A string of at most ``size`` bytes, padded with zeros.
 
-    What is not UTF-8 comes back as surrogates, so that reading and writing again gives the same bytes.
+    Bytes outside UTF-8 become surrogates, so that reading and writing gives the same bytes.
     """
 
     def write(self, value: Any) -> bytes:
@@ -216,7 +216,7 @@ class Fixed(Raw):
 
 
 class String(Type):
-    """A u32 length and so many bytes of UTF-8, at most ``limit``."""
+    """A u32 length and that many bytes of UTF-8, at most ``limit``."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -243,7 +243,7 @@ class String(Type):
 
 
 class Vector(Type):
-    """A u32 count and so many items."""
+    """A u32 count and its items."""
 
     def __init__(self, item: Type) -> None:
         self.item = item
@@ -262,7 +262,7 @@ class Vector(Type):
 
 
 class Array(Type):
-    """So many items."""
+    """A fixed array."""
 
     def __init__(self, item: Type, count: int) -> None:
         self.item, self.count = item, count
@@ -283,7 +283,7 @@ class Array(Type):
 
 
 class FixedVector(Type):
-    """Psyche's ``FixedVec``: room for ``count`` items, all of them written, then a u64 with how many are used."""
+    """Psyche's ``FixedVec``: ``count`` items, all of them written, then the number of used ones as u64."""
 
     def __init__(self, name: str, item: Type, count: int, empty: Any) -> None:
         self.name, self.item, self.count, self.empty = name, item, count, empty
@@ -338,7 +338,7 @@ def _up(place: int, align: int) -> int:
 
 
 class Struct(Type):
-    """Named fields in the order of their declaration; in memory in the order ``memory`` where that is another."""
+    """Named fields in the order of their declaration; ``memory`` gives the order in memory if different."""
 
     def __init__(self, name: str, fields: dict[str, Type], memory: Sequence[str] = ()) -> None:
         self.name, self.fields = name, fields

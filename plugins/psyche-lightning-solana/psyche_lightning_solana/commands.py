@@ -1,4 +1,4 @@
-"""``psyche solana ...``: a table of sub-commands, each imported only when it is the one that is called."""
+"""``psyche solana ...``: a table of sub-commands, each imported only when called."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def _group() -> None:
 
 
 class _Lazy(TyperGroup):
-    """Lists names and help lines, and imports the command that is called."""
+    """Lists names and help lines, and imports the called command."""
 
-    # typer brings a click of its own in newer versions, so these types differ from one to the next.
+    # Newer typer versions include their own click, so these types differ between versions.
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)

@@ -1,4 +1,4 @@
-"""``psyche solana cost``: what a run costs on a chain, measured by playing an epoch of it through the programs."""
+"""``psyche solana cost``: a run's cost on a chain, measured by running one epoch through the programs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from psyche_lightning_solana.localnet import SlotClock, local_chain
 
 MAX_NODES = 256
 ROUNDS = 3
-"""Rounds that are played: the first has none before it, and later ones cost the same."""
+"""Measured rounds: the first has no predecessor, and later ones cost the same."""
 START = 1_700_000_000
 POCKET = 10**10
 EXTRA_TIME, LONG = 1, 1_000_000
@@ -50,12 +50,12 @@ PARAMETERS = sha256(b"parameters")
 
 @dataclass(frozen=True)
 class Measured:
-    """One instruction as it was played.
+    """One measured instruction.
 
     Attributes:
         instruction: its name.
         units: compute units that it used.
-        limit: compute units that its transaction was given, for which a priority fee is paid.
+        limit: its transaction's compute limit, which the priority fee is based on.
         signatures: of its transaction.
         size: bytes of its transaction.
         storage: lamports that it put into new accounts.
@@ -71,14 +71,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bill:
-    """What some part of a run takes.
+    """The cost of one part of a run.
 
     Attributes:
-        transactions: how many.
+        transactions: their number.
         units: compute units that they use.
         fees: lamports for signatures.
-        priority: lamports for priority, at the price in question.
-        storage: lamports that stay in accounts, and come back when these are closed.
+        priority: lamports for priority, at the given price.
+        storage: lamports held in accounts; closing these returns them.
     """
 
     transactions: float = 0.0
@@ -91,7 +91,7 @@ class Bill:
         return Bill(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
 
     def times(self, count: float) -> Bill:
-        """So many of it."""
+        """A multiple."""
         return Bill(*(value * count for value in _values(self)))
 
 
@@ -112,16 +112,16 @@ def bill(rows: Sequence[Measured], price: int) -> Bill:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run costs.
+    """The cost of a run.
 
     Attributes:
-        nodes: nodes that take part.
-        witnesses: of them, those who report in each round.
+        nodes: participating nodes.
+        witnesses: number of them that report in each round.
         creating: the run itself, once, by its owner.
-        entering: all nodes' first coming: where they are reached.
-        epoch: what each epoch takes besides its rounds: joining, warm-up, votes, a tick.
+        entering: all nodes' first join: their addresses.
+        epoch: each epoch without its rounds: joining, warm-up, votes, a tick.
         round: one round.
-        rows: what was played.
+        rows: measured instructions.
     """
 
     nodes: int
@@ -133,25 +133,25 @@ class Cost:
     rows: tuple[Measured, ...]
 
     def run(self, steps: int, epochs: int) -> Bill:
-        """A whole run: each epoch has two rounds more than it trains."""
+        """A whole run: each epoch has two more rounds than it trains."""
         return self.creating + self.entering + self.epoch.times(epochs) + self.round.times(steps + 2 * epochs)
 
     def node(self, steps: int, epochs: int) -> Bill:
-        """A node's share of what the nodes pay; its owner pays the creation."""
+        """A node's share of the nodes' cost; the owner pays for the creation."""
         return (self.entering + self.epoch.times(epochs) + self.round.times(steps + 2 * epochs)).times(1 / self.nodes)
 
 
 def measure(run: dict[str, Any], nodes: int, price: int = 0, *, address: str = "x" * 32) -> Cost:
-    """Play a run of so many nodes through the programs on a chain within this process.
+    """Measure a run with the programs on a chain within this process.
 
     Args:
         run: what :func:`~psyche_lightning_solana.client.translate.of_recipe` gives.
-        nodes: how many, up to 256.
+        nodes: number, up to 256.
         price: micro-lamports for each compute unit.
         address: a node's address; empty if the transport needs none.
 
     Raises:
-        ConfigError: the layout has no room for that.
+        ConfigError: it does not fit the layout.
     """
     played = _Played(run, nodes, address)
     groups: dict[str, list[Measured]] = defaultdict(list)
@@ -173,15 +173,15 @@ class _Played:
 
     Args:
         run: what :func:`~psyche_lightning_solana.client.translate.of_recipe` gives.
-        nodes: how many nodes take part.
-        address: what each says of where it is reached; empty for nothing.
+        nodes: number of nodes.
+        address: each node's address; empty if the transport needs none.
 
     Attributes:
-        witnesses: reports that a round takes.
+        witnesses: reports in a round.
     """
 
     def __init__(self, run: dict[str, Any], nodes: int, address: str) -> None:
-        # Batches and times do not matter to the price; they must not be in the way of the nodes.
+        # Batches and times do not affect the price; they must not limit the nodes.
         config = config_section(run["config"])
         batch = max(config["global_batch_size_end"], nodes)
         self._config = {
@@ -208,7 +208,7 @@ class _Played:
         self.witnesses = 0
 
     def rows(self) -> Iterator[tuple[str, Measured]]:
-        """What was sent, with the part of the run to which it belongs."""
+        """Sent instructions, by part of the run."""
         yield from (("creating", row) for row in self._create())
         if self._address:
             for node in self._nodes:
@@ -267,7 +267,7 @@ class _Played:
         yield self._send("set_paused", [keys.set_paused(me, False)], self._owner)
 
     def _play(self, height: int) -> Iterator[Measured]:
-        """The reports of a round: a quorum ends it, and what comes later is refused and free."""
+        """The reports of a round: a quorum ends it; later ones are refused and free."""
         state = self._state().state
         round_ = state.current
         assert round_ is not None

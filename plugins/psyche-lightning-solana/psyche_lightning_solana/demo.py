@@ -32,13 +32,13 @@ from psyche_lightning_solana.client.wallet import Wallet, create
 
 SLOT_MS = 100
 POCKET = 10 * LAMPORTS
-"""What each wallet gets from the faucet; it is worth nothing."""
+"""Lamports for each wallet from the faucet; worthless."""
 ROUND_TIME, WITNESS_TIME = 20.0, 4.0
-"""Ceilings of a round's phases in seconds: what the nodes wait for the one that is killed."""
+"""Ceilings of a round's phases in seconds: the nodes' wait for the killed one."""
 PAUSE_AFTER, KILL_AFTER = 0.4, 0.7
 """Shares of the run's steps."""
 KILL_FROM = 3
-"""Nodes from which one may be missing: a quorum is more than half, so one of two alone agrees on nothing."""
+"""Smallest run that can lose a node: a quorum is more than half, so one of two cannot decide."""
 
 _Result = TypeVar("_Result")
 
@@ -67,7 +67,7 @@ class SolanaStage:
     # --- beginning --------------------------------------------------------------------------------------------------
 
     def open(self, processes: Processes, folder: Path, nodes: int, console: Console) -> str:
-        """Start the chain, and give everyone a wallet with something in it."""
+        """Start the chain, and give each node a funded wallet."""
         self._folder = folder
         self._chain = processes.add(Child("local chain", self._serve(0), folder / "chain.log"))
         self._address = self._chain.url()
@@ -117,14 +117,14 @@ class SolanaStage:
         self._story = Story(keys.program, keys.coordinator_account)
 
     def environment(self, node: int) -> Mapping[str, str]:
-        """The node's wallet, and where it writes its transactions down."""
+        """The node's wallet and transaction log."""
         log = self._folder / f"node-{node}" / "transactions.jsonl"
         return {"PSYCHE_WALLET": str(self._wallets[node].resolve()), "PSYCHE_SOLANA_LOG": str(log)}
 
     # --- on the way -------------------------------------------------------------------------------------------------
 
     def look(self, nodes: list[Child]) -> dict[str, Any] | None:
-        """The run as the chain has it; pauses and resumes it, and kills a node, when it is time."""
+        """The chain's run; pauses and resumes it, and kills a node, at the set steps."""
         if self._chain.code is not None:
             self._chain.restart(self._serve(int(self._address.rpartition(":")[2])))  # the ledger has everything
         try:
@@ -188,8 +188,8 @@ class SolanaStage:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def finish(self, folders: list[Path]) -> dict[str, Any]:
-        """The transactions of the run, and what happened to it."""
-        time.sleep(3 * SLOT_MS / 1000)  # what came last is to be seen, too
+        """The run's transactions and events."""
+        time.sleep(3 * SLOT_MS / 1000)  # include the last transactions
         self._do(self._read_ledger())
         self._do(self._admin.run.close())
         self._loop.close()
@@ -242,7 +242,7 @@ class SolanaStage:
 
 
 def summary(rows: list[Row]) -> Table:
-    """A line for each instruction: how many, compute units, fees, results."""
+    """A line for each instruction: count, compute units, fees, results."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.instruction].append(row)
@@ -258,7 +258,7 @@ def summary(rows: list[Row]) -> Table:
 
 
 def _measured(path: Path) -> dict[int, dict[str, Any]]:
-    """What a node counted at its sockets, by step."""
+    """A node's socket counters, by step."""
     if not path.exists():
         return {}
     rows = {}
@@ -266,7 +266,7 @@ def _measured(path: Path) -> dict[int, dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # it is being written
+            continue  # write in progress
         if row.get("bytes_up") is not None:
             rows[int(row["step"])] = row
     return rows

@@ -1,4 +1,4 @@
-"""The numbers with which the programs refuse, as errors that people can read."""
+"""The programs' error numbers as readable errors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Refusal:
-    """One way in which a program refuses.
+    """One error of a program.
 
     Attributes:
-        number: what the transaction's ``Custom`` error holds.
+        number: of the transaction's ``Custom`` error.
         name: its name, in the log line and as a ``CoordinatorError.code``.
         message: the log line's text.
-        retryable: whether the same instruction may succeed later without anybody doing anything about it.
+        retryable: whether the same instruction may succeed later without intervention.
     """
 
     number: int
@@ -26,7 +26,7 @@ def _table(first: int, *rows: tuple[str, str]) -> dict[int, Refusal]:
     return {first + i: Refusal(first + i, *row, retryable=row[0] in _PASSING) for i, row in enumerate(rows)}
 
 
-# These depend on what the run is at: it may have moved on between an update and the transaction, or be about to.
+# These depend on the run's state, which may change between an update and the transaction.
 _PASSING = {"NoActiveRound", "InvalidRunState", "Halted", "ClientsFull", "UpdateConfigNotHalted"}
 
 _ANCHOR = {
@@ -104,14 +104,14 @@ REFUSALS: dict[str, dict[int, Refusal]] = {
     "authorizer": _ANCHOR | _AUTHORIZER,
     "treasurer": _ANCHOR | _TREASURER,
 }
-"""Of each program: number to refusal."""
+"""Each program's errors by number."""
 
 NUMBERS: dict[str, int] = {refusal.name: number for number, refusal in REFUSALS["coordinator"].items()}
-"""Of the coordinator: name to number."""
+"""The coordinator's numbers by name."""
 
 
 def refusal(number: int, program: str = "coordinator") -> Refusal:
-    """What the number means; a number that no program of ours uses is named ``Custom<number>``."""
+    """The number's meaning; numbers that our programs do not use are named ``Custom<number>``."""
     known = REFUSALS[program].get(number)
     return known or Refusal(number, f"Custom{number}", f"the {program} program refused with the number {number}")
 
@@ -121,7 +121,7 @@ class Refused(Exception):
 
     Attributes:
         name: of the error.
-        number: what the transaction reports as ``Custom``.
+        number: the transaction's ``Custom`` number.
     """
 
     def __init__(self, name: str) -> None:

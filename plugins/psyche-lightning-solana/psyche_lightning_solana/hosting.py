@@ -1,7 +1,7 @@
-"""What each instruction does to a run, without accounts and bytes: the state machine as the program hosts it.
+"""Each instruction's effect on a run, without accounts and bytes: the state machine as the program hosts it.
 
-:mod:`psyche_lightning.coordinator.machine` decides; this adds what only the chain has: the list of members, points,
-Psyche's flags and checkpoint kinds, and the limits of the layout. ``program/machine`` is the same in C.
+:mod:`psyche_lightning.coordinator.machine` decides; this adds the chain's own parts: the list of members, points,
+Psyche's flags and checkpoint kinds, and the layout's limits. ``program/machine`` is the same in C.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from psyche_lightning_solana.types import CHECKPOINT, LLM, METADATA, MODEL, cold
 LAST_EPOCH = 2**16 - 1
 MAX_U64 = 2**64 - 1
 _CHECKPOINT_AT = MODEL.body + LLM.offsets["checkpoint"]
-"""Place of the checkpoint in the model section."""
+"""Offset of the checkpoint in the model section."""
 _IN_ROUND = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
 _COMMITTEES = {"TieBreaker": Committee.TIE_BREAKER, "Verifier": Committee.VERIFIER, "Trainer": Committee.TRAINER}
 
 
 class Clock(NamedTuple):
-    """What the clock sysvar says: seconds since 1970, and the slot."""
+    """The clock sysvar: seconds since 1970, and the slot."""
 
     unix_timestamp: int
     slot: int
@@ -43,7 +43,7 @@ class Clock(NamedTuple):
 
     @property
     def seed(self) -> int:
-        """The seed of a round that begins now: LE64 of SHA-256(unix_timestamp, slot), as Psyche has it."""
+        """The seed of a round that begins now: LE64 of SHA-256(unix_timestamp, slot), as in Psyche."""
         digest = sha256(struct.pack("<qQ", self.unix_timestamp, self.slot))
         return int.from_bytes(digest[:8], "little")
 
@@ -52,7 +52,7 @@ class Clock(NamedTuple):
 
 
 def advance(run: RunAccounts, clock: Clock) -> RunAccounts:
-    """Take every step that is due; none when the run is halted."""
+    """Make every due step; none if the run is halted."""
     while not run.state.phase.halted:
         pending = run.pending if run.state.phase is Phase.WAITING_FOR_MEMBERS else None
         state = machine.tick(run.state, pending, clock.now, clock.seed)
@@ -63,7 +63,7 @@ def advance(run: RunAccounts, clock: Clock) -> RunAccounts:
 
 
 def _stepped(run: RunAccounts, after: RunState, clock: Clock) -> RunAccounts:
-    """The run after a step of its machine, with what the step changes besides."""
+    """The run after a machine step, with the step's other changes."""
     before = run.state
     if before.gathered_at is not None and after.phase is before.phase and after.gathered_at is None:
         after = replace(after, phase_start=clock.now)
@@ -74,16 +74,16 @@ def _stepped(run: RunAccounts, after: RunState, clock: Clock) -> RunAccounts:
     if after.phase is Phase.ROUND_TRAIN and before.phase is Phase.WARMUP:
         run = replace(run, next_active=(run.next_active + 1) & MAX_U64)
     if before.phase is Phase.COOLDOWN:
-        succeeded = after.step == before.step  # else it is undone
+        succeeded = after.step == before.step  # or it is undone
         run = _checkpoint_moves(_paid(run) if succeeded else run, {"Hub": "P2P", "Dummy": "P2P", "Gcs": "P2PGcs"})
-        if after.epoch > LAST_EPOCH:  # the layout counts no further
+        if after.epoch > LAST_EPOCH:  # the layout's maximum
             over = after.phase is Phase.WAITING_FOR_MEMBERS
             after = replace(after, epoch=LAST_EPOCH, phase=Phase.FINISHED if over else after.phase)
     return replace(run, state=after)
 
 
 def _paid(run: RunAccounts) -> RunAccounts:
-    """An epoch that succeeded pays those who are healthy at its end, in equal shares."""
+    """A successful epoch pays equal shares to the clients healthy at its end."""
     paid = {client.signer for client in machine.healthy(run.state)}
     share = run.current_rates.earning_total_shared // max(len(paid), 1)
     members = (replace(m, earned=min(m.earned + share, MAX_U64)) if m.signer in paid else m for m in run.members)
@@ -104,7 +104,7 @@ def _checkpoint_moves(run: RunAccounts, moves: dict[str, str]) -> RunAccounts:
 
 
 def flagged(run: RunAccounts) -> RunAccounts:
-    """The run with Psyche's flags, which are functions of phase and height here."""
+    """The run with Psyche's flags, here functions of phase and height."""
     phase, round_ = run.state.phase, run.state.current
     return replace(
         run,
@@ -118,7 +118,7 @@ def flagged(run: RunAccounts) -> RunAccounts:
 
 
 def update(run: RunAccounts, metadata: Any, config: Any, model: Any, progress: Any) -> RunAccounts:
-    """Set what is not None; all but the metadata only while the run is halted."""
+    """Set all given values; all but the metadata need a halted run."""
     state = run.state
     require(state.phase is not Phase.FINISHED, "UpdateConfigFinished")
     halting = not (config is None and model is None and progress is None)
@@ -151,7 +151,7 @@ def _sane(config: CoordinatorConfig) -> bool:
 
 
 def set_rates(run: RunAccounts, earning: int | None, slashing: int | None) -> RunAccounts:
-    """Points of the epochs that begin from now on; None leaves a rate as it is."""
+    """Set the points of future epochs; None keeps a rate."""
     rates = run.future_rates
     return replace(
         run,
@@ -163,12 +163,12 @@ def set_rates(run: RunAccounts, earning: int | None, slashing: int | None) -> Ru
 
 
 def pause(run: RunAccounts, clock: Clock) -> RunAccounts:
-    """Halt the run, or have it halt at the end of the epoch; nothing else happens yet."""
+    """Halt the run now or at the end of the epoch; changes nothing else."""
     return replace(run, state=machine.pause(run.state, clock.now))
 
 
 def resume(run: RunAccounts, clock: Clock) -> RunAccounts:
-    """Open the run to members, who all join anew; also for the first time."""
+    """Open the run, also for the first time; all members must join again."""
     state = run.state
     require(_sane(state.config), "ConfigSanityCheckFailed")
     require(not model_problem(run.llm), "ModelSanityCheckFailed")
@@ -180,7 +180,7 @@ def resume(run: RunAccounts, clock: Clock) -> RunAccounts:
 
 
 def set_checkpoint(run: RunAccounts, repo: Any, clock: Clock) -> RunAccounts:
-    """Another place for the checkpoint, where docs/solana-account.md's table has an entry; else it changes nothing."""
+    """Change the checkpoint's place if docs/solana-account.md's table has an entry; else change nothing."""
     peers = {"Hub": "P2P", "Gcs": "P2PGcs"}
     offered = repo if isinstance(repo, str) else next(iter(repo))
     current = _checkpoint_kind(run)
@@ -196,11 +196,11 @@ def set_checkpoint(run: RunAccounts, repo: Any, clock: Clock) -> RunAccounts:
 
 
 def join(run: RunAccounts, user: bytes, signer: bytes, p2p: bytes, clock: Clock) -> RunAccounts:
-    """The wallet takes part from the next epoch on; one that came before may bring a new node key."""
+    """Add the wallet from the next epoch on; an earlier member may bring a new node key."""
     require(signer == user, "SignerMismatch")
     members = list(run.members)
     place = next((i for i, member in enumerate(members) if member.signer == signer), None)
-    # Every node needs a key of its own, and nobody takes that of another.
+    # Every node needs its own key; no node may take another's.
     require(all(m.p2p != p2p for i, m in enumerate(members) if i != place), "SignerMismatch")
     if place is None:
         require(len(members) < run.state.config.global_batch_size_end, "MoreClientsThanBatches")
@@ -222,7 +222,7 @@ def withdraw(run: RunAccounts, user: bytes, clock: Clock) -> RunAccounts:
 
 
 def _forgotten(run: RunAccounts, signer: bytes) -> RunAccounts:
-    """The member is not pending any more."""
+    """The member is no longer pending."""
     pending = run.next_active
     members = (replace(m, active=0) if (m.signer, m.active) == (signer, pending) else m for m in run.members)
     return replace(run, members=tuple(members))
@@ -249,7 +249,7 @@ def tick(run: RunAccounts, clock: Clock) -> RunAccounts:
 def witness(
     run: RunAccounts, user: bytes, record: dict[str, Any], epoch: int | None, height: int | None, clock: Clock
 ) -> RunAccounts:
-    """A witness' report; ``epoch`` and ``height`` are None when it does not say which round it means."""
+    """A witness' report; ``epoch`` and ``height`` are None if it names no round."""
     need_member(run, user)
     state, round_ = run.state, _running(run.state)
     require(round_ is None or record["metadata"]["step"] in (0, state.step), "InvalidWitness")
@@ -283,7 +283,7 @@ def warmup_witness(
 def health_check(
     run: RunAccounts, user: bytes, listed: bytes, committee: str, position: int, index: int, clock: Clock
 ) -> RunAccounts:
-    """Drop the client ``listed``, which was at ``index`` of the round before, with that seat."""
+    """Drop the client ``listed``, at ``index`` of the previous round, with that seat."""
     need_member(run, user)
     state, round_ = run.state, _running(run.state)
     if round_ is not None:
@@ -302,6 +302,6 @@ def health_check(
 
 
 def vote_checkpoint(run: RunAccounts, user: bytes, epoch: int, step: int, digest: bytes, clock: Clock) -> RunAccounts:
-    """A client's vote for the parameters with which the epoch ends."""
+    """A client's vote for the epoch's final parameters."""
     require(run.state.phase is not Phase.COOLDOWN or digest != ZERO_HASH, "InvalidCheckpoint")
     return advance(replace(run, state=machine.vote(run.state, user, Vote(epoch, step, digest))), clock)

@@ -57,7 +57,7 @@ class Fees:
         """
         price = await self.price(accounts)
         # Two transactions of a wallet always differ, even within one blockhash: a chain treats equal bytes as one
-        # transaction. That is right for a resent transaction, but wrong for two ticks.
+        # transaction. That is right for a resent one, but wrong for two ticks.
         self._count += 1
         limit = max(1, min(units, self._options.compute_limit - VARIANTS)) + self._count % VARIANTS
         return budget(min(limit, self._options.compute_limit), price)

@@ -59,7 +59,7 @@ def beginning(owner: Pubkey, run_id: str, digest: bytes, size: int, lamports: in
 
 
 def writing(owner: Pubkey, run_id: str, digest: bytes, data: bytes) -> Iterator[tuple[int, Instruction]]:
-    """The pieces that fill it, with offsets."""
+    """The writes that fill it, with offsets."""
     accounts = [AccountMeta(buffer_address(owner, run_id, digest), False, True), AccountMeta(owner, True, False)]
     for at in range(0, len(data), WRITE_SIZE):
         part = data[at : at + WRITE_SIZE]
