@@ -156,7 +156,7 @@ class RunAccounts:
 
 
 def at_rest(run: RunAccounts) -> RunAccounts:
-    """The run without what the accounts do not keep; nothing that decides anything is lost."""
+    """The run without the values that accounts drop; no decision depends on them."""
     state = run.state
     order = {member.signer: place for place, member in enumerate(run.members)}
     waits = state.phase is Phase.WAITING_FOR_MEMBERS and state.gathered_at is not None

@@ -216,7 +216,7 @@ class Fixed(Raw):
 
 
 class String(Type):
-    """A u32 length and that many bytes of UTF-8, at most ``limit``."""
+    """A u32 length and UTF-8 of that length, at most ``limit``."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

@@ -100,7 +100,7 @@ def _values(bill: Bill) -> tuple[float, ...]:
 
 
 def bill(rows: Sequence[Measured], price: int) -> Bill:
-    """What these transactions take at a price in micro-lamports for each compute unit of their limits."""
+    """The cost of these transactions at a price in micro-lamports per compute unit of their limits."""
     return Bill(
         transactions=len(rows),
         units=sum(row.units for row in rows),
@@ -137,7 +137,7 @@ class Cost:
         return self.creating + self.entering + self.epoch.times(epochs) + self.round.times(steps + 2 * epochs)
 
     def node(self, steps: int, epochs: int) -> Bill:
-        """A node's share of the nodes' cost; the owner pays for the creation."""
+        """A node's share of the nodes' cost; the owner pays the creation."""
         return (self.entering + self.epoch.times(epochs) + self.round.times(steps + 2 * epochs)).times(1 / self.nodes)
 
 

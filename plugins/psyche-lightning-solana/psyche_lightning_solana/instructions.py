@@ -51,12 +51,12 @@ def build(
     Args:
         spec: from :mod:`psyche_lightning_solana.interface`.
         program: the program's id.
-        accounts: an address for each name in ``spec.accounts``; those of ``spec.more`` may be left out.
+        accounts: an address for each name in ``spec.accounts``; those of ``spec.more`` are optional.
         arguments: its arguments by name.
         trailer: bytes after them.
 
     Raises:
-        ConfigError: an argument is not what the instruction takes.
+        ConfigError: an argument does not fit the instruction.
     """
     given = [*spec.accounts, *(meta for meta in spec.more if meta.name in accounts)]
     metas = [AccountMeta(accounts[meta.name], meta.signer, meta.writable) for meta in given]
@@ -64,13 +64,13 @@ def build(
 
 
 def new_coordinator_account(payer: Pubkey, account: Pubkey, program: Pubkey, lamports: int) -> Instruction:
-    """Make the coordinator account, a plain one of 119,160 bytes, before ``init``; ``account`` signs, too.
+    """Create the coordinator account, plain, 119,160 bytes, before ``init``; ``account`` signs, too.
 
     Args:
-        payer: who pays.
+        payer: pays.
         account: its address, a new key.
         program: the coordinator program.
-        lamports: what an account of that size needs to be exempt from rent.
+        lamports: an account of that size needs them to be exempt from rent.
     """
     return create_account(
         CreateAccountParams(
@@ -119,7 +119,7 @@ class RunKeys:
     ) -> Instruction:
         return build(COORDINATOR.instructions[name], self.program, accounts, arguments, trailer)
 
-    # Its owner.
+    # Owner.
 
     def init_coordinator(
         self,
@@ -129,7 +129,7 @@ class RunKeys:
         join_authority: Pubkey,
         client_version: str = "",
     ) -> Instruction:
-        """Make the run; the coordinator account must exist, full of zeros."""
+        """Create the run; the coordinator account must exist, full of zeros."""
         return self._build(
             "init_coordinator",
             {"payer": payer, "authorizer": authorizer},
@@ -142,7 +142,7 @@ class RunKeys:
         )
 
     def free_coordinator(self, authority: Pubkey, spill: Pubkey) -> Instruction:
-        """Close the run's accounts; ``spill`` gets what they hold."""
+        """Close the run's accounts; ``spill`` gets their balance."""
         return self._build("free_coordinator", {"authority": authority, "spill": spill}, {})
 
     def update(
@@ -154,33 +154,33 @@ class RunKeys:
         model: Mapping[str, Any] | None = None,
         progress: Mapping[str, Any] | None = None,
     ) -> Instruction:
-        """Set what is given, in the forms of a TOML run configuration (``model`` is ``{"LLM": {...}}``)."""
+        """Set the given values, in the form of a TOML run configuration (``model`` is ``{"LLM": {...}}``)."""
         arguments = {"metadata": metadata, "config": config, "model": model, "progress": progress}
         return self._build("update", {"authority": authority}, arguments)
 
     def update_client_version(self, authority: Pubkey, client_version: str) -> Instruction:
-        """Ask for another version of the client."""
+        """Require another client version."""
         return self._build("update_client_version", {"authority": authority}, {"client_version": client_version})
 
     def set_future_epoch_rates(self, authority: Pubkey, earning: int | None, slashing: int | None) -> Instruction:
-        """Points of the epochs that begin from now on; None leaves a rate as it is."""
+        """Set the points of future epochs; None keeps a rate."""
         arguments = {"epoch_earning_rate_total_shared": earning, "epoch_slashing_rate_per_client": slashing}
         return self._build("set_future_epoch_rates", {"authority": authority}, arguments)
 
     def set_paused(self, authority: Pubkey, paused: bool) -> Instruction:
-        """Pause the run, or resume it, also for the first time."""
+        """Pause the run, or open it, also for the first time."""
         return self._build("set_paused", {"authority": authority}, {"paused": paused})
 
     def set_manifest(self, authority: Pubkey, digest: bytes, address: str) -> Instruction:
-        """Say which manifest the run has, and where it lies."""
+        """Set the run's manifest and its place."""
         return self._build("set_manifest", {"authority": authority}, {"digest": digest, "address": address})
 
     def checkpoint(self, user: Pubkey, checkpoint: Any, authorization: Pubkey | None = None) -> Instruction:
-        """Say where the checkpoint lies (``{"Hub": {...}}``); the main authority needs no authorization."""
+        """Set the checkpoint's place (``{"Hub": {...}}``); the main authority needs no authorization."""
         accounts = {"user": user} | ({} if authorization is None else {"authorization": authorization})
         return self._build("checkpoint", accounts, {"repo": checkpoint})
 
-    # Its clients.
+    # Clients.
 
     def join_run(self, user: Pubkey, node: bytes, authorization: Pubkey) -> Instruction:
         """Take part from the next epoch on, with that node key (32 bytes)."""
@@ -192,7 +192,7 @@ class RunKeys:
         return self._build("withdraw", {"user": user}, {})
 
     def tick(self, user: Pubkey) -> Instruction:
-        """Let the run take the steps that are due."""
+        """Let the run make its due steps."""
         return self._build("tick", {"user": user}, {})
 
     def warmup_witness(self, user: Pubkey, index: int, digest: bytes, epoch: int | None = None) -> Instruction:
@@ -215,13 +215,13 @@ class RunKeys:
         """A witness' report.
 
         Args:
-            user: who signs.
+            user: signs.
             proof: its seat.
             merkle: root of its list.
             participants: serialized Bloom filter (192 bytes).
             broadcasts: serialized Bloom filter (192 bytes).
-            metadata: figures; zeros where they are left out.
-            at: epoch and height that it means; None for whichever the run is at.
+            metadata: figures; omitted ones are zero.
+            at: its epoch and height; None for the run's current ones.
         """
         arguments = {
             **_report(proof, merkle, participants, broadcasts),
@@ -239,14 +239,14 @@ class RunKeys:
         index: int,
         committee: Committee = Committee.TRAINER,
     ) -> Instruction:
-        """Have the client ``listed`` dropped, from which the witnesses of the round before heard nothing.
+        """Drop the client ``listed``: the witnesses of the previous round heard nothing from it.
 
         Args:
-            user: who signs.
+            user: signs.
             listed: the client's signer.
             node: its node key.
-            position: its committee position in the round before.
-            index: its index in the round before.
+            position: its committee position in the previous round.
+            index: its index in the previous round.
             committee: its committee there.
         """
         identity = {"signer": listed, "p2p_identity": node}
@@ -254,11 +254,11 @@ class RunKeys:
         return self._build("health_check", {"user": user}, arguments)
 
     def vote_checkpoint(self, user: Pubkey, epoch: int, step: int, digest: bytes) -> Instruction:
-        """Vote for the parameters with which the epoch ends."""
+        """Vote for the epoch's final parameters."""
         return self._build("vote_checkpoint", {"user": user}, {"epoch": epoch, "step": step, "digest": digest})
 
     def set_address(self, user: Pubkey, address: str) -> Instruction:
-        """Say where the user's node is reached; an empty address gives the rent back."""
+        """Set the address of the user's node; an empty one returns the rent."""
         where = node_address(self.program, self.run_id, user)
         return self._build("set_address", {"user": user, "address": where}, {"address": address})
 
@@ -295,16 +295,16 @@ def _report(
     }
 
 
-# What the program reads.
+# Reading.
 
 _SPECS = {spec.discriminator: spec for spec in COORDINATOR.instructions.values()}
 
 
 def decode(data: bytes) -> tuple[str, dict[str, Any]]:
-    """An instruction's name and arguments, with the witness' trailer if there is one.
+    """An instruction's name and arguments, with the witness' trailer if given.
 
     Raises:
-        Refused: another discriminator, or the arguments are not one canonical encoding.
+        Refused: unknown discriminator, or the arguments are not in canonical form.
     """
     spec = _SPECS.get(data[:8])
     if spec is None:
@@ -327,7 +327,7 @@ def decode(data: bytes) -> tuple[str, dict[str, Any]]:
 def authorization_create(
     authorizer: Pubkey, payer: Pubkey, grantor: Pubkey, grantee: Pubkey, scope: bytes
 ) -> Instruction:
-    """Make an authorization, which is not active yet; a grantee of zeros means everybody."""
+    """Create an inactive authorization; a grantee of zeros means everybody."""
     accounts = {
         "payer": payer,
         "grantor": grantor,
@@ -355,7 +355,7 @@ def authorization_grantee_update(
     delegates: Sequence[Pubkey],
     clear: bool = False,
 ) -> Instruction:
-    """Let delegates use the grantee's authorization, besides those of before or (``clear``) in their place."""
+    """Let delegates use the grantee's authorization; ``clear`` replaces the earlier ones."""
     spec = AUTHORIZER.instructions["authorization_grantee_update"]
     accounts = {
         "payer": payer,
@@ -368,6 +368,6 @@ def authorization_grantee_update(
 
 
 def authorization_close(authorizer: Pubkey, grantor: Pubkey, spill: Pubkey, authorization: Pubkey) -> Instruction:
-    """Close an authorization that is not active; ``spill`` gets the rent."""
+    """Close an inactive authorization; ``spill`` gets the rent."""
     spec = AUTHORIZER.instructions["authorization_close"]
     return build(spec, authorizer, {"grantor": grantor, "spill": spill, "authorization": authorization})

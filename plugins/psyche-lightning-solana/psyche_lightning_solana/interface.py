@@ -1,7 +1,7 @@
 """The interface of the three programs: each instruction's accounts and arguments, each account in borsh.
 
-The tables are the truth for the builders in :mod:`psyche_lightning_solana.instructions`, for the IDL, and for tests of
-the programs. Psyche's accounts come first and in Psyche's order; ours follow.
+The tables define the builders in :mod:`psyche_lightning_solana.instructions`, the IDL, and the programs' tests.
+Psyche's accounts come first and in Psyche's order; ours follow.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class InstructionSpec:
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """One program: its instructions, and the accounts that it keeps in borsh."""
+    """One program: its instructions, and its accounts in borsh."""
 
     name: str
     instructions: dict[str, InstructionSpec]
@@ -108,7 +108,7 @@ _REPORT: dict[str, Type] = {
 
 WITNESS_TRAILER = Struct("witness", {"epoch": U16, "height": U32})
 WARMUP_TRAILER = Struct("warmup_witness", {"epoch": U16})
-"""What may follow Psyche's arguments of the two witness instructions; where it does, it must be what the run is at."""
+"""Optional trailer of the two witness instructions, after Psyche's arguments; must match the run's place."""
 
 COORDINATOR = _program(
     "coordinator",
@@ -228,7 +228,7 @@ TREASURER = _program(
         paused=Option(BOOL),
         client_version=Option(String(MAX_CLIENT_VERSION)),
     ),
-    # Ours: the run is the coordinator's main authority, so what only that may do goes through the treasurer.
+    # Ours: the run is the coordinator's main authority, so the treasurer forwards that authority's commands.
     _instruction("run_set_manifest", _COMMAND, digest=Raw(32), address=String(MAX_MANIFEST_ADDRESS)),
     _instruction("run_checkpoint", _COMMAND, repo=CHECKPOINT),
     _instruction("participant_create", "payer sw, user s, run, participant w, system_program"),

@@ -21,7 +21,7 @@ Record = npt.NDArray[np.void]
 
 
 class AccountError(WireError):
-    """An account is not what it should be: another kind, size or version."""
+    """An account has another kind, size or version."""
 
 
 def discriminator(account: str) -> bytes:
@@ -113,7 +113,7 @@ COORDINATOR = _struct(
 COORDINATOR_SIZE = 119_160
 COORDINATOR_DISCRIMINATOR = discriminator("CoordinatorAccount")
 
-# What a client said of its parameters: in warm-up which ones it holds (step and first are 0), in cool-down its vote.
+# A client's report on its parameters: in warm-up, those it holds (step and first are 0); in cool-down, its vote.
 VOTE = np.dtype(
     [
         ("client", "u1"),  # index in the epoch's list of clients
@@ -141,7 +141,7 @@ INSTANCE_SIZE = 8 + 165
 ADDRESS_SIZE = 176
 """Bytes of the two accounts in borsh: a run's instance, and a node's address."""
 MANIFEST_SIZE = 10_136
-"""One call may give a new account at most 10,240 bytes."""
+"""A new account gets at most 10,240 bytes per call."""
 MANIFEST_DISCRIMINATOR = discriminator("RunManifest")
 
 
@@ -165,7 +165,7 @@ def view_coordinator(data: bytes | bytearray | memoryview) -> Record:
         An array without dimensions of :data:`COORDINATOR`.
 
     Raises:
-        AccountError: another kind of account, another size or another version.
+        AccountError: the account has another kind, size or version.
     """
     record = _view(data, COORDINATOR, COORDINATOR_DISCRIMINATOR, "coordinator account")
     if record["version"] != VERSION:
@@ -179,6 +179,6 @@ def view_manifest(data: bytes | bytearray | memoryview) -> Record:
     """A run's manifest account, without copying it.
 
     Raises:
-        AccountError: another kind of account, or another size.
+        AccountError: the account has another kind or size.
     """
     return _view(data, MANIFEST, MANIFEST_DISCRIMINATOR, "manifest account")

@@ -1,8 +1,8 @@
 """The programs' interfaces as legacy Anchor IDL, which anchorpy reads: ``idl/<program>.json``.
 
-``python -m psyche_lightning_solana.legacy_idl`` writes the files anew from
+``python -m psyche_lightning_solana.legacy_idl`` rewrites the files from
 :mod:`psyche_lightning_solana.interface`. The coordinator account is not in them: it is zero-copy, see
-:mod:`psyche_lightning_solana.account`. Nor are the trailers of the witness instructions, which an IDL cannot say.
+:mod:`psyche_lightning_solana.account`. An IDL cannot describe the witness instructions' trailers, either.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _struct(kind: Struct) -> dict[str, Any]:
 
 
 def _collect(kind: Type, kinds: dict[str, Any]) -> None:
-    """Define the types that ``kind`` needs, those within before those around them."""
+    """Define the types that ``kind`` needs, inner types first."""
     if isinstance(kind, (Option, Vector, Array)):
         _collect(kind.item, kinds)
     elif isinstance(kind, Struct):
@@ -87,12 +87,12 @@ def _collect(kind: Type, kinds: dict[str, Any]) -> None:
 
 
 def text(program: ProgramSpec) -> str:
-    """The IDL as it lies in the file."""
+    """The IDL in the file's form."""
     return json.dumps(idl(program), indent=1) + "\n"
 
 
 def load(name: str) -> Idl:
-    """The kept IDL of ``coordinator``, ``authorizer`` or ``treasurer``, for ``anchorpy.Program``."""
+    """The stored IDL of ``coordinator``, ``authorizer`` or ``treasurer``, for ``anchorpy.Program``."""
     from anchorpy_core.idl import Idl
 
     return Idl.from_json((FOLDER / f"{name}.json").read_text())

@@ -1,4 +1,4 @@
-"""The local chain with our programs on it. The chain itself is a distribution of its own, which only this needs."""
+"""The local chain with our programs on it. Only this module needs the chain's own distribution."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ except ModuleNotFoundError as _missing:
     if (_missing.name or "").partition(".")[0] != "psyche_lightning_localnet":
         raise
     raise ConfigError(
-        "the local chain is a distribution of its own, which is not installed: pip install psyche-lightning-localnet"
+        "the local chain is a separate distribution and is not installed: pip install psyche-lightning-localnet"
     ) from None
 
 
 def local_chain(clock: SlotClock, **settings: Any) -> LocalChain:
-    """A new chain with our programs at the addresses by which clients know them on a local chain.
+    """A new chain with our programs at the addresses that clients use on a local chain.
 
     Args:
-        clock: how its slots pass.
+        clock: its slots and time.
         settings: further arguments of ``LocalChain``.
     """
     images = {local_program(name).pubkey(): programs.image(name) for name in programs.NAMES}
@@ -42,7 +42,7 @@ _command = _cli.command("psyche solana localnet", _ours)
 
 @functools.wraps(_command)
 def localnet(**given: Any) -> None:
-    """The command ``psyche solana localnet``; typer reads its options from what it wraps."""
+    """The command ``psyche solana localnet``; typer reads the wrapped function's options."""
     try:
         _command(**given)
     except LocalnetError as error:

@@ -1,4 +1,4 @@
-"""``psyche run ...`` on a chain: the owner's side of a run, and runs that are only looked at."""
+"""``psyche run ...`` on a chain: the owner's side of a run, and runs that are only shown."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SolanaRunAdmin:
 
     Args:
         url: a ``solana:`` URL.
-        run_id: the run; to look at one, also the address of its coordinator account.
+        run_id: the run; to show one, also the address of its coordinator account.
     """
 
     def __init__(self, url: str, run_id: str) -> None:
@@ -50,7 +50,7 @@ class SolanaRunAdmin:
         return asyncio.run(run())
 
     def create(self, wanted: Creation) -> dict[str, Any]:
-        """Make the run's accounts; :meth:`start` opens it."""
+        """Create the run's accounts; :meth:`start` opens it."""
 
         async def work(admin: SolanaAdmin) -> dict[str, Any]:
             await admin.create(_config(wanted), everybody=wanted.everybody, **_described(wanted))
@@ -59,7 +59,7 @@ class SolanaRunAdmin:
         return self._do(work)
 
     def update(self, wanted: Creation) -> dict[str, Any]:
-        """Change what differs; a run that is open takes none of it."""
+        """Apply the differences; an open run accepts none."""
 
         async def work(admin: SolanaAdmin) -> dict[str, Any]:
             before = await admin.look()
@@ -76,7 +76,7 @@ class SolanaRunAdmin:
         return self._act(lambda admin: admin.start())
 
     def pause(self) -> dict[str, Any]:
-        """Halt the run when its epoch has ended."""
+        """Halt the run after its epoch."""
         return self._act(lambda admin: admin.pause())
 
     def resume(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class SolanaRunAdmin:
         return self._do(work)
 
     def status(self) -> dict[str, Any]:
-        """Where the run stands, with what its transactions tell; of an address, what the account says."""
+        """The run's state and its transactions' history; for an address, the account's contents."""
         try:
             address = Pubkey.from_string(self._run)
         except ValueError:
@@ -123,7 +123,7 @@ class SolanaRunAdmin:
         return {**story.status(run, address=str(keys.coordinator_account)), "about": _about(run)}
 
     def close(self) -> str:
-        """Close the accounts; their lamports come back."""
+        """Close the accounts and recover their lamports."""
         back = self._do(lambda admin: admin.close())
         return f"run {self._run} is closed; {sol(back)} came back"
 
@@ -133,13 +133,13 @@ class SolanaRunAdmin:
         return f"{node or 'everybody'} may join run {self._run}"
 
     def revoke(self, node: str | None) -> str:
-        """Take it back."""
+        """Revoke it."""
         held = self._do(lambda admin: admin.revoke(_wallet(node)))
         who = node or "everybody"
         return f"{who} may not join run {self._run} again" if held else f"{who} had no authorization"
 
     def points(self) -> list[dict[str, Any]]:
-        """What each wallet earned."""
+        """Each wallet's earnings."""
         found = self._do(lambda admin: admin.points())
         return [
             {"node": str(row.wallet), "earned": row.earned, "slashed": row.slashed, "claimed": row.claimed}
@@ -153,14 +153,14 @@ class SolanaRunAdmin:
 
 
 def read_account(data: bytes, name: str) -> dict[str, Any]:
-    """The status that a coordinator account shows by itself, also one of Psyche's own runs.
+    """The status from a coordinator account alone, also for Psyche's own runs.
 
     Args:
-        data: the account's bytes, or the JSON in which ``solana account --output json`` or an RPC service writes them.
-        name: what the account is called in messages.
+        data: the account's bytes, or their JSON from ``solana account --output json`` or an RPC service.
+        name: the account's name in messages.
 
     Raises:
-        CoordinatorError: it is another kind, size or version of account, or damaged (``WrongAccount``).
+        CoordinatorError: the account has another kind, size or version, or is damaged (``WrongAccount``).
     """
     if len(data) != COORDINATOR_SIZE and data.lstrip()[:1] == b"{":
         data = _from_json(data, name)
@@ -185,7 +185,7 @@ def _from_json(text: bytes, name: str) -> bytes:
 
 
 def _about(run: RunAccounts) -> dict[str, str]:
-    """What Psyche's own fields say of the run, as far as they are set."""
+    """The values of Psyche's own fields, if set."""
     described, about = run.described, {}
     for field in ("name", "description"):
         if described[field]:

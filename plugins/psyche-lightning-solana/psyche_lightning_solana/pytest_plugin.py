@@ -1,4 +1,4 @@
-"""Keeps quiet what anchorpy brings into every pytest run; ``pytest_xprocess.py`` says why it is there."""
+"""Silences anchorpy's plugins in every pytest run; ``pytest_xprocess.py`` explains their presence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    """pytest-asyncio warns of an option that is not set, which ends a run that takes warnings for errors."""
+    """Ignore pytest-asyncio's warning of an unset option, which ends runs that treat warnings as errors."""
     early_config.addinivalue_line(
         "filterwarnings", 'ignore:The configuration option "asyncio_default_fixture_loop_scope" is unset'
     )
@@ -15,7 +15,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """pytest-xprocess reminds, with ``-v``, of processes to end, also where no test started one."""
+    """With ``-v``, pytest-xprocess lists processes to end, even if no test started one."""
     plugins = session.config.pluginmanager
     if plugins.hasplugin("xprocess") and not hasattr(session.config, "_xprocess"):
         plugins.unregister(name="xprocess")

@@ -23,7 +23,7 @@ from psyche_lightning_solana.borsh import (
 )
 
 SHORT, URL = 64, 192
-"""Bytes of a name (repository, bucket, server), and of a URL, path or folder."""
+"""Bytes of a name (repository, bucket, server) and of a URL, path or folder."""
 
 METADATA = Struct(
     "RunMetadata", {"name": Fixed(SHORT), "description": Fixed(280), "num_parameters": U64, "vocab_size": U64}
@@ -112,7 +112,7 @@ LR_SCHEDULE = Enum(
     },
 )
 
-# An option of a float has a u32 for its tag in memory.
+# A float option has a u32 tag in memory.
 _MAYBE = Option(F32, tag=4)
 OPTIMIZER = Enum(
     "OptimizerDefinition",
@@ -150,7 +150,7 @@ LLM = Struct(
 )
 MODEL = Enum("Model", {"LLM": LLM})
 
-# Not a public key in the IDL: anchorpy 0.21 cannot write one that is within a struct.
+# Not a public key in the IDL: anchorpy 0.21 cannot write one within a struct.
 CLIENT_ID = Struct("ClientId", {"signer": Raw(32), "p2p_identity": Raw(32)})
 BLOOM = Struct("WitnessBloom", {"keys": Array(U64, 8), "bits": Array(U64, 16)})
 PROOF = Struct("WitnessProof", {"position": U64, "index": U64, "witness": BOOL})
@@ -173,7 +173,7 @@ WITNESS_METADATA = Struct(
 
 
 def model_problem(model: dict[str, Any]) -> str:
-    """Why a run with this ``{"LLM": ...}`` could not go on (Psyche's model.rs, ``check``); empty when it could."""
+    """The reason why a run with this ``{"LLM": ...}`` cannot continue (Psyche's model.rs, ``check``), or empty."""
     llm = model["LLM"]
     if llm["max_seq_len"] == 0:
         return "max_seq_len is 0"
@@ -193,7 +193,7 @@ def model_problem(model: dict[str, Any]) -> str:
 
 
 def checkpoint_named(checkpoint: Any) -> bool:
-    """Whether a checkpoint tells where it is; a dummy need not."""
+    """Whether a checkpoint has a place; a dummy needs none."""
     if checkpoint == "Ephemeral":
         return False
     [(kind, body)] = checkpoint.items()
@@ -201,7 +201,7 @@ def checkpoint_named(checkpoint: Any) -> bool:
 
 
 def cold_start_problem(config: dict[str, Any], model: dict[str, Any]) -> str:
-    """Why the cold start does not fit into an epoch; empty when it does."""
+    """The reason why the cold start does not fit an epoch, or empty."""
     steps = model["LLM"]["cold_start_warmup_steps"]
     room = max(config["epoch_time"] - config["warmup_time"], 0) // max(config["max_round_train_time"], 1)
     return "" if steps <= room else f"cold_start_warmup_steps is {steps}; an epoch has room for {room} rounds"

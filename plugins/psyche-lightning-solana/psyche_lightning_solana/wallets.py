@@ -1,4 +1,4 @@
-"""``psyche solana keygen`` and ``psyche solana airdrop``: a wallet, and something in it."""
+"""``psyche solana keygen`` and ``psyche solana airdrop``: create and fund a wallet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 LAMPORTS = 10**9
 
 
-def keygen(file: Annotated[Path, typer.Argument(help="Where to; a file that exists is never overwritten.")]) -> None:
+def keygen(file: Annotated[Path, typer.Argument(help="New file; existing files are never overwritten.")]) -> None:
     """Write a new wallet to a file, in solana-cli's form, readable by you alone."""
     from psyche_lightning_solana.client.wallet import PATH_VARIABLE, create
 
@@ -21,12 +21,10 @@ def keygen(file: Annotated[Path, typer.Argument(help="Where to; a file that exis
 
 def airdrop(
     amount: Annotated[float, typer.Argument(min=0.000000001, help="How many SOL.")] = 10.0,
-    address: Annotated[
-        str | None, typer.Argument(help="Who gets them. Without: the wallet.", show_default=False)
-    ] = None,
+    address: Annotated[str | None, typer.Argument(help="Receiver; the wallet by default.", show_default=False)] = None,
     url: Annotated[str, typer.Option("--url", help="localnet, devnet, or the URL of an RPC service.")] = "localnet",
     keypair: Annotated[
-        Path | None, typer.Option("--keypair", help="The wallet. Without: PSYCHE_WALLET, or solana-cli's.")
+        Path | None, typer.Option("--keypair", help="Wallet; default: PSYCHE_WALLET, or solana-cli's.")
     ] = None,
 ) -> None:
     """Ask a faucet for SOL, which local and test clusters have."""

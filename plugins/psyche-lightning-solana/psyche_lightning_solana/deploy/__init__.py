@@ -1,1 +1,1 @@
-"""Putting programs on a chain through the upgradeable loader, any chain: ``psyche solana deploy``."""
+"""Deploys programs to any chain through the upgradeable loader: ``psyche solana deploy``."""

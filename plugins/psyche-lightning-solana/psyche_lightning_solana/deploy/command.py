@@ -29,25 +29,25 @@ def deploy(
         Path | None,
         typer.Option(
             "--keypair",
-            help="Wallet that pays and may upgrade. Without: PSYCHE_WALLET, or the faucet of a local chain.",
+            help="Wallet that pays and may upgrade; default: PSYCHE_WALLET, or a local chain's faucet.",
         ),
     ] = None,
     address: Annotated[
         str | None,
         typer.Option(
             "--program",
-            help="Where: a key pair's file, or the address of a program to upgrade. Without: one of the wallet.",
+            help="A key pair's file, or the address of a program to upgrade; default: one of the wallet.",
         ),
     ] = None,
     priority_fee: Annotated[
         int, typer.Option("--priority-fee", min=0, help="Micro-lamports offered for each compute unit.")
     ] = 0,
-    parallel: Annotated[int, typer.Option(min=1, max=256, help="Requests under way at once.")] = 16,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost.")] = False,
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Parallel requests.")] = 16,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the cost.")] = False,
 ) -> None:
     """Put a program on a chain, or upgrade it.
 
-    Broken off, the same command goes on where it stopped: the buffer's address follows from wallet, program and file.
+    To continue an interrupted deployment, repeat the command: wallet, program and file give the buffer's address.
     """
     asyncio.run(_deploy(program, url, keypair, address, priority_fee, parallel, dry_run))
 
@@ -88,7 +88,7 @@ async def _deploy(
             return
         print(
             f"{'Upgrading' if plan.upgrade else 'Deploying'} {name} ({len(image):,} bytes) on {cluster.name}"
-            f"{', going on with the buffer ' + str(plan.buffer) if plan.resumed else ''}: {payer.public} needs "
+            f"{', continuing the buffer ' + str(plan.buffer) if plan.resumed else ''}: {payer.public} needs "
             f"{plan.needed / LAMPORTS:.6f} SOL, of which {plan.kept / LAMPORTS:.6f} stay in the program's accounts; "
             f"it has {plan.balance / LAMPORTS:.6f}."
         )
@@ -146,13 +146,13 @@ def _target(name: str, address: str | None, payer: Wallet, cluster: Cluster, *, 
     if cluster.local and known:
         wallet = Wallet(local_program(name))
         return Target(wallet.public, wallet)
-    # Neither a file that can be lost nor an address that somebody else could take first.
+    # This needs no file, which could be lost, and nobody else can take it first.
     place, seed = seeded_address(payer.public, b"program", name.encode())
     return Target(place, seed=seed)
 
 
 async def _authority(client: AsyncClient, target: Target, cluster: Cluster) -> Wallet | None:
-    """The faucet, where the program is one of those that a local chain has from the start."""
+    """The faucet, if the program is one of a local chain's initial programs."""
     from psyche_lightning_solana.client.cluster import local_faucet
     from psyche_lightning_solana.client.wallet import Wallet
     from psyche_lightning_solana.deploy.loader import code_address, read_code

@@ -1,7 +1,6 @@
-"""Deploys a program to any cluster: buffer, pieces, deployment or upgrade; a broken off one goes on where it was.
+"""Deploys a program to any cluster: buffer, pieces, deployment or upgrade; continues an interrupted one.
 
-The buffer's address follows from wallet, program and image, so the same call finds it again and writes only what is
-missing.
+Wallet, program and image give the buffer's address, so the same call finds it again and writes only missing pieces.
 """
 
 from __future__ import annotations
@@ -42,30 +41,30 @@ SIGNATURE_FEE = 5000
 WRITE_UNITS, DEPLOY_UNITS = 3_000, 20_000
 STATUS_BATCH = 256
 POLL = 0.2
-"""Seconds between looks at what landed."""
+"""Seconds between status checks."""
 LOOKS = 10
-"""After so many, what did not land is sent again."""
+"""Checks before missing ones are resent."""
 MAX_IDLE_ROUNDS = 2
-"""After so many blockhashes with which nothing landed, it is given up; the same call goes on."""
+"""Blockhashes without a landed transaction before it gives up; the same call continues."""
 MAX_TRIES = 6
 PAUSE = 0.25
-"""Seconds before the second try; each further one waits twice as long."""
+"""Seconds before the second try; each further wait doubles."""
 
 _Answer = TypeVar("_Answer")
 
 
 class DeployError(PsycheError):
-    """A program could not be deployed; the text says what to do."""
+    """A deployment failed; the text explains what to do."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a program goes.
+    """A program's destination.
 
     Attributes:
         address: the program's.
-        wallet: signs for the address, if it is that of a key pair; needed once.
-        seed: from which the payer's wallet makes the address, if it is such a one.
+        wallet: signs for the address, if a key pair gives it; needed once.
+        seed: derives the address from the payer's wallet, if given.
     """
 
     address: Pubkey
@@ -75,11 +74,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """What deploying comes to.
+    """A deployment's plan.
 
     Attributes:
         upgrade: whether the program exists already.
-        same: whether it is this very program, so that there is nothing to do.
+        same: whether it is the same program, which needs no deployment.
         buffer: the buffer's address.
         resumed: whether the buffer exists already.
         needed: lamports that the payer must have.
@@ -106,10 +105,10 @@ class Deployer:
         payer: pays, and becomes the authority that may upgrade.
         target: where the program goes.
         image: an ELF shared object.
-        authority: who may upgrade the program, if not the payer.
+        authority: may upgrade the program, instead of the payer.
         priority: micro-lamports offered for each compute unit.
-        parallel: requests under way at once.
-        progress: is told how many bytes are written, and of how many.
+        parallel: parallel requests.
+        progress: receives the written and the total bytes.
     """
 
     def __init__(
@@ -135,10 +134,10 @@ class Deployer:
         self._buffer, self._seed = loader.seeded_address(payer.public, b"buffer", bytes(target.address), image)
 
     async def plan(self) -> Plan:
-        """Look at the cluster, change nothing.
+        """Read the cluster without changing it.
 
         Raises:
-            DeployError: this is no program, or the address belongs to something or somebody else.
+            DeployError: the file is no program, or the address belongs to another owner.
         """
         image, address = self._image, self._target.address
         if image[:4] != b"\x7fELF":
@@ -173,10 +172,10 @@ class Deployer:
         missing = sum(1 for _ in self._pieces(b"" if buffer is None else buffer.image))
         signature = SIGNATURE_FEE * (1 if self._authority is self._payer else 2)
         fees = missing * (signature + self._fee(WRITE_UNITS)) + 3 * (2 * signature + self._fee(DEPLOY_UNITS))
-        # A deployment returns what the buffer held before it takes what the program is to hold; an upgrade afterwards.
+        # A deployment refunds the buffer's lamports before it takes the program's; an upgrade refunds them afterwards.
         held = 0 if buffer is None else rent_buffer
         needed = fees + (max(rent_buffer, kept) if code is None else rent_buffer + kept) - held
-        lowest = await self._rent(0)  # a payer may not be left with less, unless with nothing
+        lowest = await self._rent(0)  # a payer must keep at least this, or nothing
         balance = (await self._retried(lambda: self._client.get_balance(self._payer.public, Confirmed))).value
         same = code is not None and code.holds(image)
         return Plan(
@@ -184,10 +183,10 @@ class Deployer:
         )
 
     async def run(self, plan: Plan) -> None:
-        """Deploy, as planned.
+        """Deploy as planned.
 
         Raises:
-            DeployError: the payer has too little, the loader refuses the program, or the cluster takes nothing.
+            DeployError: the payer has too little, or the loader or the cluster refuses the program.
         """
         if plan.balance < plan.needed:
             raise DeployError(
@@ -218,7 +217,7 @@ class Deployer:
     # -----------------------------------------------------------------------------------------------------------------
 
     async def _write(self) -> None:
-        """Write pieces until the buffer has all of them, each round with a fresh blockhash."""
+        """Write pieces until the buffer is complete, each round with a fresh blockhash."""
         idle = 0
         while True:
             buffer = loader.read_buffer(await self._account(self._buffer))
@@ -237,7 +236,7 @@ class Deployer:
             idle = 0 if landed else idle + 1
 
     async def _write_round(self, missing: list[tuple[int, bytes]]) -> int:
-        """Send pieces, again and again, until they landed or their blockhash is over; how many did."""
+        """Resend pieces until they land or their blockhash expires; returns how many landed."""
         blockhash, last = await self._blockhash()
         waiting: dict[Signature, tuple[bytes, int]] = {}
         for offset, piece in missing:
@@ -255,7 +254,7 @@ class Deployer:
                 await asyncio.sleep(POLL)
 
     async def _offer(self, raw: bytes) -> None:
-        """Send a transaction once; whether it arrived is seen when it lands."""
+        """Send a transaction once; a later status shows whether it landed."""
         async with self._slots:
             try:
                 await self._client.send_raw_transaction(raw, TxOpts(skip_preflight=True, skip_confirmation=True))
@@ -265,7 +264,7 @@ class Deployer:
                 return
 
     async def _collect(self, waiting: dict[Signature, tuple[bytes, int]]) -> None:
-        """Take out what is confirmed."""
+        """Remove confirmed ones."""
         signatures = list(waiting)
         for start in range(0, len(signatures), STATUS_BATCH):
             some = signatures[start : start + STATUS_BATCH]
@@ -285,7 +284,7 @@ class Deployer:
     def _pieces(self, present: bytes) -> list[tuple[int, bytes]]:
         empty = loader.write(self._buffer, self._authority.public, 0, b"")
         overhead = len(bytes(self._signed(self._priced([empty], WRITE_UNITS), Hash.default())))
-        # The length of the data takes a second byte once it is over 127.
+        # A data length over 127 takes a second byte.
         return list(loader.pieces(self._image, MAX_TRANSACTION - overhead - 1, present))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -329,7 +328,7 @@ class Deployer:
         raise DeployError("the cluster takes no transactions of ours; run the same command again to go on")
 
     async def _next_slot(self) -> None:
-        """A program can be used in the slot after that in which it was deployed."""
+        """A program is usable from the slot after its deployment."""
         slot = (await self._retried(lambda: self._client.get_slot(Confirmed))).value
         while (await self._retried(lambda: self._client.get_slot(Confirmed))).value <= slot:
             await asyncio.sleep(POLL)
@@ -361,7 +360,7 @@ class Deployer:
         return (await self._retried(lambda: self._client.get_minimum_balance_for_rent_exemption(size))).value
 
     async def _retried(self, request: Callable[[], Awaitable[_Answer]]) -> _Answer:
-        """Ask again while the way to the cluster is the problem, ever more rarely."""
+        """Retry with growing waits while the connection fails."""
         for attempt in range(MAX_TRIES):
             try:
                 return await request()

@@ -23,12 +23,12 @@ _INITIALIZE, _WRITE, _DEPLOY, _UPGRADE, _EXTEND = 0, 1, 2, 3, 6
 
 @dataclass(frozen=True)
 class Code:
-    """What the loader keeps in a buffer or for a program.
+    """The loader's data of a buffer or a program.
 
     Attributes:
-        authority: who may change it; None for nobody.
-        image: the bytes; those of a program end with zeros where there is room for more.
-        slot: in which a program was last changed; 0 for a buffer.
+        authority: may change it; None for nobody.
+        image: the bytes; a program's end with zeros if it has spare room.
+        slot: a program's last change; 0 for a buffer.
     """
 
     authority: Pubkey | None
@@ -36,7 +36,7 @@ class Code:
     slot: int = 0
 
     def holds(self, image: bytes) -> bool:
-        """Whether this is the program ``image``, with nothing after it but room."""
+        """Whether this is the program ``image``, followed only by spare room."""
         return self.image[: len(image)] == image and not any(self.image[len(image) :])
 
 
@@ -46,13 +46,13 @@ def code_address(program: Pubkey) -> Pubkey:
 
 
 def seeded_address(owner: Pubkey, *parts: bytes) -> tuple[Pubkey, str]:
-    """An address of the loader's that a wallet can make again from the same parts, and its seed."""
+    """A loader address that a wallet can derive again from the same parts, and its seed."""
     seed = sha256(b"".join(sha256(part) for part in parts)).hex()[:32]
     return Pubkey.create_with_seed(owner, seed, LOADER), seed
 
 
 def read_buffer(account: Account | None) -> Code | None:
-    """The content of a buffer account, or None if it is none."""
+    """The content of a buffer account; None for another one."""
     if account is None or account.owner != LOADER or len(account.data) < BUFFER_META:
         return None
     data = bytes(account.data)
@@ -60,7 +60,7 @@ def read_buffer(account: Account | None) -> Code | None:
 
 
 def read_code(account: Account | None) -> Code | None:
-    """The content of a program's data account, or None if it is none."""
+    """The content of a program's data account; None for another one."""
     if account is None or account.owner != LOADER or len(account.data) < CODE_META:
         return None
     data = bytes(account.data)
@@ -82,7 +82,7 @@ def _authority(data: bytes, offset: int) -> Pubkey | None:
 
 
 def pieces(image: bytes, size: int, present: bytes = b"") -> Iterator[tuple[int, bytes]]:
-    """The pieces of an image, with their offsets, that are not in a buffer yet."""
+    """The pieces of an image, with offsets, that a buffer lacks."""
     for offset in range(0, len(image), size):
         piece = image[offset : offset + size]
         if present[offset : offset + size] != piece:
@@ -95,7 +95,7 @@ def pieces(image: bytes, size: int, present: bytes = b"") -> Iterator[tuple[int,
 
 
 def initialize_buffer(buffer: Pubkey, authority: Pubkey) -> Instruction:
-    """Make an account a buffer."""
+    """Initialize a buffer."""
     return Instruction(LOADER, struct.pack("<I", _INITIALIZE), [_writable(buffer), _readonly(authority)])
 
 
@@ -106,7 +106,7 @@ def write(buffer: Pubkey, authority: Pubkey, offset: int, data: bytes) -> Instru
 
 
 def deploy(payer: Pubkey, program: Pubkey, buffer: Pubkey, authority: Pubkey, room: int) -> Instruction:
-    """Make a buffer's content a new program with room for so many bytes."""
+    """Deploy a buffer's content as a new program with the given room."""
     accounts = [
         _signer(payer, writable=True),
         _writable(code_address(program)),
@@ -121,7 +121,7 @@ def deploy(payer: Pubkey, program: Pubkey, buffer: Pubkey, authority: Pubkey, ro
 
 
 def upgrade(program: Pubkey, buffer: Pubkey, authority: Pubkey, spill: Pubkey) -> Instruction:
-    """Replace a program by a buffer's content; ``spill`` gets what the buffer held."""
+    """Replace a program by a buffer's content; ``spill`` gets the buffer's lamports."""
     accounts = [
         _writable(code_address(program)),
         _writable(program),
@@ -135,7 +135,7 @@ def upgrade(program: Pubkey, buffer: Pubkey, authority: Pubkey, spill: Pubkey) -
 
 
 def extend(program: Pubkey, payer: Pubkey, more: int) -> Instruction:
-    """Give a program room for so many more bytes."""
+    """Extend a program's room by some bytes."""
     accounts = [
         _writable(code_address(program)),
         _writable(program),
