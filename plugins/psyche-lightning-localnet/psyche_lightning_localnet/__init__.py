@@ -1,9 +1,9 @@
 """A Solana cluster of one for trying things out: ``solana-localnet``.
 
-Ordinary clients talk to it as to a validator: JSON-RPC over HTTP, subscriptions over a websocket. The programs run in
-Solana's own runtime (``solders.litesvm``); the rest of a cluster, as far as a client can see it, is here. What a
-validator has and this has not: several nodes, blocks (``getBlock``), votes and stakes, durable nonces, simulating on
-older states than the newest, and accounts shown in parsed form.
+Ordinary clients use it like a validator: JSON-RPC over HTTP, subscriptions over a websocket. The programs run in
+Solana's own runtime (``solders.litesvm``); this package adds the parts of a cluster that clients see. It lacks some
+features of a validator: several nodes, blocks (``getBlock``), votes and stakes, durable nonces, simulation on older
+states, and accounts in parsed form.
 
 In a test::
 

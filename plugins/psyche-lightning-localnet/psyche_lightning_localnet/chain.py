@@ -1,4 +1,4 @@
-"""The chain: blockhashes, slots, transactions that land, and what is confirmed and finalized. No I/O."""
+"""The chain: blockhashes, slots, landed transactions, and their commitment. No I/O."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from psyche_lightning_localnet.vm import LOADER, SYSTEM_PROGRAM, Outcome, Vm
 
 COMMITMENTS = ("processed", "confirmed", "finalized")
 MAX_PROCESSING_AGE = 150
-"""Slots for which a blockhash can be used."""
+"""Slots for which a blockhash is valid."""
 RECENT_SLOTS = 300
-"""Slots for which statuses are in memory, as in a validator's status cache."""
+"""Slots for which memory keeps statuses, as in a validator's status cache."""
 SLOT_HASHES = 512
 CONFIRMED_LAG, FINALIZED_LAG = 1, 32
-"""Slots until most votes are in, and until nothing can undo a slot any more, as on a cluster where nothing fails."""
+"""Slots until most votes arrive, and until a slot is final, as on a cluster without failures."""
 MAX_ANNOUNCED = 64
-"""When many slots pass at once, only the last of them are announced."""
+"""When many slots pass at once, only the last ones are announced."""
 GENESIS = Hash(hashlib.sha256(b"psyche-lightning localnet genesis").digest())
-"""Every local chain has this as its first block, so that it is known as one."""
+"""The first block of every local chain, which identifies it as one."""
 MEMO = Pubkey.from_string("MemoSq4gqABAXKb96qnH8TysNcWxMyWCqXgDLGmfcHr")
 _NOTHING = Account(0, b"", SYSTEM_PROGRAM)
 _CODE_META = 45
@@ -51,16 +51,16 @@ FAUCET_LAMPORTS = 500_000_000 * 10**9
 
 
 def faucet_keypair() -> Keypair:
-    """The faucet of every local chain, which may upgrade the programs that were put there. Its seed is public."""
+    """The faucet of every local chain; may upgrade the installed programs. Its seed is public."""
     return Keypair.from_seed(hashlib.sha256(b"psyche-lightning localnet faucet").digest())
 
 
 @dataclass
 class Block:
-    """What happened in a slot.
+    """A slot's events.
 
     Attributes:
-        slot: which.
+        slot: its number.
         records: transactions in their order.
         changed: accounts that they changed.
     """
@@ -71,13 +71,13 @@ class Block:
 
 
 class Observer(Protocol):
-    """Is told what happens, as it happens."""
+    """Receives events as they happen."""
 
     def received(self, signature: str) -> None:
         """A transaction came in."""
 
     def settled(self, commitment: str, block: Block) -> None:
-        """What happened in that block is now seen at that commitment."""
+        """That block's events are now visible at that commitment."""
 
     def slot(self, slot: int, parent: int, root: int) -> None:
         """A slot began."""
@@ -90,17 +90,17 @@ class LocalChain:
         clock: slots and time; None for 400 ms on the wall clock.
         confirmed_lag: slots after which a transaction counts as confirmed.
         finalized_lag: slots after which it counts as finalized.
-        max_transactions: how many transactions are remembered.
-        seed: makes the blockhashes of this chain its own; None for random.
-        programs: address and ELF shared object of each program that is there from the start.
+        max_transactions: number of remembered transactions.
+        seed: makes this chain's blockhashes unique; None for random.
+        programs: address and ELF shared object of each initial program.
 
     Attributes:
         clock: as given.
-        vm: accounts as they are now, and the runtime.
-        accounts: what transactions changed.
-        history: transactions that landed.
-        observer: is told what happens, or None.
-        healthy: what ``getHealth`` says; false makes the server refuse to send, like a validator that fell behind.
+        vm: current accounts, and the runtime.
+        accounts: changed by transactions.
+        history: landed transactions.
+        observer: receives events, or None.
+        healthy: for ``getHealth``; if false, the server refuses to send, like a validator that lags behind.
         faucet: pays airdrops.
     """
 
@@ -132,7 +132,7 @@ class LocalChain:
         self.store({self.faucet.pubkey(): Account(FAUCET_LAMPORTS, b"", SYSTEM_PROGRAM)})
         for address, image in (programs or {}).items():
             self.add_program(address, image)
-        if self.slot == 0:  # the genesis block has no transactions, and lies a slot back
+        if self.slot == 0:  # the genesis block has no transactions and is one slot older
             self.clock.begin(0, self.clock.unix_ms() - self.clock.slot_ms)
             self.advance()
 
@@ -156,11 +156,11 @@ class LocalChain:
         self._passed(before)
 
     def advance_seconds(self, seconds: float) -> None:
-        """Let as many slots pass as fill that time; at least one."""
+        """Let slots pass for that time; at least one."""
         self.advance(max(1, -(-int(seconds * 1000) // self.clock.slot_ms)))
 
     def keep_time(self) -> int:
-        """Let the slots pass that are due; how many."""
+        """Let due slots pass; returns their number."""
         due = self.clock.due()
         if due:
             before = self.clock.slot
@@ -169,7 +169,7 @@ class LocalChain:
         return due
 
     def follow_wall(self) -> None:
-        """Let all slots pass that the wall clock is ahead, and go on with it."""
+        """Let slots pass until the wall clock, and follow it."""
         self.clock.follow_wall()
         self.keep_time()
 
@@ -200,7 +200,7 @@ class LocalChain:
         return GENESIS if slot == 0 else Hash(hashlib.sha256(self.seed + slot.to_bytes(8, "little")).digest())
 
     def blockhash_slot(self, blockhash: Hash, commitment: str = "processed") -> int | None:
-        """The slot of a blockhash that can be used, as of a commitment; None if it is not known or too old."""
+        """The slot of a valid blockhash, as of a commitment; None if it is unknown or too old."""
         slot = self._blockhashes.get(blockhash)
         now = self.slot_at(commitment)
         return slot if slot is not None and slot <= now <= slot + MAX_PROCESSING_AGE else None
@@ -218,33 +218,33 @@ class LocalChain:
     # -----------------------------------------------------------------------------------------------------------------
 
     def account(self, key: Pubkey, commitment: str = "processed") -> Account | None:
-        """An account as it is at a commitment, or None."""
+        """An account at a commitment, or None."""
         if key in self.accounts:
             return self.accounts.get(self.slot_at(commitment), key)
         self._sync_clock()
         return self.vm.account(key)  # built-in, or a sysvar
 
     def store(self, accounts: dict[Pubkey, Account]) -> None:
-        """Put accounts on the chain as they are, without a transaction."""
+        """Put accounts on the chain without a transaction."""
         self.vm.store(accounts)
         for key, account in accounts.items():
             self.accounts.put(self.clock.slot, key, account)
 
     def add_program(self, address: Pubkey, image: bytes, authority: Pubkey | None = None) -> bool:
-        """Put a program on the chain without a transaction, so that no key pair is needed; the runtime verifies it.
+        """Put a program on the chain without a transaction and a key pair; the runtime verifies it.
 
-        Like one that is deployed, it can be used from the next slot on.
+        Like a deployed program, it is usable from the next slot on.
 
         Args:
-            address: where; a program that is there is replaced.
+            address: its address; an existing program is replaced.
             image: an ELF shared object.
-            authority: who may upgrade it; None for the faucet.
+            authority: may upgrade it; None for the faucet.
 
         Returns:
-            Whether there was anything to do: not when this very program is there.
+            Whether anything changed; false if the same program exists.
 
         Raises:
-            LocalnetError: the runtime does not take it.
+            LocalnetError: the runtime rejects it.
         """
         place = Pubkey.find_program_address([bytes(address)], LOADER)[0]
         present = self.account(place)
@@ -287,16 +287,16 @@ class LocalChain:
         verify: bool = True,
         fresh: bool = True,
     ) -> Outcome:
-        """What a transaction would come to.
+        """Simulate a transaction.
 
-        Always on the newest accounts: the virtual machine has no others. But blockhashes are judged at ``commitment``,
-        so that a client that takes one at another commitment than it checks at finds out here.
+        It uses the newest accounts, because the virtual machine has no others. But it checks blockhashes at
+        ``commitment``, so that it shows if a client fetches and checks them at different commitments.
 
         Args:
             transaction: sane.
-            commitment: at which its blockhash is judged.
+            commitment: for the check of its blockhash.
             verify: whether signatures are checked.
-            fresh: whether its blockhash is judged at all.
+            fresh: whether its blockhash is checked.
         """
         names = self.names(transaction)
         stopped = None
@@ -314,11 +314,11 @@ class LocalChain:
         return self.vm.run(transaction, names, verify=verify)
 
     def submit(self, transaction: VersionedTransaction, preflight: Outcome | None = None) -> Outcome:
-        """Let a transaction land, if it can.
+        """Let a valid transaction land.
 
         Args:
             transaction: sane.
-            preflight: what simulating it with its signatures came to just now; None simulates.
+            preflight: result of a simulation with its signatures just now; None simulates.
 
         Raises:
             RpcError: a lookup table is missing.
@@ -335,9 +335,9 @@ class LocalChain:
         return outcome
 
     def airdrop(self, to: Pubkey, lamports: int) -> tuple[str, Outcome]:
-        """Send lamports from the faucet; the transaction's signature and what it came to."""
+        """Send lamports from the faucet; returns the transaction's signature and result."""
         self._airdrops += 1
-        # The memo tells apart two airdrops of one slot to one address, which would be the same transaction.
+        # The memo distinguishes two airdrops of one slot to one address: a chain takes equal ones once.
         memo = Instruction(MEMO, f"airdrop {self._airdrops}".encode(), [])
         gift = transfer(TransferParams(from_pubkey=self.faucet.pubkey(), to_pubkey=to, lamports=lamports))
         transaction = self.sign([gift, memo], self.faucet)
@@ -354,7 +354,7 @@ class LocalChain:
         return self._statuses.get(signature)
 
     def commitment_of(self, slot: int) -> str:
-        """The highest commitment at which a slot is seen."""
+        """The highest commitment that shows a slot."""
         return next(name for name in reversed(COMMITMENTS) if slot <= self.slot_at(name))
 
     def _sync_clock(self) -> None:
@@ -408,13 +408,13 @@ class LocalChain:
     # -----------------------------------------------------------------------------------------------------------------
 
     def restore(self, accounts: dict[Pubkey, Account], records: Sequence[Record], *, count: int, airdrops: int) -> None:
-        """Go on from what was saved, on a fresh chain with the saved seed and clock; all of it counts as finalized.
+        """Load a saved state into a fresh chain with the saved seed and clock; all of it counts as finalized.
 
         Args:
             accounts: every account.
             records: transactions, oldest first.
-            count: how many transactions there have been, with those that are forgotten.
-            airdrops: how many of them were airdrops.
+            count: number of all transactions, with forgotten ones.
+            airdrops: number of airdrops among them.
         """
         self._airdrops = airdrops
         self.accounts = Accounts()
@@ -429,7 +429,7 @@ class LocalChain:
 
     @property
     def airdrops(self) -> int:
-        """How many airdrops there were."""
+        """The number of airdrops."""
         return self._airdrops
 
 

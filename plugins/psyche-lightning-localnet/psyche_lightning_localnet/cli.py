@@ -18,10 +18,10 @@ from psyche_lightning_localnet.errors import LocalnetError
 
 @dataclass(frozen=True)
 class Program:
-    """A program that a chain has from the start.
+    """A chain's initial program.
 
     Attributes:
-        name: for people.
+        name: for display.
         address: in base58.
         image: an ELF shared object.
     """
@@ -35,8 +35,8 @@ def command(name: str, programs: Callable[[], Sequence[Program]] = tuple) -> Cal
     """The command, as a function with typer's annotations.
 
     Args:
-        name: what people type, for its first line.
-        programs: those that every chain of this command has.
+        name: the command's name, for its first line.
+        programs: on every chain of this command.
     """
 
     def localnet(
@@ -45,14 +45,14 @@ def command(name: str, programs: Callable[[], Sequence[Program]] = tuple) -> Cal
         ] = 8899,
         host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
         ledger: Annotated[
-            Path | None, typer.Option(help="Folder that keeps the chain; without, it is gone when this ends.")
+            Path | None, typer.Option(help="Folder that keeps the chain; without one, it is lost at the end.")
         ] = None,
         reset: Annotated[bool, typer.Option("--reset", help="Start over in that folder.")] = False,
         program: Annotated[
             list[str] | None,
             typer.Option(
                 metavar="ADDRESS=FILE",
-                help="A program to begin with: its address or its key pair's file, and its .so file; may be repeated.",
+                help="An initial program: its address or key pair's file, and its .so file; repeatable.",
             ),
         ] = None,
         slot_ms: Annotated[int, typer.Option(min=1, max=60_000, help="Milliseconds of a slot.")] = 400,
@@ -61,11 +61,11 @@ def command(name: str, programs: Callable[[], Sequence[Program]] = tuple) -> Cal
         frozen: Annotated[
             bool, typer.Option("--frozen", help="No slot passes unless psyche_advanceClock says so.")
         ] = False,
-        transactions: Annotated[int, typer.Option(min=1, help="How many transactions are remembered.")] = 20_000,
+        transactions: Annotated[int, typer.Option(min=1, help="Number of remembered transactions.")] = 20_000,
     ) -> None:
         """Serve a local Solana chain for trying things out.
 
-        Ordinary Solana clients talk to it as to a validator. Its keys are public: nothing on it is worth anything.
+        Ordinary Solana clients use it like a validator. Its keys are public, so everything on it is worthless.
         """
         given = [*programs(), *(_program(text) for text in program or ())]
         settings = {
@@ -133,7 +133,7 @@ async def _serve(
     from psyche_lightning_localnet.ledger import Ledger
     from psyche_lightning_localnet.server import LocalServer
 
-    # Before anything can go wrong with a half-started server, and before the URL invites a signal.
+    # Before a half-started server can fail, and before the URL shows up.
     stop = asyncio.Event()
     _on_signal(stop.set)
     images = {Pubkey.from_string(program.address): program.image for program in programs}

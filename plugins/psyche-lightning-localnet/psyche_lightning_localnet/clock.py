@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 
 class SlotClock:
-    """Counts slots of equal length. Time is that of the slot: it stands still within one.
+    """Counts slots of equal length. Time is the slot's: it is constant within one.
 
     Args:
         slot_ms: length of a slot in milliseconds.
         now: the wall clock, seconds since 1970.
-        running: whether slots pass with the wall clock, or only when somebody advances them.
+        running: whether slots pass with the wall clock, or only by :meth:`advance`.
         slot: the first slot.
         unix_ms: time of the first slot in milliseconds since 1970; None for the wall clock's.
 
@@ -57,7 +57,7 @@ class SlotClock:
         if not self.running:
             return 0
         late = self._wall_ms() + self._ahead - self.unix_ms()
-        if late < 0:  # the wall clock was set back; the chain's never is
+        if late < 0:  # the wall clock went back; the chain's never does
             self.resume()
             return 0
         return late // self.slot_ms
@@ -68,7 +68,7 @@ class SlotClock:
         return max(0.0, (self.slot_ms - late) / 1000)
 
     def passed(self, slots: int) -> None:
-        """Slots that were due began."""
+        """Count due slots as begun."""
         self.slot += slots
 
     def advance(self, slots: int) -> None:
@@ -77,16 +77,16 @@ class SlotClock:
         self._ahead += slots * self.slot_ms
 
     def freeze(self) -> None:
-        """No slot passes any more by itself."""
+        """Stop slots passing by themselves."""
         self.running = False
 
     def resume(self) -> None:
-        """Slots pass with the wall clock, from the time at which the chain stands."""
+        """Let slots pass with the wall clock, from the chain's time."""
         self.running = True
         self._ahead = self.unix_ms() - self._wall_ms()
 
     def follow_wall(self) -> None:
-        """Slots pass with the wall clock, and all those are due that it is ahead."""
+        """Let slots pass with the wall clock; all missed slots are due."""
         self.running = True
         self._ahead = max(0, self.unix_ms() - self._wall_ms())
 

@@ -1,4 +1,4 @@
-"""How accounts and transactions are written in answers."""
+"""The form of accounts and transactions in answers."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def base58(data: bytes) -> str:
 
 
 def account_json(account: Account, encoding: str, data_slice: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """An account as ``getAccountInfo`` shows it.
+    """An account in ``getAccountInfo``'s form.
 
-    Programs that a validator does not know are shown in base64 when ``jsonParsed`` is asked for; here all are.
+    With ``jsonParsed``, validators show unknown programs in base64; this function shows all so.
 
     Args:
         account: the account.
         encoding: one of ``ACCOUNT_ENCODINGS``.
-        data_slice: ``offset`` and ``length`` of the part of the data that is wanted.
+        data_slice: ``offset`` and ``length`` of the requested part of the data.
 
     Raises:
         RpcError: -32600, base58 of more than 128 bytes.
@@ -106,14 +106,14 @@ def _is_token_account(account: Account) -> bool:
 
 
 def token_amount(amount: int, decimals: int) -> dict[str, Any]:
-    """An amount of tokens as a validator shows it."""
+    """An amount of tokens in a validator's form."""
     text = f"{amount:0{decimals + 1}d}"
     exact = text if decimals == 0 else f"{text[:-decimals]}.{text[-decimals:]}".rstrip("0").rstrip(".")
     return {"amount": str(amount), "decimals": decimals, "uiAmount": float(exact), "uiAmountString": exact}
 
 
 def token_account(account: Account | None) -> tuple[Pubkey, Pubkey, int] | None:
-    """Mint, owner and amount of an SPL token account, or None if it is no such account."""
+    """Mint, owner and amount of an SPL token account; None for another account."""
     if account is None or not _is_token_account(account):
         return None
     data = bytes(account.data[:72])
@@ -121,7 +121,7 @@ def token_account(account: Account | None) -> tuple[Pubkey, Pubkey, int] | None:
 
 
 def mint_decimals(account: Account | None) -> int | None:
-    """Decimals of an SPL mint, or None if it is none."""
+    """Decimals of an SPL mint; None for others."""
     if account is None or account.owner not in TOKEN_PROGRAMS or len(account.data) < MINT_SIZE:
         return None
     return account.data[44]
@@ -130,7 +130,7 @@ def mint_decimals(account: Account | None) -> int | None:
 def token_balances(
     keys: Sequence[Pubkey], accounts: Sequence[Account | None], read: Callable[[Pubkey], Account | None]
 ) -> tuple[dict[str, Any], ...]:
-    """The token balances among a transaction's accounts, as ``getTransaction`` shows them."""
+    """The token balances of a transaction's accounts, in ``getTransaction``'s form."""
     found = []
     for index, account in enumerate(accounts):
         token = token_account(account)
@@ -157,7 +157,7 @@ def token_balances(
 
 
 def inner_json(inner: Sequence[Sequence[InnerInstruction]]) -> tuple[dict[str, Any], ...]:
-    """Inner instructions, of the instructions that had any."""
+    """The instructions' inner instructions, if any."""
     return tuple(
         {
             "index": index,
@@ -174,7 +174,7 @@ def _height(call: InnerInstruction) -> int:
 
 
 def return_data_json(return_data: tuple[Pubkey, bytes] | None) -> dict[str, Any] | None:
-    """What a transaction returned."""
+    """A transaction's return data."""
     if return_data is None:
         return None
     program, data = return_data
@@ -191,7 +191,7 @@ def _instruction(compiled: CompiledInstruction, stack_height: int | None) -> dic
 
 
 def transaction_json(record: Record, encoding: str, max_version: int | None) -> dict[str, Any]:
-    """A transaction as ``getTransaction`` shows it.
+    """A transaction in ``getTransaction``'s form.
 
     Args:
         record: the transaction.
@@ -302,7 +302,7 @@ def filters_of(given: object) -> tuple[dict[str, Any], ...]:
     """Read the filters of ``getProgramAccounts`` and ``programSubscribe``.
 
     Raises:
-        RpcError: -32602, more than four, or one that cannot be.
+        RpcError: -32602, more than four, or an invalid one.
     """
     if given is None:
         return ()

@@ -1,4 +1,4 @@
-"""Errors: of whoever runs a chain, and those of JSON-RPC with a validator's codes, texts and data.
+"""Errors: for the user of a chain, and those of JSON-RPC with a validator's codes, texts and data.
 
 Codes: JSON-RPC 2.0 and Agave's ``rpc-client-api/src/custom_error.rs``.
 """
@@ -33,19 +33,19 @@ PARSE_ERROR = -32700
 
 
 class LocalnetError(Exception):
-    """A local chain cannot do what its user wants; the text says why, and what to do."""
+    """A local chain cannot follow a request; the text explains why and what to do."""
 
 
 class LedgerError(LocalnetError):
-    """A chain cannot be kept in its folder, or not come back from there."""
+    """A chain cannot be saved to or loaded from its folder."""
 
 
 class RpcError(Exception):
-    """An error that the caller is told.
+    """An error for the caller.
 
     Attributes:
         code: of the list above.
-        data: what comes with some codes, as JSON.
+        data: additional JSON of some codes.
     """
 
     def __init__(self, code: int, message: str, data: Any = None) -> None:
@@ -60,7 +60,7 @@ class RpcError(Exception):
 
 
 def invalid_params(message: str) -> RpcError:
-    """The parameters are not what the method takes."""
+    """The parameters do not fit the method."""
     return RpcError(INVALID_PARAMS, message)
 
 
@@ -76,9 +76,9 @@ def simulation_json(
 
 
 def error_json(err: TransactionErrorType | None) -> Any:
-    """A transaction error as the cluster writes it; None for none.
+    """A transaction error in the cluster's form, or None.
 
-    ``to_json`` of the error itself loses the name of the variant; inside of a result it is there.
+    ``to_json`` of the error itself loses the variant's name; inside a result it remains.
     """
     return None if err is None else simulation_json(err)["err"]
 

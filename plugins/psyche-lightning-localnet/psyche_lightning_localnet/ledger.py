@@ -1,7 +1,7 @@
 """A chain on disk: one file, replaced as a whole.
 
-Layout: 8 bytes of magic and version, SHA-256 of the rest, a zstd frame of msgpack. Nothing in it is executed, and
-nothing is allocated that it does not have.
+Layout: 8 bytes of magic and version, SHA-256 of the rest, a zstd frame of msgpack. Loading executes nothing, and
+allocates only for data in the file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Ledger:
     """A folder that keeps a chain.
 
     Args:
-        folder: where; it is made if it does not exist, and used by one process at a time.
+        folder: its path; created if missing, and used by one process at a time.
         interval: seconds between snapshots of a running chain.
 
     Attributes:
@@ -46,7 +46,7 @@ class Ledger:
         interval: as given.
 
     Raises:
-        LedgerError: the folder cannot be used, or somebody else uses it.
+        LedgerError: the folder is unusable, or another process uses it.
     """
 
     def __init__(self, folder: Path, *, interval: float = 30.0) -> None:
@@ -75,15 +75,15 @@ class Ledger:
         self._path.unlink(missing_ok=True)
 
     def load(self, clock: SlotClock, **settings: Any) -> LocalChain | None:
-        """The chain that was saved, or None if there is none.
+        """The saved chain, or None if the folder has none.
 
         Args:
-            clock: how its slots pass from now on; where the chain stood is set here. A running one follows the wall
-                clock, a frozen one goes on at the chain's time.
+            clock: its slots and time from now on; set here to the saved place. A running one follows the wall clock,
+                a frozen one continues at the chain's time.
             settings: further arguments of :class:`LocalChain`.
 
         Raises:
-            LedgerError: the file is damaged, or of another version.
+            LedgerError: the file is damaged or has another version.
         """
         try:
             content = self._path.read_bytes()
@@ -111,22 +111,22 @@ class Ledger:
         return chain
 
     def behind(self, chain: LocalChain) -> bool:
-        """Whether there are transactions that are not saved."""
+        """Whether some transactions are unsaved."""
         return chain.history.count != self._saved
 
     def save(self, chain: LocalChain) -> None:
         """Save a chain.
 
         Raises:
-            LedgerError: the disk is full or the like; what was there stays.
+            LedgerError: the disk is full or fails; the old file stays.
         """
         self._write(*self._capture(chain))
 
     async def save_aside(self, chain: LocalChain) -> None:
-        """Save a chain as it is now, while it goes on.
+        """Save the current state of a running chain.
 
         Raises:
-            LedgerError: the disk is full or the like; what was there stays.
+            LedgerError: the disk is full or fails; the old file stays.
         """
         try:
             await asyncio.get_running_loop().run_in_executor(None, self._write, *self._capture(chain))
@@ -139,7 +139,7 @@ class Ledger:
         return self.folder / SNAPSHOT
 
     def _capture(self, chain: LocalChain) -> tuple[int, dict[str, Any]]:
-        # Accounts and records are never changed, so a list of them is a picture.
+        # Accounts and records are immutable, so a list of them is a snapshot.
         self._generation += 1
         self._saved = chain.history.count
         return self._generation, {
@@ -177,7 +177,7 @@ class Ledger:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders, and keeps their entries by itself
+    if os.name == "nt":  # Windows cannot open folders, and saves their entries itself
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

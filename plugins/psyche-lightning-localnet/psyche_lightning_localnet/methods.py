@@ -39,7 +39,7 @@ from psyche_lightning_localnet.vm import SLOTS_PER_EPOCH
 MAX_MULTIPLE_ACCOUNTS = 100
 MAX_DATA_SIZE = 10 * 1024 * 1024
 MAX_ADVANCED = 1 << 40
-"""Most slots that the clock is moved by at once."""
+"""Most slots that one call advances the clock."""
 MAX_STATUSES = 256
 MAX_SIGNATURES = 1000
 MAX_FEE_ACCOUNTS = 128
@@ -47,7 +47,7 @@ MAX_AIRDROP = 1_000_000 * 10**9
 
 
 def get_version(chain: LocalChain, params: Params) -> Any:
-    """What runs here, in the words of a validator."""
+    """The version, in a validator's form."""
     return {"solana-core": API_VERSION, "feature-set": 0}
 
 
@@ -59,7 +59,7 @@ def get_health(chain: LocalChain, params: Params) -> Any:
 
 
 def get_genesis_hash(chain: LocalChain, params: Params) -> Any:
-    """The hash of the first block, by which a cluster is known."""
+    """The hash of the first block, which identifies a cluster."""
     return str(GENESIS)
 
 
@@ -71,7 +71,7 @@ def get_slot(chain: LocalChain, params: Params) -> Any:
 
 
 def get_epoch_info(chain: LocalChain, params: Params) -> Any:
-    """Where the cluster is in its epoch."""
+    """The cluster's place in its epoch."""
     config = params.config(0)
     require_context(chain, config)
     slot = chain.slot_at(config.commitment)
@@ -94,7 +94,7 @@ def get_block_time(chain: LocalChain, params: Params) -> Any:
 
 
 def get_latest_blockhash(chain: LocalChain, params: Params) -> Any:
-    """A blockhash and the last block height at which it can be used."""
+    """A blockhash and the last block height at which it is valid."""
     config = params.config(0)
     require_context(chain, config)
     slot = chain.slot_at(config.commitment)
@@ -103,7 +103,7 @@ def get_latest_blockhash(chain: LocalChain, params: Params) -> Any:
 
 
 def is_blockhash_valid(chain: LocalChain, params: Params) -> Any:
-    """Whether a blockhash can be used."""
+    """Whether a blockhash is valid."""
     blockhash, config = params.blockhash(0), params.config(1)
     require_context(chain, config)
     return with_context(chain, config, chain.blockhash_slot(blockhash, config.commitment) is not None)
@@ -194,9 +194,9 @@ def get_token_supply(chain: LocalChain, params: Params) -> Any:
 
 
 def send_transaction(chain: LocalChain, params: Params) -> Any:
-    """Check a transaction unless told not to, and let it land."""
+    """Check a transaction (optional), and let it land."""
     config = params.config(1)
-    config.integer("maxRetries")  # there is nothing to retry: it lands at once or not at all
+    config.integer("maxRetries")  # retries are useless: it lands at once or never
     transaction = decode(params.required(0), config.choice("encoding", ("base58", "base64"), "base58"))
     at = Config({**_only(config, "minContextSlot"), "commitment": config.get("preflightCommitment")})
     require_context(chain, at)
@@ -214,7 +214,7 @@ def send_transaction(chain: LocalChain, params: Params) -> Any:
 
 
 def simulate_transaction(chain: LocalChain, params: Params) -> Any:
-    """What a transaction would come to."""
+    """Simulate a transaction."""
     config = params.config(1)
     require_context(chain, config)
     transaction = decode(params.required(0), config.choice("encoding", ("base58", "base64"), "base58"))
@@ -241,7 +241,7 @@ def simulate_transaction(chain: LocalChain, params: Params) -> Any:
         value["innerInstructions"] = list(inner_json(outcome.inner))
     if wanted is not None:
         keys, encoding = wanted
-        # A failed transaction changes nothing that its caller would want to see.
+        # A failed transaction changes nothing of interest to its caller.
         changes = outcome.changes if outcome.err is None else {}
         accounts = [changes.get(key) or chain.account(key, config.commitment) for key in keys]
         value["accounts"] = [
@@ -251,7 +251,7 @@ def simulate_transaction(chain: LocalChain, params: Params) -> Any:
 
 
 def get_signature_statuses(chain: LocalChain, params: Params) -> Any:
-    """What became of up to 256 transactions."""
+    """The status of up to 256 transactions."""
     signatures, config = params.signatures(0, MAX_STATUSES), params.config(1)
     everywhere = config.flag("searchTransactionHistory")
     statuses: list[dict[str, Any] | None] = []
@@ -310,7 +310,7 @@ def get_signatures_for_address(chain: LocalChain, params: Params) -> Any:
 
 
 def get_fee_for_message(chain: LocalChain, params: Params) -> Any:
-    """Lamports that a message costs, or None when its blockhash cannot be used."""
+    """Lamports that a message costs, or None if its blockhash is invalid."""
     message, config = decode_message(params.required(0)), params.config(1)
     require_context(chain, config)
     known = chain.blockhash_slot(message.recent_blockhash, config.commitment) is not None
@@ -318,7 +318,7 @@ def get_fee_for_message(chain: LocalChain, params: Params) -> Any:
 
 
 def get_recent_prioritization_fees(chain: LocalChain, params: Params) -> Any:
-    """The least price that was paid in each recent slot by transactions that name some accounts."""
+    """The lowest price in each recent slot among transactions that name some accounts."""
     wanted = {str(key) for key in params.pubkeys(0, MAX_FEE_ACCOUNTS)} if params.raw(0) is not None else set()
     oldest = max(0, chain.slot - MAX_PROCESSING_AGE + 1)
     least: dict[int, int] = {}
@@ -373,7 +373,7 @@ def _wanted_accounts(config: Config, named: int) -> tuple[list[Any], str] | None
 
 
 def clock_json(chain: LocalChain) -> dict[str, Any]:
-    """The clock as our own methods answer it."""
+    """The clock in our own methods' form."""
     clock = chain.clock
     return {
         "slot": clock.slot,
@@ -410,13 +410,13 @@ def advance_clock(chain: LocalChain, params: Params) -> Any:
 
 
 def freeze_clock(chain: LocalChain, params: Params) -> Any:
-    """No slot passes any more by itself."""
+    """Stop slots passing by themselves."""
     chain.clock.freeze()
     return clock_json(chain)
 
 
 def resume_clock(chain: LocalChain, params: Params) -> Any:
-    """Slots pass with the wall clock again."""
+    """Let slots follow the wall clock again."""
     chain.clock.resume()
     return clock_json(chain)
 

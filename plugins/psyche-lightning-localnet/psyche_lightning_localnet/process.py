@@ -21,9 +21,9 @@ class LocalnetProcess:
     """``solana-localnet`` as a child of this process; a context manager that stops it.
 
     Args:
-        arguments: of the command, such as ``"--slot-ms", "50"``; any free ports unless ``--port`` is among them.
-        log: file for what it prints besides; None for this process' standard error.
-        command: what Python runs: that, or a command that takes the same arguments.
+        arguments: of the command (``"--slot-ms", "50"``); without ``--port`` it uses free ports.
+        log: file for its other output; None for this process' standard error.
+        command: for Python: that, or a command with the same arguments.
 
     Attributes:
         url: for requests.
@@ -67,7 +67,7 @@ class LocalnetProcess:
     def stop(self, timeout: float = 20.0) -> int:
         """Stop it as Ctrl-C does, which saves its ledger, and return its exit code."""
         if self.process.poll() is None:
-            # Windows can only end a process; the ledger is then that of its last snapshot.
+            # Windows can only end a process; the ledger then has its last snapshot.
             self.process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
         try:
             self.process.wait(timeout)
@@ -77,7 +77,7 @@ class LocalnetProcess:
         return self.process.returncode
 
     def kill(self) -> None:
-        """End it at once, as a crash would."""
+        """End it at once, like a crash."""
         self.process.kill()
         self.process.wait()
         self._close()

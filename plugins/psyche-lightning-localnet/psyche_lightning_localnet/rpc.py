@@ -1,4 +1,4 @@
-"""JSON-RPC: requests in, their parameters checked, answers out, whatever they travel in."""
+"""JSON-RPC over any transport: reads requests, checks their parameters, writes answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Params:
     """Positional parameters.
 
     Args:
-        values: the member ``params`` of a request; None if there was none.
+        values: the member ``params`` of a request; None if missing.
 
     Raises:
         RpcError: -32602, they are not a list.
@@ -41,18 +41,18 @@ class Params:
         self._values: list[Any] = values or []
 
     def raw(self, index: int) -> Any:
-        """A parameter as it is; None if it is missing."""
+        """A raw parameter; None if it is missing."""
         return self._values[index] if index < len(self._values) else None
 
     def required(self, index: int) -> Any:
-        """A parameter that must be there."""
+        """A required parameter."""
         value = self.raw(index)
         if value is None:
             raise invalid_params(f"`params` should have at least {index + 1} argument(s)")
         return value
 
     def integer(self, index: int) -> int:
-        """A whole number of 64 bits without sign."""
+        """An unsigned 64-bit integer."""
         return _integer(self.required(index))
 
     def pubkey(self, index: int) -> Pubkey:
@@ -79,11 +79,11 @@ class Params:
             raise invalid_params("Invalid param: Invalid") from None
 
     def config(self, index: int, *, commitment: str = "finalized") -> Config:
-        """The options at the end; none if they are missing.
+        """The options at the end; empty if missing.
 
         Args:
-            index: where they would be.
-            commitment: what the method takes when it is not told.
+            index: their position.
+            commitment: the method's default.
         """
         value = self.raw(index)
         if value is not None and not isinstance(value, dict):
@@ -104,7 +104,7 @@ class Config:
 
     Args:
         values: by name.
-        commitment: what it is unless given.
+        commitment: the default.
     """
 
     def __init__(self, values: dict[str, Any], commitment: str = "finalized") -> None:
@@ -118,7 +118,7 @@ class Config:
 
     @property
     def min_context_slot(self) -> int | None:
-        """The slot that the answer must not be older than."""
+        """The minimum slot of the answer."""
         return self.integer("minContextSlot")
 
     @property
@@ -132,11 +132,11 @@ class Config:
         return {name: _integer(value.get(name)) for name in ("offset", "length")}
 
     def get(self, name: str) -> Any:
-        """An option as it is; None if it is missing."""
+        """A raw option; None if it is missing."""
         return self._values.get(name)
 
     def choice(self, name: str, choices: Sequence[str], default: str) -> str:
-        """An option that is one of several words."""
+        """An option out of several words."""
         value = self._values.get(name)
         if value is None:
             return default
@@ -145,19 +145,19 @@ class Config:
         return str(value)
 
     def flag(self, name: str) -> bool:
-        """An option that is true or false; false if it is missing."""
+        """A boolean option; false if it is missing."""
         value = self._values.get(name)
         if value is not None and not isinstance(value, bool):
             raise invalid_params(f"Invalid params: {name}: expected a boolean.")
         return bool(value)
 
     def integer(self, name: str) -> int | None:
-        """An option that is a whole number without sign, or None."""
+        """An unsigned integer option, or None."""
         value = self._values.get(name)
         return None if value is None else _integer(value)
 
     def signature(self, name: str) -> str | None:
-        """An option that is a signature, or None."""
+        """A signature option, or None."""
         value = self._values.get(name)
         return None if value is None else _signature(value)
 
@@ -186,12 +186,12 @@ Method = Callable[[LocalChain, Params], Any]
 
 
 def with_context(chain: LocalChain, config: Config, value: Any) -> dict[str, Any]:
-    """An answer and the slot that it is of."""
+    """An answer and its slot."""
     return {"context": {"slot": chain.slot_at(config.commitment), "apiVersion": API_VERSION}, "value": value}
 
 
 def require_context(chain: LocalChain, config: Config) -> None:
-    """Refuse when the caller wants a newer slot than there is at its commitment.
+    """Raise an error if the caller wants a newer slot than its commitment has.
 
     Raises:
         RpcError: -32016.
@@ -219,12 +219,12 @@ def answer(identity: Any, result: Any) -> dict[str, Any]:
 
 
 def refusal(identity: Any, error: RpcError) -> dict[str, Any]:
-    """A response that says no."""
+    """An error response."""
     return {"jsonrpc": "2.0", "error": error.to_json(), "id": identity}
 
 
 def call(request: Any, run: Callable[[str, Params], Any]) -> dict[str, Any] | None:
-    """Handle one request; None if it wants no answer.
+    """Handle one request; None if it needs no answer.
 
     Args:
         request: as parsed.
@@ -246,7 +246,7 @@ class Methods:
     """The methods of a chain.
 
     Args:
-        chain: which.
+        chain: it.
         methods: by name.
     """
 
@@ -255,7 +255,7 @@ class Methods:
         self._methods = methods
 
     def respond(self, body: bytes) -> str | None:
-        """The answer to a request or a batch, in JSON; None if it wants none."""
+        """The answer to a request or a batch, in JSON; None if it needs none."""
         try:
             requests = parse(body)
         except RpcError as error:

@@ -19,10 +19,10 @@ from psyche_lightning_localnet.rpc import Method, Methods, Params
 from psyche_lightning_localnet.subscriptions import Hub, Listener
 
 MAX_BODY_SIZE = 50 * 1024
-"""Bytes of a request, as a validator takes them."""
+"""Bytes of a request, as in a validator."""
 MAX_CONNECTIONS = 256
 MAX_WAITING = 32 * 1024 * 1024
-"""Characters that wait for a slow subscriber, before it is disconnected."""
+"""Pending characters for a slow subscriber before it is disconnected."""
 HEARTBEAT = 30.0
 _PORT_ATTEMPTS = 20
 
@@ -32,18 +32,18 @@ _log = logging.getLogger(__name__)
 class LocalServer:
     """Serves a chain, and lets its slots pass.
 
-    ``async with LocalServer(LocalChain()) as server:`` serves until the block ends. The chain can be used directly
-    meanwhile, on the same thread; with a frozen clock nothing but that moves it.
+    ``async with LocalServer(LocalChain()) as server:`` serves until the block ends. Meanwhile, code on the same thread
+    can use the chain directly; only this advances a frozen clock.
 
     Args:
-        chain: which.
+        chain: it.
         host: address to listen on.
         port: port to listen on; 0 for any. Websockets are served there and, as clients expect, on the next port.
-        ledger: where to keep the chain, or None.
+        ledger: keeps the chain, or None.
 
     Attributes:
         chain: as given.
-        url: for requests, once it is started.
+        url: for requests, once started.
         ws_url: for subscriptions.
     """
 
@@ -72,10 +72,10 @@ class LocalServer:
         await self.stop()
 
     async def start(self) -> None:
-        """Listen, and begin to keep time.
+        """Listen, and start the clock.
 
         Raises:
-            LocalnetError: a port cannot be listened on.
+            LocalnetError: a port is not available.
         """
         app = web.Application(client_max_size=MAX_BODY_SIZE)
         app.router.add_post("/", self._post)
@@ -94,7 +94,7 @@ class LocalServer:
             ) from error
         for listening in sockets:
             await web.SockSite(self._runner, listening).start()
-        # Clients look for websockets on the port after that for requests.
+        # Clients expect websockets on the port after the request port.
         self._port = sockets[0].getsockname()[1]
         host = f"[{self._host}]" if ":" in self._host else self._host
         host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
@@ -138,7 +138,7 @@ class LocalServer:
             if ledger.behind(self.chain):
                 try:
                     await ledger.save_aside(self.chain)
-                except LedgerError as error:  # what was saved before stays, and the next time may do better
+                except LedgerError as error:  # the old file stays, and the next attempt may succeed
                     _log.error("%s", error)
 
     def _snapshot(self, chain: LocalChain, params: Params) -> bool:
@@ -154,10 +154,10 @@ class LocalServer:
         return web.Response(text="ok" if self.chain.healthy else "unknown")
 
     async def _post(self, request: web.Request) -> web.Response:
-        if request.content_type != "application/json":  # nor can a page in a browser send that without being asked
+        if request.content_type != "application/json":  # and a page in a browser needs a preflight to send that
             return web.Response(status=415, text="Supplied content type is not allowed. Content-Type: application/json")
         response = self._methods.respond(await request.read())
-        # A slot's worth of requests must not keep others, or time, waiting.
+        # A slot's worth of requests must not delay others, or time.
         await asyncio.sleep(0)
         return web.Response(text=response or "", content_type="application/json", status=200 if response else 204)
 
@@ -190,10 +190,10 @@ class LocalServer:
 
 
 class _Outbox:
-    """What waits to be sent to one subscriber; bounded.
+    """The bounded queue of one subscriber.
 
     Args:
-        overflow: called when more waits than may.
+        overflow: called when the queue is full.
     """
 
     def __init__(self, overflow: Callable[[], None]) -> None:
@@ -202,7 +202,7 @@ class _Outbox:
         self._overflow = overflow
 
     def put(self, text: str) -> None:
-        """Add a text, unless there are too many."""
+        """Add a text, if there is room."""
         self._waiting += len(text)
         if self._waiting > MAX_WAITING:
             self._overflow()
@@ -210,7 +210,7 @@ class _Outbox:
             self._queue.put_nowait(text)
 
     async def write(self, connection: web.WebSocketResponse) -> None:
-        """Send what there is, until the connection ends."""
+        """Send texts until the connection ends."""
         with contextlib.suppress(ConnectionError):
             while True:
                 text = await self._queue.get()
@@ -219,7 +219,7 @@ class _Outbox:
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on a port and the next one; for port 0, on any two neighbours."""
+    """Listening sockets on a port and the next one; for port 0, on any adjacent two."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for attempt in range(_PORT_ATTEMPTS):
         opened: list[socket.socket] = []

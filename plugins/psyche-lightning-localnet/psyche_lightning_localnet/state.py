@@ -1,4 +1,4 @@
-"""What a chain remembers: accounts as they were at each slot that somebody may still ask for, and its transactions."""
+"""A chain's memory: accounts at each slot that clients may still request, and its transactions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from solders.pubkey import Pubkey
 class Accounts:
     """Every account that a transaction changed, in versions by slot.
 
-    Versions older than the newest finalized one are dropped, so there are as many of an account as slots between that
-    and now in which it changed.
+    Versions older than the newest finalized one are dropped, so an account has one version for each slot since then in
+    which it changed.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Accounts:
         return key in self._versions
 
     def put(self, slot: int, key: Pubkey, account: Account) -> None:
-        """Store an account as of a slot, which is never before those stored already; without lamports it is gone."""
+        """Store an account as of a slot, never older than stored ones; an account without lamports is gone."""
         kept = account if account.lamports else None
         versions = self._versions.setdefault(key, [])
         fresh = not versions or versions[-1][0] != slot
@@ -45,7 +45,7 @@ class Accounts:
             self._owners.setdefault(kept.owner, {})[key] = None
 
     def get(self, slot: int, key: Pubkey) -> Account | None:
-        """An account at the end of a slot; None if there was none."""
+        """An account at the end of a slot; None if missing."""
         versions = self._versions.get(key, ())
         place = bisect.bisect_right(versions, slot, key=lambda version: version[0])
         return versions[place - 1][1] if place else None
@@ -58,12 +58,12 @@ class Accounts:
                 yield key, account
 
     def settle(self, slot: int) -> None:
-        """Forget what nobody can see who looks at this slot or a later one."""
+        """Drop versions that are invisible at this slot and later."""
         self._settled = slot
         while self._pending and self._pending[0][0] <= slot:
             _, key = self._pending.popleft()
             versions = self._versions.get(key)
-            if versions is None:  # gone, and the version after this one has settled already
+            if versions is None:  # gone, and the version after this one is settled
                 continue
             older = bisect.bisect_right(versions, slot, key=lambda version: version[0]) - 1
             dropped = versions[:older]
@@ -75,7 +75,7 @@ class Accounts:
                 self._disown(owner, key)
 
     def newest(self) -> Iterator[tuple[Pubkey, Account]]:
-        """Every account as it is now."""
+        """Every current account."""
         for key, versions in self._versions.items():
             if versions[-1][1] is not None:
                 yield key, versions[-1][1]
@@ -89,17 +89,17 @@ class Accounts:
 
 @dataclass(frozen=True)
 class Record:
-    """A transaction that landed; everything in it is plain, as it is stored and answered.
+    """A landed transaction; all values are plain, as in storage and answers.
 
     Attributes:
-        signature: its first signature, by which it is known, in base58.
+        signature: its first signature, which identifies it, in base58.
         slot: in which it landed.
         time: of that slot, seconds since 1970.
         transaction: its bytes.
         addresses: the accounts that it names, in base58.
-        static: how many of them are in its message, and not out of lookup tables.
-        writable_loaded: how many of the others it may write to.
-        err: why it failed, as a cluster writes it, or None.
+        static: number of them in its message, not from lookup tables.
+        writable_loaded: number of others that it may write to.
+        err: its error in a cluster's form, or None.
         logs: lines of runtime and programs.
         units: compute units used.
         fee: lamports paid.
@@ -168,7 +168,7 @@ class History:
                     del self._by_address[address]
 
     def get(self, signature: str) -> Record | None:
-        """A record, or None if there is none or it is forgotten."""
+        """A record, or None if it is missing or forgotten."""
         return self._records.get(signature)
 
     def newest(self) -> Iterator[Record]:
@@ -176,7 +176,7 @@ class History:
         return reversed(self._records.values())
 
     def of(self, address: str, before: str | None = None, until: str | None = None) -> Iterator[Record]:
-        """Records that name an address, newest first: those before ``before``, down to ``until`` and without it."""
+        """Records that name an address, newest first: those before ``before``, down to ``until`` (excluded)."""
         waiting = before is not None
         for signature in reversed(self._by_address.get(address, ())):
             if waiting:

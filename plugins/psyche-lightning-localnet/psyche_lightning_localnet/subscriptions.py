@@ -1,4 +1,4 @@
-"""Subscriptions: who wants to be told of what, and telling them."""
+"""Subscriptions: manages and notifies subscribers."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _GONE = Account(0, b"", SYSTEM_PROGRAM)
 
 @dataclass(frozen=True)
 class Subscription:
-    """What somebody wants to be told.
+    """A client's subscription.
 
     Attributes:
-        number: by which it is known.
+        number: identifies it.
         kind: of ``KINDS``.
         key: the account, the program, the signature, the address that logs must mention; None for all.
-        commitment: at which it must be seen.
+        commitment: the required one.
         encoding: of accounts.
-        data_slice: the part of an account's data that is wanted.
-        filters: that an account must pass.
+        data_slice: the requested part of an account's data.
+        filters: an account must pass them.
         early: whether the arrival of the signature counts as news.
     """
 
@@ -58,7 +58,7 @@ class Listener:
     """One connection.
 
     Args:
-        hub: where it belongs.
+        hub: its owner.
         send: sends a text; must not block.
     """
 
@@ -68,7 +68,7 @@ class Listener:
         self._hub = hub
 
     def request(self, text: str) -> None:
-        """Handle what the other side sent, and answer it."""
+        """Handle a message from the client, and answer it."""
         try:
             request = parse(text)
         except RpcError as error:
@@ -101,10 +101,10 @@ class Listener:
 
 
 class Hub:
-    """Tells listeners what happens on a chain; its observer.
+    """Notifies listeners of a chain's events; its observer.
 
     Args:
-        chain: which.
+        chain: it.
     """
 
     def __init__(self, chain: LocalChain) -> None:
@@ -142,7 +142,7 @@ class Hub:
         )
 
     def greet(self, listener: Listener, subscription: Subscription) -> None:
-        """Tell a new subscriber of a signature what has happened already."""
+        """Notify a new subscriber of a signature of earlier events."""
         if subscription.kind == "signature":
             record = self._chain.history.get(str(subscription.key))
             if record is not None and record.slot <= self._chain.slot_at(subscription.commitment):
@@ -169,7 +169,7 @@ class Hub:
                 _tell(listener, subscription, json.dumps(root))
 
     def settled(self, commitment: str, block: Block) -> None:
-        """What happened in that block is now seen at that commitment."""
+        """That block's events are now visible at that commitment."""
         if not any(listener.subscriptions for listener in self.listeners):
             return
         shown: dict[tuple[Pubkey, str, str], str] = {}
@@ -212,7 +212,7 @@ class Hub:
         *,
         keyed: bool = False,
     ) -> str:
-        # Many may watch one large account; it is written once for all that want it alike.
+        # Many may watch one large account; it is encoded once for all equal requests.
         form = (key, subscription.encoding, json.dumps(subscription.data_slice))
         if form not in shown:
             account = self._chain.accounts.get(slot, key) or _GONE

@@ -1,4 +1,4 @@
-"""Transactions as they come in: decoding, limits of their form, which accounts they name, and what they cost."""
+"""Incoming transactions: decoding, limits of their form, their accounts, and their cost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TYPE = "solana_transaction::versioned::VersionedTransaction"
 
 
 def decode(text: object, encoding: str) -> VersionedTransaction:
-    """Decode a transaction as ``sendTransaction`` takes it, and check its form.
+    """Decode a transaction in ``sendTransaction``'s form, and check it.
 
     Raises:
         RpcError: -32602, with a validator's words.
@@ -65,7 +65,7 @@ def decode(text: object, encoding: str) -> VersionedTransaction:
 
 
 def decode_message(text: object) -> Message | MessageV0:
-    """Decode a message in base64, as ``getFeeForMessage`` takes it.
+    """Decode a message in base64, as for ``getFeeForMessage``.
 
     Raises:
         RpcError: -32602.
@@ -86,12 +86,12 @@ def decode_message(text: object) -> Message | MessageV0:
 
 @dataclass(frozen=True)
 class Named:
-    """The accounts that a transaction names, in the order in which its instructions count them.
+    """The accounts that a transaction names, in the order of its instructions' indices.
 
     Attributes:
-        keys: those in the message, then writable and read-only ones out of lookup tables.
+        keys: those in the message, then writable and read-only ones from lookup tables.
         static: number of those in the message.
-        writable_loaded: number of writable ones out of lookup tables.
+        writable_loaded: number of writable ones from lookup tables.
         header: of the message.
     """
 
@@ -122,7 +122,7 @@ def named(message: Message | MessageV0, account: Callable[[Pubkey], Account | No
         account: reads an account.
 
     Raises:
-        RpcError: -32602, a lookup table is missing or shorter than that.
+        RpcError: -32602, a lookup table is missing or too short.
     """
     keys = list(message.account_keys)
     writable: list[Pubkey] = []
@@ -160,7 +160,7 @@ def with_blockhash(transaction: VersionedTransaction, blockhash: Hash) -> Versio
 
 
 def memo_of(instructions: list[CompiledInstruction], keys: tuple[Pubkey, ...]) -> str | None:
-    """The memos of a transaction, each with its length, as ``getSignaturesForAddress`` shows them."""
+    """The memos of a transaction, each with its length, in ``getSignaturesForAddress``'s form."""
     memos = [
         f"[{len(instruction.data)}] {bytes(instruction.data).decode('utf-8', 'replace')}"
         for instruction in instructions
@@ -188,7 +188,7 @@ BUILTIN_UNITS = 3_000
 """The same for an instruction of a built-in program (SIMD-0170)."""
 
 COMPUTE_BUDGET = Pubkey.from_string("ComputeBudget111111111111111111111111111111")
-# These carry signatures of their own; the first byte of their data says how many.
+# These have their own signatures; the first byte of their data is the number.
 PRECOMPILES = frozenset(
     Pubkey.from_string(text)
     for text in (
@@ -236,7 +236,7 @@ class Fee:
 
 
 def fee_of(message: Message | MessageV0) -> Fee:
-    """The fee of a message; one that does not say its limit is charged for the default one."""
+    """The fee of a message; without an explicit limit, the default one counts."""
     keys = message.account_keys
     signatures = message.header.num_required_signatures
     limit: int | None = None

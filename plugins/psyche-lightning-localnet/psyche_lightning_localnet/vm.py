@@ -1,8 +1,7 @@
-"""The virtual machine: Solana's own runtime (``solders.litesvm``) with what it leaves to whoever wraps it.
+"""The virtual machine: Solana's own runtime (``solders.litesvm``) with the parts that it lacks.
 
-LiteSVM runs the programs. Here are priority fees, the rule that no account is left below what rent asks, errors instead
-of panics, and the choice of features. A transaction is run without any effect; what it came to is stored by
-:meth:`Vm.store`.
+LiteSVM runs the programs. This module adds priority fees, the rule that every account must cover its rent, errors
+instead of panics, and the choice of features. Running a transaction has no effect; :meth:`Vm.store` stores the result.
 """
 
 from __future__ import annotations
@@ -36,32 +35,32 @@ LOADER = Pubkey.from_string("BPFLoaderUpgradeab1e11111111111111111111111")
 INCINERATOR = Pubkey.from_string("1nc1nerator11111111111111111111111111111111")
 _PROGRAM_DATA = b"\x03\0\0\0"
 
-# Features that clusters have not switched on, while LiteSVM would.
+# Features that LiteSVM enables, but clusters do not.
 INACTIVE = (
     "EmhbpdVtZ2hWRGFWBDjn2i3SJD8Z36z4mpMcZJEnebnP",  # no more deployments with the upgradeable loader
-    "8Cb77yHjPWe9wuWUfXeh6iszFGCDGNCoFk3tprViYHNm",  # the loader after it
+    "8Cb77yHjPWe9wuWUfXeh6iszFGCDGNCoFk3tprViYHNm",  # its successor
 )
-# Those that pay although no instruction ran (SIMD-0082).
+# Errors that cost a fee before any instruction (SIMD-0082).
 _FEES_ONLY = ("InvalidProgramForExecution", "ProgramAccountNotFound", "MaxLoadedAccountsDataSizeExceeded")
 
 
 class VmPanicError(LocalnetError):
-    """The runtime gave up on a transaction in a way that it should not."""
+    """The runtime panicked on a transaction."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running a transaction came to.
+    """The result of running a transaction.
 
     Attributes:
-        err: why it failed, or None.
-        fee: what it costs.
+        err: its error, or None.
+        fee: its cost.
         landed: whether it is part of the chain, with its fee paid, failed or not.
         logs: lines of the runtime and the programs.
         units: compute units used.
         inner: instructions that each instruction called.
-        return_data: program and bytes that it left, or None.
-        changes: accounts afterwards; those of a failed transaction are the payer's.
+        return_data: program and returned bytes, or None.
+        changes: accounts afterwards; a failed transaction changes only the payer's.
     """
 
     err: TransactionErrorType | None
@@ -75,7 +74,7 @@ class Outcome:
 
 
 class Vm:
-    """Accounts as they are now, and the runtime."""
+    """The current accounts, and the runtime."""
 
     def __init__(self) -> None:
         features = FeatureSet.all_enabled()
@@ -88,7 +87,7 @@ class Vm:
             .with_precompiles(features)
             .with_spl_programs()
             .with_sigverify(True)
-            .with_blockhash_check(False)  # it would know only one
+            .with_blockhash_check(False)  # LiteSVM keeps only one
             .with_transaction_history(0)
             .with_log_bytes_limit(LOG_LIMIT)
         )
@@ -98,7 +97,7 @@ class Vm:
         self._deployed: dict[Pubkey, int] = {}
 
     def account(self, key: Pubkey) -> Account | None:
-        """An account, or None if there is none (or one without lamports)."""
+        """An account, or None if it is missing or has no lamports."""
         account = self._svm.get_account(key)
         return None if account is None or account.lamports == 0 else account
 
@@ -126,7 +125,7 @@ class Vm:
 
     def store(self, accounts: dict[Pubkey, Account]) -> None:
         """Replace accounts."""
-        # The data of a program must be there before the program itself is loaded.
+        # A program's data must exist before the program itself is loaded.
         for key, account in sorted(accounts.items(), key=lambda item: not _is_program_data(item[1])):
             self._svm.set_account(key, account if account.lamports else Account(0, b"", SYSTEM_PROGRAM))
         for key, account in accounts.items():
@@ -135,10 +134,10 @@ class Vm:
                 self._deployed[key] = -1 if code is None else int.from_bytes(bytes(code.data[4:12]), "little")
 
     def run(self, transaction: VersionedTransaction, names: Named, *, verify: bool = True) -> Outcome:
-        """Run a transaction on the present accounts, without any effect.
+        """Run a transaction on the current accounts, without any effect.
 
         Args:
-            transaction: sane; its blockhash is not looked at.
+            transaction: sane; its blockhash is ignored.
             names: its accounts.
             verify: whether its signatures are checked.
 
@@ -186,7 +185,7 @@ class Vm:
         return _outcome(result.meta(), None, fee, landed=True, changes=changes)
 
     def _below_rent(self, names: Named, changes: dict[Pubkey, Account]) -> int | None:
-        """Index of an account that would be left with less than rent asks, or None (Agave's ``rent_state``)."""
+        """Index of an account that would fall below its rent, or None (Agave's ``rent_state``)."""
         for index, key in enumerate(names.keys):
             after = changes.get(key)
             if after is None or after.lamports == 0 or key == INCINERATOR:
