@@ -93,7 +93,7 @@ class SolanaStage:
             while any([await run.reader.balance(wallet.public) < POCKET for wallet in holders.values()]):
                 await asyncio.sleep(0.05)
         except RpcProblem as problem:
-            raise PsycheError(f"the local chain gives nothing away: {problem.text}") from problem
+            raise PsycheError(f"the local chain's faucet fails: {problem.text}") from problem
         finally:
             await run.close()
 

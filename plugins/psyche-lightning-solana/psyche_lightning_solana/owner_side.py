@@ -178,10 +178,10 @@ def _from_json(text: bytes, name: str) -> bytes:
             value = value.get(key, value)
         encoded, encoding = value["data"]
         if encoding != "base64":
-            raise ValueError(f"its encoding is {encoding!r}, and base64 is read")
+            raise ValueError(f"its encoding is {encoding!r}, expected base64")
         return base64.b64decode(encoded, validate=True)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CoordinatorError(f"{name} is no account in JSON: {error}", code="WrongAccount") from error
+        raise CoordinatorError(f"{name} is not an account in JSON: {error}", code="WrongAccount") from error
 
 
 def _about(run: RunAccounts) -> dict[str, str]:

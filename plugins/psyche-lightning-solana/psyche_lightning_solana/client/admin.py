@@ -394,7 +394,7 @@ class SolanaAdmin:
         run, treasury = await self.look(), await Treasury.of(self.run)
         if treasury is None:
             raise CoordinatorError(
-                f"run {self.run.run_id!r} has no treasurer: its points are counted, and nothing pays them",
+                f"run {self.run.run_id!r} has no treasurer: its points are counted, but not paid",
                 code="NoTreasurer",
             )
         me = self.run.wallet.public

@@ -390,7 +390,7 @@ class SolanaCoordinator:
             raise CoordinatorError(
                 f"the wallet {self.run.wallet.public} holds {sol(balance)} on {self.run.cluster.name}; a node needs at "
                 f"least {sol(needed)} to begin: storage for its address, which comes back, and {FEW_TRANSACTIONS} "
-                "transactions. `psyche solana cost RECIPE` says what a whole run costs; on a local chain and on devnet "
+                "transactions. `psyche solana cost RECIPE` shows a whole run's cost; on a local chain and on devnet "
                 f"`psyche solana airdrop` gives SOL away.",
                 code="Unfunded",
             )

@@ -1,4 +1,4 @@
-"""The run's manifest: the run holds its SHA-256, and another account holds the text.
+"""The run's manifest: the manifest account holds its SHA-256, and another one its text.
 
 A buffer of the chain's own loader, which can store programs of any size, holds the compressed text: this needs no other
 program, every RPC service can read it, and closing the run returns its rent. The buffer needs no trust, because clients

@@ -320,7 +320,7 @@ def _decode(text: str, parser: Any) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # solders panics, which is a BaseException, on some malformed answers
-        raise RpcProblem(f"its answer is not one to this request ({type(error).__name__})", retryable=True) from None
+        raise RpcProblem(f"its answer does not fit this request ({type(error).__name__})", retryable=True) from None
 
 
 @functools.cache

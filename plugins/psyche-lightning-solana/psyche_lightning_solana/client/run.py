@@ -162,7 +162,7 @@ class SolanaRun:
             what = "is no program" if program else "is not there"
             raise CoordinatorError(
                 f"the coordinator program {self.program} {what} on {self.cluster.name}. Put it there with "
-                "`psyche solana deploy`, or say which one is meant with #program=ADDRESS after the URL.",
+                "`psyche solana deploy`, or name another one with #program=ADDRESS after the URL.",
                 code="NotDeployed",
             )
         self._checked = True
@@ -174,7 +174,7 @@ class SolanaRun:
             raise CoordinatorError(
                 f"the RPC service at {self.provider.endpoint.name} is not on {self.cluster.name}: its first block is "
                 f"{found} ({known}), and that of {self.cluster.name} is {self.cluster.genesis}. Give the URL of a "
-                f"service of {self.cluster.name}, or name the cluster that is meant.",
+                f"service of {self.cluster.name}, or name the intended cluster.",
                 code="WrongCluster",
             )
         if len(self.cluster.endpoints) == 1:
@@ -215,7 +215,7 @@ class SolanaRun:
         kind = COORDINATOR.accounts["CoordinatorInstance"]
         try:
             if found.owner != self.program or found.data[:8] != discriminator(kind.name):
-                raise WireError("it is no instance of the program")
+                raise WireError("it is not the program's instance")
             values = kind.decode(found.data[8:].rstrip(b"\0").ljust(_instance_size(found.data) - 8, b"\0"))
         except WireError as error:
             raise CoordinatorError(

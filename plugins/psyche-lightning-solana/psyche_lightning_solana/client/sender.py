@@ -318,7 +318,7 @@ class Sender:
         if error_name(error) in UNFUNDED or (custom_code(error) == 1 and _mentions(logs, "insufficient lamports")):
             return CoordinatorError(
                 f"the wallet {self.wallet.public} cannot pay for {name} on {self._cluster}: a transaction costs at "
-                f"least {sol(SIGNATURE_FEE)}, and storage what the chain asks for its bytes. Send it SOL"
+                f"least {sol(SIGNATURE_FEE)}, and storage costs the rent of its bytes. Send it SOL"
                 " (on a local chain and on devnet: `psyche solana airdrop`).",
                 code="Unfunded",
             )

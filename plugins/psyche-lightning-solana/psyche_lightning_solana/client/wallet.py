@@ -112,8 +112,8 @@ def _read(path: Path, *, chosen: bool) -> Wallet:
         raise ConfigError(f"cannot read the wallet {path}: {error.strerror}") from None
     if os.name == "posix" and stat.S_ISREG(status.st_mode) and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ConfigError(
-            f"the wallet {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o}): whoever reads it owns "
-            f"what it holds. Close it with `chmod 600 {path}`."
+            f"the wallet {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o}): every reader can spend "
+            f"its SOL. Close it with `chmod 600 {path}`."
         )
     return _parse(text, str(path))
 

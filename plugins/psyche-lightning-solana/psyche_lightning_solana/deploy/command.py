@@ -36,7 +36,7 @@ def deploy(
         str | None,
         typer.Option(
             "--program",
-            help="A key pair's file, or the address of a program to upgrade; default: one of the wallet.",
+            help="A key pair's file, or the address of a program to upgrade; default: the wallet's own.",
         ),
     ] = None,
     priority_fee: Annotated[

@@ -229,7 +229,7 @@ class Deployer:
                 return
             if idle >= MAX_IDLE_ROUNDS:
                 raise DeployError(
-                    f"the cluster takes no transactions of ours; {len(missing)} pieces are missing in the buffer "
+                    f"the cluster accepts no transactions; {len(missing)} pieces are missing in the buffer "
                     f"{self._buffer}. Run the same command again to go on, perhaps with a higher --priority-fee."
                 )
             landed = await self._write_round(missing)
@@ -325,7 +325,7 @@ class Deployer:
                 await asyncio.sleep(POLL)
             else:
                 return
-        raise DeployError("the cluster takes no transactions of ours; run the same command again to go on")
+        raise DeployError("the cluster accepts no transactions; run the same command again to go on")
 
     async def _next_slot(self) -> None:
         """A program is usable from the slot after its deployment."""
