@@ -181,7 +181,7 @@ def _from_json(text: bytes, name: str) -> bytes:
             raise ValueError(f"its encoding is {encoding!r}, expected base64")
         return base64.b64decode(encoded, validate=True)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CoordinatorError(f"{name} is not an account in JSON: {error}", code="WrongAccount") from error
+        raise CoordinatorError(f"{name} is no account in JSON: {error}", code="WrongAccount") from error
 
 
 def _about(run: RunAccounts) -> dict[str, str]:
