@@ -164,7 +164,7 @@ def test_a_new_run_resumes_a_stopped_run_of_two(
     assert first[0]["digest"] == first[1]["digest"] == manifest_at(shared).digest
 
     assert main(["run", "create", "second", "demo", *given, f"checkpoint.resume={shared}"]) == 0
-    assert "going on after step 2" in capsys.readouterr().out
+    assert "resuming after step 2" in capsys.readouterr().out
     assert CoordinatorAdmin(url).status("second")["step"] == 3
     on = with_checkpoint(recipe, resume=shared)
     with pytest.raises(ConfigError, match="resumes from the checkpoint of step 2, but this node starts at step 1"):
