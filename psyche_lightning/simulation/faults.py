@@ -1,4 +1,4 @@
-"""What goes wrong in a simulated history, and when: all of it drawn from the scenario's seed."""
+"""The faults of a simulated history and their times, all drawn from the scenario's seed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class World(Protocol):
         """Does something after ``delay`` virtual seconds."""
 
     def trace(self, text: str) -> None:
-        """Notes something for whoever reads the history."""
+        """Notes something for the reader of the history."""
 
     def state(self) -> RunState:
         """The run's state, which outlives the coordinator."""
@@ -46,7 +46,7 @@ class World(Protocol):
         """Announces a change of the coordinator's state."""
 
     def start(self, node: SimNode) -> None:
-        """Starts a node that is not running, unless it went for good."""
+        """Starts a node that is not running, unless it is gone for good."""
 
     def add_node(self) -> SimNode:
         """A new node, which is not running yet."""
@@ -70,7 +70,7 @@ class Faults:
         self._cut: set[frozenset[int]] = set()
 
     def plan(self) -> None:
-        """Put everything that the scenario has into the history."""
+        """Schedules all faults of the scenario."""
         simulation, rng, scenario = self._simulation, self._rng, self._simulation.scenario
         at, nodes, calm = simulation.at, simulation.nodes, scenario.calm
         for _ in range(scenario.kills):
@@ -102,7 +102,7 @@ class Faults:
         return lost
 
     def payload_lost(self) -> bool:
-        """Whether a payload is not delivered; that goes on to the end of the run."""
+        """Whether a payload is not delivered; payloads get lost until the end of the run."""
         lost = self._rng.random() < self._simulation.scenario.payload_loss
         self.count += lost
         return lost
@@ -129,7 +129,7 @@ class Faults:
         self._simulation.at(self._rng.uniform(0.5, 40), lambda: self._simulation.start(node))
 
     def _replace(self, node: SimNode) -> None:
-        """A node goes for good, with its disk; another comes in its place."""
+        """Removes a node for good, with its disk; another node takes its place."""
         if node.gone or node.done:
             return
         self.end(node)
@@ -140,7 +140,7 @@ class Faults:
         self._simulation.at(self._rng.uniform(1, 30), lambda: self._simulation.start(fresh))
 
     def _flip(self, node: SimNode) -> None:
-        """The parameters of a node change by themselves; after the last step, nobody would look at them again."""
+        """Changes the parameters of a node, but not after the last step, when nobody reads them again."""
         more = self._simulation.state().step <= self._simulation.scenario.steps
         if more and node.core is not None and not node.done:
             self.count += 1
@@ -184,7 +184,7 @@ class Faults:
             simulation.at(self._rng.uniform(1, 30), self._resume)
 
     def _resume(self) -> None:
-        """Resume once the run has halted; nothing to do where it came to its end."""
+        """Resumes the run once it has halted; does nothing if it has finished."""
         simulation = self._simulation
         if simulation.host is None or simulation.host.state.pending_pause:
             simulation.at(1.0, self._resume)

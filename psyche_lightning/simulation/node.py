@@ -62,17 +62,17 @@ class SimNode:
 
     @property
     def digest(self) -> bytes:
-        """Digest of its parameters, to which the open ids belong."""
+        """Digest of its parameters and open ids."""
         return sha256(pack([self.head, self.open_ids]))
 
     def begin(self, core: NodeCore) -> None:
-        """Come to life with parameters of its own."""
+        """Starts with parameters of its own."""
         seed = self.identity.public, bytes([self.life])
         self.core, self.open_ids, self.flipped = core, (), False
         self.head, self.buffers = sha256(b"initial", *seed), sha256(b"buffers", *seed)
 
     def end(self) -> None:
-        """Be killed: what is not on disk is lost."""
+        """Ends at once; everything that is not on disk is lost."""
         self.core, self.working = None, False
         self.life += 1
         self.queue.clear()
@@ -85,19 +85,19 @@ class SimNode:
         return digest
 
     def keep(self, kept: set[bytes], promises: tuple[str, ...]) -> None:
-        """Forget everything else, but blobs that are new only the next time."""
+        """Forgets everything else; new blobs stay until the next call."""
         self.blobs = {key: blob for key, blob in self.blobs.items() if key in kept | self.young}
         self.promises = {key: self.promises[key] for key in promises}
         self.young.clear()
 
     def load(self, blob: bytes) -> None:
-        """Take parameters that some node stored."""
+        """Takes parameters that a node stored."""
         self.head, open_ids = unpack(blob, max_size=1 << 20)
         self.open_ids, self.flipped = tuple(map(tuple, open_ids)), False
         self.put(blob)
 
     def perform(self, task: ev.Effect, rng: random.Random) -> ev.Event:
-        """Do what the training thread does by itself."""
+        """Does a task of the training thread."""
         match task:
             case ev.Train(epoch, height, step, batch):
                 blob = (BAD if self.cheat == "malformed" else b"ok") + sha256(

@@ -1,4 +1,4 @@
-"""What may happen in a simulated history, and what came of it."""
+"""What may happen in a simulated history, and its result."""
 
 from __future__ import annotations
 

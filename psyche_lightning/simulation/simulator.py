@@ -100,7 +100,7 @@ class Simulation:
         heapq.heappush(self._queue, (self.now + delay, self._count, action))
 
     def trace(self, text: str) -> None:
-        """Note something for whoever reads the history."""
+        """Notes something for the reader of the history."""
         if self._trace:
             self._trace(self.now, text)
 
@@ -157,7 +157,7 @@ class Simulation:
         )
 
     def _audit(self) -> Audit:
-        """The run's ledger, from the ledgers of all nodes that there ever were.
+        """Audits the ledgers of all nodes, also of those that are gone.
 
         Raises:
             SimulationError: it is not complete, though faults do not excuse that: an id was lost, or trained twice.
@@ -194,7 +194,7 @@ class Simulation:
         self.at(TICK, self._tick_coordinator)
 
     def changed(self) -> None:
-        """Announce a change; what arrives late is skipped, as a websocket that sends the newest does."""
+        """Announces a change; late ones are skipped, as by a websocket that sends only the newest."""
         assert self.host is not None
         if self.host.state.nonce == self._announced:
             return
@@ -246,7 +246,7 @@ class Simulation:
         return node
 
     def start(self, node: SimNode) -> None:
-        """Start a node that is not running, unless it went for good."""
+        """Starts a node that is not running, unless it is gone for good."""
         if node.gone or node.core is not None:
             return
         self.trace(f"start {node.name}")
@@ -319,7 +319,7 @@ class Simulation:
                 pass  # it is for people
 
     def _notice(self, node: SimNode, notice: Notice) -> None:
-        """Learn from what a node tells what it cannot be expected to hold from now on."""
+        """Notes from a node's notices what it need not hold from now on."""
         match notice:
             case KeepsOwnBuffers():
                 self._restless.add(self.state().epoch)
@@ -329,7 +329,7 @@ class Simulation:
                 self._repaired += 1
 
     def _told(self, node: SimNode, envelope: Envelope, index: int) -> Envelope:
-        """A cheat tells half of its peers of another result for the same batch."""
+        """Gives half of a cheat's peers another result for the same batch."""
         message = envelope.message
         if node.cheat != "equivocate" or not isinstance(message, Result) or index % 2:
             return envelope
@@ -346,7 +346,7 @@ class Simulation:
             self.at(self._latency(), lambda: self._give_if(target, life, ev.Received(envelope)))
 
     def _fetch(self, node: SimNode, life: int, digest: bytes, providers: list[bytes]) -> None:
-        """Try one provider after another, each with its delay and chance of failure."""
+        """Tries the providers in turn, each with its delay and chance of failure."""
         if node.life != life:
             return
         while providers:
@@ -365,7 +365,7 @@ class Simulation:
         self._give(node, ev.Fetched(digest, "nobody has it"))
 
     def _lets_in(self, source: SimNode, node: SimNode) -> bool:
-        """Whether a node can fetch from another, which serves only its peers."""
+        """Whether a node can fetch from another node, which serves only its peers."""
         known = source.core is not None and node.identity.public in source.peers
         return known and not self.faults.severed(node, source)
 
@@ -404,7 +404,7 @@ class Simulation:
         self._work(node)
 
     def _find(self, node: SimNode, digest: bytes, providers: Sequence[bytes]) -> bytes | None:
-        """A blob of parameters or buffers, from the own disk or from a peer."""
+        """A blob of parameters or buffers, from the node's disk or from a peer."""
         if digest in node.blobs:
             return node.blobs[digest]
         for source in (self._by_key[key] for key in providers):
@@ -414,7 +414,7 @@ class Simulation:
         return None
 
     def _check_training(self, node: SimNode, epoch: int, height: int) -> None:
-        """All nodes train a round with the same parameters, and an epoch's first one with the same buffers."""
+        """Checks that all nodes train a round with equal parameters, and an epoch's first round with equal buffers."""
         if not node.flipped and self._trained.setdefault((epoch, height), node.digest) != node.digest:
             raise self._error(f"{node.name} trains round {height} of epoch {epoch} with other parameters than others")
         if (
@@ -440,7 +440,7 @@ def _attempt(seed: int) -> History | SimulationError:
 
 
 def simulate_all(seeds: Iterable[int], workers: int) -> Iterator[History | SimulationError]:
-    """Play many histories in that many processes; yields what they showed and failures in the order of the seeds."""
+    """Plays many histories in ``workers`` processes; yields histories and failures in the order of the seeds."""
     if workers == 1:
         yield from map(_attempt, seeds)
         return
