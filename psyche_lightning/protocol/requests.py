@@ -284,7 +284,7 @@ def encode(request: Request[Any], *, held: bool = False) -> list[Any]:
     return values
 
 
-def decode(name: str, values: Any, manifests: Mapping[bytes, dict[str, Any]]) -> Request[Any]:
+def decode(name: str, values: Any, manifests: Mapping[bytes, Mapping[str, Any]]) -> Request[Any]:
     """Read what :func:`encode` wrote.
 
     Args:
@@ -349,7 +349,7 @@ def _report(values: list[Any]) -> Report:
     return Report(*values)
 
 
-def _manifest(digest: bytes, text: str, held: Mapping[bytes, dict[str, Any]]) -> dict[str, Any]:
+def _manifest(digest: bytes, text: str, held: Mapping[bytes, Mapping[str, Any]]) -> Mapping[str, Any]:
     if not text:
         if digest not in held:
             raise CoordinatorError("the coordinator does not hold this manifest yet", code="ManifestNeeded")

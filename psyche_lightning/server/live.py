@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -14,7 +14,7 @@ from psyche_lightning import aio
 from psyche_lightning.errors import PsycheError
 from psyche_lightning.logs import speaking
 from psyche_lightning.protocol.manifest import manifest_digest
-from psyche_lightning.protocol.requests import Answer, Join, Request
+from psyche_lightning.protocol.requests import Answer, Request
 from psyche_lightning.protocol.state import RunState
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class LiveRun:
         self._lock = threading.RLock()
         self._listeners: list[Callable[[], None]] = []
         self._told = host.history.events.count
-        self.manifests: dict[bytes, dict[str, Any]] = {}
+        self.manifests: dict[bytes, Mapping[str, Any]] = {}
 
     @classmethod
     def of(cls, host: RunHost, clock: Callable[[], float]) -> LiveRun:
@@ -81,10 +81,12 @@ class LiveRun:
             if request.reads:
                 self._save()
                 return self.host.handle(signer, request, self._time())
-            answer = self.act(lambda host, now: host.handle(signer, request, now))
-            if isinstance(request, Join) and len(self.manifests) < MAX_MANIFESTS:  # few manifests differ within a run
-                self.manifests[manifest_digest(request.manifest)] = dict(request.manifest)
-            return answer
+            return self.act(lambda host, now: host.handle(signer, request, now))
+
+    def keep_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Keep a manifest with which a node joined, so that it need not travel again; few differ within a run."""
+        if len(self.manifests) < MAX_MANIFESTS and all(manifest is not held for held in self.manifests.values()):
+            self.manifests[manifest_digest(manifest)] = manifest
 
     def act(self, action: Callable[[RunHost, float], T]) -> T:
         """Apply ``action(host, now)``, advance the run, store, announce, and return the action's result.

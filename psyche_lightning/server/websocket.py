@@ -12,7 +12,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from psyche_lightning.errors import CoordinatorError, PsycheError, WireError
 from psyche_lightning.protocol.codec import diff, state_to_json
-from psyche_lightning.protocol.requests import decode
+from psyche_lightning.protocol.requests import Join, decode
 from psyche_lightning.server.channel import (
     CLOSE_REFUSED,
     CLOSE_REPLACED,
@@ -125,4 +125,7 @@ class Websocket:
             self._news.wake()
             return None
         request = decode(asked.name, asked.values, self.run.manifests)
-        return request.answer_to_json(self.run.handle(self.signer, request))
+        answer = request.answer_to_json(self.run.handle(self.signer, request))
+        if isinstance(request, Join):
+            self.run.keep_manifest(request.manifest)
+        return answer
