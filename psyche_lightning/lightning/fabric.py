@@ -25,7 +25,7 @@ from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.lightning.device import OneDevice
 from psyche_lightning.lightning.entry import Entry
 from psyche_lightning.lightning.loader import WITHOUT_A_BATCH, RoundLoader, check_loader
-from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
+from psyche_lightning.lightning.manifest import sections
 from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.node.notices import Finished
@@ -194,12 +194,8 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
 
     def _join(self, loader: RoundLoader) -> Session:
         step = self._set_up
-        sections = {
-            "model": model_section(step.module, step.distro),
-            "optimizer": optimizer_section(step.distro, None),
-            "data": data_section(loader.order.length, loader.order.shuffle),
-        }
-        session = Session(self._entry, step, sections, global_batch=loader.global_batch, total_steps=None)
+        made = sections(step, loader.order)
+        session = Session(self._entry, step, made, global_batch=loader.global_batch, total_steps=None)
         try:
             session.start()
         except BaseException:

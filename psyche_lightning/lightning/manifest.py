@@ -6,11 +6,28 @@ from typing import Any
 
 import torch
 
+from psyche_lightning.data.order import DataOrder
 from psyche_lightning.distro import DisTrO
+from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.node.parameters import persistent_buffers
 
 
-def model_section(module: torch.nn.Module, optimizer: DisTrO) -> dict[str, Any]:
+def sections(step: TakenStep, order: DataOrder, clip: tuple[str, float] | None = None) -> dict[str, dict[str, Any]]:
+    """The sections ``model``, ``optimizer`` and ``data``.
+
+    Args:
+        step: the module with its optimizer.
+        order: the order of its data.
+        clip: the gradient clipping: ``(algorithm, value)`` or None.
+    """
+    return {
+        "model": _model(step.module, step.distro),
+        "optimizer": _optimizer(step.distro, clip),
+        "data": {"length": order.length, "shuffle": order.shuffle},
+    }
+
+
+def _model(module: torch.nn.Module, optimizer: DisTrO) -> dict[str, Any]:
     """Name, shape, dtype of every parameter (and whether it is trained) and buffer, in order of their names."""
     trained = {entry.name for entry in optimizer.layout.entries}
     parameters = sorted(module.named_parameters(), key=lambda item: item[0].encode())
@@ -21,18 +38,13 @@ def model_section(module: torch.nn.Module, optimizer: DisTrO) -> dict[str, Any]:
     }
 
 
-def optimizer_section(optimizer: DisTrO, clip: tuple[str, float] | None) -> dict[str, Any]:
-    """Weight decay and parameters of each group, and the gradient clipping: ``(algorithm, value)`` or None."""
+def _optimizer(optimizer: DisTrO, clip: tuple[str, float] | None) -> dict[str, Any]:
+    """Weight decay and parameters of each group, and the gradient clipping."""
     groups = [
         {"weight_decay": float(group["weight_decay"]), "parameters": sorted(group["param_names"])}
         for group in optimizer.param_groups
     ]
     return {"groups": groups, "clip": None if clip is None else [clip[0], float(clip[1])]}
-
-
-def data_section(length: int, shuffle: bool) -> dict[str, Any]:
-    """The number of samples, and whether each pass has its own order."""
-    return {"length": length, "shuffle": shuffle}
 
 
 def _describe(name: str, tensor: torch.Tensor) -> list[Any]:

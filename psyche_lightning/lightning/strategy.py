@@ -31,7 +31,7 @@ from psyche_lightning.lightning.device import OneDevice
 from psyche_lightning.lightning.entry import Entry
 from psyche_lightning.lightning.internals import before_transfer, weigh
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
-from psyche_lightning.lightning.manifest import data_section, model_section, optimizer_section
+from psyche_lightning.lightning.manifest import sections
 from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.lightning.progress import RunProgress
 from psyche_lightning.lightning.session import Session
@@ -405,17 +405,11 @@ class _Training:
         if trainer.gradient_clip_val:
             algorithm = str(trainer.gradient_clip_algorithm or "norm").rpartition(".")[2].lower()
             clip = (algorithm, float(trainer.gradient_clip_val))
-        order = self.loader.order
-        sections = {
-            "model": model_section(step.module, step.distro),
-            "optimizer": optimizer_section(step.distro, clip),
-            "data": data_section(order.length, order.shuffle),
-        }
         self._progress = RunProgress(trainer)
         self.session = Session(
             fit.entry,
             step,
-            sections,
+            sections(step, self.loader.order, clip),
             global_batch=self.loader.global_batch,
             total_steps=_last_step(trainer),
             done=trainer.global_step,
