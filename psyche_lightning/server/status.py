@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -58,9 +59,9 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         "checkpoint": {"step": state.checkpoint.step, "digest": state.checkpoint.digest.hex()},
         "manifest_digest": manifest_digest(host.manifest).hex() if host.manifest is not None else None,
         "config": config,
-        "clients": [_member(client, standing(client, state), reports) for client in clients],
-        "exited": [_member(client, client.status.name.lower(), reports) for client in state.exited_clients],
-        "pending": [_member(client, "pending", reports) for client in host.pending() if client.signer not in known],
+        "clients": [member(client, standing(client, state), reports) for client in clients],
+        "exited": [member(client, client.status.name.lower(), reports) for client in state.exited_clients],
+        "pending": [member(client, "pending", reports) for client in host.pending() if client.signer not in known],
         "points": [
             {"node": signer.hex(), "earned": points, "slashed": 0, "claimed": 0}
             for signer, points in host.points.items()
@@ -79,7 +80,8 @@ def standing(client: Client, state: RunState) -> str:
     return "finished" if done else client.status.name.lower()
 
 
-def _member(client: Client, status: str, reports: dict[bytes, Report]) -> dict[str, Any]:
+def member(client: Client, status: str, reports: Mapping[bytes, Report]) -> dict[str, Any]:
+    """A member in a status: its key, address and status in a word, and the figures of its latest report."""
     report = reports.get(client.signer)
     return {
         "key": short(client.signer),

@@ -7,7 +7,7 @@ model in Python replays each transaction, so the history comes from the chain an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from psyche_lightning.coordinator import machine
 from psyche_lightning.coordinator.history import History
 from psyche_lightning.protocol.requests import Report, Vote
 from psyche_lightning.protocol.state import Client, CoordinatorConfig, Phase, RunState
+from psyche_lightning.server.status import member
 from psyche_lightning.wire.identity import short
 from psyche_lightning_solana.account import ManifestAccount, RunAccounts
 from psyche_lightning_solana.client.ledger import Call, Entry
@@ -202,20 +203,10 @@ class Story:
         }
 
 
-def _member(client: Client, status: str, reports: dict[bytes, Report]) -> dict[str, Any]:
-    report = reports.get(client.signer)
-    return {
-        "key": short(client.signer),
-        "signer": client.signer.hex(),
-        "wallet": str(Pubkey(client.signer)),
-        "address": client.address,
-        "status": status,
-        "step": report.step if report else None,
-        "loss": report.loss if report and math.isfinite(report.loss) else None,
-        "tokens_per_second": report.tokens_per_second if report else None,
-        "bytes_up": None,
-        "bytes_down": None,
-    }
+def _member(client: Client, status: str, reports: Mapping[bytes, Report]) -> dict[str, Any]:
+    # A report on the chain counts no bytes.
+    unknown = {"bytes_up": None, "bytes_down": None}
+    return {**member(client, status, reports), **unknown, "wallet": str(Pubkey(client.signer))}
 
 
 def _result(entry: Entry) -> str:
