@@ -140,11 +140,7 @@ class SolanaCoordinator:
                 await self._withdraw()
             case WarmupWitness(epoch, index, digest):
                 await self._report(
-                    "warmup_witness",
-                    lambda keys, me: keys.warmup_witness(me, index, digest, epoch),
-                    epoch,
-                    index,
-                    digest,
+                    "warmup_witness", lambda keys, me: keys.warmup_witness(me, index, digest, epoch), request
                 )
             case Witness():
                 await self._witness(request)
@@ -153,11 +149,7 @@ class SolanaCoordinator:
                 answer = await self._once(("health", epoch, height), lambda: self._health_check(epoch, height, signers))
             case Vote(epoch, step, digest):
                 await self._report(
-                    "vote_checkpoint",
-                    lambda keys, me: keys.vote_checkpoint(me, epoch, step, digest),
-                    epoch,
-                    step,
-                    digest,
+                    "vote_checkpoint", lambda keys, me: keys.vote_checkpoint(me, epoch, step, digest), request
                 )
             case Accuse():
                 # Every node still ignores both results.
