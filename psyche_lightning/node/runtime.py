@@ -202,17 +202,14 @@ class Runtime:
         return speaking(self.node.run_id, short(self.node.identity.public))
 
     def _on_message(self, peer: bytes, raw: bytes) -> bool:
-        with self.speaking():
-            return self._receive(peer, raw)
-
-    def _receive(self, peer: bytes, raw: bytes) -> bool:
         try:
             envelope = open_envelope(raw, self.node.run_id)
         except WireError as error:
             self._refused[peer] += 1
             times = self._refused[peer]
             if times & (times - 1) == 0:  # 1, 2, 4, ...: a flood does not fill the log
-                MessageUnreadable(peer, times, str(error)).tell()
+                with self.speaking():
+                    MessageUnreadable(peer, times, str(error)).tell()
             return False
         self.handle(ev.Received(envelope))
         return True

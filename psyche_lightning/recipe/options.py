@@ -158,11 +158,6 @@ class RunOptions(NodeOptions):
         found = {name: {item.name: getattr(self, item.name) for item in fields(kind)} for name, kind in SHARED.items()}
         return {name: {key: value for key, value in each.items() if value is not None} for name, each in found.items()}
 
-    @property
-    def alone(self) -> bool:
-        """Whether this process is the whole run."""
-        return self.coordinator is None
-
     def in_environment(self, environment: Mapping[str, str] = os.environ) -> RunOptions:
         """The options, completed from ``PSYCHE_COORDINATOR`` and ``PSYCHE_RUN``.
 
