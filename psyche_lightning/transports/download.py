@@ -25,6 +25,7 @@ MAX_PROVIDERS = 6  # peers that deliver parts of one blob at a time
 SPLIT = 512 * 1024  # bytes from which on a span is worth splitting
 STRIDE = 64 * 1024  # bytes that count as progress
 PATIENCE = 1.5  # seconds without progress after which another provider is asked, too; longer each time
+WRONG_BYTES = "delivered wrong bytes"
 LOOK = 0.2  # seconds between looks at the progress
 REQUEST_SECONDS = 0.25  # with a limit on downloads: seconds of the rate that one request may take
 SMALLEST_REQUEST, LARGEST_REQUEST = 16 * 1024, 4 << 20
@@ -329,9 +330,9 @@ class DownloadAttempt:
 
     def _blame(self, *keys: bytes) -> None:
         for provider in self._providers:
-            if provider.key in keys:
-                self._failures[provider.key] = "delivered wrong bytes"
-                provider.lied(f"delivered wrong bytes for blob {short(self._download.digest)}")
+            if provider.key in keys and self._failures.get(provider.key) != WRONG_BYTES:
+                self._failures[provider.key] = WRONG_BYTES
+                provider.lied(f"{WRONG_BYTES} for blob {short(self._download.digest)}")
 
     def _forgive_sizes(self) -> None:
         for key in self._odd:

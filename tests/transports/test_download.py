@@ -170,6 +170,13 @@ def test_wrong_bytes_and_sizes_are_traced_to_their_providers(seed: int) -> None:
         assert not provider.lies or provider in liars
 
 
+def test_who_delivers_wrong_bytes_as_one_of_several_and_again_alone_is_blamed_once() -> None:
+    liar, one = Played("liar", bytes(len(DATA)), 0.001), Played("one", pause=0.001)
+    assert fetch(liar, one) == DATA
+    assert liar.requests > 1
+    assert len(liar.lies) == 1
+
+
 def test_if_all_bytes_are_wrong_the_error_names_all_and_nothing_is_kept() -> None:
     providers = [Played("one", DATA[:-1], 0.001), Played("two", bytes(len(DATA)), 0.001)]
     download = Download(sha256(DATA), 6_000_000)
