@@ -1,1 +1,1 @@
-"""Conformance kits for plugin authors."""
+"""Conformance kits: test classes that authors of plugins subclass."""

@@ -1,4 +1,4 @@
-"""The conformance kit of coordinators: subclass one class, and pytest runs the contract, failures included.
+"""The conformance kit of coordinators: subclass one class, and pytest tests the contract.
 
 Example::
 
@@ -12,12 +12,12 @@ Example::
                 await create(url, run_id, config)
                 yield lambda identity: NotaryCoordinator(url, run_id, identity)
 
-Needs pytest and nothing else (``pip install psyche-lightning[testing]``). Every test has a run and an event loop of
-its own, and ends within :attr:`CoordinatorContract.limit` seconds. Nothing is trained:
-:mod:`psyche_lightning.testing.walking` goes through the motions of nodes.
+The kit needs pytest alone (``pip install psyche-lightning[testing]``). Each test has its own run and event loop, and
+ends within :attr:`CoordinatorContract.limit` seconds. The nodes of :mod:`psyche_lightning.testing.walking` join and
+report, but train nothing.
 """
 
-# ruff: noqa: D102 - a test is named after what it shows
+# ruff: noqa: D102 - the name of a test says what it shows
 from __future__ import annotations
 
 import abc
@@ -60,8 +60,8 @@ class CoordinatorContract(abc.ABC):
 
     Attributes:
         limit: seconds after which a test that hangs fails.
-        config: of the runs; clients decide how fast they are, so the long times below are never waited for. Override it
-            where yours cannot have these values, such as whole seconds.
+        config: the configuration of the runs. Phases end early when all clients have reported, so no test waits for the
+            long times below. Override it if your coordinator cannot have these values, for example whole seconds only.
     """
 
     limit: float = 60.0
@@ -81,20 +81,20 @@ class CoordinatorContract(abc.ABC):
 
     @abc.abstractmethod
     def open_run(self, run_id: str, config: CoordinatorConfig) -> contextlib.AbstractAsyncContextManager[Connect]:
-        """A new run that anyone may join, without a manifest, until the context ends.
+        """Opens a new run without a manifest, which everybody may join until the context ends.
 
         Returns:
-            A context manager; what it gives returns a new client for a node's key, however often it is called.
+            A context manager. It yields a function that returns a new client for a node's key at each call.
         """
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
     def play(self, scene: Callable[[Callable[[], Coordinator]], Awaitable[None]], clients: int = 2) -> None:
-        """Run one test: ``scene`` gets a function that returns a new node's client.
+        """Run one test.
 
         Args:
-            scene: the test.
-            clients: how many nodes the run waits for.
+            scene: the test; called with a function that returns the client of a new node.
+            clients: number of nodes that the run waits for.
         """
 
         async def main() -> None:
@@ -115,7 +115,7 @@ class CoordinatorContract(abc.ABC):
 
     @staticmethod
     async def refused(call: Awaitable[object], *codes: str) -> CoordinatorError:
-        """The error with which a call must fail, and its code must be one of these."""
+        """Check that a call fails with one of these codes; returns the error."""
         with pytest.raises(CoordinatorError) as caught:
             await call
         assert caught.value.code in codes, f"{caught.value.code!r} ({caught.value}) instead of {codes}"
@@ -123,19 +123,19 @@ class CoordinatorContract(abc.ABC):
         return caught.value
 
     async def gathered(self, *clients: Coordinator) -> RunState:
-        """All join; the state in which the warm-up began."""
+        """Let all clients join; returns the state in which the warm-up began."""
         for client in clients:
             await client.request(Join("nowhere", MANIFEST))
         return await state_when(clients[0], lambda state: state.phase is Phase.WARMUP)
 
     async def training(self, *clients: Coordinator) -> RunState:
-        """All join and hold the parameters; the state in which the first round began."""
+        """Let all clients join and finish the warm-up; returns the state in which the first round began."""
         state = await self.gathered(*clients)
         for client in clients:
             await client.request(WarmupWitness(state.epoch, seat(state, client), START))
         return await state_when(clients[0], lambda state: state.phase is Phase.ROUND_TRAIN)
 
-    # -- what the run has fixed ---------------------------------------------------------------------------------------
+    # -- the terms of the run -----------------------------------------------------------------------------------------
 
     def test_terms_are_the_run_s_and_asking_does_not_join(self) -> None:
         async def scene(new: Callable[[], Coordinator]) -> None:
@@ -147,7 +147,7 @@ class CoordinatorContract(abc.ABC):
             await second.request(Join("nowhere", MANIFEST))
             assert (await first.request(GetTerms())).manifest == MANIFEST
             state = await state_when(first, lambda state: state.phase is Phase.WAITING_FOR_MEMBERS)
-            assert state.gathered_at is None, "one of the two that it waits for only asked for the terms"
+            assert state.gathered_at is None, "a client that only asked for the terms counts as a member"
 
         self.play(scene)
 
@@ -184,7 +184,7 @@ class CoordinatorContract(abc.ABC):
             assert caught.value.differences == [("model.layers", 2, 3)]
             assert not caught.value.retryable
             assert (await first.request(GetTerms())).manifest == MANIFEST
-            await second.request(Join("nowhere", MANIFEST))  # and with the right one it is welcome
+            await second.request(Join("nowhere", MANIFEST))  # with the run's manifest it may join
             state = await state_when(first, lambda state: state.phase is Phase.WARMUP)
             assert {client.signer for client in state.clients} == {first.signer, second.signer}
 
@@ -309,7 +309,9 @@ class CoordinatorContract(abc.ABC):
                 first.request(Witness(0, 0, WitnessProof(9, 9), START, bytes(192), bytes(192), Report())),
                 "InvalidWitness",
             )
-            assert (await state_when(first, lambda state: True)).nonce == state.nonce, "what is refused changes nothing"
+            assert (await state_when(first, lambda state: True)).nonce == state.nonce, (
+                "a refused request changed the state"
+            )
 
         self.play(scene)
 
@@ -355,7 +357,7 @@ class CoordinatorContract(abc.ABC):
                 await client.request(Witness(state.epoch, 0, proof, START, bloom, bytes(192), Report()))
             state = await state_when(heard[0], lambda state: bool(state.current and state.current.height == 1))
             assert await heard[0].request(HealthCheck(state.epoch, 1, (silent.signer,))) == 1
-            # A client may still show the state before the epoch.
+            # A client's first state may still be one from before the epoch.
             state = await state_when(heard[1], lambda state: state.phase.active and not healthy(state, silent))
             assert all(healthy(state, client) for client in heard)
 
@@ -437,17 +439,17 @@ class CoordinatorContract(abc.ABC):
 
 
 def seat(state: RunState, client: Coordinator) -> int:
-    """The index of a client in the list."""
+    """The index of a client in the epoch's list."""
     return [member.signer for member in state.clients].index(client.signer)
 
 
 def healthy(state: RunState, client: Coordinator) -> bool:
-    """Whether a client is in the list and well."""
+    """Whether a client is in the epoch's list and healthy."""
     return any(c.signer == client.signer and c.status is ClientStatus.HEALTHY for c in state.clients)
 
 
 async def until_finished(client: Coordinator) -> Any:
-    """The states up to the run's end."""
+    """Yields the states up to the end of the run."""
     async for state in client.watch():
         yield state
         if finished(state):

@@ -1,4 +1,4 @@
-"""The conformance kit of data providers: subclass one class, and pytest runs the contract, failures included.
+"""The conformance kit of data providers: subclass one class, and pytest tests the contract.
 
 Example::
 
@@ -12,11 +12,11 @@ Example::
         def make_config(self, folder):
             return {"seq_len": 16, "largest": 9}
 
-A provider that obtains its samples from somewhere that can fail is tested by :class:`OutageContract` as well. Needs
-pytest and nothing else (``pip install psyche-lightning[testing]``).
+For a provider that reads its samples from a source that can fail, such as a server, subclass :class:`OutageContract`
+instead. The kit needs pytest alone (``pip install psyche-lightning[testing]``).
 """
 
-# ruff: noqa: D102 - a test is named after what it shows
+# ruff: noqa: D102 - the name of a test says what it shows
 from __future__ import annotations
 
 import abc
@@ -37,13 +37,13 @@ from psyche_lightning.hookspecs import DataProvider
 IGNORED = -100
 SEED = 7
 MOST = 64
-"""Samples that a test looks at, of data sets that have more."""
+"""The most samples that a test reads."""
 
 Sample = dict[str, torch.Tensor]
 
 
 def same(first: list[Sample], second: list[Sample]) -> bool:
-    """Whether two lists of samples are equal to the bit."""
+    """Whether two lists of samples are equal bit for bit."""
     return len(first) == len(second) and all(
         a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
         for a, b in zip(first, second, strict=True)
@@ -51,7 +51,7 @@ def same(first: list[Sample], second: list[Sample]) -> bool:
 
 
 class _Ids(Dataset[Sample]):
-    """Samples by id, as a DataLoader's workers see them."""
+    """A data set of samples by id, for a DataLoader with workers."""
 
     def __init__(self, provider: DataProvider, count: int) -> None:
         self._provider = provider
@@ -68,21 +68,22 @@ class DataContract(abc.ABC):
     """What every data provider must do; subclass it as ``Test...`` and define the two methods.
 
     Attributes:
-        picklable: whether the provider can be sent to a worker process; set it to False where that makes no sense.
+        picklable: whether a worker process can get the provider; set it to False for a provider that cannot be pickled.
     """
 
     picklable: bool = True
 
     @abc.abstractmethod
     def make_factory(self) -> Callable[..., DataProvider]:
-        """The factory that the plugin registers: ``factory(config, seed=...)``."""
+        """Returns the factory that the plugin registers: ``factory(config, seed=...)``."""
 
     @abc.abstractmethod
     def make_config(self, folder: Path) -> dict[str, Any]:
-        """A valid configuration with ``seq_len``, for at least three samples.
+        """Returns a valid configuration with ``seq_len``, for at least three samples.
 
         Args:
-            folder: an empty folder, for files that the provider reads. The same one always gets the same files.
+            folder: an empty folder for files that the provider reads. A later call with the same folder must write the
+                same files.
         """
 
     # -- helpers ------------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ class DataContract(abc.ABC):
         """The provider of one test."""
         return self.make_factory()(config, seed=SEED)
 
-    # -- what it is ---------------------------------------------------------------------------------------------------
+    # -- properties ---------------------------------------------------------------------------------------------------
 
     def test_it_says_what_it_has(self, provider: DataProvider, config: dict[str, Any]) -> None:
         assert len(provider) >= 3
@@ -136,7 +137,7 @@ class DataContract(abc.ABC):
     def test_the_fingerprint_is_text(self, provider: DataProvider) -> None:
         assert isinstance(getattr(provider, "fingerprint", ""), str)
 
-    # -- the same on every node ----------------------------------------------------------------------------------------
+    # -- the same on every node ---------------------------------------------------------------------------------------
 
     def test_two_nodes_see_the_same(self, provider: DataProvider, config: dict[str, Any]) -> None:
         other = self.make_factory()(config, seed=SEED)
@@ -182,10 +183,10 @@ class DataContract(abc.ABC):
         for sample in provider.samples(0, 2):
             for tensor in sample.values():
                 tensor.fill_(1)
-        assert same(provider.samples(0, 2), before), "a change to a sample changed the data"
+        assert same(provider.samples(0, 2), before), "a change to a returned sample changed the data"
         sample = provider.samples(0, 1)[0]
         sample["labels"].fill_(0)
-        assert torch.equal(sample["input_ids"], before[0]["input_ids"]), "labels and input_ids share their memory"
+        assert torch.equal(sample["input_ids"], before[0]["input_ids"]), "labels and input_ids share memory"
 
     def test_validation_is_always_the_same(self, provider: DataProvider) -> None:
         first = provider.validation()
@@ -201,7 +202,7 @@ class DataContract(abc.ABC):
                 prefetch(start, stop)
         assert same(provider.samples(0, 3), before)
 
-    # -- worker processes ----------------------------------------------------------------------------------------------
+    # -- worker processes ---------------------------------------------------------------------------------------------
 
     def test_it_can_be_sent_to_another_process(self, provider: DataProvider) -> None:
         if self.picklable:
@@ -212,12 +213,12 @@ class DataContract(abc.ABC):
         if self.picklable:
             count = min(len(provider), MOST)
             before = provider.samples(0, count)
-            used = self.make_factory()(config, seed=SEED)  # that was used before, but not for all of them
+            used = self.make_factory()(config, seed=SEED)  # has read some samples before, but not all
             used.samples(count - 1, count)
             loader = DataLoader(_Ids(used, count), batch_size=None, num_workers=2, timeout=60)
             assert same(list(loader), before)
 
-    # -- what is refused -----------------------------------------------------------------------------------------------
+    # -- wrong options ------------------------------------------------------------------------------------------------
 
     def test_an_unknown_option_is_refused_by_name(self, config: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match="no_such_option"):
@@ -230,13 +231,13 @@ class DataContract(abc.ABC):
 
 
 class OutageContract(DataContract):
-    """What a provider must do whose samples come from somewhere that can fail; define :meth:`outage` as well."""
+    """What a provider must do if the source of its samples can fail; define :meth:`outage` as well."""
 
     @abc.abstractmethod
     def outage(self) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, nothing can be obtained from where the samples come from; afterwards everything again.
+        """Makes the source of the samples unavailable until the context ends.
 
-        The configuration should make the provider give up soon. Called after the provider was opened.
+        A test enters it after it has opened the provider. Choose a configuration with which the provider gives up soon.
         """
 
     def test_a_failure_names_the_ids_and_passes(self, config: dict[str, Any]) -> None:
@@ -247,16 +248,16 @@ class OutageContract(DataContract):
             for _ in range(2):
                 with pytest.raises(DataError) as caught:
                     provider.samples(0, len(before))
-                assert caught.value.ids, "the error must have the ids"
+                assert caught.value.ids, "the error must name the ids"
                 assert set(caught.value.ids) <= set(range(len(before)))
-                assert not caught.value.lasting, "it would have come back"
+                assert not caught.value.lasting, "the error must not be lasting: the source comes back"
         assert same(provider.samples(0, len(before)), before)
 
     def test_what_was_obtained_ahead_is_there(self, config: dict[str, Any]) -> None:
         provider = self.make_factory()(config, seed=SEED)
         before = provider.samples(0, 2)
         with self.outage():
-            assert same(provider.samples(0, 2), before), "what was obtained should be kept for a while"
+            assert same(provider.samples(0, 2), before), "the provider must keep samples that it has read for a while"
 
     def test_looking_ahead_never_fails(self, config: dict[str, Any]) -> None:
         provider = self.make_factory()(config, seed=SEED)

@@ -1,4 +1,4 @@
-"""The conformance kit of models: subclass one class, and pytest runs the contract, failures included.
+"""The conformance kit of models: subclass one class, and pytest tests the contract.
 
 Example::
 
@@ -12,11 +12,11 @@ Example::
         def make_config(self):
             return {"vocab_size": 64, "hidden_size": 16}
 
-Needs pytest and nothing else (``pip install psyche-lightning[testing]``). Choose a configuration so small that a
-forward pass takes milliseconds.
+The kit needs pytest alone (``pip install psyche-lightning[testing]``). Choose a configuration so small that a forward
+pass takes milliseconds.
 """
 
-# ruff: noqa: D102 - a test is named after what it shows
+# ruff: noqa: D102 - the name of a test says what it shows
 from __future__ import annotations
 
 import abc
@@ -41,24 +41,24 @@ class ModelContract(abc.ABC):
     """What every model must do; subclass it as ``Test...`` and define the two methods.
 
     Attributes:
-        tolerance: how far a loss may be from the mean cross-entropy of the logits, in nats a token; larger for a model
-            that adds terms of its own, such as one that balances experts.
+        tolerance: largest difference between the loss and the mean cross-entropy of the logits, in nats per token.
+            Increase it for a model whose loss has further terms, such as one that balances experts.
     """
 
     tolerance: float = 1e-4
 
     @abc.abstractmethod
     def make_factory(self) -> Factory:
-        """The factory that the plugin registers: ``factory(config)``."""
+        """Returns the factory that the plugin registers: ``factory(config)``."""
 
     @abc.abstractmethod
     def make_config(self) -> dict[str, Any]:
-        """A valid configuration of a tiny model that takes 12 tokens."""
+        """Returns a valid configuration of a tiny model that takes sequences of 12 tokens."""
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
     def make(self, config: dict[str, Any] | None = None, seed: int = SEED) -> torch.nn.Module:
-        """A model built under a seed."""
+        """Build a model with a seed."""
         torch.manual_seed(seed)
         return self.make_factory()(self.make_config() if config is None else config)
 
@@ -69,21 +69,21 @@ class ModelContract(abc.ABC):
 
     @pytest.fixture
     def ids(self, model: torch.nn.Module) -> torch.Tensor:
-        """Token ids, int64 of shape [3, 12], no two rows alike."""
+        """Random token ids, int64 of shape [3, 12]."""
         with torch.no_grad():
             vocabulary = model(input_ids=torch.zeros(1, 2, dtype=torch.int64)).logits.shape[-1]
         return torch.randint(vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(SEED))
 
     @staticmethod
     def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        """What a model says without dropout."""
+        """The logits of a model in evaluation mode."""
         model.eval()
         with torch.no_grad():
             logits: torch.Tensor = model(input_ids=ids).logits
         return logits
 
     def check_loss(self, model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> None:
-        """The loss is that of predicting each label from the tokens before it."""
+        """Check that the loss is that of predicting each label from the tokens before it."""
         model.eval()
         with torch.no_grad():
             result = model(input_ids=ids, labels=labels)
@@ -91,10 +91,10 @@ class ModelContract(abc.ABC):
             result.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
         )
         assert abs(float(result.loss - expected)) <= self.tolerance, (
-            "the loss must be the mean cross-entropy of logits[:, :-1] and labels[:, 1:]: shifting is the model's"
+            "the loss must be the mean cross-entropy of logits[:, :-1] and labels[:, 1:]; the model shifts the labels"
         )
 
-    # -- what it is ---------------------------------------------------------------------------------------------------
+    # -- properties ---------------------------------------------------------------------------------------------------
 
     def test_it_comes_ready_to_train(self, model: torch.nn.Module) -> None:
         assert isinstance(model, torch.nn.Module)
@@ -102,9 +102,9 @@ class ModelContract(abc.ABC):
         parameters = dict(model.named_parameters())
         assert any(parameter.requires_grad for parameter in parameters.values())
         for name, parameter in parameters.items():
-            assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}; precision is the trainer's choice"
+            assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}; the trainer chooses the precision"
             assert parameter.device.type == "cpu"
-            assert bool(parameter.isfinite().all()), f"{name} is not initialized"
+            assert bool(parameter.isfinite().all()), f"{name} has values that are not finite: is it initialized?"
 
     def test_the_configuration_stays_the_caller_s(self) -> None:
         config = self.make_config()
@@ -144,7 +144,7 @@ class ModelContract(abc.ABC):
         other = ids.clone()
         other[:, -1] = (ids[:, -1] + 1) % (int(ids.max()) + 1)
         before, after = self.logits(model, ids), self.logits(model, other)
-        assert torch.allclose(before[:, :-1], after[:, :-1], atol=1e-5), "a token changed what was said before it"
+        assert torch.allclose(before[:, :-1], after[:, :-1], atol=1e-5), "a token changed the logits before it"
 
     def test_samples_of_a_batch_do_not_meet(self, model: torch.nn.Module, ids: torch.Tensor) -> None:
         together = self.logits(model, ids)
@@ -156,7 +156,7 @@ class ModelContract(abc.ABC):
     def test_every_parameter_gets_a_gradient(self, model: torch.nn.Module, ids: torch.Tensor) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        assert not missing, f"without a gradient: {missing}; what is not trained must say requires_grad=False"
+        assert not missing, f"{missing} have no gradient; a parameter that is not trained must have requires_grad=False"
 
     def test_a_batch_can_be_learnt(self, model: torch.nn.Module, ids: torch.Tensor) -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -167,13 +167,13 @@ class ModelContract(abc.ABC):
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
-        assert losses[-1] < losses[0] - 0.1, f"twelve steps on one batch: {losses}"
+        assert losses[-1] < losses[0] - 0.1, f"the losses of twelve steps on one batch must fall: {losses}"
 
-    # -- the same on every node ----------------------------------------------------------------------------------------
+    # -- the same on every node ---------------------------------------------------------------------------------------
 
     def test_one_seed_one_model(self, model: torch.nn.Module) -> None:
-        assert same(model, self.make()), "two nodes with one seed must begin with the same parameters"
-        assert not same(model, self.make(seed=SEED + 1)), "the parameters must come from torch's generator"
+        assert same(model, self.make()), "one seed must give the same parameters twice"
+        assert not same(model, self.make(seed=SEED + 1)), "another seed must give other parameters"
 
     def test_one_seed_one_step(self, ids: torch.Tensor) -> None:
         def gradients() -> list[torch.Tensor]:
@@ -208,7 +208,7 @@ class ModelContract(abc.ABC):
         from transformers import AutoModelForCausalLM
 
         folder = self.save(model, tmp_path)
-        auto: Any = AutoModelForCausalLM  # it has no annotations
+        auto: Any = AutoModelForCausalLM  # has no annotations
         again = auto.from_pretrained(folder, local_files_only=True)
         assert torch.allclose(self.logits(again, ids).float(), self.logits(model, ids), atol=1e-5)
 
@@ -221,16 +221,16 @@ class ModelContract(abc.ABC):
 
     @staticmethod
     def save(model: torch.nn.Module, folder: Path) -> Path:
-        """Write a checkpoint in Hugging Face's format and look at it."""
+        """Save a checkpoint in Hugging Face format, check its files, and return its folder."""
         save_pretrained: Any = model.save_pretrained
         save_pretrained(folder / "saved")
         names = [path.name for path in (folder / "saved").iterdir()]
         assert "config.json" in names
         assert [name for name in names if name.endswith(".safetensors")]
-        assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))], "nothing may need unpickling"
+        assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))], "no file may be a pickle"
         return folder / "saved"
 
-    # -- what is refused -----------------------------------------------------------------------------------------------
+    # -- wrong options ------------------------------------------------------------------------------------------------
 
     def test_an_unknown_key_is_refused_by_name(self) -> None:
         with pytest.raises(ConfigError, match="no_such_option"):
@@ -243,6 +243,6 @@ class ModelContract(abc.ABC):
 
 
 def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
-    """Whether two models have the same parameters to the bit."""
+    """Whether the parameters of two models are equal bit for bit."""
     a, b = dict(first.named_parameters()), dict(second.named_parameters())
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

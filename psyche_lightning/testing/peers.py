@@ -1,4 +1,4 @@
-"""Nodes with real transports, as the conformance kits of transports play with them."""
+"""Nodes with real transports, for the conformance kits of transports."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from psyche_lightning.transports.base import Transport, TransportContext
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
 
-LONG = 60.0  # a timeout that an answer must not need
+LONG = 60.0  # a timeout in seconds that no test should reach
 
 
 class Node:
     """A node with a real transport and blobs in memory.
 
     Args:
-        transport: not started yet.
+        transport: the node's; not started.
         identity: the node's key.
-        run_id: the run.
+        run_id: the run's name.
 
     Attributes:
         address: what ``start`` returned.
         messages: ``(peer, message)`` in order of arrival.
-        blobs: what ``read_blob`` answers with, by the hash that is asked for (right or wrong).
-        asked: the hashes that ``read_blob`` was called with.
-        gate: ``read_blob`` waits for it; set unless a test clears it.
-        faulty: whether both handlers raise, after they noted the call.
-        refused: messages that ``on_message`` calls bad.
+        blobs: the bytes that ``read_blob`` returns for each requested hash; a test may enter wrong ones.
+        asked: the requested hashes, in order.
+        gate: ``read_blob`` waits until it is set; it is set unless a test clears it.
+        faulty: whether ``on_message`` and ``read_blob`` raise, after they noted the call.
+        refused: messages for which ``on_message`` returns False.
         served: ``(size, given)`` of each call of ``on_served``.
     """
 
@@ -63,13 +63,13 @@ class Node:
         self.address = await self.transport.start(context)
 
     def add(self, data: bytes) -> bytes:
-        """Have a blob; returns its hash."""
+        """Add a blob; returns its hash."""
         digest = sha256(data)
         self.blobs[digest] = data
         return digest
 
     def texts(self, peer: Node | None = None) -> list[bytes]:
-        """The messages that came, from one peer or from all."""
+        """The received messages, from one peer or from all."""
         return [message for sender, message in self.messages if peer is None or sender == peer.key]
 
     def connected(self, peer: Node) -> bool:
@@ -78,29 +78,38 @@ class Node:
 
     @property
     def given(self) -> int:
-        """Bytes of blobs that it gave out."""
+        """Bytes of blobs that peers received from this node."""
         return sum(given for _, given in self.served)
 
     def _on_message(self, peer: bytes, message: bytes) -> bool:
         self.messages.append((peer, message))
         if self.faulty:
-            raise RuntimeError("a handler failed, as the test wants it to")
+            raise RuntimeError("a handler fails because the test says so")
         return message not in self.refused
 
     def _read_blob(self, digest: bytes) -> bytes | None:
         self.asked.append(digest)
         self.gate.wait(LONG)
         if self.faulty:
-            raise RuntimeError("a disk failed, as the test wants it to")
+            raise RuntimeError("a disk fails because the test says so")
         return self.blobs.get(digest)
 
 
 async def eventually(condition: Callable[[], object], what: str, act: Callable[[], object] = lambda: None) -> None:
-    """Wait until ``condition()`` holds, calling ``act()`` again and again (messages may be lost)."""
+    """Wait until ``condition()`` holds, and call ``act()`` repeatedly, because messages may be lost.
+
+    Args:
+        condition: called repeatedly.
+        what: the condition in words, for the error.
+        act: called before each further check.
+
+    Raises:
+        AssertionError: the condition does not hold within 20 seconds.
+    """
     try:
         await asyncio.wait_for(_poll(condition, act), 20)
     except asyncio.TimeoutError:
-        raise AssertionError(f"waited in vain until {what}") from None
+        raise AssertionError(f"this did not happen within 20 s: {what}") from None
 
 
 async def _poll(condition: Callable[[], object], act: Callable[[], object]) -> None:

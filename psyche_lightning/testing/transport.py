@@ -1,4 +1,4 @@
-"""The conformance kit of transports: subclass one class, and pytest runs the contract, failures included.
+"""The conformance kit of transports: subclass one class, and pytest tests the contract.
 
 Example::
 
@@ -9,12 +9,12 @@ Example::
         def make_transport(self):
             return PigeonTransport(loft="127.0.0.1")
 
-A transport that uses a network subclasses :class:`psyche_lightning.testing.network.NetworkTransportContract` instead.
-Needs pytest and nothing else (``pip install psyche-lightning[testing]``). Every test has an event loop of its own, ends
-within :attr:`TransportContract.limit` seconds, and checks that no task was left behind.
+For a transport that uses a network, subclass :class:`psyche_lightning.testing.network.NetworkTransportContract`
+instead. The kit needs pytest alone (``pip install psyche-lightning[testing]``). Each test has its own event loop, ends
+within :attr:`TransportContract.limit` seconds, and checks that no task still runs.
 """
 
-# ruff: noqa: D102 - a test is named after what it shows
+# ruff: noqa: D102 - the name of a test says what it shows
 from __future__ import annotations
 
 import abc
@@ -44,7 +44,7 @@ class TransportContract(abc.ABC):
 
     @abc.abstractmethod
     def make_transport(self) -> Transport:
-        """A new transport that has not been started; those of one test must be able to reach each other."""
+        """Returns a new transport that is not started. The transports of one test must be able to reach each other."""
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ class TransportContract(abc.ABC):
         self._all: list[Node] = []
 
     def play(self, scene: Callable[[], Awaitable[None]]) -> None:
-        """Run one test, then stop its nodes and check that nothing is left."""
+        """Run one test, stop its nodes, and check that no task still runs."""
 
         async def main() -> None:
             try:
@@ -63,26 +63,26 @@ class TransportContract(abc.ABC):
                     node.gate.set()
                     await asyncio.wait_for(node.transport.stop(), self.limit)
             left = asyncio.all_tasks() - {asyncio.current_task()}
-            assert not left, f"stop() left tasks behind: {left}"
+            assert not left, f"tasks still run after stop(): {left}"
 
         asyncio.run(main())
 
     async def node(self, identity: Identity | None = None, run_id: str = "run") -> Node:
-        """A started node."""
+        """Start a node."""
         node = Node(self.make_transport(), identity or Identity.generate(), run_id)
         self._all.append(node)
         await node.start()
         return node
 
     async def nodes(self, count: int) -> list[Node]:
-        """Started nodes that are all peers and connected."""
+        """Start nodes, and wait until all are connected with each other."""
         nodes = [await self.node() for _ in range(count)]
         self.introduce(nodes)
         await self.connected(nodes)
         return nodes
 
     def introduce(self, nodes: list[Node], but: Mapping[bytes, str] | None = None) -> None:
-        """Make nodes peers of each other; ``but`` replaces addresses."""
+        """Make nodes peers of each other; ``but`` replaces the addresses of some keys."""
         peers = {node.key: node.address for node in nodes} | dict(but or {})
         for node in nodes:
             node.transport.set_peers(peers)
@@ -163,7 +163,7 @@ class TransportContract(abc.ABC):
 
         self.play(scene)
 
-    # -- who may talk -------------------------------------------------------------------------------------------------
+    # -- strangers ----------------------------------------------------------------------------------------------------
 
     def test_a_stranger_can_neither_send_nor_fetch(self) -> None:
         async def scene() -> None:

@@ -1,4 +1,4 @@
-"""Nodes that only go through the motions of a run: they join and report in every phase, and train nothing."""
+"""Nodes for tests of coordinators: they join and report in every phase, but train nothing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from psyche_lightning.wire.canonical import sha256
 
 MANIFEST: dict[str, Any] = {"model": {"name": "none", "layers": 2}}
 LATE = {"InvalidWitness", "InvalidRunState", "DuplicateWitness", "Halted", "InvalidCheckpoint"}
-"""What a coordinator answers to a report that the run has overtaken: a node goes on."""
+"""Codes of the refusal of a report that came too late; a node ignores these."""
 START = sha256(b"start")
 
 Until = Callable[[RunState], bool]
 
 
 def finished(state: RunState) -> bool:
-    """Whether the run is at its end."""
+    """Whether the run is finished."""
     return state.phase is Phase.FINISHED
 
 
@@ -35,13 +35,13 @@ async def walk(
     """Be a node: join, report in every phase, and return the state in which ``until`` holds.
 
     Args:
-        client: the node's own.
-        manifest: its manifest.
-        seen: called with every state.
-        until: by default, whether the run is finished.
+        client: the node's client.
+        manifest: the node's manifest; None for :data:`MANIFEST`.
+        seen: called with each state.
+        until: the condition; by default, that the run is finished.
 
     Raises:
-        CoordinatorError: a report was refused for another reason than that it came too late.
+        CoordinatorError: the coordinator refused a report that did not come too late.
     """
     await client.request(Join("nowhere", manifest or MANIFEST))
     async for state in client.watch():
@@ -57,7 +57,7 @@ async def walk(
 
 
 async def report(client: Coordinator, state: RunState) -> None:
-    """Report what a node that has everything would report in this state, if it did not yet."""
+    """Send the report that is due in this state from a node that misses nothing, unless it has already been sent."""
     me, round_ = client.signer, state.current
     signers = [member.signer for member in state.clients]
     if me not in signers:
@@ -75,19 +75,19 @@ async def report(client: Coordinator, state: RunState) -> None:
 
 
 async def witness(client: Coordinator, state: RunState, *, ahead: int = 0, as_client: bytes | None = None) -> None:
-    """Report as a witness that heard from everyone.
+    """Report as a witness that heard all clients.
 
     Args:
-        client: who reports.
-        state: with a round under way.
-        ahead: how many rounds later than the current one the report claims to be about.
-        as_client: the signer whose seat it claims, when it is not its own.
+        client: the client of the node that reports.
+        state: a state with a round in progress.
+        ahead: number of rounds to add to the height in the report; not 0 in a wrong report.
+        as_client: signer whose seat the report claims; None for the node's own.
     """
     round_ = state.current
     assert round_ is not None
     index = round_.clients.index(as_client or client.signer)
     bloom = participants_bloom(round_.seed, round_.clients)
-    trained = round_.step or state.step - 1  # in a round that drains, the figures are still those of the last step
+    trained = round_.step or state.step - 1  # a draining round repeats the figures of the last step
     figures = Report(trained, 3.0 - 0.01 * trained, 1000.0, 100 * round_.height, 100 * round_.height)
     await client.request(
         Witness(
@@ -103,7 +103,7 @@ async def witness(client: Coordinator, state: RunState, *, ahead: int = 0, as_cl
 
 
 async def state_when(client: Coordinator, condition: Until) -> RunState:
-    """The first state that ``client`` sees in which the condition holds."""
+    """Watch until the condition holds; returns that state."""
     async for state in client.watch():
         if condition(state):
             return state
