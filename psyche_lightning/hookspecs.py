@@ -141,7 +141,7 @@ class OwnerFactory(Protocol):
         Args:
             url: the whole coordinator URL.
             run_id: the run, which may not exist yet.
-            token: the token a server may require, ``psyche run --token``.
+            token: the owner's token that a server requires, from ``psyche run --token-file``; None if none was given.
 
         Raises:
             ConfigError: the URL is wrong.

@@ -80,6 +80,11 @@ def claim(file: IO[bytes]) -> bool:
     return True
 
 
+def open_to_others(file: IO[bytes]) -> bool:
+    """Whether other users may read or write an open file; Windows has no such mode, and answers no."""
+    return os.name == "posix" and bool(os.fstat(file.fileno()).st_mode & 0o077)
+
+
 def sync_folder(folder: Path) -> None:
     """Make new names in a folder durable; Windows opens no folders, and keeps their names by itself."""
     if not hasattr(os, "O_DIRECTORY"):

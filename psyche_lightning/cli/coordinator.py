@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from psyche_lightning import system
-from psyche_lightning.server.admin import TOKEN_VARIABLE
+from psyche_lightning.server.admin import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE
 
 
 def coordinator(
@@ -18,35 +21,63 @@ def coordinator(
     directory: Annotated[
         Path, typer.Option("--dir", help="Folder for the runs; runs that it contains continue.")
     ] = Path("psyche-coordinator"),
-    token: Annotated[
-        str | None, typer.Option(envvar=TOKEN_VARIABLE, help="Secret that creating and changing runs needs.")
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=TOKEN_FILE_VARIABLE,
+            metavar="FILE",
+            help="The owner's token, which creating and changing runs needs; made if missing. By default owner.token "
+            "in the folder of the runs.",
+        ),
     ] = None,
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds in which a node may reconnect.")] = 5.0,
 ) -> None:
     """Serve runs to nodes, and a live page about them to people."""
-    asyncio.run(_serve(host, port, directory, token, grace))
+    asyncio.run(_serve(host, port, directory, token_file, grace))
 
 
-async def _serve(host: str, port: int, directory: Path, token: str | None, grace: float) -> None:
+async def _serve(host: str, port: int, directory: Path, token_file: Path | None, grace: float) -> None:
     from psyche_lightning.server.server import CoordinatorServer
     from psyche_lightning.server.store import SqliteStore
+    from psyche_lightning.server.token import FILE, announced, check_token, load_or_create
 
     # Install handlers before the server starts, and before its URL is printed.
     stop = asyncio.Event()
     system.on_stop(stop.set)
     store = SqliteStore(directory)
     try:
-        server = CoordinatorServer(store, token=token or None, grace=grace)
+        path = token_file or directory / FILE
+        given = os.environ.get(TOKEN_VARIABLE)
+        token, fresh = (check_token(given, TOKEN_VARIABLE), False) if given else load_or_create(path)
+        server = CoordinatorServer(store, token=token, grace=grace)
         url = await server.start(host, port)
         try:
-            print(
-                f"psyche coordinator on {url}  ({_kept(len(server.runs))} in {directory}; Ctrl-C stops it)", flush=True
-            )
-            await stop.wait()
+            with contextlib.nullcontext() if given else announced(url, path) as found:
+                runs = _kept(len(server.runs))
+                print(f"psyche coordinator on {url}  ({runs} in {directory}; Ctrl-C stops it)", flush=True)
+                _tell_owner(path, token if fresh else None, found)
+                await stop.wait()
         finally:
             await server.stop()
     finally:
         store.close()
+
+
+def _tell_owner(path: Path, fresh: str | None, found: bool | None) -> None:
+    """Say what changing runs needs.
+
+    Args:
+        path: the token's file.
+        fresh: the token, if it is new.
+        found: whether commands on this machine find it; None if the environment gave the token.
+    """
+    if found is None:
+        print(f"creating and changing runs needs the owner's token, here that of {TOKEN_VARIABLE}", flush=True)
+        return
+    if fresh is not None and sys.stdout.isatty():  # what is not a terminal may be a log
+        print(f"the owner's token, which is shown only now: {fresh}")
+    here = "; `psyche run` on this machine finds it" if found else ""
+    print(f"creating and changing runs needs the owner's token, in {path}{here}", flush=True)
 
 
 def _kept(runs: int) -> str:

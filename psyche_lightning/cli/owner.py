@@ -10,18 +10,20 @@ from psyche_lightning.errors import ConfigError
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.protocol.owner import RunAdmin
 from psyche_lightning.server.admin import URL_VARIABLE
+from psyche_lightning.server.token import read_token
 
 
-def administer(url: str | None, run_id: str, token: str | None = None) -> RunAdmin:
+def administer(url: str | None, run_id: str, token_file: Path | None = None) -> RunAdmin:
     """The owner's side of a run, by the coordinator's URL.
 
     Args:
         url: URL of the coordinator; its scheme names the plugin, as for nodes. None for the environment's.
         run_id: the run.
-        token: token, if the server needs one.
+        token_file: the owner's token, for a server; None for that of the environment, or of a server that this user
+            runs on this machine.
 
     Raises:
-        ConfigError: the URL is wrong, or such runs have no owner's side.
+        ConfigError: the URL is wrong, such runs have no owner's side, or the file has no token.
         PluginError: no plugin registers the scheme.
     """
     url = url or os.environ.get(URL_VARIABLE)
@@ -34,7 +36,7 @@ def administer(url: str | None, run_id: str, token: str | None = None) -> RunAdm
     owner = found[scheme].owner
     if owner is None:
         raise ConfigError(f"a run of the coordinator {scheme!r} exists within one process, so it has no owner's side")
-    return owner(url, run_id, token)
+    return owner(url, run_id, None if token_file is None else read_token(token_file))
 
 
 def read_account_file(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from psyche_lightning.cli.ledger import ledger
 from psyche_lightning.errors import ConfigError, CoordinatorError, counted
 from psyche_lightning.logs import redirections
 from psyche_lightning.protocol.owner import Creation
-from psyche_lightning.server.admin import TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
+from psyche_lightning.server.admin import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,7 +27,14 @@ run = typer.Typer(no_args_is_help=True, help="Create, inspect, change and close 
 Url = Annotated[
     str | None, typer.Option("--coordinator", envvar=URL_VARIABLE, metavar="URL", help="The coordinator's URL.")
 ]
-Token = Annotated[str | None, typer.Option(envvar=TOKEN_VARIABLE, help="The coordinator's token, if it has one.")]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The owner's token, which changing a run of a server needs. By default that of the environment "
+        f"({TOKEN_VARIABLE}, {TOKEN_FILE_VARIABLE}), or of a coordinator that you run on this machine.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")]
 Arguments = Annotated[
@@ -50,7 +57,7 @@ def create(
     run_id: RunId,
     arguments: Arguments = None,
     coordinator: Url = None,
-    token: Token = None,
+    token_file: TokenFile = None,
     twin: Twin = False,
     paused: Annotated[bool, typer.Option("--paused", help="Create it closed; `psyche run start` opens it.")] = False,
     invited: Annotated[
@@ -60,7 +67,7 @@ def create(
     """Create a run. Without a recipe, the first node that joins decides what the run trains."""
     from psyche_lightning.cli.owner import administer
 
-    admin = administer(coordinator, run_id, token)
+    admin = administer(coordinator, run_id, token_file)
     status = admin.create(wanted(run_id, arguments or [], twin, everybody=not invited))
     if paused and status["phase"] not in ("paused", "uninitialized"):
         status = admin.pause()
@@ -78,14 +85,18 @@ def create(
 
 @run.command()
 def update(
-    run_id: RunId, arguments: Arguments = None, coordinator: Url = None, token: Token = None, twin: Twin = False
+    run_id: RunId,
+    arguments: Arguments = None,
+    coordinator: Url = None,
+    token_file: TokenFile = None,
+    twin: Twin = False,
 ) -> None:
     """Change the settings of a run that is paused or not started yet."""
     from psyche_lightning.cli.owner import administer
 
     if not arguments:
         raise ConfigError("nothing to change; give settings such as total_steps=2000, or a recipe")
-    after = administer(coordinator, run_id, token).update(wanted(run_id, arguments, twin))
+    after = administer(coordinator, run_id, token_file).update(wanted(run_id, arguments, twin))
     print(f"run {run_id} is changed: {after['config']['total_steps'] or '?'} steps, {_words(after['phase'])}")
 
 
@@ -143,36 +154,36 @@ def watch(
 
 
 @run.command()
-def start(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
+def start(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) -> None:
     """Open a run to nodes."""
     from psyche_lightning.cli.owner import administer
 
-    after = administer(coordinator, run_id, token).start()
+    after = administer(coordinator, run_id, token_file).start()
     print(f"run {run_id} is open: {_words(after['phase'])}")
 
 
 @run.command()
-def close(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
+def close(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) -> None:
     """Remove a run that is paused or finished; on a chain, you get back what its accounts hold."""
     from psyche_lightning.cli.owner import administer
 
-    print(administer(coordinator, run_id, token).close())
+    print(administer(coordinator, run_id, token_file).close())
 
 
 @run.command()
-def authorize(run_id: RunId, node: Node, coordinator: Url = None, token: Token = None) -> None:
+def authorize(run_id: RunId, node: Node, coordinator: Url = None, token_file: TokenFile = None) -> None:
     """Let a node or everybody join."""
     from psyche_lightning.cli.owner import administer
 
-    print(administer(coordinator, run_id, token).authorize(None if node == EVERYBODY else node))
+    print(administer(coordinator, run_id, token_file).authorize(None if node == EVERYBODY else node))
 
 
 @run.command()
-def revoke(run_id: RunId, node: Node, coordinator: Url = None, token: Token = None) -> None:
+def revoke(run_id: RunId, node: Node, coordinator: Url = None, token_file: TokenFile = None) -> None:
     """Undo authorize; a node that already trains stays until its epoch ends."""
     from psyche_lightning.cli.owner import administer
 
-    print(administer(coordinator, run_id, token).revoke(None if node == EVERYBODY else node))
+    print(administer(coordinator, run_id, token_file).revoke(None if node == EVERYBODY else node))
 
 
 @run.command()
@@ -224,20 +235,20 @@ def list_runs(coordinator: Url = None, as_json: Json = False) -> None:
 
 
 @run.command()
-def pause(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
+def pause(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) -> None:
     """Pause a run at the end of its epoch."""
     from psyche_lightning.cli.owner import administer
 
-    after = administer(coordinator, run_id, token).pause()
+    after = administer(coordinator, run_id, token_file).pause()
     print(f"run {run_id} is paused" if after["phase"] == "paused" else f"run {run_id} pauses when its epoch has ended")
 
 
 @run.command()
-def resume(run_id: RunId, coordinator: Url = None, token: Token = None) -> None:
+def resume(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) -> None:
     """Resume a paused run."""
     from psyche_lightning.cli.owner import administer
 
-    after = administer(coordinator, run_id, token).resume()
+    after = administer(coordinator, run_id, token_file).resume()
     print(f"run {run_id} is resumed: {_words(after['phase'])}")
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import urllib.error
 import urllib.request
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -14,9 +16,11 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from psyche_lightning.errors import ConfigError, CoordinatorError
 from psyche_lightning.protocol.owner import Creation
 from psyche_lightning.server.channel import coordinator_error
+from psyche_lightning.server.token import check_token, find_token, is_loopback, read_token
 
 URL_VARIABLE = "PSYCHE_COORDINATOR"
 TOKEN_VARIABLE = "PSYCHE_COORDINATOR_TOKEN"
+TOKEN_FILE_VARIABLE = "PSYCHE_COORDINATOR_TOKEN_FILE"
 TIMEOUT = 5.0
 MAX_ANSWER_SIZE = 64 * 1024 * 1024
 
@@ -42,8 +46,14 @@ class CoordinatorAdmin:
 
     Args:
         url: URL of the server; None for ``PSYCHE_COORDINATOR`` in the environment.
-        token: token, if the server needs one; None for ``PSYCHE_COORDINATOR_TOKEN`` in the environment.
+        token: the owner's token, which only requests that change something carry. None for that of the environment
+            (``PSYCHE_COORDINATOR_TOKEN``, or the file ``PSYCHE_COORDINATOR_TOKEN_FILE``), else for that of a
+            coordinator that this user runs on this machine, if it has this URL.
         attempts: how often to try to reach the server.
+
+    Raises:
+        ConfigError: the URL is missing or malformed. From requests that change something: there is no token in the file
+            or variable, or other users can read the file.
     """
 
     def __init__(self, url: str | None = None, *, token: str | None = None, attempts: int = 5) -> None:
@@ -51,10 +61,10 @@ class CoordinatorAdmin:
         if not url:
             raise ConfigError(f"no coordinator given: pass --coordinator URL or set {URL_VARIABLE}")
         self.url = check_url(url)
-        self._token = token or os.environ.get(TOKEN_VARIABLE)
+        self._given = token
         self._attempts = attempts
         # Proxies of the environment are for other machines; a coordinator on this machine needs none.
-        local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
+        local = is_loopback(urlsplit(self.url).hostname or "")
         self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
 
     def create(
@@ -114,6 +124,13 @@ class CoordinatorAdmin:
         """
         return self._ask("POST", f"{_path(run_id)}/{name}", body)
 
+    @cached_property
+    def _token(self) -> str | None:
+        given, file = self._given or os.environ.get(TOKEN_VARIABLE), os.environ.get(TOKEN_FILE_VARIABLE)
+        if given:
+            return check_token(given, TOKEN_VARIABLE)
+        return read_token(Path(file)) if file else find_token(self.url)
+
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         retrying = Retrying(
             retry=retry_if_exception_type(OSError),
@@ -136,10 +153,10 @@ class CoordinatorAdmin:
         headers = {"Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/json"
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
+        if body is not None and self._token:  # reading needs no token, and a redirection must not carry it elsewhere
+            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
             with self._opener.open(request, timeout=TIMEOUT) as answer:
                 return self._parse(answer.read(MAX_ANSWER_SIZE), 200)
@@ -166,7 +183,7 @@ class ServerRun:
     Args:
         url: URL of the server.
         run_id: the run.
-        token: token, if the server needs one; None for the environment's.
+        token: the owner's token; see :class:`CoordinatorAdmin`.
     """
 
     def __init__(self, url: str, run_id: str, token: str | None = None) -> None:

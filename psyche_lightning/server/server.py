@@ -1,7 +1,7 @@
 """The coordinator as a server: several runs, JSON for people, a websocket for each node, a page at ``/``.
 
 Permissions: nodes sign everything (see :mod:`~psyche_lightning.server.channel`); creating and changing runs needs the
-token if the server has one; reading is free.
+owner's token (see :mod:`~psyche_lightning.server.token`); reading is free.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from psyche_lightning.server.channel import CHALLENGE_SIZE, MAX_FRAME_SIZE, prob
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.server.status import run_line, run_status
 from psyche_lightning.server.store import Store
+from psyche_lightning.server.token import FILE, is_loopback
 from psyche_lightning.server.websocket import Websocket
 from psyche_lightning.wire.identity import KEY_SIZE
 
@@ -52,7 +53,8 @@ class CoordinatorServer:
         store: where the runs are kept; stored runs continue.
         clock: seconds since 1970.
         entropy: returns a number of random bytes.
-        token: the token that creating and changing runs needs; None lets everybody.
+        token: the owner's token, which creating and changing runs needs. ``psyche coordinator`` always has one. With
+            None, which is for servers within a program, every caller on the same machine may.
         grace: seconds in which a node may come back after its connection broke, before it counts as gone.
         heartbeat: seconds between pings; a node that is silent for one and a half of them is disconnected.
     """
@@ -156,7 +158,7 @@ class CoordinatorServer:
     # Requests.
 
     def _application(self) -> web.Application:
-        application = web.Application(middlewares=[_errors], client_max_size=MAX_BODY_SIZE)
+        application = web.Application(middlewares=[_errors, self._guard], client_max_size=MAX_BODY_SIZE)
         run = "/v1/runs/{run}"
         application.add_routes(
             [
@@ -189,12 +191,27 @@ class CoordinatorServer:
             )
         return self.runs[run_id]
 
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Ask for the owner's token before anything but reading."""
+        if request.method not in ("GET", "HEAD"):
+            self._authorize(request)
+        return await handler(request)
+
     def _authorize(self, request: web.Request) -> None:
-        shown = request.headers.get("Authorization", "")
-        if self._token is not None and not hmac.compare_digest(shown.encode(), f"Bearer {self._token}".encode()):
+        if self._token is None:
+            if _is_near(request):
+                return
             raise CoordinatorError(
-                "creating and changing runs needs this coordinator's token: "
-                "pass --token or set PSYCHE_COORDINATOR_TOKEN",
+                "this coordinator has no owner's token, so only programs on its own machine may create and change runs",
+                code="Unauthorized",
+            )
+        shown = request.headers.get("Authorization", "")
+        if not hmac.compare_digest(shown.encode(errors="surrogateescape"), f"Bearer {self._token}".encode()):
+            raise CoordinatorError(
+                "creating and changing runs needs the token of this coordinator's owner. It lies in the folder of the "
+                f"coordinator's runs (--dir), as {FILE}: pass --token-file FILE, or set PSYCHE_COORDINATOR_TOKEN_FILE "
+                "or PSYCHE_COORDINATOR_TOKEN",
                 code="Unauthorized",
             )
 
@@ -218,7 +235,6 @@ class CoordinatorServer:
         return web.json_response({"runs": [run_line(run) for run in self.runs.values()]})
 
     async def _create(self, request: web.Request) -> web.Response:
-        self._authorize(request)
         body = await self._body(request)
         host = create_host(body, self._entropy)
         run_id = host.state.run_id
@@ -286,7 +302,6 @@ class CoordinatorServer:
 
     async def _close(self, request: web.Request) -> web.Response:
         run = self._run(request)
-        self._authorize(request)
         await self._body(request)
         run_id = run.state.run_id
         if not run.state.phase.halted:
@@ -304,7 +319,6 @@ class CoordinatorServer:
 
     async def _command(self, request: web.Request, action: Callable[[Any, float], None]) -> web.Response:
         run = self._run(request)
-        self._authorize(request)
         await self._body(request)
         run.act(action)
         return web.json_response(run_status(run))
@@ -334,6 +348,12 @@ class CoordinatorServer:
             self._sockets.discard(socket)
             self._gone(session)
         return socket
+
+
+def _is_near(request: web.Request) -> bool:
+    """Whether the caller is a program on this machine, and not a proxy that speaks for others."""
+    relayed = any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host"))
+    return not relayed and is_loopback(request.remote or "")
 
 
 def _number(request: web.Request, name: str) -> int:

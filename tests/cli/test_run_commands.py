@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -179,17 +180,69 @@ def test_the_port_is_taken_and_the_directory_unusable(psyche, coordinator, tmp_p
     assert (code, "cannot open the coordinator's store" in text) == (1, True)
 
 
-def test_a_token(tmp_path, psyche, monkeypatch):
-    process, url = start(tmp_path, "--token", "open sesame")
+@pytest.fixture
+def private(tmp_path, monkeypatch, psyche):
+    """A coordinator of its own, which the commands do not find by themselves: its note lies elsewhere."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    process, url = start(tmp_path / "runs")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("PSYCHE_COORDINATOR", url)
-    code, text = psyche("run", "create", "r")
-    assert (code, "PSYCHE_COORDINATOR_TOKEN" in text) == (1, True)
-    assert psyche("run", "create", "r", "--token", "open sesame")[0] == 0
-    monkeypatch.setenv("PSYCHE_COORDINATOR_TOKEN", "open sesame")
-    assert psyche("run", "pause", "r")[0] == 0
+    yield tmp_path / "runs" / "owner.token", process
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
     process.stdout.close()
+
+
+def test_changing_a_run_needs_the_token_of_the_first_start(private, psyche, tmp_path, monkeypatch):
+    token, _ = private
+    code, text = psyche("run", "create", "r")
+    assert (code, "PSYCHE_COORDINATOR_TOKEN_FILE" in text) == (1, True)
+    assert psyche("run", "create", "r", "--token-file", str(token))[0] == 0
+    (tmp_path / "wrong").write_text("another")
+    (tmp_path / "wrong").chmod(0o600)
+    for command in (["pause", "r"], ["authorize", "r", "everybody"], ["revoke", "r", "everybody"], ["close", "r"]):
+        for given in ([], ["--token-file", str(tmp_path / "wrong")]):
+            code, text = psyche("run", *command, *given)
+            assert (code, "the token of this coordinator's owner" in text) == (1, True)
+    assert status(psyche, "r")["phase"] == "waiting_for_members"  # reading is free
+    monkeypatch.setenv("PSYCHE_COORDINATOR_TOKEN_FILE", str(token))
+    assert psyche("run", "pause", "r")[0] == 0
+    monkeypatch.delenv("PSYCHE_COORDINATOR_TOKEN_FILE")
+    monkeypatch.setenv("PSYCHE_COORDINATOR_TOKEN", token.read_text().strip())
+    assert psyche("run", "resume", "r")[0] == 0
+
+
+def test_the_token_is_in_its_file_and_nowhere_else(private, psyche):
+    token, process = private
+    secret = token.read_text().strip()
+    assert len(secret) >= 43, "32 random bytes"
+    assert token.stat().st_mode & 0o777 == 0o600
+    told = process.stdout.readline()
+    assert str(token) in told
+    assert secret not in told, "standard output is no terminal here, and may be a log"
+    assert secret not in psyche("run", "create", "r", "--token-file", str(token))[1]
+    assert secret.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    assert "No such option" in psyche("coordinator", "--token", "x")[1]
+    assert "No such option" in psyche("run", "pause", "r", "--token", "x")[1]
+
+
+def test_a_terminal_shows_the_token_once(tmp_path, monkeypatch, capsys):
+    from psyche_lightning.cli.coordinator import _tell_owner
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    _tell_owner(tmp_path / "owner.token", "s3cret", True)
+    assert "s3cret" in capsys.readouterr().out
+    _tell_owner(tmp_path / "owner.token", None, True)  # later starts find it in the file
+    assert "s3cret" not in capsys.readouterr().out
+
+
+def test_a_token_that_others_can_read_is_refused(psyche, tmp_path):
+    (tmp_path / "token").write_text("s3cret")
+    (tmp_path / "token").chmod(0o644)
+    serve = ["coordinator", "--port", "0", "--dir", str(tmp_path / "runs")]
+    for command in (["run", "create", "refused"], serve):
+        code, text = psyche(*command, "--token-file", str(tmp_path / "token"))
+        assert (code, "other users can read" in text) == (1, True)
 
 
 def test_a_run_is_changed_started_and_closed(psyche):

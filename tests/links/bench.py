@@ -133,7 +133,8 @@ def train_psyche(name: str, links: list[Link], recipe: str, blocks: int, steps: 
         serve = ["coordinator", "--host", far.address, "--port", str(PORT), "--dir", str(folder / "coordinator")]
         url = processes.add(Child("coordinator", serve, log, inside=far.inside)).url()
         given = [f"total_steps={starts[-1] + steps + LEFT_OUT}", f"init_min_clients={len(nodes)}", *overrides]
-        create = Child("run", ["run", "create", "links", recipe, *given, "--coordinator", url], log, inside=far.inside)
+        own = ["--coordinator", url, "--token-file", str(folder / "coordinator" / "owner.token")]
+        create = Child("run", ["run", "create", "links", recipe, *given, *own], log, inside=far.inside)
         if processes.add(create).process.wait():
             raise RuntimeError(f"the run could not be created: {create.tail()}")
         folders = [folder / f"node-{number}" for number in range(len(nodes))]

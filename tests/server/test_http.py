@@ -126,8 +126,9 @@ def test_the_token_guards_what_changes_runs(served, run):
             assert not server.runs
             right = {"Authorization": "Bearer s3cret ü"}
             assert (await ask("POST", f"{url}/v1/runs", json={"run_id": "r"}, headers=right))[0] == 201
-            for command in ("pause", "resume"):
+            for command in ("pause", "resume", "start", "update", "authorize", "revoke", "close"):
                 assert (await ask("POST", f"{url}/v1/runs/r/{command}", json={}))[0] == 401
+            for command in ("pause", "resume"):
                 assert (await ask("POST", f"{url}/v1/runs/r/{command}", json={}, headers=right))[0] == 200
             assert (await ask("GET", f"{url}/v1/runs/r"))[0] == 200  # looking is free
 
