@@ -52,7 +52,7 @@ from psyche_lightning_solana.layout import (
 )
 from psyche_lightning_solana.types import METADATA, MODEL
 
-_CLIENT, _MEMBER = struct.Struct("<32s32sBxxxI"), struct.Struct("<32s32s4Q")
+_CLIENT, _MEMBER = struct.Struct("<32s32sBBxxI"), struct.Struct("<32s32s4Q")
 _WITNESS = struct.Struct("<QQB7x192s192s32s")
 _TRAINING = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
 REPORTING = (Phase.WARMUP, *_TRAINING)
@@ -421,8 +421,9 @@ def write_coordinator(run: RunAccounts) -> bytes:
         _write_round(record["rounds"][slot], round_)
     if state.phase is Phase.WARMUP:  # Psyche's readers expect the reports here; 32 of them fit
         _write_witnesses(record["rounds"][0], state.warmup_witnesses[:MAX_WITNESSES])
+    places = {member.signer: place for place, member in enumerate(run.members)}
     for field, clients in (("clients", state.clients), ("exited_clients", state.exited_clients)):
-        parts = [_CLIENT.pack(c.signer, c.node, c.status, c.exited_height) for c in clients]
+        parts = [_CLIENT.pack(c.signer, c.node, c.status, places[c.signer], c.exited_height) for c in clients]
         record[field]["items"][: len(parts)] = np.frombuffer(b"".join(parts), CLIENT)
         record[field]["len"] = len(parts)
     parts = [_MEMBER.pack(m.signer, m.p2p, 0, m.earned, m.slashed, m.active) for m in run.members]

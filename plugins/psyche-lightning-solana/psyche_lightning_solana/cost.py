@@ -218,9 +218,9 @@ class _Played:
                 )
         permit = authorization_address(self._authorizer, self._owner.pubkey(), Pubkey.default(), JOIN_SCOPE)
         for node in self._nodes:
-            key = node.pubkey()
-            join = self._keys.join_run(key, sha256(b"node", bytes(key)), permit)
-            yield "epoch", self._send("join_run", [join], node)
+            key = Keypair.from_seed(sha256(b"node", bytes(node.pubkey())))
+            join = self._keys.join_run(node.pubkey(), bytes(key.pubkey()), permit)
+            yield "epoch", self._send("join_run", [join], node, key)
         self._chain.advance_seconds(EXTRA_TIME + 1)
         if self._state().state.phase.name == "WAITING_FOR_MEMBERS":
             yield "epoch", self._send("tick", [self._keys.tick(self._nodes[0].pubkey())], self._nodes[0])

@@ -198,17 +198,34 @@ def set_checkpoint(run: RunAccounts, repo: Any, clock: Clock) -> RunAccounts:
 def join(run: RunAccounts, user: bytes, signer: bytes, p2p: bytes, clock: Clock) -> RunAccounts:
     """Add the wallet from the next epoch on; an earlier member may bring a new node key."""
     require(signer == user, "SignerMismatch")
+    pending = {client.signer for client in run.pending}
+    # Every node needs its own key.
+    require(all(client.node != p2p for client in run.pending if client.signer != signer), "SignerMismatch")
+    room = signer in pending or len(pending) < run.state.config.global_batch_size_end
+    require(room, "MoreClientsThanBatches")
     members = list(run.members)
     place = next((i for i, member in enumerate(members) if member.signer == signer), None)
-    # Every node needs its own key; no node may take another's.
-    require(all(m.p2p != p2p for i, m in enumerate(members) if i != place), "SignerMismatch")
-    if place is None:
-        require(len(members) < run.state.config.global_batch_size_end, "MoreClientsThanBatches")
-        require(len(members) < MAX_CLIENTS, "ClientsFull")
-        members.append(Member(signer, p2p, active=run.next_active))
-    else:
+    if place is not None:
         members[place] = replace(members[place], p2p=p2p, active=run.next_active)
+    else:
+        free = _free_place(run)
+        require(free < MAX_CLIENTS, "ClientsFull")
+        members[free : free + 1] = [Member(signer, p2p, active=run.next_active)]
     return advance(replace(run, members=tuple(members)), clock)
+
+
+def _free_place(run: RunAccounts) -> int:
+    """A new place, or that of a wallet that is gone, has no points and does not hold the checkpoint.
+
+    Those whom the lists of the epoch name stay, since their rounds are still read. Without any it is ``MAX_CLIENTS``.
+    """
+    if len(run.members) < MAX_CLIENTS:
+        return len(run.members)
+    state = run.state
+    listed = (client.signer for client in (*run.pending, *state.clients, *state.exited_clients))
+    kept = {*listed, *state.holders}
+    free = (i for i, m in enumerate(run.members) if m.signer not in kept and not m.earned and not m.slashed)
+    return next(free, MAX_CLIENTS)
 
 
 def withdraw(run: RunAccounts, user: bytes, clock: Clock) -> RunAccounts:

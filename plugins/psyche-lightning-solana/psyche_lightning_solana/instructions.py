@@ -183,9 +183,10 @@ class RunKeys:
     # Clients.
 
     def join_run(self, user: Pubkey, node: bytes, authorization: Pubkey) -> Instruction:
-        """Take part from the next epoch on, with that node key (32 bytes)."""
+        """Take part from the next epoch on, with that node key (32 bytes), which signs, too."""
         identity = {"signer": bytes(user), "p2p_identity": node}
-        return self._build("join_run", {"user": user, "authorization": authorization}, {"client_id": identity})
+        accounts = {"user": user, "authorization": authorization, "node": Pubkey(node)}
+        return self._build("join_run", accounts, {"client_id": identity})
 
     def withdraw(self, user: Pubkey) -> Instruction:
         """Leave the run."""

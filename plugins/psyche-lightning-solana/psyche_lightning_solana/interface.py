@@ -137,7 +137,11 @@ COORDINATOR = _program(
         epoch_slashing_rate_per_client=Option(U64),
     ),
     _instruction("set_paused", _OWNER, paused=BOOL),
-    _instruction("join_run", "user s, authorization, instance, coordinator_account w, manifest w", client_id=CLIENT_ID),
+    _instruction(
+        "join_run",
+        "user s, authorization, instance, coordinator_account w, manifest w, node s",
+        client_id=CLIENT_ID,
+    ),
     _instruction("tick", _USER),
     _instruction("witness", _USER, **_REPORT, metadata=WITNESS_METADATA),
     _instruction("warmup_witness", _USER, **_REPORT),

@@ -55,7 +55,9 @@ ROUND = _struct(
     ("clients_len", "<u2"),
     ("tie_breaker_tasks", "<u2"),
 )
-CLIENT = _struct(("signer", _key()), ("p2p", _key()), ("status", "u1"), ("pad", _key(3)), ("exited_height", "<u4"))
+CLIENT = _struct(
+    ("signer", _key()), ("p2p", _key()), ("status", "u1"), ("place", "u1"), ("pad", _key(2)), ("exited_height", "<u4")
+)
 CLIENTS = _struct(("items", (CLIENT, (MAX_CLIENTS,))), ("len", "<u8"))
 MEMBER = _struct(
     ("signer", _key()), ("p2p", _key()), ("unused", "<u8"), ("earned", "<u8"), ("slashed", "<u8"), ("active", "<u8")

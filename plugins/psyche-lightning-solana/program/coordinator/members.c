@@ -1,6 +1,9 @@
 // Who takes part: joining, leaving, and where a node can be reached.
 #include "coordinator/context.h"
 
+enum { JOIN_USER, AUTHORIZATION, JOIN_INSTANCE, JOIN_COORDINATOR, JOIN_MANIFEST, NODE, JOIN_ACCOUNTS };
+
+// The node signs, too: nobody joins with the node key of another.
 NOINLINE u64 join_run(Input *input) {
   Context context;
   Key signer, p2p;
@@ -8,10 +11,13 @@ NOINLINE u64 join_run(Input *input) {
   read_key(&fields, &signer);
   read_key(&fields, &p2p);
   TRY(ended(&fields));
-  TRY(open_context(&context, input, 2, 0));
+  TRY(need_accounts(input, JOIN_ACCOUNTS));
+  TRY(open_context(&context, input, JOIN_INSTANCE, 0));
   const Slice scope = TEXT("CoordinatorJoinRun");
-  TRY(need_authorization(&context, &input->accounts[1], &context.join_authority, &scope));
-  REQUIRE(same_key(&signer, context.user->key), SignerMismatch);
+  TRY(need_authorization(&context, &input->accounts[AUTHORIZATION], &context.join_authority, &scope));
+  const Account *node = &input->accounts[NODE];
+  TRY(need_signer(node, "node"));
+  REQUIRE(same_key(&signer, context.user->key) && same_key(&p2p, node->key), SignerMismatch);
   TRY(join(&context.run, &signer, &p2p));
   if (!halted(&context.run)) settle(&context.run);
   return close_context(&context);

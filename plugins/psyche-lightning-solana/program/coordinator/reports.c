@@ -2,7 +2,7 @@
 #include "coordinator/context.h"
 
 static u64 need_member(const Context *context) {
-  return find_member(&context->run, context->user->key, 0) == NOBODY ? SignerNotAClient : 0;
+  return find_member(&context->run, context->user->key) == NOBODY ? SignerNotAClient : 0;
 }
 
 static u64 finish(Context *context) {

@@ -3,12 +3,6 @@
 
 #include "common/syscalls.h"
 
-static bool is_pending(const Coordinator *account, u64 index) {
-  return account->members[index].active == account->next_active;
-}
-
-static bool holds(const Manifest *manifest, u64 index) { return manifest->holders[index / 32] >> (index % 32) & 1; }
-
 NOINLINE u64 count_pending(const Run *run) {
   u64 count = 0;
   for (u64 i = 0; i < within(run->account->members_length, MAX_CLIENTS); i++) count += is_pending(run->account, i);
@@ -26,6 +20,7 @@ static NOINLINE bool take_members(Run *run) {
     if (!is_pending(account, i)) continue;
     clients->items[length].signer = account->members[i].signer;
     clients->items[length].p2p = account->members[i].p2p;
+    clients->items[length].place = (u8)i;
     length++;
     held |= holds(run->manifest, i);
   }
@@ -96,10 +91,9 @@ NOINLINE void withdraw_everyone(Run *run) {
 
 NOINLINE void forget_silent_holders(Run *run) {
   const ClientList *clients = &run->account->clients;
-  u64 member = 0;
   for (u64 i = 0; i < within(clients->length, MAX_CLIENTS); i++) {
-    member = find_member(run, &clients->items[i].signer, member);
-    run->manifest->holders[member / 32 % COUNT(run->manifest->holders)] &= ~(1u << member % 32);
+    u64 member = clients->items[i].place;
+    run->manifest->holders[member / 32] &= ~(1u << member % 32);
   }
 }
 
@@ -107,13 +101,10 @@ static void add_points(u64 *points, u64 more) {
   if (__builtin_add_overflow(*points, more, points)) *points = UINT64_MAX;
 }
 
-// Each list is made of runs in the order of registration: the search for the next goes on after the last.
 static NOINLINE void settle_list(Run *run, const ClientList *list, u64 earning) {
   Coordinator *account = run->account;
-  u64 member = 0;
   for (u64 i = 0; i < within(list->length, MAX_CLIENTS); i++) {
-    member = find_member(run, &list->items[i].signer, member);
-    if (member == NOBODY) continue;
+    u64 member = list->items[i].place;
     run->manifest->holders[member / 32] |= 1u << member % 32;
     if (list->items[i].state == HEALTHY) add_points(&account->members[member].earned, earning);
     if (list->items[i].state == EJECTED)

@@ -45,8 +45,8 @@ static NOINLINE bool was_at(const Run *run, const Round *before, const Key *sign
 static u64 drop(Run *run, u64 client) {
   Coordinator *account = run->account;
   account->clients.items[client].state = DROPPED;
-  u64 member = find_member(run, &account->clients.items[client].signer, client);
-  if (member != NOBODY && account->members[member].active == account->next_active) account->members[member].active = 0;
+  u64 member = account->clients.items[client].place;
+  if (is_pending(account, member)) account->members[member].active = 0;
   run->changed = true;
   return 0;
 }

@@ -182,7 +182,8 @@ typedef struct {
   Key signer;
   Key p2p;
   u8 state;
-  u8 padding[3];
+  u8 place;  // among the members; padding in Psyche's layout
+  u8 padding[2];
   u32 exited_height;
 } Client;
 
@@ -321,6 +322,7 @@ AT(Witness, merkle, 408);
 AT(Coordinator, clients, 57496);
 SIZE(Client, 72);
 AT(Client, state, 64);
+AT(Client, place, 65);
 AT(Client, exited_height, 68);
 AT(Coordinator, clients.length, 75928);
 AT(Coordinator, exited, 75936);

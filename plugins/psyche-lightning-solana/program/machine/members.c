@@ -1,12 +1,11 @@
 #include "machine/run.h"
 
-NOINLINE u64 find_member(const Run *run, const Key *signer, u64 from) {
+#include "common/syscalls.h"
+
+NOINLINE u64 find_member(const Run *run, const Key *signer) {
   const Coordinator *account = run->account;
-  u64 length = within(account->members_length, MAX_CLIENTS), at = from;
-  for (u64 i = 0; i < length; i++, at++) {
-    if (at >= length) at = 0;
-    if (same_key(&account->members[at].signer, signer)) return at;
-  }
+  for (u64 i = 0; i < within(account->members_length, MAX_CLIENTS); i++)
+    if (same_key(&account->members[i].signer, signer)) return i;
   return NOBODY;
 }
 
@@ -29,27 +28,47 @@ NOINLINE u64 count_healthy(const Run *run) {
   return count;
 }
 
-// Whether another member's node has that key.
+// Whether the node of another pending member has that key.
 static bool is_taken(const Run *run, const Key *p2p, u64 index) {
   const Coordinator *account = run->account;
   for (u64 i = 0; i < within(account->members_length, MAX_CLIENTS); i++)
-    if (i != index && same_key(&account->members[i].p2p, p2p)) return true;
+    if (i != index && is_pending(account, i) && same_key(&account->members[i].p2p, p2p)) return true;
   return false;
+}
+
+static void mark_listed(const ClientList *list, bool *listed) {
+  for (u64 i = 0; i < within(list->length, MAX_CLIENTS); i++) listed[list->items[i].place] = true;
+}
+
+// A place for another member: a new one, or that of a wallet that is gone, has no points and does not hold the
+// checkpoint. Those whom the lists of the epoch name stay, since their rounds are still read.
+static NOINLINE u64 find_place(Run *run) {
+  Coordinator *account = run->account;
+  bool listed[MAX_CLIENTS];
+  if (account->members_length < MAX_CLIENTS) return account->members_length++;
+  fill_zero(listed, sizeof listed);
+  mark_listed(&account->clients, listed);
+  mark_listed(&account->exited, listed);
+  for (u64 i = 0; i < MAX_CLIENTS; i++) {
+    const Member *member = &account->members[i];
+    if (listed[i] || is_pending(account, i) || member->earned || member->slashed || holds(run->manifest, i)) continue;
+    return i;
+  }
+  return NOBODY;
 }
 
 // A wallet becomes pending for the next epoch; one that came before may bring a new node key.
 NOINLINE u64 join(Run *run, const Key *signer, const Key *p2p) {
   Coordinator *account = run->account;
-  u64 index = find_member(run, signer, 0);
+  u64 index = find_member(run, signer);
+  bool pending = index != NOBODY && is_pending(account, index);
   REQUIRE(!is_taken(run, p2p, index), SignerMismatch);
+  if (pending && same_key(&account->members[index].p2p, p2p)) return 0;
+  REQUIRE(pending || count_pending(run) < account->config.global_batch_size_end, MoreClientsThanBatches);
   if (index == NOBODY) {
-    index = account->members_length;
-    REQUIRE(index < account->config.global_batch_size_end, MoreClientsThanBatches);
-    REQUIRE(index < MAX_CLIENTS, ClientsFull);
-    account->members_length = index + 1;
+    index = find_place(run);
+    REQUIRE(index != NOBODY, ClientsFull);
     account->members[index].signer = *signer;
-  } else if (same_key(&account->members[index].p2p, p2p) && account->members[index].active == account->next_active) {
-    return 0;
   }
   account->members[index].p2p = *p2p;
   account->members[index].active = account->next_active;
@@ -60,7 +79,7 @@ NOINLINE u64 join(Run *run, const Key *signer, const Key *p2p) {
 // A pending member is forgotten, a healthy client of the epoch becomes Withdrawn.
 NOINLINE u64 withdraw(Run *run, const Key *signer) {
   Coordinator *account = run->account;
-  u64 member = find_member(run, signer, 0), client = find_client(run, signer);
+  u64 member = find_member(run, signer), client = find_client(run, signer);
   bool pending = member != NOBODY && account->members[member].active == account->next_active;
   bool healthy = client != NOBODY && account->clients.items[client].state == HEALTHY;
   REQUIRE(pending || healthy, InvalidWithdraw);

@@ -44,6 +44,12 @@ bool trains(const Run *run, const Round *round);
 void enter(Run *run, u8 phase);
 
 // epoch.c
+// Whether the member waits for the next epoch.
+INLINE bool is_pending(const Coordinator *account, u64 index) {
+  return account->members[index].active == account->next_active;
+}
+// Whether the member may hold the checkpoint.
+INLINE bool holds(const Manifest *manifest, u64 index) { return manifest->holders[index / 32] >> (index % 32) & 1; }
 u64 count_pending(const Run *run);
 void form_epoch(Run *run);
 // Clients that are not healthy leave the list; whether there were any.
@@ -79,8 +85,8 @@ INLINE bool passed(const Run *run, u64 start, u64 length) { return run->now >= s
 
 // members.c
 #define NOBODY MAX_CLIENTS
-// Index of a member, or NOBODY; the search begins at `from` and wraps.
-u64 find_member(const Run *run, const Key *signer, u64 from);
+// Index of a member, or NOBODY.
+u64 find_member(const Run *run, const Key *signer);
 // Index in the epoch's list of clients, or NOBODY.
 u64 find_client(const Run *run, const Key *signer);
 bool is_healthy(const Run *run, const Key *signer);

@@ -11,11 +11,14 @@ static bool zeros(const void *at, u64 length) {
 #define ZERO(object) must(zeros(&(object), sizeof(object)), #object " is zero")
 
 static void check_clients(const ClientList *list, bool left) {
+  const Coordinator *account = coordinator();
   must(list->length <= MAX_CLIENTS, "a list of clients is in bounds");
   must(zeros(&list->items[list->length], (MAX_CLIENTS - list->length) * sizeof(Client)), "the rest of it is zero");
   for (u64 i = 0; i < list->length; i++) {
     const Client *client = &list->items[i];
     ZERO(client->padding);
+    must(client->place < account->members_length, "a client is a member");
+    must(same_key(&account->members[client->place].signer, &client->signer), "and keeps its place");
     must(client->state <= EJECTED, "a client's state is known");
     must(!left || client->state != HEALTHY, "who left is not healthy");
     must(left || client->exited_height == 0, "who is there has not left");

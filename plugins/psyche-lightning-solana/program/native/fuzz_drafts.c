@@ -151,10 +151,11 @@ static void draft_update(Draft *draft, Bytes *bytes) {
 void draft_join(Draft *draft, u8 node, u8 p2p) {
   start(draft, JOIN, node);
   put(draft, key_of(node), 32);
-  put8(draft, p2p == 0 ? NODE : node);  // with 0, the first node's key
-  put_filled(draft, p2p & 1, 31);
+  u8 key = NODE_KEY + (p2p == 0 ? 0 : 2 * (node - NODE) + (p2p & 1));  // with 0, the first node's key
+  put(draft, key_of(key), 32);
   meta(draft, ANYBODY, false, false);
   run_accounts(draft);
+  meta(draft, key, true, false);
 }
 
 static u64 index_of(u8 node) {

@@ -10,7 +10,8 @@ enum {
   NODE,  // the first of NODES
   STRANGER = NODE + NODES,
   SPILL,
-  AUTHORIZER,
+  NODE_KEY,  // two for each node and the stranger
+  AUTHORIZER = NODE_KEY + 2 * (NODES + 1),
   SYSTEM,
   ANYBODY,   // an authorization to join
   KEEPER,    // an authorization of the first node to set checkpoints

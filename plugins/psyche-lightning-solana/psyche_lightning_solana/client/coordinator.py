@@ -9,10 +9,11 @@ import math
 import random
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 from solders.instruction import Instruction
+from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
 from psyche_lightning import aio
@@ -97,6 +98,7 @@ class SolanaCoordinator:
     ) -> None:
         self.run = SolanaRun(cluster, run_id, wallet, clock=clock, sleep=sleep, randomness=randomness)
         self._node = identity.public
+        self._node_key = Wallet(Keypair.from_seed(identity.secret_bytes()), "the node's key")
         self._patience = patience
         self._clock = clock
         self._sleep = sleep
@@ -366,7 +368,8 @@ class SolanaCoordinator:
         if not parts:
             return
         await self._check_funds(new_address=bool(address) and not self._book.get(self.signer))
-        receipt = await self._transact("+".join(names), parts, run)
+        signers = [self._node_key] if "join_run" in names else []
+        receipt = await self._transact("+".join(names), parts, run, signers)
         await self._book.update([self.signer], all_of_them=True)
         await self._look(receipt.slot)
 
@@ -432,11 +435,13 @@ class SolanaCoordinator:
     async def _tick(self, nonce: int) -> None:
         await self._send("tick", lambda keys, me: keys.tick(me), nonce)
 
-    async def _transact(self, name: str, parts: list[Instruction], run: RunAccounts) -> Receipt:
+    async def _transact(
+        self, name: str, parts: list[Instruction], run: RunAccounts, signers: Sequence[Wallet] = ()
+    ) -> Receipt:
         assert self._feed is not None
         slot = self._feed.latest.slot if self._feed.latest is not None else None
         try:
-            return await self.run.sender.send(name, parts, units=units(name), min_slot=slot)
+            return await self.run.sender.send(name, parts, units=units(name), signers=signers, min_slot=slot)
         except CoordinatorError as error:
             if not error.retryable:
                 self._feed.look()  # the run may have moved on

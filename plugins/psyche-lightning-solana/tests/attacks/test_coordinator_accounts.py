@@ -35,8 +35,9 @@ def every_instruction(run: Run) -> Iterator[tuple[Instruction, list[Keypair]]]:
         keys.set_manifest(owner.pubkey(), sha256(b"m"), "here"),
     ):
         yield instruction, [owner]
+    instruction, *signers = run.joining(user)
+    yield instruction, signers
     for instruction in (
-        keys.join_run(user.pubkey(), bytes(32), run.open),
         keys.tick(user.pubkey()),
         run.report(user),
         keys.warmup_witness(user.pubkey(), 0, PARAMETERS),
@@ -57,8 +58,14 @@ def unsigned(meta: AccountMeta) -> AccountMeta:
 
 def test_who_should_sign_and_does_not(training: Run) -> None:
     names = set()
-    for instruction, _ in every_instruction(training):
-        assert training.refused(altered(instruction, a0=unsigned(instruction.accounts[0]))) == "AccountNotSigner"
+    for instruction, signers in every_instruction(training):
+        for place, meta in enumerate(instruction.accounts):
+            if meta.is_signer:
+                others = [signer for signer in signers if signer.pubkey() != meta.pubkey]
+                assert (
+                    training.refused(altered(instruction, **{f"a{place}": unsigned(meta)}), *others)
+                    == "AccountNotSigner"
+                )
         names.add(bytes(instruction.data[:8]))
     specs = COORDINATOR.instructions
     assert names == {spec.discriminator for name, spec in specs.items() if name != "init_coordinator"}

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 from psyche_lightning_solana.interface import CHECKPOINT_SCOPE, JOIN_SCOPE
-from psyche_lightning_solana.layout import MAX_CLIENTS
-from solana_support.runs import CONFIG, PARAMETERS, Run, altered
+from psyche_lightning_solana.layout import MAX_CLIENTS, view_coordinator
+from solana_support.runs import CONFIG, PARAMETERS, Run, altered, node_of
 from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
 
@@ -33,32 +33,38 @@ def waiting() -> Run:
 
 def test_joining_for_somebody_else(waiting: Run) -> None:
     victim, thief = waiting.wallets[0], waiting.stranger
-    instruction = waiting.keys.join_run(victim.pubkey(), bytes(32), waiting.open)
+    instruction, _, node = waiting.joining(victim)
     meta = AccountMeta(thief.pubkey(), True, False)
-    assert waiting.refused(altered(instruction, a0=meta), thief) == "SignerMismatch"
+    assert waiting.refused(altered(instruction, a0=meta), thief, node) == "SignerMismatch"
 
 
 def test_joining_with_the_node_key_of_another(waiting: Run) -> None:
-    waiting.join(waiting.wallets[0])
-    stolen = waiting.keys.join_run(waiting.stranger.pubkey(), sha256(bytes(waiting.wallets[0].pubkey())), waiting.open)
-    assert waiting.refused(stolen, waiting.stranger) == "SignerMismatch"
+    """Whoever has not the key cannot use it, whether or not its node is a member; who has it uses it once."""
+    run, victim, thief = waiting, waiting.wallets[0], waiting.stranger
+    stolen, _, node = run.joining(thief, node_of(victim))
+    claimed = altered(stolen, a5=AccountMeta(node.pubkey(), False, False))
+    own = altered(stolen, a5=AccountMeta(node_of(thief).pubkey(), True, False))
+    for _ in range(2):
+        assert run.refused(claimed, thief) == "AccountNotSigner"
+        assert run.refused(own, thief, node_of(thief)) == "SignerMismatch"
+        run.join(victim)
+    assert run.refused(stolen, thief, node) == "SignerMismatch"
+    run.do(run.keys.withdraw(victim.pubkey()), victim)
+    run.do(stolen, thief, node)
 
 
 def test_joining_with_what_does_not_authorize(waiting: Run) -> None:
     run, user = waiting, waiting.wallets[0]
+    join, *signers = run.joining(user)
     foreign = run.authorize(run.stranger, JOIN_SCOPE)
     scope = run.authorize(run.owner, CHECKPOINT_SCOPE)
     named = run.authorize(run.owner, JOIN_SCOPE, run.wallets[1].pubkey())
     for authorization in (foreign, scope, named):
-        join = run.keys.join_run(user.pubkey(), bytes(32), authorization)
-        assert run.refused(join, user) == "ConstraintRaw"
+        assert run.refused(altered(join, a1=authorization), *signers) == "ConstraintRaw"
     forged = run.vm.keypair().pubkey()
     run.vm.put(forged, run.stranger.pubkey(), run.vm.data(run.open))
-    assert run.refused(run.keys.join_run(user.pubkey(), bytes(32), forged), user) == "AccountOwnedByWrongProgram"
-    assert (
-        run.refused(run.keys.join_run(user.pubkey(), bytes(32), run.keys.instance), user)
-        == "AccountOwnedByWrongProgram"
-    )
+    for wrong in (forged, run.keys.instance):
+        assert run.refused(altered(join, a1=wrong), *signers) == "AccountOwnedByWrongProgram"
 
 
 def test_the_list_of_members_is_full() -> None:
@@ -66,19 +72,52 @@ def test_the_list_of_members_is_full() -> None:
     wallets = [run.vm.wallet() for _ in range(MAX_CLIENTS + 1)]
     for wallet in wallets[:MAX_CLIENTS]:
         run.join(wallet)
-    late = wallets[-1].pubkey()
-    assert run.refused(run.keys.join_run(late, sha256(bytes(late)), run.open), wallets[-1]) == "ClientsFull"
+    late = wallets[-1]
+    assert run.refused(*run.joining(late)) == "ClientsFull"
     run.join(wallets[0])
+    run.do(run.keys.withdraw(wallets[7].pubkey()), wallets[7])
+    run.join(late)
+    assert len(run.read().members) == MAX_CLIENTS
+    assert run.read().members[7].signer == bytes(late.pubkey()), "in the place of the one that left"
+    assert run.refused(*run.joining(wallets[7])) == "ClientsFull"
 
 
 def test_more_members_than_samples() -> None:
     run = Run(3, global_batch_size_start=2, global_batch_size_end=2).start()
     for wallet in run.wallets[:2]:
         run.join(wallet)
-    late = run.wallets[2].pubkey()
-    assert (
-        run.refused(run.keys.join_run(late, sha256(bytes(late)), run.open), run.wallets[2]) == "MoreClientsThanBatches"
-    )
+    assert run.refused(*run.joining(run.wallets[2])) == "MoreClientsThanBatches"
+
+
+def test_wallets_that_left_fill_no_run() -> None:
+    run = Run(3, init_min_clients=2, global_batch_size_start=2, global_batch_size_end=2).start()
+    for wallet in (*run.wallets, run.stranger, *run.wallets):
+        run.join(wallet)
+        run.do(run.keys.withdraw(wallet.pubkey()), wallet)
+    run.join(run.wallets[1])
+    run.join(run.stranger)
+    run.wait(3)
+    assert [client.signer for client in run.state.clients] == [
+        bytes(wallet.pubkey()) for wallet in (run.wallets[1], run.stranger)
+    ]
+
+
+def test_the_places_of_who_is_listed_or_has_points_are_not_given_away() -> None:
+    run = Run(3, global_batch_size_start=257, global_batch_size_end=257).train()
+    wallets = [run.vm.wallet() for _ in range(MAX_CLIENTS - 3)]
+    for wallet in wallets:
+        run.join(wallet)
+    assert run.refused(*run.joining(run.stranger)) == "ClientsFull", "the clients of the epoch keep their places"
+    for wallet in wallets[2:]:
+        run.do(run.keys.withdraw(wallet.pubkey()), wallet)
+    run.do(run.keys.withdraw(run.wallets[2].pubkey()), run.wallets[2])
+    data = bytearray(run.vm.data(run.keys.coordinator_account))
+    view_coordinator(data)["members"]["earned"][5] = 1
+    run.vm.put(run.keys.coordinator_account, run.program, bytes(data))
+    run.join(run.stranger)
+    members = run.read().members
+    assert members[6].signer == bytes(run.stranger.pubkey())
+    assert [member.signer for member in members[:3]] == [bytes(wallet.pubkey()) for wallet in run.wallets]
 
 
 def test_leaving_without_being_there(training: Run) -> None:

@@ -58,6 +58,7 @@ class Gate:
             "instance": self.world.instance,
             "coordinator_account": self.world.account,
             "manifest": self.world.manifest,
+            "node": user.pubkey(),
         }
         instruction = call(
             self.world.coordinator, COORDINATOR.instructions["join_run"], accounts, {"client_id": identity}

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from psyche_lightning_solana import hosting
-from psyche_lightning_solana.account import RunAccounts, at_rest, read, write_coordinator, write_manifest
+from psyche_lightning_solana.account import Member, RunAccounts, at_rest, read, write_coordinator, write_manifest
 from psyche_lightning_solana.errors import NUMBERS
 from psyche_lightning_solana.interface import COORDINATOR
+from psyche_lightning_solana.layout import MAX_CLIENTS
 from solana_support.native import NativeProgram
 from solana_support.traffic import Traffic, Trial, World
 from solana_support.twins import MAX_UNITS, Disagreement, Seen
 
 from psyche_lightning.protocol.state import Phase as RunPhase
+from psyche_lightning.wire.canonical import sha256
 
 INSTRUCTIONS = 20_000
-# ClientsFull needs 257 wallets; the others cannot be reached: the machine refuses earlier, or they are Psyche's alone.
+# ClientsFull needs 257 wallets and has a test of its own. The machine refuses earlier than the others, or they are
+# Psyche's alone.
 UNREACHED = {
     "CoordinatorAccountIncorrectSize",
     "ClientsFull",
@@ -80,6 +84,24 @@ def test_a_disagreement_is_found_and_shortened(monkeypatch: pytest.MonkeyPatch) 
     steps = str(found.value).split("shortest:\n")[1].splitlines()
     assert Counter(step.split()[1] for step in steps)["withdraw"] >= 1
     assert len(steps) < 20, "what is not needed to show it is left out"
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_a_list_of_members_that_is_full(seed: int) -> None:
+    """Wallets that left have all places but a few; newcomers get the places of some."""
+    world = World(9)
+    traffic = Traffic(seed, world)
+    while not (world.exists and world.twins.run(world.keys).state.phase is RunPhase.WAITING_FOR_MEMBERS):
+        world.take(traffic.next())
+    run = world.twins.run(world.keys)
+    gone = [Member(sha256(bytes([i])), sha256(bytes([i, 1])), earned=i % 50 and 1) for i in range(MAX_CLIENTS)]
+    full = replace(run, members=(*run.members, *gone)[:MAX_CLIENTS])
+    world.twins.put(world.keys.coordinator_account, world.twins.program, write_coordinator(full))
+    for _ in range(400):
+        world.take(traffic.next())
+    numbers = {number for _, number in world.twins.seen.refusals}
+    assert NUMBERS["ClientsFull"] in numbers
+    assert world.twins.seen.phases[RunPhase.ROUND_TRAIN.name]
 
 
 @pytest.mark.parametrize(("seed", "wallets"), [(1, 6), (2, 3), (4, 40)])

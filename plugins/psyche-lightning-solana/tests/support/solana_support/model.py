@@ -283,9 +283,12 @@ class ModelProgram:
         self._store(context, change(context.run, self._clock))
 
     def _join_run(self, given: list[_Given], client_id: dict[str, bytes]) -> None:
+        require(len(given) >= 6, "AccountNotEnoughKeys")
         context = self._context(given, 2)
         self._authorized(context, given[1], context.instance["join_authority"], JOIN_SCOPE)
+        require(given[5].signer, "AccountNotSigner")
         signer, p2p = client_id["signer"], client_id["p2p_identity"]
+        require(p2p == given[5].key, "SignerMismatch")
         self._store(context, hosting.join(context.run, context.user, signer, p2p, self._clock))
 
     def _withdraw(self, given: list[_Given]) -> None:

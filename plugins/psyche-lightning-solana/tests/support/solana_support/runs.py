@@ -66,6 +66,11 @@ MODEL: dict[str, Any] = {
 MAX_UNITS = 1_400_000
 
 
+def node_of(wallet: Keypair) -> Keypair:
+    """The key of that wallet's node."""
+    return Keypair.from_seed(sha256(bytes(wallet.pubkey())))
+
+
 class Run:
     """One run, its owner and its wallets.
 
@@ -164,9 +169,14 @@ class Run:
         self.do(self.keys.set_paused(self.owner.pubkey(), False), self.owner)
         return self
 
+    def joining(self, wallet: Keypair, node: Keypair | None = None) -> tuple[Instruction, Keypair, Keypair]:
+        """Taking part from the next epoch on: the instruction, and who signs it."""
+        node = node or node_of(wallet)
+        return self.keys.join_run(wallet.pubkey(), bytes(node.pubkey()), self.open), wallet, node
+
     def join(self, wallet: Keypair) -> Outcome:
         """Take part from the next epoch on."""
-        return self.do(self.keys.join_run(wallet.pubkey(), sha256(bytes(wallet.pubkey())), self.open), wallet)
+        return self.do(*self.joining(wallet))
 
     def gather(self) -> Run:
         """Everybody joins, and warm-up begins."""

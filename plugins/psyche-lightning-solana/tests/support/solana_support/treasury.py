@@ -245,8 +245,10 @@ class Treasury:
         create = call(self.authorizer, AUTHORIZER.instructions["authorization_create"], accounts, arguments)
         grant = AUTHORIZER.instructions["authorization_grantor_update"]
         must(self.send(create, call(self.authorizer, grant, accounts, {"active": True})))
-        identity = {"signer": bytes(self.user.pubkey()), "p2p_identity": bytes(self.user.pubkey())}
-        return self.coordinate(COORDINATOR.instructions["join_run"], {"client_id": identity}, authorization=granted)
+        user = self.user.pubkey()
+        identity = {"signer": bytes(user), "p2p_identity": bytes(user)}
+        spec = COORDINATOR.instructions["join_run"]
+        return self.coordinate(spec, {"client_id": identity}, authorization=granted, node=user)
 
     def train(self) -> None:
         """Play the user's part until the run is finished or waits for members."""

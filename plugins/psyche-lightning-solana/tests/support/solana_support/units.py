@@ -16,7 +16,7 @@ from typing import Any
 from psyche_lightning_solana.addresses import authorization_address
 from psyche_lightning_solana.instructions import RunKeys, authorization_create, authorization_grantor_update
 from psyche_lightning_solana.interface import CHECKPOINT_SCOPE, JOIN_SCOPE
-from psyche_lightning_solana.layout import COORDINATOR_SIZE, Record, view_coordinator
+from psyche_lightning_solana.layout import COORDINATOR_SIZE, MAX_CLIENTS, Record, view_coordinator
 from psyche_lightning_solana.programs import image
 from solders.compute_budget import set_compute_unit_limit, set_compute_unit_price
 from solders.instruction import Instruction
@@ -26,6 +26,7 @@ from solders.pubkey import Pubkey
 from psyche_lightning.protocol.bloom import Bloom
 from psyche_lightning.protocol.committee import CommitteeSelection
 from psyche_lightning.wire.canonical import ZERO_HASH
+from solana_support.runs import node_of
 from solana_support.vm import Outcome, Vm, must
 
 MAX_UNITS = 1_400_000
@@ -87,6 +88,13 @@ def _selection(clients: int, seed: int) -> CommitteeSelection:
     return CommitteeSelection(0, 0, 0, clients, seed)
 
 
+def _all_but_one_left(run: Record) -> None:
+    left = MAX_CLIENTS - 1
+    run["exited_clients"]["items"]["place"][:left] = range(left)
+    run["exited_clients"]["len"] = left
+    run["members"]["active"] = 0
+
+
 @dataclass(frozen=True)
 class Row:
     """One measurement: what was sent, when, its compute units (with two of the budget's own), its bytes."""
@@ -134,7 +142,11 @@ class LargeRun:
     def send(self, user: Keypair, instruction: Instruction) -> Outcome:
         """Send as a client does: the user pays, and sets a compute limit and a price."""
         self.vm.payer = user
-        return must(self.vm.send([set_compute_unit_limit(MAX_UNITS), set_compute_unit_price(1), instruction], [user]))
+        return must(
+            self.vm.send(
+                [set_compute_unit_limit(MAX_UNITS), set_compute_unit_price(1), instruction], [user, node_of(user)]
+            )
+        )
 
     def measure(self, name: str, case: str, user: Keypair, instruction: Instruction) -> None:
         """Send, and note what it took."""
@@ -191,6 +203,11 @@ class LargeRun:
         self.measure("set_address", "closed", first, keys.set_address(first.pubkey(), ""))
         self.each(lambda index, user: self._join(user), self.wallets[:-1])
         self.measure("join_run", "the last of 256", last, self._join(last))
+        before = self.vm.data(keys.coordinator_account)
+        self.change(_all_but_one_left)
+        newcomer = self.vm.wallet()
+        self.measure("join_run", "in the place of one that left", newcomer, self._join(newcomer))
+        self.change(lambda run: run[...].__setitem__((), view_coordinator(before)))
         self.vm.advance(5)
         self.measure("tick", "nothing is due, while members gather", first, keys.tick(first.pubkey()))
         self.vm.advance(5)
@@ -200,7 +217,7 @@ class LargeRun:
 
     def _join(self, user: Keypair) -> Instruction:
         key = user.pubkey()
-        return self.keys.join_run(key, sha256(bytes(key)).digest(), self.join_permit)
+        return self.keys.join_run(key, bytes(node_of(user).pubkey()), self.join_permit)
 
     def _warm(self, index: int, user: Keypair) -> Instruction:
         return self.keys.warmup_witness(user.pubkey(), index, b"\1" * 32, 0)
