@@ -276,8 +276,9 @@ class DataProvider(Protocol):
             ``position_ids``, int64 of shape [seq_len]. Labels are not shifted; -100 is ignored.
 
         Raises:
-            DataError: some samples remain unavailable after retries; it has their ids. The node then gives nothing to
-                the round, and the run assigns the ids again. If the error is lasting, the node leaves the run.
+            DataError: some samples remain unavailable after retries; it has their ids. The node then contributes
+                nothing to the round, and the run assigns the ids again. If the error is lasting, the node leaves the
+                run.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The ``psyche`` command: a table of sub-commands; only the called one is imported."""
+"""The ``psyche`` command: a table of its sub-commands. It imports only the one that is called."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Command:
     Attributes:
         target: ``"module:name"`` of a function with typer's annotations, or of a ``typer.Typer`` with sub-commands.
         help: its line in ``psyche --help``.
-        log: where its log goes; standard output if it prints nothing else.
+        log: the stream of its log; standard output only if the command prints nothing else.
     """
 
     target: str
@@ -94,7 +94,7 @@ def _typed() -> list[str]:
 
 
 def _app(called: str | None) -> typer.Typer:
-    """The application: the called command in full, and only names and help lines of the others."""
+    """Build the application: the called command, and only the names and help lines of the others."""
     app = typer.Typer(
         name="psyche",
         help="Train one model on many machines that share only the internet.",
@@ -147,7 +147,7 @@ def _add(app: typer.Typer, name: str, help_line: str, command: Callable[..., Any
 
 
 def _only_listed() -> None:
-    """Stands for a command that is listed but not called."""
+    """Placeholder for a command that is listed but not called."""
 
 
 def _load(target: str) -> Callable[..., Any] | typer.Typer:

@@ -1,4 +1,4 @@
-"""``psyche bench``: measures bytes on the wire, speed of the engine, and quality for bytes."""
+"""``psyche bench``: measures bytes on the wire, speed of the engine, and quality against bytes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def wire(
     json_file: Json = None,
     png: Png = None,
 ) -> None:
-    """Measure a payload for each k, and what a relay that merged N peers sends on."""
+    """Measure the payload for each k, and the payload of a relay that merges N peers."""
     from psyche_lightning.bench.wire import as_json, payloads, relays
 
     check_folder(json_file, "--json")
@@ -87,7 +87,7 @@ def engine(
     json_file: Json = None,
     png: Png = None,
 ) -> None:
-    """Time a DisTrO step with 4 peers, next to AdamW's step, the machine's limits and the public reference."""
+    """Time a DisTrO step with 4 peers, and compare it with AdamW, the machine's limits and the public reference."""
     import torch
 
     from psyche_lightning.bench.engine import load_reference, measure

@@ -10,6 +10,6 @@ WIDE = 200
 
 
 def stdout() -> Console:
-    """Standard output, as wide as a terminal; elsewhere it wraps no line and fits no table into 80 columns."""
+    """Standard output: as wide as the terminal; elsewhere 200 columns wide, and lines are not wrapped."""
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE, soft_wrap=True)

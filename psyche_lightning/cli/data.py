@@ -89,7 +89,7 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the number of a data provider's samples, their fingerprint, and the first of them."""
+    """Show a data provider's number of samples, its fingerprint, and its first samples."""
     from rich.table import Table
 
     from psyche_lightning.cli.console import stdout
@@ -130,7 +130,7 @@ def serve(
 
 
 def _is_data(what: str) -> bool:
-    """Whether the path leads to token files, not to a recipe."""
+    """Whether this is a path of token files, not a recipe."""
     from psyche_lightning.data.files import SUFFIXES
 
     return Path(what).is_dir() or Path(what).suffix in SUFFIXES

@@ -200,7 +200,7 @@ class _Examination:
                 connectivity.reach(_transport(self.settings, port=0), run, addresses, self.progress)
             )
         except TransportError as error:
-            self.findings.append(Finding(connectivity.AREA, "peers", str(error), Verdict.PROBLEM, "see own address"))
+            self.findings.append(Finding(connectivity.AREA, "peers", str(error), Verdict.PROBLEM, "see 'own address'"))
         self.findings += map(connectivity.peer_finding, self.reached)
 
     def _link(self, invitation: Invitation, number: int) -> None:
@@ -356,7 +356,7 @@ def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
 
 
 def _show(console: Console, findings: list[Finding]) -> None:
-    """Print one table, with advice below what was found."""
+    """Print one table, with advice below each finding."""
     table = Table("", "", "found", "verdict", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.columns[2].ratio = 1
     table.expand = False

@@ -1,4 +1,4 @@
-"""What ``psyche train --dry-run`` prints: the resolved recipe, and what it needs."""
+"""``psyche train --dry-run``: prints the resolved recipe and what it needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``psyche run ledger``: shows who trained which data ids, by an audit of the nodes' ledgers alone."""
+"""``psyche run ledger``: audits the nodes' ledgers, and shows who trained which data ids."""
 
 from __future__ import annotations
 

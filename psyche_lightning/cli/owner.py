@@ -1,4 +1,4 @@
-"""Finds the plugin that manages a run for its owner, and the one that reads accounts of runs."""
+"""Finds the plugin that manages a run for its owner, and the plugin that reads the accounts of runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psyche_lightning.server.token import read_token
 
 
 def administer(url: str | None, run_id: str, token_file: Path | None = None) -> RunAdmin:
-    """The owner's side of a run, by the coordinator's URL.
+    """Find the owner's side of a run by the coordinator's URL.
 
     Args:
         url: URL of the coordinator; its scheme names the plugin, as for nodes. None for the environment's.

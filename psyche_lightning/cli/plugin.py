@@ -38,12 +38,12 @@ class Kind(str, Enum):
 
     @property
     def words(self) -> str:
-        """The plugin host's name for it."""
+        """The plugin host's name of the kind."""
         return "data provider" if self is Kind.DATA else self.value
 
     @property
     def registry(self) -> str:
-        """The plugin host's method that lists the installed ones."""
+        """The plugin host's method that lists the installed plugins of the kind."""
         return f"{self.words.replace(' ', '_')}s"
 
 

@@ -256,7 +256,7 @@ run.command()(ledger)
 
 
 def wanted(run_id: str, arguments: list[str], twin: bool, *, everybody: bool = True) -> Creation:
-    """The run that the arguments of ``create`` and ``update`` describe."""
+    """Returns the run that the arguments of ``create`` and ``update`` describe."""
     recipe, overrides = _split(arguments)
     if recipe is None and twin:
         raise ConfigError("--twin is an option of a recipe; also name the recipe")
@@ -275,7 +275,7 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
-    """The creation of a run with a recipe, which fixes everything."""
+    """The parameters of a run with a recipe, which fixes all of them."""
     from psyche_lightning.protocol.manifest import START
     from psyche_lightning.recipe import load_recipe
     from psyche_lightning.recipe.manifest import manifest, start_section
@@ -288,7 +288,7 @@ def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
         found = newest(recipe.checkpoint.resume)
         sections[START] = start_section(found.manifest)
         print(f"resuming after step {found.manifest.metadata.step}, from {found}")
-    del sections["data"]  # only a node that has the samples can describe them, so the first one fixes this section
+    del sections["data"]  # only a node has the samples and can describe them, so the first node fixes this section
     return {
         "config": asdict(recipe.run.coordinator),
         "manifest": sections,
@@ -299,7 +299,7 @@ def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
 
 
 def _bare(run_id: str, overrides: list[str]) -> dict[str, Any]:
-    """The creation of a run without a recipe; the first node fixes what is not given."""
+    """The parameters of a run without a recipe; the first node fixes the missing ones."""
     from psyche_lightning.recipe import resolve
     from psyche_lightning.recipe.loading import parse_override
     from psyche_lightning.recipe.manifest import manifest

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class CoordinatorCallback(Callback):
-    """Stops Trainer when the run is over, and logs the run's figures; the strategy adds one if there is none.
+    """Stops Trainer when the run is over, and logs the run's figures. The strategy adds it if the user does not.
 
     It logs ``psyche/clients``, ``psyche/epoch`` and ``psyche/round`` (the coordinator's), ``psyche/bytes_up`` and
     ``psyche/bytes_down`` (at this node's sockets since it joined), and ``psyche/waiting`` (seconds that it waited).
 
     Args:
-        log_every: steps between figures; None for Trainer's ``log_every_n_steps``, 0 for none.
+        log_every: steps between figures; None for Trainer's ``log_every_n_steps``, 0 to log none.
 
     Raises:
         ConfigError: ``log_every`` is not a whole number >= 0.

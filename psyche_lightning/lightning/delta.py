@@ -1,4 +1,4 @@
-"""A node's delta on disk, so that a killed node keeps the delta it has not sent yet.
+"""Saves a node's delta to disk, so that a killed node does not lose updates that it has not sent yet.
 
 One safetensors file has the float32 delta of each parameter by name; its metadata names the run, the layout that
 positions refer to, and the nonce. Parameters need no file: snapshot and replay restore them.
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 FILE = "delta.safetensors"
 SAVE_EVERY = 50
-"""Rounds between two saves: a kill loses at most this much."""
+"""Rounds between two saves; a killed node loses the delta of at most this many."""
 
 
 def save(folder: Path, run: str, optimizer: DisTrO) -> None:
-    """Write delta; a kill midway leaves the previous file.
+    """Write the delta; if the process is killed meanwhile, the previous file stays.
 
     Raises:
         StoreError: the folder is not writable.
@@ -57,7 +57,7 @@ def load(folder: Path, run: str, optimizer: DisTrO) -> bool:
                 return False
             deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError, ValueError) as error:
-        logger.warning("delta in %s cannot be read and is ignored: %s", path, error)
+        logger.warning("the delta in %s cannot be read and is ignored: %s", path, error)
         return False
     shapes = {entry.name: entry.shape for entry in optimizer.layout.entries}
     if any(delta.shape != shapes.get(name) or delta.dtype != torch.float32 for name, delta in deltas.items()):

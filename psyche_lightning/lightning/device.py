@@ -1,4 +1,4 @@
-"""A node trains on one device of one machine; runs do not use Lightning's own multi-device worlds."""
+"""Ensures that a node trains on one device: runs do not use Lightning's own multi-device training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class OneDevice:
     """The device interface that Trainer and Fabric expect of a strategy; a base beside Lightning's.
 
     Attributes:
-        owner: who sets devices, for errors.
+        owner: the class with the argument ``devices``, for errors.
     """
 
     owner: str
@@ -45,6 +45,6 @@ class OneDevice:
     def num_nodes(self, count: int) -> None:
         if count > 1:
             raise ConfigError(
-                f"{self.owner} has num_nodes={count}, but the nodes of a run are not {self.owner}'s: leave num_nodes "
-                "at 1 and start the same program on every machine."
+                f"{self.owner} has num_nodes={count}, but {self.owner} does not start the nodes of a run: leave "
+                "num_nodes at 1 and start the same program on every machine."
             )

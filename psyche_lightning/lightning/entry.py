@@ -1,4 +1,4 @@
-"""The way into a run: query it, agree on its values before the node joins, and build the client and transport."""
+"""Prepares a node to join a run: queries the run, agrees on its values, and builds the client and the transport."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def look(client: Coordinator, timeout: float = 60.0) -> Terms:
 
 
 class Entry:
-    """A process' facts about its run before it joins; it queries the run once.
+    """What a process knows about its run before it joins. It queries the run once.
 
     Args:
         options: the node's options.
@@ -55,15 +55,15 @@ class Entry:
     Attributes:
         options: as given.
         run_id: the run's name.
-        terms: the run's fixed values; for a run of this process alone, those of its options.
+        terms: the run's fixed values; for a run of this process alone, the values of its options.
         run: the values that all nodes share.
         distro: the compression, which all nodes share too.
-        transport: not started.
+        transport: the node's; not started.
         meter: counts the bytes at the sockets to the coordinator.
 
     Raises:
-        PsycheError: the transport is unknown or refuses its options, the coordinator is unreachable, has no such
-            run, or its values are not the options'.
+        PsycheError: the transport is unknown or refuses its options, the coordinator is unreachable or does not have
+            the run, or the options contradict the run's values.
     """
 
     def __init__(self, options: RunOptions) -> None:
@@ -92,7 +92,7 @@ class Entry:
         """Samples of a round of the whole run.
 
         Args:
-            local: samples from one node's DataLoader and accumulation.
+            local: samples of one step of one node: its DataLoader's batch size times the accumulated batches.
         """
         if "global_batch_size" not in self.terms.unset:
             return self.terms.config.global_batch_size_end
@@ -102,7 +102,7 @@ class Entry:
         """This node's manifest.
 
         Args:
-            sections: model, optimizer and data, if the options do not have them.
+            sections: the sections of model, optimizer and data; those of the options replace them.
             sizes: sizes that this node fixes, by name, if the run leaves them to its first node.
         """
         held = self.terms.manifest or {}
@@ -129,7 +129,7 @@ def agree(options: RunOptions, terms: Terms) -> tuple[RunValues, DistroConfig]:
         if unknown:
             raise ConfigError(
                 f"the run has the setting {section}.{min(unknown)}, which this version does not know; install the "
-                f"version with which it was created. Known: {', '.join(defaults)}."
+                f"version with which the run was created. Known: {', '.join(defaults)}."
             )
         found += [(f"{section}.{name}", fixed[name], v) for name, v in given.items() if fixed and fixed[name] != v]
         shared[section] = {**defaults, **given, **fixed}
@@ -141,7 +141,10 @@ def agree(options: RunOptions, terms: Terms) -> tuple[RunValues, DistroConfig]:
     for name, section in json.loads(manifest_text(options.manifest)).items():
         found += differences(held[name], section, name) if name in held else []
     if found:
-        raise mismatch(found, "Give this node the run's values; an option of the strategy that you omit takes them.")
+        raise mismatch(
+            found,
+            "Give this node the run's values, or omit these options of the strategy: then it takes the run's values.",
+        )
     begun = held.get(START)
     if begun is not None and START not in options.manifest:
         raise ConfigError(

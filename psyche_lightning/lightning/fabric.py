@@ -1,4 +1,4 @@
-"""``Fabric(strategy="psyche")``: the user's own loop, fed by rounds."""
+"""``Fabric(strategy="psyche")``: the user's own training loop, in which each batch is a node's share of a round."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         directory: folder for the node's key, promises and payloads, so that a killed node can come back; one
             per node. None keeps them in memory.
         patience: longest wait for a round, in seconds.
-        config: sizes of a run of this process alone; None for those of data and Trainer.
-        start: for a run of this process alone: steps done before, and the first data id left.
+        config: sizes of a run of this process alone; None for those of the DataLoader.
+        start: for a run of this process alone: steps already trained, and the first data id that follows.
         manifest: manifest sections that replace those made from the module and its data.
         tokens_per_sample: tokens per sample in displayed figures.
         accelerator: as in Lightning's strategies.
@@ -80,7 +80,7 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         precision: as in Lightning's strategies.
 
     Attributes:
-        options: the given ones, with the environment's.
+        options: the given options, completed from the environment.
         session: this node's membership in the run, even after it ends; None before the loader is iterated over.
 
     Raises:
@@ -160,7 +160,7 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
     def setup_module_and_optimizers(
         self, module: Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[Module, list[Optimizer], Any]:
-        """Called by ``fabric.setup(module, optimizer)``; looks at the run and takes over the optimizer's step."""
+        """Called by ``fabric.setup(module, optimizer)``; queries the run and replaces the optimizer's step."""
         if len(optimizers) != 1 or self._step is not None:
             raise ConfigError(
                 "the strategy 'psyche' trains one module with one optimizer (which may have several parameter groups): "
@@ -170,7 +170,7 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         return module, optimizers, scheduler
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Fails: a run needs names and parameters together.
+        """Always fails: a run needs the module, which names the optimizer's parameters.
 
         Raises:
             ConfigError: always.
@@ -214,7 +214,7 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         """The module with its optimizer.
 
         Raises:
-            ConfigError: none is set up.
+            ConfigError: they are not set up.
         """
         if self._step is None:
             raise ConfigError("set up module and optimizer before training: fabric.setup(module, optimizer)")

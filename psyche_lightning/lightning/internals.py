@@ -1,7 +1,7 @@
-"""The only place in this package that uses private names of Lightning, and of torch beside them.
+"""All private names of Lightning that this package uses, and those of torch that its strategies use.
 
-No name has a public counterpart; docstrings say why. All were checked with Lightning 2.6.6 and torch
-2.13; this package's tests use every one. (DisTrO's uses of torch are in ``psyche_lightning/distro/internals.py``.)
+None has a public counterpart; each docstring says why it is needed. The package's tests use all of them, with Lightning
+2.6.6 and torch 2.13. (The private names of torch that DisTrO uses are in ``psyche_lightning/distro/internals.py``.)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def before_transfer(module: LightningModule, batch: Any) -> Any:
 def weigh(trainer: Trainer, batch: Any) -> None:
     """Make ``self.log`` weight values by the size of this batch.
 
-    Trainer notes the batch that it fetched; further micro-batches of the same step are not Trainer's.
+    Trainer notes the batch that it fetched, but does not know the other micro-batches of the same step.
     """
     results = trainer._results
     if results is not None:
@@ -59,8 +59,8 @@ def set_fetched(trainer: Trainer, batches: int) -> None:
 def replace_step(optimizer: torch.optim.Optimizer, step: Callable[..., Any]) -> None:
     """Replace the optimizer's step with ``step``.
 
-    torch's schedulers warn if the step is replaced after their creation or the optimizer has made none; they check
-    two marks, which no public function sets.
+    torch's schedulers warn if the step is replaced after their creation, or if the optimizer has made none. They check
+    two marks that no public function sets.
     """
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     note_step(optimizer)

@@ -1,8 +1,8 @@
-"""The user's DataLoader, fed one round at a time.
+"""Feeds the user's DataLoader one round at a time.
 
-A DataLoader asks its sampler ahead of time, up to two batches per worker, and would wait for rounds that start
-only after training the current one. So the user supplies data set, collate function and workers, and the run supplies
-the sampler: for each round the loader knows all batches of this node's share before it asks for the first.
+A DataLoader asks its sampler for up to two batches per worker in advance. It would thus wait for rounds that start only
+after the current one is trained. So the user supplies the data set, the collate function and the workers, and the run
+supplies the sampler: for each round, the loader knows all batches of this node's share before it asks for the first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WITHOUT_A_BATCH = (
     "optimizer.step() needs a batch of the run: iterate over the loader that fabric.setup_dataloaders returned, and "
     "make one step for each batch"
 )
-SHOWN = "give the Trainer a DataLoader over a map-style data set, with batch_size and shuffle"
+SHOWN = "use a DataLoader over a map-style data set, with batch_size and shuffle"
 
 
 @dataclass
@@ -59,15 +59,16 @@ class RoundLoader:
         seed: the run's.
         rounds: called for each iteration; yields the rounds of one pass over the data.
         split: whether a share is split into micro-batches of the user's ``batch_size``.
-        decline: called with a round whose first samples are unavailable, and the error; the next round follows.
+        decline: called with the round and the error when the first samples of a round are unavailable; the next round
+            follows.
         upcoming: the data ids ``(start, stop)`` that may follow the current round; None if unknown. A data set's
-            method ``prefetch(indices)`` is called for a whole share when it begins, and for these ids.
+            method ``prefetch(indices)``, if it has one, is called for a whole share when it begins, and for these ids.
 
     Attributes:
-        order: data ids to samples.
+        order: maps data ids to samples.
 
     Raises:
-        ConfigError: the loader itself decides the order of samples.
+        ConfigError: the run cannot feed the loader.
     """
 
     def __init__(
@@ -119,14 +120,14 @@ class RoundLoader:
         """The share whose first micro-batch was yielded last.
 
         Raises:
-            ConfigError: none yet.
+            ConfigError: none was yielded yet.
         """
         if self._share is None:
             raise ConfigError(WITHOUT_A_BATCH)
         return self._share
 
     def load(self, work: RoundWork) -> Share:
-        """Begin to load the round's share, split into near-equal micro-batches."""
+        """Start to load the round's share, split into micro-batches of nearly equal size."""
         indices = [i for ids in work.batch for i in self.order.indices(*ids)]
         parts = 1 if self._most is None else -(-len(indices) // self._most)
         cuts = [len(indices) * part // parts for part in range(parts + 1)]
@@ -140,7 +141,7 @@ class RoundLoader:
         return Share(work, [len(batch) for batch in self._plan], iter(self._inner))
 
     def close(self) -> None:
-        """Stop workers."""
+        """Stop the worker processes."""
         self._share, self._inner = None, None
 
     def _build(self) -> DataLoader[Any]:
@@ -156,7 +157,7 @@ class RoundLoader:
             multiprocessing_context=user.multiprocessing_context,
             generator=user.generator,
             prefetch_factor=user.prefetch_factor,
-            persistent_workers=user.num_workers > 0,  # else every round restarts the workers
+            persistent_workers=user.num_workers > 0,  # otherwise each round restarts the workers
         )
 
 
@@ -164,7 +165,7 @@ def check_loader(loader: object) -> int:
     """Refuse a loader that rounds cannot feed; returns its ``batch_size``.
 
     Raises:
-        ConfigError: it is unsuitable; the text names a fix.
+        ConfigError: the loader is unsuitable; the text names a fix.
     """
     if not isinstance(loader, DataLoader):
         raise ConfigError(f"the train dataloader is a {type(loader).__name__}, not a torch DataLoader; {SHOWN}")

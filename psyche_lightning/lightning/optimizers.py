@@ -1,4 +1,4 @@
-"""DisTrO in place of the step of the user's optimizer."""
+"""Replaces the step of the user's optimizer by DisTrO."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psyche_lightning.lightning.internals import replace_step
 
 
 def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> DisTrO:
-    """A DisTrO with the parameter groups of the user's optimizer, their learning rates and weight decays.
+    """Build a DisTrO with the parameter groups, learning rates and weight decays of the user's optimizer.
 
     Args:
         optimizer: the user's; of any kind.
@@ -45,17 +45,17 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
 
 
 class TakenStep:
-    """DisTrO in place of the ``step`` of the user's optimizer, which now only computes gradients.
+    """Replaces the ``step`` of the user's optimizer; a call now only runs the closure, which computes gradients.
 
     Args:
         optimizer: the user's; of any kind. Its groups have learning rates and weight decays.
-        module: it trains these parameters.
+        module: the module whose parameters it trains.
         config: the run's compression.
 
     Attributes:
         optimizer: as given.
         module: as given.
-        distro: makes and applies the updates.
+        distro: computes and applies the updates.
         called: whether the step was called since :meth:`reset`. Gradient scalers do not call it when a gradient is
             infinite.
 
@@ -88,13 +88,13 @@ class TakenStep:
         self.called = False
 
     def copy_rates(self) -> None:
-        """Give DisTrO the learning rates of the user's optimizer, on which schedulers work."""
+        """Give DisTrO the learning rates of the user's optimizer, which schedulers change."""
         for theirs, ours in zip(self.optimizer.param_groups, self.distro.param_groups, strict=True):
             ours["lr"] = theirs["lr"]
 
     @contextlib.contextmanager
     def looking_ahead(self) -> Iterator[None]:
-        """Give the module the looked-ahead parameters within, if the run looks ahead."""
+        """Give the module the looked-ahead parameters inside the context, if the run uses look-ahead."""
         if not self.distro.config.lookahead:
             yield
             return

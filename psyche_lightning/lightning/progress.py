@@ -30,7 +30,7 @@ class RunProgress:
             fresh: whether this Lightning epoch has trained nothing yet, so that another may replace it.
 
         Returns:
-            False when the step is outside this Lightning epoch, or this Trainer: the epoch must end.
+            False when the step is outside this Lightning epoch or after Trainer's last step: the epoch must end.
         """
         trainer, fit_loop = self._trainer, self._trainer.fit_loop
         done = step - 1
@@ -53,7 +53,7 @@ class RunProgress:
         return True
 
     def end(self, done: int) -> None:
-        """Take over the whole run's steps when it is over; this node may have missed the last ones."""
+        """Set all counters to the end of the run; this node may have missed its last steps."""
         if done > self._trainer.global_step:
             self._step_schedulers(done + 1)
             self._count(done, self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
@@ -69,7 +69,7 @@ class RunProgress:
         set_fetched(self._trainer, index)
 
     def _step_schedulers(self, step: int) -> None:
-        """Do what Trainer would do after each step that this node missed; it does so itself after ``step``."""
+        """Step the schedulers for each step that this node missed; Trainer itself does so after ``step``."""
         module = self._trainer.lightning_module
         for missed in range(self._scheduled + 1, step):
             epoch, index = divmod(missed - 1, self._length)

@@ -1,8 +1,8 @@
 """The name ``"psyche"`` in the strategy registries of Lightning's Trainer and Fabric.
 
-Lightning takes seconds to import and the ``psyche`` command does not need it, so ``import psyche_lightning`` must not
-import it. An existing registry gets the name at once; a missing one gets it when Lightning creates it, from a
-finder on ``sys.meta_path`` that watches for these two modules and nothing else.
+The import of Lightning takes seconds and the ``psyche`` command does not need it, so ``import psyche_lightning`` must
+not import it. If a registry exists, it gets the name at once. Otherwise a finder on ``sys.meta_path`` adds the name
+when Lightning creates the registry; the finder watches for these two modules only.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _add(module: ModuleType) -> None:
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Lets the ordinary finders find the modules, and adds the name after they execute."""
+    """Lets the other finders find the two modules, and adds the name after a module has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -71,7 +71,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """A loader that adds the name after the module executes; else acts as the one it wraps."""
+    """Wraps another loader, and adds the name after the module has run."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader

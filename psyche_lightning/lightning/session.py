@@ -1,4 +1,4 @@
-"""One process' part in one run, shared by Trainer and Fabric: rounds in, updates out."""
+"""A node's membership in a run, for Trainer and Fabric."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ logger = logging.getLogger(__name__)
 ENDLESS = 2**32 - 1
 """Steps of a run without a limit."""
 ALONE_EPOCH = 1000
-"""Rounds of an epoch of a single-process run, which then drops its record of them."""
+"""Rounds of an epoch in a run of one process alone, which then drops its record of them."""
 ALONE_BLOBS = 8
 LEAST_KEPT = 64 << 20
 """Minimum bytes of agreed payloads to keep between two snapshots, if the run sets no value."""
 LOST_ROUNDS = 20
 """A node leaves after this many rounds in a row without samples; others train its share."""
 AHEAD_NODES = 4
-"""Nodes look ahead to the next round, whose division is unknown, in runs of up to this many nodes."""
+"""In runs of up to this many nodes, each prefetches the whole next round, because its share is not known yet."""
 _TIMES = (
     "warmup_time",
     "cooldown_time",
@@ -59,27 +59,27 @@ _TIMES = (
 
 
 class Session:
-    """A node's membership in a run, for the thread that trains: rounds come in, updates go out.
+    """A node's membership in a run, for the thread that trains. It gets rounds and submits updates.
 
     Args:
         entry: the run's fixed values.
         step: the module with its optimizer.
         sections: the manifest's sections of model, optimizer and data.
         global_batch: see :meth:`Entry.global_batch`.
-        total_steps: the last step this node's user wants; None for no end.
+        total_steps: the last step that this node's user wants; None for no limit.
         done: steps done before, in a run of this process alone.
 
     Attributes:
         entry: as given.
         traffic: counts sent and received bytes.
         identity: the node's public key.
-        signer: the key the coordinator knows.
+        signer: the key by which the coordinator knows this node.
         waited: seconds that this node has waited for others.
-        payload_bytes: bytes of payloads owed to peers so far, computed: one to each in each round.
-        loss: mean loss of the last round that it trained.
-        samples: samples that it trained in that round.
+        payload_bytes: computed bytes of the payloads to peers so far: one payload to each peer in each round.
+        loss: mean loss of the last round that this node trained.
+        samples: number of samples of this node in that round.
         work: the current round; None between rounds.
-        lost_rounds: latest rounds in a row to which it gave nothing for lack of samples.
+        lost_rounds: number of rounds in a row, up to the last one, without samples for this node.
 
     Raises:
         PsycheError: the node's folder is unusable, or the coordinator's URL is wrong.
@@ -117,7 +117,7 @@ class Session:
             opened.enter_context(speaking(entry.run_id, short(identity.public)))
             logger.info("%s", step)
             if folder is not None and saved_delta.load(folder, entry.run_id, step.distro):
-                logger.info("restored delta of %d rounds from %s", step.distro.nonce, folder)
+                logger.info("restored the delta of %d rounds from %s", step.distro.nonce, folder)
             url = entry.options.coordinator
             coordinator: Coordinator
             store: BlobStore
@@ -167,7 +167,7 @@ class Session:
         self._participant.start()
 
     def _own_run(self, identity: Identity, global_batch: int, total: int, done: int) -> LocalCoordinator:
-        """A run of this process alone. Its clock counts rounds: nothing in it depends on how long anything takes."""
+        """A run of this process alone. Its clock counts rounds, so the run does not depend on real time."""
         options = self.entry.options
         sizes = CoordinatorConfig(
             global_batch_size_start=global_batch, global_batch_size_end=global_batch, total_steps=total
@@ -197,7 +197,7 @@ class Session:
 
     @property
     def transfer(self) -> Transfer | None:
-        """The parameters that are on their way to this node; None when none are."""
+        """The download of parameters in progress; None if there is none."""
         return self._participant.transfer
 
     def peek(self) -> RoundWork | None:
@@ -205,7 +205,7 @@ class Session:
         if self._next is None and not self._over:
             if self.work is not None:
                 logger.warning(
-                    "the optimizer made no step in round %d of epoch %d: this node gives nothing to it",
+                    "the optimizer made no step in round %d of epoch %d: this node contributes nothing to it",
                     self.work.height,
                     self.work.epoch,
                 )
@@ -216,7 +216,7 @@ class Session:
         return self._next
 
     def take(self) -> RoundWork | None:
-        """Like :meth:`peek`, and begin to work on it."""
+        """Wait for this node's next round, and start it. None when the run is over."""
         self.work, self._next = self.peek(), None
         if self.work is not None and self.state is not None:
             self._taken = self.work, self.state
@@ -224,7 +224,7 @@ class Session:
 
     @property
     def standing(self) -> Standing | None:
-        """The parameters' state now, outside of a round; None if unknown."""
+        """The progress of the parameters, between two rounds; None if unknown."""
         if self.finished and self.state is not None:
             return at_the_end(self.state)
         if self._taken is None:
@@ -239,7 +239,7 @@ class Session:
             work: the round.
             usable: whether there are usable gradients.
             loss: mean loss of this node's samples, for display.
-            samples: number of samples.
+            samples: number of this node's samples.
         """
         self.work = None
         distro = self._step.distro
@@ -251,7 +251,7 @@ class Session:
                 payload = distro.encode()
             except NonFiniteGradientError as error:
                 logger.warning("round %d of epoch %d: %s", work.height, work.epoch, error)
-        if payload is None:  # abstain, so that no peer waits for the round's deadline; zero tokens mark an abstention
+        if payload is None:  # abstain, so that no peer waits until the round's deadline; zero tokens mark it
             payload, samples = distro.abstention(), 0
         self.loss, self.samples, self.lost_rounds = loss, samples, 0
         self.payload_bytes += len(payload) * max(0, self._clients() - 1)
@@ -268,13 +268,13 @@ class Session:
             saved_delta.save(self._folder, self.entry.run_id, distro)
         state = self.state
         if state is not None and work.step >= state.config.total_steps:
-            self.peek()  # waits until the run is over and everything applied
+            self.peek()  # waits until the run is over and all results are applied
         else:
             with self._waiting():
                 self._participant.wait_applied(work)
 
     def decline(self, work: RoundWork, error: DataError) -> None:
-        """Give nothing to a round whose samples are unavailable: its data ids stay open.
+        """Contribute nothing to a round whose samples are unavailable; its data ids stay open.
 
         Args:
             work: the round.
@@ -288,12 +288,12 @@ class Session:
         lost = self.lost_rounds + 1
         if lost >= LOST_ROUNDS:
             raise DataError(
-                f"this node leaves the run, as it could not obtain its samples in {lost} rounds in a row: {error}",
+                f"this node leaves the run, because its samples were unavailable in {lost} rounds in a row: {error}",
                 ids=error.ids,
                 lasting=True,
             ) from error
         logger.warning(
-            "round %d of epoch %d: this node gives nothing to it, and its data ids %s stay open: %s",
+            "round %d of epoch %d: this node contributes nothing to it, and its data ids %s stay open: %s",
             work.height,
             work.epoch,
             shown(work.batch),
@@ -303,9 +303,9 @@ class Session:
         self.lost_rounds = lost
 
     def upcoming(self) -> tuple[int, int] | None:
-        """The data ids ``(start, stop)`` of the whole run's next round, if looking ahead is worthwhile; else None.
+        """The data ids ``(start, stop)`` of the whole next round, if it is worthwhile to prefetch them; else None.
 
-        A node does not know its share before the round begins, so this needs a run of few nodes.
+        A node does not know its share before the round begins, so this is worthwhile only in runs of few nodes.
         """
         current = self.state.current if self.state else None
         if current is None or not current.batch_size or len(current.clients) > AHEAD_NODES:
@@ -322,7 +322,7 @@ class Session:
             self.waited += time.monotonic() - began
 
     def figures(self) -> dict[str, float]:
-        """Figures for loggers and people."""
+        """The run's figures, by name."""
         state, (up, down) = self.state, self.traffic.total
         current = state.current if state else None
         return {
@@ -349,7 +349,7 @@ class Session:
         self._participant.interrupt(error)
 
     def fails(self, error: BaseException) -> None:
-        """Note the error that ends training, for the log of the node's leave."""
+        """Note the error that ends training; the log gives it as the reason when the node leaves."""
         self._why = _reason(error)
 
     def close(self) -> None:
@@ -364,10 +364,10 @@ class Session:
 
 
 def node_key(folder: Path) -> Identity:
-    """The key in that node's folder; creates a missing one.
+    """The key in a node's folder; creates it if it is missing.
 
     Raises:
-        ConfigError: the key is unreadable or unwritable.
+        ConfigError: the key cannot be read or written.
     """
     return Identity.load_or_create(folder / "node.key")
 
@@ -381,7 +381,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _RecentBlobs(MemoryBlobStore):
-    """Keeps only the newest blobs: alone, no peer asks for applied blobs."""
+    """Keeps only the newest blobs, because a node alone has no peers that ask for older ones."""
 
     def put(self, data: bytes, durable: bool = True) -> bytes:
         """Keep ``data`` and forget the oldest."""

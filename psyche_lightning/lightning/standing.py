@@ -1,4 +1,4 @@
-"""The steps in a node's parameters, and the nodes that write them to a shared address: equal on every node."""
+"""The progress of a node's parameters, and which nodes write them to a shared address. All nodes compute the same."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from psyche_lightning.protocol.state import CoordinatorConfig, Round, RunState
 
 @dataclass(frozen=True)
 class Standing:
-    """The parameters' progress.
+    """The progress of a node's parameters.
 
     Attributes:
         step: training steps that they contain.
         epoch: the run's epoch.
         data_index: first data id of the step that follows.
-        writers: signers of nodes that have them, in the order of duty for a shared address.
+        writers: signers of the nodes that have these parameters; the first ones write to a shared address.
     """
 
     step: int
@@ -31,7 +31,7 @@ class Standing:
 
 
 def after_round(state: RunState, epoch: int, height: int, *, overlap: bool) -> Standing | None:
-    """The standing after a node trains a round, before its next one begins.
+    """The standing after a node has trained a round, before its next round begins.
 
     Without overlap it includes the round's results; with overlap, those up to two rounds before. Writers are the
     round's trainers, starting with one that its seed picks.

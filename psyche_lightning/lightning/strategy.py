@@ -43,13 +43,13 @@ STATE_KEY = "psyche_distro"
 
 
 class PsycheStrategy(OneDevice, SingleDeviceStrategy):
-    """One node of a run: trains its share of each round, and takes the step that all nodes agreed on.
+    """One node of a run: trains its share of each round, and applies the update that all nodes agreed on.
 
     The user's optimizer gives learning rates (schedulers work on it), weight decay and parameter groups; DisTrO
     replaces its step. One round is one optimizer step and one Lightning batch: ``global_step``, ``max_steps`` and all
     other step counts are the run's. If a round's share exceeds the DataLoader's ``batch_size``, the node trains it in
-    micro-batches, with the gradient of their mean. Callbacks, validation and checkpoints see the
-    parameters that all nodes have.
+    micro-batches, with the gradient of their mean. Callbacks, validation and checkpoints see the parameters that all
+    nodes have.
 
     All options but the first two are keyword-only. An omitted option that all nodes share (``overlap`` to
     ``total_steps``) takes the run's value, or the default if the run has none.
@@ -77,8 +77,8 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         directory: folder for the node's key, promises and payloads, so that a killed node can come back; one
             per node. None keeps them in memory.
         patience: longest wait for a round, in seconds.
-        config: sizes of a run of this process alone; None for those of data and Trainer.
-        start: for a run of this process alone: steps done before, and the first data id left.
+        config: sizes of a run of this process alone; None for those of the DataLoader and Trainer.
+        start: for a run of this process alone: steps already trained, and the first data id that follows.
         manifest: manifest sections that replace those made from the module and its data.
         tokens_per_sample: tokens per sample in displayed figures.
         accelerator: as in Lightning's strategies.
@@ -86,7 +86,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         precision_plugin: as in Lightning's strategies.
 
     Attributes:
-        options: the given ones, with the environment's.
+        options: the given options, completed from the environment.
         session: this node's membership in the run, even after it ends; None before it joins.
 
     Raises:
@@ -243,11 +243,11 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         return self._training is not None and self._training.stop_if_finished()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Train the round's share: all micro-batches but one forward and backward here; Trainer trains that one.
+        """Train the round's share: this method runs all micro-batches but one; Trainer runs that one backward.
 
         Returns:
-            The module's output, with the mean of the whole share as the loss; its gradient is that of the part
-            that Trainer runs backward.
+            The module's output. Its loss has the value of the whole share's mean, and the gradient of the part that
+            Trainer runs backward.
         """
         training, optimizer = self._now, self.optimizers[0]
         share = training.loader.share
@@ -282,7 +282,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         return output
 
     def _transferred(self, module: LightningModule, batch: Any) -> Any:
-        """Move a batch to the node's device, with the hooks of Trainer's fetched batches."""
+        """Move a batch to the node's device, with the hooks that Trainer calls for batches that it fetches."""
         batch = self.precision_plugin.convert_input(batch)
         batch = before_transfer(module, batch)
         return self.batch_to_device(batch, dataloader_idx=0)
@@ -359,7 +359,7 @@ class _Fit:
     """One call of ``Trainer.fit``, from the moment it has an optimizer.
 
     Attributes:
-        trainer: fits.
+        trainer: the Trainer that fits.
         entry: the run's fixed values.
         step: the module with its optimizer.
         accumulate: number of user batches whose gradients make one step.
@@ -377,16 +377,16 @@ class _Training:
     """The part of a fit in which this node is a member of the run.
 
     Args:
-        fit: the state before.
+        fit: the state from before it joined.
 
     Attributes:
-        trainer: trains.
+        trainer: the Trainer that trains.
         step: the module with its optimizer.
-        session: the membership; it begins at start.
+        session: the node's membership, which begins with its ``start``.
         loss: mean loss of the current share.
-        lost: why some of its samples are unavailable.
-        carried: gradients of its micro-batches but the last, to which Trainer adds the last one's; empty if there are
-            none.
+        lost: the error if some of its samples are unavailable; else None.
+        carried: gradients of all its micro-batches but one, to which Trainer adds those of that one; empty if there is
+            only one.
 
     Raises:
         ConfigError: there is not exactly one train dataloader.
@@ -448,7 +448,7 @@ class _Training:
         finished = self.session.finished is not None
         if finished:
             self.trainer.should_stop = True
-            # Else Trainer waits for its minimum, but no rounds follow.
+            # Otherwise Trainer goes on to its minimum, but no rounds follow.
             self.trainer.fit_loop.min_epochs = 0
             self.trainer.fit_loop.epoch_loop.min_steps = None
         return finished
@@ -458,7 +458,7 @@ def _check(trainer: Trainer) -> None:
     """Refuse unsupported settings.
 
     Raises:
-        ConfigError: one is set; the text names a fix.
+        ConfigError: such a setting is present; the text names a fix.
     """
     module = trainer.lightning_module
     if not module.automatic_optimization:

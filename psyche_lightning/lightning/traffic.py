@@ -11,7 +11,7 @@ class Traffic:
 
     Args:
         transport: the node's.
-        coordinator: counts the sockets to the coordinator.
+        coordinator: counts the bytes at the sockets to the coordinator.
         payload_size: bytes of a payload; a blob of this size that a peer fetches counts as one.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Terminal output of ``psyche train``: a bar for the rounds, and one for parameters that come from peers."""
+"""The progress bars of ``psyche train``: one for rounds, and one for parameters that come from peers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from psyche_lightning.node.download import Transfer
 
 
 class Bars:
-    """Progress of a training, redrawn a few times a second; draws nothing without a terminal.
+    """Draws the progress of a training a few times a second; draws nothing without a terminal.
 
     Args:
-        console: where to draw.
+        console: the console to draw on.
         name: the run's name.
-        total: its rounds.
-        transfer: returns the parameters on their way to this node, or None.
+        total: number of its rounds; None if unknown.
+        transfer: returns the download of parameters in progress, or None.
     """
 
     def __init__(self, console: Console, name: str, total: int | None, transfer: Callable[[], Transfer | None]) -> None:

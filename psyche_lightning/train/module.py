@@ -32,7 +32,7 @@ class CausalModule(LightningModule):
         self.model = model
         self._optimizer = optimizer
         self._schedule = schedule
-        # With a cache, transformers models miss that positions from 0 start another text.
+        # With a cache, models of transformers do not notice that a position of 0 starts another text.
         takes = inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in takes else {}
 
@@ -69,7 +69,7 @@ class ProviderDataset(Dataset[dict[str, torch.Tensor]]):
     """A data provider's training samples by id.
 
     Args:
-        provider: of a data plugin.
+        provider: the data plugin's provider.
     """
 
     def __init__(self, provider: DataProvider) -> None:

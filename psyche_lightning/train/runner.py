@@ -1,4 +1,4 @@
-"""``psyche train``: a recipe as one node of a run, or alone."""
+"""``psyche train``: trains a recipe, as one node of a run or alone."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
         fixed = _fixed(coordinator_url, run)
     beginning = begin(recipe, fixed)
     provider: DataProvider = plugins.data_providers()[recipe.data.name](recipe.data.options, seed=recipe.run.seed)
-    torch.manual_seed(recipe.run.seed)  # equal nodes begin with equal parameters, which then need not travel
+    torch.manual_seed(recipe.run.seed)  # all nodes build the same parameters, so none downloads them
     model = plugins.models()[recipe.model.name](dict(beginning.options))
     model = model.to(getattr(torch, recipe.model.dtype)).train()
     check_data(model, provider)
@@ -127,7 +127,7 @@ class _Diary(Callback):
 
     Attributes:
         result: the content of ``result.json``, at the end.
-        checkpoints: makes them; set before training.
+        checkpoints: writes the checkpoints; set before training.
     """
 
     checkpoints: Checkpoints
@@ -224,7 +224,7 @@ class _Diary(Callback):
         self._close()
 
     def _transfer(self) -> Transfer | None:
-        """Parameters on their way to this node, once it has joined."""
+        """The download of parameters in progress; None if there is none."""
         session = self._strategy.session
         return session.transfer if session else None
 
@@ -293,7 +293,7 @@ def check_data(model: torch.nn.Module, provider: DataProvider) -> None:
 
 
 def _quiet() -> None:
-    """Keep Trainer's hints for Trainer users out of the command's output."""
+    """Keep hints that Lightning gives to users of Trainer out of the command's output."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\.")
     with contextlib.suppress(ImportError):

@@ -1,4 +1,4 @@
-"""A recipe's checkpoints: when and from which parameters a node saves them, and how a run resumes."""
+"""A recipe's checkpoints: saves them at the right steps, and resumes a run from one."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _KEPT = ("trust_remote_code", "gradient_checkpointing")
 
 
 class Checkpoints:
-    """Makes the checkpoints of one node.
+    """Saves the checkpoints of one node.
 
     Args:
-        recipe: sets when and where.
+        recipe: says how often and where.
         run: the run's name.
-        folder: the node's.
-        tokenizer: saved with each; None for none.
-        sections: the run's manifest; each notes its digest.
+        folder: the node's folder.
+        tokenizer: the tokenizer to save with each checkpoint; None for none.
+        sections: the run's manifest; each checkpoint records its digest.
 
     Raises:
         PsycheError: the folder or address is not writable.
@@ -59,7 +59,7 @@ class Checkpoints:
         self._saved: int | None = None
 
     def after_round(self, session: Session, model: torch.nn.Module) -> None:
-        """Begin a checkpoint if one is due."""
+        """Start to save a checkpoint if one is due."""
         standing = session.standing if self._every else None
         if standing is None:
             return
@@ -67,15 +67,15 @@ class Checkpoints:
             self._saved = max(0, standing.step - 1)
         if standing.step // self._every <= self._saved // self._every:
             return
-        # A node that missed that round saves a later step; then no one waits for it, so it has no rank.
+        # A node that missed that round saves a later step. No node waits for it then, so it has no rank.
         rank = self._rank(standing, session) if standing.step % self._every == 0 else None
         if self._writer.save(lambda: ModelCopy(model, PREFIX), self._metadata(standing), rank):
             self._saved = standing.step
 
     def at_the_end(self, session: Session, model: torch.nn.Module, step: int) -> Callable[[], None]:
-        """Begin the last one; the returned function waits for it, and raises PsycheError if the write failed."""
+        """Start to save the last checkpoint; the returned function waits for it, and raises PsycheError on failure."""
         standing = session.standing or Standing(step, 0, 0, ())
-        if self._saved != standing.step or standing.step % self._every:  # else it is in progress
+        if self._saved != standing.step or standing.step % self._every:  # otherwise it is in progress
             rank = self._rank(standing, session)
             self._writer.save(lambda: ModelCopy(model, PREFIX), self._metadata(standing), rank, last=True)
         return lambda: self._writer.finish(standing.step)
@@ -99,8 +99,8 @@ class Beginning:
     """A node's first state.
 
     Attributes:
-        options: for the model's factory.
-        section: ``start`` of the run's manifest; None for a run from step 1.
+        options: the options for the model's factory.
+        section: the section ``start`` of the run's manifest; None for a run from step 1.
     """
 
     options: Mapping[str, Any]
@@ -108,19 +108,19 @@ class Beginning:
 
     @property
     def start(self) -> tuple[int, int] | None:
-        """Steps done before, and the first data id left."""
+        """Steps already trained, and the first data id that follows; None for a run from step 1."""
         return None if self.section is None else (self.section["step"], self.section["data_index"])
 
 
 def begin(recipe: Recipe, fixed: Mapping[str, Any] | None) -> Beginning:
-    """The source of a node's first parameters; copies those at an address to this machine.
+    """Find a node's first parameters; copies those at an address to this machine.
 
     Args:
-        recipe: the node's.
-        fixed: the manifest of its run; None for a run of this process alone.
+        recipe: the node's recipe.
+        fixed: the manifest of the node's run; None for a run of this process alone.
 
     Raises:
-        PsycheError: the address has nothing usable, or the run begins elsewhere.
+        PsycheError: the address has no usable checkpoint, or the run begins with another one.
     """
     address = recipe.checkpoint.resume
     if address is None:
@@ -137,7 +137,7 @@ def begin(recipe: Recipe, fixed: Mapping[str, Any] | None) -> Beginning:
     step = None if begun is None else int(begun["step"])
     there = [] if step is None else complete_checkpoints(open_storage(address))
     if step is not None and all(one.manifest.metadata.step != step for one in there):
-        text = "the run began with the checkpoint of step %d, which is no longer at %s; the run is further"
+        text = "the run began with the checkpoint of step %d, which is no longer at %s; this node takes the newest one"
         logger.info(text, step, address)
         step = None
     found, folder = fetch_newest(address, cache_folder(), step)
@@ -148,6 +148,6 @@ def begin(recipe: Recipe, fixed: Mapping[str, Any] | None) -> Beginning:
         raise ConfigError(
             f"{found} has {metadata.step} steps already, and run.total_steps is {recipe.run.total_steps}; raise it."
         )
-    logger.info("going on after step %d of run %r, from %s", metadata.step, metadata.run, found)
+    logger.info("resuming after step %d of run %r, from %s", metadata.step, metadata.run, found)
     kept = {name: recipe.model.config[name] for name in _KEPT if name in recipe.model.config}
     return Beginning({**kept, "path": str(folder)}, begun or start_section(found.manifest))

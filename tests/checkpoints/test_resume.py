@@ -195,7 +195,7 @@ def test_a_node_joins_a_resumed_run_late(
     said()
     found = begin(on, {"start": first})
     assert (found.section, found.options["path"]) == (first, str(tmp_path / "step-000003"))
-    assert "the run is further" in said()[0]
+    assert "this node takes the newest one" in said()[0]
 
 
 def test_where_a_run_begins() -> None:

@@ -102,7 +102,7 @@ def test_a_server_that_dies_for_a_while_costs_its_rounds_and_no_more(
     assert outage.lost >= 2
     warnings = [text for text in caplog.messages if "stay open" in text]
     assert len(warnings) == outage.lost
-    assert "this node gives nothing to it, and its data ids" in warnings[0]
+    assert "this node contributes nothing to it, and its data ids" in warnings[0]
     assert "no connection to 127.0.0.1" in warnings[0]
     trained = [row["step"] for row in rows(tmp_path / "n")]
     assert trained[:3] == [1, 2, 3]
@@ -145,7 +145,9 @@ def test_a_node_that_never_gets_samples_leaves(
     outage = Outage(server, after=2, rounds=1000)
     outage.watch(monkeypatch)
     try:
-        with pytest.raises(DataError, match=r"leaves the run, as it could not obtain its samples in 3 rounds in a row"):
+        with pytest.raises(
+            DataError, match=r"leaves the run, because its samples were unavailable in 3 rounds in a row"
+        ):
             train_recipe(recipe_of(server, "total_steps=30"), directory=tmp_path / "n")
         assert outage.lost == 2
     finally:

@@ -1,4 +1,4 @@
-"""The command itself: prepares, starts, watches, and sums up."""
+"""The command ``psyche demo``: starts the processes, shows the run, and prints a summary."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RUN = "demo"
 MARK = "psyche-demo.json"
 POLL = 0.3
 GRACE = 60.0
-"""Seconds that nodes have to write their results after the run is finished."""
+"""Seconds in which nodes must write their results after the run is finished."""
 PROMPT = "def __init__(self"
 
 
@@ -53,7 +53,7 @@ def demo(
     ] = Path("psyche-demo"),
 ) -> None:
     """Train a small language model on real text with several nodes on this machine, over real sockets."""
-    for interrupt in (signal.SIGINT, signal.SIGTERM):  # even if the shell started this with interrupts ignored
+    for interrupt in (signal.SIGINT, signal.SIGTERM):  # a shell may have started this process with interrupts ignored
         signal.signal(interrupt, signal.default_int_handler)
     console = stdout()
     stage = find_stage(coordinator)
@@ -70,7 +70,7 @@ def demo(
         given = [*_stretched(resolved, rounds), *given, f"total_steps={rounds}"]
         resolved = load_recipe(recipe, given, twin=twin)
     size = estimate(resolved)
-    # A node alone exchanges no updates; its figures are compared with those of one of two.
+    # A single node exchanges no updates; its figures are compared with an all-reduce of two nodes.
     all_reduce = size.allreduce_bytes_per_round(max(nodes, 2))
     steps = resolved.run.coordinator.total_steps
     _prepare(keep)
@@ -110,13 +110,13 @@ def demo(
 
 
 def _stretched(recipe: Recipe, rounds: int) -> list[str]:
-    """Overrides that fit the schedule to this many rounds; its parts keep their shares of the run."""
+    """Overrides that scale the schedule to this number of rounds."""
     lengths = recipe.optimizer.schedule.lengths(Fraction(rounds, recipe.run.coordinator.total_steps))
     return [f"optimizer.schedule.{name}={length}" for name, length in lengths.items()]
 
 
 def _prepare(folder: Path) -> None:
-    """Make an empty folder; replaces that of an earlier demo, but nothing else."""
+    """Make an empty folder; replaces the folder of an earlier demo, but no other."""
     try:
         if folder.exists() and any(folder.iterdir()):
             if not (folder / MARK).exists():
@@ -132,7 +132,7 @@ def _watch(stage: Stage, nodes: list[Child], view: View) -> dict[str, Any]:
     """Show the run until it is finished; returns its last status.
 
     Raises:
-        PsycheError: no node is left to finish it.
+        PsycheError: all nodes have ended before the run is finished.
     """
     while True:
         status = stage.look(nodes)
@@ -142,7 +142,7 @@ def _watch(stage: Stage, nodes: list[Child], view: View) -> dict[str, Any]:
         if status["phase"] == "finished":
             return status
         if all(node.code is not None for node in nodes):
-            raise PsycheError(f"all nodes ended before the run did; the last one said:\n{nodes[-1].tail()}")
+            raise PsycheError(f"all nodes ended before the run did; the last one printed:\n{nodes[-1].tail()}")
         time.sleep(POLL)
 
 
@@ -154,7 +154,7 @@ def _finish(nodes: list[Child]) -> None:
 
 
 def _figures(status: dict[str, Any], folders: list[Path], parameters: int, all_reduce: float, rounds: int) -> Figures:
-    # For steps that were trained again because their epoch was undone, the newest row counts.
+    # If a step was trained again because its epoch was undone, its newest row counts.
     metrics = {row["step"]: row for row in status["metrics"]}
     rows = [{**row, "bytes_per_node": max(row["bytes_up"], row["bytes_down"])} for row in metrics.values()]
     times = [event["time"] for event in status["events"]]

@@ -1,4 +1,4 @@
-"""The demo's processes: they run in sessions of their own, are watched, and always stop within seconds."""
+"""The demo's processes: each runs in its own session, and all stop within seconds."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Child:
             )
 
     def restart(self, arguments: Sequence[str]) -> None:
-        """Start it again."""
+        """Start the command again, with these arguments."""
         self._arguments = list(arguments)
         self.process = self._start()
 
@@ -98,7 +98,7 @@ class Child:
 
 
 class Processes:
-    """All children. At the end of the context they are asked to stop, and killed after a few seconds."""
+    """All children. At the end of the context, each is asked to stop, and killed after two seconds."""
 
     def __init__(self) -> None:
         self.children: list[Child] = []
@@ -112,12 +112,12 @@ class Processes:
         self.stop()
 
     def add(self, child: Child) -> Child:
-        """Stop this child with the others."""
+        """Add a child, which stops with the others; returns it."""
         self.children.append(child)
         return child
 
     def stop(self) -> None:
-        """Stop everything in five seconds, the nodes first, so that they can say goodbye to the coordinator."""
+        """Stop all within five seconds: first the nodes, so that they can leave the run, then the coordinator."""
         for group in (self.children[1:], self.children[:1]):
             for child in group:
                 child.signal(signal.SIGINT)

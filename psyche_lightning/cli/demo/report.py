@@ -23,7 +23,7 @@ class Figures:
         nodes: each finished node's ``result.json``.
         history: a row per round.
         validation: ``(step, loss)`` of each validation.
-        events: what happened, in the coordinator's words.
+        events: the events that the coordinator reported.
     """
 
     parameters: int
@@ -44,12 +44,12 @@ class Figures:
 
     @property
     def ratio(self) -> float:
-        """How many times fewer bytes than an fp32 all-reduce, with everything counted at the sockets."""
+        """The bytes of an fp32 all-reduce divided by the busiest node's, overhead included."""
         return self.all_reduce / self.busiest if self.busiest else float("inf")
 
     @property
     def comparison(self) -> str:
-        """The ratio in words."""
+        """The ratio as a text."""
         return f"{self.ratio:.0f} times fewer bytes than an fp32 all-reduce"
 
     @property

@@ -16,10 +16,10 @@ SERVER = "server"
 
 
 class Stage(Protocol):
-    """One kind of coordinator in the demo. A plugin's coordinator has one if its kind has a ``demo``.
+    """One kind of coordinator in the demo. A kind of a plugin builds its stage with ``demo``.
 
     Attributes:
-        what: its name in words.
+        what: the coordinator's name in messages.
     """
 
     what: str
@@ -38,16 +38,16 @@ class Stage(Protocol):
     def look(self, nodes: list[Child]) -> dict[str, Any] | None:
         """The run's status, as ``psyche run status --json`` prints it, or None while it is not available.
 
-        If a demo does something to the run or its nodes during the run, it does so here.
+        A demo that changes the run or its nodes meanwhile, does so here.
         """
         ...
 
     def finish(self, folders: list[Path]) -> dict[str, Any]:
-        """Called when the nodes have finished; returns additional values for the demo's JSON."""
+        """Called when all nodes have ended; returns further values for the demo's JSON."""
         ...
 
     def show(self, console: Console) -> None:
-        """Print what only this kind of coordinator reports."""
+        """Print the facts that only this kind of coordinator has."""
 
 
 def find_stage(name: str) -> Stage:
@@ -99,7 +99,7 @@ class ServerStage:
         administer(self._url, run_id).create(wanted(run_id, [recipe, *overrides], twin))
 
     def environment(self, node: int) -> Mapping[str, str]:
-        """Nothing."""
+        """The nodes need no variables."""
         return {}
 
     def look(self, nodes: list[Child]) -> dict[str, Any] | None:
@@ -107,7 +107,7 @@ class ServerStage:
         from psyche_lightning.server.admin import CoordinatorAdmin
 
         if self._server.code is not None:
-            self._server.restart(self._serve(self._url.rpartition(":")[2]))  # it stored all, so the run continues
+            self._server.restart(self._serve(self._url.rpartition(":")[2]))  # its store has the run, which continues
         try:
             return CoordinatorAdmin(self._url).status(self._run)
         except CoordinatorError as error:

@@ -16,12 +16,12 @@ from rich.text import Text
 from psyche_lightning.logs import redirections
 
 LINE_EVERY, LINES = 10, 6
-"""If the output is not a terminal: the most rounds between two lines, and about the fewest lines of a short run."""
+"""For an output that is not a terminal: the most rounds between two lines, and about the fewest lines of a run."""
 EVENTS = 4
 
 
 def megabytes(count: float | None) -> str:
-    """Bytes for people."""
+    """A number of bytes as a text."""
     if count is None:
         return "-"
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
