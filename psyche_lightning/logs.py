@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Literal, TextIO, TypedDict
+
+from psyche_lightning.text import plain
 
 OURS = "psyche_lightning"
 """The package's root logger; a plugin's has the name of the plugin's package."""
@@ -27,7 +28,6 @@ STEADY = 10.0
 
 Stream = Literal["stdout", "stderr"]
 _speaker: ContextVar[tuple[str, str]] = ContextVar("psyche_speaker", default=("-", "-"))
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 # --- run and node ---------------------------------------------------------------------------------------------------
@@ -77,14 +77,10 @@ class LineFormatter(logging.Formatter):
         elif not record.name.startswith(OURS):
             text = f"{record.name}: {text}"
         run, node = getattr(record, "run", "-"), getattr(record, "node", "-")
-        lines = [f"{when} {record.levelname:<7} {_plain(run)} {node} {_plain(text)}"]
+        lines = [f"{when} {record.levelname:<7} {plain(run)} {node} {plain(text)}"]
         if record.exc_info:
-            lines += [f"    {_plain(line)}" for line in self.formatException(record.exc_info).splitlines()]
+            lines += [f"    {plain(line)}" for line in self.formatException(record.exc_info).splitlines()]
         return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class LogHandler(logging.Handler):

@@ -164,7 +164,8 @@ def _help_line(registration: Registration) -> str:
 
 
 def _explain(message: str) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    from psyche_lightning.cli.console import PlainConsole
+
+    PlainConsole(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))

@@ -110,7 +110,7 @@ def engine(
     )
     for name in ("encode", "of it pack", "apply", "of it unpack"):
         table.add_row(name, *(f"{1e9 * one.times[name] / one.parameters:.2f}" for one in results))
-    table.add_row("[bold]whole step", *(f"[bold]{1e9 * one.step / one.parameters:.2f}" for one in results))
+    table.add_row("whole step", *(f"{1e9 * one.step / one.parameters:.2f}" for one in results), style="bold")
     for name in ("adamw", *(["reference"] if theirs else [])):
         table.add_row(f"{name}'s step", *(f"{1e9 * one.times[name] / one.parameters:.2f}" for one in results))
         table.add_row(f"  {name} / step", *(f"{one.times[name] / one.step:.2f}" for one in results))

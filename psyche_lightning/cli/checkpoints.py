@@ -23,7 +23,7 @@ def checkpoints(
     from psyche_lightning.checkpoints.address import open_storage
     from psyche_lightning.checkpoints.folder import complete_checkpoints, fetch
     from psyche_lightning.checkpoints.writer import copy_newest
-    from psyche_lightning.cli.console import stdout
+    from psyche_lightning.cli.console import say, stdout
     from psyche_lightning.errors import CheckpointError
 
     found = complete_checkpoints(open_storage(address))
@@ -48,6 +48,6 @@ def checkpoints(
             table.add_row(*row, manifest.digest[:12], *whole)
         stdout().print(table)
         if to is not None:
-            print(f"copied to {copy_newest(address, to, Path(folder))}")
+            say(f"copied to {copy_newest(address, to, Path(folder))}")
     if damaged:
         raise CheckpointError("\n".join(damaged))

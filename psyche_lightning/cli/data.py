@@ -107,7 +107,7 @@ def inspect(
     console = stdout()
     console.print(table)
     for number, text in enumerate(first):
-        console.print(f"sample {number}: {text[:_SHOWN]!r}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"sample {number}: {text[:_SHOWN]!r}", highlight=False, soft_wrap=True)
 
 
 @data.command()

@@ -11,6 +11,7 @@ import typer
 
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.plugins import load_plugins
+from psyche_lightning.text import plain
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,12 @@ def generate(
     if room is not None and ids.shape[1] + max_new_tokens > room:
         max_new_tokens = room - ids.shape[1]
         logger.info("the model takes %d tokens, so at most %d are added", room, max_new_tokens)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+
+    class Streamer(TextStreamer):  # a checkpoint is text of others, and so is what it writes
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(plain(text, lines=True), stream_end)
+
+    streamer = Streamer(tokenizer, skip_special_tokens=True)
     with torch.inference_mode():
         loaded.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling

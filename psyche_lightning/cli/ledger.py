@@ -78,6 +78,7 @@ def _plain(found: Audit) -> dict[str, Any]:
 
 def _show(found: Audit, rows: int, ledgers: int) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from psyche_lightning.cli.console import stdout
     from psyche_lightning.protocol.open_ids import count, shown
@@ -86,8 +87,11 @@ def _show(found: Audit, rows: int, ledgers: int) -> None:
     console = stdout()
     again = count((line.start, line.stop) for line in found.lines if line.again)
     console.print(
-        f"[bold]{found.run}[/]: {found.rounds} rounds up to step {found.last_step}, from {ledgers} ledgers; "
-        f"{found.ids} data ids trained once, {again} of them in a later round than their own"
+        Text.assemble(
+            (found.run, "bold"),
+            f": {found.rounds} rounds up to step {found.last_step}, from {ledgers} ledgers; "
+            f"{found.ids} data ids trained once, {again} of them in a later round than their own",
+        )
     )
     if found.undone:
         console.print(f"{found.undone} rounds belong to epochs whose end was not agreed; their ids were trained again")
@@ -104,4 +108,4 @@ def _show(found: Audit, rows: int, ledgers: int) -> None:
     for interval in found.untrained:
         console.print(f"not trained: {shown([interval])} (the run ended before they were trained again)")
     for problem in found.problems:
-        console.print(f"[bold red]problem:[/] {problem}")
+        console.print(Text.assemble(("problem:", "bold red"), f" {problem}"))

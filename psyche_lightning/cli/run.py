@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from psyche_lightning.cli.console import say, stdout
 from psyche_lightning.cli.ledger import ledger
 from psyche_lightning.errors import ConfigError, CoordinatorError, counted
 from psyche_lightning.logs import redirections
 from psyche_lightning.protocol.owner import Creation
 from psyche_lightning.server.admin import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
+from psyche_lightning.text import plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -77,10 +79,10 @@ def create(
     steps = (
         "steps until its nodes' max_steps" if config["total_steps"] is None else counted(config["total_steps"], "step")
     )
-    print(f"created run {run_id} on {url}: {steps}, begins with {counted(config['init_min_clients'], 'node')}")
+    say(f"created run {run_id} on {url}: {steps}, begins with {counted(config['init_min_clients'], 'node')}")
     if paused:
-        print(f"it is not open yet: psyche run start {run_id}")
-    print(f"on each node: PSYCHE_COORDINATOR={url} PSYCHE_RUN={run_id}")
+        say(f"it is not open yet: psyche run start {run_id}")
+    say(f"on each node: PSYCHE_COORDINATOR={url} PSYCHE_RUN={run_id}")
 
 
 @run.command()
@@ -97,7 +99,7 @@ def update(
     if not arguments:
         raise ConfigError("nothing to change; give settings such as total_steps=2000, or a recipe")
     after = administer(coordinator, run_id, token_file).update(wanted(run_id, arguments, twin))
-    print(f"run {run_id} is changed: {after['config']['total_steps'] or '?'} steps, {_words(after['phase'])}")
+    say(f"run {run_id} is changed: {after['config']['total_steps'] or '?'} steps, {_words(after['phase'])}")
 
 
 @run.command()
@@ -136,7 +138,6 @@ def watch(
     """Show a run's status and keep it up to date, until the run is finished or you press Ctrl-C."""
     from rich.live import Live
 
-    from psyche_lightning.cli.console import stdout
     from psyche_lightning.cli.owner import administer
 
     admin, console = administer(coordinator, run_id), stdout()
@@ -159,7 +160,7 @@ def start(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) 
     from psyche_lightning.cli.owner import administer
 
     after = administer(coordinator, run_id, token_file).start()
-    print(f"run {run_id} is open: {_words(after['phase'])}")
+    say(f"run {run_id} is open: {_words(after['phase'])}")
 
 
 @run.command()
@@ -167,7 +168,7 @@ def close(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) 
     """Remove a run that is paused or finished; on a chain, you get back what its accounts hold."""
     from psyche_lightning.cli.owner import administer
 
-    print(administer(coordinator, run_id, token_file).close())
+    say(administer(coordinator, run_id, token_file).close())
 
 
 @run.command()
@@ -175,7 +176,7 @@ def authorize(run_id: RunId, node: Node, coordinator: Url = None, token_file: To
     """Let a node or everybody join."""
     from psyche_lightning.cli.owner import administer
 
-    print(administer(coordinator, run_id, token_file).authorize(None if node == EVERYBODY else node))
+    say(administer(coordinator, run_id, token_file).authorize(None if node == EVERYBODY else node))
 
 
 @run.command()
@@ -183,7 +184,7 @@ def revoke(run_id: RunId, node: Node, coordinator: Url = None, token_file: Token
     """Undo authorize; a node that already trains stays until its epoch ends."""
     from psyche_lightning.cli.owner import administer
 
-    print(administer(coordinator, run_id, token_file).revoke(None if node == EVERYBODY else node))
+    say(administer(coordinator, run_id, token_file).revoke(None if node == EVERYBODY else node))
 
 
 @run.command()
@@ -191,7 +192,6 @@ def points(run_id: RunId, coordinator: Url = None, as_json: Json = False) -> Non
     """Show what the nodes earned: an epoch gives equal points to all nodes that were healthy at its end."""
     from rich.table import Table
 
-    from psyche_lightning.cli.console import stdout
     from psyche_lightning.cli.owner import administer
 
     rows = administer(coordinator, run_id).points()
@@ -213,7 +213,7 @@ def claim(
     """Have your points paid, if the run has a treasurer."""
     from psyche_lightning.cli.owner import administer
 
-    print(administer(coordinator, run_id).claim(number))
+    say(administer(coordinator, run_id).claim(number))
 
 
 @run.command("list")
@@ -224,8 +224,6 @@ def list_runs(coordinator: Url = None, as_json: Json = False) -> None:
         print(json.dumps(runs, indent=2))
         return
     from rich.table import Table
-
-    from psyche_lightning.cli.console import stdout
 
     table = Table("run", "phase", "epoch", "step", "nodes")
     for row in runs:
@@ -240,7 +238,7 @@ def pause(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) 
     from psyche_lightning.cli.owner import administer
 
     after = administer(coordinator, run_id, token_file).pause()
-    print(f"run {run_id} is paused" if after["phase"] == "paused" else f"run {run_id} pauses when its epoch has ended")
+    say(f"run {run_id} is paused" if after["phase"] == "paused" else f"run {run_id} pauses when its epoch has ended")
 
 
 @run.command()
@@ -249,7 +247,7 @@ def resume(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None)
     from psyche_lightning.cli.owner import administer
 
     after = administer(coordinator, run_id, token_file).resume()
-    print(f"run {run_id} is resumed: {_words(after['phase'])}")
+    say(f"run {run_id} is resumed: {_words(after['phase'])}")
 
 
 run.command()(ledger)
@@ -287,7 +285,7 @@ def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
 
         found = newest(recipe.checkpoint.resume)
         sections[START] = start_section(found.manifest)
-        print(f"resuming after step {found.manifest.metadata.step}, from {found}")
+        say(f"resuming after step {found.manifest.metadata.step}, from {found}")
     del sections["data"]  # only a node has the samples and can describe them, so the first node fixes this section
     return {
         "config": asdict(recipe.run.coordinator),
@@ -334,7 +332,6 @@ def _words(phase: str) -> str:
 
 
 def _show(found: dict[str, Any]) -> None:
-    from psyche_lightning.cli.console import stdout
 
     stdout().print(_picture(found))
 
@@ -352,7 +349,7 @@ def _picture(found: dict[str, Any]) -> RenderableType:
         f"{max(0, found['step'] - 1)} of {found['total_steps'] or '?'} steps trained"
     )
     parts: list[RenderableType] = [Text.assemble((found["run_id"], "bold"), ": ", head)]
-    parts += [Text(f"{name}: {value}") for name, value in found.get("about", {}).items()]
+    parts += [Text(plain(f"{name}: {value}")) for name, value in found.get("about", {}).items()]
     losses = [row["loss"] for row in found["metrics"] if row["loss"] is not None]
     if losses:
         parts.append(Text(f"training loss {losses[-1]:.4f}, first {losses[0]:.4f}"))
@@ -371,5 +368,5 @@ def _picture(found: dict[str, Any]) -> RenderableType:
     if table.row_count:
         parts.append(table)
     for event in found["events"][-EVENTS:]:
-        parts.append(Text(f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  {event['text']}"))
+        parts.append(Text(f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  {plain(event['text'])}"))
     return Group(*parts)

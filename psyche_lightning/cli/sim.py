@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import track
+from rich.text import Text
 
 from psyche_lightning.cli.console import stdout
 from psyche_lightning.simulation.scenario import History, Scenario, SimulationError
@@ -25,7 +26,7 @@ def sim(
     console = stdout()
 
     def show(now: float, text: str) -> None:
-        console.print(f"[dim]{now:8.2f}[/dim]  {text}", highlight=False)
+        console.print(Text.assemble((f"{now:8.2f}", "dim"), f"  {text}"))
 
     if trace:
         show(0.0, str(Scenario.draw(seed)))

@@ -33,7 +33,7 @@ def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHos
     run_id, config, manifest = body.get("run_id"), body.get("config") or {}, body.get("manifest")
     seed, max_seq_len = body.get("seed"), body.get("max_seq_len", 1)
     if not isinstance(run_id, str):
-        raise ConfigError(f"run_id is {run_id!r}; expected a name of 1 to 32 bytes")
+        raise ConfigError(f"run_id is {run_id!r}; expected a name")
     if not isinstance(config, dict):
         raise ConfigError("config is not a JSON object of settings such as init_min_clients")
     if not isinstance(manifest, (dict, type(None))):

@@ -54,7 +54,7 @@ class RunHost:
     """One run, from its creation to its end.
 
     Args:
-        run_id: the run's name, 1 to 32 bytes of UTF-8.
+        run_id: the run's name, see :func:`~psyche_lightning.protocol.limits.check_run_id`.
         config: durations and sizes.
         seed: u64 from which the seeds of all rounds follow.
         max_seq_len: tokens of a sample.

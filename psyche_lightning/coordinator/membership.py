@@ -7,6 +7,7 @@ from typing import Any
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.codec import from_json, to_json
 from psyche_lightning.protocol.state import Client
+from psyche_lightning.text import is_plain
 from psyche_lightning.wire.identity import KEY_SIZE, short
 
 MAX_ADDRESS = 512
@@ -55,9 +56,10 @@ class Membership:
         Raises:
             CoordinatorError: ``InvalidMember``, ``Ejected``, ``NotAuthorized``, or ``RunFull`` (retryable).
         """
-        if len(signer) != KEY_SIZE or len(address) > MAX_ADDRESS:
+        if len(signer) != KEY_SIZE or len(address) > MAX_ADDRESS or not is_plain(address):
             raise CoordinatorError(
-                f"a member must have a key of {KEY_SIZE} bytes and an address of at most {MAX_ADDRESS} characters",
+                f"a member must have a key of {KEY_SIZE} bytes, and an address of at most {MAX_ADDRESS} characters "
+                "without control characters",
                 code="InvalidMember",
             )
         if signer in self.ejected:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.protocol.state import CoordinatorConfig
 
 MAX_RUN_ID = 32
-"""The most bytes of a run's name in UTF-8 (the limit of a Solana seed)."""
+"""The most characters of a run's name (the limit of a Solana seed)."""
+_RUN_ID = re.compile(rf"(?!\.)[A-Za-z0-9._-]{{1,{MAX_RUN_ID}}}")
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,16 @@ _DURATIONS = (
 
 
 def check_run_id(run_id: str) -> None:
-    """Check a run's name.
+    """Check a run's name, which stands in terminals, logs, URLs and paths.
 
     Raises:
-        ConfigError: it is empty or longer than 32 bytes of UTF-8.
+        ConfigError: it is empty or too long, has another character, or begins with a dot.
     """
-    size = len(run_id.encode("utf-8", "surrogatepass"))
-    if not 0 < size <= MAX_RUN_ID:
-        raise ConfigError(f"the run id {run_id[:40]!r} has {size} bytes; it must have 1 to {MAX_RUN_ID} bytes")
+    if not _RUN_ID.fullmatch(run_id):
+        raise ConfigError(
+            f"{run_id[:40]!r} is no name of a run; it has 1 to {MAX_RUN_ID} letters (a to z), digits, '.', '_' and "
+            "'-', and does not begin with a dot"
+        )
 
 
 def check_config(config: CoordinatorConfig, limits: Limits | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from psyche_lightning.errors import CoordinatorError, ManifestMismatchError
 from psyche_lightning.protocol.state import CoordinatorConfig
+from psyche_lightning.text import plain
 from psyche_lightning.wire.canonical import sha256
 
 MAX_MANIFEST_SIZE = 4 * 1024 * 1024
@@ -143,7 +144,7 @@ def mismatch(
         found: differences, as :func:`differences` returns them.
         advice: what to do.
     """
-    lines = [f"  {field}: the run has {_brief(run)}, this node has {_brief(node)}" for field, run, node in found]
+    lines = [f"  {plain(field)}: the run has {_brief(run)}, this node has {_brief(node)}" for field, run, node in found]
     more = [f"  and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else []
     return ManifestMismatchError(
         "this node's configuration differs from the run's:\n" + "\n".join(lines[:MAX_SHOWN] + more) + f"\n{advice}",

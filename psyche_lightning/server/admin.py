@@ -79,7 +79,7 @@ class CoordinatorAdmin:
         """Create a run and return its status. An identical second request changes nothing.
 
         Args:
-            run_id: the run's name, at most 32 bytes.
+            run_id: the run's name: 1 to 32 letters, digits, ``.``, ``_`` and ``-``.
             config: values of :class:`~psyche_lightning.protocol.state.CoordinatorConfig`; the others are defaults.
             manifest: the known part of the run's manifest.
             seed: decides all committees and assignments; None for a random one.

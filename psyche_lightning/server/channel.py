@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from psyche_lightning.errors import CoordinatorError, ManifestMismatchError, PsycheError, WireError
+from psyche_lightning.text import plain
 from psyche_lightning.wire.canonical import pack, unpack
 from psyche_lightning.wire.identity import KEY_SIZE, SIGNATURE_SIZE, Identity, short, verify
 
@@ -123,13 +124,14 @@ def problem(error: PsycheError, *, choices: list[str] | None = None) -> dict[str
 
 
 def coordinator_error(value: Any) -> CoordinatorError:
-    """The error that :func:`problem` described; other values become a plain error."""
+    """The error that :func:`problem` described, in words safe to show; other values become a plain error."""
     if not isinstance(value, dict) or not isinstance(value.get("error"), str):
         return CoordinatorError("the coordinator refused without giving a reason")
+    text = plain(value["error"], lines=True)
     differences = value.get("differences")
     if isinstance(differences, list) and all(isinstance(row, list) and len(row) == 3 for row in differences):
-        return ManifestMismatchError(value["error"], [(str(field), run, own) for field, run, own in differences])
+        return ManifestMismatchError(text, [(str(field), run, own) for field, run, own in differences])
     code = value.get("code")
     return CoordinatorError(
-        value["error"], code=code if isinstance(code, str) else "Coordinator", retryable=value.get("retryable") is True
+        text, code=plain(code) if isinstance(code, str) else "Coordinator", retryable=value.get("retryable") is True
     )

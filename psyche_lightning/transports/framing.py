@@ -27,6 +27,7 @@ from typing import Protocol
 
 from psyche_lightning.errors import WireError
 from psyche_lightning.protocol.messages import MAX_MESSAGE_SIZE
+from psyche_lightning.text import plain
 
 BLOCK_SIZE = 64 * 1024
 _HEADER = struct.Struct("!IB")
@@ -91,8 +92,8 @@ def goodbye(reason: str) -> bytes:
 
 
 def goodbye_text(body: bytes) -> str:
-    """The reason in a GOODBYE frame; replaces characters that could disturb a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in body.decode(errors="replace"))
+    """The reason in a GOODBYE frame, safe to show."""
+    return plain(body.decode(errors="replace"))
 
 
 async def read_frame(reader: Source, allowed: Collection[int]) -> tuple[int, bytes]:

@@ -19,6 +19,7 @@ from typing import TypeVar
 from psyche_lightning.aio import is_set_within, within
 from psyche_lightning.errors import TransportError, WireError, cause
 from psyche_lightning.logs import next_reminder
+from psyche_lightning.text import plain
 from psyche_lightning.transports.base import Link, Progress, TransportContext, check_message
 from psyche_lightning.transports.cache import KEPT_SECONDS, BlobCache
 from psyche_lightning.transports.connection import Connection, ConnectionContext
@@ -285,7 +286,7 @@ class MeshTransport(abc.ABC):
                 peer.tried = True
                 attempts += 1
                 if peer.connection is None:
-                    peer.reason = f"cannot connect to {peer.address[:100]}: {reason(error)}"
+                    peer.reason = f"cannot connect to {plain(peer.address[:100])}: {reason(error)}"
                     if peer.lost:
                         peer.reason += f" (the last connection ended: {peer.lost})"
                     if peer.answered is None:

@@ -85,8 +85,12 @@ def test_limits_can_be_chosen() -> None:
         check_config(config, Limits(clients=4))
 
 
-@pytest.mark.parametrize("run_id", ["", "x" * 33, "ü" * 17])
-def test_run_ids_have_1_to_32_bytes(run_id: str) -> None:
-    with pytest.raises(ConfigError, match="1 to 32 bytes"):
+@pytest.mark.parametrize("run_id", ["", "x" * 33, "ü", ".hidden", "..", "a b", "a/b", "a\n", "\x1b[2J", "[/red]"])
+def test_a_name_that_could_be_something_else_is_no_run_id(run_id: str) -> None:
+    with pytest.raises(ConfigError, match="1 to 32 letters"):
         check_run_id(run_id)
-    check_run_id("ü" * 16)
+
+
+@pytest.mark.parametrize("run_id", ["x" * 32, "gpt2.small_v-2", "-", "_", "7"])
+def test_run_ids(run_id: str) -> None:
+    check_run_id(run_id)

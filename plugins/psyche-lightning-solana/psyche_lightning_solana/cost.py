@@ -352,7 +352,7 @@ def cost(
     results = []
     for count in counts:
         if not as_json:
-            console.print(f"[dim]playing a run of {count} nodes ...[/]")
+            console.print(f"playing a run of {count} nodes ...", style="dim")
         results.append(measure(values, count, price))
     if as_json:
         print(json.dumps([_as_json(result, steps, epochs, price) for result in results], indent=1))
@@ -398,7 +398,7 @@ def _show(
     console: Console, results: list[Cost], name: str, steps: int, epochs: int, price: int, seconds: float
 ) -> None:
     console.print(
-        f"[bold]{name}[/]: {steps:,} steps in {epochs} epoch(s) of rounds of {seconds:g} s; "
+        f"{name}: {steps:,} steps in {epochs} epoch(s) of rounds of {seconds:g} s; "
         f"{SIGNATURE_FEE:,} lamports a signature, {price:,} micro-lamports for each compute unit of a limit",
         highlight=False,
     )
@@ -427,4 +427,4 @@ def _show(
             )
         console.print(table)
         console.print()
-    console.print("[dim]in SOL; storage comes back when the accounts are closed[/]")
+    console.print("in SOL; storage comes back when the accounts are closed", style="dim")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from psyche_lightning import system
 from psyche_lightning.cli.demo.processes import Child, Processes
@@ -222,7 +223,7 @@ class SolanaStage:
             name = self._names.get(row.payer, row.payer[:8])
             good = "green" if row.result == "ok" else "red"
             numbers = (f"{row.units:,}", str(row.size), f"{row.fee:,}")
-            table.add_row(str(row.slot), name, row.instruction, *numbers, f"[{good}]{row.result}[/]")
+            table.add_row(str(row.slot), name, row.instruction, *numbers, Text(row.result, style=good))
         console.print(table)
         console.print(summary(rows))
         fees = sum(row.fee for row in rows)

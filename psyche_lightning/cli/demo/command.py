@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from psyche_lightning.cli.console import stdout
 from psyche_lightning.cli.demo.processes import Child, Processes
@@ -75,13 +76,15 @@ def demo(
     steps = resolved.run.coordinator.total_steps
     _prepare(keep)
     console.print(
-        f"[bold]psyche demo[/]: {counted(nodes, 'node')}, {size.trainable / 1e6:.2f} M parameters, "
-        f"{counted(steps, 'round')}. Ctrl-C stops everything.",
-        highlight=False,
+        Text.assemble(
+            ("psyche demo", "bold"),
+            f": {counted(nodes, 'node')}, {size.trainable / 1e6:.2f} M parameters, {counted(steps, 'round')}. "
+            "Ctrl-C stops everything.",
+        )
     )
     console.print(f"logs, plot and checkpoint: {keep}/", highlight=False)
     with Processes() as processes:
-        console.print(f"[dim]starting {stage.what} and {'the nodes' if nodes > 1 else 'the node'} ...[/]")
+        console.print(f"starting {stage.what} and {'the nodes' if nodes > 1 else 'the node'} ...", style="dim")
         folders = [keep / f"node-{number}" for number in range(nodes)]
         url = stage.open(processes, keep, nodes, console)
         stage.create(RUN, recipe, given, twin)
@@ -189,17 +192,18 @@ def _sum_up(console: Console, figures: Figures, folder: Path, unit: str) -> None
     console.print(table)
     for name, ends in summary["loss"].items():
         if ends:
-            change = f"{ends[0]:.3f} -> [bold]{ends[1]:.3f}[/]" if ends[0] != ends[1] else f"[bold]{ends[0]:.3f}[/]"
-            console.print(f"{name:>10} loss  {change} {unit}", highlight=False)
+            before = f"{ends[0]:.3f} -> " if ends[0] != ends[1] else ""
+            console.print(Text.assemble(f"{name:>10} loss  {before}", (f"{ends[-1]:.3f}", "bold"), f" {unit}"))
     if figures.started == 1:
         console.print("the node finished; alone it exchanges no updates")
     else:
-        equal = "[green]equal[/]" if len(figures.digests) == 1 else "[red]different[/]"
-        console.print(f"{len(figures.nodes)} of {figures.started} nodes finished with {equal} parameters")
+        equal = ("equal", "green") if len(figures.digests) == 1 else ("different", "red")
+        finished = f"{len(figures.nodes)} of {figures.started} nodes finished with "
+        console.print(Text.assemble(finished, equal, " parameters"))
         console.print(f"{figures.comparison}, everything counted at the sockets")
     gone = [event["text"] for event in figures.events if event["kind"] == "dropped"]
     for text in gone:
-        console.print(f"[yellow]{text}[/]")
+        console.print(text, style="yellow")
     console.print(f"plot: {folder / 'loss.png'}", highlight=False)
     checkpoint = folder / "node-0" / "checkpoint"
     if checkpoint.exists():

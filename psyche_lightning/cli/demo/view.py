@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from psyche_lightning.logs import redirections
+from psyche_lightning.text import plain
 
 LINE_EVERY, LINES = 10, 6
 """For an output that is not a terminal: the most rounds between two lines, and about the fewest lines of a run."""
@@ -122,9 +123,9 @@ class View:
                 megabytes(node["bytes_up"]),
                 megabytes(node["bytes_down"]),
             )
-        events = Text("\n".join(event["text"] for event in status["events"][-EVENTS:]), style="dim")
+        events = Text("\n".join(plain(event["text"]) for event in status["events"][-EVENTS:]), style="dim")
         bar = ProgressBar(total=self._rounds, completed=done, width=64)
         body = Group(facts, bar, Text(), nodes, Text(), events)
         phase = status["phase"].replace("_", " ")
         title = f"run {status['run_id']}, epoch {status['epoch']}: {phase}"
-        return Panel(body, title=title, border_style="blue", expand=False)
+        return Panel(body, title=Text(title), border_style="blue", expand=False)
