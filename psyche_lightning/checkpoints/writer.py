@@ -77,6 +77,7 @@ class Writer:
         self._uploader = Worker("psyche-upload")
         self._uploading: set[int] = set()
         self._errors: dict[int, PsycheError] = {}
+        self._unsaved: CheckpointError | None = None
         try:
             for left in self._own.glob("*.new") if self._own.is_dir() else ():
                 shutil.rmtree(left, ignore_errors=True)
@@ -97,7 +98,11 @@ class Writer:
 
         Returns:
             Whether it is written; false while an earlier one is being written.
+
+        Raises:
+            CheckpointError: see :meth:`check`.
         """
+        self.check()
         if last:
             self._saver.wait()
         elif self._saver.busy:
@@ -109,6 +114,18 @@ class Writer:
         else:  # this model can only be written as it is now
             self._save(made, metadata, rank)
         return True
+
+    def check(self) -> None:
+        """Look whether every checkpoint so far is in the node's folder.
+
+        An address that cannot be written only fails in :meth:`finish`: it may be away for a while, and other nodes
+        write there as well.
+
+        Raises:
+            CheckpointError: one could not be written, because the disk is full for example.
+        """
+        if self._unsaved is not None:
+            raise self._unsaved
 
     def finish(self, step: int) -> None:
         """Wait until everything is written.
@@ -139,11 +156,14 @@ class Writer:
             logger.info("wrote the checkpoint of step %d to %s", metadata.step, target)
         except OSError as error:
             shutil.rmtree(fresh, ignore_errors=True)
-            problem = CheckpointError(f"cannot write the checkpoint {target}: {error.strerror}; is the disk full?")
-            self._note(metadata.step, problem)
+            reason = error.strerror or str(error)
+            self._unsaved = CheckpointError(f"cannot write the checkpoint {target}: {reason}; is the disk full?")
+            self._note(metadata.step, self._unsaved)
             return
         except Exception as error:  # save_pretrained of a user's model may raise anything
-            self._note(metadata.step, CheckpointError(f"cannot write the checkpoint {target}: {error!r}"))
+            shutil.rmtree(fresh, ignore_errors=True)
+            self._unsaved = CheckpointError(f"cannot write the checkpoint {target}: {error!r}")
+            self._note(metadata.step, self._unsaved)
             return
         if self._storage is not None and rank is not None:
             storage = self._storage

@@ -6,6 +6,7 @@ positions refer to, and the nonce. Parameters need no file: snapshot and replay 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -42,6 +43,8 @@ def save(folder: Path, run: str, optimizer: DisTrO) -> None:
             os.fsync(file.fileno())
         new.replace(path)
     except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
         raise StoreError(f"cannot write {path}: {error}. Is its disk full or read-only?") from error
 
 

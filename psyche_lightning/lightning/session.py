@@ -13,7 +13,7 @@ from typing import Any
 
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.distro import NonFiniteGradientError
-from psyche_lightning.errors import DataError, PsycheError
+from psyche_lightning.errors import DataError, PsycheError, StoreError
 from psyche_lightning.lightning import delta as saved_delta
 from psyche_lightning.lightning.entry import Entry
 from psyche_lightning.lightning.optimizers import TakenStep
@@ -353,14 +353,26 @@ class Session:
         self._why = _reason(error)
 
     def close(self) -> None:
-        """Leave the run; idempotent."""
+        """Leave the run; idempotent.
+
+        Raises:
+            StoreError: delta cannot be saved, and no other error ends training. The node has left the run.
+        """
+        unsaved: StoreError | None = None
         if self._folder is not None and not self._over:
-            saved_delta.save(self._folder, self.entry.run_id, self._step.distro)
+            try:
+                saved_delta.save(self._folder, self.entry.run_id, self._step.distro)
+            except StoreError as error:
+                unsaved = error
         self._over, self._next, self.work = True, None, None
         try:
-            self._participant.stop(self._why)
+            self._participant.stop(self._why or str(unsaved or ""))
         finally:
             self._opened.close()
+        if unsaved is not None:
+            if not self._why:
+                raise unsaved
+            logger.error("%s", unsaved)
 
 
 def node_key(folder: Path) -> Identity:

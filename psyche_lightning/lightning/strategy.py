@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import signal
@@ -223,6 +224,9 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         self._training = training = _Training(self._fit)
         self.session = training.session
         self._undo.callback(training.session.close)
+        # A callback whose on_exception fails, for lack of space for instance, keeps Trainer from calling teardown.
+        atexit.register(self._undo.close)
+        self._undo.callback(atexit.unregister, self._undo.close)
         if threading.current_thread() is threading.main_thread():
             self._undo.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
             signal.signal(signal.SIGTERM, training.terminate(signal.getsignal(signal.SIGTERM)))

@@ -7,6 +7,7 @@ record of the round, and the agreed announcements as their trainers signed them.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import threading
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 
 from psyche_lightning.errors import StoreError
 from psyche_lightning.node.agreement import DecidedRound
+from psyche_lightning.node.store import explained, write_all
 from psyche_lightning.protocol.open_ids import closed
 
 FILE = "ledger.jsonl"
@@ -61,36 +63,31 @@ class Ledger:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
-        try:
+        with explained("open the ledger", self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 - it stays open
             self._file.truncate(_whole(self._file))
-        except OSError as error:
-            raise self._failed(error) from error
 
     def append(self, run_id: str, records: Iterable[DecidedRound]) -> None:
         """Write rounds down.
 
         Raises:
-            StoreError: the disk is full or the file cannot be written.
+            StoreError: the disk is full or the file cannot be written; none of the rounds is written down.
         """
         lines = "".join(json.dumps(row_of(run_id, record), separators=(",", ":")) + "\n" for record in records)
-        try:
-            with self._lock:
-                self._file.write(lines.encode())
-        except OSError as error:
-            raise self._failed(error) from error
+        with self._lock, explained("write to the ledger", self.path):
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                write_all(self._file, lines.encode())
+            except OSError:
+                with contextlib.suppress(OSError):  # a torn line is cut off at the next start
+                    self._file.truncate(end)
+                raise
 
     def close(self) -> None:
         """Release the file; idempotent."""
         with self._lock:
             self._file.close()
-
-    def _failed(self, error: OSError) -> StoreError:
-        reason = error.strerror or str(error)
-        return StoreError(
-            f"cannot write the ledger {self.path}: {reason}. Free or mend the disk, or choose another folder"
-        )
 
 
 def _whole(file: BinaryIO) -> int:

@@ -392,6 +392,16 @@ class Paused(Notice):
 
 
 @dataclass(frozen=True)
+class CannotGoOn(Notice):
+    """The node ends with an error for ``reason``, in words, as soon as its training thread looks."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"this node cannot go on: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Left(Notice):
     """The node has left the run for ``reason``, in words."""
 

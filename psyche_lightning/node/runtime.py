@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, TransportError, WireError
+from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, StoreError, TransportError, WireError
 from psyche_lightning.logs import speaking
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.core import NodeCore
@@ -18,6 +18,7 @@ from psyche_lightning.node.download import Downloads
 from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.news import news
 from psyche_lightning.node.notices import (
+    CannotGoOn,
     DifferenceNotFound,
     Finished,
     Joined,
@@ -103,6 +104,7 @@ class Runtime:
         self._joined = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.core = NodeCore(
             node.identity.public, node.coordinator.signer, node.run_id, node.settings, self._seal, self._kept_promises()
         )
@@ -131,8 +133,8 @@ class Runtime:
         Raises:
             PsycheError: the transport cannot listen, or the coordinator cannot be reached or refuses this node.
         """
-        node = self.node
-        context = TransportContext(node.identity, node.run_id, self._on_message, node.store.get, node.served)
+        node, self._loop = self.node, asyncio.get_running_loop()
+        context = TransportContext(node.identity, node.run_id, self._on_message, self._blob_for_peer, node.served)
         self.address = await self.node.transport.start(context)
         await self.node.coordinator.request(Join(self.address, self.node.manifest))
         self._joined = True
@@ -174,7 +176,15 @@ class Runtime:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not self._stopping:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """End the node with an error, wherever it arose: from now on it promises, sends and answers nothing."""
+        if not self._stopping:
+            self._stopping = True
+            with self.speaking():
+                CannotGoOn(str(error) or type(error).__name__).tell()
             self._post(error)
 
     async def _watch(self) -> None:
@@ -215,12 +225,15 @@ class Runtime:
         return True
 
     def handle(self, event: ev.Event) -> None:
-        """Give the core an event and carry out its effects."""
+        """Give the core an event and carry out its effects; an error ends the node on the training thread."""
         if self._stopping:
             return
-        with self.speaking():
-            for effect in self.core.handle(event, time.monotonic()):
-                self._carry_out(effect)
+        try:
+            with self.speaking():
+                for effect in self.core.handle(event, time.monotonic()):
+                    self._carry_out(effect)
+        except Exception as error:  # the callers, such as transports and timers, would only log it
+            self._fail(error)
 
     # --- effects ----------------------------------------------------------------------------------------------------
 
@@ -278,6 +291,8 @@ class Runtime:
                 try:
                     self.node.replica.load(digest, self._blob)
                     return ev.Loaded(digest, open_ids=decode_index(self._blob(digest)).open_ids)
+                except StoreError:
+                    raise
                 except PsycheError as error:
                     return ev.Loaded(digest, str(error))
             case ev.ShareBuffers(epoch):
@@ -286,6 +301,8 @@ class Runtime:
                 try:
                     self.node.replica.load_buffers(index, self._blob)
                     return ev.BuffersLoaded(index)
+                except StoreError:
+                    raise
                 except PsycheError as error:
                     return ev.BuffersLoaded(index, str(error))
 
@@ -298,6 +315,15 @@ class Runtime:
             describe = self.node.replica.snapshot if task.snapshot else self.node.replica.digest
             digest = describe(self.node.store.put, task.open_ids)
         return ev.Applied(task.epoch, task.height, digest, self.node.replica.prints() if task.prints else b"")
+
+    def _blob_for_peer(self, digest: bytes) -> bytes | None:
+        """A stored blob; transports call this from other threads, and only log its errors."""
+        try:
+            return self.node.store.get(digest)
+        except StoreError as error:
+            assert self._loop is not None  # since start
+            self._loop.call_soon_threadsafe(self._fail, error)
+            raise
 
     def _blob(self, digest: bytes) -> bytes:
         data = self.node.store.get(digest)

@@ -126,7 +126,7 @@ class DirectoryBlobStore:
         self._names = itertools.count()
         self._durable: set[bytes] = set()  # already written and synced by this object
         self._young: set[bytes] = set()
-        with _explained("prepare the blob folder", self.path):
+        with explained("prepare the blob folder", self.path):
             (self.path / "tmp").mkdir(parents=True, exist_ok=True)
             for leftover in (self.path / "tmp").iterdir():
                 leftover.unlink(missing_ok=True)
@@ -137,7 +137,7 @@ class DirectoryBlobStore:
         target = self._file(digest)
         with self._lock:
             self._young.add(digest)
-        with _explained("write to the blob folder", self.path):
+        with explained("write to the blob folder", self.path):
             if (not durable or digest in self._durable) and target.exists():
                 return digest
             if not target.parent.is_dir():
@@ -181,7 +181,7 @@ class DirectoryBlobStore:
 
     def size(self, digest: bytes) -> int | None:
         """See :meth:`BlobStore.size`."""
-        with _explained("read the blob folder", self.path):
+        with explained("read the blob folder", self.path):
             try:
                 return self._file(digest).stat().st_size
             except FileNotFoundError:
@@ -194,7 +194,7 @@ class DirectoryBlobStore:
 
     def retain(self, keep: Collection[bytes]) -> None:
         """See :meth:`BlobStore.retain`."""
-        with self._lock, _explained("clear the blob folder", self.path):
+        with self._lock, explained("clear the blob folder", self.path):
             kept = {digest.hex() for digest in self._young.union(keep)}
             self._young = set()
             for file in self.path.glob("??/*"):
@@ -208,7 +208,7 @@ class DirectoryBlobStore:
         return self.path / name[:2] / name
 
     def _read(self, digest: bytes) -> bytes | None:
-        with _explained("read the blob folder", self.path):
+        with explained("read the blob folder", self.path):
             try:
                 return self._file(digest).read_bytes()
             except FileNotFoundError:
@@ -216,7 +216,7 @@ class DirectoryBlobStore:
 
     def _unlink(self, digest: bytes) -> None:
         self._durable.discard(digest)
-        with _explained("delete from the blob folder", self.path):
+        with explained("delete from the blob folder", self.path):
             self._file(digest).unlink(missing_ok=True)
 
 
@@ -257,7 +257,7 @@ class Journal:
         self.path = Path(path)
         self._lock = threading.Lock()
         self._values: dict[str, bytes] = {}
-        with _explained("open the journal", self.path):
+        with explained("open the journal", self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             self._file: BinaryIO = os.fdopen(descriptor, "r+b", buffering=0)
@@ -275,12 +275,12 @@ class Journal:
             StoreError: the disk is full or the file cannot be written; the record is not stored.
         """
         record = _record(key, value)
-        with self._lock, _explained("write to the journal", self.path):
+        with self._lock, explained("write to the journal", self.path):
             if self._file.closed:
                 raise StoreError(f"the journal {self.path} is closed; open it again to go on")
             try:
                 self._file.seek(self._end)
-                _write_all(self._file, record)
+                write_all(self._file, record)
                 _sync(self._file)
             except OSError:
                 # A half-written record would become a damaged middle.
@@ -301,7 +301,7 @@ class Journal:
         Raises:
             StoreError: the new file cannot be written; the old one stays.
         """
-        with self._lock, _explained("rewrite the journal", self.path):
+        with self._lock, explained("rewrite the journal", self.path):
             values = {key: value for key, value in self._values.items() if key in keys}
             temporary = self.path.with_name(self.path.name + ".new")
             file: BinaryIO | None = None
@@ -309,7 +309,7 @@ class Journal:
                 file = open(temporary, "w+b", buffering=0)  # noqa: SIM115 - it becomes the journal
                 self._claim(file)
                 data = MAGIC + b"".join(_record(key, value) for key, value in values.items())
-                _write_all(file, data)
+                write_all(file, data)
                 _sync(file)
                 if not system.MOVES_OPEN_FILES:
                     file.close()
@@ -352,7 +352,7 @@ class Journal:
         """Read all records into ``_values``, repair the end, and return where the next record goes."""
         if len(data) < len(MAGIC) and MAGIC.startswith(data):
             self._file.seek(0)
-            _write_all(self._file, MAGIC)
+            write_all(self._file, MAGIC)
             _sync(self._file)
             system.sync_folder(self.path.parent)
             return len(MAGIC)
@@ -403,8 +403,12 @@ def _record(key: str, value: bytes) -> bytes:
     return head + struct.pack("<I", zlib.crc32(head)) + body
 
 
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    """Write everything: an unbuffered write may be partial."""
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Write everything to an unbuffered file: one write may be partial.
+
+    Raises:
+        OSError: it cannot be written; a part may be there.
+    """
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
@@ -416,8 +420,16 @@ def _sync(file: BinaryIO) -> None:
 
 
 @contextlib.contextmanager
-def _explained(action: str, path: Path) -> Iterator[None]:
-    """Turn an operating system error into one with advice."""
+def explained(action: str, path: Path) -> Iterator[None]:
+    """Turn an operating system error within into one with advice.
+
+    Args:
+        action: what fails, such as ``"write to the journal"``.
+        path: its file or folder.
+
+    Raises:
+        StoreError: in place of an OSError.
+    """
     try:
         yield
     except OSError as error:

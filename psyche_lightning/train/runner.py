@@ -28,6 +28,7 @@ from psyche_lightning.lightning.session import Session, node_key
 from psyche_lightning.lightning.strategy import PsycheStrategy
 from psyche_lightning.logs import speaking
 from psyche_lightning.node.download import Transfer
+from psyche_lightning.node.store import explained, write_all
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.recipe.config import Recipe
@@ -147,7 +148,7 @@ class _Diary(Callback):
         self._bars = Bars(self._console, recipe.name, recipe.run.total_steps, self._transfer)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._metrics = (folder / METRICS).open("a", encoding="utf-8")
+            self._metrics = (folder / METRICS).open("ab", buffering=0)  # unbuffered: closing it cannot fail later
         except OSError as error:
             raise ConfigError(
                 f"cannot write to the node's folder {folder}: {error.strerror}; choose another with node.directory=DIR"
@@ -251,13 +252,14 @@ class _Diary(Callback):
             logger.info("step %d  validation loss %.4f", trainer.global_step, loss)
 
     def _write(self, **row: Any) -> None:
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
+        with explained("write to", self._folder / METRICS):
+            write_all(self._metrics, (json.dumps(row) + "\n").encode())
 
     def _replace(self, path: Path, text: str) -> None:
         fresh = path.with_name(path.name + ".new")
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(path)
+        with explained("write", path):
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(path)
 
 
 def _fixed(url: str, run: str) -> Mapping[str, Any]:

@@ -59,7 +59,12 @@ class Checkpoints:
         self._saved: int | None = None
 
     def after_round(self, session: Session, model: torch.nn.Module) -> None:
-        """Start to save a checkpoint if one is due."""
+        """Start to save a checkpoint if one is due.
+
+        Raises:
+            CheckpointError: an earlier one could not be written to the node's folder.
+        """
+        self._writer.check()
         standing = session.standing if self._every else None
         if standing is None:
             return

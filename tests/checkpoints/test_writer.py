@@ -145,6 +145,10 @@ def test_a_folder_that_cannot_be_written(model: Any, tmp_path: Path, said: Calla
     one.save(lambda: ModelCopy(model), metadata(10), None)
     with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*step-000010"):
         one.finish(10)
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*step-000010"):
+        one.check()  # in the next round
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*step-000010"):
+        one.save(lambda: ModelCopy(model), metadata(20), None)
 
 
 # --- several writers --------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ import torch
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.logs import Speaker
+from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import Notice
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.runtime import NodeParts
 from psyche_lightning.node.settings import Settings
-from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
+from psyche_lightning.node.store import BlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.transports.memory import MemoryNetwork, MemoryTransport
@@ -49,8 +50,9 @@ class Trainee:
     steps: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     error: BaseException | None = None
-    store: MemoryBlobStore = field(default_factory=MemoryBlobStore)
-    journal: MemoryJournal = field(default_factory=MemoryJournal)
+    store: BlobStore = field(default_factory=MemoryBlobStore)
+    journal: Journal | MemoryJournal = field(default_factory=MemoryJournal)
+    ledger: Ledger | None = None
     compute: Callable[[Trainee, RoundWork], None] = lambda trainee, work: None
     spoil: Callable[[Trainee, RoundWork], None] = lambda trainee, work: None
 
@@ -84,6 +86,7 @@ class Trainee:
                 ),
                 store=self.store,
                 journal=self.journal,
+                ledger=self.ledger,
             ),
             patience=60.0,
         )

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from psyche_lightning.errors import ManifestMismatchError
+from psyche_lightning.errors import ManifestMismatchError, StoreError
+from psyche_lightning.node import events as ev
+from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import (
+    CannotGoOn,
     Finished,
     Outcome,
     ParametersDiffer,
@@ -16,8 +21,10 @@ from psyche_lightning.node.notices import (
     TakesStart,
     TensorDiffered,
 )
+from psyche_lightning.node.store import DirectoryBlobStore, Journal
 from psyche_lightning.protocol.requests import Join
 from psyche_lightning.protocol.state import Phase
+from psyche_lightning.wire.canonical import sha256
 
 
 def test_a_node_alone_trains_all_steps(make_run: Any, make_trainee: Any) -> None:
@@ -118,3 +125,64 @@ def test_who_comes_in_the_last_epoch_leaves_the_finished_run_without_asking_thos
     failures = [notice for notice in late.said if isinstance(notice, ParametersNotObtained)]
     assert failures
     assert all("no provider is known" in notice.reason for notice in failures)
+
+
+# --- storage that fails -----------------------------------------------------------------------------------------------
+
+
+def fill_disk(part: Any) -> None:
+    """From now on, the disk of an open journal or ledger is full."""
+    device = os.open("/dev/full", os.O_RDWR)
+    os.dup2(device, part._file.fileno())
+    os.close(device)
+
+
+def left(run: Any) -> list[str]:
+    return [event.text for event in run.host.history.events.since(0) if event.kind == "left"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("part", ["journal", "ledger"])
+def test_a_full_disk_ends_the_node_which_leaves_the_run(
+    make_run: Any, make_trainee: Any, tmp_path: Path, part: str
+) -> None:
+    run = make_run(1, 1000)
+    parts: dict[str, Any] = {"journal": Journal(tmp_path / "the journal"), "ledger": Ledger(tmp_path / "the ledger")}
+    node = make_trainee(0, run, **parts)
+    node.spoil = lambda trainee, work: fill_disk(parts[part]) if work.step == 3 else None
+    with pytest.raises(StoreError, match=rf"cannot write to the {part} .*the {part}: No space left on device"):
+        run.go(node)
+    assert max(node.steps) < 20
+    assert len(left(run)) == 1
+    assert [notice for notice in node.said if isinstance(notice, CannotGoOn)] == [CannotGoOn(str(node.error))]
+
+
+def test_a_disk_that_fails_while_peers_read_from_it_ends_the_node(
+    make_run: Any, make_trainee: Any, tmp_path: Path
+) -> None:
+    run = make_run(1, 1000)
+    store, wanted = DirectoryBlobStore(tmp_path), sha256(b"wanted")
+    node = make_trainee(0, run, store=store)
+
+    def serve(node: Any, work: Any) -> None:
+        if work.step == 3:
+            store._file(wanted).mkdir(parents=True)  # neither a file nor missing
+            with pytest.raises(StoreError):
+                node.participant._runtime._blob_for_peer(wanted)
+
+    node.spoil = serve
+    with pytest.raises(StoreError, match=f"cannot read the blob folder {tmp_path}"):
+        run.go(node)
+    assert len(left(run)) == 1
+
+
+@pytest.mark.parametrize("task", [ev.Load, ev.LoadBuffers])
+def test_parameters_that_cannot_be_read_are_not_taken_for_damaged_ones(
+    make_run: Any, make_trainee: Any, tmp_path: Path, task: Any
+) -> None:
+    store, index = DirectoryBlobStore(tmp_path), sha256(b"index")
+    runtime = make_trainee(0, make_run(1, 10), store=store).participant._runtime
+    assert runtime.run_replica_task(task(index, ())).reason
+    store._file(index).mkdir(parents=True)
+    with pytest.raises(StoreError, match="cannot read the blob folder"):
+        runtime.run_replica_task(task(index, ()))

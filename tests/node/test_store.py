@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from psyche_lightning import system
 from psyche_lightning.errors import PsycheError, StoreError
+from psyche_lightning.node.ledger import read_ledger
 from psyche_lightning.node.store import MAGIC, BlobStore, DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.wire.canonical import sha256
 
@@ -121,6 +122,22 @@ def test_a_journal_goes_on_after_a_full_disk(tmp_path: Path) -> None:
         "journal.append('c', b'3')\n",
     )
     assert Journal(tmp_path / "journal").load() == {"a": b"1", "c": b"3"}
+
+
+def test_a_ledger_has_whole_lines_only_after_a_full_disk(tmp_path: Path) -> None:
+    text = _limited(
+        tmp_path,
+        "from psyche_lightning.node.agreement import DecidedRound\n"
+        "from psyche_lightning.node.ledger import Ledger\n"
+        "from psyche_lightning.protocol.state import Round\n"
+        "ledger = Ledger(path + '/ledger.jsonl')\n"
+        "small, large = (DecidedRound(0, Round(), (bytes(32),) * nodes, (), (), b'') for nodes in (1, 1000))\n"
+        "ledger.append('run', [small])\n"
+        "try:\n    ledger.append('run', [large])\nexcept StoreError as error:\n    print(error)\n"
+        "ledger.append('run', [small])\n",
+    )
+    assert f"cannot write to the ledger {tmp_path / 'ledger.jsonl'}: File too large" in text
+    assert len(list(read_ledger(tmp_path / "ledger.jsonl"))) == 2
 
 
 def test_a_folder_that_is_a_file_is_explained(tmp_path: Path) -> None:
