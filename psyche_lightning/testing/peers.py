@@ -101,7 +101,7 @@ async def eventually(condition: Callable[[], object], what: str, act: Callable[[
     Args:
         condition: called repeatedly.
         what: the condition in words, for the error.
-        act: called before each further check.
+        act: called after each check that fails.
 
     Raises:
         AssertionError: the condition does not hold within 20 seconds.

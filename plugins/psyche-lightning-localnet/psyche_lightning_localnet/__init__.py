@@ -1,4 +1,4 @@
-"""A Solana cluster of one for trying things out: ``solana-localnet``.
+"""A Solana cluster with one node, for tests and experiments: ``solana-localnet``.
 
 Ordinary clients use it like a validator: JSON-RPC over HTTP, subscriptions over a websocket. The programs run in
 Solana's own runtime (``solders.litesvm``); this package adds the parts of a cluster that clients see. It lacks some
@@ -10,7 +10,7 @@ In a test::
     async with LocalServer(LocalChain(SlotClock(running=False))) as server:
         client = AsyncClient(server.url)
         ...
-        server.chain.advance(2)  # in slots; nothing else moves a frozen clock
+        server.chain.advance(2)  # two slots; nothing else advances a frozen clock
 """
 
 from psyche_lightning_localnet.chain import LocalChain

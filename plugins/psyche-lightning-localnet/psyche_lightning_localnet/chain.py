@@ -34,15 +34,15 @@ RECENT_SLOTS = 300
 """Slots for which memory keeps statuses, as in a validator's status cache."""
 SLOT_HASHES = 512
 CONFIRMED_LAG, FINALIZED_LAG = 1, 32
-"""Slots until most votes arrive, and until a slot is final, as on a cluster without failures."""
+"""Slots until a slot is confirmed, and until it is finalized, as on a cluster without failures."""
 MAX_ANNOUNCED = 64
-"""When many slots pass at once, only the last ones are announced."""
+"""The most slots that are announced when many pass at once: the last ones."""
 GENESIS = Hash(hashlib.sha256(b"psyche-lightning localnet genesis").digest())
-"""The first block of every local chain, which identifies it as one."""
+"""Hash of the first block of every local chain. It tells clients that the chain is a local one."""
 MEMO = Pubkey.from_string("MemoSq4gqABAXKb96qnH8TysNcWxMyWCqXgDLGmfcHr")
 _NOTHING = Account(0, b"", SYSTEM_PROGRAM)
 _CODE_META = 45
-"""Bytes before the code in a program's data account."""
+"""Number of bytes before the code in a program's data account."""
 _LOOKUP_TABLES = Pubkey.from_string("AddressLookupTab1e1111111111111111111111111")
 _SLOT_HASHES = Pubkey.from_string("SysvarS1otHashes111111111111111111111111111")
 
@@ -51,18 +51,18 @@ FAUCET_LAMPORTS = 500_000_000 * 10**9
 
 
 def faucet_keypair() -> Keypair:
-    """The faucet of every local chain; may upgrade the installed programs. Its seed is public."""
+    """The faucet of every local chain, which may upgrade the initial programs. Its seed is public."""
     return Keypair.from_seed(hashlib.sha256(b"psyche-lightning localnet faucet").digest())
 
 
 @dataclass
 class Block:
-    """A slot's events.
+    """The events of a slot.
 
     Attributes:
-        slot: its number.
-        records: transactions in their order.
-        changed: accounts that they changed.
+        slot: the slot's number.
+        records: its transactions, in order.
+        changed: the accounts that they changed.
     """
 
     slot: int
@@ -74,34 +74,34 @@ class Observer(Protocol):
     """Receives events as they happen."""
 
     def received(self, signature: str) -> None:
-        """A transaction came in."""
+        """A transaction has arrived."""
 
     def settled(self, commitment: str, block: Block) -> None:
-        """That block's events are now visible at that commitment."""
+        """The events of a block are now visible at a commitment."""
 
     def slot(self, slot: int, parent: int, root: int) -> None:
-        """A slot began."""
+        """A slot has begun."""
 
 
 class LocalChain:
-    """A Solana cluster of one, in this process.
+    """A Solana cluster with one node, in this process.
 
     Args:
-        clock: slots and time; None for 400 ms on the wall clock.
+        clock: counts slots and time; None for slots of 400 ms by the wall clock.
         confirmed_lag: slots after which a transaction counts as confirmed.
-        finalized_lag: slots after which it counts as finalized.
-        max_transactions: number of remembered transactions.
-        seed: makes this chain's blockhashes unique; None for random.
+        finalized_lag: slots after which a transaction counts as finalized.
+        max_transactions: the most transactions that the chain remembers.
+        seed: determines the blockhashes; None for a random seed.
         programs: address and ELF shared object of each initial program.
 
     Attributes:
         clock: as given.
-        vm: current accounts, and the runtime.
-        accounts: changed by transactions.
-        history: landed transactions.
+        vm: the current accounts, and the runtime.
+        accounts: the accounts that transactions changed.
+        history: the transactions that landed.
         observer: receives events, or None.
-        healthy: for ``getHealth``; if false, the server refuses to send, like a validator that lags behind.
-        faucet: pays airdrops.
+        healthy: the answer of ``getHealth``; if false, the server refuses transactions, like a validator that lags.
+        faucet: the key pair that pays airdrops.
     """
 
     def __init__(
@@ -146,21 +146,21 @@ class LocalChain:
         return self.clock.slot
 
     def slot_at(self, commitment: str) -> int:
-        """The newest slot at a commitment. Every slot has a block, so it is the block height as well."""
+        """The newest slot at a commitment. It is also the block height, because each slot has a block."""
         return max(0, self.clock.slot - self.lags[commitment])
 
     def advance(self, slots: int = 1) -> None:
-        """Let slots pass at once, with their time."""
+        """Let slots pass at once; the time advances with them."""
         before = self.clock.slot
         self.clock.advance(slots)
         self._passed(before)
 
     def advance_seconds(self, seconds: float) -> None:
-        """Let slots pass for that time; at least one."""
+        """Let slots of this total time pass at once, at least one."""
         self.advance(max(1, -(-int(seconds * 1000) // self.clock.slot_ms)))
 
     def keep_time(self) -> int:
-        """Let due slots pass; returns their number."""
+        """Let all due slots pass; returns their number."""
         due = self.clock.due()
         if due:
             before = self.clock.slot
@@ -169,7 +169,7 @@ class LocalChain:
         return due
 
     def follow_wall(self) -> None:
-        """Let slots pass until the wall clock, and follow it."""
+        """Let all slots pass up to the wall clock's time, and follow the wall clock from then on."""
         self.clock.follow_wall()
         self.keep_time()
 
@@ -196,11 +196,11 @@ class LocalChain:
     # -----------------------------------------------------------------------------------------------------------------
 
     def blockhash(self, slot: int) -> Hash:
-        """The hash of the block of a slot."""
+        """The hash of a slot's block."""
         return GENESIS if slot == 0 else Hash(hashlib.sha256(self.seed + slot.to_bytes(8, "little")).digest())
 
     def blockhash_slot(self, blockhash: Hash, commitment: str = "processed") -> int | None:
-        """The slot of a valid blockhash, as of a commitment; None if it is unknown or too old."""
+        """The slot of a blockhash that is valid at a commitment; None if it is unknown or too old."""
         slot = self._blockhashes.get(blockhash)
         now = self.slot_at(commitment)
         return slot if slot is not None and slot <= now <= slot + MAX_PROCESSING_AGE else None
@@ -222,26 +222,26 @@ class LocalChain:
         if key in self.accounts:
             return self.accounts.get(self.slot_at(commitment), key)
         self._sync_clock()
-        return self.vm.account(key)  # built-in, or a sysvar
+        return self.vm.account(key)  # a built-in program or a sysvar
 
     def store(self, accounts: dict[Pubkey, Account]) -> None:
-        """Put accounts on the chain without a transaction."""
+        """Store accounts without a transaction."""
         self.vm.store(accounts)
         for key, account in accounts.items():
             self.accounts.put(self.clock.slot, key, account)
 
     def add_program(self, address: Pubkey, image: bytes, authority: Pubkey | None = None) -> bool:
-        """Put a program on the chain without a transaction and a key pair; the runtime verifies it.
+        """Install a program without a transaction and a key pair. The runtime verifies it.
 
         Like a deployed program, it is usable from the next slot on.
 
         Args:
-            address: its address; an existing program is replaced.
+            address: the program's address; replaces a program that is there already.
             image: an ELF shared object.
-            authority: may upgrade it; None for the faucet.
+            authority: the key that may upgrade it; None for the faucet's.
 
         Returns:
-            Whether anything changed; false if the same program exists.
+            Whether anything changed: False if the same program is there already.
 
         Raises:
             LocalnetError: the runtime rejects it.
@@ -289,14 +289,14 @@ class LocalChain:
     ) -> Outcome:
         """Simulate a transaction.
 
-        It uses the newest accounts, because the virtual machine has no others. But it checks blockhashes at
-        ``commitment``, so that it shows if a client fetches and checks them at different commitments.
+        The simulation uses the newest accounts, because the virtual machine has no others. But it checks the blockhash
+        at ``commitment``, and so reveals a client that fetches and checks blockhashes at different commitments.
 
         Args:
-            transaction: sane.
-            commitment: for the check of its blockhash.
-            verify: whether signatures are checked.
-            fresh: whether its blockhash is checked.
+            transaction: a sane transaction.
+            commitment: the commitment for the check of its blockhash.
+            verify: whether to check its signatures.
+            fresh: whether to check its blockhash.
         """
         names = self.names(transaction)
         stopped = None
@@ -337,14 +337,14 @@ class LocalChain:
     def airdrop(self, to: Pubkey, lamports: int) -> tuple[str, Outcome]:
         """Send lamports from the faucet; returns the transaction's signature and result."""
         self._airdrops += 1
-        # The memo distinguishes two airdrops of one slot to one address: a chain takes equal ones once.
+        # The memo makes two equal airdrops in one slot different: a chain takes equal transactions only once.
         memo = Instruction(MEMO, f"airdrop {self._airdrops}".encode(), [])
         gift = transfer(TransferParams(from_pubkey=self.faucet.pubkey(), to_pubkey=to, lamports=lamports))
         transaction = self.sign([gift, memo], self.faucet)
         return str(transaction.signatures[0]), self.submit(transaction)
 
     def sign(self, instructions: Sequence[Instruction], *signers: Keypair) -> VersionedTransaction:
-        """A transaction with the newest blockhash; the first signer pays."""
+        """Build and sign a transaction with the newest blockhash. The first signer pays."""
         newest = self.blockhash(self.slot)
         message = MessageV0.try_compile(signers[0].pubkey(), list(instructions), [], newest)
         return VersionedTransaction(message, list(signers))
@@ -354,7 +354,7 @@ class LocalChain:
         return self._statuses.get(signature)
 
     def commitment_of(self, slot: int) -> str:
-        """The highest commitment that shows a slot."""
+        """The highest commitment at which a slot is visible."""
         return next(name for name in reversed(COMMITMENTS) if slot <= self.slot_at(name))
 
     def _sync_clock(self) -> None:
@@ -404,16 +404,16 @@ class LocalChain:
                     self.observer.settled(commitment, block)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # To disk and back
+    # Saved state
     # -----------------------------------------------------------------------------------------------------------------
 
     def restore(self, accounts: dict[Pubkey, Account], records: Sequence[Record], *, count: int, airdrops: int) -> None:
-        """Load a saved state into a fresh chain with the saved seed and clock; all of it counts as finalized.
+        """Load a saved state into a new chain that has the saved seed and clock. The whole state counts as finalized.
 
         Args:
-            accounts: every account.
-            records: transactions, oldest first.
-            count: number of all transactions, with forgotten ones.
+            accounts: all accounts.
+            records: the remembered transactions, oldest first.
+            count: number of all transactions, including forgotten ones.
             airdrops: number of airdrops among them.
         """
         self._airdrops = airdrops

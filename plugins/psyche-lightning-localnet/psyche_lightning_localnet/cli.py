@@ -21,9 +21,9 @@ class Program:
     """A chain's initial program.
 
     Attributes:
-        name: for display.
-        address: in base58.
-        image: an ELF shared object.
+        name: the name to display.
+        address: the address in base58.
+        image: the ELF shared object.
     """
 
     name: str
@@ -32,40 +32,38 @@ class Program:
 
 
 def command(name: str, programs: Callable[[], Sequence[Program]] = tuple) -> Callable[..., None]:
-    """The command, as a function with typer's annotations.
+    """Build the command: a function with typer's annotations.
 
     Args:
-        name: the command's name, for its first line.
-        programs: on every chain of this command.
+        name: the command's name, for the first line of its output.
+        programs: returns the initial programs of every chain of this command.
     """
 
     def localnet(
         port: Annotated[
-            int, typer.Option(min=0, max=65534, help="Port for requests, the next one for subscriptions; 0 for any.")
+            int, typer.Option(min=0, max=65534, help="Port for requests; the next one is for subscriptions. 0 for any.")
         ] = 8899,
-        host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+        host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
         ledger: Annotated[
-            Path | None, typer.Option(help="Folder that keeps the chain; without one, it is lost at the end.")
+            Path | None, typer.Option(help="Folder that keeps the chain; without one, the chain is lost at the end.")
         ] = None,
-        reset: Annotated[bool, typer.Option("--reset", help="Start over in that folder.")] = False,
+        reset: Annotated[bool, typer.Option("--reset", help="Start a new chain in that folder.")] = False,
         program: Annotated[
             list[str] | None,
             typer.Option(
                 metavar="ADDRESS=FILE",
-                help="An initial program: its address or key pair's file, and its .so file; repeatable.",
+                help="An initial program: its address or the file of its key pair, and its .so file; repeatable.",
             ),
         ] = None,
         slot_ms: Annotated[int, typer.Option(min=1, max=60_000, help="Milliseconds of a slot.")] = 400,
         confirmed_lag: Annotated[int, typer.Option(min=0, help="Slots until a transaction counts as confirmed.")] = 1,
-        finalized_lag: Annotated[int, typer.Option(min=0, help="Slots until it counts as finalized.")] = 32,
-        frozen: Annotated[
-            bool, typer.Option("--frozen", help="No slot passes unless psyche_advanceClock says so.")
-        ] = False,
-        transactions: Annotated[int, typer.Option(min=1, help="Number of remembered transactions.")] = 20_000,
+        finalized_lag: Annotated[int, typer.Option(min=0, help="Slots until a transaction counts as finalized.")] = 32,
+        frozen: Annotated[bool, typer.Option("--frozen", help="Slots pass only by psyche_advanceClock.")] = False,
+        transactions: Annotated[int, typer.Option(min=1, help="The most transactions to remember.")] = 20_000,
     ) -> None:
-        """Serve a local Solana chain for trying things out.
+        """Serve a local Solana chain, for tests and experiments.
 
-        Ordinary Solana clients use it like a validator. Its keys are public, so everything on it is worthless.
+        Ordinary Solana clients use it like a validator. Its keys are public, so nothing on it has any value.
         """
         given = [*programs(), *(_program(text) for text in program or ())]
         settings = {
@@ -93,7 +91,7 @@ def _program(text: str) -> Program:
     """Read ``ADDRESS=FILE``.
 
     Raises:
-        LocalnetError: it has another form, or a file cannot be read.
+        LocalnetError: the text has another form, or a file cannot be read.
     """
     from solders.keypair import Keypair
     from solders.pubkey import Pubkey
@@ -133,7 +131,7 @@ async def _serve(
     from psyche_lightning_localnet.ledger import Ledger
     from psyche_lightning_localnet.server import LocalServer
 
-    # Before a half-started server can fail, and before the URL shows up.
+    # Install the handlers before the server starts, and before its URL is printed.
     stop = asyncio.Event()
     _on_signal(stop.set)
     images = {Pubkey.from_string(program.address): program.image for program in programs}

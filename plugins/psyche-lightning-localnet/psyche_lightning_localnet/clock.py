@@ -1,4 +1,4 @@
-"""Slots and their time: the wall clock's, or virtual."""
+"""Counts slots, and gives their time: that of the wall clock, or a virtual one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 
 class SlotClock:
-    """Counts slots of equal length. Time is the slot's: it is constant within one.
+    """Counts slots of equal length. Each slot has one time, which is constant within the slot.
 
     Args:
         slot_ms: length of a slot in milliseconds.
-        now: the wall clock, seconds since 1970.
+        now: returns the wall clock's time in seconds since 1970.
         running: whether slots pass with the wall clock, or only by :meth:`advance`.
         slot: the first slot.
-        unix_ms: time of the first slot in milliseconds since 1970; None for the wall clock's.
+        unix_ms: time of the first slot in milliseconds since 1970; None for the wall clock's time.
 
     Attributes:
         slot: the current slot.
@@ -38,14 +38,14 @@ class SlotClock:
         self.begin(slot, self._wall_ms() if unix_ms is None else unix_ms)
 
     def begin(self, slot: int, unix_ms: int) -> None:
-        """Start over at a slot and its time."""
+        """Restart at a slot and its time."""
         self.slot = slot
         self._origin = unix_ms - slot * self.slot_ms
         if self.running:
             self.resume()
 
     def unix_ms(self, slot: int | None = None) -> int:
-        """Time of a slot, the current one unless given, in milliseconds since 1970."""
+        """Time of a slot in milliseconds since 1970; of the current slot by default."""
         return self._origin + (self.slot if slot is None else slot) * self.slot_ms
 
     def unix_time(self, slot: int | None = None) -> int:
@@ -53,40 +53,40 @@ class SlotClock:
         return self.unix_ms(slot) // 1000
 
     def due(self) -> int:
-        """How many slots should begin by now; 0 while frozen."""
+        """Number of slots that are due; 0 while frozen."""
         if not self.running:
             return 0
         late = self._wall_ms() + self._ahead - self.unix_ms()
-        if late < 0:  # the wall clock went back; the chain's never does
+        if late < 0:  # the wall clock was set back; the chain's time never goes back
             self.resume()
             return 0
         return late // self.slot_ms
 
     def until_next(self) -> float:
-        """Seconds until the next slot is due, of a running clock."""
+        """Seconds until the next slot is due, if the clock runs."""
         late = self._wall_ms() + self._ahead - self.unix_ms()
         return max(0.0, (self.slot_ms - late) / 1000)
 
     def passed(self, slots: int) -> None:
-        """Count due slots as begun."""
+        """Count slots that were due."""
         self.slot += slots
 
     def advance(self, slots: int) -> None:
-        """Let slots pass at once, with their time; a running clock goes on from there."""
+        """Let slots pass at once; the time advances with them, and a running clock continues from there."""
         self.slot += slots
         self._ahead += slots * self.slot_ms
 
     def freeze(self) -> None:
-        """Stop slots passing by themselves."""
+        """Freeze the clock: slots no longer pass by themselves."""
         self.running = False
 
     def resume(self) -> None:
-        """Let slots pass with the wall clock, from the chain's time."""
+        """Let slots pass at the wall clock's pace, from the chain's time on."""
         self.running = True
         self._ahead = self.unix_ms() - self._wall_ms()
 
     def follow_wall(self) -> None:
-        """Let slots pass with the wall clock; all missed slots are due."""
+        """Let slots pass up to the wall clock's time, and at its pace; all missed slots are due at once."""
         self.running = True
         self._ahead = max(0, self.unix_ms() - self._wall_ms())
 

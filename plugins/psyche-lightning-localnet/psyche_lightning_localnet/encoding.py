@@ -1,4 +1,4 @@
-"""The form of accounts and transactions in answers."""
+"""Encodes accounts and transactions for answers."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def base58(data: bytes) -> str:
 
 
 def account_json(account: Account, encoding: str, data_slice: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """An account in ``getAccountInfo``'s form.
+    """An account in the form of ``getAccountInfo``.
 
-    With ``jsonParsed``, validators show unknown programs in base64; this function shows all so.
+    With ``jsonParsed``, validators show accounts of unknown programs in base64. This function does so for all programs.
 
     Args:
         account: the account.
@@ -54,7 +54,7 @@ def account_json(account: Account, encoding: str, data_slice: Mapping[str, int] 
         data_slice: ``offset`` and ``length`` of the requested part of the data.
 
     Raises:
-        RpcError: -32600, base58 of more than 128 bytes.
+        RpcError: -32600, more than 128 bytes in base58.
     """
     data = bytes(account.data)
     shown = data if data_slice is None else data[data_slice["offset"] : data_slice["offset"] + data_slice["length"]]
@@ -83,7 +83,7 @@ def _data(data: bytes, encoding: str) -> str | list[str]:
 
 
 def matches(account: Account, filters: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether an account passes all filters of ``getProgramAccounts``, as :func:`filters_of` gives them."""
+    """Whether an account passes all filters of ``getProgramAccounts``, as :func:`filters_of` returns them."""
     for item in filters:
         if "dataSize" in item and len(account.data) != item["dataSize"]:
             return False
@@ -106,7 +106,7 @@ def _is_token_account(account: Account) -> bool:
 
 
 def token_amount(amount: int, decimals: int) -> dict[str, Any]:
-    """An amount of tokens in a validator's form."""
+    """An amount of tokens in the form of a validator."""
     text = f"{amount:0{decimals + 1}d}"
     exact = text if decimals == 0 else f"{text[:-decimals]}.{text[-decimals:]}".rstrip("0").rstrip(".")
     return {"amount": str(amount), "decimals": decimals, "uiAmount": float(exact), "uiAmountString": exact}
@@ -121,7 +121,7 @@ def token_account(account: Account | None) -> tuple[Pubkey, Pubkey, int] | None:
 
 
 def mint_decimals(account: Account | None) -> int | None:
-    """Decimals of an SPL mint; None for others."""
+    """Decimals of an SPL mint; None for another account."""
     if account is None or account.owner not in TOKEN_PROGRAMS or len(account.data) < MINT_SIZE:
         return None
     return account.data[44]
@@ -130,7 +130,7 @@ def mint_decimals(account: Account | None) -> int | None:
 def token_balances(
     keys: Sequence[Pubkey], accounts: Sequence[Account | None], read: Callable[[Pubkey], Account | None]
 ) -> tuple[dict[str, Any], ...]:
-    """The token balances of a transaction's accounts, in ``getTransaction``'s form."""
+    """The token balances of a transaction's accounts, in the form of ``getTransaction``."""
     found = []
     for index, account in enumerate(accounts):
         token = token_account(account)
@@ -157,7 +157,7 @@ def token_balances(
 
 
 def inner_json(inner: Sequence[Sequence[InnerInstruction]]) -> tuple[dict[str, Any], ...]:
-    """The instructions' inner instructions, if any."""
+    """The inner instructions of each instruction that has some."""
     return tuple(
         {
             "index": index,
@@ -191,16 +191,16 @@ def _instruction(compiled: CompiledInstruction, stack_height: int | None) -> dic
 
 
 def transaction_json(record: Record, encoding: str, max_version: int | None) -> dict[str, Any]:
-    """A transaction in ``getTransaction``'s form.
+    """A transaction in the form of ``getTransaction``.
 
     Args:
         record: the transaction.
-        encoding: one of ``TRANSACTION_ENCODINGS``; with ``jsonParsed`` accounts are explained and instructions name
-            their accounts, as a validator does for programs that it does not know.
-        max_version: the newest version that the caller understands; None for legacy ones.
+        encoding: one of ``TRANSACTION_ENCODINGS``; with ``jsonParsed``, the answer describes the accounts, and
+            instructions name theirs, as a validator does for unknown programs.
+        max_version: the newest version that the caller understands; None for legacy transactions only.
 
     Raises:
-        RpcError: -32015, the transaction is of a newer version.
+        RpcError: -32015, the transaction has a newer version.
     """
     transaction = VersionedTransaction.from_bytes(record.transaction)
     version = 0 if isinstance(transaction.message, MessageV0) else None
@@ -302,7 +302,7 @@ def filters_of(given: object) -> tuple[dict[str, Any], ...]:
     """Read the filters of ``getProgramAccounts`` and ``programSubscribe``.
 
     Raises:
-        RpcError: -32602, more than four, or an invalid one.
+        RpcError: -32602, there are more than four filters, or one is invalid.
     """
     if given is None:
         return ()

@@ -1,6 +1,6 @@
-"""Errors: for the user of a chain, and those of JSON-RPC with a validator's codes, texts and data.
+"""The errors of this package, and those of JSON-RPC with the codes, texts and data of a validator.
 
-Codes: JSON-RPC 2.0 and Agave's ``rpc-client-api/src/custom_error.rs``.
+The codes are those of JSON-RPC 2.0 and of Agave's ``rpc-client-api/src/custom_error.rs``.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ PARSE_ERROR = -32700
 
 
 class LocalnetError(Exception):
-    """A local chain cannot follow a request; the text explains why and what to do."""
+    """A local chain cannot do something. The text says why, and what to do."""
 
 
 class LedgerError(LocalnetError):
-    """A chain cannot be saved to or loaded from its folder."""
+    """A chain cannot be saved to its folder or loaded from it."""
 
 
 class RpcError(Exception):
-    """An error for the caller.
+    """An error that a response gives to the client.
 
     Attributes:
-        code: of the list above.
-        data: additional JSON of some codes.
+        code: one of the codes above.
+        data: further JSON that some codes have; else None.
     """
 
     def __init__(self, code: int, message: str, data: Any = None) -> None:
@@ -60,14 +60,14 @@ class RpcError(Exception):
 
 
 def invalid_params(message: str) -> RpcError:
-    """The parameters do not fit the method."""
+    """Build the error for parameters that do not fit the method."""
     return RpcError(INVALID_PARAMS, message)
 
 
 def simulation_json(
     err: TransactionErrorType | None, logs: Sequence[str] | None = None, units: int | None = None
 ) -> dict[str, Any]:
-    """What simulating came to, without what only ``simulateTransaction`` adds, as solders writes it."""
+    """The result of a simulation as JSON of solders, without the members that only ``simulateTransaction`` adds."""
     result = RpcSimulateTransactionResult(
         err=err, logs=None if logs is None else list(logs), units_consumed=None if units is None else units
     )
@@ -76,26 +76,26 @@ def simulation_json(
 
 
 def error_json(err: TransactionErrorType | None) -> Any:
-    """A transaction error in the cluster's form, or None.
+    """A transaction error as JSON in the form of a validator; None if there is none.
 
-    ``to_json`` of the error itself loses the variant's name; inside a result it remains.
+    ``to_json`` of the error itself loses the name of its variant. A result that contains the error keeps it.
     """
     return None if err is None else simulation_json(err)["err"]
 
 
 def preflight_failure(err: TransactionErrorType, logs: Sequence[str], units: int) -> RpcError:
-    """The transaction would fail, so it was not sent."""
+    """Build the error for a transaction that was not sent, because its simulation failed."""
     message = f"Transaction simulation failed: {error_text(err, logs)}"
     return RpcError(PREFLIGHT_FAILURE, message, simulation_json(err, logs, units))
 
 
 def error_text(err: TransactionErrorType, logs: Sequence[str] = ()) -> str:
-    """A transaction error in the words of a validator."""
+    """The text of a validator for a transaction error."""
     if isinstance(err, TransactionErrorInstructionError):
         inner = err.err
         if isinstance(inner, InstructionErrorCustom):
             what = f"custom program error: {inner.code:#x}"
-        else:  # the runtime's last line ends with the words for it
+        else:  # the last line of the runtime's log ends with its text
             _, failed, what = (logs[-1] if logs else "").partition(" failed: ")
             what = what if failed else str(inner).rpartition(".")[2]
         return f"Error processing Instruction {err.index}: {what}"

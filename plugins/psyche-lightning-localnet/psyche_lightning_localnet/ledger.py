@@ -1,7 +1,7 @@
-"""A chain on disk: one file, replaced as a whole.
+"""Saves a chain to disk: one file, which is replaced as a whole.
 
-Layout: 8 bytes of magic and version, SHA-256 of the rest, a zstd frame of msgpack. Loading executes nothing, and
-allocates only for data in the file.
+Layout: 8 bytes of magic and version, the SHA-256 of the rest, and a zstd frame with msgpack. Loading executes nothing,
+and allocates memory only for data that the file has.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from psyche_lightning_localnet.state import Record
 
 MAGIC = b"psyloc\x00\x01"
 MAX_SIZE = 8 << 30
-"""Bytes of a snapshot, unpacked."""
+"""Largest size of an unpacked snapshot in bytes."""
 SNAPSHOT = "snapshot"
 _FIELDS = [item.name for item in fields(Record)]
 _TUPLES = {item.name for item in fields(Record) if str(item.type).startswith("tuple")}
@@ -38,7 +38,7 @@ class Ledger:
     """A folder that keeps a chain.
 
     Args:
-        folder: its path; created if missing, and used by one process at a time.
+        folder: the folder's path; created if missing. One process uses it at a time.
         interval: seconds between snapshots of a running chain.
 
     Attributes:
@@ -67,19 +67,19 @@ class Ledger:
             raise LedgerError(f"cannot use the ledger {folder}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Let others use the folder."""
+        """Release the folder, so that another process can use it."""
         self._lock.release()
 
     def reset(self) -> None:
-        """Forget the chain."""
+        """Delete the saved chain."""
         self._path.unlink(missing_ok=True)
 
     def load(self, clock: SlotClock, **settings: Any) -> LocalChain | None:
-        """The saved chain, or None if the folder has none.
+        """Load the saved chain; None if the folder has none.
 
         Args:
-            clock: its slots and time from now on; set here to the saved place. A running one follows the wall clock,
-                a frozen one continues at the chain's time.
+            clock: the chain's clock from now on; this method sets it to the saved slot and time. A running clock then
+                follows the wall clock, and a frozen one stays at the saved time.
             settings: further arguments of :class:`LocalChain`.
 
         Raises:
@@ -111,22 +111,22 @@ class Ledger:
         return chain
 
     def behind(self, chain: LocalChain) -> bool:
-        """Whether some transactions are unsaved."""
+        """Whether some transactions are not saved."""
         return chain.history.count != self._saved
 
     def save(self, chain: LocalChain) -> None:
         """Save a chain.
 
         Raises:
-            LedgerError: the disk is full or fails; the old file stays.
+            LedgerError: the disk is full or fails. The previous file stays.
         """
         self._write(*self._capture(chain))
 
     async def save_aside(self, chain: LocalChain) -> None:
-        """Save the current state of a running chain.
+        """Save the current state of a running chain, in another thread.
 
         Raises:
-            LedgerError: the disk is full or fails; the old file stays.
+            LedgerError: the disk is full or fails. The previous file stays.
         """
         try:
             await asyncio.get_running_loop().run_in_executor(None, self._write, *self._capture(chain))
@@ -177,7 +177,7 @@ class Ledger:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open folders, and saves their entries itself
+    if os.name == "nt":  # Windows cannot open folders, and writes their entries itself
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

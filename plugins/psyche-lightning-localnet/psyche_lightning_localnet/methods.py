@@ -1,4 +1,4 @@
-"""The methods of JSON-RPC: state, transactions, and ours that move the clock."""
+"""The methods of JSON-RPC: those of a validator for accounts and transactions, and our own for the clock."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from psyche_lightning_localnet.vm import SLOTS_PER_EPOCH
 MAX_MULTIPLE_ACCOUNTS = 100
 MAX_DATA_SIZE = 10 * 1024 * 1024
 MAX_ADVANCED = 1 << 40
-"""Most slots that one call advances the clock."""
+"""One call advances the clock by fewer slots than this."""
 MAX_STATUSES = 256
 MAX_SIGNATURES = 1000
 MAX_FEE_ACCOUNTS = 128
@@ -47,12 +47,12 @@ MAX_AIRDROP = 1_000_000 * 10**9
 
 
 def get_version(chain: LocalChain, params: Params) -> Any:
-    """The version, in a validator's form."""
+    """The version, in the form of a validator."""
     return {"solana-core": API_VERSION, "feature-set": 0}
 
 
 def get_health(chain: LocalChain, params: Params) -> Any:
-    """``ok``, or an error of a server that refuses to send."""
+    """``ok``, or an error if the server refuses transactions."""
     if not chain.healthy:
         raise RpcError(NODE_UNHEALTHY, "Node is unhealthy", {"numSlotsBehind": None})
     return "ok"
@@ -64,14 +64,14 @@ def get_genesis_hash(chain: LocalChain, params: Params) -> Any:
 
 
 def get_slot(chain: LocalChain, params: Params) -> Any:
-    """The newest slot at a commitment, which is the block height as well."""
+    """The newest slot at a commitment; it is also the block height."""
     config = params.config(0)
     require_context(chain, config)
     return chain.slot_at(config.commitment)
 
 
 def get_epoch_info(chain: LocalChain, params: Params) -> Any:
-    """The cluster's place in its epoch."""
+    """The cluster's epoch and its slot in it."""
     config = params.config(0)
     require_context(chain, config)
     slot = chain.slot_at(config.commitment)
@@ -110,7 +110,7 @@ def is_blockhash_valid(chain: LocalChain, params: Params) -> Any:
 
 
 def get_minimum_balance(chain: LocalChain, params: Params) -> Any:
-    """Lamports that an account of that many bytes must hold."""
+    """Lamports that an account must hold to be rent-exempt, by its size in bytes."""
     size = params.integer(0)
     if size > MAX_DATA_SIZE:
         raise invalid_params(f"Invalid param: an account has at most {MAX_DATA_SIZE} bytes")
@@ -194,9 +194,9 @@ def get_token_supply(chain: LocalChain, params: Params) -> Any:
 
 
 def send_transaction(chain: LocalChain, params: Params) -> Any:
-    """Check a transaction (optional), and let it land."""
+    """Simulate a transaction, unless the client skips that, and let it land."""
     config = params.config(1)
-    config.integer("maxRetries")  # retries are useless: it lands at once or never
+    config.integer("maxRetries")  # ignored, because a transaction lands at once or never
     transaction = decode(params.required(0), config.choice("encoding", ("base58", "base64"), "base58"))
     at = Config({**_only(config, "minContextSlot"), "commitment": config.get("preflightCommitment")})
     require_context(chain, at)
@@ -241,7 +241,7 @@ def simulate_transaction(chain: LocalChain, params: Params) -> Any:
         value["innerInstructions"] = list(inner_json(outcome.inner))
     if wanted is not None:
         keys, encoding = wanted
-        # A failed transaction changes nothing of interest to its caller.
+        # The answer does not show what a failed transaction changed.
         changes = outcome.changes if outcome.err is None else {}
         accounts = [changes.get(key) or chain.account(key, config.commitment) for key in keys]
         value["accounts"] = [
@@ -310,7 +310,7 @@ def get_signatures_for_address(chain: LocalChain, params: Params) -> Any:
 
 
 def get_fee_for_message(chain: LocalChain, params: Params) -> Any:
-    """Lamports that a message costs, or None if its blockhash is invalid."""
+    """The fee of a message in lamports; None if its blockhash is invalid."""
     message, config = decode_message(params.required(0)), params.config(1)
     require_context(chain, config)
     known = chain.blockhash_slot(message.recent_blockhash, config.commitment) is not None
@@ -318,7 +318,7 @@ def get_fee_for_message(chain: LocalChain, params: Params) -> Any:
 
 
 def get_recent_prioritization_fees(chain: LocalChain, params: Params) -> Any:
-    """The lowest price in each recent slot among transactions that name some accounts."""
+    """The lowest price in each recent slot among the transactions that name all given accounts."""
     wanted = {str(key) for key in params.pubkeys(0, MAX_FEE_ACCOUNTS)} if params.raw(0) is not None else set()
     oldest = max(0, chain.slot - MAX_PROCESSING_AGE + 1)
     least: dict[int, int] = {}
@@ -331,7 +331,7 @@ def get_recent_prioritization_fees(chain: LocalChain, params: Params) -> Any:
 
 
 def request_airdrop(chain: LocalChain, params: Params) -> Any:
-    """Lamports from the faucet."""
+    """Send lamports from the faucet."""
     to, lamports = params.pubkey(0), params.integer(1)
     if lamports > MAX_AIRDROP:
         raise invalid_params(f"Invalid param: at most {MAX_AIRDROP} lamports at a time")
@@ -368,12 +368,12 @@ def _wanted_accounts(config: Config, named: int) -> tuple[list[Any], str] | None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ours: not of a validator
+# Our own methods, which validators lack
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def clock_json(chain: LocalChain) -> dict[str, Any]:
-    """The clock in our own methods' form."""
+    """The clock's state, as our own methods answer it."""
     clock = chain.clock
     return {
         "slot": clock.slot,
@@ -386,12 +386,12 @@ def clock_json(chain: LocalChain) -> dict[str, Any]:
 
 
 def get_clock(chain: LocalChain, params: Params) -> Any:
-    """Slots and time."""
+    """The clock's state."""
     return clock_json(chain)
 
 
 def advance_clock(chain: LocalChain, params: Params) -> Any:
-    """Let ``{"slots": N}`` or ``{"seconds": S}`` pass at once."""
+    """Advance the clock at once by ``{"slots": N}`` or ``{"seconds": S}``."""
     options = params.required(0)
     if not isinstance(options, dict) or len(options) != 1:
         raise invalid_params('Invalid params: expected {"slots": N} or {"seconds": S}.')
@@ -410,19 +410,19 @@ def advance_clock(chain: LocalChain, params: Params) -> Any:
 
 
 def freeze_clock(chain: LocalChain, params: Params) -> Any:
-    """Stop slots passing by themselves."""
+    """Freeze the clock: slots no longer pass by themselves."""
     chain.clock.freeze()
     return clock_json(chain)
 
 
 def resume_clock(chain: LocalChain, params: Params) -> Any:
-    """Let slots follow the wall clock again."""
+    """Let slots pass at the wall clock's pace again."""
     chain.clock.resume()
     return clock_json(chain)
 
 
 def set_healthy(chain: LocalChain, params: Params) -> Any:
-    """Make the server refuse to send, or send again: for tests of clients."""
+    """Make the server refuse transactions, or accept them again: for tests of clients."""
     if not isinstance(params.required(0), bool):
         raise invalid_params("Invalid params: expected true or false.")
     chain.healthy = params.required(0)

@@ -1,4 +1,4 @@
-"""A local chain in a process of its own, for tests and demos."""
+"""Runs a local chain in a process of its own, for tests and demos."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class LocalnetProcess:
     """``solana-localnet`` as a child of this process; a context manager that stops it.
 
     Args:
-        arguments: of the command (``"--slot-ms", "50"``); without ``--port`` it uses free ports.
-        log: file for its other output; None for this process' standard error.
-        command: for Python: that, or a command with the same arguments.
+        arguments: arguments of the command (``"--slot-ms", "50"``). Without ``--port``, it uses free ports.
+        log: file for its log; None for this process' standard error.
+        command: what Python runs: ``solana-localnet``, or a command with the same arguments.
 
     Attributes:
-        url: for requests.
-        ws_url: for subscriptions.
-        process: the child.
+        url: URL for requests.
+        ws_url: URL for subscriptions.
+        process: the child process.
 
     Raises:
-        LocalnetError: it did not start.
+        LocalnetError: the chain did not start.
     """
 
     def __init__(self, *arguments: str, log: Path | None = None, command: Sequence[str] = COMMAND) -> None:
@@ -65,9 +65,9 @@ class LocalnetProcess:
         self.stop()
 
     def stop(self, timeout: float = 20.0) -> int:
-        """Stop it as Ctrl-C does, which saves its ledger, and return its exit code."""
+        """Stop the process like Ctrl-C, which saves its ledger; returns its exit code."""
         if self.process.poll() is None:
-            # Windows can only end a process; the ledger then has its last snapshot.
+            # Windows can only kill a process; its ledger then keeps the last snapshot.
             self.process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
         try:
             self.process.wait(timeout)
@@ -77,7 +77,7 @@ class LocalnetProcess:
         return self.process.returncode
 
     def kill(self) -> None:
-        """End it at once, like a crash."""
+        """Kill the process at once, like a crash."""
         self.process.kill()
         self.process.wait()
         self._close()

@@ -1,4 +1,4 @@
-"""JSON-RPC over any transport: reads requests, checks their parameters, writes answers."""
+"""JSON-RPC over any connection: reads requests, checks their parameters, and writes responses."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MAX_U64 = (1 << 64) - 1
 
 
 class Params:
-    """Positional parameters.
+    """The positional parameters of a request.
 
     Args:
         values: the member ``params`` of a request; None if missing.
 
     Raises:
-        RpcError: -32602, they are not a list.
+        RpcError: -32602, the parameters are not a list.
     """
 
     def __init__(self, values: object) -> None:
@@ -41,7 +41,7 @@ class Params:
         self._values: list[Any] = values or []
 
     def raw(self, index: int) -> Any:
-        """A raw parameter; None if it is missing."""
+        """A parameter without checks; None if it is missing."""
         return self._values[index] if index < len(self._values) else None
 
     def required(self, index: int) -> Any:
@@ -79,11 +79,11 @@ class Params:
             raise invalid_params("Invalid param: Invalid") from None
 
     def config(self, index: int, *, commitment: str = "finalized") -> Config:
-        """The options at the end; empty if missing.
+        """The options, which are the last parameter; empty if they are missing.
 
         Args:
             index: their position.
-            commitment: the method's default.
+            commitment: the method's default commitment.
         """
         value = self.raw(index)
         if value is not None and not isinstance(value, dict):
@@ -100,11 +100,11 @@ class Params:
 
 
 class Config:
-    """The options of a call.
+    """The options of a request.
 
     Args:
-        values: by name.
-        commitment: the default.
+        values: the options by name.
+        commitment: the default commitment.
     """
 
     def __init__(self, values: dict[str, Any], commitment: str = "finalized") -> None:
@@ -118,7 +118,7 @@ class Config:
 
     @property
     def min_context_slot(self) -> int | None:
-        """The minimum slot of the answer."""
+        """The oldest slot that the answer may have; None for any."""
         return self.integer("minContextSlot")
 
     @property
@@ -132,11 +132,11 @@ class Config:
         return {name: _integer(value.get(name)) for name in ("offset", "length")}
 
     def get(self, name: str) -> Any:
-        """A raw option; None if it is missing."""
+        """An option without checks; None if it is missing."""
         return self._values.get(name)
 
     def choice(self, name: str, choices: Sequence[str], default: str) -> str:
-        """An option out of several words."""
+        """An option that is one of several words."""
         value = self._values.get(name)
         if value is None:
             return default
@@ -186,15 +186,15 @@ Method = Callable[[LocalChain, Params], Any]
 
 
 def with_context(chain: LocalChain, config: Config, value: Any) -> dict[str, Any]:
-    """An answer and its slot."""
+    """An answer with its slot."""
     return {"context": {"slot": chain.slot_at(config.commitment), "apiVersion": API_VERSION}, "value": value}
 
 
 def require_context(chain: LocalChain, config: Config) -> None:
-    """Raise an error if the caller wants a newer slot than its commitment has.
+    """Check that the commitment has the slot that the client requires.
 
     Raises:
-        RpcError: -32016.
+        RpcError: -32016, it has older slots only.
     """
     slot = chain.slot_at(config.commitment)
     if config.min_context_slot is not None and config.min_context_slot > slot:
@@ -202,10 +202,10 @@ def require_context(chain: LocalChain, config: Config) -> None:
 
 
 def parse(text: str | bytes) -> Any:
-    """A request, or a batch of them.
+    """Parse a request or a batch of requests.
 
     Raises:
-        RpcError: -32700, this is not JSON.
+        RpcError: -32700, the text is not JSON.
     """
     try:
         return json.loads(text)
@@ -214,20 +214,20 @@ def parse(text: str | bytes) -> Any:
 
 
 def answer(identity: Any, result: Any) -> dict[str, Any]:
-    """A response."""
+    """The response with a result."""
     return {"jsonrpc": "2.0", "result": result, "id": identity}
 
 
 def refusal(identity: Any, error: RpcError) -> dict[str, Any]:
-    """An error response."""
+    """The response with an error."""
     return {"jsonrpc": "2.0", "error": error.to_json(), "id": identity}
 
 
 def call(request: Any, run: Callable[[str, Params], Any]) -> dict[str, Any] | None:
-    """Handle one request; None if it needs no answer.
+    """Handle one request; returns the response, or None if the request needs none.
 
     Args:
-        request: as parsed.
+        request: the parsed request.
         run: runs a method with its parameters.
     """
     identity = request.get("id") if isinstance(request, dict) else None
@@ -243,11 +243,11 @@ def call(request: Any, run: Callable[[str, Params], Any]) -> dict[str, Any] | No
 
 
 class Methods:
-    """The methods of a chain.
+    """Runs the methods of a chain.
 
     Args:
-        chain: it.
-        methods: by name.
+        chain: the chain.
+        methods: the methods by name.
     """
 
     def __init__(self, chain: LocalChain, methods: Mapping[str, Method]) -> None:
@@ -255,7 +255,7 @@ class Methods:
         self._methods = methods
 
     def respond(self, body: bytes) -> str | None:
-        """The answer to a request or a batch, in JSON; None if it needs none."""
+        """The response to a request or a batch as JSON; None if it needs none."""
         try:
             requests = parse(body)
         except RpcError as error:

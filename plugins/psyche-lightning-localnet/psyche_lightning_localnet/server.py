@@ -1,4 +1,4 @@
-"""The chain on the network: JSON-RPC over HTTP and subscriptions over websockets."""
+"""Serves a chain: JSON-RPC over HTTP, and subscriptions over websockets."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from psyche_lightning_localnet.rpc import Method, Methods, Params
 from psyche_lightning_localnet.subscriptions import Hub, Listener
 
 MAX_BODY_SIZE = 50 * 1024
-"""Bytes of a request, as in a validator."""
+"""The most bytes of a request, as in a validator."""
 MAX_CONNECTIONS = 256
 MAX_WAITING = 32 * 1024 * 1024
-"""Pending characters for a slow subscriber before it is disconnected."""
+"""The most characters that wait for a slow subscriber; it is disconnected when there are more."""
 HEARTBEAT = 30.0
 _PORT_ATTEMPTS = 20
 
@@ -33,18 +33,18 @@ class LocalServer:
     """Serves a chain, and lets its slots pass.
 
     ``async with LocalServer(LocalChain()) as server:`` serves until the block ends. Meanwhile, code on the same thread
-    can use the chain directly; only this advances a frozen clock.
+    can use the chain directly, for example to advance a frozen clock.
 
     Args:
-        chain: it.
+        chain: the chain.
         host: address to listen on.
-        port: port to listen on; 0 for any. Websockets are served there and, as clients expect, on the next port.
-        ledger: keeps the chain, or None.
+        port: port to listen on; 0 for any. It serves websockets there and, as clients expect, on the next port.
+        ledger: keeps the chain; None to lose it at the end.
 
     Attributes:
         chain: as given.
-        url: for requests, once started.
-        ws_url: for subscriptions.
+        url: URL for requests, once started.
+        ws_url: URL for subscriptions, once started.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class LocalServer:
         """Listen, and start the clock.
 
         Raises:
-            LocalnetError: a port is not available.
+            LocalnetError: one of the two ports is not available.
         """
         app = web.Application(client_max_size=MAX_BODY_SIZE)
         app.router.add_post("/", self._post)
         app.router.add_get("/", self._websocket)
         app.router.add_get("/health", self._health)
-        # Some clients label a plain body as compressed.
+        # Some clients say that a plain body is compressed.
         self._runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=2.0)
         await self._runner.setup()
         try:
@@ -94,7 +94,7 @@ class LocalServer:
             ) from error
         for listening in sockets:
             await web.SockSite(self._runner, listening).start()
-        # Clients expect websockets on the port after the request port.
+        # Clients expect websockets on the port after that for requests.
         self._port = sockets[0].getsockname()[1]
         host = f"[{self._host}]" if ":" in self._host else self._host
         host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
@@ -107,7 +107,7 @@ class LocalServer:
             self._tasks.append(loop.create_task(self._keep_ledger(self._ledger)))
 
     async def stop(self) -> None:
-        """Close every connection, stop listening, and save the chain if there is a ledger."""
+        """Close all connections, stop listening, and save the chain if there is a ledger."""
         for task in self._tasks:
             task.cancel()
         for result in await asyncio.gather(*self._tasks, return_exceptions=True):
@@ -138,7 +138,7 @@ class LocalServer:
             if ledger.behind(self.chain):
                 try:
                     await ledger.save_aside(self.chain)
-                except LedgerError as error:  # the old file stays, and the next attempt may succeed
+                except LedgerError as error:  # the previous file stays, and the next attempt may succeed
                     _log.error("%s", error)
 
     def _snapshot(self, chain: LocalChain, params: Params) -> bool:
@@ -154,10 +154,10 @@ class LocalServer:
         return web.Response(text="ok" if self.chain.healthy else "unknown")
 
     async def _post(self, request: web.Request) -> web.Response:
-        if request.content_type != "application/json":  # and a page in a browser needs a preflight to send that
+        if request.content_type != "application/json":  # a page in a browser cannot send JSON without a preflight
             return web.Response(status=415, text="Supplied content type is not allowed. Content-Type: application/json")
         response = self._methods.respond(await request.read())
-        # A slot's worth of requests must not delay others, or time.
+        # Many requests of one client must delay neither other clients nor the clock.
         await asyncio.sleep(0)
         return web.Response(text=response or "", content_type="application/json", status=200 if response else 204)
 
@@ -190,7 +190,7 @@ class LocalServer:
 
 
 class _Outbox:
-    """The bounded queue of one subscriber.
+    """The bounded queue of texts for one subscriber.
 
     Args:
         overflow: called when the queue is full.
@@ -202,7 +202,7 @@ class _Outbox:
         self._overflow = overflow
 
     def put(self, text: str) -> None:
-        """Add a text, if there is room."""
+        """Add a text, or report an overflow."""
         self._waiting += len(text)
         if self._waiting > MAX_WAITING:
             self._overflow()
@@ -219,7 +219,7 @@ class _Outbox:
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on a port and the next one; for port 0, on any adjacent two."""
+    """Listen on a port and the next one; for port 0, on any two adjacent ports."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for attempt in range(_PORT_ATTEMPTS):
         opened: list[socket.socket] = []

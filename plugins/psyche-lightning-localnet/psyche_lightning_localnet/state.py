@@ -1,4 +1,4 @@
-"""A chain's memory: accounts at each slot that clients may still request, and its transactions."""
+"""Keeps a chain's accounts, at each slot that clients can still see, and its transactions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from solders.pubkey import Pubkey
 
 
 class Accounts:
-    """Every account that a transaction changed, in versions by slot.
+    """All accounts that transactions changed, each with a version for each slot in which it changed.
 
-    Versions older than the newest finalized one are dropped, so an account has one version for each slot since then in
-    which it changed.
+    Versions that are older than the newest finalized one are dropped.
     """
 
     def __init__(self) -> None:
@@ -32,7 +31,7 @@ class Accounts:
         return key in self._versions
 
     def put(self, slot: int, key: Pubkey, account: Account) -> None:
-        """Store an account as of a slot, never older than stored ones; an account without lamports is gone."""
+        """Store an account at the newest slot; an account without lamports no longer exists."""
         kept = account if account.lamports else None
         versions = self._versions.setdefault(key, [])
         fresh = not versions or versions[-1][0] != slot
@@ -45,25 +44,25 @@ class Accounts:
             self._owners.setdefault(kept.owner, {})[key] = None
 
     def get(self, slot: int, key: Pubkey) -> Account | None:
-        """An account at the end of a slot; None if missing."""
+        """An account at the end of a slot; None if it does not exist."""
         versions = self._versions.get(key, ())
         place = bisect.bisect_right(versions, slot, key=lambda version: version[0])
         return versions[place - 1][1] if place else None
 
     def owned(self, slot: int, program: Pubkey) -> Iterator[tuple[Pubkey, Account]]:
-        """The accounts of a program at a slot, by address."""
+        """The accounts of a program at a slot, sorted by address."""
         for key in sorted(self._owners.get(program, ()), key=bytes):
             account = self.get(slot, key)
             if account is not None and account.owner == program:
                 yield key, account
 
     def settle(self, slot: int) -> None:
-        """Drop versions that are invisible at this slot and later."""
+        """Drop versions that are not visible at this slot or later."""
         self._settled = slot
         while self._pending and self._pending[0][0] <= slot:
             _, key = self._pending.popleft()
             versions = self._versions.get(key)
-            if versions is None:  # gone, and the version after this one is settled
+            if versions is None:  # the account no longer exists, and a later version was settled
                 continue
             older = bisect.bisect_right(versions, slot, key=lambda version: version[0]) - 1
             dropped = versions[:older]
@@ -75,7 +74,7 @@ class Accounts:
                 self._disown(owner, key)
 
     def newest(self) -> Iterator[tuple[Pubkey, Account]]:
-        """Every current account."""
+        """All current accounts."""
         for key, versions in self._versions.items():
             if versions[-1][1] is not None:
                 yield key, versions[-1][1]
@@ -89,25 +88,25 @@ class Accounts:
 
 @dataclass(frozen=True)
 class Record:
-    """A landed transaction; all values are plain, as in storage and answers.
+    """A transaction that landed. All values are plain, as the ledger and the answers need them.
 
     Attributes:
-        signature: its first signature, which identifies it, in base58.
-        slot: in which it landed.
-        time: of that slot, seconds since 1970.
+        signature: its first signature in base58, which identifies it.
+        slot: the slot in which it landed.
+        time: time of that slot in seconds since 1970.
         transaction: its bytes.
         addresses: the accounts that it names, in base58.
-        static: number of them in its message, not from lookup tables.
-        writable_loaded: number of others that it may write to.
-        err: its error in a cluster's form, or None.
-        logs: lines of runtime and programs.
-        units: compute units used.
-        fee: lamports paid.
-        price: micro-lamports offered for each compute unit.
-        before: balances of the accounts in lamports.
-        after: the same, afterwards.
-        tokens_before: token balances as ``getTransaction`` shows them.
-        tokens_after: the same, afterwards.
+        static: number of these accounts that its message has; the others come from lookup tables.
+        writable_loaded: number of accounts from lookup tables that it may write to.
+        err: its error as JSON in the form of a validator, or None.
+        logs: log lines of the runtime and the programs.
+        units: compute units that it used.
+        fee: lamports that it paid.
+        price: micro-lamports that it offered for each compute unit.
+        before: balances of the accounts in lamports before it.
+        after: balances of the accounts in lamports after it.
+        tokens_before: token balances before it, as ``getTransaction`` shows them.
+        tokens_after: token balances after it, as ``getTransaction`` shows them.
         inner: inner instructions as ``getTransaction`` shows them.
         return_data: as ``getTransaction`` shows it, or None.
         memo: as ``getSignaturesForAddress`` shows it, or None.
@@ -135,10 +134,10 @@ class Record:
 
 
 class History:
-    """Records by signature and by address.
+    """Finds records by signature and by address.
 
     Args:
-        limit: most records; the oldest are forgotten.
+        limit: the most records to keep; the oldest are forgotten.
     """
 
     def __init__(self, limit: int) -> None:
@@ -163,20 +162,20 @@ class History:
             _, oldest = self._records.popitem(last=False)
             for address in oldest.addresses:
                 signatures = self._by_address[address]
-                signatures.popleft()  # the oldest record is the first of each of its addresses
+                signatures.popleft()  # the oldest record is the first one of each of its addresses
                 if not signatures:
                     del self._by_address[address]
 
     def get(self, signature: str) -> Record | None:
-        """A record, or None if it is missing or forgotten."""
+        """A record by its signature; None if it is unknown or forgotten."""
         return self._records.get(signature)
 
     def newest(self) -> Iterator[Record]:
-        """Records, newest first."""
+        """All records, newest first."""
         return reversed(self._records.values())
 
     def of(self, address: str, before: str | None = None, until: str | None = None) -> Iterator[Record]:
-        """Records that name an address, newest first: those before ``before``, down to ``until`` (excluded)."""
+        """Records that name an address, newest first: those older than ``before`` and newer than ``until``."""
         waiting = before is not None
         for signature in reversed(self._by_address.get(address, ())):
             if waiting:

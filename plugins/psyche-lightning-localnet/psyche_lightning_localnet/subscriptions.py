@@ -1,4 +1,4 @@
-"""Subscriptions: manages and notifies subscribers."""
+"""Keeps subscriptions, and notifies the subscribers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from psyche_lightning_localnet.vm import SYSTEM_PROGRAM
 
 KINDS = ("account", "program", "logs", "signature", "slot", "root")
 MAX_SUBSCRIPTIONS = 1024
-"""Of one connection."""
+"""The most subscriptions of one connection."""
 _GONE = Account(0, b"", SYSTEM_PROGRAM)
 
 
@@ -34,14 +34,14 @@ class Subscription:
     """A client's subscription.
 
     Attributes:
-        number: identifies it.
-        kind: of ``KINDS``.
-        key: the account, the program, the signature, the address that logs must mention; None for all.
-        commitment: the required one.
-        encoding: of accounts.
-        data_slice: the requested part of an account's data.
-        filters: an account must pass them.
-        early: whether the arrival of the signature counts as news.
+        number: the number that identifies it.
+        kind: one of ``KINDS``.
+        key: the account, the program, the signature, or the address that logs must mention; None for all.
+        commitment: the commitment at which the client wants to see events.
+        encoding: the encoding of accounts.
+        data_slice: the requested part of an account's data; None for all.
+        filters: the filters that an account must pass.
+        early: whether to notify already when the transaction of a signature arrives.
     """
 
     number: int
@@ -55,11 +55,11 @@ class Subscription:
 
 
 class Listener:
-    """One connection.
+    """The subscriptions of one connection.
 
     Args:
-        hub: its owner.
-        send: sends a text; must not block.
+        hub: the hub that notifies it.
+        send: sends a text to the client; must not block.
     """
 
     def __init__(self, hub: Hub, send: Callable[[str], None]) -> None:
@@ -68,7 +68,7 @@ class Listener:
         self._hub = hub
 
     def request(self, text: str) -> None:
-        """Handle a message from the client, and answer it."""
+        """Handle a message of the client, and send the responses."""
         try:
             request = parse(text)
         except RpcError as error:
@@ -101,10 +101,10 @@ class Listener:
 
 
 class Hub:
-    """Notifies listeners of a chain's events; its observer.
+    """Observes a chain, and notifies listeners of its events.
 
     Args:
-        chain: it.
+        chain: the chain.
     """
 
     def __init__(self, chain: LocalChain) -> None:
@@ -114,10 +114,10 @@ class Hub:
         self._root = chain.slot_at("finalized")
 
     def subscription(self, kind: str, params: Params) -> Subscription:
-        """Read the parameters of a subscription and give it a number.
+        """Build a subscription from its parameters, with a new number.
 
         Raises:
-            RpcError: -32602.
+            RpcError: -32602, a parameter is invalid.
         """
         key: Pubkey | str | None = None
         if kind in ("account", "program"):
@@ -142,7 +142,7 @@ class Hub:
         )
 
     def greet(self, listener: Listener, subscription: Subscription) -> None:
-        """Notify a new subscriber of a signature of earlier events."""
+        """Notify a new subscriber of a signature at once if its transaction has landed already."""
         if subscription.kind == "signature":
             record = self._chain.history.get(str(subscription.key))
             if record is not None and record.slot <= self._chain.slot_at(subscription.commitment):
@@ -153,13 +153,13 @@ class Hub:
     # -----------------------------------------------------------------------------------------------------------------
 
     def received(self, signature: str) -> None:
-        """A transaction came in."""
+        """Notify the subscribers of a transaction that has arrived."""
         for listener, subscription in self._subscriptions("signature"):
             if subscription.key == signature and subscription.early:
                 _tell(listener, subscription, _with_slot(self._chain.slot, json.dumps("receivedSignature")))
 
     def slot(self, slot: int, parent: int, root: int) -> None:
-        """A slot began."""
+        """Notify the subscribers of a slot that has begun."""
         text = json.dumps({"parent": parent, "root": root, "slot": slot})
         for listener, subscription in self._subscriptions("slot"):
             _tell(listener, subscription, text)
@@ -169,7 +169,7 @@ class Hub:
                 _tell(listener, subscription, json.dumps(root))
 
     def settled(self, commitment: str, block: Block) -> None:
-        """That block's events are now visible at that commitment."""
+        """Notify the subscribers of a block whose events are now visible at a commitment."""
         if not any(listener.subscriptions for listener in self.listeners):
             return
         shown: dict[tuple[Pubkey, str, str], str] = {}
@@ -212,7 +212,7 @@ class Hub:
         *,
         keyed: bool = False,
     ) -> str:
-        # Many may watch one large account; it is encoded once for all equal requests.
+        # Many clients may watch one large account, so it is encoded only once for equal subscriptions.
         form = (key, subscription.encoding, json.dumps(subscription.data_slice))
         if form not in shown:
             account = self._chain.accounts.get(slot, key) or _GONE
@@ -234,7 +234,7 @@ def _mentioned(wanted: object) -> str | None:
 def _account_text(account: Account, encoding: str, data_slice: dict[str, int] | None) -> str:
     try:
         return json.dumps(account_json(account, encoding, data_slice))
-    except RpcError:  # too long for base58; a notification cannot be refused
+    except RpcError:  # too long for base58, but a notification cannot be refused
         shown = account_json(account, "base64", {"offset": 0, "length": 0})
         problem = "error: data too large for bs58 encoding"
         return json.dumps({**shown, "data": problem if encoding == "binary" else [problem, encoding]})

@@ -1,4 +1,4 @@
-"""Incoming transactions: decoding, limits of their form, their accounts, and their cost."""
+"""Decodes transactions, checks their limits, finds their accounts, and computes their fees."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from solders.transaction import VersionedTransaction
 from psyche_lightning_localnet.errors import invalid_params
 
 MAX_SIZE = 1232
-"""Bytes of a transaction: a packet of IPv6's least MTU, 1280, without headers of 48."""
+"""The most bytes of a transaction: the minimum MTU of IPv6, 1280, less 48 bytes of headers."""
 MAX_BASE58, MAX_BASE64 = 1683, 1644
 MAX_ACCOUNT_LOCKS = 64
 LOOKUP_TABLE_META = 56
@@ -33,10 +33,10 @@ _TYPE = "solana_transaction::versioned::VersionedTransaction"
 
 
 def decode(text: object, encoding: str) -> VersionedTransaction:
-    """Decode a transaction in ``sendTransaction``'s form, and check it.
+    """Decode a transaction in the form of ``sendTransaction``, and check it.
 
     Raises:
-        RpcError: -32602, with a validator's words.
+        RpcError: -32602, with the text of a validator.
     """
     if not isinstance(text, str):
         raise invalid_params("Invalid params: invalid type: expected a string.")
@@ -65,10 +65,10 @@ def decode(text: object, encoding: str) -> VersionedTransaction:
 
 
 def decode_message(text: object) -> Message | MessageV0:
-    """Decode a message in base64, as for ``getFeeForMessage``.
+    """Decode a message in base64, in the form of ``getFeeForMessage``.
 
     Raises:
-        RpcError: -32602.
+        RpcError: -32602, it is not a valid message.
     """
     if not isinstance(text, str) or len(text) > MAX_BASE64:
         raise invalid_params(
@@ -79,7 +79,7 @@ def decode_message(text: object) -> Message | MessageV0:
         VersionedTransaction.populate(
             message, [Signature.default()] * message.header.num_required_signatures
         ).sanitize()
-    except Exception as error:  # binascii's, solders' and its private SanitizeError
+    except Exception as error:  # those of binascii and solders, whose SanitizeError is private
         raise invalid_params(f"failed to deserialize message: {error}") from None
     return message
 
@@ -89,10 +89,10 @@ class Named:
     """The accounts that a transaction names, in the order of its instructions' indices.
 
     Attributes:
-        keys: those in the message, then writable and read-only ones from lookup tables.
-        static: number of those in the message.
-        writable_loaded: number of writable ones from lookup tables.
-        header: of the message.
+        keys: the accounts of the message, then the writable and the read-only ones from lookup tables.
+        static: number of accounts of the message.
+        writable_loaded: number of writable accounts from lookup tables.
+        header: the header of the message.
     """
 
     keys: tuple[Pubkey, ...]
@@ -115,10 +115,10 @@ class Named:
 
 
 def named(message: Message | MessageV0, account: Callable[[Pubkey], Account | None]) -> Named:
-    """Resolve the accounts of a message.
+    """Find the accounts of a message.
 
     Args:
-        message: legacy or version 0.
+        message: a legacy message, or one of version 0.
         account: reads an account.
 
     Raises:
@@ -141,7 +141,7 @@ def named(message: Message | MessageV0, account: Callable[[Pubkey], Account | No
 
 
 def with_blockhash(transaction: VersionedTransaction, blockhash: Hash) -> VersionedTransaction:
-    """The same transaction with another blockhash; its signatures no longer fit."""
+    """The same transaction with another blockhash; its signatures are no longer valid."""
     old = transaction.message
     header, instructions = old.header, list(old.instructions)
     message: Message | MessageV0
@@ -160,7 +160,7 @@ def with_blockhash(transaction: VersionedTransaction, blockhash: Hash) -> Versio
 
 
 def memo_of(instructions: list[CompiledInstruction], keys: tuple[Pubkey, ...]) -> str | None:
-    """The memos of a transaction, each with its length, in ``getSignaturesForAddress``'s form."""
+    """The memos of a transaction, each with its length, in the form of ``getSignaturesForAddress``."""
     memos = [
         f"[{len(instruction.data)}] {bytes(instruction.data).decode('utf-8', 'replace')}"
         for instruction in instructions
@@ -170,25 +170,25 @@ def memo_of(instructions: list[CompiledInstruction], keys: tuple[Pubkey, ...]) -
 
 
 def require_locks(keys: tuple[Pubkey, ...]) -> str | None:
-    """The error's name if these accounts cannot be locked together, or None."""
+    """The name of the error if these accounts cannot be locked together, else None."""
     if len(keys) > MAX_ACCOUNT_LOCKS:
         return "TooManyAccountLocks"
     return None if len(set(keys)) == len(keys) else "AccountLoadedTwice"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a transaction costs (Agave's ``fee`` and ``compute-budget``)
+# Fees (Agave's ``fee`` and ``compute-budget``)
 # ---------------------------------------------------------------------------------------------------------------------
 
 LAMPORTS_PER_SIGNATURE = 5000
 MAX_COMPUTE_UNITS = 1_400_000
 DEFAULT_UNITS = 200_000
-"""Compute units of an instruction when the transaction sets no limit."""
+"""Compute units of an instruction if the transaction sets no limit."""
 BUILTIN_UNITS = 3_000
-"""The same for an instruction of a built-in program (SIMD-0170)."""
+"""Compute units of an instruction of a built-in program if the transaction sets no limit (SIMD-0170)."""
 
 COMPUTE_BUDGET = Pubkey.from_string("ComputeBudget111111111111111111111111111111")
-# These have their own signatures; the first byte of their data is the number.
+# Their instructions have signatures of their own; the first byte of the data is their number.
 PRECOMPILES = frozenset(
     Pubkey.from_string(text)
     for text in (
@@ -215,12 +215,12 @@ MICRO = 1_000_000
 
 @dataclass(frozen=True)
 class Fee:
-    """The price of a transaction.
+    """The fee of a transaction.
 
     Attributes:
-        base: lamports for signatures.
-        priority: lamports for priority: price times the limit of units, rounded up.
-        price: micro-lamports for each compute unit.
+        base: lamports for its signatures.
+        priority: lamports for its priority: ``price`` times ``limit``, rounded up.
+        price: micro-lamports that it offers for each compute unit.
         limit: compute units that the transaction may use.
     """
 
@@ -231,12 +231,12 @@ class Fee:
 
     @property
     def total(self) -> int:
-        """Lamports."""
+        """The whole fee in lamports."""
         return self.base + self.priority
 
 
 def fee_of(message: Message | MessageV0) -> Fee:
-    """The fee of a message; without an explicit limit, the default one counts."""
+    """The fee of a message, with the default limit if it sets none."""
     keys = message.account_keys
     signatures = message.header.num_required_signatures
     limit: int | None = None

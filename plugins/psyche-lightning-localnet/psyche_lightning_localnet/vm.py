@@ -1,7 +1,8 @@
 """The virtual machine: Solana's own runtime (``solders.litesvm``) with the parts that it lacks.
 
-LiteSVM runs the programs. This module adds priority fees, the rule that every account must cover its rent, errors
-instead of panics, and the choice of features. Running a transaction has no effect; :meth:`Vm.store` stores the result.
+LiteSVM runs the programs. This module adds priority fees, the rule that each account must cover its rent, errors
+instead of panics, and the choice of features. A run of a transaction changes no account; :meth:`Vm.store` stores its
+result.
 """
 
 from __future__ import annotations
@@ -50,17 +51,17 @@ class VmPanicError(LocalnetError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of running a transaction.
+    """The result of a run of a transaction.
 
     Attributes:
-        err: its error, or None.
-        fee: its cost.
-        landed: whether it is part of the chain, with its fee paid, failed or not.
-        logs: lines of the runtime and the programs.
-        units: compute units used.
-        inner: instructions that each instruction called.
-        return_data: program and returned bytes, or None.
-        changes: accounts afterwards; a failed transaction changes only the payer's.
+        err: the transaction's error, or None.
+        fee: the transaction's fee.
+        landed: whether it becomes part of the chain and pays its fee, even if it failed.
+        logs: log lines of the runtime and the programs.
+        units: compute units that it used.
+        inner: the inner instructions of each instruction.
+        return_data: a program and the bytes that it returned, or None.
+        changes: the changed accounts; a failed transaction changes only the payer's.
     """
 
     err: TransactionErrorType | None
@@ -87,7 +88,7 @@ class Vm:
             .with_precompiles(features)
             .with_spl_programs()
             .with_sigverify(True)
-            .with_blockhash_check(False)  # LiteSVM keeps only one
+            .with_blockhash_check(False)  # LiteSVM knows only one blockhash
             .with_transaction_history(0)
             .with_log_bytes_limit(LOG_LIMIT)
         )
@@ -97,12 +98,12 @@ class Vm:
         self._deployed: dict[Pubkey, int] = {}
 
     def account(self, key: Pubkey) -> Account | None:
-        """An account, or None if it is missing or has no lamports."""
+        """An account; None if it is missing or has no lamports."""
         account = self._svm.get_account(key)
         return None if account is None or account.lamports == 0 else account
 
     def minimum_balance(self, size: int) -> int:
-        """Lamports that an account of that many bytes must hold."""
+        """Lamports that an account of ``size`` bytes must hold to be rent-exempt."""
         return self._svm.minimum_balance_for_rent_exemption(size)
 
     def set_clock(self, slot: int, unix_time: int) -> None:
@@ -120,12 +121,12 @@ class Vm:
         )
 
     def set_slot_hashes(self, hashes: list[tuple[int, Hash]]) -> None:
-        """Set the sysvar of recent slots, newest first."""
+        """Set the sysvar with the hashes of recent slots, newest first."""
         self._svm.set_slot_hashes(hashes)
 
     def store(self, accounts: dict[Pubkey, Account]) -> None:
         """Replace accounts."""
-        # A program's data must exist before the program itself is loaded.
+        # The data of a program must exist before the program is loaded.
         for key, account in sorted(accounts.items(), key=lambda item: not _is_program_data(item[1])):
             self._svm.set_account(key, account if account.lamports else Account(0, b"", SYSTEM_PROGRAM))
         for key, account in accounts.items():
@@ -134,15 +135,15 @@ class Vm:
                 self._deployed[key] = -1 if code is None else int.from_bytes(bytes(code.data[4:12]), "little")
 
     def run(self, transaction: VersionedTransaction, names: Named, *, verify: bool = True) -> Outcome:
-        """Run a transaction on the current accounts, without any effect.
+        """Run a transaction on the current accounts, without changing them.
 
         Args:
-            transaction: sane; its blockhash is ignored.
+            transaction: a sane transaction; its blockhash is ignored.
             names: its accounts.
-            verify: whether its signatures are checked.
+            verify: whether to check its signatures.
 
         Raises:
-            VmPanicError: a defect of the runtime.
+            VmPanicError: the runtime panicked, which is a defect of it.
         """
         fee = fee_of(transaction.message)
         conflict = require_locks(names.keys)
@@ -155,7 +156,7 @@ class Vm:
         if payer.lamports < fee.total:
             return Outcome(TransactionErrorFieldless.InsufficientFundsForFee, fee)
         self._svm.with_sigverify(verify)
-        if fee.priority:  # which LiteSVM does not charge
+        if fee.priority:  # LiteSVM does not charge it
             self._svm.set_account(payer_key, _with_lamports(payer, payer.lamports - fee.priority))
         try:
             result = self._svm.simulate_transaction(transaction)
@@ -164,7 +165,7 @@ class Vm:
         except BaseException as panic:
             if type(panic).__name__ != "PanicException":
                 raise
-            raise VmPanicError(f"the runtime gave up on a transaction: {panic}") from None
+            raise VmPanicError(f"the runtime panicked on a transaction: {panic}") from None
         finally:
             if fee.priority:
                 self._svm.set_account(payer_key, payer)
@@ -185,7 +186,7 @@ class Vm:
         return _outcome(result.meta(), None, fee, landed=True, changes=changes)
 
     def _below_rent(self, names: Named, changes: dict[Pubkey, Account]) -> int | None:
-        """Index of an account that would fall below its rent, or None (Agave's ``rent_state``)."""
+        """Index of the first account that would fall below its rent; None if none would (Agave's ``rent_state``)."""
         for index, key in enumerate(names.keys):
             after = changes.get(key)
             if after is None or after.lamports == 0 or key == INCINERATOR:

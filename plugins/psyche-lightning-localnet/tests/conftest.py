@@ -1,4 +1,4 @@
-"""A frozen chain behind a real server, and a real client for it."""
+"""Fixtures: a frozen chain with a real server and a real client."""
 
 import asyncio
 import base64
@@ -21,7 +21,7 @@ START = 1_700_000_000
 
 
 class World:
-    """What a test has: the chain, its server, and a client that asks for the newest state."""
+    """The parts of a test: the chain, its server, and a client that reads the newest state."""
 
     def __init__(self, server, client):
         self.server, self.chain, self.client = server, server.chain, client
@@ -37,7 +37,7 @@ class World:
         return account.lamports if account else 0
 
     async def call(self, method, *params):
-        """A request by hand: the whole answer."""
+        """Send a request without the client's API; returns the whole response."""
         request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": list(params)}
         response = await self.client._provider.session.post(self.server.url, json=request)
         return response.json()
@@ -50,7 +50,7 @@ class World:
 
     @staticmethod
     def refused(caught, kind, **data):
-        """The error that solders made of an answer."""
+        """The error that solders built from a response."""
         (error,) = caught.value.args
         assert isinstance(error, kind), error
         for name, value in data.items():
@@ -62,7 +62,7 @@ class World:
         return base64.b64encode(bytes(transaction)).decode()
 
     async def signed(self, instructions, *signers):
-        """A transaction with the newest blockhash, as a client gets it."""
+        """Sign a transaction with the newest blockhash, which comes from the server."""
         blockhash = (await self.client.get_latest_blockhash(Processed)).value.blockhash
         return signed(instructions, *signers, blockhash=blockhash)
 
@@ -80,7 +80,7 @@ def memo(text):
     return Instruction(MEMO, text if isinstance(text, bytes) else text.encode(), [])
 
 
-# Tests reach these through the world: files of tests cannot import each other.
+# Test files cannot import each other, so they get these functions from the world.
 World.new_transaction, World.pay, World.memo = staticmethod(signed), staticmethod(pay), staticmethod(memo)
 
 
@@ -94,7 +94,7 @@ async def world(*, slot_ms=400, ledger=None, **settings):
 
 @pytest.fixture
 def play():
-    """Run ``test(world)`` in a world of its own."""
+    """Returns a function that runs ``test(world)`` with a new world."""
 
     def play(test, **settings):
         async def main():
@@ -108,7 +108,7 @@ def play():
 
 @pytest.fixture(scope="session")
 def small_program():
-    """A real program: SPL's memo, as it comes with the virtual machine."""
+    """A real program: the SPL memo program that comes with the virtual machine."""
     from solders.litesvm import LiteSVM
 
     return bytes(LiteSVM().get_account(MEMO).data)

@@ -1,4 +1,4 @@
-"""The chain without a server."""
+"""Tests the chain without a server."""
 
 import struct
 
@@ -59,7 +59,7 @@ def test_two_chains_with_one_seed_are_the_same_chain(chain):
 
 
 def test_lookup_tables_and_what_they_load(chain, payer):
-    """Made, filled and used as on a cluster: with a recent slot, and from the slot after it was filled."""
+    """As on a cluster, a table needs a recent slot, and can be used from the slot after it was filled."""
     chain.advance(20)
     recent = chain.slot - 2
     table, bump = Pubkey.find_program_address([bytes(payer.pubkey()), recent.to_bytes(8, "little")], TABLES)
@@ -113,7 +113,7 @@ def test_a_program_can_be_used_from_the_next_slot(chain, payer, small_program):
     )
 
     def load(data, *accounts):
-        """An instruction of the loader; accounts with ``w`` are written, the faucet signs."""
+        """An instruction of the loader. Accounts with ``w`` are writable, and the faucet signs."""
         return Instruction(
             LOADER, data, [AccountMeta(key, key == faucet.pubkey(), "w" in how) for key, how in accounts]
         )
@@ -150,13 +150,13 @@ def test_a_program_that_is_none_leaves_nothing_behind(chain, payer, small_progra
 
 
 def test_the_runtime_panics_and_it_goes_on(chain, payer, monkeypatch):
-    """With more accounts than may be locked the runtime panics, which is why nobody gets that far."""
+    """The runtime panics on more accounts than may be locked, so the chain refuses these earlier."""
     keys = [Pubkey.new_unique() for _ in range(70)]
     many = Instruction(SYSTEM_PROGRAM, b"", [AccountMeta(key, False, False) for key in keys])
     transaction = chain.sign([set_compute_unit_limit(10_000), set_compute_unit_price(10**9), many], payer)
     assert error_json(chain.submit(transaction).err) == "TooManyAccountLocks"
     monkeypatch.setattr(vm, "require_locks", lambda keys: None)
-    with pytest.raises(VmPanicError, match="the runtime gave up"):
+    with pytest.raises(VmPanicError, match="the runtime panicked on a transaction"):
         chain.submit(transaction)
     monkeypatch.undo()
     assert chain.account(payer.pubkey()).lamports == chain.vm.account(payer.pubkey()).lamports == 10**10

@@ -1,4 +1,4 @@
-"""Slots and their time."""
+"""Tests slots and their time."""
 
 from psyche_lightning_localnet.clock import SlotClock
 
@@ -64,7 +64,7 @@ def test_after_having_been_away_all_slots_are_due():
     assert (clock.slot, clock.due()) == (50, 3950)
     clock.passed(3950)
     assert (clock.unix_time(), clock.unix_time(50), clock.unix_time(40)) == (5000, 1050, 1040)
-    wall.at = 3.0  # time never goes back
+    wall.at = 3.0  # the chain's time never goes back
     clock.follow_wall()
     assert (clock.slot, clock.due()) == (4000, 0)
     wall.at = 4.0

@@ -1,4 +1,4 @@
-"""To disk and back."""
+"""Tests that a chain is saved and loaded."""
 
 import asyncio
 import hashlib
@@ -52,7 +52,7 @@ def test_a_chain_comes_back_as_it_was_with_its_programs(ledger, small_program):
     assert again.history.count == chain.history.count
     assert again.account(gone.pubkey()) is None
     assert again.account(payer.pubkey(), "finalized") == chain.account(payer.pubkey())
-    # It goes on: the program runs, the blockhash is still good, what landed does not land again.
+    # The chain continues: the program runs, the blockhash is still valid, and no transaction lands twice.
     assert str(again.submit(last).err) == "TransactionErrorFieldless.AlreadyProcessed"
     assert again.blockhash(again.slot) == chain.blockhash(chain.slot)
     fresh = again.sign([Instruction(program.pubkey(), b"again", [])], payer)
@@ -68,7 +68,7 @@ def test_a_running_chain_has_aged_meanwhile(ledger):
     ledger.save(chain)
     wall[0] += 3600
     again = ledger.load(SlotClock(500, now=lambda: wall[0]))
-    # The clock had been moved 49.5 seconds ahead by hand; that is used up.
+    # The test advanced the clock by 49.5 seconds, which have now passed on the wall clock, too.
     assert (again.slot, again.clock.unix_time()) == (100 + (3600 - 49.5) * 2, 8600)
     assert again.blockhash_slot(chain.blockhash(100)) is None
 
@@ -127,7 +127,7 @@ def test_well_formed_nonsense_is_refused(ledger):
         (ledger.folder / "snapshot").write_bytes(MAGIC + hashlib.sha256(body).digest() + body)
         with pytest.raises(LedgerError):
             ledger.load(frozen())
-    bomb = zstandard.ZstdCompressor().compress(b"")  # says that it has nothing
+    bomb = zstandard.ZstdCompressor().compress(b"")  # its header gives the size 0
     (ledger.folder / "snapshot").write_bytes(MAGIC + hashlib.sha256(bomb).digest() + bomb)
     with pytest.raises(LedgerError, match="out of bounds"):
         ledger.load(frozen())

@@ -1,4 +1,4 @@
-"""Simulating and looking up transactions, over HTTP with the ordinary client."""
+"""Tests how an ordinary client simulates and looks up transactions over HTTP."""
 
 import pytest
 from solana.rpc.api import Client

@@ -1,4 +1,4 @@
-"""Accounts by slot, against the simplest thing that could do it."""
+"""Compares accounts by slot with a simple model: a copy of all accounts for each slot."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,7 +37,7 @@ def test_every_slot_that_may_be_asked_for_is_as_it_was(steps, lag):
                 owned = {one for one, _ in accounts.owned(asked, program)}
                 assert owned == {one for one, (_, holder) in states[asked].items() if holder == program}
     accounts.settle(len(states))
-    assert len(accounts) == len(states[-1])  # nothing is left of what is gone
+    assert len(accounts) == len(states[-1])  # no version of a deleted account is left
     assert dict(accounts.newest()).keys() == states[-1].keys()
 
 

@@ -1,4 +1,4 @@
-"""The local chain in a process of its own: what people type, and ordinary clients over HTTP and websocket."""
+"""Tests the local chain in its own process: the command, and ordinary clients over HTTP and websocket."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ COMMAND = [sys.executable, "-m", "psyche_lightning_localnet"]
 
 @pytest.fixture
 def type_it(capfd):
-    """Type the command; its exit code and errors."""
+    """Returns a function that runs the command, and returns its exit code and errors."""
 
     def type_it(*arguments):
         done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
@@ -33,7 +33,7 @@ def type_it(capfd):
 
 
 def test_a_program_of_ones_own_from_another_process(tmp_path, small_program):
-    """At the address of a key pair, and at one of which nobody has the key."""
+    """One program is at the address of a key pair, the other at an address without a known key."""
     image, keys, own, payer = tmp_path / "memo.so", tmp_path / "own.json", Keypair(), Keypair()
     image.write_bytes(small_program)
     keys.write_text(json.dumps(list(bytes(own))))
@@ -120,7 +120,7 @@ def test_a_ledger_outlives_its_process(tmp_path):
         assert asyncio.run(seen(second.url, signature)) == (10**9, True)
         kept = asyncio.run(give(second.url, save=True))
         lost = asyncio.run(give(second.url, save=False))
-        second.kill()  # what came after the last snapshot is lost, and nothing else
+        second.kill()  # only transactions after the last snapshot are lost
     with LocalnetProcess(*arguments) as third:
         assert asyncio.run(seen(third.url, kept)) == (2 * 10**9, True)
         assert asyncio.run(seen(third.url, lost)) == (2 * 10**9, False)

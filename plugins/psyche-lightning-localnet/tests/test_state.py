@@ -1,4 +1,4 @@
-"""Reading accounts, slots and time, over HTTP with the ordinary client."""
+"""Tests how an ordinary client reads accounts, slots and time over HTTP."""
 
 import asyncio
 import base64
@@ -21,7 +21,7 @@ CHECKED = TxOpts(preflight_commitment=Processed)
 
 
 def fill(world, count=3, size=300):
-    """Accounts of a program, whose data begins with their number."""
+    """Store accounts of a program; the data of each begins with its number."""
     keys = [Pubkey(bytes([9, number]) + bytes(30)) for number in range(count)]
     accounts = {
         key: Account(10**9 + number, bytes([number]) * (size + number), PROGRAM) for number, key in enumerate(keys)
@@ -43,7 +43,7 @@ def test_an_account_in_every_encoding(play):
             account = (await world.client.get_account_info(small, encoding=encoding)).value
             assert (account.lamports, account.data, account.owner) == (10**9, bytes(100), PROGRAM)
         raw = await world.result("getAccountInfo", str(small), {"commitment": "processed"})
-        assert raw["value"]["data"] == based58.b58encode(bytes(100)).decode()  # the old form is still the default
+        assert raw["value"]["data"] == based58.b58encode(bytes(100)).decode()  # the old encoding is still the default
         assert (raw["value"]["space"], raw["value"]["rentEpoch"]) == (100, 2**64 - 1)
         packed = await world.result(
             "getAccountInfo", str(large), {"encoding": "base64+zstd", "commitment": "processed"}
@@ -218,7 +218,7 @@ def test_the_clock_is_moved_frozen_and_resumed(play):
 
 
 def test_programs_see_the_slot_and_its_time(play):
-    """Advancing takes no longer for a year of slots than for one."""
+    """The time that programs see follows an advance of a year."""
 
     async def test(world):
         payer = world.keypair()

@@ -1,4 +1,4 @@
-"""Subscriptions, through the ordinary client's websocket API."""
+"""Tests subscriptions with the websocket API of an ordinary client."""
 
 import asyncio
 import base64
@@ -33,12 +33,12 @@ async def receive(socket):
 
 
 async def receive_raw(socket):
-    """As it came, without the client's own book-keeping."""
+    """Receive a message without the client's own processing."""
     return json.loads(await asyncio.wait_for(super(type(socket), socket).recv(), 10))
 
 
 async def nothing(socket):
-    """Nothing came: what is asked for now is answered first."""
+    """Check that no notification came: the answer to a new request arrives first."""
     await socket.root_subscribe()
     answer = await receive(socket)
     assert isinstance(answer, SubscriptionResult)
@@ -66,7 +66,7 @@ def test_an_account_at_each_commitment(play):
             confirmed, newest = [await receive(socket) for _ in range(2)]
             assert (numbers[confirmed.subscription], confirmed.result.value.lamports) == (Confirmed, 1_000_000)
             assert (numbers[newest.subscription], newest.result.value.lamports) == (Processed, 2_000_000)
-            world.chain.advance(100)  # at once: every state in between is told in its order
+            world.chain.advance(100)  # at once; the client still gets each state in order
             told = [await receive(socket) for _ in range(3)]
             assert [(numbers[one.subscription], one.result.value.lamports) for one in told] == [
                 (Confirmed, 2_000_000),
@@ -99,7 +99,7 @@ def test_an_account_that_is_emptied(play):
 
 
 def test_the_accounts_of_a_program_through_filters(play):
-    """The accounts of the system program that have no data, which is all of them."""
+    """The filters select accounts of the system program without data, which are all of its accounts."""
 
     async def test(world):
         system = Pubkey.default()
@@ -162,7 +162,7 @@ def test_a_signature_once_whether_it_is_there_already_or_not(play):
             number = (await receive(socket)).result
             assert (await receive(socket)).subscription == number
             world.chain.advance(5)
-            await nothing(socket)  # each ended with its notification
+            await nothing(socket)  # each subscription has ended with its notification
 
     play(test)
 
@@ -286,7 +286,7 @@ def test_whoever_does_not_read_is_disconnected_and_others_are_not(play, monkeypa
             await receive(slow)
             await quick.slot_subscribe()
             await receive(quick)
-            for number in range(2000):  # more than the buffers of both ends hold
+            for number in range(2000):  # more than the buffers of both sides hold
                 world.chain.submit(world.chain.sign([world.pay(payer, key, number)], payer))
                 await asyncio.sleep(0)
                 if len(world.server._hub.listeners) == 1:

@@ -1,4 +1,4 @@
-"""Sending transactions, over HTTP with the ordinary client."""
+"""Tests how an ordinary client sends transactions over HTTP."""
 
 import based58
 import pytest
@@ -75,7 +75,7 @@ def test_legacy_transactions_and_both_encodings(play):
         legacy = Transaction([payer], Message([world.pay(payer, target, 10**6)], payer.pubkey()), blockhash)
         await world.client.send_transaction(legacy, CHECKED)
         second = await world.signed([world.pay(payer, target, 2 * 10**6)], payer)
-        text = based58.b58encode(bytes(second)).decode()  # the method's own default
+        text = based58.b58encode(bytes(second)).decode()  # the method's default encoding
         assert await world.result("sendTransaction", text) == str(second.signatures[0])
         assert world.balance(target) == 3 * 10**6
 
@@ -129,7 +129,7 @@ def test_priority_fees_are_charged_for_the_limit_and_reported(play):
         assert (await world.result("getRecentPrioritizationFees", [str(Pubkey.new_unique())]))[-1][
             "prioritizationFee"
         ] == 0
-        # Without a limit: 200,000 for an instruction, 3,000 for one of a built-in program.
+        # Without a limit, an instruction counts 200,000 units, and one of a built-in program 3,000.
         unlimited = await world.signed([set_compute_unit_price(10**6), world.memo("m")], payer)
         assert (await world.client.get_fee_for_message(unlimited.message)).value == 5000 + 203_000
 
@@ -206,7 +206,7 @@ def test_a_blockhash_can_be_used_for_150_slots(play):
             await world.client.send_transaction(transactions[1], CHECKED)
         error = world.refused(caught, PreflightFailure, err=TransactionErrorFieldless.BlockhashNotFound)
         assert error.message == "Transaction simulation failed: Blockhash not found"
-        signature = (await world.client.send_transaction(transactions[1], FAST)).value  # accepted, and never seen again
+        signature = (await world.client.send_transaction(transactions[1], FAST)).value  # accepted, but it never lands
         assert (await world.client.get_signature_statuses([signature], True)).value == [None]
         with pytest.raises(TransactionExpiredBlockheightExceededError):
             await world.client.confirm_transaction(
@@ -221,7 +221,7 @@ def test_a_blockhash_is_judged_at_the_commitment_of_the_preflight(play):
         world.chain.advance(100)
         payer = world.keypair()
         newest = await world.signed([world.memo("new")], payer)
-        with pytest.raises(RPCException) as caught:  # whose default is finalized
+        with pytest.raises(RPCException) as caught:  # Finalized is a validator's default
             await world.client.send_raw_transaction(bytes(newest), TxOpts(preflight_commitment=Finalized))
         world.refused(caught, PreflightFailure, err=TransactionErrorFieldless.BlockhashNotFound)
         blockhash = (await world.client.get_latest_blockhash(Finalized)).value.blockhash
