@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -81,8 +82,9 @@ def claim(file: IO[bytes]) -> bool:
 
 
 def open_to_others(file: IO[bytes]) -> bool:
-    """Whether other users may read or write an open file; Windows has no such mode, and answers no."""
-    return os.name == "posix" and bool(os.fstat(file.fileno()).st_mode & 0o077)
+    """Whether other users may read or write an open file; no for a pipe, and on Windows, which has no such mode."""
+    mode = os.fstat(file.fileno()).st_mode
+    return os.name == "posix" and stat.S_ISREG(mode) and bool(mode & 0o077)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from psyche_lightning import system
 from psyche_lightning.errors import ConfigError
 
 KEY_SIZE = 32
@@ -56,11 +58,11 @@ class Identity:
         """Read 32 raw secret bytes from ``path``, or create the file (mode 0600) with new ones.
 
         Raises:
-            ConfigError: the file exists but is not a key, or cannot be read or written.
+            ConfigError: the file exists but is not a key, others may read it, or it cannot be read or written.
         """
         try:
             if path.exists():
-                return cls(path.read_bytes())
+                return cls(_read(path))
             path.parent.mkdir(parents=True, exist_ok=True)
             secret = os.urandom(KEY_SIZE)
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -83,6 +85,17 @@ class Identity:
     def sign(self, purpose: str, run_id: str, payload: bytes) -> bytes:
         """Sign ``payload`` for one purpose within one run; 64 bytes."""
         return self.sign_raw(_statement(purpose, run_id, payload))
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        if system.open_to_others(file):
+            raise ConfigError(
+                f"other users can read the node key {path}, and sign as this node. Close it with "
+                f"`chmod 600 {shlex.quote(str(path))}`. If one of them may have read it, remove the file instead: the "
+                "node then joins with a new key."
+            )
+        return file.read(KEY_SIZE + 1)
 
 
 def verify(public: bytes, purpose: str, run_id: str, payload: bytes, signature: bytes) -> bool:

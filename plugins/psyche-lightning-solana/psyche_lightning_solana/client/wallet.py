@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import stat
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +17,7 @@ from solders.message import MessageV0, to_bytes_versioned
 from solders.pubkey import Pubkey
 from solders.signature import Signature
 
+from psyche_lightning import system
 from psyche_lightning.errors import ConfigError
 
 PATH_VARIABLE = "PSYCHE_WALLET"
@@ -103,17 +104,17 @@ def create(path: Path) -> Wallet:
 def _read(path: Path, *, chosen: bool) -> Wallet:
     try:
         with path.open("rb") as file:
-            status = os.fstat(file.fileno())
+            exposed = system.open_to_others(file)
             text = file.read(MAX_FILE_SIZE + 1).decode("ascii", "replace")
     except FileNotFoundError:
         hint = "" if chosen else f" No wallet was named: neither {SECRET_VARIABLE} nor {PATH_VARIABLE} is set."
         raise ConfigError(f"there is no wallet {path}.{hint} {_MAKE_ONE}") from None
     except OSError as error:
         raise ConfigError(f"cannot read the wallet {path}: {error.strerror}") from None
-    if os.name == "posix" and stat.S_ISREG(status.st_mode) and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+    if exposed:
         raise ConfigError(
-            f"the wallet {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o}): every reader can spend "
-            f"its SOL. Close it with `chmod 600 {path}`."
+            f"other users can read the wallet {path}, and spend its SOL. Close it with "
+            f"`chmod 600 {shlex.quote(str(path))}`."
         )
     return _parse(text, str(path))
 

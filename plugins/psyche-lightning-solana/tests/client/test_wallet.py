@@ -52,7 +52,7 @@ def test_a_new_wallet_is_the_owners_alone_and_never_overwrites(tmp_path):
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660])
 def test_a_file_that_others_can_read_is_refused(tmp_path, mode):
     path = write(tmp_path / "id.json", NUMBERS, mode)
-    with pytest.raises(ConfigError, match=r"open to others.*chmod 600"):
+    with pytest.raises(ConfigError, match=r"other users can read.*chmod 600"):
         Wallet.load(path, {})
 
 
