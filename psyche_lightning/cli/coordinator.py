@@ -30,13 +30,23 @@ def coordinator(
             "in the folder of the runs.",
         ),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name under which others reach it, such as that of a proxy in front; may be repeated. A coordinator "
+            "on 127.0.0.1 answers to no other names.",
+        ),
+    ] = None,
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds in which a node may reconnect.")] = 5.0,
 ) -> None:
     """Serve runs to nodes, and a live page about them to people."""
-    asyncio.run(_serve(host, port, directory, token_file, grace))
+    asyncio.run(_serve(host, port, directory, token_file, allow_host or [], grace))
 
 
-async def _serve(host: str, port: int, directory: Path, token_file: Path | None, grace: float) -> None:
+async def _serve(
+    host: str, port: int, directory: Path, token_file: Path | None, hosts: list[str], grace: float
+) -> None:
     from psyche_lightning.server.server import CoordinatorServer
     from psyche_lightning.server.store import SqliteStore
     from psyche_lightning.server.token import FILE, announced, check_token, load_or_create
@@ -49,7 +59,7 @@ async def _serve(host: str, port: int, directory: Path, token_file: Path | None,
         path = token_file or directory / FILE
         given = os.environ.get(TOKEN_VARIABLE)
         token, fresh = (check_token(given, TOKEN_VARIABLE), False) if given else load_or_create(path)
-        server = CoordinatorServer(store, token=token, grace=grace)
+        server = CoordinatorServer(store, token=token, hosts=hosts, grace=grace)
         url = await server.start(host, port)
         try:
             with contextlib.nullcontext() if given else announced(url, path) as found:

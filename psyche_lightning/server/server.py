@@ -7,13 +7,11 @@ owner's token (see :mod:`~psyche_lightning.server.token`); reading is free.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Collection
 from importlib import resources
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -23,10 +21,11 @@ from psyche_lightning.protocol.codec import round_to_json
 from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
 from psyche_lightning.protocol.requests import GetRounds
 from psyche_lightning.server.channel import CHALLENGE_SIZE, MAX_FRAME_SIZE, problem
+from psyche_lightning.server.guard import Guard, Handler
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.server.status import run_line, run_status
 from psyche_lightning.server.store import Store
-from psyche_lightning.server.token import FILE, is_loopback
+from psyche_lightning.server.token import is_loopback
 from psyche_lightning.server.websocket import Websocket
 from psyche_lightning.wire.identity import KEY_SIZE
 
@@ -37,13 +36,14 @@ STATUS = {
     "UnknownRun": 404,
     "UnknownManifest": 404,
     "Unauthorized": 401,
+    "ForeignOrigin": 403,
+    "ForeignHost": 421,
     "RunExists": 409,
     "UpdateConfigNotHalted": 409,
     "CloseCoordinatorNotHalted": 409,
     "StoreFailed": 503,
     "TooLarge": 413,
 }
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class CoordinatorServer:
@@ -55,6 +55,9 @@ class CoordinatorServer:
         entropy: returns a number of random bytes.
         token: the owner's token, which creating and changing runs needs. ``psyche coordinator`` always has one. With
             None, which is for servers within a program, every caller on the same machine may.
+        hosts: names under which the server is reached, such as that of a proxy in front of it. A server that listens on
+            loopback serves no names but these and those of loopback. One that listens elsewhere serves every name if
+            none is given, otherwise these and all addresses.
         grace: seconds in which a node may come back after its connection broke, before it counts as gone.
         heartbeat: seconds between pings; a node that is silent for one and a half of them is disconnected.
     """
@@ -66,6 +69,7 @@ class CoordinatorServer:
         clock: Callable[[], float] = time.time,
         entropy: Callable[[int], bytes] = os.urandom,
         token: str | None = None,
+        hosts: Collection[str] = (),
         grace: float = 5.0,
         heartbeat: float = 20.0,
     ) -> None:
@@ -73,7 +77,7 @@ class CoordinatorServer:
         self._store = store
         self._clock = clock
         self._entropy = entropy
-        self._token = token
+        self._guard = Guard(token, hosts)
         self._grace = grace
         self._heartbeat = heartbeat
         self._sessions: dict[tuple[str, bytes], Websocket] = {}
@@ -104,6 +108,7 @@ class CoordinatorServer:
             raise CoordinatorError(
                 f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port; 0 takes any."
             ) from error
+        self._guard.near = all(is_loopback(address[0]) for address in self._runner.addresses)
         # A server that listens has at least one address.
         listening, bound = self._runner.addresses[0][:2]
         return f"http://{f'[{listening}]' if ':' in listening else listening}:{bound}"
@@ -158,7 +163,7 @@ class CoordinatorServer:
     # Requests.
 
     def _application(self) -> web.Application:
-        application = web.Application(middlewares=[_errors, self._guard], client_max_size=MAX_BODY_SIZE)
+        application = web.Application(middlewares=[_errors, self._guard.check], client_max_size=MAX_BODY_SIZE)
         run = "/v1/runs/{run}"
         application.add_routes(
             [
@@ -190,30 +195,6 @@ class CoordinatorServer:
                 code="UnknownRun",
             )
         return self.runs[run_id]
-
-    @web.middleware
-    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Ask for the owner's token before anything but reading."""
-        if request.method not in ("GET", "HEAD"):
-            self._authorize(request)
-        return await handler(request)
-
-    def _authorize(self, request: web.Request) -> None:
-        if self._token is None:
-            if _is_near(request):
-                return
-            raise CoordinatorError(
-                "this coordinator has no owner's token, so only programs on its own machine may create and change runs",
-                code="Unauthorized",
-            )
-        shown = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(shown.encode(errors="surrogateescape"), f"Bearer {self._token}".encode()):
-            raise CoordinatorError(
-                "creating and changing runs needs the token of this coordinator's owner. It lies in the folder of the "
-                f"coordinator's runs (--dir), as {FILE}: pass --token-file FILE, or set PSYCHE_COORDINATOR_TOKEN_FILE "
-                "or PSYCHE_COORDINATOR_TOKEN",
-                code="Unauthorized",
-            )
 
     async def _body(self, request: web.Request) -> dict[str, Any]:
         # A page of another site can make a browser post plain text here, but not JSON.
@@ -333,11 +314,6 @@ class CoordinatorServer:
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         run = self._run(request)
-        origin = request.headers.get("Origin")
-        # A page of another site cannot set this header, so it does not help such a page.
-        hosts = {request.host, *request.headers.get("X-Forwarded-Host", "").replace(" ", "").split(",")}
-        if origin is not None and urlsplit(origin).netloc not in hosts:
-            raise CoordinatorError("a page of another site may not watch", code="Unauthorized")
         socket = web.WebSocketResponse(heartbeat=self._heartbeat, max_msg_size=MAX_FRAME_SIZE, compress=True)
         await socket.prepare(request)
         session = Websocket(run, socket, self._entropy(CHALLENGE_SIZE), self._arrived)
@@ -348,12 +324,6 @@ class CoordinatorServer:
             self._sockets.discard(socket)
             self._gone(session)
         return socket
-
-
-def _is_near(request: web.Request) -> bool:
-    """Whether the caller is a program on this machine, and not a proxy that speaks for others."""
-    relayed = any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host"))
-    return not relayed and is_loopback(request.remote or "")
 
 
 def _number(request: web.Request, name: str) -> int:
