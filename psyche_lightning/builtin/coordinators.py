@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from psyche_lightning.hookspecs import CoordinatorKind, Register, hookimpl
 from psyche_lightning.plugins import build
-from psyche_lightning.protocol.state import CoordinatorConfig
+from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig
 
 if TYPE_CHECKING:
     from psyche_lightning.protocol.owner import ClockReading, RunAdmin
@@ -29,7 +30,9 @@ def embedded(url: str, run_id: str, identity: Identity, options: Mapping[str, An
     from psyche_lightning.coordinator.host import RunHost
     from psyche_lightning.server.local import LocalCoordinator
 
-    values = {"config": CoordinatorConfig(), "seed": 0, **options}
+    values = {
+        "config": CoordinatorConfig(), "seed": 0, "incarnation": os.urandom(INCARNATION_SIZE), **options
+    }  # fmt: skip
     return LocalCoordinator(build("coordinator 'embedded'", partial(RunHost, run_id), values), identity)
 
 

@@ -180,13 +180,15 @@ class _Examination:
 
     def _peers(self, status: Mapping[str, Any]) -> None:
         from psyche_lightning.doctor import connectivity
+        from psyche_lightning.protocol.state import scope_of
 
         assert self.options.run is not None
         assert self.options.coordinator is not None
-        run, far = self.options.run, connectivity.is_far(self.options.coordinator)
+        far = connectivity.is_far(self.options.coordinator)
+        scope = scope_of(self.options.run, bytes.fromhex(status["incarnation"]))
         make = _transport(self.settings)
         try:
-            address = asyncio.run(connectivity.own_address(make, run))
+            address = asyncio.run(connectivity.own_address(make, scope))
             self.findings.append(connectivity.address_finding(address, far=far))
         except TransportError as error:
             self.findings.append(connectivity.listening_problem(error))
@@ -197,7 +199,7 @@ class _Examination:
             return
         try:  # another port, because a node on this machine may use the usual one
             self.reached = asyncio.run(
-                connectivity.reach(_transport(self.settings, port=0), run, addresses, self.progress)
+                connectivity.reach(_transport(self.settings, port=0), scope, addresses, self.progress)
             )
         except TransportError as error:
             self.findings.append(Finding(connectivity.AREA, "peers", str(error), Verdict.PROBLEM, "see 'own address'"))

@@ -22,7 +22,12 @@ def ledger(
         typer.Argument(metavar="FOLDER...", help="Folders of nodes, a folder with such folders, or ledger files."),
     ],
     run_id: Annotated[
-        str | None, typer.Option("--run", metavar="RUN", help="The run, if the folders have several.")
+        str | None,
+        typer.Option(
+            "--run",
+            metavar="RUN",
+            help="The run, if the folders have several; NAME#INCARNATION if several had one name.",
+        ),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Fail unless each data id was trained exactly once or is open.")
@@ -39,13 +44,20 @@ def ledger(
     from psyche_lightning.node.ledger import find_ledgers, read_ledger
 
     ledgers = find_ledgers(folders)
-    found = audit(row for ledger in ledgers for row in read_ledger(ledger) if run_id in (None, row.get("run")))
+    rows_of_run = (row for ledger in ledgers for row in read_ledger(ledger) if run_id is None or _names(run_id, row))
+    found = audit(rows_of_run)
     if as_json:
         print(json.dumps(_plain(found), indent=1))
     else:
         _show(found, rows, len(ledgers))
     if check and (found.problems or not found.rounds):
         raise PsycheError(f"the ledger is not complete: {'; '.join(found.problems) or 'it has no rounds'}")
+
+
+def _names(run: str, row: dict[str, Any]) -> bool:
+    """Whether a row is of that run: one of its name, or the one of that name and incarnation."""
+    scope = row.get("run")
+    return isinstance(scope, str) and run in (scope, scope.partition("#")[0])
 
 
 def _plain(found: Audit) -> dict[str, Any]:

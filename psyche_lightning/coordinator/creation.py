@@ -9,7 +9,7 @@ from typing import Any
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.errors import ConfigError, nearest
 from psyche_lightning.protocol.manifest import START
-from psyche_lightning.protocol.state import CoordinatorConfig
+from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig
 
 KEYS = ("run_id", "config", "manifest", "seed", "max_seq_len")
 SETTINGS = {field.name: field.type for field in fields(CoordinatorConfig)}
@@ -24,7 +24,7 @@ def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHos
     Args:
         body: ``run_id``, and optionally ``config`` (fields of :class:`CoordinatorConfig`), ``manifest``, ``seed`` and
             ``max_seq_len``.
-        entropy: returns a number of random bytes, for the seed if the request has none.
+        entropy: returns a number of random bytes, for the run's incarnation, and for its seed if the request has none.
 
     Raises:
         ConfigError: a key is unknown (the text names the nearest), or a value has a wrong type or is out of range.
@@ -57,6 +57,7 @@ def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHos
         max_seq_len=max_seq_len,
         manifest=manifest or None,
         unset=unset,
+        incarnation=entropy(INCARNATION_SIZE),
     )
     if manifest and START in manifest:
         done, index = _start(manifest[START], None if "total_steps" in unset else host.state.config.total_steps)

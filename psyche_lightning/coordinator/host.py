@@ -35,6 +35,7 @@ from psyche_lightning.protocol.requests import (
     Witness,
 )
 from psyche_lightning.protocol.state import (
+    INCARNATION_SIZE,
     Client,
     ClientStatus,
     CoordinatorConfig,
@@ -45,7 +46,7 @@ from psyche_lightning.protocol.state import (
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import short
 
-FORMAT = 1
+FORMAT = 2
 MAX_ROUNDS = 4096
 """Rounds of the epoch that are kept; a node that needs older rounds takes a newer snapshot instead."""
 
@@ -62,6 +63,7 @@ class RunHost:
         limits: the largest sizes that this host supports; wide limits if None.
         unset: the values of the configuration that the first node fixes through the section ``run`` of its manifest:
             names of :data:`~psyche_lightning.protocol.manifest.LEFT_OPEN`.
+        incarnation: 16 random bytes that tell this run from others of its name; empty if no other will have it.
 
     Attributes:
         state: the run's state.
@@ -87,6 +89,7 @@ class RunHost:
         manifest: dict[str, Any] | None = None,
         limits: Limits | None = None,
         unset: Sequence[str] = (),
+        incarnation: bytes = b"",
     ) -> None:
         self.limits = limits or Limits()
         check_run_id(run_id)
@@ -95,7 +98,9 @@ class RunHost:
             raise ConfigError(f"the seed is {seed}; it must be 0 to 2^64 - 1")
         if not 0 < max_seq_len < 1 << 32:
             raise ConfigError(f"max_seq_len is {max_seq_len}; it must be 1 to 2^32 - 1")
-        self.state = RunState(run_id, config=config, max_seq_len=max_seq_len)
+        if len(incarnation) not in (0, INCARNATION_SIZE):
+            raise ConfigError(f"the incarnation has {len(incarnation)} bytes; it must have {INCARNATION_SIZE} or none")
+        self.state = RunState(run_id, config=config, max_seq_len=max_seq_len, incarnation=incarnation)
         self.manifest = None if manifest is None else merge(None, manifest)
         self.membership = Membership(run_id, self.limits.clients)
         self.history = History()
@@ -191,7 +196,7 @@ class RunHost:
         answer: Any = None
         match request:
             case GetTerms():
-                answer = Terms(self.state.config, tuple(self.unset), self.manifest)
+                answer = Terms(self.state.config, tuple(self.unset), self.manifest, self.state.incarnation)
             case GetRounds(epoch, first):
                 answer = self._rounds_from(epoch, first)
             case Join(address, manifest):
@@ -290,7 +295,7 @@ class RunHost:
 
     def _accuse(self, signer: bytes, first: bytes, second: bytes, now: float) -> None:
         """Eject a trainer that signed two results for one batch, for the rest of the run."""
-        culprit = equivocator(self.state.run_id, first, second)
+        culprit = equivocator(self.state.scope, first, second)
         if signer not in self.membership.members:
             raise CoordinatorError(f"{short(signer)} is not a member of this run", code="InvalidAccusation")
         if culprit in self.membership.ejected:

@@ -106,7 +106,7 @@ def own_key(folder: Path) -> bytes | None:
 
 async def reach(
     make: Callable[[], Transport],
-    run_id: str,
+    scope: str,
     addresses: Mapping[bytes, str],
     progress: Callable[[str, float], None] = lambda what, done: None,
     seconds: float = REACH_SECONDS,
@@ -115,7 +115,7 @@ async def reach(
 
     Args:
         make: makes the transport.
-        run_id: the run.
+        scope: names the run and its incarnation.
         addresses: public key to address.
         progress: called with how many have answered.
         seconds: the most seconds to wait.
@@ -124,7 +124,7 @@ async def reach(
         TransportError: this machine's transport does not start.
     """
     transport = make()
-    context = TransportContext(_eager(addresses), run_id, lambda peer, message: True, lambda digest: None)
+    context = TransportContext(_eager(addresses), scope, lambda peer, message: True, lambda digest: None)
     try:
         await transport.start(context)
         transport.set_peers(addresses)
@@ -158,14 +158,14 @@ def peer_finding(found: Reached) -> Finding:
     return Finding(AREA, name, reason, Verdict.WARNING, advice)
 
 
-async def own_address(make: Callable[[], Transport], run_id: str) -> str:
+async def own_address(make: Callable[[], Transport], scope: str) -> str:
     """Where a node with these options would listen.
 
     Raises:
         TransportError: it cannot listen.
     """
     transport = make()
-    context = TransportContext(Identity.generate(), run_id, lambda peer, message: True, lambda digest: None)
+    context = TransportContext(Identity.generate(), scope, lambda peer, message: True, lambda digest: None)
     try:
         return await transport.start(context)
     finally:

@@ -16,7 +16,7 @@ from psyche_lightning.logs import ensure_heard
 from psyche_lightning.plugins import load_plugins, packages
 from psyche_lightning.protocol.manifest import START, differences, manifest_text, mismatch
 from psyche_lightning.protocol.requests import Coordinator, GetTerms, Terms
-from psyche_lightning.protocol.state import CoordinatorConfig
+from psyche_lightning.protocol.state import CoordinatorConfig, scope_of
 from psyche_lightning.recipe.options import SHARED, RunOptions, RunValues
 from psyche_lightning.transports.base import Transport
 from psyche_lightning.transports.memory import MemoryTransport
@@ -81,6 +81,11 @@ class Entry:
         else:
             self.terms = look(self.client(options.coordinator, Identity.generate()))
         self.run, self.distro = agree(options, self.terms)
+
+    @property
+    def scope(self) -> str:
+        """Names the run and its incarnation; a process alone goes on under one name."""
+        return scope_of(self.run_id, self.terms.incarnation)
 
     def client(self, url: str, identity: Identity) -> Coordinator:
         """A client of the run's coordinator for a node with that key."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,7 +32,7 @@ from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import BlobStore, DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.protocol.open_ids import shown
 from psyche_lightning.protocol.requests import Coordinator
-from psyche_lightning.protocol.state import ClientStatus, CoordinatorConfig, RunState
+from psyche_lightning.protocol.state import INCARNATION_SIZE, ClientStatus, CoordinatorConfig, RunState
 from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.wire.identity import Identity, short
 
@@ -116,7 +117,7 @@ class Session:
             identity = Identity.generate() if folder is None else node_key(folder)
             opened.enter_context(speaking(entry.run_id, short(identity.public)))
             logger.info("%s", step)
-            if folder is not None and saved_delta.load(folder, entry.run_id, step.distro):
+            if folder is not None and saved_delta.load(folder, entry.scope, step.distro):
                 logger.info("restored the delta of %d rounds from %s", step.distro.nonce, folder)
             url = entry.options.coordinator
             coordinator: Coordinator
@@ -178,7 +179,13 @@ class Session:
             options.config or sizes,
             **{name: getattr(times, name) for name in (*_TIMES, "init_min_clients", "min_clients", "witness_nodes")},
         )
-        host = RunHost(self.entry.run_id, config, seed=self.entry.run.seed, max_seq_len=options.tokens_per_sample)
+        host = RunHost(
+            self.entry.run_id,
+            config,
+            seed=self.entry.run.seed,
+            max_seq_len=options.tokens_per_sample,
+            incarnation=os.urandom(INCARNATION_SIZE),
+        )
         done, index = options.start or (done, done * global_batch)
         host.state = replace(host.state, step=done + 1, start_step=done + 1, epoch_start_data_index=index)
         return LocalCoordinator(host, identity, clock=lambda: float(self._ticks))
@@ -265,7 +272,7 @@ class Session:
         )
         self._ticks += 1
         if self._folder is not None and self._ticks % saved_delta.SAVE_EVERY == 0:
-            saved_delta.save(self._folder, self.entry.run_id, distro)
+            saved_delta.save(self._folder, self.entry.scope, distro)
         state = self.state
         if state is not None and work.step >= state.config.total_steps:
             self.peek()  # waits until the run is over and all results are applied
@@ -361,7 +368,7 @@ class Session:
         unsaved: StoreError | None = None
         if self._folder is not None and not self._over:
             try:
-                saved_delta.save(self._folder, self.entry.run_id, self._step.distro)
+                saved_delta.save(self._folder, self.entry.scope, self._step.distro)
             except StoreError as error:
                 unsaved = error
         self._over, self._next, self.work = True, None, None

@@ -23,16 +23,16 @@ from psyche_lightning.protocol.open_ids import closed
 FILE = "ledger.jsonl"
 
 Row = dict[str, Any]
-"""``run``, ``epoch``, ``height``, ``step``, ``seed``, ``data_index``, ``batch_size``, ``nodes`` (hex), ``parameters``
-(hex digest at the epoch's start), ``ended`` (digest at the epoch's end, in its last round, else empty), ``again``
-(``[first, last]`` pairs), ``results`` (signed envelopes, base64)."""
+"""``run`` (its scope), ``epoch``, ``height``, ``step``, ``seed``, ``data_index``, ``batch_size``, ``nodes`` (hex),
+``parameters`` (hex digest at the epoch's start), ``ended`` (digest at the epoch's end, in its last round, else empty),
+``again`` (``[first, last]`` pairs), ``results`` (signed envelopes, base64)."""
 
 
-def row_of(run_id: str, record: DecidedRound) -> Row:
+def row_of(scope: str, record: DecidedRound) -> Row:
     """A record as a JSON-able row."""
     round_ = record.round
     return {
-        "run": run_id,
+        "run": scope,
         "epoch": record.epoch,
         "height": round_.height,
         "step": round_.step,
@@ -68,13 +68,13 @@ class Ledger:
             self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 - it stays open
             self._file.truncate(_whole(self._file))
 
-    def append(self, run_id: str, records: Iterable[DecidedRound]) -> None:
+    def append(self, scope: str, records: Iterable[DecidedRound]) -> None:
         """Write rounds down.
 
         Raises:
             StoreError: the disk is full or the file cannot be written; none of the rounds is written down.
         """
-        lines = "".join(json.dumps(row_of(run_id, record), separators=(",", ":")) + "\n" for record in records)
+        lines = "".join(json.dumps(row_of(scope, record), separators=(",", ":")) + "\n" for record in records)
         with self._lock, explained("write to the ledger", self.path):
             end = self._file.seek(0, os.SEEK_END)
             try:

@@ -34,7 +34,17 @@ from psyche_lightning.node.snapshot import decode_index, first_difference
 from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
 from psyche_lightning.node.waiting import Wait
 from psyche_lightning.protocol.messages import Envelope, Message, Result, open_envelope, seal
-from psyche_lightning.protocol.requests import Coordinator, GetRounds, Join, Report, Request, Withdraw, Witness
+from psyche_lightning.protocol.requests import (
+    Coordinator,
+    GetRounds,
+    GetTerms,
+    Join,
+    Report,
+    Request,
+    Withdraw,
+    Witness,
+)
+from psyche_lightning.protocol.state import scope_of
 from psyche_lightning.transports.base import Transport, TransportContext
 from psyche_lightning.wire.identity import Identity, short
 
@@ -105,21 +115,31 @@ class Runtime:
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.core = NodeCore(
-            node.identity.public, node.coordinator.signer, node.run_id, node.settings, self._seal, self._kept_promises()
-        )
+        self._scope = node.run_id  # until the coordinator tells the incarnation; nothing is signed before
+        self.core = self._make_core({})
+
+    def _make_core(self, promises: Mapping[str, Envelope]) -> NodeCore:
+        node = self.node
+        return NodeCore(node.identity.public, node.coordinator.signer, self._scope, node.settings, self._seal, promises)
 
     def _seal(self, message: Message) -> Envelope:
-        return seal(self.node.identity, self.node.run_id, message)
+        return seal(self.node.identity, self._scope, message)
+
+    def _promise(self, key: str) -> str:
+        """The journal's key of a promise: a promise binds within one incarnation of a run."""
+        return f"{self._scope}/{key}"
 
     def _kept_promises(self) -> dict[str, Envelope]:
         """Promises from before a restart whose payload is still stored."""
         kept = {}
-        for key, raw in self.node.journal.load().items():
+        for name, raw in self.node.journal.load().items():
+            key = name.removeprefix(self._promise(""))
+            if key == name:
+                continue  # of another run, or of a former one of this name
             try:
-                envelope = open_envelope(raw, self.node.run_id)
+                envelope = open_envelope(raw, self._scope)
             except WireError:
-                continue  # another run's journal in this folder
+                continue
             message = envelope.message
             if not isinstance(message, Result) or self.node.store.has(message.payload):
                 kept[key] = envelope
@@ -134,7 +154,9 @@ class Runtime:
             PsycheError: the transport cannot listen, or the coordinator cannot be reached or refuses this node.
         """
         node, self._loop = self.node, asyncio.get_running_loop()
-        context = TransportContext(node.identity, node.run_id, self._on_message, self._blob_for_peer, node.served)
+        self._scope = scope_of(node.run_id, (await node.coordinator.request(GetTerms())).incarnation)
+        self.core = self._make_core(self._kept_promises())
+        context = TransportContext(node.identity, self._scope, self._on_message, self._blob_for_peer, node.served)
         self.address = await self.node.transport.start(context)
         await self.node.coordinator.request(Join(self.address, self.node.manifest))
         self._joined = True
@@ -213,7 +235,7 @@ class Runtime:
 
     def _on_message(self, peer: bytes, raw: bytes) -> bool:
         try:
-            envelope = open_envelope(raw, self.node.run_id)
+            envelope = open_envelope(raw, self._scope)
         except WireError as error:
             self._refused[peer] += 1
             times = self._refused[peer]
@@ -244,7 +266,7 @@ class Runtime:
             case ev.SendTo(peer, envelope):
                 self.node.transport.send(peer, envelope.raw)
             case ev.Promise(key, envelope):
-                self.node.journal.append(key, envelope.raw)
+                self.node.journal.append(self._promise(key), envelope.raw)
             case ev.SetPeers(peers):
                 self.node.transport.set_peers(dict(peers))
             case ev.Fetch():
@@ -256,11 +278,11 @@ class Runtime:
             case ev.Diagnose():
                 self._spawn(self._diagnose(effect))
             case ev.Keep():
-                self.node.journal.retain(effect.promises)
+                self.node.journal.retain(set(map(self._promise, effect.promises)))
                 self._spawn(self._clear(effect))
             case ev.WriteDown(records):
                 if self.node.ledger is not None:
-                    self.node.ledger.append(self.node.run_id, records)
+                    self.node.ledger.append(self._scope, records)
             case Notice():
                 effect.tell()
             case Request():

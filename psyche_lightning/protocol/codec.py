@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from psyche_lightning.errors import WireError
 from psyche_lightning.protocol.bloom import BLOOM_SIZE
-from psyche_lightning.protocol.state import STORED_ROUNDS, Round, RunState
+from psyche_lightning.protocol.state import INCARNATION_SIZE, STORED_ROUNDS, Round, RunState
 from psyche_lightning.wire.canonical import HASH_SIZE
 from psyche_lightning.wire.identity import KEY_SIZE
 
@@ -39,6 +39,7 @@ _SIZES = {
     "checkpoint_votes": (KEY_SIZE, HASH_SIZE),
     "participants": (0, BLOOM_SIZE),
     "broadcasts": (0, BLOOM_SIZE),
+    "incarnation": (0, INCARNATION_SIZE),
 }
 _T = TypeVar("_T")
 

@@ -1,7 +1,8 @@
 """The messages that nodes gossip, and the signed envelope that carries them.
 
-Messages are small (a payload travels as a blob that is fetched by hash). Each names run, epoch and height in the clear,
-so two different results for one batch prove equivocation (invariant I5).
+Messages are small (a payload travels as a blob that is fetched by hash). The signature covers the run's scope (its name
+and incarnation), and each message names epoch and height in the clear, so two different results for one batch prove
+equivocation (invariant I5).
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ class Result:
         """All data ids of the batch, half-open; the share of the round's own samples comes first."""
         return half_open(((self.start, self.end), *self.again))
 
-    def commitment(self, run_id: str, trainer: bytes) -> bytes:
-        """The hash that witnesses list; it covers the run, the trainer and all fields."""
-        return sha256(b"psyche-lightning commitment 1", pack([run_id, trainer, *_values(self)]))
+    def commitment(self, scope: str, trainer: bytes) -> bytes:
+        """The hash that witnesses list; it covers the run's scope, the trainer and all fields."""
+        return sha256(b"psyche-lightning commitment 1", pack([scope, trainer, *_values(self)]))
 
 
 @dataclass(frozen=True)
@@ -216,22 +217,22 @@ def _check(message: Message) -> None:
             raise WireError("the commitments of a witness are not in ascending order")
 
 
-def seal(identity: Identity, run_id: str, message: Message) -> Envelope:
+def seal(identity: Identity, scope: str, message: Message) -> Envelope:
     """Sign a message.
 
     Layout: sender (32 bytes), Ed25519 signature (64 bytes), canonical msgpack of ``[kind, *fields]``; the signature
-    covers the purpose, the run id and that msgpack.
+    covers the purpose, the run's scope (``RunState.scope``) and that msgpack.
 
     Raises:
         WireError: a field is out of range.
     """
     _check(message)
     body = pack([message.kind, *_values(message)])
-    raw = identity.public + identity.sign(PURPOSE, run_id, body) + body
+    raw = identity.public + identity.sign(PURPOSE, scope, body) + body
     return Envelope(identity.public, message, raw)
 
 
-def open_envelope(raw: bytes, run_id: str) -> Envelope:
+def open_envelope(raw: bytes, scope: str) -> Envelope:
     """Decode and verify what :func:`seal` made.
 
     Raises:
@@ -260,16 +261,16 @@ def open_envelope(raw: bytes, run_id: str) -> Envelope:
         fields["again"] = tuple(map(tuple, fields["again"]))
     message: Message = cls(**fields)
     _check(message)
-    if not verify(sender, PURPOSE, run_id, body, signature):
+    if not verify(sender, PURPOSE, scope, body, signature):
         raise WireError(f"wrong signature on a {cls.__name__} that claims to come from {sender[:4].hex()}")
     return Envelope(sender, message, raw)
 
 
-def equivocator(run_id: str, first: bytes, second: bytes) -> bytes:
+def equivocator(scope: str, first: bytes, second: bytes) -> bytes:
     """The node key of the trainer that signed two different results.
 
     Args:
-        run_id: the run.
+        scope: the run's scope; results of another run or incarnation prove nothing.
         first: one signed result, as it was gossiped.
         second: the other signed result.
 
@@ -277,7 +278,7 @@ def equivocator(run_id: str, first: bytes, second: bytes) -> bytes:
         CoordinatorError: they do not prove equivocation (``InvalidAccusation``).
     """
     try:
-        one, other = open_envelope(first, run_id), open_envelope(second, run_id)
+        one, other = open_envelope(first, scope), open_envelope(second, scope)
     except WireError as error:
         raise CoordinatorError(f"the proof cannot be read: {error}", code="InvalidAccusation") from error
     a, b = one.message, other.message

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from psyche_lightning.errors import CoordinatorError, WireError
 from psyche_lightning.protocol.codec import from_json, round_from_json, round_to_json, to_json
 from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
-from psyche_lightning.protocol.state import CoordinatorConfig, Round, RunState, WitnessProof
+from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, Round, RunState, WitnessProof
 from psyche_lightning.wire.canonical import sha256
 
 Answer = TypeVar("Answer", covariant=True)
@@ -49,11 +49,13 @@ class Terms:
         config: durations and sizes.
         unset: what the first node to join fixes: ``global_batch_size``, ``total_steps`` or both.
         manifest: the agreed sections; None if there are none yet.
+        incarnation: the run's, see :class:`~psyche_lightning.protocol.state.RunState`.
     """
 
     config: CoordinatorConfig
     unset: tuple[str, ...] = ()
     manifest: dict[str, Any] | None = None
+    incarnation: bytes = b""
 
 
 class Request(Generic[Answer]):
@@ -91,14 +93,20 @@ class GetTerms(Request[Terms]):
 
     @classmethod
     def answer_to_json(cls, answer: Terms) -> Any:
-        """``[config, unset, manifest]``."""
-        return [to_json(answer.config), list(answer.unset), answer.manifest]
+        """``[config, unset, manifest, incarnation]``."""
+        return [to_json(answer.config), list(answer.unset), answer.manifest, answer.incarnation.hex()]
 
     @classmethod
     def answer_from_json(cls, value: Any) -> Terms:
         """The terms."""
-        config, unset, manifest = value
-        return Terms(from_json(CoordinatorConfig, config), tuple(unset), manifest)
+        try:
+            config, unset, manifest, text = value
+            incarnation = bytes.fromhex(text)
+        except (TypeError, ValueError) as error:
+            raise WireError("the terms are not [config, unset, manifest, incarnation]") from error
+        if len(incarnation) not in (0, INCARNATION_SIZE):
+            raise WireError(f"an incarnation of {len(incarnation)} bytes; expected {INCARNATION_SIZE}")
+        return Terms(from_json(CoordinatorConfig, config), tuple(unset), manifest, incarnation)
 
 
 @dataclass(frozen=True)

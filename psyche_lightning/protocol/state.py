@@ -12,6 +12,16 @@ from enum import IntEnum
 STORED_ROUNDS = 4
 BLOOM_WORDS = 16
 BLOOM_KEYS = 8
+INCARNATION_SIZE = 16
+
+
+def scope_of(run_id: str, incarnation: bytes) -> str:
+    """The text by which signatures name a run: its name, ``#`` and its incarnation in hex.
+
+    The incarnation is made with the run, so nothing that was signed for a former run of the same name counts here. It
+    has a fixed size, so no two runs have one scope.
+    """
+    return f"{run_id}#{incarnation.hex()}" if incarnation else run_id
 
 
 class Phase(IntEnum):
@@ -202,6 +212,7 @@ class RunState:
         pending_pause: whether the run pauses at the end of the epoch.
         cold_start_epoch: whether the epoch follows a pause, so that learning rates warm up again.
         nonce: grows with every change by at least one; updates with a smaller nonce are stale.
+        incarnation: 16 random bytes made with the run; empty only if the name is never given to another run.
     """
 
     run_id: str
@@ -228,6 +239,12 @@ class RunState:
     pending_pause: bool = False
     cold_start_epoch: bool = False
     nonce: int = 0
+    incarnation: bytes = b""
+
+    @property
+    def scope(self) -> str:
+        """The text by which signatures name this run; see :func:`scope_of`."""
+        return scope_of(self.run_id, self.incarnation)
 
     @property
     def current(self) -> Round | None:

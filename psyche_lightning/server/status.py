@@ -37,10 +37,10 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         metrics_from: number of the first round whose figures to include.
 
     Returns:
-        JSON values: the fields of :func:`run_line`, ``nonce``, ``config`` (null for what the first node will fix),
-        ``pending_pause``, ``checkpoint``, ``manifest_digest``; ``clients`` (of the epoch), ``exited`` and ``pending``,
-        each with key, status and latest figures; ``points``; ``allowed`` (node keys that may join, null for everyone);
-        ``events`` and ``metrics``, and the number of each.
+        JSON values: the fields of :func:`run_line`, ``incarnation``, ``nonce``, ``config`` (null for what the first
+        node will fix), ``pending_pause``, ``checkpoint``, ``manifest_digest``; ``clients`` (of the epoch), ``exited``
+        and ``pending``, each with key, status and latest figures; ``points``; ``allowed`` (node keys that may join,
+        null for everyone); ``events`` and ``metrics``, and the number of each.
     """
     host, state = run.host, run.state
     reports = host.history.reports
@@ -54,6 +54,7 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
     known = {client.signer for client in clients}
     return {
         **run_line(run),
+        "incarnation": state.incarnation.hex(),
         "nonce": state.nonce,
         "pending_pause": state.pending_pause,
         "checkpoint": {"step": state.checkpoint.step, "digest": state.checkpoint.digest.hex()},

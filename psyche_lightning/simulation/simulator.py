@@ -32,7 +32,7 @@ from psyche_lightning.node.settings import Settings
 from psyche_lightning.protocol.messages import Envelope, Result, seal
 from psyche_lightning.protocol.open_ids import count
 from psyche_lightning.protocol.requests import GetRounds, Join, Request
-from psyche_lightning.protocol.state import CoordinatorConfig, Phase, RunState
+from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, Phase, RunState
 from psyche_lightning.simulation.faults import Faults
 from psyche_lightning.simulation.node import BAD, LAYOUT, SimNode
 from psyche_lightning.simulation.scenario import History, Scenario, SimulationError
@@ -80,7 +80,14 @@ class Simulation:
             min_clients=2,
             waiting_for_members_extra_time=3.0,
         )
-        self.host: RunHost | None = RunHost(RUN, config, seed=scenario.seed, manifest={"run": {}})
+        self.host: RunHost | None = RunHost(
+            RUN,
+            config,
+            seed=scenario.seed,
+            manifest={"run": {}},
+            incarnation=random.Random(scenario.seed).randbytes(INCARNATION_SIZE),
+        )
+        self.scope = self.host.state.scope
         self.host.begin(0.0)
         self.disk: dict[str, Any] = {}
         self._announced = -1
@@ -254,13 +261,13 @@ class Simulation:
         settings = Settings(
             self.scenario.overlap, 3, LAYOUT, 64, True, keep_bytes=self.scenario.keep_bytes, tensors=("head",)
         )
-        seal_ = lambda message: seal(node.identity, RUN, message)  # noqa: E731 - a name would say no more
+        seal_ = lambda message: seal(node.identity, self.scope, message)  # noqa: E731 - a name would say no more
         kept = {
             key: envelope
             for key, envelope in node.promises.items()
             if not isinstance(envelope.message, Result) or envelope.message.payload in node.blobs
         }
-        node.begin(NodeCore(key, key, RUN, settings, seal_, kept))
+        node.begin(NodeCore(key, key, self.scope, settings, seal_, kept))
         state = self.state()
         if state.phase is not Phase.WAITING_FOR_MEMBERS:
             self._restless.add(state.epoch)  # the buffers of a node that was killed are lost
@@ -306,7 +313,7 @@ class Simulation:
             case ev.Keep(snapshots, payloads, promises):
                 node.keep({*snapshots, *payloads}, promises)
             case ev.WriteDown(records):
-                node.ledger += [row_of(RUN, record) for record in records]
+                node.ledger += [row_of(self.scope, record) for record in records]
             case Finished():
                 node.done = effect
                 self.trace(f"{node.name} leaves: {effect}")
@@ -334,7 +341,7 @@ class Simulation:
         if node.cheat != "equivocate" or not isinstance(message, Result) or index % 2:
             return envelope
         other = Result(**{**message.__dict__, "nonce": message.nonce + 1})
-        return seal(node.identity, RUN, other)
+        return seal(node.identity, self.scope, other)
 
     def _send(self, node: SimNode, peer: bytes, envelope: Envelope) -> None:
         target = self._by_key.get(peer)

@@ -45,7 +45,14 @@ from psyche_lightning.protocol.requests import (
     Withdraw,
     Witness,
 )
-from psyche_lightning.protocol.state import ClientStatus, CoordinatorConfig, Phase, RunState, WitnessProof
+from psyche_lightning.protocol.state import (
+    INCARNATION_SIZE,
+    ClientStatus,
+    CoordinatorConfig,
+    Phase,
+    RunState,
+    WitnessProof,
+)
 from psyche_lightning.testing.walking import MANIFEST, START, finished, state_when, walk, witness
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
@@ -148,6 +155,10 @@ class CoordinatorContract(abc.ABC):
             assert (await first.request(GetTerms())).manifest == MANIFEST
             state = await state_when(first, lambda state: state.phase is Phase.WAITING_FOR_MEMBERS)
             assert state.gathered_at is None, "a client that only asked for the terms counts as a member"
+            assert len(terms.incarnation) == INCARNATION_SIZE, (
+                "without an incarnation, signatures of a former run count"
+            )
+            assert state.incarnation == terms.incarnation
 
         self.play(scene)
 

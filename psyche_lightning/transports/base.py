@@ -17,7 +17,7 @@ class TransportContext:
 
     Attributes:
         identity: the node's key. Public keys name peers, and a transport proves its node's key to them.
-        run_id: the run; transports of different runs do not talk to each other.
+        scope: names the run and its incarnation; transports of different ones do not talk to each other.
         on_message: the transport calls it with ``(peer, message)`` for each message that arrives, on the event loop. It
             does not block. The peer delivered the message, but another node may have written it. It returns False for a
             bad message, which the transport then does not pass on.
@@ -26,7 +26,7 @@ class TransportContext:
     """
 
     identity: Identity
-    run_id: str
+    scope: str
     on_message: Callable[[bytes, bytes], bool | None]
     read_blob: Callable[[bytes], bytes | None]
     on_served: Callable[[int, int], None] = lambda size, given: None

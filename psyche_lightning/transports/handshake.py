@@ -4,8 +4,9 @@ Each process makes a fresh TLS key with a self-signed certificate that names nob
 *whoever holds the key of that certificate*. The node keys then prove who that is, and who the client is::
 
     server -> client   HELLO   version, server key B, challenge c,
-                               sign_B("psyche-lightning tcp server 1", run, SHA-256(certificate))
-    client -> server   PROOF   client key A, sign_A("psyche-lightning tcp client 1", run, c | B | SHA-256(certificate))
+                               sign_B("psyche-lightning tcp server 1", scope, SHA-256(certificate))
+    client -> server   PROOF   client key A,
+                               sign_A("psyche-lightning tcp client 1", scope, c | B | SHA-256(certificate))
     server -> client   WELCOME, or GOODBYE with the reason
 
 Why nobody can stand in the middle, or use a message that was recorded elsewhere:
@@ -20,7 +21,7 @@ Why nobody can stand in the middle, or use a message that was recorded elsewhere
   A (who meant to talk to M) names M and is worthless at B, even if M passed B's challenge to A. A proof recorded at B
   answers an old challenge. And nobody but B can read a proof for B before it is used.
 * *Nothing else can pass for these signatures*, and they cannot pass for others: each starts with its purpose and the
-  run id.
+  run's scope, which also tells it from a former run of the same name.
 * The server decides after the proof whether the key is a current peer, so a stranger learns only who B is.
 
 The node's secret never leaves the process. Only the fresh TLS key is written to a private folder, which is deleted at
@@ -71,21 +72,21 @@ class Handshake:
 
     Args:
         identity: the node's key.
-        run_id: the run; handshakes with nodes of another run fail.
+        scope: names the run and its incarnation; handshakes with nodes of another one fail.
 
     Attributes:
         server_context: TLS settings for accepted connections.
         client_context: TLS settings for dialled connections.
     """
 
-    def __init__(self, identity: Identity, run_id: str) -> None:
+    def __init__(self, identity: Identity, scope: str) -> None:
         self._identity = identity
-        self._run_id = run_id
+        self._scope = scope
         key = Ed25519PrivateKey.generate()
         certificate = _certificate(key)
         binding = sha256(certificate.public_bytes(Encoding.DER))
         self._binding = binding
-        self._hello = identity.public, identity.sign(SERVER_PURPOSE, run_id, binding)
+        self._hello = identity.public, identity.sign(SERVER_PURPOSE, scope, binding)
         self.server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.server_context.minimum_version = ssl.TLSVersion.TLSv1_3
         self.server_context.num_tickets = 0
@@ -121,9 +122,9 @@ class Handshake:
             raise HandshakeError(f"it speaks version {hello[0]} of this transport, this node {VERSION}")
         if server != expected:
             raise HandshakeError(f"another node answers at this address: {short(server)}")
-        if not verify(expected, SERVER_PURPOSE, self._run_id, binding, signature):
+        if not verify(expected, SERVER_PURPOSE, self._scope, binding, signature):
             raise HandshakeError("the node at this address does not prove the peer's key in this run")
-        proof = self._identity.sign(CLIENT_PURPOSE, self._run_id, challenge + expected + binding)
+        proof = self._identity.sign(CLIENT_PURPOSE, self._scope, challenge + expected + binding)
         writer.write(frame(Kind.PROOF, self._identity.public, proof))
         kind, body = await read_frame(reader, {Kind.WELCOME, Kind.GOODBYE})
         if kind == Kind.GOODBYE:
@@ -156,7 +157,7 @@ class Handshake:
         writer.write(frame(Kind.HELLO, bytes([VERSION]), key, challenge, signature))
         _, body = await read_frame(reader, {Kind.PROOF})
         client, proof = body[:KEY_SIZE], body[KEY_SIZE:]
-        if not verify(client, CLIENT_PURPOSE, self._run_id, challenge + key + self._binding, proof):
+        if not verify(client, CLIENT_PURPOSE, self._scope, challenge + key + self._binding, proof):
             writer.write(goodbye(WRONG_PROOF))
             raise HandshakeError(WRONG_PROOF)
         reason = objection(client)

@@ -189,7 +189,7 @@ class MemoryTransport:
         target = self._network.find(address) if address is not None and self._loop is not None else None
         if context is None or target is None or target._context is None or target._loop is None:
             return None
-        same = target._context.identity.public == peer and target._context.run_id == context.run_id
+        same = target._context.identity.public == peer and target._context.scope == context.scope
         return target if same and context.identity.public in target._peers else None
 
     def _receive(self, sender: bytes, message: bytes) -> bool:

@@ -80,7 +80,7 @@ class TcpTransport(MeshTransport):
                 f"a node that listens on every interface (host={self._host!r}) does not know at which address peers "
                 "reach it: also give advertise='HOST' or 'HOST:PORT'"
             )
-        self._handshake = Handshake(context.identity, context.run_id)
+        self._handshake = Handshake(context.identity, context.scope)
         self._listener = await self._listen()
         port = self._listener.getsockname()[1]
         address = _address(self._advertise or self._host, port)

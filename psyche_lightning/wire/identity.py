@@ -1,4 +1,4 @@
-"""A node's Ed25519 key, and signatures that always name their purpose and run (invariant I5)."""
+"""A node's Ed25519 key, and signatures that always name their purpose and scope (invariant I5)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def short(key: bytes) -> str:
     return key[:4].hex()
 
 
-def _statement(purpose: str, run_id: str, payload: bytes) -> bytes:
-    """The bytes to sign: purpose and run id with their lengths, then the payload. So no two statements are equal."""
+def _statement(purpose: str, scope: str, payload: bytes) -> bytes:
+    """The bytes to sign: purpose and scope with their lengths, then the payload. So no two statements are equal."""
     head = b""
-    for text in (purpose, run_id):
+    for text in (purpose, scope):
         raw = text.encode()
         if len(raw) > 255:
-            raise ConfigError(f"{text[:40]!r}... has {len(raw)} bytes; a purpose or run id has at most 255")
+            raise ConfigError(f"{text[:40]!r}... has {len(raw)} bytes; a purpose or scope has at most 255")
         head += bytes([len(raw)]) + raw
     return head + payload
 
@@ -82,9 +82,9 @@ class Identity:
         """A plain 64-byte Ed25519 signature over ``payload`` (Psyche's form)."""
         return self._key.sign(payload)
 
-    def sign(self, purpose: str, run_id: str, payload: bytes) -> bytes:
-        """Sign ``payload`` for one purpose within one run; 64 bytes."""
-        return self.sign_raw(_statement(purpose, run_id, payload))
+    def sign(self, purpose: str, scope: str, payload: bytes) -> bytes:
+        """Sign ``payload`` for one purpose within one scope (see ``RunState.scope``); 64 bytes."""
+        return self.sign_raw(_statement(purpose, scope, payload))
 
 
 def _read(path: Path) -> bytes:
@@ -98,12 +98,12 @@ def _read(path: Path) -> bytes:
         return file.read(KEY_SIZE + 1)
 
 
-def verify(public: bytes, purpose: str, run_id: str, payload: bytes, signature: bytes) -> bool:
-    """Whether ``signature`` is the one of ``public`` over ``payload`` for that purpose and run; never raises."""
+def verify(public: bytes, purpose: str, scope: str, payload: bytes, signature: bytes) -> bool:
+    """Whether ``signature`` is the one of ``public`` over ``payload`` for that purpose and scope; never raises."""
     if len(public) != KEY_SIZE or len(signature) != SIGNATURE_SIZE:
         return False
     try:
-        Ed25519PublicKey.from_public_bytes(public).verify(signature, _statement(purpose, run_id, payload))
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, _statement(purpose, scope, payload))
     except (InvalidSignature, ValueError):
         return False
     return True

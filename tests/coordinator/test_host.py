@@ -341,7 +341,7 @@ def test_dump_in_parts_together_makes_the_whole() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("format", 2), ("state", {}), ("members", None), ("events", []), ("events", {"first": 0, "items": [1]}),
+    [("format", 1), ("state", {}), ("members", None), ("events", []), ("events", {"first": 0, "items": [1]}),
      ("history", [1]), ("seed", -1), ("reports", {"xx": {"loss": None}}), ("now", None)],
 )  # fmt: skip
 def test_other_data_is_not_loaded(name: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -166,7 +167,7 @@ def make_run() -> Iterator[MakeRun]:
             waiting_for_members_extra_time=0.2,
             **{"max_round_train_time": 10.0, "warmup_time": 10.0, "cooldown_time": 5.0, **values},  # type: ignore[arg-type]
         )
-        host = RunHost("test", config, seed=7)
+        host = RunHost("test", config, seed=7, incarnation=os.urandom(16))
         host.begin(0.0)
         return Run(host, ear.told)
 

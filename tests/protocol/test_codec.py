@@ -46,6 +46,7 @@ STATE = RunState(
     checkpoint_votes=((KEYS[0], 4, b"d" * 32),),
     holders=KEYS,
     nonce=77,
+    incarnation=bytes(range(16)),
 )
 
 

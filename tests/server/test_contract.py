@@ -20,7 +20,7 @@ from psyche_lightning.testing.coordinators import Connect, CoordinatorContract
 class TestEmbedded(CoordinatorContract):
     @contextlib.asynccontextmanager
     async def open_run(self, run_id: str, config: CoordinatorConfig) -> AsyncIterator[Connect]:
-        host = RunHost(run_id, config, seed=1)
+        host = RunHost(run_id, config, seed=1, incarnation=bytes(range(16)))
         yield lambda identity: LocalCoordinator(host, identity)
 
 

@@ -111,7 +111,7 @@ class IrohTransport(MeshTransport):
 
     async def _open(self, context: TransportContext) -> str:
         use_fast_copy()
-        self._alpn = b"psyche-lightning/%d/" % VERSION + sha256(context.run_id.encode())[:16].hex().encode()
+        self._alpn = b"psyche-lightning/%d/" % VERSION + sha256(context.scope.encode())[:16].hex().encode()
         host = await _lookup(self._host)
         self._endpoint = await self._bind(host, context.identity.secret_bytes())
         relay = await self._online()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from solders.pubkey import Pubkey
 
+from psyche_lightning.protocol.state import INCARNATION_SIZE
 from psyche_lightning.wire.canonical import sha256
 
 PSYCHE_COORDINATOR = Pubkey.from_string("4SHugWqSXwKE5fqDchkJcPEqnoZE22VYKtSTVm7axbT7")
@@ -23,6 +24,11 @@ def instance_address(program: Pubkey, run_id: str) -> Pubkey:
 def manifest_address(program: Pubkey, run_id: str) -> Pubkey:
     """The manifest account of a run."""
     return _derived(program, b"manifest", run_id.encode())
+
+
+def incarnation(coordinator_account: bytes) -> bytes:
+    """The incarnation of a run, 16 bytes: of the account's address, which its creator draws anew for each run."""
+    return sha256(b"psyche-lightning incarnation 1", coordinator_account)[:INCARNATION_SIZE]
 
 
 def node_address(program: Pubkey, run_id: str, wallet: Pubkey) -> Pubkey:

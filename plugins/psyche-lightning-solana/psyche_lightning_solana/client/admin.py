@@ -5,7 +5,8 @@ Every method does only the missing steps, so you can repeat an interrupted call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ from psyche_lightning_solana.types import CONFIG, METADATA, MODEL
 
 AUTHORIZATION_SIZE = 8 + 1 + 32 + 32 + 4 + 20 + 1 + 4 + 8
 SCOPES = {"join": JOIN_SCOPE, "checkpoint": CHECKPOINT_SCOPE}
+MAX_SEED = 32
+"""Longest seed of an address, in characters."""
 RESERVE = 20
 """Upper bound for the transactions that create a run."""
 
@@ -58,10 +61,12 @@ class SolanaAdmin:
 
     Args:
         run: access to it, with the owner's wallet.
+        entropy: returns a number of random bytes.
     """
 
-    def __init__(self, run: SolanaRun) -> None:
+    def __init__(self, run: SolanaRun, *, entropy: Callable[[int], bytes] = os.urandom) -> None:
         self.run = run
+        self._entropy = entropy
 
     async def __aenter__(self) -> SolanaAdmin:
         return self
@@ -129,8 +134,11 @@ class SolanaAdmin:
         return await self.look()
 
     async def _init(self, client_version: str, mint: Pubkey | None) -> None:
-        """Create the three accounts in one transaction: all of them or none."""
-        me, seed = self.run.wallet.public, self.run.run_id
+        """Create the three accounts in one transaction: all of them or none.
+
+        The coordinator account's address is new for every run, so it tells the run from a former one of its name.
+        """
+        me, seed = self.run.wallet.public, self._entropy(MAX_SEED // 2).hex()
         account = Pubkey.create_with_seed(me, seed, self.run.program)
         make = create_account_with_seed(
             CreateAccountWithSeedParams(

@@ -164,7 +164,7 @@ class SolanaCoordinator:
     async def _terms(self) -> Terms:
         """The run's fixed terms."""
         run = await self._look()
-        return Terms(run.state.config, (), await self.run.run_manifest(run))
+        return Terms(run.state.config, (), await self.run.run_manifest(run), run.state.incarnation)
 
     async def _become_member(self, address: str, manifest: dict[str, Any]) -> None:
         """Become a member of the next epoch and publish the node's address; sends only what is missing.

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from solders.pubkey import Pubkey
@@ -15,7 +15,13 @@ from psyche_lightning.errors import CoordinatorError, WireError
 from psyche_lightning.protocol.limits import check_run_id
 from psyche_lightning_solana import account
 from psyche_lightning_solana.account import RunAccounts
-from psyche_lightning_solana.addresses import authorization_address, instance_address, manifest_address, node_address
+from psyche_lightning_solana.addresses import (
+    authorization_address,
+    incarnation,
+    instance_address,
+    manifest_address,
+    node_address,
+)
 from psyche_lightning_solana.client import manifest
 from psyche_lightning_solana.client.cluster import CLUSTERS, Cluster, parse
 from psyche_lightning_solana.client.feed import Snapshot
@@ -295,9 +301,11 @@ class SolanaRun:
                 code="WrongAccount",
             )
         try:
-            return account.read(snapshot.coordinator, snapshot.manifest)
+            run = account.read(snapshot.coordinator, snapshot.manifest)
         except WireError as error:
             raise CoordinatorError(f"run {self.run_id!r} cannot be read: {error}", code="WrongAccount") from error
+        assert run.manifest is not None
+        return replace(run, state=replace(run.state, incarnation=incarnation(run.manifest.coordinator_account)))
 
     async def snapshot(self, min_slot: int | None = None) -> Snapshot:
         """The run's current accounts.

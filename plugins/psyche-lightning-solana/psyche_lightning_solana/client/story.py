@@ -20,6 +20,7 @@ from psyche_lightning.protocol.state import Client, CoordinatorConfig, Phase, Ru
 from psyche_lightning.server.status import member
 from psyche_lightning.wire.identity import short
 from psyche_lightning_solana.account import ManifestAccount, RunAccounts
+from psyche_lightning_solana.addresses import incarnation
 from psyche_lightning_solana.client.ledger import Call, Entry
 from psyche_lightning_solana.client.rounds import act
 from psyche_lightning_solana.client.sender import ANCHOR_ERROR
@@ -188,6 +189,7 @@ class Story:
             "step": state.step,
             "total_steps": state.config.total_steps,
             "clients": [_member(client, client.status.name.lower(), reports) for client in clients],
+            "incarnation": incarnation(bytes(self._account)).hex(),
             "nonce": state.nonce,
             "pending_pause": state.pending_pause,
             "checkpoint": {"step": state.checkpoint.step, "digest": state.checkpoint.digest.hex()},

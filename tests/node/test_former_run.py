@@ -1,0 +1,48 @@
+"""A node that goes on with its folder in another run of the same name takes nothing from the former one."""
+
+from __future__ import annotations
+
+from psyche_lightning.errors import WireError
+from psyche_lightning.node.store import MemoryJournal
+from psyche_lightning.protocol.messages import open_envelope
+
+
+class Kept(MemoryJournal):
+    """A journal that forgets nothing."""
+
+    def retain(self, keys):
+        pass
+
+
+def opens(raw, scope):
+    try:
+        open_envelope(raw, scope)
+    except WireError:
+        return False
+    return True
+
+
+def test_a_promise_binds_within_one_incarnation(make_run, make_trainee):
+    journal, runs, promised = Kept(), [], []
+    for _ in range(2):
+        run = make_run(1, 2)
+        trainee = make_trainee(0, run, journal=journal)
+        run.go(trainee)
+        assert trainee.steps == [1, 2]
+        runs.append(run.host.state.scope)
+        promised.append({key: raw for key, raw in journal.load().items() if key.startswith(runs[-1])})
+    assert journal.load() == {**promised[0], **promised[1]}
+    for scope, promises in zip(runs, promised, strict=True):
+        assert {key.removeprefix(scope) for key in promises} >= {"/result/0/0", "/result/0/1"}
+        assert [opens(raw, scope) for raw in promises.values()] == [True] * len(promises)
+    assert not any(opens(raw, runs[1]) for raw in promised[0].values())
+
+
+def test_a_restarted_node_keeps_its_promises_within_the_run(make_run, make_trainee):
+    run = make_run(1, 2)
+    trainee = make_trainee(0, run, journal=Kept())
+    run.go(trainee)
+    again = make_trainee(0, run, journal=trainee.journal, store=trainee.store)
+    assert again.participant._runtime._kept_promises() == {}  # it does not know the incarnation yet
+    run.go(again)
+    assert "result/0/1" in again.participant._runtime._kept_promises()
