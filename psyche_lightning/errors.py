@@ -75,6 +75,10 @@ class CoordinatorError(PsycheError):
         self.retryable = retryable
 
 
+class UnfinishedError(PsycheError):
+    """A node's part in a run is over, but it does not hold the run's last parameters: nothing counts as done."""
+
+
 class ManifestMismatchError(CoordinatorError):
     """This node's run configuration differs from the run's.
 

@@ -55,7 +55,9 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``psyche``; returns its exit code: 0, 1 for an explained error, 2 for wrong usage, 130 for Ctrl-C.
+    """Run ``psyche``; returns its exit code.
+
+    It is 0, 1 for an explained error, 2 for wrong usage, 130 for Ctrl-C, or 143 for SIGTERM.
 
     Args:
         arguments: the command line without the program's name; None for that of this process.

@@ -224,7 +224,7 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
 
     @property
     def finished(self) -> Finished | None:
-        """The error whose text says how the run ended for this node; None until it ends."""
+        """How the run ended for this node; None until it ends."""
         return None if self.session is None else self.session.finished
 
     def _rounds(self, loader: RoundLoader) -> Iterator[RoundWork]:

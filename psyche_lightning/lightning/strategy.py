@@ -345,6 +345,8 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Called by Trainer when training ends with an error or a signal."""
+        if isinstance(exception, SIGTERMException) and exception.code is None:
+            exception.code = 128 + signal.SIGTERM  # else Python would exit with 0
         if self.session is not None:
             self.session.fails(exception)
         super().on_exception(exception)

@@ -437,6 +437,18 @@ class Finished(Notice):
     outcome: Outcome
     parameters: bytes = b""
 
+    @property
+    def whole(self) -> bool:
+        """Whether the node holds the run's last parameters; if not, its training failed."""
+        return self.outcome is Outcome.LAST_PARAMETERS
+
+    @property
+    def advice(self) -> str:
+        """What to do where the node does not hold the run's last parameters."""
+        if self.outcome is Outcome.NOTHING_AGREED:
+            return "No node has a result: train again in a new run (`psyche run create`)"
+        return "Take them from a node that finished the run, or from its checkpoints"
+
     def __str__(self) -> str:
         if self.outcome is Outcome.NOTHING_AGREED:
             return "the run is finished; no parameters were agreed"

@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from psyche_lightning.errors import PsycheError
+from psyche_lightning.errors import PsycheError, UnfinishedError
 from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.events import Apply, Event, Train, Trained
 from psyche_lightning.node.notices import Finished
@@ -163,12 +163,13 @@ class Participant:
         """Wait for this node's next batch and apply the results of others meanwhile.
 
         Returns:
-            The work, or None when the run is over and the parameters are final.
+            The work, or None when the run is over and the parameters are its last.
 
         Raises:
+            UnfinishedError: the run is over, but this node does not hold its last parameters.
             PsycheError: the coordinator refused this node, or nothing came within the node's patience.
         """
-        while self._next is None and self._finished is None:
+        while self._next is None and not self._over():
             self._pump()
         work, self._next = self._next, None
         if work is not None:
@@ -176,8 +177,12 @@ class Participant:
         return work
 
     def wait_applied(self, work: RoundWork) -> None:
-        """Wait until a round's results are applied; returns at once if results overlap training."""
-        while not self.node.settings.overlap and self._next is None and self._finished is None:
+        """Wait until a round's results are applied; returns at once if results overlap training.
+
+        Raises:
+            PsycheError: as :meth:`next_round`.
+        """
+        while not self.node.settings.overlap and self._next is None and not self._over():
             task = self._pump()
             if isinstance(task, Apply) and (task.epoch, task.height) >= (work.epoch, work.height):
                 return
@@ -223,6 +228,21 @@ class Participant:
                 tuple(again),
             )
         self._handle(Trained(work.epoch, work.height, result))
+
+    def _over(self) -> bool:
+        """Whether the run is over and this node holds its last parameters.
+
+        Raises:
+            UnfinishedError: the run is over, and this node holds other parameters.
+        """
+        if self._finished is None:
+            return False
+        if not self._finished.whole:
+            raise UnfinishedError(
+                f"this node does not hold the last parameters of run {self.node.run_id!r}: {self._finished}. "
+                f"{self._finished.advice}."
+            )
+        return True
 
     def _handle(self, event: Event) -> None:
         self._loop.call_soon_threadsafe(self._runtime.handle, event)

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, UnfinishedError
 from psyche_lightning.hookspecs import DataProvider
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.entry import ALONE_RUN, look
@@ -31,6 +31,7 @@ from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.store import explained, write_all
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.protocol.manifest import START
+from psyche_lightning.protocol.requests import Terms
 from psyche_lightning.recipe.config import Recipe
 from psyche_lightning.recipe.manifest import manifest
 from psyche_lightning.train.bars import Bars
@@ -70,6 +71,7 @@ def train_recipe(
         payloads that peers fetched from this node) and ``payload_bytes_computed`` (a round: one payload to each peer).
 
     Raises:
+        UnfinishedError: the run ended without this node, which leaves no result then.
         PsycheError: any error that a user can fix.
     """
     _quiet()
@@ -84,10 +86,8 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
     plugins = load_plugins()
-    fixed = None
-    if coordinator_url is not None and recipe.checkpoint.resume is not None:
-        fixed = _fixed(coordinator_url, run)
-    beginning = begin(recipe, fixed)
+    terms = None if coordinator_url is None else _terms(coordinator_url, run)
+    beginning = begin(recipe, None if terms is None else terms.manifest or {})
     provider: DataProvider = plugins.data_providers()[recipe.data.name](recipe.data.options, seed=recipe.run.seed)
     torch.manual_seed(recipe.run.seed)  # all nodes build the same parameters, so none downloads them
     model = plugins.models()[recipe.model.name](dict(beginning.options))
@@ -100,15 +100,20 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     options = recipe.options(
         coordinator_url, run, folder, sections, start=beginning.start, tokens_per_sample=provider.seq_len
     )
+    steps = recipe.run.total_steps
+    if terms is not None and "total_steps" in terms.unset:
+        options = replace(options, total_steps=steps)
+    elif terms is not None:
+        steps = terms.config.total_steps
     strategy = PsycheStrategy(**vars(options))
-    diary = _Diary(recipe, provider, folder, strategy)
+    diary = _Diary(recipe, provider, folder, strategy, steps)
     diary.checkpoints = Checkpoints(recipe, run, folder, provider.tokenizer, sections)
     trainer = Trainer(
         strategy=strategy,
         accelerator=recipe.trainer.accelerator,
         devices=1,
         precision=recipe.trainer.precision,
-        max_steps=recipe.run.total_steps,
+        max_steps=steps if terms is None else -1,  # a run's steps are its coordinator's, also when its owner adds some
         max_epochs=-1,
         gradient_clip_val=recipe.optimizer.clip_grad_norm,
         callbacks=[CoordinatorCallback(log_every=0), diary],
@@ -119,7 +124,12 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
         default_root_dir=folder,
     )
     loader: DataLoader[Any] = DataLoader(ProviderDataset(provider), batch_size=recipe.trainer.micro_batch_size)
-    trainer.fit(module, loader)
+    try:
+        trainer.fit(module, loader)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # which Trainer replaces by exit code 1
+            raise KeyboardInterrupt from end
+        raise
     return diary.result
 
 
@@ -133,7 +143,9 @@ class _Diary(Callback):
 
     checkpoints: Checkpoints
 
-    def __init__(self, recipe: Recipe, provider: DataProvider, folder: Path, strategy: PsycheStrategy) -> None:
+    def __init__(
+        self, recipe: Recipe, provider: DataProvider, folder: Path, strategy: PsycheStrategy, steps: int
+    ) -> None:
         self.result: dict[str, Any] = {}
         self._recipe = recipe
         self._provider = provider
@@ -145,7 +157,8 @@ class _Diary(Callback):
         self._trained = 0
         self._console = Console()
         self._strategy = strategy
-        self._bars = Bars(self._console, recipe.name, recipe.run.total_steps, self._transfer)
+        self._steps = steps
+        self._bars = Bars(self._console, recipe.name, steps, self._transfer)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._metrics = (folder / METRICS).open("ab", buffering=0)  # unbuffered: closing it cannot fail later
@@ -163,6 +176,9 @@ class _Diary(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._bars.start()
         self._started = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        (self._folder / RESULT).unlink(missing_ok=True)  # of an earlier training: this node has joined again
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._losses:  # the parameters are now the run's
@@ -187,7 +203,7 @@ class _Diary(Callback):
         figures = f"loss {session.loss:.3f}  {rate:,.0f} tokens/s"
         self._bars.advance(step, figures)
         if step % self._recipe.trainer.log_every == 0 and not self._console.is_terminal:
-            of = f"step {step}/{self._recipe.run.total_steps}"
+            of = f"step {step}/{self._steps}"
             logger.info("%s  %s  up %s down %s bytes", of, figures, f"{up:,}", f"{down:,}")
         every = self._recipe.trainer.validate_every
         if every and self._validation and step // every > self._validation[-1][0] // every:
@@ -196,6 +212,8 @@ class _Diary(Callback):
         self.checkpoints.after_round(session, pl_module.model)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session.finished is None:
+            raise UnfinishedError(f"training ended after step {trainer.global_step}, before the run: nothing is saved")
         if not self._validation or self._validation[-1][0] != trainer.global_step:
             self._validate(trainer, pl_module)
         session = self._session
@@ -213,9 +231,9 @@ class _Diary(Callback):
             "payload_bytes_up": session.traffic.payloads_up,
             "payload_bytes_computed": round(session.payload_bytes / max(1, self._trained)),
         }
-        self._replace(self._folder / RESULT, json.dumps(self.result, indent=1) + "\n")
         self._bars.stop()
         finish()
+        self._replace(self._folder / RESULT, json.dumps(self.result, indent=1) + "\n")
         logger.info("%d steps, digest %s, in %s/", trainer.global_step, self.result["digest"][:16], self._folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -262,10 +280,10 @@ class _Diary(Callback):
             fresh.replace(path)
 
 
-def _fixed(url: str, run: str) -> Mapping[str, Any]:
-    """The fixed part of a run's manifest."""
+def _terms(url: str, run: str) -> Terms:
+    """What the run has fixed."""
     client = load_plugins().coordinators()[urlsplit(url).scheme].client
-    return look(client(url, run, Identity.generate(), {})).manifest or {}
+    return look(client(url, run, Identity.generate(), {}))
 
 
 def _ends(values: list[float]) -> list[float]:

@@ -105,6 +105,7 @@ def test_signals_while_waiting_for_others_leave_the_run(create_run: Make, tmp_pa
         for process in processes:
             process.kill()
             told.append(process.communicate()[0])
+    assert [process.returncode for process in processes] == [143, 1], "as a shell says it, and as Trainer does"
     for text, reason in zip(told, ("SIGTERM", "Ctrl-C"), strict=True):
         assert text.count(f"leaves the run: {reason}\n") == 1, text
     # They said so themselves: who only vanishes is dropped.

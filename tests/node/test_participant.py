@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from psyche_lightning.errors import ManifestMismatchError, StoreError
+from psyche_lightning.errors import ManifestMismatchError, StoreError, UnfinishedError
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import (
@@ -121,6 +121,10 @@ def test_who_comes_in_the_last_epoch_leaves_the_finished_run_without_asking_thos
     assert not thread.is_alive()
     assert first.bytes == second.bytes != late.bytes
     assert not late.steps
+    assert isinstance(late.error, UnfinishedError)
+    assert "the last parameters of run 'test': the run is finished, but no peer sent" in str(late.error)
+    with pytest.raises(UnfinishedError):
+        late.participant.next_round()
     assert late.participant.finished == Finished(Outcome.OTHER_PARAMETERS, run.host.state.checkpoint.digest)
     failures = [notice for notice in late.said if isinstance(notice, ParametersNotObtained)]
     assert failures
