@@ -349,6 +349,8 @@ def _picture(found: dict[str, Any]) -> RenderableType:
         f"{max(0, found['step'] - 1)} of {found['total_steps'] or '?'} steps trained"
     )
     parts: list[RenderableType] = [Text.assemble((found["run_id"], "bold"), ": ", head)]
+    if found.get("problem"):
+        parts.append(Text(plain(found["problem"]), style="bold red"))
     parts += [Text(plain(f"{name}: {value}")) for name, value in found.get("about", {}).items()]
     losses = [row["loss"] for row in found["metrics"] if row["loss"] is not None]
     if losses:

@@ -377,7 +377,7 @@ class HttpCoordinator:
         if call.sent > 1 and error.code in REPEATED:
             call.answer.set_result(None)
         elif error.code == "StoreFailed" and call.sent <= self._patience / LONGEST_WAIT:
-            self._store.fails(error)
+            self._store.fails(str(error).removesuffix("."))
             asyncio.get_running_loop().call_later(LONGEST_WAIT, self._again, call)
         else:
             call.answer.set_exception(error)

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from psyche_lightning import aio
 from psyche_lightning.errors import PsycheError
-from psyche_lightning.logs import speaking
+from psyche_lightning.logs import Outage, speaking
 from psyche_lightning.protocol.manifest import manifest_digest
 from psyche_lightning.protocol.requests import Answer, Request
 from psyche_lightning.protocol.state import RunState
@@ -37,17 +37,19 @@ class LiveRun:
     """Applies changes to a run one at a time, from any thread, and advances it as far as possible without waiting.
 
     A change is stored before it is visible anywhere (invariant I8): :attr:`state` is the last stored state. While the
-    store fails, the run accepts no further change, and the change that is not stored yet is tried again first.
+    store fails, the run accepts no further change, its time stands still, and the change that is not stored yet is
+    tried again first. So nothing that was announced is lost, and no member misses a deadline.
 
     Args:
         host: the run.
-        clock: seconds; may jump, but the run never sees it go back.
+        clock: seconds; the run never sees them go back.
         store: where changes are kept; None for a run that ends with its process.
 
     Attributes:
         host: the run, to read.
         state: the last stored state.
         manifests: some of the manifests with which nodes joined, by digest.
+        problem: why changes cannot be stored at the moment, for people; None if they can.
     """
 
     def __init__(self, host: RunHost, clock: Callable[[], float], store: Store | None = None) -> None:
@@ -55,8 +57,12 @@ class LiveRun:
         self.state: RunState = host.state
         self._clock = clock
         self._store = store
-        self._now = float("-inf")
+        self._reading: float | None = None
+        self._now = 0.0
         self._unsaved = False
+        self.problem: str | None = None
+        self._outage = Outage(logger, "the coordinator's store")
+        self._outage.works()
         self._lock = threading.RLock()
         self._listeners: list[Callable[[], None]] = []
         self._told = host.history.events.count
@@ -144,7 +150,13 @@ class LiveRun:
                 await news.wait(self.wait_time())
 
     def _time(self) -> float:
-        self._now = max(self._now, self._clock())
+        """The run's time: it begins as the clock's, never goes back, and stands still while the store fails."""
+        reading = self._clock()
+        if self._reading is None:
+            self._now = reading
+        elif self.problem is None:
+            self._now += max(0.0, reading - self._reading)
+        self._reading = reading
         return self._now
 
     def _advance(self) -> None:
@@ -155,12 +167,24 @@ class LiveRun:
         if not self._unsaved:
             return
         if self._store is not None:
-            self._store.save(self.host)
+            self._store_with(self._store)
             self._tell()
         self._unsaved = False
         self.state = self.host.state
         for listener in list(self._listeners):
             listener()
+
+    def _store_with(self, store: Store) -> None:
+        self._time()  # what has passed since the last attempt counts only if that succeeded
+        with speaking(self.state.run_id, "-"):
+            try:
+                store.save(self.host)
+            except PsycheError as error:
+                self.problem = str(error)
+                self._outage.fails(self.problem.removesuffix("."))
+                raise
+            self.problem = None
+            self._outage.works()
 
     def _tell(self) -> None:
         """Log what has happened to the run; within a node's process the node tells."""

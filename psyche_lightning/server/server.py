@@ -7,6 +7,7 @@ owner's token (see :mod:`~psyche_lightning.server.token`); reading is free.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable, Collection
@@ -95,7 +96,8 @@ class CoordinatorServer:
         """
         for run_host in self._store.load():
             run = self._add(LiveRun(run_host, self._clock, self._store))
-            run.act(lambda host, now: host.restarted(now))
+            with contextlib.suppress(PsycheError):  # the disk is still full: the run goes on when it is not
+                run.act(lambda host, now: host.restarted(now))
             for member in list(run_host.membership.members):
                 self._expect(run, member, self._grace + RECONNECT_TIME, "not back after the coordinator's restart")
         self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=2.0)

@@ -38,9 +38,10 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
 
     Returns:
         JSON values: the fields of :func:`run_line`, ``incarnation``, ``nonce``, ``config`` (null for what the first
-        node will fix), ``pending_pause``, ``checkpoint``, ``manifest_digest``; ``clients`` (of the epoch), ``exited``
-        and ``pending``, each with key, status and latest figures; ``points``; ``allowed`` (node keys that may join,
-        null for everyone); ``events`` and ``metrics``, and the number of each.
+        node will fix), ``pending_pause``, ``problem`` (why changes cannot be stored, null if they can),
+        ``checkpoint``, ``manifest_digest``; ``clients`` (of the epoch), ``exited`` and ``pending``, each with key,
+        status and latest figures; ``points``; ``allowed`` (node keys that may join, null for everyone); ``events`` and
+        ``metrics``, and the number of each.
     """
     host, state = run.host, run.state
     reports = host.history.reports
@@ -57,6 +58,7 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         "incarnation": state.incarnation.hex(),
         "nonce": state.nonce,
         "pending_pause": state.pending_pause,
+        "problem": run.problem,
         "checkpoint": {"step": state.checkpoint.step, "digest": state.checkpoint.digest.hex()},
         "manifest_digest": manifest_digest(host.manifest).hex() if host.manifest is not None else None,
         "config": config,

@@ -211,6 +211,22 @@ def test_figures_do_not_lie_over_each_other(served, run, width):
     run(main(), 60.0)
 
 
+def test_a_disk_that_is_full_is_seen(served, run):
+    async def main():
+        async with served() as (server, url), browsing() as visit:
+            await create(url, "r")
+            visited = await visit(url)
+            assert not await visited.page.locator("#problem").is_visible()
+            server.runs["r"].problem = "cannot write <b>runs</b>: disk is full"
+            await visited.until("!document.querySelector('#problem').hidden")
+            assert await visited.text("#problem") == ["cannot write <b>runs</b>: disk is full"]
+            server.runs["r"].problem = None
+            await visited.until("document.querySelector('#problem').hidden")
+            assert visited.wrong == []
+
+    run(main(), 60.0)
+
+
 def test_many_runs_leave_room_on_a_phone(served, run):
     async def main():
         async with served() as (_, url), browsing() as visit:

@@ -101,7 +101,8 @@ def test_a_full_disk_stops_changes_and_is_not_announced(tmp_path):
     host = RunHost("r", CONFIG, seed=1)
     host.begin(0.0)
     store.create(host, {})
-    live = LiveRun(host, lambda: 1.0, store)
+    now = [1.0]
+    live = LiveRun(host, lambda: now[0], store)
     announced = []
     live.subscribe(lambda: announced.append(live.state))
     before = live.state
@@ -115,9 +116,15 @@ def test_a_full_disk_stops_changes_and_is_not_announced(tmp_path):
         assert live.state is before
         assert not announced
         assert live.wait_time() == 1.0
+        assert "disk is full" in live.problem
+        now[0] += 3600.0
     store._database.execute("PRAGMA max_page_count = 100000")
     live.tick()  # the keeper of time does this after a second
     assert announced[-1] is live.state is host.state
+    assert live.problem is None
+    now[0] += 2.0
+    live.act(lambda host, now: host.history.note(host.state, now, "test", "time stood still"))
+    assert host.history.events.since(0)[-1].time == 3.0
     (again,) = store.load()
     assert again.dump() == host.dump()
     store.close()
