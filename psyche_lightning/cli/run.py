@@ -188,6 +188,19 @@ def revoke(run_id: RunId, node: Node, coordinator: Url = None, token_file: Token
 
 
 @run.command()
+def kick(
+    run_id: RunId,
+    node: Annotated[str, typer.Argument(metavar="NODE", help="A member's key in hex, or how it begins.")],
+    coordinator: Url = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Remove a node at once; it may not join again unless you authorize it."""
+    from psyche_lightning.cli.owner import administer
+
+    print(administer(coordinator, run_id, token_file).kick(node))
+
+
+@run.command()
 def points(run_id: RunId, coordinator: Url = None, as_json: Json = False) -> None:
     """Show what the nodes earned: an epoch gives equal points to all nodes that were healthy at its end."""
     from rich.table import Table

@@ -11,7 +11,7 @@ from psyche_lightning.errors import ConfigError, nearest
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig
 
-KEYS = ("run_id", "config", "manifest", "seed", "max_seq_len")
+KEYS = ("run_id", "config", "manifest", "seed", "max_seq_len", "everybody")
 SETTINGS = {field.name: field.type for field in fields(CoordinatorConfig)}
 
 
@@ -22,8 +22,8 @@ def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHos
     has the section ``start`` begins after that step, with that data id.
 
     Args:
-        body: ``run_id``, and optionally ``config`` (fields of :class:`CoordinatorConfig`), ``manifest``, ``seed`` and
-            ``max_seq_len``.
+        body: ``run_id``, and optionally ``config`` (fields of :class:`CoordinatorConfig`), ``manifest``, ``seed``,
+            ``max_seq_len`` and ``everybody`` (false: only nodes whose keys the owner authorizes may join).
         entropy: returns a number of random bytes, for the run's incarnation, and for its seed if the request has none.
 
     Raises:
@@ -43,6 +43,9 @@ def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHos
     for name, value in (("seed", seed), ("max_seq_len", max_seq_len)):
         if type(value) is not int:
             raise ConfigError(f"{name} is {value!r}; expected a whole number")
+    everybody = body.get("everybody", True)
+    if type(everybody) is not bool:
+        raise ConfigError(f"everybody is {everybody!r}; expected true or false")
     values = check_settings(config)
     if "global_batch_size_start" in values:
         values.setdefault("global_batch_size_end", values["global_batch_size_start"])
@@ -59,6 +62,8 @@ def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHos
         unset=unset,
         incarnation=entropy(INCARNATION_SIZE),
     )
+    if not everybody:
+        host.membership.forbid(None)
     if manifest and START in manifest:
         done, index = _start(manifest[START], None if "total_steps" in unset else host.state.config.total_steps)
         host.state = replace(host.state, step=done + 1, start_step=done + 1, epoch_start_data_index=index)

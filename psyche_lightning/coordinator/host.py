@@ -115,9 +115,12 @@ class RunHost:
 
     def pending(self) -> list[Client]:
         """Members that wait for the next epoch."""
+        return [member for signer, member in self.membership.members.items() if not self.trains(signer)]
+
+    def trains(self, signer: bytes) -> bool:
+        """Whether it is a healthy client of an epoch that is formed and has not ended."""
         formed = self.state.phase is Phase.WARMUP or self.state.phase.active
-        busy = {client.signer for client in machine.healthy(self.state)} if formed else ()
-        return [member for signer, member in self.membership.members.items() if signer not in busy]
+        return formed and any(client.signer == signer for client in machine.healthy(self.state))
 
     @property
     def unset(self) -> list[str]:
@@ -178,6 +181,25 @@ class RunHost:
         for setting in config.keys() & fixed.keys():
             self._left_open.pop(fixed[setting], None)
         self._apply(replace(self.state, config=changed, nonce=self.state.nonce + 1), now)
+
+    def allow(self, node: bytes | None) -> None:
+        """Let a node with this key join, or everyone whose key was not revoked."""
+        self.membership.allow(node)
+
+    def revoke(self, node: bytes | None, now: float) -> None:
+        """Take a node's permission back, or that of everyone who is no member; it finishes the epoch that it is in."""
+        self.membership.forbid(node)
+        self._apply(self.state, now)
+
+    def kick(self, node: bytes, now: float) -> None:
+        """Take a node's permission back and remove it at once, also from the epoch."""
+        self.membership.forbid(node)
+        for signer in self._signers(node):
+            self._forget(signer, ClientStatus.EJECTED, "kicked", "was removed by the run's owner", now)
+
+    def _signers(self, node: bytes) -> list[bytes]:
+        everyone = (*self.state.clients, *self.membership.members.values())
+        return list(dict.fromkeys(member.signer for member in everyone if member.node == node))
 
     # What members request.
 
@@ -301,9 +323,7 @@ class RunHost:
         if culprit in self.membership.ejected:
             return
         self.membership.ejected.add(culprit)
-        everyone = (*self.state.clients, *self.membership.members.values())
-        known = [member.signer for member in everyone if member.node == culprit]
-        for each in dict.fromkeys(known):
+        for each in self._signers(culprit):
             text = "is ejected: it signed two results for one batch"
             self._forget(each, ClientStatus.EJECTED, "ejected", text, now)
 
@@ -343,12 +363,20 @@ class RunHost:
         while True:
             if state is not self.state:
                 self._set(state, now)
+            self._dismiss(now)
             if self.state.phase.halted:
                 return
             pending = list(self.membership.members.values())
             state = machine.tick(self.state, pending, now, self._round_seed())
             if state is self.state:
                 return
+
+    def _dismiss(self, now: float) -> None:
+        """Forget members that may no longer be one, unless they are in an epoch, which they finish."""
+        for signer, member in list(self.membership.members.items()):
+            if not self.membership.admits(member.node) and not self.trains(signer):
+                del self.membership.members[signer]
+                self.history.note(self.state, now, "left", f"{short(signer)} may no longer be a member", signer)
 
     def _set(self, state: RunState, now: float) -> None:
         before, self.state = self.state, state

@@ -23,11 +23,13 @@ class Membership:
     Attributes:
         members: everyone who joined and has not left, by signer.
         ejected: node keys that may never join again.
+        revoked: node keys that the owner took out by name; they stay out even if everyone may join.
     """
 
     def __init__(self, run_id: str, room: int) -> None:
         self.members: dict[bytes, Client] = {}
         self.ejected: set[bytes] = set()
+        self.revoked: set[bytes] = set()
         self._run_id = run_id
         self._room = room
         self._allowed: set[bytes] | None = None  # everyone while None
@@ -38,17 +40,26 @@ class Membership:
         return None if self._allowed is None else sorted(self._allowed)
 
     def allow(self, node: bytes | None) -> None:
-        """Let a node with this key join, or everyone."""
+        """Let a node with this key join, or everyone whose key was not revoked."""
         if node is None:
             self._allowed = None
-        elif self._allowed is not None:
+            return
+        self.revoked.discard(node)
+        if self._allowed is not None:
             self._allowed.add(node)
 
     def forbid(self, node: bytes | None) -> None:
-        """Forbid a node with this key to join again, or everyone who is not allowed by key; members stay."""
-        if self._allowed is None:
-            self._allowed = {member.node for member in self.members.values()} if node is not None else set()
-        self._allowed.discard(node or b"")
+        """Forbid a node with this key to be a member, or everyone who is neither a member now nor allowed by key."""
+        if node is not None:
+            self.revoked.add(node)
+            if self._allowed is not None:
+                self._allowed.discard(node)
+        elif self._allowed is None:
+            self._allowed = {member.node for member in self.members.values()} - self.revoked
+
+    def admits(self, node: bytes) -> bool:
+        """Whether a node with this key may be a member."""
+        return not (node in self.ejected or node in self.revoked) and (self._allowed is None or node in self._allowed)
 
     def check(self, signer: bytes, address: str) -> None:
         """Check that a node may become, or stay, a member.
@@ -68,7 +79,7 @@ class Membership:
                 "was lost or copied needs a new key.",
                 code="Ejected",
             )
-        if self._allowed is not None and signer not in self._allowed:
+        if not self.admits(signer):
             raise CoordinatorError(
                 f"the node {signer.hex()} may not join this run; its owner can allow it: "
                 f"`psyche run authorize {self._run_id} {signer.hex()}`",
@@ -85,6 +96,7 @@ class Membership:
         """Everything as JSON values."""
         return {
             "ejected": sorted(key.hex() for key in self.ejected),
+            "revoked": sorted(key.hex() for key in self.revoked),
             "allowed": None if self._allowed is None else sorted(key.hex() for key in self._allowed),
             "members": [to_json(member) for member in self.members.values()],
         }
@@ -93,5 +105,6 @@ class Membership:
         """Restore what :meth:`dump` returned; other data raises the errors of reading it."""
         self.members = {member.signer: member for member in (from_json(Client, m) for m in data["members"])}
         self.ejected = {bytes.fromhex(key) for key in data.get("ejected", [])}
+        self.revoked = {bytes.fromhex(key) for key in data.get("revoked", [])}
         allowed = data.get("allowed")
         self._allowed = None if allowed is None else {bytes.fromhex(key) for key in allowed}

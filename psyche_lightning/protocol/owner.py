@@ -72,6 +72,10 @@ class RunAdmin(Protocol):
         """Undo :meth:`authorize`; returns in words what that means."""
         ...
 
+    def kick(self, node: str) -> str:
+        """Remove a node at once, also from the epoch, and revoke it; returns in words what that means."""
+        ...
+
     def points(self) -> list[dict[str, Any]]:
         """Returns ``node``, ``earned``, ``slashed`` and ``claimed`` of each participant."""
         ...

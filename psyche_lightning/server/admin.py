@@ -75,6 +75,7 @@ class CoordinatorAdmin:
         manifest: dict[str, Any] | None = None,
         seed: int | None = None,
         max_seq_len: int = 1,
+        everybody: bool = True,
     ) -> dict[str, Any]:
         """Create a run and return its status. An identical second request changes nothing.
 
@@ -84,12 +85,14 @@ class CoordinatorAdmin:
             manifest: the known part of the run's manifest.
             seed: decides all committees and assignments; None for a random one.
             max_seq_len: tokens of a sample.
+            everybody: whether every node may join; if not, only those that the owner authorizes.
 
         Raises:
             CoordinatorError: the request is refused, or the server cannot be reached.
         """
         body = {
-            "run_id": run_id, "config": config or {}, "manifest": manifest, "seed": seed, "max_seq_len": max_seq_len
+            "run_id": run_id, "config": config or {}, "manifest": manifest, "seed": seed, "max_seq_len": max_seq_len,
+            "everybody": everybody,
         }  # fmt: skip
         return self._ask("POST", "/v1/runs", body)
 
@@ -119,7 +122,8 @@ class CoordinatorAdmin:
 
         Args:
             run_id: the run.
-            name: ``pause``, ``resume``, ``start``, ``update``, ``close``, ``authorize`` or ``revoke``.
+            name: ``pause``, ``resume``, ``start``, ``update``, ``close``, ``authorize``, ``revoke`` or
+                ``kick``.
             body: the command's arguments.
         """
         return self._ask("POST", f"{_path(run_id)}/{name}", body)
@@ -193,10 +197,14 @@ class ServerRun:
     def create(self, wanted: Creation) -> dict[str, Any]:
         """Create the run, which is open at once."""
         manifest = None if wanted.manifest is None else dict(wanted.manifest)
-        status = self._admin.create(
-            self._run, dict(wanted.config), manifest=manifest, seed=wanted.seed, max_seq_len=wanted.max_seq_len
+        return self._admin.create(
+            self._run,
+            dict(wanted.config),
+            manifest=manifest,
+            seed=wanted.seed,
+            max_seq_len=wanted.max_seq_len,
+            everybody=wanted.everybody,
         )
-        return status if wanted.everybody else self._admin.command(self._run, "revoke", node=None)
 
     def update(self, wanted: Creation) -> dict[str, Any]:
         """Change the configuration of a halted run."""
@@ -230,10 +238,26 @@ class ServerRun:
 
     def revoke(self, node: str | None) -> str:
         """Undo :meth:`authorize`."""
-        self._admin.command(self._run, "revoke", node=node)
+        node = node and self._key(node)
+        status = self._admin.command(self._run, "revoke", node=node)
         if node is None:
-            return f"only nodes that were authorized by their keys may join run {self._run}"
-        return f"{node} may not join run {self._run} again"
+            return f"only the members of run {self._run} and nodes that were authorized by their keys may join it"
+        return f"{node} may not join run {self._run} again, and is in no epoch after this one{_reentry(status)}"
+
+    def kick(self, node: str) -> str:
+        """Remove a node at once."""
+        node = self._key(node)
+        status = self._admin.command(self._run, "kick", node=node)
+        return f"{node} is removed from run {self._run} and may not join it again{_reentry(status)}"
+
+    def _key(self, node: str) -> str:
+        """The whole key of a member that is given by the first digits of its key; other texts as they are."""
+        status = self.status()
+        keys = {each["signer"] for group in ("clients", "pending", "exited") for each in status[group]}
+        found = sorted(key for key in keys if node and key.startswith(node.lower()))
+        if len(found) > 1:
+            raise ConfigError(f"{node} begins the keys of several nodes; give more of one: {', '.join(found)}")
+        return found[0] if found else node
 
     def points(self) -> list[dict[str, Any]]:
         """Points of each node: the samples of each epoch, in equal parts to the nodes that were healthy at its end."""
@@ -246,6 +270,11 @@ class ServerRun:
             f"{self._admin.url} counts points but does not pay; a run on a chain with a treasurer does",
             code="NoTreasurer",
         )
+
+
+def _reentry(status: dict[str, Any]) -> str:
+    """What a revocation does not prevent, in words."""
+    return "" if status["allowed"] is not None else ". Everybody may join this run, so it may come with another key"
 
 
 def _path(run_id: str) -> str:

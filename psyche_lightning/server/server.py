@@ -181,6 +181,7 @@ class CoordinatorServer:
                 web.post(run + "/update", self._update),
                 web.post(run + "/authorize", self._allow),
                 web.post(run + "/revoke", self._forbid),
+                web.post(run + "/kick", self._kick),
                 web.post(run + "/close", self._close),
                 web.get("/v1/manifests/{digest}", self._manifest),
             ]
@@ -260,11 +261,17 @@ class CoordinatorServer:
 
     async def _allow(self, request: web.Request) -> web.Response:
         node = await self._node(request)
-        return await self._command(request, lambda host, _: host.membership.allow(node))
+        return await self._command(request, lambda host, _: host.allow(node))
 
     async def _forbid(self, request: web.Request) -> web.Response:
         node = await self._node(request)
-        return await self._command(request, lambda host, _: host.membership.forbid(node))
+        return await self._command(request, lambda host, now: host.revoke(node, now))
+
+    async def _kick(self, request: web.Request) -> web.Response:
+        node = await self._node(request)
+        if node is None:
+            raise CoordinatorError("name the node to remove, by its key", code="BadRequest")
+        return await self._command(request, lambda host, now: host.kick(node, now))
 
     async def _node(self, request: web.Request) -> bytes | None:
         """The node key in a request's body; None for everybody."""

@@ -40,8 +40,8 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         JSON values: the fields of :func:`run_line`, ``incarnation``, ``nonce``, ``config`` (null for what the first
         node will fix), ``pending_pause``, ``problem`` (why changes cannot be stored, null if they can),
         ``checkpoint``, ``manifest_digest``; ``clients`` (of the epoch), ``exited`` and ``pending``, each with key,
-        status and latest figures; ``points``; ``allowed`` (node keys that may join, null for everyone); ``events`` and
-        ``metrics``, and the number of each.
+        status and latest figures; ``points``; ``allowed`` (node keys that may join, null for everyone) and ``revoked``
+        (node keys that may not in any case); ``events`` and ``metrics``, and the number of each.
     """
     host, state = run.host, run.state
     reports = host.history.reports
@@ -70,6 +70,7 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
             for signer, points in host.points.items()
         ],
         "allowed": None if host.membership.allowed is None else [key.hex() for key in host.membership.allowed],
+        "revoked": sorted(key.hex() for key in host.membership.revoked),
         "event_count": host.history.events.count,
         "metric_count": host.history.metrics.count,
         "events": [asdict(event) for event in host.history.events.since(events_from)],

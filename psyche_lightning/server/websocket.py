@@ -52,6 +52,7 @@ class Websocket:
         self._arrived = arrived
         self._last = 0
         self._full = True
+        self._member = False
         self._sending = asyncio.Lock()
         self._news = run.news()
         self._closing: asyncio.Future[bool] | None = None
@@ -102,11 +103,28 @@ class Websocket:
                 elif current != known:
                     await self._send(["change", known["nonce"], diff(known, current)])
                 known = current
+                if self._dismissed():
+                    await self._dismiss()
+                    return
                 await news.wait(None)
+
+    def _dismissed(self) -> bool:
+        """Whether the node was a member and may no longer be one."""
+        host = self.run.host
+        return self._member and not (host.membership.admits(self.signer) or host.trains(self.signer))
+
+    async def _dismiss(self) -> None:
+        try:
+            self.run.host.membership.check(self.signer, "")
+        except CoordinatorError as error:
+            await self._send(["error", 0, problem(error)])
+        self.reason = "it may no longer be a member"
+        self._closing = asyncio.ensure_future(self._socket.close(code=CLOSE_REFUSED))
 
     async def _frame(self, frame: bytes) -> None:
         if not self.signer:
             self.signer = open_hello(frame, self.run.state.run_id, self._challenge)
+            self._member = self.signer in self.run.host.membership.members
             self._arrived(self)
             return
         asked = open_frame(frame, self.signer, self.run.state.run_id, self._challenge, self._last)
@@ -127,5 +145,6 @@ class Websocket:
         request = decode(asked.name, asked.values, self.run.manifests)
         answer = request.answer_to_json(self.run.handle(self.signer, request))
         if isinstance(request, Join):
+            self._member = True
             self.run.keep_manifest(request.manifest)
         return answer

@@ -298,6 +298,17 @@ def test_who_may_join(psyche, coordinator):
     assert "not a node key" in psyche("run", "authorize", "club", "xyz")[1]
 
 
+def test_a_kick_needs_a_key(psyche):
+    assert psyche("run", "create", "kicking")[0] == 0
+    code, text = psyche("run", "kick", "kicking", "everybody")
+    assert (code, "not a node key" in text) == (1, True)
+    code, text = psyche("run", "kick", "kicking", "ab" * 32)
+    assert (code, "is removed from run kicking" in text) == (0, True)
+    assert status(psyche, "kicking")["revoked"] == ["ab" * 32]
+    assert psyche("run", "authorize", "kicking", "ab" * 32)[0] == 0
+    assert status(psyche, "kicking")["revoked"] == []
+
+
 def test_points_are_counted_and_not_paid(psyche):
     assert psyche("run", "create", "unpaid")[0] == 0
     assert "nobody has earned" in psyche("run", "points", "unpaid")[1]

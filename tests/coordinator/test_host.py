@@ -152,6 +152,57 @@ def test_bad_runs_are_not_made() -> None:
             RunHost(**arguments)  # type: ignore[arg-type]
 
 
+def test_a_revoked_member_finishes_its_epoch_and_is_in_no_other() -> None:
+    host = make()
+    join(host, range(4))
+    host.tick(5.0)
+    assert host.state.phase is Phase.WARMUP
+    host.revoke(key(1), 6.0)
+    assert key(1) in [client.signer for client in host.state.clients]
+    host.pause(7.0)  # the epoch is over
+    assert key(1) not in host.membership.members
+    host.resume(8.0)
+    host.tick(20.0)
+    assert [client.signer for client in host.state.clients] == [key(0), key(2), key(3)]
+    assert code_of(lambda: join(host, [1], 20.0)) == "NotAuthorized"
+    join(host, [5], 20.0)  # the others may still come
+
+
+def test_a_member_that_waits_is_revoked_at_once() -> None:
+    host = make()
+    join(host, range(2))
+    host.revoke(key(1), 1.0)
+    assert list(host.membership.members) == [key(0)]
+    assert host.history.events.since(0)[-1].text == f"{key(1)[:4].hex()} may no longer be a member"
+
+
+def test_a_kicked_node_leaves_the_epoch_at_once() -> None:
+    host = training()
+    host.kick(key(1), 6.0)
+    assert {client.signer: client.status for client in host.state.clients}[key(1)] is ClientStatus.EJECTED
+    assert key(1) not in host.membership.members
+    assert code_of(lambda: report(host, 1, 6.0)) == "InvalidWitness"
+    again = RunHost.load(json.loads(json.dumps(host.dump())))
+    for each in (host, again):
+        assert code_of(lambda each=each: join(each, [1], 7.0)) == "NotAuthorized"  # type: ignore[misc]
+        each.allow(None)  # everybody does not mean those that were removed by name
+        assert code_of(lambda each=each: join(each, [1], 7.0)) == "NotAuthorized"  # type: ignore[misc]
+        each.allow(key(1))
+        join(each, [1], 7.0)
+        assert key(1) in each.membership.members
+
+
+def test_a_closed_door_keeps_the_members_and_lets_no_stranger_in() -> None:
+    host = make()
+    join(host, range(2))
+    host.revoke(None, 1.0)
+    assert host.membership.allowed == [key(0), key(1)]
+    assert code_of(lambda: join(host, [2], 1.0)) == "NotAuthorized"
+    join(host, [0], 1.0)  # one that comes back
+    host.kick(key(0), 2.0)
+    assert host.membership.allowed == [key(1)]
+
+
 def test_manifest_is_fixed_by_the_first_and_checked_for_the_others() -> None:
     host = make(manifest={"data": {"path": "x"}})
     host.handle(key(0), Join("", {"model": {"width": 8}}), 0.0)

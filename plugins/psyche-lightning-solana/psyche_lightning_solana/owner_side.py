@@ -138,6 +138,14 @@ class SolanaRunAdmin:
         who = node or "everybody"
         return f"{who} may not join run {self._run} again" if held else f"{who} had no authorization"
 
+    def kick(self, node: str) -> str:
+        """Refuse: the program has no such instruction."""
+        raise CoordinatorError(
+            f"the program cannot remove a node from an epoch. `psyche run revoke {self._run} {node}` keeps it out of "
+            f"the next one, and `psyche run pause {self._run}` ends this one",
+            code="Unsupported",
+        )
+
     def points(self) -> list[dict[str, Any]]:
         """Each wallet's earnings."""
         found = self._do(lambda admin: admin.points())
