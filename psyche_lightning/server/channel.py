@@ -2,7 +2,9 @@
 
 The server speaks first. Its frames are text: JSON lists that start with a word.
 
-- ``["hello", version, challenge]``: 32 random bytes in hex, new for each connection.
+- ``["hello", version, challenge, [key, incarnation, salt, proof]]``, all in hex. The challenge is the SHA-256 of the
+  coordinator's public key, the run's scope and a salt that is new for each connection; the proof is the coordinator's
+  signature of the challenge, and of a nonce if the node's address of the websocket has one (``?nonce=`` and hex).
 - ``["state", {...}]``: the full state without Bloom filters; then ``["change", nonce, {...}]``: the differences from
   the state with that nonce.
 - ``["ok", number, result]`` or ``["error", number, {"error", "code", "retryable", ...}]``: the answer to a request.
@@ -13,6 +15,10 @@ challenge. Each further frame is a request: a signature, then the canonical msgp
 signature covers purpose, run id, challenge and that msgpack, and numbers increase within a connection. So a recorded
 request is refused on the same connection because its number was used, and on every other one because the challenge
 differs. A connection that never proves a key can only watch.
+
+The node computes the challenge itself, so everything that it signs names this coordinator and this incarnation of the
+run. A server that passes on another one's challenge as its own gets no signature: its key does not give that challenge.
+A server that passes on everything unchanged is only a part of the way to the coordinator.
 """
 
 from __future__ import annotations
@@ -21,20 +27,81 @@ from dataclasses import dataclass
 from typing import Any
 
 from psyche_lightning.errors import CoordinatorError, ManifestMismatchError, PsycheError, WireError
+from psyche_lightning.protocol.state import INCARNATION_SIZE, scope_of
 from psyche_lightning.text import plain
-from psyche_lightning.wire.canonical import pack, unpack
+from psyche_lightning.wire.canonical import pack, sha256, unpack
 from psyche_lightning.wire.identity import KEY_SIZE, SIGNATURE_SIZE, Identity, short, verify
 
-VERSION = 1
-CHALLENGE_SIZE = 32
+VERSION = 2
+SALT_SIZE = 32
+NONCE_SIZE = 32
 MAX_FRAME_SIZE = 8 * 1024 * 1024
 CLOSE_REPLACED = 4001
 CLOSE_REFUSED = 4002
+CHALLENGE = b"psyche-lightning coordinator challenge 1"
+GREETING = "psyche-lightning coordinator greeting 1"
 HELLO = "psyche-lightning coordinator hello 1"
 REQUEST = "psyche-lightning coordinator request 1"
 
 SYNC = "sync"
 """Requests the full state again; it concerns the connection, not the run."""
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """Who speaks, at the server's end of a connection.
+
+    Attributes:
+        coordinator: the coordinator's public key.
+        incarnation: the run's.
+        challenge: what the node's signatures on this connection cover.
+    """
+
+    coordinator: bytes
+    incarnation: bytes
+    challenge: bytes
+
+
+def greet(identity: Identity, run_id: str, incarnation: bytes, salt: bytes, nonce: bytes) -> tuple[bytes, list[Any]]:
+    """The server's first frame.
+
+    Args:
+        identity: the coordinator's key.
+        run_id: the run.
+        incarnation: the run's.
+        salt: 32 random bytes, new for each connection.
+        nonce: the node's; empty if it gave none.
+
+    Returns:
+        The connection's challenge, and the frame.
+    """
+    scope = scope_of(run_id, incarnation)
+    challenge = _challenge(identity.public, scope, salt)
+    proof = identity.sign(GREETING, scope, challenge + nonce)
+    facts = [part.hex() for part in (identity.public, incarnation, salt, proof)]
+    return challenge, ["hello", VERSION, challenge.hex(), facts]
+
+
+def open_greeting(values: list[Any], run_id: str, nonce: bytes) -> Greeting:
+    """Verify what :func:`greet` made, but for its first word and version.
+
+    Raises:
+        WireError: it is malformed, or the server does not prove its key.
+    """
+    try:
+        challenge, (key, incarnation, salt, proof) = bytes.fromhex(values[0]), map(bytes.fromhex, values[1])
+    except (IndexError, TypeError, ValueError) as error:
+        raise WireError("its greeting is not a challenge, a key, an incarnation, a salt and a proof") from error
+    if len(incarnation) not in (0, INCARNATION_SIZE) or len(salt) != SALT_SIZE or len(key) != KEY_SIZE:
+        raise WireError("its greeting has a key, an incarnation or a salt of a wrong size")
+    scope = scope_of(run_id, incarnation)
+    if challenge != _challenge(key, scope, salt) or not verify(key, GREETING, scope, challenge + nonce, proof):
+        raise WireError(f"it does not prove the coordinator's key {short(key)}, which it shows")
+    return Greeting(key, incarnation, challenge)
+
+
+def _challenge(coordinator: bytes, scope: str, salt: bytes) -> bytes:
+    return sha256(CHALLENGE, pack([coordinator, scope, salt]))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -17,7 +18,7 @@ import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_after_delay
 from tenacity.wait import wait_exponential, wait_random
 
-from psyche_lightning.errors import CoordinatorError, cause
+from psyche_lightning.errors import CoordinatorError, WireError, cause
 from psyche_lightning.logs import Outage
 from psyche_lightning.protocol.codec import patch, state_from_json
 from psyche_lightning.protocol.requests import Answer, Request, encode
@@ -26,9 +27,12 @@ from psyche_lightning.server.admin import check_url
 from psyche_lightning.server.channel import (
     CLOSE_REPLACED,
     MAX_FRAME_SIZE,
+    NONCE_SIZE,
     SYNC,
     VERSION,
+    Greeting,
     coordinator_error,
+    open_greeting,
     seal_frame,
     seal_hello,
 )
@@ -79,6 +83,7 @@ class HttpCoordinator:
         patience: seconds to keep trying once the run was reached.
         connect_timeout: seconds for one attempt.
         clock: monotonic seconds, for log lines about a lost connection.
+        entropy: returns a number of random bytes.
 
     Raises:
         ConfigError: the URL is malformed.
@@ -95,6 +100,7 @@ class HttpCoordinator:
         patience: float = 600.0,
         connect_timeout: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
+        entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.url = check_url(url)
         self.run_id = run_id
@@ -109,7 +115,9 @@ class HttpCoordinator:
         self._store = Outage(logger, f"the store of the coordinator at {self.url}", clock=clock)
         self._task: asyncio.Task[None] | None = None
         self._socket: aiohttp.ClientWebSocketResponse[bool] | None = None
-        self._challenge = b""
+        self._entropy = entropy
+        self._coordinator: bytes | None = None
+        self._greeting: Greeting | None = None
         self._number = 0
         self._waiting: list[_Call] = []
         self._in_flight: dict[int, _Call] = {}
@@ -194,7 +202,9 @@ class HttpCoordinator:
                 self._number += 1
                 self._in_flight[self._number] = call
                 call.sent += 1
-                frame = seal_frame(self._identity, self.run_id, self._challenge, self._number, call.name, call.values)
+                assert self._greeting is not None  # it came with the connection
+                challenge = self._greeting.challenge
+                frame = seal_frame(self._identity, self.run_id, challenge, self._number, call.name, call.values)
                 try:
                     await self._socket.send_bytes(frame)
                 except (OSError, aiohttp.ClientError):
@@ -250,11 +260,12 @@ class HttpCoordinator:
         raise AssertionError("tenacity returns or raises")
 
     async def _handshake(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse[bool]:
-        """Open the websocket and prove the node's key; the first state completes it."""
+        """Open the websocket, and let coordinator and node prove their keys; the first state completes it."""
         path = f"{self.url}/v1/runs/{quote(self.run_id, safe='')}"
+        nonce = self._entropy(NONCE_SIZE)
         try:
             connection = await session.ws_connect(
-                f"{path}/watch", compress=15, max_msg_size=MAX_FRAME_SIZE, heartbeat=HEARTBEAT
+                f"{path}/watch?nonce={nonce.hex()}", compress=15, max_msg_size=MAX_FRAME_SIZE, heartbeat=HEARTBEAT
             )
         except aiohttp.WSServerHandshakeError as error:
             if error.status >= 500:
@@ -268,15 +279,15 @@ class HttpCoordinator:
             raise _Lost(str(error) or type(error).__name__) from error
         try:
             kind, *values = self._frame(await connection.receive(self._connect_timeout))
-            if kind != "hello" or len(values) != 2 or values[0] != VERSION:
+            if kind != "hello" or not values or values[0] != VERSION:
                 raise CoordinatorError(
                     f"{self.url} uses another protocol than version {VERSION}: {[kind, *values]!r:.80}. "
                     "Use the same version of psyche-lightning on the nodes and the coordinator.",
                     code="WrongVersion",
                 )
-            self._challenge = bytes.fromhex(values[1])
+            challenge = self._met(values[1:], nonce)
             self._number = 0
-            await connection.send_bytes(seal_hello(self._identity, self.run_id, self._challenge))
+            await connection.send_bytes(seal_hello(self._identity, self.run_id, challenge))
             self._handle(self._frame(await connection.receive(self._connect_timeout)))
         except asyncio.TimeoutError as error:
             await connection.close()
@@ -291,6 +302,37 @@ class HttpCoordinator:
         self._outage.works()
         self._socket = connection
         return connection
+
+    def _met(self, values: list[Any], nonce: bytes) -> bytes:
+        """Compare who answers with who answered before; returns the challenge.
+
+        Raises:
+            CoordinatorError: it does not prove its key, or it is another coordinator (``WrongCoordinator``); or it is
+                another run of that name (``AnotherRun``).
+        """
+        try:
+            greeting = open_greeting(values, self.run_id, nonce)
+        except WireError as error:
+            raise CoordinatorError(
+                f"{self.url} is not the coordinator that it claims to be: {error}. Check the URL, and ask the run's "
+                "owner.",
+                code="WrongCoordinator",
+            ) from error
+        if self._coordinator not in (None, greeting.coordinator):
+            raise CoordinatorError(
+                f"another coordinator answers at {self.url} now: its key is {greeting.coordinator.hex()}, the one "
+                f"before had {self._coordinator.hex()}. Either somebody else has this address, or the coordinator lost "
+                "its folder. Ask the run's owner, and start this node again.",
+                code="WrongCoordinator",
+            )
+        if self._greeting is not None and self._greeting.incarnation != greeting.incarnation:
+            raise CoordinatorError(
+                f"run {self.run_id!r} was closed at {self.url}, and another one was made under its name. Start this "
+                "node again to join that.",
+                code="AnotherRun",
+            )
+        self._coordinator, self._greeting = greeting.coordinator, greeting
+        return greeting.challenge
 
     async def _refusal(self, session: aiohttp.ClientSession, path: str, status: int) -> CoordinatorError:
         """Why the server did not open the websocket, in the server's words."""

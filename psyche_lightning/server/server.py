@@ -21,7 +21,7 @@ from psyche_lightning.errors import CoordinatorError, PsycheError
 from psyche_lightning.protocol.codec import round_to_json
 from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
 from psyche_lightning.protocol.requests import GetRounds
-from psyche_lightning.server.channel import CHALLENGE_SIZE, MAX_FRAME_SIZE, problem
+from psyche_lightning.server.channel import MAX_FRAME_SIZE, NONCE_SIZE, SALT_SIZE, greet, problem
 from psyche_lightning.server.guard import Guard, Handler
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.server.status import run_line, run_status
@@ -51,7 +51,7 @@ class CoordinatorServer:
     """Serves the runs of a store.
 
     Args:
-        store: where the runs are kept; stored runs continue.
+        store: where the runs are kept, and the coordinator's key; stored runs continue.
         clock: seconds since 1970.
         entropy: returns a number of random bytes.
         token: the owner's token, which creating and changing runs needs. ``psyche coordinator`` always has one. With
@@ -76,6 +76,7 @@ class CoordinatorServer:
     ) -> None:
         self.runs: dict[str, LiveRun] = {}
         self._store = store
+        self._identity = store.identity()
         self._clock = clock
         self._entropy = entropy
         self._guard = Guard(token, hosts)
@@ -87,6 +88,11 @@ class CoordinatorServer:
         self._timekeepers: dict[str, asyncio.Task[None]] = {}
         self._runner: web.AppRunner | None = None
         self._stopping = False
+
+    @property
+    def key(self) -> bytes:
+        """The coordinator's public key, which nodes pin."""
+        return self._identity.public
 
     async def start(self, host: str = "127.0.0.1", port: int = 8080) -> str:
         """Load the runs, start to listen, and return the URL.
@@ -322,10 +328,12 @@ class CoordinatorServer:
         raise CoordinatorError(f"no run has a manifest with the digest {wanted[:64]!r}", code="UnknownManifest")
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
-        run = self._run(request)
+        run, nonce = self._run(request), _nonce(request)
         socket = web.WebSocketResponse(heartbeat=self._heartbeat, max_msg_size=MAX_FRAME_SIZE, compress=True)
         await socket.prepare(request)
-        session = Websocket(run, socket, self._entropy(CHALLENGE_SIZE), self._arrived)
+        state = run.state
+        greeting = greet(self._identity, state.run_id, state.incarnation, self._entropy(SALT_SIZE), nonce)
+        session = Websocket(run, socket, greeting, self._arrived)
         self._sockets.add(socket)
         try:
             await session.serve()
@@ -333,6 +341,17 @@ class CoordinatorServer:
             self._sockets.discard(socket)
             self._gone(session)
         return socket
+
+
+def _nonce(request: web.Request) -> bytes:
+    text = request.query.get("nonce", "")
+    try:
+        nonce = bytes.fromhex(text)
+    except ValueError:
+        nonce = b"?"
+    if len(nonce) not in (0, NONCE_SIZE):
+        raise CoordinatorError(f"nonce={text[:20]!r} is not {NONCE_SIZE} bytes in hex", code="BadRequest")
+    return nonce
 
 
 def _number(request: web.Request, name: str) -> int:

@@ -1,4 +1,4 @@
-"""Stores a server's runs, in SQLite or in memory (invariant I8)."""
+"""Stores a server's runs and its key, in SQLite and a file or in memory (invariant I8)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any, Protocol
 from psyche_lightning.coordinator.history import MAX_EVENTS, MAX_METRICS
 from psyche_lightning.coordinator.host import MAX_ROUNDS, RunHost
 from psyche_lightning.errors import CoordinatorError, PsycheError, WireError
+from psyche_lightning.wire.identity import Identity
 
 FILE = "coordinator.sqlite3"
+KEY_FILE = "coordinator.key"
 CHANGING_METRICS = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (run_id TEXT PRIMARY KEY, created TEXT NOT NULL, state TEXT);
@@ -27,6 +29,14 @@ CREATE TABLE IF NOT EXISTS entry (
 
 class Store(Protocol):
     """Keeps runs. A change is durable when the method returns."""
+
+    def identity(self) -> Identity:
+        """The coordinator's key, always the same.
+
+        Raises:
+            ConfigError: it cannot be read or written, or other users can read it.
+        """
+        ...
 
     def load(self) -> list[RunHost]:
         """Returns all runs, in order of creation.
@@ -71,6 +81,11 @@ class MemoryStore:
     def __init__(self) -> None:
         self._hosts: dict[str, RunHost] = {}
         self._created: dict[str, dict[str, Any]] = {}
+        self._identity = Identity.generate()
+
+    def identity(self) -> Identity:
+        """A key of this object."""
+        return self._identity
 
     def load(self) -> list[RunHost]:
         """Returns the runs themselves."""
@@ -115,7 +130,7 @@ class _Saved:
 
 
 class SqliteStore:
-    """Keeps runs in one SQLite file; each change is on disk when the call returns.
+    """Keeps runs in one SQLite file, and the key in a file beside it; each change is on disk when the call returns.
 
     A run is a row that each change rewrites, and entries (rounds of the epoch, events, figures) that changes add.
 
@@ -144,6 +159,10 @@ class SqliteStore:
             locked = "locked" in str(error)
             reason = "another coordinator uses it" if locked else str(error)
             raise self._failed("open", reason) from error
+
+    def identity(self) -> Identity:
+        """The key in the folder; made if missing."""
+        return Identity.load_or_create(self._path.with_name(KEY_FILE), "coordinator")
 
     def load(self) -> list[RunHost]:
         """Returns all runs."""

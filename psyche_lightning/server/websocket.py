@@ -17,7 +17,6 @@ from psyche_lightning.server.channel import (
     CLOSE_REFUSED,
     CLOSE_REPLACED,
     SYNC,
-    VERSION,
     Frame,
     open_frame,
     open_hello,
@@ -32,7 +31,7 @@ class Websocket:
     Args:
         run: the run.
         socket: the prepared websocket.
-        challenge: random bytes that this connection's signatures cover.
+        greeting: the challenge that this connection's signatures cover, and the first frame (see ``greet``).
         arrived: called with the connection once its node has proved its key.
 
     Attributes:
@@ -42,13 +41,17 @@ class Websocket:
     """
 
     def __init__(
-        self, run: LiveRun, socket: web.WebSocketResponse, challenge: bytes, arrived: Callable[[Websocket], None]
+        self,
+        run: LiveRun,
+        socket: web.WebSocketResponse,
+        greeting: tuple[bytes, list[Any]],
+        arrived: Callable[[Websocket], None],
     ) -> None:
         self.run = run
         self.signer = b""
         self.reason = "its connection was closed"
         self._socket = socket
-        self._challenge = challenge
+        self._challenge, self._greeting = greeting
         self._arrived = arrived
         self._last = 0
         self._full = True
@@ -94,7 +97,7 @@ class Websocket:
         """Send the state, then changes; a slow reader skips to the newest."""
         known: dict[str, Any] = {}
         with self._news as news:
-            await self._send(["hello", VERSION, self._challenge.hex()])
+            await self._send(self._greeting)
             while True:
                 current = state_to_json(self.run.state)
                 if self._full:

@@ -54,15 +54,19 @@ class Identity:
         return cls(os.urandom(KEY_SIZE))
 
     @classmethod
-    def load_or_create(cls, path: Path) -> Identity:
+    def load_or_create(cls, path: Path, whose: str = "node") -> Identity:
         """Read 32 raw secret bytes from ``path``, or create the file (mode 0600) with new ones.
+
+        Args:
+            path: the file.
+            whose: whose key it is, for messages.
 
         Raises:
             ConfigError: the file exists but is not a key, others may read it, or it cannot be read or written.
         """
         try:
             if path.exists():
-                return cls(_read(path))
+                return cls(_read(path, whose))
             path.parent.mkdir(parents=True, exist_ok=True)
             secret = os.urandom(KEY_SIZE)
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -72,7 +76,7 @@ class Identity:
                 os.fsync(file.fileno())
             return cls(secret)
         except OSError as error:
-            raise ConfigError(f"cannot read or create the node key {path}: {error.strerror}") from error
+            raise ConfigError(f"cannot read or create the {whose} key {path}: {error.strerror}") from error
 
     def secret_bytes(self) -> bytes:
         """The 32 raw secret bytes, for a library that proves the node's key by itself, such as QUIC."""
@@ -87,13 +91,13 @@ class Identity:
         return self.sign_raw(_statement(purpose, scope, payload))
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, whose: str) -> bytes:
     with path.open("rb") as file:
         if system.open_to_others(file):
             raise ConfigError(
-                f"other users can read the node key {path}, and sign as this node. Close it with "
+                f"other users can read the {whose} key {path}, and sign as this {whose}. Close it with "
                 f"`chmod 600 {shlex.quote(str(path))}`. If one of them may have read it, remove the file instead: the "
-                "node then joins with a new key."
+                f"{whose} then has a new key."
             )
         return file.read(KEY_SIZE + 1)
 

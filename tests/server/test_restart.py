@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import signal
 
 import pytest
 
+from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.requests import Join, Withdraw
 from psyche_lightning.protocol.state import Phase, RunState
 from psyche_lightning.server.client import HttpCoordinator
+from psyche_lightning.server.store import FILE, KEY_FILE
 from psyche_lightning.wire.identity import Identity
 
 
@@ -100,14 +103,14 @@ def test_a_signal_ends_it_cleanly_with_nodes_attached(server_process, walk, run,
     assert events == ["joined", "left"]
 
 
-def test_a_coordinator_with_another_directory_is_noticed(tmp_path, server_process, walk, run, quick):
-    from psyche_lightning.errors import CoordinatorError
-
+@pytest.mark.parametrize(("kept", "told"), [("nothing", "another coordinator answers"), ("the key", "went back")])
+def test_a_coordinator_with_another_directory_is_noticed(tmp_path, server_process, walk, run, quick, kept, told):
     server = server_process()
     settings = {**quick, "init_min_clients": 1, "total_steps": 10**6, "global_batch_size_start": 1}
     server.admin.create("r", settings)
     identity = Identity.generate()
     moved = asyncio.Event()
+    older = {file.name: file.read_bytes() for file in server.directory.glob(f"{FILE}*")}
 
     async def main():
         client = HttpCoordinator(server.url, "r", identity)
@@ -119,10 +122,16 @@ def test_a_coordinator_with_another_directory_is_noticed(tmp_path, server_proces
         node = asyncio.ensure_future(walk(client, seen=seen))
         await moved.wait()
         await asyncio.to_thread(server.end)
-        server.directory = tmp_path / "another"
+        before, server.directory = server.directory, tmp_path / "another"
+        if kept == "the key":  # and an older database
+            server.directory.mkdir()
+            shutil.copy(before / KEY_FILE, server.directory)
+            for name, data in older.items():
+                (server.directory / name).write_bytes(data)
         await asyncio.to_thread(server.start)
-        await asyncio.to_thread(server.admin.create, "r", settings)
-        with pytest.raises(CoordinatorError, match="went back"):
+        if kept == "nothing":
+            await asyncio.to_thread(server.admin.create, "r", settings)
+        with pytest.raises(CoordinatorError, match=told):
             await node
         await client.close()
 

@@ -38,7 +38,7 @@ class Raw:
         session = aiohttp.ClientSession()
         raw = cls(await session.ws_connect(f"{url}/v1/runs/{run_id}/watch", compress=15), session)
         hello = await raw.frame()
-        assert hello[:2] == ["hello", 1]
+        assert hello[:2] == ["hello", 2]
         raw.challenge = bytes.fromhex(hello[2])
         assert (await raw.frame())[0] == "state"
         if identity is not None:
