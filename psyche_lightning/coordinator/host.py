@@ -15,7 +15,7 @@ from psyche_lightning.coordinator import machine
 from psyche_lightning.coordinator.history import History, plain_round
 from psyche_lightning.coordinator.machine import MachineError
 from psyche_lightning.coordinator.membership import Membership
-from psyche_lightning.errors import ConfigError, CoordinatorError, WireError
+from psyche_lightning.errors import ConfigError, CoordinatorError, WireError, counted
 from psyche_lightning.protocol.codec import round_from_json, round_to_json, state_from_json, to_json
 from psyche_lightning.protocol.limits import Limits, check_config, check_run_id
 from psyche_lightning.protocol.manifest import fix_values, merge, with_values
@@ -250,8 +250,15 @@ class RunHost:
         Raises:
             ManifestMismatchError: the run has another manifest.
             CoordinatorError: ``InvalidManifest``; ``InvalidMember`` for an impossible key or address;
-                ``NotAuthorized``; ``Ejected``; ``RunFull`` (retryable).
+                ``NotAuthorized``; ``Ejected``; ``RunFull`` (retryable); ``Halted`` for a newcomer to a finished run.
         """
+        if self.state.phase is Phase.FINISHED and signer not in self.membership.members:
+            raise CoordinatorError(
+                f"run {self.state.run_id!r} finished after {counted(self.state.step - 1, 'step')}; nothing is left to "
+                "train. Its result is in its nodes' checkpoints. To train further, create a run that resumes from one: "
+                "`psyche run create NEW RECIPE checkpoint.resume=ADDRESS`.",
+                code="Halted",
+            )
         self.membership.check(signer, address)
         rest, values = fix_values(self._left_open, manifest)
         state = self._with_values(values)

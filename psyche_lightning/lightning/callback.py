@@ -44,6 +44,19 @@ class CoordinatorCallback(Callback):
                 pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
         trainer.strategy.stop_if_finished()  # type: ignore[attr-defined]
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a fit that trained nothing, because this Trainer's limits were reached before it began.
+
+        Raises:
+            ConfigError: no round was asked for.
+        """
+        if self._session(trainer) is None and trainer.limit_train_batches != 0:
+            raise ConfigError(
+                f"this fit trained nothing: the Trainer has made {trainer.global_step} steps in "
+                f"{trainer.current_epoch} epochs already, and its limits are max_steps={trainer.max_steps}, "
+                f"max_epochs={trainer.max_epochs}, and max_time if you set it. Make a new Trainer, or raise the limit."
+            )
+
     def _session(self, trainer: Trainer) -> Session | None:
         session: Session | None = getattr(trainer.strategy, "session", None)
         return session

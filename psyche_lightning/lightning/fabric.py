@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -32,6 +33,8 @@ from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.participant import RoundWork
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe.options import RunOptions
+
+logger = logging.getLogger(__name__)
 
 
 class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
@@ -149,6 +152,7 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         self._loader: RoundLoader | None = None
         self.session: Session | None = None
         self._ahead = ExitStack()
+        self._told = False
 
     @cached_property
     def _entry(self) -> Entry:
@@ -230,6 +234,9 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
     def _rounds(self, loader: RoundLoader) -> Iterator[RoundWork]:
         """The rounds of one pass over the data."""
         session, step = self.session or self._join(loader), self._set_up
+        if session.finished is not None and not self._told:
+            self._told = True
+            logger.warning("run %r is over: the loader has no more batches", self._entry.run_id)
         passes: int | None = None
         while True:
             self._published()

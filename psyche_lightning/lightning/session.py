@@ -106,7 +106,7 @@ class Session:
         self._next: RoundWork | None = None
         self._taken: tuple[RoundWork, RunState] | None = None
         self._ticks = 0
-        self._over = False
+        self._over = self._closed = False
         self._why = ""
         self._step = step
         self._replica = replica = ParameterReplica(step.distro, step.module)
@@ -208,7 +208,16 @@ class Session:
         return self._participant.transfer
 
     def peek(self) -> RoundWork | None:
-        """Wait for this node's next round, without starting it. None when the run is over."""
+        """Wait for this node's next round, without starting it. None when the run is over.
+
+        Raises:
+            UnfinishedError: the run is over, but this node does not hold its last parameters.
+            PsycheError: this node has left the run, or the run refuses it.
+        """
+        if self._closed and self.finished is None:
+            raise PsycheError(
+                f"this node has left run {self.entry.run_id!r}. To join again, make a new Trainer or Fabric strategy."
+            )
         if self._next is None and not self._over:
             if self.work is not None:
                 logger.warning(
@@ -371,7 +380,8 @@ class Session:
                 saved_delta.save(self._folder, self.entry.scope, self._step.distro)
             except StoreError as error:
                 unsaved = error
-        self._over, self._next, self.work = True, None, None
+        self._over = self._closed = True
+        self._next = self.work = None
         try:
             self._participant.stop(self._why or str(unsaved or ""))
         finally:

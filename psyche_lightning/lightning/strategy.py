@@ -230,6 +230,9 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         if threading.current_thread() is threading.main_thread():
             self._undo.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
             signal.signal(signal.SIGTERM, training.terminate(signal.getsignal(signal.SIGTERM)))
+        loop = training.trainer.fit_loop
+        self._undo.callback(setattr, loop, "min_epochs", loop.min_epochs)  # the end of the run overrides both
+        self._undo.callback(setattr, loop.epoch_loop, "min_steps", loop.epoch_loop.min_steps)
         if training.trainer.received_sigterm:  # so far Trainer's own handler only noted it
             raise SIGTERMException
         training.session.start()
@@ -412,12 +415,13 @@ class _Training:
             algorithm = str(trainer.gradient_clip_algorithm or "norm").rpartition(".")[2].lower()
             clip = (algorithm, float(trainer.gradient_clip_val))
         self._progress = RunProgress(trainer)
+        self._last_step = _last_step(trainer)
         self.session = Session(
             fit.entry,
             step,
             sections(step, self.loader.order, clip),
             global_batch=self.loader.global_batch,
-            total_steps=_last_step(trainer),
+            total_steps=self._last_step,
             done=trainer.global_step,
         )
 
@@ -437,9 +441,14 @@ class _Training:
         return handle
 
     def rounds(self) -> Iterator[RoundWork]:
-        """The rounds of one Lightning epoch, as the loader asks for them."""
+        """The rounds of one Lightning epoch, as the loader asks for them.
+
+        Raises:
+            ConfigError: the run was beyond Trainer's limits before this node became a member.
+        """
         fresh = True
         while (work := self.session.peek()) is not None:
+            self._check_limits()
             if not self._progress.enter(work.step, fresh):
                 return
             self.session.take()
@@ -448,6 +457,15 @@ class _Training:
         state = self.session.state
         if self.stop_if_finished() and state is not None:
             self._progress.end(state.step - 1)
+
+    def _check_limits(self) -> None:
+        last, state, self._last_step = self._last_step, self.session.state, None
+        if last is not None and state is not None and state.start_step > last:
+            raise ConfigError(
+                f"run {state.run_id!r} was at step {state.start_step} when this node became a member, but this Trainer "
+                f"ends after step {last} (max_steps={self.trainer.max_steps}, max_epochs={self.trainer.max_epochs}): "
+                "nothing is left for it to train. Raise the limits, or set both to -1 to train to the end of the run."
+            )
 
     def stop_if_finished(self) -> bool:
         """Tell Trainer to stop when the run is over; returns whether it is."""

@@ -13,7 +13,7 @@ from typing import Any
 from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, StoreError, TransportError, WireError
 from psyche_lightning.logs import speaking
 from psyche_lightning.node import events as ev
-from psyche_lightning.node.core import NodeCore
+from psyche_lightning.node.core import STALE, NodeCore
 from psyche_lightning.node.download import Downloads
 from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.news import news
@@ -394,11 +394,11 @@ class Runtime:
         TensorDiffers(first_difference(mine, theirs), effect.round).tell()
 
     async def _ask(self, request: Request[Any]) -> None:
-        """Ask the coordinator; a permanently refused join ends the node, the core repeats others."""
+        """Ask the coordinator; a join that is refused for good ends the node, and the core repeats other requests."""
         try:
             answer = await self.node.coordinator.request(self._completed(request))
         except CoordinatorError as error:
-            if isinstance(request, Join) and not error.retryable:
+            if isinstance(request, Join) and not error.retryable and error.code not in STALE:
                 self._post(error)
             else:
                 self.handle(ev.RequestFailed(request, error.code, str(error), error.retryable))

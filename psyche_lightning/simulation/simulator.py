@@ -18,7 +18,7 @@ from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.audit import Audit, audit
-from psyche_lightning.node.core import NodeCore
+from psyche_lightning.node.core import STALE, NodeCore
 from psyche_lightning.node.ledger import row_of
 from psyche_lightning.node.notices import (
     DecidedWithoutLists,
@@ -232,7 +232,7 @@ class Simulation:
         try:
             answer = self.host.handle(node.identity.public, sent, self.now)
         except CoordinatorError as error:
-            if isinstance(request, Join) and not error.retryable:  # as the runtime does
+            if isinstance(request, Join) and not error.retryable and error.code not in STALE:  # as the runtime does
                 self.faults.end(node)
                 node.gone = True
             fail(error.code, str(error), error.retryable)

@@ -34,6 +34,6 @@ def test_who_comes_to_a_finished_run_fails_and_leaves_no_result(tmp_path: Path) 
         assert len(set(fleet.finish().values())) == 1
         late = fleet.start()
         assert wait(fleet, late) == 1
-        assert "error: " in fleet.log(late)
+        assert "error: run 'fleet' finished after 20 steps" in fleet.log(late)
         assert not (fleet.place(late) / "result.json").exists()
         assert not list(fleet.place(late).glob("checkpoints/step-*"))

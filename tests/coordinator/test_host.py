@@ -123,6 +123,15 @@ def test_a_run_from_beginning_to_end() -> None:
     assert not host.tick(1e9)
 
 
+def test_a_finished_run_takes_no_newcomers() -> None:
+    host = finished()
+    with pytest.raises(CoordinatorError, match=r"'run' finished after 3 steps.*checkpoint.resume") as caught:
+        host.handle(key(9), Join("nine", {}), 8.0)
+    assert caught.value.code == "Halted"
+    assert key(9) not in host.membership.members
+    host.handle(key(0), Join("moved", {}), 8.0)  # a member may still move, and fetch the last parameters
+
+
 def test_seeds_follow_from_run_epoch_and_height() -> None:
     first, second, other = (training(seed=seed) for seed in (7, 7, 8))
     expected = hashlib.sha256(struct.pack("<Q", 7) + b"run" + struct.pack("<QQ", 0, 0)).digest()

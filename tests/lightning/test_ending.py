@@ -7,8 +7,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch import Callback, LightningModule, Trainer
+
 from psyche_lightning import PsycheStrategy
-from psyche_lightning.errors import PsycheError, UnfinishedError
+from psyche_lightning.errors import ConfigError, CoordinatorError, PsycheError, UnfinishedError
+from psyche_lightning.lightning.fabric import PsycheFabricStrategy
 from psyche_lightning.server.admin import CoordinatorAdmin
 
 Make = Callable[..., Any]
@@ -88,3 +94,100 @@ def test_a_run_that_its_owner_removes_fails_on_every_node(
     assert isinstance(fit.wait(), PsycheError)
     assert run in str(fit.error)
     assert fit.untouched
+
+
+class StopAt(Callback):
+    """Stops the first fit at a step, as EarlyStopping does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.seen: list[int] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen.append(trainer.global_step)
+        trainer.should_stop = trainer.global_step == self.step
+
+
+def test_a_finished_run_is_refused_at_once(classifier: Make, loader: Make, trainer: Make, create_run: Make) -> None:
+    url, run = create_run()
+    trainer(strategy=PsycheStrategy(url, run), max_steps=3).fit(classifier(), loader())
+    late = Fit(trainer(strategy=PsycheStrategy(url, run), max_steps=30), classifier(), loader())
+    assert isinstance(late.wait(), CoordinatorError)
+    assert "finished after 3 steps" in str(late.error)
+    assert "checkpoint.resume" in str(late.error)
+    assert late.untouched
+
+
+def test_a_second_fit_joins_again_while_the_run_goes_on_and_is_refused_after_its_end(
+    classifier: Make, loader: Make, trainer: Make, create_run: Make
+) -> None:
+    url, run = create_run(total_steps=6)
+    stop = StopAt(2)
+    fit, module = trainer(strategy=PsycheStrategy(url, run), callbacks=[stop], min_epochs=0), classifier()
+    fit.fit(module, loader())
+    assert fit.global_step == 2
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    stop.step = 0
+    fit.fit(module, loader())
+    assert fit.global_step == 6
+    assert stop.seen[:2] == [1, 2]
+    assert stop.seen[2:] == list(range(stop.seen[2], 7)), "from where the run is"
+    assert not any(torch.equal(*pair) for pair in zip(before, module.parameters(), strict=True))
+    with pytest.raises(CoordinatorError, match="finished after 6 steps"):
+        fit.fit(module, loader())
+    assert fit.global_step == 6
+
+
+@pytest.mark.parametrize("limit", [{"max_steps": 3}, {"max_epochs": 1}, {"max_time": {"seconds": 0}}])
+def test_a_fit_that_has_nothing_to_do_says_so(
+    limit: dict[str, Any], classifier: Make, loader: Make, trainer: Make
+) -> None:
+    fit, module = trainer(**{"max_epochs": -1, **limit}), classifier()
+    if "max_time" not in limit:
+        fit.fit(module, loader())
+    with pytest.raises(ConfigError, match="this fit trained nothing"):
+        fit.fit(module, loader())
+
+
+@pytest.mark.parametrize("limit", [{"max_steps": 2}, {"max_epochs": 1}])
+def test_a_run_that_is_beyond_the_limits_of_a_trainer_is_no_training(
+    limit: dict[str, int], classifier: Make, loader: Make, trainer: Make, create_run: Make
+) -> None:
+    """Six batches make an epoch of Trainer, and the run is at step eight."""
+    start = {"start": {"step": 7, "data_index": 56}}
+    url, run = create_run(start, total_steps=9, global_batch_size_start=8)
+    late = Fit(trainer(strategy=PsycheStrategy(url, run, manifest=start), **limit), classifier(), loader())
+    assert isinstance(late.wait(), ConfigError)
+    assert "was at step 8 when this node became a member" in str(late.error)
+    assert late.untouched
+
+
+def test_a_fabric_that_left_its_run_trains_nothing_silently(
+    loader: Make, create_run: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, run = create_run(total_steps=4)
+
+    def batches(steps: int) -> Any:
+        fabric = Fabric(strategy=PsycheFabricStrategy(url, run), accelerator="cpu", devices=1)
+        module = torch.nn.Linear(6, 2)
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.01))
+        data = fabric.setup_dataloaders(loader())
+        for (x, y), _ in zip(data, range(steps), strict=False):
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return fabric, data
+
+    fabric, data = batches(2)
+    fabric.strategy.close()
+    with pytest.raises(PsycheError, match="has left run"):
+        next(iter(data))
+    fabric, data = batches(9)  # another life on the same run
+    assert fabric.strategy.finished is not None
+    assert not caplog.messages
+    assert list(data) == list(data) == []
+    assert [text for text in caplog.messages if "is over: the loader has no more batches" in text] == caplog.messages
+    assert len(caplog.messages) == 1
+    with pytest.raises(CoordinatorError, match="finished after 4 steps"):
+        batches(1)

@@ -167,7 +167,9 @@ def test_logged_values_reach_callbacks_and_the_csv_logger(
 def test_the_callback_is_added_once(classifier: Make, loader: Make, trainer: Make) -> None:
     fit = trainer(max_steps=2)
     fit.fit(classifier(), loader())
+    fit.fit_loop.epoch_loop.max_steps = 4
     fit.fit(classifier(), loader())
+    assert fit.global_step == 4
     assert sum(isinstance(callback, CoordinatorCallback) for callback in fit.callbacks) == 1
 
 
