@@ -87,11 +87,12 @@ def open_to_others(file: IO[bytes]) -> bool:
     return os.name == "posix" and stat.S_ISREG(mode) and bool(mode & 0o077)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make new names in a folder durable; Windows opens no folders, and keeps their names by itself."""
-    if not hasattr(os, "O_DIRECTORY"):
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the new names in a folder, durable; Windows opens no folders, and keeps their names."""
+    folder = path.is_dir()
+    if folder and not hasattr(os, "O_DIRECTORY"):
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,7 +1,7 @@
 """``manifest.json`` describes a checkpoint and lists its files. It is written last, so it means that all files exist.
 
-A JSON object with ``format`` (1), ``run``, ``step``, ``epoch``, ``data_index``, ``digest``, ``recipe`` and ``files``:
-``{name: {"size": bytes, "sha256": hex}}``.
+A JSON object with ``format`` (1), ``run``, ``step``, ``epoch``, ``data_index``, ``digest``, ``recipe``, ``files``
+(``{name: {"size": bytes, "sha256": hex}}``) and ``checksum``, the SHA-256 of the rest; version 0.1 wrote none.
 """
 
 from __future__ import annotations
@@ -81,10 +81,8 @@ class Manifest:
     def text(self) -> str:
         """The content of ``manifest.json``."""
         files = {name: asdict(self.files[name]) for name in sorted(self.files)}
-        return (
-            json.dumps({"format": FORMAT, **asdict(self.metadata), "digest": self.digest, "files": files}, indent=1)
-            + "\n"
-        )
+        body = {"format": FORMAT, **asdict(self.metadata), "digest": self.digest, "files": files}
+        return json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n"
 
     @classmethod
     def parse(cls, data: bytes, source: str) -> Manifest:
@@ -95,12 +93,15 @@ class Manifest:
             source: where the file is, for people.
 
         Raises:
-            CheckpointError: it is not a manifest of this format.
+            CheckpointError: it is not a manifest of this format, or it is damaged.
         """
         try:
             values: Any = json.loads(data)
             if values["format"] != FORMAT:
                 raise ValueError(f"its format is {values['format']!r}, and this version knows {FORMAT}")
+            rest = {name: value for name, value in values.items() if name != "checksum"}
+            if values.get("checksum", found := _checksum(rest)) != found:
+                raise ValueError("it is damaged: its checksum is wrong")
             numbers = {name: values[name] for name in ("step", "epoch", "data_index")}
             if any(type(number) is not int or not 0 <= number < 1 << 64 for number in numbers.values()):
                 raise ValueError("step, epoch or data_index is not a whole number")
@@ -138,6 +139,10 @@ def step_of(name: str) -> int | None:
     """The step of a checkpoint's folder; None for another name."""
     match = _FOLDER.fullmatch(name)
     return int(match[1]) if match and folder_name(int(match[1])) == name else None
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _text(value: Any) -> str:

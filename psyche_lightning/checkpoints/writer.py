@@ -150,8 +150,11 @@ class Writer:
                 (fresh / name).write_bytes(data)
             manifest = describe(fresh, metadata, made.digest())
             (fresh / NAME).write_text(manifest.text(), encoding="utf-8")
+            for path in (*fresh.iterdir(), fresh):
+                system.sync(path)
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
+            system.sync(self._own)
             system.lead(self._node / NEWEST, target)
             logger.info("wrote the checkpoint of step %d to %s", metadata.step, target)
         except OSError as error:

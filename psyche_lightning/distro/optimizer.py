@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,11 @@ from psyche_lightning.distro.delta import Delta
 from psyche_lightning.distro.internals import add_to_each, clear_each, multiply_each, note_step, subtract_from_each
 from psyche_lightning.distro.layout import Batch, Layout
 from psyche_lightning.distro.payload import PayloadCodec
+from psyche_lightning.distro.saved import checksum, damage
 from psyche_lightning.distro.votes import Votes, select
 from psyche_lightning.errors import ConfigError, PayloadError, PsycheError
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteGradientError(PsycheError, FloatingPointError):
@@ -367,16 +371,20 @@ class DisTrO(torch.optim.Optimizer):
         return self._index[name]
 
     def state_dict(self) -> dict[str, Any]:
-        """Like torch's, with ``delta`` and, if there is one, ``master`` for each parameter, and the nonce."""
+        """Like torch's, with ``delta`` and perhaps ``master`` for each parameter, the nonce and a checksum."""
         found = super().state_dict()
         state = {key: dict(values) for key, values in found["state"].items()}
         names = [name for group in self.param_groups for name in group["param_names"]]  # torch numbers in this order
         for name, delta in self.delta():
             state.setdefault(names.index(name), {})["delta"] = delta
-        return {**found, "state": state, "nonce": self.nonce}
+        tensors = {f"{what} of {names[key]}": value for key, saved in state.items() for what, value in saved.items()}
+        about = {"nonce": self.nonce}
+        return {**found, "state": state, **about, "checksum": checksum(about, tensors)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict` exactly; torch's own method would round the state to the parameters' dtype.
+
+        Leaves delta and masters out, with a warning, if they are damaged or not finite; delta then begins empty.
 
         Raises:
             ConfigError: the state belongs to other parameters.
@@ -402,6 +410,17 @@ class DisTrO(torch.optim.Optimizer):
                         state[parameter][what] = copy.copy_(tensor)
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.reset()
+        about = {"nonce": int(state_dict["nonce"])}
+        tensors = {
+            f"{what} of {name}": tensor
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            for what, tensor in state[parameter].items()
+        }
+        problem = damage(tensors, checksum(about, tensors), state_dict.get("checksum"))
+        if problem is not None:
+            logger.warning("the saved state of DisTrO is damaged and left out, so delta begins empty: %s", problem)
+            return
         names = {
             id(p): name
             for group in self.param_groups
@@ -411,7 +430,7 @@ class DisTrO(torch.optim.Optimizer):
             if "delta" in values and parameter.requires_grad:
                 self.load_delta(names[id(parameter)], values.pop("delta"))
             self.state[parameter] = values
-        self.nonce = int(state_dict["nonce"])
+        self.nonce = about["nonce"]
 
     @torch.no_grad()
     def _published(self, number: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Saves a node's delta to disk, so that a killed node does not lose updates that it has not sent yet.
 
 One safetensors file has the float32 delta of each parameter by name; its metadata names the run, the layout that
-positions refer to, and the nonce. Parameters need no file: snapshot and replay restore them.
+positions refer to, the nonce and a checksum. Parameters need no file: snapshot and replay restore them.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from psyche_lightning import system
 from psyche_lightning.distro import DisTrO
+from psyche_lightning.distro.saved import checksum, damage
 from psyche_lightning.errors import StoreError
 
 logger = logging.getLogger(__name__)
@@ -37,11 +38,12 @@ def save(folder: Path, run: str, optimizer: DisTrO) -> None:
         return
     about = {"run": run, "layout": optimizer.layout_digest.hex(), "nonce": optimizer.nonce}
     path, new = folder / FILE, folder / f"{FILE}.new"
+    text = json.dumps({**about, "checksum": checksum(about, deltas)}, sort_keys=True)
     try:
-        save_file(deltas, new, metadata={"psyche": json.dumps(about, sort_keys=True)})
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
+        save_file(deltas, new, metadata={"psyche": text})
+        system.sync(new)
         new.replace(path)
+        system.sync(folder)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
@@ -49,23 +51,31 @@ def save(folder: Path, run: str, optimizer: DisTrO) -> None:
 
 
 def load(folder: Path, run: str, optimizer: DisTrO) -> bool:
-    """Load the delta that an earlier process of this node saved; returns whether one fits."""
+    """Load the delta that an earlier process of this node saved; returns whether one fits.
+
+    A damaged one, or one with values that are not finite, is left out with a warning.
+    """
     path = folder / FILE
     if not path.exists():
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("psyche", "{}"))
-            if (about.get("run"), about.get("layout")) != (run, optimizer.layout_digest.hex()):
-                return False
+            about = json.loads((file.metadata() or {})["psyche"])
+            expected = str(about.pop("checksum"))
+            nonce = int(about["nonce"])
             deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError, ValueError) as error:
-        logger.warning("the delta in %s cannot be read and is ignored: %s", path, error)
+        problem = damage(deltas, checksum(about, deltas), expected)
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+        problem = f"it cannot be read: {error!r}"
+    if problem is not None:
+        logger.warning("the delta in %s is damaged and left out, so delta begins empty: %s", path, problem)
         return False
     shapes = {entry.name: entry.shape for entry in optimizer.layout.entries}
-    if any(delta.shape != shapes.get(name) or delta.dtype != torch.float32 for name, delta in deltas.items()):
+    fits = all(delta.shape == shapes.get(name) and delta.dtype == torch.float32 for name, delta in deltas.items())
+    if not fits or (about.get("run"), about.get("layout")) != (run, optimizer.layout_digest.hex()):
+        logger.info("the delta in %s is of another run or model and left out", path)
         return False
     for name, delta in deltas.items():
         optimizer.load_delta(name, delta)
-    optimizer.nonce = int(about["nonce"])
+    optimizer.nonce = nonce
     return True

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import logging
 import os
 import struct
 import threading
@@ -25,6 +26,8 @@ from typing import BinaryIO, Protocol
 from psyche_lightning import system
 from psyche_lightning.errors import StoreError
 from psyche_lightning.wire.canonical import HASH_SIZE, sha256
+
+logger = logging.getLogger(__name__)
 
 MAGIC = b"psyche journal 1\n"
 _HEADER = struct.Struct("<III")
@@ -142,7 +145,7 @@ class DirectoryBlobStore:
                 return digest
             if not target.parent.is_dir():
                 target.parent.mkdir(exist_ok=True)
-                system.sync_folder(self.path)
+                system.sync(self.path)
             temporary = self.path / "tmp" / f"{os.getpid()}-{next(self._names)}"
             try:
                 with open(temporary, "wb") as file:
@@ -155,7 +158,7 @@ class DirectoryBlobStore:
                 temporary.unlink(missing_ok=True)
                 raise
             if durable:
-                system.sync_folder(target.parent)
+                system.sync(target.parent)
                 self._durable.add(digest)
         return digest
 
@@ -173,6 +176,7 @@ class DirectoryBlobStore:
             if data is None or sha256(data) == digest:
                 return data
             self._unlink(digest)
+        logger.warning("the blob %s in %s is damaged and removed", digest.hex()[:12], self.path)
         return None
 
     def has(self, digest: bytes) -> bool:
@@ -324,7 +328,7 @@ class Journal:
                 temporary.unlink(missing_ok=True)
                 raise
             self._file, self._end, self._values = file, len(data), values
-            system.sync_folder(self.path.parent)
+            system.sync(self.path.parent)
 
     def _replace(self, temporary: Path) -> None:
         """Replace the old file while neither is open; this releases the lock for a moment."""
@@ -354,7 +358,7 @@ class Journal:
             self._file.seek(0)
             write_all(self._file, MAGIC)
             _sync(self._file)
-            system.sync_folder(self.path.parent)
+            system.sync(self.path.parent)
             return len(MAGIC)
         if not data.startswith(MAGIC):
             raise StoreError(f"{self.path} is not a journal of this version; move it away or choose another folder")
@@ -362,6 +366,7 @@ class Journal:
         while offset < len(data):
             body, after = self._parse(data, offset)
             if body is None:
+                logger.warning("the last record of the journal %s is torn and cut off", self.path)
                 self._file.truncate(offset)
                 _sync(self._file)
                 break

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from psyche_lightning.coordinator.history import MAX_EVENTS, MAX_METRICS
 from psyche_lightning.coordinator.host import MAX_ROUNDS, RunHost
 from psyche_lightning.errors import CoordinatorError, PsycheError, WireError
 from psyche_lightning.wire.identity import Identity
+
+logger = logging.getLogger(__name__)
 
 FILE = "coordinator.sqlite3"
 KEY_FILE = "coordinator.key"
@@ -132,7 +136,8 @@ class _Saved:
 class SqliteStore:
     """Keeps runs in one SQLite file, and the key in a file beside it; each change is on disk when the call returns.
 
-    A run is a row that each change rewrites, and entries (rounds of the epoch, events, figures) that changes add.
+    A run is a row that each change rewrites, and entries (rounds of the epoch, events, figures) that changes add. Each
+    text begins with its checksum. Events and figures decide nothing: those that are damaged are left out.
 
     Args:
         directory: folder of the file; created if missing. Only one process at a time can use it.
@@ -172,8 +177,8 @@ class SqliteStore:
             for run_id, text in rows.fetchall():
                 manifest = self._database.execute("SELECT text FROM manifest WHERE run_id = ?", (run_id,)).fetchone()
                 data = {
-                    **json.loads(text),
-                    "manifest": json.loads(manifest[0]) if manifest else None,
+                    **_opened(text, f"the state of run {run_id!r}"),
+                    "manifest": _opened(manifest[0], f"the manifest of run {run_id!r}") if manifest else None,
                     "history": self._entries(run_id, "round")[1],
                     "events": dict(zip(("first", "items"), self._entries(run_id, "event"), strict=True)),
                     "metrics": dict(zip(("first", "items"), self._entries(run_id, "metric"), strict=True)),
@@ -198,14 +203,14 @@ class SqliteStore:
         """Insert a run."""
         run_id = host.state.run_id
         with self._transaction():
-            self._database.execute("INSERT INTO run (run_id, created) VALUES (?, ?)", (run_id, json.dumps(created)))
+            self._database.execute("INSERT INTO run (run_id, created) VALUES (?, ?)", (run_id, _sealed(created)))
             self._write(host, _Saved())
         self._saved[run_id] = _saved(host)
 
     def created(self, run_id: str) -> dict[str, Any]:
         """The request that created the run."""
         row = self._database.execute("SELECT created FROM run WHERE run_id = ?", (run_id,)).fetchone()
-        created: dict[str, Any] = json.loads(row[0])
+        created: dict[str, Any] = _opened(row[0], f"the creation of run {run_id!r}")
         return created
 
     def remove(self, run_id: str) -> None:
@@ -242,11 +247,11 @@ class SqliteStore:
         self._append(run_id, "metric", **data.pop("metrics"), limit=MAX_METRICS)
         manifest = data.pop("manifest")
         if manifest is not saved.manifest:
-            self._database.execute("REPLACE INTO manifest VALUES (?, ?)", (run_id, json.dumps(manifest)))
-        self._database.execute("UPDATE run SET state = ? WHERE run_id = ?", (json.dumps(data), run_id))
+            self._database.execute("REPLACE INTO manifest VALUES (?, ?)", (run_id, _sealed(manifest)))
+        self._database.execute("UPDATE run SET state = ? WHERE run_id = ?", (_sealed(data), run_id))
 
     def _append(self, run_id: str, kind: str, first: int, items: list[Any], limit: int) -> None:
-        rows = [(run_id, kind, number, json.dumps(item)) for number, item in enumerate(items, first)]
+        rows = [(run_id, kind, number, _sealed(item)) for number, item in enumerate(items, first)]
         self._database.executemany("REPLACE INTO entry VALUES (?, ?, ?, ?)", rows)
         if rows:
             old = (run_id, kind, first + len(rows) - limit)
@@ -256,7 +261,16 @@ class SqliteStore:
         rows = self._database.execute(
             "SELECT number, text FROM entry WHERE run_id = ? AND kind = ? ORDER BY number", (run_id, kind)
         ).fetchall()
-        return (rows[0][0] if rows else 0), [json.loads(text) for _, text in rows]
+        first, items = rows[0][0] if rows else 0, []
+        for number, text in rows:
+            try:
+                items.append(_opened(text, f"the {kind} {number} of run {run_id!r}"))
+            except WireError as error:
+                if kind == "round":
+                    raise
+                logger.warning("%s and left out, with those before it", error)
+                first, items = number + 1, []
+        return first, items
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -280,6 +294,27 @@ class SqliteStore:
             code="StoreFailed",
             retryable=what == "write",
         )
+
+
+def _sealed(value: Any) -> str:
+    """A JSON value as a text with its checksum: eight digits of hex, then the JSON."""
+    text = json.dumps(value)
+    return f"{zlib.crc32(text.encode()):08x}{text}"
+
+
+def _opened(text: str, what: str) -> Any:
+    """The value in what :func:`_sealed` made, or in plain JSON, which earlier versions wrote.
+
+    Raises:
+        WireError: it is damaged.
+    """
+    plain = text if text[:1] in ("{", "[") or text == "null" else text[8:]
+    if plain is not text and text[:8] != f"{zlib.crc32(plain.encode()):08x}":
+        raise WireError(f"{what} is damaged")
+    try:
+        return json.loads(plain)
+    except ValueError as error:
+        raise WireError(f"{what} is damaged: {error}") from error
 
 
 def _saved(host: RunHost) -> _Saved:

@@ -86,7 +86,7 @@ def load_or_create(path: Path) -> tuple[str, bool]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)  # a crash leaves no half token
-        system.sync_folder(path.parent)
+        system.sync(path.parent)
     except OSError as error:
         raise ConfigError(f"cannot write the owner's token {path}: {error.strerror}") from error
     return token, True

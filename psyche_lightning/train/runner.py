@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from psyche_lightning.errors import ConfigError, UnfinishedError
+from psyche_lightning.errors import CheckpointError, ConfigError, UnfinishedError, counted
 from psyche_lightning.hookspecs import DataProvider
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.entry import ALONE_RUN, look
@@ -92,6 +92,7 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     torch.manual_seed(recipe.run.seed)  # all nodes build the same parameters, so none downloads them
     model = plugins.models()[recipe.model.name](dict(beginning.options))
     model = model.to(getattr(torch, recipe.model.dtype)).train()
+    check_parameters(model)
     check_data(model, provider)
     sections = manifest(recipe, getattr(provider, "fingerprint", None))
     if beginning.section is not None:
@@ -288,6 +289,20 @@ def _terms(url: str, run: str) -> Terms:
 
 def _ends(values: list[float]) -> list[float]:
     return [values[0], values[-1]] if values else []
+
+
+def check_parameters(model: torch.nn.Module) -> None:
+    """Refuse parameters that are not finite: nothing can be trained from them.
+
+    Raises:
+        CheckpointError: some are not.
+    """
+    bad = [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise CheckpointError(
+            f"the model begins with values that are not finite, in {counted(len(bad), 'parameter')} such as "
+            f"{bad[0]!r}. Load another checkpoint (checkpoint.resume or model.path)."
+        )
 
 
 def check_data(model: torch.nn.Module, provider: DataProvider) -> None:

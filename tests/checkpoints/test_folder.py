@@ -60,8 +60,18 @@ def test_manifests_round_trip(make: Make, tmp_path: Path) -> None:
 )
 def test_other_manifests_are_refused(make: Make, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     values = json.loads((make(tmp_path, 7) / NAME).read_bytes()) | change
+    del values["checksum"]
     with pytest.raises(CheckpointError, match=message):
         Manifest.parse(json.dumps(values).encode(), "here")
+
+
+@pytest.mark.parametrize("name", ["run", "step", "epoch", "data_index", "digest", "recipe", "files", "checksum"])
+def test_a_damaged_manifest_is_refused(make: Make, tmp_path: Path, name: str) -> None:
+    text = (make(tmp_path, 7) / NAME).read_text()
+    value = json.loads(text)[name]
+    other = value + 1 if isinstance(value, int) else {} if isinstance(value, dict) else "0" * 64
+    with pytest.raises(CheckpointError, match="it is damaged: its checksum is wrong"):
+        Manifest.parse(json.dumps(json.loads(text) | {name: other}).encode(), "here")
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{}", b"\xff", b"[" * 100_000])

@@ -367,6 +367,42 @@ def test_a_saved_state_continues_identically(dtype):
     assert restored.encode() == optimizer.encode()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda state: state["state"][0]["delta"].view(torch.int32).view(-1)[0].bitwise_xor_(1), "its checksum is"),
+        (lambda state: state.update(nonce=7), "its checksum is"),
+        (
+            lambda state: (state.pop("checksum"), state["state"][0]["delta"].view(-1)[0].fill_(math.nan)),
+            "not finite",
+        ),
+    ],
+)
+def test_a_damaged_state_is_left_out(dtype, spoil, why, caplog):
+    optimizer = DisTrO(Model(dtype).named_parameters(), 1e-3, 0.1, CONFIG)
+    backward(Model(dtype), optimizer, 0)
+    optimizer.encode()
+    state = optimizer.state_dict()
+    spoil(state)
+    again = DisTrO(Model(dtype, seed=1).named_parameters(), 7.0, config=CONFIG)
+    again.load_state_dict(state)
+    assert "the saved state of DisTrO is damaged and left out" in caplog.text
+    assert why in caplog.text
+    assert (again.nonce, list(again.delta())) == (0, [])
+    assert again.param_groups[0]["lr"] == 1e-3
+
+
+def test_a_state_of_version_0_1_has_no_checksum():
+    optimizer = DisTrO([("a", torch.nn.Parameter(torch.ones(3)))], 1e-2)
+    optimizer.encode()
+    state = optimizer.state_dict()
+    del state["checksum"]
+    again = DisTrO([("a", torch.nn.Parameter(torch.ones(3)))], 1e-2)
+    again.load_state_dict(state)
+    assert again.nonce == 1
+
+
 def test_a_state_of_other_parameters_is_refused():
     optimizer = DisTrO([("a", torch.nn.Parameter(torch.ones(3)))], 1e-2)
     other = DisTrO([("b", torch.nn.Parameter(torch.ones(3)))], 1e-2)

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.errors import StoreError
@@ -42,12 +47,59 @@ def test_of_another_run_or_layout_it_is_left_alone(tmp_path: Path) -> None:
     assert not saved_delta.load(tmp_path / "nowhere", "run", make())
 
 
-def test_a_damaged_file_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / saved_delta.FILE).write_bytes(b"\xff" * 100)
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def without_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def not_finite(path: Path) -> None:
+    """The file as a trainer would write it whose delta has one infinite value."""
+    one = make()
+    train(one, 1)
+    name, delta = next(iter(one.delta()))
+    delta[0] = math.inf
+    one.load_delta(name, delta)
+    saved_delta.save(path.parent, "run", one)
+
+
+def without_checksum(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["psyche"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    del about["checksum"]
+    save_file(tensors, path, metadata={"psyche": json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda path: path.write_bytes(b"\xff" * 100), "cannot be read"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (without_end, "cannot be read"),
+        (without_checksum, "cannot be read: KeyError"),
+        (lambda path: flip(path, -1), "its checksum is"),
+        (lambda path: flip(path, path.read_bytes().index(b"nonce") + 9), "its checksum is"),
+        (lambda path: flip(path, path.read_bytes().index(b"layout") + 14), "its checksum is"),
+        (not_finite, "bias: values are not finite"),
+    ],
+)
+def test_a_damaged_file_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], None], why: str
+) -> None:
+    one = make()
+    train(one, 1)
+    saved_delta.save(tmp_path, "run", one)
+    spoil(tmp_path / saved_delta.FILE)
     fresh = make()
     assert not saved_delta.load(tmp_path, "run", fresh)
-    assert "cannot be read" in caplog.text
-    assert fresh.nonce == 0
+    assert f"the delta in {tmp_path / saved_delta.FILE} is damaged and left out" in caplog.text
+    assert why in caplog.text
+    assert (fresh.nonce, list(fresh.delta())) == (0, [])
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -71,13 +71,16 @@ def test_blobs_survive_the_process_and_leftovers_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"kepT", b"kept and more"])
-def test_a_corrupt_blob_counts_as_absent_and_can_be_stored_again(tmp_path: Path, damage: bytes) -> None:
+def test_a_corrupt_blob_counts_as_absent_and_can_be_stored_again(
+    tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     store = DirectoryBlobStore(tmp_path)
     digest = store.put(b"kept")
     file = tmp_path / digest.hex()[:2] / digest.hex()
     file.write_bytes(damage)
     assert store.get(digest) is None
     assert not file.exists()
+    assert f"the blob {digest.hex()[:12]} in {tmp_path} is damaged and removed" in caplog.text
     assert store.put(b"kept") == digest
     assert store.get(digest) == b"kept"
 

@@ -10,7 +10,7 @@ from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.errors import CoordinatorError, PsycheError
 from psyche_lightning.protocol.codec import to_json
 from psyche_lightning.protocol.requests import Join
-from psyche_lightning.protocol.state import CoordinatorConfig, Phase
+from psyche_lightning.protocol.state import CoordinatorConfig, Phase, Round
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.server.store import FILE, SqliteStore
@@ -155,6 +155,55 @@ def test_a_damaged_store_is_named(tmp_path, text):
     store = SqliteStore(tmp_path)
     with pytest.raises(PsycheError, match="cannot be read"):
         store.load()
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("UPDATE run SET state = replace(state, '\"step\": 1', '\"step\": 9')", "the state of run 'r' is damaged"),
+        ("UPDATE manifest SET text = replace(text, 'true', 'false')", "the manifest of run 'r' is damaged"),
+        ("UPDATE entry SET text = replace(text, '1', '2') WHERE kind = 'round'", "the round 0 of run 'r' is damaged"),
+    ],
+)
+def test_a_changed_bit_is_noticed(tmp_path, change, what):
+    store = SqliteStore(tmp_path)
+    host = RunHost("r", CONFIG, seed=1, manifest={"model": {"tied": True}})
+    host.rounds.append(Round(step=1))
+    store.create(host, {})
+    store.close()
+    with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as database:
+        assert database.execute(change).rowcount == 1
+    store = SqliteStore(tmp_path)
+    with pytest.raises(PsycheError, match=f"cannot be read: {what}"):
+        store.load()
+    store.close()
+
+
+def test_events_that_are_damaged_are_left_out(tmp_path, caplog):
+    store = SqliteStore(tmp_path)
+    host = RunHost("r", CONFIG, seed=1)
+    for number in range(4):
+        host.history.note(host.state, float(number), "test", f"event {number}")
+    store.create(host, {})
+    store._database.execute("UPDATE entry SET text = replace(text, 'event 1', 'event 7') WHERE kind = 'event'")
+    (again,) = store.load()
+    assert [event.text for event in again.history.events.since(0)] == ["event 2", "event 3"]
+    assert again.history.events.count == 4
+    assert "the event 1 of run 'r' is damaged and left out" in caplog.text
+    store.close()
+
+
+def test_a_store_of_version_0_1_has_no_checksums(tmp_path):
+    store = SqliteStore(tmp_path)
+    host = RunHost("r", CONFIG, seed=1, manifest={"model": {}})
+    host.history.note(host.state, 1.0, "test", "an event")
+    store.create(host, {"run_id": "r"})
+    for table, column in (("run", "state"), ("run", "created"), ("manifest", "text"), ("entry", "text")):
+        store._database.execute(f"UPDATE {table} SET {column} = substr({column}, 9)")
+    (again,) = store.load()
+    assert again.dump() == host.dump()
+    assert store.created("r") == {"run_id": "r"}
     store.close()
 
 

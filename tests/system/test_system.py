@@ -58,7 +58,7 @@ def test_folders_are_synced_where_they_can_be(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "fsync", synced.append)
     if name:
         monkeypatch.delattr(os, name)
-    system.sync_folder(tmp_path)
+    system.sync(tmp_path)
     assert len(synced) == (0 if name else 1)
 
 

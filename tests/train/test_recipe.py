@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import CheckpointError, ConfigError
 from psyche_lightning.recipe import load_recipe
 from psyche_lightning.recipe.config import Recipe
 from psyche_lightning.train.module import ProviderDataset
-from psyche_lightning.train.runner import train_recipe
+from psyche_lightning.train.runner import check_parameters, train_recipe
 
 Make = Callable[..., Any]
 
@@ -107,3 +107,12 @@ def test_a_data_set_asks_its_provider_for_stretches() -> None:
     found = ProviderDataset(Provider()).__getitems__([7, 8, 9, 0, 1, 5])
     assert [int(sample["input_ids"]) for sample in found] == [7, 8, 9, 0, 1, 5]
     assert asked == [(7, 10), (0, 2), (5, 6)]
+
+
+def test_a_model_whose_parameters_are_not_finite_is_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    check_parameters(model)
+    with torch.no_grad():
+        model.bias[1] = torch.nan
+    with pytest.raises(CheckpointError, match="in 1 parameter such as 'bias'"):
+        check_parameters(model)
