@@ -68,6 +68,7 @@ class RunHost:
     Attributes:
         state: the run's state.
         manifest: the agreed sections; None until a node has joined, unless the creator gave some.
+        sealed: whether the manifest is complete, because a node has joined; later nodes compare, and add nothing.
         membership: who belongs to the run, and who may join.
         history: what happened, for people: events, figures of rounds, the members' reports.
         rounds: the newest rounds of the epoch ``rounds_epoch`` without gaps, the current one last; with all witness
@@ -102,6 +103,7 @@ class RunHost:
             raise ConfigError(f"the incarnation has {len(incarnation)} bytes; it must have {INCARNATION_SIZE} or none")
         self.state = RunState(run_id, config=config, max_seq_len=max_seq_len, incarnation=incarnation)
         self.manifest = None if manifest is None else merge(None, manifest)
+        self.sealed = False
         self.membership = Membership(run_id, self.limits.clients)
         self.history = History()
         self.rounds: list[Round] = []
@@ -262,7 +264,8 @@ class RunHost:
         self.membership.check(signer, address)
         rest, values = fix_values(self._left_open, manifest)
         state = self._with_values(values)
-        self.manifest, self._left_open = merge(self.manifest, rest), values
+        self.manifest, self._left_open = merge(self.manifest, rest, sealed=self.sealed), values
+        self.sealed = True
         if signer not in self.membership.members:
             self.history.note(self.state, now, "joined", f"{short(signer)} joined", signer)
         self.membership.members[signer] = Client(signer, signer, address)
@@ -422,6 +425,7 @@ class RunHost:
             "now": float(self._now),
             "terms": self._left_open,
             "manifest": self.manifest,
+            "sealed": self.sealed,
             "state": to_json(self.state),
             "points": {signer.hex(): points for signer, points in self.points.items()},
             **self.membership.dump(),
@@ -443,7 +447,7 @@ class RunHost:
             state = state_from_json(data["state"])
             host = cls(state.run_id, state.config, seed=data["seed"], max_seq_len=state.max_seq_len, limits=limits)
             host.state = state
-            host.manifest = data["manifest"]
+            host.manifest, host.sealed = data["manifest"], data["sealed"]
             host._left_open = dict(data["terms"])
             host.rounds = [round_from_json(item) for item in data["history"]]
             host.rounds_epoch = data["history_epoch"]

@@ -66,7 +66,7 @@ class NodeParts:
         coordinator: client of the run's coordinator.
         transport: the transport, not yet started.
         replica: the parameters; only the training thread touches them.
-        manifest: the node's run configuration; fixes the sections that the run lacks.
+        manifest: the node's run configuration; the first node to join also fixes the sections that the run lacks.
         settings: the node core's settings.
         store: blobs.
         journal: promises.

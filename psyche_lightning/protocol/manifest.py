@@ -1,4 +1,4 @@
-"""The agreed manifest of a run: the first node that names a section fixes it (invariant I9)."""
+"""The agreed manifest of a run: its creator fixes what he knows, the first node the rest (invariant I9)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from psyche_lightning.text import plain
 from psyche_lightning.wire.canonical import sha256
 
 MAX_MANIFEST_SIZE = 4 * 1024 * 1024
+"""Characters of a whole manifest as JSON, whoever gave its parts; with it, the terms of a run fit into one frame."""
+_RULE = f"a run's manifest is a JSON object of at most {MAX_MANIFEST_SIZE} characters, all sections together"
 MAX_SHOWN = 10
 START = "start"
 """The section of a run that resumes from a checkpoint: its ``step``, ``data_index`` and parameter ``digest``."""
@@ -91,19 +93,21 @@ def with_values(config: CoordinatorConfig, held: dict[str, int | None]) -> Coord
     return config if steps is None else replace(config, total_steps=steps)
 
 
-def merge(held: dict[str, Any] | None, offered: dict[str, Any]) -> dict[str, Any]:
-    """The run's manifest after a node with ``offered`` joins, which must equal it and may add sections.
+def merge(held: dict[str, Any] | None, offered: dict[str, Any], *, sealed: bool = False) -> dict[str, Any]:
+    """The run's manifest after a node with ``offered`` joins, which must equal it where both have a section.
 
     Args:
-        held: the run's sections so far; None before the first node.
+        held: the run's sections so far; None if there are none.
         offered: the node's sections.
+        sealed: whether the manifest is complete, so that nothing is added to it.
 
     Returns:
         A new dictionary of plain JSON values, or ``held`` itself if nothing is added.
 
     Raises:
-        ManifestMismatchError: common sections differ; the error lists every field.
-        CoordinatorError: ``offered`` is not a JSON object or is too large (``InvalidManifest``).
+        ManifestMismatchError: common sections differ, or the node has one that the sealed manifest lacks; the error
+            lists every field.
+        CoordinatorError: ``offered`` is not a JSON object, or it or the result is too large (``InvalidManifest``).
     """
     try:
         text = json.dumps(offered, allow_nan=False)
@@ -111,15 +115,20 @@ def merge(held: dict[str, Any] | None, offered: dict[str, Any]) -> dict[str, Any
     except (TypeError, ValueError, RecursionError) as error:
         raise CoordinatorError(f"the manifest is not JSON: {error}", code="InvalidManifest") from error
     if not isinstance(plain, dict) or len(text) > MAX_MANIFEST_SIZE:
-        raise CoordinatorError(
-            f"a manifest is a JSON object of at most {MAX_MANIFEST_SIZE} characters", code="InvalidManifest"
-        )
-    if held is None:
-        return plain
-    found = [d for name, section in held.items() if name in plain for d in differences(section, plain[name], name)]
+        raise CoordinatorError(_RULE, code="InvalidManifest")
+    fixed = held or {}
+    found = [d for name, section in fixed.items() if name in plain for d in differences(section, plain[name], name)]
+    added = {name: section for name, section in plain.items() if name not in fixed}
+    if sealed:
+        found += [(name, ABSENT, section) for name, section in added.items()]
     if found:
         raise mismatch(found)
-    return {**held, **plain} if plain.keys() - held.keys() else held
+    if held is not None and not added:
+        return held
+    merged = {**fixed, **added}
+    if len(json.dumps(merged)) > MAX_MANIFEST_SIZE:
+        raise CoordinatorError(_RULE, code="InvalidManifest")
+    return merged
 
 
 def differences(run: Any, node: Any, field: str) -> list[tuple[str, object, object]]:

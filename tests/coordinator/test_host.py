@@ -19,6 +19,7 @@ from psyche_lightning.errors import ConfigError, CoordinatorError, ManifestMisma
 from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.committee import round_selection
 from psyche_lightning.protocol.limits import PSYCHE_LIMITS, Limits
+from psyche_lightning.protocol.manifest import ABSENT
 from psyche_lightning.protocol.requests import (
     GetRounds,
     HealthCheck,
@@ -220,6 +221,22 @@ def test_manifest_is_fixed_by_the_first_and_checked_for_the_others() -> None:
         host.handle(key(1), Join("", {"model": {"width": 9}, "data": {"path": "y"}}), 0.0)
     assert caught.value.differences == [("data.path", "x", "y"), ("model.width", 8, 9)]
     assert list(host.membership.members) == [key(0)]
+    again = RunHost.load(json.loads(json.dumps(host.dump())))
+    for each in (host, again):  # the first node sealed it
+        with pytest.raises(ManifestMismatchError) as caught:
+            each.handle(key(1), Join("", {"model": {"width": 8}, "start": {"step": 50}}), 0.0)
+        assert caught.value.differences == [("start", ABSENT, {"step": 50})]
+        each.handle(key(1), Join("", {"model": {"width": 8}}), 0.0)  # what a node does not know is not compared
+        assert each.manifest == {"data": {"path": "x"}, "model": {"width": 8}}
+
+
+def test_values_alone_seal_the_manifest() -> None:
+    host = RunHost("run", CONFIG, seed=1, unset=["total_steps"])
+    host.handle(key(0), Join("", {"run": {"total_steps": 9}}), 0.0)
+    assert (host.manifest, host.sealed) == ({}, True)
+    host.handle(key(1), Join("", {"run": {"total_steps": 9}}), 0.0)
+    with pytest.raises(ManifestMismatchError, match="x: the run has"):
+        host.handle(key(2), Join("", {"run": {"total_steps": 9}, "x": {}}), 0.0)
 
 
 def test_joining_is_idempotent_and_tells_a_new_address() -> None:

@@ -14,7 +14,27 @@ def test_the_first_node_fixes_everything() -> None:
     assert merge(None, offered) == {"model": {"layers": [1, 2]}}
 
 
-def test_later_nodes_must_agree_and_may_add() -> None:
+def test_nothing_is_added_to_a_sealed_manifest() -> None:
+    held = {"model": {"width": 8}}
+    assert merge(held, {"model": {"width": 8}}, sealed=True) is held
+    assert merge(held, {}, sealed=True) is held
+    for section in ({"step": 50}, ABSENT, None):
+        with pytest.raises(ManifestMismatchError) as caught:
+            merge(held, {"model": {"width": 8}, "start": section}, sealed=True)
+        assert caught.value.differences == [("start", ABSENT, section)]
+    with pytest.raises(ManifestMismatchError):
+        merge({}, {"data": {}}, sealed=True)
+
+
+def test_all_sections_together_are_bounded() -> None:
+    held = {"a": "y" * (MAX_MANIFEST_SIZE - 100)}
+    assert merge(held, {"b": "y" * 50}).keys() == {"a", "b"}
+    with pytest.raises(CoordinatorError, match="all sections together") as caught:
+        merge(held, {"b": "y" * 150})
+    assert caught.value.code == "InvalidManifest"
+
+
+def test_the_first_node_must_agree_and_may_add() -> None:
     held = {"model": {"width": 8}}
     assert merge(held, {"model": {"width": 8}}) is held
     assert merge(held, {}) is held

@@ -151,7 +151,7 @@ def test_the_twin_replaces_what_it_names_before_the_overrides(path: Path) -> Non
         ("warmup_steps=50", r"schedule of 50 steps has no steps left"),
         ("min_clients=2", r"init_min_clients is 1; it must be at least min_clients \(2\)"),
         ("global_batch_size_end=3", r"global_batch_size_end is 3"),
-        ("name=" + "x" * 33, r"the run id 'x+' has 33 bytes"),
+        ("name=" + "x" * 33, r"'x+' is no name of a run; it has 1 to 32 letters"),
     ],
 )
 def test_mistakes_are_explained(path: Path, override: str, message: str) -> None:
