@@ -18,6 +18,7 @@ from typing import Any
 
 from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.protocol.limits import check_run_id
 from psyche_lightning.protocol.state import CoordinatorConfig
 
 COORDINATOR_VARIABLE = "PSYCHE_COORDINATOR"
@@ -141,6 +142,8 @@ class RunOptions(NodeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.run is not None:
+            check_run_id(self.run)  # it may come from somebody else, and names the node's folder
         for section, kind in SHARED.items():
             kind(**self.given[section])  # its constructor checks the values
         for name in ("global_batch_size", "total_steps", "tokens_per_sample"):

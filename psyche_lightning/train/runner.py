@@ -30,6 +30,7 @@ from psyche_lightning.logs import speaking
 from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.store import explained, write_all
 from psyche_lightning.plugins import load_plugins
+from psyche_lightning.protocol.limits import check_run_id
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.requests import Terms
 from psyche_lightning.recipe.config import Recipe
@@ -76,6 +77,7 @@ def train_recipe(
     """
     _quiet()
     run = run_id or recipe.name
+    check_run_id(run)  # it may come from somebody else, and names the node's folder
     folder = Path(directory or recipe.node.directory or f"psyche-{run}")
     who = (ALONE_RUN, "-") if coordinator_url is None else (run, short(node_key(folder).public))
     with speaking(*who):

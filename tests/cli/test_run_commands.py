@@ -298,6 +298,16 @@ def test_who_may_join(psyche, coordinator):
     assert "not a node key" in psyche("run", "authorize", "club", "xyz")[1]
 
 
+@pytest.mark.parametrize("name", [".hidden", "a/b", "x" * 33, "[/red]", "ü"])
+def test_a_name_that_is_none_is_refused_by_owner_and_node(psyche, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for command in (["run", "create", name], ["train", "demo", "--twin", "--run", name]):
+        code, text = psyche(*command)
+        assert code == 1
+        assert "is no name of a run; it has 1 to 32 letters" in text
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_kick_needs_a_key(psyche):
     assert psyche("run", "create", "kicking")[0] == 0
     code, text = psyche("run", "kick", "kicking", "everybody")

@@ -26,6 +26,7 @@ Make = Callable[..., Any]
         ({"patience": -1}, r"node\.patience is -1; choose a number of seconds above 0"),
         ({"manifest": {"run": {}}}, r"manifest has the section 'run', whose values are options: overlap, seed,"),
         ({"coordinator": "localhost:8080", "run": "r"}, "'localhost:8080' is not a URL"),
+        ({"coordinator": "http://127.0.0.1:1", "run": "../r"}, r"'\.\./r' is no name of a run; it has 1 to 32 letters"),
     ],
 )
 def test_a_wrong_value_of_an_option(options: dict[str, Any], words: str) -> None:
