@@ -98,7 +98,7 @@ class SolanaRunAdmin:
             return self._do(self._status)
 
         async def look() -> dict[str, Any]:
-            run = SolanaRun.at(self._url, "?")
+            run = SolanaRun.at(self._url, "none")  # any name will do: only the chain is asked
             try:
                 await run.check_chain()
                 found = await run.reader.account(address)

@@ -48,7 +48,7 @@ def test_an_interrupted_creation_is_picked_up(run, config):
         total = sent()
         assert total >= 6  # accounts, configuration, manifest in pieces, its digest, authorization
         for k in range(total):
-            wallet, name = world.wallet(), f"run {k}"
+            wallet, name = world.wallet(), f"run-{k}"
             interrupted = SolanaAdmin(world.access(name, wallet))
             count(interrupted, k)
             with pytest.raises(CoordinatorError, match="interrupted"):

@@ -196,7 +196,7 @@ def test_bad_input_is_explained(run, play, player, reached):
         await owner.revoke(None)
         await refused("NotAuthorized", world.node("closed"), "psyche run authorize closed")
         await owner.authorize(None)
-        with pytest.raises(Exception, match="33 bytes"):
+        with pytest.raises(Exception, match="1 to 32 letters"):
             world.node("x" * 33)
 
         # Accounts of another size, version, run or owner.
