@@ -25,7 +25,7 @@ class Event:
     """A notable event.
 
     Attributes:
-        time: the coordinator's seconds.
+        time: seconds since 1970, or the coordinator's where it has no wall clock.
         kind: ``joined``, ``left``, ``dropped`` or ``ejected`` for a node; ``epoch`` or ``run`` for the whole run.
         text: the event in words.
         epoch: the run's epoch at that time.
@@ -49,7 +49,7 @@ class Metrics:
         epoch: the round's epoch.
         height: the round's height.
         step: the optimizer step that it trained, from 1.
-        time: when it began, in the coordinator's seconds.
+        time: when it began, as in :class:`Event`.
         clients: members at its start.
         batch_size: its samples.
         reports: nodes that reported figures of this step.
@@ -155,16 +155,18 @@ class History:
         events: the newest notable events.
         metrics: figures of the newest training rounds; those of the newest two may still change.
         reports: the latest report of each signer of the epoch.
+        ahead: seconds from the run's time to the date, which may step.
     """
 
     def __init__(self) -> None:
+        self.ahead = 0.0
         self.events: Tail[Event] = Tail(MAX_EVENTS)
         self.metrics: Tail[Metrics] = Tail(MAX_METRICS)
         self.reports: dict[bytes, Report] = {}
 
     def note(self, state: RunState, now: float, kind: str, text: str, signer: bytes = b"") -> None:
         """Add an event."""
-        self.events.add(Event(now, kind, text, state.epoch, state.step, signer.hex()))
+        self.events.add(Event(now + self.ahead, kind, text, state.epoch, state.step, signer.hex()))
 
     def report(self, epoch: int, signer: bytes, report: Report) -> None:
         """Add a witness' figures to those of their step, once, if it is one of the newest two steps.
@@ -192,7 +194,9 @@ class History:
         began = after.phase is Phase.ROUND_TRAIN and before.phase is not Phase.ROUND_TRAIN
         if began and round_ is not None and round_.step:  # a drain round has no figures of its own
             self.metrics.add(
-                Metrics(after.epoch, round_.height, round_.step, now, len(round_.clients), round_.batch_size)
+                Metrics(
+                    after.epoch, round_.height, round_.step, now + self.ahead, len(round_.clients), round_.batch_size
+                )
             )
         for kind, text in _notable(before, after, now):
             self.note(after, now, kind, text)

@@ -1,4 +1,4 @@
-"""Measures how far this machine's clock is from a server's, by the Date header of HTTP answers."""
+"""Clocks: one that never steps, and how far this machine's is from a server's, by the Date header of HTTP answers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ LOOKS = 8
 SPREAD = 0.13
 """Seconds between looks, so that together they see the server's second begin."""
 TIMEOUT = 5.0
+
+
+def steady(
+    wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic
+) -> Callable[[], float]:
+    """Returns a clock that begins with the wall clock's seconds since 1970, and never steps with it."""
+    ahead = wall() - monotonic()
+    return lambda: ahead + monotonic()
 
 
 @dataclass(frozen=True)

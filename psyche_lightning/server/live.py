@@ -44,6 +44,7 @@ class LiveRun:
         host: the run.
         clock: seconds; the run never sees them go back.
         store: where changes are kept; None for a run that ends with its process.
+        wall: seconds since 1970, for the dates of what happens; None for the run's own time.
 
     Attributes:
         host: the run, to read.
@@ -52,11 +53,18 @@ class LiveRun:
         problem: why changes cannot be stored at the moment, for people; None if they can.
     """
 
-    def __init__(self, host: RunHost, clock: Callable[[], float], store: Store | None = None) -> None:
+    def __init__(
+        self,
+        host: RunHost,
+        clock: Callable[[], float],
+        store: Store | None = None,
+        wall: Callable[[], float] | None = None,
+    ) -> None:
         self.host = host
         self.state: RunState = host.state
         self._clock = clock
         self._store = store
+        self._wall = wall
         self._reading: float | None = None
         self._now = 0.0
         self._unsaved = False
@@ -157,6 +165,8 @@ class LiveRun:
         elif self.problem is None:
             self._now += max(0.0, reading - self._reading)
         self._reading = reading
+        if self._wall is not None:
+            self.host.history.ahead = self._wall() - self._now
         return self._now
 
     def _advance(self) -> None:

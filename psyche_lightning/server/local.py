@@ -22,10 +22,10 @@ class LocalCoordinator:
     Args:
         host: the run.
         identity: the node's key.
-        clock: seconds.
+        clock: seconds of a clock that never steps.
     """
 
-    def __init__(self, host: RunHost, identity: Identity, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, host: RunHost, identity: Identity, clock: Callable[[], float] = time.monotonic) -> None:
         self._run = LiveRun.of(host, clock)
         self.signer = identity.public
         self._timekeeper: asyncio.Task[None] | None = None

@@ -22,6 +22,7 @@ from psyche_lightning.protocol.codec import round_to_json
 from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
 from psyche_lightning.protocol.requests import GetRounds
 from psyche_lightning.server.channel import MAX_FRAME_SIZE, NONCE_SIZE, SALT_SIZE, greet, problem
+from psyche_lightning.server.clock import steady
 from psyche_lightning.server.guard import Guard, Handler
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.server.status import run_line, run_status
@@ -52,7 +53,8 @@ class CoordinatorServer:
 
     Args:
         store: where the runs are kept, and the coordinator's key; stored runs continue.
-        clock: seconds since 1970.
+        clock: seconds of a clock that never steps; None for :func:`~psyche_lightning.server.clock.steady`.
+        wall: seconds since 1970, for dates that people see.
         entropy: returns a number of random bytes.
         token: the owner's token, which creating and changing runs needs. ``psyche coordinator`` always has one. With
             None, which is for servers within a program, every caller on the same machine may.
@@ -67,7 +69,8 @@ class CoordinatorServer:
         self,
         store: Store,
         *,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
+        wall: Callable[[], float] = time.time,
         entropy: Callable[[int], bytes] = os.urandom,
         token: str | None = None,
         hosts: Collection[str] = (),
@@ -77,7 +80,8 @@ class CoordinatorServer:
         self.runs: dict[str, LiveRun] = {}
         self._store = store
         self._identity = store.identity()
-        self._clock = clock
+        self._clock = steady(wall) if clock is None else clock
+        self._wall = wall
         self._entropy = entropy
         self._guard = Guard(token, hosts)
         self._grace = grace
@@ -101,7 +105,7 @@ class CoordinatorServer:
             PsycheError: the store cannot be read, or the server cannot listen on the address.
         """
         for run_host in self._store.load():
-            run = self._add(LiveRun(run_host, self._clock, self._store))
+            run = self._add(LiveRun(run_host, self._clock, self._store, self._wall))
             with contextlib.suppress(PsycheError):  # the disk is still full: the run goes on when it is not
                 run.act(lambda host, now: host.restarted(now))
             for member in list(run_host.membership.members):
@@ -231,7 +235,7 @@ class CoordinatorServer:
         if run_id not in self.runs:
             host.begin(self._clock())
             self._store.create(host, body)
-            self._add(LiveRun(host, self._clock, self._store))
+            self._add(LiveRun(host, self._clock, self._store, self._wall))
         elif self._store.created(run_id) != body:  # an identical request may repeat one whose answer was lost
             raise CoordinatorError(
                 f"run {run_id!r} already exists with other values. Choose another name, or look at it with "

@@ -6,12 +6,18 @@ import time
 from collections.abc import Callable
 
 
+def _steady() -> Callable[[], float]:
+    """A clock that begins with the wall clock's seconds since 1970, and never steps with it."""
+    ahead = time.time() - time.monotonic()
+    return lambda: ahead + time.monotonic()
+
+
 class SlotClock:
     """Counts slots of equal length. Each slot has one time, which is constant within the slot.
 
     Args:
         slot_ms: length of a slot in milliseconds.
-        now: returns the wall clock's time in seconds since 1970.
+        now: returns seconds since 1970; None for a clock that begins as the wall clock and never steps with it.
         running: whether slots pass with the wall clock, or only by :meth:`advance`.
         slot: the first slot.
         unix_ms: time of the first slot in milliseconds since 1970; None for the wall clock's time.
@@ -26,14 +32,14 @@ class SlotClock:
         self,
         slot_ms: int = 400,
         *,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] | None = None,
         running: bool = True,
         slot: int = 0,
         unix_ms: int | None = None,
     ) -> None:
         self.slot_ms = slot_ms
         self.running = running
-        self._now = now
+        self._now = _steady() if now is None else now
         self._ahead = 0  # of the wall clock, in milliseconds
         self.begin(slot, self._wall_ms() if unix_ms is None else unix_ms)
 
