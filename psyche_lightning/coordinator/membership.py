@@ -79,6 +79,12 @@ class Membership:
                 "was lost or copied needs a new key.",
                 code="Ejected",
             )
+        if signer in self.revoked:
+            raise CoordinatorError(
+                f"the owner of this run removed the node {signer.hex()}, which may not join again unless the owner "
+                f"takes that back: `psyche run authorize {self._run_id} {signer.hex()}`",
+                code="NotAuthorized",
+            )
         if not self.admits(signer):
             raise CoordinatorError(
                 f"the node {signer.hex()} may not join this run; its owner can allow it: "

@@ -96,12 +96,12 @@ def load_or_create(path: Path) -> tuple[str, bool]:
 def announced(url: str, path: Path) -> Iterator[bool]:
     """Note where the token of the coordinator on ``url`` lies, until the context ends; yields whether that worked."""
     parts = urlsplit(url)
-    note = _notes() / _name(parts.hostname or "", parts.port)
     try:
+        note = _notes() / _name(parts.hostname or "", parts.port)
         note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = note.open("a+b")
-    except OSError as error:
-        logger.warning("cannot write %s: %s. Commands need --token-file %s", note, error.strerror, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        logger.warning("cannot note where the owner's token lies: %s. Commands need --token-file %s", error, path)
         yield False
         return
     with file:
@@ -128,7 +128,7 @@ def find_token(url: str) -> str | None:
     host = parts.hostname or ""
     hosts = ("127.0.0.1", "::1", *_ANY) if is_loopback(host) else ()
     for each in dict.fromkeys((host, *hosts)):
-        with contextlib.suppress(OSError), (_notes() / _name(each, parts.port)).open("r+b") as note:
+        with contextlib.suppress(OSError, RuntimeError), (_notes() / _name(each, parts.port)).open("r+b") as note:
             if not system.claim(note):
                 return read_token(Path(os.fsdecode(note.read())))
     return None

@@ -88,6 +88,20 @@ def test_a_folder_that_takes_no_note_stops_nothing(
     assert find_token("http://127.0.0.1:1") is None
 
 
+def test_a_user_without_a_home_names_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with announced("http://127.0.0.1:1", tmp_path / "owner.token") as found:
+        assert not found
+    assert "--token-file" in caplog.text
+    assert find_token("http://127.0.0.1:1") is None
+
+
 def test_the_notes_folder_is_for_its_user_only(state: Path, tmp_path: Path) -> None:
     with announced("http://[::1]:8080", tmp_path / "owner.token") as found:
         assert found
