@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from torch.utils.data import DataLoader
 
 from psyche_lightning.distro.internals import note_step
@@ -54,6 +55,19 @@ def set_fetched(trainer: Trainer, batches: int) -> None:
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is not None:
         fetcher.fetched = batches
+
+
+def wants_to_stop(trainer: Trainer) -> bool:
+    """Whether Trainer would end its loop now: because of ``should_stop``, or because a Timer (``max_time``) is over.
+
+    Trainer and its Timer look only after a batch, so a wait for a batch must look itself. Whether the minimum of
+    epochs and steps is reached has no public name.
+    """
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined] # set dynamically
+    remaining = [timer.time_remaining() for timer in timers]
+    if any(seconds is not None and seconds <= 0 for seconds in remaining):
+        trainer.should_stop = True
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
 def replace_step(optimizer: torch.optim.Optimizer, step: Callable[..., Any]) -> None:

@@ -78,7 +78,7 @@ class RoundLoader:
         seed: int,
         rounds: Callable[[], Iterator[RoundWork]],
         split: bool = True,
-        decline: Callable[[RoundWork, DataError], None] = _fail,
+        decline: Callable[[RoundWork, DataError], object] = _fail,
         upcoming: Callable[[], tuple[int, int] | None] = lambda: None,
     ) -> None:
         batch_size = check_loader(loader)

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Session:
         global_batch: see :meth:`Entry.global_batch`.
         total_steps: the last step that this node's user wants; None for no limit.
         done: steps done before, in a run of this process alone.
+        stops: returns whether the training loop wants to stop; asked during waits.
 
     Attributes:
         entry: as given.
@@ -95,6 +96,7 @@ class Session:
         global_batch: int,
         total_steps: int | None,
         done: int = 0,
+        stops: Callable[[], bool] = lambda: False,
     ) -> None:
         self.entry = entry
         self.waited = 0.0
@@ -155,7 +157,7 @@ class Session:
                 ledger=ledger,
                 alone=url is None,
             )
-            self._participant = Participant(node, patience=entry.options.patience)
+            self._participant = Participant(node, patience=entry.options.patience, stops=stops)
             self.identity, self.signer = identity.public, coordinator.signer
             self._opened = opened.pop_all()
 
@@ -208,7 +210,10 @@ class Session:
         return self._participant.transfer
 
     def peek(self) -> RoundWork | None:
-        """Wait for this node's next round, without starting it. None when the run is over.
+        """Wait for this node's next round, without starting it.
+
+        Returns:
+            None when the run is over (:attr:`finished`), or when the training loop wants to stop.
 
         Raises:
             UnfinishedError: the run is over, but this node does not hold its last parameters.
@@ -228,7 +233,9 @@ class Session:
                 self.submit(self.work, False)
             with self._waiting():
                 self._next = self._participant.next_round()
-            self._over = self._next is None
+            self._over = self.finished is not None
+            if self._next is None and not self._over:
+                self._stopped()
         return self._next
 
     def take(self) -> RoundWork | None:
@@ -248,7 +255,7 @@ class Session:
         work, state = self._taken
         return after_round(state, work.epoch, work.height, overlap=self.entry.run.overlap)
 
-    def submit(self, work: RoundWork, usable: bool, loss: float = math.nan, samples: int = 0) -> None:
+    def submit(self, work: RoundWork, usable: bool, loss: float = math.nan, samples: int = 0) -> bool:
         """Submit the update of a round, and apply the round's results unless they overlap.
 
         Args:
@@ -256,6 +263,12 @@ class Session:
             usable: whether there are usable gradients.
             loss: mean loss of this node's samples, for display.
             samples: number of this node's samples.
+
+        Returns:
+            False when the training loop wanted to stop before the results were applied: the step must not count.
+
+        Raises:
+            PsycheError: as :meth:`peek`.
         """
         self.work = None
         distro = self._step.distro
@@ -284,17 +297,27 @@ class Session:
             saved_delta.save(self._folder, self.entry.scope, distro)
         state = self.state
         if state is not None and work.step >= state.config.total_steps:
-            self.peek()  # waits until the run is over and all results are applied
-        else:
-            with self._waiting():
-                self._participant.wait_applied(work)
+            return self.peek() is not None or self._over  # waits until the run is over and all results are applied
+        with self._waiting():
+            applied = self._participant.wait_applied(work)
+        if not applied:
+            self._stopped()
+        return applied
 
-    def decline(self, work: RoundWork, error: DataError) -> None:
+    def _stopped(self) -> None:
+        """Note, for the log, what this node was waiting for when its training loop stopped."""
+        self._why = f"its training was told to stop (max_time or should_stop), in {self._participant.waiting()}"
+        logger.warning("stops waiting: %s", self._why)
+
+    def decline(self, work: RoundWork, error: DataError) -> bool:
         """Contribute nothing to a round whose samples are unavailable; its data ids stay open.
 
         Args:
             work: the round.
             error: why.
+
+        Returns:
+            As of :meth:`submit`.
 
         Raises:
             DataError: the error is lasting, or too many rounds in a row failed; the node must leave.
@@ -315,8 +338,9 @@ class Session:
             shown(work.batch),
             error,
         )
-        self.submit(work, False)
+        applied = self.submit(work, False)
         self.lost_rounds = lost
+        return applied
 
     def upcoming(self) -> tuple[int, int] | None:
         """The data ids ``(start, stop)`` of the whole next round, if it is worthwhile to prefetch them; else None.

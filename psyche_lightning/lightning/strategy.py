@@ -30,7 +30,7 @@ from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.device import OneDevice
 from psyche_lightning.lightning.entry import Entry
-from psyche_lightning.lightning.internals import before_transfer, weigh
+from psyche_lightning.lightning.internals import before_transfer, wants_to_stop, weigh
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import sections
 from psyche_lightning.lightning.optimizers import TakenStep
@@ -320,10 +320,12 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         training.carried, training.lost, training.loss = (), None, math.nan
         result = super().optimizer_step(optimizer, ahead, model, **kwargs)
         if training.lost is not None:
-            training.session.decline(share.work, training.lost)
+            applied = training.session.decline(share.work, training.lost)
         else:
             usable = step.called and not math.isnan(training.loss)
-            training.session.submit(share.work, usable, training.loss, share.samples)
+            applied = training.session.submit(share.work, usable, training.loss, share.samples)
+        if not applied:
+            raise StopIteration  # ends Trainer's loop over batches before it counts this step
         return result
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -423,6 +425,7 @@ class _Training:
             global_batch=self.loader.global_batch,
             total_steps=self._last_step,
             done=trainer.global_step,
+            stops=lambda: wants_to_stop(trainer),
         )
 
     @property

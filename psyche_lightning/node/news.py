@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from psyche_lightning.node.notices import Dropped, EpochFormed, EpochUndone, Notice, Paused, PeerLeft
+from psyche_lightning.node.notices import (
+    Dropped,
+    EpochFormed,
+    EpochUndone,
+    Notice,
+    Paused,
+    PeerLeft,
+    TooFewMembers,
+)
+from psyche_lightning.node.waiting import lacks
 from psyche_lightning.protocol.state import Client, ClientStatus, Phase, RunState
 
 
@@ -23,6 +32,9 @@ def news(before: RunState | None, now: RunState, signer: bytes) -> Iterator[Noti
         yield Paused(now.phase is Phase.PAUSED)
     if before is not None and _undone(before, now):
         yield EpochUndone(before.epoch, now.step)
+    if before is not None and (lacking := lacks(now)) > lacks(before):
+        needed = now.config.init_min_clients
+        yield TooFewMembers(now.run_id, needed - lacking, needed, now.config.min_clients)
     formed = now.phase is Phase.WARMUP or now.phase.active
     known = before is not None and before.epoch == now.epoch and (before.phase is Phase.WARMUP or before.phase.active)
     if formed and not known:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import ClassVar
 
+from psyche_lightning.errors import counted
 from psyche_lightning.logs import duration
 from psyche_lightning.protocol.state import ClientStatus
 from psyche_lightning.wire.identity import short
@@ -356,6 +357,32 @@ class EpochUndone(Notice):
 
     def __str__(self) -> str:
         return f"the end of epoch {self.epoch} was not agreed: its rounds are trained again from step {self.step}"
+
+
+@dataclass(frozen=True)
+class TooFewMembers(Notice):
+    """The run fell below the members that it needs to go on.
+
+    Attributes:
+        run_id: its name.
+        left: members that stay from the last epoch.
+        needed: members with which an epoch begins.
+        least: members below which an epoch ends.
+    """
+
+    run_id: str
+    left: int
+    needed: int
+    least: int
+
+    def __str__(self) -> str:
+        settings = f"init_min_clients={self.left}" + (f" min_clients={self.left}" if self.left < self.least else "")
+        return (
+            f"the run has {self.left} of the {counted(self.needed, 'member')} that it needs: it waits for "
+            f"{counted(self.needed - self.left, 'more member')}. Start more nodes; or its owner lets it go on with "
+            f"fewer: psyche run pause {self.run_id}, psyche run update {self.run_id} {settings}, "
+            f"psyche run resume {self.run_id}"
+        )
 
 
 @dataclass(frozen=True)

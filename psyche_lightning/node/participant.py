@@ -12,6 +12,7 @@ import queue
 import struct
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,8 +29,8 @@ from psyche_lightning.protocol.state import RunState
 
 _T = TypeVar("_T")
 START_TIMEOUT = 120.0
-LOOK_EVERY = 5.0
-"""Seconds between checks of the patience."""
+LOOK_EVERY = 0.5
+"""Seconds between checks of the patience, and of whether the training thread wants to stop."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,15 @@ class Participant:
         node: the node's parts; its parameters are only touched on the thread that calls :meth:`next_round` and
             :meth:`wait_applied`.
         patience: longest wait for a round, in seconds; then an error names the missing nodes.
+        stops: returns whether the training thread wants to stop; asked during its waits, on that thread.
     """
 
-    def __init__(self, node: NodeParts, *, patience: float = 24 * 3600.0) -> None:
+    def __init__(
+        self, node: NodeParts, *, patience: float = 24 * 3600.0, stops: Callable[[], bool] = lambda: False
+    ) -> None:
         self.node = node
         self._patience = patience
+        self._stops = stops
         self._inbox: queue.SimpleQueue[TrainerTask] = queue.SimpleQueue()
         self._next: RoundWork | None = None
         self._finished: Finished | None = None
@@ -163,29 +168,37 @@ class Participant:
         """Wait for this node's next batch and apply the results of others meanwhile.
 
         Returns:
-            The work, or None when the run is over and the parameters are its last.
+            The work, or None when the run is over and the parameters are its last (:attr:`finished`), or when
+            ``stops`` says so.
 
         Raises:
             UnfinishedError: the run is over, but this node does not hold its last parameters.
             PsycheError: the coordinator refused this node, or nothing came within the node's patience.
         """
         while self._next is None and not self._over():
-            self._pump()
+            if self._pump() is None:
+                return None
         work, self._next = self._next, None
         if work is not None:
             self._started_at = {work.step: time.monotonic()}
         return work
 
-    def wait_applied(self, work: RoundWork) -> None:
+    def wait_applied(self, work: RoundWork) -> bool:
         """Wait until a round's results are applied; returns at once if results overlap training.
+
+        Returns:
+            False when ``stops`` said so first.
 
         Raises:
             PsycheError: as :meth:`next_round`.
         """
         while not self.node.settings.overlap and self._next is None and not self._over():
             task = self._pump()
+            if task is None:
+                return False
             if isinstance(task, Apply) and (task.epoch, task.height) >= (work.epoch, work.height):
-                return
+                break
+        return True
 
     def submit(
         self,
@@ -247,8 +260,8 @@ class Participant:
     def _handle(self, event: Event) -> None:
         self._loop.call_soon_threadsafe(self._runtime.handle, event)
 
-    def _pump(self) -> TrainerTask:
-        """Do one task from the loop; waits with reminders and a time limit."""
+    def _pump(self) -> TrainerTask | None:
+        """Do one task from the loop; waits with reminders and a time limit. None when the thread wants to stop."""
         began = time.monotonic()
         self._runtime.wait.rest(began)
         while True:
@@ -256,6 +269,9 @@ class Participant:
                 task = self._inbox.get(timeout=min(LOOK_EVERY, self._patience))
                 break
             except queue.Empty:
+                if self._stops():
+                    self._runtime.wait.resume(time.monotonic())
+                    return None
                 waited = time.monotonic() - began
                 if waited > self._patience:
                     raise PsycheError(

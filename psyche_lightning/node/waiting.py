@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
+from psyche_lightning.errors import counted
 from psyche_lightning.logs import REMINDERS, next_reminder
 from psyche_lightning.node.agreement import EpochLog
-from psyche_lightning.protocol.state import Phase, RunState
+from psyche_lightning.protocol.state import ClientStatus, Phase, RunState
 from psyche_lightning.wire.identity import short
 
 FIRST = 2.0
@@ -64,6 +65,14 @@ class Wait:
         return waited
 
 
+def lacks(state: RunState) -> int:
+    """How many members a run needs, besides those that stay from its last epoch, for the next one; 0 if unknown."""
+    staying = sum(client.status is ClientStatus.HEALTHY for client in state.clients)
+    if state.phase is not Phase.WAITING_FOR_MEMBERS or state.gathered_at is not None or not staying:
+        return 0
+    return max(0, state.config.init_min_clients - staying)
+
+
 def describe(state: RunState | None, log: EpochLog | None, next_apply: int | None, delay: int, node: bytes) -> str:
     """Say what the node waits for.
 
@@ -77,7 +86,10 @@ def describe(state: RunState | None, log: EpochLog | None, next_apply: int | Non
     if state is None:
         return "waiting for the coordinator's state"
     if state.phase is Phase.WAITING_FOR_MEMBERS:
-        return f"epoch {state.epoch}: waiting for {state.config.init_min_clients} members"
+        needed, lacking = state.config.init_min_clients, lacks(state)
+        if not lacking:
+            return f"epoch {state.epoch}: waiting for {needed} members"
+        return f"epoch {state.epoch}: waits for {counted(lacking, 'more member')} (has {needed - lacking} of {needed})"
     if state.phase is Phase.PAUSED:
         return "the run is paused; waiting for `psyche run resume`"
     if state.phase is Phase.WARMUP:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric import Fabric
-from lightning.pytorch import Callback, LightningModule, Trainer
+from support.fit import Fit, StopAt, until
 
 from psyche_lightning import PsycheStrategy
 from psyche_lightning.errors import ConfigError, CoordinatorError, PsycheError, UnfinishedError
@@ -18,50 +16,6 @@ from psyche_lightning.lightning.fabric import PsycheFabricStrategy
 from psyche_lightning.server.admin import CoordinatorAdmin
 
 Make = Callable[..., Any]
-PATIENCE = 120.0
-
-
-class Fit:
-    """A fit in a thread of its own.
-
-    Attributes:
-        trainer: fits.
-        module: is trained.
-        error: with which it ended.
-    """
-
-    def __init__(self, trainer: Any, module: Any, loader: Any) -> None:
-        self.trainer, self.module = trainer, module
-        self.error: BaseException | None = None
-        self._before = [parameter.detach().clone() for parameter in module.parameters()]
-        self._loader = loader
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.trainer.fit(self.module, self._loader)
-        except BaseException as error:
-            self.error = error
-
-    def wait(self) -> BaseException | None:
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive()
-        return self.error
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing was trained and nothing counted."""
-        now = list(self.module.parameters())
-        same = all(before.equal(parameter) for before, parameter in zip(self._before, now, strict=True))
-        return same and self.trainer.global_step == 0 and self.trainer.state.status == "interrupted"
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_run_that_ends_without_parameters_fails_on_every_node(
@@ -94,20 +48,6 @@ def test_a_run_that_its_owner_removes_fails_on_every_node(
     assert isinstance(fit.wait(), PsycheError)
     assert run in str(fit.error)
     assert fit.untouched
-
-
-class StopAt(Callback):
-    """Stops the first fit at a step, as EarlyStopping does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self.seen: list[int] = []
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.seen.append(trainer.global_step)
-        trainer.should_stop = trainer.global_step == self.step
 
 
 def test_a_finished_run_is_refused_at_once(classifier: Make, loader: Make, trainer: Make, create_run: Make) -> None:

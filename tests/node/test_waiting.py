@@ -10,9 +10,11 @@ from support.core import KEYS, Scene, parameters
 
 from psyche_lightning.node.agreement import EpochLog
 from psyche_lightning.node.events import Train
+from psyche_lightning.node.news import news
+from psyche_lightning.node.notices import TooFewMembers
 from psyche_lightning.node.waiting import describe
 from psyche_lightning.protocol.requests import WarmupWitness
-from psyche_lightning.protocol.state import RunState
+from psyche_lightning.protocol.state import Client, ClientStatus, CoordinatorConfig, Phase, RunState
 from psyche_lightning.wire.identity import short
 
 
@@ -139,3 +141,22 @@ def test_without_a_state_or_a_log_the_coordinator_is_waited_for() -> None:
 def test_a_warm_up_in_which_all_have_reported_waits_for_nobody() -> None:
     state = replace(warm().state, clients=())
     assert describe(state, None, None, 1, KEYS[0]) == "epoch 0: waiting for nobody to hold the parameters"
+
+
+def test_a_run_lacks_members_only_where_they_are_known_to_have_left() -> None:
+    stay, gone = Client(b"a" * 32, b"a" * 32), Client(b"b" * 32, b"b" * 32, status=ClientStatus.WITHDRAWN)
+    config = CoordinatorConfig(init_min_clients=3, min_clients=2)
+    full = RunState("r", Phase.COOLDOWN, config=config, clients=(stay, replace(stay, signer=b"c" * 32)))
+    few = replace(full, phase=Phase.WAITING_FOR_MEMBERS, clients=(stay, gone))
+    (notice,) = news(full, few, stay.signer)
+    assert notice == TooFewMembers("r", 1, 3, 2)
+    assert "it waits for 2 more members" in str(notice)
+    assert "update r init_min_clients=1 min_clients=1" in str(notice)
+    assert describe(few, None, None, 1, stay.node) == "epoch 0: waits for 2 more members (has 1 of 3)"
+    assert not list(news(few, few, stay.signer)), "it is said once"
+    gathered = replace(few, gathered_at=1.0)
+    assert not list(news(full, gathered, stay.signer)), "newcomers are enough"
+    paused = replace(few, phase=Phase.PAUSED, clients=(gone, gone))
+    resumed = replace(paused, phase=Phase.WAITING_FOR_MEMBERS)
+    assert not [each for each in news(paused, resumed, stay.signer) if isinstance(each, TooFewMembers)]
+    assert describe(resumed, None, None, 1, stay.node) == "epoch 0: waiting for 3 members"
