@@ -44,9 +44,10 @@ def _owner(url: str, run_id: str, token: str | None) -> RunAdmin:
 
 def http(url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
     """A coordinator that ``psyche coordinator`` runs, here or elsewhere."""
+    from psyche_lightning.protocol.link import JoinLink
     from psyche_lightning.server.client import HttpCoordinator
 
-    return build(f"coordinator {url!r}", partial(HttpCoordinator, url, run_id, identity), options)
+    return build(f"coordinator {JoinLink.parse(url).url!r}", partial(HttpCoordinator, url, run_id, identity), options)
 
 
 def _clock(url: str) -> ClockReading:

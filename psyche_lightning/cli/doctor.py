@@ -24,6 +24,7 @@ from psyche_lightning.cli.console import stdout
 from psyche_lightning.doctor.finding import Finding, Verdict
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
 from psyche_lightning.logs import redirections
+from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.server.admin import URL_VARIABLE
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def doctor(
     if listen:
         asyncio.run(_listen(_transport(settings)))
         return
+    link = JoinLink.parse(coordinator or "")
+    coordinator, run = link.url or None, run or link.run or None
     if run and not coordinator:
         raise ConfigError(f"--run {run} needs its coordinator: also give --coordinator URL, or set {URL_VARIABLE}")
     for name, value in (("--nodes", nodes), ("--upload", upload), ("--download", download), ("--latency", latency)):

@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -15,8 +16,10 @@ from psyche_lightning.cli.console import say, stdout
 from psyche_lightning.cli.ledger import ledger
 from psyche_lightning.errors import ConfigError, CoordinatorError, counted
 from psyche_lightning.logs import redirections
+from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.owner import Creation
 from psyche_lightning.server.admin import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
+from psyche_lightning.server.token import is_loopback
 from psyche_lightning.text import plain
 
 if TYPE_CHECKING:
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
 run = typer.Typer(no_args_is_help=True, help="Create, inspect, change and close the runs of a coordinator.")
 
 Url = Annotated[
-    str | None, typer.Option("--coordinator", envvar=URL_VARIABLE, metavar="URL", help="The coordinator's URL.")
+    str | None,
+    typer.Option("--coordinator", envvar=URL_VARIABLE, metavar="URL", help="The coordinator's URL, or a join link."),
 ]
 TokenFile = Annotated[
     Path | None,
@@ -65,24 +69,61 @@ def create(
     invited: Annotated[
         bool, typer.Option("--invited", help="Only nodes named with `psyche run authorize` may join.")
     ] = False,
+    anybody: Annotated[
+        bool, typer.Option("--open", help="Whoever reaches the coordinator may join, without the link.")
+    ] = False,
 ) -> None:
-    """Create a run. Without a recipe, the first node that joins decides what the run trains."""
+    """Create a run, and print the link with which nodes join it.
+
+    Without a recipe, the first node that joins decides what the run trains.
+    """
     from psyche_lightning.cli.owner import administer
 
+    if invited and anybody:
+        raise ConfigError("--open lets everybody in, --invited only nodes that you name; give one of them")
     admin = administer(coordinator, run_id, token_file)
-    status = admin.create(wanted(run_id, arguments or [], twin, everybody=not invited))
+    by_link = not (invited or anybody)
+    status = admin.create(wanted(run_id, arguments or [], twin, everybody=not invited, by_link=by_link))
     if paused and status["phase"] not in ("paused", "uninitialized"):
         status = admin.pause()
     elif not paused and status["phase"] in ("paused", "uninitialized"):
         status = admin.start()
-    config, url = status["config"], coordinator or os.environ[URL_VARIABLE]
+    config, url = status["config"], JoinLink.parse(coordinator or os.environ[URL_VARIABLE]).url
     steps = (
         "steps until its nodes' max_steps" if config["total_steps"] is None else counted(config["total_steps"], "step")
     )
     say(f"created run {run_id} on {url}: {steps}, begins with {counted(config['init_min_clients'], 'node')}")
     if paused:
         say(f"it is not open yet: psyche run start {run_id}")
-    say(f"on each node: PSYCHE_COORDINATOR={url} PSYCHE_RUN={run_id}")
+    _tell_how_to_join(JoinLink.parse(admin.link()), run_id, anybody)
+
+
+def _tell_how_to_join(link: JoinLink, run_id: str, anybody: bool) -> None:
+    """Say what a node needs, and what the owner should know about it."""
+    if not link.key:  # a chain's own rules decide who joins
+        say(f"on each node: PSYCHE_COORDINATOR={link.url} PSYCHE_RUN={run_id}")
+        return
+    if link.secret:
+        say(
+            "only nodes with the join link below may join; so may those of your user on the coordinator's machine. "
+            f"Send it to nobody else: whoever has it can join. `psyche run link {run_id}` prints it again."
+        )
+    elif anybody:
+        say(
+            f"the run is open: whoever reaches {link.url} can join, get the parameters and train with results of its "
+            "own. What the other nodes bear is in docs/trust.md."
+        )
+    say(f"on each node: PSYCHE_COORDINATOR='{link}'")
+    if is_loopback(urlsplit(link.url).hostname or ""):
+        say(f"for nodes on other machines, put an address that they reach in place of {urlsplit(link.url).netloc}")
+
+
+@run.command()
+def link(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) -> None:
+    """Print a run's join link, which nodes take as their coordinator."""
+    from psyche_lightning.cli.owner import administer
+
+    say(administer(coordinator, run_id, token_file).link())
 
 
 @run.command()
@@ -266,13 +307,13 @@ def resume(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None)
 run.command()(ledger)
 
 
-def wanted(run_id: str, arguments: list[str], twin: bool, *, everybody: bool = True) -> Creation:
+def wanted(run_id: str, arguments: list[str], twin: bool, *, everybody: bool = True, by_link: bool = False) -> Creation:
     """Returns the run that the arguments of ``create`` and ``update`` describe."""
     recipe, overrides = _split(arguments)
     if recipe is None and twin:
         raise ConfigError("--twin is an option of a recipe; also name the recipe")
     values = _bare(run_id, overrides) if recipe is None else _from_recipe(recipe, overrides, twin)
-    return Creation(**values, everybody=everybody)
+    return Creation(**values, everybody=everybody, by_link=by_link)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -18,11 +18,16 @@ def train(
     coordinator: Annotated[
         str | None,
         typer.Option(
-            envvar="PSYCHE_COORDINATOR", metavar="URL", help="Join this coordinator; without it, train alone."
+            envvar="PSYCHE_COORDINATOR",
+            metavar="LINK",
+            help="Join this run: its join link, or its coordinator's URL. Without it, train alone.",
         ),
     ] = None,
     run: Annotated[
-        str | None, typer.Option(envvar="PSYCHE_RUN", metavar="RUN", help="The run's name; by default the recipe's.")
+        str | None,
+        typer.Option(
+            envvar="PSYCHE_RUN", metavar="RUN", help="The run's name; by default the link's, or the recipe's."
+        ),
     ] = None,
     twin: Annotated[bool, typer.Option("--twin", help="Train the recipe's CPU-sized twin.")] = False,
     dry_run: Annotated[
@@ -36,6 +41,9 @@ def train(
 
         print_dry_run(resolved)
         return
+    from psyche_lightning.protocol.link import JoinLink
     from psyche_lightning.train.runner import train_recipe
 
-    train_recipe(resolved, coordinator_url=coordinator, run_id=run or resolved.name)
+    train_recipe(
+        resolved, coordinator_url=coordinator, run_id=run or JoinLink.parse(coordinator or "").run or resolved.name
+    )

@@ -11,7 +11,7 @@ from psyche_lightning.errors import ConfigError, nearest
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig
 
-KEYS = ("run_id", "config", "manifest", "seed", "max_seq_len", "everybody")
+KEYS = ("run_id", "config", "manifest", "seed", "max_seq_len", "everybody", "by_link")
 SETTINGS = {field.name: field.type for field in fields(CoordinatorConfig)}
 
 
@@ -23,7 +23,8 @@ def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHos
 
     Args:
         body: ``run_id``, and optionally ``config`` (fields of :class:`CoordinatorConfig`), ``manifest``, ``seed``,
-            ``max_seq_len`` and ``everybody`` (false: only nodes whose keys the owner authorizes may join).
+            ``max_seq_len``, ``everybody`` (false: only nodes whose keys the owner authorizes may join) and ``by_link``
+            (true: only nodes that have the run's join link, or whose keys the owner authorizes).
         entropy: returns a number of random bytes, for the run's incarnation, and for its seed if the request has none.
 
     Raises:
@@ -43,9 +44,10 @@ def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHos
     for name, value in (("seed", seed), ("max_seq_len", max_seq_len)):
         if type(value) is not int:
             raise ConfigError(f"{name} is {value!r}; expected a whole number")
-    everybody = body.get("everybody", True)
-    if type(everybody) is not bool:
-        raise ConfigError(f"everybody is {everybody!r}; expected true or false")
+    everybody, by_link = body.get("everybody", True), body.get("by_link", False)
+    for name, value in (("everybody", everybody), ("by_link", by_link)):
+        if type(value) is not bool:
+            raise ConfigError(f"{name} is {value!r}; expected true or false")
     values = check_settings(config)
     if "global_batch_size_start" in values:
         values.setdefault("global_batch_size_end", values["global_batch_size_start"])
@@ -62,6 +64,7 @@ def create_host(body: dict[str, Any], entropy: Callable[[int], bytes]) -> RunHos
         unset=unset,
         incarnation=entropy(INCARNATION_SIZE),
     )
+    host.membership.by_link = by_link
     if not everybody:
         host.membership.forbid(None)
     if manifest and START in manifest:

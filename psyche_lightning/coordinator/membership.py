@@ -24,12 +24,15 @@ class Membership:
         members: everyone who joined and has not left, by signer.
         ejected: node keys that may never join again.
         revoked: node keys that the owner took out by name; they stay out even if everyone may join.
+        by_link: whether a node that joins needs the run's join link, unless its key was allowed.
     """
 
     def __init__(self, run_id: str, room: int) -> None:
         self.members: dict[bytes, Client] = {}
         self.ejected: set[bytes] = set()
         self.revoked: set[bytes] = set()
+        self.by_link = False
+        self._without_link: set[bytes] = set()
         self._run_id = run_id
         self._room = room
         self._allowed: set[bytes] | None = None  # everyone while None
@@ -40,26 +43,52 @@ class Membership:
         return None if self._allowed is None else sorted(self._allowed)
 
     def allow(self, node: bytes | None) -> None:
-        """Let a node with this key join, or everyone whose key was not revoked."""
+        """Let a node with this key join, or everyone whose key was not revoked; they need no link."""
         if node is None:
-            self._allowed = None
+            self._allowed, self.by_link = None, False
             return
         self.revoked.discard(node)
+        self._without_link.add(node)
         if self._allowed is not None:
             self._allowed.add(node)
 
     def forbid(self, node: bytes | None) -> None:
-        """Forbid a node with this key to be a member, or everyone who is neither a member now nor allowed by key."""
+        """Forbid a node with this key to be a member, or everyone who is neither a member now nor allowed by key.
+
+        Without everyone, the link lets nobody in.
+        """
         if node is not None:
             self.revoked.add(node)
+            self._without_link.discard(node)
             if self._allowed is not None:
                 self._allowed.discard(node)
         elif self._allowed is None:
-            self._allowed = {member.node for member in self.members.values()} - self.revoked
+            members = {member.node for member in self.members.values()}
+            self._allowed, self.by_link = (members | self._without_link) - self.revoked, False
 
     def admits(self, node: bytes) -> bool:
         """Whether a node with this key may be a member."""
         return not (node in self.ejected or node in self.revoked) and (self._allowed is None or node in self._allowed)
+
+    def check_link(self, signer: bytes, *, shown: bool, tried: bool) -> None:
+        """Check that a node has the run's join link, if it needs it.
+
+        Args:
+            signer: the node.
+            shown: whether it proved that it has the link.
+            tried: whether it tried to.
+
+        Raises:
+            CoordinatorError: ``NotInvited``.
+        """
+        if self.by_link and not shown and signer not in self._without_link:
+            what = "this node's join link is of another run, or of a former one" if tried else "this node has none"
+            raise CoordinatorError(
+                f"run {self._run_id!r} takes the nodes that have its join link, and {what}. Its owner prints it with "
+                f"`psyche run link {self._run_id}`; give it to the node as its coordinator (--coordinator LINK or "
+                "PSYCHE_COORDINATOR).",
+                code="NotInvited",
+            )
 
     def check(self, signer: bytes, address: str) -> None:
         """Check that a node may become, or stay, a member.
@@ -103,6 +132,8 @@ class Membership:
         return {
             "ejected": sorted(key.hex() for key in self.ejected),
             "revoked": sorted(key.hex() for key in self.revoked),
+            "by_link": self.by_link,
+            "without_link": sorted(key.hex() for key in self._without_link),
             "allowed": None if self._allowed is None else sorted(key.hex() for key in self._allowed),
             "members": [to_json(member) for member in self.members.values()],
         }
@@ -112,5 +143,7 @@ class Membership:
         self.members = {member.signer: member for member in (from_json(Client, m) for m in data["members"])}
         self.ejected = {bytes.fromhex(key) for key in data.get("ejected", [])}
         self.revoked = {bytes.fromhex(key) for key in data.get("revoked", [])}
+        self.by_link = data["by_link"] is True
+        self._without_link = {bytes.fromhex(key) for key in data["without_link"]}
         allowed = data.get("allowed")
         self._allowed = None if allowed is None else {bytes.fromhex(key) for key in allowed}

@@ -19,6 +19,7 @@ class Creation:
         max_seq_len: tokens of a sample.
         recipe: the :class:`~psyche_lightning.recipe.config.Recipe` of the run, if there is one.
         everybody: whether every node may join; if not, ``authorize`` names those that may.
+        by_link: whether nodes need the run's join link, where the kind of coordinator has such links.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -27,6 +28,7 @@ class Creation:
     max_seq_len: int = 1
     recipe: Any = None
     everybody: bool = True
+    by_link: bool = False
 
 
 class RunAdmin(Protocol):
@@ -74,6 +76,10 @@ class RunAdmin(Protocol):
 
     def kick(self, node: str) -> str:
         """Remove a node at once, also from the epoch, and revoke it; returns in words what that means."""
+        ...
+
+    def link(self) -> str:
+        """Returns what a node gives as its coordinator to join the run: a link, or the coordinator's URL."""
         ...
 
     def points(self) -> list[dict[str, Any]]:

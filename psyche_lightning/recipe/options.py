@@ -19,6 +19,7 @@ from typing import Any
 from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.protocol.limits import check_run_id
+from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.state import CoordinatorConfig
 
 COORDINATOR_VARIABLE = "PSYCHE_COORDINATOR"
@@ -96,8 +97,8 @@ class RunOptions(NodeOptions):
     """How this process takes part in a run. If a shared value is None, the run's value or the default counts.
 
     Attributes:
-        coordinator: URL of the coordinator; without it, the process is alone in its own run.
-        run: the run's name; given together with ``coordinator``, or not at all.
+        coordinator: the run's join link, or the coordinator's URL; without it, the process is alone in its own run.
+        run: the run's name; given together with ``coordinator``, unless that is a join link, or not at all.
         overlap: see :class:`RunValues`, as for the next three.
         seed: see there.
         digest_every: see there.
@@ -120,7 +121,7 @@ class RunOptions(NodeOptions):
         ConfigError: a value has a wrong type or is out of range.
     """
 
-    coordinator: str | None = None
+    coordinator: str | None = field(default=None, repr=False)  # a join link has a secret
     run: str | None = None
     overlap: bool | None = None
     seed: int | None = None
@@ -169,18 +170,18 @@ class RunOptions(NodeOptions):
         """
         coordinator = self.coordinator or environment.get(COORDINATOR_VARIABLE) or None
         run = self.run or environment.get(RUN_VARIABLE) or None
+        link = JoinLink.parse(coordinator or "")
+        run = run or link.run or None
         if (coordinator is None) != (run is None):
             known, missing, variable = (
                 (f"the run {run!r}", "its coordinator's URL", COORDINATOR_VARIABLE)
                 if coordinator is None
-                else (f"the coordinator {coordinator!r}", "the run's name", RUN_VARIABLE)
+                else (f"the coordinator {link.url!r}", "the run's name", RUN_VARIABLE)
             )
             raise ConfigError(
                 f"The strategy 'psyche' knows {known} but not {missing}: set {variable}, or neither of "
                 f"{COORDINATOR_VARIABLE} and {RUN_VARIABLE} to train alone."
             )
         if coordinator is not None and not re.match(r"[a-z][a-z0-9_.-]*:(?!\d+$)", coordinator):
-            raise ConfigError(
-                f"The coordinator {coordinator!r} is not a URL; expected one such as http://127.0.0.1:8080."
-            )
+            raise ConfigError(f"The coordinator {link.url!r} is not a URL; expected one such as http://127.0.0.1:8080.")
         return replace(self, coordinator=coordinator, run=run)

@@ -14,6 +14,7 @@ from urllib.parse import quote, urlsplit
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 
 from psyche_lightning.errors import ConfigError, CoordinatorError
+from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.owner import Creation
 from psyche_lightning.server.channel import coordinator_error
 from psyche_lightning.server.token import check_token, find_token, is_loopback, read_token
@@ -26,11 +27,12 @@ MAX_ANSWER_SIZE = 64 * 1024 * 1024
 
 
 def check_url(url: str) -> str:
-    """Returns the URL without a slash at its end.
+    """Returns the URL without a slash at its end; of a join link, only the URL.
 
     Raises:
         ConfigError: it is not an http or https URL.
     """
+    url = JoinLink.parse(url).url
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -76,6 +78,7 @@ class CoordinatorAdmin:
         seed: int | None = None,
         max_seq_len: int = 1,
         everybody: bool = True,
+        by_link: bool = False,
     ) -> dict[str, Any]:
         """Create a run and return its status. An identical second request changes nothing.
 
@@ -86,6 +89,7 @@ class CoordinatorAdmin:
             seed: decides all committees and assignments; None for a random one.
             max_seq_len: tokens of a sample.
             everybody: whether every node may join; if not, only those that the owner authorizes.
+            by_link: whether nodes need the run's join link, unless the owner authorizes them.
 
         Raises:
             CoordinatorError: the request is refused, or the server cannot be reached.
@@ -93,8 +97,17 @@ class CoordinatorAdmin:
         body = {
             "run_id": run_id, "config": config or {}, "manifest": manifest, "seed": seed, "max_seq_len": max_seq_len,
             "everybody": everybody,
+            "by_link": by_link,
         }  # fmt: skip
         return self._ask("POST", "/v1/runs", body)
+
+    def link(self, run_id: str) -> JoinLink:
+        """The run's join link, with the URL of this client."""
+        found = self.command(run_id, "link")
+        try:
+            return JoinLink(self.url, run_id, bytes.fromhex(found["key"]), bytes.fromhex(found["secret"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CoordinatorError(f"{self.url} gave no join link: {error}", code="Unreachable") from error
 
     def status(self, run_id: str) -> dict[str, Any]:
         """The answer of ``GET /v1/runs/RUN``: the run's status for people and programs."""
@@ -204,6 +217,7 @@ class ServerRun:
             seed=wanted.seed,
             max_seq_len=wanted.max_seq_len,
             everybody=wanted.everybody,
+            by_link=wanted.by_link,
         )
 
     def update(self, wanted: Creation) -> dict[str, Any]:
@@ -258,6 +272,10 @@ class ServerRun:
         if len(found) > 1:
             raise ConfigError(f"{node} begins the keys of several nodes; give more of one: {', '.join(found)}")
         return found[0] if found else node
+
+    def link(self) -> str:
+        """The run's join link."""
+        return str(self._admin.link(self._run))
 
     def points(self) -> list[dict[str, Any]]:
         """Points of each node: the samples of each epoch, in equal parts to the nodes that were healthy at its end."""

@@ -10,11 +10,12 @@ The server speaks first. Its frames are text: JSON lists that start with a word.
 - ``["ok", number, result]`` or ``["error", number, {"error", "code", "retryable", ...}]``: the answer to a request.
   Number 0 concerns the connection itself, which the server then closes.
 
-The node's frames are binary. The first one proves the node's key: it holds the public key, then the signature of the
-challenge. Each further frame is a request: a signature, then the canonical msgpack of ``[number, name, values]``. The
-signature covers purpose, run id, challenge and that msgpack, and numbers increase within a connection. So a recorded
-request is refused on the same connection because its number was used, and on every other one because the challenge
-differs. A connection that never proves a key can only watch.
+The node's frames are binary. The first one proves the node's key: it holds the public key, the signature of the
+challenge and, if the node has a join link or the owner's token, the proof of it
+(:func:`~psyche_lightning.protocol.link.join_proof`). Each further frame is a request: a signature, then the canonical
+msgpack of ``[number, name, values]``. The signature covers purpose, run id, challenge and that msgpack, and numbers
+increase within a connection. So a recorded request is refused on the same connection because its number was used, and
+on every other one because the challenge differs. A connection that never proves a key can only watch.
 
 The node computes the challenge itself, so everything that it signs names this coordinator and this incarnation of the
 run. A server that passes on another one's challenge as its own gets no signature: its key does not give that challenge.
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from psyche_lightning.errors import CoordinatorError, ManifestMismatchError, PsycheError, WireError
+from psyche_lightning.protocol.link import PROOF_SIZE, join_proof
 from psyche_lightning.protocol.state import INCARNATION_SIZE, scope_of
 from psyche_lightning.text import plain
 from psyche_lightning.wire.canonical import pack, sha256, unpack
@@ -119,25 +121,31 @@ class Frame:
     values: Any
 
 
-def seal_hello(identity: Identity, run_id: str, challenge: bytes) -> bytes:
-    """The node's first frame: its 32-byte public key and its 64-byte signature of the challenge."""
-    return identity.public + identity.sign(HELLO, run_id, challenge)
+def seal_hello(identity: Identity, run_id: str, challenge: bytes, secret: bytes = b"") -> bytes:
+    """The node's first frame: its 32-byte public key, its 64-byte signature of the challenge, the proof of a secret."""
+    proof = join_proof(secret, challenge, identity.public) if secret else b""
+    return identity.public + identity.sign(HELLO, run_id, challenge) + proof
 
 
-def open_hello(frame: bytes, run_id: str, challenge: bytes) -> bytes:
-    """Verify a first frame; returns the node's public key.
+def open_hello(frame: bytes, run_id: str, challenge: bytes) -> tuple[bytes, bytes]:
+    """Verify a first frame.
+
+    Returns:
+        The node's public key, and its proof of a secret, not yet compared; empty if it has none.
 
     Raises:
         WireError: it has another size, or its signature is wrong.
     """
-    if len(frame) != KEY_SIZE + SIGNATURE_SIZE:
+    head = KEY_SIZE + SIGNATURE_SIZE
+    if len(frame) not in (head, head + PROOF_SIZE):
         raise WireError(
-            f"the first frame has {len(frame)} bytes; expected a key of {KEY_SIZE} and a signature of {SIGNATURE_SIZE}"
+            f"the first frame has {len(frame)} bytes; expected a key of {KEY_SIZE}, a signature of {SIGNATURE_SIZE} "
+            f"and perhaps a proof of {PROOF_SIZE}"
         )
-    public, signature = frame[:KEY_SIZE], frame[KEY_SIZE:]
+    public, signature, proof = frame[:KEY_SIZE], frame[KEY_SIZE:head], frame[head:]
     if not verify(public, HELLO, run_id, challenge, signature):
         raise WireError(f"wrong signature on the hello of {short(public)} for run {run_id!r}")
-    return public
+    return public, proof
 
 
 def seal_frame(identity: Identity, run_id: str, challenge: bytes, number: int, name: str, values: list[Any]) -> bytes:

@@ -18,9 +18,10 @@ import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_after_delay
 from tenacity.wait import wait_exponential, wait_random
 
-from psyche_lightning.errors import CoordinatorError, WireError, cause
+from psyche_lightning.errors import ConfigError, CoordinatorError, WireError, cause
 from psyche_lightning.logs import Outage
 from psyche_lightning.protocol.codec import patch, state_from_json
+from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.requests import Answer, Request, encode
 from psyche_lightning.protocol.state import RunState
 from psyche_lightning.server.admin import check_url
@@ -36,6 +37,7 @@ from psyche_lightning.server.channel import (
     seal_frame,
     seal_hello,
 )
+from psyche_lightning.server.token import own_token
 from psyche_lightning.wire.identity import Identity, short
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,8 @@ class HttpCoordinator:
     It connects at the first call. If the link breaks, unanswered requests are sent again on the next one.
 
     Args:
-        url: URL of the server, such as ``http://127.0.0.1:8080``.
+        url: the run's join link, or the URL of the server, such as ``http://127.0.0.1:8080``. A plain URL suffices for
+            open runs, and on the same machine for the user who runs the server.
         run_id: the run.
         identity: the node's key, which signs everything.
         socket_factory: makes the sockets, to count bytes (see ``aiohttp.TCPConnector``).
@@ -86,7 +89,7 @@ class HttpCoordinator:
         entropy: returns a number of random bytes.
 
     Raises:
-        ConfigError: the URL is malformed.
+        ConfigError: the URL is malformed, or the link is of another run.
     """
 
     def __init__(
@@ -102,8 +105,12 @@ class HttpCoordinator:
         clock: Callable[[], float] = time.monotonic,
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
-        self.url = check_url(url)
+        link = JoinLink.parse(url)
+        if link.run not in ("", run_id):
+            raise ConfigError(f"the join link is of the run {link.run!r}, not of {run_id!r}; leave out the run's name")
+        self.url = check_url(link.url)
         self.run_id = run_id
+        self._secret = link.secret
         self.signer = identity.public
         self.status = f"not yet connected to {self.url}"
         self._identity = identity
@@ -116,7 +123,7 @@ class HttpCoordinator:
         self._task: asyncio.Task[None] | None = None
         self._socket: aiohttp.ClientWebSocketResponse[bool] | None = None
         self._entropy = entropy
-        self._coordinator: bytes | None = None
+        self._coordinator = link.key
         self._greeting: Greeting | None = None
         self._number = 0
         self._waiting: list[_Call] = []
@@ -287,7 +294,8 @@ class HttpCoordinator:
                 )
             challenge = self._met(values[1:], nonce)
             self._number = 0
-            await connection.send_bytes(seal_hello(self._identity, self.run_id, challenge))
+            secret = self._secret or own_token(self.url)
+            await connection.send_bytes(seal_hello(self._identity, self.run_id, challenge, secret))
             self._handle(self._frame(await connection.receive(self._connect_timeout)))
         except asyncio.TimeoutError as error:
             await connection.close()
@@ -318,11 +326,12 @@ class HttpCoordinator:
                 "owner.",
                 code="WrongCoordinator",
             ) from error
-        if self._coordinator not in (None, greeting.coordinator):
+        if self._coordinator not in (b"", greeting.coordinator):
+            before = "that of the join link is" if self._greeting is None else "before it was"
             raise CoordinatorError(
-                f"another coordinator answers at {self.url} now: its key is {greeting.coordinator.hex()}, the one "
-                f"before had {self._coordinator.hex()}. Either somebody else has this address, or the coordinator lost "
-                "its folder. Ask the run's owner, and start this node again.",
+                f"another coordinator answers at {self.url}: its key is {greeting.coordinator.hex()}, {before} "
+                f"{self._coordinator.hex()}. Either somebody else has this address, or the coordinator lost its key. "
+                "Ask the run's owner for the join link, and start this node again.",
                 code="WrongCoordinator",
             )
         if self._greeting is not None and self._greeting.incarnation != greeting.incarnation:

@@ -19,6 +19,7 @@ from aiohttp import web
 from psyche_lightning.coordinator.creation import check_settings, create_host
 from psyche_lightning.errors import CoordinatorError, PsycheError
 from psyche_lightning.protocol.codec import round_to_json
+from psyche_lightning.protocol.link import join_secret
 from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
 from psyche_lightning.protocol.requests import GetRounds
 from psyche_lightning.server.channel import MAX_FRAME_SIZE, NONCE_SIZE, SALT_SIZE, greet, problem
@@ -193,6 +194,7 @@ class CoordinatorServer:
                 web.post(run + "/revoke", self._forbid),
                 web.post(run + "/kick", self._kick),
                 web.post(run + "/close", self._close),
+                web.post(run + "/link", self._link),
                 web.get("/v1/manifests/{digest}", self._manifest),
             ]
         )
@@ -317,6 +319,13 @@ class CoordinatorServer:
                 session.end()
         return web.json_response({"closed": run_id})
 
+    async def _link(self, request: web.Request) -> web.Response:
+        """What a join link has besides the URL, which only the owner knows."""
+        run = self._run(request)
+        await self._body(request)
+        secret = join_secret(self._identity, run.state.scope) if run.host.membership.by_link else b""
+        return web.json_response({"key": self.key.hex(), "secret": secret.hex()})
+
     async def _command(self, request: web.Request, action: Callable[[Any, float], None]) -> web.Response:
         run = self._run(request)
         await self._body(request)
@@ -337,7 +346,10 @@ class CoordinatorServer:
         await socket.prepare(request)
         state = run.state
         greeting = greet(self._identity, state.run_id, state.incarnation, self._entropy(SALT_SIZE), nonce)
-        session = Websocket(run, socket, greeting, self._arrived)
+        secrets = (
+            None if self._guard.obeys(request) else [join_secret(self._identity, state.scope), *self._guard.secrets]
+        )
+        session = Websocket(run, socket, greeting, secrets, self._arrived)
         self._sockets.add(socket)
         try:
             await session.serve()

@@ -40,7 +40,8 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         JSON values: the fields of :func:`run_line`, ``incarnation``, ``nonce``, ``config`` (null for what the first
         node will fix), ``pending_pause``, ``problem`` (why changes cannot be stored, null if they can),
         ``checkpoint``, ``manifest_digest``; ``clients`` (of the epoch), ``exited`` and ``pending``, each with key,
-        status and latest figures; ``points``; ``allowed`` (node keys that may join, null for everyone) and ``revoked``
+        status and latest figures; ``points``; ``by_link`` (whether who joins needs the join
+        link), ``allowed`` (node keys that may join, null for everyone) and ``revoked``
         (node keys that may not in any case); ``events`` and ``metrics``, and the number of each.
     """
     host, state = run.host, run.state
@@ -69,6 +70,7 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
             {"node": signer.hex(), "earned": points, "slashed": 0, "claimed": 0}
             for signer, points in host.points.items()
         ],
+        "by_link": host.membership.by_link,
         "allowed": None if host.membership.allowed is None else [key.hex() for key in host.membership.allowed],
         "revoked": sorted(key.hex() for key in host.membership.revoked),
         "event_count": host.history.events.count,

@@ -134,6 +134,15 @@ def find_token(url: str) -> str | None:
     return None
 
 
+def own_token(url: str) -> bytes:
+    """What :func:`find_token` finds, with which a node proves that its user owns the coordinator; else empty."""
+    try:
+        return (find_token(url) or "").encode()
+    except ConfigError as error:
+        logger.warning("%s", error)
+        return b""
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host, as a URL names it, is this machine for itself."""
     if host.rstrip(".").lower() == "localhost":

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from psyche_lightning.errors import CoordinatorError, PsycheError, WireError
 from psyche_lightning.protocol.codec import diff, state_to_json
+from psyche_lightning.protocol.link import join_proof
 from psyche_lightning.protocol.requests import Join, decode
 from psyche_lightning.server.channel import (
     CLOSE_REFUSED,
@@ -32,6 +34,7 @@ class Websocket:
         run: the run.
         socket: the prepared websocket.
         greeting: the challenge that this connection's signatures cover, and the first frame (see ``greet``).
+        secrets: each of them proves that a node is invited; None if it is in any case.
         arrived: called with the connection once its node has proved its key.
 
     Attributes:
@@ -45,6 +48,7 @@ class Websocket:
         run: LiveRun,
         socket: web.WebSocketResponse,
         greeting: tuple[bytes, list[Any]],
+        secrets: Sequence[bytes] | None,
         arrived: Callable[[Websocket], None],
     ) -> None:
         self.run = run
@@ -52,6 +56,8 @@ class Websocket:
         self.reason = "its connection was closed"
         self._socket = socket
         self._challenge, self._greeting = greeting
+        self._secrets = secrets
+        self._proof = b""
         self._arrived = arrived
         self._last = 0
         self._full = True
@@ -126,7 +132,7 @@ class Websocket:
 
     async def _frame(self, frame: bytes) -> None:
         if not self.signer:
-            self.signer = open_hello(frame, self.run.state.run_id, self._challenge)
+            self.signer, self._proof = open_hello(frame, self.run.state.run_id, self._challenge)
             self._member = self.signer in self.run.host.membership.members
             self._arrived(self)
             return
@@ -140,12 +146,20 @@ class Websocket:
             answer = ["error", asked.number, problem(error)]
         await self._send(answer)
 
+    def _invited(self) -> bool:
+        return self._secrets is None or any(
+            hmac.compare_digest(self._proof, join_proof(secret, self._challenge, self.signer))
+            for secret in self._secrets
+        )
+
     def _answer(self, asked: Frame) -> Any:
         if asked.name == SYNC:
             self._full = True
             self._news.wake()
             return None
         request = decode(asked.name, asked.values, self.run.manifests)
+        if isinstance(request, Join):
+            self.run.host.membership.check_link(self.signer, shown=self._invited(), tried=bool(self._proof))
         answer = request.answer_to_json(self.run.handle(self.signer, request))
         if isinstance(request, Join):
             self._member = True

@@ -67,7 +67,8 @@ def status(psyche, run):
 def test_bare_keys_without_a_recipe(psyche, coordinator):
     code, text = psyche("run", "create", "bare", "init_min_clients=2", "run.max_round_train_time=7.5")
     assert code == 0
-    assert f"PSYCHE_COORDINATOR={coordinator} PSYCHE_RUN=bare" in text
+    (link,) = re.findall(rf"on each node: PSYCHE_COORDINATOR='({coordinator}#bare:[\w-]{{43}}:[\w-]{{22}})'", text)
+    assert psyche("run", "link", "bare") == (0, f"{link}\n")
     found = status(psyche, "bare")
     config = found["config"]
     assert (config["init_min_clients"], config["max_round_train_time"]) == (2, 7.5)

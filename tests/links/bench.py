@@ -134,7 +134,7 @@ def train_psyche(name: str, links: list[Link], recipe: str, blocks: int, steps: 
         url = processes.add(Child("coordinator", serve, log, inside=far.inside)).url()
         given = [f"total_steps={starts[-1] + steps + LEFT_OUT}", f"init_min_clients={len(nodes)}", *overrides]
         own = ["--coordinator", url, "--token-file", str(folder / "coordinator" / "owner.token")]
-        create = Child("run", ["run", "create", "links", recipe, *given, *own], log, inside=far.inside)
+        create = Child("run", ["run", "create", "links", recipe, "--open", *given, *own], log, inside=far.inside)
         if processes.add(create).process.wait():
             raise RuntimeError(f"the run could not be created: {create.tail()}")
         folders = [folder / f"node-{number}" for number in range(len(nodes))]

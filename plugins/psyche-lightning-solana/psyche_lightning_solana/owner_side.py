@@ -146,6 +146,10 @@ class SolanaRunAdmin:
             code="Unsupported",
         )
 
+    def link(self) -> str:
+        """The URL: wallets, not links, decide who joins a run on a chain."""
+        return self._url
+
     def points(self) -> list[dict[str, Any]]:
         """Each wallet's earnings."""
         found = self._do(lambda admin: admin.points())

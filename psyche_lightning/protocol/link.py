@@ -1,0 +1,92 @@
+"""Join links: where a run's coordinator is, whose key it has, and the secret that lets a node join.
+
+A link is ``URL#RUN:KEY`` for an open run, and ``URL#RUN:KEY:SECRET`` for one that only holders of the link join; key
+and secret are base64url without padding. No client sends what follows ``#`` to a server.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+from dataclasses import dataclass, field
+
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.wire.identity import KEY_SIZE, Identity
+
+SECRET_SIZE = 16
+PROOF_SIZE = 32
+_SECRET = b"psyche-lightning join secret 1"
+_PROOF = b"psyche-lightning join proof 1"
+
+
+@dataclass(frozen=True)
+class JoinLink:
+    """A join link, or a coordinator's plain URL, which has nothing but itself.
+
+    Attributes:
+        url: the coordinator's URL.
+        run: the run's name; empty in a plain URL.
+        key: the coordinator's public key; empty in a plain URL.
+        secret: 16 bytes; empty for an open run and in a plain URL.
+    """
+
+    url: str
+    run: str = ""
+    key: bytes = b""
+    secret: bytes = field(default=b"", repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> JoinLink:
+        """Read a link or a plain URL; the URL itself is not checked.
+
+        Raises:
+            ConfigError: what follows ``#`` is not that of a link. The text shows nothing of it.
+        """
+        url, mark, rest = text.partition("#")
+        if not mark:
+            return cls(url)
+        run, *coded = rest.split(":")
+        try:
+            key, secret = (_decode(part) for part in (coded if len(coded) == 2 else [*coded, ""]))
+        except ValueError:
+            key, secret = b"", b""
+        if not run or len(key) != KEY_SIZE or len(secret) not in (0, SECRET_SIZE):
+            raise ConfigError(
+                f"the join link to {url} is damaged: it must go on after # with RUN:KEY or RUN:KEY:SECRET. Copy it "
+                "whole, as `psyche run create` and `psyche run link` print it, and put it in quotes."
+            )
+        return cls(url, run, key, secret)
+
+    def __str__(self) -> str:
+        """The link, with its secret; for its owner's eyes."""
+        parts = [self.run, _encode(self.key), *([_encode(self.secret)] if self.secret else [])]
+        return f"{self.url}#{':'.join(parts)}" if self.key else self.url
+
+
+def join_secret(coordinator: Identity, scope: str) -> bytes:
+    """The secret of a run's join link, 16 bytes: of the coordinator's secret key, so nothing else need be kept."""
+    return hmac.digest(coordinator.secret_bytes(), _SECRET + scope.encode(), "sha256")[:SECRET_SIZE]
+
+
+def join_proof(secret: bytes, challenge: bytes, node: bytes) -> bytes:
+    """Proves that a node has a secret, on the connection with this challenge, and reveals nothing of the secret.
+
+    Args:
+        secret: the join link's, or the owner's token, which opens every run of the coordinator.
+        challenge: the connection's, 32 bytes.
+        node: the node's public key.
+    """
+    return hmac.digest(secret, _PROOF + challenge + node, "sha256")
+
+
+def _encode(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _decode(text: str) -> bytes:
+    if not text.isascii():
+        raise ValueError("not base64url")
+    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    if _encode(data) != text:
+        raise ValueError("not the one form of these bytes")
+    return data
