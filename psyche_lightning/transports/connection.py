@@ -19,9 +19,9 @@ from psyche_lightning.aio import within
 from psyche_lightning.errors import AbsentError, TransportError, WireError
 from psyche_lightning.transports.base import TransportContext
 from psyche_lightning.transports.framing import Kind, Source, frame, goodbye_text, read_frame
+from psyche_lightning.transports.limits import FRAME_RATE, FRAME_STORE, PING, Bucket, FloodError
 from psyche_lightning.transports.pipe import GoodbyeError, Pipe
 from psyche_lightning.transports.throttle import Throttle
-from psyche_lightning.wire.identity import short
 
 MAX_SERVED = 8  # blobs of one peer in memory at a time
 MAX_WANTED = 64  # waiting requests of one peer
@@ -132,7 +132,8 @@ class ConnectionContext:
         blobs: reads the blobs that peers ask for.
         upload: the limit on sending.
         download: the limit on receiving; downloads of blobs wait for it themselves.
-        gossip: called with ``(peer, body)`` of a GOSSIP frame; raises WireError when the frame is malformed.
+        message: called with ``(peer, message)``; raises FloodError when the peer sends too many.
+        gossip: called with ``(peer, body)`` of a GOSSIP frame; raises WireError when the frame is malformed, too.
         stall: seconds without progress after which a request fails.
     """
 
@@ -140,6 +141,7 @@ class ConnectionContext:
     blobs: BlobReader
     upload: Throttle
     download: Throttle
+    message: Callable[[bytes, bytes], None]
     gossip: Callable[[bytes, bytes], None]
     stall: float
 
@@ -160,6 +162,7 @@ class Connection:
         round_trip: seconds that the last ping took, or None.
         reason: why the connection is closed, or empty.
         offence: whether it is closed because the peer broke the protocol.
+        flood: whether it is closed because the peer sent far too much.
     """
 
     def __init__(self, peer: bytes, dialled: bool, pipe: Pipe, queue: SendQueue, shared: ConnectionContext) -> None:
@@ -169,6 +172,7 @@ class Connection:
         self.round_trip: float | None = None
         self.reason = ""
         self.offence = False
+        self.flood = False
         self._queue = queue
         self._shared = shared
         self._loop = asyncio.get_running_loop()
@@ -180,8 +184,10 @@ class Connection:
         self._answers: deque[bytes] = deque()  # FOUND and ABSENT
         self._urgent = asyncio.Event()
         self._bulk = asyncio.Event()
+        self._frames = Bucket(FRAME_RATE, FRAME_STORE, self.since)
         self._numbers = 0
         self._requests: dict[int, _Request] = {}
+        self._late = 0  # bytes that may still come for requests that were given up
         self._slots = asyncio.Semaphore(MAX_SERVED)
         self._last_wanted = 0
         self._wanted: deque[tuple[int, bytes, int, int]] = deque()
@@ -258,7 +264,9 @@ class Connection:
                 await self._progress(request)
             finally:
                 part.shortened = None
-                self._requests.pop(number, None)
+                if self._requests.pop(number, None) is not None:
+                    asked = request.length if request.expected is None else request.expected
+                    self._late += asked - request.received
                 if not request.done.done():
                     request.done.cancel()
                 if request.expected is None or request.received < request.expected:
@@ -281,8 +289,11 @@ class Connection:
         if not 0 < number <= self._numbers:
             raise WireError(f"it answered request {number}, which this node never made")
         request = self._requests.get(number)
-        if request is None or request.done.done():
-            return  # given up in the meantime
+        if request is None or request.done.done():  # given up in the meantime
+            self._late -= len(body) - _NUMBER.size if kind == Kind.BLOCK else 0
+            if self._late < -self._outstanding():
+                raise WireError("it goes on sending what this node gave up")
+            return
         if kind == Kind.ABSENT:
             request.expected = 0  # nothing is left to cancel
             request.done.set_exception(AbsentError("does not have it"))
@@ -305,6 +316,11 @@ class Connection:
             wanted = request.part.write(block, self._loop.time())
         if not wanted or request.received == request.expected:
             request.done.set_result(None)
+
+    def _outstanding(self) -> int:
+        """Bytes that may still come for requests that are done, whose tasks have not noticed yet."""
+        done = [request for request in self._requests.values() if request.done.done()]
+        return sum((r.length if r.expected is None else r.expected) - r.received for r in done)
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
@@ -382,6 +398,13 @@ class Connection:
                 kind, body = await read_frame(source, kinds)
                 self.heard = self._loop.time()
                 self._handle(kind, body)
+                if kind != Kind.BLOCK:
+                    pause = self._frames.wait(PING if kind == Kind.PING else 1.0, self.heard)
+                    if pause:
+                        await asyncio.sleep(pause)
+        except FloodError as error:
+            self.offence = self.flood = True
+            self.close(f"it floods this node: {error}")
         except WireError as error:
             self.offence = True
             self.close(f"it broke the protocol: {error}")
@@ -401,10 +424,7 @@ class Connection:
             if kind == Kind.GOSSIP:
                 self._shared.gossip(self.peer, body)
                 return
-            try:
-                self._shared.context.on_message(self.peer, body)
-            except Exception:
-                _log.exception("handling a message from %s failed", short(self.peer))
+            self._shared.message(self.peer, body)
         elif kind == Kind.PING:
             self._check_patience()
             self._post(frame(Kind.PONG))

@@ -140,6 +140,7 @@ class Gossip:
         now: float,
         peers: Collection[bytes],
         near: Collection[bytes],
+        allow: Callable[[bytes], bool],
         take: Callable[[bytes], bool],
     ) -> list[Delivery]:
         """Act on a GOSSIP frame.
@@ -150,6 +151,7 @@ class Gossip:
             now: seconds.
             peers: all peers of the node.
             near: those to which it is connected.
+            allow: returns whether to look at the message; it counts as not seen if not, or if this raises.
             take: gives the node the message; returns False if the node refuses it.
 
         Returns:
@@ -159,8 +161,8 @@ class Gossip:
             WireError: the frame is malformed.
         """
         rumor = Rumor.decode(body)
-        if rumor.origin not in peers or rumor.id in self._seen:  # a node is not its own peer
-            return []
+        if rumor.origin not in peers or rumor.id in self._seen or not allow(rumor.message):
+            return []  # a node is not its own peer
         self._seen[rumor.id] = None
         while len(self._seen) > SEEN_COUNT:
             self._seen.popitem(last=False)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import ipaddress
 import logging
 import random
-from collections import OrderedDict
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 from psyche_lightning.aio import is_set_within, within
@@ -27,13 +29,18 @@ from psyche_lightning.transports.download import Download, DownloadAttempt
 from psyche_lightning.transports.framing import Kind, frame
 from psyche_lightning.transports.gossip import Gossip
 from psyche_lightning.transports.handshake import RefusedError, UnwelcomeError
+from psyche_lightning.transports.limits import Bucket, Quarantine, Said
 from psyche_lightning.transports.meter import ByteMeter
 from psyche_lightning.transports.peer import Peer
 from psyche_lightning.transports.pipe import Pipe
+from psyche_lightning.transports.reach import Reach
 from psyche_lightning.transports.throttle import Throttle
-from psyche_lightning.wire.identity import short
+from psyche_lightning.wire.identity import KEY_SIZE, short
 
 MAX_ARRIVING = 256  # connections that have not proved their key
+MAX_ARRIVING_OF_HOST = 64  # of these from one address
+ARRIVAL_RATE, ARRIVAL_STORE = 10.0, 256.0  # connections of one address in a second, and in advance
+MAX_HOSTS = 4096  # addresses whose connections are counted
 GRACE = 2.0  # seconds that the node with the larger key waits for the other to dial
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds between attempts to connect
 PARTIAL_BYTES = 256 << 20  # bytes of incomplete blobs that are kept for the next attempt
@@ -84,8 +91,12 @@ class MeshTransport(abc.ABC):
         self._gossip: Gossip | None = None
         self._cache: BlobCache | None = None
         self._peers: dict[bytes, Peer] = {}
+        self._said = Said()
+        self._quarantine = Quarantine()
+        self._reach = Reach(())
         self._partial: OrderedDict[bytes, Download] = OrderedDict()
-        self._arriving: dict[asyncio.Task[None], None] = {}  # in order of arrival
+        self._arriving: dict[asyncio.Task[None], str] = {}  # in order of arrival, with their hosts
+        self._arrivals: OrderedDict[str, Bucket] = OrderedDict()  # by host
         self._tasks: set[asyncio.Task[None]] = set()
         self._complaints: dict[str, tuple[float, float]] = {}  # who -> when it began, and when to say it again
 
@@ -100,6 +111,8 @@ class MeshTransport(abc.ABC):
     async def _open(self, context: TransportContext) -> str:
         """Start to listen, give each new connection to :meth:`_arrive`, and return the node's address.
 
+        It also sets ``self._reach``.
+
         Raises:
             TransportError: it cannot listen.
         """
@@ -108,10 +121,16 @@ class MeshTransport(abc.ABC):
     async def _dial(self, key: bytes, address: str, meter: ByteMeter) -> Pipe:
         """Connect to a peer, prove this node's key in this run, and have the peer prove its own.
 
+        It has ``self._reach`` check each IP address before it sends anything there.
+
         Raises:
             TransportError, WireError, OSError, EOFError: the attempt failed.
         """
         ...
+
+    @abc.abstractmethod
+    def _hosts(self, address: str) -> Collection[str]:
+        """The IP addresses and names in a peer's address; none if it is malformed."""
 
     @abc.abstractmethod
     async def _shut(self) -> None:
@@ -128,7 +147,7 @@ class MeshTransport(abc.ABC):
         self._cache = BlobCache(context.read_blob)
         self._gossip = Gossip(context.identity.public, self._rng)
         self._shared = ConnectionContext(
-            context, self._cache, self._upload, self._download, self._heard, stall=self._silence / 2
+            context, self._cache, self._upload, self._download, self._told, self._heard, stall=self._silence / 2
         )
         address = await self._open(context)
         self._running = True
@@ -140,6 +159,8 @@ class MeshTransport(abc.ABC):
     def set_peers(self, peers: Mapping[bytes, str]) -> None:
         """See the contract."""
         own = self._context.identity.public if self._context else None
+        now = self._now() if self._loop is not None else 0.0
+        self._reach.learn([self._hosts(address) for key, address in peers.items() if key != own])
         for key in [key for key in self._peers if key not in peers]:
             peer = self._peers.pop(key)
             if peer.dialler is not None:
@@ -149,14 +170,15 @@ class MeshTransport(abc.ABC):
         for key, address in peers.items():
             if key == own:
                 continue
-            peer = self._peers.get(key) or Peer(key, address)
+            peer = self._peers.get(key) or Peer(key, address, self._said, now)
             self._peers[key] = peer
             if not self._running or (peer.dialler is not None and peer.address == address):
                 continue
-            peer.address = address
+            peer.address, pause = address, 0.0
             if peer.dialler is not None:
                 peer.dialler.cancel()
-            peer.dialler = self._spawn(self._keep_linked(peer))
+                pause = peer.moves.wait(1.0, now)
+            peer.dialler = self._spawn(self._keep_linked(peer, pause))
 
     def send(self, peer: bytes, message: bytes) -> None:
         """See the contract. An unconnected peer gets the message once it is connected, and at once through others."""
@@ -164,6 +186,8 @@ class MeshTransport(abc.ABC):
         known = self._peers.get(peer)
         if known is None:
             return
+        if self._context is not None and message[:KEY_SIZE] == self._context.identity.public:
+            self._said.note(message, 1 / len(self._peers))
         known.put(frame(Kind.MESSAGE, message))
         if known.connection is None and self._gossip is not None:
             self._deliver(self._gossip.send_via_others(peer, bytes(message), self._now(), self._near()))
@@ -173,6 +197,7 @@ class MeshTransport(abc.ABC):
         check_message(message)
         if self._gossip is not None and self._running:
             near = self._near()
+            self._said.note(message)
             self._deliver(self._gossip.broadcast(bytes(message), self._now(), near, self._peers.keys() - near))
 
     async def fetch(
@@ -242,18 +267,33 @@ class MeshTransport(abc.ABC):
             self._peers[key].put(data)
 
     def _heard(self, sender: bytes, body: bytes) -> None:
-        """Act on a GOSSIP frame; raises WireError when the frame is malformed."""
-        assert self._gossip is not None
-        take = lambda message: self._take(sender, message)  # noqa: E731
-        self._deliver(self._gossip.receive(body, sender, self._now(), self._peers.keys(), self._near(), take))
+        """Act on a GOSSIP frame; raises WireError when it is malformed or one too many."""
+        peer = self._peers.get(sender)
+        if peer is None or self._gossip is None:
+            return
+        near, known = self._near(), self._peers.keys()
+        allow, take = partial(self._allow, peer), partial(self._take, peer)
+        self._deliver(self._gossip.receive(body, sender, self._now(), known, near, allow, take))
 
-    def _take(self, sender: bytes, message: bytes) -> bool:
+    def _told(self, sender: bytes, message: bytes) -> None:
+        """Act on a MESSAGE frame; raises FloodError when it is one too many."""
+        peer = self._peers.get(sender)
+        if peer is not None and self._allow(peer, message):
+            self._take(peer, message)
+
+    def _allow(self, peer: Peer, message: bytes) -> bool:
+        return peer.allowance.take(message, self._now(), len(self._peers))
+
+    def _take(self, peer: Peer, message: bytes) -> bool:
         assert self._context is not None
         try:
-            return self._context.on_message(sender, message) is not False
+            good = self._context.on_message(peer.key, message) is not False
         except Exception:
-            _log.exception("handling a message from %s failed", short(sender))
+            _log.exception("handling a message from %s failed", short(peer.key))
             return True
+        if not good:
+            peer.allowance.refused(message)
+        return good
 
     # -- blobs --------------------------------------------------------------------------------------------------------
 
@@ -264,8 +304,10 @@ class MeshTransport(abc.ABC):
 
     # -- links --------------------------------------------------------------------------------------------------------
 
-    async def _keep_linked(self, peer: Peer) -> None:
-        """Dial while there is no connection, with growing pauses."""
+    async def _keep_linked(self, peer: Peer, pause: float) -> None:
+        """Dial while there is no connection, with growing pauses, and the first time after ``pause`` seconds."""
+        if pause:
+            await asyncio.sleep(pause)
         patient = self._context is not None and self._context.identity.public > peer.key
         attempts = 0
         while self._running:
@@ -273,6 +315,10 @@ class MeshTransport(abc.ABC):
                 begun = self._now()
                 await peer.down.wait()
                 attempts = 0 if self._now() - begun > self._ping_interval else attempts + 1
+            if (left := self._quarantine.left(peer.key, self._now())) > 0:
+                peer.reason = f"kept away for {left:.0f} s: {peer.lost}"
+                await asyncio.sleep(left)
+                continue
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempts - 1, 10)) if attempts else 0.0
             pause = pause * self._rng.uniform(0.5, 1.5) + (GRACE * self._rng.uniform(1.0, 1.5) if patient else 0.0)
             if pause and await is_set_within(peer.up, pause):
@@ -321,8 +367,9 @@ class MeshTransport(abc.ABC):
         finally:
             peer.absorb(connection.pipe.meter)
             peer.seen = max(peer.seen or 0.0, connection.heard)
+            kept = f"; kept away for {self._quarantine.begin(peer.key, self._now()):g} s" if connection.flood else ""
             if connection.offence:
-                self._complain(short(peer.key), connection.reason)
+                self._complain(short(peer.key), connection.reason + kept)
             if peer.connection is connection:
                 peer.connection = None
                 peer.reason = peer.lost = connection.reason
@@ -334,18 +381,41 @@ class MeshTransport(abc.ABC):
     # -- arrivals -----------------------------------------------------------------------------------------------------
 
     def _arrive(self, admission: Awaitable[tuple[bytes, Pipe]], origin: str) -> None:
-        """Run the handshake of a new connection. When too many are open, the oldest is ended.
+        """Run the handshake of a new connection.
+
+        When too many are open, the oldest of the host that has most is ended: an honest node is quick.
 
         Args:
             admission: proves the peer's key; fails like :meth:`_dial`.
-            origin: where the connection comes from, for the log.
+            origin: where the connection comes from.
         """
-        if len(self._arriving) >= MAX_ARRIVING:
-            next(iter(self._arriving)).cancel()  # the oldest: an honest node is quick
-            self._complain(origin.rpartition(":")[0], f"one of {MAX_ARRIVING} connections that do not prove their key")
+        host = _network(origin.rpartition(":")[0])
+        hosts = Counter(self._arriving.values())
+        worst = host if hosts[host] >= MAX_ARRIVING_OF_HOST else None
+        if worst is None and len(self._arriving) >= MAX_ARRIVING:
+            worst = hosts.most_common(1)[0][0]
+        if worst is not None:
+            oldest = next(task for task, other in self._arriving.items() if other == worst)
+            del self._arriving[oldest]
+            self._end(oldest)
+            self._complain(worst, f"{hosts[worst]} connections that do not prove their key; the oldest is closed")
         task = asyncio.create_task(self._receive(admission, origin))
-        self._arriving[task] = None
+        self._arriving[task] = host
         task.add_done_callback(lambda done: self._arriving.pop(done, None))
+
+    def _welcome(self, host: str) -> bool:
+        """Whether a new connection from a host is worth a handshake, which costs: False if it makes too many."""
+        host = _network(host)
+        bucket = self._arrivals.pop(host, None) or Bucket(ARRIVAL_RATE, ARRIVAL_STORE, self._now())
+        self._arrivals[host] = bucket
+        while len(self._arrivals) > MAX_HOSTS:
+            self._arrivals.popitem(last=False)
+        bucket.fill(self._now())
+        if bucket.left < 1:
+            self._complain(host, f"more than {ARRIVAL_RATE:g} connections a second")
+            return False
+        bucket.left -= 1
+        return True
 
     async def _receive(self, admission: Awaitable[tuple[bytes, Pipe]], origin: str) -> None:
         try:
@@ -365,6 +435,9 @@ class MeshTransport(abc.ABC):
         peer = self._peers.get(key)
         if peer is None or self._context is None:
             return "you are not a peer in this run"
+        left = self._quarantine.left(key, self._now())
+        if left > 0:
+            return f"you flooded this node, which talks to you again in {left:.0f} s"
         old, own = peer.connection, self._context.identity.public
         young = old is not None and self._now() - old.since < 2 * GRACE
         if old is not None and young and old.dialled and own < key:
@@ -418,12 +491,26 @@ class MeshTransport(abc.ABC):
         except asyncio.TimeoutError:
             raise TransportError(f"no connection within {self._handshake_timeout:g} s") from None
 
+    def _end(self, task: asyncio.Task[None]) -> None:
+        task.cancel()
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         assert isinstance(task, asyncio.Task)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _network(host: str) -> str:
+    """The host itself, or the /64 of an IPv6 address, all of which one customer has."""
+    try:
+        ip = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        return host
+    return host if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 
 def reason(error: Exception) -> str:

@@ -12,6 +12,7 @@ from psyche_lightning.logs import Outage
 from psyche_lightning.transports.base import Link
 from psyche_lightning.transports.connection import Connection, SendQueue, StalledError
 from psyche_lightning.transports.download import Span
+from psyche_lightning.transports.limits import MOVE_RATE, MOVE_STORE, Allowance, Bucket, Said
 from psyche_lightning.transports.meter import ByteMeter
 from psyche_lightning.wire.identity import short
 
@@ -29,8 +30,12 @@ class Peer:
     Args:
         key: public key.
         address: where it listens.
+        said: what this node sent.
+        now: loop time.
 
     Attributes:
+        allowance: what it may still send.
+        moves: how often its address may still change.
         queue: frames to send to it.
         connection: the link, or None.
         up: set while there is a connection.
@@ -46,9 +51,11 @@ class Peer:
         dialler: the task that keeps the link up.
     """
 
-    def __init__(self, key: bytes, address: str) -> None:
+    def __init__(self, key: bytes, address: str, said: Said, now: float) -> None:
         self.key = key
         self.address = address
+        self.allowance = Allowance(key, said)
+        self.moves = Bucket(MOVE_RATE, MOVE_STORE, now)
         self.queue = SendQueue()
         self.connection: Connection | None = None
         self.up = asyncio.Event()

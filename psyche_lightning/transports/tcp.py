@@ -16,6 +16,7 @@ from psyche_lightning.transports.handshake import Handshake
 from psyche_lightning.transports.mesh import MAX_ARRIVING, MeshTransport, reason
 from psyche_lightning.transports.meter import ByteMeter, MeteredSocket
 from psyche_lightning.transports.pipe import BULK, URGENT, Pipe
+from psyche_lightning.transports.reach import Reach
 
 OVERHEAD = 1.04
 """Bytes on the wire for each byte: TLS records, and headers of TCP, IP and Ethernet, in packets of 1500 bytes."""
@@ -84,7 +85,7 @@ class TcpTransport(MeshTransport):
         self._listener = await self._listen()
         port = self._listener.getsockname()[1]
         address = _address(self._advertise or self._host, port)
-        _locate(address)
+        self._reach = Reach([ip for host in {self._host, _locate(address)[0]} for ip in await _lookup(host)])
         self._spawn(self._accept(self._listener))
         return address
 
@@ -96,8 +97,13 @@ class TcpTransport(MeshTransport):
         assert self._handshake is not None
         loop = asyncio.get_running_loop()
         host, port = _locate(address)
-        failure: OSError = OSError("the name has no address")
+        failure: Exception = OSError("the name has no address")
         for family, kind, proto, _, target in (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[:4]:
+            try:
+                self._reach.check(str(target[0]))
+            except TransportError as error:
+                failure = error
+                continue
             sock = MeteredSocket(family, kind, proto, meter=meter)
             try:
                 sock.setblocking(False)
@@ -125,6 +131,12 @@ class TcpTransport(MeshTransport):
                 raise
             return TlsPipe(reader, writer, meter)
         raise failure
+
+    def _hosts(self, address: str) -> Collection[str]:
+        try:
+            return [_locate(address)[0]]
+        except TransportError:
+            return []
 
     async def _listen(self) -> MeteredSocket:
         loop = asyncio.get_running_loop()
@@ -159,7 +171,10 @@ class TcpTransport(MeshTransport):
                 await asyncio.sleep(0.2)
                 continue
             assert isinstance(sock, MeteredSocket)
-            self._arrive(self._admit(sock), f"{target[0]}:{target[1]}")
+            if self._welcome(target[0]):
+                self._arrive(self._admit(sock), f"{target[0]}:{target[1]}")
+            else:
+                sock.close()
 
     async def _admit(self, sock: MeteredSocket) -> tuple[bytes, Pipe]:
         assert self._handshake is not None
@@ -237,6 +252,17 @@ class TlsPipe:
     def path(self) -> str:
         """See :class:`~psyche_lightning.transports.pipe.Pipe`."""
         return "direct"
+
+
+async def _lookup(host: str) -> list[str]:
+    """The IP addresses of a host of this node; none of all interfaces, or of a name that only others know."""
+    if host in _WILDCARDS:
+        return []
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return [str(entry[4][0]) for entry in found]
 
 
 def _stream_protocol(loop: asyncio.AbstractEventLoop) -> tuple[asyncio.StreamReader, asyncio.StreamReaderProtocol]:

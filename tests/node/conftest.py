@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -23,6 +23,7 @@ from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.store import BlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.server.local import LocalCoordinator
+from psyche_lightning.transports.base import Transport
 from psyche_lightning.transports.memory import MemoryNetwork, MemoryTransport
 from psyche_lightning.wire.identity import Identity, short
 
@@ -54,6 +55,7 @@ class Trainee:
     store: BlobStore = field(default_factory=MemoryBlobStore)
     journal: Journal | MemoryJournal = field(default_factory=MemoryJournal)
     ledger: Ledger | None = None
+    transport: Callable[[Run], Transport] = lambda run: MemoryTransport(run.network)
     compute: Callable[[Trainee, RoundWork], None] = lambda trainee, work: None
     spoil: Callable[[Trainee, RoundWork], None] = lambda trainee, work: None
 
@@ -73,7 +75,7 @@ class Trainee:
                 identity=self.identity,
                 run_id="test",
                 coordinator=LocalCoordinator(self.run.host, self.identity),
-                transport=MemoryTransport(self.run.network),
+                transport=self.transport(self.run),
                 replica=self.replica,
                 manifest={"model": {"parameters": ["weight", "bias"]}},
                 settings=Settings(
@@ -133,13 +135,20 @@ class Run:
     told: list[tuple[str, Notice]]
     network: MemoryNetwork = field(default_factory=MemoryNetwork)
 
-    def go(self, *trainees: Trainee) -> None:
-        threads = [threading.Thread(target=trainee.train, daemon=True) for trainee in trainees]
+    def go(self, *trainees: Trainee, but: Sequence[Trainee] = ()) -> None:
+        """Have them train to the end, and those in ``but`` beside them, whose end does not matter."""
+        threads = [threading.Thread(target=trainee.train, daemon=True) for trainee in (*trainees, *but)]
         for thread in threads:
             thread.start()
+        others = threads[len(trainees) :]
+        threads = threads[: len(trainees)]
         for thread in threads:
             thread.join(120.0)
             assert not thread.is_alive(), [trainee.participant.waiting() for trainee in trainees]
+        for trainee in but:
+            trainee.participant.interrupt(KeyboardInterrupt())
+        for thread in others:
+            thread.join(30.0)
         for trainee in trainees:
             if trainee.error is not None:
                 raise trainee.error

@@ -15,6 +15,10 @@ from psyche_lightning.transports.gossip import FANOUT, MAX_HOPS, RECENT, RECENT_
 HEADER = 5
 
 
+def always(message: bytes) -> bool:
+    return True
+
+
 class Village:
     """Nodes that gossip along the edges of a graph."""
 
@@ -46,7 +50,8 @@ class Village:
                 self.taken[at].append(message)
                 return at not in self.refusing
 
-            told = self.nodes[at].receive(data[HEADER:], self.keys[sender], 0.0, self.peers(at), self.near[at], take)
+            peers, near = self.peers(at), self.near[at]
+            told = self.nodes[at].receive(data[HEADER:], self.keys[sender], 0.0, peers, near, always, take)
             under_way.extend((at, key, frame) for key, frame in told)
 
     def say(self, a: int, message: bytes) -> None:
@@ -119,12 +124,28 @@ def test_only_the_addressee_acts_on_a_private_message() -> None:
     assert village.taken == [[], [], [], [b"hush"]]
 
 
+def test_a_message_that_was_one_too_many_from_one_peer_is_taken_from_another() -> None:
+    origin, flooder, other, own = (bytes([n]) * 32 for n in range(4))
+    said = Gossip(origin, random.Random(1)).broadcast(b"news", 0.0, {other}, {own})[0][1][HEADER:]
+    node, heard, peers = Gossip(own, random.Random(2)), [], {origin, flooder, other}
+
+    def take(message: bytes) -> bool:
+        heard.append(message)
+        return True
+
+    assert node.receive(said, flooder, 0.0, peers, peers, lambda message: False, take) == []
+    assert heard == []
+    node.receive(said, other, 0.0, peers, peers, always, take)
+    assert heard == [b"news"]
+
+
 def test_messages_of_a_former_peer_are_ignored() -> None:
     origin, middle, far = (bytes([n]) * 32 for n in range(3))
     said = Gossip(origin, random.Random(1)).broadcast(b"news", 0.0, {middle}, {far})
     heard: list[bytes] = []
     node = Gossip(far, random.Random(2))
-    node.receive(said[0][1][HEADER:], middle, 0.0, {middle}, {middle}, lambda message: bool(heard.append(message)))
+    taken = lambda message: bool(heard.append(message))  # noqa: E731
+    node.receive(said[0][1][HEADER:], middle, 0.0, {middle}, {middle}, always, taken)
     assert not heard
 
 
@@ -132,7 +153,7 @@ def test_a_new_link_gets_recent_and_undelivered_messages() -> None:
     a, b, c, d = (bytes([n]) * 32 for n in range(4))
     one, two = Gossip(a, random.Random(1)), Gossip(b, random.Random(2))
     (heard,) = one.broadcast(b"for all", 100.0, {b}, {c, d})
-    two.receive(heard[1][HEADER:], a, 100.0, {a, c, d}, {a}, lambda message: True)
+    two.receive(heard[1][HEADER:], a, 100.0, {a, c, d}, {a}, always, lambda message: True)
     two.broadcast(b"from b", 100.0, {a}, {c, d})
     assert [Rumor.decode(frame[HEADER:]).message for frame in two.repeat(c, 101.0)] == [b"for all", b"from b"]
     assert [Rumor.decode(frame[HEADER:]).message for frame in two.repeat(a, 101.0)] == [b"from b"]

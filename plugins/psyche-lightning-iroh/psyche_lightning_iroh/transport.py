@@ -27,6 +27,7 @@ from psyche_lightning.transports.handshake import RefusedError, UnwelcomeError
 from psyche_lightning.transports.mesh import MeshTransport
 from psyche_lightning.transports.meter import ByteMeter
 from psyche_lightning.transports.pipe import BULK, URGENT, GoodbyeError, Pipe
+from psyche_lightning.transports.reach import Reach
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import short
 from psyche_lightning_iroh.address import Address, is_ip, split, usable
@@ -131,6 +132,7 @@ class IrohTransport(MeshTransport):
             )
         address = str(Address(tuple(dict.fromkeys(found)), relay))
         Address.parse(address)
+        self._reach = Reach([host, *(one for one, _ in found)])
         return address
 
     async def _bind(self, host: str, secret: bytes) -> Any:
@@ -194,8 +196,8 @@ class IrohTransport(MeshTransport):
     async def _dial(self, key: bytes, address: str, meter: ByteMeter) -> Pipe:
         where = Address.parse(address)
         relay = where.relay if self._relays != [] else None
-        addresses = await where.resolve()
-        if not addresses and relay is None:
+        addresses = self._dialled(await where.resolve()) if where.hosts else []
+        if not where.hosts and relay is None:
             raise TransportError("only a relay reaches it, and this node's option relay is off")
         connection = None
         try:
@@ -216,6 +218,25 @@ class IrohTransport(MeshTransport):
                 connection.close(0, b"")
             raise
         return pipe
+
+    def _hosts(self, address: str) -> Collection[str]:
+        try:
+            return [host for host, _ in Address.parse(address).hosts]
+        except TransportError:
+            return []
+
+    def _dialled(self, addresses: list[str]) -> list[str]:
+        """Those of a peer's ``IP:PORT`` that this node may dial; raises TransportError if there are none."""
+        allowed, failure = [], TransportError("its names have no address")
+        for address in addresses:
+            try:
+                self._reach.check(split(address)[0])
+                allowed.append(address)
+            except TransportError as error:
+                failure = error
+        if not allowed:
+            raise failure
+        return allowed
 
     async def _accept(self) -> None:
         while True:
