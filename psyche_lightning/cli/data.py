@@ -115,6 +115,10 @@ def serve(
     folder: Annotated[Path, typer.Argument(help="Folder to serve, read-only.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8090,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A name under which it is reached, as for `psyche coordinator`."),
+    ] = None,
 ) -> None:
     """Serve a folder of token files to nodes without a copy."""
     from psyche_lightning.data.serve import FileServer
@@ -122,7 +126,7 @@ def serve(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with FileServer(folder, host, port) as server:
+    with FileServer(folder, host, port, allow_host or []) as server:
         print(f"{folder} on {server.url}  (Ctrl-C stops it)", flush=True)
         if (folder / "dataset.json").is_file():
             print(f"in a recipe: data.name=tokens data.config={{url: {server.url}/dataset.json}}", flush=True)

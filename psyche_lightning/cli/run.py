@@ -19,7 +19,7 @@ from psyche_lightning.logs import redirections
 from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.owner import Creation
 from psyche_lightning.server.admin import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
-from psyche_lightning.server.token import is_loopback
+from psyche_lightning.sites import is_loopback
 from psyche_lightning.text import plain
 
 if TYPE_CHECKING:

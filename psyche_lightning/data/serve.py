@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 from aiohttp import web
 
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.sites import Sites
 
 START_TIMEOUT = 30.0
 
@@ -20,6 +22,7 @@ class FileServer:
         folder: the folder; folders within it are served as well, but links that lead out of it are not followed.
         host: address to listen on.
         port: port to listen on; 0 for any free one.
+        hosts: names under which it is reached; see :class:`~psyche_lightning.sites.Sites`.
 
     Attributes:
         url: URL of the folder, without a slash at its end; set by :meth:`start`.
@@ -28,12 +31,13 @@ class FileServer:
         ConfigError: the folder does not exist.
     """
 
-    def __init__(self, folder: str | Path, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self, folder: str | Path, host: str = "127.0.0.1", port: int = 0, hosts: Collection[str] = ()) -> None:
         self._folder = Path(folder).expanduser()
         if not self._folder.is_dir():
             raise ConfigError(f"The folder {str(folder)!r} does not exist (looked for {self._folder.absolute()}).")
         self._host = host
         self._port = port
+        self._sites = Sites(hosts)
         self.url = ""
 
     def __enter__(self) -> FileServer:
@@ -70,14 +74,24 @@ class FileServer:
 
     def application(self) -> web.Application:
         """The application that answers requests."""
-        application = web.Application()
+        application = web.Application(middlewares=[self._refuse_foreign])
         application.router.add_static("/", self._folder, follow_symlinks=False)
         return application
+
+    @web.middleware
+    async def _refuse_foreign(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        foreign = self._sites.refusal(request.headers)
+        if foreign is not None:
+            return web.Response(status=foreign.status, text=foreign.text)
+        return await handler(request)
 
     async def _listen(self) -> None:
         self._runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=0.5)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, self._port)
         await site.start()
+        self._sites.listening(address[0] for address in self._runner.addresses)
         host, self._port = self._runner.addresses[0][:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._port}"

@@ -17,7 +17,8 @@ from psyche_lightning.errors import ConfigError, CoordinatorError
 from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.owner import Creation
 from psyche_lightning.server.channel import coordinator_error
-from psyche_lightning.server.token import check_token, find_token, is_loopback, read_token
+from psyche_lightning.server.token import check_token, find_token, read_token
+from psyche_lightning.sites import is_loopback
 
 URL_VARIABLE = "PSYCHE_COORDINATOR"
 TOKEN_VARIABLE = "PSYCHE_COORDINATOR_TOKEN"

@@ -28,7 +28,6 @@ from psyche_lightning.server.guard import Guard, Handler
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.server.status import run_line, run_status
 from psyche_lightning.server.store import Store
-from psyche_lightning.server.token import is_loopback
 from psyche_lightning.server.websocket import Websocket
 from psyche_lightning.wire.identity import KEY_SIZE
 
@@ -59,9 +58,7 @@ class CoordinatorServer:
         entropy: returns a number of random bytes.
         token: the owner's token, which creating and changing runs needs. ``psyche coordinator`` always has one. With
             None, which is for servers within a program, every caller on the same machine may.
-        hosts: names under which the server is reached, such as that of a proxy in front of it. A server that listens on
-            loopback serves no names but these and those of loopback. One that listens elsewhere serves every name if
-            none is given, otherwise these and all addresses.
+        hosts: names under which the server is reached; see :class:`~psyche_lightning.sites.Sites`.
         grace: seconds in which a node may come back after its connection broke, before it counts as gone.
         heartbeat: seconds between pings; a node that is silent for one and a half of them is disconnected.
     """
@@ -121,7 +118,7 @@ class CoordinatorServer:
             raise CoordinatorError(
                 f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port; 0 takes any."
             ) from error
-        self._guard.near = all(is_loopback(address[0]) for address in self._runner.addresses)
+        self._guard.sites.listening(address[0] for address in self._runner.addresses)
         # A server that listens has at least one address.
         listening, bound = self._runner.addresses[0][:2]
         return f"http://{f'[{listening}]' if ':' in listening else listening}:{bound}"

@@ -9,7 +9,6 @@ nobody locks was left by a process that died, and whoever listens on that port n
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import os
 import secrets
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 
 from psyche_lightning import system
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.sites import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -141,18 +141,6 @@ def own_token(url: str) -> bytes:
     except ConfigError as error:
         logger.warning("%s", error)
         return b""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host, as a URL names it, is this machine for itself."""
-    if host.rstrip(".").lower() == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
 
 
 def _notes() -> Path:

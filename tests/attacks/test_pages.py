@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import aiohttp
 import pytest
 
+from psyche_lightning.data.serve import FileServer
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.server.client import HttpCoordinator
 from psyche_lightning.server.server import CoordinatorServer
@@ -117,6 +121,24 @@ def test_a_coordinator_of_a_network_answers_to_the_names_it_was_given() -> None:
             assert await outcomes(session, url, Host="evil.example") == {421}
 
     asyncio.run(main())
+
+
+def test_a_data_server_answers_to_its_names_only(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text("{}")
+
+    def status(server: FileServer, **headers: str) -> int:
+        try:
+            with urlopen(Request(f"{server.url}/dataset.json", headers=headers)) as answer:
+                return int(answer.status)
+        except HTTPError as error:
+            return error.code
+
+    with FileServer(tmp_path) as server:
+        assert status(server) == status(server, Host="localhost:1", Origin="http://localhost:1") == 200
+        assert status(server, Host="evil.example") == 421
+        assert status(server, Origin="http://evil.example") == 403
+    with FileServer(tmp_path, hosts=["data.example"]) as server:
+        assert status(server, Host="data.example", Origin="https://data.example") == 200
 
 
 def test_a_node_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

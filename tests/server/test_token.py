@@ -14,7 +14,8 @@ from aiohttp import web
 
 from psyche_lightning.errors import ConfigError, CoordinatorError
 from psyche_lightning.server.admin import CoordinatorAdmin
-from psyche_lightning.server.token import announced, find_token, is_loopback, load_or_create, read_token
+from psyche_lightning.server.token import announced, find_token, load_or_create, read_token
+from psyche_lightning.sites import is_loopback
 
 
 def write(path: Path, content: bytes, mode: int = 0o600) -> Path:
