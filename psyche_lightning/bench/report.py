@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.json_text import json_text
 
 
 def check_folder(path: Path | None, option: str) -> None:
@@ -23,7 +23,7 @@ def check_folder(path: Path | None, option: str) -> None:
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
     """Write figures as JSON."""
     if path is not None:
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+        path.write_text(json_text(figures, 2) + "\n")
 
 
 def picture(path: Path | None, title: str, x: str, y: str, lines: dict[str, tuple[list[Any], list[float]]]) -> None:

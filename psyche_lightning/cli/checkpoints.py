@@ -21,14 +21,20 @@ def checkpoints(
     from rich.table import Table
 
     from psyche_lightning.checkpoints.address import open_storage
-    from psyche_lightning.checkpoints.folder import complete_checkpoints, fetch
+    from psyche_lightning.checkpoints.folder import complete_checkpoints, fetch, scan
+    from psyche_lightning.checkpoints.manifest import NAME, folder_name
     from psyche_lightning.checkpoints.writer import copy_newest
     from psyche_lightning.cli.console import say, stdout
     from psyche_lightning.errors import CheckpointError
 
-    found = complete_checkpoints(open_storage(address))
+    storage = open_storage(address)
+    found = complete_checkpoints(storage)
     table = Table("step", "epoch", "run", "files", "bytes", "parameters", *(["verified"] if verify else []))
     damaged = []
+    if verify and found[0].path:  # an address of many; those whose manifest cannot be read are not among the found
+        read = {one.manifest.metadata.step for one in found}
+        unread = sorted(step for step, whole in scan(storage).items() if whole and step not in read)
+        damaged += [f"{storage.name(folder_name(step))} is damaged: its {NAME} cannot be read" for step in unread]
     with tempfile.TemporaryDirectory() as folder:
         for one in found:
             metadata, manifest = one.manifest.metadata, one.manifest

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from psyche_lightning.json_text import json_text
 
 if TYPE_CHECKING:
     from psyche_lightning.hookspecs import DataProvider
@@ -99,7 +100,7 @@ def inspect(
     )
     first = [_shown(provider, sample) for sample in provider.samples(0, samples)] if samples else []
     if as_json:
-        print(json.dumps({**facts, "first": first}, indent=2))
+        print(json_text({**facts, "first": first}, 2))
         return
     table = Table("what", "value")
     for name, value in facts.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from psyche_lightning.bench.report import check_folder
 from psyche_lightning.cli.console import stdout
 from psyche_lightning.doctor.finding import Finding, Verdict
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
+from psyche_lightning.json_text import json_text
 from psyche_lightning.logs import redirections
 from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.server.admin import URL_VARIABLE
@@ -104,7 +104,7 @@ def doctor(
         examination.examine(invitations)
     _show(console, examination.findings)
     if json_file is not None:
-        json_file.write_text(json.dumps(examination.as_json(), indent=2) + "\n")
+        json_file.write_text(json_text(examination.as_json(), 2) + "\n")
     if any(finding.verdict is Verdict.PROBLEM for finding in examination.findings):
         raise typer.Exit(1)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from psyche_lightning.errors import PsycheError
+from psyche_lightning.json_text import json_text
 
 if TYPE_CHECKING:
     from psyche_lightning.node.audit import Audit
@@ -47,7 +47,7 @@ def ledger(
     rows_of_run = (row for ledger in ledgers for row in read_ledger(ledger) if run_id is None or _names(run_id, row))
     found = audit(rows_of_run)
     if as_json:
-        print(json.dumps(_plain(found), indent=1))
+        print(json_text(_plain(found), 1))
     else:
         _show(found, rows, len(ledgers))
     if check and (found.problems or not found.rounds):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from psyche_lightning.cli import COMMANDS
 from psyche_lightning.cli.console import stdout
+from psyche_lightning.json_text import json_text
 from psyche_lightning.plugins import Plugins, load_plugins
 
 
@@ -26,7 +26,7 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
         if name in COMMANDS:
             conflicts.append(f"The {found.owner} registers {name!r}, which is a command of psyche itself and stays so.")
     if as_json:
-        print(json.dumps(_report(loaded, conflicts), indent=2))
+        print(json_text(_report(loaded, conflicts), 2))
     else:
         _print(loaded, conflicts)
     if conflicts or loaded.failures:

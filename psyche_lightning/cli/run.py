@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import asdict
@@ -15,6 +14,7 @@ import typer
 from psyche_lightning.cli.console import say, stdout
 from psyche_lightning.cli.ledger import ledger
 from psyche_lightning.errors import ConfigError, CoordinatorError, counted
+from psyche_lightning.json_text import json_text
 from psyche_lightning.logs import redirections
 from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.owner import Creation
@@ -165,7 +165,7 @@ def status(
         assert run_id is not None
         found = administer(coordinator, run_id).status()
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json_text(found, 2))
     else:
         _show(found)
 
@@ -250,7 +250,7 @@ def points(run_id: RunId, coordinator: Url = None, as_json: Json = False) -> Non
 
     rows = administer(coordinator, run_id).points()
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json_text(rows, 2))
         return
     table = Table("node", "earned", "slashed", "claimed")
     for row in sorted(rows, key=lambda row: -row["earned"]):
@@ -275,7 +275,7 @@ def list_runs(coordinator: Url = None, as_json: Json = False) -> None:
     """List the runs of a coordinator."""
     runs = CoordinatorAdmin(coordinator).runs()
     if as_json:
-        print(json.dumps(runs, indent=2))
+        print(json_text(runs, 2))
         return
     from rich.table import Table
 

@@ -200,6 +200,11 @@ class Session:
         return self._participant.finished
 
     @property
+    def alone(self) -> bool:
+        """Whether this process is the whole run."""
+        return self.entry.options.coordinator is None
+
+    @property
     def state(self) -> RunState | None:
         """The newest state of the run that this node saw; None before the first."""
         return self._participant.state

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import logging
 import os
 import time
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from psyche_lightning.errors import CheckpointError, ConfigError, UnfinishedError, counted
 from psyche_lightning.hookspecs import DataProvider
+from psyche_lightning.json_text import json_text
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.entry import ALONE_RUN, look
 from psyche_lightning.lightning.session import Session, node_key
@@ -217,11 +217,16 @@ class _Diary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._session.finished is None:
             raise UnfinishedError(f"training ended after step {trainer.global_step}, before the run: nothing is saved")
+        session = self._session
+        if session.alone and not self._losses:
+            raise UnfinishedError(
+                "no round had a usable gradient, so nothing was trained and nothing is saved; the warnings above say "
+                "why. Lower optimizer.lr, or look at the data."
+            )
         if not self._validation or self._validation[-1][0] != trainer.global_step:
             self._validate(trainer, pl_module)
-        session = self._session
         assert isinstance(pl_module, CausalModule)
-        finish = self.checkpoints.at_the_end(session, pl_module.model, trainer.global_step)
+        finish = self.checkpoints.at_the_end(session, pl_module.model)
         up, down = session.traffic.total
         validation = [loss for _, loss in self._validation]
         self.result = {
@@ -236,7 +241,7 @@ class _Diary(Callback):
         }
         self._bars.stop()
         finish()
-        self._replace(self._folder / RESULT, json.dumps(self.result, indent=1) + "\n")
+        self._replace(self._folder / RESULT, json_text(self.result, 1) + "\n")
         logger.info("%d steps, digest %s, in %s/", trainer.global_step, self.result["digest"][:16], self._folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -274,7 +279,7 @@ class _Diary(Callback):
 
     def _write(self, **row: Any) -> None:
         with explained("write to", self._folder / METRICS):
-            write_all(self._metrics, (json.dumps(row) + "\n").encode())
+            write_all(self._metrics, (json_text(row) + "\n").encode())
 
     def _replace(self, path: Path, text: str) -> None:
         fresh = path.with_name(path.name + ".new")

@@ -77,9 +77,11 @@ class Checkpoints:
         if self._writer.save(lambda: ModelCopy(model, PREFIX), self._metadata(standing), rank):
             self._saved = standing.step
 
-    def at_the_end(self, session: Session, model: torch.nn.Module, step: int) -> Callable[[], None]:
+    def at_the_end(self, session: Session, model: torch.nn.Module) -> Callable[[], None]:
         """Start to save the last checkpoint; the returned function waits for it, and raises PsycheError on failure."""
-        standing = session.standing or Standing(step, 0, 0, ())
+        state = session.state
+        assert state is not None  # the run is over
+        standing = session.standing or Standing(state.checkpoint.step, state.epoch, state.epoch_start_data_index, ())
         if self._saved != standing.step or standing.step % self._every:  # otherwise it is in progress
             rank = self._rank(standing, session)
             self._writer.save(lambda: ModelCopy(model, PREFIX), self._metadata(standing), rank, last=True)

@@ -9,7 +9,7 @@ import pytest
 
 from psyche_lightning.checkpoints.address import open_storage
 from psyche_lightning.checkpoints.folder import scan
-from psyche_lightning.checkpoints.manifest import folder_name
+from psyche_lightning.checkpoints.manifest import NAME, folder_name
 from psyche_lightning.cli import main
 
 Make = Callable[[Path, int], Path]
@@ -26,6 +26,16 @@ def test_a_list_of_what_is_there(make: Make, tmp_path: Path, capsys: pytest.Capt
     captured = capsys.readouterr()
     assert "damaged" in captured.out
     assert "config.json has 2 bytes" in " ".join(captured.err.split())
+
+
+def test_a_checkpoint_whose_manifest_cannot_be_read_is_damaged_too(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (10, 20):
+        make(tmp_path, step)
+    (tmp_path / folder_name(20) / NAME).write_text("{")
+    assert main(["checkpoints", str(tmp_path), "--verify"]) == 1
+    assert f"{folder_name(20)} is damaged: its {NAME} cannot be read" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_copy_elsewhere_from_which_anyone_generates(

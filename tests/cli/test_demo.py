@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from psyche_lightning.cli.demo.command import _stretched, _sum_up
+from psyche_lightning.cli.demo.command import _finish, _stretched, _sum_up
+from psyche_lightning.cli.demo.processes import Child, Processes
 from psyche_lightning.cli.demo.report import Figures
 from psyche_lightning.cli.demo.view import View
+from psyche_lightning.errors import PsycheError
 from psyche_lightning.recipe import load_recipe
 
 
@@ -77,3 +80,16 @@ def test_a_node_alone_is_compared_with_nobody() -> None:
     assert "2 of 2 nodes finished with equal parameters" in told(2)
     assert "times fewer bytes than an fp32 all-reduce" in told(2)
     assert "…" not in told(2)
+
+
+def test_a_node_that_failed_is_no_success_but_one_that_was_killed_is_part_of_the_show(tmp_path: Path) -> None:
+    with Processes() as processes:
+
+        def node(does: str) -> Child:
+            return processes.add(Child("node 1", [], tmp_path / "log.txt", program=("-c", does)))
+
+        killed = node("import time; time.sleep(60)")
+        killed.signal(signal.SIGKILL)
+        _finish([node("pass"), killed])
+        with pytest.raises(PsycheError, match=r"node 1 failed with exit code 3; its last lines:\nno disk"):
+            _finish([node("pass"), node("print('no disk'); raise SystemExit(3)")])

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from psyche_lightning.errors import UnfinishedError
+from psyche_lightning.recipe import load_recipe
+from psyche_lightning.train.module import CausalModule
+from psyche_lightning.train.runner import train_recipe
 
 TRAIN = [sys.executable, "-m", "psyche_lightning", "train", "demo", "--twin"]
 PATIENCE = 120.0
@@ -44,3 +55,29 @@ def test_an_interrupted_training_has_no_result_and_says_so(tmp_path: Path) -> No
     finally:
         for _, process in nodes.values():
             process.kill()
+
+
+@pytest.mark.parametrize("good", [0, 2])
+def test_a_loss_that_is_not_a_number_is_null_and_a_training_without_any_other_fails(
+    good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = CausalModule.training_step
+    seen = iter(range(100))
+
+    def training_step(module: CausalModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        return step(module, batch, batch_idx) * (1.0 if next(seen) < good else math.nan)
+
+    monkeypatch.setattr(CausalModule, "training_step", training_step)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    given = [f"data.config.path={tmp_path / 'text.txt'}", "total_steps=4", "validate_every=0", "micro_batch_size=64"]
+    recipe = load_recipe("demo", given, twin=True)
+    if good:
+        train_recipe(recipe, directory=tmp_path / "node")
+    else:
+        with pytest.raises(UnfinishedError, match="nothing was trained"):
+            train_recipe(recipe, directory=tmp_path / "node")
+    lines = (tmp_path / "node" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert len(rows) == good
+    assert (tmp_path / "node" / "result.json").exists() == bool(good)
+    assert (tmp_path / "node" / "checkpoint").exists() == bool(good)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import time
@@ -21,6 +20,7 @@ from psyche_lightning.cli.demo.report import Figures, plot, read_results, read_v
 from psyche_lightning.cli.demo.stage import Stage, find_stage
 from psyche_lightning.cli.demo.view import View, megabytes
 from psyche_lightning.errors import ConfigError, PsycheError, counted
+from psyche_lightning.json_text import json_text
 
 if TYPE_CHECKING:
     from psyche_lightning.recipe import Recipe
@@ -102,14 +102,15 @@ def demo(
         _finish(children)
         more = stage.finish(folders)
     figures = _figures(status, folders, size.trainable, all_reduce, steps)
+    if len(figures.digests) != 1:
+        ends = ", ".join(f"{node['id'][:8]} with {node['digest'][:16]}" for node in figures.nodes)
+        raise PsycheError(f"the nodes ended with different parameters: {ends}; their logs are in {keep}")
     unit = "nats a byte" if resolved.data.config.get("tokenizer", "bytes") == "bytes" else "nats a token"
     plot(figures, keep / "loss.png", unit)
     if json_file is not None:
-        json_file.write_text(json.dumps({**figures.as_json(), **more}, indent=1) + "\n")
+        json_file.write_text(json_text({**figures.as_json(), **more}, 1) + "\n")
     stage.show(console)
     _sum_up(console, figures, keep, unit)
-    if len(figures.digests) != 1:
-        raise PsycheError("the nodes ended with different parameters; their logs are in " + str(keep))
 
 
 def _stretched(recipe: Recipe, rounds: int) -> list[str]:
@@ -139,21 +140,31 @@ def _watch(stage: Stage, nodes: list[Child], view: View) -> dict[str, Any]:
     """
     while True:
         status = stage.look(nodes)
-        if status is None:
-            continue
-        view.show(status)
-        if status["phase"] == "finished":
-            return status
+        if status is not None:
+            view.show(status)
+            if status["phase"] == "finished":
+                return status
         if all(node.code is not None for node in nodes):
             raise PsycheError(f"all nodes ended before the run did; the last one printed:\n{nodes[-1].tail()}")
         time.sleep(POLL)
 
 
 def _finish(nodes: list[Child]) -> None:
-    """Wait for the nodes to write their results."""
+    """Wait for the nodes to write their results. A node that somebody killed is no failure: the others go on without.
+
+    Raises:
+        PsycheError: a node failed, or did not end.
+    """
     deadline = time.monotonic() + GRACE
     while any(node.code is None for node in nodes) and time.monotonic() < deadline:
         time.sleep(0.05)
+    for node in nodes:
+        if node.code is None:
+            raise PsycheError(
+                f"{node.name} did not end within {GRACE:.0f} s after the run; its last lines:\n{node.tail()}"
+            )
+        if node.code > 0:
+            raise PsycheError(f"{node.name} failed with exit code {node.code}; its last lines:\n{node.tail()}")
 
 
 def _figures(status: dict[str, Any], folders: list[Path], parameters: int, all_reduce: float, rounds: int) -> Figures:
