@@ -6,6 +6,7 @@ takes ``now`` advances the run as far as possible. A method that raises has chan
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -49,6 +50,10 @@ from psyche_lightning.wire.identity import short
 FORMAT = 2
 MAX_ROUNDS = 4096
 """Rounds of the epoch that are kept; a node that needs older rounds takes a newer snapshot instead."""
+
+
+PAGE = 8192
+"""Clients and witness records of the rounds in one answer; as JSON, some 2 MB."""
 
 
 class RunHost:
@@ -222,7 +227,7 @@ class RunHost:
             case GetTerms():
                 answer = Terms(self.state.config, tuple(self.unset), self.manifest, self.state.incarnation)
             case GetRounds(epoch, first):
-                answer = self._rounds_from(epoch, first)
+                answer = self._rounds_from(signer, epoch, first)
             case Join(address, manifest):
                 self._join(signer, address, manifest, now)
             case Withdraw():
@@ -241,10 +246,17 @@ class RunHost:
                 raise CoordinatorError(f"no coordinator knows the request {request!r:.80}", code="Unsupported")
         return answer  # type: ignore[no-any-return] # each branch returns what its request declares
 
-    def _rounds_from(self, epoch: int, first: int) -> tuple[Round, ...]:
+    def _rounds_from(self, signer: bytes, epoch: int, first: int) -> tuple[Round, ...]:
+        """A page of the epoch's rounds; whoever needs more asks again from the page's last on."""
+        if signer not in self.membership.members and not self.trains(signer):
+            raise CoordinatorError("the rounds of a run are for its members", code="NotMember", retryable=True)
         if epoch != self.rounds_epoch or not self.rounds or not self.rounds[0].height <= first:
             return ()
-        return tuple(self.rounds[first - self.rounds[0].height :])
+        start = first - self.rounds[0].height
+        sizes = itertools.accumulate(len(one.clients) + len(one.witnesses) for one in self.rounds[start:])
+        count = sum(1 for _ in itertools.takewhile(lambda size: size <= PAGE, sizes))
+        # A node takes the last round of an answer only once it is no longer the last.
+        return tuple(self.rounds[start : start + max(2, count)])
 
     def _join(self, signer: bytes, address: str, manifest: Mapping[str, Any], now: float) -> None:
         """Make a node a member from the next epoch on; repeated to change its address.

@@ -203,7 +203,10 @@ class Accuse(Request[None]):
 
 @dataclass(frozen=True)
 class GetRounds(Request[tuple[Round, ...]]):
-    """Asks for the epoch's rounds from height ``first`` on, with witness records; none if not all are kept."""
+    """Asks for the epoch's rounds from height ``first`` on, with witness records; none if ``first`` is not kept.
+
+    Only for members. The answer may end before the newest round; then ask again from its last one on.
+    """
 
     name = "rounds"
     reads = True

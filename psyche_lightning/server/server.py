@@ -18,10 +18,8 @@ from aiohttp import web
 
 from psyche_lightning.coordinator.creation import check_settings, create_host
 from psyche_lightning.errors import CoordinatorError, PsycheError
-from psyche_lightning.protocol.codec import round_to_json
 from psyche_lightning.protocol.link import join_secret
 from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
-from psyche_lightning.protocol.requests import GetRounds
 from psyche_lightning.server.channel import MAX_FRAME_SIZE, NONCE_SIZE, SALT_SIZE, greet, problem
 from psyche_lightning.server.clock import steady
 from psyche_lightning.server.guard import Guard, Handler
@@ -181,7 +179,6 @@ class CoordinatorServer:
                 web.get("/v1/runs", self._list),
                 web.post("/v1/runs", self._create),
                 web.get(run, self._status),
-                web.get(run + "/rounds", self._rounds),
                 web.get(run + "/watch", self._watch),
                 web.post(run + "/pause", self._pause),
                 web.post(run + "/resume", self._resume),
@@ -246,11 +243,6 @@ class CoordinatorServer:
     async def _status(self, request: web.Request) -> web.Response:
         run = self._run(request)
         return web.json_response(run_status(run, _number(request, "events"), _number(request, "metrics")))
-
-    async def _rounds(self, request: web.Request) -> web.Response:
-        run = self._run(request)
-        rounds = run.handle(b"", GetRounds(_number(request, "epoch"), _number(request, "first")))
-        return web.json_response({"rounds": [round_to_json(value) for value in rounds]})
 
     async def _pause(self, request: web.Request) -> web.Response:
         return await self._command(request, lambda host, now: host.pause(now))
