@@ -119,11 +119,18 @@ def _tell_how_to_join(link: JoinLink, run_id: str, anybody: bool) -> None:
 
 
 @run.command()
-def link(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) -> None:
+def link(
+    run_id: RunId,
+    coordinator: Url = None,
+    token_file: TokenFile = None,
+    new: Annotated[
+        bool, typer.Option("--new", help="Make a new link: the former one lets nobody in any more, members stay.")
+    ] = False,
+) -> None:
     """Print a run's join link, which nodes take as their coordinator."""
     from psyche_lightning.cli.owner import administer
 
-    say(administer(coordinator, run_id, token_file).link())
+    say(administer(coordinator, run_id, token_file).link(new=new))
 
 
 @run.command()

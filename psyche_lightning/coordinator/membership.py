@@ -25,6 +25,7 @@ class Membership:
         ejected: node keys that may never join again.
         revoked: node keys that the owner took out by name; they stay out even if everyone may join.
         by_link: whether a node that joins needs the run's join link, unless its key was allowed.
+        links: how many join links the run had before the present one.
     """
 
     def __init__(self, run_id: str, room: int) -> None:
@@ -32,6 +33,7 @@ class Membership:
         self.ejected: set[bytes] = set()
         self.revoked: set[bytes] = set()
         self.by_link = False
+        self.links = 0
         self._without_link: set[bytes] = set()
         self._run_id = run_id
         self._room = room
@@ -65,6 +67,20 @@ class Membership:
         elif self._allowed is None:
             members = {member.node for member in self.members.values()}
             self._allowed, self.by_link = (members | self._without_link) - self.revoked, False
+
+    def renew_link(self) -> None:
+        """Make the present join link worthless; members need none to come back.
+
+        Raises:
+            CoordinatorError: the run is joined without a link (``NoLink``).
+        """
+        if not self.by_link:
+            raise CoordinatorError(
+                f"run {self._run_id!r} is joined without a link: everybody may, or those whom its owner authorized",
+                code="NoLink",
+            )
+        self.links += 1
+        self._without_link |= {member.node for member in self.members.values()}
 
     def admits(self, node: bytes) -> bool:
         """Whether a node with this key may be a member."""
@@ -133,6 +149,7 @@ class Membership:
             "ejected": sorted(key.hex() for key in self.ejected),
             "revoked": sorted(key.hex() for key in self.revoked),
             "by_link": self.by_link,
+            "links": self.links,
             "without_link": sorted(key.hex() for key in self._without_link),
             "allowed": None if self._allowed is None else sorted(key.hex() for key in self._allowed),
             "members": [to_json(member) for member in self.members.values()],
@@ -143,7 +160,7 @@ class Membership:
         self.members = {member.signer: member for member in (from_json(Client, m) for m in data["members"])}
         self.ejected = {bytes.fromhex(key) for key in data.get("ejected", [])}
         self.revoked = {bytes.fromhex(key) for key in data.get("revoked", [])}
-        self.by_link = data["by_link"] is True
+        self.by_link, self.links = data["by_link"] is True, int(data["links"])
         self._without_link = {bytes.fromhex(key) for key in data["without_link"]}
         allowed = data.get("allowed")
         self._allowed = None if allowed is None else {bytes.fromhex(key) for key in allowed}

@@ -11,6 +11,7 @@ import hmac
 from dataclasses import dataclass, field
 
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.wire.canonical import pack
 from psyche_lightning.wire.identity import KEY_SIZE, Identity
 
 SECRET_SIZE = 16
@@ -63,9 +64,15 @@ class JoinLink:
         return f"{self.url}#{':'.join(parts)}" if self.key else self.url
 
 
-def join_secret(coordinator: Identity, scope: str) -> bytes:
-    """The secret of a run's join link, 16 bytes: of the coordinator's secret key, so nothing else need be kept."""
-    return hmac.digest(coordinator.secret_bytes(), _SECRET + scope.encode(), "sha256")[:SECRET_SIZE]
+def join_secret(coordinator: Identity, scope: str, number: int = 0) -> bytes:
+    """The secret of a run's join link, 16 bytes: of the coordinator's secret key, so nothing secret need be kept.
+
+    Args:
+        coordinator: the coordinator's key.
+        scope: names the run and its incarnation.
+        number: how many links the run had before.
+    """
+    return hmac.digest(coordinator.secret_bytes(), _SECRET + pack([scope, number]), "sha256")[:SECRET_SIZE]
 
 
 def join_proof(secret: bytes, challenge: bytes, node: bytes) -> bytes:

@@ -78,8 +78,12 @@ class RunAdmin(Protocol):
         """Remove a node at once, also from the epoch, and revoke it; returns in words what that means."""
         ...
 
-    def link(self) -> str:
-        """Returns what a node gives as its coordinator to join the run: a link, or the coordinator's URL."""
+    def link(self, *, new: bool = False) -> str:
+        """Returns what a node gives as its coordinator to join the run: a link, or the coordinator's URL.
+
+        Args:
+            new: whether to make a new link, so that the former one lets nobody in any more.
+        """
         ...
 
     def points(self) -> list[dict[str, Any]]:

@@ -102,9 +102,17 @@ class CoordinatorAdmin:
         }  # fmt: skip
         return self._ask("POST", "/v1/runs", body)
 
-    def link(self, run_id: str) -> JoinLink:
-        """The run's join link, with the URL of this client."""
-        found = self.command(run_id, "link")
+    def link(self, run_id: str, *, new: bool = False) -> JoinLink:
+        """The run's join link, with the URL of this client.
+
+        Args:
+            run_id: the run.
+            new: whether to make a new one. The former one is then worth nothing, and members need none.
+
+        Raises:
+            CoordinatorError: ``NoLink``: the run is joined without a link, so there is none to make.
+        """
+        found = self.command(run_id, "link", new=new)
         try:
             return JoinLink(self.url, run_id, bytes.fromhex(found["key"]), bytes.fromhex(found["secret"]))
         except (KeyError, TypeError, ValueError) as error:
@@ -136,8 +144,8 @@ class CoordinatorAdmin:
 
         Args:
             run_id: the run.
-            name: ``pause``, ``resume``, ``start``, ``update``, ``close``, ``authorize``, ``revoke`` or
-                ``kick``.
+            name: ``pause``, ``resume``, ``start``, ``update``, ``close``, ``authorize``, ``revoke``,
+                ``kick`` or ``link``.
             body: the command's arguments.
         """
         return self._ask("POST", f"{_path(run_id)}/{name}", body)
@@ -274,9 +282,9 @@ class ServerRun:
             raise ConfigError(f"{node} begins the keys of several nodes; give more of one: {', '.join(found)}")
         return found[0] if found else node
 
-    def link(self) -> str:
+    def link(self, *, new: bool = False) -> str:
         """The run's join link."""
-        return str(self._admin.link(self._run))
+        return str(self._admin.link(self._run, new=new))
 
     def points(self) -> list[dict[str, Any]]:
         """Points of each node: the samples of each epoch, in equal parts to the nodes that were healthy at its end."""
@@ -293,7 +301,12 @@ class ServerRun:
 
 def _reentry(status: dict[str, Any]) -> str:
     """What a revocation does not prevent, in words."""
-    return "" if status["allowed"] is not None else ". Everybody may join this run, so it may come with another key"
+    if status["allowed"] is not None:
+        return ""
+    if status["by_link"]:
+        run = status["run_id"]
+        return f". It may know the join link and come with another key: `psyche run link {run} --new` makes a new one"
+    return ". Everybody may join this run, so it may come with another key"
 
 
 def _path(run_id: str) -> str:

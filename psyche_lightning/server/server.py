@@ -311,9 +311,16 @@ class CoordinatorServer:
     async def _link(self, request: web.Request) -> web.Response:
         """What a join link has besides the URL, which only the owner knows."""
         run = self._run(request)
-        await self._body(request)
-        secret = join_secret(self._identity, run.state.scope) if run.host.membership.by_link else b""
+        new = (await self._body(request)).get("new", False)
+        if new is True:
+            run.act(lambda host, _: host.membership.renew_link())
+        elif new is not False:
+            raise CoordinatorError(f"new is {str(new)[:40]!r}; expected true or false", code="BadRequest")
+        secret = self._secret(run) if run.host.membership.by_link else b""
         return web.json_response({"key": self.key.hex(), "secret": secret.hex()})
+
+    def _secret(self, run: LiveRun) -> bytes:
+        return join_secret(self._identity, run.state.scope, run.host.membership.links)
 
     async def _command(self, request: web.Request, action: Callable[[Any, float], None]) -> web.Response:
         run = self._run(request)
@@ -335,9 +342,8 @@ class CoordinatorServer:
         await socket.prepare(request)
         state = run.state
         greeting = greet(self._identity, state.run_id, state.incarnation, self._entropy(SALT_SIZE), nonce)
-        secrets = (
-            None if self._guard.obeys(request) else [join_secret(self._identity, state.scope), *self._guard.secrets]
-        )
+        # Called at each join: the run may have another link by then.
+        secrets = None if self._guard.obeys(request) else lambda: [self._secret(run), *self._guard.secrets]
         session = Websocket(run, socket, greeting, secrets, self._arrived)
         self._sockets.add(socket)
         try:

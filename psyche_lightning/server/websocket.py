@@ -34,7 +34,7 @@ class Websocket:
         run: the run.
         socket: the prepared websocket.
         greeting: the challenge that this connection's signatures cover, and the first frame (see ``greet``).
-        secrets: each of them proves that a node is invited; None if it is in any case.
+        secrets: returns those of which each proves that a node is invited; None if it is in any case.
         arrived: called with the connection once its node has proved its key.
 
     Attributes:
@@ -48,7 +48,7 @@ class Websocket:
         run: LiveRun,
         socket: web.WebSocketResponse,
         greeting: tuple[bytes, list[Any]],
-        secrets: Sequence[bytes] | None,
+        secrets: Callable[[], Sequence[bytes]] | None,
         arrived: Callable[[Websocket], None],
     ) -> None:
         self.run = run
@@ -149,7 +149,7 @@ class Websocket:
     def _invited(self) -> bool:
         return self._secrets is None or any(
             hmac.compare_digest(self._proof, join_proof(secret, self._challenge, self.signer))
-            for secret in self._secrets
+            for secret in self._secrets()
         )
 
     def _answer(self, asked: Frame) -> Any:

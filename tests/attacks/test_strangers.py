@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
+from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.errors import ConfigError, CoordinatorError
 from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.requests import GetTerms, Join
@@ -72,6 +75,35 @@ def test_only_the_link_lets_a_node_in() -> None:
             assert await joins(owner.url, "open") == ""
             status = await asyncio.to_thread(owner.status, "r")
             assert (status["by_link"], str(link.secret.hex()) in str(status)) == (True, False)
+
+    play(test())
+
+
+def test_a_new_link_makes_the_former_one_worthless() -> None:
+    async def test() -> None:
+        async with served() as (server, owner):
+            await asyncio.to_thread(owner.create, "r", CONFIG, by_link=True)
+            former = await asyncio.to_thread(owner.link, "r")
+            member, bad = Identity.generate(), Identity.generate()
+            assert await joins(former, identity=member) == await joins(former, identity=bad) == ""
+            lurking = HttpCoordinator(str(former), "r", Identity.generate())
+            await lurking.request(GetTerms())  # it showed the link while that was worth something
+            await asyncio.to_thread(owner.command, "r", "kick", node=bad.public.hex())
+            fresh = await asyncio.to_thread(partial(owner.link, new=True), "r")
+            assert await asyncio.to_thread(owner.link, "r") == fresh != former
+            assert await joins(former) == await joins(owner.url) == "NotInvited"
+            with pytest.raises(CoordinatorError) as caught:
+                await lurking.request(Join("", MANIFEST))
+            assert caught.value.code == "NotInvited"
+            await lurking.close()
+            assert await joins(fresh) == ""
+            assert await joins(former, identity=member) == "", "members come back as they are"
+            assert await joins(fresh, identity=bad) == "NotAuthorized"
+            stored = RunHost.load(json.loads(json.dumps(server.runs["r"].host.dump())))
+            assert stored.membership.links == 1
+            await asyncio.to_thread(owner.create, "open", CONFIG)
+            with pytest.raises(CoordinatorError, match="joined without a link"):
+                await asyncio.to_thread(partial(owner.link, new=True), "open")
 
     play(test())
 

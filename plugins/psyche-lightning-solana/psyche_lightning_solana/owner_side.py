@@ -146,8 +146,12 @@ class SolanaRunAdmin:
             code="Unsupported",
         )
 
-    def link(self) -> str:
+    def link(self, *, new: bool = False) -> str:
         """The URL: wallets, not links, decide who joins a run on a chain."""
+        if new:
+            raise CoordinatorError(
+                f"run {self._run} on a chain has no join link; `psyche run revoke` takes wallets out", code="NoLink"
+            )
         return self._url
 
     def points(self) -> list[dict[str, Any]]:
