@@ -14,6 +14,7 @@ from rich.console import Console
 from psyche_lightning.cli.demo.command import _finish, _stretched, _sum_up
 from psyche_lightning.cli.demo.processes import Child, Processes
 from psyche_lightning.cli.demo.report import Figures
+from psyche_lightning.cli.demo.stage import ServerStage
 from psyche_lightning.cli.demo.view import View
 from psyche_lightning.errors import PsycheError
 from psyche_lightning.recipe import load_recipe
@@ -93,3 +94,17 @@ def test_a_node_that_failed_is_no_success_but_one_that_was_killed_is_part_of_the
         _finish([node("pass"), killed])
         with pytest.raises(PsycheError, match=r"node 1 failed with exit code 3; its last lines:\nno disk"):
             _finish([node("pass"), node("print('no disk'); raise SystemExit(3)")])
+
+
+def test_the_demo_needs_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "a file"))
+    stage, processes = ServerStage(), Processes()
+    try:
+        stage.open(processes, tmp_path, 1, Console(quiet=True))
+        stage.create("r", "demo", [], True)
+        status = stage.look([])
+        assert status is not None
+        assert status["phase"] == "waiting_for_members"
+    finally:
+        processes.stop()

@@ -94,9 +94,12 @@ class ServerStage:
         """Create the run."""
         from psyche_lightning.cli.owner import administer
         from psyche_lightning.cli.run import wanted
+        from psyche_lightning.server.token import FILE
 
         self._run = run_id
-        administer(self._url, run_id).create(wanted(run_id, [recipe, *overrides], twin))
+        token = self._folder / "coordinator" / FILE  # commands do not find it by themselves where a user has no home
+        owner = administer(self._url, run_id, token if token.exists() else None)
+        owner.create(wanted(run_id, [recipe, *overrides], twin))
 
     def environment(self, node: int) -> Mapping[str, str]:
         """The nodes need no variables."""
