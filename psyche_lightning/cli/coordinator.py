@@ -38,14 +38,25 @@ def coordinator(
             "on 127.0.0.1 answers to no other names.",
         ),
     ] = None,
+    tls: Annotated[
+        bool | None,
+        typer.Option(
+            "--tls/--plain",
+            help="Encrypt, with the coordinator's own key; by default unless it listens on 127.0.0.1. --plain is for a "
+            "TLS proxy in front of it.",
+        ),
+    ] = None,
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds in which a node may reconnect.")] = 5.0,
 ) -> None:
     """Serve runs to nodes, and a live page about them to people."""
-    asyncio.run(_serve(host, port, directory, token_file, allow_host or [], grace))
+    from psyche_lightning.sites import is_loopback
+
+    encrypted = tls if tls is not None else not is_loopback(host)
+    asyncio.run(_serve(host, port, directory, token_file, allow_host or [], encrypted, grace))
 
 
 async def _serve(
-    host: str, port: int, directory: Path, token_file: Path | None, hosts: list[str], grace: float
+    host: str, port: int, directory: Path, token_file: Path | None, hosts: list[str], tls: bool, grace: float
 ) -> None:
     from psyche_lightning.server.server import CoordinatorServer
     from psyche_lightning.server.store import SqliteStore
@@ -59,7 +70,7 @@ async def _serve(
         path = token_file or directory / FILE
         given = os.environ.get(TOKEN_VARIABLE)
         token, fresh = (check_token(given, TOKEN_VARIABLE), False) if given else load_or_create(path)
-        server = CoordinatorServer(store, token=token, hosts=hosts, grace=grace)
+        server = CoordinatorServer(store, token=token, hosts=hosts, tls=tls, grace=grace)
         url = await server.start(host, port)
         try:
             with contextlib.nullcontext() if given else announced(url, path) as found:

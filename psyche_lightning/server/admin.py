@@ -17,8 +17,8 @@ from psyche_lightning.errors import ConfigError, CoordinatorError
 from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.owner import Creation
 from psyche_lightning.server.channel import coordinator_error
+from psyche_lightning.server.tls import Door
 from psyche_lightning.server.token import check_token, find_token, read_token
-from psyche_lightning.sites import is_loopback
 
 URL_VARIABLE = "PSYCHE_COORDINATOR"
 TOKEN_VARIABLE = "PSYCHE_COORDINATOR_TOKEN"
@@ -48,7 +48,8 @@ class CoordinatorAdmin:
     """A client for the requests of people.
 
     Args:
-        url: URL of the server; None for ``PSYCHE_COORDINATOR`` in the environment.
+        url: URL of the server, or a join link, whose key it then must have; None for ``PSYCHE_COORDINATOR`` in the
+            environment.
         token: the owner's token, which only requests that change something carry. None for that of the environment
             (``PSYCHE_COORDINATOR_TOKEN``, or the file ``PSYCHE_COORDINATOR_TOKEN_FILE``), else for that of a
             coordinator that this user runs on this machine, if it has this URL.
@@ -66,9 +67,7 @@ class CoordinatorAdmin:
         self.url = check_url(url)
         self._given = token
         self._attempts = attempts
-        # Proxies of the environment are for other machines; a coordinator on this machine needs none.
-        local = is_loopback(urlsplit(self.url).hostname or "")
-        self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+        self._door = Door(JoinLink.parse(url))
 
     def create(
         self,
@@ -170,7 +169,8 @@ class CoordinatorAdmin:
             reason = getattr(error, "reason", error)
             raise CoordinatorError(
                 f"cannot reach the coordinator at {self.url}: {reason}. Tried {self._attempts} times. Start one with "
-                f"`psyche coordinator --port N`, or give its URL with --coordinator or {URL_VARIABLE}.",
+                f"`psyche coordinator --port N`, or give its URL with --coordinator or {URL_VARIABLE}; "
+                "https:// if it encrypts.",
                 code="Unreachable",
                 retryable=True,
             ) from error
@@ -184,7 +184,7 @@ class CoordinatorAdmin:
         if body is not None and self._token:  # reading needs no token, and a redirection must not carry it elsewhere
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
-            with self._opener.open(request, timeout=TIMEOUT) as answer:
+            with self._door.open(request, TIMEOUT) as answer:
                 return self._parse(answer.read(MAX_ANSWER_SIZE), 200)
         except urllib.error.HTTPError as error:
             with error:

@@ -8,11 +8,12 @@ import json
 import logging
 import os
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_after_delay
@@ -37,7 +38,9 @@ from psyche_lightning.server.channel import (
     seal_frame,
     seal_hello,
 )
+from psyche_lightning.server.tls import is_near, untrusted
 from psyche_lightning.server.token import own_token
+from psyche_lightning.wire.certificate import client_context, is_of
 from psyche_lightning.wire.identity import Identity, short
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,35 @@ class _Call:
 
 class _Lost(Exception):
     """The connection failed, but another attempt may succeed."""
+
+
+class _Pin(aiohttp.Fingerprint):
+    """Accepts the certificates of one key; the handshake before it proved that the other end has the key."""
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__(key)
+        self._key = key
+
+    def check(self, transport: asyncio.Transport) -> None:
+        """Called before anything is sent.
+
+        Raises:
+            aiohttp.ServerFingerprintMismatch: the certificate is of another key.
+        """
+        encrypted: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+        certificate = encrypted.getpeercert(binary_form=True) if encrypted is not None else None
+        if not is_of(self._key, certificate):
+            host, port, *_ = transport.get_extra_info("peername")
+            raise aiohttp.ServerFingerprintMismatch(self._key, b"", host, port)
+
+
+def _trusts(url: str, key: bytes) -> list[bool | ssl.SSLContext | aiohttp.Fingerprint]:
+    """Whose certificates a client accepts, in the order in which it tries."""
+    if urlsplit(url).scheme != "https":
+        return [True]
+    if key:
+        return [_Pin(key), ssl.create_default_context()]
+    return [client_context() if is_near(url) else ssl.create_default_context()]
 
 
 class HttpCoordinator:
@@ -111,6 +143,8 @@ class HttpCoordinator:
         self.url = check_url(link.url)
         self.run_id = run_id
         self._secret = link.secret
+        self._trusts = _trusts(self.url, link.key)
+        self._trust = self._trusts[0]
         self.signer = identity.public
         self.status = f"not yet connected to {self.url}"
         self._identity = identity
@@ -260,7 +294,8 @@ class HttpCoordinator:
             raise CoordinatorError(
                 f"cannot reach the coordinator at {self.url} for run {self.run_id!r}: {error}. "
                 f"Tried {tries} times in {time.monotonic() - started:.0f} s. Check the URL (--coordinator or "
-                "PSYCHE_COORDINATOR), that `psyche coordinator` runs there, and that no firewall blocks it.",
+                "PSYCHE_COORDINATOR; https:// if it encrypts), that `psyche coordinator` runs there, and that "
+                "no firewall blocks it.",
                 code="Unreachable",
                 retryable=True,
             ) from error
@@ -271,15 +306,15 @@ class HttpCoordinator:
         path = f"{self.url}/v1/runs/{quote(self.run_id, safe='')}"
         nonce = self._entropy(NONCE_SIZE)
         try:
-            connection = await session.ws_connect(
-                f"{path}/watch?nonce={nonce.hex()}", compress=15, max_msg_size=MAX_FRAME_SIZE, heartbeat=HEARTBEAT
-            )
+            connection = await self._open(session, f"{path}/watch?nonce={nonce.hex()}")
         except aiohttp.WSServerHandshakeError as error:
             if error.status >= 500:
                 raise _Lost(f"it answered {error.status}") from error
             raise await self._refusal(session, path, error.status) from error
         except asyncio.TimeoutError as error:
             raise _Lost(f"no answer within {self._connect_timeout:.0f} s") from error
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise untrusted(self.url) from error
         except aiohttp.ClientConnectorError as error:
             raise _Lost(f"no connection ({cause(error.os_error)})") from error
         except (OSError, aiohttp.ClientError) as error:
@@ -310,6 +345,18 @@ class HttpCoordinator:
         self._outage.works()
         self._socket = connection
         return connection
+
+    async def _open(self, session: aiohttp.ClientSession, path: str) -> aiohttp.ClientWebSocketResponse[bool]:
+        """Open the websocket at who shows the coordinator's key, or at a proxy that an authority vouches for."""
+        for trust in self._trusts:
+            self._trust = trust
+            try:
+                return await session.ws_connect(
+                    path, compress=15, max_msg_size=MAX_FRAME_SIZE, heartbeat=HEARTBEAT, ssl=trust
+                )
+            except aiohttp.ServerFingerprintMismatch:
+                continue
+        raise untrusted(self.url)
 
     def _met(self, values: list[Any], nonce: bytes) -> bytes:
         """Compare who answers with who answered before; returns the challenge.
@@ -346,7 +393,7 @@ class HttpCoordinator:
     async def _refusal(self, session: aiohttp.ClientSession, path: str, status: int) -> CoordinatorError:
         """Why the server did not open the websocket, in the server's words."""
         try:
-            async with session.get(path) as answer:
+            async with session.get(path, ssl=self._trust) as answer:
                 problem = json.loads(await answer.content.read(MAX_PROBLEM_SIZE))
             if answer.status >= 400:
                 return coordinator_error(problem)

@@ -8,11 +8,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.owner import ClockReading
 from psyche_lightning.server.admin import check_url
+from psyche_lightning.server.tls import Door
 
 LOOKS = 8
 SPREAD = 0.13
@@ -67,9 +68,8 @@ def read_clock(
         ConfigError: the URL is malformed.
         CoordinatorError: the server does not answer, or does not tell the time.
     """
-    url = check_url(url)
-    local = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+    link = JoinLink.parse(url)
+    url, door = check_url(url), Door(link)
     found = []
     for number in range(looks):
         if number:
@@ -77,7 +77,7 @@ def read_clock(
         request = urllib.request.Request(f"{url}/v1/runs", method="HEAD")
         sent = clock()
         try:
-            with opener.open(request, timeout=TIMEOUT) as answer:
+            with door.open(request, TIMEOUT) as answer:
                 received, said = clock(), answer.headers["Date"]
         except urllib.error.HTTPError as error:  # an error answer has a date, too
             received, said = clock(), error.headers["Date"]

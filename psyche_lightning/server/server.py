@@ -26,6 +26,7 @@ from psyche_lightning.server.guard import Guard, Handler
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.server.status import run_line, run_status
 from psyche_lightning.server.store import Store
+from psyche_lightning.server.tls import coordinator_context
 from psyche_lightning.server.websocket import Websocket
 from psyche_lightning.wire.identity import KEY_SIZE
 
@@ -58,6 +59,7 @@ class CoordinatorServer:
             None, which is for servers within a program, every caller on the same machine may.
         hosts: names under which the server is reached; see :class:`~psyche_lightning.sites.Sites`.
         grace: seconds in which a node may come back after its connection broke, before it counts as gone.
+        tls: whether to encrypt, with a certificate of the coordinator's key.
         heartbeat: seconds between pings; a node that is silent for one and a half of them is disconnected.
     """
 
@@ -71,6 +73,7 @@ class CoordinatorServer:
         token: str | None = None,
         hosts: Collection[str] = (),
         grace: float = 5.0,
+        tls: bool = False,
         heartbeat: float = 20.0,
     ) -> None:
         self.runs: dict[str, LiveRun] = {}
@@ -81,6 +84,7 @@ class CoordinatorServer:
         self._entropy = entropy
         self._guard = Guard(token, hosts)
         self._grace = grace
+        self._tls = coordinator_context(self._identity) if tls else None
         self._heartbeat = heartbeat
         self._sessions: dict[tuple[str, bytes], Websocket] = {}
         self._sockets: set[web.WebSocketResponse] = set()
@@ -109,7 +113,7 @@ class CoordinatorServer:
         self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=2.0)
         await self._runner.setup()
         try:
-            site = web.TCPSite(self._runner, host, port)
+            site = web.TCPSite(self._runner, host, port, ssl_context=self._tls)
             await site.start()
         except OSError as error:
             await self.stop()
@@ -119,7 +123,7 @@ class CoordinatorServer:
         self._guard.sites.listening(address[0] for address in self._runner.addresses)
         # A server that listens has at least one address.
         listening, bound = self._runner.addresses[0][:2]
-        return f"http://{f'[{listening}]' if ':' in listening else listening}:{bound}"
+        return f"http{'s' * bool(self._tls)}://{f'[{listening}]' if ':' in listening else listening}:{bound}"
 
     async def stop(self) -> None:
         """Close all connections and stop listening; the runs stay in the store."""

@@ -31,21 +31,17 @@ once, because Python's ``ssl`` loads keys from files only. Sessions are not resu
 from __future__ import annotations
 
 import asyncio
-import datetime
-import os
 import secrets
 import ssl
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from psyche_lightning.errors import TransportError
 from psyche_lightning.transports.framing import Kind, frame, goodbye, goodbye_text, read_frame
 from psyche_lightning.wire.canonical import sha256
+from psyche_lightning.wire.certificate import client_context, self_signed, server_context
 from psyche_lightning.wire.identity import KEY_SIZE, Identity, short, verify
 
 VERSION = 2
@@ -83,19 +79,12 @@ class Handshake:
         self._identity = identity
         self._scope = scope
         key = Ed25519PrivateKey.generate()
-        certificate = _certificate(key)
+        certificate = self_signed(key)
         binding = sha256(certificate.public_bytes(Encoding.DER))
         self._binding = binding
         self._hello = identity.public, identity.sign(SERVER_PURPOSE, scope, binding)
-        self.server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.server_context.minimum_version = ssl.TLSVersion.TLSv1_3
-        self.server_context.num_tickets = 0
-        _load(self.server_context, key, certificate)
-        self.client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self.client_context.minimum_version = ssl.TLSVersion.TLSv1_3
-        # No authority vouches for these certificates; meet() checks the HELLO instead.
-        self.client_context.check_hostname = False
-        self.client_context.verify_mode = ssl.CERT_NONE
+        self.server_context = server_context(key, certificate)
+        self.client_context = client_context()  # meet() checks the HELLO in place of the certificate
 
     async def meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, expected: bytes) -> None:
         """Do the client's part.
@@ -166,29 +155,3 @@ class Handshake:
             raise UnwelcomeError(f"{short(client)} is refused: {reason}")
         writer.write(frame(Kind.WELCOME))
         return client
-
-
-def _certificate(key: Ed25519PrivateKey) -> x509.Certificate:
-    """A minimal certificate; only its key matters."""
-    name = x509.Name([])
-    return (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(datetime.datetime(2000, 1, 1))
-        .not_valid_after(datetime.datetime(9999, 12, 31))
-        .sign(key, None)
-    )
-
-
-def _load(context: ssl.SSLContext, key: Ed25519PrivateKey, certificate: x509.Certificate) -> None:
-    """Give key and certificate to ``ssl``, which reads only files: in a folder of mode 0700 that is deleted at once."""
-    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    with tempfile.TemporaryDirectory(prefix="psyche-tls-") as folder:
-        path = Path(folder) / "pem"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secret + certificate.public_bytes(Encoding.PEM))
-        context.load_cert_chain(path)

@@ -107,7 +107,9 @@ def test_every_command_in_the_text_exists(pages: list[Any]) -> None:
                     command = child(group, word)
                     assert command, f"{page.name}: `{span}` does not exist"
             if command is not None:
-                known = {option for parameter in command.params for option in parameter.opts}
+                known = {
+                    option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+                }
                 known |= {"--help", "--traceback", "--verbose"}
                 assert set(options) <= known, f"{page.name}: `{span}` has unknown options"
 
@@ -121,7 +123,7 @@ def test_every_option_in_the_text_is_one_of_some_command(pages: list[Any]) -> No
             command = pending.pop()
             if isinstance(command, TyperGroup):
                 pending += [child(command, each) for each in command.list_commands(typer.Context(command))]
-            known |= {option for parameter in command.params for option in parameter.opts}
+            known |= {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     for page in pages:
         for span in page.spans:
             if span.split(" ")[0] in ("torchrun", "pip", "python", "git", "solana"):

@@ -130,7 +130,16 @@ def train_psyche(name: str, links: list[Link], recipe: str, blocks: int, steps: 
         net.shape(False)
         folder, nodes, far = Path(scratch), net.machines[:-1], net.machines[-1]
         log = folder / "log"
-        serve = ["coordinator", "--host", far.address, "--port", str(PORT), "--dir", str(folder / "coordinator")]
+        serve = [
+            "coordinator",
+            "--plain",
+            "--host",
+            far.address,
+            "--port",
+            str(PORT),
+            "--dir",
+            str(folder / "coordinator"),
+        ]
         url = processes.add(Child("coordinator", serve, log, inside=far.inside)).url()
         given = [f"total_steps={starts[-1] + steps + LEFT_OUT}", f"init_min_clients={len(nodes)}", *overrides]
         own = ["--coordinator", url, "--token-file", str(folder / "coordinator" / "owner.token")]
