@@ -13,7 +13,7 @@ from support.fit import Fit, StopAt, until
 from psyche_lightning import PsycheStrategy
 from psyche_lightning.errors import ConfigError, CoordinatorError, PsycheError, UnfinishedError
 from psyche_lightning.lightning.fabric import PsycheFabricStrategy
-from psyche_lightning.server.admin import CoordinatorAdmin
+from psyche_lightning.server.admin import CoordinatorAdmin, ServerRun
 
 Make = Callable[..., Any]
 
@@ -131,3 +131,18 @@ def test_a_fabric_that_left_its_run_trains_nothing_silently(
     assert len(caplog.messages) == 1
     with pytest.raises(CoordinatorError, match="finished after 4 steps"):
         batches(1)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_who_is_removed_fails_at_once(
+    members: int, classifier: Make, loader: Make, trainer: Make, create_run: Make
+) -> None:
+    """While it trains, and while it waits for another member."""
+    url, run = create_run(init_min_clients=members, total_steps=100_000, global_batch_size_start=8)
+    fit = Fit(trainer(strategy=PsycheStrategy(url, run)), classifier(), loader())
+    owner = ServerRun(url, run)
+    until(lambda: owner.status()["step"] > 2 if members == 1 else len(owner.status()["pending"]) == 1)
+    owner.kick(fit.trainer.strategy.session.identity.hex())
+    assert isinstance(fit.wait(), CoordinatorError)
+    assert fit.trainer.state.status == "interrupted"
+    assert fit.trainer.global_step < 100_000
