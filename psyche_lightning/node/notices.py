@@ -429,6 +429,19 @@ class CannotGoOn(Notice):
 
 
 @dataclass(frozen=True)
+class TrainingAway(Notice):
+    """The training loop took a round ``seconds`` ago and did not come back; the node leaves the run until it does."""
+
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"the training loop took a round and has not come back for {duration(self.seconds)} (did it end, or is it "
+            "busy with something else?): this node leaves the run until it does, and nobody waits for it"
+        )
+
+
+@dataclass(frozen=True)
 class Left(Notice):
     """The node has left the run for ``reason``, in words."""
 

@@ -263,6 +263,7 @@ class Participant:
     def _pump(self) -> TrainerTask | None:
         """Do one task from the loop; waits with reminders and a time limit. None when the thread wants to stop."""
         began = time.monotonic()
+        self._runtime.busy_since = None
         self._runtime.wait.rest(began)
         while True:
             try:
@@ -282,6 +283,7 @@ class Participant:
         match task:
             case Train(epoch, height, step, batch):
                 self._runtime.wait.over()
+                self._runtime.busy_since = time.monotonic()
                 self._next = RoundWork(epoch, height, step, batch)
             case Finished():
                 self._finished = task

@@ -26,6 +26,7 @@ from psyche_lightning.node.notices import (
     MessageUnreadable,
     Notice,
     TensorDiffers,
+    TrainingAway,
     Waits,
 )
 from psyche_lightning.node.replica import Replica
@@ -50,6 +51,8 @@ from psyche_lightning.wire.identity import Identity, short
 
 TICK = 0.25
 FETCH_TIMEOUT = 60.0
+ROUNDS_AWAY, LEAST_AWAY = 3.0, 60.0
+"""A training thread is away after this many of a round's longest times, and after at least so many seconds."""
 
 ReplicaTask = ev.Apply | ev.TakeSnapshot | ev.Load | ev.ShareBuffers | ev.LoadBuffers
 TrainerTask = ReplicaTask | ev.Train | Finished | BaseException
@@ -99,6 +102,7 @@ class Runtime:
         post: hands a task to the training thread; the loop may call it.
 
     Attributes:
+        busy_since: when the training thread took the round that it trains; None while it waits for one. It writes this.
         downloads: parameters that this node downloads.
         wait: the training thread's.
     """
@@ -111,6 +115,8 @@ class Runtime:
         self._refused: Counter[bytes] = Counter()
         self.downloads = Downloads(node.transport, node.store)
         self.wait = Wait()
+        self.busy_since: float | None = None
+        self._away = False
         self._joined = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -174,8 +180,7 @@ class Runtime:
             await asyncio.sleep(0.05)
         self._stopping = True
         if withdraw:
-            with contextlib.suppress(PsycheError, asyncio.TimeoutError, OSError):
-                await asyncio.wait_for(self.node.coordinator.request(Withdraw()), 3.0)
+            await self._withdraw()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -216,9 +221,26 @@ class Runtime:
                     notice.tell()
             self.handle(ev.StateSeen(state))
 
+    async def _withdraw(self) -> None:
+        with contextlib.suppress(PsycheError, asyncio.TimeoutError, OSError):
+            await asyncio.wait_for(self.node.coordinator.request(Withdraw()), 3.0)
+
+    def _mind_the_training(self, now: float) -> None:
+        """Leave the run while the training thread is away: a program that lost its loop would be waited for forever."""
+        state, since = self.core.state, self.busy_since
+        if state is None or since is None or self.node.alone:
+            self._away = False
+            return
+        longest = max(LEAST_AWAY, ROUNDS_AWAY * state.config.max_round_train_time)
+        if not self._away and now - since > longest:
+            self._away = True
+            TrainingAway(now - since).tell()
+            self._spawn(self._withdraw())
+
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
+            self._mind_the_training(time.monotonic())
             self.handle(ev.Tick())
             self._tell_wait()
 
@@ -285,6 +307,8 @@ class Runtime:
                     self.node.ledger.append(self._scope, records)
             case Notice():
                 effect.tell()
+            case Join() if self._away:
+                pass  # the core asks again
             case Request():
                 self._spawn(self._ask(effect))
 

@@ -11,6 +11,7 @@ import torch
 
 from psyche_lightning.errors import ManifestMismatchError, StoreError, UnfinishedError
 from psyche_lightning.node import events as ev
+from psyche_lightning.node import runtime
 from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import (
     CannotGoOn,
@@ -20,6 +21,8 @@ from psyche_lightning.node.notices import (
     ParametersNotObtained,
     TakesStart,
     TensorDiffered,
+    TooFewMembers,
+    TrainingAway,
 )
 from psyche_lightning.node.store import DirectoryBlobStore, Journal
 from psyche_lightning.protocol.requests import Join
@@ -190,3 +193,37 @@ def test_parameters_that_cannot_be_read_are_not_taken_for_damaged_ones(
     store._file(index).mkdir(parents=True)
     with pytest.raises(StoreError, match="cannot read the blob folder"):
         runtime.run_replica_task(task(index, ()))
+
+
+def test_a_training_loop_that_does_not_come_back_is_not_waited_for(
+    make_run: Any, make_trainee: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that of a notebook whose cell failed. When it comes back, the node does too."""
+    monkeypatch.setattr(runtime, "LEAST_AWAY", 0.5)
+    run = make_run(2, 8, min_clients=2, max_round_train_time=1.0, warmup_time=3.0, cooldown_time=1.0)
+    nodes = first, second = [make_trainee(number, run) for number in range(2)]
+    back = threading.Event()
+    first.compute = lambda node, work: back.wait(60.0) if work.step == 3 and not back.is_set() else None
+    threads = [threading.Thread(target=node.train, daemon=True) for node in nodes]
+    for thread in threads:
+        thread.start()
+
+    def told(node: Any, kind: type[Any]) -> bool:
+        return any(isinstance(notice, kind) for notice in node.said)
+
+    deadline = time.monotonic() + 60.0
+    while not told(first, TrainingAway) or first.identity.public in run.host.membership.members:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    while not told(second, TooFewMembers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1.0)
+    assert first.identity.public not in run.host.membership.members, "it does not join again while it is away"
+    back.set()
+    for thread in threads:
+        thread.join(60.0)
+        assert not thread.is_alive()
+    assert first.error is second.error is None
+    assert first.bytes == second.bytes
+    assert run.host.state.phase is Phase.FINISHED
