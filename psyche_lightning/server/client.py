@@ -308,7 +308,7 @@ class HttpCoordinator:
         try:
             connection = await self._open(session, f"{path}/watch?nonce={nonce.hex()}")
         except aiohttp.WSServerHandshakeError as error:
-            if error.status >= 500:
+            if error.status >= 500 or error.status == 429:
                 raise _Lost(f"it answered {error.status}") from error
             raise await self._refusal(session, path, error.status) from error
         except asyncio.TimeoutError as error:

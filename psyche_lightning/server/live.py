@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 from psyche_lightning import aio
 from psyche_lightning.errors import PsycheError
 from psyche_lightning.logs import Outage, speaking
+from psyche_lightning.protocol.codec import state_to_json
 from psyche_lightning.protocol.manifest import manifest_digest
 from psyche_lightning.protocol.requests import Answer, Request
 from psyche_lightning.protocol.state import RunState
@@ -75,6 +76,8 @@ class LiveRun:
         self._listeners: list[Callable[[], None]] = []
         self._told = host.history.events.count
         self.manifests: dict[bytes, Mapping[str, Any]] = {}
+        self._written: tuple[RunState | None, dict[str, Any]] = None, {}
+        self._digested: tuple[Mapping[str, Any] | None, bytes] = None, b""
 
     @classmethod
     def of(cls, host: RunHost, clock: Callable[[], float]) -> LiveRun:
@@ -96,6 +99,21 @@ class LiveRun:
                 self._save()
                 return self.host.handle(signer, request, self._time())
             return self.act(lambda host, now: host.handle(signer, request, now))
+
+    @property
+    def manifest_digest(self) -> bytes:
+        """SHA-256 of the run's manifest, which is large; empty if there is none."""
+        manifest = self.host.manifest
+        if manifest is not self._digested[0]:
+            self._digested = manifest, b"" if manifest is None else manifest_digest(manifest)
+        return self._digested[1]
+
+    @property
+    def state_json(self) -> dict[str, Any]:
+        """The state as JSON, made once for all who watch."""
+        if self.state is not self._written[0]:
+            self._written = self.state, state_to_json(self.state)
+        return self._written[1]
 
     def keep_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Keep a manifest with which a node joined, so that it need not travel again; few differ within a run."""

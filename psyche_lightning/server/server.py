@@ -16,18 +16,31 @@ from typing import Any
 
 from aiohttp import web
 
+from psyche_lightning.aio import within
 from psyche_lightning.coordinator.creation import check_settings, create_host
 from psyche_lightning.errors import CoordinatorError, PsycheError
 from psyche_lightning.protocol.link import join_secret
-from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
+from psyche_lightning.protocol.manifest import manifest_text
 from psyche_lightning.server.channel import MAX_FRAME_SIZE, NONCE_SIZE, SALT_SIZE, greet, problem
 from psyche_lightning.server.clock import steady
 from psyche_lightning.server.guard import Guard, Handler
+from psyche_lightning.server.limits import (
+    BODY_SECONDS,
+    MAX_RUNS,
+    MAX_STRANGERS,
+    MAX_STRANGERS_OF_HOST,
+    REQUEST_RATE,
+    REQUEST_STORE,
+    Buckets,
+    Callers,
+    Entrance,
+)
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.server.status import run_line, run_status
 from psyche_lightning.server.store import Store
 from psyche_lightning.server.tls import coordinator_context
 from psyche_lightning.server.websocket import Websocket
+from psyche_lightning.transports.limits import Bucket, network, surplus
 from psyche_lightning.wire.identity import KEY_SIZE
 
 MAX_BODY_SIZE = MAX_FRAME_SIZE
@@ -44,6 +57,8 @@ STATUS = {
     "CloseCoordinatorNotHalted": 409,
     "StoreFailed": 503,
     "TooLarge": 413,
+    "TooManyRequests": 429,
+    "TooManyRuns": 409,
 }
 
 
@@ -88,9 +103,11 @@ class CoordinatorServer:
         self._heartbeat = heartbeat
         self._sessions: dict[tuple[str, bytes], Websocket] = {}
         self._sockets: set[web.WebSocketResponse] = set()
+        self._open: dict[Websocket, str] = {}  # in order of arrival, with their hosts
+        self._asking = Buckets(REQUEST_RATE, REQUEST_STORE)
         self._leaving: dict[tuple[str, bytes], asyncio.TimerHandle] = {}
         self._timekeepers: dict[str, asyncio.Task[None]] = {}
-        self._runner: web.AppRunner | None = None
+        self._runner: Entrance | None = None
         self._stopping = False
 
     @property
@@ -110,7 +127,9 @@ class CoordinatorServer:
                 run.act(lambda host, now: host.restarted(now))
             for member in list(run_host.membership.members):
                 self._expect(run, member, self._grace + RECONNECT_TIME, "not back after the coordinator's restart")
-        self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=2.0)
+        application = self._application()
+        self._runner = Entrance(application)
+        application.middlewares.insert(0, self._runner.check)
         await self._runner.setup()
         try:
             site = web.TCPSite(self._runner, host, port, ssl_context=self._tls)
@@ -145,7 +164,7 @@ class CoordinatorServer:
 
     # Nodes that come and go.
 
-    def _arrived(self, session: Websocket) -> None:
+    def _arrived(self, session: Websocket) -> Bucket:
         key = (session.run.state.run_id, session.signer)
         timer = self._leaving.pop(key, None)
         if timer is not None:
@@ -153,6 +172,7 @@ class CoordinatorServer:
         old, self._sessions[key] = self._sessions.get(key), session
         if old is not None:
             old.replace()
+        return self._asking.of(key)
 
     def _gone(self, session: Websocket) -> None:
         key = (session.run.state.run_id, session.signer)
@@ -175,7 +195,8 @@ class CoordinatorServer:
     # Requests.
 
     def _application(self) -> web.Application:
-        application = web.Application(middlewares=[_errors, self._guard.check], client_max_size=MAX_BODY_SIZE)
+        checks = [_errors, Callers().check, self._guard.check]
+        application = web.Application(middlewares=checks, client_max_size=MAX_BODY_SIZE)
         run = "/v1/runs/{run}"
         application.add_routes(
             [
@@ -214,7 +235,9 @@ class CoordinatorServer:
         if request.content_type != "application/json":
             raise CoordinatorError("send application/json", code="BadRequest")
         try:
-            value = await request.json()
+            value = await within(BODY_SECONDS, request.json())
+        except asyncio.TimeoutError:
+            raise CoordinatorError(f"the body did not come within {BODY_SECONDS:g} s", code="BadRequest") from None
         except (ValueError, RecursionError) as error:
             raise CoordinatorError(f"the body is not JSON: {error}", code="BadRequest") from error
         if not isinstance(value, dict):
@@ -232,6 +255,11 @@ class CoordinatorServer:
         body = await self._body(request)
         host = create_host(body, self._entropy)
         run_id = host.state.run_id
+        if run_id not in self.runs and len(self.runs) >= MAX_RUNS:
+            raise CoordinatorError(
+                f"this coordinator has {len(self.runs)} runs, which is its limit; close one: `psyche run close RUN`",
+                code="TooManyRuns",
+            )
         if run_id not in self.runs:
             host.begin(self._clock())
             self._store.create(host, body)
@@ -336,7 +364,7 @@ class CoordinatorServer:
         wanted = request.match_info["digest"]
         for run in self.runs.values():
             manifest = run.host.manifest
-            if manifest is not None and manifest_digest(manifest).hex() == wanted:
+            if manifest is not None and run.manifest_digest.hex() == wanted:
                 return web.Response(text=manifest_text(manifest), content_type="application/json")
         raise CoordinatorError(f"no run has a manifest with the digest {wanted[:64]!r}", code="UnknownManifest")
 
@@ -349,11 +377,19 @@ class CoordinatorServer:
         # Called at each join: the run may have another link by then.
         secrets = None if self._guard.obeys(request) else lambda: [self._secret(run), *self._guard.secrets]
         session = Websocket(run, socket, greeting, secrets, self._arrived)
+        host = network(request.remote or "")
+        strangers = {one: other for one, other in self._open.items() if not one.member}
+        oldest = surplus(strangers, host, MAX_STRANGERS, MAX_STRANGERS_OF_HOST)
+        if oldest is not None:
+            del self._open[oldest]
+            oldest.turn_away()
         self._sockets.add(socket)
+        self._open[session] = host
         try:
             await session.serve()
         finally:
             self._sockets.discard(socket)
+            self._open.pop(session, None)
             self._gone(session)
         return socket
 

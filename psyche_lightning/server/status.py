@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from psyche_lightning.protocol.manifest import manifest_digest
 from psyche_lightning.protocol.requests import Report
 from psyche_lightning.protocol.state import Client, ClientStatus, Phase, RunState
 from psyche_lightning.server.live import LiveRun
@@ -61,7 +60,7 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         "pending_pause": state.pending_pause,
         "problem": run.problem,
         "checkpoint": {"step": state.checkpoint.step, "digest": state.checkpoint.digest.hex()},
-        "manifest_digest": manifest_digest(host.manifest).hex() if host.manifest is not None else None,
+        "manifest_digest": run.manifest_digest.hex() or None,
         "config": config,
         "clients": [member(client, standing(client, state), reports) for client in clients],
         "exited": [member(client, client.status.name.lower(), reports) for client in state.exited_clients],

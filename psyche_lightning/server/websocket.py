@@ -12,7 +12,7 @@ from typing import Any
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from psyche_lightning.errors import CoordinatorError, PsycheError, WireError
-from psyche_lightning.protocol.codec import diff, state_to_json
+from psyche_lightning.protocol.codec import diff
 from psyche_lightning.protocol.link import join_proof
 from psyche_lightning.protocol.requests import Join, decode
 from psyche_lightning.server.channel import (
@@ -24,7 +24,9 @@ from psyche_lightning.server.channel import (
     open_hello,
     problem,
 )
+from psyche_lightning.server.limits import MAX_FRAME_OF_OTHERS, cost, frame_cost
 from psyche_lightning.server.live import LiveRun
+from psyche_lightning.transports.limits import Bucket
 
 
 class Websocket:
@@ -35,10 +37,11 @@ class Websocket:
         socket: the prepared websocket.
         greeting: the challenge that this connection's signatures cover, and the first frame (see ``greet``).
         secrets: returns those of which each proves that a node is invited; None if it is in any case.
-        arrived: called with the connection once its node has proved its key.
+        arrived: called with the connection once its node has proved its key; returns what the node may ask for.
 
     Attributes:
         run: the run.
+        member: whether the node is a member, or was one when it came.
         signer: the node's public key; empty for a watcher.
         reason: why the connection ended, in words.
     """
@@ -49,7 +52,7 @@ class Websocket:
         socket: web.WebSocketResponse,
         greeting: tuple[bytes, list[Any]],
         secrets: Callable[[], Sequence[bytes]] | None,
-        arrived: Callable[[Websocket], None],
+        arrived: Callable[[Websocket], Bucket],
     ) -> None:
         self.run = run
         self.signer = b""
@@ -61,7 +64,8 @@ class Websocket:
         self._arrived = arrived
         self._last = 0
         self._full = True
-        self._member = False
+        self.member = False
+        self._bucket: Bucket | None = None
         self._sending = asyncio.Lock()
         self._news = run.news()
         self._closing: asyncio.Future[bool] | None = None
@@ -91,6 +95,10 @@ class Websocket:
         """End the connection, because its node has a newer one."""
         self._closing = asyncio.ensure_future(self._socket.close(code=CLOSE_REPLACED))
 
+    def turn_away(self) -> None:
+        """End the connection, because there are too many of those who are no members."""
+        self._closing = asyncio.ensure_future(self._socket.close(code=WSCloseCode.TRY_AGAIN_LATER))
+
     def end(self) -> None:
         """End the connection, because the run was removed."""
         self._closing = asyncio.ensure_future(self._socket.close(message=b"the run is closed"))
@@ -105,7 +113,7 @@ class Websocket:
         with self._news as news:
             await self._send(self._greeting)
             while True:
-                current = state_to_json(self.run.state)
+                current = self.run.state_json
                 if self._full:
                     self._full = False
                     await self._send(["state", current])
@@ -120,7 +128,7 @@ class Websocket:
     def _dismissed(self) -> bool:
         """Whether the node was a member and may no longer be one."""
         host = self.run.host
-        return self._member and not (host.membership.admits(self.signer) or host.trains(self.signer))
+        return self.member and not (host.membership.admits(self.signer) or host.trains(self.signer))
 
     async def _dismiss(self) -> None:
         try:
@@ -133,11 +141,15 @@ class Websocket:
     async def _frame(self, frame: bytes) -> None:
         if not self.signer:
             self.signer, self._proof = open_hello(frame, self.run.state.run_id, self._challenge)
-            self._member = self.signer in self.run.host.membership.members
-            self._arrived(self)
+            self.member = self.signer in self.run.host.membership.members
+            self._bucket = self._arrived(self)
             return
+        await self._pay(frame_cost(len(frame)))  # before the signature, which costs
         asked = open_frame(frame, self.signer, self.run.state.run_id, self._challenge, self._last)
         self._last = asked.number
+        if asked.name != Join.name and len(frame) > MAX_FRAME_OF_OTHERS:
+            raise WireError(f"a request {asked.name[:40]!r} of {len(frame)} bytes; at most {MAX_FRAME_OF_OTHERS}")
+        await self._pay(cost(asked.name))
         try:
             answer = ["ok", asked.number, self._answer(asked)]
         except WireError:
@@ -145,6 +157,13 @@ class Websocket:
         except PsycheError as error:
             answer = ["error", asked.number, problem(error)]
         await self._send(answer)
+
+    async def _pay(self, units: float) -> None:
+        """Wait until the node may ask for more; meanwhile nothing is read from it."""
+        assert self._bucket is not None
+        pause = self._bucket.wait(units, asyncio.get_running_loop().time())
+        if pause:
+            await asyncio.sleep(pause)
 
     def _invited(self) -> bool:
         return self._secrets is None or any(
@@ -162,6 +181,6 @@ class Websocket:
             self.run.host.membership.check_link(self.signer, shown=self._invited(), tried=bool(self._proof))
         answer = request.answer_to_json(self.run.handle(self.signer, request))
         if isinstance(request, Join):
-            self._member = True
+            self.member = True
             self.run.keep_manifest(request.manifest)
         return answer

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import ipaddress
 import logging
 import random
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
@@ -29,7 +28,7 @@ from psyche_lightning.transports.download import Download, DownloadAttempt
 from psyche_lightning.transports.framing import Kind, frame
 from psyche_lightning.transports.gossip import Gossip
 from psyche_lightning.transports.handshake import RefusedError, UnwelcomeError
-from psyche_lightning.transports.limits import Bucket, Quarantine, Said
+from psyche_lightning.transports.limits import Bucket, Quarantine, Said, network, surplus
 from psyche_lightning.transports.meter import ByteMeter
 from psyche_lightning.transports.peer import Peer
 from psyche_lightning.transports.pipe import Pipe
@@ -389,23 +388,19 @@ class MeshTransport(abc.ABC):
             admission: proves the peer's key; fails like :meth:`_dial`.
             origin: where the connection comes from.
         """
-        host = _network(origin.rpartition(":")[0])
-        hosts = Counter(self._arriving.values())
-        worst = host if hosts[host] >= MAX_ARRIVING_OF_HOST else None
-        if worst is None and len(self._arriving) >= MAX_ARRIVING:
-            worst = hosts.most_common(1)[0][0]
-        if worst is not None:
-            oldest = next(task for task, other in self._arriving.items() if other == worst)
-            del self._arriving[oldest]
+        host = network(origin.rpartition(":")[0])
+        oldest = surplus(self._arriving, host, MAX_ARRIVING, MAX_ARRIVING_OF_HOST)
+        if oldest is not None:
+            worst = self._arriving.pop(oldest)
             self._end(oldest)
-            self._complain(worst, f"{hosts[worst]} connections that do not prove their key; the oldest is closed")
+            self._complain(worst, "too many connections that do not prove their key; the oldest is closed")
         task = asyncio.create_task(self._receive(admission, origin))
         self._arriving[task] = host
         task.add_done_callback(lambda done: self._arriving.pop(done, None))
 
     def _welcome(self, host: str) -> bool:
         """Whether a new connection from a host is worth a handshake, which costs: False if it makes too many."""
-        host = _network(host)
+        host = network(host)
         bucket = self._arrivals.pop(host, None) or Bucket(ARRIVAL_RATE, ARRIVAL_STORE, self._now())
         self._arrivals[host] = bucket
         while len(self._arrivals) > MAX_HOSTS:
@@ -502,15 +497,6 @@ class MeshTransport(abc.ABC):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _network(host: str) -> str:
-    """The host itself, or the /64 of an IPv6 address, all of which one customer has."""
-    try:
-        ip = ipaddress.ip_address(host.strip("[]").partition("%")[0])
-    except ValueError:
-        return host
-    return host if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 
 def reason(error: Exception) -> str:

@@ -1,0 +1,178 @@
+"""What callers of a coordinator's server may ask for, and how many connections they may have.
+
+Honest nodes and people stay far below all of it. A node that asks for more is answered later, which harms nobody; a
+program that does is refused. Addresses stand for callers that have proved nothing, and a /64 of IPv6 for one address.
+Behind a proxy all callers have its address: what it lets pass is its own matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.server.channel import SYNC
+from psyche_lightning.transports.limits import Bucket, network, surplus
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+REQUEST_RATE, REQUEST_STORE = 100.0, 2000.0
+"""Units that a node's requests cost in a second, and in advance; see :func:`cost`."""
+FRAME_UNIT = 8 * 1024
+"""Bytes of a frame that cost as much as one more request."""
+COSTS = {"terms": 10.0, "rounds": 25.0, "join": 25.0, "accuse": 25.0, "health_check": 5.0, SYNC: 10.0}
+"""What the answers to some requests cost; those to the others, nothing beside the frame."""
+MAX_FRAME_OF_OTHERS = 256 * 1024
+"""Bytes of a frame that is not a ``join``, which alone holds a manifest."""
+CALL_RATE, CALL_STORE = 200.0, 2000.0
+"""Units that the HTTP requests from an address cost in a second, and in advance."""
+ANSWER_UNIT = 16 * 1024
+"""Bytes of an answer over HTTP that cost as much as one more request."""
+MAX_KNOWN = 4096
+"""Nodes, and addresses, whose requests are counted."""
+MAX_SILENT, MAX_SILENT_OF_HOST = 512, 32
+"""Connections that have not sent a whole request yet, in all and from one address."""
+HEADER_SECONDS = 10.0
+KEEPALIVE_SECONDS = 15.0
+BODY_SECONDS = 30.0
+"""Seconds for a request's headers, between two requests of a connection, and for a body."""
+MAX_STRANGERS, MAX_STRANGERS_OF_HOST = 256, 64
+"""Websockets of watchers and of nodes that are no members, in all and from one address."""
+MAX_RUNS = 256
+
+
+class Buckets:
+    """A bucket for each of the callers that were seen last.
+
+    Args:
+        rate: units a second.
+        store: units in advance.
+    """
+
+    def __init__(self, rate: float, store: float) -> None:
+        self._rate = rate
+        self._store = store
+        self._known: OrderedDict[Any, Bucket] = OrderedDict()
+
+    def of(self, caller: Any) -> Bucket:
+        """The caller's bucket."""
+        now = asyncio.get_running_loop().time()
+        bucket = self._known.pop(caller, None) or Bucket(self._rate, self._store, now)
+        self._known[caller] = bucket
+        while len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
+        bucket.fill(now)
+        return bucket
+
+
+class Callers:
+    """Counts the HTTP requests from each address."""
+
+    def __init__(self) -> None:
+        self._buckets = Buckets(CALL_RATE, CALL_STORE)
+
+    @web.middleware
+    async def check(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """A middleware.
+
+        Raises:
+            CoordinatorError: ``TooManyRequests`` (retryable).
+        """
+        bucket = self._buckets.of(network(request.remote or ""))
+        if bucket.left <= 0:
+            raise CoordinatorError(
+                "too many requests from this address; try again in a few seconds",
+                code="TooManyRequests",
+                retryable=True,
+            )
+        bucket.left -= 1.0
+        answer = await handler(request)
+        if isinstance(answer, web.Response):
+            bucket.left -= (answer.content_length or 0) / ANSWER_UNIT
+        return answer
+
+
+class Entrance(web.AppRunner):
+    """A runner whose connections must ask for something soon."""
+
+    def __init__(self, application: web.Application) -> None:
+        super().__init__(
+            application, access_log=None, shutdown_timeout=2.0, keepalive_timeout=KEEPALIVE_SECONDS, lingering_time=2.0
+        )
+        self._silent: dict[asyncio.BaseTransport, str] = {}
+
+    @property
+    def server(self) -> Any:  # what a site gives its loop to make protocols
+        """Makes the protocol of each connection; None before the setup."""
+        inside: Any = super().server
+        return None if inside is None else lambda: _Visitor(self, inside())
+
+    @web.middleware
+    async def check(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """A middleware that notes which connections have asked for something."""
+        if request.transport is not None:
+            self.left(request.transport)
+        return await handler(request)
+
+    def came(self, transport: asyncio.BaseTransport) -> None:
+        """Count a new connection until :meth:`left`, and end one that is too many."""
+        host = network(str((transport.get_extra_info("peername") or ("",))[0]))
+        oldest = surplus(self._silent, host, MAX_SILENT, MAX_SILENT_OF_HOST)
+        if oldest is not None:
+            self.end(oldest)
+        self._silent[transport] = host
+        asyncio.get_running_loop().call_later(HEADER_SECONDS, self.end, transport)
+
+    def left(self, transport: asyncio.BaseTransport) -> None:
+        """The connection asked for something, or is gone."""
+        self._silent.pop(transport, None)
+
+    def end(self, transport: asyncio.BaseTransport) -> None:
+        """End a connection that has not asked for anything."""
+        if self._silent.pop(transport, None) is not None and isinstance(transport, asyncio.Transport):
+            transport.abort()
+
+
+class _Visitor(asyncio.Protocol):
+    """Tells the entrance of a connection, and leaves the rest to the protocol inside."""
+
+    def __init__(self, entrance: Entrance, inside: asyncio.Protocol) -> None:
+        self._entrance = entrance
+        self._transport: asyncio.BaseTransport | None = None
+        self._inside = inside
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._inside.connection_made(transport)
+        self._entrance.came(transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._transport is not None:
+            self._entrance.left(self._transport)
+        self._inside.connection_lost(error)
+
+    def data_received(self, data: bytes) -> None:
+        self._inside.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._inside.eof_received()
+
+    def pause_writing(self) -> None:
+        self._inside.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inside.resume_writing()
+
+
+def cost(name: str) -> float:
+    """What a node's request costs beside its frame."""
+    return COSTS.get(name, 0.0)
+
+
+def frame_cost(size: int) -> float:
+    """What a node's frame of ``size`` bytes costs."""
+    return 1.0 + size / FRAME_UNIT
