@@ -89,7 +89,7 @@ def doctor(
         asyncio.run(_listen(_transport(settings)))
         return
     link = JoinLink.parse(coordinator or "")
-    coordinator, run = link.url or None, run or link.run or None
+    run = run or link.run or None
     if run and not coordinator:
         raise ConfigError(f"--run {run} needs its coordinator: also give --coordinator URL, or set {URL_VARIABLE}")
     for name, value in (("--nodes", nodes), ("--upload", upload), ("--download", download), ("--latency", latency)):

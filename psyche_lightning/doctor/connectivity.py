@@ -15,6 +15,7 @@ from psyche_lightning.doctor.finding import Finding, Verdict, duration, speed
 from psyche_lightning.doctor.link import MeasuredLink
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
 from psyche_lightning.plugins import load_plugins
+from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.owner import ClockReading
 from psyche_lightning.transports.base import Link, Transport, TransportContext
 from psyche_lightning.wire.identity import Identity, short
@@ -51,6 +52,9 @@ class Reached:
 def coordinator(url: str) -> tuple[list[Finding], ClockReading | None]:
     """Check whether a coordinator can be reached, and how far this machine's clock differs from its clock.
 
+    Args:
+        url: its URL, or a join link.
+
     Raises:
         ConfigError, PluginError: the URL is not a coordinator's.
     """
@@ -72,7 +76,7 @@ def coordinator(url: str) -> tuple[list[Finding], ClockReading | None]:
     there = Finding(
         AREA,
         "coordinator",
-        f"{url} answers within {duration(reading.answer_seconds)}, connecting included",
+        f"{JoinLink.parse(url).url} answers within {duration(reading.answer_seconds)}, connecting included",
         Verdict.WARNING if late else Verdict.OK,
         "every round waits for it once; choose a coordinator nearby, or longer rounds (a larger global batch)" * late,
     )
