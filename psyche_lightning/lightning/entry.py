@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from psyche_lightning.distro import DistroConfig
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, CoordinatorError
 from psyche_lightning.logs import ensure_heard
 from psyche_lightning.plugins import load_plugins, packages
 from psyche_lightning.protocol.manifest import START, differences, manifest_text, mismatch
@@ -32,18 +32,21 @@ def look(client: Coordinator, timeout: float = 60.0) -> Terms:
     """Ask a run for its fixed values, on a separate event loop.
 
     Raises:
-        CoordinatorError: the coordinator is unreachable, or does not have the run.
+        CoordinatorError: the coordinator is unreachable, does not answer in time, or does not have the run.
     """
 
     async def ask() -> Terms:
         try:
-            return await client.request(GetTerms())
+            return await asyncio.wait_for(client.request(GetTerms()), timeout)
+        except asyncio.TimeoutError:
+            why = client.away or "no answer"
+            raise CoordinatorError(f"waited {timeout:.0f} s for {why}. Try again later.", code="Unreachable") from None
         finally:
             await client.close()
 
     # In a thread, because notebooks already run a loop in this one.
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(asyncio.wait_for(ask(), timeout))).result()
+        return pool.submit(lambda: asyncio.run(ask())).result()
 
 
 class Entry:

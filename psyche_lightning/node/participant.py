@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -103,6 +104,12 @@ class Participant:
         except PsycheError:
             self.stop(withdraw=False)
             raise
+        except FutureTimeoutError:
+            what = self._runtime.waiting()
+            self.stop(withdraw=True)
+            raise PsycheError(
+                f"the coordinator did not let this node join within {START_TIMEOUT:.0f} s: {what}. Try again later."
+            ) from None
         except BaseException as error:  # interrupted, perhaps after the coordinator let this node join
             self.stop(withdraw=True)
             if isinstance(error, CancelledError) and self._interruption is not None:
@@ -160,7 +167,7 @@ class Participant:
 
     def waiting(self) -> str:
         """Whom the node waits for, in one line."""
-        return self._runtime.core.waiting()
+        return self._runtime.waiting()
 
     # --- rounds -----------------------------------------------------------------------------------------------------
 

@@ -244,9 +244,14 @@ class Runtime:
             self.handle(ev.Tick())
             self._tell_wait()
 
+    def waiting(self) -> str:
+        """Whom the node waits for, in one line."""
+        away = self.node.coordinator.away
+        return self.core.waiting() if away is None else f"waiting for {away}"
+
     def _tell_wait(self) -> None:
         transfer = self.downloads.transfer
-        what = self.core.waiting() if transfer is None else f"waiting for the parameters {transfer.digest.hex()[:12]}"
+        what = self.waiting() if transfer is None else f"waiting for the parameters {transfer.digest.hex()[:12]}"
         waited = self.wait.worth_a_line(time.monotonic(), what)
         if waited is not None:
             Waits(what if transfer is None else f"{what}: {transfer}", waited).tell()

@@ -241,13 +241,19 @@ _FIELDS: dict[type[Request[Any]], list[tuple[str, Any]]] = {kind: _fields(kind) 
 class Coordinator(Protocol):
     """A client of one run's coordinator, on any kind of host (the plugin kind ``coordinator``).
 
-    Implementations repeat retryable requests within limits of their own. They raise the last error with
-    ``retryable=True`` if a later attempt makes sense. The signer of every request is the client itself.
+    Implementations repeat retryable requests. They give up after some attempts if they never reached the run. Later
+    they try as long as it takes: how long a node waits is its own patience. The signer of every request is the client
+    itself.
     """
 
     @property
     def signer(self) -> bytes:
         """The 32-byte key by which the coordinator knows this client: the node's own key, or a wallet's."""
+        ...
+
+    @property
+    def away(self) -> str | None:
+        """The coordinator's name and why it cannot be reached at the moment; None if it can."""
         ...
 
     async def request(self, request: Request[Answer]) -> Answer:

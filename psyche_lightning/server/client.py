@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import aiohttp
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_after_delay
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_never
 from tenacity.wait import wait_exponential, wait_random
 
 from psyche_lightning.errors import ConfigError, CoordinatorError, WireError, cause
@@ -45,8 +45,10 @@ from psyche_lightning.wire.identity import Identity, short
 
 logger = logging.getLogger(__name__)
 
-ANSWER_TIMEOUT = 30.0
-HEARTBEAT = 20.0
+ANSWER_TIMEOUT = 120.0
+"""Seconds after which a coordinator that is there has failed to answer a request."""
+HEARTBEAT = 10.0
+"""Seconds between pings; half of the server's, so that a node notices a silent link before it counts as gone."""
 MAX_PROBLEM_SIZE = 64 * 1024
 FIRST_WAIT, LONGEST_WAIT = 0.5, 3.0
 REPEATED = {"DuplicateWitness", "InvalidWithdraw"}
@@ -62,12 +64,14 @@ class _Call:
         values: its fields, encoded.
         answer: resolved by the server's answer.
         sent: how often it was sent.
+        timer: for an answer that does not come.
     """
 
     name: str
     values: list[Any]
     answer: asyncio.Future[Any]
     sent: int = 0
+    timer: asyncio.TimerHandle | None = None
 
 
 class _Lost(Exception):
@@ -106,7 +110,8 @@ def _trusts(url: str, key: bytes) -> list[bool | ssl.SSLContext | aiohttp.Finger
 class HttpCoordinator:
     """A client of one run on a server (a :class:`~psyche_lightning.protocol.requests.Coordinator`).
 
-    It connects at the first call. If the link breaks, unanswered requests are sent again on the next one.
+    It connects at the first call. If the link breaks, unanswered requests are sent again on the next one, for which it
+    tries as long as it takes.
 
     Args:
         url: the run's join link, or the URL of the server, such as ``http://127.0.0.1:8080``. A plain URL suffices for
@@ -115,8 +120,8 @@ class HttpCoordinator:
         identity: the node's key, which signs everything.
         socket_factory: makes the sockets, to count bytes (see ``aiohttp.TCPConnector``).
         attempts: how often to try to reach the server at the start.
-        patience: seconds to keep trying once the run was reached.
         connect_timeout: seconds for one attempt.
+        heartbeat: seconds between pings; a server that is silent for one and a half of them is lost.
         clock: monotonic seconds, for log lines about a lost connection.
         entropy: returns a number of random bytes.
 
@@ -132,8 +137,8 @@ class HttpCoordinator:
         *,
         socket_factory: Callable[[Any], socket.socket] | None = None,
         attempts: int = 5,
-        patience: float = 600.0,
         connect_timeout: float = 5.0,
+        heartbeat: float = HEARTBEAT,
         clock: Callable[[], float] = time.monotonic,
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
@@ -146,11 +151,11 @@ class HttpCoordinator:
         self._trusts = _trusts(self.url, link.key)
         self._trust = self._trusts[0]
         self.signer = identity.public
-        self.status = f"not yet connected to {self.url}"
+        self.away: str | None = None
         self._identity = identity
         self._socket_factory = socket_factory
         self._attempts = attempts
-        self._patience = patience
+        self._heartbeat = heartbeat
         self._connect_timeout = connect_timeout
         self._outage = Outage(logger, f"the coordinator at {self.url}", clock=clock)
         self._store = Outage(logger, f"the store of the coordinator at {self.url}", clock=clock)
@@ -220,19 +225,19 @@ class HttpCoordinator:
         self._start()
         call = _Call(name, values, asyncio.get_running_loop().create_future())
         self._waiting.append(call)
-        # The connection's task gives up by itself; this timer is for what it cannot see.
-        timer = call.answer.get_loop().call_later(self._patience + ANSWER_TIMEOUT, self._overdue, call)
         try:
             await self._flush()
             return await call.answer
         finally:
-            timer.cancel()
+            if call.timer is not None:
+                call.timer.cancel()
             self._waiting = [other for other in self._waiting if other is not call]
             self._in_flight = {number: other for number, other in self._in_flight.items() if other is not call}
 
-    def _overdue(self, call: _Call) -> None:
-        if not call.answer.done():
-            text = f"{self.url} did not answer {call.name}; {self.status}"
+    def _overdue(self, number: int) -> None:
+        call = self._in_flight.get(number)
+        if call is not None and not call.answer.done():
+            text = f"{self.url} is there but did not answer {call.name} within {ANSWER_TIMEOUT:.0f} s"
             call.answer.set_exception(CoordinatorError(text, code="Unreachable", retryable=True))
 
     async def _flush(self) -> None:
@@ -243,6 +248,9 @@ class HttpCoordinator:
                 self._number += 1
                 self._in_flight[self._number] = call
                 call.sent += 1
+                if call.timer is not None:
+                    call.timer.cancel()
+                call.timer = call.answer.get_loop().call_later(ANSWER_TIMEOUT, self._overdue, self._number)
                 assert self._greeting is not None  # it came with the connection
                 challenge = self._greeting.challenge
                 frame = seal_frame(self._identity, self.run_id, challenge, self._number, call.name, call.values)
@@ -280,7 +288,7 @@ class HttpCoordinator:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(_Lost),
             wait=wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT) + wait_random(0.0, FIRST_WAIT),
-            stop=stop_after_delay(self._patience) if reached else stop_after_attempt(self._attempts),
+            stop=stop_never if reached else stop_after_attempt(self._attempts),
             before_sleep=lambda attempt: self._away(attempt.outcome.exception() if attempt.outcome else None),
             reraise=True,
         )
@@ -341,7 +349,7 @@ class HttpCoordinator:
         except BaseException:
             await connection.close()
             raise
-        self.status = f"connected to {self.url}"
+        self.away = None
         self._outage.works()
         self._socket = connection
         return connection
@@ -352,7 +360,7 @@ class HttpCoordinator:
             self._trust = trust
             try:
                 return await session.ws_connect(
-                    path, compress=15, max_msg_size=MAX_FRAME_SIZE, heartbeat=HEARTBEAT, ssl=trust
+                    path, compress=15, max_msg_size=MAX_FRAME_SIZE, heartbeat=self._heartbeat, ssl=trust
                 )
             except aiohttp.ServerFingerprintMismatch:
                 continue
@@ -447,6 +455,7 @@ class HttpCoordinator:
         elif kind == "ok":
             call = self._in_flight.pop(values[0], None)
             self._store.works()
+            self.away = None
             if call is not None and not call.answer.done():
                 call.answer.set_result(values[1])
         elif kind == "error":
@@ -474,8 +483,9 @@ class HttpCoordinator:
             return
         if call.sent > 1 and error.code in REPEATED:
             call.answer.set_result(None)
-        elif error.code == "StoreFailed" and call.sent <= self._patience / LONGEST_WAIT:
+        elif error.code == "StoreFailed":
             self._store.fails(str(error).removesuffix("."))
+            self.away = f"the store of the coordinator at {self.url}: {error}"
             asyncio.get_running_loop().call_later(LONGEST_WAIT, self._again, call)
         else:
             call.answer.set_exception(error)
@@ -490,7 +500,7 @@ class HttpCoordinator:
     # Log lines, and the end.
 
     def _away(self, why: object) -> None:
-        self.status = f"cannot reach the coordinator at {self.url}: {why}"
+        self.away = f"the coordinator at {self.url}: {why}"
         self._outage.fails(why)
 
     def _raise_failure(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from psyche_lightning import aio
 from psyche_lightning.errors import PsycheError
-from psyche_lightning.logs import Outage, speaking
+from psyche_lightning.logs import Outage, duration, speaking
 from psyche_lightning.protocol.codec import state_to_json
 from psyche_lightning.protocol.manifest import manifest_digest
 from psyche_lightning.protocol.requests import Answer, Request
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-SAVE_AGAIN = 1.0
-"""Seconds between attempts to store a change after the disk failed."""
+LOOK_AGAIN = 1.0
+"""Seconds between looks whether the run can go on."""
 
 
 MAX_MANIFESTS = 8
+SILENCE = 25.0
+"""Seconds without a word from any member after which a run's time stands still: more than between two pings."""
 SHORTEST_WAIT = 0.001
 """Seconds. Timers may fire slightly early, and a slow clock must not turn the wait into a busy loop."""
 
@@ -39,19 +42,21 @@ class LiveRun:
 
     A change is stored before it is visible anywhere (invariant I8): :attr:`state` is the last stored state. While the
     store fails, the run accepts no further change, its time stands still, and the change that is not stored yet is
-    tried again first. So nothing that was announced is lost, and no member misses a deadline.
+    tried again first. So nothing that was announced is lost, and no member misses a deadline. The time also stands
+    still while the run has members but nobody is heard from, because the silence may be the coordinator's own.
 
     Args:
         host: the run.
         clock: seconds; the run never sees them go back.
         store: where changes are kept; None for a run that ends with its process.
         wall: seconds since 1970, for the dates of what happens; None for the run's own time.
+        silence: see :data:`SILENCE`; None if members are always heard.
 
     Attributes:
         host: the run, to read.
         state: the last stored state.
         manifests: some of the manifests with which nodes joined, by digest.
-        problem: why changes cannot be stored at the moment, for people; None if they can.
+        last_heard: the clock's reading when a member was last heard from.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class LiveRun:
         clock: Callable[[], float],
         store: Store | None = None,
         wall: Callable[[], float] | None = None,
+        silence: float | None = None,
     ) -> None:
         self.host = host
         self.state: RunState = host.state
@@ -69,7 +75,10 @@ class LiveRun:
         self._reading: float | None = None
         self._now = 0.0
         self._unsaved = False
-        self.problem: str | None = None
+        self._unstorable: str | None = None
+        self._silence = silence
+        self._silent = False
+        self.last_heard = clock() if silence is not None else 0.0
         self._outage = Outage(logger, "the coordinator's store")
         self._outage.works()
         self._lock = threading.RLock()
@@ -88,6 +97,24 @@ class LiveRun:
                 run = _shared[id(host)] = cls(host, clock)
             return run
 
+    @property
+    def problem(self) -> str | None:
+        """Why the run's time stands still at the moment, for people; None if it does not."""
+        if self._unstorable is not None or not self._silent:
+            return self._unstorable
+        lasts = duration(self._clock() - self.last_heard)
+        return f"no node has been heard from for {lasts}: the run waits until one is back"
+
+    def heard(self) -> None:
+        """A member was heard from; any thread may call it."""
+        with self._lock:
+            self._time()
+            before, self.last_heard = self.last_heard, self._reading or 0.0
+            if self._silent:
+                self._silent = False
+                with speaking(self.state.run_id, "-"):
+                    logger.warning("a node is heard from again, after %s", duration(self.last_heard - before))
+
     def handle(self, signer: bytes, request: Request[Answer]) -> Answer:
         """Answer a member's request, and store what it changes before the answer is visible.
 
@@ -98,7 +125,10 @@ class LiveRun:
             if request.reads:
                 self._save()
                 return self.host.handle(signer, request, self._time())
-            return self.act(lambda host, now: host.handle(signer, request, now))
+            answer = self.act(lambda host, now: host.handle(signer, request, now))
+            if signer in self.host.membership.members:
+                self.heard()
+            return answer
 
     @property
     def manifest_digest(self) -> bytes:
@@ -141,16 +171,20 @@ class LiveRun:
             PsycheError: the store fails.
         """
         with self._lock:
+            self._listen()
             self._save()
             self._advance()
 
     def wait_time(self) -> float | None:
         """Seconds until :meth:`tick` has something to do; None if only a change can advance the run."""
         with self._lock:
-            if self._unsaved:
-                return SAVE_AGAIN
-            deadline = self.host.deadline()
-            return None if deadline is None else max(SHORTEST_WAIT, deadline - self._time())
+            if self._unsaved or self._silent:
+                return LOOK_AGAIN
+            deadline, now = self.host.deadline(), self._time()
+            waits = [] if deadline is None else [deadline - now]
+            if (until := self._heard_until()) < math.inf:
+                waits.append(until - self._clock())
+            return max(SHORTEST_WAIT, min(waits)) if waits else None
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call ``listener()``, from any thread, after every change; returns a function that ends this."""
@@ -176,16 +210,28 @@ class LiveRun:
                 await news.wait(self.wait_time())
 
     def _time(self) -> float:
-        """The run's time: it begins as the clock's, never goes back, and stands still while the store fails."""
+        """The run's time: it begins as the clock's, never goes back, and stands still as the class describes."""
         reading = self._clock()
         if self._reading is None:
             self._now = reading
-        elif self.problem is None:
-            self._now += max(0.0, reading - self._reading)
+        elif self._unstorable is None:
+            self._now += max(0.0, min(reading, self._heard_until()) - self._reading)
         self._reading = reading
         if self._wall is not None:
             self.host.history.ahead = self._wall() - self._now
         return self._now
+
+    def _heard_until(self) -> float:
+        """The clock's reading up to which silence is usual."""
+        listens = self._silence is not None and bool(self.host.membership.members)
+        return self.last_heard + self._silence if listens and self._silence is not None else math.inf
+
+    def _listen(self) -> None:
+        """Say so when nobody has been heard from for too long."""
+        if not self._silent and self._clock() > self._heard_until():
+            self._silent = True
+            with speaking(self.state.run_id, "-"):
+                logger.warning("%s", self.problem)
 
     def _advance(self) -> None:
         self._unsaved = self.host.tick(self._time()) or self._unsaved
@@ -208,10 +254,10 @@ class LiveRun:
             try:
                 store.save(self.host)
             except PsycheError as error:
-                self.problem = str(error)
-                self._outage.fails(self.problem.removesuffix("."))
+                self._unstorable = str(error)
+                self._outage.fails(self._unstorable.removesuffix("."))
                 raise
-            self.problem = None
+            self._unstorable = None
             self._outage.works()
 
     def _tell(self) -> None:

@@ -28,6 +28,7 @@ class LocalCoordinator:
     def __init__(self, host: RunHost, identity: Identity, clock: Callable[[], float] = time.monotonic) -> None:
         self._run = LiveRun.of(host, clock)
         self.signer = identity.public
+        self.away: str | None = None
         self._timekeeper: asyncio.Task[None] | None = None
         self._closed = False
 

@@ -18,6 +18,7 @@ from aiohttp import web
 
 from psyche_lightning.aio import within
 from psyche_lightning.coordinator.creation import check_settings, create_host
+from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.errors import CoordinatorError, PsycheError
 from psyche_lightning.protocol.link import join_secret
 from psyche_lightning.protocol.manifest import manifest_text
@@ -35,7 +36,7 @@ from psyche_lightning.server.limits import (
     Callers,
     Entrance,
 )
-from psyche_lightning.server.live import LiveRun
+from psyche_lightning.server.live import LOOK_AGAIN, SILENCE, LiveRun
 from psyche_lightning.server.status import run_line, run_status
 from psyche_lightning.server.store import Store
 from psyche_lightning.server.tls import coordinator_context
@@ -44,8 +45,9 @@ from psyche_lightning.transports.limits import Bucket, network, surplus
 from psyche_lightning.wire.identity import KEY_SIZE
 
 MAX_BODY_SIZE = MAX_FRAME_SIZE
+HEARTBEAT = 20.0
 RECONNECT_TIME = 10.0
-"""Seconds in addition to the grace in which nodes find a restarted coordinator."""
+"""Seconds in addition to the grace in which nodes find a coordinator again that was away for all of them."""
 STATUS = {
     "UnknownRun": 404,
     "UnknownManifest": 404,
@@ -73,7 +75,9 @@ class CoordinatorServer:
         token: the owner's token, which creating and changing runs needs. ``psyche coordinator`` always has one. With
             None, which is for servers within a program, every caller on the same machine may.
         hosts: names under which the server is reached; see :class:`~psyche_lightning.sites.Sites`.
-        grace: seconds in which a node may come back after its connection broke, before it counts as gone.
+        grace: seconds in which a node may come back after its connection broke, before it counts as gone. A node that
+            fell silent is gone only if another member was heard from meanwhile: else it may be the server that hears
+            nothing.
         tls: whether to encrypt, with a certificate of the coordinator's key.
         heartbeat: seconds between pings; a node that is silent for one and a half of them is disconnected.
     """
@@ -89,7 +93,7 @@ class CoordinatorServer:
         hosts: Collection[str] = (),
         grace: float = 5.0,
         tls: bool = False,
-        heartbeat: float = 20.0,
+        heartbeat: float = HEARTBEAT,
     ) -> None:
         self.runs: dict[str, LiveRun] = {}
         self._store = store
@@ -122,11 +126,12 @@ class CoordinatorServer:
             PsycheError: the store cannot be read, or the server cannot listen on the address.
         """
         for run_host in self._store.load():
-            run = self._add(LiveRun(run_host, self._clock, self._store, self._wall))
+            run = self._add(self._live(run_host))
             with contextlib.suppress(PsycheError):  # the disk is still full: the run goes on when it is not
                 run.act(lambda host, now: host.restarted(now))
             for member in list(run_host.membership.members):
-                self._expect(run, member, self._grace + RECONNECT_TIME, "not back after the coordinator's restart")
+                reason = "not back after the coordinator's restart"
+                self._expect(run, member, self._grace + RECONNECT_TIME, reason, since=run.last_heard)
         application = self._application()
         self._runner = Entrance(application)
         application.middlewares.insert(0, self._runner.check)
@@ -157,6 +162,9 @@ class CoordinatorServer:
         if self._runner is not None:
             await self._runner.cleanup()
 
+    def _live(self, host: RunHost) -> LiveRun:
+        return LiveRun(host, self._clock, self._store, self._wall, silence=SILENCE / HEARTBEAT * self._heartbeat)
+
     def _add(self, run: LiveRun) -> LiveRun:
         self.runs[run.state.run_id] = run
         self._timekeepers[run.state.run_id] = asyncio.get_running_loop().create_task(run.keep_time())
@@ -178,15 +186,33 @@ class CoordinatorServer:
         key = (session.run.state.run_id, session.signer)
         if self._sessions.get(key) is session and not self._stopping:
             del self._sessions[key]
-            self._expect(session.run, session.signer, self._grace, session.reason)
+            # Whoever is still there has answered a ping since this one was due.
+            since = self._clock() - self._heartbeat / 2 if session.silent else None
+            self._expect(session.run, session.signer, self._grace, session.reason, since=since)
 
-    def _expect(self, run: LiveRun, signer: bytes, wait: float, reason: str) -> None:
-        """Drop the node unless it comes back within ``wait`` seconds."""
+    def _expect(self, run: LiveRun, signer: bytes, wait: float, reason: str, *, since: float | None = None) -> None:
+        """Drop the node unless it comes back within ``wait`` seconds.
+
+        Args:
+            run: the run.
+            signer: the node.
+            wait: seconds.
+            reason: why it seems to be gone, in words.
+            since: the clock's reading after which another member must have been heard from; None to drop it anyway.
+        """
         key = (run.state.run_id, signer)
-        self._leaving[key] = asyncio.get_running_loop().call_later(wait, self._drop, run, signer, reason)
+        self._leaving[key] = asyncio.get_running_loop().call_later(wait, self._drop, run, signer, reason, since)
 
-    def _drop(self, run: LiveRun, signer: bytes, reason: str) -> None:
-        self._leaving.pop((run.state.run_id, signer), None)
+    def _drop(self, run: LiveRun, signer: bytes, reason: str, since: float | None, waited: bool = False) -> None:
+        key = (run.state.run_id, signer)
+        self._leaving.pop(key, None)
+        if since is not None and run.last_heard <= since:  # nobody is heard: perhaps no way leads here
+            again = asyncio.get_running_loop().call_later(LOOK_AGAIN, self._drop, run, signer, reason, since, True)
+            self._leaving[key] = again
+            return
+        if waited:  # the way is open again
+            self._expect(run, signer, self._grace + RECONNECT_TIME, reason)
+            return
         try:
             run.act(lambda host, now: host.disconnected(signer, now, reason))
         except PsycheError:  # the store fails: the node stays a member until it works again
@@ -263,7 +289,7 @@ class CoordinatorServer:
         if run_id not in self.runs:
             host.begin(self._clock())
             self._store.create(host, body)
-            self._add(LiveRun(host, self._clock, self._store, self._wall))
+            self._add(self._live(host))
         elif self._store.created(run_id) != body:  # an identical request may repeat one whose answer was lost
             raise CoordinatorError(
                 f"run {run_id!r} already exists with other values. Choose another name, or look at it with "
@@ -370,7 +396,9 @@ class CoordinatorServer:
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         run, nonce = self._run(request), _nonce(request)
-        socket = web.WebSocketResponse(heartbeat=self._heartbeat, max_msg_size=MAX_FRAME_SIZE, compress=True)
+        socket = web.WebSocketResponse(
+            heartbeat=self._heartbeat, max_msg_size=MAX_FRAME_SIZE, compress=True, autoping=False
+        )
         await socket.prepare(request)
         state = run.state
         greeting = greet(self._identity, state.run_id, state.incarnation, self._entropy(SALT_SIZE), nonce)

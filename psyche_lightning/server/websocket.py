@@ -44,6 +44,7 @@ class Websocket:
         member: whether the node is a member, or was one when it came.
         signer: the node's public key; empty for a watcher.
         reason: why the connection ended, in words.
+        silent: whether it ended because nothing was heard from the node.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Websocket:
         self.run = run
         self.signer = b""
         self.reason = "its connection was closed"
+        self.silent = False
         self._socket = socket
         self._challenge, self._greeting = greeting
         self._secrets = secrets
@@ -75,10 +77,19 @@ class Websocket:
         sender = asyncio.ensure_future(self._push())
         try:
             async for message in self._socket:
-                if message.type is not WSMsgType.BINARY:
-                    raise WireError("a node sends binary frames only")
-                await self._frame(message.data)
-            if self._socket.close_code in (None, WSCloseCode.ABNORMAL_CLOSURE):
+                if message.type is WSMsgType.ERROR:
+                    break
+                if message.type is WSMsgType.PING:
+                    await self._socket.pong(message.data)
+                elif message.type is not WSMsgType.PONG:
+                    if message.type is not WSMsgType.BINARY:
+                        raise WireError("a node sends binary frames only")
+                    await self._frame(message.data)
+                if self.member:
+                    self.run.heard()
+            if isinstance(self._socket.exception(), (TimeoutError, asyncio.TimeoutError)):
+                self.silent, self.reason = True, "nothing was heard from it"
+            elif self._socket.close_code in (None, WSCloseCode.ABNORMAL_CLOSURE):
                 self.reason = "its connection was lost"
         except WireError as error:
             self.reason = f"it was disconnected: {error}"

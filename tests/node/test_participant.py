@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from psyche_lightning.errors import ManifestMismatchError, StoreError, UnfinishedError
+from psyche_lightning.errors import ManifestMismatchError, PsycheError, StoreError, UnfinishedError
 from psyche_lightning.node import events as ev
 from psyche_lightning.node import runtime
 from psyche_lightning.node.ledger import Ledger
@@ -23,6 +23,7 @@ from psyche_lightning.node.notices import (
     TensorDiffered,
     TooFewMembers,
     TrainingAway,
+    Waits,
 )
 from psyche_lightning.node.store import DirectoryBlobStore, Journal
 from psyche_lightning.protocol.requests import Join
@@ -227,3 +228,16 @@ def test_a_training_loop_that_does_not_come_back_is_not_waited_for(
     assert first.error is second.error is None
     assert first.bytes == second.bytes
     assert run.host.state.phase is Phase.FINISHED
+
+
+# --- a coordinator that is away ---------------------------------------------------------------------------------------
+
+
+def test_a_node_waits_for_its_coordinator_as_long_as_its_patience_says(make_run: Any, make_trainee: Any) -> None:
+    run = make_run(2, 10)  # the other node never comes
+    node = make_trainee(0, run)
+    node.participant.node.coordinator.away = "the coordinator at http://there: no connection"
+    node.participant._patience = 3.0
+    with pytest.raises(PsycheError, match=r"for 3 s: waiting for the coordinator at http://there: no connection\. "):
+        run.go(node)
+    assert any(isinstance(notice, Waits) and "http://there" in str(notice) for notice in node.said)

@@ -217,10 +217,10 @@ def test_a_disk_that_is_full_is_seen(served, run):
             await create(url, "r")
             visited = await visit(url)
             assert not await visited.page.locator("#problem").is_visible()
-            server.runs["r"].problem = "cannot write <b>runs</b>: disk is full"
+            server.runs["r"]._unstorable = "cannot write <b>runs</b>: disk is full"
             await visited.until("!document.querySelector('#problem').hidden")
             assert await visited.text("#problem") == ["cannot write <b>runs</b>: disk is full"]
-            server.runs["r"].problem = None
+            server.runs["r"]._unstorable = None
             await visited.until("document.querySelector('#problem').hidden")
             assert visited.wrong == []
 

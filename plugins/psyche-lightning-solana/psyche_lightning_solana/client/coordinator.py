@@ -78,7 +78,7 @@ class SolanaCoordinator:
         run_id: the run.
         identity: the node's key.
         wallet: signs and pays; None loads it according to the options.
-        patience: seconds without an answer from any service before :meth:`watch` gives up.
+        patience: seconds without an answer from any service before :meth:`watch` gives up, if none ever came.
         clock: monotonic seconds.
         sleep: waits.
         randomness: spreads the waits of many nodes.
@@ -116,6 +116,11 @@ class SolanaCoordinator:
         self._landed: set[tuple[Hashable, ...]] = set()
         self._replayed: tuple[int, int] = (-1, -1)
         self._closed = False
+
+    @property
+    def away(self) -> str | None:
+        """The chain and why it cannot be reached at the moment; None if it can."""
+        return None if self._feed is None else self._feed.away
 
     @property
     def signer(self) -> bytes:

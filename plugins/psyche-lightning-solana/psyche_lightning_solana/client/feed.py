@@ -88,7 +88,7 @@ class Feed:
         coordinator: address of the coordinator account.
         manifest: address of the manifest account.
         check: rejects bytes that are no longer the run's account.
-        patience: seconds without an answer before it gives up.
+        patience: seconds without any answer before it gives up; once one came, it tries as long as it takes.
         clock: monotonic seconds.
         sleep: waits.
 
@@ -97,6 +97,7 @@ class Feed:
         failure: why it ended; None before.
         subscriptions: number working now.
         polls: number of polls.
+        away: the chain and why it cannot be reached at the moment; None if it can.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Feed:
         self._coordinator = coordinator
         self._manifest = manifest
         self._check = check
+        self.away: str | None = None
         self._patience = patience
         self._outage = Outage(logger, f"the chain {cluster.name}", clock=clock)
         self._clock = clock
@@ -219,12 +221,15 @@ class Feed:
             try:
                 await self.refresh(self._wanted_slot)
                 self._outage.works()
+                self.away = None
                 if self.latest is not None and self.latest.nonce < self._wanted:
                     await self._sleep(0.05)  # a notification is newer than this answer
                     continue
             except RpcProblem as problem:
                 self._outage.fails(f"{problem.endpoint}: {problem.text}")
-                if not problem.retryable or self._clock() - self._heard > self._patience:
+                self.away = f"the chain {self._cluster.name}: {problem.endpoint}: {problem.text}"
+                never = self.latest is None and self._clock() - self._heard > self._patience
+                if not problem.retryable or never:
                     self._fail(unreachable(problem, "the run's account", self._cluster.name))
                     return
             except CoordinatorError as error:

@@ -191,7 +191,7 @@ def test_a_closed_run_ends_it(run):
     run(test, programs=True)
 
 
-def test_when_nothing_answers_for_too_long_it_gives_up(run):
+def test_a_chain_that_answered_once_is_awaited(run):
     async def test(world):
         _, feed = await following(world)
         feed._patience = 0.2
@@ -199,6 +199,26 @@ def test_when_nothing_answers_for_too_long_it_gives_up(run):
         await seen(feed, lambda: True)
         world.proxies[0].down = True
         await world.proxies[0].cut()
+        while feed.away is None:
+            await asyncio.sleep(0.05)
+        assert "the chain " in feed.away
+        await asyncio.sleep(0.5)  # longer than it would wait for a first answer
+        assert feed.failure is None
+        world.proxies[0].down = False
+        while feed.away is not None:
+            await asyncio.sleep(0.05)
+        await feed.stop()
+
+    run(test, programs=True)
+
+
+def test_when_nothing_ever_answers_it_gives_up(run):
+    async def test(world):
+        _, feed = await following(world)
+        feed._patience = 0.2
+        world.proxies[0].down = True
+        await world.proxies[0].cut()
+        feed.start()
         news = feed.news()
         while feed.failure is None:
             news.clear()
