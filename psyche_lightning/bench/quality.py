@@ -274,7 +274,8 @@ def compare(sizes: Sequence[str], compared: Sequence[Method], plan: Plan, worker
             reference = 0.0
             for method in compared:
                 outcomes = {rate: tried[method, rate].result() for rate in plan.rates}
-                rate = min(outcomes, key=lambda one: outcomes[one][0])
+                # A rate at which the training diverged is never the best: NaN is not less than anything, nor more.
+                rate = min(outcomes, key=lambda one: (math.isnan(outcomes[one][0]), outcomes[one][0]))
                 further = [pool.submit(train, size, method, rate, seed, plan) for seed in range(1, plan.seeds)]
                 losses = [outcomes[rate][0], *(one.result()[0] for one in further)]
                 sent = outcomes[rate][1]

@@ -18,14 +18,29 @@ from psyche_lightning.server.admin import CoordinatorAdmin, ServerRun
 Make = Callable[..., Any]
 
 
+class Loop:
+    """What a user of Fabric writes."""
+
+    def __init__(self, strategy: PsycheFabricStrategy) -> None:
+        self.fabric = Fabric(strategy=strategy, accelerator="cpu", devices=1)
+
+    def fit(self, module: Any, loader: Any) -> None:
+        self.fabric.setup(module, module.configure_optimizers())
+        self.batches = self.fabric.setup_dataloaders(loader)
+        next(iter(self.batches))
+
+
 def test_a_run_that_ends_without_parameters_fails_on_every_node(
     classifier: Make, loader: Make, trainer: Make, create_run: Make
 ) -> None:
     """Its owner says that it is over, while nodes wait for members."""
     start = {"start": {"step": 5, "data_index": 0}}
     url, run = create_run(start, init_min_clients=3, total_steps=9, global_batch_size_start=8)
-    fits = [Fit(trainer(strategy=PsycheStrategy(url, run, manifest=start)), classifier(), loader()) for _ in range(2)]
+    fits = [Fit(trainer(strategy=PsycheStrategy(url, run, manifest=start)), classifier(), loader())]
+    loop, other = Loop(PsycheFabricStrategy(url, run, manifest=start)), classifier()
     admin = CoordinatorAdmin(url)
+    until(lambda: len(admin.status(run)["pending"]) == 1)
+    fits.append(Fit(loop, other, loader()))
     until(lambda: len(admin.status(run)["pending"]) == 2)
     admin.pause(run)
     admin.command(run, "update", config={"total_steps": 5})
@@ -33,7 +48,10 @@ def test_a_run_that_ends_without_parameters_fails_on_every_node(
     for fit in fits:
         assert isinstance(fit.wait(), UnfinishedError)
         assert "the run is finished; no parameters were agreed" in str(fit.error)
-        assert fit.untouched
+    assert fits[0].untouched
+    with pytest.raises(UnfinishedError):
+        next(iter(loop.batches))
+    loop.fabric.strategy.close()
 
 
 def test_a_run_that_its_owner_removes_fails_on_every_node(
