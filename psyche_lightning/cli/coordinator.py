@@ -77,6 +77,8 @@ async def _serve(
                 runs = _kept(len(server.runs))
                 print(f"psyche coordinator on {url}  ({runs} in {directory}; Ctrl-C stops it)", flush=True)
                 _tell_owner(path, token if fresh else None, found)
+                if tls:
+                    _tell_key(url, server.key)
                 await stop.wait()
         finally:
             await server.stop()
@@ -99,6 +101,14 @@ def _tell_owner(path: Path, fresh: str | None, found: bool | None) -> None:
         print(f"the owner's token, which is shown only now: {fresh}")
     here = "; `psyche run` on this machine finds it" if found else ""
     print(f"creating and changing runs needs the owner's token, in {path}{here}", flush=True)
+
+
+def _tell_key(url: str, key: bytes) -> None:
+    """Say how commands on other machines know this coordinator, for which no authority vouches."""
+    from psyche_lightning.protocol.link import JoinLink
+
+    place = url.replace("//0.0.0.0:", "//ADDRESS:").replace("//[::]:", "//ADDRESS:")
+    print(f"`psyche run` on other machines takes --coordinator '{JoinLink(place, key=key)}'", flush=True)
 
 
 def _kept(runs: int) -> str:

@@ -1,7 +1,8 @@
 """Join links: where a run's coordinator is, whose key it has, and the secret that lets a node join.
 
 A link is ``URL#RUN:KEY`` for an open run, and ``URL#RUN:KEY:SECRET`` for one that only holders of the link join; key
-and secret are base64url without padding. No client sends what follows ``#`` to a server.
+and secret are base64url without padding. ``URL#:KEY`` is a coordinator with its key, for its owner. No client sends
+what follows ``#`` to a server.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class JoinLink:
 
     Attributes:
         url: the coordinator's URL.
-        run: the run's name; empty in a plain URL.
+        run: the run's name; empty in a plain URL, and where only the coordinator is meant.
         key: the coordinator's public key; empty in a plain URL.
         secret: 16 bytes; empty for an open run and in a plain URL.
     """
@@ -51,7 +52,7 @@ class JoinLink:
             key, secret = (_decode(part) for part in (coded if len(coded) == 2 else [*coded, ""]))
         except ValueError:
             key, secret = b"", b""
-        if not run or len(key) != KEY_SIZE or len(secret) not in (0, SECRET_SIZE):
+        if len(key) != KEY_SIZE or len(secret) not in ((0, SECRET_SIZE) if run else (0,)):
             raise ConfigError(
                 f"the join link to {url} is damaged: it must go on after # with RUN:KEY or RUN:KEY:SECRET. Copy it "
                 "whole, as `psyche run create` and `psyche run link` print it, and put it in quotes."

@@ -195,7 +195,9 @@ def test_terms_may_be_read_without_joining() -> None:
     play(test())
 
 
-@pytest.mark.parametrize("rest", ["", "r", "r:", "r:AAAA", f":{'A' * 43}", f"r:{'A' * 43}:x", f"r:{'A' * 42}B", "r:ü"])
+@pytest.mark.parametrize(
+    "rest", ["", "r", "r:", "r:AAAA", f":{'A' * 43}:{'A' * 22}", f"r:{'A' * 43}:x", f"r:{'A' * 42}B", "r:ü"]
+)
 def test_a_damaged_link_is_named_and_not_shown(rest: str) -> None:
     with pytest.raises(ConfigError, match=r"the join link to http://h:1 is damaged") as caught:
         JoinLink.parse(f"http://h:1#{rest}")

@@ -44,10 +44,16 @@ class ServerProcess:
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        found = re.search(r"http://[0-9.]+:(\d+)", line)
+        found = re.search(r"https?://[0-9.]+:(\d+)", line)
         assert found, line + self._process.stdout.read()
         self.url, self.port = found[0], int(found[1])
         return self.url
+
+    def line(self) -> str:
+        """The next line of its output."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
 
     def end(self, number: int = signal.SIGKILL) -> int:
         """Send a signal and return the exit code."""

@@ -52,6 +52,8 @@ def test_a_link_names_its_run():
         RunOptions(coordinator=LINK.url).in_environment({})
 
 
-@pytest.mark.parametrize("link", [LINK, replace(LINK, secret=b""), JoinLink("https://h/with/a/path?q")])
+@pytest.mark.parametrize(
+    "link", [LINK, replace(LINK, secret=b""), JoinLink("https://h", key=bytes(32)), JoinLink("https://h/with/a/path?q")]
+)
 def test_a_link_is_read_as_it_is_written(link):
     assert JoinLink.parse(str(link)) == link

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import re
 import ssl
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.requests import GetTerms, Join
 from psyche_lightning.server.admin import CoordinatorAdmin
 from psyche_lightning.server.client import HttpCoordinator
@@ -70,8 +72,8 @@ async def in_between(url, context, heard):
             task.cancel()
 
 
-async def terms(link, patience=600.0):
-    client = HttpCoordinator(str(link), "r", Identity.generate(), attempts=1, patience=patience)
+async def terms(link):
+    client = HttpCoordinator(str(link), "r", Identity.generate(), attempts=1)
     try:
         await client.request(Join("", {"run": {}}))
         return await client.request(GetTerms())
@@ -157,3 +159,25 @@ def test_a_certificate_has_the_key_that_it_has():
     assert is_of(one.public_key().public_bytes_raw(), data)
     assert not is_of(other.public_key().public_bytes_raw(), data)
     assert not any(is_of(one.public_key().public_bytes_raw(), spoilt) for spoilt in (None, b"", data[:-9]))
+
+
+def test_the_command_encrypts_off_loopback_and_tells_its_key(server_process, monkeypatch, tmp_path):
+    monkeypatch.delenv("PSYCHE_COORDINATOR_TOKEN", raising=False)
+    for options, beginning in (
+        (("--plain", "--host", "0.0.0.0"), "http://0.0.0.0:"),
+        (("--tls",), "https://127.0.0.1:"),
+    ):
+        server = server_process(*options)
+        assert server.url.startswith(beginning)
+        server.end()
+    server = server_process("--host", "0.0.0.0")
+    assert server.url.startswith("https://0.0.0.0:")
+    told = [server.line() for _ in range(2)][1]
+    (text,) = re.findall(r"'(https://ADDRESS:.*)'", told)
+    link = JoinLink.parse(text.replace("ADDRESS", "127.0.0.1"))
+    token = (server.directory / "owner.token").read_text().strip()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another machine"))
+    CoordinatorAdmin(str(link), token=token).create("r", CONFIG)
+    assert CoordinatorAdmin(str(link)).status("r")["by_link"] is False
+    other = replace(link, key=Identity.generate().public)
+    assert refusal(CoordinatorAdmin(str(other), token=token).pause, "r") == "Untrusted"
