@@ -64,20 +64,21 @@ class Outage(Callback):
         submit, decline = sessions.Session.submit, sessions.Session.decline
         lock = threading.Lock()
 
-        def submitted(session: Any, work: RoundWork, *arguments: Any) -> None:
+        def submitted(session: Any, work: RoundWork, *arguments: Any) -> bool:
             with lock:
                 if work.step == self.after and not self.down and not self.lost:
                     self.down = True
                     self.server.stop()
-            submit(session, work, *arguments)
+            return submit(session, work, *arguments)
 
-        def declined(session: Any, work: RoundWork, error: DataError) -> None:
-            decline(session, work, error)
+        def declined(session: Any, work: RoundWork, error: DataError) -> bool:
+            applied = decline(session, work, error)
             with lock:
                 self.lost += 1
                 if self.lost >= self.rounds and self.down:
                     self.down = False
                     self.server.start()
+            return applied
 
         monkeypatch.setattr(sessions.Session, "submit", submitted)
         monkeypatch.setattr(sessions.Session, "decline", declined)
@@ -159,10 +160,10 @@ def test_data_that_changes_under_way_ends_the_node_s_part(
 ) -> None:
     submit = sessions.Session.submit
 
-    def submitted(session: Any, work: RoundWork, *arguments: Any) -> None:
+    def submitted(session: Any, work: RoundWork, *arguments: Any) -> bool:
         if work.step == 3:
             np.zeros(SEQ_LEN * 300, np.uint16).tofile(tmp_path / "tokens" / "a.bin")
-        submit(session, work, *arguments)
+        return submit(session, work, *arguments)
 
     monkeypatch.setattr(sessions.Session, "submit", submitted)
     with pytest.raises(DataError, match=r"a.bin has changed: at the start it had 12800 bytes, now it has 19200"):
@@ -354,11 +355,12 @@ def test_a_round_that_loses_samples_in_mid_training_is_declined(
     decline = sessions.Session.decline
     after: list[bytes] = []
 
-    def declining(session: Any, work: RoundWork, error: DataError) -> None:
+    def declining(session: Any, work: RoundWork, error: DataError) -> bool:
         declined.append(work.step)
         after.append(parameter_bytes(module))
-        decline(session, work, error)
+        applied = decline(session, work, error)
         after.append(parameter_bytes(module))
+        return applied
 
     monkeypatch.setattr(sessions.Session, "decline", declining)
 
