@@ -56,6 +56,16 @@ def test_the_same_seed_gives_the_same_bytes(recipe: Recipe, tmp_path: Path) -> N
     assert digests[0] == digests[1] != train_recipe(other, directory=tmp_path / "c")["digest"]
 
 
+@pytest.mark.parametrize(("fixed", "steps"), [({"total_steps": 6}, 6), ({}, 4)])
+def test_a_run_ends_where_its_coordinator_says(
+    fixed: dict[str, int], steps: int, recipe: Recipe, tmp_path: Path, create_run: Make
+) -> None:
+    """Its owner may change the number of steps, but not the recipes of its nodes; they fix what the run leaves open."""
+    url, run = create_run(global_batch_size_start=4, **fixed)
+    assert recipe.run.total_steps == 4
+    assert train_recipe(recipe, coordinator_url=url, run_id=run, directory=tmp_path / "node")["steps"] == steps
+
+
 def test_two_nodes_of_a_run(recipe: Recipe, tmp_path: Path, create_run: Make) -> None:
     url, run = create_run(init_min_clients=2, total_steps=4, global_batch_size_start=4)
     results: dict[int, dict[str, Any]] = {}
