@@ -1,9 +1,10 @@
 """How much a peer may send, by the kind of message, and how long one that floods is kept away.
 
-All of it is counted before a message is verified, because verifying is what costs. A node measures its peers by itself:
-in a run each node says about as much as the others, whatever the pace of the rounds. So a peer may send, of each kind,
-a few messages a second, several times what this node sends, and a store of them in advance. Beyond that its messages
-are dropped unread; whoever goes on nevertheless is disconnected and kept away for a while.
+All of it is counted before a message is verified, because verifying is what costs. In a run each node says about as
+much as the others, whatever the pace of the rounds. So a node measures a peer by itself and by the others: the peer may
+send, of each kind, a few messages a second, several times what this node or the median of the other peers sends, and a
+store of them in advance. Beyond that its messages are dropped unread; whoever goes on nevertheless is disconnected and
+kept away for a while.
 
 A peer also passes on what others signed. An honest one cannot know how much of that its peer had from elsewhere, so
 what exceeds the limit is dropped without blame.
@@ -12,8 +13,9 @@ what exceeds the limit is dropped without blame.
 from __future__ import annotations
 
 import ipaddress
+import statistics
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from psyche_lightning.errors import WireError
@@ -22,7 +24,7 @@ from psyche_lightning.wire.identity import KEY_SIZE, SIGNATURE_SIZE
 RATE = 5.0
 """Messages a second of one kind that a peer may always send."""
 SHARE = 4.0
-"""Messages of one kind that a peer may send for each that this node sends."""
+"""Messages of one kind that a peer may send for each that this node, or the median of the other peers, sends."""
 STORE = 1000.0
 """Messages of one kind that a peer may send in advance."""
 DROPPED = 0.25
@@ -79,7 +81,7 @@ class Bucket:
 
 
 class Said:
-    """What this node itself sent so far, by kind."""
+    """What a node has said so far, by kind."""
 
     def __init__(self) -> None:
         self.by_kind = [0.0] * (_KINDS + 1)
@@ -89,26 +91,37 @@ class Said:
         self.by_kind[_kind(message)] += weight * _cost(message)
 
 
+def _usual(kind: int, own: Said, others: Collection[Allowance], peer: Allowance) -> float:
+    """What a node in this peer's place would have said by now."""
+    heard = [other.said.by_kind[kind] for other in others if other is not peer]
+    return max(own.by_kind[kind], statistics.median_low(heard) if heard else 0.0)
+
+
 class Allowance:
     """What one peer may still send; it outlives connections.
 
     Args:
         peer: the peer's key.
-        said: what this node sent.
+        own: what this node said.
+
+    Attributes:
+        said: what the peer itself said and this node took.
     """
 
-    def __init__(self, peer: bytes, said: Said) -> None:
+    def __init__(self, peer: bytes, own: Said) -> None:
+        self.said = Said()
         self._peer = peer
-        self._said = said
-        self._buckets: dict[tuple[bool, int], tuple[Bucket, float]] = {}
+        self._own = own
+        self._buckets: dict[tuple[bool, int], Bucket] = {}
+        self._credited: dict[tuple[bool, int], float] = {}
 
-    def take(self, message: bytes, now: float, peers: int) -> bool:
+    def take(self, message: bytes, now: float, peers: Collection[Allowance]) -> bool:
         """Count a message that the peer delivered.
 
         Args:
             message: not verified yet.
             now: seconds.
-            peers: number of this node's peers, whose messages the peer may pass on.
+            peers: those of all peers of this node, whose messages the peer may pass on.
 
         Returns:
             Whether to look at it; one that exceeds the limit is dropped.
@@ -117,19 +130,26 @@ class Allowance:
             FloodError: the peer goes on after much was dropped.
         """
         own, kind = message[:KEY_SIZE] == self._peer, _kind(message)
-        size = 1 if own else peers + 1
-        said = self._said.by_kind[kind]
-        bucket, seen = self._buckets.get((own, kind)) or (Bucket(RATE * size, STORE * size, now), said)
-        self._buckets[own, kind] = bucket, said
-        bucket.fill(now, SHARE * size * (said - seen))
+        size = 1 if own else len(peers) + 1
+        bucket = self._buckets.get((own, kind))
+        if bucket is None:
+            bucket = self._buckets[own, kind] = Bucket(RATE * size, STORE * size, now)
+            self._credited[own, kind] = _usual(kind, self._own, peers, self)
+        bucket.fill(now)
+        if bucket.left < STORE * size / 2:  # else it has enough, and what is usual need not be known
+            usual = _usual(kind, self._own, peers, self)
+            bucket.fill(now, SHARE * size * max(0.0, usual - self._credited[own, kind]))
+            self._credited[own, kind] = usual
         welcome = bucket.left > 0
+        if welcome and own:
+            self.said.note(message)
         if welcome or own:
             bucket.left -= _cost(message) if welcome else DROPPED * _cost(message)
         if own and bucket.left <= -STORE:
             bucket.left = 0.0  # when its quarantine is over, it begins with little
             raise FloodError(
-                f"it sends messages of kind {kind} far beyond what this node takes ({RATE:g} a second, and {SHARE:g} "
-                "times what it sends itself)"
+                f"it sends messages of kind {kind} far beyond what a node takes: {RATE:g} a second, and {SHARE:g} for "
+                "each that the others send"
             )
         return welcome
 
@@ -137,7 +157,7 @@ class Allowance:
         """Count a message that was refused: one that the peer claims to have written counts as many."""
         found = self._buckets.get((True, _kind(message)))
         if found is not None and message[:KEY_SIZE] == self._peer:
-            found[0].left -= REFUSED
+            found.left -= REFUSED
 
 
 class Quarantine:

@@ -28,7 +28,7 @@ from psyche_lightning.transports.download import Download, DownloadAttempt
 from psyche_lightning.transports.framing import Kind, frame
 from psyche_lightning.transports.gossip import Gossip
 from psyche_lightning.transports.handshake import RefusedError, UnwelcomeError
-from psyche_lightning.transports.limits import Bucket, Quarantine, Said, network, surplus
+from psyche_lightning.transports.limits import Allowance, Bucket, Quarantine, Said, network, surplus
 from psyche_lightning.transports.meter import ByteMeter
 from psyche_lightning.transports.peer import Peer
 from psyche_lightning.transports.pipe import Pipe
@@ -91,6 +91,7 @@ class MeshTransport(abc.ABC):
         self._cache: BlobCache | None = None
         self._peers: dict[bytes, Peer] = {}
         self._said = Said()
+        self._allowances: list[Allowance] = []
         self._quarantine = Quarantine()
         self._reach = Reach(())
         self._partial: OrderedDict[bytes, Download] = OrderedDict()
@@ -167,10 +168,11 @@ class MeshTransport(abc.ABC):
             if peer.connection is not None:
                 peer.connection.close("you are no longer a peer in this run")
         for key, address in peers.items():
-            if key == own:
-                continue
-            peer = self._peers.get(key) or Peer(key, address, self._said, now)
-            self._peers[key] = peer
+            if key != own:
+                self._peers[key] = self._peers.get(key) or Peer(key, address, self._said, now)
+        self._allowances = [peer.allowance for peer in self._peers.values()]
+        for key, peer in self._peers.items():
+            address = peers[key]
             if not self._running or (peer.dialler is not None and peer.address == address):
                 continue
             peer.address, pause = address, 0.0
@@ -281,7 +283,7 @@ class MeshTransport(abc.ABC):
             self._take(peer, message)
 
     def _allow(self, peer: Peer, message: bytes) -> bool:
-        return peer.allowance.take(message, self._now(), len(self._peers))
+        return peer.allowance.take(message, self._now(), self._allowances)
 
     def _take(self, peer: Peer, message: bytes) -> bool:
         assert self._context is not None

@@ -29,7 +29,6 @@ from psyche_lightning.wire.identity import Identity
 from .test_tcp import admitted, ended, farewell, introduce, link, living, plain, play
 
 PEER, OTHER = b"p" * 32, b"o" * 32
-PEERS = 6
 
 
 def message(sender: bytes, kind: int, size: int = 150) -> bytes:
@@ -37,6 +36,7 @@ def message(sender: bytes, kind: int, size: int = 150) -> bytes:
 
 
 COST = 1 + 150 / limits.UNIT
+PEERS = [Allowance(bytes([number]) * 32, Said()) for number in range(6)]
 
 
 def sent(allowance: Allowance, data: bytes, now: float, most: int = 100_000) -> int:
@@ -53,7 +53,7 @@ def test_an_honest_peer_is_never_limited_at_any_pace() -> None:
             for kind in (0, 1):
                 said.note(message(OTHER, kind))
                 assert allowance.take(message(PEER, kind, 1000), now, PEERS)
-                assert all(allowance.take(message(OTHER, kind), now, PEERS) for _ in range(PEERS))
+                assert all(allowance.take(message(OTHER, kind), now, PEERS) for _ in PEERS)
 
 
 def test_a_peer_may_send_a_store_then_a_few_a_second_of_each_kind() -> None:
@@ -74,6 +74,23 @@ def test_what_this_node_says_itself_is_a_measure() -> None:
     assert sent(allowance, message(PEER, 0), 0.0) == pytest.approx(100 * SHARE, abs=2)
 
 
+@pytest.mark.parametrize("flooding", [0, 2])
+def test_a_node_that_says_nothing_itself_measures_a_peer_by_the_others(flooding: int) -> None:
+    keys = [bytes([number]) * 32 for number in range(7)]
+    peers = [Allowance(key, Said()) for key in keys]
+    for height in range(5000):
+        now = height / 50
+        for number, peer in enumerate(peers):
+            if number >= flooding:
+                assert peer.take(message(keys[number], 0), now, peers)
+            else:
+                for _ in range(30):
+                    with contextlib.suppress(FloodError):
+                        peer.take(message(keys[number], 0), now, peers)
+    for number in range(flooding):
+        assert peers[number].said.by_kind[0] < 2 * SHARE * peers[-1].said.by_kind[0]
+
+
 def test_large_messages_count_as_many() -> None:
     assert sent(Allowance(PEER, Said()), message(PEER, 1, 64 * 1024), 0.0) < 20
 
@@ -91,7 +108,7 @@ def test_whoever_goes_on_floods() -> None:
 
 def test_what_others_signed_is_dropped_without_blame() -> None:
     allowance = Allowance(PEER, Said())
-    assert sent(allowance, message(OTHER, 0), 0.0) == pytest.approx((PEERS + 1) * STORE / COST, abs=2)
+    assert sent(allowance, message(OTHER, 0), 0.0) == pytest.approx((len(PEERS) + 1) * STORE / COST, abs=2)
     for _ in range(round(20 * STORE)):
         assert not allowance.take(message(OTHER, 0), 0.0, PEERS)
     assert allowance.take(message(PEER, 0), 0.0, PEERS)  # its own are another matter
@@ -111,7 +128,7 @@ def test_refused_messages_count_as_many() -> None:
 def test_bytes_that_are_no_envelope_have_one_store() -> None:
     allowance = Allowance(PEER, Said())
     first = sent(allowance, b"", 0.0)
-    assert first == pytest.approx((PEERS + 1) * STORE, abs=2)
+    assert first == pytest.approx((len(PEERS) + 1) * STORE, abs=2)
     assert sent(allowance, b"short", 0.0) == 0
     assert sent(allowance, message(OTHER, 200), 0.0) == 0
 
