@@ -133,11 +133,11 @@ class CoordinatorServer:
                 reason = "not back after the coordinator's restart"
                 self._expect(run, member, self._grace + RECONNECT_TIME, reason, since=run.last_heard)
         application = self._application()
-        self._runner = Entrance(application)
+        self._runner = Entrance(application, self._tls)
         application.middlewares.insert(0, self._runner.check)
         await self._runner.setup()
         try:
-            site = web.TCPSite(self._runner, host, port, ssl_context=self._tls)
+            site = web.TCPSite(self._runner, host, port)
             await site.start()
         except OSError as error:
             await self.stop()

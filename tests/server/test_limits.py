@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 
 import aiohttp
 import pytest
@@ -15,6 +16,8 @@ from psyche_lightning.server.admin import CoordinatorAdmin
 from psyche_lightning.server.channel import seal_frame
 from psyche_lightning.server.client import HttpCoordinator
 from psyche_lightning.server.limits import Callers
+from psyche_lightning.server.server import CoordinatorServer
+from psyche_lightning.server.store import MemoryStore
 from psyche_lightning.wire.identity import Identity
 
 from .test_websocket import Raw, create, join
@@ -23,8 +26,17 @@ SLOW = 1e-6
 
 
 async def plain(url):
-    host, port = url.removeprefix("http://").split(":")
+    host, port = url.partition("//")[2].split(":")
     return await asyncio.open_connection(host, int(port))
+
+
+@contextlib.asynccontextmanager
+async def serving(tls):
+    one = CoordinatorServer(MemoryStore(), tls=tls)
+    try:
+        yield await one.start("127.0.0.1", 0)
+    finally:
+        await one.stop()
 
 
 async def over(reader):
@@ -42,17 +54,45 @@ async def eventually(condition, what):
     raise AssertionError(what)
 
 
-@pytest.mark.parametrize("said", [b"", b"GET /v1/runs HTTP/1.1\r\nHost: 127.0", b"POST /v1/runs HTTP/1.1\r\nA: b\r\n"])
-def test_a_connection_that_does_not_finish_its_headers_is_closed(served, run, monkeypatch, said):
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize(
+    "said", [b"", b"GET /v1/runs HTTP/1.1\r\nHost: 127.0", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"]
+)
+def test_a_connection_that_does_not_finish_its_beginning_is_closed(run, monkeypatch, said, tls):
     monkeypatch.setattr(limits, "HEADER_SECONDS", 0.3)
 
     async def main():
-        async with served() as (_, url):
+        async with serving(tls) as url:
             reader, writer = await plain(url)
             for byte in said:
                 writer.write(bytes([byte]))
             await over(reader)
             writer.close()
+
+    run(main())
+
+
+def test_encrypted_connections_are_counted_from_the_beginning(run, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_SILENT_OF_HOST", 3)
+
+    async def main():
+        async with serving(True) as url:
+            silent = [await plain(url) for _ in range(8)]
+            for reader, _ in silent[:5]:
+                await over(reader)
+            unchecked = ssl._create_unverified_context()
+            async with aiohttp.ClientSession() as session:
+                for _ in range(3):
+                    async with session.get(f"{url}/v1/runs", ssl=unchecked) as answer:
+                        assert answer.status == 200
+                        assert await answer.json() == {"runs": []}
+            slow = await asyncio.open_connection(*url.partition("//")[2].split(":"), ssl=unchecked)
+            monkeypatch.setattr(limits, "HEADER_SECONDS", 0.3)
+            late = await asyncio.open_connection(*url.partition("//")[2].split(":"), ssl=unchecked)
+            late[1].write(b"GET /v1/runs")
+            await over(late[0])
+            for _, writer in (*silent, slow, late):
+                writer.transport.abort()
 
     run(main())
 
