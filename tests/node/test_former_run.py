@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
+from psyche_lightning.cli import main
 from psyche_lightning.errors import WireError
 from psyche_lightning.node.store import MemoryJournal
 from psyche_lightning.protocol.messages import open_envelope
+from psyche_lightning.simulation.scenario import Scenario
+from psyche_lightning.simulation.simulator import Simulation
 
 
 class Kept(MemoryJournal):
@@ -46,3 +51,18 @@ def test_a_restarted_node_keeps_its_promises_within_the_run(make_run, make_train
     assert again.participant._runtime._kept_promises() == {}  # it does not know the incarnation yet
     run.go(again)
     assert "result/0/1" in again.participant._runtime._kept_promises()
+
+
+def test_a_folder_of_two_runs_of_one_name_is_audited_one_by_one(tmp_path, capsys):
+    simulation = Simulation(Scenario(3, 4, True, 8, 0.1, 0.5, 0.0, 0, 0, 0, 0, 0, 150.0))
+    simulation.run()
+    rows = simulation.nodes[0].ledger
+    former = [{**row, "run": "sim#" + 32 * "0"} for row in rows]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*former, *rows]))
+    command = ["run", "ledger", str(tmp_path), "--check"]
+    assert main([*command, "--run", simulation.scope]) == 0
+    assert main([*command, "--run", former[0]["run"]]) == 1  # whose results were signed for the other one
+    assert "not genuine" in capsys.readouterr().err
+    for name in ([], ["--run", "sim"]):
+        assert main([*command, *name]) == 1
+        assert "the ledgers are of several runs" in " ".join(capsys.readouterr().err.split())

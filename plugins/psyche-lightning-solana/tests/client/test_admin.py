@@ -89,12 +89,16 @@ def test_updating_pausing_and_closing(run, config):
         assert changed.future_rates.earning_total_shared == 700
         assert (await admin.resume()).state.phase is Phase.WAITING_FOR_MEMBERS
         await admin.pause()
+        former = (await admin.look()).state.incarnation
         held = [access.instance_address, access.manifest_address, (await access.keys()).coordinator_account]
         assert await admin.close() > 900_000_000
         world.chain.advance(2)
         assert all(world.chain.account(key) is None for key in held)
         fresh = SolanaAdmin(world.access(wallet=access.wallet))
-        assert (await fresh.create(config, manifest=MANIFEST)).state.phase is Phase.UNINITIALIZED
+        again = (await fresh.create(config, manifest=MANIFEST)).state
+        assert again.phase is Phase.UNINITIALIZED
+        assert len(again.incarnation) == len(former) == 16
+        assert again.incarnation != former, "what nodes signed for the former run of this name would count"
 
     run(test, programs=True)
 
