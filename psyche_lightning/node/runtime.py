@@ -207,12 +207,18 @@ class Runtime:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """End the node with an error, wherever it arose: from now on it promises, sends and answers nothing."""
+        """End the node with an error, wherever it arose: from now on it promises, sends and answers nothing.
+
+        It leaves the run at once: the training thread may look much later, or never, as in a notebook.
+        """
+        if self._stopping and not isinstance(error, StoreError):
+            return  # what is closed fails as it should
+        with self.speaking():
+            CannotGoOn(str(error) or type(error).__name__).tell()
         if not self._stopping:
             self._stopping = True
-            with self.speaking():
-                CannotGoOn(str(error) or type(error).__name__).tell()
             self._post(error)
+            self._spawn(self._withdraw())
 
     async def _watch(self) -> None:
         async for state in self.node.coordinator.watch():

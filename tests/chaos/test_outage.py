@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,8 @@ def test_a_silent_way_to_the_coordinator_costs_nothing_but_its_time(tmp_path: Pa
         proxy = subprocess.Popen([sys.executable, "-c", PROXY, port], stdout=subprocess.PIPE, text=True)
         try:
             assert proxy.stdout is not None
-            fleet.url = f"http://127.0.0.1:{proxy.stdout.readline().strip()}"
+            url = f"http://127.0.0.1:{proxy.stdout.readline().strip()}"
+            fleet.url = str(replace(fleet.admin.link(fleet.run), url=url))  # the nodes take the proxy
             for _ in range(3):
                 fleet.start()
             before = fleet.until(lambda found: found["step"] > 30, "30 steps")
@@ -62,4 +64,4 @@ def test_a_silent_way_to_the_coordinator_costs_nothing_but_its_time(tmp_path: Pa
     assert "no node has been heard from" in silent["problem"]
     assert (after["epoch"], after["problem"]) == (before["epoch"], None)
     assert not any(event["kind"] in ("dropped", "left") for event in after["events"])
-    assert all(f"waiting for the coordinator at {fleet.url}: " in log for log in logs)
+    assert all(f"waiting for the coordinator at {url}: " in log for log in logs)

@@ -177,6 +177,10 @@ def test_a_disk_that_fails_while_peers_read_from_it_ends_the_node(
             store._file(wanted).mkdir(parents=True)  # neither a file nor missing
             with pytest.raises(StoreError):
                 node.participant._runtime._blob_for_peer(wanted)
+            deadline = time.monotonic() + 60.0
+            while not left(run):  # at once, although the training thread is busy
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
 
     node.spoil = serve
     with pytest.raises(StoreError, match=f"cannot read the blob folder {tmp_path}"):
