@@ -51,6 +51,8 @@ HEARTBEAT = 10.0
 """Seconds between pings; half of the server's, so that a node notices a silent link before it counts as gone."""
 MAX_PROBLEM_SIZE = 64 * 1024
 FIRST_WAIT, LONGEST_WAIT = 0.5, 3.0
+IMPOSTOR = {"WrongCoordinator", "Untrusted"}
+"""Codes of what a node says when somebody else has its coordinator's address."""
 REPEATED = {"DuplicateWitness", "InvalidWithdraw"}
 """The machine's answers to a request that it has already accepted; after a lost answer they mean success."""
 
@@ -163,6 +165,7 @@ class HttpCoordinator:
         self._socket: aiohttp.ClientWebSocketResponse[bool] | None = None
         self._entropy = entropy
         self._coordinator = link.key
+        self._linked = bool(link.key)
         self._greeting: Greeting | None = None
         self._number = 0
         self._waiting: list[_Call] = []
@@ -310,6 +313,15 @@ class HttpCoordinator:
         raise AssertionError("tenacity returns or raises")
 
     async def _handshake(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse[bool]:
+        """Connect; a node that was connected and has the link waits until an impostor is gone."""
+        try:
+            return await self._join_up(session)
+        except CoordinatorError as error:
+            if self._linked and self._state is not None and error.code in IMPOSTOR:
+                raise _Lost(str(error)) from error
+            raise
+
+    async def _join_up(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse[bool]:
         """Open the websocket, and let coordinator and node prove their keys; the first state completes it."""
         path = f"{self.url}/v1/runs/{quote(self.run_id, safe='')}"
         nonce = self._entropy(NONCE_SIZE)

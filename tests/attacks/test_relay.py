@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from aiohttp import web
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.requests import GetTerms, Join
 from psyche_lightning.server.admin import CoordinatorAdmin
-from psyche_lightning.server.channel import VERSION, greet
+from psyche_lightning.server.channel import SALT_SIZE, VERSION, greet
 from psyche_lightning.server.client import HttpCoordinator
 from psyche_lightning.server.server import CoordinatorServer
 from psyche_lightning.server.store import MemoryStore
@@ -108,6 +109,43 @@ def test_what_is_signed_for_one_coordinator_is_refused_by_another() -> None:
     assert "wrong signature on the hello" in told
     assert sent
     assert not members
+
+
+def test_an_impostor_at_the_address_ends_no_node_that_has_the_link() -> None:
+    async def test() -> None:
+        store = MemoryStore()
+        server = CoordinatorServer(store)
+        url = await server.start(port=0)
+        owner, port = CoordinatorAdmin(url), int(url.rpartition(":")[2])
+        await asyncio.to_thread(owner.create, "r", CONFIG)
+        node = HttpCoordinator(str(await asyncio.to_thread(owner.link, "r")), "r", Identity.generate())
+        await node.request(GetTerms())
+        await server.stop()
+
+        drawn: list[int] = []
+
+        def entropy(size: int) -> bytes:
+            drawn.append(size)
+            return os.urandom(size)
+
+        impostor = CoordinatorServer(MemoryStore(), entropy=entropy)
+        await impostor.start(port=port)
+        await asyncio.to_thread(owner.create, "r", CONFIG)
+        asked = asyncio.ensure_future(node.request(Join("a", {"run": {}})))
+        while drawn.count(SALT_SIZE) < 3:  # it greeted the node, which came again
+            await asyncio.sleep(0.05)
+        assert not asked.done()
+        assert impostor.runs["r"].host.membership.members == {}
+        await impostor.stop()
+
+        server = CoordinatorServer(store)
+        await server.start(port=port)
+        await asked
+        assert node.signer in server.runs["r"].host.membership.members
+        await node.close()
+        await server.stop()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_a_node_notices_that_another_coordinator_or_run_answers() -> None:
