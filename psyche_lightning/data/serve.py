@@ -9,6 +9,7 @@ from pathlib import Path
 
 from aiohttp import web
 
+from psyche_lightning.entrance import Entrance
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.sites import Sites
 
@@ -88,7 +89,9 @@ class FileServer:
         return await handler(request)
 
     async def _listen(self) -> None:
-        self._runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=0.5)
+        application = self.application()
+        self._runner = Entrance(application, shutdown_timeout=0.5)
+        application.middlewares.insert(0, self._runner.check)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, self._port)
         await site.start()

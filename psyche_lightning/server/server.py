@@ -19,6 +19,8 @@ from aiohttp import web
 from psyche_lightning.aio import within
 from psyche_lightning.coordinator.creation import check_settings, create_host
 from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.crowd import network, surplus
+from psyche_lightning.entrance import Entrance
 from psyche_lightning.errors import CoordinatorError, PsycheError
 from psyche_lightning.protocol.link import join_secret
 from psyche_lightning.protocol.manifest import manifest_text
@@ -34,14 +36,13 @@ from psyche_lightning.server.limits import (
     REQUEST_STORE,
     Buckets,
     Callers,
-    Entrance,
 )
 from psyche_lightning.server.live import LOOK_AGAIN, SILENCE, LiveRun
 from psyche_lightning.server.status import run_line, run_status
 from psyche_lightning.server.store import Store
 from psyche_lightning.server.tls import coordinator_context
 from psyche_lightning.server.websocket import Websocket
-from psyche_lightning.transports.limits import Bucket, network, surplus
+from psyche_lightning.transports.limits import Bucket
 from psyche_lightning.wire.identity import KEY_SIZE
 
 MAX_BODY_SIZE = MAX_FRAME_SIZE

@@ -12,11 +12,9 @@ what exceeds the limit is dropped without blame.
 
 from __future__ import annotations
 
-import ipaddress
 import statistics
-from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping
-from typing import TypeVar
+from collections import OrderedDict
+from collections.abc import Collection
 
 from psyche_lightning.errors import WireError
 from psyche_lightning.wire.identity import KEY_SIZE, SIGNATURE_SIZE
@@ -41,7 +39,6 @@ MOVE_RATE, MOVE_STORE = 1 / 60, 4.0
 """Changes of a peer's address that this node follows in a second, and in advance."""
 SHORTEST_QUARANTINE, LONGEST_QUARANTINE = 60.0, 3600.0
 MAX_QUARANTINED = 1024
-_T = TypeVar("_T")
 _KINDS = 16  # that are counted apart; all others count together
 _KIND_AT = KEY_SIZE + SIGNATURE_SIZE + 1  # in an envelope, see psyche_lightning.protocol.messages.seal
 
@@ -178,34 +175,6 @@ class Quarantine:
     def left(self, key: bytes, now: float) -> float:
         """Seconds for which a peer is still kept away."""
         return max(0.0, self._known.get(key, (now, 0.0))[0] - now)
-
-
-def network(host: str) -> str:
-    """The host itself, or the /64 of an IPv6 address, all of which one customer has."""
-    try:
-        ip = ipaddress.ip_address(host.strip("[]").partition("%")[0])
-    except ValueError:
-        return host
-    return host if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
-
-
-def surplus(found: Mapping[_T, str], host: str, most: int, most_of_host: int) -> _T | None:
-    """Which connection to end before one more comes from a host; None if there is room.
-
-    Args:
-        found: the connections in order of arrival, with their hosts.
-        host: the newcomer's.
-        most: how many there may be.
-        most_of_host: how many of one host.
-
-    Returns:
-        The oldest of the newcomer's host, or else of the host that has most: honest callers are quick.
-    """
-    hosts = Counter(found.values())
-    worst = host if hosts[host] >= most_of_host else None
-    if worst is None and len(found) >= most:
-        worst = hosts.most_common(1)[0][0]
-    return next((one for one, other in found.items() if other == worst), None)
 
 
 def _kind(message: bytes) -> int:

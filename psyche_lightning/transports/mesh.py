@@ -18,6 +18,7 @@ from functools import partial
 from typing import TypeVar
 
 from psyche_lightning.aio import is_set_within, within
+from psyche_lightning.crowd import network, surplus
 from psyche_lightning.errors import TransportError, WireError, cause
 from psyche_lightning.logs import next_reminder
 from psyche_lightning.text import plain
@@ -28,7 +29,7 @@ from psyche_lightning.transports.download import Download, DownloadAttempt
 from psyche_lightning.transports.framing import Kind, frame
 from psyche_lightning.transports.gossip import Gossip
 from psyche_lightning.transports.handshake import RefusedError, UnwelcomeError
-from psyche_lightning.transports.limits import Allowance, Bucket, Quarantine, Said, network, surplus
+from psyche_lightning.transports.limits import Allowance, Bucket, Quarantine, Said
 from psyche_lightning.transports.meter import ByteMeter
 from psyche_lightning.transports.peer import Peer
 from psyche_lightning.transports.pipe import Pipe

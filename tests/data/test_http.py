@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+from psyche_lightning import entrance
 from psyche_lightning.data import client
 from psyche_lightning.data.client import FetchOptions
 from psyche_lightning.data.files import Lost, Range
@@ -463,3 +464,22 @@ def test_an_index_has_a_largest_size(server: Server) -> None:
         MixedData(1, 4, vocab_size=1000, path="nowhere.json")
     with pytest.raises(ConfigError, match="got neither"):
         MixedData(1, 4, vocab_size=1000)
+
+
+def test_connections_that_ask_for_nothing_do_not_keep_readers_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entrance, "MAX_SILENT_OF_HOST", 3)
+    (tmp_path / "dataset.json").write_text("{}")
+    with FileServer(tmp_path) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        silent = [socket.create_connection((host, int(port))) for _ in range(8)]
+        for one in silent[:5]:
+            one.settimeout(20)
+            assert one.recv(1) == b""
+        with socket.create_connection((host, int(port))) as reader:
+            reader.sendall(f"GET /dataset.json HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n".encode())
+            reader.settimeout(20)
+            assert b"200 OK" in reader.recv(1000)
+        for one in silent:
+            one.close()

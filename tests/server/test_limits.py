@@ -9,6 +9,7 @@ import ssl
 import aiohttp
 import pytest
 
+from psyche_lightning import entrance
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
 from psyche_lightning.server import limits, server
@@ -59,7 +60,7 @@ async def eventually(condition, what):
     "said", [b"", b"GET /v1/runs HTTP/1.1\r\nHost: 127.0", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"]
 )
 def test_a_connection_that_does_not_finish_its_beginning_is_closed(run, monkeypatch, said, tls):
-    monkeypatch.setattr(limits, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(entrance, "HEADER_SECONDS", 0.3)
 
     async def main():
         async with serving(tls) as url:
@@ -73,7 +74,7 @@ def test_a_connection_that_does_not_finish_its_beginning_is_closed(run, monkeypa
 
 
 def test_encrypted_connections_are_counted_from_the_beginning(run, monkeypatch):
-    monkeypatch.setattr(limits, "MAX_SILENT_OF_HOST", 3)
+    monkeypatch.setattr(entrance, "MAX_SILENT_OF_HOST", 3)
 
     async def main():
         async with serving(True) as url:
@@ -87,7 +88,7 @@ def test_encrypted_connections_are_counted_from_the_beginning(run, monkeypatch):
                         assert answer.status == 200
                         assert await answer.json() == {"runs": []}
             slow = await asyncio.open_connection(*url.partition("//")[2].split(":"), ssl=unchecked)
-            monkeypatch.setattr(limits, "HEADER_SECONDS", 0.3)
+            monkeypatch.setattr(entrance, "HEADER_SECONDS", 0.3)
             late = await asyncio.open_connection(*url.partition("//")[2].split(":"), ssl=unchecked)
             late[1].write(b"GET /v1/runs")
             await over(late[0])
@@ -112,7 +113,7 @@ def test_a_slow_body_is_refused(served, run, monkeypatch):
 
 
 def test_silent_connections_of_one_address_are_few_and_do_not_keep_others_out(served, run, monkeypatch):
-    monkeypatch.setattr(limits, "MAX_SILENT_OF_HOST", 3)
+    monkeypatch.setattr(entrance, "MAX_SILENT_OF_HOST", 3)
 
     async def main():
         async with served() as (_, url):
