@@ -100,7 +100,7 @@ def announced(url: str, path: Path) -> Iterator[bool]:
     try:
         note = _notes() / _name(parts.hostname or "", parts.port)
         note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = note.open("a+b")
+        file = note.open("a+b", buffering=0)
     except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
         logger.warning("cannot note where the owner's token lies: %s. Commands need --token-file %s", error, path)
         yield False
@@ -113,9 +113,11 @@ def announced(url: str, path: Path) -> Iterator[bool]:
             time.sleep(0.05)
             noted = system.claim(file)
         if noted:
-            file.truncate(0)
-            file.write(os.fsencode(path.resolve()))
-            file.flush()
+            try:
+                file.truncate(0)
+                file.write(os.fsencode(path.resolve()))
+            except OSError as error:
+                logger.warning("cannot write %s: %s. Commands need --token-file %s", note, error.strerror, path)
         try:
             yield noted
         finally:

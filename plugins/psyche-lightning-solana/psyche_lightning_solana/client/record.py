@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from psyche_lightning.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,5 +73,6 @@ class Log:
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
-        except OSError:
+        except OSError as error:
+            logger.warning("the log of transactions %s ends here: %s", self._path, error.strerror)
             self._path = None
