@@ -29,6 +29,8 @@ from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.runtime import NodeParts
 from psyche_lightning.node.settings import Settings
+from psyche_lightning.node.status import FILE as STATUS
+from psyche_lightning.node.status import StatusFile
 from psyche_lightning.node.store import BlobStore, DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.protocol.open_ids import shown
 from psyche_lightning.protocol.requests import Coordinator
@@ -155,6 +157,7 @@ class Session:
                 traffic=lambda: self.traffic.total,
                 served=self.traffic.served,
                 ledger=ledger,
+                status=None if folder is None else StatusFile(folder / STATUS),
                 alone=url is None,
             )
             self._participant = Participant(node, patience=entry.options.patience, stops=stops)

@@ -32,6 +32,7 @@ from psyche_lightning.node.notices import (
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.snapshot import decode_index, first_difference
+from psyche_lightning.node.status import StatusFile
 from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
 from psyche_lightning.node.waiting import Wait
 from psyche_lightning.protocol.messages import Envelope, Message, Result, open_envelope, seal
@@ -76,6 +77,7 @@ class NodeParts:
         traffic: returns bytes ``(up, down)`` counted at the node's sockets.
         served: called with ``(blob size, bytes sent)`` after a peer got a blob or a part of one.
         ledger: the ledger for rounds that are certain, or None.
+        status: the status file, or None.
         alone: whether it is the run's only node; then it logs no joining or leaving.
     """
 
@@ -91,6 +93,7 @@ class NodeParts:
     traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)
     served: Callable[[int, int], None] = lambda size, given: None
     ledger: Ledger | None = None
+    status: StatusFile | None = None
     alone: bool = False
 
 
@@ -187,6 +190,8 @@ class Runtime:
         for closing in (self.node.transport.stop(), self.node.coordinator.close()):
             with contextlib.suppress(PsycheError, asyncio.TimeoutError, OSError):
                 await asyncio.wait_for(closing, 3.0)
+        with contextlib.suppress(StoreError):  # a full disk is why it leaves
+            self._tell_status(why)
 
     def _needed(self) -> bool:
         """Whether a healthy client of the finished epoch has not reported the last parameters yet."""
@@ -249,6 +254,7 @@ class Runtime:
             self._mind_the_training(time.monotonic())
             self.handle(ev.Tick())
             self._tell_wait()
+            self._tell_status()
 
     def waiting(self) -> str:
         """Whom the node waits for, in one line."""
@@ -256,11 +262,30 @@ class Runtime:
         return self.core.waiting() if away is None else f"waiting for {away}"
 
     def _tell_wait(self) -> None:
-        transfer = self.downloads.transfer
-        what = self.waiting() if transfer is None else f"waiting for the parameters {transfer.digest.hex()[:12]}"
+        transfer, what = self.downloads.transfer, self._awaited()
         waited = self.wait.worth_a_line(time.monotonic(), what)
         if waited is not None:
             Waits(what if transfer is None else f"{what}: {transfer}", waited).tell()
+
+    def _awaited(self) -> str:
+        transfer = self.downloads.transfer
+        return self.waiting() if transfer is None else f"waiting for the parameters {transfer.digest.hex()[:12]}"
+
+    def _tell_status(self, left: str | None = None) -> None:
+        if self.node.status is None:
+            return
+        state = self.core.state
+        current = state.current if state is not None and state.phase.active else None
+        self.node.status.write(
+            run=self.node.run_id,
+            node=self.node.identity.public.hex(),
+            epoch=None if state is None else state.epoch,
+            round=None if current is None else current.height,
+            step=None if state is None else state.step,
+            waiting=None if left is not None or self.busy_since is not None else self._awaited(),
+            away=self.node.coordinator.away,
+            left=left,
+        )
 
     def speaking(self) -> contextlib.AbstractContextManager[None]:
         """Attributes log lines inside to this node; other nodes of the process may call it."""

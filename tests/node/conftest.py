@@ -20,6 +20,7 @@ from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.runtime import NodeParts
 from psyche_lightning.node.settings import Settings
+from psyche_lightning.node.status import StatusFile
 from psyche_lightning.node.store import BlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.server.local import LocalCoordinator
@@ -55,6 +56,7 @@ class Trainee:
     store: BlobStore = field(default_factory=MemoryBlobStore)
     journal: Journal | MemoryJournal = field(default_factory=MemoryJournal)
     ledger: Ledger | None = None
+    status: StatusFile | None = None
     transport: Callable[[Run], Transport] = lambda run: MemoryTransport(run.network)
     compute: Callable[[Trainee, RoundWork], None] = lambda trainee, work: None
     spoil: Callable[[Trainee, RoundWork], None] = lambda trainee, work: None
@@ -90,6 +92,7 @@ class Trainee:
                 store=self.store,
                 journal=self.journal,
                 ledger=self.ledger,
+                status=self.status,
             ),
             patience=60.0,
         )

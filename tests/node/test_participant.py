@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -25,6 +26,7 @@ from psyche_lightning.node.notices import (
     TrainingAway,
     Waits,
 )
+from psyche_lightning.node.status import StatusFile
 from psyche_lightning.node.store import DirectoryBlobStore, Journal
 from psyche_lightning.protocol.requests import Join
 from psyche_lightning.protocol.state import Phase
@@ -237,11 +239,20 @@ def test_a_training_loop_that_does_not_come_back_is_not_waited_for(
 # --- a coordinator that is away ---------------------------------------------------------------------------------------
 
 
-def test_a_node_waits_for_its_coordinator_as_long_as_its_patience_says(make_run: Any, make_trainee: Any) -> None:
+def test_a_node_waits_for_its_coordinator_as_long_as_its_patience_says(
+    make_run: Any, make_trainee: Any, tmp_path: Path
+) -> None:
     run = make_run(2, 10)  # the other node never comes
-    node = make_trainee(0, run)
-    node.participant.node.coordinator.away = "the coordinator at http://there: no connection"
+    file = tmp_path / "status.json"
+    node = make_trainee(0, run, status=StatusFile(file))
+    node.participant.node.coordinator.away = away = "the coordinator at http://there: no connection"
+    seen = []
+    threading.Timer(2.0, lambda: seen.append(json.loads(file.read_text()))).start()
     node.participant._patience = 3.0
     with pytest.raises(PsycheError, match=r"for 3 s: waiting for the coordinator at http://there: no connection\. "):
         run.go(node)
     assert any(isinstance(notice, Waits) and "http://there" in str(notice) for notice in node.said)
+    assert seen[0].pop("since") < (last := json.loads(file.read_text())).pop("since")
+    known = {"run": "test", "node": node.identity.public.hex(), "epoch": 0, "round": None, "step": 1, "away": away}
+    assert seen[0] == {**known, "waiting": f"waiting for {away}", "left": None}
+    assert last == {**known, "waiting": None, "left": "its training ended here"}
