@@ -11,6 +11,7 @@ import pytest
 from psyche_lightning.testing.peers import eventually
 from psyche_lightning.transports import connection, limits, mesh
 from psyche_lightning.transports.framing import Kind, frame, read_frame
+from psyche_lightning.transports.gossip import Rumor
 from psyche_lightning.transports.limits import (
     LONGEST_QUARANTINE,
     RATE,
@@ -157,21 +158,29 @@ def test_a_bucket_makes_up_for_what_was_taken() -> None:
 # -- over connections -------------------------------------------------------------------------------------------------
 
 
-def test_a_peer_that_floods_is_disconnected_and_kept_away() -> None:
+@pytest.mark.parametrize("way", ["directly", "to all", "to be passed on"])
+def test_a_peer_that_floods_is_disconnected_and_kept_away(way: str) -> None:
+    def flood(number: int, sender: bytes, friend: bytes) -> bytes:
+        if way == "directly":
+            return frame(Kind.MESSAGE, message(sender, 2))
+        names = (friend[:8],) if way == "to be passed on" else ()
+        return Rumor(number, 2, bool(names), sender, names, message(sender, 2)).frame()
+
     async def scene() -> None:
         guest = Identity.generate()
         async with living(TcpTransport(), TcpTransport()) as (node, friend):
             introduce([node, friend], guest)
             await eventually(lambda: node.connected(friend), "a friend is there")
             async with admitted(node, guest) as (reader, writer):
-                for _ in range(6000):
-                    writer.write(frame(Kind.MESSAGE, message(guest.public, 2)))
+                for number in range(6000):
+                    writer.write(flood(number, guest.public, friend.key))
                 assert "it floods this node" in await farewell(reader)
             await eventually(lambda: "kept away" in link(node, guest.public)[1], "the link says why")
             with pytest.raises(Exception, match="you flooded this node"):
                 async with admitted(node, guest):
                     pass
             assert len(node.texts()) <= STORE
+            assert len(friend.texts()) <= STORE
             friend.transport.send(node.key, b"hello")
             await eventually(lambda: b"hello" in node.texts(friend), "the others do not notice")
             introduce([node, friend])
