@@ -248,9 +248,23 @@ def kick(
     print(administer(coordinator, run_id, token_file).kick(node))
 
 
+@run.command("restart-from")
+def restart_from(
+    run_id: RunId,
+    digest: Annotated[str, typer.Argument(metavar="DIGEST", help="The digest of the parameters in hex, 64 digits.")],
+    step: Annotated[int, typer.Argument(metavar="STEP", min=0, help="Training steps that they contain.")],
+    coordinator: Url = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Go on from other parameters than the newest, if those are lost or spoiled; later steps are trained again."""
+    from psyche_lightning.cli.owner import administer
+
+    say(administer(coordinator, run_id, token_file).restart_from(digest, step))
+
+
 @run.command()
 def points(run_id: RunId, coordinator: Url = None, as_json: Json = False) -> None:
-    """Show what the nodes earned: an epoch gives equal points to all nodes that were healthy at its end."""
+    """Show what the nodes earned: on a server for their results, on a chain for being there when epochs end."""
     from rich.table import Table
 
     from psyche_lightning.cli.owner import administer
@@ -262,7 +276,7 @@ def points(run_id: RunId, coordinator: Url = None, as_json: Json = False) -> Non
     table = Table("node", "earned", "slashed", "claimed")
     for row in sorted(rows, key=lambda row: -row["earned"]):
         table.add_row(row["node"], *(f"{row[name]:,}" for name in ("earned", "slashed", "claimed")))
-    stdout().print(table if rows else "nobody has earned points yet; they are given when an epoch ends")
+    stdout().print(table if rows else "nobody has earned points yet")
 
 
 @run.command()
@@ -410,6 +424,8 @@ def _picture(found: dict[str, Any]) -> RenderableType:
         f"{max(0, found['step'] - 1)} of {found['total_steps'] or '?'} steps trained"
     )
     parts: list[RenderableType] = [Text.assemble((found["run_id"], "bold"), ": ", head)]
+    if found.get("waits_for"):
+        parts.append(Text(plain(found["waits_for"]), style="yellow"))
     if found.get("problem"):
         parts.append(Text(plain(found["problem"]), style="bold red"))
     parts += [Text(plain(f"{name}: {value}")) for name, value in found.get("about", {}).items()]

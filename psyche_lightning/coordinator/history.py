@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from psyche_lightning.coordinator.machine import Ending, ending
 from psyche_lightning.errors import WireError, counted
 from psyche_lightning.protocol.codec import from_json, to_json
-from psyche_lightning.protocol.committee import quorum, round_selection
+from psyche_lightning.protocol.committee import least_clients, members
 from psyche_lightning.protocol.requests import Report
 from psyche_lightning.protocol.state import Phase, Round, RunState
 from psyche_lightning.wire.identity import short
@@ -191,7 +191,8 @@ class History:
     def observe(self, before: RunState, after: RunState, now: float) -> None:
         """Record a transition, as far as it matters to people."""
         round_ = after.current
-        began = after.phase is Phase.ROUND_TRAIN and before.phase is not Phase.ROUND_TRAIN
+        known = before.current if before.phase.active else None
+        began = after.phase.active and round_ is not None and (known is None or known.height != round_.height)
         if began and round_ is not None and round_.step:  # a drain round has no figures of its own
             self.metrics.add(
                 Metrics(
@@ -243,39 +244,31 @@ def _names(signers: list[bytes]) -> str:
 def _notable(before: RunState, after: RunState, now: float) -> list[tuple[str, str]]:
     """Kinds and texts of the events of a transition."""
     notes: list[tuple[str, str]] = []
-    if after.pending_pause and not before.pending_pause:
+    drains = after.draining and not before.draining
+    if after.pending_pause and not before.pending_pause and not drains:
         notes.append(("run", "a pause was asked for; the epoch ends first"))
     round_ = after.current
-    if after.draining and not before.draining and round_ is not None:
-        trained = after.round_at(round_.height - 1)
-        reason = _reason(after, trained, now) if trained is not None else ""
-        notes.append(("epoch", f"epoch {after.epoch} ends: {reason}; two rounds exchange what is under way"))
+    if drains and before.current is not None:
+        # As it was decided: before the drain round began.
+        then = replace(after, rounds=before.rounds, head=before.head, pending_pause=before.pending_pause)
+        reason = _reason(then, before.current, now)
+        notes.append(("epoch", f"epoch {after.epoch} ends: {reason}; up to two rounds exchange what is under way"))
     if after.phase is before.phase:
         return notes
     if after.phase is Phase.WARMUP:
         signers = [client.signer for client in after.clients]
         notes.append(("epoch", f"epoch {after.epoch} is formed by {counted(len(signers), 'node')}: {_names(signers)}"))
-        if before.checkpoint.digest and not after.checkpoint.digest:
-            lost = before.checkpoint
-            text = f"nobody is left who holds the parameters {lost.digest[:4].hex()} of step {lost.step}"
-            notes.append(("epoch", f"{text}; the run goes on from those of the first node to report"))
-    elif before.phase is Phase.WARMUP and round_ is not None:
+    elif before.phase is Phase.WARMUP and after.phase is Phase.ROUND_TRAIN:
         digest = after.epoch_digest[:4].hex()
         notes.append(("epoch", f"epoch {after.epoch} begins with step {after.step} from the parameters {digest}"))
-        others = len({record.merkle for record in after.warmup_witnesses} - {after.epoch_digest})
-        if others:
-            text = "nodes started from different parameters; all take those of the first node to report"
-            notes.append(("epoch", f"{text}, {digest}"))
     elif before.phase is Phase.WARMUP and after.phase is Phase.WAITING_FOR_MEMBERS:
-        why = "nobody reported its parameters in time"
-        left = len(after.clients)
-        if left < after.config.min_clients:
-            why = f"only {counted(left, 'node')} {'is' if left == 1 else 'are'} left"
+        left, least = len(after.clients), least_clients(after)
+        why = f"the parameters were reported by {len(before.warmup_witnesses)} of {left} nodes in time"
+        if left < least:
+            why = f"only {counted(left, 'node')} {'is' if left == 1 else 'are'} left, and {least} are needed"
         notes.append(("epoch", f"epoch {after.epoch} could not begin: {why}"))
-    elif after.phase is Phase.COOLDOWN and not after.draining:
-        notes.append(("epoch", f"epoch {after.epoch} ends: no witness reported"))
-    elif before.phase is Phase.COOLDOWN:
-        notes.append(("epoch", f"epoch {before.epoch} has ended: {_outcome(before, after)}"))
+    elif before.phase.active and not after.phase.active and round_ is not None:
+        notes.append(("epoch", f"epoch {before.epoch} has ended: {_outcome(before, after, round_, now)}"))
     if after.phase is Phase.FINISHED:
         notes.append(("run", f"the run has finished after {counted(after.step - 1, 'step')}"))
     elif after.phase is Phase.PAUSED:
@@ -288,15 +281,15 @@ def _notable(before: RunState, after: RunState, now: float) -> list[tuple[str, s
 def _reason(state: RunState, round_: Round, now: float) -> str:
     """Why an epoch ends after this round."""
     match ending(state, round_, now):
-        case Ending.NO_WITNESS:
-            return "no witness reported"
+        case Ending.FEW_CLIENTS:
+            left = counted(len(state.clients), "node")
+            return f"{left} of {members(state)} are left, and {least_clients(state)} are needed"
+        case Ending.FEW_REPORTS:
+            return f"{len(round_.witnesses)} witnesses reported, and {state.needed} are needed"
+        case Ending.NOTHING_APPLIED:
+            return f"no result was agreed in the last {len(state.rounds)} rounds; the run pauses then"
         case Ending.TIME_OVER:
             return "its time is over"
-        case Ending.FEW_CLIENTS:
-            return f"{len(state.clients)} clients are left and min_clients is {state.config.min_clients}"
-        case Ending.NO_QUORUM:
-            expected = round_selection(round_, state.config).witness_count
-            return f"{len(round_.witnesses)} of {expected} witnesses reported and a quorum is {quorum(expected)}"
         case Ending.ALL_TRAINED:
             return "all steps are trained"
         case Ending.PAUSE:
@@ -305,13 +298,13 @@ def _reason(state: RunState, round_: Round, now: float) -> str:
             return ""
 
 
-def _outcome(before: RunState, after: RunState) -> str:
+def _outcome(before: RunState, after: RunState, round_: Round, now: float) -> str:
     held = after.checkpoint
-    name = f"parameters {held.digest[:4].hex()} of step {held.step}"
-    votes = sum(vote[1:] == (held.step, held.digest) for vote in before.checkpoint_votes)
-    if not votes:
-        return f"no quorum reported equal parameters; the run goes back to the {name}"
-    return f"the {name} are agreed by {votes} of {len(before.checkpoint_votes)} nodes that reported"
+    name = f"the parameters {held.digest[:4].hex()} of step {held.step}"
+    if after.settled:
+        return f"{name} are agreed"
+    why = "" if before.draining else f"{_reason(after, round_, now)}; "
+    return f"{why}the run goes on from step {after.step - 1}, which the decided rounds after {name} give"
 
 
 def plain_round(round_: Round) -> Round:

@@ -16,10 +16,14 @@ from psyche_lightning.coordinator import machine
 from psyche_lightning.coordinator.history import History, plain_round
 from psyche_lightning.coordinator.machine import MachineError
 from psyche_lightning.coordinator.membership import Membership
+from psyche_lightning.coordinator.waiting import awaited
 from psyche_lightning.errors import ConfigError, CoordinatorError, WireError, counted
+from psyche_lightning.protocol.bloom import Bloom
 from psyche_lightning.protocol.codec import round_from_json, round_to_json, state_from_json, to_json
+from psyche_lightning.protocol.committee import decided_root
 from psyche_lightning.protocol.limits import Limits, check_config, check_run_id
 from psyche_lightning.protocol.manifest import fix_values, merge, with_values
+from psyche_lightning.protocol.merkle import EMPTY_ROOT
 from psyche_lightning.protocol.messages import equivocator
 from psyche_lightning.protocol.requests import (
     Accuse,
@@ -30,13 +34,13 @@ from psyche_lightning.protocol.requests import (
     Join,
     Request,
     Terms,
-    Vote,
     WarmupWitness,
     Withdraw,
     Witness,
 )
 from psyche_lightning.protocol.state import (
     INCARNATION_SIZE,
+    Checkpoint,
     Client,
     ClientStatus,
     CoordinatorConfig,
@@ -77,9 +81,9 @@ class RunHost:
         membership: who belongs to the run, and who may join.
         history: what happened, for people: events, figures of rounds, the members' reports.
         rounds: the newest rounds of the epoch ``rounds_epoch`` without gaps, the current one last; with all witness
-            records but without their Bloom filters.
+            records but without their Bloom filters. They stay until the next epoch trains.
         rounds_epoch: the epoch of these rounds.
-        points: points of each signer: an epoch's samples, in equal parts to the clients that were healthy at its end.
+        points: points of each signer: the samples of decided rounds, in equal parts to those whose results they have.
 
     Raises:
         ConfigError: the name or the configuration is not valid.
@@ -134,6 +138,11 @@ class RunHost:
         """The values of the configuration that the first node will fix."""
         return [name for name, value in self._left_open.items() if value is None]
 
+    @property
+    def waits_for(self) -> str:
+        """What the run waits for, in one line for people; empty while it trains, and when it is finished."""
+        return awaited(self.state, self.membership.members.values())
+
     def deadline(self) -> float | None:
         """When time alone advances the run, in the coordinator's seconds; None if only an input can."""
         return machine.deadline(self.state)
@@ -160,6 +169,26 @@ class RunHost:
             CoordinatorError: ``CannotResume``.
         """
         self._apply(machine.resume(self.state, now), now)
+
+    def restart_from(self, digest: bytes, step: int, now: float) -> None:
+        """Go on from other parameters than the newest; later steps are undone.
+
+        Args:
+            digest: their digest; some member must hold them.
+            step: training steps that they contain.
+            now: the coordinator's seconds.
+
+        Raises:
+            CoordinatorError: ``InvalidRunState`` or ``InvalidCheckpoint``.
+        """
+        place = next((known.data_index for known in self.rounds if known.step == step + 1), None)
+        state = machine.restart_from(self.state, Checkpoint(digest, step), now)
+        if place is not None:  # the ids of the undone rounds are trained again
+            state = replace(state, epoch_start_data_index=place)
+        text = f"the owner goes back to the parameters {digest[:4].hex()} of step {step}"
+        self.history.note(self.state, now, "run", text)
+        self.rounds, self.rounds_epoch = [], state.epoch
+        self._apply(state, now)
 
     def start(self, now: float) -> None:
         """Open a halted run to members, new or paused.
@@ -233,13 +262,11 @@ class RunHost:
             case Withdraw():
                 self._withdraw(signer, now)
             case WarmupWitness():
-                self._apply(machine.warmup_witness(self.state, signer, request), now)
+                self._warmup_witness(signer, request, now)
             case Witness():
                 self._witness(signer, request, now)
             case HealthCheck():
                 answer = self._health_check(signer, request, now)
-            case Vote():
-                self._apply(machine.vote(self.state, signer, request), now)
             case Accuse(first, second):
                 self._accuse(signer, first, second, now)
             case _:
@@ -320,6 +347,11 @@ class RunHost:
             self._apply(state, now)
         return known
 
+    def _warmup_witness(self, signer: bytes, request: WarmupWitness, now: float) -> None:
+        if signer not in self.membership.members:
+            raise MachineError("InvalidWitness", f"{short(signer)} is not a member of this run")
+        self._apply(machine.warmup_witness(self.state, signer, request), now)
+
     def _witness(self, signer: bytes, request: Witness, now: float) -> None:
         """Record a witness' report; also keeps the figures of a report that comes too late."""
         if any(client.signer == signer for client in self.state.clients):
@@ -332,7 +364,7 @@ class RunHost:
         state, dropped = machine.health_check(self.state, signer, request)
         for gone in before - {client.signer for client in machine.healthy(state)}:
             self.membership.members.pop(gone, None)
-            text = f"{short(gone)} is dropped: the witnesses of height {request.height - 1} heard nothing from it"
+            text = f"{short(gone)} is dropped: it delivered nothing in the last {machine.MISSED_ROUNDS} rounds"
             self.history.note(self.state, now, "dropped", text, gone)
         self._apply(state, now)
         return dropped
@@ -375,7 +407,7 @@ class RunHost:
     def _round_seed(self) -> int:
         """The seed of the next round: LE64 of S(LE64(seed), run id, LE64(epoch), LE64(height))."""
         state, round_ = self.state, self.state.current
-        height = round_.height + 1 if round_ else 0
+        height = round_.height + 1 if round_ and state.phase.active else 0
         digest = sha256(struct.pack("<Q", self._seed), state.run_id.encode(), struct.pack("<QQ", state.epoch, height))
         return int.from_bytes(digest[:8], "little")
 
@@ -403,19 +435,33 @@ class RunHost:
     def _set(self, state: RunState, now: float) -> None:
         before, self.state = self.state, state
         self.history.observe(before, state, now)
-        if before.phase is Phase.COOLDOWN and state.phase is not Phase.COOLDOWN:
-            well = machine.healthy(before)
-            samples = state.epoch_start_data_index - before.epoch_start_data_index
-            for client in well:
-                self.points[client.signer] = self.points.get(client.signer, 0) + samples // len(well)
-        if state.phase is Phase.WARMUP and before.phase is not Phase.WARMUP:
-            self.rounds, self.rounds_epoch = [], state.epoch
-        round_ = state.current
-        if round_ is not None and (before.current is not round_):
+        round_, ended = state.current, before.current
+        over = not state.phase.active or (ended is not None and round_ is not None and round_.height > ended.height)
+        if before.phase.active and ended is not None and over:
+            self._reward(ended, before.needed)
+        if before.phase is Phase.WARMUP and state.phase is Phase.WAITING_FOR_MEMBERS and not state.checkpoint.digest:
+            # The first member did not say which parameters the run begins with: the next one's turn.
+            for client in before.clients[:1]:  # none if all have left
+                if client.signer in self.membership.members:
+                    self.membership.members[client.signer] = self.membership.members.pop(client.signer)
+        if round_ is not None and ended is not round_:
+            if self.rounds_epoch != state.epoch and state.phase.active:
+                self.rounds, self.rounds_epoch = [], state.epoch
             if self.rounds and self.rounds[-1].height == round_.height:
                 self.rounds.pop()
             self.rounds.append(plain_round(round_))
             del self.rounds[:-MAX_ROUNDS]
+
+    def _reward(self, round_: Round, needed: int) -> None:
+        """Give a decided round's samples, in equal parts, to the clients whose results its reports name."""
+        root = decided_root(round_, needed)
+        if not round_.step or root in (None, EMPTY_ROOT):
+            return
+        heard = [Bloom.from_bytes(record.participants) for record in round_.witnesses if record.merkle == root]
+        items = {signer: sha256(signer) for signer in round_.clients}
+        named = [one for one in items if sum(items[one] in each for each in heard) >= needed]
+        for signer in named:
+            self.points[signer] = self.points.get(signer, 0) + round_.batch_size // len(named)
 
     # Durability.
 

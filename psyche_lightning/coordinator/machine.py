@@ -17,8 +17,17 @@ from typing import Any
 
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.bloom import BLOOM_SIZE, Bloom
-from psyche_lightning.protocol.committee import quorum, round_selection
-from psyche_lightning.protocol.requests import HealthCheck, Vote, WarmupWitness, Witness
+from psyche_lightning.protocol.committee import (
+    decided_root,
+    least_clients,
+    members,
+    needed_reports,
+    quorum,
+    round_selection,
+    starting_digest,
+)
+from psyche_lightning.protocol.merkle import EMPTY_ROOT
+from psyche_lightning.protocol.requests import HealthCheck, WarmupWitness, Witness
 from psyche_lightning.protocol.state import (
     STORED_ROUNDS,
     Checkpoint,
@@ -34,11 +43,13 @@ from psyche_lightning.protocol.state import (
 from psyche_lightning.wire.canonical import HASH_SIZE, sha256
 
 DRAIN_ROUNDS = 2
-"""Rounds without training at the end of an epoch, in which the last results are witnessed and applied."""
+"""Most rounds without training at the end of an epoch: they decide the last results and name the last parameters."""
+MISSED_ROUNDS = 3
+"""Rounds in a row after which a client without a witnessed result may be dropped."""
 
 
 class MachineError(CoordinatorError):
-    """The machine refuses a transition; ``code`` is Psyche's name of the error (``InvalidCheckpoint`` is ours)."""
+    """The machine refuses a transition; ``code`` is Psyche's name of the error."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message, code=code)
@@ -65,9 +76,8 @@ def deadline(state: RunState) -> float | None:
         return None if state.gathered_at is None else state.gathered_at + config.waiting_for_members_extra_time
     length = {
         Phase.WARMUP: config.warmup_time,
-        Phase.ROUND_TRAIN: config.max_round_train_time,
+        Phase.ROUND_TRAIN: config.cooldown_time if state.draining else config.max_round_train_time,
         Phase.ROUND_WITNESS: config.round_witness_time,
-        Phase.COOLDOWN: config.cooldown_time,
     }.get(state.phase)
     return None if length is None else start + length
 
@@ -77,13 +87,19 @@ def _expired(state: RunState, now: float) -> bool:
     return due is not None and now >= due
 
 
-def _heard_enough(state: RunState, round_: Round) -> bool:
-    """Whether a quorum of the expected witnesses has said "I have everything"."""
-    complete = sum(record.complete for record in round_.witnesses)
-    return complete >= quorum(round_selection(round_, state.config).witness_count)
+def _over(state: RunState, round_: Round) -> bool:
+    """Whether nothing more is to come of a round: it is decided, or too few clients are left to decide it.
+
+    The last drain round is over when the parameters after all results are named.
+    """
+    if len(healthy(state)) < least_clients(state):
+        return True
+    if state.draining and (state.settled or _drained(state) == DRAIN_ROUNDS):
+        return state.settled
+    return decided_root(round_, state.needed) is not None
 
 
-def _nobody_left_to_report(state: RunState, round_: Round) -> bool:
+def _everyone_reported(state: RunState, round_: Round) -> bool:
     """Whether each witness has reported or has left."""
     selection = round_selection(round_, state.config)
     reported = {record.proof.index for record in round_.witnesses}
@@ -95,32 +111,42 @@ def _nobody_left_to_report(state: RunState, round_: Round) -> bool:
 
 
 class Ending(Enum):
-    """Why an epoch ends."""
+    """Why an epoch ends. The first two end it at once: no round can be decided."""
 
-    NO_WITNESS = auto()
-    TIME_OVER = auto()
     FEW_CLIENTS = auto()
-    NO_QUORUM = auto()
+    FEW_REPORTS = auto()
+    NOTHING_APPLIED = auto()
+    TIME_OVER = auto()
     ALL_TRAINED = auto()
     PAUSE = auto()
 
 
+AT_ONCE = (Ending.FEW_CLIENTS, Ending.FEW_REPORTS)
+
+
 def ending(state: RunState, round_: Round, now: float) -> Ending | None:
-    """Why the epoch ends after the training round ``round_``; None if it continues.
+    """Why the epoch ends after the round ``round_``; None if it continues.
 
     In ``state`` the step is counted and the clients that left are removed.
     """
-    if not round_.witnesses:
-        return Ending.NO_WITNESS
+    if len(state.clients) < least_clients(state):
+        return Ending.FEW_CLIENTS
+    if len(round_.witnesses) < state.needed:
+        return Ending.FEW_REPORTS
+    if _nothing_applied(state):
+        return Ending.NOTHING_APPLIED
     if now >= state.epoch_start + state.config.epoch_time:
         return Ending.TIME_OVER
-    if len(state.clients) < state.config.min_clients:
-        return Ending.FEW_CLIENTS
-    if len(round_.witnesses) < quorum(round_selection(round_, state.config).witness_count):
-        return Ending.NO_QUORUM
     if state.step > state.config.total_steps:
         return Ending.ALL_TRAINED
     return Ending.PAUSE if state.pending_pause else None
+
+
+def _nothing_applied(state: RunState) -> bool:
+    """Whether none of the stored rounds, all of which train, has a result."""
+    return len(state.rounds) == STORED_ROUNDS and all(
+        round_.step and decided_root(round_, state.needed) in (None, EMPTY_ROOT) for round_ in state.rounds
+    )
 
 
 def _change(state: RunState, **fields: Any) -> RunState:
@@ -149,7 +175,8 @@ def _everyone_withdrawn(state: RunState) -> tuple[Client, ...]:
 
 
 def _next_members(state: RunState) -> Phase:
-    return Phase.FINISHED if state.step > state.config.total_steps else Phase.WAITING_FOR_MEMBERS
+    over = state.step > state.config.total_steps and state.settled
+    return Phase.FINISHED if over else Phase.WAITING_FOR_MEMBERS
 
 
 def start(state: RunState, now: float) -> RunState:
@@ -181,19 +208,18 @@ def tick(state: RunState, pending: Sequence[Client] | None, now: float, seed: in
         return state if pending is None else _tick_waiting(state, pending, now)
     if state.phase is Phase.WARMUP:
         return _tick_warmup(state, now, seed)
-    if state.phase is Phase.COOLDOWN:
-        return _tick_cooldown(state, now)
     round_ = state.current
     assert round_ is not None
-    if not (_expired(state, now) or _heard_enough(state, round_) or _nobody_left_to_report(state, round_)):
-        return state
+    if _over(state, round_):
+        return _end_round(state, round_, now, seed)
     if state.phase is Phase.ROUND_TRAIN:
-        return _enter(state, Phase.ROUND_WITNESS, now)
-    return _end_round(state, round_, now, seed)
+        over = _expired(state, now) or _everyone_reported(state, round_)
+        return _enter(state, Phase.ROUND_WITNESS, now) if over else state
+    return _end_round(state, round_, now, seed) if _expired(state, now) else state
 
 
 def _tick_waiting(state: RunState, pending: Sequence[Client], now: float) -> RunState:
-    if len(pending) < state.config.init_min_clients:
+    if not gathered(state, pending):
         return state if state.gathered_at is None else _change(state, gathered_at=None)
     alone = state.config.init_min_clients == len(pending) == 1
     if not alone:
@@ -201,24 +227,23 @@ def _tick_waiting(state: RunState, pending: Sequence[Client], now: float) -> Run
             return _change(state, gathered_at=now)
         if not _expired(state, now):
             return state
-    # If nobody is left who could serve the parameters, the first warm-up witness decides again.
-    lost = {client.signer for client in pending}.isdisjoint(state.holders)
     return _enter(
         state,
         Phase.WARMUP,
         now,
         clients=tuple(replace(c, status=ClientStatus.HEALTHY, exited_height=0) for c in pending),
         exited_clients=(),
-        rounds=(),
-        head=0,
         warmup_witnesses=(),
         checkpoint_votes=(),
-        epoch_digest=b"",
         epoch_start=now,
-        start_step=state.step,
-        last_step=0,
-        checkpoint=Checkpoint() if lost else state.checkpoint,
     )
+
+
+def gathered(state: RunState, pending: Collection[Client]) -> bool:
+    """Whether enough members wait for an epoch, and one of them may hold the run's parameters."""
+    enough = len(pending) >= state.config.init_min_clients
+    fresh = not state.checkpoint.digest
+    return enough and (fresh or not {client.signer for client in pending}.isdisjoint(state.holders))
 
 
 def _tick_warmup(state: RunState, now: float, seed: int) -> RunState:
@@ -229,19 +254,27 @@ def _tick_warmup(state: RunState, now: float, seed: int) -> RunState:
         records = [(index.get(state.clients[record.proof.index].signer), record) for record in state.warmup_witnesses]
         kept = tuple(replace(record, proof=WitnessProof(i, i)) for i, record in records if i is not None)
         return _change(state, warmup_witnesses=kept, **departed)
-    if len(state.clients) < state.config.min_clients:
+    if len(state.clients) < least_clients(state):
         return _enter(state, Phase.WAITING_FOR_MEMBERS, now)
-    if len(state.warmup_witnesses) < len(state.clients) and not _expired(state, now):
+    expired = _expired(state, now)
+    if len(state.warmup_witnesses) < len(state.clients) and not expired:
         return state
-    if not state.warmup_witnesses:
-        # These clients had the whole warm-up to report the checkpoint. None did, so none holds it.
-        silent = {client.signer for client in state.clients}
-        holders = tuple(signer for signer in state.holders if signer not in silent)
-        return _enter(state, Phase.WAITING_FOR_MEMBERS, now, holders=holders)
-    # If parameters are agreed, all records name them. If not, the first record decides, and its parameters are agreed.
-    digest = state.warmup_witnesses[0].merkle
-    agreed = state.checkpoint if state.checkpoint.digest else Checkpoint(digest, state.step - 1)
-    state = replace(state, epoch_digest=digest, checkpoint=agreed)
+    counts = Counter(record.merkle for record in state.warmup_witnesses)
+    digest, count = max(counts.items(), key=lambda item: item[1], default=(b"", 0))
+    if count < quorum(members(state)):
+        return _enter(state, Phase.WAITING_FOR_MEMBERS, now) if expired else state
+    state = replace(
+        state,
+        epoch_digest=digest,
+        checkpoint=Checkpoint(digest, state.step - 1),
+        start_step=state.step,
+        last_step=0,
+        needed=needed_reports(state),
+        rounds=(),
+        head=0,
+    )
+    if state.step > state.config.total_steps:  # the last epoch ended before its parameters were named
+        return _enter(state, Phase.FINISHED, now)
     return _begin_round(state, state.epoch_start_data_index, now, seed)
 
 
@@ -259,18 +292,17 @@ def _begin_round(state: RunState, data_index: int, now: float, seed: int) -> Run
     )
     head = height % STORED_ROUNDS
     rounds = (*state.rounds[:head], round_, *state.rounds[head + 1 :])
-    return _enter(state, Phase.ROUND_TRAIN, now, rounds=rounds, head=head)
+    return _enter(state, Phase.ROUND_TRAIN, now, rounds=rounds, head=head, checkpoint_votes=())
 
 
 def _end_round(state: RunState, round_: Round, now: float, seed: int) -> RunState:
     state = replace(state, step=state.step + (round_.step > 0), **_departed(state, round_.height))
-    if not state.draining:
-        if not round_.witnesses:
-            return _enter(state, Phase.COOLDOWN, now, clients=_everyone_withdrawn(state))
-        if ending(state, round_, now):
-            state = replace(state, last_step=state.step)
-    elif _drained(state) == DRAIN_ROUNDS:
-        return _enter(state, Phase.COOLDOWN, now)
+    why = ending(state, round_, now)
+    if why in AT_ONCE or (state.draining and (state.settled or _drained(state) == DRAIN_ROUNDS)):
+        return _end_epoch(state, round_, now)
+    if not state.draining and why is not None:
+        idle = why is Ending.NOTHING_APPLIED
+        state = replace(state, last_step=state.step, pending_pause=state.pending_pause or idle)
     return _begin_round(state, round_.data_index + round_.batch_size, now, seed)
 
 
@@ -279,38 +311,36 @@ def _drained(state: RunState) -> int:
     return sum(round_.step == 0 for round_ in state.rounds)
 
 
-def _tick_cooldown(state: RunState, now: float) -> RunState:
-    round_ = state.current
-    assert round_ is not None
-    present = {client.signer for client in healthy(state)}
-    counted = Counter(vote[1:] for vote in state.checkpoint_votes if vote[0] in present)
-    agreed = [vote for vote, count in counted.most_common(1) if count >= quorum(len(present))]
-    if not agreed and counted.total() < len(present) and not _expired(state, now):
-        return state
-    if agreed:
-        checkpoint = Checkpoint(step=agreed[0][0], digest=agreed[0][1])
-        state = replace(state, checkpoint=checkpoint, epoch_start_data_index=round_.data_index + round_.batch_size)
-    else:  # go back to the epoch's beginning, and train its steps again
-        state = replace(state, step=state.start_step)
-    members = dict.fromkeys(client.signer for client in (*state.clients, *state.exited_clients))
-    state = replace(state, epoch=state.epoch + 1, holders=tuple(members), cold_start_epoch=state.pending_pause)
+def _end_epoch(state: RunState, round_: Round, now: float) -> RunState:
+    everyone = tuple(client.signer for client in (*state.clients, *state.exited_clients))
+    state = replace(
+        state,
+        epoch=state.epoch + 1,
+        epoch_start_data_index=round_.data_index + round_.batch_size,
+        holders=everyone,
+        cold_start_epoch=state.pending_pause,
+    )
     if state.pending_pause:
         return _enter(state, Phase.PAUSED, now, clients=_everyone_withdrawn(state), pending_pause=False)
     return _enter(state, _next_members(state), now)
 
 
 def warmup_witness(state: RunState, signer: bytes, request: WarmupWitness) -> RunState:
-    """Record which parameters a client holds; changes nothing if it comes too late.
+    """Record which parameters a member holds; changes nothing if it comes too late.
+
+    Before an epoch is formed, a member so becomes a holder, whoever brought the checkpoint back. In a fresh run the
+    first member's parameters become the run's.
 
     Raises:
-        MachineError: ``Halted``; ``InvalidRunState`` if no epoch is formed; ``InvalidWitness`` for another epoch,
-            client or digest; ``DuplicateWitness``.
+        MachineError: ``Halted``; ``InvalidWitness`` for another epoch, client or digest; ``DuplicateWitness``.
     """
     index, digest = request.index, request.digest
     _not_halted(state)
-    if state.phase is Phase.WAITING_FOR_MEMBERS:
-        raise MachineError("InvalidRunState", "no epoch is formed yet; wait for the warm-up")
     _same_epoch(state, request.epoch, "InvalidWitness")
+    if state.phase is Phase.WAITING_FOR_MEMBERS:
+        if not digest or digest != state.checkpoint.digest:
+            raise MachineError("InvalidWitness", "these are not the parameters for which the run waits")
+        return state if signer in state.holders else _change(state, holders=(*state.holders, signer))
     if state.phase is not Phase.WARMUP:
         return state
     at_index = 0 <= index < len(state.clients) and state.clients[index].signer == signer
@@ -320,11 +350,14 @@ def warmup_witness(state: RunState, signer: bytes, request: WarmupWitness) -> Ru
         raise MachineError("DuplicateWitness", f"client {index} has already reported its parameters")
     if len(digest) != HASH_SIZE:
         raise MachineError("InvalidWitness", f"a parameter digest has {HASH_SIZE} bytes, not {len(digest)}")
-    if state.checkpoint.digest and digest != state.checkpoint.digest:
+    decided = starting_digest(state)
+    if not decided and not state.checkpoint.digest and index:
+        raise MachineError("InvalidWitness", "the first member of a fresh run says which parameters it begins with")
+    if decided and digest != decided:
         raise MachineError(
             "InvalidWitness",
-            f"the parameters {digest[:4].hex()} are not the run's, {state.checkpoint.digest[:4].hex()} "
-            f"after {state.checkpoint.step} steps; fetch those from a peer",
+            f"the parameters {digest[:4].hex()} are not the run's, {decided[:4].hex()} after {state.step - 1} steps; "
+            "fetch those from a peer",
         )
     record = WitnessRecord(WitnessProof(index, index), digest)
     holders = state.holders if signer in state.holders else (*state.holders, signer)
@@ -332,11 +365,14 @@ def warmup_witness(state: RunState, signer: bytes, request: WarmupWitness) -> Ru
 
 
 def witness(state: RunState, signer: bytes, request: Witness) -> RunState:
-    """Record a witness' report on the current round; during training it means "I have everything".
+    """Record a witness' report on the current round in place of its earlier one, until the round is decided.
+
+    While the epoch drains, a later report still names parameters.
 
     Raises:
         MachineError: ``Halted``; ``InvalidRunState`` outside a round; ``InvalidWitness`` for another round, a client
-            without that seat or not healthy, or bytes of a wrong size; ``DuplicateWitness``.
+            without that seat or not healthy, bytes of a wrong size, or a step that the parameters cannot have;
+            ``DuplicateWitness`` for an equal report, or if the round is decided.
     """
     epoch, height, proof = request.epoch, request.height, request.proof
     round_ = _running_round(state)
@@ -352,8 +388,6 @@ def witness(state: RunState, signer: bytes, request: Witness) -> RunState:
         )
     if not _is_healthy(state, signer):
         raise MachineError("InvalidWitness", f"{signer[:4].hex()} is no longer a healthy client")
-    if any(record.proof.index == proof.index for record in round_.witnesses):
-        raise MachineError("DuplicateWitness", f"client {proof.index} has already reported on height {height}")
     for name, value, size in (
         ("merkle root", request.merkle, HASH_SIZE),
         ("participants filter", request.participants, BLOOM_SIZE),
@@ -361,18 +395,45 @@ def witness(state: RunState, signer: bytes, request: Witness) -> RunState:
     ):
         if len(value) != size:
             raise MachineError("InvalidWitness", f"the {name} has {len(value)} bytes, not {size}")
-    complete = state.phase is Phase.ROUND_TRAIN
-    record = WitnessRecord(proof, request.merkle, complete, request.participants, request.broadcasts)
-    filled = replace(round_, witnesses=(*round_.witnesses, record))
-    return _change(state, rounds=(*state.rounds[: state.head], filled, *state.rounds[state.head + 1 :]))
+    if len(request.digest) not in (0, HASH_SIZE) or (request.digest and not 0 <= request.step < state.step):
+        raise MachineError(
+            "InvalidWitness",
+            f"parameters are named by {HASH_SIZE} bytes and at most {state.step - 1} steps, not by "
+            f"{len(request.digest)} bytes and {request.step} steps",
+        )
+    decided = decided_root(round_, state.needed) is not None
+    records = {record.proof.index: record for record in round_.witnesses}
+    if not (decided and proof.index in records):  # what is decided stays decided
+        records[proof.index] = WitnessRecord(proof, request.merkle, request.participants, request.broadcasts)
+    held = {vote[0]: vote for vote in state.checkpoint_votes}
+    if request.digest:
+        held[signer] = (signer, request.step, request.digest)
+    witnesses, votes = tuple(records.values()), tuple(held.values())
+    repeated = (witnesses, votes) == (round_.witnesses, state.checkpoint_votes)
+    if repeated or (decided and not state.draining):
+        raise MachineError("DuplicateWitness", f"client {proof.index} has already reported on height {height}")
+    filled = replace(round_, witnesses=witnesses)
+    return _change(
+        state,
+        rounds=(*state.rounds[: state.head], filled, *state.rounds[state.head + 1 :]),
+        checkpoint_votes=votes,
+        checkpoint=_named(state, votes),
+    )
+
+
+def _named(state: RunState, votes: Sequence[tuple[bytes, int, bytes]]) -> Checkpoint:
+    """The newest parameters that enough witnesses of one round hold."""
+    counts = Counter(vote[1:] for vote in votes)
+    named = [Checkpoint(digest, step) for (step, digest), count in counts.items() if count >= state.needed]
+    return max([state.checkpoint, *named], key=lambda checkpoint: checkpoint.step)
 
 
 def health_check(state: RunState, signer: bytes, request: HealthCheck) -> tuple[RunState, int]:
-    """Drop the named clients, from which the witnesses of the previous round heard nothing.
+    """Drop the named clients, which delivered nothing in the last rounds.
 
-    A client is healthy if the reports of a quorum of those witnesses name it as a participant, if it was not in that
-    round, or if the round cannot tell (nobody reported on it, or it was a drain round). Clients that have already left
-    are ignored.
+    A client may be dropped if in each of the last ``MISSED_ROUNDS`` rounds a quorum of the witnesses reported, and
+    their reports do not name it as a participant. In the first rounds of an epoch, and in drain rounds, none may be.
+    Clients that have already left are ignored.
 
     Returns:
         The state, and how many clients were dropped.
@@ -383,55 +444,32 @@ def health_check(state: RunState, signer: bytes, request: HealthCheck) -> tuple[
     """
     epoch, height = request.epoch, request.height
     round_ = _running_round(state)
-    before = state.round_at(round_.height - 1)
-    if (epoch, height) != (state.epoch, round_.height) or before is None:
+    past = [state.round_at(round_.height - back) for back in range(1, MISSED_ROUNDS + 1)]
+    if (epoch, height) != (state.epoch, round_.height):
         raise MachineError(
             "InvalidHealthCheck",
             f"a health check at epoch {epoch}, height {height}; the run is at epoch {state.epoch}, height "
-            f"{round_.height}, and the first round has no previous one",
+            f"{round_.height}",
         )
     if not _is_healthy(state, signer):
         raise MachineError("InvalidHealthCheck", f"{signer[:4].hex()} is not a healthy client of this epoch")
-    blooms = [Bloom.from_bytes(record.participants) for record in before.witnesses]
     dropped = [listed for listed in dict.fromkeys(request.signers) if _is_healthy(state, listed)]
     for listed in dropped:
-        item = sha256(listed)
-        unheard = listed in before.clients and before.step > 0 and blooms
-        if not unheard or sum(item in bloom for bloom in blooms) >= quorum(len(blooms)):
+        if not all(before is not None and _missed(state, before, listed) for before in past):
             raise MachineError(
-                "InvalidHealthCheck", f"{listed[:4].hex()} is healthy as far as height {height - 1} shows"
+                "InvalidHealthCheck",
+                f"{listed[:4].hex()} is healthy as far as the {MISSED_ROUNDS} rounds before height {height} show",
             )
     if not dropped:
         return state, 0
     return _change(state, clients=_with_status(state, ClientStatus.DROPPED, dropped)), len(dropped)
 
 
-def vote(state: RunState, signer: bytes, request: Vote) -> RunState:
-    """Record a client's vote for the parameters that it holds at the end of the epoch; may be repeated.
-
-    Raises:
-        MachineError: ``Halted``; ``InvalidRunState`` outside cool-down; ``InvalidCheckpoint`` for another epoch, a
-            client that is not healthy, a second different vote, or values out of range.
-    """
-    step, digest = request.step, request.digest
-    _not_halted(state)
-    if state.phase is not Phase.COOLDOWN:
-        raise MachineError("InvalidRunState", f"votes count in cool-down only; the run is in {state.phase.name}")
-    _same_epoch(state, request.epoch, "InvalidCheckpoint")
-    if not _is_healthy(state, signer):
-        raise MachineError("InvalidCheckpoint", f"{signer[:4].hex()} is not a healthy client of this epoch")
-    if len(digest) != HASH_SIZE or not 0 <= step < state.step:
-        raise MachineError(
-            "InvalidCheckpoint",
-            f"a vote needs a digest of {HASH_SIZE} bytes (got {len(digest)}) and at most {state.step - 1} steps "
-            f"(got {step})",
-        )
-    for voter, *before in state.checkpoint_votes:
-        if voter == signer:
-            if before == [step, digest]:
-                return state
-            raise MachineError("InvalidCheckpoint", f"{signer[:4].hex()} has already voted for other parameters")
-    return _change(state, checkpoint_votes=(*state.checkpoint_votes, (signer, step, digest)))
+def _missed(state: RunState, round_: Round, signer: bytes) -> bool:
+    """Whether a quorum of a training round's witnesses reports that this client delivered nothing."""
+    item = sha256(signer)
+    silent = sum(item not in Bloom.from_bytes(record.participants) for record in round_.witnesses)
+    return round_.step > 0 and signer in round_.clients and silent >= state.needed
 
 
 def withdraw(state: RunState, signer: bytes, status: ClientStatus = ClientStatus.WITHDRAWN) -> RunState:
@@ -461,6 +499,32 @@ def pause(state: RunState, now: float) -> RunState:
     if state.phase.active:
         return state if state.pending_pause else _change(state, pending_pause=True)
     return _enter(state, Phase.PAUSED, now, clients=_everyone_withdrawn(state), cold_start_epoch=True)
+
+
+def restart_from(state: RunState, checkpoint: Checkpoint, now: float) -> RunState:
+    """Go on from other parameters than the newest, because those are lost or not wanted; later steps are undone.
+
+    Raises:
+        MachineError: an epoch is under way, or the run is over (``InvalidRunState``); the digest or the step cannot be
+            those of parameters of this run (``InvalidCheckpoint``).
+    """
+    if state.phase not in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP, Phase.PAUSED):
+        raise MachineError(
+            "InvalidRunState",
+            f"the run is in {state.phase.name}; pause it first, then choose the parameters from which it goes on",
+        )
+    if len(checkpoint.digest) != HASH_SIZE or not 0 <= checkpoint.step < state.step:
+        raise MachineError(
+            "InvalidCheckpoint",
+            f"a checkpoint has a digest of {HASH_SIZE} bytes and at most {state.step - 1} steps, not "
+            f"{len(checkpoint.digest)} bytes and {checkpoint.step} steps",
+        )
+    state = replace(
+        state, checkpoint=checkpoint, step=checkpoint.step + 1, rounds=(), head=0, holders=(), warmup_witnesses=()
+    )
+    if state.phase is Phase.PAUSED:
+        return _change(state)
+    return _enter(state, Phase.WAITING_FOR_MEMBERS, now)
 
 
 def resume(state: RunState, now: float) -> RunState:

@@ -1,20 +1,20 @@
 """Derives agreed sets and open ids from what a node knows of an epoch's rounds.
 
-Pure data and rules without I/O or clock. Invariant I1 needs this rule: nodes with the same witness records and lists
-decide the same set, regardless of other messages.
+Pure data and rules without I/O or clock. Invariant I1 needs this rule: the coordinator's record alone says which
+results a round has, regardless of what a node was sent.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection
+import math
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from psyche_lightning.node.rounds import Entry, RoundLog
-from psyche_lightning.protocol.committee import quorum
-from psyche_lightning.protocol.messages import Attest, Envelope
+from psyche_lightning.protocol.messages import Envelope
 from psyche_lightning.protocol.open_ids import Interval, OpenIds, reopen, take
-from psyche_lightning.protocol.state import Round
+from psyche_lightning.protocol.state import Checkpoint, Round
 
 
 @dataclass(frozen=True)
@@ -36,58 +36,49 @@ class AgreedSet:
 
 
 @dataclass(frozen=True)
-class Undecided:
-    """Data missing to decide.
+class Unknown:
+    """What is missing to know a round's agreed set.
 
     Attributes:
-        lists: indices (in the attesting round's clients) of witnesses whose list did not arrive.
-        results: whether an agreed commitment's announcement is unknown.
+        results: whether the list is here, and announcements that it names are not.
     """
 
-    lists: tuple[int, ...] = ()
     results: bool = False
 
 
-def decide(results: RoundLog, attesting: RoundLog, absent: Collection[int] = ()) -> AgreedSet | Undecided:
-    """The agreed set of the results of one round (design, section 3).
+def agreed_set(results: RoundLog, attesting: RoundLog) -> AgreedSet | Unknown:
+    """The agreed set of the results of one round.
 
-    A commitment is agreed when a quorum of the *expected* witnesses of the attesting round lists it. A list counts
-    when its Merkle root is in that witness' record. If one trainer has two agreed commitments for one batch, both are
-    excluded. Missing lists matter only while they could still change the outcome.
+    The coordinator's record decides it: the results are those of the list whose Merkle root a quorum of the witnesses
+    reported; without such a root there are none. Any node can supply the list.
 
     Args:
-        results: the round whose results are decided.
-        attesting: the final round that witnessed them.
-        absent: witnesses whose list no peer can supply.
-
-    Returns:
-        The agreement or the missing data.
+        results: the round whose results these are.
+        attesting: the round that witnessed them, when its record is final.
     """
-    needed = quorum(attesting.selection.witness_count)
-    records = attesting.round.witnesses
-    if len(records) < needed or not results.batches:
-        return AgreedSet()
-    counts: Counter[bytes] = Counter()
-    missing = []
-    for record in records:
-        envelope = attesting.attests.get(record.proof.index, {}).get(record.merkle)
-        if envelope is not None:
-            assert isinstance(envelope.message, Attest)
-            counts.update(envelope.message.hashes())
-        elif record.proof.index not in absent:
-            missing.append(record.proof.index)
-    open_ = len(missing) >= needed or any(needed - len(missing) <= count < needed for count in counts.values())
-    if missing and open_:
-        return Undecided(lists=tuple(missing))
-    agreed = sorted(commitment for commitment, count in counts.items() if count >= needed)
-    if any(commitment not in results.entries for commitment in agreed):
-        return Undecided(results=True)
-    entries = [results.entries[commitment] for commitment in agreed]
-    per_trainer = Counter(entry.trainer for entry in entries)
-    entries = [entry for entry in entries if per_trainer[entry.trainer] == 1]
-    rates = Counter(entry.result.lrs for entry in entries)
-    lrs = min(rates, key=lambda bits: (-rates[bits], bits)) if rates else ()
-    return AgreedSet(tuple(entries), lrs)
+    root = attesting.root
+    listed = () if root is None else results.list_of(root)
+    if listed is None:
+        return Unknown()
+    if any(commitment not in results.entries for commitment in listed):
+        return Unknown(results=True)
+    entries = [results.entries[commitment] for commitment in listed]
+    return AgreedSet(tuple(entries), _median([entry.result.lrs for entry in entries]))
+
+
+def _median(rates: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The lower median of each parameter group's learning rate, as fp32 bits; empty without results.
+
+    Less than half of the trainers can move it no further than to another honest trainer's rate.
+    """
+
+    def value(bits: int) -> float:
+        rate: float = struct.unpack("<f", struct.pack("<I", bits))[0]
+        return rate if math.isfinite(rate) else math.inf
+
+    groups = min((len(each) for each in rates), default=0)
+    columns = [sorted((each[group] for each in rates), key=lambda bits: (value(bits), bits)) for group in range(groups)]
+    return tuple(column[(len(column) - 1) // 2] for column in columns)
 
 
 @dataclass(frozen=True)
@@ -101,7 +92,6 @@ class DecidedRound:
         again: ids of earlier rounds that it retrained.
         results: the agreed announcements.
         parameters: digest at the epoch's start.
-        ended: agreed digest at the epoch's end; empty except in its last round.
     """
 
     epoch: int
@@ -110,7 +100,6 @@ class DecidedRound:
     again: tuple[Interval, ...]
     results: tuple[Envelope, ...]
     parameters: bytes
-    ended: bytes = b""
 
 
 @dataclass
@@ -120,20 +109,26 @@ class EpochLog:
     Attributes:
         epoch: number of the epoch.
         digest: parameters at its start.
+        first_step: optimizer step of its first round.
+        needed: number of equal reports that decide one of its rounds.
         rounds: by height.
         early: messages of rounds not yet announced or assigned, by height.
         agreements: decisions by height; contiguous.
         decided: height of the first undecided round; None while the ids open before it are unknown.
         open_at: open ids by number of decided rounds, from this node's first round on.
+        named: the digests on the coordinator's record, by the number of rounds applied.
     """
 
     epoch: int
     digest: bytes
+    first_step: int
+    needed: int
     rounds: dict[int, RoundLog] = field(default_factory=dict)
     early: dict[int, list[Envelope]] = field(default_factory=dict)
     agreements: dict[int, AgreedSet] = field(default_factory=dict)
     decided: int | None = None
     open_at: dict[int, OpenIds] = field(default_factory=dict)
+    named: dict[int, bytes] = field(default_factory=dict)
     _base: int = 0
 
     def start(self, applied: int, open_ids: OpenIds) -> None:
@@ -191,19 +186,11 @@ class EpochLog:
         """Hashes of all payloads announced in kept rounds."""
         return tuple(entry.result.payload for log in self.rounds.values() for entry in log.entries.values())
 
-    def quorum_digest(self, applied: int, span: int) -> bytes | None:
-        """The digest that a quorum of a round's witnesses holds after ``applied`` rounds, or None.
-
-        Args:
-            applied: rounds applied.
-            span: later rounds whose lists may name it.
-        """
-        for height in range(max(0, applied - 1), applied + span + 1):
-            log = self.rounds.get(height)
-            for (rounds, digest), voters in log.votes.items() if log else ():
-                if rounds == applied and len(voters) >= quorum(log.selection.witness_count):  # type: ignore[union-attr]
-                    return digest
-        return None
+    def name(self, checkpoint: Checkpoint) -> None:
+        """Note parameters of this epoch that the coordinator has on record."""
+        applied = checkpoint.step + 1 - self.first_step
+        if applied >= 0 and checkpoint.digest:
+            self.named[applied] = checkpoint.digest
 
     @staticmethod
     def _take(open_ids: OpenIds, round_: Round) -> tuple[tuple[Interval, ...], OpenIds]:

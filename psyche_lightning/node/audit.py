@@ -67,9 +67,8 @@ class Audit:
         untrained: ids that no node trained: ids of the last rounds, due after the end.
         overdue: the untrained ids that were due: more ids were open than a round takes.
         missing: steps whose rounds no ledger has.
-        lost: steps up to which training was lost, because no node held the parameters and the run began anew.
         rounds: training rounds that count.
-        undone: training rounds of epochs without an agreed end; they were trained again.
+        undone: training rounds that the owner undid; they were trained again.
         last_step: the newest optimizer step in the ledgers.
         problems: missing or contradictory data; empty when nothing is missing.
     """
@@ -79,7 +78,6 @@ class Audit:
     untrained: list[Interval] = field(default_factory=list)
     overdue: list[Interval] = field(default_factory=list)
     missing: list[Interval] = field(default_factory=list)
-    lost: list[int] = field(default_factory=list)
     rounds: int = 0
     undone: int = 0
     last_step: int = 0
@@ -100,7 +98,6 @@ def audit(rows: Iterable[Row]) -> Audit:
     try:
         every, audited = _united(rows)
         found = {place: row for place, row in every.items() if row["step"]}
-        ends = {epoch: row["ended"] for (epoch, _), row in every.items() if row["ended"]}
         open_ids: OpenIds = ()
         expected = _first_step(found)
         before: Row | None = None
@@ -111,8 +108,6 @@ def audit(rows: Iterable[Row]) -> Audit:
                 audited.missing.append((expected, step))
                 before, open_ids = None, ()
             if before is not None:
-                if _began_anew(before, row, ends, audited):
-                    open_ids = ()
                 position = before["data_index"] + before["batch_size"]
                 if row["data_index"] != position:
                     audited.problems.append(f"step {step} begins at data id {row['data_index']} instead of {position}")
@@ -161,24 +156,6 @@ def _counted(found: Mapping[tuple[int, int], Row], audited: Audit) -> list[Row]:
             audited.undone += 1
         kept.append(row)
     return kept
-
-
-def _began_anew(before: Row, row: Row, ends: Mapping[int, str], audited: Audit) -> bool:
-    """Whether a round's epoch began with parameters other than those at the previous epoch's end."""
-    if row["epoch"] == before["epoch"]:
-        return False
-    ended = ends.get(before["epoch"])
-    if ended is None:
-        audited.problems.append(f"no ledger has the end of epoch {before['epoch']}")
-        return False
-    if ended == row["parameters"]:
-        return False
-    audited.problems.append(
-        f"epoch {row['epoch']} began with the parameters {row['parameters'][:12]} instead of those of step "
-        f"{before['step']}, {ended[:12]}, which no node held any more: earlier training is lost"
-    )
-    audited.lost.append(before["step"])
-    return True
 
 
 def _enter(row: Row, open_ids: OpenIds, audited: Audit) -> OpenIds:

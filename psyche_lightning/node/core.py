@@ -10,27 +10,34 @@ and apply the agreed set before the next training (without overlap) or the one a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.agreement import EpochLog
 from psyche_lightning.node.buffers import BufferCopy
 from psyche_lightning.node.events import Effect, Event
 from psyche_lightning.node.exchange import Exchange, gone
-from psyche_lightning.node.follower import Follower
+from psyche_lightning.node.follower import Follower, catching_up
 from psyche_lightning.node.notices import Finished, Outcome, RequestRefused, TakesLast, TakesStart
 from psyche_lightning.node.outbox import Outbox
+from psyche_lightning.node.patience import Patience
 from psyche_lightning.node.repair import Base
 from psyche_lightning.node.rounds import RoundLog
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.waiting import describe
-from psyche_lightning.node.witness import attest_promise, result_promise, witness_report
-from psyche_lightning.protocol.messages import Attest, Buffers, Envelope, Message, Offer, Stuck
-from psyche_lightning.protocol.requests import HealthCheck, Join, Vote, WarmupWitness
+from psyche_lightning.node.witness import result_promise, witness_report
+from psyche_lightning.protocol.committee import starting_digest
+from psyche_lightning.protocol.merkle import EMPTY_ROOT
+from psyche_lightning.protocol.messages import Buffers, Envelope, Message, Offer, Stuck
+from psyche_lightning.protocol.requests import HealthCheck, Join, WarmupWitness
 from psyche_lightning.protocol.state import ClientStatus, Phase, Round, RunState
 
 STALE = ("InvalidWitness", "DuplicateWitness", "InvalidHealthCheck", "InvalidRunState", "Halted")
 """Refusals of a request that arrives after the run moved on."""
+MISSED_ROUNDS = 3
+"""Rounds in a row without a result after which a client is named as silent."""
+CLAIM_AFTER = 10.0
+"""Seconds of waiting for an epoch after which a newcomer looks whether it holds the run's parameters."""
 FINAL_LOADS = 3
 """Attempts to get the parameters of a finished run."""
 
@@ -45,6 +52,7 @@ class NodeCore:
         settings: see :class:`Settings`.
         seal: signs a message.
         promises: envelopes that this node stored before a restart, by key (I8).
+        remembered: the announcements of whole rounds that it stored before a restart, by key.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class NodeCore:
         settings: Settings,
         seal: Callable[[Message], Envelope],
         promises: Mapping[str, Envelope] | None = None,
+        remembered: Mapping[str, Sequence[Envelope]] | None = None,
     ) -> None:
         self.public = public
         self.signer = signer
@@ -62,10 +71,11 @@ class NodeCore:
         self.state: RunState | None = None
         self.finished = False
         self._out = Outbox(settings.retry, settings.retry_most)
-        self._exchange = Exchange(public, settings, seal, promises or {}, self._out)
+        self._exchange = Exchange(public, settings, seal, promises or {}, remembered or {}, self._out)
         self._follower = Follower(public, run_id, settings, self._exchange, self._out)
         self._buffers = BufferCopy(public, settings, self._exchange, self._out)
         self._trained: tuple[int, int] = (-1, -1)
+        self._patience = Patience()
         self._final_loads = 0
 
     # --- the door -------------------------------------------------------------------------------------------------
@@ -141,12 +151,10 @@ class NodeCore:
                 repair.hear(Base(message.applied, message.snapshot))
         elif isinstance(message, Stuck):
             if self._exchange.knows(envelope.sender):
-                self._exchange.offer_to(envelope.sender)
+                self._exchange.offer_to(envelope.sender, log.epoch)
                 repair.ask(self._follower.next_apply or 0)
         else:
             self._exchange.receive(envelope, log, self.state.current.height if self.state.current else -1)
-            if isinstance(message, Attest):
-                self._follower.compare()
 
     # --- news from the coordinator ------------------------------------------------------------------------------------
 
@@ -161,6 +169,7 @@ class NodeCore:
                 self._out.prune()
             if state.phase != self.state.phase:
                 self._out.forget("join")
+                self._out.forget(("warmup", state.epoch))
         self.state = state
         self._exchange.meet(state)
 
@@ -170,10 +179,7 @@ class NodeCore:
         follower = self._follower
         follower.observe_state(state)
         self._stay_member(state)
-        follower.write_down(state)
-        if state.phase is Phase.WARMUP:
-            self._warm_up(state)
-        if state.phase in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS):
+        if state.phase.active:
             log, current = self.log, state.current
             if log is None or current is None or log.epoch != state.epoch:
                 return  # not a client of this epoch
@@ -184,9 +190,14 @@ class NodeCore:
             self._train(state)
             self._attest(state, log, current)
             self._check_health(state, log, current)
-        if state.phase in (Phase.COOLDOWN, Phase.WAITING_FOR_MEMBERS, Phase.FINISHED, Phase.PAUSED):
-            follower.follow(state)
-            self._conclude(state)
+            return
+        follower.follow(state)
+        if state.phase is Phase.WARMUP:
+            self._warm_up(state)
+        elif state.phase is Phase.WAITING_FOR_MEMBERS:
+            self._claim(state)
+        elif state.phase is Phase.FINISHED and follower.busy is None:
+            self._leave(state)
 
     def _stay_member(self, state: RunState) -> None:
         """Ask to join when this node is no member, or when an epoch is about to form."""
@@ -197,30 +208,43 @@ class NodeCore:
             self._out.emit(Join())
 
     def _warm_up(self, state: RunState) -> None:
-        follower = self._follower
+        """Get the epoch's parameters and report them."""
+        follower, decided = self._follower, starting_digest(state)
         index = next((i for i, c in enumerate(state.clients) if c.signer == self.signer), None)
         if index is None:
             return
-        follower.next_apply = None  # unfinished work of the previous epoch stays unfinished
-        decided = state.checkpoint.digest
-        if follower.holding is None and (follower.looked or not decided or self._out.attempts("load")):
+        if not decided and not state.checkpoint.digest and index:
+            return  # the first member says which parameters a fresh run begins with
+        if catching_up(state):
+            if not (follower.resolved(state) and follower.sure):
+                return
+        elif follower.busy is None:
+            follower.next_apply = None  # the last epoch's rounds are in the checkpoint
+        if follower.holding is None and (not state.settled or follower.looked or self._out.attempts("load")):
             follower.snapshot()
             return
-        records = state.warmup_witnesses
-        target = decided or (records[0].merkle if records else b"")
-        if not target:
-            # Undecided: the first in the list reports at once, the next ones when it seems to be away.
-            if index and not self._out.due(("first", state.epoch), after=state.config.warmup_time / 2):
-                return
-            assert follower.holding is not None
-            target = follower.holding
-        if follower.holding != target:
-            follower.load(target, TakesStart(target))
+        target = decided or follower.holding
+        if follower.holding != target or target is None:
+            follower.load(decided, TakesStart(decided))
             return
-        reported = any(record.proof.index == index for record in records)
+        reported = any(record.proof.index == index for record in state.warmup_witnesses)
         if not reported and self._out.due(("warmup", state.epoch)):
             self._out.emit(WarmupWitness(state.epoch, index, target))
         self._buffers.advance(state, self.log)
+
+    def _claim(self, state: RunState) -> None:
+        """Tell a run that waits for a holder that this node holds its parameters, perhaps from a checkpoint."""
+        follower = self._follower
+        if not state.settled or self.signer in state.holders or follower.busy is not None:
+            return
+        if follower.holding is None and not follower.looked:
+            if self._out.due(("look", state.epoch), after=CLAIM_AFTER):
+                follower.snapshot()
+        elif follower.holding == state.checkpoint.digest:
+            if self._out.due(("claim", state.epoch)):
+                self._out.emit(WarmupWitness(state.epoch, 0, follower.holding))
+        elif not state.holders:  # the owner goes back to older parameters, which may be in this node's store
+            follower.load(state.checkpoint.digest, TakesStart(state.checkpoint.digest))
 
     def _to_train(self) -> RoundLog | None:
         """The oldest round this node still has to train; with overlap, perhaps the one before the announced one."""
@@ -240,6 +264,8 @@ class NodeCore:
         here = self._to_train()
         if here is None or self._follower.next_apply != self.settings.applied_before(here.round.height):
             return
+        if not self._follower.sure:
+            return
         if self._buffers.awaited(state, here.round.height):
             return
         index = here.index_of(self.public)
@@ -253,28 +279,38 @@ class NodeCore:
         self._out.emit(ev.Train(state.epoch, here.round.height, here.round.step, batch))
 
     def _attest(self, state: RunState, log: EpochLog, current: Round) -> None:
-        """Report as a witness: in training once everything is here, in the witness phase in any case."""
+        """Report as a witness, and again when this node verified more, until the round is decided."""
         here = log.rounds[current.height]
         index = here.index_of(self.public)
         if index is None or not here.selection.is_witness(index) or self._follower.repair.stuck is not None:
             return
-        if any(record.proof.index == index for record in current.witnesses):
-            return
         about = self._attested(log, current.height)
-        incomplete = about and (not about.assigned or not _none_of(state, about, about.missing - about.hopeless))
-        if incomplete and state.phase is Phase.ROUND_TRAIN:
+        if not self._may_report(state, about):
             return
-        if not self._out.due(("witness", state.epoch, current.height)):
+        step, digest = self._follower.named(state)
+        root = about.own()[1] if about else EMPTY_ROOT
+        mine = next((record for record in current.witnesses if record.proof.index == index), None)
+        voted = not digest or (self.signer, step, digest) in state.checkpoint_votes
+        decided = here.root is not None  # then a report counts for the parameters that it names only
+        if mine is not None and (decided or mine.merkle == root) and (voted or not state.draining):
             return
-        key = attest_promise(state.epoch, current.height)
-        envelope = self._exchange.attest(here, key, lambda: self._list(state.epoch, current.height, about))
-        self._out.emit(witness_report(here, index, envelope, about))
+        open_ = not decided or state.draining
+        if open_ and self._out.due(("witness", state.epoch, current.height, root, digest)):
+            if about is not None:
+                self._exchange.remember(log, about.round.height, about.verified())
+            self._out.emit(witness_report(state.epoch, here, index, about, step, digest))
 
-    def _list(self, epoch: int, height: int, about: RoundLog | None) -> Attest:
-        # Repeats the newest digest until the next: a round may end before all lists arrive.
-        applied, digest = max(self._follower.digests.items(), default=(0, b""))
-        hashes = sorted(entry.commitment for entry in about.verified()) if about else []
-        return Attest(epoch, height, b"".join(hashes), applied, digest)
+    def _may_report(self, state: RunState, about: RoundLog | None) -> bool:
+        """Whether to report: in training once everything is here or late, in the witness phase in any case."""
+        if about is None:
+            drained = not state.draining or self._follower.named(state)[0] == state.step - 1
+            return drained or state.phase is Phase.ROUND_WITNESS
+        if not about.assigned:
+            return False
+        missing = about.missing - about.hopeless
+        missing -= gone(state, about) if missing else set()
+        key = (state.epoch, about.round.height)
+        return self._patience.over(key, about, missing, self._out.now) or state.phase is Phase.ROUND_WITNESS
 
     def _attested(self, log: EpochLog, height: int) -> RoundLog | None:
         """The round whose results are witnessed in round ``height``, or None."""
@@ -282,38 +318,25 @@ class NodeCore:
         return about if about and about.round.step else None
 
     def _check_health(self, state: RunState, log: EpochLog, current: Round) -> None:
-        """Name the trainers without a witnessed result in the previous round."""
-        if state.phase is not Phase.ROUND_TRAIN or current.height == 0:
+        """Name the clients without an agreed result in the last rounds."""
+        height, back = current.height, self.settings.delay - 1
+        if state.phase is not Phase.ROUND_TRAIN or height < MISSED_ROUNDS:
             return
-        before, about = log.rounds.get(current.height - 1), self._attested(log, current.height - 1)
-        if before is None or about is None or not about.assigned or not self._out.once(("health", current.height)):
-            return
-        index = before.index_of(self.public)
-        if index is None or index not in {record.proof.index for record in before.round.witnesses}:
-            return
-        silent = about.missing - gone(state, about)
-        signers = tuple(about.round.clients[i] for i in sorted(silent) if about.nodes[i] != self.public)
-        if signers:
-            self._out.emit(HealthCheck(state.epoch, current.height, signers))
+        silent: set[bytes] | None = None
+        for before in range(height - MISSED_ROUNDS, height):
+            about, agreed = log.rounds.get(before - back), log.agreements.get(before - back)
+            if about is None or agreed is None or not agreed.entries:
+                return  # where nothing was agreed, no single client is to blame
+            heard = {entry.trainer for entry in agreed.entries}
+            absent = {about.round.clients[index] for index in about.batches if index not in heard}
+            silent = absent if silent is None else silent & absent
+        healthy = {client.signer for client in state.clients if client.status is ClientStatus.HEALTHY}
+        signers = tuple(sorted((silent or set()) & healthy - {self.signer}))
+        if signers and self._out.once(("health", height)):
+            self._out.emit(HealthCheck(state.epoch, height, signers))
 
-    def _conclude(self, state: RunState) -> None:
-        """Report the parameters at the end of an epoch; leave at the end of the run."""
-        follower, log = self._follower, self.log
-        if state.phase is Phase.FINISHED and follower.busy is None and self._left(state):
-            return
-        if log is None or not follower.epoch_over(state) or not follower.resolved(state):
-            return
-        if follower.holding is None:
-            follower.snapshot()
-            return
-        mine = next((c for c in state.clients if c.signer == self.signer), None)
-        voted = any(vote[0] == self.signer for vote in state.checkpoint_votes)
-        may = mine is not None and mine.status is ClientStatus.HEALTHY and state.phase is Phase.COOLDOWN
-        if may and not voted and self._out.due(("vote", state.epoch)):
-            self._out.emit(Vote(state.epoch, state.step - 1, follower.holding))
-
-    def _left(self, state: RunState) -> bool:
-        """Leave the finished run once this node has its parameters or cannot get them; returns whether it left."""
+    def _leave(self, state: RunState) -> None:
+        """Leave the finished run once this node has its parameters or cannot get them."""
         follower, wanted = self._follower, state.checkpoint.digest
         if not wanted:
             outcome = Outcome.NOTHING_AGREED
@@ -323,17 +346,13 @@ class NodeCore:
             outcome = Outcome.OTHER_PARAMETERS
         else:
             resolved = follower.resolved(state)
-            replayed = resolved and follower.holding is not None
-            if replayed or (not resolved and self._out.due("patience", after=4 * self.settings.retry)):
+            if resolved and follower.holding is None:
+                follower.snapshot()
+                return
+            if resolved or self._out.due("patience", after=4 * self.settings.retry):
                 follower.next_apply = None
             if follower.next_apply is None:
                 follower.load(wanted, TakesLast(wanted))
-            return False
+            return
         self.finished = True
         self._out.emit(Finished(outcome, wanted))
-        return True
-
-
-def _none_of(state: RunState, log: RoundLog, indices: set[int]) -> bool:
-    """Whether all these clients of a round are gone."""
-    return not indices or indices <= gone(state, log)

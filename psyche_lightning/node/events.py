@@ -186,6 +186,14 @@ class Promise:
 
 
 @dataclass(frozen=True)
+class Remember:
+    """Store the announcements of a round durably, in place of earlier ones, as :class:`Promise` does."""
+
+    key: str
+    envelopes: tuple[Envelope, ...]
+
+
+@dataclass(frozen=True)
 class Fetch:
     """Get a payload from the first provider that has it, check it and store it."""
 
@@ -276,7 +284,7 @@ class Keep:
     Attributes:
         snapshots: digests of parameters.
         payloads: hashes of payloads.
-        promises: keys of promises.
+        promises: keys of promises and of remembered announcements.
     """
 
     snapshots: tuple[bytes, ...]
@@ -286,7 +294,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class WriteDown:
-    """Rounds whose agreed set is certain, for this node's ledger."""
+    """Decided rounds, for this node's ledger."""
 
     records: tuple[DecidedRound, ...]
 
@@ -296,6 +304,7 @@ Effect = (
     | Broadcast
     | SendTo
     | Promise
+    | Remember
     | Fetch
     | Train
     | Apply

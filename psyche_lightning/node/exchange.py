@@ -5,7 +5,7 @@ Part of the node core, so it does no I/O: all output is effects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from psyche_lightning.errors import WireError
 from psyche_lightning.node import events as ev
@@ -14,7 +14,8 @@ from psyche_lightning.node.notices import MessageRefused, PayloadRefused, TwoRes
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.node.rounds import MAX_ENTRIES_PER_BATCH, Entry, RoundLog
 from psyche_lightning.node.settings import Settings
-from psyche_lightning.node.witness import attest_promise, result_promise
+from psyche_lightning.node.witness import list_promise, offer_promise, result_promise
+from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_root
 from psyche_lightning.protocol.messages import Ask, Attest, Buffers, Envelope, Message, Offer, Result, Stuck
 from psyche_lightning.protocol.open_ids import Interval
 from psyche_lightning.protocol.requests import Accuse
@@ -40,6 +41,7 @@ class Exchange:
         settings: see :class:`Settings`.
         seal: signs a message.
         promises: this node's stored envelopes by key; it never signs a batch twice (I8).
+        remembered: announcements of whole rounds that this node stored, by :func:`list_promise`.
         out: where effects go.
     """
 
@@ -49,19 +51,25 @@ class Exchange:
         settings: Settings,
         seal: Callable[[Message], Envelope],
         promises: Mapping[str, Envelope],
+        remembered: Mapping[str, Sequence[Envelope]],
         out: Outbox,
     ) -> None:
         self._public = public
         self._settings = settings
         self._seal = seal
         self._promises = dict(promises)
+        self._remembered: dict[tuple[int, int], dict[str, tuple[Envelope, ...]]] = {}
+        for key, kept in remembered.items():
+            first = kept[0].message if kept else None
+            if isinstance(first, Result):
+                self._remembered.setdefault((first.epoch, first.height), {})[key] = tuple(kept)
         self._out = out
         self._peers: tuple[tuple[bytes, str], ...] = ()
         self._members: frozenset[bytes] = frozenset()
         self._inside = False
+        self._questions = 0
         self._fetching: dict[bytes, list[tuple[RoundLog, Entry]]] = {}
         self._buffers: Envelope | None = None
-        self._offer: Envelope | None = None
 
     # --- peers ----------------------------------------------------------------------------------------------------
 
@@ -94,7 +102,10 @@ class Exchange:
         known = log.rounds.get(message.height)
         if isinstance(message, Ask):
             self._answer(envelope.sender, log, message.height)
-        elif known is not None and (known.assigned or isinstance(message, Attest)):
+        elif isinstance(message, Attest):
+            if known is not None and self.knows(envelope.sender):
+                known.add_list(envelope.sender, message.hashes())
+        elif known is not None and known.assigned:
             entry = self.file(known, envelope)
             if entry is not None and message.height > head - self._settings.delay:
                 self.fetch(known, [entry])
@@ -105,11 +116,8 @@ class Exchange:
                 waiting.append(envelope)
 
     def file(self, log: RoundLog, envelope: Envelope) -> Entry | None:
-        """Put a known round's message into its log, or say why not; returns a new result's entry."""
+        """Put a known round's announcement into its log, or say why not; returns a new result's entry."""
         try:
-            if isinstance(envelope.message, Attest):
-                log.add_attest(envelope)
-                return None
             entry = log.add_result(envelope)
         except WireError as error:
             self._out.say(MessageRefused(envelope.sender, str(error)))
@@ -131,9 +139,10 @@ class Exchange:
                 entry = self.file(known, own)
                 if entry is not None:
                     known.settle(entry)
-            mine = self._promises.get(attest_promise(log.epoch, height))
-            if mine is not None:
-                self.file(known, mine)
+            for stored in self._remembered.get((log.epoch, height), {}).values():
+                for envelope in stored:
+                    self.file(known, envelope)
+                known.add_list(b"", _commitments(known, stored))
 
     def _answer(self, peer: bytes, log: EpochLog, height: int) -> None:
         known = log.rounds.get(height)
@@ -141,20 +150,29 @@ class Exchange:
             return
         if not self._out.once(("answer", peer, height), every=self._settings.retry / 4):
             return
-        for envelope in known.messages():
+        # What was stored counts even where this node began with later parameters, and so never filed it.
+        stored = list(self._remembered.get((log.epoch, height), {}).values())
+        results = dict.fromkeys([*known.messages(), *(envelope for each in stored for envelope in each)])
+        for envelope in results:
             self._out.emit(ev.SendTo(peer, envelope))
-        for extra in (self._buffers, self._offer):
-            if extra is not None:
-                self._out.emit(ev.SendTo(peer, extra))
+        agreed = log.agreements.get(height)
+        lists = [tuple(entry.commitment for entry in agreed.entries)] if agreed and agreed.entries else []
+        lists = lists or [known.own()[0], *(tuple(_commitments(known, each)) for each in stored)]
+        for listed in dict.fromkeys(each for each in lists if each):
+            self._out.emit(ev.SendTo(peer, self._seal(Attest(log.epoch, height, b"".join(listed)))))
+        if self._buffers is not None:
+            self._out.emit(ev.SendTo(peer, self._buffers))
+        self.offer_to(peer, log.epoch)
 
     def ask(
         self, epoch: int, height: int, peer: bytes | None = None, *, after: float = 0.0, everybody: bool = False
     ) -> None:
         """Ask ``peer``, or peers in turn, for a round's messages; sometimes ask all, as another may have them."""
-        key = ("ask", height, "all" if everybody else peer)
+        key = ("ask", height, "all" if everybody else peer, after)  # a later question puts off no earlier one
         if self._out.due(key, after=after):
             attempt = self._out.attempts(key)
-            envelope = self._seal(Ask(epoch, height, attempt))
+            self._questions += 1
+            envelope = self._seal(Ask(epoch, height, self._questions))
             if everybody or attempt % ASK_ALL == 0 or not self._peers:
                 self._out.emit(ev.Broadcast(envelope))
             elif peer is None:
@@ -162,23 +180,38 @@ class Exchange:
             else:
                 self._out.emit(ev.SendTo(peer, envelope))
 
-    def asked(self, height: int) -> int:
-        """How often all peers were asked for a round."""
-        return self._out.attempts(("ask", height, "all"))
+    def remember(self, log: EpochLog, height: int, entries: Iterable[Entry]) -> None:
+        """Store the announcements in a list of a round's results durably, so that they outlive this process.
+
+        Whoever reports a list can show it, even after all nodes lost power: so what is decided stays available.
+        """
+        ordered = sorted(entries, key=lambda entry: entry.commitment)
+        key = list_promise(log.epoch, height, merkle_root([entry.commitment for entry in ordered]))
+        log.rounds[height].add_list(b"", [entry.commitment for entry in ordered])
+        kept = self._remembered.setdefault((log.epoch, height), {})
+        if ordered and key not in kept:
+            envelopes = kept[key] = tuple(entry.envelope for entry in ordered)
+            self._out.emit(ev.Remember(key, envelopes))
+
+    def offered(self, epoch: int) -> list[Offer]:
+        """The parameters of an epoch that this node stored, perhaps before a restart."""
+        offers = [kept.message for kept in self._promises.values() if isinstance(kept.message, Offer)]
+        return [offer for offer in offers if offer.epoch == epoch]
 
     def offer(self, epoch: int, applied: int, snapshot: bytes) -> None:
-        """Offer this node's stored parameters to all peers."""
-        self._offer = self._seal(Offer(epoch, applied, snapshot))
-        self._out.emit(ev.Broadcast(self._offer))
+        """Offer this node's stored parameters to all peers, and remember them over a restart."""
+        offer = self._promise(offer_promise(epoch, applied), Offer(epoch, applied, snapshot))
+        self._out.emit(ev.Broadcast(offer))
 
     def complain(self, message: Stuck) -> None:
         """Ask all peers for parameters after a round that this node cannot apply."""
         self._out.emit(ev.Broadcast(self._seal(message)))
 
-    def offer_to(self, peer: bytes) -> None:
-        """Send a peer this node's offer, if any."""
-        if self._offer is not None:
-            self._out.emit(ev.SendTo(peer, self._offer))
+    def offer_to(self, peer: bytes, epoch: int) -> None:
+        """Send a peer all offers of an epoch: the newest may be too new for it to prove."""
+        for kept in self._promises.values():
+            if isinstance(kept.message, Offer) and kept.message.epoch == epoch:
+                self._out.emit(ev.SendTo(peer, kept))
 
     # --- results --------------------------------------------------------------------------------------------------
 
@@ -194,6 +227,19 @@ class Exchange:
             for index in known.silent - away:
                 if known.nodes[index] != self._public:
                     self.ask(log.epoch, height, known.nodes[index], after=2 * self._settings.retry)
+        self._compare(log, head)
+
+    def _compare(self, log: EpochLog, head: int) -> None:
+        """Ask the witnesses whose report shows another list than this node's; they may have results that it lacks."""
+        here, about = log.rounds.get(head), log.rounds.get(head - self._settings.delay + 1)
+        if here is None or about is None or not about.assigned or not about.round.step:
+            return
+        mine = about.own()[1]
+        for record in here.round.witnesses:
+            if record.merkle not in (mine, EMPTY_ROOT) and record.merkle not in about.lists:
+                peer = here.nodes[record.proof.index]
+                if peer != self._public:
+                    self.ask(log.epoch, about.round.height, peer)
 
     def fetch(self, log: RoundLog, entries: Iterable[Entry]) -> None:
         """Fetch payloads that are not here yet."""
@@ -234,15 +280,15 @@ class Exchange:
         """Drop promises of earlier rounds; returns keys and payloads of the others."""
         for key, kept in list(self._promises.items()):
             message = kept.message
-            assert isinstance(message, (Result, Attest))
-            if (message.epoch, message.height) < (epoch, height):
+            assert isinstance(message, (Result, Offer))
+            place = message.applied if isinstance(message, Offer) else message.height
+            if (message.epoch, place) < (epoch, height):
                 del self._promises[key]
-        results = [kept.message for kept in self._promises.values() if isinstance(kept.message, Result)]
-        return tuple(self._promises), tuple(result.payload for result in results)
-
-    def new_epoch(self) -> None:
-        """Drop the offer of the previous epoch."""
-        self._offer = None
+        self._remembered = {place: kept for place, kept in self._remembered.items() if place >= (epoch, height)}
+        lists = {key: stored for kept in self._remembered.values() for key, stored in kept.items()}
+        every = [*self._promises.values(), *(each for stored in lists.values() for each in stored)]
+        payloads = dict.fromkeys(kept.message.payload for kept in every if isinstance(kept.message, Result))
+        return (*self._promises, *lists), tuple(payloads)
 
     def publish(self, log: RoundLog, envelope: Envelope) -> None:
         """File and broadcast this node's announcement."""
@@ -251,13 +297,6 @@ class Exchange:
             if entry is not None:
                 log.settle(entry)
         self._out.emit(ev.Broadcast(envelope))
-
-    def attest(self, log: RoundLog, key: str, make: Callable[[], Attest]) -> Envelope:
-        """Promise a witness list durably, unless already promised, and broadcast it."""
-        envelope = self._promises.get(key) or self._promise(key, make())
-        self.file(log, envelope)
-        self._out.emit(ev.Broadcast(envelope))
-        return envelope
 
     def _promise(self, key: str, message: Message) -> Envelope:
         envelope = self._seal(message)
@@ -276,3 +315,8 @@ class Exchange:
     def pass_on(self, buffers: Envelope) -> None:
         """Tell asking peers where the epoch's buffers are."""
         self._buffers = buffers
+
+
+def _commitments(log: RoundLog, envelopes: Iterable[Envelope]) -> list[bytes]:
+    results = [(envelope.sender, envelope.message) for envelope in envelopes]
+    return sorted(each.commitment(log.run_id, sender) for sender, each in results if isinstance(each, Result))

@@ -7,13 +7,11 @@ applying while a node catches up.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from psyche_lightning.node import events as ev
-from psyche_lightning.node.agreement import AgreedSet, DecidedRound, EpochLog, Undecided, decide
-from psyche_lightning.node.exchange import Exchange, gone
+from psyche_lightning.node.agreement import AgreedSet, DecidedRound, EpochLog, Unknown, agreed_set
+from psyche_lightning.node.exchange import Exchange
 from psyche_lightning.node.notices import (
-    DecidedWithoutLists,
     Notice,
     ParametersDiffer,
     ParametersNotObtained,
@@ -31,10 +29,8 @@ from psyche_lightning.node.waiting import describe
 from psyche_lightning.protocol.messages import Stuck
 from psyche_lightning.protocol.open_ids import OpenIds
 from psyche_lightning.protocol.requests import GetRounds
-from psyche_lightning.protocol.state import ClientStatus, Phase, Round, RunState
+from psyche_lightning.protocol.state import Round, RunState
 
-ASKED_ENOUGH = 3
-"""Questions to all peers after which a missing list counts as absent if its witness is gone."""
 HOPELESS_LOADS = 3
 """Failed attempts to get parameters after which peers are asked for newer ones."""
 LOOK_AHEAD = 8
@@ -75,28 +71,31 @@ class Follower:
         self._exchange = exchange
         self._out = out
         self._open_ids: OpenIds = ()
-        self._records: list[DecidedRound] = []
         self._loading: Base | None = None
         self._kept = 0
-        self._overdue = 0.0
-        self._guessed = False
+        self._written = -1
+        self._unwritten: list[DecidedRound] = []
 
     # --- what the coordinator announced ---------------------------------------------------------------------------
 
     def observe_state(self, state: RunState) -> None:
-        """File the stored rounds of the current epoch, or of the one that just ended."""
+        """File the stored rounds of the current epoch, or of the one that ended last."""
         if state.current is None:
             return
         epoch = state.epoch if state.phase.active else state.epoch - 1
         if self.log is None or self.log.epoch != epoch:
-            if not state.phase.active or all(client.node != self._public for client in state.clients):
+            client = any(client.node == self._public for client in state.clients)
+            if not (client if state.phase.active else catching_up(state)):
                 return
-            self._open_epoch(epoch, state.epoch_digest)
+            self._open_epoch(epoch, state)
+        assert self.log is not None
+        self.log.name(state.checkpoint)
         over = self.epoch_over(state)
         least = (self.next_apply or 0) - self._settings.delay
         for record in state.rounds:
             if record.height >= least and state.round_at(record.height) is record:
                 self.observe(record, state, final=over or record.height < state.current.height)
+        self.compare()
 
     def observe(self, record: Round, state: RunState, *, final: bool) -> None:
         """Take an announced round; ``final`` means that its witness records are complete."""
@@ -106,7 +105,8 @@ class Follower:
             members = {c.signer: c.node for c in (*state.exited_clients, *state.clients)}
             nodes = tuple(members.get(signer, signer) for signer in record.clients)
             limit = self._settings.max_payload
-            log = RoundLog.open(record, nodes, state.config, self._run_id, self._settings.layout, limit)
+            needed = self.log.needed
+            log = RoundLog.open(record, nodes, state.config, needed, self._run_id, self._settings.layout, limit)
             self.log.rounds[record.height] = log
             drains = [] if record.step else [log]
             self._exchange.file_early(self.log, [*drains, *self.log.assign()])
@@ -116,31 +116,33 @@ class Follower:
     def epoch_over(self, state: RunState) -> bool:
         """Whether the log's epoch gets no more rounds."""
         assert self.log is not None
-        return state.epoch != self.log.epoch or state.phase is Phase.COOLDOWN
+        return state.epoch != self.log.epoch
 
     def resolved(self, state: RunState) -> bool:
         """Whether every round of the epoch that this node knows is applied."""
         height = self.next_apply
         return self.log is not None and height is not None and height > _head(state) and height not in self.log.rounds
 
-    def _open_epoch(self, epoch: int, digest: bytes) -> None:
-        old, self.log = self.log, EpochLog(epoch, digest)
-        self.repair, self._records, self.digests = Repair(self._settings), [], {}
+    def _open_epoch(self, epoch: int, state: RunState) -> None:
+        digest = state.epoch_digest
+        old, self.log = self.log, EpochLog(epoch, digest, state.start_step, state.needed)
+        self.repair, self.digests = Repair(self._settings), {}
+        self.repair.remember([Base(offer.applied, offer.snapshot) for offer in self._exchange.offered(epoch)])
         self.next_apply, self._loading = None, None
+        self._written = -1
         if self.holding == digest:
             self._begin(self.log, 0)
         elif self.busy == ("load", digest):
             self._loading = Base(0, digest)
         self._out.new_epoch()
-        self._exchange.new_epoch()
         promises, payloads = self._exchange.keep_promises(epoch)
         if old is not None:
             self._out.emit(ev.Keep(tuple(sorted({digest, self.holding or digest})), payloads, promises))
 
     def _begin(self, log: EpochLog, applied: int) -> None:
         """Decide and apply on from parameters that contain ``applied`` rounds."""
-        self.next_apply, self._kept, self._overdue, self._guessed = applied, 0, 0.0, False
-        self.digests, self._records, self.repair.stuck = {}, [], None
+        self.next_apply, self._kept = applied, 0
+        self.digests, self.repair.stuck, self._unwritten = {}, None, []
         log.start(applied, self._open_ids)
         self._exchange.file_early(log, log.assign())
 
@@ -176,6 +178,7 @@ class Follower:
         self.holding, self._open_ids = event.digest, event.open_ids
         self._out.forget("load")
         if self.log is not None and base is not None and (self.next_apply is None or base.applied > self.next_apply):
+            self.repair.trial = None if self.repair.proven(self.log, base) else base
             self._begin(self.log, base.applied)
 
     def applied(self, event: ev.Applied) -> None:
@@ -193,10 +196,22 @@ class Follower:
         if event.digest:
             self.digests[applied] = event.digest
             if stored:
-                self._kept = 0
+                self._kept, self.holding = 0, event.digest
                 self.repair.keep(Base(applied, event.digest))
                 self._exchange.offer(self.log.epoch, applied, event.digest)
             self.compare()
+
+    @property
+    def sure(self) -> bool:
+        """Whether these are surely the run's parameters: not from an offer that is still tried."""
+        return self.next_apply is not None and self.repair.trial is None
+
+    def named(self, state: RunState) -> tuple[int, bytes]:
+        """The newest parameters of this epoch whose digest this node knows: their training steps, and the digest."""
+        if self.log is None or not self.digests or not self.sure:
+            return 0, b""
+        applied, digest = max(self.digests.items())
+        return min(self.log.first_step - 1 + applied, state.step - 1), digest
 
     # --- deciding and applying --------------------------------------------------------------------------------------
 
@@ -212,6 +227,10 @@ class Follower:
             return
         self._catch_up(log, state)
         self._decide(log, state)
+        if self._unwritten and self.sure:  # else these rounds may retrain other ids than this node thinks
+            self._written = self._unwritten[-1].round.height
+            self._out.emit(ev.WriteDown(tuple(self._unwritten)))
+            self._unwritten = []
         while log.decided is not None and self.next_apply is not None and self.busy is None:
             height, training = self.next_apply, to_train()
             for ahead in range(height, min(log.decided, height + LOOK_AHEAD)):
@@ -219,11 +238,14 @@ class Follower:
             limit = log.decided if training is None else self._settings.applied_before(training.round.height)
             if height >= min(limit, log.decided) or not all(one.verified for one in log.agreements[height].entries):
                 break
-            self._apply(log, height, log.agreements[height])
+            tried = self.repair.trial is not None and height >= max(log.named, default=0)
+            if tried:  # what goes beyond the record would prove nothing
+                break
+            self._apply(log, height, log.agreements[height], state)
         self._notice_stuck(log, state)
 
     def _catch_up(self, log: EpochLog, state: RunState) -> None:
-        if (self.next_apply is None or self.repair.stuck is not None) and state.phase.active:
+        if (self.next_apply is None or self.repair.stuck is not None) and self._wanted(log, state):
             self._find_base(log, state)
         if self.next_apply is None:
             return
@@ -232,6 +254,11 @@ class Follower:
             first += 1
         if first < head:
             self._ask_rounds(log, first)
+
+    @staticmethod
+    def _wanted(log: EpochLog, state: RunState) -> bool:
+        """Whether the run's parameters are those that this epoch's rounds give."""
+        return state.epoch == log.epoch if state.phase.active else catching_up(state) and state.epoch == log.epoch + 1
 
     def _ask_rounds(self, log: EpochLog, first: int) -> None:
         if self._out.due(("rounds", first)):
@@ -247,50 +274,36 @@ class Follower:
                     if height + self._settings.delay < _head(state):
                         self._agree(log, height, state)
                 return
-            self._records.append(log.close(agreement))
+            self._exchange.remember(log, log.decided, agreement.entries)
+            record = log.close(agreement)
+            if record.round.height > self._written:
+                self._unwritten.append(record)
             self._exchange.file_early(log, log.assign())
 
     def _agree(self, log: EpochLog, height: int, state: RunState) -> AgreedSet | None:
-        """A round's agreed set, or None while it is open."""
+        """A round's agreed set, or None while it is not known."""
         results, attesting = log.rounds.get(height), log.rounds.get(height + self._settings.delay - 1)
         if attesting is None:
             over = self.epoch_over(state) and _head(state) < height + self._settings.delay - 1
             return AgreedSet() if over else None
         if results is None or not attesting.final or not results.assigned:
             return None
-        absent = self._absent(log, attesting, state)
-        outcome = decide(results, attesting, absent)
-        if not isinstance(outcome, Undecided):
-            if absent and isinstance(decide(results, attesting), Undecided):
-                self._out.say(DecidedWithoutLists(height, tuple(attesting.nodes[index] for index in sorted(absent))))
-                self._guessed = True
+        outcome = agreed_set(results, attesting)
+        if not isinstance(outcome, Unknown):
             return outcome
-        away = gone(state, attesting)
-        for index in outcome.lists:
-            peer = None if index in away else attesting.nodes[index]
-            self._exchange.ask(log.epoch, attesting.round.height, peer, everybody=index in away)
-        if outcome.results:
-            self._exchange.ask(log.epoch, height)
+        backers = [record.proof.index for record in attesting.round.witnesses if record.merkle == attesting.root]
+        attempt = self._out.attempts(("ask", height, "backers"))
+        if self._out.due(("ask", height, "backers")):
+            # Some of those who stand behind the root may be gone or lie, and any other node may have the list.
+            peer = attesting.nodes[backers[attempt % len(backers)]]
+            self._exchange.ask(log.epoch, height, peer, everybody=attempt % 2 == 1 or peer == self._public)
         return None
 
-    def _absent(self, log: EpochLog, attesting: RoundLog, state: RunState) -> set[int]:
-        """Witnesses that left and whose list no peer supplied within half the deadline, though all were asked."""
-        key, height = self._public, attesting.round.height
-        waited = self._overdue > state.config.max_round_train_time / 2
-        asked = waited and self._exchange.asked(height) >= ASKED_ENOUGH
-        if not asked or not any(c.node == key and c.status is ClientStatus.HEALTHY for c in state.clients):
-            return set()
-        lists = {
-            record.proof.index
-            for record in attesting.round.witnesses
-            if record.merkle not in attesting.attests.get(record.proof.index, {})
-        }
-        return lists & gone(state, attesting)
-
-    def _apply(self, log: EpochLog, height: int, agreement: AgreedSet) -> None:
+    def _apply(self, log: EpochLog, height: int, agreement: AgreedSet, state: RunState) -> None:
         self._warn_of_rates(log.rounds[height], agreement)
         several = len(log.rounds[height].nodes) > 1
-        due = (height + 1) % self._settings.digest_every == 0
+        last = self._last_training(log, height, state)
+        due = (height + 1) % self._settings.digest_every == 0 or last or height + 1 in log.named
         self._kept += sum(entry.result.size for entry in agreement.entries)
         self._open_ids = log.open_at[height + 1]
         if agreement.entries or log.open_at[height] != self._open_ids:
@@ -298,10 +311,16 @@ class Follower:
         if not agreement.entries and not due:
             self.next_apply = height + 1
             return
-        snapshot = due and several and (self._kept > self._settings.keep_bytes or self.repair.wanted)
+        snapshot = last or (due and several and (self._kept > self._settings.keep_bytes or self.repair.wanted))
         self.busy = ("apply", log.epoch, height, snapshot)
         payloads = tuple(entry.result.payload for entry in agreement.entries)
         self._out.emit(ev.Apply(log.epoch, height, payloads, agreement.lrs, due, snapshot, several, self._open_ids))
+
+    def _last_training(self, log: EpochLog, height: int, state: RunState) -> bool:
+        """Whether the round is the epoch's last that trains, so that its parameters are the next epoch's."""
+        after = log.rounds.get(height + 1)
+        ends = after.round.step == 0 if after is not None else self.epoch_over(state) and height == _head(state)
+        return log.rounds[height].round.step > 0 and ends
 
     def _warn_of_rates(self, results: RoundLog, agreement: AgreedSet) -> None:
         mine = results.index_of(self._public)
@@ -314,11 +333,11 @@ class Follower:
         height, stuck = self.next_apply, self.repair.stuck
         if height is None:
             return
-        late = state.phase.active and self.busy is None and height + self._settings.delay <= _head(state)
-        self._overdue = self.repair.waited(height, self._out.now) if late else 0.0
+        late = self._wanted(log, state) and self.busy is None and height + self._settings.delay <= _head(state)
+        overdue = self.repair.waited(height, self._out.now) if late else 0.0
         if stuck is not None and height > stuck:
             self.repair.stuck = None
-        elif stuck is None and self._overdue > state.config.max_round_train_time:
+        elif stuck is None and overdue > state.config.max_round_train_time:
             self.repair.stuck = height
             missing = describe(state, log, height, self._settings.delay, self._public)
             self._out.say(RoundNotApplicable(height, missing))
@@ -326,7 +345,7 @@ class Follower:
     # --- where to begin ---------------------------------------------------------------------------------------------
 
     def _find_base(self, log: EpochLog, state: RunState) -> None:
-        """Look for parameters to replay from: this node's, or offers that witness lists prove."""
+        """Look for parameters to replay from: this node's, or what peers offer."""
         repair, head = self.repair, _head(state)
         if repair.stuck is None and self._out.attempts("load") > HOPELESS_LOADS:
             repair.stuck = -1
@@ -334,12 +353,6 @@ class Follower:
             key = ("stuck", log.epoch)
             if self._out.due(key):
                 self._exchange.complain(Stuck(log.epoch, max(0, repair.stuck), self._out.attempts(key)))
-        for base in repair.unproven(log):
-            height = base.applied + self._settings.delay - 1
-            if height in log.rounds:
-                self._exchange.ask(log.epoch, height)
-            else:
-                self._ask_rounds(log, base.applied)
         if self.busy is not None:
             return
         if not repair.own and repair.stuck is None and head > self._settings.digest_every:
@@ -357,11 +370,11 @@ class Follower:
     # --- comparing --------------------------------------------------------------------------------------------------
 
     def compare(self) -> None:
-        """Compare this node's digests with the witnesses' and repair what differs from a quorum's (I6)."""
+        """Compare this node's digests with those on record, and repair what differs (I6)."""
         if self.log is None or self.next_apply is None:
             return
         for applied in sorted(rounds for rounds in self.digests if rounds > self.repair.confirmed):
-            theirs = self.log.quorum_digest(applied, self._settings.digest_span)
+            theirs = self.log.named.get(applied)
             if theirs == self.digests[applied]:
                 self._confirm(self.log, applied)
             elif theirs is not None:
@@ -369,12 +382,8 @@ class Follower:
                 return
 
     def _confirm(self, log: EpochLog, applied: int) -> None:
-        """Write down rounds whose parameters a quorum confirmed, and drop what is no longer needed."""
+        """The parameters after these rounds are on record: drop what is no longer needed."""
         self.repair.confirm(applied)
-        certain = tuple(record for record in self._records if record.round.height < applied)
-        if certain:
-            self._records = self._records[len(certain) :]
-            self._out.emit(ev.WriteDown(certain))
         cut = self.repair.outdated()
         if cut > min(log.rounds, default=cut):
             log.forget(cut)
@@ -385,7 +394,10 @@ class Follower:
     def _repair(self, log: EpochLog, applied: int, theirs: bytes) -> None:
         """Replay because the parameters differ; if that fails, take a peer's parameters."""
         last, equal = applied - 1, self.repair.confirmed
-        if self.repair.differ(applied, replay=not self._guessed):
+        tried = self.repair.trial
+        if tried is not None:
+            self.repair.refuse(tried)
+        elif self.repair.differ(applied):
             self._out.say(ParametersDiffer(last, equal))
         else:
             self._out.say(ReplayDoesNotHelp(last))
@@ -394,15 +406,10 @@ class Follower:
         log.decided = None
         self._out.forget("load")
 
-    def write_down(self, state: RunState) -> None:
-        """Write down an epoch's last rounds when the agreed parameters are this node's."""
-        log = self.log
-        if log is None or not self._records or state.epoch != log.epoch + 1 or not self.resolved(state):
-            return
-        if self.holding is not None and self.holding == state.checkpoint.digest:
-            *records, last = self._records
-            self._out.emit(ev.WriteDown((*records, replace(last, ended=self.holding))))
-            self._records = []
+
+def catching_up(state: RunState) -> bool:
+    """Whether the run's parameters are those of the last epoch's rounds, whose digest is not on record yet."""
+    return not state.phase.active and bool(state.checkpoint.digest) and not state.settled
 
 
 def _head(state: RunState) -> int:

@@ -24,8 +24,8 @@ FILE = "ledger.jsonl"
 
 Row = dict[str, Any]
 """``run`` (its scope), ``epoch``, ``height``, ``step``, ``seed``, ``data_index``, ``batch_size``, ``nodes`` (hex),
-``parameters`` (hex digest at the epoch's start), ``ended`` (digest at the epoch's end, in its last round, else empty),
-``again`` (``[first, last]`` pairs), ``results`` (signed envelopes, base64)."""
+``parameters`` (hex digest at the epoch's start), ``again`` (``[first, last]`` pairs), ``results`` (signed envelopes,
+base64)."""
 
 
 def row_of(scope: str, record: DecidedRound) -> Row:
@@ -41,7 +41,6 @@ def row_of(scope: str, record: DecidedRound) -> Row:
         "batch_size": round_.batch_size,
         "nodes": [node.hex() for node in record.nodes],
         "parameters": record.parameters.hex(),
-        "ended": record.ended.hex(),
         "again": [list(interval) for interval in closed(record.again)],
         "results": [base64.b64encode(envelope.raw).decode() for envelope in record.results],
     }

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from psyche_lightning.node.notices import (
-    Dropped,
-    EpochFormed,
-    EpochUndone,
-    Notice,
-    Paused,
-    PeerLeft,
-    TooFewMembers,
-)
+from psyche_lightning.node.notices import Dropped, EpochFormed, Notice, Paused, PeerLeft, TooFewMembers
 from psyche_lightning.node.waiting import lacks
 from psyche_lightning.protocol.state import Client, ClientStatus, Phase, RunState
 
@@ -30,8 +22,6 @@ def news(before: RunState | None, now: RunState, signer: bytes) -> Iterator[Noti
             yield Paused(True)
     elif (before.phase is Phase.PAUSED) != (now.phase is Phase.PAUSED):
         yield Paused(now.phase is Phase.PAUSED)
-    if before is not None and _undone(before, now):
-        yield EpochUndone(before.epoch, now.step)
     if before is not None and (lacking := lacks(now)) > lacks(before):
         needed = now.config.init_min_clients
         yield TooFewMembers(now.run_id, needed - lacking, needed, now.config.min_clients)
@@ -45,11 +35,6 @@ def news(before: RunState | None, now: RunState, signer: bytes) -> Iterator[Noti
         for key, client in _well(before).items():
             if key in gone:
                 yield Dropped(gone[key].status) if key == signer else PeerLeft(client.node, gone[key].status)
-
-
-def _undone(before: RunState, now: RunState) -> bool:
-    ended = before.phase is Phase.COOLDOWN and now.epoch > before.epoch
-    return ended and now.step == before.start_step < before.step
 
 
 def _healthy(client: Client) -> bool:

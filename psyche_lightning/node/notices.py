@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 MOST_NAMES = 8
 """Names of nodes in one line."""
 _LEFT = {
-    ClientStatus.DROPPED: "was dropped from the epoch: the others did not hear from it",
+    ClientStatus.DROPPED: "was dropped from the epoch: it delivered nothing, or has no connection",
     ClientStatus.WITHDRAWN: "has left the run",
     ClientStatus.EJECTED: "was ejected from the run",
 }
@@ -193,18 +193,6 @@ class DifferenceNotFound(Notice):
 
 
 @dataclass(frozen=True)
-class DecidedWithoutLists(Notice):
-    """A round is decided without the lists of witnesses that left. Other nodes may decide otherwise."""
-
-    round: int
-    witnesses: tuple[bytes, ...]
-
-    def __str__(self) -> str:
-        names = ", ".join(map(short, self.witnesses))
-        return f"no peer has the list of {names} (left); deciding round {self.round} without it"
-
-
-@dataclass(frozen=True)
 class RoundNotApplicable(Notice):
     """A round cannot be applied though all peers were asked for missing data.
 
@@ -346,17 +334,6 @@ class EpochFormed(Notice):
         many = f"{len(self.nodes)} node{'s' * (len(self.nodes) != 1)}"
         late = "" if self.member else "; this node is late and joins the next one"
         return f"epoch {self.epoch} has {many}: {names}{late}"
-
-
-@dataclass(frozen=True)
-class EpochUndone(Notice):
-    """An epoch's end was not agreed: the run continues from the start of that epoch, at step ``step``."""
-
-    epoch: int
-    step: int
-
-    def __str__(self) -> str:
-        return f"the end of epoch {self.epoch} was not agreed: its rounds are trained again from step {self.step}"
 
 
 @dataclass(frozen=True)

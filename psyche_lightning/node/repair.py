@@ -1,8 +1,8 @@
 """Repairs a node whose parameters are not the run's, or that misses data to reach them (I6).
 
 Part of the node core, so it does no I/O. A snapshot and replay restore parameters within an epoch. This node keeps
-some snapshots and peers offer others. An offer counts when a round's witness lists show that a quorum held
-parameters with that digest.
+some snapshots and peers offer others. An offer is proven when its digest is on the coordinator's record. An older one
+can be tried: the replay must reach a digest that is on record.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Repair:
     Attributes:
         settings: see :class:`Settings`.
         own: snapshots of this epoch that this node keeps, ascending.
-        offers: snapshots of peers, not yet proven.
+        offers: snapshots of peers.
+        trial: the unproven offer from which the parameters stem, until the replay reaches a digest on record.
         confirmed: rounds applied at the newest digest shared with a quorum.
         stuck: height of the round that cannot be applied, although all peers were asked.
         wanted: whether a peer asked for a snapshot.
@@ -53,6 +54,7 @@ class Repair:
     stuck: int | None = None
     wanted: bool = False
     sought: float | None = None
+    trial: Base | None = None
     _prints: dict[int, bytes] = field(default_factory=dict)
     _suspect: dict[int, bytes] = field(default_factory=dict)
     _replayed: set[int] = field(default_factory=set)
@@ -73,21 +75,20 @@ class Repair:
         return names[place] if place < len(names) else f"number {place}"
 
     def confirm(self, applied: int) -> None:
-        """A quorum holds this node's parameters after ``applied`` rounds."""
-        self.confirmed = applied
+        """The digest of this node's parameters after ``applied`` rounds is on record."""
+        self.confirmed, self.trial = applied, None
         self._prints = {rounds: prints for rounds, prints in self._prints.items() if rounds > applied}
 
-    def differ(self, applied: int, *, replay: bool) -> bool:
-        """A quorum holds other parameters.
+    def differ(self, applied: int) -> bool:
+        """Other parameters are on record.
 
         Args:
             applied: rounds.
-            replay: whether this node has everything for a replay.
 
         Returns:
-            Whether to replay; False if that cannot help or did not help before.
+            Whether to replay; False if that did not help before.
         """
-        if not replay or applied in self._replayed:
+        if applied in self._replayed:
             self.stuck = applied - 1
             return False
         self._replayed.add(applied)
@@ -115,21 +116,29 @@ class Repair:
     # --- where to begin -------------------------------------------------------------------------------------------
 
     def bases(self, log: EpochLog) -> list[Base]:
-        """Bases for a replay, best first: this node's confirmed snapshots, then proven offers."""
+        """Bases for a replay, best first: this node's snapshots, proven offers, then those that can be tried."""
         first = Base(0, log.digest)
         own = [base for base in self.own if base.applied <= self.confirmed] or [first]
-        proven = [base for base in self.offers if self._proven(log, base)]
+        proven = [base for base in self.offers if log.named.get(base.applied) == base.digest]
+        tried = [base for base in self.offers if base.applied < max(log.named, default=0)]
         found = [*reversed(own), *reversed(proven), first] if self.own else [*reversed(proven), first]
         least = -1 if self.stuck is None else self.stuck
-        return [base for base in dict.fromkeys(found) if base.applied > least]
+        return [base for base in dict.fromkeys([*found, *reversed(tried)]) if base.applied > least]
 
-    def unproven(self, log: EpochLog) -> list[Base]:
-        """Useful offers that no witness lists have proven yet, newest first."""
-        least = -1 if self.stuck is None else self.stuck
-        return [base for base in reversed(self.offers) if base.applied > least and not self._proven(log, base)]
+    def proven(self, log: EpochLog, base: Base) -> bool:
+        """Whether the base needs no trial."""
+        start = base == Base(0, log.digest)
+        return start or base in self.own or log.named.get(base.applied) == base.digest
 
-    def _proven(self, log: EpochLog, base: Base) -> bool:
-        return log.quorum_digest(base.applied, self.settings.digest_span) == base.digest
+    def remember(self, bases: Sequence[Base]) -> None:
+        """Take the snapshots that this node stored before a restart."""
+        self.own = sorted(bases)
+        self.confirmed = max((base.applied for base in bases), default=0)
+
+    def refuse(self, base: Base) -> None:
+        """The trial of an offer failed."""
+        self.offers = [other for other in self.offers if other != base]
+        self.trial = None
 
     def keep(self, base: Base) -> None:
         """Note a stored snapshot."""

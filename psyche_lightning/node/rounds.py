@@ -1,18 +1,22 @@
-"""A node's data on one round: assignment, announcements and witness lists. No I/O or clock."""
+"""A node's data on one round: assignment, announcements and lists of them. No I/O or clock."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from psyche_lightning.errors import WireError
 from psyche_lightning.protocol.assignment import assign
-from psyche_lightning.protocol.committee import CommitteeSelection, round_selection
-from psyche_lightning.protocol.merkle import attest_root
-from psyche_lightning.protocol.messages import Attest, Envelope, Result
+from psyche_lightning.protocol.committee import CommitteeSelection, decided_root, round_selection
+from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_root
+from psyche_lightning.protocol.messages import Envelope, Result
 from psyche_lightning.protocol.open_ids import Interval, batches, shown
 from psyche_lightning.protocol.state import CoordinatorConfig, Round
 from psyche_lightning.wire.identity import short
 
+MAX_LISTS = 16
+"""Lists of one round that are kept of each sender; it sends another when it has verified more."""
 MAX_ENTRIES_PER_BATCH = 8
 """Two results of one trainer for one batch prove equivocation; a few more are kept, as one may be agreed."""
 
@@ -53,8 +57,8 @@ class RoundLog:
         assigned: whether ``batches`` is known; earlier agreed sets determine it.
         batches: each trainer's data ids by its index: its own share, then ids to train again.
         entries: announced results by commitment.
-        attests: lists by sender index and Merkle root.
-        votes: indices of the witnesses that hold a parameter digest, by ``(rounds applied, digest)``.
+        needed: number of equal reports that decide it.
+        lists: lists of commitments of this round's results by Merkle root.
         silent: trainers without a known result.
         missing: trainers whose result this node cannot vouch for.
         hopeless: the missing trainers with two results for one batch, or a bad payload.
@@ -66,24 +70,33 @@ class RoundLog:
     layout: bytes
     max_payload: int
     selection: CommitteeSelection
+    needed: int
     final: bool = False
     assigned: bool = False
     batches: dict[int, tuple[Interval, ...]] = field(default_factory=dict)
     entries: dict[bytes, Entry] = field(default_factory=dict)
-    attests: dict[int, dict[bytes, Envelope]] = field(default_factory=dict)
-    votes: dict[tuple[int, bytes], set[int]] = field(default_factory=dict)
+    lists: dict[bytes, tuple[bytes, ...]] = field(default_factory=dict)
     silent: set[int] = field(default_factory=set)
     missing: set[int] = field(default_factory=set)
     hopeless: set[int] = field(default_factory=set)
     _places: dict[bytes, int] = field(default_factory=dict)
     _of: dict[int, list[Entry]] = field(default_factory=dict)
+    _listed: Counter[bytes] = field(default_factory=Counter)
+    _own: tuple[tuple[bytes, ...], bytes] | None = None
 
     @classmethod
     def open(
-        cls, round: Round, nodes: tuple[bytes, ...], config: CoordinatorConfig, run_id: str, layout: bytes, limit: int
+        cls,
+        round: Round,
+        nodes: tuple[bytes, ...],
+        config: CoordinatorConfig,
+        needed: int,
+        run_id: str,
+        layout: bytes,
+        limit: int,
     ) -> RoundLog:
         """Open the log of an announced round; a draining round has no batches to assign."""
-        log = cls(round, nodes, run_id, layout, limit, round_selection(round, config), assigned=not round.step)
+        log = cls(round, nodes, run_id, layout, limit, round_selection(round, config), needed, assigned=not round.step)
         log._places = {node: index for index, node in enumerate(nodes)}
         return log
 
@@ -102,7 +115,13 @@ class RoundLog:
         self.batches, self.silent, self.missing = assigned, set(assigned), set(assigned)
         for filed in (self.entries, self._of, self.hopeless):
             filed.clear()
+        self._own = None
         return before
+
+    @property
+    def root(self) -> bytes | None:
+        """The Merkle root that its witnesses decided; None while they have not, or if it ended without a decision."""
+        return decided_root(self.round, self.needed)
 
     def index_of(self, node: bytes) -> int | None:
         """The list index of a node in this round, or None."""
@@ -135,6 +154,7 @@ class RoundLog:
             return None
         entry = Entry(commitment, envelope, result, index)
         self.entries[commitment] = entry
+        self._own = None
         known.append(entry)
         self.silent.discard(index)
         if len(known) > 1:
@@ -145,6 +165,7 @@ class RoundLog:
     def settle(self, entry: Entry, refused: str = "") -> None:
         """Note that an entry's payload is here and well-formed, or why it is unusable."""
         entry.verified, entry.refused = not refused, refused
+        self._own = None
         if len(self._of[entry.trainer]) > 1:
             return
         if refused:
@@ -152,25 +173,31 @@ class RoundLog:
         else:
             self.missing.discard(entry.trainer)
 
-    def add_attest(self, envelope: Envelope) -> bool:
-        """Take a witness' list; returns whether it was new.
+    def add_list(self, sender: bytes, commitments: Sequence[bytes]) -> None:
+        """Keep a list of this round's results, in ascending order: a few of each sender, and all of this node's.
 
-        Raises:
-            WireError: its sender is no witness of this round.
+        Args:
+            sender: who sent it; empty for a list of this node itself.
+            commitments: the list.
         """
-        attest = envelope.message
-        assert isinstance(attest, Attest)
-        index = self.index_of(envelope.sender)
-        if index is None or not self.selection.is_witness(index):
-            raise WireError(f"{short(envelope.sender)} is not a witness of round {self.round.height}")
-        lists = self.attests.setdefault(index, {})
-        root = attest_root(attest)
-        if root in lists or len(lists) >= MAX_ENTRIES_PER_BATCH:
-            return False
-        lists[root] = envelope
-        if attest.digest:
-            self.votes.setdefault((attest.applied, attest.digest), set()).add(index)
-        return True
+        root = merkle_root(commitments)
+        if root not in self.lists and (not sender or self._listed[sender] < MAX_LISTS):
+            self._listed[sender] += 1
+            self.lists[root] = tuple(commitments)
+
+    def list_of(self, root: bytes) -> tuple[bytes, ...] | None:
+        """The list with that root: empty, this node's own, or one that it was sent."""
+        if root == EMPTY_ROOT:
+            return ()
+        own, own_root = self.own()
+        return own if own_root == root else self.lists.get(root)
+
+    def own(self) -> tuple[tuple[bytes, ...], bytes]:
+        """The commitments of the results that this node vouches for, in ascending order, and their Merkle root."""
+        if self._own is None:
+            commitments = tuple(sorted(entry.commitment for entry in self.verified()))
+            self._own = commitments, merkle_root(commitments)
+        return self._own
 
     def of(self, trainer: int) -> list[Entry]:
         """The results announced by a trainer."""
@@ -181,6 +208,5 @@ class RoundLog:
         return [entries[0] for entries in self._of.values() if len(entries) == 1 and entries[0].verified]
 
     def messages(self) -> list[Envelope]:
-        """All stored messages of the round, to resend."""
-        lists = [envelope for by_root in self.attests.values() for envelope in by_root.values()]
-        return [entry.envelope for entry in self.entries.values()] + lists
+        """All stored announcements, to resend."""
+        return [entry.envelope for entry in self.entries.values()]

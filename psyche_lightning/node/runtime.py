@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,14 +46,17 @@ from psyche_lightning.protocol.requests import (
     Withdraw,
     Witness,
 )
-from psyche_lightning.protocol.state import scope_of
+from psyche_lightning.protocol.state import ClientStatus, scope_of
 from psyche_lightning.transports.base import Transport, TransportContext
+from psyche_lightning.wire.canonical import pack, unpack
 from psyche_lightning.wire.identity import Identity, short
 
 TICK = 0.25
 FETCH_TIMEOUT = 60.0
 ROUNDS_AWAY, LEAST_AWAY = 3.0, 60.0
 """A training thread is away after this many of a round's longest times, and after at least so many seconds."""
+MAX_REMEMBERED = 1 << 26
+"""Largest record of a round's announcements in the journal, in bytes."""
 
 ReplicaTask = ev.Apply | ev.TakeSnapshot | ev.Load | ev.ShareBuffers | ev.LoadBuffers
 TrainerTask = ReplicaTask | ev.Train | Finished | BaseException
@@ -125,11 +128,13 @@ class Runtime:
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope = node.run_id  # until the coordinator tells the incarnation; nothing is signed before
-        self.core = self._make_core({})
+        self.core = self._make_core({}, {})
 
-    def _make_core(self, promises: Mapping[str, Envelope]) -> NodeCore:
+    def _make_core(self, promises: Mapping[str, Envelope], remembered: Mapping[str, Sequence[Envelope]]) -> NodeCore:
         node = self.node
-        return NodeCore(node.identity.public, node.coordinator.signer, self._scope, node.settings, self._seal, promises)
+        return NodeCore(
+            node.identity.public, node.coordinator.signer, self._scope, node.settings, self._seal, promises, remembered
+        )
 
     def _seal(self, message: Message) -> Envelope:
         return seal(self.node.identity, self._scope, message)
@@ -138,21 +143,26 @@ class Runtime:
         """The journal's key of a promise: a promise binds within one incarnation of a run."""
         return f"{self._scope}/{key}"
 
-    def _kept_promises(self) -> dict[str, Envelope]:
-        """Promises from before a restart whose payload is still stored."""
-        kept = {}
+    def _kept(self) -> tuple[dict[str, Envelope], dict[str, list[Envelope]]]:
+        """What this node stored before a restart: its promises whose payload is still here, and others' results."""
+        promises: dict[str, Envelope] = {}
+        remembered: dict[str, list[Envelope]] = {}
         for name, raw in self.node.journal.load().items():
             key = name.removeprefix(self._promise(""))
             if key == name:
                 continue  # of another run, or of a former one of this name
             try:
+                if key.startswith("list/"):
+                    parts = unpack(raw, max_size=MAX_REMEMBERED)
+                    remembered[key] = [open_envelope(part, self._scope) for part in parts]
+                    continue
                 envelope = open_envelope(raw, self._scope)
-            except WireError:
+            except (WireError, TypeError):
                 continue
             message = envelope.message
             if not isinstance(message, Result) or self.node.store.has(message.payload):
-                kept[key] = envelope
-        return kept
+                promises[key] = envelope
+        return promises, remembered
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -164,7 +174,7 @@ class Runtime:
         """
         node, self._loop = self.node, asyncio.get_running_loop()
         self._scope = scope_of(node.run_id, (await node.coordinator.request(GetTerms())).incarnation)
-        self.core = self._make_core(self._kept_promises())
+        self.core = self._make_core(*self._kept())
         context = TransportContext(node.identity, self._scope, self._on_message, self._blob_for_peer, node.served)
         self.address = await self.node.transport.start(context)
         await self.node.coordinator.request(Join(self.address, self.node.manifest))
@@ -178,9 +188,8 @@ class Runtime:
         """Leave: wait for peers that still need this node, tell the coordinator, close everything."""
         if self._joined and not self.node.alone:
             Left(why).tell()
-        deadline = time.monotonic() + linger
-        while time.monotonic() < deadline and self._needed():
-            await asyncio.sleep(0.05)
+        if self.core.finished:
+            await self._see_peers_off(linger)
         self._stopping = True
         if withdraw:
             await self._withdraw()
@@ -193,13 +202,29 @@ class Runtime:
         with contextlib.suppress(StoreError):  # a full disk is why it leaves
             self._tell_status(why)
 
-    def _needed(self) -> bool:
-        """Whether a healthy client of the finished epoch has not reported the last parameters yet."""
+    async def _withdraw(self) -> None:
+        with contextlib.suppress(PsycheError, asyncio.TimeoutError, OSError):
+            await asyncio.wait_for(self.node.coordinator.request(Withdraw()), 3.0)
+
+    async def _see_peers_off(self, linger: float) -> None:
+        """Serve peers until each has the finished run's last parameters, which its report or its leaving shows.
+
+        The reports that come after the run is finished are not recorded: so who made none leaves before it serves.
+        """
+        me = self.node.coordinator.signer
+        if me in self._without_last():
+            await self._withdraw()
+        deadline = time.monotonic() + linger
+        while time.monotonic() < deadline and self._without_last() - {me}:
+            await asyncio.sleep(0.05)
+
+    def _without_last(self) -> set[bytes]:
+        """The healthy clients of the finished run that have not reported its last parameters."""
         state = self.core.state
-        if state is None or not self.core.finished:
-            return False
-        voters = {vote[0] for vote in state.checkpoint_votes}
-        return any(client.signer not in voters for client in state.clients)
+        assert state is not None
+        last = state.checkpoint
+        voters = {signer for signer, *held in state.checkpoint_votes if held == [last.step, last.digest]}
+        return {client.signer for client in state.clients if client.status is ClientStatus.HEALTHY} - voters
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -231,10 +256,6 @@ class Runtime:
                 for notice in news(self.core.state, state, self.node.coordinator.signer):
                     notice.tell()
             self.handle(ev.StateSeen(state))
-
-    async def _withdraw(self) -> None:
-        with contextlib.suppress(PsycheError, asyncio.TimeoutError, OSError):
-            await asyncio.wait_for(self.node.coordinator.request(Withdraw()), 3.0)
 
     def _mind_the_training(self, now: float) -> None:
         """Leave the run while the training thread is away: a program that lost its loop would be waited for forever."""
@@ -325,6 +346,8 @@ class Runtime:
                 self.node.transport.send(peer, envelope.raw)
             case ev.Promise(key, envelope):
                 self.node.journal.append(self._promise(key), envelope.raw)
+            case ev.Remember(key, envelopes):
+                self.node.journal.append(self._promise(key), pack([each.raw for each in envelopes]))
             case ev.SetPeers(peers):
                 self.node.transport.set_peers(dict(peers))
             case ev.Fetch():

@@ -87,17 +87,20 @@ def describe(state: RunState | None, log: EpochLog | None, next_apply: int | Non
         return "waiting for the coordinator's state"
     if state.phase is Phase.WAITING_FOR_MEMBERS:
         needed, lacking = state.config.init_min_clients, lacks(state)
-        if not lacking:
-            return f"epoch {state.epoch}: waiting for {needed} members"
-        return f"epoch {state.epoch}: waits for {counted(lacking, 'more member')} (has {needed - lacking} of {needed})"
+        text = f"epoch {state.epoch}: waiting for {needed} members"
+        if lacking:
+            more = counted(lacking, "more member")
+            text = f"epoch {state.epoch}: waits for {more} (has {needed - lacking} of {needed})"
+        held = state.checkpoint
+        if held.digest and node not in state.holders:
+            text += f", and for a holder of the parameters {short(held.digest)} of step {held.step}"
+        return text
     if state.phase is Phase.PAUSED:
         return "the run is paused; waiting for `psyche run resume`"
     if state.phase is Phase.WARMUP:
         ready = {record.proof.index for record in state.warmup_witnesses}
         late = [short(client.node) for i, client in enumerate(state.clients) if i not in ready]
         return f"epoch {state.epoch}: waiting for {', '.join(late) or 'nobody'} to hold the parameters"
-    if state.phase is Phase.COOLDOWN:
-        return f"epoch {state.epoch}: waiting for its end to be agreed"
     if state.phase is Phase.FINISHED:
         return "the run is finished: waiting for its last parameters"
     current = state.current
@@ -113,8 +116,12 @@ def describe(state: RunState | None, log: EpochLog | None, next_apply: int | Non
         names = ", ".join(short(about.nodes[i]) for i in missing)
         share = f"{len(missing)}/{len(about.batches)}"
         return f"round {current.height}: waiting for results of {share} batches, from {names}"
+    if state.draining:
+        return f"round {current.height}: waiting for a quorum to name the parameters after step {state.step - 1}"
     reported = {record.proof.index for record in current.witnesses}
     silent = [n for i, n in enumerate(here.nodes) if here.selection.is_witness(i) and i not in reported]
+    if not silent:
+        return f"round {current.height}: waiting for the witnesses to agree; they verified different results"
     if node in silent:
         return f"round {current.height}: waiting for the coordinator to take this node's report"
     return f"round {current.height}: waiting for witnesses {', '.join(map(short, silent))}"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from psyche_lightning.node.rounds import RoundLog
 from psyche_lightning.protocol.bloom import Bloom, participants_bloom
-from psyche_lightning.protocol.merkle import attest_root
-from psyche_lightning.protocol.messages import Attest, Envelope
+from psyche_lightning.protocol.merkle import EMPTY_ROOT
 from psyche_lightning.protocol.requests import Witness
 
 
@@ -14,35 +13,44 @@ def result_promise(epoch: int, height: int) -> str:
     return f"result/{epoch}/{height}"
 
 
-def attest_promise(epoch: int, height: int) -> str:
-    """Journal key of a node's witness list of a round."""
-    return f"attest/{epoch}/{height}"
+def list_promise(epoch: int, height: int, root: bytes) -> str:
+    """Journal key of the announcements in a list of a round's results that a node reports, or that was decided."""
+    return f"list/{epoch}/{height}/{root.hex()}"
 
 
-def witness_report(here: RoundLog, index: int, envelope: Envelope, about: RoundLog | None) -> Witness:
-    """The request that binds a witness' list.
+def offer_promise(epoch: int, applied: int) -> str:
+    """Journal key of parameters that a node stored within an epoch: after a restart it goes on from them."""
+    return f"offer/{epoch}/{applied}"
+
+
+def witness_report(
+    epoch: int, here: RoundLog, index: int, about: RoundLog | None, step: int = 0, digest: bytes = b""
+) -> Witness:
+    """What a node verified, for the coordinator.
 
     Args:
-        here: the round that sends it.
-        index: this node's place in its client list.
-        envelope: the signed :class:`Attest`.
-        about: the round whose results it lists, or None.
+        epoch: of the run.
+        here: the round in which it reports.
+        index: its place in that round's client list.
+        about: the round whose results it witnesses, or None.
+        step: training steps in the parameters ``digest``.
+        digest: its newest parameters whose digest it knows, or empty.
 
     Returns:
-        The request. Its Bloom filters are Psyche's: participants has the signer hash of every client that showed a
-        sign of life or owed none; broadcasts has the commitments.
+        The request. Its Bloom filters are Psyche's: participants has the signer hash of every client whose result is
+        in the list or that owed none; broadcasts has the commitments.
     """
-    attest = envelope.message
-    assert isinstance(attest, Attest)
-    silent = about.missing if about else set()
+    commitments, root = about.own() if about else ((), EMPTY_ROOT)
+    missing = about.missing if about else set()
     clients = (about or here).round.clients
-    participants = participants_bloom(here.round.seed, (s for i, s in enumerate(clients) if i not in silent))
-    broadcasts = Bloom.of(here.round.seed, attest.hashes())
+    seed = here.round.seed
     return Witness(
-        attest.epoch,
-        attest.height,
+        epoch,
+        here.round.height,
         here.selection.witness_proof(index),
-        attest_root(attest),
-        participants,
-        broadcasts.to_bytes(),
+        root,
+        participants_bloom(seed, (signer for i, signer in enumerate(clients) if i not in missing)),
+        Bloom.of(seed, commitments).to_bytes(),
+        step,
+        digest,
     )

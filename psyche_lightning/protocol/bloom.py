@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from psyche_lightning.errors import WireError
 from psyche_lightning.protocol.state import BLOOM_KEYS, BLOOM_WORDS
@@ -34,6 +35,11 @@ def bloom_keys(seed: int) -> tuple[int, ...]:
     """
     prefix = b"psyche-lightning bloom 1" + struct.pack("<Q", seed)
     return tuple(int.from_bytes(sha256(prefix, bytes([i]))[:8], "little") for i in range(BLOOM_KEYS))
+
+
+@lru_cache(maxsize=16384)  # a round's filters have equal keys and mostly equal items
+def _positions(keys: tuple[int, ...], words: int, item: bytes) -> tuple[int, ...]:
+    return tuple(fnv1a(key, item) % (64 * words) for key in keys)
 
 
 class Bloom:
@@ -74,9 +80,9 @@ class Bloom:
         """Keys, then words, all u64 LE."""
         return struct.pack(f"<{len(self.keys)}Q", *self.keys) + self.bits.to_bytes(8 * self.words, "little")
 
-    def positions(self, item: bytes) -> list[int]:
+    def positions(self, item: bytes) -> tuple[int, ...]:
         """The bit positions of ``item``, one for each key."""
-        return [fnv1a(key, item) % (64 * self.words) for key in self.keys]
+        return _positions(self.keys, self.words, item)
 
     def add(self, item: bytes) -> None:
         """Make ``item`` a member."""

@@ -6,11 +6,12 @@ The permutation is Ethereum's swap-or-not shuffle with 90 rounds (Psyche's swap_
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from enum import IntEnum
 from functools import lru_cache
 
 from psyche_lightning.errors import CoordinatorError
-from psyche_lightning.protocol.state import CoordinatorConfig, Round, WitnessProof
+from psyche_lightning.protocol.state import CoordinatorConfig, Round, RunState, WitnessProof
 from psyche_lightning.wire.canonical import sha256
 
 SHUFFLE_ROUNDS = 90
@@ -32,6 +33,42 @@ def quorum(expected: int) -> int:
     This is Psyche's table except where that gives half: 4 needs 3, not 2. So two quorums always share a member.
     """
     return max(1, int(expected * (2 / 3)), expected // 2 + 1)
+
+
+def members(state: RunState) -> int:
+    """The number of clients with which the epoch was formed, also of those that have left it since."""
+    return len(state.clients) + len(state.exited_clients)
+
+
+def needed_reports(state: RunState) -> int:
+    """How many equal reports decide a round of an epoch with these members: a quorum of the witnesses it begins with.
+
+    Clients that leave later do not lower it. So whoever stays never decides alone.
+    """
+    return quorum(min(state.config.witness_nodes or MAX_WITNESSES, members(state)))
+
+
+def least_clients(state: RunState) -> int:
+    """The number of clients below which the epoch cannot go on: a quorum of its members, and ``min_clients``."""
+    return max(state.config.min_clients, quorum(members(state)))
+
+
+def starting_digest(state: RunState) -> bytes:
+    """The digest of the parameters with which the formed epoch begins, if it is decided; empty otherwise.
+
+    In a fresh run the first member decides it. After an epoch whose last parameters nobody named, it is what the
+    members of the next one find by applying the decided rounds.
+    """
+    if state.settled:
+        return state.checkpoint.digest
+    fresh = not state.checkpoint.digest and state.warmup_witnesses
+    return state.warmup_witnesses[0].merkle if fresh else b""
+
+
+def decided_root(round_: Round, needed: int) -> bytes | None:
+    """The Merkle root that decides a round: the one that ``needed`` of its witnesses report; None without any."""
+    counts = Counter(record.merkle for record in round_.witnesses)
+    return next((root for root, count in counts.items() if count >= needed), None)
 
 
 class Permutation:

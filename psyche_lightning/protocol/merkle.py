@@ -1,11 +1,9 @@
-"""Merkle trees over SHA-256 (Psyche's merkle_tree.rs) and the root that binds a witness to its list."""
+"""Merkle trees over SHA-256 (Psyche's merkle_tree.rs)."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
-from psyche_lightning.protocol.messages import Attest
 from psyche_lightning.wire.canonical import ZERO_HASH, sha256
 
 EMPTY_ROOT = ZERO_HASH
@@ -55,15 +53,3 @@ def verify_proof(root: bytes, item: bytes, proof: Sequence[tuple[bool, bytes]]) 
     for left, sibling in proof:
         node = sha256(b"\x01", sibling, node) if left else sha256(b"\x01", node, sibling)
     return node == root
-
-
-def attest_root(attest: Attest) -> bytes:
-    """The root in a witness record, which binds the witness' list.
-
-    Its leaves are the commitment hashes in the list's order and, if there is a digest, ``b"digest"``, ``applied`` as
-    u64 LE and the digest. No commitment can pass for that last leaf, which has 46 bytes instead of 32.
-    """
-    leaves = attest.hashes()
-    if attest.digest:
-        leaves.append(b"digest" + struct.pack("<Q", attest.applied) + attest.digest)
-    return merkle_root(leaves)

@@ -72,23 +72,20 @@ class Result:
 
 @dataclass(frozen=True)
 class Attest:
-    """A witness' list of what it verified; the Merkle root in its witness record binds the list.
+    """The results of a round that the sender verified, or those that were decided.
+
+    The Merkle root over the list is what witnesses report. So the list needs no other proof, whoever sends it.
 
     Attributes:
         epoch: epoch of the run.
-        height: height of the round *in which* it was sent (it lists that round's results or, with overlap, those of the
-            round before).
+        height: height of the round whose results these are.
         commitments: ascending 32-byte commitment hashes, concatenated.
-        applied: height before which all results are applied in ``digest``.
-        digest: the sender's newest parameter digest, at ``applied``; empty if it has none.
     """
 
     kind: ClassVar[int] = 1
     epoch: int
     height: int
     commitments: bytes
-    applied: int
-    digest: bytes
 
     def hashes(self) -> list[bytes]:
         """The commitment hashes, one by one."""
@@ -132,7 +129,7 @@ class Offer:
     Attributes:
         epoch: epoch of the run.
         applied: height before which all results are applied in them.
-        snapshot: their digest, which witness lists prove.
+        snapshot: their digest.
     """
 
     kind: ClassVar[int] = 4
@@ -208,13 +205,11 @@ def _check(message: Message) -> None:
         if any(a[1] + 1 >= b[0] for a, b in itertools.pairwise(message.again)):
             raise WireError("the ids trained again are not in ascending order, or their intervals touch")
     if isinstance(message, Attest):
-        if len(message.digest) not in (0, HASH_SIZE):
-            raise WireError(f"a parameter digest has {HASH_SIZE} bytes or none, not {len(message.digest)}")
         if len(message.commitments) % HASH_SIZE or len(message.commitments) > MAX_COMMITMENTS * HASH_SIZE:
             raise WireError(f"a list of {len(message.commitments)} bytes is not up to {MAX_COMMITMENTS} hashes")
         hashes = message.hashes()
         if any(a >= b for a, b in itertools.pairwise(hashes)):
-            raise WireError("the commitments of a witness are not in ascending order")
+            raise WireError("the commitments of a list are not in ascending order")
 
 
 def seal(identity: Identity, scope: str, message: Message) -> Envelope:

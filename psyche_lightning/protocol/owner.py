@@ -86,6 +86,15 @@ class RunAdmin(Protocol):
         """
         ...
 
+    def restart_from(self, digest: str, step: int) -> str:
+        """Go on from other parameters than the newest; returns in words what that means.
+
+        Args:
+            digest: their digest in hex.
+            step: training steps that they contain.
+        """
+        ...
+
     def points(self) -> list[dict[str, Any]]:
         """Returns ``node``, ``earned``, ``slashed`` and ``claimed`` of each participant."""
         ...

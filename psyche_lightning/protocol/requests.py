@@ -147,15 +147,17 @@ class WarmupWitness(Request[None]):
 
 @dataclass(frozen=True)
 class Witness(Request[None]):
-    """Reports as a witness of a round.
+    """Reports as a witness of a round; may be repeated with other content until the round is decided.
 
     Attributes:
         epoch: epoch of the run.
         height: height of the round.
         proof: the sender's place in the committee.
-        merkle: root of its list.
+        merkle: root over the commitments that it verified, in ascending order.
         participants: Bloom filter of the signers that it heard.
         broadcasts: Bloom filter of the commitments that it verified.
+        step: training steps in the newest parameters whose digest the sender knows.
+        digest: that digest, or empty.
         report: figures for people; the node core leaves them to the runtime.
     """
 
@@ -166,27 +168,19 @@ class Witness(Request[None]):
     merkle: bytes
     participants: bytes
     broadcasts: bytes
+    step: int = 0
+    digest: bytes = b""
     report: Report = Report()
 
 
 @dataclass(frozen=True)
 class HealthCheck(Request[int]):
-    """Names clients that gave no sign of life in the round before ``height``; the answer is how many were dropped."""
+    """Names clients that delivered nothing in the rounds before ``height``; the answer is how many were dropped."""
 
     name = "health_check"
     epoch: int
     height: int
     signers: tuple[bytes, ...]
-
-
-@dataclass(frozen=True)
-class Vote(Request[None]):
-    """Votes in cool-down for the parameters that the sender holds after ``step`` training steps."""
-
-    name = "checkpoint"
-    epoch: int
-    step: int
-    digest: bytes
 
 
 @dataclass(frozen=True)
@@ -225,7 +219,7 @@ class GetRounds(Request[tuple[Round, ...]]):
 
 
 REQUESTS: dict[str, type[Request[Any]]] = {
-    kind.name: kind for kind in (GetTerms, Join, Withdraw, WarmupWitness, Witness, HealthCheck, Vote, Accuse, GetRounds)
+    kind.name: kind for kind in (GetTerms, Join, Withdraw, WarmupWitness, Witness, HealthCheck, Accuse, GetRounds)
 }
 """Each request by its name between node and server."""
 

@@ -25,14 +25,13 @@ def scope_of(run_id: str, incarnation: bytes) -> str:
 
 
 class Phase(IntEnum):
-    """What a run does; the numbers are on the wire."""
+    """What a run does; the numbers are on the wire (5, Psyche's cool-down, is not used)."""
 
     UNINITIALIZED = 0
     WAITING_FOR_MEMBERS = 1
     WARMUP = 2
     ROUND_TRAIN = 3
     ROUND_WITNESS = 4
-    COOLDOWN = 5
     FINISHED = 6
     PAUSED = 7
 
@@ -43,8 +42,8 @@ class Phase(IntEnum):
 
     @property
     def active(self) -> bool:
-        """Whether the run is in an epoch's rounds or cool-down."""
-        return self in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS, Phase.COOLDOWN)
+        """Whether the run is in an epoch's rounds."""
+        return self in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
 
 
 class ClientStatus(IntEnum):
@@ -62,9 +61,9 @@ class CoordinatorConfig:
 
     Attributes:
         warmup_time: longest time for nodes to obtain the epoch's parameters.
-        cooldown_time: longest time for nodes to report the parameters at the end of an epoch.
+        cooldown_time: longest time of a drain round, in which nodes also report the parameters at the epoch's end.
         max_round_train_time: longest time for a round's training and exchange.
-        round_witness_time: longest time to wait for witnesses that did not report during training.
+        round_witness_time: longest time after that for witnesses to report, and to agree on what they report.
         epoch_time: an epoch ends after the round in which this time is over.
         global_batch_size_start: samples of the whole run in the first round.
         global_batch_size_end: samples of a round after ``global_batch_size_warmup_tokens`` tokens.
@@ -127,9 +126,8 @@ class WitnessRecord:
 
     Attributes:
         proof: its seat.
-        merkle: root over the list of its :class:`~psyche_lightning.protocol.messages.Attest` (see ``attest_root``); in
-            warm-up, the digest of the parameters that the client holds.
-        complete: whether it came during training, which means "I have everything".
+        merkle: root over the commitments that it verified (``merkle_root``); in warm-up, the digest of the parameters
+            that the client holds.
         participants: serialized Bloom filter (192 bytes) of clients whose results arrived or that owed none; empty in
             the nodes' views.
         broadcasts: serialized Bloom filter of commitments, for Psyche's readers; empty in the nodes' views.
@@ -137,7 +135,6 @@ class WitnessRecord:
 
     proof: WitnessProof
     merkle: bytes
-    complete: bool = False
     participants: bytes = b""
     broadcasts: bytes = b""
 
@@ -154,7 +151,7 @@ class Round:
         batch_size: samples of the round; 0 for a drain round.
         clients: signers of the clients at its start, in list order, which proofs and assignment use.
         tie_breaker_tasks: always 0 so far.
-        witnesses: reports in order of arrival.
+        witnesses: the newest report of each witness. A quorum of equal roots decides the round.
     """
 
     height: int = 0
@@ -169,11 +166,12 @@ class Round:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The parameters that a joining node must hold.
+    """The newest parameters whose digest is on record.
+
+    The run's parameters are these, with the results of the decided rounds after ``step`` applied.
 
     Attributes:
-        digest: parameter digest. It is empty if none is agreed (in a fresh run, or if nobody is left who holds the
-            parameters); then the first warm-up witness of the epoch decides.
+        digest: parameter digest, named by a quorum; in a fresh run by the first member. Empty before that.
         step: training steps that the parameters contain.
     """
 
@@ -196,19 +194,19 @@ class RunState:
         epoch_start_data_index: first data id of the epoch.
         epoch_start: time at which the epoch began.
         gathered_at: time since which enough members wait for an epoch; None while there are too few.
-        start_step: ``step`` when the epoch began.
+        start_step: ``step`` when the epoch, or while none trains the last one, began.
         last_step: 0, or ``step`` when the epoch began to drain; this epoch trains no further step.
         head: index of the current round in ``rounds`` (height modulo 4).
-        rounds: ring of the last four rounds; slot ``height % 4``. Empty before the first round of an epoch.
+        rounds: ring of the last four rounds; slot ``height % 4``. Until an epoch trains, those of the last one.
         warmup_witnesses: records of clients that hold the epoch's parameters.
-        epoch_digest: digest of the parameters with which the epoch's first round began; empty before it.
+        needed: number of equal reports that decide one of these rounds.
+        epoch_digest: digest of the parameters with which the first of these rounds' epoch began.
         clients: members in list order.
         exited_clients: members that left during the epoch.
-        checkpoint: the parameters that joining nodes must hold.
-        checkpoint_votes: ``(signer, step, digest)`` of each vote in this cool-down.
-        holders: signers of the clients that may hold the checkpoint: the clients of the last epoch and those that
-            reported it since, except those that did not report it in a whole warm-up. An epoch without any holder
-            gives the checkpoint up.
+        checkpoint: the newest parameters whose digest is on record.
+        checkpoint_votes: ``(signer, step, digest)``: the parameters that witnesses of the current round hold.
+        holders: signers of the clients that may hold the run's parameters: the members of the last epoch and those
+            that reported them since. Without any of them no epoch forms.
         pending_pause: whether the run pauses at the end of the epoch.
         cold_start_epoch: whether the epoch follows a pause, so that learning rates warm up again.
         nonce: grows with every change by at least one; updates with a smaller nonce are stale.
@@ -229,6 +227,7 @@ class RunState:
     last_step: int = 0
     head: int = 0
     rounds: tuple[Round, ...] = ()
+    needed: int = 1
     warmup_witnesses: tuple[WitnessRecord, ...] = ()
     epoch_digest: bytes = b""
     clients: tuple[Client, ...] = ()
@@ -248,7 +247,7 @@ class RunState:
 
     @property
     def current(self) -> Round | None:
-        """The newest round of the epoch; None before the first."""
+        """The newest round; None before the first of the run."""
         return self.rounds[self.head] if self.rounds else None
 
     def round_at(self, height: int) -> Round | None:
@@ -259,6 +258,11 @@ class RunState:
         return self.rounds[slot]
 
     @property
+    def settled(self) -> bool:
+        """Whether the checkpoint contains every round, so that its digest is the run's."""
+        return bool(self.checkpoint.digest) and self.checkpoint.step == self.step - 1
+
+    @property
     def draining(self) -> bool:
         """Whether the epoch only drains its pipeline now."""
-        return self.last_step != 0
+        return self.phase.active and self.last_step != 0

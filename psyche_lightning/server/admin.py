@@ -143,8 +143,8 @@ class CoordinatorAdmin:
 
         Args:
             run_id: the run.
-            name: ``pause``, ``resume``, ``start``, ``update``, ``close``, ``authorize``, ``revoke``,
-                ``kick`` or ``link``.
+            name: ``pause``, ``resume``, ``start``, ``update``, ``close``, ``authorize``, ``revoke``, ``kick``,
+                ``link`` or ``restart-from``.
             body: the command's arguments.
         """
         return self._ask("POST", f"{_path(run_id)}/{name}", body)
@@ -273,6 +273,11 @@ class ServerRun:
         status = self._admin.command(self._run, "kick", node=node)
         return f"{node} is removed from run {self._run} and may not join it again{_reentry(status)}"
 
+    def restart_from(self, digest: str, step: int) -> str:
+        """Go on from other parameters than the newest."""
+        status = self._admin.command(self._run, "restart-from", digest=digest, step=step)
+        return f"run {self._run} goes on from the parameters {digest[:8]} of step {step}: {status['waits_for']}"
+
     def _key(self, node: str) -> str:
         """The whole key of a member that is given by the first digits of its key; other texts as they are."""
         status = self.status()
@@ -287,7 +292,7 @@ class ServerRun:
         return str(self._admin.link(self._run, new=new))
 
     def points(self) -> list[dict[str, Any]]:
-        """Points of each node: the samples of each epoch, in equal parts to the nodes that were healthy at its end."""
+        """Points of each node: the samples of decided rounds, in equal parts to those whose results they have."""
         points: list[dict[str, Any]] = self.status()["points"]
         return points
 

@@ -43,6 +43,7 @@ from psyche_lightning.server.store import Store
 from psyche_lightning.server.tls import coordinator_context
 from psyche_lightning.server.websocket import Websocket
 from psyche_lightning.transports.limits import Bucket
+from psyche_lightning.wire.canonical import HASH_SIZE
 from psyche_lightning.wire.identity import KEY_SIZE
 
 MAX_BODY_SIZE = MAX_FRAME_SIZE
@@ -239,6 +240,7 @@ class CoordinatorServer:
                 web.post(run + "/authorize", self._allow),
                 web.post(run + "/revoke", self._forbid),
                 web.post(run + "/kick", self._kick),
+                web.post(run + "/restart-from", self._restart_from),
                 web.post(run + "/close", self._close),
                 web.post(run + "/link", self._link),
                 web.get("/v1/manifests/{digest}", self._manifest),
@@ -332,6 +334,23 @@ class CoordinatorServer:
         if node is None:
             raise CoordinatorError("name the node to remove, by its key", code="BadRequest")
         return await self._command(request, lambda host, now: host.kick(node, now))
+
+    async def _restart_from(self, request: web.Request) -> web.Response:
+        body = await self._body(request)
+        text, step = body.get("digest"), body.get("step")
+        try:
+            digest = bytes.fromhex(text)  # type: ignore[arg-type] # any JSON value, which is what is checked here
+        except (TypeError, ValueError):
+            digest = b""
+        if len(digest) != HASH_SIZE:
+            raise CoordinatorError(
+                f"{str(text)[:80]!r} is not a digest of parameters: expected {2 * HASH_SIZE} hexadecimal digits, as "
+                "`psyche run status --json` and a checkpoint's description show them",
+                code="BadRequest",
+            )
+        if type(step) is not int:
+            raise CoordinatorError(f"{str(step)[:80]!r} is not a number of steps", code="BadRequest")
+        return await self._command(request, lambda host, now: host.restart_from(digest, step, now))
 
     async def _node(self, request: web.Request) -> bytes | None:
         """The node key in a request's body; None for everybody."""

@@ -37,11 +37,11 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
 
     Returns:
         JSON values: the fields of :func:`run_line`, ``incarnation``, ``nonce``, ``config`` (null for what the first
-        node will fix), ``pending_pause``, ``problem`` (why changes cannot be stored, null if they can),
-        ``checkpoint``, ``manifest_digest``; ``clients`` (of the epoch), ``exited`` and ``pending``, each with key,
-        status and latest figures; ``points``; ``by_link`` (whether who joins needs the join
-        link), ``allowed`` (node keys that may join, null for everyone) and ``revoked``
-        (node keys that may not in any case); ``events`` and ``metrics``, and the number of each.
+        node will fix), ``pending_pause``, ``waits_for`` (in a line, empty if the run waits for nothing), ``problem``
+        (why changes cannot be stored, null if they can), ``checkpoint``, ``manifest_digest``; ``clients`` (of the
+        epoch), ``exited`` and ``pending``, each with key, status and latest figures; ``points``; ``by_link`` (whether
+        who joins needs the join link), ``allowed`` (node keys that may join, null for everyone) and ``revoked`` (node
+        keys that may not in any case); ``events`` and ``metrics``, and the number of each.
     """
     host, state = run.host, run.state
     reports = host.history.reports
@@ -58,6 +58,7 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         "incarnation": state.incarnation.hex(),
         "nonce": state.nonce,
         "pending_pause": state.pending_pause,
+        "waits_for": host.waits_for,
         "problem": run.problem,
         "checkpoint": {"step": state.checkpoint.step, "digest": state.checkpoint.digest.hex()},
         "manifest_digest": run.manifest_digest.hex() or None,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.protocol.requests import Withdraw
 from psyche_lightning.protocol.state import Phase, RunState
 from psyche_lightning.simulation.node import SimNode
 from psyche_lightning.simulation.scenario import Scenario
@@ -67,7 +70,9 @@ class Faults:
         self.count = 0
         self._simulation = simulation
         self._rng = simulation.rng
-        self._cut: set[frozenset[int]] = set()
+        self._cut: set[tuple[int, int]] = set()
+        self._outage = 0
+        self._pausing = False
 
     def plan(self) -> None:
         """Schedules all faults of the scenario."""
@@ -85,12 +90,21 @@ class Faults:
             at(rng.uniform(5, calm), self._kill_coordinator)
         for _ in range(scenario.pauses):
             at(rng.uniform(3, 60), self._pause)
-        for _ in range(scenario.cuts):
-            pair = frozenset(rng.sample(range(scenario.nodes), 2))
+        for number in range(scenario.cuts + scenario.one_way):
+            a, b = rng.sample(range(scenario.nodes), 2)
+            ways = {(a, b)} if number < scenario.one_way else {(a, b), (b, a)}
             start = rng.uniform(5, calm)
-            at(start, lambda pair=pair: self._cut.add(pair))  # type: ignore[misc]
-            at(start + rng.uniform(5, 60), lambda pair=pair: self._cut.discard(pair))  # type: ignore[misc]
+            at(start, lambda ways=ways: self._cut.update(ways))  # type: ignore[misc]
+            at(start + rng.uniform(5, 60), lambda ways=ways: self._cut.difference_update(ways))  # type: ignore[misc]
             self.count += 1
+        for _ in range(scenario.power_cuts):
+            at(rng.uniform(10, calm), self._cut_power)
+        for _ in range(scenario.stops):
+            at(rng.uniform(10, calm), self._stop_all)
+        for _ in range(scenario.outages):
+            start = rng.uniform(10, calm)
+            at(start, lambda: self._reach(1))
+            at(start + rng.uniform(5, 60), lambda: self._reach(-1))
 
     # --- the network ------------------------------------------------------------------------------------------------
 
@@ -108,8 +122,18 @@ class Faults:
         return lost
 
     def severed(self, a: SimNode, b: SimNode) -> bool:
-        """Whether two nodes cannot reach each other."""
-        return frozenset((a.index, b.index)) in self._cut
+        """Whether nothing that ``a`` sends reaches ``b``."""
+        return (a.index, b.index) in self._cut
+
+    @property
+    def outage(self) -> bool:
+        """Whether no node reaches the coordinator."""
+        return self._outage > 0
+
+    def _reach(self, change: int) -> None:
+        self._outage += change
+        self.count += change > 0
+        self._simulation.trace("the coordinator is out of reach" if change > 0 else "the coordinator is back")
 
     # --- nodes ------------------------------------------------------------------------------------------------------
 
@@ -127,6 +151,30 @@ class Faults:
             grace = self._rng.uniform(1, 6)
             self._simulation.at(grace, lambda life=node.life: self._vanished(node, life))  # type: ignore[misc]
         self._simulation.at(self._rng.uniform(0.5, 40), lambda: self._simulation.start(node))
+
+    def _cut_power(self) -> None:
+        """All nodes end at the same moment, and come back one after the other."""
+        self._simulation.trace("power cut")
+        for node in self._simulation.nodes:
+            if node.core is not None and not node.done:
+                self.end(node)
+                self._simulation.at(5.0, lambda node=node, life=node.life: self._vanished(node, life))  # type: ignore[misc]
+                self._simulation.at(self._rng.uniform(1, 30), lambda node=node: self._simulation.start(node))  # type: ignore[misc]
+
+    def _stop_all(self) -> None:
+        """All nodes say goodbye, and come back one after the other."""
+        simulation = self._simulation
+        if simulation.host is None:
+            simulation.at(1.0, self._stop_all)
+            return
+        simulation.trace("all nodes leave")
+        for node in simulation.nodes:
+            if node.core is not None and not node.done:
+                with contextlib.suppress(CoordinatorError):
+                    simulation.host.handle(node.identity.public, Withdraw(), simulation.now)
+                self.end(node)
+                simulation.at(self._rng.uniform(1, 30), lambda node=node: simulation.start(node))  # type: ignore[misc]
+        simulation.changed()
 
     def _replace(self, node: SimNode) -> None:
         """Removes a node for good, with its disk; another node takes its place."""
@@ -179,9 +227,17 @@ class Faults:
         elif not simulation.host.state.phase.halted:
             self.count += 1
             simulation.trace("pause")
+            self._pausing = True
             simulation.host.pause(simulation.now)
             simulation.changed()
             simulation.at(self._rng.uniform(1, 30), self._resume)
+
+    def go_on(self) -> None:
+        """Resumes a run that has paused by itself, because nothing was applied for some rounds."""
+        host = self._simulation.host
+        if host is not None and host.state.phase is Phase.PAUSED and not self._pausing:
+            self._pausing = True
+            self._simulation.at(10.0, self._resume)
 
     def _resume(self) -> None:
         """Resumes the run once it has halted; does nothing if it has finished."""
@@ -189,6 +245,7 @@ class Faults:
         if simulation.host is None or simulation.host.state.pending_pause:
             simulation.at(1.0, self._resume)
         elif simulation.host.state.phase is Phase.PAUSED:
+            self._pausing = False
             simulation.trace("resume")
             simulation.host.resume(simulation.now)
             simulation.changed()

@@ -10,8 +10,9 @@ from psyche_lightning.node import events as ev
 from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.ledger import Row
 from psyche_lightning.node.notices import Finished
-from psyche_lightning.protocol.messages import Envelope, Result
+from psyche_lightning.protocol.messages import Envelope, Message, Result
 from psyche_lightning.protocol.open_ids import OpenIds, closed, count
+from psyche_lightning.simulation.roles import Role
 from psyche_lightning.wire.canonical import pack, sha256, unpack
 from psyche_lightning.wire.identity import Identity, short
 
@@ -20,14 +21,18 @@ BAD = b"malformed"
 ABSTENTIONS = 0.01
 
 
+def _refuse(message: Message) -> Envelope:
+    raise AssertionError(message)
+
+
 @dataclass
 class SimNode:
-    """A node: what survives a kill (identity, blobs, promises, ledger) and what does not.
+    """A node: what survives a kill (identity, blobs, promises, remembered results, ledger) and what does not.
 
     Attributes:
         head: its parameters, a hash chain over everything that was applied.
         buffers: another one, which each node's training changes in its own way.
-        cheat: what it does wrong on purpose, or empty.
+        role: how it breaks the rules on purpose, one of :data:`~psyche_lightning.simulation.roles.ROLES`, or empty.
         life: how often it was killed.
         queue: what its training thread has to do.
         done: how it left the finished run; None as long as it has not.
@@ -38,10 +43,12 @@ class SimNode:
 
     index: int
     identity: Identity
-    cheat: str = ""
+    role: str = ""
     blobs: dict[bytes, bytes] = field(default_factory=dict)
     promises: dict[str, Envelope] = field(default_factory=dict)
+    remembered: dict[str, tuple[Envelope, ...]] = field(default_factory=dict)
     core: NodeCore | None = None
+    plays: Role = field(default_factory=lambda: Role("", _refuse, random.Random(0)))
     life: int = 0
     head: bytes = b""
     buffers: bytes = b""
@@ -87,7 +94,8 @@ class SimNode:
     def keep(self, kept: set[bytes], promises: tuple[str, ...]) -> None:
         """Forgets everything else; new blobs stay until the next call."""
         self.blobs = {key: blob for key, blob in self.blobs.items() if key in kept | self.young}
-        self.promises = {key: self.promises[key] for key in promises}
+        self.promises = {key: kept for key, kept in self.promises.items() if key in promises}
+        self.remembered = {key: kept for key, kept in self.remembered.items() if key in promises}
         self.young.clear()
 
     def load(self, blob: bytes) -> None:
@@ -100,14 +108,15 @@ class SimNode:
         """Does a task of the training thread."""
         match task:
             case ev.Train(epoch, height, step, batch):
-                blob = (BAD if self.cheat == "malformed" else b"ok") + sha256(
+                blob = (BAD if self.role == "malformed" else b"ok") + sha256(
                     self.identity.public, self.head, f"{epoch} {height}".encode()
                 )
                 (start, end), *again = closed(batch)
                 tokens = 0 if rng.random() < ABSTENTIONS else count(batch)
                 self.buffers = sha256(self.buffers, self.identity.public)
+                lrs = (7 if self.role == "rates" else 1,)
                 result = Result(
-                    epoch, height, step, start, end, 0, self.put(blob), len(blob), LAYOUT, (1,), 0, tokens, tuple(again)
+                    epoch, height, step, start, end, 0, self.put(blob), len(blob), LAYOUT, lrs, 0, tokens, tuple(again)
                 )
                 return ev.Trained(epoch, height, result)
             case ev.Apply(epoch, height, payloads, lrs, due, _, prints, open_ids):

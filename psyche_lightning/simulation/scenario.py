@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 from psyche_lightning.errors import PsycheError
+from psyche_lightning.protocol.committee import quorum
 
 
 class SimulationError(PsycheError):
@@ -28,12 +29,16 @@ class Scenario:
         coordinator_kills: coordinator kills, each followed by a restart.
         pauses: times that the run is paused, and resumed a while after it halted.
         cuts: pairs of nodes that cannot reach each other for a while.
-        cheats: nodes that send malformed payloads or sign two results for one batch.
+        cheats: nodes that break the rules on purpose; the others make a quorum of every epoch.
         calm: virtual time after which nothing of the above fails any more.
         payload_loss: probability that a payload is not delivered when it is fetched, during the whole run.
         flips: times that the parameters of a node change by themselves.
         replacements: nodes that are killed for good, each followed by a new one.
         keep_bytes: agreed payloads that nodes keep until they take a new snapshot.
+        power_cuts: times that all nodes lose power together; their disks stay.
+        stops: times that all nodes leave politely, and come back.
+        outages: times that the coordinator is out of reach, while its clock goes on.
+        one_way: of the cuts, those that hold in one direction.
     """
 
     seed: int
@@ -53,17 +58,30 @@ class Scenario:
     flips: int = 0
     replacements: int = 0
     keep_bytes: int = 1 << 30
+    power_cuts: int = 0
+    stops: int = 0
+    outages: int = 0
+    one_way: int = 0
+
+    @property
+    def init_min_clients(self) -> int:
+        """Members that form an epoch, such that those who keep the rules are a quorum of them."""
+        least = max(2, self.nodes - 2)
+        return next(n for n in range(least, self.nodes + 1) if all(self._safe(m) for m in range(n, self.nodes + 1)))
+
+    def _safe(self, members: int) -> bool:
+        return members - self.cheats >= quorum(members)
 
     @classmethod
     def draw(cls, seed: int) -> Scenario:
         """The scenario of a seed."""
         rng = random.Random(f"scenario {seed}")
-        nodes = rng.randint(4, 8)
+        nodes = rng.choice([4, 5, 6, 7, 8, 4, 5, 6, 7, 8, 4, 5, 6, 7, 8, 12, 16, 32])
         return cls(
             seed=seed,
             nodes=nodes,
             overlap=rng.random() < 0.5,
-            steps=rng.randint(6, 16),
+            steps=rng.randint(6, 16) if nodes <= 8 else 6,
             loss=rng.choice([0.0, 0.02, 0.1, 0.25]),
             delay=rng.choice([0.01, 0.1, 0.5, 1.5]),
             duplicate=rng.choice([0.0, 0.05, 0.3]),
@@ -71,12 +89,16 @@ class Scenario:
             coordinator_kills=rng.choice([0, 0, 1, 2]),
             pauses=rng.choice([0, 0, 0, 1]),
             cuts=rng.choice([0, 0, 1, 3]),
-            cheats=rng.choice([0, 0, 0, 1]),
+            cheats=rng.randint(0, nodes - quorum(nodes)) if rng.random() < 0.4 else 0,
             calm=150.0,
             payload_loss=rng.choice([0.0, 0.0, 0.1]),
             flips=rng.choice([0, 0, 0, 1]),
             replacements=rng.choice([0, 0, 1, 2]),
             keep_bytes=rng.choice([1 << 30, 300]),
+            power_cuts=rng.choice([0, 0, 0, 1, 2]),
+            stops=rng.choice([0, 0, 0, 0, 1]),
+            outages=rng.choice([0, 0, 0, 1]),
+            one_way=rng.choice([0, 0, 0, 1, 2]),
         )
 
 

@@ -7,6 +7,7 @@ anything else than the others is seen at once. ``psyche sim --seed N`` replays o
 
 from __future__ import annotations
 
+import base64
 import heapq
 import multiprocessing
 import random
@@ -19,9 +20,8 @@ from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.audit import Audit, audit
 from psyche_lightning.node.core import STALE, NodeCore
-from psyche_lightning.node.ledger import row_of
+from psyche_lightning.node.ledger import Row, row_of
 from psyche_lightning.node.notices import (
-    DecidedWithoutLists,
     Finished,
     KeepsOwnBuffers,
     Notice,
@@ -29,12 +29,15 @@ from psyche_lightning.node.notices import (
     TensorDiffered,
 )
 from psyche_lightning.node.settings import Settings
-from psyche_lightning.protocol.messages import Envelope, Result, seal
+from psyche_lightning.protocol.committee import decided_root
+from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_root
+from psyche_lightning.protocol.messages import Envelope, Result, open_envelope, seal
 from psyche_lightning.protocol.open_ids import count
 from psyche_lightning.protocol.requests import GetRounds, Join, Request
 from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, Phase, RunState
 from psyche_lightning.simulation.faults import Faults
 from psyche_lightning.simulation.node import BAD, LAYOUT, SimNode
+from psyche_lightning.simulation.roles import ROLES, Role
 from psyche_lightning.simulation.scenario import History, Scenario, SimulationError
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
@@ -76,8 +79,8 @@ class Simulation:
             global_batch_size_start=batch,
             global_batch_size_end=batch,
             total_steps=scenario.steps,
-            init_min_clients=max(2, scenario.nodes - 2),
-            min_clients=2,
+            init_min_clients=scenario.init_min_clients,
+            min_clients=1,
             waiting_for_members_extra_time=3.0,
         )
         self.host: RunHost | None = RunHost(
@@ -91,13 +94,17 @@ class Simulation:
         self.host.begin(0.0)
         self.disk: dict[str, Any] = {}
         self._announced = -1
-        self._held, self._lost = b"", 0
+        self._step = 0
+        self._record: dict[tuple[int, int], bytes | None] = {}
         self.nodes: list[SimNode] = []
         for _ in range(scenario.nodes):
             self.add_node()
         self._taken = self._repaired = 0
+        # Whoever is ejected does not come back: the others must be able to form an epoch then.
+        enough = scenario.nodes - scenario.cheats >= scenario.init_min_clients
+        roles = [role for role in ROLES if enough or role != "equivocate"]
         for node in self.nodes[: scenario.cheats]:
-            node.cheat = self.rng.choice(["malformed", "equivocate"])
+            node.role = self.rng.choice(roles)
 
     # --- time -------------------------------------------------------------------------------------------------------
 
@@ -132,7 +139,7 @@ class Simulation:
                 raise
             except Exception as error:
                 raise self._error(f"{type(error).__name__}: {error}") from error
-            if all(node.done or node.gone for node in self.nodes):
+            if all(node.done or node.gone or node.role for node in self.nodes):
                 break
         return self._history()
 
@@ -145,7 +152,8 @@ class Simulation:
         if state.phase is not Phase.FINISHED or state.step != self.scenario.steps + 1:
             raise self._error(f"it ended in {state.phase.name} at step {state.step} of {self.scenario.steps}")
         digest = state.checkpoint.digest
-        held = [n for n in self.nodes if n.done is None or n.done.outcome is not Outcome.OTHER_PARAMETERS]
+        honest = [node for node in self.nodes if not node.role]
+        held = [n for n in honest if n.done is None or n.done.outcome is not Outcome.OTHER_PARAMETERS]
         wrong = [node.name for node in held if not node.gone and node.digest != digest]
         if not digest or wrong:
             raise self._error(f"{', '.join(wrong) or 'everybody'} ended with other parameters than agreed")
@@ -169,14 +177,13 @@ class Simulation:
         Raises:
             SimulationError: it is not complete, though faults do not excuse that: an id was lost, or trained twice.
         """
-        rows = [row for node in self.nodes for row in node.ledger]
+        rows = [row for node in self.nodes if not node.role for row in node.ledger]
+        self._check_books(rows)
         ledger = audit(rows)
         seen = ledger.rounds + count(ledger.missing)
         if ledger.last_step != self.scenario.steps or seen != self.scenario.steps:
             ledger.problems.append(f"{seen} rounds up to step {ledger.last_step} of {self.scenario.steps}")
         excused = 0
-        if self._lost:  # everybody who held the parameters is gone for good, with what was not written down yet
-            excused += len(ledger.lost) + len(ledger.missing)
         trained: Counter[int] = Counter()
         for line in ledger.lines:
             trained[line.step] += count([(line.start, line.stop)])
@@ -185,6 +192,45 @@ class Simulation:
         if len(ledger.problems) > excused:
             raise self._error(f"the ledger is not complete: {'; '.join(ledger.problems[:3])}")
         return ledger
+
+    def _check_books(self, rows: Sequence[Row]) -> None:
+        """Checks that what nodes applied is what the coordinator recorded, round by round.
+
+        Raises:
+            SimulationError: a book has other results than those that a quorum reported.
+        """
+        delay = 2 if self.scenario.overlap else 1
+        for row in rows:
+            envelopes = [open_envelope(base64.b64decode(text), self.scope) for text in row["results"]]
+            listed = merkle_root(
+                sorted(
+                    each.message.commitment(self.scope, each.sender)
+                    for each in envelopes
+                    if isinstance(each.message, Result)
+                )
+            )
+            recorded = self._record.get((row["epoch"], row["height"] + delay - 1)) or EMPTY_ROOT
+            if listed != recorded:
+                raise self._error(
+                    f"round {row['height']} of epoch {row['epoch']} was decided as {recorded.hex()[:8]} and written "
+                    f"down as {listed.hex()[:8]}"
+                )
+
+    def _observe(self, state: RunState) -> None:
+        """Notes what the coordinator decided.
+
+        Raises:
+            SimulationError: it takes a step or a decision back.
+        """
+        if state.step < self._step:
+            raise self._error(f"the run went back from step {self._step} to {state.step}")
+        self._step = state.step
+        epoch = state.epoch if state.phase.active else state.epoch - 1
+        for round_ in state.rounds:
+            over = not state.phase.active or (state.current is not None and round_.height < state.current.height)
+            root = decided_root(round_, state.needed)
+            if over and self._record.setdefault((epoch, round_.height), root) != root:
+                raise self._error(f"the decision on round {round_.height} of epoch {epoch} changed")
 
     def _latency(self) -> float:
         return self.rng.uniform(0.001, self.scenario.delay)
@@ -198,6 +244,7 @@ class Simulation:
     def _tick_coordinator(self) -> None:
         if self.host is not None and self.host.tick(self.now):
             self.changed()
+        self.faults.go_on()
         self.at(TICK, self._tick_coordinator)
 
     def changed(self) -> None:
@@ -205,9 +252,8 @@ class Simulation:
         assert self.host is not None
         if self.host.state.nonce == self._announced:
             return
+        self._observe(self.host.state)
         self._announced = self.host.state.nonce
-        held, self._held = self._held, self.host.state.checkpoint.digest
-        self._lost += bool(held) and not self._held
         for node in self.nodes:
             if node.core is not None:
                 self.at(self._latency(), lambda node=node, life=node.life: self._push(node, life))  # type: ignore[misc]
@@ -216,6 +262,7 @@ class Simulation:
         if (
             self.host is not None
             and node.life == life
+            and not self.faults.outage
             and not (self.now < self.scenario.calm and self.rng.random() < self.scenario.loss / 2)
         ):
             self._give(node, ev.StateSeen(self.host.state))
@@ -225,7 +272,7 @@ class Simulation:
             failed = ev.RequestFailed(request, code, text, retryable)
             self.at(self._latency(), lambda: self._give_if(node, life, failed))
 
-        if self.faults.lost() or self.host is None:
+        if self.faults.lost() or self.faults.outage or self.host is None:
             fail("Unreachable", "the coordinator did not answer", True)
             return
         sent = Join(node.name, {"run": {}}) if isinstance(request, Join) else request
@@ -267,7 +314,8 @@ class Simulation:
             for key, envelope in node.promises.items()
             if not isinstance(envelope.message, Result) or envelope.message.payload in node.blobs
         }
-        node.begin(NodeCore(key, key, self.scope, settings, seal_, kept))
+        node.plays = Role(node.role, seal_, self.rng)
+        node.begin(NodeCore(key, key, self.scope, settings, seal_, kept, node.remembered))
         state = self.state()
         if state.phase is not Phase.WAITING_FOR_MEMBERS:
             self._restless.add(state.epoch)  # the buffers of a node that was killed are lost
@@ -289,20 +337,23 @@ class Simulation:
         if node.core is None:
             return
         for effect in node.core.handle(event, self.now):
-            self._carry_out(node, effect)
+            for played in node.plays.play(effect):
+                self._carry_out(node, played)
 
     def _carry_out(self, node: SimNode, effect: ev.Effect) -> None:
         life = node.life
         match effect:
             case ev.Broadcast(envelope):
-                for index, peer in enumerate(node.peers):
-                    self._send(node, peer, self._told(node, envelope, index))
+                for peer in node.peers:
+                    self._send(node, peer, envelope)
             case ev.SendTo(peer, envelope):
                 self._send(node, peer, envelope)
             case ev.Promise(key, envelope):
-                if key in node.promises and node.promises[key] != envelope:
+                if isinstance(envelope.message, Result) and node.promises.get(key, envelope) != envelope:
                     raise self._error(f"{node.name} signed twice for {key}")
                 node.promises[key] = envelope
+            case ev.Remember(key, envelopes):
+                node.remembered[key] = envelopes
             case ev.SetPeers(peers):
                 node.peers = tuple(key for key, _ in peers)
             case ev.Fetch(payload, _, providers):
@@ -330,18 +381,8 @@ class Simulation:
         match notice:
             case KeepsOwnBuffers():
                 self._restless.add(self.state().epoch)
-            case DecidedWithoutLists():
-                node.flipped = True
             case TensorDiffered(tensor="head"):
                 self._repaired += 1
-
-    def _told(self, node: SimNode, envelope: Envelope, index: int) -> Envelope:
-        """Gives half of a cheat's peers another result for the same batch."""
-        message = envelope.message
-        if node.cheat != "equivocate" or not isinstance(message, Result) or index % 2:
-            return envelope
-        other = Result(**{**message.__dict__, "nonce": message.nonce + 1})
-        return seal(node.identity, self.scope, other)
 
     def _send(self, node: SimNode, peer: bytes, envelope: Envelope) -> None:
         target = self._by_key.get(peer)
@@ -374,7 +415,7 @@ class Simulation:
     def _lets_in(self, source: SimNode, node: SimNode) -> bool:
         """Whether a node can fetch from another node, which serves only its peers."""
         known = source.core is not None and node.identity.public in source.peers
-        return known and not self.faults.severed(node, source)
+        return known and not self.faults.severed(node, source) and not self.faults.severed(source, node)
 
     # --- the training thread ------------------------------------------------------------------------------------------
 
@@ -405,7 +446,7 @@ class Simulation:
                 if isinstance(task, ev.Train):
                     self._check_training(node, task.epoch, task.height)
                 event = node.perform(task, self.rng)
-        if isinstance(task, ev.Apply) and not node.flipped:
+        if isinstance(task, ev.Apply) and not node.flipped and not node.role:
             self._check(node, task.epoch, task.height)
         self._give(node, event)
         self._work(node)
@@ -422,6 +463,8 @@ class Simulation:
 
     def _check_training(self, node: SimNode, epoch: int, height: int) -> None:
         """Checks that all nodes train a round with equal parameters, and an epoch's first round with equal buffers."""
+        if node.role:
+            return
         if not node.flipped and self._trained.setdefault((epoch, height), node.digest) != node.digest:
             raise self._error(f"{node.name} trains round {height} of epoch {epoch} with other parameters than others")
         if (

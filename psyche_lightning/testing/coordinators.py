@@ -24,23 +24,20 @@ import abc
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from psyche_lightning.errors import CoordinatorError, ManifestMismatchError
-from psyche_lightning.protocol.bloom import participants_bloom
-from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.committee import decided_root, round_selection
 from psyche_lightning.protocol.requests import (
     Coordinator,
     GetRounds,
     GetTerms,
     HealthCheck,
     Join,
-    Report,
-    Vote,
     WarmupWitness,
     Withdraw,
     Witness,
@@ -53,7 +50,16 @@ from psyche_lightning.protocol.state import (
     RunState,
     WitnessProof,
 )
-from psyche_lightning.testing.walking import MANIFEST, START, finished, state_when, walk, witness
+from psyche_lightning.testing.walking import (
+    MANIFEST,
+    START,
+    end_digest,
+    finished,
+    list_root,
+    state_when,
+    walk,
+    witness,
+)
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
 
@@ -138,7 +144,7 @@ class CoordinatorContract(abc.ABC):
     async def training(self, *clients: Coordinator) -> RunState:
         """Let all clients join and finish the warm-up; returns the state in which the first round began."""
         state = await self.gathered(*clients)
-        for client in clients:
+        for client in by_seat(state, clients):
             await client.request(WarmupWitness(state.epoch, seat(state, client), START))
         return await state_when(clients[0], lambda state: state.phase is Phase.ROUND_TRAIN)
 
@@ -264,48 +270,69 @@ class CoordinatorContract(abc.ABC):
         async def scene(new: Callable[[], Coordinator]) -> None:
             first = new()
             await first.request(Join("nowhere", MANIFEST))
-            await self.refused(first.request(WarmupWitness(0, 0, START)), "InvalidRunState")
-            await self.refused(first.request(Vote(0, 0, START)), "InvalidRunState")
+            await self.refused(first.request(WarmupWitness(0, 0, START)), "InvalidWitness")
+            report = Witness(0, 0, WitnessProof(0, 0), START, bytes(192), bytes(192))
+            await self.refused(first.request(report), "InvalidRunState")
 
         self.play(scene)
 
     def test_a_warm_up_witness_has_its_own_index_and_the_epoch(self) -> None:
         async def scene(new: Callable[[], Coordinator]) -> None:
-            first, second, stranger = new(), new(), new()
-            state = await self.gathered(first, second)
-            own, other = seat(state, first), seat(state, second)
-            await self.refused(first.request(WarmupWitness(state.epoch, other, START)), "InvalidWitness")
-            await self.refused(first.request(WarmupWitness(state.epoch, 2, START)), "InvalidWitness")
-            await self.refused(stranger.request(WarmupWitness(state.epoch, own, START)), "InvalidWitness")
-            await self.refused(first.request(WarmupWitness(state.epoch + 1, own, START)), "InvalidWitness")
-            await first.request(WarmupWitness(state.epoch, own, START))
-            state = await state_when(second, lambda state: bool(state.warmup_witnesses))
-            assert [(record.proof.index, record.merkle) for record in state.warmup_witnesses] == [(own, START)]
+            members, stranger = [new(), new()], new()
+            state = await self.gathered(*members)
+            first, _ = by_seat(state, members)
+            for client, epoch, index in ((first, 0, 1), (first, 0, 2), (stranger, 0, 0), (first, 1, 0)):
+                await self.refused(client.request(WarmupWitness(state.epoch + epoch, index, START)), "InvalidWitness")
+            await first.request(WarmupWitness(state.epoch, 0, START))
+            state = await state_when(members[1], lambda state: bool(state.warmup_witnesses))
+            assert [(record.proof.index, record.merkle) for record in state.warmup_witnesses] == [(0, START)]
             assert state.phase is Phase.WARMUP
+
+        self.play(scene)
+
+    def test_the_first_member_of_a_fresh_run_names_its_parameters(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            members = [new(), new()]
+            state = await self.gathered(*members)
+            first, second = by_seat(state, members)
+            other = sha256(b"something else")
+            await self.refused(second.request(WarmupWitness(state.epoch, 1, other)), "InvalidWitness")
+            await first.request(WarmupWitness(state.epoch, 0, START))
+            await self.refused(second.request(WarmupWitness(state.epoch, 1, other)), "InvalidWitness")
+            await second.request(WarmupWitness(state.epoch, 1, START))
+            state = await state_when(second, lambda state: state.phase is Phase.ROUND_TRAIN)
+            assert (state.epoch_digest, state.checkpoint.digest, state.checkpoint.step) == (START, START, 0)
+            assert state.needed == 2
 
         self.play(scene)
 
     def test_a_warm_up_witness_reports_once(self) -> None:
         async def scene(new: Callable[[], Coordinator]) -> None:
-            first, second = new(), new()
-            state = await self.gathered(first, second)
-            await first.request(WarmupWitness(state.epoch, seat(state, first), START))
-            again = first.request(WarmupWitness(state.epoch, seat(state, first), sha256(b"something else")))
-            await self.refused(again, "DuplicateWitness")
+            members = [new(), new()]
+            state = await self.gathered(*members)
+            first, _ = by_seat(state, members)
+            await first.request(WarmupWitness(state.epoch, 0, START))
+            for digest in (START, sha256(b"something else")):
+                await self.refused(first.request(WarmupWitness(state.epoch, 0, digest)), "DuplicateWitness")
 
         self.play(scene)
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
-    def test_a_witness_reports_once_a_round(self) -> None:
+    def test_a_witness_reports_again_until_enough_agree(self) -> None:
         async def scene(new: Callable[[], Coordinator]) -> None:
-            clients = [new() for _ in range(3)]
-            state = await self.training(*clients)
-            await witness(clients[0], state)
-            await self.refused(witness(clients[0], state), "DuplicateWitness")
-            state = await state_when(clients[1], lambda state: bool(state.current and state.current.witnesses))
-            assert state.current is not None
-            assert [record.complete for record in state.current.witnesses] == [True]
+            first, second, third = (new() for _ in range(3))
+            state = await self.training(first, second, third)
+            await witness(first, state, root=sha256(b"few results"))
+            await self.refused(witness(first, state, root=sha256(b"few results")), "DuplicateWitness")
+            await witness(second, state)  # two reports, but not of the same results
+            await witness(first, state)
+            state = await state_when(third, lambda state: bool(state.current and state.current.height == 1))
+            before = state.round_at(0)
+            assert before is not None
+            assert [record.merkle for record in before.witnesses] == [list_root(0)] * 2
+            assert decided_root(before, state.needed) == list_root(0)
+            await self.refused(witness(third, state, ahead=-1), "InvalidWitness")
 
         self.play(scene, clients=3)
 
@@ -316,10 +343,8 @@ class CoordinatorContract(abc.ABC):
             await self.refused(witness(first, state, as_client=second.signer), "InvalidWitness")
             await self.refused(witness(stranger, state, as_client=first.signer), "InvalidWitness")
             await self.refused(witness(first, state, ahead=1), "InvalidWitness")
-            await self.refused(
-                first.request(Witness(0, 0, WitnessProof(9, 9), START, bytes(192), bytes(192), Report())),
-                "InvalidWitness",
-            )
+            nobody = Witness(0, 0, WitnessProof(9, 9), START, bytes(192), bytes(192))
+            await self.refused(first.request(nobody), "InvalidWitness")
             assert (await state_when(first, lambda state: True)).nonce == state.nonce, (
                 "a refused request changed the state"
             )
@@ -344,6 +369,27 @@ class CoordinatorContract(abc.ABC):
 
         self.play(scene)
 
+    def test_enough_witnesses_name_the_parameters(self) -> None:
+        async def scene(new: Callable[[], Coordinator]) -> None:
+            first, second = new(), new()
+            state = await self.training(first, second)
+            for client in (first, second):
+                await witness(client, state)
+            state = await state_when(first, lambda state: bool(state.current and state.current.height == 1))
+            digest, round_ = end_digest(1), state.current
+            assert round_ is not None
+            proof = round_selection(round_, state.config).witness_proof(round_.clients.index(first.signer))
+            early = Witness(state.epoch, 1, proof, START, bytes(192), bytes(192), state.step, digest)
+            await self.refused(first.request(early), "InvalidWitness")
+            await witness(first, state, digest=digest)
+            alone = await state_when(second, lambda state: bool(state.current and state.current.witnesses))
+            assert (alone.checkpoint.digest, alone.checkpoint.step) == (START, 0), "one witness named the parameters"
+            await witness(second, state, digest=digest)
+            state = await state_when(second, lambda state: state.checkpoint.step > 0)
+            assert (state.checkpoint.digest, state.checkpoint.step) == (digest, 1)
+
+        self.play(scene)
+
     def test_a_healthy_client_cannot_be_dropped(self) -> None:
         async def scene(new: Callable[[], Coordinator]) -> None:
             first, second = new(), new()
@@ -356,18 +402,19 @@ class CoordinatorContract(abc.ABC):
 
         self.play(scene)
 
-    def test_a_client_that_no_witness_heard_is_dropped(self) -> None:
+    def test_a_client_that_is_not_heard_in_three_rounds_is_dropped(self) -> None:
         async def scene(new: Callable[[], Coordinator]) -> None:
             *heard, silent = new(), new(), new()
             state = await self.training(*heard, silent)
-            round_ = state.current
-            assert round_ is not None
-            bloom = participants_bloom(round_.seed, [client.signer for client in heard])
-            for client in heard:
-                proof = round_selection(round_, state.config).witness_proof(round_.clients.index(client.signer))
-                await client.request(Witness(state.epoch, 0, proof, START, bloom, bytes(192), Report()))
-            state = await state_when(heard[0], lambda state: bool(state.current and state.current.height == 1))
-            assert await heard[0].request(HealthCheck(state.epoch, 1, (silent.signer,))) == 1
+            for height in (1, 2, 3):
+                for client in heard:
+                    await witness(client, state, heard=[each.signer for each in heard])
+                state = await state_when(heard[0], lambda state, h=height: state.current.height == h)  # type: ignore[misc]
+                check = heard[0].request(HealthCheck(state.epoch, height, (silent.signer,)))
+                if height < 3:
+                    await self.refused(check, "InvalidHealthCheck")
+                else:
+                    assert await check == 1
             # A client's first state may still be one from before the epoch.
             state = await state_when(heard[1], lambda state: state.phase.active and not healthy(state, silent))
             assert all(healthy(state, client) for client in heard)
@@ -387,16 +434,18 @@ class CoordinatorContract(abc.ABC):
             state = states[0]
             assert (state.epoch, state.step) == (1, self.config.total_steps + 1)
             assert state.checkpoint.step == self.config.total_steps
-            assert state.checkpoint.digest == sha256(b"end", bytes([state.step]))
+            assert state.checkpoint.digest == end_digest(self.config.total_steps)
             assert set(phases) >= {Phase.ROUND_TRAIN, Phase.FINISHED}
-            await self.refused(clients[0].request(Vote(1, 0, START)), "Halted")
+            late = Witness(0, 0, WitnessProof(0, 0), START, bytes(192), bytes(192))
+            await self.refused(clients[0].request(late), "Halted")
             rounds = await clients[0].request(GetRounds(0, 0))
             assert [round_.height for round_ in rounds] == list(range(len(rounds)))
-            assert [round_.step for round_ in rounds if round_.step] == list(range(1, state.step))
+            # One round without training named the parameters, so there is no second one.
+            assert [round_.step for round_ in rounds] == [*range(1, state.step), 0]
             for round_ in rounds:
                 assert set(round_.clients) == {client.signer for client in clients}
-                assert round_.witnesses
-                assert {record.merkle for record in round_.witnesses} == {sha256(b"list", bytes([round_.height]))}
+                assert len(round_.witnesses) == 2
+                assert {record.merkle for record in round_.witnesses} == {list_root(round_.height)}
             for first, second in itertools.pairwise(rounds):
                 assert second.data_index == first.data_index + first.batch_size
             assert await clients[1].request(GetRounds(0, 3)) == rounds[3:]
@@ -413,24 +462,6 @@ class CoordinatorContract(abc.ABC):
             seen = [state async for state in until_finished(late)]
             await walking
             assert all(late.signer not in state.current.clients for state in seen if state.current)
-
-        self.play(scene)
-
-    def test_a_vote_counts_once(self) -> None:
-        async def scene(new: Callable[[], Coordinator]) -> None:
-            first, second = new(), new()
-            cooling = await asyncio.gather(
-                *(walk(client, until=lambda state: state.phase is Phase.COOLDOWN) for client in (first, second))
-            )
-            state, digest = cooling[0], sha256(b"the end")
-            await self.refused(first.request(Vote(state.epoch, state.step, digest)), "InvalidCheckpoint")
-            await self.refused(first.request(Vote(state.epoch + 1, 1, digest)), "InvalidCheckpoint")
-            await first.request(Vote(state.epoch, state.step - 1, digest))
-            await first.request(Vote(state.epoch, state.step - 1, digest))
-            await self.refused(first.request(Vote(state.epoch, state.step - 1, START)), "InvalidCheckpoint")
-            await second.request(Vote(state.epoch, state.step - 1, digest))
-            state = await state_when(first, finished)
-            assert (state.checkpoint.step, state.checkpoint.digest) == (self.config.total_steps, digest)
 
         self.play(scene)
 
@@ -452,6 +483,11 @@ class CoordinatorContract(abc.ABC):
 def seat(state: RunState, client: Coordinator) -> int:
     """The index of a client in the epoch's list."""
     return [member.signer for member in state.clients].index(client.signer)
+
+
+def by_seat(state: RunState, clients: Sequence[Coordinator]) -> list[Coordinator]:
+    """The clients in the order of the epoch's list."""
+    return sorted(clients, key=lambda client: seat(state, client))
 
 
 def healthy(state: RunState, client: Coordinator) -> bool:

@@ -320,6 +320,20 @@ def test_a_kick_needs_a_key(psyche):
     assert status(psyche, "kicking")["revoked"] == []
 
 
+def test_a_run_goes_back_to_the_parameters_that_its_owner_names(psyche):
+    assert psyche("run", "create", "back", "init_min_clients=2")[0] == 0
+    assert "waiting for 2 more members" in psyche("run", "status", "back")[1]
+    waits = "waiting for a holder of abababab, step 0, and 1 more member"
+    code, text = psyche("run", "restart-from", "back", "ab" * 32, "0")
+    assert (code, text) == (0, f"run back goes on from the parameters abababab of step 0: {waits}\n")
+    assert waits in psyche("run", "status", "back")[1]
+    found = status(psyche, "back")
+    assert (found["waits_for"], found["checkpoint"]) == (waits, {"step": 0, "digest": "ab" * 32})
+    for digest, step, reason in (("abab", "0", "expected 64 hexadecimal digits"), ("ab" * 32, "1", "at most 0 steps")):
+        code, text = psyche("run", "restart-from", "back", digest, step)
+        assert (code, reason in text) == (1, True), text
+
+
 def test_points_are_counted_and_not_paid(psyche):
     assert psyche("run", "create", "unpaid")[0] == 0
     assert "nobody has earned" in psyche("run", "points", "unpaid")[1]

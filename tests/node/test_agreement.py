@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 
 import pytest
@@ -9,23 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche_lightning.errors import WireError
-from psyche_lightning.node.agreement import AgreedSet, EpochLog, Undecided, decide
-from psyche_lightning.node.rounds import MAX_ENTRIES_PER_BATCH, RoundLog
-from psyche_lightning.protocol.merkle import attest_root
-from psyche_lightning.protocol.messages import Attest, Envelope, Result, seal
+from psyche_lightning.node.agreement import AgreedSet, EpochLog, Unknown, agreed_set
+from psyche_lightning.node.rounds import MAX_ENTRIES_PER_BATCH, MAX_LISTS, RoundLog
+from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_root
+from psyche_lightning.protocol.messages import Envelope, Result, seal
 from psyche_lightning.protocol.open_ids import closed
-from psyche_lightning.protocol.state import CoordinatorConfig, Round, WitnessProof, WitnessRecord
+from psyche_lightning.protocol.state import Checkpoint, CoordinatorConfig, Round, WitnessProof, WitnessRecord
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
 
 LAYOUT = b"L" * 32
 NODES = [Identity(bytes([n + 1]) * 32) for n in range(5)]
 KEYS = tuple(node.public for node in NODES)
+NEEDED = 3
 
 
 def make_log(clients: int = 4, batch: int = 8) -> RoundLog:
     round_ = Round(height=3, step=4, seed=11, data_index=100, batch_size=batch, clients=KEYS[:clients])
-    log = RoundLog.open(round_, KEYS[:clients], CoordinatorConfig(), "run", LAYOUT, 1000)
+    log = RoundLog.open(round_, KEYS[:clients], CoordinatorConfig(), NEEDED, "run", LAYOUT, 1000)
     log.assign(())
     return log
 
@@ -36,102 +38,142 @@ def result(log: RoundLog, index: int, **changes: object) -> Envelope:
     return seal(NODES[index], "run", replace(made, **changes))  # type: ignore[arg-type]
 
 
-def attest(log: RoundLog, index: int, hashes: list[bytes], record: bool = True) -> None:
-    message = Attest(0, 3, b"".join(sorted(hashes)), 0, b"")
-    log.add_attest(seal(NODES[index], "run", message))
-    if record:
-        proof = WitnessProof(0, index)
-        log.round = replace(
-            log.round, witnesses=(*log.round.witnesses, WitnessRecord(proof, attest_root(message), True))
-        )
+def file(log: RoundLog, *who: int, verified: bool = True) -> list[bytes]:
+    """The commitments of these trainers' results, which are here; with their payloads or not."""
+    found = []
+    for index in who:
+        entry = log.add_result(result(log, index))
+        assert entry is not None
+        found.append(entry.commitment)
+        if verified:
+            log.settle(entry)
+    return sorted(found)
 
 
-def test_a_quorum_of_lists_agrees() -> None:
+def report(log: RoundLog, root: bytes, *who: int) -> None:
+    """These witnesses report a root; it replaces what they reported before."""
+    records = {record.proof.index: record for record in log.round.witnesses}
+    records |= {index: WitnessRecord(WitnessProof(0, index), root) for index in who}
+    log.round = replace(log.round, witnesses=tuple(records.values()))
+
+
+# --- the agreed set ---------------------------------------------------------------------------------------------------
+
+
+def test_the_results_are_those_of_this_node_s_own_list_when_that_is_the_decided_one() -> None:
     log = make_log()
-    entries = [log.add_result(result(log, index)) for index in range(4)]
-    hashes = [entry.commitment for entry in entries if entry]
-    for index in (0, 1, 2):
-        attest(log, index, hashes if index else hashes[:3])
-    outcome = decide(log, log)
+    hashes = file(log, 0, 1, 2)
+    report(log, merkle_root(hashes), 0, 1, 2)
+    outcome = agreed_set(log, log)
     assert isinstance(outcome, AgreedSet)
-    assert [entry.commitment for entry in outcome.entries] == sorted(hashes[:3])
-    assert outcome.lrs == (7,)
+    assert [entry.commitment for entry in outcome.entries] == hashes
+    assert outcome.trained == {0, 1, 2}
 
 
-def test_half_of_the_expected_witnesses_is_no_quorum() -> None:
+def test_results_that_this_node_has_and_the_decided_list_lacks_do_not_count() -> None:
     log = make_log()
-    entry = log.add_result(result(log, 0))
-    assert entry is not None
-    for index in (0, 1):
-        attest(log, index, [entry.commitment])
-    assert decide(log, log) == AgreedSet()
-
-
-def test_a_list_that_did_not_arrive_keeps_the_round_open_only_while_it_matters() -> None:
-    log = make_log()
-    entries = [log.add_result(result(log, index)) for index in range(4)]
-    hashes = [entry.commitment for entry in entries if entry]
-    for index in range(3):
-        attest(log, index, hashes[:2] if index else hashes)
-    missing = Attest(0, 3, b"".join(sorted(hashes)), 0, b"")
-    record = WitnessRecord(WitnessProof(0, 3), attest_root(missing), True)
-    log.round = replace(log.round, witnesses=(*log.round.witnesses, record))
-    # Two commitments have three votes, two have one: with the fourth list still two, so nothing is open.
-    assert isinstance(decide(log, log), AgreedSet)
-    log.attests.pop(2)
-    assert decide(log, log) == Undecided(lists=(2, 3))
-
-
-def test_a_list_with_another_root_than_its_record_counts_as_absent() -> None:
-    log = make_log()
-    entry = log.add_result(result(log, 0))
-    assert entry is not None
-    for index in range(3):
-        attest(log, index, [entry.commitment])
-    log.attests[1] = {}
-    attest(log, 1, [], record=False)
-    assert decide(log, log) == Undecided(lists=(1,))
-
-
-def test_two_agreed_results_of_one_trainer_exclude_both() -> None:
-    log = make_log()
-    one, other, third = (
-        log.add_result(result(log, 0)),
-        log.add_result(result(log, 0, nonce=1)),
-        log.add_result(result(log, 1)),
-    )
-    assert one
-    assert other
-    assert third
-    for index in range(3):
-        attest(log, index, [one.commitment, other.commitment, third.commitment])
-    outcome = decide(log, log)
+    hashes = sorted(file(log, 0, 1))
+    file(log, 2, 3)
+    log.add_list(KEYS[4], hashes)  # from anybody
+    report(log, merkle_root(hashes), 1, 2, 3)
+    outcome = agreed_set(log, log)
     assert isinstance(outcome, AgreedSet)
-    assert outcome.entries == (third,)
-    for entry in (one, other, third):
+    assert [entry.commitment for entry in outcome.entries] == hashes
+
+
+def test_a_received_list_counts_also_for_results_whose_payload_is_not_here() -> None:
+    log = make_log()
+    hashes = file(log, 0, 1, 2, 3, verified=False)
+    log.add_list(KEYS[1], hashes)
+    report(log, merkle_root(hashes), 1, 2, 3)
+    outcome = agreed_set(log, log)
+    assert isinstance(outcome, AgreedSet)
+    assert [entry.verified for entry in outcome.entries] == [False] * 4
+
+
+def test_a_list_that_is_not_here_is_unknown_and_so_is_one_with_results_that_are_not() -> None:
+    log = make_log()
+    hashes = [*file(log, 0), sha256(b"somebody's")]
+    report(log, merkle_root(hashes), 1, 2, 3)
+    assert agreed_set(log, log) == Unknown()
+    log.add_list(KEYS[1], hashes)
+    assert agreed_set(log, log) == Unknown(results=True)
+
+
+@pytest.mark.parametrize(
+    "roots",
+    [
+        pytest.param([], id="nobody reported"),
+        pytest.param([(b"\1" * 32, 0, 1)], id="half of the witnesses are no quorum"),
+        pytest.param([(b"\1" * 32, 0, 1), (b"\2" * 32, 2, 3)], id="two lists with two reports each"),
+        pytest.param([(EMPTY_ROOT, 0, 1, 2)], id="a quorum verified nothing"),
+    ],
+)
+def test_without_a_decided_list_there_are_no_results(roots: list[tuple[bytes, int]]) -> None:
+    log = make_log()
+    file(log, 0, 1, 2, 3)
+    for root, *who in roots:
+        report(log, root, *who)
+    assert agreed_set(log, log) == AgreedSet()
+
+
+def test_the_reports_of_the_next_round_decide_with_overlap() -> None:
+    log, after = make_log(), make_log()
+    hashes = file(log, 0, 1)
+    report(log, merkle_root(hashes), 0, 1, 2)
+    assert agreed_set(log, after) == AgreedSet()
+    report(after, merkle_root(hashes), 0, 1, 2)
+    outcome = agreed_set(log, after)
+    assert isinstance(outcome, AgreedSet)
+    assert len(outcome.entries) == 2
+
+
+@settings(max_examples=60)
+@given(st.sets(st.integers(0, 3)), st.permutations(range(4)), st.sets(st.integers(0, 3)))
+def test_the_outcome_does_not_depend_on_the_order_of_arrival_or_on_what_else_is_here(
+    listed: set[int], order: list[int], verified: set[int]
+) -> None:
+    outcomes = []
+    for arrival, here in ((range(4), set(range(4))), (order, verified)):
+        log = make_log()
+        known = {index: file(log, index, verified=index in here)[0] for index in arrival}
+        hashes = sorted(known[index] for index in listed)
+        log.add_list(KEYS[0], hashes)
+        report(log, merkle_root(hashes), 0, 1, 3)
+        outcome = agreed_set(log, log)
+        assert isinstance(outcome, AgreedSet)
+        outcomes.append(([entry.commitment for entry in outcome.entries], outcome.lrs))
+    assert outcomes[0] == outcomes[1]
+
+
+def bits(rate: float) -> int:
+    return int.from_bytes(struct.pack("<f", rate), "little")
+
+
+@pytest.mark.parametrize(
+    ("rates", "agreed"),
+    [
+        pytest.param([[0.1], [0.1], [0.1], [5.0]], [0.1], id="who is alone with a large one moves nothing"),
+        pytest.param([[0.1], [0.1], [-5.0], [-5.0]], [-5.0], id="the lower one of two in the middle"),
+        pytest.param([[-2.0], [1.0], [3.0]], [1.0], id="by value and not by bits"),
+        pytest.param([[float("nan")], [float("inf")], [0.5], [0.25]], [0.5], id="what is not finite is last"),
+        pytest.param([[1.0, 8.0], [2.0, 4.0], [3.0, 6.0]], [2.0, 6.0], id="each group by itself"),
+        pytest.param([[1.0, 2.0], [3.0]], [1.0], id="of as many groups as all have"),
+    ],
+)
+def test_the_lower_median_of_the_learning_rates_is_agreed(rates: list[list[float]], agreed: list[float]) -> None:
+    log = make_log()
+    for index, groups in enumerate(rates):
+        entry = log.add_result(result(log, index, lrs=tuple(map(bits, groups))))
+        assert entry is not None
         log.settle(entry)
-    assert log.verified() == [third]
-    assert log.missing == {0, 2, 3}
-    assert log.hopeless == {0}
-
-
-def test_an_agreed_result_that_is_unknown_here_is_asked_for() -> None:
-    log = make_log()
-    for index in range(3):
-        attest(log, index, [b"\x01" * 32])
-    assert decide(log, log) == Undecided(results=True)
-
-
-def test_the_most_frequent_learning_rate_wins() -> None:
-    log = make_log()
-    rates = [(5,), (9,), (9,), (5,)]
-    entries = [log.add_result(result(log, index, lrs=rates[index])) for index in range(4)]
-    hashes = [entry.commitment for entry in entries if entry]
-    for index in range(4):
-        attest(log, index, hashes)
-    outcome = decide(log, log)
+    report(log, merkle_root(log.own()[0]), 0, 1, 2)
+    outcome = agreed_set(log, log)
     assert isinstance(outcome, AgreedSet)
-    assert outcome.lrs == (5,)  # two each: the smaller bits, so that all nodes choose alike
+    assert outcome.lrs == tuple(map(bits, agreed))
+
+
+# --- what is filed ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,13 +192,33 @@ def test_a_result_that_does_not_fit_is_refused(changes: dict[str, object], text:
         log.add_result(result(log, 0, **changes))
 
 
-def test_strangers_and_those_who_are_no_witnesses_are_refused() -> None:
+def test_a_result_of_a_stranger_is_refused() -> None:
     log = make_log()
-    stranger = seal(NODES[4], "run", result(log, 0).message)
     with pytest.raises(WireError, match="not a member"):
-        log.add_result(stranger)
-    with pytest.raises(WireError, match="not a witness"):
-        log.add_attest(seal(NODES[4], "run", Attest(0, 3, b"", 0, b"")))
+        log.add_result(seal(NODES[4], "run", result(log, 0).message))
+
+
+def test_who_signs_two_results_is_in_no_list_of_this_node() -> None:
+    log = make_log()
+    (third,) = file(log, 1)
+    for nonce in (0, 1):
+        entry = log.add_result(result(log, 0, nonce=nonce))
+        assert entry is not None
+        log.settle(entry)
+    assert log.own()[0] == (third,)
+    assert log.missing == {0, 2, 3}
+    assert log.hopeless == {0}
+
+
+def test_the_lists_of_one_sender_are_bounded() -> None:
+    log = make_log()
+    lists = [[sha256(bytes([n]))] for n in range(MAX_LISTS + 1)]
+    for each in lists:
+        log.add_list(KEYS[1], each)
+        log.add_list(KEYS[1], each)
+    assert [log.list_of(merkle_root(each)) for each in lists] == [*map(tuple, lists[:-1]), None]
+    log.add_list(KEYS[2], lists[-1])
+    assert log.list_of(merkle_root(lists[-1])) == tuple(lists[-1])
 
 
 def test_repetition_changes_nothing_and_a_flood_is_bounded() -> None:
@@ -168,43 +230,22 @@ def test_repetition_changes_nothing_and_a_flood_is_bounded() -> None:
     assert len(log.of(0)) == MAX_ENTRIES_PER_BATCH
 
 
-@settings(max_examples=60)
-@given(st.lists(st.sets(st.integers(0, 3)), min_size=4, max_size=4), st.permutations(range(4)))
-def test_the_outcome_does_not_depend_on_the_order_of_arrival(lists: list[set[int]], order: list[int]) -> None:
-    outcomes = []
-    for arrival in (range(4), order):
-        log = make_log()
-        for index in arrival:
-            log.add_result(result(log, index))
-        known = {entry.trainer: entry.commitment for entry in log.entries.values()}
-        for index in range(4):
-            attest(log, index, [known[i] for i in lists[index]])
-        log.attests = {index: log.attests[index] for index in arrival}
-        outcome = decide(log, log)
-        assert isinstance(outcome, AgreedSet)
-        outcomes.append([entry.commitment for entry in outcome.entries])
-    assert outcomes[0] == outcomes[1]
+def test_the_parameters_on_record_are_named_by_the_rounds_of_this_epoch() -> None:
+    epoch = EpochLog(2, b"D" * 32, first_step=11, needed=NEEDED)
+    for checkpoint in (Checkpoint(b"", 12), Checkpoint(b"old", 9), Checkpoint(b"D" * 32, 10), Checkpoint(b"new", 14)):
+        epoch.name(checkpoint)
+    assert epoch.named == {0: b"D" * 32, 4: b"new"}
 
 
-def test_only_a_quorum_of_witnesses_makes_a_digest_the_runs() -> None:
-    log = make_log()
-    epoch = EpochLog(0, b"", {3: log})
-    theirs = b"\x01" * 32
-    for index in (0, 1):
-        log.add_attest(seal(NODES[index], "run", Attest(0, 3, b"", 3, theirs)))
-    assert epoch.quorum_digest(3, span=1) is None
-    log.add_attest(seal(NODES[2], "run", Attest(0, 3, b"", 3, theirs)))
-    assert epoch.quorum_digest(3, span=1) == theirs
-    assert epoch.quorum_digest(2, span=1) is None
-    assert epoch.quorum_digest(6, span=1) is None
+# --- the ids of an epoch ----------------------------------------------------------------------------------------------
 
 
 def make_epoch(rounds: int, open_ids: tuple[tuple[int, int, int], ...] = ()) -> EpochLog:
     """Rounds of 8 samples by 4 nodes, of which nothing is decided yet."""
-    epoch = EpochLog(0, b"D" * 32)
+    epoch = EpochLog(0, b"D" * 32, 1, NEEDED)
     for height in range(rounds):
         round_ = Round(height, height + 1, seed=height, data_index=8 * height, batch_size=8, clients=KEYS[:4])
-        epoch.rounds[height] = RoundLog.open(round_, KEYS[:4], CoordinatorConfig(), "run", LAYOUT, 1000)
+        epoch.rounds[height] = RoundLog.open(round_, KEYS[:4], CoordinatorConfig(), NEEDED, "run", LAYOUT, 1000)
     epoch.start(0, open_ids)
     return epoch
 

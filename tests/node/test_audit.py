@@ -25,7 +25,7 @@ STEPS = 40
 @pytest.fixture(scope="module")
 def written() -> list[Rows]:
     """The ledgers of the four nodes of a run of several epochs, in which payloads were lost."""
-    simulation = Simulation(Scenario(3, 4, True, STEPS, 0.1, 0.5, 0.0, 0, 0, 0, 0, 0, 150.0, payload_loss=0.1))
+    simulation = Simulation(Scenario(5, 4, True, STEPS, 0.1, 0.5, 0.0, 0, 0, 0, 0, 0, 150.0, payload_loss=0.1))
     simulation.run()
     return [node.ledger for node in simulation.nodes]
 
@@ -97,15 +97,6 @@ def differ(rows: Rows) -> None:
     of(rows, 2)[0]["seed"] += 1
 
 
-def restart(rows: Rows) -> None:
-    for row in rows:
-        row["parameters"] = "ab" * 32 if row["epoch"] == 1 else row["parameters"]
-
-
-def stop_short(rows: Rows) -> None:
-    rows[:] = [row for row in rows if row["epoch"] or not row["ended"]]
-
-
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -117,8 +108,6 @@ def stop_short(rows: Rows) -> None:
         (hide, r"trained \[.*\] again; \[.*\] was due"),
         (invent, r"round 1 of epoch 0 trained \[\[0, 1\]\] again; \[\] was due"),
         (differ, r"two ledgers differ about round 1 of epoch 0"),
-        (stop_short, r"no ledger has the end of epoch 0"),
-        (restart, r"epoch 1 began with the parameters abababababab instead of those of step \d+, \w{12}, .* is lost"),
     ],
 )
 def test_what_was_tampered_with_is_named(rows: Rows, change: Callable[[Rows], None], problem: str) -> None:
@@ -141,21 +130,33 @@ def test_what_is_no_ledger_is_refused(rows: Rows, change: Callable[[Rows], None]
         audit(rows)
 
 
-def test_a_run_whose_parameters_died_with_their_holders_is_said_to_have_begun_anew() -> None:
-    simulation = Simulation(Scenario.draw(20262))  # two newcomers find nobody who has what was trained before
-    simulation.run()
-    ledger = audit(row for node in simulation.nodes for row in node.ledger)
-    assert ledger.lost == [2]
-    assert len(ledger.problems) == 1
+def fruitless(*steps: int, epoch: int = 0, again: dict[int, list[int]] | None = None) -> Rows:
+    """Rounds of 8 ids in which nobody gave a result."""
+    common = {"run": "run", "epoch": epoch, "seed": 1, "batch_size": 8, "nodes": ["ab" * 32], "results": []}
+    return [
+        {
+            **common,
+            "height": height,
+            "step": step,
+            "data_index": 8 * (step - 1),
+            "again": [again[step]] if again and step in again else [],
+        }
+        for height, step in enumerate(steps)
+    ]
+
+
+def test_rounds_that_the_owner_undid_do_not_count() -> None:
+    ledger = audit(fruitless(1, 2, 3) + fruitless(2, 3, 4, epoch=1, again={4: [0, 7]}))
+    assert (ledger.rounds, ledger.undone, ledger.last_step) == (4, 2, 4)
+    assert ledger.problems == []
 
 
 def test_more_than_the_last_rounds_can_take_is_overdue() -> None:
-    simulation = Simulation(Scenario.draw(21495))  # a whole round of twelve ids fails shortly before the end
-    simulation.run()
-    ledger = audit(row for node in simulation.nodes for row in node.ledger)
-    assert ledger.overdue == [(58, 60)]
-    assert (58, 60) in ledger.untrained
-    assert ledger.problems == ["2 ids of earlier rounds were not trained in time, such as 58"]
+    again = {4: [0, 7], 5: [8, 15], 6: [16, 23], 7: [0, 7]}  # in round 7, round 4's own ids are due, too
+    ledger = audit(fruitless(*range(1, 8), again=again))
+    assert ledger.overdue == [(24, 32)]
+    assert ledger.untrained == [(0, 56)]
+    assert ledger.problems == ["8 ids of earlier rounds were not trained in time, such as 24"]
 
 
 def test_the_command_shows_the_books_of_several_folders(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from support.core import KEYS, NODES, RETRY, RUN, STRANGER, Scene, of, one, parameters, sent
 
@@ -12,6 +14,7 @@ from psyche_lightning.node.notices import BuffersNotObtained, KeepsOwnBuffers
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.protocol.messages import Ask, Buffers, Envelope, seal
 from psyche_lightning.protocol.requests import WarmupWitness, Withdraw
+from psyche_lightning.protocol.state import Checkpoint
 from psyche_lightning.wire.canonical import sha256
 
 INDEX = sha256(b"buffers")
@@ -20,15 +23,16 @@ HALF = 20.0
 
 
 class Copy:
-    """Node 0 of a run of 3 nodes, in the warm-up in which those in ``first`` reported, the first of them first."""
+    """Node 0 of a run of 3 nodes, which is not fresh, in the warm-up in which those in ``first`` reported in turn."""
 
     def __init__(self, *first: int, buffers: bool = True) -> None:
         self.scene = Scene(3, settings={"buffers": buffers})
         self.scene.warm()
+        self.scene.host.state = replace(self.scene.state, checkpoint=Checkpoint(parameters(0), 0))
         for i in first:
             self.scene.ask(i, WarmupWitness(0, i, parameters(0)))
         self.out = Outbox(RETRY, 15.0)
-        self.exchange = Exchange(KEYS[0], self.scene.settings, self.scene.seal, {}, self.out)
+        self.exchange = Exchange(KEYS[0], self.scene.settings, self.scene.seal, {}, {}, self.out)
         self.exchange.meet(self.scene.state)
         self.out.take()
         self.copy = BufferCopy(KEYS[0], self.scene.settings, self.exchange, self.out)
@@ -180,7 +184,7 @@ def test_strangers_are_not_heard() -> None:
 def test_an_offer_of_whose_they_are_counts_even_when_it_has_left() -> None:
     node = Copy(1)
     node.advance()
-    left = Exchange(KEYS[0], node.scene.settings, node.scene.seal, {}, node.out)  # without any peers
+    left = Exchange(KEYS[0], node.scene.settings, node.scene.seal, {}, {}, node.out)  # without any peers
     node.copy._exchange = left
     node.hear(1)
     assert of(node.advance(), ev.LoadBuffers)
@@ -280,7 +284,6 @@ def test_each_epoch_begins_anew() -> None:
     scene.begin()
     scene.now += 50.0  # the epoch is over after its first round
     scene.play(3)
-    scene.vote(scene.core.holding or b"", 1)
     scene.obey(scene.see())
     scene.join(0, 1, 2)
     scene.pass_time(3.0)

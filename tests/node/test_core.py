@@ -7,15 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from support.core import KEYS, NODES, RETRY, RUN, STRANGER, Scene, brief, of, one, parameters, sent
+from support.core import KEYS, NODES, RETRY, RUN, STRANGER, Scene, brief, commitments, of, one, parameters, sent
 
 from psyche_lightning.node import events as ev
-from psyche_lightning.node.core import FINAL_LOADS, STALE
-from psyche_lightning.node.notices import Finished, Notice, Outcome, RequestRefused, TakesLast, TakesStart
-from psyche_lightning.node.witness import attest_promise, result_promise
+from psyche_lightning.node.core import CLAIM_AFTER, FINAL_LOADS, STALE
+from psyche_lightning.node.notices import (
+    Finished,
+    Notice,
+    Outcome,
+    ParametersDiffer,
+    RequestRefused,
+    TakesLast,
+    TakesStart,
+)
+from psyche_lightning.node.patience import LEAST
+from psyche_lightning.node.witness import list_promise, result_promise
+from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_root
 from psyche_lightning.protocol.messages import Ask, Attest, Offer, Result, Stuck, seal
-from psyche_lightning.protocol.requests import HealthCheck, Join, Vote, WarmupWitness, Withdraw, Witness
-from psyche_lightning.protocol.state import Checkpoint, ClientStatus, Phase
+from psyche_lightning.protocol.requests import HealthCheck, Join, WarmupWitness, Withdraw, Witness
+from psyche_lightning.protocol.state import Checkpoint, Phase, WitnessProof, WitnessRecord
 from psyche_lightning.wire.canonical import sha256
 
 TRAINING = (ev.Train, ev.Apply)
@@ -41,7 +51,6 @@ def test_a_node_asks_to_be_counted_in_ever_more_rarely() -> None:
         pytest.param(Phase.WARMUP, False, True, id="an epoch without it is formed"),
         pytest.param(Phase.ROUND_TRAIN, True, False, id="it is a client of the round"),
         pytest.param(Phase.ROUND_TRAIN, False, True, id="an epoch without it is under way"),
-        pytest.param(Phase.COOLDOWN, True, False, id="its epoch ends"),
         pytest.param(Phase.PAUSED, True, True, id="a paused run"),
         pytest.param(Phase.FINISHED, False, False, id="a finished run"),
     ],
@@ -84,7 +93,7 @@ def test_a_state_that_was_overtaken_by_a_newer_one_is_not_heard() -> None:
 
 
 def warm(me: int = 0, *reported: int, digest: bytes = parameters(0), **config: Any) -> Scene:
-    """A warm-up in which these peers have reported, and that the core has not seen."""
+    """A warm-up of a fresh run in which these peers have reported, and that the core has not seen."""
     scene = Scene(3, me=me, **config)
     scene.warm()
     for i in reported:
@@ -104,12 +113,12 @@ def test_the_first_in_the_list_reports_its_own_parameters_at_once() -> None:
     assert of(scene.obey(scene.see(), but=(WarmupWitness,)), WarmupWitness) == [WarmupWitness(0, 0, parameters(0))]
 
 
-def test_another_does_so_when_half_of_the_warm_up_is_over() -> None:
+def test_the_others_wait_for_the_first_in_the_list_of_a_fresh_run() -> None:
     scene = warm(me=1)
     scene.head = 0
-    assert not of(scene.obey(scene.see()), WarmupWitness)
-    assert not of(scene.tick(9.9), WarmupWitness)
-    assert of(scene.tick(0.1), WarmupWitness) == [WarmupWitness(0, 1, parameters(0))]
+    assert not of(scene.obey(scene.see()) + scene.tick(10.0), (ev.TakeSnapshot, WarmupWitness))  # type: ignore[arg-type]
+    scene.ask(0, WarmupWitness(0, 0, parameters(0)))
+    assert of(scene.obey(scene.see(), but=(WarmupWitness,)), WarmupWitness) == [WarmupWitness(0, 1, parameters(0))]
 
 
 def test_a_report_is_repeated_until_it_is_there() -> None:
@@ -125,15 +134,15 @@ def test_a_report_is_repeated_until_it_is_there() -> None:
 
 @pytest.mark.parametrize("decided", [False, True], ids=["of the first to report", "of an epoch before"])
 def test_who_holds_others_takes_the_run_s(decided: bool) -> None:
-    scene = warm(0, *([] if decided else [2]))
+    scene = warm(1, *([] if decided else [0]))
     state = replace(scene.state, checkpoint=Checkpoint(parameters(0) if decided else b"", 0))
     effects = scene.obey(scene.give(ev.StateSeen(state)), but=(WarmupWitness,))
-    # Where they are decided, nobody needs to look at the own ones first.
+    # Where they are on record, nobody needs to look at the own ones first.
     assert [effect for effect in effects if isinstance(effect, (Notice, ev.TakeSnapshot, ev.Load, WarmupWitness))] == [
         *([] if decided else [ev.TakeSnapshot()]),
         TakesStart(parameters(0)),
-        ev.Load(parameters(0), (KEYS[1], KEYS[2])),
-        WarmupWitness(0, 0, parameters(0)),
+        ev.Load(parameters(0), (KEYS[0], KEYS[2])),
+        WarmupWitness(0, 1, parameters(0)),
     ]
 
 
@@ -146,7 +155,7 @@ def test_who_holds_the_run_s_already_reports_them() -> None:
 
 
 def test_where_the_run_s_are_not_to_be_had_it_is_tried_again() -> None:
-    scene = warm(0, 1)
+    scene = warm(1, 0)
     scene.obey(scene.see(), but=(ev.Load,))
     effects = scene.give(ev.Loaded(parameters(0), "nobody has it"))
     assert brief(effects, ev.Load, ev.TakeSnapshot) == ["TakeSnapshot"]  # what it holds is not known any more
@@ -156,11 +165,11 @@ def test_where_the_run_s_are_not_to_be_had_it_is_tried_again() -> None:
 
 
 def test_parameters_that_were_obtained_do_not_delay_others_that_are_wanted_next() -> None:
-    scene = warm(0, 2)
+    scene = warm(2, 0)
     effects = scene.obey(scene.see(), but=(WarmupWitness,))
     assert brief(effects, ev.Load) == ["Load 0"]
-    scene.ask(2, Withdraw())
-    scene.ask(1, WarmupWitness(0, 1, parameters(1)))
+    scene.ask(0, Withdraw())
+    scene.ask(1, WarmupWitness(0, 0, parameters(1)))
     assert brief(scene.see(), ev.Load) == ["Load 1"]
 
 
@@ -169,6 +178,66 @@ def test_who_is_no_client_has_no_part_in_a_warm_up() -> None:
     scene.nodes = 3
     scene.warm()
     assert not of(scene.see(), (ev.TakeSnapshot, WarmupWitness))  # type: ignore[arg-type]
+
+
+# --- a run that waits for a holder ------------------------------------------------------------------------------------
+
+
+def newcomer(head: int | None = 1, **options: Any) -> Scene:
+    """A node that was not in the run's only epoch, of one step, which is over."""
+    before = Scene(4, total_steps=3, epoch_time=50.0)
+    before.begin()
+    before.now += 50.0
+    before.play(3)
+    for i in range(4):
+        before.ask(i, Withdraw())
+    assert (before.state.phase, before.state.checkpoint) == (Phase.WAITING_FOR_MEMBERS, Checkpoint(parameters(1), 1))
+    scene = Scene(4, me=5, **options)
+    scene.host, scene.now, scene.head, scene.log = before.host, before.now, head, before.log
+    scene.join(5)
+    return scene
+
+
+def test_a_node_that_holds_the_run_s_parameters_claims_it_while_the_run_waits_for_a_holder() -> None:
+    scene = newcomer()
+    assert not of(scene.see() + scene.tick(CLAIM_AFTER - 0.1), ev.TakeSnapshot)
+    (claim,) = of(scene.obey(scene.tick(0.1), but=(WarmupWitness,)), WarmupWitness)
+    assert claim == WarmupWitness(1, 0, parameters(1))
+    assert of(scene.tick(RETRY), WarmupWitness) == [claim]
+    scene.ask(5, claim)
+    assert KEYS[5] in scene.state.holders
+    scene.see()
+    assert not of(scene.tick(60.0), WarmupWitness)
+
+
+@pytest.mark.parametrize("what", ["others", "none on record", "a holder already"])
+def test_who_has_nothing_to_claim_claims_nothing(what: str) -> None:
+    scene = newcomer(None if what == "others" else 1)
+    state = scene.state
+    if what == "none on record":  # its last rounds are not in the checkpoint
+        state = replace(state, checkpoint=Checkpoint(parameters(0), 0), rounds=())
+    elif what == "a holder already":
+        state = replace(state, holders=(*state.holders, KEYS[5]))
+    effects = scene.give(ev.StateSeen(state)) + scene.obey(scene.tick(CLAIM_AFTER)) + scene.tick(60.0)
+    assert not of(effects, WarmupWitness)
+
+
+def test_older_parameters_to_which_the_owner_goes_back_are_taken_from_who_stored_them() -> None:
+    scene = Scene(4, settings={"keep_bytes": 0})
+    scene.begin()
+    scene.play(3)
+    scene.host.pause(scene.now)
+    scene.play(2)
+    assert scene.state.phase is Phase.PAUSED
+    scene.host.restart_from(parameters(2), 2, scene.now)
+    scene.host.resume(scene.now)
+    scene.join(0, 1, 2, 3)
+    scene.pass_time(60.0)
+    assert scene.state.phase is Phase.WAITING_FOR_MEMBERS
+    effects = scene.obey(scene.see())
+    assert brief(effects, ev.Load, WarmupWitness) == ["Load 2", "WarmupWitness"]
+    scene.pass_time(3.0)
+    assert scene.state.phase is Phase.WARMUP
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -204,17 +273,10 @@ def test_what_is_not_announced(answer: Callable[[ev.Trained], ev.Trained]) -> No
     assert scene.give(answer(scene.trained(train))) == []
 
 
-def restarted(scene: Scene, **options: Any) -> Scene:
-    """The core's node starts again, with what is in its journal and with the run's parameters."""
-    again = Scene(scene.nodes, me=scene.me, promises=scene.promises, **options)
-    again.host, again.log, again.now, again.head = scene.host, scene.log, scene.now, 0
-    return again
-
-
 def test_a_node_that_comes_back_sends_the_same_bytes_again_and_does_not_train() -> None:
     scene = Scene(3)
     scene.begin()
-    again = restarted(scene)
+    again = scene.restarted(head=0)
     effects = again.obey(again.see())
     assert ev.Broadcast(scene.promises[result_promise(0, 0)]) in effects
     assert not of(effects, (ev.Train, ev.Promise))  # type: ignore[arg-type]
@@ -226,7 +288,7 @@ def test_a_node_that_comes_back_to_another_batch_trains_it() -> None:
     old = scene.promises[result_promise(0, 0)].message
     assert isinstance(old, Result)
     scene.promises[result_promise(0, 0)] = scene.seal(replace(old, start=old.start + 1))
-    again = restarted(scene)
+    again = scene.restarted(head=0)
     assert brief(again.obey(again.see()), ev.Train, ev.Promise) == ["Train 0", "Promise"]
 
 
@@ -292,22 +354,22 @@ def holding(*who: int, **options: Any) -> Scene:
     return scene
 
 
-def test_a_witness_that_has_everything_reports_complete_during_training() -> None:
+def root(scene: Scene, *who: int) -> bytes:
+    """The root over the results of these nodes in round 0."""
+    return merkle_root(commitments(*[scene.result(i, 0) for i in who]))
+
+
+def test_a_witness_that_verified_everything_stores_it_and_then_reports_it_during_training() -> None:
     scene = holding(1, 2)
     effects = scene.obey(scene.hear(scene.result(3)), but=(Witness,))
-    assert [type(effect) for effect in effects if not isinstance(effect, ev.Fetch)] == [
-        ev.Promise, ev.Broadcast, Witness,
-    ]  # fmt: skip
-    scene.ask(0, one(effects, Witness))
-    assert [record.complete for record in scene.round.witnesses] == [True]
-
-
-def test_its_list_is_of_all_that_it_verified() -> None:
-    scene = holding(1, 2, 3)
-    attest = scene.promises[attest_promise(0, 0)].message
-    known = scene.log.rounds[0]
-    commitments = [envelope.message.commitment(RUN, envelope.sender) for envelope in known.messages()[:4]]  # type: ignore[union-attr]
-    assert attest == Attest(0, 0, b"".join(sorted(commitments)), 0, b"")
+    remember, report = [effect for effect in effects if not isinstance(effect, ev.Fetch)]
+    assert isinstance(remember, ev.Remember)
+    assert remember.key == list_promise(0, 0, root(scene, 0, 1, 2, 3))
+    assert {envelope.sender for envelope in remember.envelopes} == set(KEYS[:4])
+    assert isinstance(report, Witness)
+    assert report.merkle == root(scene, 0, 1, 2, 3)
+    scene.ask(0, report)
+    assert len(scene.round.witnesses) == 1
 
 
 def test_a_payload_that_is_not_here_yet_is_waited_for_during_training() -> None:
@@ -318,16 +380,72 @@ def test_a_payload_that_is_not_here_yet_is_waited_for_during_training() -> None:
     assert of(scene.give(ev.Fetched(payload)), Witness)
 
 
+def test_what_is_late_is_waited_for_for_a_while_once_a_quorum_is_here() -> None:
+    scene = holding(1)
+    assert not of(scene.tick(39.0), Witness)
+    scene.obey(scene.hear(scene.result(2)), but=(Witness,))
+    assert not of(scene.tick(38.9), Witness)  # as long again as the quorum took
+    assert one(scene.tick(0.1), Witness).merkle == root(scene, 0, 1, 2)
+
+
+def test_a_witness_reports_again_when_it_verified_more() -> None:
+    scene = holding(1, 2)
+    first = one(scene.tick(LEAST), Witness)
+    scene.ask(0, first)
+    scene.see()
+    (second,) = of(scene.obey(scene.hear(scene.result(3)), but=(Witness,)), Witness)
+    assert [first.merkle, second.merkle] == [root(scene, 0, 1, 2), root(scene, 0, 1, 2, 3)]
+    scene.ask(0, second)
+    assert [record.merkle for record in scene.round.witnesses] == [second.merkle]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_witness_reports_no_more_once_the_round_is_decided(overlap: bool) -> None:
+    scene = holding(1, 2, settings={"overlap": overlap})
+    if overlap:
+        scene.end_round()
+        scene.obey(scene.see(), but=(Witness,))
+        assert scene.round.height == 1
+    decided = root(scene, 1, 2)
+    records = tuple(WitnessRecord(WitnessProof(0, i), decided) for i in (1, 2, 3))
+    rounds = (*scene.state.rounds[:-1], replace(scene.round, witnesses=records))
+    effects = scene.give(ev.StateSeen(replace(scene.state, rounds=rounds)))
+    effects += scene.obey(scene.hear(scene.result(3, 0)), but=(Witness,)) + scene.tick(60.0)
+    assert not of(effects, Witness)
+
+
+def test_a_list_that_grew_after_the_decision_is_no_reason_to_report_in_a_drain_round() -> None:
+    scene = Scene(4, total_steps=1, settings={"overlap": True})
+    scene.begin()
+    scene.end_round()  # round 0's results are reported in round 1, which drains
+    for i in (1, 2):
+        scene.obey(scene.hear(scene.result(i, 0)), but=(Witness,))
+    scene.obey(scene.see(), but=(Witness,))
+    scene.ask(0, one(scene.tick(LEAST), Witness))
+    records = (*scene.round.witnesses, *[WitnessRecord(WitnessProof(0, i), root(scene, 1, 2)) for i in (1, 2, 3)])
+    rounds = (scene.state.rounds[0], replace(scene.round, witnesses=records))
+    effects = scene.give(ev.StateSeen(replace(scene.state, rounds=rounds)))
+    effects += scene.obey(scene.hear(scene.result(3, 0)), but=(Witness,)) + scene.tick(60.0)
+    assert not of(effects, Witness)
+
+
 def test_in_the_witness_phase_it_reports_what_it_has() -> None:
     scene = holding(1)
     assert not of(scene.tick(), Witness)
     scene.pass_time(40.0)
     assert scene.state.phase is Phase.ROUND_WITNESS
+    assert one(scene.see(), Witness).merkle == root(scene, 0, 1)
+
+
+def test_witnesses_whose_list_is_another_are_asked_and_what_they_have_is_reported_too() -> None:
+    scene = holding(1, 2)
+    scene.overhear(scene.result(3))
+    scene.report(2)
     effects = scene.see()
-    attest = one(sent(effects, Attest), Attest)
-    assert len(attest.hashes()) == 2
-    scene.ask(0, one(effects, Witness))
-    assert [record.complete for record in scene.round.witnesses] == [False]
+    assert brief(effects, ev.SendTo) == ["Ask to 2"]
+    answer = [scene.result(3), scene.attest(2)]
+    effects = scene.obey(scene.hear(*answer), but=(Witness,))
+    assert one(effects, Witness).merkle == root(scene, 0, 1, 2, 3)
 
 
 @pytest.mark.parametrize("why", ["left", "malformed", "two results"])
@@ -343,18 +461,15 @@ def test_who_has_nothing_better_to_give_is_not_waited_for(why: str) -> None:
             effects += scene.give(ev.Fetched(envelope.message.payload, "too short", refused=True))  # type: ignore[union-attr]
         else:
             effects += scene.hear(scene.result(3, nonce=1))
-    assert of(effects, Witness)
-    attest = one(sent(effects, Attest), Attest)
-    assert len(attest.hashes()) == 3
+    assert one(effects, Witness).merkle == root(scene, 0, 1, 2)
 
 
-def test_a_report_is_repeated_until_it_is_recorded_with_the_same_list() -> None:
+def test_a_report_is_repeated_until_it_is_recorded() -> None:
     scene = holding(1, 2, 3)
     (first,) = of(scene.tick(RETRY), Witness)
     effects = scene.tick(2 * RETRY)
     assert one(effects, Witness) == first
-    assert not of(effects, ev.Promise)
-    assert ev.Broadcast(scene.promises[attest_promise(0, 0)]) in effects
+    assert not of(effects, ev.Remember)
     scene.ask(0, first)
     scene.see()
     assert not of(scene.tick(60.0), Witness)
@@ -367,207 +482,200 @@ def test_who_has_no_seat_does_not_report() -> None:
     assert witness != 0
     effects = scene.obey(scene.see(), but=(Witness,))
     effects += scene.obey(scene.hear(*[scene.result(i) for i in scene.peers]), but=(Witness,))
-    assert not of(effects, Witness)
-    assert not sent(effects, Attest)
+    assert not of(effects, (Witness, ev.Remember))  # type: ignore[arg-type]
 
 
-def test_with_overlap_a_round_s_results_are_listed_in_the_next_and_the_first_list_is_empty() -> None:
+def test_with_overlap_a_round_s_results_are_reported_in_the_next_and_the_first_report_is_empty() -> None:
     scene = Scene(4, settings={"overlap": True})
     effects = scene.begin()
-    assert of(effects, Witness)
-    assert sent(effects, Attest) == [Attest(0, 0, b"", 0, b"")]
-    for i in scene.peers[:2]:
-        scene.report(i, scene.attest(i))
+    assert one(effects, Witness).merkle == EMPTY_ROOT
+    assert not of(effects, ev.Remember)
+    scene.end_round()
     assert scene.round.height == 1
     effects = scene.obey(scene.see())
     assert not of(effects, Witness)
     effects = scene.obey(scene.hear(*[scene.result(i, 0) for i in scene.peers]), but=(Witness,))
-    assert of(effects, Witness)
-    (attest,) = sent(effects, Attest)
-    assert attest.height == 1
-    assert len(attest.hashes()) == 4
+    report = one(effects, Witness)
+    assert (report.height, report.merkle) == (1, root(scene, 0, 1, 2, 3))
 
 
-def test_a_round_that_only_drains_has_an_empty_list_without_overlap() -> None:
-    scene = Scene(4, total_steps=1)
-    scene.begin()
-    scene.play()
-    assert scene.round.step == 0
-    attest = scene.promises[attest_promise(0, 1)].message
-    assert isinstance(attest, Attest)
-    assert attest.hashes() == []
-
-
-def test_a_list_names_the_newest_digest_until_there_is_another() -> None:
+def test_a_report_names_the_newest_digest_until_there_is_another() -> None:
     scene = Scene(3)
-    scene.begin()
-    scene.play(6)
-    attests = [scene.promises[attest_promise(0, height)].message for height in range(6)]
-    named = [(attest.applied, attest.digest) for attest in attests if isinstance(attest, Attest)]
+    effects = scene.begin() + scene.play(6)
+    named = {report.height: (report.step, report.digest) for report in of(effects, Witness)}
     none = (0, b"")
-    assert named == [none, none, *[(2, parameters(2))] * 2, *[(4, parameters(4))] * 2]
+    assert [named[height] for height in range(6)] == [none, none, *[(2, parameters(2))] * 2, *[(4, parameters(4))] * 2]
 
 
 # --- silent clients ---------------------------------------------------------------------------------------------------
 
 
-def silent(*who: int, witnessed: bool = True) -> Scene:
-    """Round 1 of 4 nodes; in round 0 nothing was heard of ``who``. The core has not seen it."""
+def silent(*rounds: set[int]) -> Scene:
+    """Rounds of 4 nodes in each of which nothing was heard of some. The core has not seen that the last is over."""
     scene = Scene(4)
     scene.begin()
-    for i in scene.peers:
-        if i not in who:
-            scene.obey(scene.hear(scene.result(i)), but=(Witness,))
-    scene.pass_time(40.0)
-    if witnessed:
+    for who in rounds:
         scene.obey(scene.see())
-    for i in scene.peers:
-        if i not in who:
-            scene.report(i, scene.attest(i))
-    scene.pass_time(5.0)
-    assert (scene.round.height, scene.state.phase) == (1, Phase.ROUND_TRAIN)
+        for i in scene.peers:
+            if i not in who:
+                scene.obey(scene.hear(scene.result(i)))
+        scene.obey(scene.tick(60.0))  # its patience is over
+        scene.end_round(*[i for i in scene.peers if i not in who])
+    assert (scene.round.height, scene.state.phase) == (len(rounds), Phase.ROUND_TRAIN)
     return scene
 
 
-def test_who_gave_no_sign_of_life_is_named_once() -> None:
-    scene = silent(2)
-    effects = scene.see()
-    assert of(effects, HealthCheck) == [HealthCheck(0, 1, (KEYS[2],))]
+def test_who_is_missing_in_three_rounds_in_a_row_is_named_once() -> None:
+    scene = silent({2}, {2}, {2})
+    effects = scene.obey(scene.see(), but=(HealthCheck,))
+    assert of(effects, HealthCheck) == [HealthCheck(0, 3, (KEYS[2],))]
     assert not of(scene.tick(60.0), HealthCheck)
     assert scene.ask(0, one(effects, HealthCheck)) == 1
 
 
-def test_in_each_epoch_it_is_looked_for_anew() -> None:
-    scene = Scene(4, total_steps=4, epoch_time=50.0)
-    scene.begin()
-    scene.now += 50.0
-    assert not of(scene.play(3), HealthCheck)
-    scene.next_epoch()
-    scene.obey(scene.see())
-    for i in (1, 3):
-        scene.obey(scene.hear(scene.result(i)))
-    scene.pass_time(40.0)
-    scene.obey(scene.see())
-    for i in (1, 3):
-        scene.report(i, scene.attest(i))
-    scene.pass_time(5.0)
-    assert of(scene.see(), HealthCheck) == [HealthCheck(1, 1, (KEYS[2],))]
-
-
-def test_where_everybody_was_heard_nobody_is_named() -> None:
-    assert not of(silent().see(), HealthCheck)
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        pytest.param([{2}, {2}], id="missing in the first two rounds"),
+        pytest.param([{2}, set(), {2}, {2}], id="heard in between"),
+        pytest.param([{1}, {2}, {3}], id="others each time"),
+        pytest.param([set()] * 3, id="never missing"),
+    ],
+)
+def test_who_was_heard_since_is_not_named(rounds: list[set[int]]) -> None:
+    scene = silent(*rounds)
+    assert not of(scene.obey(scene.see(), but=(HealthCheck,)), HealthCheck)
 
 
 def test_who_left_already_is_not_named() -> None:
-    scene = silent(2)
+    scene = silent({2}, {2}, {2})
     scene.ask(2, Withdraw())
-    assert not of(scene.see(), HealthCheck)
-
-
-def test_who_did_not_witness_the_round_names_nobody() -> None:
-    scene = silent(2, witnessed=False)
-    assert 0 not in {record.proof.index for record in scene.state.rounds[0].witnesses}
-    assert not of(scene.see(), HealthCheck)
+    assert not of(scene.obey(scene.see(), but=(HealthCheck,)), HealthCheck)
 
 
 def test_nobody_is_named_outside_of_training() -> None:
-    scene = silent(2)
-    assert not of(scene.give(ev.StateSeen(replace(scene.state, phase=Phase.ROUND_WITNESS))), HealthCheck)
-    assert of(scene.see(), HealthCheck)
+    scene = silent({2}, {2}, {2})
+    witnessing = ev.StateSeen(replace(scene.state, phase=Phase.ROUND_WITNESS))
+    assert not of(scene.obey(scene.give(witnessing), but=(HealthCheck, Witness)), HealthCheck)
+    assert of(scene.obey(scene.see(), but=(HealthCheck,)), HealthCheck)
+
+
+def test_who_does_not_know_what_was_decided_names_nobody() -> None:
+    scene = silent({2}, {2})
+    for i in (1, 3):
+        scene.overhear(scene.result(i))
+    scene.end_round()
+    assert scene.round.height == 3
+    assert not of(scene.obey(scene.see(), but=(HealthCheck,)), HealthCheck)
+
+
+@pytest.mark.parametrize("verified", [(0, 0, 0), (0, 1, 2)], ids=["nothing was verified", "nothing was decided"])
+def test_where_a_round_has_no_results_nobody_is_to_blame(verified: tuple[int, ...]) -> None:
+    scene = silent({2}, {2})
+    scene.obey(scene.see())
+    found = commitments(*[scene.result(i) for i in (1, 3)])
+    for i, many in zip(scene.peers, verified, strict=True):
+        scene.report(i, found[:many])
+    if scene.round.height == 2:
+        scene.pass_time(45.0)
+        scene.pass_time(5.0)
+    assert scene.round.height == 3
+    assert not of(scene.obey(scene.see(), but=(HealthCheck,)), HealthCheck)
 
 
 def test_a_node_does_not_name_itself() -> None:
     scene = Scene(4)
     scene.begin(but=(ev.Train,))
-    scene.obey(scene.hear(*[scene.result(i) for i in scene.peers]), but=(Witness,))
-    scene.pass_time(40.0)
-    scene.obey(scene.see())
-    for i in scene.peers:
-        if scene.round.height == 0:
-            scene.report(i, scene.attest(i))
-    assert scene.round.height == 1
-    assert scene.log.rounds[0].silent == {0}
-    assert not of(scene.see(), HealthCheck)
+    for _ in range(3):
+        scene.obey(scene.hear(*[scene.result(i) for i in scene.peers]), but=(Witness,))
+        scene.end_round()
+        effects = scene.obey(scene.see(), but=(ev.Train, HealthCheck))
+    assert scene.round.height == 3
+    assert [scene.log.rounds[height].silent for height in range(3)] == [{0}] * 3
+    assert not of(effects, HealthCheck)
 
 
 # --- the end of an epoch ----------------------------------------------------------------------------------------------
 
 
-def cooled(**config: Any) -> Scene:
-    """An epoch of one step of 4 nodes has drained; the core has not seen that it is over."""
-    scene = Scene(4, total_steps=1, **config)
+def drained() -> Scene:
+    """An epoch of one step of 4 nodes that drains; of its last parameters, the coordinator has heard nothing."""
+    scene = Scene(4, total_steps=1)
+    scene.begin()
+    scene.obey(scene.hear(*[scene.result(i) for i in scene.peers]))
+    scene.end_round()
+    assert scene.state.draining
+    scene.obey(scene.see(), but=(Witness,))
+    return scene
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_drain_round_s_report_names_the_last_parameters_and_has_an_empty_list(overlap: bool) -> None:
+    scene = Scene(4, total_steps=1, settings={"overlap": overlap})
+    effects = scene.begin() + scene.play(1 + overlap)
+    report = of(effects, Witness)[-1]
+    assert scene.round.step == 0
+    assert (report.height, report.merkle) == (scene.round.height, EMPTY_ROOT)
+    assert (report.step, report.digest) == (1, parameters(1))
+    assert scene.state.checkpoint_votes == ((KEYS[0], 1, parameters(1)),)
+
+
+def test_it_is_repeated_until_it_is_there() -> None:
+    scene = drained()
+    (report,) = of(scene.tick(RETRY), Witness)
+    assert report.digest == parameters(1)
+    scene.ask(0, report)
+    scene.see()
+    assert not of(scene.tick(60.0), Witness)
+
+
+def test_the_parameters_after_the_last_training_are_stored_and_offered() -> None:
+    scene = Scene(4, total_steps=3)
+    effects = scene.begin() + scene.play(3)
+    assert [apply.snapshot for apply in of(effects, ev.Apply)] == [False, False, True]
+    assert sent(effects, Offer) == [Offer(0, 3, parameters(3))]
+
+
+def test_a_node_alone_stores_them_too() -> None:
+    scene = Scene(1, total_steps=3)
+    scene.warm()
+    scene.head = 0
+    effects = scene.obey(scene.see())
+    assert [apply.height for apply in of(effects, ev.Apply) if apply.snapshot] == [2]
+    assert scene.core.finished
+
+
+def test_who_has_not_applied_everything_names_older_parameters_only_when_time_is_short() -> None:
+    scene = Scene(4, total_steps=3)
     scene.begin()
     scene.play(2)
     scene.obey(scene.see())
-    for i in scene.peers:
-        if scene.state.phase is not Phase.COOLDOWN:
-            scene.report(i, scene.attest(i))
-    assert scene.state.phase is Phase.COOLDOWN
-    return scene
-
-
-def test_a_node_votes_for_the_parameters_that_it_holds_at_the_end() -> None:
-    scene = cooled()
-    effects = scene.see()
-    assert brief(effects, ev.TakeSnapshot, Vote) == ["TakeSnapshot"]
-    assert of(scene.give(ev.SnapshotTaken(parameters(1))), Vote) == [Vote(0, 1, parameters(1))]
-
-
-def test_a_vote_is_repeated_until_it_is_there() -> None:
-    scene = cooled()
-    scene.obey(scene.see(), but=(Vote,))
-    (vote,) = of(scene.tick(RETRY), Vote)
-    scene.ask(0, vote)
-    scene.see()
-    assert not of(scene.tick(60.0), Vote)
-
-
-def test_who_was_dropped_has_no_vote() -> None:
-    scene = cooled()
-    clients = tuple(replace(c, status=ClientStatus.DROPPED) if c.node == KEYS[0] else c for c in scene.state.clients)
-    assert of(scene.give(ev.StateSeen(replace(scene.state, clients=clients))), ev.TakeSnapshot)
-    assert not of(scene.give(ev.SnapshotTaken(parameters(1))), Vote)
-
-
-def lagging() -> Scene:
-    """An epoch of one step is over; the core has not got to applying it."""
-    scene = Scene(4, total_steps=1)
-    scene.begin()
     scene.obey(scene.hear(*[scene.result(i) for i in scene.peers]), but=(ev.Apply,))
-    for _ in range(3):
-        for i in scene.peers:
-            if scene.state.phase is not Phase.COOLDOWN:
-                envelope = scene.attest(i)
-                scene.hear(envelope)
-                scene.report(i, envelope)
-                scene.obey(scene.see(), but=(ev.Apply,))
-    assert scene.state.phase is Phase.COOLDOWN
-    return scene
-
-
-def test_who_has_not_applied_everything_does_not_vote() -> None:
-    assert not of(lagging().tick(60.0), (Vote, ev.TakeSnapshot))  # type: ignore[arg-type]
+    scene.end_round()
+    assert scene.state.draining
+    assert brief(scene.see() + scene.tick(10.0), ev.Apply, Witness) == ["Apply 2"]
+    scene.pass_time(10.0)
+    assert scene.state.phase is Phase.ROUND_WITNESS
+    report = one(scene.see(), Witness)
+    assert (report.step, report.digest) == (2, parameters(2))
 
 
 # --- the end of the run -----------------------------------------------------------------------------------------------
 
 
 def ended(digest: bytes = parameters(1)) -> Scene:
-    """The run is finished; the core, which reported nothing, has not seen it."""
-    scene = cooled()
-    scene.obey(scene.see(), but=(Vote,))
-    scene.vote(digest, 1, 2, 3)
+    """The run is finished; the core has not seen it."""
+    scene = drained()
+    for i in scene.peers:
+        scene.report(i, named=(1, digest))
     assert scene.state.phase is Phase.FINISHED
     assert scene.state.checkpoint.digest == digest
     return scene
 
 
 def test_who_holds_the_last_parameters_leaves() -> None:
-    scene = cooled()
-    scene.obey(scene.see(), but=(Vote, ev.TakeSnapshot))
-    scene.give(ev.SnapshotTaken(parameters(1)))
-    scene.vote(parameters(1), 1, 2, 3)
-    assert of(scene.see(), Finished) == [Finished(Outcome.LAST_PARAMETERS, parameters(1))]
+    scene = ended()
+    assert of(scene.obey(scene.see()), Finished) == [Finished(Outcome.LAST_PARAMETERS, parameters(1))]
     assert scene.core.finished
 
 
@@ -588,6 +696,7 @@ def test_who_holds_others_takes_the_last_parameters_and_leaves() -> None:
     scene = ended(sha256(b"others"))
     effects = scene.obey(scene.see())
     assert [effect for effect in effects if isinstance(effect, (Notice, ev.Load))] == [
+        ParametersDiffer(0, 0),
         TakesLast(sha256(b"others")),
         ev.Load(sha256(b"others"), (KEYS[1], KEYS[2], KEYS[3])),
         Finished(Outcome.LAST_PARAMETERS, sha256(b"others")),
@@ -618,14 +727,10 @@ def test_who_has_not_applied_everything_takes_the_last_parameters_after_some_pat
     scene = Scene(4, total_steps=1)
     scene.begin()
     scene.hear(*[scene.result(i) for i in scene.peers])  # the payloads do not come
-    while scene.state.phase is not Phase.COOLDOWN:
-        for i in scene.peers:
-            if scene.state.phase is not Phase.COOLDOWN:
-                envelope = scene.attest(i)
-                scene.hear(envelope)
-                scene.report(i, envelope)
-                scene.see()
-    scene.vote(parameters(1), 1, 2, 3)
+    scene.end_round()
+    scene.see()
+    scene.end_round(digests=True)
+    assert scene.state.phase is Phase.FINISHED
     assert not of(scene.see(), ev.Load)
     assert not of(scene.tick(4 * RETRY - 0.1), ev.Load)
     assert of(scene.tick(0.1), ev.Load) == [ev.Load(parameters(1), (KEYS[1], KEYS[2], KEYS[3]))]
@@ -690,7 +795,7 @@ def test_messages_of_another_epoch_are_not_heard() -> None:
 
 def test_before_anything_is_known_of_the_run_messages_are_not_heard() -> None:
     scene = Scene(3)
-    for message in (Ask(0, 0, 1), Offer(0, 2, parameters(2)), Stuck(0, 1, 1), Attest(0, 0, b"", 0, b"")):
+    for message in (Ask(0, 0, 1), Offer(0, 2, parameters(2)), Stuck(0, 1, 1), Attest(0, 0, b"")):
         assert scene.give(ev.Received(seal(NODES[1], RUN, message))) == []
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from support.core import KEYS, NODES, RETRY, RUN, SIZE, STRANGER, Scene, of, one, sent
+from support.core import KEYS, NODES, RETRY, RUN, SIZE, STRANGER, Scene, commitments, of, one, parameters, sent
 
 from psyche_lightning.node import events as ev
-from psyche_lightning.node.agreement import EpochLog
+from psyche_lightning.node.agreement import AgreedSet, EpochLog
 from psyche_lightning.node.exchange import EARLY_ROUNDS, Exchange, gone
 from psyche_lightning.node.notices import MessageRefused, PayloadRefused, TwoResults
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.node.rounds import MAX_ENTRIES_PER_BATCH, RoundLog
-from psyche_lightning.node.witness import attest_promise, result_promise
+from psyche_lightning.node.witness import list_promise, offer_promise, result_promise
+from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_root
 from psyche_lightning.protocol.messages import Ask, Attest, Buffers, Envelope, Offer, Result, Stuck, seal
 from psyche_lightning.protocol.requests import Accuse, Withdraw
+from psyche_lightning.protocol.state import WitnessProof, WitnessRecord
 from psyche_lightning.wire.canonical import sha256
 
 
@@ -28,6 +30,7 @@ class Talk:
         self,
         *,
         promises: Mapping[str, Envelope] | None = None,
+        remembered: Mapping[str, Sequence[Envelope]] | None = None,
         settings: Mapping[str, Any] | None = None,
         assigned: bool = True,
         **config: Any,
@@ -35,16 +38,18 @@ class Talk:
         self.scene = Scene(4, settings=settings, **config)
         self.scene.begin(but=(ev.Train,))
         self.out = Outbox(RETRY, 15.0)
-        self.exchange = Exchange(KEYS[0], self.scene.settings, self.scene.seal, promises or {}, self.out)
+        self.exchange = Exchange(
+            KEYS[0], self.scene.settings, self.scene.seal, promises or {}, remembered or {}, self.out
+        )
         self.exchange.meet(self.scene.state)
         self.out.take()
-        self.log = EpochLog(0, b"")
+        self.log = EpochLog(0, parameters(0), 1, 3)
         self.open(assigned)
 
     def open(self, assigned: bool = True) -> RoundLog:
         """Open the newest round."""
         state, record = self.scene.state, self.scene.round
-        opened = RoundLog.open(record, record.clients, state.config, RUN, self.scene.settings.layout, 64)
+        opened = RoundLog.open(record, record.clients, state.config, 3, RUN, self.scene.settings.layout, 64)
         self.log.rounds[record.height] = opened
         if assigned:
             opened.assign(())
@@ -127,6 +132,12 @@ def test_a_payload_of_a_round_that_is_witnessed_now_or_next_is_fetched_at_once(
     assert talk.entries() == [1]
 
 
+def a_result(talk: Talk, i: int = 1) -> Result:
+    message = talk.scene.result(i).message
+    assert isinstance(message, Result)
+    return message
+
+
 @pytest.mark.parametrize(
     ("distance", "sender", "kept"),
     [
@@ -143,15 +154,16 @@ def test_what_comes_before_its_round_is_known_is_kept_for_a_while(
     talk = Talk()
     height = 10 + distance
     identity = STRANGER if sender is None else NODES[sender]
-    envelope = seal(identity, RUN, Attest(0, height, b"", 0, b""))
+    envelope = seal(identity, RUN, replace(a_result(talk), height=height))
     assert talk.hear(envelope, head=10) == []
     assert talk.log.early.get(height, []) == ([envelope] if kept else [])
 
 
 def test_of_one_sender_only_so_many_early_messages_are_kept_each_once() -> None:
     talk = Talk()
-    many = [seal(NODES[1], RUN, Attest(0, 5, sha256(bytes([n])), 0, b"")) for n in range(MAX_ENTRIES_PER_BATCH + 2)]
-    other = seal(NODES[2], RUN, Attest(0, 5, b"", 0, b""))
+    result = replace(a_result(talk), height=5)
+    many = [seal(NODES[1], RUN, replace(result, nonce=n)) for n in range(MAX_ENTRIES_PER_BATCH + 2)]
+    other = seal(NODES[2], RUN, result)
     for envelope in (*many, *many, other, other):
         talk.hear(envelope, head=4)
     assert talk.log.early[5] == [*many[:MAX_ENTRIES_PER_BATCH], other]
@@ -161,10 +173,10 @@ def test_a_result_waits_for_the_assignment_of_its_round_and_a_list_does_not() ->
     talk = Talk(assigned=False)
     envelope = talk.scene.result(1)
     talk.hear(envelope)
-    talk.hear(talk.scene.attest(2, []))
+    talk.hear(talk.scene.attest(2, commitments(envelope)))
     known = talk.log.rounds[0]
     assert not known.entries
-    assert list(known.attests) == [2]
+    assert known.list_of(merkle_root(commitments(envelope))) == tuple(commitments(envelope))
     known.assign(())
     talk.exchange.file_early(talk.log, [known])
     assert talk.entries() == [1]
@@ -185,11 +197,19 @@ def test_a_message_that_does_not_belong_there_is_refused(changes: dict[str, Any]
     assert talk.entries() == []
 
 
-def test_a_list_of_who_is_no_witness_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("sender", "height", "kept"),
+    [
+        pytest.param(NODES[3], 0, True, id="of any peer"),
+        pytest.param(STRANGER, 0, False, id="of a stranger"),
+        pytest.param(NODES[3], 1, False, id="of a round that is not known"),
+    ],
+)
+def test_whose_lists_are_kept(sender: Any, height: int, kept: bool) -> None:
     talk = Talk(witness_nodes=1)
-    (witness,) = talk.log.rounds[0].selection.witnesses()
-    other = next(i for i in (1, 2, 3) if i != witness)
-    assert one(talk.hear(talk.scene.attest(other, [])), MessageRefused).peer == KEYS[other]
+    listed = [sha256(b"somebody's")]
+    assert talk.hear(seal(sender, RUN, Attest(0, height, listed[0]))) == []
+    assert talk.log.rounds[0].list_of(merkle_root(listed)) == (tuple(listed) if kept else None)
 
 
 def test_two_results_of_one_trainer_for_one_batch_are_shown_to_the_coordinator_once() -> None:
@@ -210,12 +230,32 @@ def asked(talk: Talk, height: int = 0, i: int = 1, attempt: int = 1) -> Envelope
     return seal(NODES[i], RUN, Ask(0, height, attempt))
 
 
-def test_who_asks_gets_every_message_of_the_round() -> None:
+def test_who_asks_gets_every_result_and_the_list_of_those_that_this_node_verified() -> None:
     talk = Talk()
-    result, attest = talk.scene.result(2), talk.scene.attest(3, [])
-    talk.hear(result)
-    talk.hear(attest)
-    assert talk.hear(asked(talk)) == [ev.SendTo(KEYS[1], result), ev.SendTo(KEYS[1], attest)]
+    first, second = talk.scene.result(2), talk.scene.result(3)
+    talk.hear(first)
+    assert talk.hear(asked(talk, i=3)) == [ev.SendTo(KEYS[3], first)]  # an empty list needs no message
+    talk.hear(second)
+    talk.exchange.fetched(ev.Fetched(a_result(talk, 3).payload))
+    *results, listed = talk.hear(asked(talk))
+    assert results == [ev.SendTo(KEYS[1], first), ev.SendTo(KEYS[1], second)]
+    assert isinstance(listed, ev.SendTo)
+    assert (listed.peer, listed.envelope.sender) == (KEYS[1], KEYS[0])
+    assert listed.envelope.message == Attest(0, 0, commitments(second)[0])
+
+
+def test_who_asks_about_a_decided_round_gets_the_decided_list_only() -> None:
+    talk = Talk()
+    known = talk.log.rounds[0]
+    for i in (1, 2, 3):
+        talk.hear(talk.scene.result(i))
+        talk.exchange.fetched(ev.Fetched(a_result(talk, i).payload))
+    decided = [entry for entry in known.verified() if entry.trainer != 3]
+    decided.sort(key=lambda entry: entry.commitment)
+    talk.log.start(0, ())
+    talk.log.close(AgreedSet(tuple(decided)))
+    (listed,) = sent(talk.hear(asked(talk)), Attest)
+    assert listed.hashes() == [entry.commitment for entry in decided]
 
 
 def test_who_asks_gets_the_offers_too_unless_they_are_of_an_epoch_before() -> None:
@@ -227,7 +267,7 @@ def test_who_asks_gets_the_offers_too_unless_they_are_of_an_epoch_before() -> No
     assert sent(talk.hear(asked(talk)), Offer) == [Offer(0, 2, sha256(b"snapshot"))]
     talk.later(60.0)
     assert ev.SendTo(KEYS[2], buffers) in talk.hear(asked(talk, i=2))
-    talk.exchange.new_epoch()
+    talk.exchange.keep_promises(1)
     assert sent(talk.hear(asked(talk, i=3)), Offer) == []
 
 
@@ -273,13 +313,11 @@ def test_without_a_peer_one_after_the_other_is_asked_and_each_third_time_all_are
 def test_everybody_is_asked_at_once_where_it_must_be() -> None:
     talk = Talk()
     assert questions(talk, 2, everybody=True) == ["all", "all"]
-    assert talk.exchange.asked(0) == 2
-    assert talk.exchange.asked(1) == 0
 
 
 def test_without_peers_everybody_is_asked() -> None:
     talk = Talk()
-    alone = Exchange(KEYS[0], talk.scene.settings, talk.scene.seal, {}, talk.out)
+    alone = Exchange(KEYS[0], talk.scene.settings, talk.scene.seal, {}, {}, talk.out)
     alone.ask(0, 0)
     assert len(of(talk.out.take(), ev.Broadcast)) == 1
 
@@ -298,12 +336,12 @@ def test_who_is_stuck_tells_everybody_and_an_offer_goes_to_one() -> None:
     talk = Talk()
     talk.exchange.complain(Stuck(0, 3, 1))
     assert one(talk.out.take(), ev.Broadcast).envelope.message == Stuck(0, 3, 1)
-    talk.exchange.offer_to(KEYS[1])
+    talk.exchange.offer_to(KEYS[1], 0)
     assert talk.out.take() == []
     talk.exchange.offer(0, 4, sha256(b"snapshot"))
     offer = one(talk.out.take(), ev.Broadcast).envelope
     assert offer.message == Offer(0, 4, sha256(b"snapshot"))
-    talk.exchange.offer_to(KEYS[1])
+    talk.exchange.offer_to(KEYS[1], 0)
     assert talk.out.take() == [ev.SendTo(KEYS[1], offer)]
 
 
@@ -344,6 +382,33 @@ def test_rounds_that_are_witnessed_now_or_next_are_gathered(overlap: bool) -> No
     talk.open()
     talk.later(20.0)
     assert (payload in gathered(talk)) is overlap
+
+
+def differing(*roots: bytes) -> Talk:
+    """A round in which this node has the results of nodes 1 and 2, and witnesses from node 0 on reported this."""
+    talk = Talk()
+    for i in (1, 2):
+        talk.hear(talk.scene.result(i))
+        talk.exchange.fetched(ev.Fetched(a_result(talk, i).payload))
+    known = talk.log.rounds[0]
+    records = tuple(WitnessRecord(WitnessProof(0, i), root) for i, root in enumerate(roots))
+    known.round = replace(known.round, witnesses=records)
+    return talk
+
+
+def test_the_witnesses_whose_report_shows_another_list_are_asked() -> None:
+    mine = merkle_root(sorted(commitments(differing().scene.result(1)) + commitments(differing().scene.result(2))))
+    talk = differing(b"\1" * 32, mine, b"\2" * 32, EMPTY_ROOT)
+    assert gathered(talk) == [2]  # this node itself, and who has the same list or none, is not asked
+    assert gathered(talk) == []
+    talk.later(RETRY)
+    assert gathered(talk) == [2]
+
+
+def test_a_witness_whose_list_is_here_is_not_asked_for_it() -> None:
+    talk = differing(EMPTY_ROOT, merkle_root([sha256(b"somebody's")]))
+    talk.hear(seal(NODES[3], RUN, Attest(0, 0, sha256(b"somebody's"))))
+    assert gathered(talk) == []
 
 
 def test_a_payload_is_fetched_once_at_a_time_and_again_when_that_failed() -> None:
@@ -418,14 +483,12 @@ def test_a_promise_is_for_its_batch_only() -> None:
 
 
 def test_what_was_promised_is_filed_when_its_round_is_assigned() -> None:
-    scene = Talk().scene
-    mine, attest = scene.result(0), scene.attest(0, [])
-    talk = Talk(promises={result_promise(0, 0): mine, attest_promise(0, 0): attest}, assigned=False)
+    mine = Talk().scene.result(0)
+    talk = Talk(promises={result_promise(0, 0): mine}, assigned=False)
     known = talk.log.rounds[0]
     known.assign(())
     talk.exchange.file_early(talk.log, [known])
     assert [entry.envelope for entry in known.verified()] == [mine]
-    assert list(known.attests) == [0]
 
 
 def test_an_announcement_of_a_round_that_is_not_assigned_again_yet_is_sent_all_the_same() -> None:
@@ -436,35 +499,93 @@ def test_an_announcement_of_a_round_that_is_not_assigned_again_yet_is_sent_all_t
     assert not talk.log.rounds[0].entries
 
 
-def test_a_list_is_promised_once_and_the_same_bytes_are_sent_again() -> None:
+# --- what outlives a node ---------------------------------------------------------------------------------------------
+
+
+def test_the_results_of_a_list_are_stored_once_in_its_order() -> None:
     talk = Talk()
-    first = talk.exchange.attest(talk.log.rounds[0], attest_promise(0, 0), lambda: Attest(0, 0, b"", 0, b""))
-    assert talk.out.take() == [ev.Promise(attest_promise(0, 0), first), ev.Broadcast(first)]
-    assert list(talk.log.rounds[0].attests) == [0]
-    other = Attest(0, 0, sha256(b"something"), 0, b"")
-    assert talk.exchange.attest(talk.log.rounds[0], attest_promise(0, 0), lambda: other) == first
-    assert talk.out.take() == [ev.Broadcast(first)]
+    for i in (3, 1):
+        talk.hear(talk.scene.result(i))
+        talk.exchange.fetched(ev.Fetched(a_result(talk, i).payload))
+    known = talk.log.rounds[0]
+    talk.exchange.remember(talk.log, 0, known.verified())
+    remember = one(talk.out.take(), ev.Remember)
+    assert remember.key == list_promise(0, 0, merkle_root(known.own()[0]))
+    assert [commitments(envelope)[0] for envelope in remember.envelopes] == list(known.own()[0])
+    talk.exchange.remember(talk.log, 0, reversed(known.verified()))
+    assert talk.out.take() == []
+    talk.exchange.remember(talk.log, 0, known.verified()[:1])  # another list of the same round
+    assert len(of(talk.out.take(), ev.Remember)) == 1
+    talk.exchange.remember(talk.log, 0, [])
+    assert talk.out.take() == []
+
+
+def test_what_was_stored_before_a_restart_is_filed_with_its_list_and_sent_to_who_asks() -> None:
+    scene = Talk().scene
+    stored = [scene.result(i) for i in (1, 2)]
+    root = merkle_root(commitments(*stored))
+    talk = Talk(remembered={list_promise(0, 0, root): stored}, assigned=False)
+    known = talk.log.rounds[0]
+    known.assign(())
+    talk.exchange.file_early(talk.log, [known])
+    assert talk.entries() == [1, 2]
+    assert known.list_of(root) == tuple(commitments(*stored))
+    assert known.verified() == []  # their payloads are fetched, from this node's own store if they are there
+    *results, listed = of(talk.hear(asked(talk)), ev.SendTo)
+    assert [effect.envelope for effect in results] == stored
+    assert listed.envelope.message == Attest(0, 0, b"".join(commitments(*stored)))
+
+
+def test_what_was_stored_is_sent_to_who_asks_even_if_this_node_began_after_that_round() -> None:
+    scene = Talk().scene
+    stored = [scene.result(i) for i in (1, 2)]
+    talk = Talk(remembered={list_promise(0, 0, b"\1" * 32): stored}, assigned=False)
+    *results, listed = of(talk.hear(asked(talk)), ev.SendTo)
+    assert [effect.envelope for effect in results] == stored
+    assert listed.envelope.message == Attest(0, 0, b"".join(commitments(*stored)))
 
 
 @pytest.mark.parametrize(
     ("epoch", "height", "kept"),
     [
-        pytest.param(0, 0, ["result/0/1", "attest/0/1", "result/0/2"], id="all of the epoch"),
-        pytest.param(0, 2, ["result/0/2"], id="from a round on"),
+        pytest.param(0, 0, ["result 1", "offer 2", "result 2", "list 1", "list 2"], id="all of the epoch"),
+        pytest.param(0, 2, ["offer 2", "result 2", "list 2"], id="from a round on"),
         pytest.param(1, 0, [], id="none of the epoch before"),
     ],
 )
-def test_promises_of_rounds_that_are_over_are_dropped(epoch: int, height: int, kept: list[str]) -> None:
+def test_what_was_stored_of_rounds_that_are_over_is_dropped(epoch: int, height: int, kept: list[str]) -> None:
     scene = Talk().scene
     result = scene.result(0).message
     assert isinstance(result, Result)
-    promises = {
-        result_promise(0, 1): scene.seal(replace(result, height=1, payload=sha256(b"1"))),
-        attest_promise(0, 1): scene.seal(Attest(0, 1, b"", 0, b"")),
-        result_promise(0, 2): scene.seal(replace(result, height=2, payload=sha256(b"2"))),
+    at = {height: replace(result, height=height, payload=sha256(bytes([height]))) for height in (1, 2)}
+    other = {height: replace(at[height], nonce=1, payload=sha256(b"other", bytes([height]))) for height in at}
+    keys = {
+        "result 1": result_promise(0, 1),
+        "offer 2": offer_promise(0, 2),
+        "result 2": result_promise(0, 2),
+        "list 1": list_promise(0, 1, b"\1" * 32),
+        "list 2": list_promise(0, 2, b"\2" * 32),
     }
-    talk = Talk(promises=promises)
-    payloads = {"result/0/1": sha256(b"1"), "result/0/2": sha256(b"2")}
-    expected = tuple(payloads[key] for key in kept if key in payloads)
-    assert talk.exchange.keep_promises(epoch, height) == (tuple(kept), expected)
-    assert talk.exchange.keep_promises(0) == (tuple(kept), expected)  # the others are forgotten
+    talk = Talk(
+        promises={
+            keys["result 1"]: scene.seal(at[1]),
+            keys["offer 2"]: scene.seal(Offer(0, 2, sha256(b"snapshot"))),
+            keys["result 2"]: scene.seal(at[2]),
+        },
+        remembered={keys[f"list {n}"]: [scene.seal(at[n]), scene.seal(other[n], 1)] for n in (1, 2)},
+    )
+    payloads = {name: at[int(name[-1])].payload for name in ("result 1", "result 2")}
+    payloads |= {name: other[int(name[-1])].payload for name in ("list 1", "list 2")}
+    expected = [payloads[name] for name in kept if name in payloads]
+    for place in ((epoch, height), (0, 0)):  # what was dropped is forgotten
+        promises, blobs = talk.exchange.keep_promises(*place)
+        assert promises == tuple(keys[name] for name in kept)
+        assert sorted(blobs) == sorted(expected)
+
+
+def test_the_parameters_that_were_stored_in_an_epoch_are_known_after_a_restart() -> None:
+    scene = Talk().scene
+    offers = {offer_promise(epoch, 2): scene.seal(Offer(epoch, 2, sha256(bytes([epoch])))) for epoch in (0, 1)}
+    talk = Talk(promises=offers)
+    assert talk.exchange.offered(1) == [Offer(1, 2, sha256(b"\1"))]
+    assert talk.exchange.offered(2) == []

@@ -61,7 +61,7 @@ class Flooding(TcpTransport):
 def test_a_flood_of_signed_messages_stops_nobody(
     make_run: Any, make_trainee: Any, make: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = make_run(4, STEPS, max_round_train_time=2.0, warmup_time=2.0, min_clients=3)
+    run = make_run(4, STEPS, max_round_train_time=1.0, warmup_time=2.0, min_clients=3)
     nodes = [make_trainee(number, run, transport=lambda run: TcpTransport()) for number in range(3)]
     flooder = make_trainee(3, run, transport=lambda run: Flooding(make))
     with caplog.at_level(logging.WARNING, "psyche_lightning.transports"):

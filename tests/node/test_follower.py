@@ -6,12 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from support.core import KEYS, NODES, RATES, RETRY, RUN, SIZE, Scene, brief, of, one, parameters, sent
+from support.core import KEYS, NODES, RATES, RETRY, RUN, SIZE, Scene, brief, commitments, of, one, parameters, sent
 
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.follower import HOPELESS_LOADS, LOOK_AHEAD
 from psyche_lightning.node.notices import (
-    DecidedWithoutLists,
     Notice,
     ParametersDiffer,
     ParametersNotObtained,
@@ -21,7 +20,7 @@ from psyche_lightning.node.notices import (
     TakesSnapshot,
     TensorDiffered,
 )
-from psyche_lightning.protocol.messages import Ask, Attest, Envelope, Offer, Result, Stuck, seal
+from psyche_lightning.protocol.messages import Ask, Envelope, Offer, Stuck, seal
 from psyche_lightning.protocol.open_ids import reopen
 from psyche_lightning.protocol.requests import GetRounds, WarmupWitness, Withdraw, Witness
 from psyche_lightning.protocol.state import Phase
@@ -32,23 +31,10 @@ DEADLINE = 40.0
 WITHOUT = (ev.Train, ev.Apply)
 
 
-def commitments(*envelopes: Envelope) -> list[bytes]:
-    return sorted(one_.message.commitment(RUN, one_.sender) for one_ in envelopes if isinstance(one_.message, Result))
-
-
-def witnessed(scene: Scene, *lists: Envelope, heard: bool = True) -> list[ev.Effect]:
-    """Peers report these lists, of which the core hears; then the round is over. Returns what the core does."""
-    effects = scene.hear(*lists) if heard else []
-    height = scene.round.height
-    for envelope in lists:
-        scene.overhear(envelope)
-        if scene.round.height == height:
-            scene.report(KEYS.index(envelope.sender), envelope)
-    if scene.round.height == height:
-        scene.pass_time(DEADLINE)
-        scene.pass_time(5.0)
-    assert scene.round.height == height + 1
-    return effects + scene.see()
+def witnessed(scene: Scene, hashes: list[bytes] | None = None) -> list[ev.Effect]:
+    """The peers report this, or everything that was announced, and the round is over. Returns what the core does."""
+    scene.end_round(hashes=hashes)
+    return scene.see()
 
 
 def first_round(*trainers: int, payloads: bool = True, **options: Any) -> tuple[Scene, list[Envelope]]:
@@ -68,7 +54,7 @@ def first_round(*trainers: int, payloads: bool = True, **options: Any) -> tuple[
 
 def test_the_agreed_results_are_applied_in_the_order_of_their_commitments() -> None:
     scene, results = first_round(1, 2, 3)
-    apply = one(witnessed(scene, *[scene.attest(i) for i in scene.peers]), ev.Apply)
+    apply = one(witnessed(scene), ev.Apply)
     by_commitment = {commitments(envelope)[0]: envelope.message for envelope in results}
     payloads = tuple(by_commitment[commitment].payload for commitment in sorted(by_commitment))  # type: ignore[union-attr]
     assert apply == ev.Apply(0, 0, payloads, RATES, digest_due=False, snapshot=False, prints=True, open_ids=())
@@ -76,8 +62,8 @@ def test_the_agreed_results_are_applied_in_the_order_of_their_commitments() -> N
 
 def test_ids_of_results_that_are_not_agreed_stay_open() -> None:
     scene, results = first_round(1, 2, 3)
-    lists = [scene.attest(i, commitments(*results[:2])) for i in scene.peers]
-    apply = one(witnessed(scene, *lists), ev.Apply)
+    assert not of(witnessed(scene, commitments(*results[:2])), ev.Apply)
+    apply = one(scene.hear(scene.attest(1, commitments(*results[:2]), 0)), ev.Apply)
     assert len(apply.payloads) == 2
     lost = [interval for envelope in results[2:] for interval in envelope.message.batch]  # type: ignore[union-attr]
     assert apply.open_ids == reopen((), scene.log.rounds[0].round.step, lost)
@@ -104,14 +90,14 @@ def alone(steps: int, **settings: Any) -> list[ev.Effect]:
 )
 def test_when_a_digest_is_due(nodes: int, height: int, due: bool, prints: bool) -> None:
     scene = Scene(nodes)
-    effects = alone(4) if nodes == 1 else scene.begin() + scene.play(height + 1)
+    effects = alone(6) if nodes == 1 else scene.begin() + scene.play(height + 1)
     (apply,) = [apply for apply in of(effects, ev.Apply) if apply.height == height]
     assert (apply.digest_due, apply.prints, apply.snapshot) == (due, prints, False)
 
 
 def test_a_payload_that_is_not_here_is_waited_for() -> None:
     scene, results = first_round(1, 2, 3, payloads=False)
-    assert not of(witnessed(scene, *[scene.attest(i) for i in scene.peers]), ev.Apply)
+    assert not of(witnessed(scene), ev.Apply)
     payloads = [envelope.message.payload for envelope in results[1:]]  # type: ignore[union-attr]
     assert [brief(scene.give(ev.Fetched(payload)), ev.Apply) for payload in payloads] == [[], [], ["Apply 0"]]
 
@@ -134,7 +120,7 @@ def test_a_round_in_which_nothing_is_agreed_needs_no_applying_unless_a_digest_is
     found = []
     for _ in range(3):
         scene.now += 1.0
-        effects = witnessed(scene, *[scene.attest(i, []) for i in scene.peers])
+        effects = witnessed(scene, [])
         found.append(brief(scene.obey(effects), ev.Apply, ev.Train))
     assert found == [["Train 1"], ["Apply 1", "Train 2"], ["Train 3"]]
 
@@ -147,8 +133,7 @@ def test_the_payloads_of_rounds_to_come_are_fetched_before_their_turn_but_not_of
     scene.obey(scene.see(), but=(ev.Fetch, *WITHOUT))
     effects = []
     for height in range(rounds):
-        others = scene.log.rounds[height].messages()
-        effects += scene.obey(scene.hear(*others), but=(ev.Fetch, *WITHOUT))
+        effects += scene.listen(height, but=(ev.Fetch, *WITHOUT))
     wanted = {
         entry.result.payload: height for height in range(rounds) for entry in scene.log.rounds[height].entries.values()
     }
@@ -161,65 +146,73 @@ def test_another_learning_rate_than_the_agreed_one_is_told() -> None:
     (train,) = of(scene.begin(but=(ev.Train,)), ev.Train)
     scene.obey(scene.give(scene.trained(train, lrs=(9,))))
     scene.obey(scene.hear(*[scene.result(i) for i in scene.peers]), but=WITHOUT)
-    effects = witnessed(scene, *[scene.attest(i) for i in scene.peers])
+    effects = witnessed(scene)
     assert of(effects, RatesDiffer) == [RatesDiffer()]
     assert one(effects, ev.Apply).lrs == RATES
 
 
 def test_the_agreed_learning_rate_is_not_told() -> None:
     scene, _ = first_round(1, 2, 3)
-    assert not of(witnessed(scene, *[scene.attest(i) for i in scene.peers]), Notice)
+    assert not of(witnessed(scene), Notice)
 
 
 # --- deciding ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_list_that_did_not_arrive_is_asked_for_from_its_witness() -> None:
-    scene, _ = first_round(1, 2, 3)
-    lists = [scene.attest(i) for i in scene.peers]
-    scene.hear(lists[0])
-    effects = witnessed(scene, *lists, heard=False)
-    assert brief(effects, ev.Apply, ev.SendTo) == ["Ask to 2", "Ask to 3"]
-    assert sent(effects, Ask) == [Ask(0, 0, 1), Ask(0, 0, 1)]
-    assert brief(scene.hear(lists[1]), ev.Apply) == []
-    assert brief(scene.hear(lists[2]), ev.Apply) == ["Apply 0"]
-
-
-def test_the_list_of_a_witness_that_left_is_asked_for_from_everybody() -> None:
-    scene, _ = first_round(1, 2, 3)
-    lists = [scene.attest(i) for i in scene.peers]
-    scene.hear(*lists[:2])
-    witnessed(scene, *lists, heard=False)
-    scene.ask(3, Withdraw())
-    assert brief(scene.see(), ev.Apply, ev.SendTo, ev.Broadcast) == ["Ask to all"]
-
-
-def test_a_list_that_cannot_change_the_outcome_is_not_waited_for() -> None:
-    scene, _ = first_round(1, 2, 3)
-    scene.obey(scene.tick(RETRY))  # the core reports, too
-    lists = [scene.attest(i) for i in (1, 2)]
-    assert brief(witnessed(scene, *lists), ev.Apply, ev.SendTo) == ["Apply 0"]
-
-
-def test_an_agreed_result_that_is_unknown_here_is_asked_for() -> None:
+def undecided() -> Scene:
+    """Round 0 is over; its list has a result of node 3, of which the core has not heard."""
     scene, _ = first_round(1, 2)
     scene.overhear(scene.result(3))
-    effects = witnessed(scene, *[scene.attest(i) for i in scene.peers])
-    assert sent(effects, Ask) == [Ask(0, 0, 1)]
-    assert not of(effects, ev.Apply)
-    assert brief(scene.obey(scene.hear(scene.result(3, 0)), but=WITHOUT), ev.Apply) == ["Apply 0"]
-
-
-def stalled(*, left: bool = True) -> Scene:
-    """Round 0 is over; a witness whose list decides has left, and nobody has it."""
-    scene, _ = first_round(1, 2, 3)
-    lists = [scene.attest(i) for i in scene.peers]
-    scene.hear(*lists[:2])
-    scene.obey(witnessed(scene, *lists, heard=False), but=WITHOUT)
-    if left:
-        scene.ask(3, Withdraw())
-    scene.obey(scene.see(), but=WITHOUT)
+    scene.end_round()
     return scene
+
+
+def test_a_list_that_is_not_here_is_asked_for_from_who_reported_it_and_from_all_in_turn() -> None:
+    scene = undecided()
+    asked = brief(scene.see(), ev.Apply, ev.SendTo, ev.Broadcast)
+    for _ in range(3):
+        asked += brief(scene.give(ev.BuffersTaken(0, b"")), ev.SendTo, ev.Broadcast)  # not with each event
+        scene.now += 15.0
+        asked += brief(scene.give(ev.BuffersTaken(0, b"")), ev.SendTo, ev.Broadcast)
+    assert asked == ["Ask to 1", "Ask to all", "Ask to 3", "Ask to all"]
+
+
+def test_the_list_and_its_results_decide_whoever_sends_them() -> None:
+    scene = undecided()
+    scene.see()
+    listed, result = scene.attest(2, None, 0), scene.result(3, 0)
+    assert brief(scene.hear(listed), ev.Apply) == []
+    assert brief(scene.obey(scene.hear(result), but=WITHOUT), ev.Apply) == ["Apply 0"]
+
+
+def test_another_list_than_the_decided_one_decides_nothing() -> None:
+    scene = undecided()
+    scene.see()
+    effects = scene.hear(scene.attest(1, commitments(scene.result(0, 0), scene.result(1, 0)), 0))
+    assert not of(effects + asking(scene, DEADLINE), ev.Apply)
+
+
+def test_what_was_decided_is_stored_before_it_is_applied() -> None:
+    scene = undecided()
+    scene.see()
+    effects = scene.obey(scene.hear(scene.attest(1, None, 0), scene.result(3, 0)), but=WITHOUT)
+    kinds = [type(effect) for effect in effects if isinstance(effect, (ev.Remember, ev.WriteDown, ev.Apply))]
+    assert kinds == [ev.Remember, ev.WriteDown, ev.Apply]
+    assert len(one(effects, ev.Remember).envelopes) == 4
+
+
+def test_a_round_that_ended_without_a_decision_has_no_results() -> None:
+    scene, results = first_round(1, 2, 3)
+    for i in scene.peers:
+        scene.report(i, commitments(*results[:i]))
+    scene.pass_time(DEADLINE)
+    scene.pass_time(5.0)
+    assert scene.round.height == 1
+    effects = scene.see()
+    assert brief(effects, *WITHOUT) == ["Train 1"]
+    lost = [interval for envelope in results for interval in envelope.message.batch]  # type: ignore[union-attr]
+    assert scene.core.log is not None
+    assert scene.core.log.open_at[1] == reopen((), 1, lost)
 
 
 def asking(scene: Scene, seconds: float) -> list[ev.Effect]:
@@ -228,34 +221,6 @@ def asking(scene: Scene, seconds: float) -> list[ev.Effect]:
     for _ in range(round(seconds)):
         effects += scene.tick(1.0)
     return effects
-
-
-def test_a_list_nobody_has_counts_as_absent_after_half_of_a_round_s_longest_time() -> None:
-    scene = stalled()
-    assert not of(asking(scene, DEADLINE / 2), ev.Apply)
-    effects = asking(scene, 2)
-    assert of(effects, DecidedWithoutLists) == [DecidedWithoutLists(0, (KEYS[3],))]
-    assert brief(effects, *WITHOUT) == ["Train 1"]  # two lists are no quorum, so nothing is agreed
-
-
-def test_the_list_of_a_witness_that_is_there_never_counts_as_absent() -> None:
-    scene = stalled(left=False)
-    assert not of(asking(scene, DEADLINE), (ev.Apply, DecidedWithoutLists))  # type: ignore[arg-type]
-
-
-def test_a_node_that_is_no_member_itself_decides_nothing_without_a_list() -> None:
-    scene = stalled()
-    scene.ask(0, Withdraw())
-    scene.see()
-    assert not of(asking(scene, DEADLINE), DecidedWithoutLists)
-
-
-def test_a_list_counts_as_absent_only_after_everybody_was_asked_often_enough() -> None:
-    scene = stalled()
-    scene.tick(DEADLINE)  # all are asked the second time
-    assert not of(scene.tick(0.5), DecidedWithoutLists)
-    scene.tick(15.0)
-    assert of(scene.tick(0.5), DecidedWithoutLists)
 
 
 def test_rounds_behind_an_undecided_one_are_asked_for_together_in_a_replay() -> None:
@@ -303,24 +268,18 @@ def test_the_newest_round_of_an_answer_may_get_more_records() -> None:
     scene, _ = first_round(1, 2, 3)
     early = scene.ask(0, GetRounds(0, 0))
     assert brief(scene.give(ev.RoundsSeen(0, 0, early)), ev.Apply, ev.Train) == []
-    assert brief(witnessed(scene, *[scene.attest(i) for i in scene.peers]), ev.Apply) == ["Apply 0"]
+    assert brief(witnessed(scene), ev.Apply) == ["Apply 0"]
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def test_rounds_are_written_down_when_a_quorum_holds_the_same_parameters() -> None:
-    scene = Scene(4)
-    scene.begin()
-    scene.play(2)
-    assert scene.written == []
-    scene.play(1, digests=False)
-    assert scene.written == []
-    scene.play(1)
+def test_rounds_are_written_down_once_when_they_are_decided() -> None:
+    scene, effects = differing()
     assert [record.round.height for record in scene.written] == [0, 1]
-    assert all(len(record.results) == 4 and not record.ended for record in scene.written)
-    scene.play(2)
-    assert [record.round.height for record in scene.written] == [0, 1, 2, 3]
+    assert all(len(record.results) == 4 for record in scene.written)
+    assert brief(scene.obey(effects, but=(ev.Train,)), ev.Apply) == ["Apply 0", "Apply 1"]  # again
+    assert [record.round.height for record in scene.written] == [0, 1, 2]
 
 
 def test_two_confirmed_snapshots_let_the_rounds_before_the_first_go() -> None:
@@ -335,7 +294,7 @@ def test_two_confirmed_snapshots_let_the_rounds_before_the_first_go() -> None:
     gone = {entry.result.payload for height in (0, 1) for entry in scene.log.rounds[height].entries.values()}
     assert kept <= set(scene.kept.payloads)
     assert not gone & set(scene.kept.payloads)
-    assert {key.rpartition("/")[2] for key in scene.kept.promises} == {"2", "3", "4"}
+    assert {key.split("/")[2] for key in scene.kept.promises} == {"2", "3", "4"}
 
 
 @pytest.mark.parametrize(
@@ -356,25 +315,25 @@ def test_a_snapshot_is_taken_when_too_many_bytes_are_kept(keep_bytes: int, snaps
     assert sent(effects, Offer) == offers
 
 
-def test_who_is_alone_takes_no_snapshot() -> None:
+def test_who_is_alone_takes_no_snapshot_but_the_last() -> None:
     applies = of(alone(6, keep_bytes=0), ev.Apply)
     assert len(applies) > 4
-    assert not any(apply.snapshot for apply in applies)
+    assert [apply.height for apply in applies if apply.snapshot] == [5]
 
 
 def differing() -> tuple[Scene, list[ev.Effect]]:
-    """After two rounds the core's parameters are not the quorum's. Returns what it does when it finds out."""
+    """After two rounds the core's parameters are not those on record. Returns what it does when it finds out."""
     scene = Scene(4)
     scene.begin()
     scene.head = None  # a bit flips
     effects = scene.play(2)
-    assert not of(effects, ParametersDiffer)
-    effects = scene.see()
-    lists = [scene.attest(i, [], digest=(2, parameters(2))) for i in (1, 2, 3)]
-    for envelope in lists[:2]:
-        effects += scene.hear(envelope)
+    effects += scene.see()
+    for i in (1, 2):
+        scene.report(i, [], scene.named)
+    effects += scene.see()
     assert not of(effects, ParametersDiffer)  # two are no quorum of four
-    return scene, scene.hear(lists[2])
+    scene.report(3, [], scene.named)
+    return scene, scene.see() + scene.tick(RETRY)  # it hears first what peers keep
 
 
 def test_parameters_that_differ_from_a_quorum_s_are_replayed_from_the_last_that_are_right() -> None:
@@ -393,12 +352,11 @@ def test_what_was_under_way_before_a_replay_does_not_count() -> None:
     scene.head = None
     scene.play(2)
     scene.obey(scene.see())
-    scene.obey(scene.hear(*[scene.result(i) for i in scene.peers]), but=WITHOUT)
-    effects = witnessed(scene, *[scene.attest(i, digest=(0, b"")) for i in scene.peers])
-    (apply,) = of(effects, ev.Apply)
+    scene.obey(scene.hear(*[scene.result(i) for i in scene.peers]), but=(Witness, *WITHOUT))
+    (apply,) = of(witnessed(scene), ev.Apply)
     assert apply.height == 2
-    found = scene.hear(*[scene.attest(i, [], digest=(2, parameters(2))) for i in scene.peers])
-    assert of(found, ParametersDiffer)
+    scene.end_round(hashes=[], digests=True)
+    assert of(scene.see(), ParametersDiffer)
     assert brief(scene.tick(RETRY), ev.Load) == ["Load 0"]
     assert brief(scene.give(scene.applied(apply)), *WITHOUT) == []
     scene.head = 0
@@ -422,24 +380,13 @@ def test_where_a_replay_does_not_help_a_peer_s_are_taken() -> None:
     assert brief(taken, ev.Load) == ["Load 2"]
 
 
-def test_who_decided_without_a_list_does_not_replay_as_that_would_be_decided_alike() -> None:
-    scene = stalled()
-    effects = asking(scene, DEADLINE / 2 + 2)
-    assert of(effects, DecidedWithoutLists)
-    scene.obey(effects)
-    scene.play(1)
-    found = scene.hear(*[scene.attest(i, [], digest=(2, sha256(b"others"))) for i in (1, 2)])
-    assert of(found, ReplayDoesNotHelp)
-    assert not of(found, ParametersDiffer)
-
-
 # --- what is not to be had --------------------------------------------------------------------------------------------
 
 
 def stuck() -> Scene:
     """Round 0 is agreed, but a payload of it is not to be had."""
     scene, _ = first_round(1, 2, 3, payloads=False)
-    witnessed(scene, *[scene.attest(i) for i in scene.peers])
+    witnessed(scene)
     return scene
 
 
@@ -459,21 +406,23 @@ def test_who_is_stuck_does_not_witness() -> None:
     effects = scene.obey(scene.hear(*[scene.result(i) for i in scene.peers], scene.result(0)), but=WITHOUT)
     scene.pass_time(DEADLINE)
     assert scene.state.phase is Phase.ROUND_WITNESS
-    assert not sent(effects + scene.see(), Attest)
+    assert not of(effects + scene.see(), Witness)
 
 
-def test_who_is_stuck_takes_what_a_peer_offers_once_lists_prove_it() -> None:
+def test_who_is_stuck_takes_what_a_peer_offers_once_it_is_on_record() -> None:
     scene = stuck()
     asking(scene, DEADLINE + 1)
     effects = scene.hear(seal(NODES[1], RUN, Offer(0, 2, parameters(2)))) + scene.tick(RETRY)
     assert not of(effects, ev.Load)
-    scene.play_alone(2)
-    effects = scene.see() + scene.listen(1, 2, but=(ev.Load,))
+    scene.play_alone(1)
+    assert scene.round.height == 2
+    scene.end_round(hashes=[], digests=True)
+    effects = scene.see() + scene.listen(1, but=(ev.Load,)) + scene.tick(RETRY)
     assert of(effects, ev.Load) == [ev.Load(parameters(2), (KEYS[1], KEYS[2], KEYS[3]))]
     assert TakesSnapshot(parameters(2), 2) in effects
     scene.head = 2
-    effects = scene.obey(scene.give(ev.Loaded(parameters(2))), but=WITHOUT)
-    assert brief(effects, *WITHOUT) == ["Apply 2"]
+    effects = scene.obey(scene.give(ev.Loaded(parameters(2))), but=(ev.Train,))
+    assert brief(effects, ev.Train) == ["Train 3"]
 
 
 def test_the_clock_of_a_round_that_cannot_be_applied_begins_when_it_is_the_next() -> None:
@@ -508,30 +457,14 @@ def test_who_comes_back_later_first_asks_what_peers_keep() -> None:
     assert brief(scene.tick(0.1), ev.Load) == ["Load 0"]
 
 
-def test_an_offer_that_lists_prove_is_taken_before_the_start_of_the_epoch() -> None:
+def test_an_offer_that_is_on_record_is_taken_before_the_start_of_the_epoch() -> None:
     scene = late(4)
+    assert scene.state.checkpoint.step == 2
     scene.see()
-    scene.listen(3, 4)
-    scene.hear(seal(NODES[1], RUN, Offer(0, 2, parameters(2))))
+    scene.hear(seal(NODES[1], RUN, Offer(0, 2, parameters(2))), seal(NODES[2], RUN, Offer(0, 1, parameters(1))))
     effects = scene.tick(RETRY)
     assert of(effects, TakesSnapshot) == [TakesSnapshot(parameters(2), 2)]
     assert brief(effects, ev.Load) == ["Load 2"]
-
-
-def test_lists_that_may_prove_an_offer_are_asked_for() -> None:
-    scene = late(4)
-    scene.see()
-    effects = scene.hear(seal(NODES[1], RUN, Offer(0, 3, parameters(3)))) + scene.tick(RETRY)
-    assert 3 in {ask.height for ask in sent(effects, Ask)}
-    effects = scene.hear(seal(NODES[1], RUN, Offer(0, 1, parameters(1)))) + scene.tick(RETRY)
-    assert GetRounds(0, 1) in of(effects, GetRounds) or 1 in {ask.height for ask in sent(effects, Ask)}
-
-
-def test_the_round_in_which_an_offer_is_proven_is_asked_for_where_it_is_unknown() -> None:
-    scene = late(8)
-    scene.see()
-    effects = scene.hear(seal(NODES[1], RUN, Offer(0, 3, parameters(3)))) + scene.tick(RETRY)
-    assert GetRounds(0, 3) in of(effects, GetRounds)
 
 
 def test_where_parameters_are_not_to_be_had_it_is_said_and_tried_again_ever_more_rarely() -> None:
@@ -575,7 +508,8 @@ def test_who_holds_what_the_epoch_begins_with_takes_nothing() -> None:
 def test_what_is_loaded_as_the_epoch_begins_is_where_a_node_begins() -> None:
     scene = Scene(4, me=1)
     scene.warm()
-    scene.ask(0, WarmupWitness(0, 0, parameters(0)))
+    for i in (0, 2, 3):
+        scene.ask(i, WarmupWitness(0, i, parameters(0)))
     effects = scene.obey(scene.see(), but=(ev.Load,))
     assert brief(effects, ev.Load) == ["Load 0"]
     scene.pass_time(20.0)  # the warm-up is over before the parameters are here
@@ -585,46 +519,104 @@ def test_what_is_loaded_as_the_epoch_begins_is_where_a_node_begins() -> None:
     assert brief(scene.give(ev.Loaded(parameters(0))), ev.Train) == ["Train 0"]
 
 
-# --- the end of an epoch ----------------------------------------------------------------------------------------------
+# --- offers that nobody proves ----------------------------------------------------------------------------------------
 
 
-def over(**settings: Any) -> Scene:
-    """An epoch of one step is over, and the core has voted."""
-    scene = Scene(4, total_steps=1, settings=settings)
-    scene.begin()
-    scene.play(3)
-    assert scene.state.phase is Phase.COOLDOWN
-    scene.obey(scene.see())
+def trying(*offers: Offer, head: int | None = 1, rounds: int = 4, **settings: Any) -> Scene:
+    """A node that came back late takes an older offer, as nobody has the epoch's first parameters any more.
+
+    Args:
+        offers: what peers offer.
+        head: training steps in the parameters that it gets for it.
+        rounds: those that are over; of the second, the parameters are on record.
+        settings: of the core.
+    """
+    scene = late(rounds)
+    if scene.state.checkpoint.step < 2:
+        for i in scene.peers:
+            scene.report(i, [sha256(bytes([i]))], scene.named)  # the round is not decided
+    scene.core._follower._settings = scene.settings = replace(scene.settings, **settings)
+    effects = scene.obey(scene.see(), but=(ev.Train, ev.Load))
+    effects += scene.hear(*[seal(NODES[1], RUN, offer) for offer in offers]) + scene.tick(RETRY)
+    assert brief(effects, ev.Load) == ["Load 0"]
+    effects = scene.give(ev.Loaded(parameters(0), "nobody has it")) + scene.tick(RETRY)
+    (load,) = of(effects, ev.Load)
+    assert load.digest == offers[-1].snapshot
+    scene.head = head
+    scene.obey(scene.give(ev.Loaded(load.digest, open_ids=scene.log.open_at[1])), but=WITHOUT)
     return scene
 
 
+def test_an_older_offer_is_tried_until_the_replay_reaches_what_is_on_record() -> None:
+    scene = trying(Offer(0, 1, parameters(1)))
+    effects = scene.listen(1, 2, 3, 4)
+    assert brief(effects, *WITHOUT) == ["Apply 1"]
+    assert not scene.core._follower.sure
+    assert scene.written == []  # other open ids may belong to these parameters
+    effects = scene.obey(scene.give(scene.applied(one(effects, ev.Apply))))
+    assert [record.round.height for record in scene.written] == [1, 2, 3]
+    assert brief(effects, ev.Apply, ev.Train) == ["Apply 2", "Apply 3", "Train 4"]
+
+
+def test_a_trial_ends_on_record_whatever_this_node_s_own_interval_of_digests_is() -> None:
+    scene = trying(Offer(0, 1, parameters(1)), digest_every=3)
+    (apply,) = of(scene.listen(1, 2, 3, 4), ev.Apply)
+    assert apply.digest_due
+    scene.obey(scene.give(scene.applied(apply)), but=WITHOUT)
+    assert scene.core._follower.sure
+
+
+def test_an_offer_whose_replay_does_not_reach_what_is_on_record_is_refused() -> None:
+    forged = Offer(0, 1, sha256(b"forged"))
+    scene = trying(forged, head=None)
+    effects = scene.listen(1, 2, 3, 4, but=(ev.Load, ev.Train))
+    assert brief(effects, ev.Apply) == ["Apply 1"]
+    assert not of(effects, ParametersDiffer)  # they were never this node's
+    loads = of(effects, ev.Load)
+    for _ in range(3):
+        loads += of(scene.give(ev.Loaded(loads[-1].digest, "nobody has it")) + scene.tick(15.0), ev.Load)
+    assert [load.digest for load in loads] == [parameters(0)] * 4
+    assert scene.written == []
+    assert scene.core._follower.repair.trial is None
+
+
+def test_who_tries_parameters_does_not_train_with_them() -> None:
+    scene = trying(Offer(0, 1, parameters(1)), rounds=2)
+    assert (scene.round.height, scene.state.checkpoint.step) == (2, 2)
+    (apply,) = of(scene.listen(1), ev.Apply)
+    scene.give(replace(scene.applied(apply), digest=b""))  # as if it took no digest
+    assert scene.core._follower.next_apply == 2
+    assert not of(scene.tick(), ev.Train)
+    scene.core._follower.repair.trial = None
+    assert brief(scene.tick(), ev.Train) == ["Train 2"]
+
+
+def test_who_tries_parameters_neither_names_them_nor_goes_beyond_what_is_on_record() -> None:
+    scene = trying(Offer(0, 1, parameters(1)))
+    (apply,) = of(scene.listen(1, 2, 3, 4), ev.Apply)
+    effects = scene.obey(scene.give(replace(scene.applied(apply), digest=b"")))
+    follower = scene.core._follower
+    assert (follower.next_apply, follower.sure) == (2, False)
+    assert of(effects, ev.Fetch)
+    assert not of(effects, WITHOUT)  # type: ignore[arg-type]
+    follower.digests = {1: parameters(1)}
+    assert follower.named(scene.state) == (0, b"")
+    follower.repair.trial = None
+    assert follower.named(scene.state) == (1, parameters(1))
+    assert brief(scene.tick(), ev.Apply) == ["Apply 2"]
+
+
+# --- the end of an epoch ----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("overlap", [False, True])
-def test_the_last_rounds_are_written_down_when_their_parameters_are_agreed(overlap: bool) -> None:
-    scene = over(overlap=overlap)
-    before = len(scene.written)
-    scene.obey(scene.tick(1.0))
-    assert len(scene.written) == before
-    agreed = scene.core.holding
-    assert agreed
-    scene.vote(agreed, 1, 2)
-    scene.obey(scene.see())
-    assert [record.round.height for record in scene.written] == [0, 1, 2]
-    assert [record.ended for record in scene.written] == [b"", b"", agreed]
-
-
-def test_rounds_that_led_to_other_parameters_than_agreed_are_not_written_down() -> None:
-    scene = over()
-    before = len(scene.written)
-    scene.vote(sha256(b"others"), 1, 2, 3)
-    scene.obey(scene.see(), but=(ev.Load,))
-    assert len(scene.written) == before
-
-
-def test_with_overlap_a_last_round_which_nobody_witnesses_any_more_counts_as_empty() -> None:
-    scene = over(overlap=True)
-    assert scene.round.height == 2  # its results would be witnessed in round 3, which never comes
-    assert scene.log.decided == 2
-    assert scene.core.holding is not None
+def test_the_rounds_of_an_epoch_are_written_down_to_the_last(overlap: bool) -> None:
+    scene = Scene(4, total_steps=2, settings={"overlap": overlap})
+    scene.begin()
+    scene.play(8)
+    assert scene.state.phase is Phase.FINISHED
+    assert [record.round.step for record in scene.written][:2] == [1, 2]
+    assert [len(record.results) for record in scene.written][:2] == [4, 4]
 
 
 def test_a_new_epoch_needs_the_promises_and_parameters_of_no_other() -> None:
@@ -651,44 +643,142 @@ def test_a_new_epoch_has_other_offers_and_tells_again_what_it_told() -> None:
     assert sent(scene.hear(seal(NODES[1], RUN, Ask(1, 0, 1))), Offer) == []
     scene.obey(scene.give(scene.trained(train, lrs=(9,))))
     scene.obey(scene.hear(*[scene.result(i) for i in scene.peers]), but=WITHOUT)
-    assert of(witnessed(scene, *[scene.attest(i) for i in scene.peers]), RatesDiffer)
+    assert of(witnessed(scene), RatesDiffer)
 
 
-def test_lists_that_come_when_the_next_epoch_is_formed_start_no_repair() -> None:
+def test_who_has_not_applied_everything_takes_what_is_on_record_for_the_next_epoch() -> None:
     scene = Scene(4, total_steps=3, epoch_time=50.0)
     scene.begin()
-    scene.head = None
+    scene.hear(*[scene.result(i) for i in scene.peers])  # the payloads do not come
     scene.now += 50.0
-    scene.play(3, digests=False)
-    scene.vote(parameters(3), 1, 2, 3)
-    lists = [seal(NODES[i], RUN, Attest(0, 2, b"", 2, parameters(2))) for i in (1, 2, 3)]
+    while scene.state.phase.active:
+        scene.end_round(digests=True)
+        scene.see()
+    assert (scene.state.phase, scene.state.checkpoint.digest) == (Phase.WAITING_FOR_MEMBERS, parameters(1))
     scene.join(0, 1, 2, 3)
     scene.pass_time(3.0)
     assert scene.state.phase is Phase.WARMUP
+    assert brief(scene.obey(scene.see(), but=(ev.Load, ev.Fetch)), ev.Apply, ev.Load) == ["Load 1"]
+
+
+# --- an epoch whose last parameters nobody named ----------------------------------------------------------------------
+
+
+def broken(rounds: int = 3, *, hears: bool = True, **settings: Any) -> Scene:
+    """An epoch of 4 nodes lost two of them after some rounds, before its last parameters were named.
+
+    Args:
+        rounds: decided rounds.
+        hears: whether the core took part.
+        settings: of the core.
+    """
+    scene = Scene(4, settings=settings)
+    scene.begin()
+    if hears:
+        scene.play(rounds)
+    else:
+        scene.play_alone(rounds)
+    for i in (2, 3):
+        scene.ask(i, Withdraw())
+    assert (scene.state.phase, scene.state.epoch) == (Phase.WAITING_FOR_MEMBERS, 1)
+    assert scene.state.step == rounds + 2  # the round that was under way counts, with nothing
+    assert scene.state.checkpoint.step < rounds
+    return scene
+
+
+def formed(scene: Scene, *who: int) -> Scene:
+    """The next epoch is formed of these nodes."""
+    scene.host.update({"init_min_clients": len(who)}, scene.now) if scene.state.phase.halted else None
+    scene.join(*who)
+    scene.pass_time(3.0)
+    assert scene.state.phase is Phase.WARMUP
+    return scene
+
+
+def test_its_members_apply_every_round_and_report_what_they_get() -> None:
+    scene = broken()
+    effects = scene.obey(scene.see())
+    assert [(apply.height, apply.snapshot) for apply in of(effects, ev.Apply)] == [(3, True)]
+    assert sent(effects, Offer) == [Offer(0, 4, parameters(4))]  # for who comes next
+    formed(scene, 0, 1, 2, 3)
+    effects = scene.obey(scene.see(), but=(WarmupWitness,))
+    assert of(effects, WarmupWitness) == [WarmupWitness(1, 0, parameters(4))]
+
+
+def test_the_next_epoch_begins_with_what_a_quorum_of_its_members_gets() -> None:
+    scene = formed(broken(), 0, 1, 2, 3)
     scene.obey(scene.see())
-    assert not of(scene.hear(*lists), Notice)
+    for i in (1, 2):
+        scene.ask(i, WarmupWitness(1, i, parameters(4)))
+    scene.pass_time(20.0)
+    assert (scene.state.phase, scene.state.epoch_digest) == (Phase.ROUND_TRAIN, parameters(4))
+    assert scene.state.step == 5
 
 
-def test_what_was_under_way_in_an_epoch_is_left_when_the_next_is_formed() -> None:
-    scene = Scene(4, total_steps=3, epoch_time=50.0)
-    scene.begin()
-    scene.obey(scene.hear(*[scene.result(i) for i in scene.peers]), but=WITHOUT)
-    scene.now += 50.0
-    applies = []
-    while scene.state.phase is not Phase.COOLDOWN:
-        for i in scene.peers:
-            if scene.state.phase in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS):
-                envelope = scene.attest(i)
-                scene.hear(envelope)
-                scene.report(i, envelope)
-        applies += of(scene.obey(scene.see(), but=WITHOUT), ev.Apply)
-    assert [apply.height for apply in applies] == [0]
-    scene.vote(parameters(3), 1, 2, 3)
-    scene.join(0, 1, 2, 3)
-    scene.pass_time(3.0)
-    assert scene.state.phase is Phase.WARMUP
-    scene.see()
-    effects = scene.give(ev.Applied(0, 0))
-    assert not of(effects, (ev.Apply, ev.Train))  # type: ignore[arg-type]
-    assert brief(effects, ev.TakeSnapshot, ev.Load) == ["TakeSnapshot"]
-    assert brief(scene.give(ev.SnapshotTaken(parameters(1))), ev.Load) == ["Load 3"]
+def test_the_results_of_who_missed_them_are_asked_for_and_replayed() -> None:
+    scene = formed(broken(hears=False), 0, 1, 2, 3)
+    effects = scene.obey(scene.see())
+    assert {ask.height for ask in sent(effects, Ask)} == {0, 1}
+    assert not of(effects, (ev.Apply, WarmupWitness))  # type: ignore[arg-type]
+    effects = scene.listen(0, 1, 2, but=())
+    assert brief(effects, ev.Apply, WarmupWitness) == [*[f"Apply {n}" for n in range(4)], "WarmupWitness"]
+    assert one(effects, WarmupWitness).digest == parameters(4)
+
+
+def test_a_newcomer_replays_it_from_its_beginning() -> None:
+    before = broken()
+    scene = Scene(5, me=4)
+    scene.host, scene.log, scene.now = before.host, before.log, before.now
+    formed(scene, 0, 1, 4, 2, 3)
+    effects = scene.obey(scene.see()) + scene.obey(scene.tick(RETRY))
+    assert of(effects, GetRounds) == []  # the coordinator's last rounds are all
+    assert brief(effects, ev.Load) == ["Load 0"]
+    effects = scene.listen(0, 1, 2, but=())
+    assert one(effects, WarmupWitness).digest == parameters(4)
+
+
+@pytest.mark.parametrize("genuine", [True, False])
+def test_a_newcomer_tries_an_older_offer_and_reports_nothing_that_it_is_not_sure_of(genuine: bool) -> None:
+    before = broken(5)
+    assert before.state.checkpoint.step == 4
+    scene = Scene(5, me=4)
+    scene.host, scene.log, scene.now = before.host, before.log, before.now
+    formed(scene, 0, 1, 4, 2, 3)
+    scene.obey(scene.see(), but=(ev.Load,))
+    offer = Offer(0, 2, parameters(2) if genuine else sha256(b"forged"))
+    scene.hear(seal(NODES[1], RUN, offer))
+    (load,) = of(scene.tick(RETRY), ev.Load)
+    effects = scene.give(ev.Loaded(load.digest, "nobody has the epoch's beginning any more")) + scene.tick(RETRY)
+    assert [load.digest for load in of(effects, ev.Load)] == [offer.snapshot]
+    effects = scene.obey(effects) + scene.listen(2, 3, 4, but=(ev.Load,))
+    if genuine:
+        assert brief(effects, ev.Apply) == [f"Apply {height}" for height in (2, 3, 4, 5)]
+        assert one(effects, WarmupWitness).digest == parameters(6)
+    else:
+        assert brief(effects, ev.Apply) == ["Apply 2", "Apply 3"]
+        assert not of(effects + scene.tick(1.0), WarmupWitness)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 30], ids=["from its own snapshot", "from the epoch's beginning"])
+def test_a_node_that_starts_again_decides_and_replays_alone_from_what_it_stored(keep_bytes: int) -> None:
+    before = broken(5, keep_bytes=keep_bytes)
+    before.obey(before.see(), but=(ev.Apply,))  # all nodes lose power now
+    scene = before.restarted(settings={"keep_bytes": keep_bytes})
+    effects = scene.obey(scene.see(), but=(ev.SendTo, ev.Broadcast))
+    for _ in range(4):
+        effects += scene.obey(scene.tick(RETRY), but=(ev.SendTo, ev.Broadcast))
+    first = 0 if keep_bytes else 4
+    assert brief(effects, ev.Load) == [f"Load {first}"]
+    assert brief(effects, ev.Apply) == [f"Apply {height}" for height in range(first, 6)]
+    assert scene.core.holding == parameters(6)
+
+
+def test_who_lacks_a_decided_list_after_a_restart_needs_its_peers() -> None:
+    before = broken(5)
+    kept = {key: stored for key, stored in before.remembered.items() if not key.startswith("list/0/2/")}
+    scene = before.restarted(remembered=kept)
+    effects = scene.obey(scene.see())
+    for _ in range(4):
+        effects += scene.obey(scene.tick(RETRY))
+    assert brief(effects, ev.Apply) == ["Apply 0", "Apply 1"]
+    assert 2 in {ask.height for ask in sent(effects, Ask)}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from support.core import KEYS, LAYOUT, NODES, RUN
+from support.core import LAYOUT
 
 from psyche_lightning.node.agreement import EpochLog
 from psyche_lightning.node.repair import MAX_OFFERS, Base, Repair
-from psyche_lightning.node.rounds import RoundLog
 from psyche_lightning.node.settings import Settings
-from psyche_lightning.protocol.messages import Attest, seal
-from psyche_lightning.protocol.state import CoordinatorConfig, Round
+from psyche_lightning.protocol.state import Checkpoint
 from psyche_lightning.wire.canonical import sha256
 
 SETTINGS = Settings(False, 2, LAYOUT, 64, tensors=("a", "b"))
@@ -21,16 +19,11 @@ def base(applied: int, name: str = "run") -> Base:
     return Base(applied, sha256(name.encode(), bytes([applied])))
 
 
-def epoch(*proven: Base, voters: int = 2) -> EpochLog:
-    """An epoch of 3 nodes, in which so many witnesses hold these parameters."""
-    log = EpochLog(0, START.digest)
-    for height in range(12):
-        round_ = Round(height, height + 1, 7, 6 * height, 6, KEYS[:3])
-        known = log.rounds[height] = RoundLog.open(round_, KEYS[:3], CoordinatorConfig(), RUN, LAYOUT, 64)
-        for one in proven:
-            if one.applied == height:
-                for node in NODES[:voters]:
-                    known.add_attest(seal(node, RUN, Attest(0, height, b"", one.applied, one.digest)))
+def epoch(*named: Base) -> EpochLog:
+    """An epoch of which these parameters are on record."""
+    log = EpochLog(0, START.digest, 1, 2)
+    for one in named:
+        log.name(Checkpoint(one.digest, one.applied))
     return log
 
 
@@ -51,7 +44,7 @@ def test_a_replay_names_the_first_tensor_that_was_not_what_it_is_now(
 ) -> None:
     repair = Repair(SETTINGS)
     assert repair.fingerprint(3, before) is None
-    assert repair.differ(4, replay=True)
+    assert repair.differ(4)
     assert repair.fingerprint(3, after) == tensor
 
 
@@ -59,36 +52,33 @@ def test_only_the_first_difference_of_a_replay_is_named() -> None:
     repair = Repair(SETTINGS)
     for applied in (1, 2, 3):
         repair.fingerprint(applied, b"1" * 8)
-    repair.differ(4, replay=True)
+    repair.differ(4)
     assert repair.fingerprint(1, b"1" * 8) is None
     assert repair.fingerprint(2, b"2" * 8) == "a"
     assert repair.fingerprint(3, b"2" * 8) is None
 
 
-def test_what_a_quorum_confirmed_is_not_compared_any_more() -> None:
+def test_what_is_on_record_is_not_compared_any_more() -> None:
     repair = Repair(SETTINGS)
     for applied in (1, 2, 3):
         repair.fingerprint(applied, b"1" * 8)
     repair.confirm(2)
     assert repair.confirmed == 2
-    repair.differ(4, replay=True)
+    repair.differ(4)
     assert [repair.fingerprint(applied, b"2" * 8) for applied in (1, 2, 3)] == [None, None, "a"]
 
 
 @pytest.mark.parametrize(
-    ("differences", "replay", "answers", "stuck"),
+    ("differences", "answers", "stuck"),
     [
-        pytest.param([4], True, [True], None, id="the first time a replay may help"),
-        pytest.param([4, 4], True, [True, False], 3, id="the same difference again: it did not help"),
-        pytest.param([4, 6], True, [True, True], None, id="another difference is another replay"),
-        pytest.param([4], False, [False], 3, id="who guessed an agreed set cannot replay"),
+        pytest.param([4], [True], None, id="the first time a replay may help"),
+        pytest.param([4, 4], [True, False], 3, id="the same difference again: it did not help"),
+        pytest.param([4, 6], [True, True], None, id="another difference is another replay"),
     ],
 )
-def test_a_difference_is_replayed_once(
-    differences: list[int], replay: bool, answers: list[bool], stuck: int | None
-) -> None:
+def test_a_difference_is_replayed_once(differences: list[int], answers: list[bool], stuck: int | None) -> None:
     repair = Repair(SETTINGS)
-    assert [repair.differ(applied, replay=replay) for applied in differences] == answers
+    assert [repair.differ(applied) for applied in differences] == answers
     assert repair.stuck == stuck
 
 
@@ -141,22 +131,25 @@ def test_a_snapshot_that_was_taken_is_not_wanted_any_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "confirmed", "offers", "proven", "stuck", "found"),
+    ("own", "confirmed", "offers", "named", "stuck", "found"),
     [
         pytest.param([], 0, [], [], None, [START], id="nothing but the start of the epoch"),
-        pytest.param([2, 4, 6], 4, [], [], None, [4, 2, START], id="own ones, the newest that is confirmed first"),
-        pytest.param([6], 4, [], [], None, [START], id="own ones that nobody confirmed are not used"),
-        pytest.param([], 0, [4], [], None, [START], id="an offer without proof is not used"),
-        pytest.param([], 0, [2, 4], [2, 4], None, [4, 2, START], id="proven offers, the newest first"),
+        pytest.param([2, 4, 6], 4, [], [], None, [4, 2, START], id="own ones, the newest on record first"),
+        pytest.param([6], 4, [], [], None, [START], id="own ones that are not on record are not used"),
+        pytest.param([], 0, [4], [], None, [START], id="an offer that no record can prove is not used"),
+        pytest.param([], 0, [2, 4], [2, 4], None, [4, 2, START], id="those on record, the newest first"),
         pytest.param([2], 2, [8], [8], None, [2, 8, START], id="own ones before those of peers"),
-        pytest.param([6], 4, [8], [8], None, [START, 8], id="with own ones unconfirmed, the start before peers"),
+        pytest.param([6], 4, [8], [8], None, [START, 8], id="with own ones not on record, the start before peers"),
         pytest.param([2], 2, [2], [2], None, [2, START], id="each once"),
         pytest.param([2, 4], 4, [8], [8], 4, [8], id="a node that is stuck needs later ones"),
         pytest.param([], 0, [], [], -1, [START], id="stuck before the first round: any will do"),
+        pytest.param([], 0, [2, 4], [6], None, [START, 4, 2], id="older offers are tried last, the newest first"),
+        pytest.param([], 0, [8], [6], None, [START], id="an offer beyond the record cannot be tried"),
+        pytest.param([], 0, [2, 4], [6], 2, [4], id="who is stuck tries a later one"),
     ],
 )
 def test_where_a_replay_may_begin(
-    own: list[int], confirmed: int, offers: list[int], proven: list[int], stuck: int | None, found: list[int | Base]
+    own: list[int], confirmed: int, offers: list[int], named: list[int], stuck: int | None, found: list[int | Base]
 ) -> None:
     repair = Repair(SETTINGS)
     for applied in own:
@@ -165,33 +158,43 @@ def test_where_a_replay_may_begin(
     for applied in offers:
         repair.hear(base(applied))
     repair.stuck = stuck
-    bases = repair.bases(epoch(*map(base, proven)))
+    bases = repair.bases(epoch(*map(base, named)))
     assert bases == [one if isinstance(one, Base) else base(one) for one in found]
 
 
 @pytest.mark.parametrize(
-    ("proven", "stuck", "found"),
+    ("which", "proven"),
     [
-        pytest.param([], None, [6, 4, 2], id="the newest first"),
-        pytest.param([4], None, [6, 2], id="what is proven needs no more proof"),
-        pytest.param([], 4, [6], id="what is not later than the round that cannot be applied is of no use"),
+        pytest.param(START, True, id="the start of the epoch"),
+        pytest.param(base(2), True, id="an own one"),
+        pytest.param(base(4), True, id="on record"),
+        pytest.param(base(4, "forged"), False, id="others are on record"),
+        pytest.param(base(3), False, id="not on record"),
     ],
 )
-def test_which_offers_are_to_be_proven(proven: list[int], stuck: int | None, found: list[int]) -> None:
+def test_what_needs_no_trial(which: Base, proven: bool) -> None:
     repair = Repair(SETTINGS)
-    for applied in (2, 4, 6):
-        repair.hear(base(applied))
-    repair.stuck = stuck
-    assert repair.unproven(epoch(*map(base, proven))) == [base(applied) for applied in found]
+    repair.keep(base(2))
+    assert repair.proven(epoch(base(4)), which) is proven
 
 
-def test_an_offer_of_other_parameters_than_a_quorum_s_is_never_proven() -> None:
+def test_an_offer_whose_trial_failed_is_forgotten_and_a_trial_ends_on_record() -> None:
     repair = Repair(SETTINGS)
-    repair.hear(base(4, "forged"))
-    log = epoch(base(4))
-    assert repair.bases(log) == [START]
-    assert repair.unproven(log) == [base(4, "forged")]
-    assert repair.unproven(epoch(base(4, "forged"), voters=1)) == [base(4, "forged")]
+    for one in (base(2, "forged"), base(3)):
+        repair.hear(one)
+    repair.trial = base(2, "forged")
+    repair.refuse(base(2, "forged"))
+    assert (repair.offers, [repair.trial]) == ([base(3)], [None])
+    repair.trial = base(3)
+    repair.confirm(4)
+    assert (repair.offers, [repair.trial]) == ([base(3)], [None])
+
+
+def test_snapshots_of_before_a_restart_are_own_ones_on_which_it_relies() -> None:
+    repair = Repair(SETTINGS)
+    repair.remember([base(4), base(2)])
+    assert repair.own == [base(2), base(4)]
+    assert repair.bases(epoch()) == [base(4), base(2), START]
 
 
 @pytest.mark.parametrize(

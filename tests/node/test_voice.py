@@ -15,7 +15,6 @@ from psyche_lightning.node.news import news
 from psyche_lightning.node.notices import (
     Dropped,
     EpochFormed,
-    EpochUndone,
     Finished,
     Joined,
     Left,
@@ -38,7 +37,7 @@ CLIENTS = tuple(Client(signer=key, node=key[::-1] + b"") for key in KEYS[:3])
 BEFORE = RunState("run", Phase.WAITING_FOR_MEMBERS)
 FORMED = replace(BEFORE, phase=Phase.WARMUP, clients=CLIENTS)
 TRAINS = replace(FORMED, phase=Phase.ROUND_TRAIN, step=5)
-COOLS = replace(TRAINS, phase=Phase.COOLDOWN, epoch=3, step=9, start_step=5)
+DRAINS = replace(TRAINS, epoch=3, step=9, start_step=5, last_step=9)
 
 
 def standing(state: RunState, *status: ClientStatus) -> RunState:
@@ -67,13 +66,12 @@ FIRST = EpochFormed(0, tuple(KEYS[:3]), True)
             [],
         ),
         (TRAINS, standing(TRAINS, D, H, H), [Dropped(D)]),
-        (COOLS, replace(COOLS, phase=Phase.WAITING_FOR_MEMBERS, epoch=4), []),
-        (COOLS, replace(COOLS, phase=Phase.WAITING_FOR_MEMBERS, epoch=4, step=5), [EpochUndone(3, 5)]),
-        (COOLS, replace(COOLS, phase=Phase.WARMUP, epoch=4), [EpochFormed(4, tuple(KEYS[:3]), True)]),
+        (DRAINS, replace(DRAINS, phase=Phase.WAITING_FOR_MEMBERS, epoch=4), []),
+        (DRAINS, replace(DRAINS, phase=Phase.WARMUP, epoch=4), [EpochFormed(4, tuple(KEYS[:3]), True)]),
         (BEFORE, replace(BEFORE, phase=Phase.PAUSED), [Paused(True)]),
         (None, replace(BEFORE, phase=Phase.PAUSED), [Paused(True)]),
         (replace(BEFORE, phase=Phase.PAUSED), BEFORE, [Paused(False)]),
-        (COOLS, replace(COOLS, phase=Phase.FINISHED), []),
+        (DRAINS, replace(DRAINS, phase=Phase.FINISHED), []),
     ],
 )
 def test_what_two_states_mean(before: RunState | None, now: RunState, told: list[Notice]) -> None:

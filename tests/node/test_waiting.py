@@ -31,7 +31,7 @@ def members() -> Scene:
 def warm() -> Scene:
     scene = Scene(4)
     scene.warm()
-    scene.ask(2, WarmupWitness(0, 2, parameters(0)))
+    scene.ask(0, WarmupWitness(0, 0, parameters(0)))
     return scene
 
 
@@ -56,21 +56,27 @@ def some_results() -> Scene:
 def all_results() -> Scene:
     scene = training()
     scene.hear(*[scene.result(i) for i in range(4)])
-    scene.report(1, scene.attest(1))
+    scene.report(1)
     return scene
 
 
 def reported() -> Scene:
     scene = all_results()
-    scene.report(0, scene.attest(0))
+    scene.report(0)
+    return scene
+
+
+def disagreeing() -> Scene:
+    scene = all_results()
+    for i in (0, 2, 3):
+        scene.report(i, scene.listed()[i:])
     return scene
 
 
 def overlapping() -> Scene:
     scene = training(overlap=True)
     scene.hear(*[scene.result(i) for i in range(3)])
-    for i in scene.peers:
-        scene.report(i, scene.attest(i))
+    scene.end_round()
     return scene
 
 
@@ -81,9 +87,17 @@ def later() -> Scene:
     return scene
 
 
-def cooling() -> Scene:
+def draining() -> Scene:
     scene = Scene(4, total_steps=1)
     scene.begin()
+    scene.play()
+    return scene
+
+
+def without_holders() -> Scene:
+    scene = Scene(4, total_steps=3, epoch_time=50.0)
+    scene.begin()
+    scene.now += 50.0
     scene.play(3)
     return scene
 
@@ -94,9 +108,11 @@ def cooling() -> Scene:
         pytest.param(members, None, "epoch 0: waiting for 4 members", id="members"),
         pytest.param(paused, None, "the run is paused; waiting for `psyche run resume`", id="a paused run"),
         pytest.param(
-            warm, None, f"epoch 0: waiting for {names(0, 1, 3)} to hold the parameters", id="those without parameters"
+            warm, None, f"epoch 0: waiting for {names(1, 2, 3)} to hold the parameters", id="those without parameters"
         ),
-        pytest.param(cooling, 3, "epoch 0: waiting for its end to be agreed", id="the end of an epoch"),
+        pytest.param(
+            draining, 1, "round 1: waiting for a quorum to name the parameters after step 1", id="the end of an epoch"
+        ),
         pytest.param(training, None, "round 0: waiting for the epoch's parameters", id="the epoch's parameters"),
         pytest.param(later, 2, "round 3: catching up, applying round 2", id="itself"),
         pytest.param(
@@ -107,6 +123,12 @@ def cooling() -> Scene:
         ),
         pytest.param(
             all_results, 0, "round 0: waiting for the coordinator to take this node's report", id="the coordinator"
+        ),
+        pytest.param(
+            disagreeing,
+            0,
+            "round 0: waiting for the witnesses to agree; they verified different results",
+            id="one list",
         ),
         pytest.param(reported, 0, f"round 0: waiting for witnesses {names(2, 3)}", id="witnesses"),
         pytest.param(
@@ -130,12 +152,21 @@ def test_only_who_is_a_witness_is_waited_for_as_one() -> None:
     assert describe(scene.state, scene.log, 0, 1, b"") == f"round 0: waiting for witnesses {two}"
 
 
+def test_who_holds_the_parameters_is_waited_for_by_those_who_do_not() -> None:
+    scene = without_holders()
+    state, held = scene.state, scene.state.checkpoint
+    assert (state.phase, held.step) == (Phase.WAITING_FOR_MEMBERS, 1)
+    text = f"epoch 1: waiting for 4 members, and for a holder of the parameters {short(held.digest)} of step 1"
+    assert describe(state, None, None, 1, KEYS[5]) == text
+    assert describe(state, None, None, 1, KEYS[0]) == "epoch 1: waiting for 4 members"
+
+
 def test_without_a_state_or_a_log_the_coordinator_is_waited_for() -> None:
     assert describe(None, None, None, 1, KEYS[0]) == "waiting for the coordinator's state"
     assert describe(RunState("run"), None, None, 1, KEYS[0]) == "phase UNINITIALIZED: waiting for the coordinator"
     state = training().state
     assert describe(state, None, 0, 1, KEYS[0]) == "phase ROUND_TRAIN: waiting for the coordinator"
-    assert describe(state, EpochLog(0, b""), 0, 1, KEYS[0]) == "phase ROUND_TRAIN: waiting for the coordinator"
+    assert describe(state, EpochLog(0, b"", 1, 1), 0, 1, KEYS[0]) == "phase ROUND_TRAIN: waiting for the coordinator"
 
 
 def test_a_warm_up_in_which_all_have_reported_waits_for_nobody() -> None:
@@ -146,7 +177,7 @@ def test_a_warm_up_in_which_all_have_reported_waits_for_nobody() -> None:
 def test_a_run_lacks_members_only_where_they_are_known_to_have_left() -> None:
     stay, gone = Client(b"a" * 32, b"a" * 32), Client(b"b" * 32, b"b" * 32, status=ClientStatus.WITHDRAWN)
     config = CoordinatorConfig(init_min_clients=3, min_clients=2)
-    full = RunState("r", Phase.COOLDOWN, config=config, clients=(stay, replace(stay, signer=b"c" * 32)))
+    full = RunState("r", Phase.ROUND_TRAIN, config=config, clients=(stay, replace(stay, signer=b"c" * 32)))
     few = replace(full, phase=Phase.WAITING_FOR_MEMBERS, clients=(stay, gone))
     (notice,) = news(full, few, stay.signer)
     assert notice == TooFewMembers("r", 1, 3, 2)

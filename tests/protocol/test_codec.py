@@ -32,7 +32,7 @@ from psyche_lightning.protocol.state import (
 )
 
 KEYS = tuple(bytes([i]) * 32 for i in range(1, 4))
-RECORD = WitnessRecord(WitnessProof(1, 2), b"m" * 32, True, b"p" * 192, b"b" * 192)
+RECORD = WitnessRecord(WitnessProof(1, 2), b"m" * 32, b"p" * 192, b"b" * 192)
 STATE = RunState(
     "a run",
     phase=Phase.ROUND_TRAIN,
@@ -40,6 +40,7 @@ STATE = RunState(
     config=CoordinatorConfig(warmup_time=7),
     gathered_at=0.1,
     rounds=(Round(4, 5, 2**64 - 1, 30, 6, KEYS, 0, (RECORD,)), Round(1, 2, 3, 12, 6, KEYS)),
+    needed=2,
     warmup_witnesses=(RECORD,),
     clients=(Client(KEYS[0], KEYS[1], "host:1"), Client(KEYS[1], KEYS[2], "", ClientStatus.DROPPED, 9)),
     checkpoint=Checkpoint(b"d" * 32, 4),
@@ -73,6 +74,8 @@ def test_nodes_do_not_get_the_bloom_filters() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        (["phase"], 5, r"RunState\.phase is '5'; expected one of \[0, 1, 2, 3, 4, 6, 7\]"),
+        (["needed"], -1, r"RunState\.needed"),
         (["phase"], 8, r"RunState\.phase is '8'; expected one of \[0, 1,"),
         (["phase"], True, "expected one of"),
         (["nonce"], -1, r"RunState\.nonce"),

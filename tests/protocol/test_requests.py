@@ -19,7 +19,6 @@ from psyche_lightning.protocol.requests import (
     Report,
     Request,
     Terms,
-    Vote,
     WarmupWitness,
     Withdraw,
     Witness,
@@ -38,12 +37,14 @@ TRAVELS: list[tuple[Request[Any], str, list[Any]]] = [
     (Withdraw(), "withdraw", []),
     (WarmupWitness(1, 2, b"d" * 32), "warmup_witness", [1, 2, b"d" * 32]),
     (
-        Witness(1, 5, WitnessProof(3, 4, True), b"m" * 32, b"p" * 192, b"b" * 192, Report(7, 2.5, 10.0, 20, 30)),
+        Witness(
+            *(1, 5, WitnessProof(3, 4, True), b"m" * 32, b"p" * 192, b"b" * 192, 6, b"d" * 32),
+            Report(7, 2.5, 10.0, 20, 30),
+        ),
         "witness",
-        [1, 5, 3, 4, True, b"m" * 32, b"p" * 192, b"b" * 192, [7, 2.5, 10.0, 20, 30]],
+        [1, 5, 3, 4, True, b"m" * 32, b"p" * 192, b"b" * 192, 6, b"d" * 32, [7, 2.5, 10.0, 20, 30]],
     ),
     (HealthCheck(1, 5, (b"k" * 32, b"l" * 32)), "health_check", [1, 5, [b"k" * 32, b"l" * 32]]),
-    (Vote(1, 9, b"d" * 32), "checkpoint", [1, 9, b"d" * 32]),
     (Accuse(b"one", b"two"), "accuse", [b"one", b"two"]),
     (GetRounds(1, 3), "rounds", [1, 3]),
 ]
@@ -99,7 +100,7 @@ def test_fields_of_another_number_or_type_are_refused_by_name(name: str) -> None
 @pytest.mark.parametrize("figures", [[1], [-1, 1.0, 1.0, 0, 0], [1, 1, 1.0, 0, 0], [1, 1.0, 1.0, 0, "x"], [True] * 5])
 def test_figures_of_another_shape_are_refused(figures: list[Any]) -> None:
     with pytest.raises(CoordinatorError, match="report") as caught:
-        decode("witness", [0, 0, 0, 0, True, b"", b"", b"", figures], {})
+        decode("witness", [0, 0, 0, 0, True, b"", b"", b"", 0, b"", figures], {})
     assert caught.value.code == "InvalidRequest"
 
 
@@ -111,7 +112,7 @@ def test_keys_are_bytes() -> None:
 def test_answers_travel_as_json() -> None:
     terms = Terms(CoordinatorConfig(total_steps=5), ("global_batch_size",), MANIFEST)
     assert GetTerms.answer_from_json(json.loads(json.dumps(GetTerms.answer_to_json(terms)))) == terms
-    record = WitnessRecord(WitnessProof(0, 1), b"m" * 32, True)
+    record = WitnessRecord(WitnessProof(0, 1), b"m" * 32)
     rounds = (Round(4, 5, 7, 30, 6, (b"k" * 32, b"l" * 32), witnesses=(record,)),)
     assert GetRounds.answer_from_json(json.loads(json.dumps(GetRounds.answer_to_json(rounds)))) == rounds
     assert HealthCheck.answer_from_json(json.loads(json.dumps(HealthCheck.answer_to_json(2)))) == 2

@@ -15,12 +15,14 @@ from psyche_lightning.protocol.committee import (
     Committee,
     CommitteeSelection,
     Permutation,
+    decided_root,
+    least_clients,
+    needed_reports,
     quorum,
     round_selection,
 )
-from psyche_lightning.protocol.merkle import EMPTY_ROOT, attest_root, merkle_proof, merkle_root, verify_proof
-from psyche_lightning.protocol.messages import Attest
-from psyche_lightning.protocol.state import CoordinatorConfig, Round, WitnessProof
+from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_proof, merkle_root, verify_proof
+from psyche_lightning.protocol.state import Client, CoordinatorConfig, Round, RunState, WitnessProof, WitnessRecord
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
 
@@ -129,17 +131,17 @@ def test_vector_7_sha256() -> None:
 def test_vector_8_bloom() -> None:
     bloom = Bloom((1, 2), words=8)
     bloom.add(b"\x01\x02\x03")
-    assert bloom.positions(b"\x01\x02\x03") == [159, 6]
+    assert bloom.positions(b"\x01\x02\x03") == (159, 6)
     words = struct.unpack("<8Q", bloom.to_bytes()[16:])
     assert (words[0], words[2]) == (0x40, 0x80000000)
     assert sum(words) == 0x40 + 0x80000000
-    assert bloom.positions(b"\x04\x05\x06") == [344, 105]
+    assert bloom.positions(b"\x04\x05\x06") == (344, 105)
     assert b"\x01\x02\x03" in bloom
     assert b"\x04\x05\x06" not in bloom
     assert fnv1a(1, b"\x01\x02\x03") == 0x6CB000005C49F
     wide = Bloom(range(1, 9))
-    assert wide.positions(COMMITMENT) == numbers("654 1001 564 439 946 669 552 267")
-    assert wide.positions(sha256(bytes(32))) == numbers("842 889 372 579 726 997 576 927")
+    assert list(wide.positions(COMMITMENT)) == numbers("654 1001 564 439 946 669 552 267")
+    assert list(wide.positions(sha256(bytes(32)))) == numbers("842 889 372 579 726 997 576 927")
 
 
 @settings(deadline=None)
@@ -183,20 +185,6 @@ def test_merkle_proofs_prove_their_item_only(items: list[bytes], data: st.DataOb
         merkle_proof(items, len(items))
 
 
-def test_attest_root_binds_list_and_digest() -> None:
-    hashes = sorted(sha256(bytes([i])) for i in range(3))
-    plain = Attest(0, 1, b"".join(hashes), 0, b"")
-    digest = sha256(b"parameters")
-    assert attest_root(plain) == merkle_root(hashes)
-    dated = Attest(0, 1, b"".join(hashes), 5, digest)
-    assert attest_root(dated) == merkle_root([*hashes, b"digest" + struct.pack("<Q", 5) + digest])
-    others = [Attest(0, 1, b"".join(hashes[:2]), 5, digest), Attest(0, 1, b"".join(hashes), 6, digest), plain]
-    assert all(attest_root(other) != attest_root(dated) for other in others)
-    assert attest_root(Attest(0, 0, b"", 0, b"")) == EMPTY_ROOT
-    # Any u64 that passes the decoder has a root: hostile numbers raise nothing.
-    assert len(attest_root(Attest(0, 0, b"", 2**64 - 1, digest))) == 32
-
-
 def test_vector_10_signature() -> None:
     assert COMMITMENT.hex() == "0ab629f1a342c3cd5e8fbceabe95acbc4d6ae65cf8e6b770e805867508e7842d"
     identity = Identity(b"\x07" * 32)
@@ -211,6 +199,35 @@ def test_quorum_is_more_than_half() -> None:
     table = {1: 1, 2: 2, 3: 2, 4: 3, 5: 3, 6: 4, 7: 4, 8: 5, 9: 6, 10: 6, 12: 8, 16: 10, 24: 16, 31: 20, 32: 21}
     assert {n: quorum(n) for n in table} == table
     assert all(2 * quorum(n) > n for n in range(1, 500))
+
+
+def test_enough_is_counted_over_everybody_with_whom_the_epoch_began() -> None:
+    clients = tuple(Client(bytes([i]) * 32, bytes([i]) * 32) for i in range(1, 41))
+    for present, gone, seats, needed, least in (
+        (7, 0, 0, 4, 4),
+        (4, 3, 0, 4, 4),  # who left still counts
+        (7, 0, 3, 2, 4),
+        (2, 0, 0, 2, 2),
+        (40, 0, 0, 21, 26),  # at most 32 witness
+        (1, 0, 0, 1, 1),
+    ):
+        config = CoordinatorConfig(witness_nodes=seats)
+        state = RunState("r", config=config, clients=clients[:present], exited_clients=clients[present:][:gone])
+        assert (needed_reports(state), least_clients(state)) == (needed, least)
+    state = RunState("r", config=CoordinatorConfig(min_clients=5, init_min_clients=5), clients=clients[:6])
+    assert least_clients(state) == 5
+
+
+def test_a_round_is_decided_by_enough_equal_roots() -> None:
+    def round_of(*roots: bytes) -> Round:
+        return Round(witnesses=tuple(WitnessRecord(WitnessProof(i, i), root) for i, root in enumerate(roots)))
+
+    one, two = b"1" * 32, b"2" * 32
+    assert decided_root(round_of(), 1) is None
+    assert decided_root(round_of(one, two), 2) is None
+    assert decided_root(round_of(one, two, two), 3) is None
+    assert decided_root(round_of(one, two, two), 2) == two
+    assert decided_root(round_of(EMPTY_ROOT, EMPTY_ROOT), 2) == EMPTY_ROOT
 
 
 def test_a_proof_must_match_the_shuffle() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
 from psyche_lightning.protocol.requests import Join, Withdraw
+from psyche_lightning.protocol.state import Phase
 from psyche_lightning.server.client import HttpCoordinator
 from psyche_lightning.wire.identity import Identity
 
@@ -181,7 +182,7 @@ def test_status_and_page_show_who_does_what(served, walk, run, quick):
             assert member["key"] == identity.public[:4].hex()
             assert (member["step"], member["loss"]) == (8, pytest.approx(3.0 - 0.08))
             assert [row["loss"] for row in found["metrics"] if row["step"] == 3] == [pytest.approx(2.97)]
-            assert [row["step"] for row in found["metrics"]] == list(range(1, 9))  # none of the two rounds that drain
+            assert [row["step"] for row in found["metrics"]] == list(range(1, 9))  # none of the round that drains
             assert found["metric_count"] == 8
             _, rest = await ask("GET", f"{url}/v1/runs/r?events={found['event_count'] - 1}&metrics=7")
             assert len(rest["events"]) == len(rest["metrics"]) == 1
@@ -226,5 +227,39 @@ def test_a_run_may_leave_batch_and_steps_to_its_first_node(served, run):
             assert (found["total_steps"], found["config"]["global_batch_size_end"]) == (9, 4)
             assert manifest_text({"model": {}}) == '{"model":{}}'
             await third.close()
+
+    run(main())
+
+
+def test_the_owner_goes_back_to_other_parameters(served, walk, run, quick):
+    async def main():
+        async with served() as (_, url):
+            config = {**quick, "total_steps": 900, "global_batch_size_start": 1}
+            await ask("POST", f"{url}/v1/runs", json={"run_id": "r", "config": config})
+            client = HttpCoordinator(url, "r", Identity.generate())
+            await walk(client, until=lambda state: state.step > 3)
+            back = f"{url}/v1/runs/r/restart-from"
+            chosen = {"digest": "cd" * 32, "step": 2}
+            status, problem = await ask("POST", back, json=chosen)
+            assert (status, problem["code"]) == (400, "InvalidRunState")
+            assert "pause it first" in problem["error"]
+            await ask("POST", f"{url}/v1/runs/r/pause", json={})
+            await walk(client, until=lambda state: state.phase is Phase.PAUSED)
+            for wrong, text in (
+                ({}, "'None' is not a digest of parameters: expected 64 hexadecimal digits"),
+                ({**chosen, "digest": "cd"}, "'cd' is not a digest"),
+                ({**chosen, "step": "2"}, "'2' is not a number of steps"),
+                ({**chosen, "step": True}, "'True' is not a number of steps"),
+                ({**chosen, "step": 10**9}, "a checkpoint has a digest of 32 bytes and at most"),
+                ({**chosen, "step": -1}, "a checkpoint has"),
+            ):
+                status, problem = await ask("POST", back, json=wrong)
+                assert (status, text in problem["error"]) == (400, True), problem
+            _, found = await ask("POST", back, json=chosen)
+            assert (found["step"], found["checkpoint"]) == (3, {"step": 2, "digest": "cd" * 32})
+            assert found["waits_for"] == "waiting to be resumed by its owner"
+            _, found = await ask("POST", f"{url}/v1/runs/r/resume", json={})
+            assert found["waits_for"] == "waiting for a holder of cdcdcdcd, step 2; 1 newcomer is here"
+            await client.close()
 
     run(main())

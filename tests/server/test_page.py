@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from psyche_lightning.protocol.requests import WarmupWitness
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning.server.client import HttpCoordinator
 from psyche_lightning.wire.identity import Identity
@@ -153,8 +154,8 @@ async def create(url: str, run_id: str, **config: Any) -> None:
             assert answer.status == 201, await answer.text()
 
 
-async def ask(url: str, path: str) -> None:
-    async with aiohttp.ClientSession() as session, session.post(f"{url}/v1/runs/{path}", json={}) as answer:
+async def ask(url: str, path: str, body: dict[str, Any] | None = None) -> None:
+    async with aiohttp.ClientSession() as session, session.post(f"{url}/v1/runs/{path}", json=body or {}) as answer:
         assert answer.status == 200, await answer.text()
 
 
@@ -245,28 +246,31 @@ def test_many_runs_leave_room_on_a_phone(served, run):
     run(main(), 60.0)
 
 
-def test_figures_of_an_epoch_that_was_undone_are_not_drawn(served, walk, run, quick):
-    """Without a quorum for its parameters an epoch's steps are trained again."""
+def test_figures_of_steps_that_the_owner_undid_are_not_drawn(served, walk, run, quick):
+    """After `psyche run restart-from` steps are trained again; the newest figures count."""
 
     async def main():
         async with served() as (server, url), browsing() as visit:
-            await create(url, "r", **{**quick, "cooldown_time": 0.5}, total_steps=30)
+            await create(url, "r", **quick, total_steps=30)
             client = HttpCoordinator(url, "r", Identity.generate())
             await walk(client, until=lambda state: state.step > 20)
             await ask(url, "r/pause")
-            await walk(client, until=lambda state: state.phase is Phase.COOLDOWN)  # and it does not vote
-            async for state in client.watch():
-                if state.phase is Phase.PAUSED:
-                    break
-            assert state.step == 1
+            state = await walk(client, until=lambda state: state.phase is Phase.PAUSED)
+            await ask(url, "r/restart-from", {"digest": "ab" * 32, "step": 5})
             await ask(url, "r/resume")
+            visited = await visit(url)
+            await visited.until("!document.querySelector('#waiting').hidden")
+            waits = "waiting for a holder of abababab, step 5; 1 newcomer is here"
+            assert await visited.text("#waiting") == [waits]
+            await client.request(WarmupWitness(state.epoch, 0, bytes.fromhex("ab" * 32)))
             await walk(client)
             await client.close()
-            figures = server.runs["r"].host.history.metrics
-            assert figures.count > 30
+            await visited.until("document.querySelector('#waiting').hidden")
+            assert server.runs["r"].host.history.metrics.count > 40
             visited = await visit(url)
             line = await visited.line()
             assert len(line) == 30
             assert line == sorted(set(line))
+            assert visited.wrong == []
 
     run(main(), 60.0)

@@ -47,7 +47,7 @@ def test_what_is_read_back_is_what_was_saved_at_every_change(tmp_path, walk, run
 
     assert run(alone()).phase is Phase.FINISHED
     assert len(checked) > 14
-    assert host.rounds[-1].height == 13  # 12 rounds that trained and two that drained
+    assert host.rounds[-1].height == 12  # 12 rounds that trained, and one to name the parameters
     assert store.created("r") == {"run_id": "r"}
     store.close()
 
@@ -64,7 +64,7 @@ def test_rounds_of_an_earlier_epoch_are_dropped(tmp_path, walk, run):
     async def alone():
         client = LocalCoordinator(host, identity)
         client._run = live
-        return await walk(client, until=lambda state: state.epoch == 1 and state.step > state.start_step)
+        return await walk(client, until=lambda state: state.epoch == 1 and state.phase.active)
 
     run(alone())
     (again,) = store.load()
@@ -72,6 +72,29 @@ def test_rounds_of_an_earlier_epoch_are_dropped(tmp_path, walk, run):
     assert {**again.dump(), "now": 0} == {**host.dump(), "now": 0}
     assert again.rounds_epoch == 1
     assert again.rounds[0].height == 0
+    store.close()
+
+
+def test_rounds_that_the_owner_undid_are_dropped(tmp_path, run, walk):
+    store = SqliteStore(tmp_path)
+    host = RunHost("r", CONFIG, seed=1)
+    store.create(host, {})
+    live = LiveRun(host, iter(range(1, 10**6)).__next__, store)
+
+    async def alone():
+        client = LocalCoordinator(host, Identity.generate())
+        client._run = live
+        return await walk(client, until=lambda state: state.step > 3)
+
+    run(alone())
+    live.act(lambda host, now: host.pause(now))
+    while not host.state.phase.halted:
+        live.tick()
+    assert host.rounds
+    live.act(lambda host, now: host.restart_from(bytes(32), 2, now))
+    (again,) = store.load()
+    assert again.dump() == host.dump()
+    assert (again.rounds, again.state.step) == ([], 3)
     store.close()
 
 

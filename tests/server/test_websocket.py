@@ -155,13 +155,12 @@ def test_odd_values_are_refused_with_a_reason_and_change_nothing(served, run):
     most = 2**64 - 1
     report = [1, float("nan"), 1.0, 0, 0]
     requests = [
-        ("witness", [0, 0, 0, most, True, bytes(32), BLOOM, BLOOM, report]),
-        ("witness", [0, most, most, 0, True, b"", b"", b"", report]),
-        ("witness", [-1, -5, -3, -7, False, bytes(32), BLOOM, BLOOM, report]),
+        ("witness", [0, 0, 0, most, True, bytes(32), BLOOM, BLOOM, 0, b"", report]),
+        ("witness", [0, most, most, 0, True, b"", b"", b"", most, b"x", report]),
+        ("witness", [-1, -5, -3, -7, False, bytes(32), BLOOM, BLOOM, -9, bytes(32), report]),
         ("warmup_witness", [0, most, bytes(32)]),
         ("warmup_witness", [-1, -1, b""]),
         ("health_check", [0, most, [bytes(32)] * 1000]),
-        ("checkpoint", [most, most, b""]),
         ("join", ["a", bytes(32), ""]),
         ("join", ["a", bytes(32), "{"]),
         ("join", ["a", bytes(32), "[1]"]),
@@ -195,7 +194,7 @@ def test_a_report_of_other_shape_ends_the_connection(served, run, figures):
         async with served() as (_, url):
             await create(url)
             raw = await Raw.open(url, identity=alice)
-            arguments = [0, 0, 0, 0, True, bytes(32), BLOOM, BLOOM, figures]
+            arguments = [0, 0, 0, 0, True, bytes(32), BLOOM, BLOOM, 0, b"", figures]
             kind, number, problem = await raw.answer(seal_frame(alice, "r", raw.challenge, 1, "witness", arguments))
             assert (kind, number) == ("error", 1)
             assert "report" in problem["error"]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.node import events as ev
-from psyche_lightning.node.agreement import EpochLog, Undecided, decide
+from psyche_lightning.node.agreement import AgreedSet, EpochLog, Unknown, agreed_set
 from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.rounds import RoundLog
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.witness import witness_report
+from psyche_lightning.protocol.merkle import merkle_root
 from psyche_lightning.protocol.messages import Attest, Envelope, Message, Result, seal
 from psyche_lightning.protocol.open_ids import OpenIds, closed
-from psyche_lightning.protocol.requests import GetRounds, Join, Request, Vote, WarmupWitness
+from psyche_lightning.protocol.requests import GetRounds, Join, Request, WarmupWitness
 from psyche_lightning.protocol.state import ClientStatus, CoordinatorConfig, Phase, Round, RunState
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
@@ -31,14 +32,18 @@ RATES = (7,)
 SIZE = 10
 """Bytes of a payload."""
 
-RUNNING = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
-
 _T = TypeVar("_T")
 
 
-def parameters(applied: int) -> bytes:
-    """The digest of the run's parameters after so many rounds of the first epoch."""
-    return sha256(b"parameters", bytes([applied]))
+def parameters(steps: int) -> bytes:
+    """The digest of the run's parameters after so many training rounds."""
+    return sha256(b"parameters", bytes([steps]))
+
+
+def commitments(*envelopes: Envelope) -> list[bytes]:
+    """The commitments of these results, in ascending order."""
+    results = [(one.sender, one.message) for one in envelopes]
+    return sorted(each.commitment(RUN, sender) for sender, each in results if isinstance(each, Result))
 
 
 def of(effects: Iterable[object], kind: type[_T]) -> list[_T]:
@@ -72,9 +77,13 @@ def _brief(effect: ev.Effect) -> str:
         case ev.SendTo(peer, envelope):
             return f"{type(envelope.message).__name__} to {KEYS.index(peer)}"
         case ev.Load(digest):
-            applied = next((n for n in range(64) if parameters(n) == digest), None)
-            return "Load others" if applied is None else f"Load {applied}"
+            steps = _steps(digest)
+            return "Load others" if steps is None else f"Load {steps}"
     return type(effect).__name__
+
+
+def _steps(digest: bytes) -> int | None:
+    return next((steps for steps in range(64) if parameters(steps) == digest), None)
 
 
 class Scene:
@@ -85,7 +94,8 @@ class Scene:
     Args:
         nodes: of the run.
         me: which of them the core is.
-        promises: what the core finds in its journal.
+        promises: the promises that the core finds in its journal.
+        remembered: the announcements that it finds there.
         config: of the run, beside what the scene sets.
         settings: of the core, beside what the scene sets.
 
@@ -94,10 +104,11 @@ class Scene:
         host: the coordinator.
         core: what is tested.
         log: the epoch as somebody knows it who hears everything.
-        head: rounds that are in the core's parameters; None when they are others.
+        head: training steps that are in the core's parameters; None when they are others.
         written: what the core wrote into its ledger.
         kept: what it wanted to keep last.
-        promises: its journal.
+        promises: the promises in its journal.
+        remembered: the announcements in its journal.
     """
 
     def __init__(
@@ -106,6 +117,7 @@ class Scene:
         *,
         me: int = 0,
         promises: Mapping[str, Envelope] | None = None,
+        remembered: Mapping[str, Sequence[Envelope]] | None = None,
         settings: Mapping[str, Any] | None = None,
         **config: Any,
     ) -> None:
@@ -116,14 +128,28 @@ class Scene:
         self.host = RunHost(RUN, CoordinatorConfig(**{**values, **sizes, **config}), seed=5)
         self.settings = Settings(**{**chosen, "retry": RETRY, "retry_most": 15.0, **(settings or {})})
         self.me, self.nodes = me, nodes
-        self.core = NodeCore(KEYS[me], KEYS[me], RUN, self.settings, self.seal, promises)
-        self.log = EpochLog(0, parameters(0))
+        self.core = NodeCore(KEYS[me], KEYS[me], RUN, self.settings, self.seal, promises, remembered)
+        self.log = EpochLog(0, parameters(0), 1, 1)
         self.log.start(0, ())
         self.head: int | None = None
         self.open_ids: OpenIds = ()
         self.written: list[Any] = []
         self.kept: ev.Keep | None = None
         self.promises = dict(promises or {})
+        self.remembered = dict(remembered or {})
+
+    def restarted(self, head: int | None = None, **options: Any) -> Scene:
+        """The core's node starts again with what is in its journal.
+
+        Args:
+            head: training steps that are in its parameters; None when they are others.
+            options: of the new scene.
+        """
+        kept = {"promises": self.promises, "remembered": self.remembered}
+        again = Scene(self.nodes, me=self.me, **{**kept, **options})
+        again.host, again.log, again.now, again.head = self.host, self.log, self.now, head
+        again.settings = self.settings
+        return again
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
@@ -186,15 +212,11 @@ class Scene:
         return self.obey(self.see(), but)
 
     def next_epoch(self) -> bytes:
-        """The epoch, of which the core has seen the end, is agreed, and everybody begins the next with its parameters.
+        """The epoch is over, and everybody begins the next with its parameters.
 
         The core has seen the warm-up, not the first round.
         """
-        agreed = self.core.holding
-        assert agreed
-        for i in self.peers:
-            if self.state.phase is Phase.COOLDOWN:
-                self.vote(agreed, i)
+        agreed = self.state.checkpoint.digest
         self.obey(self.see())
         self.join(*range(self.nodes))
         self.pass_time(3.0)
@@ -202,7 +224,7 @@ class Scene:
         for i in self.peers:
             self.ask(i, WarmupWitness(self.state.epoch, i, agreed))
         assert self.state.phase is Phase.ROUND_TRAIN
-        self.log = EpochLog(self.state.epoch, agreed)
+        self.log = EpochLog(self.state.epoch, agreed, self.state.start_step, self.state.needed)
         self.log.start(0, ())
         self._observe()
         return agreed
@@ -210,12 +232,13 @@ class Scene:
     def _observe(self) -> None:
         """Follow the coordinator's rounds in the log of somebody who hears everything."""
         state, log, delay = self.state, self.log, self.settings.delay
-        if state.current is None or (state.epoch != log.epoch and state.phase.active):
+        if state.current is None or self.host.rounds_epoch != log.epoch:
             return
-        over = not state.phase.active or state.phase is Phase.COOLDOWN
+        log.needed = state.needed
+        over = state.epoch != log.epoch
         for record in self.host.rounds:
             if record.height not in log.rounds:
-                opened = RoundLog.open(record, record.clients, state.config, RUN, LAYOUT, 64)
+                opened = RoundLog.open(record, record.clients, state.config, log.needed, RUN, LAYOUT, 64)
                 log.rounds[record.height] = opened
             known = log.rounds[record.height]
             known.round, known.final = record, over or record.height < state.current.height
@@ -223,10 +246,13 @@ class Scene:
         while log.decided in log.rounds:
             assert log.decided is not None
             attesting = log.rounds.get(log.decided + delay - 1)
+            if attesting is None and over:
+                log.close(AgreedSet())
+                continue
             if attesting is None or not attesting.final:
                 break
-            outcome = decide(log.rounds[log.decided], attesting)
-            if isinstance(outcome, Undecided):
+            outcome = agreed_set(log.rounds[log.decided], attesting)
+            if isinstance(outcome, Unknown):
                 break
             log.close(outcome)
             log.assign()
@@ -263,7 +289,7 @@ class Scene:
             return
         known = self.log.rounds[message.height]
         if isinstance(message, Attest):
-            known.add_attest(envelope)
+            known.add_list(envelope.sender, message.hashes())
         elif (entry := known.add_result(envelope)) is not None:
             known.settle(entry)
 
@@ -296,6 +322,8 @@ class Scene:
             case ev.Promise(key, envelope):
                 self.promises[key] = envelope
                 self.overhear(envelope)
+            case ev.Remember(key, envelopes):
+                self.remembered[key] = envelopes
             case ev.Train():
                 return self.give(self.trained(effect))
             case ev.Apply():
@@ -303,7 +331,7 @@ class Scene:
             case ev.TakeSnapshot():
                 return self.give(ev.SnapshotTaken(self.digest))
             case ev.Load(digest):
-                self.head = next((n for n in range(64) if parameters(n) == digest), None)
+                self.head = _steps(digest)
                 return self.give(ev.Loaded(digest, open_ids=self.open_ids))
             case ev.Fetch(payload):
                 return self.give(ev.Fetched(payload))
@@ -329,9 +357,10 @@ class Scene:
 
     def applied(self, effect: ev.Apply) -> ev.Applied:
         """The answer of a training thread; what it applies to other parameters stays other parameters."""
-        if self.head is not None:
-            assert self.head <= effect.height
-            self.head = effect.height + 1
+        step = self.log.rounds[effect.height].round.step
+        if self.head is not None and step:
+            assert self.head < step
+            self.head = step
         prints = (b"" if self.head is None else b"a").ljust(8, b"x") + bytes([effect.height + 1]) * 8
         digest = self.digest if effect.digest_due else b""
         return ev.Applied(effect.epoch, effect.height, digest, prints if effect.prints else b"")
@@ -349,87 +378,121 @@ class Scene:
         )  # fmt: skip
         return self.seal(replace(made, **changes), i)
 
-    def attest(
-        self,
-        i: int,
-        about: Iterable[bytes] | None = None,
-        height: int | None = None,
-        digest: tuple[int, bytes] = (0, b""),
-    ) -> Envelope:
-        """The list of node ``i`` in a round, the newest by default; by default of everything that was announced.
+    def listed(self, height: int | None = None) -> list[bytes]:
+        """The commitments of everything that was announced and is witnessed in a round, the newest by default."""
+        known = self._about(self.round.height if height is None else height)
+        return list(known.own()[0]) if known else []
+
+    def attest(self, i: int, hashes: Iterable[bytes] | None = None, height: int | None = None) -> Envelope:
+        """The list that node ``i`` sends to who asks.
+
+        Args:
+            i: the sender.
+            hashes: commitments; by default of everything that was announced.
+            height: the round whose results these are; by default, the one that is witnessed now.
+        """
+        height = self.round.height - self.settings.delay + 1 if height is None else height
+        found = self.log.rounds[height].own()[0] if hashes is None else sorted(hashes)
+        return self.seal(Attest(self.log.epoch, height, b"".join(found)), i)
+
+    def _about(self, height: int) -> RoundLog | None:
+        """The round whose results are witnessed in round ``height``."""
+        known = self.log.rounds.get(height - self.settings.delay + 1)
+        return known if known and known.round.step else None
+
+    def report(self, i: int, hashes: Iterable[bytes] | None = None, named: tuple[int, bytes] = (0, b"")) -> None:
+        """Node ``i`` reports the newest round to the coordinator.
 
         Args:
             i: the witness.
-            about: commitments.
-            height: the round in which it is sent.
-            digest: rounds applied, and the parameters then.
+            hashes: the commitments that it verified; by default of everything that was announced.
+            named: training steps, and the parameters after them.
         """
-        height = self.round.height if height is None else height
-        known = self.log.rounds.get(height - self.settings.delay + 1)
-        if about is None:
-            about = [entry.commitment for entry in known.verified()] if known and known.round.step else []
-        return self.seal(Attest(self.log.epoch, height, b"".join(sorted(about)), *digest), i)
+        here, about = self.log.rounds[self.round.height], self._about(self.round.height)
+        report = witness_report(self.state.epoch, here, here.nodes.index(KEYS[i]), about, *named)
+        if hashes is not None:
+            found = sorted(hashes)
+            report = replace(report, merkle=merkle_root(found))
+            if about is not None:
+                about.add_list(KEYS[i], found)
+        self.ask(i, report)
 
-    def report(self, i: int, envelope: Envelope) -> None:
-        """Node ``i`` reports its list to the coordinator."""
-        here = self.log.rounds[self.round.height]
-        about = self.log.rounds.get(self.round.height - self.settings.delay + 1)
-        about = about if about and about.round.step else None
-        self.ask(i, witness_report(here, here.nodes.index(KEYS[i]), envelope, about))
+    def end_round(self, *who: int, hashes: Iterable[bytes] | None = None, digests: bool = False) -> None:
+        """These nodes report until the round is decided; if it is not, its time passes.
+
+        Args:
+            who: witnesses; all peers by default.
+            hashes: what they verified; by default everything that was announced.
+            digests: whether they name parameters.
+        """
+        place = self.place
+        hashes = None if hashes is None else list(hashes)
+        for i in who or self.peers:
+            if self.place == place:
+                self.report(i, hashes, self.named if digests else (0, b""))
+        if self.place == place:
+            config = self.state.config
+            if self.state.phase is Phase.ROUND_TRAIN:
+                self.pass_time(config.cooldown_time if self.state.draining else config.max_round_train_time)
+            if self.place == place:
+                self.pass_time(config.round_witness_time)
+        assert self.place != place
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and height of the newest round."""
+        return self.state.epoch, self.round.height
 
     def play(self, rounds: int = 1, digests: bool = True) -> list[ev.Effect]:
         """Rounds in which everybody does everything at once; returns the core's effects.
 
         Args:
-            rounds: how many.
-            digests: whether the lists of the peers have parameter digests.
+            rounds: how many; less if the epoch ends before.
+            digests: whether the peers name parameters.
         """
-        effects = []
+        effects: list[ev.Effect] = []
         for _ in range(rounds):
             effects += self.obey(self.see())
-            height, epoch = self.round.height, self.state.epoch
+            if not self.state.phase.active:
+                break
+            place = self.place
             if self.round.step:
                 effects += self.obey(self.hear(*[self.result(i) for i in self.peers]))
-            lists = [(i, self.attest(i, digest=self._named(digests))) for i in self.peers]
-            effects += self.obey(self.hear(*[envelope for _, envelope in lists]))
-            for i, envelope in lists:
-                if (self.state.epoch, self.round.height) == (epoch, height) and self.state.phase in RUNNING:
-                    self.report(i, envelope)
-            assert (self.state.epoch, self.round.height) != (epoch, height) or self.state.phase is Phase.COOLDOWN
+            if self.place == place:
+                self.end_round(digests=digests)
             effects += self.obey(self.see())
         return effects
 
     def play_alone(self, rounds: int, digests: bool = True) -> None:
         """The peers play rounds of which the core sees and hears nothing."""
         for _ in range(rounds):
-            height = self.round.height
             if self.round.step:
                 for i in self.peers:
                     self.overhear(self.result(i))
-            for i in self.peers:
-                if self.round.height == height and self.state.phase in RUNNING:
-                    envelope = self.attest(i, digest=self._named(digests))
-                    self.overhear(envelope)
-                    self.report(i, envelope)
-            if self.round.height == height and self.state.phase in RUNNING:
-                self.pass_time(self.state.config.max_round_train_time)
-                self.pass_time(self.state.config.round_witness_time)
+            self.end_round(digests=digests)
 
     def listen(self, *heights: int, but: tuple[type, ...] = (ev.Train, ev.Apply)) -> list[ev.Effect]:
-        """The core hears what the peers sent in these rounds; returns the effects, carried out but for some kinds."""
+        """The core hears the results and the list of these rounds; returns the effects, carried out but for some."""
         effects = []
         for height in heights:
-            others = [one for one in self.log.rounds[height].messages() if one.sender != KEYS[self.me]]
+            known = self.log.rounds[height]
+            others = [one for one in known.messages() if one.sender != KEYS[self.me]]
+            if known.round.step:
+                others.append(self.attest(self.peers[0], self._decided(height), height))
             effects += self.obey(self.hear(*others), but)
         return effects
 
-    def _named(self, digests: bool) -> tuple[int, bytes]:
-        """The digest that the lists of the newest round name."""
-        applied = self.settings.applied_before(self.round.height)
-        applied -= applied % self.settings.digest_every
-        return (applied, parameters(applied)) if applied and digests else (0, b"")
+    def _decided(self, height: int) -> Sequence[bytes] | None:
+        agreed = self.log.agreements.get(height)
+        return None if agreed is None else [entry.commitment for entry in agreed.entries]
 
-    def vote(self, digest: bytes, *who: int) -> None:
-        """Nodes report the parameters at the end of the epoch."""
-        for i in who:
-            self.ask(i, Vote(self.state.epoch, self.state.step - 1, digest))
+    @property
+    def named(self) -> tuple[int, bytes]:
+        """The training steps and the digest of the newest parameters that the peers know in the newest round."""
+        first = self.log.first_step - 1
+        applied = self.settings.applied_before(self.round.height)
+        last = self.state.step - 1 - first
+        if not self.state.draining or applied < last:
+            applied -= applied % self.settings.digest_every
+        steps = first + min(applied, last)
+        return (steps, parameters(steps)) if applied else (0, b"")

@@ -3,19 +3,19 @@
 The coordinator account is Psyche's, so any Psyche run is readable. The manifest account has the fields that its layout
 lacks; without one (a run that this program does not own) they are empty.
 
-Other values are derived (see ``docs/solana-account.md``): clients, step and batch size of the stored rounds, and which
-of a round's records came during its training.
+Other values are derived (see ``docs/solana-account.md``): step and batch size of the stored rounds.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from psyche_lightning.coordinator.machine import batch_size
+from psyche_lightning.coordinator.machine import batch_size, gathered
 from psyche_lightning.errors import WireError
 from psyche_lightning.protocol.bloom import BLOOM_SIZE
 from psyche_lightning.protocol.state import (
@@ -55,8 +55,8 @@ from psyche_lightning_solana.types import METADATA, MODEL
 _CLIENT, _MEMBER = struct.Struct("<32s32sBBxxI"), struct.Struct("<32s32s4Q")
 _WITNESS = struct.Struct("<QQB7x192s192s32s")
 _TRAINING = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
-REPORTING = (Phase.WARMUP, *_TRAINING)
-"""Phases whose votes in the manifest account are warm-up records."""
+_COOLDOWN = 5
+"""Psyche's phase after an epoch's last round, which this program does not have."""
 
 
 @dataclass(frozen=True)
@@ -160,25 +160,18 @@ def at_rest(run: RunAccounts) -> RunAccounts:
     state = run.state
     order = {member.signer: place for place, member in enumerate(run.members)}
     waits = state.phase is Phase.WAITING_FOR_MEMBERS and state.gathered_at is not None
-    training = state.phase is Phase.ROUND_TRAIN
-    rounds = tuple(
-        _round_at_rest(state, round_, complete=training and slot == state.head)
-        for slot, round_ in enumerate(state.rounds)
-    )
     state = replace(
         state,
         phase_start=state.gathered_at if waits and state.gathered_at is not None else state.phase_start,
-        rounds=rounds,
-        warmup_witnesses=state.warmup_witnesses if state.phase in REPORTING else (),
-        checkpoint_votes=state.checkpoint_votes if state.phase is Phase.COOLDOWN else (),
+        rounds=tuple(_round_at_rest(state, round_) for round_ in state.rounds),
+        warmup_witnesses=state.warmup_witnesses if state.phase is Phase.WARMUP else (),
+        checkpoint_votes=state.checkpoint_votes if state.phase in _TRAINING else (),
         holders=tuple(sorted(state.holders, key=order.__getitem__)),
     )
     return replace(run, state=state)
 
 
-def _round_at_rest(state: RunState, round_: Round, complete: bool) -> Round:
-    if any(witness.complete is not complete for witness in round_.witnesses):
-        round_ = replace(round_, witnesses=tuple(replace(w, complete=complete) for w in round_.witnesses))
+def _round_at_rest(state: RunState, round_: Round) -> Round:
     planned = _planned(state, round_.height, round_.data_index)
     same = planned == {"step": round_.step, "batch_size": round_.batch_size}
     return round_ if same else replace(round_, **planned)
@@ -272,23 +265,20 @@ def _config(record: Record) -> CoordinatorConfig:
 
 
 def _state(record: Record, members: tuple[Member, ...]) -> RunState:
-    phase = Phase(int(record["run_state"]))
+    number = int(record["run_state"])
+    phase = Phase.ROUND_WITNESS if number == _COOLDOWN else Phase(number)
     clients, exited = _clients(record, "clients"), _clients(record, "exited_clients")
     config = _config(record)
-    start = int(record["run_state_start"])
-    waiting = sum(member.active == int(record["next_active"]) for member in members)
-    gathered = phase is Phase.WAITING_FOR_MEMBERS and waiting >= config.init_min_clients
     state = RunState(
         run_id=_text(record["run_id"]),
         phase=phase,
-        phase_start=start,
+        phase_start=int(record["run_state_start"]),
         config=config,
         max_seq_len=int.from_bytes(_bytes(record["model"])[8:12], "little"),
         epoch=int(record["epoch"]),
         step=int(record["step"]),
         epoch_start_data_index=int(record["epoch_start_data_index"]),
         epoch_start=int(record["epoch_start"]),
-        gathered_at=start if gathered else None,
         start_step=int(record["start_step"]),
         last_step=int(record["last_step"]),
         head=_count(record, "rounds_head", 3),
@@ -315,9 +305,8 @@ def _rounds(record: Record, state: RunState, order: dict[bytes, int]) -> tuple[R
         early = {client.signer for client in state.exited_clients[:early_count]}
     here = {client.signer for client in state.clients}
     rounds = []
-    for slot, round_ in enumerate(record["rounds"][: int(head["height"]) + 1]):
+    for round_ in record["rounds"][: int(head["height"]) + 1]:
         height, data_index = int(round_["height"]), int(round_["data_index"])
-        complete = state.phase is Phase.ROUND_TRAIN and slot == state.head
         items = round_["witnesses"][: _count(round_, "witnesses_len", MAX_WITNESSES)]
         rounds.append(
             Round(
@@ -330,41 +319,46 @@ def _rounds(record: Record, state: RunState, order: dict[bytes, int]) -> tuple[R
                     if client.signer in here or (client.exited_height >= height and client.signer not in early)
                 ),
                 tie_breaker_tasks=int(round_["tie_breaker_tasks"]),
-                witnesses=tuple(_witness(item, complete) for item in items),
+                witnesses=tuple(_witness(item) for item in items),
                 **_planned(state, height, data_index),
             )
         )
     return tuple(rounds)
 
 
-def _witness(item: Any, complete: bool) -> WitnessRecord:
+def _witness(item: Any) -> WitnessRecord:
     proof = WitnessProof(int(item["position"]), int(item["index"]), bool(item["witness"]))
     filters = _bytes(item["participants"]), _bytes(item["broadcasts"])
-    return WitnessRecord(proof, _bytes(item["merkle"]), complete, *filters)
+    return WitnessRecord(proof, _bytes(item["merkle"]), *filters)
 
 
 def _with_manifest(run: RunAccounts, record: Record) -> RunAccounts:
     state = run.state
     agreed, digest, begun = (_bytes(record[field]) for field in ("checkpoint_digest", "digest", "epoch_digest"))
-    bits = np.unpackbits(record["holders"], bitorder="little")
+    order = [member.signer for member in run.members]
+    trainers = [_among(order, places) for places in record["trainers"]]
     votes = [
         (int(vote["client"]), int(vote["step"]), _bytes(vote["digest"]))
         for vote in record["votes"][: _count(record, "votes_len", MAX_CLIENTS)]
     ]
     said: dict[str, Any]
-    if state.phase in REPORTING:
-        said = {"warmup_witnesses": tuple(WitnessRecord(WitnessProof(i, i), held) for i, _, held in votes)}
-    elif any(client >= len(state.clients) for client, *_ in votes):
+    if any(client >= len(state.clients) for client, *_ in votes):
         raise AccountError("the account is damaged: a vote of a client that is not in the list")
+    if state.phase is Phase.WARMUP:
+        said = {"warmup_witnesses": tuple(WitnessRecord(WitnessProof(i, i), digest) for i, _, digest in votes)}
     else:
         said = {"checkpoint_votes": tuple((state.clients[i].signer, step, vote) for i, step, vote in votes)}
     state = replace(
         state,
         checkpoint=Checkpoint(b"" if agreed == ZERO_HASH else agreed, int(record["checkpoint_step"])),
         epoch_digest=b"" if begun == ZERO_HASH else begun,
-        holders=tuple(member.signer for member, bit in zip(run.members, bits, strict=False) if bit),
+        holders=_among(order, record["holders"]),
+        rounds=tuple(replace(round_, clients=trainers[slot]) for slot, round_ in enumerate(state.rounds)),
+        needed=int(record["needed"]),
         **said,
     )
+    if state.phase is Phase.WAITING_FOR_MEMBERS and gathered(state, run.pending):
+        state = replace(state, gathered_at=state.phase_start)
     fixed = ManifestAccount(
         int(record["bump"]),
         _bytes(record["coordinator_account"]),
@@ -419,8 +413,6 @@ def write_coordinator(run: RunAccounts) -> bytes:
     record["client_version"] = _array(run.client_version.encode("utf-8", "surrogateescape").ljust(96, b"\0"))
     for slot, round_ in enumerate(state.rounds):
         _write_round(record["rounds"][slot], round_)
-    if state.phase is Phase.WARMUP:  # Psyche's readers expect the reports here; 32 of them fit
-        _write_witnesses(record["rounds"][0], state.warmup_witnesses[:MAX_WITNESSES])
     places = {member.signer: place for place, member in enumerate(run.members)}
     for field, clients in (("clients", state.clients), ("exited_clients", state.exited_clients)):
         parts = [_CLIENT.pack(c.signer, c.node, c.status, places[c.signer], c.exited_height) for c in clients]
@@ -477,22 +469,31 @@ def write_manifest(run: RunAccounts) -> bytes:
     record["checkpoint_digest"] = _array(state.checkpoint.digest or ZERO_HASH)
     record["checkpoint_step"] = state.checkpoint.step
     record["epoch_digest"] = _array(state.epoch_digest or ZERO_HASH)
-    holders = set(state.holders)
-    bits = np.array([member.signer in holders for member in run.members], np.uint8)
-    packed = np.packbits(bits, bitorder="little")
-    record["holders"][: len(packed)] = packed
+    record["holders"] = _places(run, state.holders)
+    for slot, round_ in enumerate(state.rounds):
+        record["trainers"][slot] = _places(run, round_.clients)
+    record["needed"] = state.needed
     votes = _votes(state)
     record["votes"][: len(votes)] = np.array(votes, VOTE)
     record["votes_len"] = len(votes)
     return bytes(data)
 
 
-def _votes(state: RunState) -> list[tuple[int, int, int, Any]]:
-    if state.phase in REPORTING:
-        return [(record.proof.index, 0, 0, _array(record.merkle)) for record in state.warmup_witnesses]
+def _places(run: RunAccounts, signers: Collection[bytes]) -> Any:
+    """The bits of these members' places."""
+    chosen = set(signers)
+    bits = np.zeros(MAX_CLIENTS, np.uint8)
+    bits[: len(run.members)] = [member.signer in chosen for member in run.members]
+    return np.packbits(bits, bitorder="little")
+
+
+def _among(members: list[bytes], places: Any) -> tuple[bytes, ...]:
+    bits = np.unpackbits(places, bitorder="little")
+    return tuple(signer for signer, bit in zip(members, bits, strict=False) if bit)
+
+
+def _votes(state: RunState) -> list[tuple[int, int, Any]]:
+    if state.phase is Phase.WARMUP:
+        return [(record.proof.index, 0, _array(record.merkle)) for record in state.warmup_witnesses]
     index = {client.signer: place for place, client in enumerate(state.clients)}
-    first: dict[tuple[int, bytes], int] = {}
-    return [
-        (index[signer], first.setdefault((step, digest), place), step, _array(digest))
-        for place, (signer, step, digest) in enumerate(state.checkpoint_votes)
-    ]
+    return [(index[signer], step, _array(digest)) for signer, step, digest in state.checkpoint_votes]

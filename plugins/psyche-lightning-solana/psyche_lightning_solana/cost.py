@@ -119,7 +119,7 @@ class Cost:
         witnesses: number of them that report in each round.
         creating: the run itself, once, by its owner.
         entering: all nodes' first join: their addresses.
-        epoch: each epoch without its rounds: joining, warm-up, votes, a tick.
+        epoch: each epoch without its rounds: joining, warm-up, a tick.
         round: one round.
         rows: measured instructions.
     """
@@ -232,12 +232,6 @@ class _Played:
             yield from (("round", row) for row in self._play(height))
         while (state := self._state().state).current is not None and state.phase.name.startswith("ROUND"):
             list(self._play(state.current.height))
-        for client in self._state().state.clients:
-            node = self._by(client.signer)
-            state = self._state().state
-            if state.phase.name == "COOLDOWN":
-                vote = self._keys.vote_checkpoint(node.pubkey(), 0, state.step - 1, PARAMETERS)
-                yield "epoch", self._send("vote_checkpoint", [vote], node)
 
     # --- its parts ----------------------------------------------------------------------------------------------------
 
@@ -281,7 +275,13 @@ class _Played:
             node = self._by(round_.clients[index])
             metadata = {"step": state.step, "loss": 2.0, "tokens_per_sec": 1.0}
             report = self._keys.witness(
-                node.pubkey(), selection.witness_proof(index), PARAMETERS, *filters, metadata=metadata, at=(0, height)
+                node.pubkey(),
+                selection.witness_proof(index),
+                PARAMETERS,
+                *filters,
+                metadata=metadata,
+                at=(0, height),
+                held=(state.step - 1, PARAMETERS),
             )
             yield self._send("witness", [report], node)
 

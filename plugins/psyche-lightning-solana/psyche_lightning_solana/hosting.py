@@ -7,6 +7,7 @@ Psyche's flags and checkpoint kinds, and the layout's limits. ``program/machine`
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,8 +15,16 @@ from psyche_lightning.coordinator import machine
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.protocol.committee import Committee, round_selection
 from psyche_lightning.protocol.limits import PSYCHE_LIMITS, check_config
-from psyche_lightning.protocol.requests import HealthCheck, Vote, WarmupWitness, Witness
-from psyche_lightning.protocol.state import CoordinatorConfig, Phase, Round, RunState, WitnessProof
+from psyche_lightning.protocol.requests import HealthCheck, WarmupWitness, Witness
+from psyche_lightning.protocol.state import (
+    Client,
+    ClientStatus,
+    CoordinatorConfig,
+    Phase,
+    Round,
+    RunState,
+    WitnessProof,
+)
 from psyche_lightning.wire.canonical import ZERO_HASH, sha256
 from psyche_lightning_solana.account import Member, Rates, RunAccounts
 from psyche_lightning_solana.errors import require
@@ -69,24 +78,47 @@ def _stepped(run: RunAccounts, after: RunState, clock: Clock) -> RunAccounts:
         after = replace(after, phase_start=clock.now)
     if after.phase is Phase.WARMUP and before.phase is not Phase.WARMUP:
         run = replace(run, current_rates=run.future_rates)
-        if {client.signer for client in after.clients}.isdisjoint(before.holders):
-            run = _checkpoint_moves(run, {"P2P": "Hub", "P2PGcs": "Gcs"})
+    if before.phase is Phase.WARMUP and after.phase is Phase.WAITING_FOR_MEMBERS and not after.checkpoint.digest:
+        run = _another_first(run, before.clients)
+        after = replace(after, clients=(), exited_clients=(), holders=())
     if after.phase is Phase.ROUND_TRAIN and before.phase is Phase.WARMUP:
         run = replace(run, next_active=(run.next_active + 1) & MAX_U64)
-    if before.phase is Phase.COOLDOWN:
-        succeeded = after.step == before.step  # or it is undone
-        run = _checkpoint_moves(_paid(run) if succeeded else run, {"Hub": "P2P", "Dummy": "P2P", "Gcs": "P2PGcs"})
+    if before.phase.active and not after.phase.active:
+        run = _checkpoint_moves(_paid(run, after), {"Hub": "P2P", "Dummy": "P2P", "Gcs": "P2PGcs"})
         if after.epoch > LAST_EPOCH:  # the layout's maximum
             over = after.phase is Phase.WAITING_FOR_MEMBERS
             after = replace(after, epoch=LAST_EPOCH, phase=Phase.FINISHED if over else after.phase)
     return replace(run, state=after)
 
 
-def _paid(run: RunAccounts) -> RunAccounts:
-    """A successful epoch pays equal shares to the clients healthy at its end."""
-    paid = {client.signer for client in machine.healthy(run.state)}
+def _another_first(run: RunAccounts, clients: Sequence[Client]) -> RunAccounts:
+    """The warm-up of a fresh run failed: the last client gets the place of the first, which says how it begins."""
+    order = [member.signer for member in run.members]
+    members = list(run.members)
+    if len(clients) > 1:
+        first, last = order.index(clients[0].signer), order.index(clients[-1].signer)
+        members[first], members[last] = members[last], members[first]
+    return replace(run, members=tuple(members))
+
+
+def _paid(run: RunAccounts, after: RunState) -> RunAccounts:
+    """An epoch in which the checkpoint advanced pays equal shares to the clients healthy at its end.
+
+    Whoever was ejected in an epoch pays.
+    """
+    advanced = after.checkpoint.step >= after.start_step
+    paid = {client.signer for client in machine.healthy(run.state)} if advanced else set()
+    pays = {client.signer for client in after.exited_clients if client.status is ClientStatus.EJECTED}
+    rate = run.current_rates.slashing_per_client
     share = run.current_rates.earning_total_shared // max(len(paid), 1)
-    members = (replace(m, earned=min(m.earned + share, MAX_U64)) if m.signer in paid else m for m in run.members)
+    members = (
+        replace(
+            m,
+            earned=min(m.earned + share * (m.signer in paid), MAX_U64),
+            slashed=min(m.slashed + rate * (m.signer in pays), MAX_U64),
+        )
+        for m in run.members
+    )
     return replace(run, members=tuple(members))
 
 
@@ -217,24 +249,34 @@ def join(run: RunAccounts, user: bytes, signer: bytes, p2p: bytes, clock: Clock)
 def _free_place(run: RunAccounts) -> int:
     """A new place, or that of a wallet that is gone, has no points and does not hold the checkpoint.
 
-    Those whom the lists of the epoch name stay, since their rounds are still read. Without any it is ``MAX_CLIENTS``.
+    Those of the epoch and of the stored rounds stay. Without any it is ``MAX_CLIENTS``.
     """
     if len(run.members) < MAX_CLIENTS:
         return len(run.members)
     state = run.state
     listed = (client.signer for client in (*run.pending, *state.clients, *state.exited_clients))
-    kept = {*listed, *state.holders}
+    trained = (signer for round_ in state.rounds for signer in round_.clients)
+    kept = {*listed, *trained, *state.holders}
     free = (i for i, m in enumerate(run.members) if m.signer not in kept and not m.earned and not m.slashed)
     return next(free, MAX_CLIENTS)
 
 
 def withdraw(run: RunAccounts, user: bytes, clock: Clock) -> RunAccounts:
     """A client of the epoch becomes Withdrawn; a pending member is forgotten."""
+    return _left(run, user, ClientStatus.WITHDRAWN, clock)
+
+
+def kick(run: RunAccounts, signer: bytes, clock: Clock) -> RunAccounts:
+    """The same, and the client is Ejected: the owner removes it."""
+    return _left(run, signer, ClientStatus.EJECTED, clock)
+
+
+def _left(run: RunAccounts, user: bytes, status: ClientStatus, clock: Clock) -> RunAccounts:
     state = run.state
     client = any(client.signer == user for client in machine.healthy(state))
     require(client or any(waiting.signer == user for waiting in run.pending), "InvalidWithdraw")
     if client:
-        state = machine.withdraw(state, user)
+        state = machine.withdraw(state, user, status)
     return advance(replace(_forgotten(run, user), state=state), clock)
 
 
@@ -263,20 +305,20 @@ def tick(run: RunAccounts, clock: Clock) -> RunAccounts:
     return advance(run, clock)
 
 
-def witness(
-    run: RunAccounts, user: bytes, record: dict[str, Any], epoch: int | None, height: int | None, clock: Clock
-) -> RunAccounts:
-    """A witness' report; ``epoch`` and ``height`` are None if it names no round."""
+def witness(run: RunAccounts, user: bytes, record: dict[str, Any], place: dict[str, Any], clock: Clock) -> RunAccounts:
+    """A witness' report; ``place`` has the trailer, and is empty if it names no round."""
     need_member(run, user)
     state, round_ = run.state, _running(run.state)
     require(round_ is None or record["metadata"]["step"] in (0, state.step), "InvalidWitness")
     request = Witness(
-        state.epoch if epoch is None else epoch,
-        (round_.height if round_ else 0) if height is None else height,
+        place.get("epoch", state.epoch),
+        place.get("height", round_.height if round_ else 0),
         WitnessProof(**record["proof"]),
         record["broadcast_merkle"],
         _bloom(record["participant_bloom"]),
         _bloom(record["broadcast_bloom"]),
+        place.get("step", 0),
+        b"" if place.get("digest", ZERO_HASH) == ZERO_HASH else place["digest"],
     )
     state = machine.witness(state, user, request)
     return advance(replace(run, state=state), clock)
@@ -316,9 +358,3 @@ def health_check(
     state, dropped = machine.health_check(state, user, HealthCheck(state.epoch, height, (listed,)))
     run = _forgotten(run, listed) if dropped else run
     return advance(replace(run, state=state), clock)
-
-
-def vote_checkpoint(run: RunAccounts, user: bytes, epoch: int, step: int, digest: bytes, clock: Clock) -> RunAccounts:
-    """A client's vote for the epoch's final parameters."""
-    require(run.state.phase is not Phase.COOLDOWN or digest != ZERO_HASH, "InvalidCheckpoint")
-    return advance(replace(run, state=machine.vote(run.state, user, Vote(epoch, step, digest))), clock)

@@ -19,6 +19,7 @@ from psyche_lightning.errors import WireError
 from psyche_lightning.protocol.bloom import BLOOM_SIZE, Bloom
 from psyche_lightning.protocol.committee import Committee
 from psyche_lightning.protocol.state import WitnessProof
+from psyche_lightning.wire.canonical import ZERO_HASH
 from psyche_lightning_solana.addresses import (
     authorization_address,
     instance_address,
@@ -180,6 +181,10 @@ class RunKeys:
         accounts = {"user": user} | ({} if authorization is None else {"authorization": authorization})
         return self._build("checkpoint", accounts, {"repo": checkpoint})
 
+    def kick(self, authority: Pubkey, wallet: Pubkey) -> Instruction:
+        """Remove a member at once, also from the epoch; for the join authority."""
+        return self._build("kick", {"authority": authority}, {"signer": bytes(wallet)})
+
     # Clients.
 
     def join_run(self, user: Pubkey, node: bytes, authorization: Pubkey) -> Instruction:
@@ -212,6 +217,7 @@ class RunKeys:
         *,
         metadata: Mapping[str, Any] | None = None,
         at: tuple[int, int] | None = None,
+        held: tuple[int, bytes] = (0, ZERO_HASH),
     ) -> Instruction:
         """A witness' report.
 
@@ -223,12 +229,14 @@ class RunKeys:
             broadcasts: serialized Bloom filter (192 bytes).
             metadata: figures; omitted ones are zero.
             at: its epoch and height; None for the run's current ones.
+            held: with these: steps and digest of the newest parameters that it holds; a digest of zeros if not known.
         """
         arguments = {
             **_report(proof, merkle, participants, broadcasts),
             "metadata": {**_NO_FIGURES, **(metadata or {})},
         }
-        trailer = b"" if at is None else WITNESS_TRAILER.write({"epoch": at[0], "height": at[1]})
+        place = {} if at is None else {"epoch": at[0], "height": at[1], "step": held[0], "digest": held[1]}
+        trailer = WITNESS_TRAILER.write(place) if place else b""
         return self._build("witness", {"user": user}, arguments, trailer)
 
     def health_check(
@@ -253,10 +261,6 @@ class RunKeys:
         identity = {"signer": listed, "p2p_identity": node}
         arguments = {"id": identity, "committee": _COMMITTEES[committee], "position": position, "index": index}
         return self._build("health_check", {"user": user}, arguments)
-
-    def vote_checkpoint(self, user: Pubkey, epoch: int, step: int, digest: bytes) -> Instruction:
-        """Vote for the epoch's final parameters."""
-        return self._build("vote_checkpoint", {"user": user}, {"epoch": epoch, "step": step, "digest": digest})
 
     def set_address(self, user: Pubkey, address: str) -> Instruction:
         """Set the address of the user's node; an empty one returns the rent."""

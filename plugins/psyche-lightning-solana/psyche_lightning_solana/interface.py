@@ -106,9 +106,12 @@ _REPORT: dict[str, Type] = {
     "broadcast_merkle": Raw(32),
 }
 
-WITNESS_TRAILER = Struct("witness", {"epoch": U16, "height": U32})
+WITNESS_TRAILER = Struct("witness", {"epoch": U16, "height": U32, "step": U32, "digest": Raw(32)})
 WARMUP_TRAILER = Struct("warmup_witness", {"epoch": U16})
-"""Optional trailer of the two witness instructions, after Psyche's arguments; must match the run's place."""
+"""Optional trailer of the two witness instructions, after Psyche's arguments: epoch and height must be the run's.
+
+A witness also says which are the newest parameters that it holds; with a digest of zeros it does not know any.
+"""
 
 COORDINATOR = _program(
     "coordinator",
@@ -148,7 +151,7 @@ COORDINATOR = _program(
     _instruction("health_check", _USER, id=CLIENT_ID, committee=COMMITTEE, position=U64, index=U64),
     _instruction("checkpoint", _USER, "authorization", repo=CHECKPOINT),
     _instruction("withdraw", _USER),
-    _instruction("vote_checkpoint", _USER, epoch=U16, step=U32, digest=Raw(32)),
+    _instruction("kick", _OWNER, signer=PUBKEY),
     _instruction(
         "set_manifest",
         "authority s, instance, coordinator_account, manifest w",

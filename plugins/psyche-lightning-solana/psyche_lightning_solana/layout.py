@@ -115,11 +115,10 @@ COORDINATOR = _struct(
 COORDINATOR_SIZE = 119_160
 COORDINATOR_DISCRIMINATOR = discriminator("CoordinatorAccount")
 
-# A client's report on its parameters: in warm-up, those it holds (step and first are 0); in cool-down, its vote.
+# The parameters that a client says it holds: in warm-up with step 0, in a round with its report.
 VOTE = np.dtype(
     [
         ("client", "u1"),  # index in the epoch's list of clients
-        ("first", "u1"),  # index of the first vote for the same step and digest
         ("step", "<u4"),
         ("digest", "u1", (32,)),
     ]
@@ -136,13 +135,16 @@ MANIFEST = _struct(
     ("checkpoint_step", "<u4"),
     ("votes_len", "<u4"),
     ("epoch_digest", _key()),
-    ("holders", _key()),  # bit i: the i-th of the registered wallets may hold the checkpoint
+    ("holders", _key()),  # bit i: the member in place i may hold the run's parameters
+    ("trainers", ("u1", (4, 32))),  # the same for the clients of each stored round
+    ("needed", "<u4"),  # equal reports that decide one of these rounds
+    ("pad2", _key(4)),
     ("votes", (VOTE, (MAX_CLIENTS,))),
 )
 INSTANCE_SIZE = 8 + 165
 ADDRESS_SIZE = 176
 """Bytes of the two accounts in borsh: a run's instance, and a node's address."""
-MANIFEST_SIZE = 10_136
+MANIFEST_SIZE = 10_016
 """A new account gets at most 10,240 bytes per call."""
 MANIFEST_DISCRIMINATOR = discriminator("RunManifest")
 

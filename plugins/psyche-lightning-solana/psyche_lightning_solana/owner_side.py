@@ -139,12 +139,12 @@ class SolanaRunAdmin:
         return f"{who} may not join run {self._run} again" if held else f"{who} had no authorization"
 
     def kick(self, node: str) -> str:
-        """Refuse: the program has no such instruction."""
-        raise CoordinatorError(
-            f"the program cannot remove a node from an epoch. `psyche run revoke {self._run} {node}` keeps it out of "
-            f"the next one, and `psyche run pause {self._run}` ends this one",
-            code="Unsupported",
-        )
+        """Remove a wallet at once, and revoke it."""
+        wallet = _wallet(node)
+        assert wallet is not None
+        there = self._do(lambda admin: admin.kick(wallet))
+        text = f"{node} is removed from run {self._run}" if there else f"{node} takes no part in run {self._run} now"
+        return f"{text}. Where everybody may join, it may come back: `psyche run revoke {self._run} everybody`."
 
     def link(self, *, new: bool = False) -> str:
         """The URL: wallets, not links, decide who joins a run on a chain."""
@@ -153,6 +153,14 @@ class SolanaRunAdmin:
                 f"run {self._run} on a chain has no join link; `psyche run revoke` takes wallets out", code="NoLink"
             )
         return self._url
+
+    def restart_from(self, digest: str, step: int) -> str:
+        """Refuse: the program has no such instruction."""
+        raise CoordinatorError(
+            f"the program of run {self._run} cannot go back: what it recorded stays. Create another run, and begin it "
+            f"from a checkpoint with the parameters {digest[:8]} of step {step}",
+            code="Unsupported",
+        )
 
     def points(self) -> list[dict[str, Any]]:
         """Each wallet's earnings."""

@@ -31,9 +31,10 @@ typedef struct {
 } Context;
 
 enum {
-  AUTHORITY = 1,      // the user has to be the run's main authority
-  READ_ONLY_RUN = 2,  // the coordinator account need not be writable
-  CLOSING = 4,        // the instance has to be writable
+  AUTHORITY = 1,       // the user has to be the run's main authority
+  READ_ONLY_RUN = 2,   // the coordinator account need not be writable
+  CLOSING = 4,         // the instance has to be writable
+  JOIN_AUTHORITY = 8,  // the user has to be the run's join authority
 };
 
 // The instance alone, for what does not touch the run.
@@ -58,11 +59,11 @@ u64 set_future_epoch_rates(Input *input);
 u64 set_paused(Input *input);
 u64 join_run(Input *input);
 u64 withdraw_from_run(Input *input);
+u64 kick(Input *input);
 u64 tick_run(Input *input);
 u64 send_witness(Input *input);
 u64 send_warmup_witness(Input *input);
 u64 send_health_check(Input *input);
-u64 send_checkpoint_vote(Input *input);
 u64 set_checkpoint(Input *input);
 u64 set_manifest(Input *input);
 u64 set_address(Input *input);

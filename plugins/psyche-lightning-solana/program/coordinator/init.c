@@ -53,6 +53,7 @@ static NOINLINE u64 make_manifest(Input *input, const InitArguments *arguments) 
   manifest->bump = derivation.bump;
   manifest->coordinator_account = *accounts[COORDINATOR].key;
   manifest->authorizer = *accounts[AUTHORIZER].key;
+  manifest->needed = 1;
   return 0;
 }
 

@@ -15,7 +15,7 @@
   X(0x839d128aa8635a73, send_health_check, "HealthCheck")                                          \
   X(0xfcb88ff0cc13c8d5, set_checkpoint, "Checkpoint")                                              \
   X(0x22a16d949c4612b7, withdraw_from_run, "Withdraw")                                             \
-  X(0xc9222e333b3578bf, send_checkpoint_vote, "VoteCheckpoint")                                    \
+  X(0xd213963eb9955cb8, kick, "Kick")                                                              \
   X(0x57d273dc5df0af75, set_manifest, "SetManifest")                                               \
   X(0x2cbca8e5ed1f4b5f, set_address, "SetAddress")
 

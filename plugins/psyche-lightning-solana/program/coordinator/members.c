@@ -28,7 +28,20 @@ NOINLINE u64 withdraw_from_run(Input *input) {
   Reader fields = reader(input->data, input->data_length);
   TRY(ended(&fields));
   TRY(open_context(&context, input, 1, 0));
-  TRY(withdraw(&context.run, context.user->key));
+  TRY(leave(&context.run, context.user->key, WITHDRAWN));
+  if (!halted(&context.run)) settle(&context.run);
+  return close_context(&context);
+}
+
+// Who decides who may join also removes somebody at once.
+NOINLINE u64 kick(Input *input) {
+  Context context;
+  Key signer;
+  Reader fields = reader(input->data, input->data_length);
+  read_key(&fields, &signer);
+  TRY(ended(&fields));
+  TRY(open_context(&context, input, 1, JOIN_AUTHORITY));
+  TRY(leave(&context.run, &signer, EJECTED));
   if (!halted(&context.run)) settle(&context.run);
   return close_context(&context);
 }

@@ -1,4 +1,4 @@
-// What clients send: ticks, reports, votes. All but a tick come from registered clients.
+// What clients send: ticks, reports, health checks. All but a tick come from registered clients.
 #include "coordinator/context.h"
 
 static u64 need_member(const Context *context) {
@@ -61,6 +61,9 @@ NOINLINE u64 send_witness(Input *input) {
   bool bound = fields.left > 0;  // clients of Psyche do not say which round they mean
   u16 epoch = bound ? read_u16(&fields) : 0;
   u32 height = bound ? read_u32(&fields) : 0;
+  u32 held = bound ? read_u32(&fields) : 0;
+  Key digest = {{0, 0, 0, 0}};
+  if (bound) read_key(&fields, &digest);
   TRY(ended(&fields));
   TRY(open_context(&context, input, 1, 0));
   Run *run = &context.run;
@@ -69,7 +72,7 @@ NOINLINE u64 send_witness(Input *input) {
   const Progress *progress = &run->account->progress;
   REQUIRE(!bound || (epoch == progress->epoch && height == current_round(run)->height), InvalidWitness);
   REQUIRE(step == 0 || step == progress->step, InvalidWitness);
-  TRY(witness(run, context.user->key, &report));
+  TRY(witness(run, context.user->key, &report, held, &digest));
   return finish(&context);
 }
 
@@ -85,7 +88,6 @@ NOINLINE u64 send_warmup_witness(Input *input) {
   Run *run = &context.run;
   TRY(need_member(&context));
   REQUIRE(!halted(run), Halted);
-  REQUIRE(run->account->run_state != WAITING_FOR_MEMBERS, InvalidRunState);
   REQUIRE(!bound || epoch == run->account->progress.epoch, InvalidWitness);
   TRY(warmup_witness(run, context.user->key, report.index, &report.merkle));
   return finish(&context);
@@ -104,20 +106,5 @@ NOINLINE u64 send_health_check(Input *input) {
   TRY(open_context(&context, input, 1, 0));
   TRY(need_member(&context));
   TRY(health_check(&context.run, context.user->key, &claim));
-  return finish(&context);
-}
-
-NOINLINE u64 send_checkpoint_vote(Input *input) {
-  Context context;
-  Key digest;
-  Reader fields = reader(input->data, input->data_length);
-  u16 epoch = read_u16(&fields);
-  u32 step = read_u32(&fields);
-  read_key(&fields, &digest);
-  TRY(ended(&fields));
-  TRY(open_context(&context, input, 1, 0));
-  Run *run = &context.run;
-  Vote vote = {0, 0, step, digest};
-  TRY(vote_checkpoint(run, context.user->key, epoch, &vote));
   return finish(&context);
 }

@@ -53,11 +53,32 @@ static NOINLINE u32 index_at(const Shuffle *shuffle, u32 position) {
   return position;
 }
 
-// A round that drains may have fewer clients than `witness_nodes`: then all of them witness.
-u64 witness_count(const Run *run, const Round *round) {
+static u64 seats(const Run *run, u64 clients) {
   u64 wanted = run->account->config.witness_nodes;
   if (wanted == 0 || wanted > MAX_WITNESSES) wanted = MAX_WITNESSES;
-  return within(round->clients_length, wanted);
+  return within(clients, wanted);
+}
+
+// A round may have fewer clients than `witness_nodes`: then all of them witness.
+u64 witness_count(const Run *run, const Round *round) { return seats(run, round->clients_length); }
+
+// Clients that leave later do not lower it. So whoever stays never decides alone.
+u64 needed_reports(const Run *run) { return quorum(seats(run, epoch_members(run))); }
+
+// What is needed is more than half of the seats. So of all roots, one is left over when unequal ones cancel each other
+// out; then it is counted.
+NOINLINE const Key *decided_root(const Run *run, const Round *round) {
+  const Key *found = 0;
+  u64 length = within(round->witnesses_length, MAX_WITNESSES), lead = 0, count = 0;
+  if (length < run->manifest->needed) return 0;
+  for (u64 i = 0; i < length; i++) {
+    const Key *root = &round->witnesses[i].merkle;
+    if (lead == 0) found = root;
+    if (same_key(root, found)) lead++;
+    else lead--;
+  }
+  for (u64 i = 0; i < length; i++) count += same_key(&round->witnesses[i].merkle, found);
+  return length > 0 && count >= run->manifest->needed ? found : 0;
 }
 
 NOINLINE u64 position_in(const Round *round, const Slice *salt, u64 index) {
@@ -85,16 +106,16 @@ static NOINLINE u64 find_open(const Run *run, bool *open) {
   return count;
 }
 
-NOINLINE bool nobody_left_to_report(const Run *run) {
+NOINLINE bool everyone_reported(const Run *run) {
   const Round *round = current_round(run);
   bool open[MAX_CLIENTS];
-  u64 count = find_open(run, open), seats = witness_count(run, round);
+  u64 count = find_open(run, open), wanted = witness_count(run, round);
   if (count == 0) return true;
   // More than there are clients without a seat: one of them has one.
-  if (count > round->clients_length - seats) return false;
+  if (count > round->clients_length - wanted) return false;
   Shuffle shuffle;
   prepare(&shuffle, round, &TEXT("witness"));
-  for (u32 position = 0; position < seats; position++)
+  for (u32 position = 0; position < wanted; position++)
     if (open[index_at(&shuffle, position) % MAX_CLIENTS]) return false;
   return true;
 }

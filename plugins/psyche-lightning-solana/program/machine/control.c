@@ -5,7 +5,7 @@ u64 pause(Run *run) {
   Coordinator *account = run->account;
   REQUIRE(!halted(run), Halted);
   u8 phase = account->run_state;
-  if (phase == ROUND_TRAIN || phase == ROUND_WITNESS || phase == COOLDOWN) {
+  if (phase == ROUND_TRAIN || phase == ROUND_WITNESS) {
     if (!account->pending_pause) run->changed = true;
     account->pending_pause = 1;
     return 0;
@@ -26,7 +26,7 @@ u64 resume(Run *run) {
   if (unstarted && account->progress.step == 0) account->progress.step = 1;
   REQUIRE(account->progress.step > 0, ProgressSanityCheckFailed);
   REQUIRE(unstarted || account->run_state == PAUSED, CannotResume);
-  enter(run, account->progress.step > account->config.total_steps ? FINISHED : WAITING_FOR_MEMBERS);
+  enter(run, is_finished(run) ? FINISHED : WAITING_FOR_MEMBERS);
   account->next_active++;
   settle(run);
   return 0;

@@ -9,12 +9,30 @@ NOINLINE u64 count_pending(const Run *run) {
   return count;
 }
 
-// The pending members become the list of clients; whether one of them may hold the checkpoint.
-static NOINLINE bool take_members(Run *run) {
+bool has_gathered(const Run *run) {
+  const Manifest *manifest = run->manifest;
+  bool held = zero_key(&manifest->checkpoint_digest);  // a fresh run needs nobody who holds anything
+  u64 count = 0;
+  for (u64 i = 0; i < within(run->account->members_length, MAX_CLIENTS); i++) {
+    if (!is_pending(run->account, i)) continue;
+    count++;
+    held |= has_place(&manifest->holders, i);
+  }
+  return held && count >= run->account->config.init_min_clients;
+}
+
+u64 epoch_members(const Run *run) { return run->account->clients.length + run->account->exited.length; }
+
+u64 least_clients(const Run *run) {
+  u64 least = quorum(epoch_members(run)), configured = run->account->config.min_clients;
+  return least > configured ? least : configured;
+}
+
+// The pending members become the list of clients.
+static NOINLINE void take_members(Run *run) {
   Coordinator *account = run->account;
   ClientList *clients = &account->clients;
   fill_zero(clients, sizeof *clients);
-  bool held = false;
   u64 length = 0;
   for (u64 i = 0; i < within(account->members_length, MAX_CLIENTS); i++) {
     if (!is_pending(account, i)) continue;
@@ -22,29 +40,17 @@ static NOINLINE bool take_members(Run *run) {
     clients->items[length].p2p = account->members[i].p2p;
     clients->items[length].place = (u8)i;
     length++;
-    held |= holds(run->manifest, i);
   }
   clients->length = length;
-  return held;
 }
 
+// The stored rounds stay those of the last epoch until this one trains.
 NOINLINE void form_epoch(Run *run) {
   Coordinator *account = run->account;
-  Manifest *manifest = run->manifest;
-  fill_zero(account->rounds, sizeof account->rounds);
   fill_zero(&account->exited, sizeof account->exited);
-  manifest->epoch_digest = (Key){{0, 0, 0, 0}};
-  account->rounds_head = 0;
-  account->start_step = account->progress.step;
-  account->last_step = 0;
+  take_members(run);
   account->epoch_start = run->now;
   account->current_rates = account->future_rates;
-  if (!take_members(run)) {
-    // Nobody is left who could serve the parameters: the first warm-up witness decides again.
-    manifest->checkpoint_digest = (Key){{0, 0, 0, 0}};
-    manifest->checkpoint_step = 0;
-    checkpoint_to_hub(&account->model.checkpoint);
-  }
   enter(run, WARMUP);
 }
 
@@ -89,14 +95,6 @@ NOINLINE void withdraw_everyone(Run *run) {
   }
 }
 
-NOINLINE void forget_silent_holders(Run *run) {
-  const ClientList *clients = &run->account->clients;
-  for (u64 i = 0; i < within(clients->length, MAX_CLIENTS); i++) {
-    u64 member = clients->items[i].place;
-    run->manifest->holders[member / 32] &= ~(1u << member % 32);
-  }
-}
-
 static void add_points(u64 *points, u64 more) {
   if (__builtin_add_overflow(*points, more, points)) *points = UINT64_MAX;
 }
@@ -104,18 +102,35 @@ static void add_points(u64 *points, u64 more) {
 static NOINLINE void settle_list(Run *run, const ClientList *list, u64 earning) {
   Coordinator *account = run->account;
   for (u64 i = 0; i < within(list->length, MAX_CLIENTS); i++) {
-    u64 member = list->items[i].place;
-    run->manifest->holders[member / 32] |= 1u << member % 32;
-    if (list->items[i].state == HEALTHY) add_points(&account->members[member].earned, earning);
-    if (list->items[i].state == EJECTED)
-      add_points(&account->members[member].slashed, account->current_rates.slashing_per_client);
+    const Client *client = &list->items[i];
+    Member *member = &account->members[client->place];
+    add_place(&run->manifest->holders, client->place);
+    if (client->state == HEALTHY) add_points(&member->earned, earning);
+    if (client->state == EJECTED) add_points(&member->slashed, account->current_rates.slashing_per_client);
   }
 }
 
-NOINLINE void reward_and_hold(Run *run, bool succeeded) {
+NOINLINE void reward_and_hold(Run *run) {
   Coordinator *account = run->account;
-  u64 healthy = succeeded ? count_healthy(run) : 0;
-  fill_zero(run->manifest->holders, sizeof run->manifest->holders);
+  bool advanced = run->manifest->checkpoint_step >= account->start_step;
+  u64 healthy = advanced ? count_healthy(run) : 0;
+  fill_zero(&run->manifest->holders, sizeof run->manifest->holders);
   settle_list(run, &account->clients, healthy ? account->current_rates.earning_total_shared / healthy : 0);
   settle_list(run, &account->exited, 0);
+}
+
+// It gets the last client's place, and that one its place. In a fresh run nothing refers to places yet.
+NOINLINE void change_first(Run *run) {
+  Coordinator *account = run->account;
+  ClientList *clients = &account->clients;
+  u64 length = within(clients->length, MAX_CLIENTS);
+  if (length > 1) {
+    Member *first = &account->members[clients->items[0].place], *last = &account->members[clients->items[length - 1].place];
+    Member moved = *first;
+    *first = *last;
+    *last = moved;
+  }
+  fill_zero(clients, sizeof *clients);
+  fill_zero(&account->exited, sizeof account->exited);
+  fill_zero(&run->manifest->holders, sizeof run->manifest->holders);
 }

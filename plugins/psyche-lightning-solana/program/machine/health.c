@@ -1,7 +1,11 @@
-// Clients from which the witnesses of the round before heard nothing are dropped.
+// Clients that delivered nothing in the last rounds are dropped.
 #include "machine/run.h"
 
 #include "common/syscalls.h"
+
+// Rounds in a row after which a client without a witnessed result may be dropped.
+#define MISSED_ROUNDS 3
+_Static_assert(MISSED_ROUNDS < STORED_ROUNDS, "they are stored");
 
 // Bloom filter over FNV-1a whose initial states are the filter's keys (Psyche's bloom.rs).
 static NOINLINE bool bloom_contains(const Bloom *bloom, const u8 *item) {
@@ -13,58 +17,56 @@ static NOINLINE bool bloom_contains(const Bloom *bloom, const u8 *item) {
   return true;
 }
 
-static u64 count_heard(const Round *round, const Key *signer) {
-  u8 item[32];
-  Slice part = {signer, 32};
-  sol_sha256(&part, 1, item);
-  u64 heard = 0;
+// Whether as many reports as are needed do not name it as a participant of a round that trained.
+static NOINLINE bool missed(const Run *run, const Round *round, const u8 *item) {
+  u64 silent = 0;
   for (u64 i = 0; i < within(round->witnesses_length, MAX_WITNESSES); i++)
-    heard += bloom_contains(&round->witnesses[i].participants, item);
-  return heard;
+    silent += !bloom_contains(&round->witnesses[i].participants, item);
+  return trains(run, round) && silent >= run->manifest->needed;
 }
 
-// Whether `signer` was at that index in the round before: its list was today's, and those who left at its end, in the
-// order of registration.
-static NOINLINE bool was_at(const Run *run, const Round *before, const Key *signer, u64 index) {
-  const Coordinator *account = run->account;
-  const ClientList *clients = &account->clients, *exited = &account->exited;
-  u64 here = 0, place = 0;
-  u64 left = before->clients_length - within(clients->length, before->clients_length);
-  u64 gone = exited->length - within(left, exited->length);
-  for (u64 i = 0; i < within(account->members_length, MAX_CLIENTS); i++) {
-    const Key *member = &account->members[i].signer;
-    if (here < within(clients->length, MAX_CLIENTS) && same_key(&clients->items[here].signer, member)) here++;
-    else if (gone < within(exited->length, MAX_CLIENTS) && same_key(&exited->items[gone].signer, member)) gone++;
-    else continue;
-    if (place == index) return same_key(member, signer);
-    place++;
+static NOINLINE bool missed_all(const Run *run, u32 height, const Client *client) {
+  u8 item[32];
+  Slice part = {&client->signer, 32};
+  if (height < MISSED_ROUNDS) return false;
+  sol_sha256(&part, 1, item);
+  for (u32 back = 1; back <= MISSED_ROUNDS; back++) {
+    u64 slot = (height - back) % STORED_ROUNDS;
+    if (!has_place(&run->manifest->trainers[slot], client->place)) return false;
+    if (!missed(run, &run->account->rounds[slot], item)) return false;
   }
-  return false;
+  return true;
 }
 
-static u64 drop(Run *run, u64 client) {
+// Index that the member at `place` had in the round in `slot`, whose clients have the order of their places.
+static u64 index_in(const Run *run, u64 slot, u64 place) {
+  const Places *trainers = &run->manifest->trainers[slot];
+  u64 index = 0;
+  if (!has_place(trainers, place)) return NOBODY;
+  for (u64 i = 0; i < place; i++) index += has_place(trainers, i);
+  return index;
+}
+
+static u64 drop(Run *run, Client *client) {
   Coordinator *account = run->account;
-  account->clients.items[client].state = DROPPED;
-  u64 member = account->clients.items[client].place;
-  if (is_pending(account, member)) account->members[member].active = 0;
+  client->state = DROPPED;
+  if (is_pending(account, client->place)) account->members[client->place].active = 0;
   run->changed = true;
   return 0;
 }
 
 NOINLINE u64 health_check(Run *run, const Key *signer, const HealthClaim *claim) {
-  const Coordinator *account = run->account;
+  Coordinator *account = run->account;
   TRY(need_running_round(run));
   u32 height = current_round(run)->height;
   REQUIRE(height > 0 && is_healthy(run, signer), InvalidHealthCheck);
-  const Round *before = &account->rounds[(height - 1) % STORED_ROUNDS];
+  u64 slot = (height - 1) % STORED_ROUNDS, member = find_member(run, &claim->signer);
   // There are no verifiers and tie-breakers (config_is_sane): everybody trains.
-  REQUIRE(claim->committee == TRAINER && was_at(run, before, &claim->signer, claim->index), InvalidCommitteeProof);
-  REQUIRE(position_in(before, &TEXT("committee"), claim->index) == claim->position, InvalidCommitteeProof);
-  u64 client = find_client(run, &claim->signer);
-  if (client == NOBODY || account->clients.items[client].state != HEALTHY) return 0;  // gone already
-  u64 reports = before->witnesses_length;
-  // A round on which nobody reported, or which only drained, cannot tell.
-  REQUIRE(reports > 0 && trains(run, before), InvalidHealthCheck);
-  REQUIRE(count_heard(before, &claim->signer) < quorum(reports), InvalidHealthCheck);
-  return drop(run, client);
+  REQUIRE(claim->committee == TRAINER && member != NOBODY, InvalidCommitteeProof);
+  REQUIRE(index_in(run, slot, member) == claim->index, InvalidCommitteeProof);
+  REQUIRE(position_in(&account->rounds[slot], &TEXT("committee"), claim->index) == claim->position, InvalidCommitteeProof);
+  u64 index = find_client(run, &claim->signer);
+  if (index == NOBODY || account->clients.items[index].state != HEALTHY) return 0;  // gone already
+  REQUIRE(missed_all(run, height, &account->clients.items[index]), InvalidHealthCheck);
+  return drop(run, &account->clients.items[index]);
 }

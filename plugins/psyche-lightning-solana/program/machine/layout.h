@@ -17,7 +17,7 @@
 #define COORDINATOR_DISCRIMINATOR 0x2b569b2c37b121efull  // S("account:CoordinatorAccount")[:8]
 #define COORDINATOR_VERSION 1
 
-// RunState
+// RunState; Psyche's cool-down is not used.
 enum { UNINITIALIZED, WAITING_FOR_MEMBERS, WARMUP, ROUND_TRAIN, ROUND_WITNESS, COOLDOWN, FINISHED, PAUSED };
 // ClientState
 enum { HEALTHY, DROPPED, WITHDRAWN, EJECTED };

@@ -41,7 +41,7 @@ static void mark_listed(const ClientList *list, bool *listed) {
 }
 
 // A place for another member: a new one, or that of a wallet that is gone, has no points and does not hold the
-// checkpoint. Those whom the lists of the epoch name stay, since their rounds are still read.
+// checkpoint. Those of the epoch and of the stored rounds stay.
 static NOINLINE u64 find_place(Run *run) {
   Coordinator *account = run->account;
   bool listed[MAX_CLIENTS];
@@ -49,9 +49,11 @@ static NOINLINE u64 find_place(Run *run) {
   fill_zero(listed, sizeof listed);
   mark_listed(&account->clients, listed);
   mark_listed(&account->exited, listed);
+  for (u64 slot = 0; slot < STORED_ROUNDS; slot++)
+    for (u64 i = 0; i < MAX_CLIENTS; i++) listed[i] |= has_place(&run->manifest->trainers[slot], i);
   for (u64 i = 0; i < MAX_CLIENTS; i++) {
     const Member *member = &account->members[i];
-    if (listed[i] || is_pending(account, i) || member->earned || member->slashed || holds(run->manifest, i)) continue;
+    if (listed[i] || is_pending(account, i) || member->earned || member->slashed || has_place(&run->manifest->holders, i)) continue;
     return i;
   }
   return NOBODY;
@@ -76,8 +78,8 @@ NOINLINE u64 join(Run *run, const Key *signer, const Key *p2p) {
   return 0;
 }
 
-// A pending member is forgotten, a healthy client of the epoch becomes Withdrawn.
-NOINLINE u64 withdraw(Run *run, const Key *signer) {
+// A pending member is forgotten, a healthy client of the epoch gets that state.
+NOINLINE u64 leave(Run *run, const Key *signer, u8 state) {
   Coordinator *account = run->account;
   u64 member = find_member(run, signer), client = find_client(run, signer);
   bool pending = member != NOBODY && account->members[member].active == account->next_active;
@@ -88,7 +90,7 @@ NOINLINE u64 withdraw(Run *run, const Key *signer) {
     run->changed = true;
   }
   if (healthy) {
-    account->clients.items[client].state = WITHDRAWN;
+    account->clients.items[client].state = state;
     run->changed = true;
   }
   return 0;

@@ -54,11 +54,6 @@ void checkpoint_to_peers(CheckpointSource *checkpoint) {
   if (checkpoint->tag == CHECKPOINT_GCS) checkpoint->tag = CHECKPOINT_P2P_GCS;
 }
 
-void checkpoint_to_hub(CheckpointSource *checkpoint) {
-  if (checkpoint->tag == CHECKPOINT_P2P) checkpoint->tag = CHECKPOINT_HUB;
-  if (checkpoint->tag == CHECKPOINT_P2P_GCS) checkpoint->tag = CHECKPOINT_GCS;
-}
-
 bool replace_checkpoint(CheckpointSource *checkpoint, const CheckpointSource *offered) {
   u32 current = checkpoint->tag;
   bool peers = current == CHECKPOINT_P2P || current == CHECKPOINT_P2P_GCS;

@@ -3,9 +3,9 @@
 
 #include "common/syscalls.h"
 
-// Rounds without training at the end of an epoch, in which the last results are witnessed and applied.
+// Most rounds without training at an epoch's end: the last results are witnessed, and the parameters after them named.
 #define DRAIN_ROUNDS 2
-// More steps than one instruction can take: two rounds that drain without clients, a cool-down and a new epoch are ten.
+// More steps than one instruction can take: the end of an epoch and a new one.
 #define MAX_STEPS 32
 #define LAST_EPOCH UINT16_MAX
 
@@ -16,9 +16,8 @@ NOINLINE void open_run(Run *run, Coordinator *account, Manifest *manifest, u64 s
   run->timestamp = timestamp;
   run->slot = slot;
   run->changed = false;
-  // At rest while waiting, these two are the same; in a round, a quorum of complete reports never rests.
-  run->gathered = account->run_state == WAITING_FOR_MEMBERS && count_pending(run) >= account->config.init_min_clients;
-  run->heard = false;
+  // At rest while waiting, these two are the same.
+  run->gathered = account->run_state == WAITING_FOR_MEMBERS && has_gathered(run);
 }
 
 NOINLINE void close_run(Run *run) {
@@ -52,6 +51,13 @@ static u64 round_batch(const Run *run, const Round *round) {
   return trains(run, round) ? batch_size(&account->config, round->data_index, account->model.max_seq_len) : 0;
 }
 
+static void set_trainers(Run *run) {
+  const ClientList *clients = &run->account->clients;
+  Places *trainers = &run->manifest->trainers[run->account->rounds_head];
+  fill_zero(trainers, sizeof *trainers);
+  for (u64 i = 0; i < within(clients->length, MAX_CLIENTS); i++) add_place(trainers, clients->items[i].place);
+}
+
 static NOINLINE void begin_round(Run *run, u32 height, u64 data_index) {
   Coordinator *account = run->account;
   account->rounds_head = height % STORED_ROUNDS;
@@ -61,6 +67,7 @@ static NOINLINE void begin_round(Run *run, u32 height, u64 data_index) {
   round->seed = round_seed(run);
   round->height = height;
   round->clients_length = (u16)account->clients.length;
+  set_trainers(run);
   if (height == 0) account->next_active++;  // everybody joins again for the next epoch
   enter(run, ROUND_TRAIN);
 }
@@ -68,13 +75,12 @@ static NOINLINE void begin_round(Run *run, u32 height, u64 data_index) {
 static bool step_waiting(Run *run) {
   Coordinator *account = run->account;
   const Config *config = &account->config;
-  u64 pending = count_pending(run);
-  if (pending < config->init_min_clients) {
+  if (!has_gathered(run)) {
     if (!run->gathered) return false;
     enter(run, WAITING_FOR_MEMBERS);
     return true;
   }
-  bool alone = config->init_min_clients == 1 && pending == 1;
+  bool alone = config->init_min_clients == 1 && count_pending(run) == 1;
   if (!alone && !run->gathered) {
     enter(run, WAITING_FOR_MEMBERS);
     run->gathered = true;
@@ -85,91 +91,88 @@ static bool step_waiting(Run *run) {
   return true;
 }
 
-static bool step_warmup(Run *run) {
-  Coordinator *account = run->account;
-  Manifest *manifest = run->manifest;
-  if (remove_departed(run, 0)) return true;
-  if (account->clients.length < account->config.min_clients) {
-    enter(run, WAITING_FOR_MEMBERS);
-    return true;
-  }
-  bool expired = passed(run, account->phase_start, account->config.warmup_time);
-  if (manifest->votes_length < account->clients.length && !expired) return false;
-  if (manifest->votes_length == 0) {
-    forget_silent_holders(run);
-    enter(run, WAITING_FOR_MEMBERS);
-    return true;
-  }
-  // When parameters are agreed, every report is of those; else the first decides, and they are what is agreed.
-  manifest->epoch_digest = manifest->votes[0].digest;
-  if (zero_key(&manifest->checkpoint_digest)) {
-    manifest->checkpoint_digest = manifest->epoch_digest;
-    manifest->checkpoint_step = account->progress.step - 1;
-  }
-  begin_round(run, 0, account->progress.epoch_start_data_index);
+static bool give_up_warmup(Run *run) {
+  if (zero_key(&run->manifest->checkpoint_digest)) change_first(run);
+  enter(run, WAITING_FOR_MEMBERS);
   return true;
 }
 
-// Whether the epoch ends after the training round `round`, whose step is counted and whose departed are removed.
-static bool is_ending(const Run *run, const Round *round) {
+bool is_finished(const Run *run) {
+  return run->account->progress.step > run->account->config.total_steps && settled(run);
+}
+
+// The epoch begins with the parameters that a quorum of its members reports.
+static NOINLINE void begin_epoch(Run *run, const Key *digest) {
+  Coordinator *account = run->account;
+  Manifest *manifest = run->manifest;
+  manifest->epoch_digest = *digest;
+  manifest->checkpoint_digest = *digest;
+  manifest->checkpoint_step = account->progress.step - 1;
+  manifest->needed = (u32)needed_reports(run);
+  account->start_step = account->progress.step;
+  account->last_step = 0;
+  account->rounds_head = 0;
+  fill_zero(account->rounds, sizeof account->rounds);
+  fill_zero(manifest->trainers, sizeof manifest->trainers);
+  if (is_finished(run)) enter(run, FINISHED);  // the last epoch ended before its parameters were named
+  else begin_round(run, 0, account->progress.epoch_start_data_index);
+}
+
+static bool step_warmup(Run *run) {
+  Coordinator *account = run->account;
+  if (remove_departed(run, 0)) return true;
+  if (account->clients.length < least_clients(run)) return give_up_warmup(run);
+  bool expired = passed(run, account->phase_start, account->config.warmup_time);
+  if (run->manifest->votes_length < account->clients.length && !expired) return false;
+  const Vote *vote = agreed_vote(run, quorum(epoch_members(run)));
+  if (vote == 0) return expired && give_up_warmup(run);
+  Key digest = vote->digest;
+  begin_epoch(run, &digest);
+  return true;
+}
+
+// Whether the last drain round is under way.
+static bool drains_last(const Run *run) {
+  return draining(run) && current_round(run)->height + 1 - trained_rounds(run->account) >= DRAIN_ROUNDS;
+}
+
+// Whether nothing more is to come of the current round: it is decided, or too few clients are left to decide it. The last
+// drain round is over when the parameters after all results are named.
+static bool is_over(const Run *run) {
+  if (count_healthy(run) < least_clients(run)) return true;
+  if (draining(run) && settled(run)) return true;
+  return !drains_last(run) && decided_root(run, current_round(run)) != 0;
+}
+
+// Whether none of the stored rounds, all of which train, has a result.
+static NOINLINE bool nothing_applied(const Run *run) {
+  for (u64 slot = 0; slot < STORED_ROUNDS; slot++) {
+    const Round *round = &run->account->rounds[slot];
+    const Key *root = decided_root(run, round);
+    if (round->clients_length == 0 || !trains(run, round) || (root != 0 && !zero_key(root))) return false;
+  }
+  return true;
+}
+
+// Whether no round can be decided any more; the step of the current one is counted, and its departed are removed.
+static bool ends_at_once(const Run *run) {
+  return run->account->clients.length < least_clients(run) ||
+         current_round(run)->witnesses_length < run->manifest->needed;
+}
+
+static bool is_ending(const Run *run) {
   const Coordinator *account = run->account;
   return passed(run, account->epoch_start, account->config.epoch_time) ||
-         account->clients.length < account->config.min_clients ||
-         round->witnesses_length < quorum(witness_count(run, round)) ||
          account->progress.step > account->config.total_steps || account->pending_pause;
 }
 
-static NOINLINE void end_round(Run *run) {
-  Coordinator *account = run->account;
-  const Round *round = current_round(run);
-  u32 height = round->height;
-  u64 data_index = round->data_index + round_batch(run, round);
-  if (trains(run, round)) account->progress.step++;
-  remove_departed(run, height);
-  if (account->last_step == 0) {
-    if (round->witnesses_length == 0) {
-      withdraw_everyone(run);
-      enter(run, COOLDOWN);
-      return;
-    }
-    if (is_ending(run, round)) account->last_step = account->progress.step;
-  } else if (height + 1 - trained_rounds(account) == DRAIN_ROUNDS) {
-    enter(run, COOLDOWN);
-    return;
-  }
-  begin_round(run, height + 1, data_index);
-}
-
-static bool step_round(Run *run) {
-  const Coordinator *account = run->account;
-  const Round *round = current_round(run);
-  bool training = account->run_state == ROUND_TRAIN;
-  // Each report that came in training says "I have everything"; those that come later do not.
-  bool heard = run->heard || (training && round->witnesses_length >= quorum(witness_count(run, round)));
-  u64 length = training ? account->config.max_round_train_time : account->config.round_witness_time;
-  if (!heard && !passed(run, account->phase_start, length) && !nobody_left_to_report(run)) return false;
-  if (training) {
-    enter(run, ROUND_WITNESS);
-    run->heard = heard;
-  } else {
-    end_round(run);
-  }
-  return true;
-}
-
-static bool step_cooldown(Run *run) {
+static NOINLINE void end_epoch(Run *run, u64 data_index) {
   Coordinator *account = run->account;
   Progress *progress = &account->progress;
-  const Round *round = current_round(run);
-  bool agreed;
-  if (!decide_checkpoint(run, passed(run, account->phase_start, account->config.cooldown_time), &agreed)) return false;
-  if (agreed)
-    progress->epoch_start_data_index = round->data_index + round_batch(run, round);
-  else  // back to where the epoch began: its steps are trained again
-    progress->step = account->start_step;
-  reward_and_hold(run, agreed);
+  progress->epoch_start_data_index = data_index;
+  reward_and_hold(run);
   checkpoint_to_peers(&account->model.checkpoint);
-  bool over = progress->step > account->config.total_steps || progress->epoch == LAST_EPOCH;
+  bool over = is_finished(run) || progress->epoch == LAST_EPOCH;
   if (progress->epoch != LAST_EPOCH) progress->epoch++;
   account->cold_start_epoch = account->pending_pause;
   if (account->pending_pause) {
@@ -179,6 +182,40 @@ static bool step_cooldown(Run *run) {
   } else {
     enter(run, over ? FINISHED : WAITING_FOR_MEMBERS);
   }
+}
+
+static NOINLINE void end_round(Run *run) {
+  Coordinator *account = run->account;
+  const Round *round = current_round(run);
+  u32 height = round->height;
+  u64 data_index = round->data_index + round_batch(run, round);
+  if (trains(run, round)) account->progress.step++;
+  remove_departed(run, height);
+  if (ends_at_once(run) || (draining(run) && (settled(run) || drains_last(run)))) {
+    end_epoch(run, data_index);
+    return;
+  }
+  if (!draining(run)) {
+    bool idle = nothing_applied(run);
+    if (idle || is_ending(run)) account->last_step = account->progress.step;
+    if (idle) account->pending_pause = 1;
+  }
+  begin_round(run, height + 1, data_index);
+}
+
+static bool step_round(Run *run) {
+  const Coordinator *account = run->account;
+  const Config *config = &account->config;
+  bool training = account->run_state == ROUND_TRAIN;
+  u64 length = config->round_witness_time;
+  if (training) length = draining(run) ? config->cooldown_time : config->max_round_train_time;
+  bool over = is_over(run), expired = passed(run, account->phase_start, length);
+  if (over || (expired && !training)) {
+    end_round(run);
+    return true;
+  }
+  if (!training || !(expired || everyone_reported(run))) return false;
+  enter(run, ROUND_WITNESS);
   return true;
 }
 
@@ -188,7 +225,6 @@ static bool step(Run *run) {
     case WARMUP: return step_warmup(run);
     case ROUND_TRAIN:
     case ROUND_WITNESS: return step_round(run);
-    case COOLDOWN: return step_cooldown(run);
     default: return false;
   }
 }

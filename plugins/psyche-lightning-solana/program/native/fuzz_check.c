@@ -46,7 +46,13 @@ static void check_membership(const Coordinator *account) {
   must(next == account->clients.length, "the epoch's clients are members, in the order of registration");
 }
 
-static void check_round(const Round *round) {
+static void check_round(u64 slot) {
+  const Round *round = &coordinator()->rounds[slot];
+  u64 trainers = 0;
+  for (u64 i = 0; i < MAX_CLIENTS; i++) trainers += has_place(&manifest()->trainers[slot], i);
+  must(trainers == round->clients_length, "a round's clients are in their places");
+  for (u64 i = coordinator()->members_length; i < MAX_CLIENTS; i++)
+    must(!has_place(&manifest()->trainers[slot], i), "and are members");
   must(round->witnesses_length <= MAX_WITNESSES, "witnesses are in bounds");
   must(zeros(&round->witnesses[round->witnesses_length],
              (MAX_WITNESSES - round->witnesses_length) * sizeof(Witness)), "unused witnesses are zero");
@@ -55,8 +61,7 @@ static void check_round(const Round *round) {
     const Witness *record = &round->witnesses[i];
     ZERO(record->padding);
     must(record->witness == 1, "a record claims its seat");
-    bool warmup = round->clients_length == 0 && zero_key(&manifest()->epoch_digest);
-    must(warmup || record->index < round->clients_length, "a record names a client");
+    must(record->index < round->clients_length, "a record names a client");
     for (u64 j = 0; j < i; j++) must(round->witnesses[j].index != record->index, "a witness reports once");
   }
 }
@@ -72,32 +77,31 @@ static void check_model(const Model *model) {
 
 static void check_votes(void) {
   const Coordinator *account = coordinator();
-  bool in_round = account->run_state == ROUND_TRAIN || account->run_state == ROUND_WITNESS;
   const Manifest *kept = manifest();
   must(kept->votes_length <= MAX_CLIENTS, "votes are in bounds");
   must(zeros(&kept->votes[kept->votes_length], (MAX_CLIENTS - kept->votes_length) * sizeof(Vote)), "unused votes");
   for (u64 i = 0; i < kept->votes_length; i++) {
     const Vote *vote = &kept->votes[i];
     Key digest = vote->digest;
-    must(vote->client < account->clients.length || in_round, "a vote names a client");
-    must(vote->client < account->clients.length + account->exited.length, "or one that was there in warm-up");
-    must(vote->first <= i, "and the first of its kind");
+    must(vote->client < account->clients.length, "a vote names a client");
     must(!zero_key(&digest), "and parameters");
     for (u64 j = 0; j < i; j++) must(kept->votes[j].client != vote->client, "a client votes once");
   }
   must(!zero_key(&kept->checkpoint_digest) || kept->checkpoint_step == 0, "no checkpoint has no step");
   for (u64 i = account->members_length; i < MAX_CLIENTS; i++)
-    must(!(kept->holders[i / 32] >> (i % 32) & 1), "who holds the checkpoint is a member");
+    must(!has_place(&kept->holders, i), "who holds the checkpoint is a member");
+  must(kept->needed > 0 && kept->needed <= MAX_WITNESSES, "some reports are needed, and no more than there are");
   ZERO(kept->padding);
+  ZERO(kept->padding2);
 }
 
 static void check_phase(const Coordinator *account) {
   u8 phase = account->run_state;
   bool in_round = phase == ROUND_TRAIN || phase == ROUND_WITNESS;
   const Round *round = &account->rounds[account->rounds_head % STORED_ROUNDS];
-  must(phase <= PAUSED && account->rounds_head < STORED_ROUNDS, "the phase is known");
+  must(phase <= PAUSED && phase != COOLDOWN && account->rounds_head < STORED_ROUNDS, "the phase is known");
   must(account->first_round <= 1 && account->cold_start_epoch <= 1 && account->pending_pause <= 1, "flags are 0 or 1");
-  must(!account->pending_pause || in_round || phase == COOLDOWN, "a pause is pending only in an epoch");
+  must(!account->pending_pause || in_round, "a pause is pending only in an epoch");
   must(!in_round || round->height % STORED_ROUNDS == account->rounds_head, "a round lies where its height says");
   must(!in_round || round->clients_length == account->clients.length, "clients leave at the end of a round");
   must(!in_round || !zero_key(&manifest()->epoch_digest), "an epoch's first parameters are known");
@@ -126,7 +130,7 @@ void check_world(void) {
   check_membership(account);
   check_clients(&account->clients, false);
   check_clients(&account->exited, true);
-  for (u64 i = 0; i < STORED_ROUNDS; i++) check_round(&account->rounds[i]);
+  for (u64 i = 0; i < STORED_ROUNDS; i++) check_round(i);
   check_model(&account->model);
   check_votes();
 }

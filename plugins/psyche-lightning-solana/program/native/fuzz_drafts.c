@@ -6,7 +6,7 @@ static const u64 DISCRIMINATORS[INSTRUCTIONS] = {
     0x197a85e849943914, 0x204af2dfe5d7d859, 0x7ffd3f9eb058c8db, 0xfb0d02333c2e15c1,
     0x81b6c8c757a015ef, 0xdaa6e1b0c07d3c5b, 0x4bf6866a667da048, 0x0f3f5065082c4f5c,
     0x2715df8e1995f4d5, 0x5e37163fe87ae8d3, 0x839d128aa8635a73, 0xfcb88ff0cc13c8d5,
-    0x22a16d949c4612b7, 0xc9222e333b3578bf, 0x57d273dc5df0af75, 0x2cbca8e5ed1f4b5f,
+    0x22a16d949c4612b7, 0x57d273dc5df0af75, 0x2cbca8e5ed1f4b5f, 0xd213963eb9955cb8,
 };
 
 u8 next(Bytes *bytes) {
@@ -181,17 +181,19 @@ void draft_warmup(Draft *draft, u8 node, u8 digest) {
   put16(draft, coordinator()->progress.epoch);
 }
 
-void draft_witness(Draft *draft, u8 node, u8 heard, bool bound) {
+void draft_witness(Draft *draft, u8 node, u8 heard, u8 said) {
   start(draft, WITNESS, node);
   run_accounts(draft);
   const Coordinator *account = coordinator();
   const Round *round = &account->rounds[account->rounds_head];
   u64 index = index_of(node);
-  put_record(draft, position_in(round, &TEXT("witness"), index), index, heard, 5);
+  put_record(draft, position_in(round, &TEXT("witness"), index), index, heard, said >> 1 & 3);
   put_zeros(draft, 389);
-  if (!bound) return;
+  if (!(said & 1)) return;  // it says nothing of its place and its parameters
   put16(draft, account->progress.epoch);
   put32(draft, round->height);
+  put32(draft, account->progress.step - (said >> 3 & 3));
+  put_filled(draft, said >> 5, 32);
 }
 
 static void draft_health(Draft *draft, u8 node, u8 gone, u8 index) {
@@ -204,14 +206,6 @@ static void draft_health(Draft *draft, u8 node, u8 gone, u8 index) {
   const Round *round = &account->rounds[(account->rounds_head + 3) % STORED_ROUNDS];
   put64(draft, position_in(round, &TEXT("committee"), index));
   put64(draft, index);
-}
-
-void draft_vote(Draft *draft, u8 node, u8 digest) {
-  start(draft, VOTE, node);
-  run_accounts(draft);
-  put16(draft, coordinator()->progress.epoch);
-  put32(draft, coordinator()->progress.step - 1);
-  put_filled(draft, digest, 32);
 }
 
 static void draft_address(Draft *draft, u8 length) {
@@ -238,17 +232,17 @@ void draft_one(Draft *draft, u8 kind, Bytes *bytes) {
     case FREE: draft_free(draft); return;
     case UPDATE: draft_update(draft, bytes); return;
     case JOIN: draft_join(draft, node, next(bytes)); return;
-    case WITNESS: draft_witness(draft, node, next(bytes), next(bytes) & 1); return;
+    case WITNESS: draft_witness(draft, node, next(bytes), next(bytes)); return;
     case WARMUP_WITNESS: draft_warmup(draft, node, next(bytes)); return;
     case HEALTH: draft_health(draft, node, NODE + next(bytes) % NODES, next(bytes) % NODES); return;
-    case VOTE: draft_vote(draft, node, next(bytes)); return;
     case SET_ADDRESS: draft_address(draft, next(bytes)); return;
     default: break;
   }
-  bool owners = kind == VERSION || kind == RATES || kind == PAUSE || kind == SET_MANIFEST;
+  bool owners = kind == VERSION || kind == RATES || kind == PAUSE || kind == SET_MANIFEST || kind == KICK;
   start(draft, kind, owners ? OWNER : node);
   run_accounts(draft);
   if (kind == VERSION) put_text(draft, next(bytes) & 1 ? "v2" : "test");
+  if (kind == KICK) put(draft, key_of(node), 32);
   if (kind == PAUSE) put8(draft, next(bytes) % 3);
   if (kind == RATES) {
     put8(draft, 1);

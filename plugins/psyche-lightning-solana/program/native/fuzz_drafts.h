@@ -19,8 +19,8 @@ typedef struct {
 } Draft;
 
 enum {
-  INIT, FREE, UPDATE, VERSION, RATES, PAUSE, JOIN, TICK, WITNESS, WARMUP_WITNESS, HEALTH, CHECKPOINT, WITHDRAW, VOTE,
-  SET_MANIFEST, SET_ADDRESS, INSTRUCTIONS,
+  INIT, FREE, UPDATE, VERSION, RATES, PAUSE, JOIN, TICK, WITNESS, WARMUP_WITNESS, HEALTH, CHECKPOINT, WITHDRAW,
+  SET_MANIFEST, SET_ADDRESS, KICK, INSTRUCTIONS,
 };
 
 void put8(Draft *draft, u8 value);
@@ -33,8 +33,7 @@ void run_accounts(Draft *draft);
 void draft_init(Draft *draft);
 void draft_join(Draft *draft, u8 node, u8 p2p);
 void draft_warmup(Draft *draft, u8 node, u8 digest);
-void draft_witness(Draft *draft, u8 node, u8 heard, bool bound);
-void draft_vote(Draft *draft, u8 node, u8 digest);
+void draft_witness(Draft *draft, u8 node, u8 heard, u8 said);
 // Any of them.
 void draft_one(Draft *draft, u8 kind, Bytes *bytes);
 

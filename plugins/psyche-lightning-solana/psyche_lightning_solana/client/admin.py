@@ -15,6 +15,7 @@ from solders.pubkey import Pubkey
 from solders.system_program import ID as SYSTEM_PROGRAM
 from solders.system_program import CreateAccountWithSeedParams, create_account_with_seed
 
+from psyche_lightning.coordinator.machine import healthy
 from psyche_lightning.errors import ConfigError, CoordinatorError
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning_solana import instructions
@@ -340,6 +341,19 @@ class SolanaAdmin:
         held = await self._authorization(authorization_address(authorizer, self.run.wallet.public, grantee, name))
         await self._close_authorization(authorizer, grantee, name)
         return held is not None and bool(held["active"])
+
+    async def kick(self, wallet: Pubkey) -> bool:
+        """Revoke a wallet's authorization and remove it at once, also from the epoch; returns whether it was there.
+
+        Raises:
+            CoordinatorError: this wallet is not the run's join authority.
+        """
+        await self.revoke(wallet)
+        run, keys = await self.look(), await self.run.keys()
+        if all(client.signer != bytes(wallet) for client in (*healthy(run.state), *run.pending)):
+            return False
+        await self._transact("kick", [self.run.anchored(keys).kick(self.run.wallet.public, wallet)])
+        return True
 
     async def _grantor(self, scope: str) -> tuple[Pubkey, bytes]:
         """The authorizer's program and the scope's name, if this wallet may grant them."""

@@ -10,6 +10,7 @@ import random
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from solders.instruction import Instruction
@@ -31,12 +32,12 @@ from psyche_lightning.protocol.requests import (
     Report,
     Request,
     Terms,
-    Vote,
     WarmupWitness,
     Withdraw,
     Witness,
 )
 from psyche_lightning.protocol.state import Phase, Round, RunState
+from psyche_lightning.wire.canonical import ZERO_HASH
 from psyche_lightning.wire.identity import Identity
 from psyche_lightning_solana.account import Member, RunAccounts
 from psyche_lightning_solana.client import timekeeper
@@ -59,10 +60,6 @@ logger = logging.getLogger(__name__)
 FEW_TRANSACTIONS = 100
 """A wallet must be able to pay for this many to join."""
 LARGEST_FLOAT = 3.0e38
-REPEATABLE = ("vote_checkpoint",)
-"""Reports that a node may repeat unchanged."""
-OUTSIDERS = {"witness": "InvalidWitness", "warmup_witness": "InvalidWitness", "vote_checkpoint": "InvalidCheckpoint"}
-"""The machine's error for a report from a non-client."""
 
 _Result = TypeVar("_Result")
 
@@ -154,10 +151,6 @@ class SolanaCoordinator:
             case HealthCheck(epoch, height, signers):
                 # Each costs a transaction, so the witnesses take turns, only as needed.
                 answer = await self._once(("health", epoch, height), lambda: self._health_check(epoch, height, signers))
-            case Vote(epoch, step, digest):
-                await self._report(
-                    "vote_checkpoint", lambda keys, me: keys.vote_checkpoint(me, epoch, step, digest), request
-                )
             case Accuse():
                 # Every node still ignores both results.
                 text = "a run on a chain cannot eject a node that signed two results"
@@ -199,6 +192,7 @@ class SolanaCoordinator:
         """Report as a witness."""
         at = request.epoch, request.height
         figures = await self._figures(request.report, *at)
+        held = request.step, request.digest or ZERO_HASH
         await self._report(
             "witness",
             lambda keys, me: keys.witness(
@@ -209,8 +203,9 @@ class SolanaCoordinator:
                 request.broadcasts,
                 metadata=figures,
                 at=at,
+                held=held,
             ),
-            *at,
+            replace(request, report=Report()),
         )
 
     async def _rounds(self, epoch: int, first: int) -> tuple[Round, ...]:
@@ -413,18 +408,16 @@ class SolanaCoordinator:
             task.exception()  # the caller may be gone by now
 
     async def _report(self, name: str, build: Callable[[RunKeys, Pubkey], Instruction], *place: Hashable) -> None:
-        """Send a report that counts once per epoch; a repeated call before the state shows it sends nothing."""
+        """Send a report that counts once; a repeated call before the state shows it sends nothing."""
         began = self._decode(self._feed.latest).state.epoch_start if self._feed and self._feed.latest else None
         key = (name, began, *place)
-        if key in self._landed and name in REPEATABLE:
-            return
         if key in self._landed:
             raise CoordinatorError(f"this node's {name} has landed already", code="DuplicateWitness")
         try:
             await self._send(name, build, *place)
         except CoordinatorError as error:
             if error.code == "SignerNotAClient":  # the machine's error for wallets that never joined
-                raise CoordinatorError(str(error), code=OUTSIDERS[name]) from error
+                raise CoordinatorError(str(error), code="InvalidWitness") from error
             raise
         self._landed = {other for other in self._landed if other[1] == began} | {key}
 

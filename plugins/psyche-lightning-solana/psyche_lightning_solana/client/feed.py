@@ -2,7 +2,8 @@
 
 The coordinator account has a nonce, and only a higher one counts: some services lag, answers can arrive out of order,
 and intermediate states are skipped. The manifest account has no nonce, so both are read together at one slot. Within
-an epoch's rounds the manifest cannot change, so a notification of the coordinator account is enough.
+one round that trains, nothing that a node acts on changes in the manifest account, so a notification of the coordinator
+account is enough.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from psyche_lightning.protocol.state import Phase
 from psyche_lightning_solana.client.cluster import Cluster, Endpoint
 from psyche_lightning_solana.client.reader import Account, Reader
 from psyche_lightning_solana.client.rpc import RpcProblem, Sleep, unreachable
-from psyche_lightning_solana.layout import COORDINATOR
+from psyche_lightning_solana.layout import COORDINATOR, view_coordinator
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,9 @@ class Snapshot:
         return _number(self.coordinator, "nonce", 8)
 
     @property
-    def within_rounds(self) -> int | None:
-        """The epoch with rounds in progress, or None."""
-        return _within_rounds(self.coordinator)
+    def training_round(self) -> tuple[int, int] | None:
+        """Epoch and height of the round that trains, or None."""
+        return _training_round(self.coordinator)
 
 
 def _number(coordinator: bytes, field: str, size: int) -> int:
@@ -75,8 +76,11 @@ def _number(coordinator: bytes, field: str, size: int) -> int:
     return int.from_bytes(coordinator[offset : offset + size], "little")
 
 
-def _within_rounds(coordinator: bytes) -> int | None:
-    return _number(coordinator, "epoch", 2) if _number(coordinator, "run_state", 1) in ROUNDS else None
+def _training_round(coordinator: bytes) -> tuple[int, int] | None:
+    if _number(coordinator, "run_state", 1) not in ROUNDS or _number(coordinator, "last_step", 4):
+        return None
+    record = view_coordinator(coordinator)
+    return int(record["epoch"]), int(record["rounds"][record["rounds_head"] % 4]["height"])
 
 
 class Feed:
@@ -304,8 +308,8 @@ class Feed:
         nonce = _number(data, "nonce", 8)
         if latest is not None and nonce <= latest.nonce:
             return
-        epoch = _within_rounds(data)
-        if latest is not None and epoch is not None and latest.within_rounds == epoch:
+        place = _training_round(data)
+        if latest is not None and place is not None and latest.training_round == place:
             self._take(Snapshot(slot, data, latest.manifest))
         else:
             self._wanted, self._wanted_slot = max(self._wanted, nonce), slot

@@ -84,14 +84,14 @@ class Fees:
 UNITS = {
     # The end of a round or an epoch takes the most. These values are about twice those measured with 256 clients (the
     # table in docs/solana-programs.md).
-    "witness": 350_000,
-    "tick": 350_000,
-    "health_check": 350_000,
-    "withdraw": 350_000,
-    "vote_checkpoint": 450_000,
-    "checkpoint": 350_000,
-    "warmup_witness": 100_000,
-    "join_run": 100_000,
+    "witness": 150_000,
+    "tick": 150_000,
+    "health_check": 500_000,
+    "withdraw": 150_000,
+    "kick": 150_000,
+    "checkpoint": 150_000,
+    "warmup_witness": 150_000,
+    "join_run": 150_000,
     "set_address": 60_000,
     "init_coordinator": 100_000,
     "update": 60_000,

@@ -14,13 +14,14 @@ from solders.pubkey import Pubkey
 
 from psyche_lightning.coordinator import machine
 from psyche_lightning.coordinator.history import plain_round
-from psyche_lightning.protocol.state import ClientStatus, Phase, Round, RunState
+from psyche_lightning.protocol.state import Checkpoint, ClientStatus, Phase, Round, RunState
 from psyche_lightning_solana import hosting
 from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.client.ledger import Call, Entry
 from psyche_lightning_solana.errors import Refused
 from psyche_lightning_solana.hosting import Clock
 from psyche_lightning_solana.instructions import decode
+from psyche_lightning_solana.interface import WITNESS_TRAILER
 
 MAX_ROUNDS = 4096
 """Kept rounds of an epoch; a node that needs older ones takes a newer snapshot instead."""
@@ -92,7 +93,8 @@ def beginning(run: RunAccounts) -> RunAccounts:
             head=0,
             rounds=(),
             warmup_witnesses=(),
-            epoch_digest=b"",
+            # The chain took these reports, so none is compared with the checkpoint of then.
+            checkpoint=Checkpoint(state.epoch_digest, -1),
             clients=tuple(replace(client, status=ClientStatus.HEALTHY, exited_height=0) for client in everyone),
             exited_clients=(),
             checkpoint_votes=(),
@@ -146,18 +148,18 @@ def act(run: RunAccounts, name: str, user: bytes, given: dict[str, Any], clock: 
         MachineError: likewise.
     """
     if name == "witness":
-        record = {key: value for key, value in given.items() if key not in ("epoch", "height")}
-        return hosting.witness(run, user, record, given.get("epoch"), given.get("height"), clock)
+        place = {key: given[key] for key in WITNESS_TRAILER.fields if key in given}
+        return hosting.witness(run, user, given, place, clock)
     if name == "warmup_witness":
         index, digest = given["proof"]["index"], given["broadcast_merkle"]
         return hosting.warmup_witness(run, user, index, digest, given.get("epoch"), clock)
     if name == "health_check":
         listed = given["id"]["signer"]
         return hosting.health_check(run, user, listed, given["committee"], given["position"], given["index"], clock)
-    if name == "vote_checkpoint":
-        return hosting.vote_checkpoint(run, user, given["epoch"], given["step"], given["digest"], clock)
     if name == "withdraw":
         return hosting.withdraw(run, user, clock)
+    if name == "kick":
+        return hosting.kick(run, given["signer"], clock)
     if name == "join_run":
         return hosting.join(run, user, given["client_id"]["signer"], given["client_id"]["p2p_identity"], clock)
     if name == "tick":

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from solders.pubkey import Pubkey
 
 from psyche_lightning.coordinator import machine
 from psyche_lightning.coordinator.history import History
-from psyche_lightning.protocol.requests import Report, Vote
+from psyche_lightning.protocol.requests import Report
 from psyche_lightning.protocol.state import Client, CoordinatorConfig, Phase, RunState
 from psyche_lightning.server.status import member
 from psyche_lightning.wire.identity import short
@@ -142,16 +142,7 @@ class Story:
                 self.history.report(given.get("epoch", state.epoch), user, report)
         self.run = act(self.run, name, user, given, clock)
         after = self.run.state
-        if name == "vote_checkpoint":  # the vote and its effects are one instruction
-            state = machine.vote(state, user, Vote(given["epoch"], given["step"], given["digest"]))
         self._note(before, name, user, given, clock.now)
-        if state.phase is Phase.ROUND_TRAIN and after.phase in (Phase.ROUND_TRAIN, Phase.COOLDOWN) and after.current:
-            assert state.current is not None
-            if after.current.height != state.current.height or after.phase is Phase.COOLDOWN:
-                # The instruction made two steps at once.
-                between = replace(state, phase=Phase.ROUND_WITNESS)
-                self.history.observe(state, between, clock.now)
-                state = between
         self.history.observe(state, after, clock.now)
 
     def _note(self, before: RunAccounts, name: str, user: bytes, given: dict[str, Any], now: float) -> None:
@@ -161,10 +152,13 @@ class Story:
             self.history.note(state, now, "joined", f"{short(user)} joined", user)
         elif name == "withdraw":
             self.history.note(state, now, "left", f"{short(user)} left", user)
+        elif name == "kick":
+            text = f"{short(given['signer'])} was removed by the run's owner"
+            self.history.note(state, now, "kicked", text, given["signer"])
         elif name == "health_check":
             gone = given["id"]["signer"]
             if any(client.signer == gone for client in machine.healthy(before.state)):
-                text = f"{short(gone)} is dropped: the witnesses of the round before heard nothing from it"
+                text = f"{short(gone)} is dropped: it delivered nothing in the last {machine.MISSED_ROUNDS} rounds"
                 self.history.note(state, now, "dropped", text, gone)
 
     # --- for people and programs ------------------------------------------------------------------------------------

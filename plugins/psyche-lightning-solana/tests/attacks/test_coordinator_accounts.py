@@ -33,6 +33,7 @@ def every_instruction(run: Run) -> Iterator[tuple[Instruction, list[Keypair]]]:
         keys.set_paused(owner.pubkey(), True),
         keys.checkpoint(owner.pubkey(), HUB),
         keys.set_manifest(owner.pubkey(), sha256(b"m"), "here"),
+        keys.kick(owner.pubkey(), user.pubkey()),
     ):
         yield instruction, [owner]
     instruction, *signers = run.joining(user)
@@ -43,7 +44,6 @@ def every_instruction(run: Run) -> Iterator[tuple[Instruction, list[Keypair]]]:
         keys.warmup_witness(user.pubkey(), 0, PARAMETERS),
         keys.health_check(user.pubkey(), bytes(run.wallets[1].pubkey()), bytes(32), 0, 0),
         keys.withdraw(user.pubkey()),
-        keys.vote_checkpoint(user.pubkey(), 0, 1, PARAMETERS),
         keys.set_address(user.pubkey(), "somewhere"),
     ):
         yield instruction, [user]
@@ -71,7 +71,7 @@ def test_who_should_sign_and_does_not(training: Run) -> None:
     assert names == {spec.discriminator for name, spec in specs.items() if name != "init_coordinator"}
 
 
-@pytest.mark.parametrize("name", ["free", "update", "version", "rates", "paused", "manifest"])
+@pytest.mark.parametrize("name", ["free", "update", "version", "rates", "paused", "manifest", "kick"])
 def test_commands_of_somebody_who_is_not_the_owner(training: Run, name: str) -> None:
     keys, thief = training.keys, training.stranger
     key = thief.pubkey()
@@ -82,6 +82,7 @@ def test_commands_of_somebody_who_is_not_the_owner(training: Run, name: str) -> 
         "rates": lambda: keys.set_future_epoch_rates(key, 2**64 - 1, 0),
         "paused": lambda: keys.set_paused(key, True),
         "manifest": lambda: keys.set_manifest(key, sha256(b"mine"), "mine"),
+        "kick": lambda: keys.kick(key, training.wallets[0].pubkey()),
     }[name]()
     assert training.refused(instruction, thief) == "ConstraintHasOne"
 
@@ -226,11 +227,10 @@ def test_run_ids_that_are_no_seed(size: int) -> None:
     assert run.refused(instruction, run.stranger) == "RunIdInvalidLength"
 
 
-@pytest.mark.parametrize("phase", [Phase.WAITING_FOR_MEMBERS, Phase.WARMUP, Phase.ROUND_TRAIN, Phase.COOLDOWN])
+@pytest.mark.parametrize("phase", [Phase.WAITING_FOR_MEMBERS, Phase.WARMUP, Phase.ROUND_TRAIN])
 def test_closed_while_it_runs(phase: Phase) -> None:
     run = Run()
-    get = {"WAITING_FOR_MEMBERS": run.start, "WARMUP": run.gather, "ROUND_TRAIN": run.train, "COOLDOWN": run.cool}
-    get[phase.name]()
+    {"WAITING_FOR_MEMBERS": run.start, "WARMUP": run.gather, "ROUND_TRAIN": run.train}[phase.name]()
     owner = run.owner.pubkey()
     assert run.refused(run.keys.free_coordinator(owner, owner), run.owner) == "CloseCoordinatorNotHalted"
 

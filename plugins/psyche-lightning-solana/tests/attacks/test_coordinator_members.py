@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 from psyche_lightning_solana.interface import CHECKPOINT_SCOPE, JOIN_SCOPE
 from psyche_lightning_solana.layout import MAX_CLIENTS, view_coordinator
-from solana_support.runs import CONFIG, PARAMETERS, Run, altered, node_of
+from solana_support.runs import CONFIG, LIST, PARAMETERS, Run, altered, node_of
 from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
 
 from psyche_lightning.protocol.committee import Committee, round_selection
-from psyche_lightning.protocol.state import Phase, WitnessProof
+from psyche_lightning.protocol.state import Checkpoint, ClientStatus, Phase, WitnessProof
 from psyche_lightning.wire.canonical import sha256
 
 HUB = {"Hub": {"repo_id": "evil/model"}}
@@ -127,6 +127,21 @@ def test_leaving_without_being_there(training: Run) -> None:
     assert training.refused(instruction, training.wallets[0]) == "InvalidWithdraw"
 
 
+def test_who_is_kicked_leaves_at_once_and_pays() -> None:
+    run = Run().start()
+    run.do(run.keys.set_future_epoch_rates(run.owner.pubkey(), 900, 7), run.owner)
+    gone = run.wallets[1]
+    run.train()
+    run.do(run.keys.kick(run.owner.pubkey(), gone.pubkey()), run.owner)
+    assert run.state.clients[1].status is ClientStatus.EJECTED
+    assert run.refused(run.report(gone), gone) == "InvalidWitness"
+    assert run.refused(run.keys.kick(run.owner.pubkey(), gone.pubkey()), run.owner) == "InvalidWithdraw"
+    run.do(run.keys.set_paused(run.owner.pubkey(), True), run.owner)
+    while run.state.phase.active:
+        run.witness()
+    assert [(member.earned, member.slashed) for member in run.read().members] == [(300, 0), (0, 7), (300, 0), (300, 0)]
+
+
 def test_the_address_of_another(training: Run) -> None:
     run, victim, thief = training, training.wallets[0], training.stranger
     theirs = run.keys.set_address(victim.pubkey(), "tcp://1.2.3.4:5")
@@ -151,18 +166,29 @@ def test_warm_up_reports_that_are_not_ones_own() -> None:
         assert run.refused(keys.warmup_witness(user.pubkey(), index, PARAMETERS), user) == "InvalidWitness"
     assert run.refused(keys.warmup_witness(user.pubkey(), 1, bytes(32)), user) == "InvalidWitness"
     assert run.refused(keys.warmup_witness(user.pubkey(), 1, PARAMETERS, epoch=1), user) == "InvalidWitness"
-    run.do(keys.warmup_witness(user.pubkey(), 1, PARAMETERS), user)
-    assert run.refused(keys.warmup_witness(user.pubkey(), 1, PARAMETERS), user) == "DuplicateWitness"
+    fresh = keys.warmup_witness(user.pubkey(), 1, PARAMETERS)
+    assert run.refused(fresh, user) == "InvalidWitness", "the first says with which parameters a fresh run begins"
+    run.do(keys.warmup_witness(run.wallets[0].pubkey(), 0, PARAMETERS), run.wallets[0])
+    run.do(fresh, user)
+    assert run.refused(fresh, user) == "DuplicateWitness"
+
+
+def test_the_first_of_a_fresh_run_who_says_nothing_loses_its_turn() -> None:
+    run = Run().gather()
+    order = [bytes(wallet.pubkey()) for wallet in run.wallets]
+    for first in (3, 0):
+        run.wait(CONFIG["warmup_time"])
+        assert run.state.phase is Phase.WAITING_FOR_MEMBERS
+        run.wait(CONFIG["waiting_for_members_extra_time"])
+        assert run.state.clients[0].signer == order[first]
+        assert {client.signer for client in run.state.clients} == set(order)
 
 
 def test_other_parameters_than_those_that_were_agreed() -> None:
-    run = Run().cool()
-    for wallet in run.wallets:
-        step = run.state.step - 1
-        if run.state.phase is Phase.COOLDOWN:
-            run.do(run.keys.vote_checkpoint(wallet.pubkey(), 0, step, PARAMETERS), wallet)
+    run = Run().end()
     run.start().gather()
     assert run.state.checkpoint.digest == PARAMETERS
+    assert run.state.settled
     other = run.keys.warmup_witness(run.wallets[0].pubkey(), 0, sha256(b"other"))
     assert run.refused(other, run.wallets[0]) == "InvalidWitness"
 
@@ -221,10 +247,8 @@ def test_reports_while_there_is_no_round() -> None:
     user = run.wallets[0]
     report = run.keys.witness(user.pubkey(), WitnessProof(0, 0), bytes(32))
     assert run.refused(report, user) == "InvalidRunState"
-    vote = run.keys.vote_checkpoint(user.pubkey(), 0, 0, PARAMETERS)
-    assert run.refused(vote, user) == "InvalidRunState"
     run.do(run.keys.set_paused(run.owner.pubkey(), True), run.owner)
-    for instruction in (report, vote, run.keys.tick(user.pubkey())):
+    for instruction in (report, run.keys.tick(user.pubkey())):
         assert run.refused(instruction, user) == "Halted"
 
 
@@ -260,38 +284,119 @@ def test_a_healthy_client_is_not_dropped(training: Run) -> None:
     assert run.refused(stranger, run.stranger) == "SignerNotAClient"
 
 
-def test_a_silent_client_is_dropped_with_a_true_proof(training: Run) -> None:
+def test_a_client_that_delivers_nothing_in_three_rounds_is_dropped_with_a_true_proof(training: Run) -> None:
     run, accuser = training, training.wallets[0]
     silent = bytes(run.wallets[1].pubkey())
-    run.witness(heard=[signer for signer in run.round.clients if signer != silent])
-    before = run.state.round_at(0)
-    assert before is not None
-    seat = round_selection(before, run.state.config).committee_position(1)
-    forged = run.keys.health_check(accuser.pubkey(), silent, bytes(32), seat + 1, 1)
-    assert run.refused(forged, accuser) == "InvalidCommitteeProof"
-    run.do(run.keys.health_check(accuser.pubkey(), silent, bytes(32), seat, 1), accuser)
+
+    def accusation(shift: int = 0) -> Instruction:
+        before = run.state.round_at(run.round.height - 1)
+        assert before is not None
+        seat = round_selection(before, run.state.config).committee_position(1)
+        return run.keys.health_check(accuser.pubkey(), silent, bytes(32), seat + shift, 1)
+
+    for _ in range(3):
+        if run.round.height:
+            assert run.refused(accusation(), accuser) == "InvalidHealthCheck", "too early"
+        run.witness(heard=[signer for signer in run.round.clients if signer != silent])
+    assert run.refused(accusation(1), accuser) == "InvalidCommitteeProof"
+    run.do(accusation(), accuser)
     report = run.report(run.wallets[1])
     assert run.refused(report, run.wallets[1]) == "InvalidWitness", "who is dropped does not witness"
 
 
+# What decides.
+
+
+def test_a_few_equal_reports_decide_nothing() -> None:
+    """Also when those who would say otherwise are silent, or leave: a quorum is one of all."""
+    run = Run(6).train()
+    for wallet in run.wallets[:2]:
+        run.do(run.report(wallet, root=sha256(b"lie"), held=(run.state.step - 1, sha256(b"lie"))), wallet)
+    run.wait(CONFIG["max_round_train_time"])
+    run.wait(CONFIG["round_witness_time"])
+    assert run.state.phase is Phase.WAITING_FOR_MEMBERS, "too few reported, so the epoch ends"
+    assert run.state.checkpoint.digest == PARAMETERS
+    run = Run(6).train()
+    for wallet in run.wallets[2:]:
+        run.do(run.keys.withdraw(wallet.pubkey()), wallet)
+        if not run.state.phase.active:
+            break
+    assert run.state.phase is Phase.WAITING_FOR_MEMBERS
+    assert run.state.checkpoint == Checkpoint(PARAMETERS, 0)
+
+
+def test_roots_that_differ_are_reported_again_until_a_quorum_is_equal() -> None:
+    run = Run(6).train()
+    for wallet in run.wallets:
+        if run.round.height == 0:
+            run.do(run.report(wallet, root=sha256(bytes(wallet.pubkey()))), wallet)
+    assert (run.state.phase, run.round.height) == (Phase.ROUND_WITNESS, 0), "everybody reported, and nobody agrees"
+    for wallet in run.wallets[:3]:
+        run.do(run.report(wallet), wallet)
+        assert run.refused(run.report(wallet), wallet) == "DuplicateWitness"
+    assert run.round.height == 0
+    assert [record.merkle for record in run.round.witnesses].count(LIST) == 3
+    run.do(run.report(run.wallets[5]), run.wallets[5])
+    assert (run.state.phase, run.round.height, run.state.step) == (Phase.ROUND_TRAIN, 1, 2)
+    assert [record.merkle for record in run.state.rounds[0].witnesses].count(LIST) == 4
+
+
+def test_what_is_decided_stays_decided_while_the_run_drains(training: Run) -> None:
+    run, unknown = training, (0, bytes(32))
+    run.do(run.keys.set_paused(run.owner.pubkey(), True), run.owner)
+    run.witness()
+    for _ in range(2):
+        for wallet in run.wallets[:3]:
+            run.do(run.report(wallet, held=unknown), wallet)
+    assert (run.round.height, run.round.step) == (2, 0), "the last round, which waits for the parameters' name"
+    for wallet in run.wallets[:3]:
+        assert run.refused(run.report(wallet, root=sha256(b"other"), held=unknown), wallet) == "DuplicateWitness"
+        run.do(run.report(wallet, root=sha256(b"other"), held=(1, PARAMETERS)), wallet)
+    assert [record.merkle for record in run.round.witnesses] == [LIST] * 3
+    assert (run.state.phase, run.state.checkpoint) == (Phase.PAUSED, Checkpoint(PARAMETERS, 1))
+
+
+def test_parameters_that_no_quorum_holds(training: Run) -> None:
+    run, user, step = training, training.wallets[0], training.state.step
+    for held in ((step, PARAMETERS), (2**32 - 1, PARAMETERS)):
+        assert run.refused(run.report(user, held=held), user) == "InvalidWitness"
+    other = sha256(b"other")
+    run.witness()
+    assert run.state.checkpoint == Checkpoint(PARAMETERS, 0)
+    for wallet in run.wallets[:2]:
+        run.do(run.report(wallet, held=(1, other)), wallet)
+    assert run.state.checkpoint == Checkpoint(PARAMETERS, 0), "two of four name them"
+    run.do(run.report(run.wallets[2], held=(1, other)), run.wallets[2])
+    assert run.state.checkpoint == Checkpoint(other, 1)
+
+
+def test_a_run_that_applies_nothing_pauses(training: Run) -> None:
+    run = training
+    while run.state.phase.active:
+        assert run.round.height < 7
+        for wallet in run.wallets:
+            if run.state.phase is Phase.ROUND_TRAIN:
+                run.send(run.report(wallet, root=bytes(32)), wallet)
+    assert run.state.phase is Phase.PAUSED
+
+
+def test_a_run_waits_for_a_holder_of_its_parameters() -> None:
+    run = Run(3, init_min_clients=2).end()
+    run.do(run.keys.set_paused(run.owner.pubkey(), False), run.owner)
+    strangers = [run.vm.wallet() for _ in range(3)]
+    for wallet in strangers:
+        run.join(wallet)
+    run.wait(CONFIG["waiting_for_members_extra_time"]).wait(100)
+    assert run.state.phase is Phase.WAITING_FOR_MEMBERS
+    other = run.keys.warmup_witness(strangers[0].pubkey(), 0, sha256(b"other"))
+    assert run.refused(other, strangers[0]) == "InvalidWitness"
+    run.do(run.keys.warmup_witness(strangers[0].pubkey(), 0, PARAMETERS), strangers[0])
+    run.wait(CONFIG["waiting_for_members_extra_time"])
+    assert run.state.phase is Phase.WARMUP
+    assert len(run.state.clients) == 3
+
+
 # Checkpoints.
-
-
-def test_votes_that_do_not_count() -> None:
-    run = Run().cool()
-    keys, user, step = run.keys, run.wallets[0], run.state.step
-    thief = run.stranger
-    assert run.refused(keys.vote_checkpoint(thief.pubkey(), 0, step - 1, PARAMETERS), thief) == "InvalidCheckpoint"
-    for epoch, at, digest in (
-        (1, step - 1, PARAMETERS),
-        (0, step, PARAMETERS),
-        (0, 2**32 - 1, PARAMETERS),
-        (0, step - 1, bytes(32)),
-    ):
-        assert run.refused(keys.vote_checkpoint(user.pubkey(), epoch, at, digest), user) == "InvalidCheckpoint"
-    run.do(keys.vote_checkpoint(user.pubkey(), 0, step - 1, PARAMETERS), user)
-    second = keys.vote_checkpoint(user.pubkey(), 0, step - 1, sha256(b"other"))
-    assert run.refused(second, user) == "InvalidCheckpoint"
 
 
 def test_the_checkpoint_is_moved_only_by_those_who_may(training: Run) -> None:
@@ -351,20 +456,14 @@ def test_at_the_limits(name: str, prepare: Callable[[Run], None]) -> None:
     for _ in range(2):
         if run.state.phase is Phase.FINISHED:
             break
-        run.cool()
-        vote = run.keys.vote_checkpoint(run.wallets[0].pubkey(), run.state.epoch, run.state.step - 1, PARAMETERS)
-        run.do(vote, run.wallets[0])
+        run.end()
         assert run.state.phase is Phase.PAUSED
         if name == "late":
             assert (run.state.epoch, run.state.step) == (65535, 2**32 - 2)
             assert run.state.epoch_start_data_index == 2**63 - 1 + 1024
             run.do(run.keys.set_paused(run.owner.pubkey(), False), run.owner)
-            run.train().witness().witness().witness()
+            run.train().witness().witness()
             assert run.state.step == 2**32 - 1
-            run.do(
-                run.keys.vote_checkpoint(run.wallets[0].pubkey(), 65535, run.state.step - 1, PARAMETERS),
-                run.wallets[0],
-            )
             assert run.state.phase is Phase.FINISHED
             return
         run.do(run.keys.set_paused(run.owner.pubkey(), False), run.owner)

@@ -27,7 +27,7 @@ from solders.system_program import TransferParams, transfer
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.committee import round_selection
-from psyche_lightning.protocol.requests import Join, Report, Vote, WarmupWitness, Witness
+from psyche_lightning.protocol.requests import Join, Report, WarmupWitness, Witness
 from psyche_lightning.protocol.state import CoordinatorConfig, Phase
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity
@@ -171,14 +171,13 @@ class Player:
             selection = round_selection(round_, state.config)
             if selection.is_witness(seat) and seat not in {w.proof.index for w in round_.witnesses}:
                 proof = selection.witness_proof(seat)
-                merkle = sha256(me, bytes([round_.height]))
+                merkle = sha256(bytes([round_.height]))
+                held = state.step - 1, sha256(bytes([state.step]))
                 # While an epoch drains, figures are still of the last step.
                 trained = max(round_.step - self.late, 0) if round_.step else state.step - 1
                 report = Report(trained, 2.0 + trained / 4 if trained else math.nan, 100.0, 10, 20)
                 filters = participants_bloom(round_.seed, round_.clients), bytes(192)
-                await client.request(Witness(state.epoch, round_.height, proof, merkle, *filters, report))
-        elif state.phase is Phase.COOLDOWN and all(vote[0] != me for vote in state.checkpoint_votes):
-            await client.request(Vote(state.epoch, state.step - 1, sha256(bytes([state.step]))))
+                await client.request(Witness(state.epoch, round_.height, proof, merkle, *filters, *held, report))
 
 
 def reached(phase, epoch=None):

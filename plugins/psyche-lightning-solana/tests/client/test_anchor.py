@@ -34,7 +34,6 @@ CALLS = {
         A, WitnessProof(1, 2), b"\1" * 32, bytes(range(192)), bytes(192), metadata={"step": 1, "loss": 2.5}, at=(1, 2)
     ),
     "health": lambda keys: keys.health_check(A, bytes(B), b"\5" * 32, 4, 5, Committee.TRAINER),
-    "vote": lambda keys: keys.vote_checkpoint(A, 1, 2, b"\3" * 32),
     "address": lambda keys: keys.set_address(A, "tcp://1.2.3.4:5"),
 }
 

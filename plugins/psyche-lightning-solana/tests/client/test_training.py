@@ -22,6 +22,10 @@ from psyche_lightning.wire.identity import Identity
 KINDS = ["drop", "lost", "garbage", "status 500", "status 429", "error -32005 behind"]
 
 
+def samples(start, stop):
+    return torch.randn(stop - start, 24, generator=torch.Generator().manual_seed(start))
+
+
 class Node:
     """A node with a linear layer, in a thread of its own, behind RPC services of its own."""
 
@@ -32,10 +36,11 @@ class Node:
         self.replica = ParameterReplica(self.optimizer, self.module)
         self.wallet, self.manifest, self.network, self.proxies = wallet, manifest, network, proxies
         self.identity = Identity.generate()
-        self.steps, self.error = [], None
+        self.steps, self.error, self.client = [], None, None
         self.journal, self.store = MemoryJournal(), MemoryBlobStore()
         self.thread = threading.Thread(target=self.train, daemon=True)
         self.stopping = threading.Event()
+        self.pace, self.linger = 0.0, 1.0
 
     def participant(self):
         cluster = Cluster("localnet", tuple(Endpoint(p.url, p.ws_url) for p in self.proxies), None, Options(poll=0.2))
@@ -64,8 +69,8 @@ class Node:
             node.start()
             while not self.stopping.is_set() and (work := node.next_round()) is not None:
                 self.steps.append(work.step)
-                ((start, stop),) = work.batch
-                inputs = torch.randn(stop - start, 24, generator=torch.Generator().manual_seed(start))
+                self.stopping.wait(self.pace)
+                inputs = torch.cat([samples(start, stop) for start, stop in work.batch])
                 loss = (self.module(inputs) - inputs[:, :12]).square().mean()
                 self.optimizer.zero_grad()
                 loss.backward()
@@ -75,7 +80,7 @@ class Node:
         except BaseException as error:
             self.error = error
         finally:
-            node.stop(withdraw=False, linger=1.0)
+            node.stop(withdraw=False, linger=self.linger)
 
     def digest(self):
         return self.replica.digest(MemoryBlobStore().put)
@@ -147,12 +152,20 @@ def test_a_node_that_comes_back_makes_the_rounds_again_from_the_ledger(run, mani
         _, nodes = await begin(world, 3, manifest, total_steps=30, max_round_train_time=60, cooldown_time=30)
         while len(nodes[2].steps) < 6:
             await asyncio.sleep(0.02)
+        nodes[2].linger = 0.0
         nodes[2].stopping.set()
         while nodes[2].thread.is_alive():
             await asyncio.sleep(0.02)
+        for node in nodes[:2]:
+            node.pace = 8.0  # who misses three rounds is dropped, and a new address is known after 15 s
         again = Node(2, nodes[2].network, world.proxies[2:3], nodes[2].wallet, manifest)
         again.identity, again.journal, again.store = nodes[2].identity, nodes[2].journal, nodes[2].store
         again.thread.start()
+        while len(again.steps) < 3:
+            await asyncio.sleep(0.02)
+            assert again.error is None
+        for node in nodes[:2]:
+            node.pace = 0.3
         await finished([nodes[0], nodes[1], again])
         assert len({node.digest() for node in (nodes[0], nodes[1], again)}) == 1
         assert again.client._replayed[0] == 0

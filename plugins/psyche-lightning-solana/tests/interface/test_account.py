@@ -42,7 +42,7 @@ def test_a_run_as_values(run: Run) -> None:
 
 def test_a_run_without_a_manifest_account(run: Run) -> None:
     whole, plain = run.read(), read(run.snapshot()[1])
-    nothing = {"checkpoint": Checkpoint(), "epoch_digest": b"", "holders": (), "warmup_witnesses": ()}
+    nothing = {"checkpoint": Checkpoint(), "epoch_digest": b"", "holders": (), "needed": 1, "checkpoint_votes": ()}
     assert plain.state == replace(whole.state, **nothing)
     assert plain.manifest is None
     with pytest.raises(AccountError, match="no manifest account"):
@@ -83,7 +83,7 @@ def test_what_is_no_manifest_account(run: Run) -> None:
     _, coordinator, manifest = run.snapshot()
     with pytest.raises(AccountError, match="this is not a manifest account"):
         read(coordinator, coordinator)
-    with pytest.raises(AccountError, match="a manifest account has 10,136 bytes"):
+    with pytest.raises(AccountError, match="a manifest account has 10,016 bytes"):
         read(coordinator, manifest[:-1])
     record = view_manifest(bytearray(manifest))
     record["votes_len"] = 300

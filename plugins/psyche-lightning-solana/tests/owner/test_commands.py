@@ -64,6 +64,7 @@ def test_a_run_from_its_creation_to_its_end(psyche, chain, tmp_path):
     assert f"{OTHER} may join" in psyche("run", "authorize", "r", OTHER)[1]
     assert f"{OTHER} may not join" in psyche("run", "revoke", "r", OTHER)[1]
     assert f"{OTHER} had no authorization" in psyche("run", "revoke", "r", OTHER)[1]
+    assert f"{OTHER} takes no part in run r now" in psyche("run", "kick", "r", OTHER)[1]
     assert "not a wallet's address" in psyche("run", "authorize", "r", "someone")[1]
     assert "nobody has earned" in psyche("run", "points", "r")[1]
     assert "is paused" in psyche("run", "pause", "r")[1]

@@ -147,7 +147,9 @@ class ModelProgram:
         require(len(data) >= size, "AccountDidNotDeserialize")
         return data
 
-    def _instance(self, user: _Given, given: _Given, *, owner: bool, closing: bool = False) -> dict[str, Any]:
+    def _instance(
+        self, user: _Given, given: _Given, *, owner: bool, joins: bool = False, closing: bool = False
+    ) -> dict[str, Any]:
         require(user.signer, "AccountNotSigner")
         require(given.writable or not closing, "AccountNotMutable")
         kind = COORDINATOR.accounts["CoordinatorInstance"]
@@ -156,13 +158,16 @@ class ModelProgram:
         seeds = (b"coordinator", instance["run_id"].encode(), bytes([instance["bump"]]))
         require(self._is_derived(given.key, *seeds), "ConstraintSeeds")
         require(not owner or user.key == instance["main_authority"], "ConstraintHasOne")
+        require(not joins or user.key == instance["join_authority"], "ConstraintHasOne")
         return instance
 
     def _context(self, given: list[_Given], at: int = 1, *, owner: bool = False, **how: bool) -> _Context:
         """The instance at place ``at``, coordinator account and manifest account after it; the user first."""
         require(len(given) >= at + 3, "AccountNotEnoughKeys")
         instance_at, coordinator, manifest = given[at : at + 3]
-        instance = self._instance(given[0], instance_at, owner=owner, closing=how.get("closing", False))
+        instance = self._instance(
+            given[0], instance_at, owner=owner, joins=how.get("joins", False), closing=how.get("closing", False)
+        )
         require(coordinator.writable or how.get("read_only", False), "AccountNotMutable")
         data = self._owned(coordinator, self.program_id, COORDINATOR_DISCRIMINATOR, 16)
         require(len(data) == COORDINATOR_SIZE, "CoordinatorAccountIncorrectSize")
@@ -295,13 +300,18 @@ class ModelProgram:
         context = self._context(given)
         self._store(context, hosting.withdraw(context.run, context.user, self._clock))
 
+    def _kick(self, given: list[_Given], signer: bytes) -> None:
+        context = self._context(given, joins=True)
+        self._store(context, hosting.kick(context.run, signer, self._clock))
+
     def _tick(self, given: list[_Given]) -> None:
         context = self._context(given)
         self._store(context, hosting.tick(context.run, self._clock))
 
-    def _witness(self, given: list[_Given], epoch: int | None = None, height: int | None = None, **record: Any) -> None:
+    def _witness(self, given: list[_Given], **said: Any) -> None:
         context = self._context(given)
-        self._store(context, hosting.witness(context.run, context.user, record, epoch, height, self._clock))
+        record = {name: said.pop(name) for name in COORDINATOR.instructions["witness"].arguments.fields}
+        self._store(context, hosting.witness(context.run, context.user, record, said, self._clock))
 
     def _warmup_witness(self, given: list[_Given], epoch: int | None = None, **record: Any) -> None:
         context = self._context(given)
@@ -311,10 +321,6 @@ class ModelProgram:
     def _health_check(self, given: list[_Given], id: dict[str, bytes], **seat: Any) -> None:
         context = self._context(given)
         self._store(context, hosting.health_check(context.run, context.user, id["signer"], **seat, clock=self._clock))
-
-    def _vote_checkpoint(self, given: list[_Given], **vote: Any) -> None:
-        context = self._context(given)
-        self._store(context, hosting.vote_checkpoint(context.run, context.user, **vote, clock=self._clock))
 
     def _checkpoint(self, given: list[_Given], repo: Any) -> None:
         context = self._context(given)

@@ -27,7 +27,7 @@ from psyche_lightning.protocol.state import Phase, Round, RunState
 from psyche_lightning.wire.canonical import sha256
 from solana_support.vm import Outcome, Vm, must
 
-PARAMETERS = sha256(b"parameters")
+PARAMETERS, LIST = sha256(b"parameters"), sha256(b"list")
 CONFIG: dict[str, Any] = {
     "warmup_time": 100,
     "cooldown_time": 100,
@@ -196,7 +196,13 @@ class Run:
         assert self.state.phase is Phase.ROUND_TRAIN
         return self
 
-    def report(self, wallet: Keypair, heard: Sequence[bytes] | None = None) -> Instruction:
+    def report(
+        self,
+        wallet: Keypair,
+        heard: Sequence[bytes] | None = None,
+        root: bytes = LIST,
+        held: tuple[int, bytes] | None = None,
+    ) -> Instruction:
         """A witness' report on the current round as it should be; the wallet must have been in it."""
         round_, state = self.round, self.state
         index = round_.clients.index(bytes(wallet.pubkey()))
@@ -205,9 +211,10 @@ class Run:
         return self.keys.witness(
             wallet.pubkey(),
             proof,
-            sha256(b"list"),
+            root,
             bloom,
             at=(state.epoch, round_.height),
+            held=held or (state.step - 1, PARAMETERS),
             metadata={"step": state.step},
         )
 
@@ -223,11 +230,11 @@ class Run:
                 self.send(self.report(wallet, heard), wallet)  # who has no seat is refused
         return self
 
-    def cool(self) -> Run:
-        """The epoch ends by a pause that is asked for, and cool-down begins."""
+    def end(self) -> Run:
+        """The epoch ends by a pause that is asked for."""
         self.train()
         self.do(self.keys.set_paused(self.owner.pubkey(), True), self.owner)
-        while self.state.phase is not Phase.COOLDOWN:
+        while self.state.phase.active:
             self.witness()
         return self
 

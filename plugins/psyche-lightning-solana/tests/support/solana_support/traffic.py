@@ -21,7 +21,7 @@ from solders.pubkey import Pubkey
 
 from psyche_lightning.coordinator.machine import deadline, healthy
 from psyche_lightning.protocol.bloom import BLOOM_SIZE, participants_bloom
-from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.committee import round_selection, starting_digest
 from psyche_lightning.protocol.state import Phase, WitnessProof
 from psyche_lightning.wire.canonical import ZERO_HASH, sha256
 from solana_support.model import Account
@@ -162,6 +162,7 @@ class Traffic:
         self.recent: deque[Instruction] = deque(maxlen=12)
         self.silence = self.random.choice([0.0, 0.05, 0.4])
         self.discord = self.random.choice([0.0, 0.1, 0.5])
+        self.root = self.random.choice([ZERO_HASH, *[sha256(b"merkle")] * 4])
         self.spoil = 0.02 if patient else self.random.choice([0.05, 0.2])
 
     def next(self) -> Step:
@@ -175,9 +176,12 @@ class Traffic:
         return Step(self._seconds(), instruction)
 
     def _seconds(self) -> int:
-        if self.patient and self.random.random() < 0.97:
+        state = self.world.twins.run(self.world.keys).state if self.world.exists else None
+        # A warm-up needs the reports of two thirds of all.
+        warming = state is not None and state.phase is Phase.WARMUP
+        if self.patient and self.random.random() < (0.997 if warming else 0.97):
             return 0
-        due = deadline(self.world.twins.run(self.world.keys).state) if self.world.exists else None
+        due = deadline(state) if state is not None else None
         if due is not None and self.random.random() < (0.5 if self.patient else 0.08):
             return max(0, min(int(due) - self.world.twins.vm.time, 10**6) + self.random.choice([-1, 0, 0, 1]))
         return self.random.choices([0, 1, 3, 40], [80, 12, 5, 1])[0]
@@ -195,6 +199,7 @@ class Traffic:
             (1, self._tick),
             (0.5, self._join),
             (0.2, self._withdraw),
+            (0.1, self._kick),
             (0.1, self._rates),
             (0.1, self._address),
             (0.1, self._move_checkpoint),
@@ -204,7 +209,6 @@ class Traffic:
             (0.02 if self.patient else 0.15, lambda run: world.keys.set_paused(world.owner, True)),
             (0.1, self._witness),
             (0.1, self._warm_up),
-            (0.1, self._vote),
         ]
         if phase.halted:
             unfit = not run.state.config.epoch_time or not run.state.max_seq_len
@@ -218,11 +222,10 @@ class Traffic:
                 ),
             ]
         special: dict[Phase, list[tuple[float, Callable[[RunAccounts], Instruction]]]] = {
-            Phase.WAITING_FOR_MEMBERS: [(6, self._join)],
+            Phase.WAITING_FOR_MEMBERS: [(6, self._join), (0.3, self._warm_up)],
             Phase.WARMUP: [(6, self._warm_up), (0.1, self._health)],
             Phase.ROUND_TRAIN: [(6, self._witness), (0.7, self._health), (1, self._join)],
             Phase.ROUND_WITNESS: [(6, self._witness), (0.7, self._health)],
-            Phase.COOLDOWN: [(6, self._vote), (1, self._join)],
         }
         share = 0.25 if self.patient else 1
         weighted = [(share * weight, choose) for weight, choose in general] + special.get(phase, [])
@@ -293,6 +296,9 @@ class Traffic:
     def _withdraw(self, run: RunAccounts) -> Instruction:
         return self.world.keys.withdraw(self._someone())
 
+    def _kick(self, run: RunAccounts) -> Instruction:
+        return self.world.keys.kick(self.world.owner, self._someone())
+
     def _client(self, run: RunAccounts, done: set[bytes]) -> int | None:
         """The index of a healthy client that has something left to say."""
         clients = enumerate(run.state.clients)
@@ -308,12 +314,16 @@ class Traffic:
         }
         index = self._client(run, done)
         if index is None:
+            held = state.checkpoint.digest or ZERO_HASH
             return (
                 self._tick(run)
                 if state.phase is Phase.WARMUP
-                else self.world.keys.warmup_witness(self._someone(), 0, ZERO_HASH)
+                else self.world.keys.warmup_witness(self._someone(), 0, self.random.choice([held, held, ZERO_HASH]))
             )
-        digest = state.checkpoint.digest if state.checkpoint.digest and self.random.random() < 0.9 else self._digest()
+        decided = starting_digest(state)
+        if not decided and not state.checkpoint.digest and self.random.random() < 0.9:
+            index = 0  # in a fresh run it is first
+        digest = decided if decided and self.random.random() < 0.9 else self._digest()
         epoch = self.random.choice([None, state.epoch, state.epoch])
         return self.world.keys.warmup_witness(Pubkey(state.clients[index].signer), index, digest, epoch)
 
@@ -323,22 +333,27 @@ class Traffic:
             return self.world.keys.witness(self._someone(), WitnessProof(0, 0), ZERO_HASH)
         selection = round_selection(round_, state.config)
         done = {witness.proof.index for witness in round_.witnesses}
-        seats = [i for i in selection.witnesses() if i not in done]
+        again = self.random.random() < self.discord / 2  # who has reported may change its mind
+        seats = [i for i in selection.witnesses() if again or i not in done]
         if not seats or self.random.random() < self.silence:
             return self._tick(run)
         index = self.random.choice(seats)
         random = self.random.randbytes(BLOOM_SIZE)
         heard = _heard(round_.seed, round_.clients, self.silence, self.random.randrange(2))
         filters = [heard, self.random.choice([bytes(BLOOM_SIZE), random])]
-        at = self.random.choice([None, (state.epoch, round_.height)])
+        at = self.random.choice([None, (state.epoch, round_.height), (state.epoch, round_.height)])
         step = self.random.choice([0, state.step])
+        contained = max(state.step - self.random.choice([0, 1, 1, 1, 1, 2]), 0)
+        held = contained, self.random.choice([ZERO_HASH, self._digest(), self._digest()])
+        roots = [ZERO_HASH, sha256(b"other")] if self.random.random() < self.discord / 2 else [self.root]
         return self.world.keys.witness(
             Pubkey(round_.clients[index]),
             selection.witness_proof(index),
-            sha256(b"merkle"),
+            self.random.choice(roots),
             *filters,
             metadata={"step": step, "loss": 2.5},
             at=at,
+            held=held,
         )
 
     def _health(self, run: RunAccounts) -> Instruction:
@@ -352,13 +367,6 @@ class Traffic:
         return self.world.keys.health_check(
             Pubkey(self.random.choice(callers)), before.clients[index], ZERO_HASH, position, index
         )
-
-    def _vote(self, run: RunAccounts) -> Instruction:
-        state = run.state
-        index = self._client(run, {vote[0] for vote in state.checkpoint_votes})
-        voter = self._someone() if index is None else Pubkey(state.clients[index].signer)
-        step = max(state.step - 1 - (self.random.random() < self.discord), 0)
-        return self.world.keys.vote_checkpoint(voter, state.epoch, step, self._digest())
 
     # Spoiled instructions.
 

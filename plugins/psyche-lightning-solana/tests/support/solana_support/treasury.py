@@ -9,7 +9,14 @@ from typing import Any
 
 import spl.token.instructions as token
 from psyche_lightning_solana.account import RunAccounts, read
-from psyche_lightning_solana.interface import AUTHORIZER, COORDINATOR, JOIN_SCOPE, TREASURER, InstructionSpec
+from psyche_lightning_solana.interface import (
+    AUTHORIZER,
+    COORDINATOR,
+    JOIN_SCOPE,
+    TREASURER,
+    WITNESS_TRAILER,
+    InstructionSpec,
+)
 from psyche_lightning_solana.layout import COORDINATOR_SIZE, view_coordinator
 from psyche_lightning_solana.programs import image
 from solders.instruction import AccountMeta, Instruction
@@ -264,10 +271,10 @@ class Treasury:
             elif state.phase is Phase.ROUND_TRAIN:
                 round_ = state.rounds[state.head]
                 proof = asdict(round_selection(round_, state.config).witness_proof(0))
-                must(self.coordinate(specs["witness"], self._report(proof) | {"metadata": _METADATA}))
-            elif state.phase is Phase.COOLDOWN and not state.checkpoint_votes:
-                vote = {"epoch": state.epoch, "step": state.step - 1, "digest": bytes([7]) * 32}
-                must(self.coordinate(specs["vote_checkpoint"], vote))
+                report = specs["witness"].arguments.write(self._report(proof) | {"metadata": _METADATA})
+                held = {"step": state.step - 1, "digest": bytes([7]) * 32}
+                place = WITNESS_TRAILER.write({"epoch": state.epoch, "height": round_.height, **held})
+                must(self.coordinate(specs["witness"], report + place))
             else:
                 self.vm.advance(1)
                 must(self.coordinate(specs["tick"]))

@@ -30,6 +30,7 @@ from solana_support.runs import node_of
 from solana_support.vm import Outcome, Vm, must
 
 MAX_UNITS = 1_400_000
+PARAMETERS = b"\1" * 32
 BEGIN, END = "<!-- units: begin -->", "<!-- units: end -->"
 
 CONFIG = {
@@ -170,14 +171,16 @@ class LargeRun:
         """The committees of a round."""
         return _selection(int(round_["clients_len"]), int(round_["seed"]))
 
-    def witness(self, index: int, filters: bytes = bytes(192)) -> tuple[Keypair, Instruction]:
+    def witness(self, index: int, filters: bytes = bytes(192), root: bytes = b"\5" * 32) -> tuple[Keypair, Instruction]:
         """The report of the client at that index."""
         run, round_ = self.run, self.round
         user = self.by_key[bytes(run["clients"]["items"][index]["signer"])]
         proof = self.selection(round_).witness_proof(index)
         figures = {"step": int(run["step"]), "loss": 2.5, "evals": [{"name": bytes(32), "value": 1.0}] * 8}
         at = (int(run["epoch"]), int(round_["height"]))
-        return user, self.keys.witness(user.pubkey(), proof, b"\5" * 32, filters, filters, metadata=figures, at=at)
+        held = int(run["step"]) - 1, PARAMETERS
+        both = filters, filters
+        return user, self.keys.witness(user.pubkey(), proof, root, *both, metadata=figures, at=at, held=held)
 
     def begin(self) -> None:
         """From nothing to the first round."""
@@ -220,14 +223,11 @@ class LargeRun:
         return self.keys.join_run(key, bytes(node_of(user).pubkey()), self.join_permit)
 
     def _warm(self, index: int, user: Keypair) -> Instruction:
-        return self.keys.warmup_witness(user.pubkey(), index, b"\1" * 32, 0)
+        return self.keys.warmup_witness(user.pubkey(), index, PARAMETERS, 0)
 
     def train(self) -> None:
         """A round that ends early, one that ends when the last witness reports, a health check."""
-        seats = self.selection(self.round).witnesses()
-        for index in seats[:20]:
-            self.send(*self.witness(index))
-        self.measure("witness", "the quorum's last, the next round begins", *self.witness(seats[20]))
+        self._decide("the quorum's last, the next round begins")
         # Clients that are gone make it worth while to look up who the witnesses are.
         seats = self.selection(self.round).witnesses()
         others = [index for index in range(256) if index not in seats]
@@ -236,69 +236,75 @@ class LargeRun:
         self.measure("withdraw", "the 40th of 256 clients", gone[-1], self.keys.withdraw(gone[-1].pubkey()))
         user = self.wallets[seats[0]]
         self.measure("tick", "nothing is due in a round", user, self.keys.tick(user.pubkey()))
+        for index in seats:
+            self.send(*self.witness(index, self._filter(index), root=b"\6" * 32 if index in seats[:12] else b"\5" * 32))
+        self.measure("witness", "another root, everybody reported", *self.witness(seats[0], root=b"\7" * 32))
         self.vm.advance(1000)
-        self.measure("tick", "the time to train is over", user, self.keys.tick(user.pubkey()))
-        for index in seats[:31]:
+        self.measure("tick", "the time to witness is over, 40 clients leave", user, self.keys.tick(user.pubkey()))
+        for _ in range(3):
+            self._decide("")
+        self._check_health(100)
+
+    def _decide(self, case: str) -> None:
+        """A round that 21 of 32 witnesses decide."""
+        seats = self.selection(self.round).witnesses()
+        for index in seats[:20]:
             self.send(*self.witness(index, self._filter(index)))
-        self.measure("witness", "the last of 32 after training, 40 clients leave", *self.witness(seats[31]))
-        self._check_health(others[100], seats[0])
+        last = self.witness(seats[20], self._filter(seats[20]))
+        if case:
+            self.measure("witness", case, *last)
+        else:
+            self.send(*last)
 
     def _filter(self, index: int) -> bytes:
         """A filter that has everybody, except that two thirds lack the last bit of the client that is asked for."""
         bloom = Bloom([sha256(bytes([index, key])).digest()[0] + 1000 * key for key in range(8)], bits=2**1024 - 1)
         return bloom.to_bytes()
 
-    def _check_health(self, index: int, caller: int) -> None:
+    def _check_health(self, index: int) -> None:
         run = self.run
-        before = run["rounds"][(int(run["rounds_head"]) + 3) % 4]
-        listed = bytes(self.wallets[index].pubkey())
+        past = [(int(run["rounds_head"]) + 4 - back) % 4 for back in (1, 2, 3)]
+        before = run["rounds"][past[0]]
+        signers = run["clients"]["items"]["signer"]
+        listed, caller = bytes(signers[index]), bytes(signers[0])
         item = sha256(listed).digest()
 
-        # 20 of 32 witnesses heard from it, one fewer than a quorum; the others miss its last bit.
+        # All 32 witnesses reported; 21 miss its last bit, and the others have all of it.
         def unhear(record: Record) -> None:
-            round_ = record["rounds"][(int(run["rounds_head"]) + 3) % 4]
-            for place in range(20, 32):
-                filters = round_["witnesses"][place]["participants"]
-                bloom = Bloom.from_bytes(bytes(filters))
-                bloom.bits &= ~(1 << bloom.positions(item)[-1])
-                filters[:] = list(bloom.to_bytes())
+            for slot in past:
+                round_ = record["rounds"][slot]
+                round_["witnesses"][21:] = round_["witnesses"][:11]
+                round_["witnesses_len"] = 32
+                for place in range(21):
+                    filters = round_["witnesses"][place]["participants"]
+                    bloom = Bloom.from_bytes(bytes(filters))
+                    bloom.bits &= ~(1 << bloom.positions(item)[-1])
+                    filters[:] = list(bloom.to_bytes())
 
         self.change(unhear)
-        user = self.wallets[caller]
+        user = self.by_key[caller]
         position = self.selection(before).committee_position(index)
         instruction = self.keys.health_check(user.pubkey(), listed, ZERO_HASH, position, index)
-        self.measure("health_check", "one of 216 clients is dropped, 32 reports", user, instruction)
+        self.measure("health_check", "one of 216 clients is dropped, three rounds of 32 reports", user, instruction)
 
     def end(self) -> None:
-        """The run drains, everybody votes for something else, and is paid."""
+        """The run drains, the parameters are named, and all are paid."""
         keys, owner = self.keys, self.owner.pubkey()
         self.measure("set_paused", "a pause in a round", self.owner, keys.set_paused(owner, True))
-        while int(self.run["run_state"]) != 5:
-            clients = self.run["clients"]
-            states = {index: int(clients["items"][index]["status"]) for index in range(int(clients["len"]))}
-            seats = [index for index in self.selection(self.round).witnesses() if not states[index]]
+        while True:
+            run = self.run
+            statuses = run["clients"]["items"]["status"]
+            seats = [index for index in self.selection(self.round).witnesses() if not statuses[index]]
+            if int(run["last_step"]):
+                break
             height = int(self.round["height"])
             for index in seats:
-                if int(self.round["height"]) == height and int(self.run["run_state"]) != 5:
+                if int(self.round["height"]) == height:
                     self.send(*self.witness(index))
-        clients = self.run["clients"]
-        users = [self.by_key[bytes(clients["items"][index]["signer"])] for index in range(int(clients["len"]))]
-
-        # The latest came first: to find each member takes a walk around the list of members.
-        def reverse(record: Record) -> None:
-            count = int(record["exited_clients"]["len"])
-            items = record["exited_clients"]["items"]
-            items[:count] = items[:count][::-1].copy()
-
-        self.change(reverse)
-
-        def vote(index: int, user: Keypair) -> Instruction:
-            return keys.vote_checkpoint(user.pubkey(), 0, 1, sha256(bytes([index])).digest())
-
-        self.each(vote, users[:-2])
-        self.measure("vote_checkpoint", f"{len(users) - 1} votes for something else", users[-2], vote(254, users[-2]))
-        last = users[-1]
-        self.measure("vote_checkpoint", "the last, the epoch ends", last, vote(255, last))
+        for index in seats[:20]:
+            self.send(*self.witness(index))
+        self.measure("witness", "the parameters are named, the epoch ends", *self.witness(seats[20]))
+        assert int(self.run["run_state"]) == 7
         moved = {"Hub": {"repo_id": "o" * 64, "revision": "p" * 64}}
         first = self.wallets[0]
         self.measure("checkpoint", "by the main authority", self.owner, keys.checkpoint(owner, moved))
@@ -307,16 +313,19 @@ class LargeRun:
         self.measure("set_paused", "a run goes on", self.owner, keys.set_paused(owner, False))
 
     def leave(self) -> None:
-        """Everybody leaves in the second epoch, which then drains and ends in one instruction."""
+        """So many leave in the second epoch that it ends, when one more is kicked."""
         keys, last = self.keys, self.wallets[-1]
         self.each(lambda index, user: self._join(user), self.wallets)
         self.vm.advance(10)
         self.send(last, keys.tick(last.pubkey()))
-        digest = bytes(self.vm.data(keys.manifest)[304:336])
-        self.each(lambda index, user: keys.warmup_witness(user.pubkey(), index, digest, 1), self.wallets)
+        self.each(lambda index, user: keys.warmup_witness(user.pubkey(), index, PARAMETERS, 1), self.wallets)
         self.send(*self.witness(self.selection(self.round).witnesses()[0]))
-        self.each(lambda index, user: keys.withdraw(user.pubkey()), self.wallets[:-1])
-        self.measure("withdraw", "the last of 256 clients, the epoch ends", last, keys.withdraw(last.pubkey()))
+        leaving = self.wallets[1:87]
+        self.each(lambda index, user: keys.withdraw(user.pubkey()), leaving[:-1])
+        user = leaving[-1]
+        self.measure("withdraw", "another, after 85 have left", user, keys.withdraw(user.pubkey()))
+        kick = keys.kick(self.owner.pubkey(), self.wallets[0].pubkey())
+        self.measure("kick", "too few of 256 clients are left, the epoch ends", self.owner, kick)
         self.send(self.owner, keys.set_paused(self.owner.pubkey(), True))
         owner = self.owner.pubkey()
         self.measure("free_coordinator", "", self.owner, keys.free_coordinator(owner, owner))
