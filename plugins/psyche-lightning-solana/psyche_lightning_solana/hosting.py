@@ -17,6 +17,7 @@ from psyche_lightning.protocol.committee import Committee, round_selection
 from psyche_lightning.protocol.limits import PSYCHE_LIMITS, check_config
 from psyche_lightning.protocol.requests import HealthCheck, WarmupWitness, Witness
 from psyche_lightning.protocol.state import (
+    Checkpoint,
     Client,
     ClientStatus,
     CoordinatorConfig,
@@ -209,6 +210,16 @@ def resume(run: RunAccounts, clock: Clock) -> RunAccounts:
         state = replace(state, phase=Phase.PAUSED, step=state.step or 1)
     state = machine.resume(state, clock.now)
     return advance(replace(run, state=state, next_active=(run.next_active + 1) & MAX_U64), clock)
+
+
+def restart_from(run: RunAccounts, step: int, digest: bytes, clock: Clock) -> RunAccounts:
+    """Go on from other parameters; the samples since the stored round that follows them are trained again."""
+    before = run.state
+    state = machine.restart_from(before, Checkpoint(b"" if digest == ZERO_HASH else digest, step), clock.now)
+    place = next((round_.data_index for round_ in before.rounds if round_.step == step + 1), None)
+    if place is not None:
+        state = replace(state, epoch_start_data_index=place)
+    return advance(replace(run, state=state), clock)
 
 
 def set_checkpoint(run: RunAccounts, repo: Any, clock: Clock) -> RunAccounts:

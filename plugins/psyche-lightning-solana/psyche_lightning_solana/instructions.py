@@ -181,6 +181,10 @@ class RunKeys:
         accounts = {"user": user} | ({} if authorization is None else {"authorization": authorization})
         return self._build("checkpoint", accounts, {"repo": checkpoint})
 
+    def restart_from(self, authority: Pubkey, step: int, digest: bytes) -> Instruction:
+        """Go on from other parameters than the newest; later steps are undone."""
+        return self._build("restart_from", {"authority": authority}, {"step": step, "digest": digest})
+
     def kick(self, authority: Pubkey, wallet: Pubkey) -> Instruction:
         """Remove a member at once, also from the epoch; for the join authority."""
         return self._build("kick", {"authority": authority}, {"signer": bytes(wallet)})

@@ -140,6 +140,7 @@ COORDINATOR = _program(
         epoch_slashing_rate_per_client=Option(U64),
     ),
     _instruction("set_paused", _OWNER, paused=BOOL),
+    _instruction("restart_from", _OWNER, step=U32, digest=Raw(32)),
     _instruction(
         "join_run",
         "user s, authorization, instance, coordinator_account w, manifest w, node s",
@@ -238,6 +239,7 @@ TREASURER = _program(
     # Ours: the run is the coordinator's main authority, so the treasurer forwards that authority's commands.
     _instruction("run_set_manifest", _COMMAND, digest=Raw(32), address=String(MAX_MANIFEST_ADDRESS)),
     _instruction("run_checkpoint", _COMMAND, repo=CHECKPOINT),
+    _instruction("run_restart_from", _COMMAND, step=U32, digest=Raw(32)),
     _instruction("participant_create", "payer sw, user s, run, participant w, system_program"),
     _instruction(
         "participant_claim",

@@ -15,6 +15,7 @@ from psyche_lightning.errors import ConfigError, CoordinatorError, WireError
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.owner import Creation
 from psyche_lightning.protocol.state import CoordinatorConfig, Phase
+from psyche_lightning.wire.canonical import HASH_SIZE
 from psyche_lightning_solana import account
 from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.client.admin import SolanaAdmin
@@ -155,11 +156,16 @@ class SolanaRunAdmin:
         return self._url
 
     def restart_from(self, digest: str, step: int) -> str:
-        """Refuse: the program has no such instruction."""
-        raise CoordinatorError(
-            f"the program of run {self._run} cannot go back: what it recorded stays. Create another run, and begin it "
-            f"from a checkpoint with the parameters {digest[:8]} of step {step}",
-            code="Unsupported",
+        """Go on from other parameters than the newest."""
+        try:
+            raw = bytes.fromhex(digest)
+        except ValueError:
+            raw = b""
+        if len(raw) != HASH_SIZE:
+            raise ConfigError(f"{digest!r} is no digest of parameters: expected {2 * HASH_SIZE} hexadecimal digits")
+        self._do(lambda admin: admin.restart_from(step, raw))
+        return (
+            f"run {self._run} goes on from the parameters {digest[:8]} of step {step}, once a node that has them joins"
         )
 
     def points(self) -> list[dict[str, Any]]:

@@ -99,6 +99,18 @@ NOINLINE u64 set_paused(Input *input) {
   return close_context(&context);
 }
 
+NOINLINE u64 go_back_to(Input *input) {
+  Context context;
+  Key digest;
+  Reader fields = reader(input->data, input->data_length);
+  u32 step = read_u32(&fields);
+  read_key(&fields, &digest);
+  TRY(ended(&fields));
+  TRY(open_context(&context, input, 1, AUTHORITY));
+  TRY(restart_from(&context.run, step, &digest));
+  return close_context(&context);
+}
+
 // Where the run's manifest lies, and its digest: fixed while the run goes on, once there is one.
 NOINLINE u64 set_manifest(Input *input) {
   Context context;

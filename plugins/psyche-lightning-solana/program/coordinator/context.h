@@ -57,6 +57,7 @@ u64 update(Input *input);
 u64 update_client_version(Input *input);
 u64 set_future_epoch_rates(Input *input);
 u64 set_paused(Input *input);
+u64 go_back_to(Input *input);
 u64 join_run(Input *input);
 u64 withdraw_from_run(Input *input);
 u64 kick(Input *input);

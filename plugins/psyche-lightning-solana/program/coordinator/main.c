@@ -8,6 +8,7 @@
   X(0xfb0d02333c2e15c1, update_client_version, "UpdateClientVersion")                              \
   X(0x81b6c8c757a015ef, set_future_epoch_rates, "SetFutureEpochRates")                             \
   X(0xdaa6e1b0c07d3c5b, set_paused, "SetPaused")                                                   \
+  X(0xc71a09fe2374830a, go_back_to, "RestartFrom")                                                 \
   X(0x4bf6866a667da048, join_run, "JoinRun")                                                       \
   X(0x0f3f5065082c4f5c, tick_run, "Tick")                                                          \
   X(0x2715df8e1995f4d5, send_witness, "Witness")                                                   \

@@ -116,6 +116,8 @@ u64 leave(Run *run, const Key *signer, u8 state);
 // control.c
 u64 pause(Run *run);
 u64 resume(Run *run);
+// Go on from other parameters than the newest; later steps are undone.
+u64 restart_from(Run *run, u32 step, const Key *digest);
 
 // reports.c
 u64 need_running_round(const Run *run);

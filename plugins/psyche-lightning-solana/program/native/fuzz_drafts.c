@@ -7,6 +7,7 @@ static const u64 DISCRIMINATORS[INSTRUCTIONS] = {
     0x81b6c8c757a015ef, 0xdaa6e1b0c07d3c5b, 0x4bf6866a667da048, 0x0f3f5065082c4f5c,
     0x2715df8e1995f4d5, 0x5e37163fe87ae8d3, 0x839d128aa8635a73, 0xfcb88ff0cc13c8d5,
     0x22a16d949c4612b7, 0x57d273dc5df0af75, 0x2cbca8e5ed1f4b5f, 0xd213963eb9955cb8,
+    0xc71a09fe2374830a,
 };
 
 u8 next(Bytes *bytes) {
@@ -238,10 +239,14 @@ void draft_one(Draft *draft, u8 kind, Bytes *bytes) {
     case SET_ADDRESS: draft_address(draft, next(bytes)); return;
     default: break;
   }
-  bool owners = kind == VERSION || kind == RATES || kind == PAUSE || kind == SET_MANIFEST || kind == KICK;
+  bool owners = kind == VERSION || kind == RATES || kind == PAUSE || kind == SET_MANIFEST || kind >= KICK;
   start(draft, kind, owners ? OWNER : node);
   run_accounts(draft);
   if (kind == VERSION) put_text(draft, next(bytes) & 1 ? "v2" : "test");
+  if (kind == RESTART) {
+    put32(draft, coordinator()->progress.step - (next(bytes) & 3));
+    put_filled(draft, next(bytes) & 3, 32);
+  }
   if (kind == KICK) put(draft, key_of(node), 32);
   if (kind == PAUSE) put8(draft, next(bytes) % 3);
   if (kind == RATES) {

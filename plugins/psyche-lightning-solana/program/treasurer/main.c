@@ -6,6 +6,7 @@
   X(0x9d14420d742e5633, run_update, "RunUpdate")                 \
   X(0xcede91b92a7695ac, run_set_manifest, "RunSetManifest")      \
   X(0x9184470af70d1e93, run_checkpoint, "RunCheckpoint")         \
+  X(0x17cb47d03b1f05f1, run_restart_from, "RunRestartFrom")      \
   X(0xb546b075288eb132, participant_create, "ParticipantCreate") \
   X(0x26ad6b3b56e896a0, participant_claim, "ParticipantClaim")
 

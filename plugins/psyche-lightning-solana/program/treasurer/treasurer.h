@@ -52,6 +52,7 @@ u64 run_update(Input *input);
 // Accounts of run_update. Arguments as the coordinator's set_manifest and checkpoint: forwarded as they are.
 u64 run_set_manifest(Input *input);
 u64 run_checkpoint(Input *input);
+u64 run_restart_from(Input *input);
 // payer (signs, pays), user (signs), run, participant (made), system_program.
 u64 participant_create(Input *input);
 // user (signs), user_collateral (writable), run (writable), run_collateral (writable), participant (writable),

@@ -9,6 +9,7 @@
 #define UPDATE_CLIENT_VERSION 0xfb0d02333c2e15c1ull
 #define SET_MANIFEST 0x57d273dc5df0af75ull
 #define CHECKPOINT 0xfcb88ff0cc13c8d5ull
+#define RESTART_FROM 0xc71a09fe2374830aull
 
 // More than the longest arguments: those of `update`.
 #define MAX_ARGUMENTS 1024
@@ -115,3 +116,5 @@ static NOINLINE u64 forward_all(Input *input, u64 discriminator) {
 u64 run_set_manifest(Input *input) { return forward_all(input, SET_MANIFEST); }
 
 u64 run_checkpoint(Input *input) { return forward_all(input, CHECKPOINT); }
+
+u64 run_restart_from(Input *input) { return forward_all(input, RESTART_FROM); }

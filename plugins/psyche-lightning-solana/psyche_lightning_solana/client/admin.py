@@ -254,6 +254,16 @@ class SolanaAdmin:
         """Open a paused run to nodes again; the same as :meth:`start`."""
         return await self.start()
 
+    async def restart_from(self, step: int, digest: bytes) -> RunAccounts:
+        """Go on from other parameters than the newest; some member must hold them.
+
+        Raises:
+            CoordinatorError: ``NotOwner``; ``InvalidRunState`` while an epoch trains; ``InvalidCheckpoint``.
+        """
+        _, owner = await self._owned()
+        await self._command("restart_from", owner.restart(step, digest), owner)
+        return await self.look()
+
     async def pause(self) -> RunAccounts:
         """Halt the run after its epoch, or at once between epochs. A halted run stays halted.
 

@@ -99,6 +99,7 @@ UNITS = {
     "set_future_epoch_rates": 30_000,
     "set_manifest": 30_000,
     "set_paused": 60_000,
+    "restart_from": 60_000,
     "free_coordinator": 30_000,
     # The authorizer and the treasurer; an address may take several tries to be found.
     "authorization_create": 60_000,

@@ -45,6 +45,10 @@ class Owner(Protocol):
     def checkpoint(self, checkpoint: dict[str, Any]) -> Instruction:
         """The checkpoint's place."""
 
+    def restart(self, step: int, digest: bytes) -> Instruction:
+        """Other parameters than the newest."""
+        ...
+
     def free(self) -> Instruction:
         """Close the run.
 
@@ -88,6 +92,10 @@ class Direct:
     def checkpoint(self, checkpoint: dict[str, Any]) -> Instruction:
         """The checkpoint's place."""
         return self.keys.checkpoint(self.me, checkpoint)
+
+    def restart(self, step: int, digest: bytes) -> Instruction:
+        """Other parameters than the newest."""
+        return self.keys.restart_from(self.me, step, digest)
 
     def free(self) -> Instruction:
         """Close the run."""
@@ -202,6 +210,10 @@ class Treasury:
     def checkpoint(self, checkpoint: dict[str, Any]) -> Instruction:
         """The checkpoint's place."""
         return self._command("run_checkpoint", {"repo": checkpoint})
+
+    def restart(self, step: int, digest: bytes) -> Instruction:
+        """Other parameters than the newest."""
+        return self._command("run_restart_from", {"step": step, "digest": digest})
 
     def free(self) -> Instruction:
         """Always refused: points may still be claimed."""

@@ -158,6 +158,8 @@ def act(run: RunAccounts, name: str, user: bytes, given: dict[str, Any], clock: 
         return hosting.health_check(run, user, listed, given["committee"], given["position"], given["index"], clock)
     if name == "withdraw":
         return hosting.withdraw(run, user, clock)
+    if name == "restart_from":
+        return hosting.restart_from(run, given["step"], given["digest"], clock)
     if name == "kick":
         return hosting.kick(run, given["signer"], clock)
     if name == "join_run":

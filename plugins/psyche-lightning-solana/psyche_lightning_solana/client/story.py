@@ -152,6 +152,9 @@ class Story:
             self.history.note(state, now, "joined", f"{short(user)} joined", user)
         elif name == "withdraw":
             self.history.note(state, now, "left", f"{short(user)} left", user)
+        elif name == "restart_from":
+            text = f"the owner goes back to the parameters {given['digest'][:4].hex()} of step {given['step']}"
+            self.history.note(state, now, "run", text)
         elif name == "kick":
             text = f"{short(given['signer'])} was removed by the run's owner"
             self.history.note(state, now, "kicked", text, given["signer"])

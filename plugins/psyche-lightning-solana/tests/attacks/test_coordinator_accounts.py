@@ -34,6 +34,7 @@ def every_instruction(run: Run) -> Iterator[tuple[Instruction, list[Keypair]]]:
         keys.checkpoint(owner.pubkey(), HUB),
         keys.set_manifest(owner.pubkey(), sha256(b"m"), "here"),
         keys.kick(owner.pubkey(), user.pubkey()),
+        keys.restart_from(owner.pubkey(), 0, PARAMETERS),
     ):
         yield instruction, [owner]
     instruction, *signers = run.joining(user)
@@ -71,7 +72,7 @@ def test_who_should_sign_and_does_not(training: Run) -> None:
     assert names == {spec.discriminator for name, spec in specs.items() if name != "init_coordinator"}
 
 
-@pytest.mark.parametrize("name", ["free", "update", "version", "rates", "paused", "manifest", "kick"])
+@pytest.mark.parametrize("name", ["free", "update", "version", "rates", "paused", "manifest", "kick", "restart"])
 def test_commands_of_somebody_who_is_not_the_owner(training: Run, name: str) -> None:
     keys, thief = training.keys, training.stranger
     key = thief.pubkey()
@@ -82,6 +83,7 @@ def test_commands_of_somebody_who_is_not_the_owner(training: Run, name: str) -> 
         "rates": lambda: keys.set_future_epoch_rates(key, 2**64 - 1, 0),
         "paused": lambda: keys.set_paused(key, True),
         "manifest": lambda: keys.set_manifest(key, sha256(b"mine"), "mine"),
+        "restart": lambda: keys.restart_from(key, 0, PARAMETERS),
         "kick": lambda: keys.kick(key, training.wallets[0].pubkey()),
     }[name]()
     assert training.refused(instruction, thief) == "ConstraintHasOne"
@@ -122,7 +124,7 @@ def test_the_accounts_of_another_run(training: Run) -> None:
                 substitute, names = swaps[meta.pubkey]
                 assert training.refused(altered(instruction, **{f"a{place}": substitute}), *signers) in names
                 swapped += 1
-    assert swapped == 3 * 14
+    assert swapped == 3 * 15
     mine = altered(training.keys.set_paused(training.stranger.pubkey(), True), a1=other.instance)
     assert training.refused(mine, training.stranger) == "ConstraintHasOne"
     whole = altered(mine, a3=other.manifest)

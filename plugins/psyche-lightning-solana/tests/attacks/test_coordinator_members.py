@@ -396,6 +396,27 @@ def test_a_run_waits_for_a_holder_of_its_parameters() -> None:
     assert len(run.state.clients) == 3
 
 
+def test_the_owner_goes_back_to_older_parameters() -> None:
+    run, old = Run(3, init_min_clients=2).end(), sha256(b"old")
+    key, keys = run.owner.pubkey(), run.keys
+    assert (run.state.step, run.state.epoch_start_data_index) == (2, 1024)
+    for step, digest in ((2, old), (2**32 - 1, old), (0, bytes(32))):
+        assert run.refused(keys.restart_from(key, step, digest), run.owner) == "InvalidCheckpoint"
+    run.do(keys.restart_from(key, 0, old), run.owner)
+    assert (run.state.step, run.state.epoch_start_data_index, run.state.rounds) == (1, 0, ())
+    run.do(keys.set_paused(key, False), run.owner)
+    for wallet in run.wallets:
+        run.join(wallet)
+    run.wait(CONFIG["waiting_for_members_extra_time"]).wait(100)
+    assert run.state.phase is Phase.WAITING_FOR_MEMBERS, "nobody holds them"
+    run.do(keys.warmup_witness(run.wallets[2].pubkey(), 2, old), run.wallets[2])
+    run.wait(CONFIG["waiting_for_members_extra_time"])
+    for index, wallet in enumerate(run.wallets):
+        run.do(keys.warmup_witness(wallet.pubkey(), index, old), wallet)
+    assert (run.state.phase, run.round.step, run.round.data_index) == (Phase.ROUND_TRAIN, 1, 0)
+    assert run.refused(keys.restart_from(key, 0, old), run.owner) == "InvalidRunState", "an epoch is under way"
+
+
 # Checkpoints.
 
 

@@ -67,6 +67,8 @@ def test_a_run_from_its_creation_to_its_end(psyche, chain, tmp_path):
     assert f"{OTHER} takes no part in run r now" in psyche("run", "kick", "r", OTHER)[1]
     assert "not a wallet's address" in psyche("run", "authorize", "r", "someone")[1]
     assert "nobody has earned" in psyche("run", "points", "r")[1]
+    assert "is no digest" in psyche("run", "restart-from", "r", "0f", "0")[1]
+    assert "goes on from the parameters 0f0f0f0f of step 0" in psyche("run", "restart-from", "r", "0f" * 32, "0")[1]
     assert "is paused" in psyche("run", "pause", "r")[1]
     found = json.loads(psyche("run", "status", "r", "--json")[1])
     assert (found["phase"], found["total_steps"], found["about"]["name"]) == ("paused", 9, "demo")

@@ -183,6 +183,10 @@ def test_the_manifest_and_the_checkpoint_are_the_authoritys(world: Treasury) -> 
     after = world.vm.data(world.account)
     assert before != after
     assert b"another/place" in after
+    must(world.send(world.instruction("run_update", {"paused": False})))
+    older = {"step": 0, "digest": bytes([8]) * 32}
+    must(world.send(world.instruction("run_restart_from", older)))
+    assert bytes(view_manifest(world.vm.data(world.manifest))["checkpoint_digest"]) == bytes([8]) * 32
 
 
 def test_points_are_paid_in_parts(world: Treasury) -> None:
@@ -239,6 +243,8 @@ def test_units_are_as_documented(world: Treasury) -> None:
     measured["run_set_manifest"] = must(world.send(world.instruction("run_set_manifest", manifest)))
     repo = {"Hub": {"repo_id": "another/place", "revision": "main"}}
     measured["run_checkpoint"] = must(world.send(world.instruction("run_checkpoint", {"repo": repo})))
+    older = {"step": 0, "digest": bytes([8]) * 32}
+    measured["run_restart_from"] = must(world.send(world.instruction("run_restart_from", older)))
     for number in range(255):
         world.give_points(1, Pubkey(number.to_bytes(32, "little")))
     world.give_points(1)

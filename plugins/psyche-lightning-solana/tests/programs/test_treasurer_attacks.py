@@ -156,6 +156,7 @@ def test_only_the_main_authority_commands(world: Treasury) -> None:
         ("run_update", {"paused": False}),
         ("run_set_manifest", {"digest": bytes([1]) * 32, "address": ""}),
         ("run_checkpoint", {"repo": {"Hub": {"repo_id": "a/b", "revision": None}}}),
+        ("run_restart_from", {"step": 0, "digest": bytes([1]) * 32}),
     ]:
         for thief in (world.user, world.joiner):
             assert error_of(world.send(world.instruction(name, arguments, authority=thief.pubkey())), "run") == 2001
@@ -238,7 +239,7 @@ def test_commands_have_one_encoding(world: Treasury, data: bytes) -> None:
     assert world.vm.data(world.account) == before
 
 
-@pytest.mark.parametrize("name", ["run_set_manifest", "run_checkpoint"])
+@pytest.mark.parametrize("name", ["run_set_manifest", "run_checkpoint", "run_restart_from"])
 def test_what_is_forwarded_is_bounded(world: Treasury, name: str) -> None:
     """More than a transaction holds comes from another program that calls."""
     must(world.create())

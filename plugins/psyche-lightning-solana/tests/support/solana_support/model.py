@@ -300,6 +300,10 @@ class ModelProgram:
         context = self._context(given)
         self._store(context, hosting.withdraw(context.run, context.user, self._clock))
 
+    def _restart_from(self, given: list[_Given], step: int, digest: bytes) -> None:
+        context = self._context(given, owner=True)
+        self._store(context, hosting.restart_from(context.run, step, digest, self._clock))
+
     def _kick(self, given: list[_Given], signer: bytes) -> None:
         context = self._context(given, joins=True)
         self._store(context, hosting.kick(context.run, signer, self._clock))

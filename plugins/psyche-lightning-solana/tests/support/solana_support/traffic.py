@@ -199,7 +199,8 @@ class Traffic:
             (1, self._tick),
             (0.5, self._join),
             (0.2, self._withdraw),
-            (0.1, self._kick),
+            (0.02 if self.patient else 0.1, self._kick),
+            (0.02 if self.patient else 0.1, self._restart),
             (0.1, self._rates),
             (0.1, self._address),
             (0.1, self._move_checkpoint),
@@ -295,6 +296,10 @@ class Traffic:
 
     def _withdraw(self, run: RunAccounts) -> Instruction:
         return self.world.keys.withdraw(self._someone())
+
+    def _restart(self, run: RunAccounts) -> Instruction:
+        step = self.random.choice([run.state.step, *[max(run.state.step - 1 - i, 0) for i in range(4)]])
+        return self.world.keys.restart_from(self.world.owner, step, self.random.choice([ZERO_HASH, self._digest()]))
 
     def _kick(self, run: RunAccounts) -> Instruction:
         return self.world.keys.kick(self.world.owner, self._someone())

@@ -328,6 +328,7 @@ class LargeRun:
         self.measure("kick", "too few of 256 clients are left, the epoch ends", self.owner, kick)
         self.send(self.owner, keys.set_paused(self.owner.pubkey(), True))
         owner = self.owner.pubkey()
+        self.measure("restart_from", "", self.owner, keys.restart_from(owner, 0, PARAMETERS))
         self.measure("free_coordinator", "", self.owner, keys.free_coordinator(owner, owner))
 
 
