@@ -190,7 +190,10 @@ class CoordinatorServer:
             del self._sessions[key]
             # Whoever is still there has answered a ping since this one was due.
             since = self._clock() - self._heartbeat / 2 if session.silent else None
-            self._expect(session.run, session.signer, self._grace, session.reason, since=since)
+            # A node closes a silent connection, which the server sees when the way is open again: the node is on it.
+            looking = session.was_quiet and not session.silent
+            wait = self._grace + RECONNECT_TIME if looking else self._grace
+            self._expect(session.run, session.signer, wait, session.reason, since=since)
 
     def _expect(self, run: LiveRun, signer: bytes, wait: float, reason: str, *, since: float | None = None) -> None:
         """Drop the node unless it comes back within ``wait`` seconds.
@@ -424,7 +427,7 @@ class CoordinatorServer:
         greeting = greet(self._identity, state.run_id, state.incarnation, self._entropy(SALT_SIZE), nonce)
         # Called at each join: the run may have another link by then.
         secrets = None if self._guard.obeys(request) else lambda: [self._secret(run), *self._guard.secrets]
-        session = Websocket(run, socket, greeting, secrets, self._arrived)
+        session = Websocket(run, socket, greeting, secrets, self._arrived, self._heartbeat / 2)
         host = network(request.remote or "")
         strangers = {one: other for one, other in self._open.items() if not one.member}
         oldest = surplus(strangers, host, MAX_STRANGERS, MAX_STRANGERS_OF_HOST)

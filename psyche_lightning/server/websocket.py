@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ class Websocket:
         greeting: the challenge that this connection's signatures cover, and the first frame (see ``greet``).
         secrets: returns those of which each proves that a node is invited; None if it is in any case.
         arrived: called with the connection once its node has proved its key; returns what the node may ask for.
+        usual: seconds without a frame that are usual.
 
     Attributes:
         run: the run.
@@ -54,11 +56,15 @@ class Websocket:
         greeting: tuple[bytes, list[Any]],
         secrets: Callable[[], Sequence[bytes]] | None,
         arrived: Callable[[Websocket], Bucket],
+        usual: float,
     ) -> None:
         self.run = run
         self.signer = b""
         self.reason = "its connection was closed"
         self.silent = False
+        self._usual = usual
+        self._heard = asyncio.get_running_loop().time()
+        self._woke = -math.inf
         self._socket = socket
         self._challenge, self._greeting = greeting
         self._secrets = secrets
@@ -79,6 +85,9 @@ class Websocket:
             async for message in self._socket:
                 if message.type is WSMsgType.ERROR:
                     break
+                before, self._heard = self._heard, asyncio.get_running_loop().time()
+                if self._heard - before > self._usual:
+                    self._woke = self._heard
                 if message.type is WSMsgType.PING:
                     await self._socket.pong(message.data)
                 elif message.type is not WSMsgType.PONG:
@@ -101,6 +110,12 @@ class Websocket:
         finally:
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)
+
+    @property
+    def was_quiet(self) -> bool:
+        """Whether nothing came for an unusual time, or only just came again."""
+        now = asyncio.get_running_loop().time()
+        return now - self._heard > self._usual or now - self._woke < self._usual
 
     def replace(self) -> None:
         """End the connection, because its node has a newer one."""

@@ -60,9 +60,9 @@ class Way:
 
 
 @contextlib.asynccontextmanager
-async def three_nodes(served, quick, **settings):
+async def three_nodes(served, quick, heartbeat=SERVER, **settings):
     """A server, the way to it of each node, and the nodes."""
-    async with served(grace=0.3, heartbeat=SERVER) as (server, url), contextlib.AsyncExitStack() as opened:
+    async with served(grace=0.3, heartbeat=heartbeat) as (server, url), contextlib.AsyncExitStack() as opened:
         given = {**quick, "init_min_clients": 3, "min_clients": 2, "global_batch_size_start": 3, "total_steps": 10**6}
         await asyncio.to_thread(CoordinatorAdmin(url).create, "r", {**given, **settings})
         ways = [await opened.enter_async_context(Way(url)) for _ in range(3)]
@@ -101,6 +101,28 @@ def test_when_nobody_is_heard_the_run_waits_and_nobody_is_dropped(served, walk, 
     run(main())
     assert "the run waits until one is back" in caplog.text
     assert "a node is heard from again, after" in caplog.text
+
+
+def test_a_silence_that_only_nodes_notice_drops_nobody_when_it_ends(served, walk, run, quick):
+    """They have closed their connections by then, which the server sees before it sees the new ones."""
+
+    async def main():
+        async with three_nodes(served, quick, heartbeat=4.0) as (live, ways, nodes):
+            await asyncio.gather(*(walk(node, until=lambda state: state.step > 20) for node in nodes))
+            for way in ways:
+                way.silence()
+            before = live.state
+            await asyncio.sleep(LONG)
+            assert all(node.away is not None for node in nodes)
+            assert live.problem is None
+            for way in ways:
+                way.speak()
+            going_on = (walk(node, until=lambda state: state.step > before.step + 20) for node in nodes)
+            states = await asyncio.gather(*going_on)
+            assert {state.epoch for state in states} == {before.epoch}
+            assert events(live, "dropped") == []
+
+    run(main())
 
 
 def test_when_others_are_heard_the_silent_one_is_dropped(served, walk, run, quick):
