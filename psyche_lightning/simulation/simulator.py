@@ -200,8 +200,12 @@ class Simulation:
             SimulationError: a book has other results than those that a quorum reported.
         """
         delay = 2 if self.scenario.overlap else 1
+        opened: dict[str, Envelope] = {}
         for row in rows:
-            envelopes = [open_envelope(base64.b64decode(text), self.scope) for text in row["results"]]
+            for text in row["results"]:
+                if text not in opened:
+                    opened[text] = open_envelope(base64.b64decode(text), self.scope)
+            envelopes = [opened[text] for text in row["results"]]
             listed = merkle_root(
                 sorted(
                     each.message.commitment(self.scope, each.sender)

@@ -1,9 +1,10 @@
-"""``psyche train`` on a node whose TCP transport does something wrong; the rest of it is what everybody runs.
+"""``psyche train`` on a node that does something wrong; the rest of it is what everybody runs.
 
     python odd_node.py KIND SEED train demo ...
 
 Kinds: ``corrupt`` changes one byte of each large blob that it serves; ``slow`` takes a second to serve one, and says
-so first; ``lossy`` loses a tenth of what it fetches; ``rude`` mixes garbage of all kinds into what it tells others.
+so first; ``lossy`` loses a tenth of what it fetches; ``rude`` mixes garbage of all kinds into what it tells others. The
+roles of :mod:`psyche_lightning.simulation.roles` break the rules with what the node's core sends.
 """
 
 import random
@@ -15,7 +16,9 @@ from dataclasses import replace
 import psyche_lightning.builtin.transports as builtin
 from psyche_lightning.cli import main
 from psyche_lightning.errors import TransportError
+from psyche_lightning.node.runtime import Runtime
 from psyche_lightning.protocol.messages import Stuck, seal
+from psyche_lightning.simulation.roles import ROLES, Role
 from psyche_lightning.transports.framing import Kind, frame
 
 LARGE = 20_000  # bytes: more than a payload of the demo's twin, less than the pieces of its matrices
@@ -83,5 +86,19 @@ def odd(options):
     return transport
 
 
-builtin.tcp = odd
+def in_a_role(carry_out):
+    plays = {}
+
+    def carry(runtime, effect):
+        role = plays.setdefault(runtime, Role(KIND, runtime._seal, RNG))
+        for played in role.play(effect):
+            carry_out(runtime, played)
+
+    return carry
+
+
+if KIND in ROLES:
+    Runtime._carry_out = in_a_role(Runtime._carry_out)
+else:
+    builtin.tcp = odd
 sys.exit(main(sys.argv[3:]))

@@ -1,4 +1,4 @@
-"""Three hundred histories of real node cores and the real coordinator machine under seeded faults."""
+"""Histories of real node cores and the real coordinator machine under seeded faults; CI plays two thousand more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from psyche_lightning.node.notices import Notice
 from psyche_lightning.simulation.scenario import History, Scenario, SimulationError
 from psyche_lightning.simulation.simulator import Simulation, simulate, simulate_all
 
-FIRST, HISTORIES = 1000, 300
+FIRST, HISTORIES = 1000, 120
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +28,18 @@ def test_the_histories_cover_what_they_are_for(outcomes: list[History | Simulati
     played = [outcome for outcome in outcomes if isinstance(outcome, History)]
     scenarios = [outcome.scenario for outcome in played]
     assert {scenario.overlap for scenario in scenarios} == {True, False}
-    assert {scenario.nodes for scenario in scenarios} == {4, 5, 6, 7, 8}
+    assert {scenario.nodes for scenario in scenarios} >= {4, 5, 6, 7, 8}
+    assert max(scenario.nodes for scenario in scenarios) > 8
     assert any(scenario.cheats for scenario in scenarios)
     assert any(scenario.coordinator_kills for scenario in scenarios)
     assert any(scenario.pauses for scenario in scenarios)
-    assert sum(scenario.kills for scenario in scenarios) > 200
+    assert any(scenario.power_cuts for scenario in scenarios)
+    assert any(scenario.stops for scenario in scenarios)
+    assert any(scenario.outages for scenario in scenarios)
+    assert any(scenario.one_way for scenario in scenarios)
+    assert sum(scenario.kills for scenario in scenarios) > 80
     assert any(outcome.epochs > 1 for outcome in played)
-    assert sum(outcome.faults for outcome in played) > 10_000
+    assert sum(outcome.faults for outcome in played) > 4_000
 
 
 def test_a_seed_replays_exactly() -> None:

@@ -1,0 +1,103 @@
+"""Kills all nodes and the coordinator at once, again and again; each time one node and the coordinator must suffice.
+
+    python tests/chaos/power_cuts.py --times 20 --seed 1
+
+Three real nodes train the demo's twin. At a random moment everything gets ``kill -9``. Then the coordinator and one
+node come back with their folders, the run must go on from its last decided round, and the other nodes follow. At the
+end all digests must be equal, and the ledgers must show each data id once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.fleet import Fleet
+
+SETTINGS = [
+    "total_steps=1000000",
+    "init_min_clients=1",
+    "min_clients=1",
+    "global_batch_size_start=6",
+    "global_batch_size_end=6",
+    "epoch_time=20",
+    "warmup_time=15",
+    "cooldown_time=15",
+    "max_round_train_time=12",
+    "waiting_for_members_extra_time=2",
+]
+NODES = 3
+
+
+@dataclass
+class Cuts:
+    """What the power cuts did.
+
+    Attributes:
+        steps: for each cut the step before it, and the first one that was trained after it.
+        digests: the nodes' at the end.
+        problems: of the ledgers.
+        ids: data ids trained.
+    """
+
+    steps: list[tuple[int, int]] = field(default_factory=list)
+    digests: dict[int, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    ids: int = 0
+
+
+def cut_power(folder: Path, times: int, seed: int) -> Cuts:
+    """Cut the power so many times.
+
+    Raises:
+        FleetError: the run did not go on, or did not end.
+        AssertionError: it went back, or the nodes or their ledgers differ.
+    """
+    rng, cuts = random.Random(seed), Cuts()
+    with Fleet(folder, SETTINGS) as fleet:
+        for _ in range(NODES):
+            fleet.start()
+        fleet.until(lambda found: len(found["clients"]) == NODES and found["step"] > 20, "an epoch of all nodes")
+        for _ in range(times):
+            time.sleep(rng.uniform(0.5, 6.0))
+            before = fleet.status()["step"]
+            for number in fleet.nodes:
+                fleet.kill(number)
+            fleet.restart_coordinator()
+            first, *others = rng.sample(sorted(fleet.nodes), NODES)
+            fleet.start(number=first)
+            trains = lambda found: found["phase"] in ("round_train", "round_witness") and len(found["clients"]) == 1  # noqa: E731
+            after = fleet.until(trains, "the run to go on with one node")["step"]
+            assert after >= before, f"the run went back from step {before} to {after}"
+            cuts.steps.append((before, after))
+            for number in others:
+                fleet.start(number=number)
+            enough = lambda found, after=after: len(found["clients"]) == NODES and found["step"] > after + 5  # noqa: E731
+            fleet.until(enough, "all nodes")
+        cuts.digests = fleet.conclude()
+        ledger = fleet.ledger()
+    cuts.problems, cuts.ids = ledger.problems, ledger.ids
+    assert len(cuts.digests) == NODES
+    assert len(set(cuts.digests.values())) == 1, cuts.digests
+    assert not cuts.problems, cuts.problems
+    return cuts
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        found = cut_power(Path(place), given.times, given.seed)
+    for number, (before, after) in enumerate(found.steps, 1):
+        print(f"cut {number:2d}: at step {before}, went on with step {after}")
+    digest = next(iter(found.digests.values()))
+    print(f"{len(found.steps)} cuts, {found.ids} data ids trained once, one digest {digest[:16]}")
