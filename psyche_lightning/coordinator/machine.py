@@ -175,7 +175,8 @@ def _everyone_withdrawn(state: RunState) -> tuple[Client, ...]:
 
 
 def _next_members(state: RunState) -> Phase:
-    over = state.step > state.config.total_steps and state.settled
+    nothing = not state.checkpoint.digest  # no epoch ever began
+    over = state.step > state.config.total_steps and (state.settled or nothing)
     return Phase.FINISHED if over else Phase.WAITING_FOR_MEMBERS
 
 

@@ -6,13 +6,14 @@ import asyncio
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import ConfigError, CoordinatorError
 from psyche_lightning.logs import ensure_heard
+from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
 from psyche_lightning.plugins import load_plugins, packages
 from psyche_lightning.protocol.manifest import START, differences, manifest_text, mismatch
 from psyche_lightning.protocol.requests import Coordinator, GetTerms, Terms
@@ -49,6 +50,21 @@ def look(client: Coordinator, timeout: float = 60.0) -> Terms:
         return pool.submit(lambda: asyncio.run(ask())).result()
 
 
+@dataclass
+class Memory:
+    """A node without a folder.
+
+    Attributes:
+        identity: its key.
+        store: blobs.
+        journal: promises.
+    """
+
+    identity: Identity = field(default_factory=Identity.generate)
+    store: MemoryBlobStore = field(default_factory=MemoryBlobStore)
+    journal: MemoryJournal = field(default_factory=MemoryJournal)
+
+
 class Entry:
     """What a process knows about its run before it joins. It queries the run once.
 
@@ -63,6 +79,7 @@ class Entry:
         distro: the compression, which all nodes share too.
         transport: the node's; not started.
         meter: counts the bytes at the sockets to the coordinator.
+        memory: what a node without a folder keeps from one session to the next, which goes on as the same node.
 
     Raises:
         PsycheError: the transport is unknown or refuses its options, the coordinator is unreachable or does not have
@@ -84,6 +101,7 @@ class Entry:
         else:
             self.terms = look(self.client(options.coordinator, Identity.generate()))
         self.run, self.distro = agree(options, self.terms)
+        self.memory = Memory()
 
     @property
     def scope(self) -> str:

@@ -118,7 +118,7 @@ class Session:
         self._folder = folder = entry.options.folder
         total = entry.options.total_steps or total_steps or ENDLESS
         with contextlib.ExitStack() as opened:
-            identity = Identity.generate() if folder is None else node_key(folder)
+            identity = entry.memory.identity if folder is None else node_key(folder)
             opened.enter_context(speaking(entry.run_id, short(identity.public)))
             logger.info("%s", step)
             if folder is not None and saved_delta.load(folder, entry.scope, step.distro):
@@ -129,8 +129,8 @@ class Session:
             if url is None:
                 coordinator, store = self._own_run(identity, global_batch, total, done), _RecentBlobs()
             else:
-                coordinator, store = entry.client(url, identity), MemoryBlobStore()
-            journal: Journal | MemoryJournal = MemoryJournal()
+                coordinator, store = entry.client(url, identity), entry.memory.store
+            journal: Journal | MemoryJournal = entry.memory.journal
             ledger: Ledger | None = None
             if folder is not None:
                 store = DirectoryBlobStore(folder / "blobs")

@@ -78,7 +78,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         directory: folder for the node's key, promises and payloads, so that a killed node can come back; one
             per node. None keeps them in memory.
         patience: longest wait for a round, in seconds.
-        config: sizes of a run of this process alone; None for those of the DataLoader and Trainer.
+        config: sizes of a run of this process alone; None for those of the DataLoader (and Trainer).
         start: for a run of this process alone: steps already trained, and the first data id that follows.
         manifest: manifest sections that replace those made from the module and its data.
         tokens_per_sample: tokens per sample in displayed figures.

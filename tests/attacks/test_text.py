@@ -60,7 +60,11 @@ def test_an_address_with_control_characters_is_refused(address: str) -> None:
     assert refused.value.code == "InvalidMember"
 
 
-def test_status_shows_an_address_that_looks_like_markup(capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_shows_an_address_that_looks_like_markup(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow table breaks addresses
+
     async def play() -> None:
         server = CoordinatorServer(MemoryStore())
         url = await server.start(port=0)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -64,7 +65,7 @@ def cut_power(folder: Path, times: int, seed: int) -> Cuts:
     with Fleet(folder, SETTINGS) as fleet:
         for _ in range(NODES):
             fleet.start()
-        fleet.until(lambda found: len(found["clients"]) == NODES and found["step"] > 20, "an epoch of all nodes")
+        fleet.until(lambda found: _all_train(found, 10), "an epoch of all nodes")
         for _ in range(times):
             time.sleep(rng.uniform(0.5, 6.0))
             before = fleet.status()["step"]
@@ -79,8 +80,7 @@ def cut_power(folder: Path, times: int, seed: int) -> Cuts:
             cuts.steps.append((before, after))
             for number in others:
                 fleet.start(number=number)
-            enough = lambda found, after=after: len(found["clients"]) == NODES and found["step"] > after + 5  # noqa: E731
-            fleet.until(enough, "all nodes")
+            fleet.until(lambda found, after=after: _all_train(found, after), "all nodes")
         cuts.digests = fleet.conclude()
         ledger = fleet.ledger()
     cuts.problems, cuts.ids = ledger.problems, ledger.ids
@@ -88,6 +88,11 @@ def cut_power(folder: Path, times: int, seed: int) -> Cuts:
     assert len(set(cuts.digests.values())) == 1, cuts.digests
     assert not cuts.problems, cuts.problems
     return cuts
+
+
+def _all_train(found: dict[str, Any], after: int) -> bool:
+    """Whether each node has reported a result of a later step: so each holds the run's parameters."""
+    return len(found["clients"]) == NODES and all((node["step"] or 0) > after + 5 for node in found["clients"])
 
 
 if __name__ == "__main__":

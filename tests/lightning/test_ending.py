@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,12 +124,12 @@ def test_a_run_that_is_beyond_the_limits_of_a_trainer_is_no_training(
 
 
 def test_a_fabric_that_left_its_run_trains_nothing_silently(
-    loader: Make, create_run: Make, caplog: pytest.LogCaptureFixture
+    loader: Make, create_run: Make, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     url, run = create_run(total_steps=4)
 
     def batches(steps: int) -> Any:
-        fabric = Fabric(strategy=PsycheFabricStrategy(url, run), accelerator="cpu", devices=1)
+        fabric = Fabric(strategy=PsycheFabricStrategy(url, run, directory=str(tmp_path)), accelerator="cpu", devices=1)
         module = torch.nn.Linear(6, 2)
         model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.01))
         data = fabric.setup_dataloaders(loader())

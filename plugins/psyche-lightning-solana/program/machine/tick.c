@@ -98,7 +98,8 @@ static bool give_up_warmup(Run *run) {
 }
 
 bool is_finished(const Run *run) {
-  return run->account->progress.step > run->account->config.total_steps && settled(run);
+  bool nothing = zero_key(&run->manifest->checkpoint_digest);  // no epoch ever began
+  return run->account->progress.step > run->account->config.total_steps && (settled(run) || nothing);
 }
 
 // The epoch begins with the parameters that a quorum of its members reports.
