@@ -64,12 +64,17 @@ class Memory:
     store: MemoryBlobStore = field(default_factory=MemoryBlobStore)
     journal: MemoryJournal = field(default_factory=MemoryJournal)
 
+    def forget(self) -> None:
+        """The node's run is over: whoever comes next is another node."""
+        self.identity, self.store, self.journal = Identity.generate(), MemoryBlobStore(), MemoryJournal()
+
 
 class Entry:
     """What a process knows about its run before it joins. It queries the run once.
 
     Args:
         options: the node's options.
+        memory: what an earlier session of the same strategy kept.
 
     Attributes:
         options: as given.
@@ -79,14 +84,14 @@ class Entry:
         distro: the compression, which all nodes share too.
         transport: the node's; not started.
         meter: counts the bytes at the sockets to the coordinator.
-        memory: what a node without a folder keeps from one session to the next, which goes on as the same node.
+        memory: what a node without a folder keeps for a later session, which goes on as the same node.
 
     Raises:
         PsycheError: the transport is unknown or refuses its options, the coordinator is unreachable or does not have
             the run, or the options contradict the run's values.
     """
 
-    def __init__(self, options: RunOptions) -> None:
+    def __init__(self, options: RunOptions, memory: Memory | None = None) -> None:
         ensure_heard(packages())
         self.options = options
         self.run_id = options.run or ALONE_RUN
@@ -101,7 +106,7 @@ class Entry:
         else:
             self.terms = look(self.client(options.coordinator, Identity.generate()))
         self.run, self.distro = agree(options, self.terms)
-        self.memory = Memory()
+        self.memory = memory or Memory()
 
     @property
     def scope(self) -> str:

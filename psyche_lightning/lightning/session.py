@@ -414,6 +414,8 @@ class Session:
                 unsaved = error
         self._over = self._closed = True
         self._next = self.work = None
+        if self._participant.finished is not None:
+            self.entry.memory.forget()
         try:
             self._participant.stop(self._why or str(unsaved or ""))
         finally:

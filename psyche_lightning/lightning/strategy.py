@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.device import OneDevice
-from psyche_lightning.lightning.entry import Entry
+from psyche_lightning.lightning.entry import Entry, Memory
 from psyche_lightning.lightning.internals import before_transfer, wants_to_stop, weigh
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import sections
@@ -127,6 +127,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        self._memory = Memory()
         self.options = RunOptions(
             coordinator=coordinator,
             run=run,
@@ -181,7 +182,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Called by Trainer when fitting; queries the run and replaces the step of the module's optimizer."""
         self.session = None
-        entry = Entry(self.options)
+        entry = Entry(self.options, self._memory)
         super().setup_optimizers(trainer)
         module = trainer.lightning_module
         if len(self.optimizers) != 1 or not self.optimizers[0].param_groups:

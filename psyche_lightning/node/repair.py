@@ -40,7 +40,8 @@ class Repair:
         settings: see :class:`Settings`.
         own: snapshots of this epoch that this node keeps, ascending.
         offers: snapshots of peers.
-        trial: the unproven offer from which the parameters stem, until the replay reaches a digest on record.
+        restored: snapshots that this node stored before a restart.
+        trial: the unproven base from which the parameters stem, until the replay reaches a digest on record.
         confirmed: rounds applied at the newest digest shared with a quorum.
         stuck: height of the round that cannot be applied, although all peers were asked.
         wanted: whether a peer asked for a snapshot.
@@ -55,6 +56,7 @@ class Repair:
     wanted: bool = False
     sought: float | None = None
     trial: Base | None = None
+    restored: list[Base] = field(default_factory=list)
     _prints: dict[int, bytes] = field(default_factory=dict)
     _suspect: dict[int, bytes] = field(default_factory=dict)
     _replayed: set[int] = field(default_factory=set)
@@ -116,12 +118,16 @@ class Repair:
     # --- where to begin -------------------------------------------------------------------------------------------
 
     def bases(self, log: EpochLog) -> list[Base]:
-        """Bases for a replay, best first: this node's snapshots, proven offers, then those that can be tried."""
+        """Bases for a replay, best first: this node's snapshots and proven ones, then those that can be tried.
+
+        Snapshots from before a restart need a proof like a peer's: the parameters may have been wrong already.
+        """
         first = Base(0, log.digest)
         own = [base for base in self.own if base.applied <= self.confirmed] or [first]
-        proven = [base for base in self.offers if log.named.get(base.applied) == base.digest]
-        tried = [base for base in self.offers if base.applied < max(log.named, default=0)]
-        found = [*reversed(own), *reversed(proven), first] if self.own else [*reversed(proven), first]
+        known, newest = [*self.offers, *self.restored], max(log.named, default=0)
+        proven = [base for base in known if log.named.get(base.applied) == base.digest]
+        mine, tried = ([base for base in each if base.applied < newest] for each in (self.restored, self.offers))
+        found = [*reversed(own), *reversed(proven), first] if self.own else [*reversed(proven), *reversed(mine), first]
         least = -1 if self.stuck is None else self.stuck
         return [base for base in dict.fromkeys([*found, *reversed(tried)]) if base.applied > least]
 
@@ -132,12 +138,13 @@ class Repair:
 
     def remember(self, bases: Sequence[Base]) -> None:
         """Take the snapshots that this node stored before a restart."""
-        self.own = sorted(bases)
-        self.confirmed = max((base.applied for base in bases), default=0)
+        self.restored = sorted(bases)
 
     def refuse(self, base: Base) -> None:
         """The trial of an offer failed."""
-        self.offers = [other for other in self.offers if other != base]
+        self.offers, self.restored = (
+            [other for other in each if other != base] for each in (self.offers, self.restored)
+        )
         self.trial = None
 
     def keep(self, base: Base) -> None:

@@ -190,11 +190,17 @@ def test_an_offer_whose_trial_failed_is_forgotten_and_a_trial_ends_on_record() -
     assert (repair.offers, [repair.trial]) == ([base(3)], [None])
 
 
-def test_snapshots_of_before_a_restart_are_own_ones_on_which_it_relies() -> None:
+def test_snapshots_of_before_a_restart_are_tried_unless_they_are_on_record() -> None:
+    """The parameters may have been wrong when they were stored."""
     repair = Repair(SETTINGS)
-    repair.remember([base(4), base(2)])
-    assert repair.own == [base(2), base(4)]
-    assert repair.bases(epoch()) == [base(4), base(2), START]
+    repair.remember([base(6), base(2), base(4)])
+    known = epoch()
+    assert repair.bases(known) == [START]
+    known.named[4] = base(4).digest
+    assert repair.bases(known) == [base(4), base(2), START]
+    assert [repair.proven(known, each) for each in (base(2), base(4), base(6))] == [False, True, False]
+    repair.refuse(base(2))
+    assert repair.bases(known) == [base(4), START]
 
 
 @pytest.mark.parametrize(
