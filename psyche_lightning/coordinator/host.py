@@ -40,6 +40,7 @@ from psyche_lightning.protocol.requests import (
 )
 from psyche_lightning.protocol.state import (
     INCARNATION_SIZE,
+    MISSED_ROUNDS,
     Checkpoint,
     Client,
     ClientStatus,
@@ -364,7 +365,7 @@ class RunHost:
         state, dropped = machine.health_check(self.state, signer, request)
         for gone in before - {client.signer for client in machine.healthy(state)}:
             self.membership.members.pop(gone, None)
-            text = f"{short(gone)} is dropped: it delivered nothing in the last {machine.MISSED_ROUNDS} rounds"
+            text = f"{short(gone)} is dropped: it delivered nothing in the last {MISSED_ROUNDS} rounds"
             self.history.note(self.state, now, "dropped", text, gone)
         self._apply(state, now)
         return dropped

@@ -29,6 +29,7 @@ from psyche_lightning.protocol.committee import (
 from psyche_lightning.protocol.merkle import EMPTY_ROOT
 from psyche_lightning.protocol.requests import HealthCheck, WarmupWitness, Witness
 from psyche_lightning.protocol.state import (
+    MISSED_ROUNDS,
     STORED_ROUNDS,
     Checkpoint,
     Client,
@@ -44,8 +45,6 @@ from psyche_lightning.wire.canonical import HASH_SIZE, sha256
 
 DRAIN_ROUNDS = 2
 """Most rounds without training at the end of an epoch: they decide the last results and name the last parameters."""
-MISSED_ROUNDS = 3
-"""Rounds in a row after which a client without a witnessed result may be dropped."""
 
 
 class MachineError(CoordinatorError):

@@ -30,12 +30,10 @@ from psyche_lightning.protocol.committee import starting_digest
 from psyche_lightning.protocol.merkle import EMPTY_ROOT
 from psyche_lightning.protocol.messages import Buffers, Envelope, Message, Offer, Stuck
 from psyche_lightning.protocol.requests import HealthCheck, Join, WarmupWitness
-from psyche_lightning.protocol.state import ClientStatus, Phase, Round, RunState
+from psyche_lightning.protocol.state import MISSED_ROUNDS, ClientStatus, Phase, Round, RunState
 
 STALE = ("InvalidWitness", "DuplicateWitness", "InvalidHealthCheck", "InvalidRunState", "Halted")
 """Refusals of a request that arrives after the run moved on."""
-MISSED_ROUNDS = 3
-"""Rounds in a row without a result after which a client is named as silent."""
 CLAIM_AFTER = 10.0
 """Seconds of waiting for an epoch after which a newcomer looks whether it holds the run's parameters."""
 FINAL_LOADS = 3

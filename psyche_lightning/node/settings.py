@@ -39,8 +39,3 @@ class Settings:
     def applied_before(self, height: int) -> int:
         """Number of rounds applied when round ``height`` is trained; later rounds are under way."""
         return max(0, height - self.delay + 1)
-
-    @property
-    def digest_span(self) -> int:
-        """Rounds after a digest in which witness lists name it, until the next digest."""
-        return self.digest_every + self.delay

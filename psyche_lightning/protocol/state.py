@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 STORED_ROUNDS = 4
+MISSED_ROUNDS = 3
+"""Decided rounds in a row without a result of a client after which it may be dropped."""
 BLOOM_WORDS = 16
 BLOOM_KEYS = 8
 INCARNATION_SIZE = 16

@@ -16,7 +16,7 @@ from solders.pubkey import Pubkey
 from psyche_lightning.coordinator import machine
 from psyche_lightning.coordinator.history import History
 from psyche_lightning.protocol.requests import Report
-from psyche_lightning.protocol.state import Client, CoordinatorConfig, Phase, RunState
+from psyche_lightning.protocol.state import MISSED_ROUNDS, Client, CoordinatorConfig, Phase, RunState
 from psyche_lightning.server.status import member
 from psyche_lightning.wire.identity import short
 from psyche_lightning_solana.account import ManifestAccount, RunAccounts
@@ -161,7 +161,7 @@ class Story:
         elif name == "health_check":
             gone = given["id"]["signer"]
             if any(client.signer == gone for client in machine.healthy(before.state)):
-                text = f"{short(gone)} is dropped: it delivered nothing in the last {machine.MISSED_ROUNDS} rounds"
+                text = f"{short(gone)} is dropped: it delivered nothing in the last {MISSED_ROUNDS} rounds"
                 self.history.note(state, now, "dropped", text, gone)
 
     # --- for people and programs ------------------------------------------------------------------------------------
