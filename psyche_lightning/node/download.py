@@ -8,7 +8,7 @@ more. A peer that keeps failing is no longer asked.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from psyche_lightning.errors import AbsentError, TransportError
@@ -84,14 +84,22 @@ class Downloads:
             await loop.run_in_executor(None, self._store.put, data)
         return decode_index(data)
 
-    async def obtain(self, digest: bytes, providers: Sequence[bytes]) -> Index:
+    async def obtain(
+        self, digest: bytes, providers: Sequence[bytes], check: Callable[[Index], None] = lambda index: None
+    ) -> Index:
         """Fetch an index and all its pieces.
+
+        Args:
+            digest: hash of the index.
+            providers: peers that may have them.
+            check: raises an error if the index describes something else; then no piece is fetched.
 
         Raises:
             TransportError: a piece is missing; the others stay stored.
-            WireError: the index is not one.
+            WireError: the index is not one, or not the expected one.
         """
         index = await self.index(digest, providers)
+        check(index)
         loop = asyncio.get_running_loop()
         missing = [
             piece for piece in index.pieces if not await loop.run_in_executor(None, self._store.has, piece.digest)

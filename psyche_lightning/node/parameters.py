@@ -12,6 +12,7 @@ from psyche_lightning.node.snapshot import (
     DTYPE_SIZES,
     PIECE_SIZE,
     Get,
+    Index,
     Put,
     TensorEntry,
     decode_index,
@@ -79,16 +80,29 @@ class ParameterReplica:
         sums = [_print(tensor.detach()).cpu() for _, tensor in sorted(self._optimizer.published())]
         return torch.stack(sums).numpy().astype("<i8").tobytes() if sums else b""
 
+    def check_index(self, index: Index, *, buffers: bool) -> None:
+        """Refuse an index of other parameters, or buffers, than this model's; called from other threads.
+
+        Raises:
+            WireError: names, shapes or dtypes are not this model's.
+        """
+        if buffers:
+            _matching("buffer", index.tensors, persistent_buffers(self._module))
+        else:
+            _matching("parameter", index.tensors, {**dict(self._optimizer.published()), **self._frozen})
+
     def load(self, digest: bytes, get: Get) -> None:
         """Replace the parameters by those of that digest.
 
         Raises:
-            WireError: names, shapes or dtypes are not this model's.
+            WireError: names, shapes or dtypes are not this model's, or a value is not finite.
         """
         trained = dict(self._optimizer.published())
         entries = _matching("parameter", decode_index(get(digest)).tensors, {**trained, **self._frozen})
         for entry in entries:
             tensor = _read(entry, get)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise WireError(f"the parameter {entry.name!r} of the snapshot has values that are not finite")
             if entry.name in trained:
                 self._optimizer.load_published(entry.name, tensor)
             else:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from psyche_lightning.node.snapshot import Get, Put
+from psyche_lightning.node.snapshot import Get, Index, Put
 from psyche_lightning.protocol.open_ids import OpenIds
 
 
 class Replica(Protocol):
     """Published parameters and their update rule; local state never touches them (invariant I2).
 
-    Only :meth:`check` may be called outside the training thread.
+    Only :meth:`check` and :meth:`check_index` may be called outside the training thread.
 
     Attributes:
         layout: 32-byte digest of what payload positions mean.
@@ -50,11 +50,18 @@ class Replica(Protocol):
         """A fingerprint of 8 bytes of each trained parameter: cheap, and differs if anything in it does."""
         ...
 
+    def check_index(self, index: Index, *, buffers: bool) -> None:
+        """Refuse an index of other parameters, or buffers, than this model's; called from other threads.
+
+        Raises:
+            WireError: names, shapes or dtypes are not this model's.
+        """
+
     def load(self, digest: bytes, get: Get) -> None:
         """Replace the parameters by those of that digest.
 
         Raises:
-            WireError: names, shapes or dtypes are not this model's.
+            WireError: names, shapes or dtypes are not this model's, or a value is not finite.
         """
 
     def snapshot_buffers(self, put: Put) -> bytes:

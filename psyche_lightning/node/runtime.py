@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, StoreError, TransportError, WireError
@@ -460,7 +461,9 @@ class Runtime:
     async def _load(self, effect: ev.Load | ev.LoadBuffers, index: bytes, providers: tuple[bytes, ...]) -> None:
         """Bring index and pieces into the store, then let the training thread load them."""
         try:
-            await self.downloads.obtain(index, providers)
+            buffers = isinstance(effect, ev.LoadBuffers)
+            check = partial(self.node.replica.check_index, buffers=buffers)
+            await self.downloads.obtain(index, providers, check)
         except (TransportError, WireError) as error:
             failed = ev.Loaded if isinstance(effect, ev.Load) else ev.BuffersLoaded
             self.handle(failed(index, str(error)))

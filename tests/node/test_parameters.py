@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
+
 import pytest
 import torch
 
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.errors import ConfigError, PayloadError, WireError
+from psyche_lightning.node.download import Downloads
 from psyche_lightning.node.parameters import ParameterReplica, persistent_buffers
 from psyche_lightning.node.snapshot import PIECE_SIZE, TensorEntry, decode_index, encode_index
 from psyche_lightning.node.store import MemoryBlobStore
@@ -121,6 +125,41 @@ def test_another_model_s_parameters_are_refused_untouched(other, words: str) -> 
     with pytest.raises(WireError, match=words):
         mine.load(wrong, get(store))
     assert mine.digest(store.put) == before
+    data = store.get(wrong)
+    assert data is not None
+    with pytest.raises(WireError, match=words):
+        mine.check_index(decode_index(data), buffers=False)
+
+
+def test_only_what_this_model_has_is_fetched() -> None:
+    """The index is looked at before a single piece is asked for."""
+    large, asked = MemoryBlobStore(), []
+    foreign = replica(module(0, width=64)).snapshot(large.put)
+
+    class Peers:
+        async def fetch(self, digest: bytes, providers: object, **options: object) -> bytes:
+            asked.append(digest)
+            data = large.get(digest)
+            assert data is not None
+            return data
+
+    mine, store = replica(module(0)), MemoryBlobStore()
+    downloads = Downloads(Peers(), store)  # type: ignore[arg-type]
+    with pytest.raises(WireError, match="this model has float32"):
+        asyncio.run(downloads.obtain(foreign, [b"p" * 32], partial(mine.check_index, buffers=False)))
+    assert asked == [foreign]
+    asyncio.run(downloads.obtain(foreign, [b"p" * 32]))
+    assert len(asked) > 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_parameters_that_are_not_finite_are_refused(value: float) -> None:
+    theirs, store = module(1), MemoryBlobStore()
+    with torch.no_grad():
+        theirs[2].weight[0, 0] = value
+    digest = replica(theirs).snapshot(store.put)
+    with pytest.raises(WireError, match=r"the parameter '2\.weight' of the snapshot has values that are not finite"):
+        replica(module(0)).load(digest, get(store))
 
 
 def test_a_piece_of_another_size_is_refused() -> None:
