@@ -407,7 +407,8 @@ class CoordinatorContract(abc.ABC):
             *heard, silent = new(), new(), new()
             state = await self.training(*heard, silent)
             for height in (1, 2, 3):
-                for client in heard:
+                for client in heard:  # each reports on what it sees itself
+                    await state_when(client, lambda state, h=height - 1: state.current and state.current.height == h)  # type: ignore[misc]
                     await witness(client, state, heard=[each.signer for each in heard])
                 state = await state_when(heard[0], lambda state, h=height: state.current.height == h)  # type: ignore[misc]
                 check = heard[0].request(HealthCheck(state.epoch, height, (silent.signer,)))
