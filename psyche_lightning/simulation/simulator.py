@@ -29,6 +29,7 @@ from psyche_lightning.node.notices import (
     TensorDiffered,
 )
 from psyche_lightning.node.settings import Settings
+from psyche_lightning.node.witness import list_promise
 from psyche_lightning.protocol.committee import decided_root
 from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_root
 from psyche_lightning.protocol.messages import Envelope, Result, open_envelope, seal
@@ -249,7 +250,31 @@ class Simulation:
         if self.host is not None and self.host.tick(self.now):
             self.changed()
         self.faults.go_on()
+        self._go_back()
         self.at(TICK, self._tick_coordinator)
+
+    def _go_back(self) -> None:
+        """Lets the owner go back to the checkpoint if nobody is left for good who can show what was decided since.
+
+        Nodes that keep the rules and hold a decided round promise to bring it back. Here all of them were replaced.
+        """
+        host = self.host
+        if host is None or host.state.phase is not Phase.WAITING_FOR_MEMBERS or host.state.settled:
+            return
+        stay = [node for node in self.nodes if not node.gone and not node.role]
+        delay = 2 if self.scenario.overlap else 1
+        epoch, held = host.rounds_epoch, host.state.checkpoint
+        for round_ in host.rounds:
+            root = decided_root(round_, host.state.needed)
+            about = round_.height - delay + 1
+            if root in (None, EMPTY_ROOT) or about < held.step + 1 - host.state.start_step:
+                continue
+            if not any(list_promise(epoch, about, root) in node.remembered for node in stay):
+                self.trace(f"nobody is left who holds round {about}: the owner goes back to step {held.step}")
+                host.restart_from(held.digest, held.step, self.now)
+                self._step = host.state.step
+                self.changed()
+                return
 
     def changed(self) -> None:
         """Announces a change; late ones are skipped, as by a websocket that sends only the newest."""
