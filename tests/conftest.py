@@ -54,3 +54,8 @@ def create_run(coordinator: str, request: pytest.FixtureRequest) -> Callable[...
         return coordinator, run
 
     return create
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Four processes for the whole set, as many tests wait rather than compute; none for a part of it."""
+    return 4 if config.args == config.getini("testpaths") else 0
