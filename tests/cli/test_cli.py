@@ -158,12 +158,11 @@ def test_wrong_usage_ends_with_2(arguments: list[str], message: str, capsys: pyt
         (["generate", ".", "--prompt", "x"], "'.' has no config.json"),
     ],
 )
-def test_errors_are_explained(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 1
-    printed = capsys.readouterr()
-    assert printed.err.startswith("error: ")
-    assert message in printed.err
-    assert printed.out == ""
+def test_errors_are_explained(arguments: list[str], message: str, psyche: Psyche) -> None:
+    done = psyche(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
 
 
 def test_errors_of_the_program_come_without_a_traceback(psyche: Psyche) -> None:
