@@ -16,7 +16,17 @@ from psyche_lightning.node.rounds import MAX_ENTRIES_PER_BATCH, Entry, RoundLog
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.witness import list_promise, offer_promise, result_promise
 from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_root
-from psyche_lightning.protocol.messages import Ask, Attest, Buffers, Envelope, Message, Offer, Result, Stuck
+from psyche_lightning.protocol.messages import (
+    Ask,
+    Attest,
+    Buffers,
+    Envelope,
+    Message,
+    Offer,
+    Result,
+    Stuck,
+    commitments,
+)
 from psyche_lightning.protocol.open_ids import Interval
 from psyche_lightning.protocol.requests import Accuse
 from psyche_lightning.protocol.state import ClientStatus, RunState
@@ -142,7 +152,7 @@ class Exchange:
             for stored in self._remembered.get((log.epoch, height), {}).values():
                 for envelope in stored:
                     self.file(known, envelope)
-                known.add_list(b"", _commitments(known, stored))
+                known.add_list(b"", commitments(known.run_id, stored))
 
     def _answer(self, peer: bytes, log: EpochLog, height: int) -> None:
         known = log.rounds.get(height)
@@ -157,7 +167,7 @@ class Exchange:
             self._out.emit(ev.SendTo(peer, envelope))
         agreed = log.agreements.get(height)
         lists = [tuple(entry.commitment for entry in agreed.entries)] if agreed and agreed.entries else []
-        lists = lists or [known.own()[0], *(tuple(_commitments(known, each)) for each in stored)]
+        lists = lists or [known.own()[0], *(tuple(commitments(known.run_id, each)) for each in stored)]
         for listed in dict.fromkeys(each for each in lists if each):
             self._out.emit(ev.SendTo(peer, self._seal(Attest(log.epoch, height, b"".join(listed)))))
         if self._buffers is not None:
@@ -315,8 +325,3 @@ class Exchange:
     def pass_on(self, buffers: Envelope) -> None:
         """Tell asking peers where the epoch's buffers are."""
         self._buffers = buffers
-
-
-def _commitments(log: RoundLog, envelopes: Iterable[Envelope]) -> list[bytes]:
-    results = [(envelope.sender, envelope.message) for envelope in envelopes]
-    return sorted(each.commitment(log.run_id, sender) for sender, each in results if isinstance(each, Result))

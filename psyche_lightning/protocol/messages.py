@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_type_hints
 
@@ -259,6 +260,12 @@ def open_envelope(raw: bytes, scope: str) -> Envelope:
     if not verify(sender, PURPOSE, scope, body, signature):
         raise WireError(f"wrong signature on a {cls.__name__} that claims to come from {sender[:4].hex()}")
     return Envelope(sender, message, raw)
+
+
+def commitments(run_id: str, envelopes: Iterable[Envelope]) -> list[bytes]:
+    """The commitments of the results among signed messages, in ascending order, as lists have them."""
+    results = [(envelope.sender, envelope.message) for envelope in envelopes]
+    return sorted(each.commitment(run_id, sender) for sender, each in results if isinstance(each, Result))
 
 
 def equivocator(scope: str, first: bytes, second: bytes) -> bytes:

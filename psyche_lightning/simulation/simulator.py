@@ -32,7 +32,7 @@ from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.witness import list_promise
 from psyche_lightning.protocol.committee import decided_root
 from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_root
-from psyche_lightning.protocol.messages import Envelope, Result, open_envelope, seal
+from psyche_lightning.protocol.messages import Envelope, Result, commitments, open_envelope, seal
 from psyche_lightning.protocol.open_ids import count
 from psyche_lightning.protocol.requests import GetRounds, Join, Request
 from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, Phase, RunState
@@ -207,13 +207,7 @@ class Simulation:
                 if text not in opened:
                     opened[text] = open_envelope(base64.b64decode(text), self.scope)
             envelopes = [opened[text] for text in row["results"]]
-            listed = merkle_root(
-                sorted(
-                    each.message.commitment(self.scope, each.sender)
-                    for each in envelopes
-                    if isinstance(each.message, Result)
-                )
-            )
+            listed = merkle_root(commitments(self.scope, envelopes))
             recorded = self._record.get((row["epoch"], row["height"] + delay - 1)) or EMPTY_ROOT
             if listed != recorded:
                 raise self._error(
