@@ -273,7 +273,8 @@ class DataProvider(Protocol):
 
         Returns:
             For each id a dictionary with ``input_ids`` and ``labels``, and, if all samples have them,
-            ``position_ids``, int64 of shape [seq_len]. Labels are not shifted; -100 is ignored.
+            ``position_ids``, int64 of shape [seq_len]. Labels are not shifted; -100 is ignored. Where positions do not
+            go up by one, another text begins, whose first token has the label -100.
 
         Raises:
             DataError: some samples remain unavailable after retries; it has their ids. The node then contributes

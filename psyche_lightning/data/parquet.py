@@ -49,7 +49,8 @@ class PreparedData:
     """Rows of parquet files as samples: ``inputs`` and, if they exist, ``labels`` and ``position_ids``.
 
     Each is a list of ``seq_len`` integers. If there are no ``position_ids`` but ``sequence_lengths`` (the lengths of
-    the texts in a row), positions count from 0 in each text. The last used row groups are kept, up to
+    the texts in a row), positions count from 0 in each text. The first token of each text but the row's first has the
+    label -100, because the token before it belongs to another text. The last used row groups are kept, up to
     ``fetch.cache_mb``.
 
     Args:
@@ -208,6 +209,10 @@ class PreparedData:
             rows["input_ids" if name == INPUTS else name] = values.reshape(group.rows, self.seq_len)
         rows.setdefault("labels", rows["input_ids"])
         self._check(rows, where)
+        if "position_ids" in rows:  # the last token of a text does not predict the next text
+            begins = np.diff(rows["position_ids"], axis=1) != 1
+            rows["labels"] = rows["labels"].copy()
+            rows["labels"][:, 1:][begins] = IGNORED
         return rows
 
     def _check(self, rows: Rows, where: str) -> None:

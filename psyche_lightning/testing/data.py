@@ -127,6 +127,12 @@ class DataContract(abc.ABC):
             positions = sample.get("position_ids")
             assert positions is None or (int(positions.min()) >= 0 and int(positions.max()) < provider.seq_len)
 
+    def test_no_text_predicts_the_next_one(self, provider: DataProvider) -> None:
+        for sample in provider.samples(0, min(len(provider), MOST)) + provider.validation():
+            if "position_ids" in sample:
+                begins = sample["position_ids"].diff() != 1
+                assert bool((sample["labels"][1:][begins] == IGNORED).all()), "the first token of a text has no label"
+
     def test_the_tokenizer_fits_and_can_be_saved(self, provider: DataProvider, tmp_path: Path) -> None:
         tokenizer = provider.tokenizer
         if tokenizer is not None:

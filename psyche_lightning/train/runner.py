@@ -33,10 +33,11 @@ from psyche_lightning.plugins import load_plugins
 from psyche_lightning.protocol.limits import check_run_id
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.requests import Terms
-from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.recipe.config import Recipe, TrainerSection
 from psyche_lightning.recipe.manifest import manifest
 from psyche_lightning.train.bars import Bars
 from psyche_lightning.train.module import CausalModule, ProviderDataset
+from psyche_lightning.train.packing import check_packing
 from psyche_lightning.train.saving import Checkpoints, begin
 from psyche_lightning.wire.identity import Identity, short
 
@@ -95,7 +96,8 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     model = plugins.models()[recipe.model.name](dict(beginning.options))
     model = model.to(getattr(torch, recipe.model.dtype)).train()
     check_parameters(model)
-    check_data(model, provider)
+    with _as_in_training(model, recipe.trainer):
+        check_data(model, provider, recipe.trainer.micro_batch_size)
     sections = manifest(recipe, getattr(provider, "fingerprint", None))
     if beginning.section is not None:
         sections[START] = dict(beginning.section)
@@ -298,6 +300,16 @@ def _ends(values: list[float]) -> list[float]:
     return [values[0], values[-1]] if values else []
 
 
+def _as_in_training(model: torch.nn.Module, trainer: TrainerSection) -> torch.autocast:
+    """Moves the model to the device where Lightning will train it; some kernels of attention run only there."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None or trainer.accelerator == "cpu":
+        device = torch.device("cpu")
+    model.to(device)
+    half = torch.bfloat16 if trainer.precision.startswith("bf16") else torch.float16
+    return torch.autocast(device.type, half, enabled=trainer.precision.endswith("-mixed"))
+
+
 def check_parameters(model: torch.nn.Module) -> None:
     """Refuse parameters that are not finite: nothing can be trained from them.
 
@@ -312,11 +324,17 @@ def check_parameters(model: torch.nn.Module) -> None:
         )
 
 
-def check_data(model: torch.nn.Module, provider: DataProvider) -> None:
+def check_data(model: torch.nn.Module, provider: DataProvider, micro_batch_size: int = 2) -> None:
     """Refuse data that does not fit the model; reads one sample.
 
+    Args:
+        model: the model, on the device where it trains.
+        provider: the data.
+        micro_batch_size: samples of a batch.
+
     Raises:
-        ConfigError: the vocabulary is too large for the model, or the data has positions that it does not take.
+        ConfigError: the vocabulary is too large for the model, or the data has positions that it does not take, or
+            with which it does not keep texts apart.
         DataError: the sample is unavailable.
     """
     size = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -332,6 +350,7 @@ def check_data(model: torch.nn.Module, provider: DataProvider) -> None:
                 f"the data has position_ids, which {type(model).__name__} does not take; train another model, or make "
                 "the data without them (each sample one text)"
             )
+        check_packing(model, provider, micro_batch_size)
 
 
 def _quiet() -> None:

@@ -45,7 +45,7 @@ def test_labels_and_positions(tmp_path: Path) -> None:
     labels = [[-100, *row[1:]] for row in ROWS]
     positions = [[0, 1, 2, 0, 1, 2]] * 9
     data = opened(write(tmp_path / "a.parquet", inputs=ROWS, labels=labels, position_ids=positions))
-    assert column(data, "labels") == labels
+    assert column(data, "labels") == [[-100, *row[1:3], -100, *row[4:]] for row in ROWS], "no text predicts the next"
     assert column(data, "position_ids") == positions
 
 
@@ -54,6 +54,7 @@ def test_positions_follow_from_the_lengths_of_packed_texts(tmp_path: Path) -> No
     data = opened(write(tmp_path / "a.parquet", inputs=ROWS, sequence_lengths=lengths))
     expected = [[place for length in row for place in range(length)] for row in lengths]
     assert column(data, "position_ids") == expected
+    assert column(data, "labels")[:2] == [ROWS[0], [*ROWS[1][:2], -100, *ROWS[1][3:]]]
     given = [[5, 4, 3, 2, 1, 0]] * 9
     both = opened(write(tmp_path / "b.parquet", inputs=ROWS, sequence_lengths=lengths, position_ids=given))
     assert column(both, "position_ids") == given
