@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from psyche_lightning.data.client import FetchOptions
-from psyche_lightning.data.options import whole
+from psyche_lightning.data.options import strings, whole
 from psyche_lightning.data.order import make_order, psyche_seed
 from psyche_lightning.data.packed import PackedData
+from psyche_lightning.data.splits import open_hub, open_local
 from psyche_lightning.data.spool import Spool
-from psyche_lightning.data.tokenizer import Encoder
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.data.tokenizer import BYTES, Encoder
+from psyche_lightning.data.tokens import vocabulary
+from psyche_lightning.errors import ConfigError, DataError
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _ROWS = 16
-_SAVED = "state.json"
-_SAVED_SPLITS = "dataset_dict.json"
+TEXT, IDS, LABELS, MASK = "text", "input_ids", "labels", "attention_mask"
 
 
 class DocumentData(PackedData):
@@ -32,13 +34,18 @@ class DocumentData(PackedData):
     Args:
         seed: the run's seed, for ``shuffle: true``.
         seq_len: tokens of a sample, at least 2.
-        path: a folder of ``save_to_disk``, or a file or folder of jsonl, json, csv, parquet or arrow files.
+        path: a folder of ``save_to_disk`` or as on the Hub, a file, a pattern, or a list of files of jsonl, json, csv,
+            tsv, parquet, arrow or txt (also compressed).
         dataset: instead of ``path``, the name of a data set on the Hugging Face Hub.
         name: its configuration, if it has several.
         revision: its commit, so that all nodes use the same.
-        split: the part of the data set.
-        text: the column with the texts.
-        tokenizer: ``"bytes"``, a path, or the name of a tokenizer on the Hub.
+        split: the part of the data set, as for ``load_dataset``: ``train``, ``train[:90%]``, ``train+validation``.
+            Files that ``path`` names are all ``train``.
+        data_files: patterns of files below the folder or in the data set, or such patterns for each split.
+        text: the column with the texts, or with the ids of an already tokenized data set; None for ``text`` or, without
+            that, ``input_ids``.
+        tokenizer: ``"bytes"``, a path, or the name of a tokenizer on the Hub; None for bytes.
+        vocab_size: number of token ids of an already tokenized data set; None for the tokenizer's.
         streaming: whether to read the data set during the run.
         max_samples: the most samples to make; required for streaming.
         shuffle: true for an order by the run's seed, false for the data set's order, or the 32 numbers of one of
@@ -56,13 +63,15 @@ class DocumentData(PackedData):
         seed: int,
         seq_len: int,
         *,
-        path: str | None = None,
+        path: str | list[str] | None = None,
         dataset: str | None = None,
         name: str | None = None,
         revision: str | None = None,
         split: str = "train",
-        text: str = "text",
-        tokenizer: str = "bytes",
+        data_files: Any = None,
+        text: str | None = None,
+        tokenizer: str | None = None,
+        vocab_size: int | None = None,
         streaming: bool = False,
         max_samples: int | None = None,
         shuffle: Any = None,
@@ -86,16 +95,25 @@ class DocumentData(PackedData):
                 f"Face Hub); it got {'neither' if path is None else 'both'}."
             )
         fetching = FetchOptions.of(fetch)
-        encoder = Encoder(tokenizer, download=True)
-        source = str(path or dataset)
+        encoder = Encoder(BYTES if tokenizer is None else tokenizer, download=True)
         if path is None:
-            opened = _open_hub(source, name, split, revision, streaming)
+            source = str(dataset)
+            opened = open_hub(source, name, split, revision=revision, streaming=streaming, data_files=data_files)
         else:
-            opened = _open_local(Path(source).expanduser(), split)
+            source = ", ".join(strings("path", path))
+            opened = open_local(path, name, split, data_files)
+        column = Column(opened, text, source)
+        if column.tokenized:
+            size = vocabulary(vocab_size, None if tokenizer is None else encoder)
+        elif vocab_size is not None:
+            raise ConfigError("vocab_size is for data sets of token ids; texts have the vocabulary of their tokenizer.")
+        else:
+            size = encoder.vocab_size
         spool = Spool(
-            Column(opened, text, source),
+            column,
             encoder,
             seq_len,
+            vocab_size=size,
             most=max_samples,
             lazily=streaming,
             retry_seconds=0.0 if path is not None else fetching.retry_seconds,
@@ -103,106 +121,80 @@ class DocumentData(PackedData):
         super().__init__(
             spool,
             seq_len=seq_len,
-            vocab_size=encoder.vocab_size,
+            vocab_size=size,
             order=partial(make_order, shuffle=shuffle, seed=seed),
-            encoder=encoder,
+            encoder=None if column.tokenized and tokenizer is None else encoder,
             validation_samples=validation_samples,
             source=source,
         )
 
 
 class Column:
-    """The texts in a column of a data set, as :data:`~psyche_lightning.data.spool.Documents`.
+    """The texts, or the token ids, in a column of a data set, as :data:`~psyche_lightning.data.spool.Documents`.
 
     Args:
         dataset: a data set of the ``datasets`` library, iterable or not.
-        name: the column.
+        name: the column; None for ``text`` or, without that, ``input_ids``.
         source: where the data comes from, for messages.
+
+    Attributes:
+        tokenized: whether its rows are token ids.
+
+    Raises:
+        ConfigError: the column does not exist.
+        DataError: the data set cannot be read.
     """
 
-    def __init__(self, dataset: Any, name: str, source: str) -> None:
+    def __init__(self, dataset: Any, name: str | None, source: str) -> None:
         self._dataset = dataset
-        self._name = name
         self._source = source
+        try:
+            first: dict[str, list[Any]] = next(iter(dataset.iter(batch_size=1)), {})
+        except Exception as error:  # errors of data sets have no common type
+            raise DataError(f"the documents of {source} cannot be read ({type(error).__name__}: {error})") from error
+        self._name = name or (IDS if TEXT not in first and IDS in first else TEXT)
+        if first and self._name not in first:
+            raise ConfigError(
+                f"{source} has no column {self._name!r}. Columns: {', '.join(first)}. Set data.config.text to the "
+                "column with the texts, or with the token ids."
+            )
+        self.tokenized = bool(first) and isinstance(first[self._name][0], (list, np.ndarray))
 
-    def __call__(self, first: int) -> Iterator[bytes]:
-        """Yields the texts from number ``first`` on.
+    def __call__(self, first: int) -> Iterator[bytes | NDArray[np.int64]]:
+        """Yields the texts from number ``first`` on; of a tokenized data set the ids, without the padding.
 
         Raises:
-            ConfigError: the column does not exist, or contains something other than text.
+            ConfigError: the column contains something else.
         """
         rest = self._dataset.skip(first) if first else self._dataset
         number = first
         for rows in rest.iter(batch_size=_ROWS):  # in batches, because __iter__ divides the rows among workers
-            if self._name not in rows:
-                raise ConfigError(
-                    f"{self._source} has no column {self._name!r}. Columns: {', '.join(rows)}. Set data.config.text to "
-                    "the column with the texts."
-                )
-            for text in rows[self._name]:
-                if not isinstance(text, str):
-                    raise ConfigError(
-                        f"Row {number} of {self._source} has {str(text)[:40]!r} in the column {self._name!r}, expected "
-                        "a text."
-                    )
-                yield text.encode("utf-8", errors="replace")
+            for place, value in enumerate(rows[self._name]):
+                where = f"Row {number} of {self._source}"
+                if self.tokenized:
+                    yield _ids({name: column[place] for name, column in rows.items()}, self._name, where)
+                elif isinstance(value, str):
+                    yield value.encode("utf-8", errors="replace")
+                else:
+                    raise ConfigError(f"{where} has {str(value)[:40]!r} in the column {self._name!r}, expected a text.")
                 number += 1
 
 
-def _library() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(
-            "The data provider 'datasets' needs the package datasets: pip install 'psyche-lightning[data]'."
-        ) from error
-    return datasets
-
-
-def _open_hub(dataset: str, name: str | None, split: str, revision: str | None, streaming: bool) -> Any:
-    datasets = _library()
-    try:
-        return datasets.load_dataset(dataset, name, split=split, revision=revision, streaming=streaming)
-    except Exception as error:  # the library's errors have no common type
-        raise ConfigError(
-            f"The data set {dataset!r} (configuration {name or 'default'}, split {split!r}, revision "
-            f"{revision or 'newest'}) cannot be opened: {type(error).__name__}: {error}. Check the names and the "
-            "network; give path instead for a data set on this machine's disk."
-        ) from error
-
-
-def _open_local(place: Path, split: str) -> Any:
-    datasets = _library()
-    try:
-        if (place / _SAVED).is_file():
-            return datasets.load_from_disk(str(place))
-        if (place / _SAVED_SPLITS).is_file():
-            return datasets.load_from_disk(str(place))[split]
-        files = _files(place)
-        builder = _BUILDERS[files[0].suffix]
-        # Stream from disk, so that nothing goes to the library's cache and memory stays small.
-        return datasets.load_dataset(builder, data_files=[str(file) for file in files], split="train", streaming=True)
-    except ConfigError:
-        raise
-    except Exception as error:  # as above
-        raise ConfigError(f"The data set {str(place)!r} cannot be opened: {type(error).__name__}: {error}.") from error
-
-
-def _files(place: Path) -> list[Path]:
-    """The files of a data set, sorted by name; all have the same suffix."""
-    suffixes = ", ".join(_BUILDERS)
-    if not place.exists():
-        raise ConfigError(
-            f"The data path {str(place)!r} does not exist (looked for {place.absolute()}). Expected a folder written "
-            f"by save_to_disk, or a file or folder of {suffixes}."
-        )
-    files = [place]
-    if place.is_dir():
-        files = sorted((file for file in place.iterdir() if file.suffix in _BUILDERS), key=lambda file: file.name)
-    kinds = sorted({file.suffix for file in files})
-    if len(kinds) != 1 or kinds[0] not in _BUILDERS:
-        raise ConfigError(
-            f"The data path {str(place)!r} has {'files of ' + ', '.join(kinds) if kinds else 'no data files'}, "
-            f"expected files with one of the suffixes {suffixes}."
-        )
-    return files
+def _ids(row: dict[str, Any], name: str, where: str) -> NDArray[np.int64]:
+    """The token ids of a row without its padding."""
+    ids = np.asarray(row[name])
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ConfigError(f"{where} has {str(row[name])[:40]!r} in the column {name!r}, expected a list of token ids.")
+    kept = np.ones(len(ids), bool)
+    if name == IDS and row.get(MASK) is not None:
+        kept = np.asarray(row[MASK]) == 1
+        if kept.shape != ids.shape:
+            raise ConfigError(f"{where} has {len(ids)} token ids and {kept.size} values of {MASK!r}, expected as many.")
+    if name == IDS and row.get(LABELS) is not None:
+        labels = np.asarray(row[LABELS])
+        if labels.shape != ids.shape or (labels[kept] != ids[kept]).any():
+            raise ConfigError(
+                f"{where} has {LABELS!r} that differ from its {IDS!r}, but packed rows are trained whole. Write "
+                f"rows of seq_len tokens for the data provider 'parquet', which keeps labels, or remove {LABELS!r}."
+            )
+    return ids[kept].astype(np.int64)

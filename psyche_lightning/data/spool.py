@@ -20,8 +20,8 @@ from psyche_lightning.data.packed import Unavailable
 from psyche_lightning.data.tokenizer import Encoder, QuietProgress
 from psyche_lightning.errors import ConfigError, DataError
 
-Documents = Callable[[int], Iterator[bytes]]
-"""Yields the texts from the one with this number on; called again after a failure."""
+Documents = Callable[[int], Iterator["bytes | NDArray[np.int64]"]]
+"""Yields the texts, or their token ids, from the one with this number on; called again after a failure."""
 
 
 class Spool:
@@ -34,6 +34,7 @@ class Spool:
         documents: yields the texts; may fail temporarily.
         encoder: makes the ids.
         seq_len: tokens of a block.
+        vocab_size: number of token ids; None for the encoder's.
         most: the most blocks to make; None for all.
         lazily: whether to read documents only when their blocks are requested; ``most`` is then the count.
         retry_seconds: how long to try reading again before blocks count as lost.
@@ -52,6 +53,7 @@ class Spool:
         encoder: Encoder,
         seq_len: int,
         *,
+        vocab_size: int | None = None,
         most: int | None = None,
         lazily: bool = False,
         retry_seconds: float = 0.0,
@@ -59,6 +61,8 @@ class Spool:
         self._documents = documents
         self._encoder = encoder
         self._seq_len = seq_len
+        self._vocab_size = vocab_size or encoder.vocab_size
+        self._dtype = np.dtype(np.min_scalar_type(self._vocab_size - 1))
         self._most = most
         self._lazily = lazily
         self._retry_seconds = retry_seconds
@@ -81,7 +85,7 @@ class Spool:
         self._file = tempfile.TemporaryFile(prefix="psyche-")  # noqa: SIM115 - closed with this object
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._texts: Iterator[bytes] | None = None
+        self._texts: Iterator[bytes | NDArray[np.int64]] | None = None
         self._read = 0
         self._tokens = 0
         self._ended = False
@@ -107,8 +111,8 @@ class Spool:
         if self._lazily and self._process != os.getpid():  # a forked worker must not write to its parent's file
             self._begin()
         self._fill(max(numbers, default=-1) + 1)
-        size = self._seq_len * self._encoder.dtype.itemsize
-        return [np.frombuffer(self._at(number * size, size), self._encoder.dtype) for number in numbers]
+        size = self._seq_len * self._dtype.itemsize
+        return [np.frombuffer(self._at(number * size, size), self._dtype) for number in numbers]
 
     def _at(self, offset: int, size: int) -> bytes:
         return system.read_at(self._file, size, offset, self._lock)
@@ -157,14 +161,16 @@ class Spool:
             self._texts = None
             raise
 
-    def _append_from(self, texts: Iterator[bytes], blocks: int | None, progress: QuietProgress | None) -> None:
+    def _append_from(
+        self, texts: Iterator[bytes | NDArray[np.int64]], blocks: int | None, progress: QuietProgress | None
+    ) -> None:
         try:
             while blocks is None or self._tokens < blocks * self._seq_len:
                 text = next(texts, None)
                 if text is None:
                     self._ended = True
                     break
-                ids = self._encoder.encode(text)
+                ids = self._encoder.encode(text) if isinstance(text, bytes) else self._checked(text)
                 self._write(ids.tobytes())
                 self._read += 1
                 self._tokens += len(ids)
@@ -179,6 +185,16 @@ class Spool:
                 f"than max_samples={self._most}; set max_samples to that number or less."
             )
 
+    def _checked(self, ids: NDArray[np.int64]) -> NDArray[Any]:
+        """Ids from elsewhere in the type of the file."""
+        wrong = ids[(ids < 0) | (ids >= self._vocab_size)]
+        if len(wrong):
+            raise ConfigError(
+                f"Row {self._read} of the data has the token id {int(wrong[0])}, but the vocabulary has "
+                f"{self._vocab_size}: another tokenizer made the data, or vocab_size is too small."
+            )
+        return ids.astype(self._dtype)
+
     def _write(self, data: bytes, *, flush: bool = False) -> None:
         try:
             self._file.write(data)
@@ -192,7 +208,7 @@ class Spool:
 
     def _sha256(self, blocks: int) -> str:
         digest = hashlib.sha256()
-        end = blocks * self._seq_len * self._encoder.dtype.itemsize
+        end = blocks * self._seq_len * self._dtype.itemsize
         for start in range(0, end, 1 << 20):
             digest.update(self._at(start, min(1 << 20, end - start)))
         return digest.hexdigest()

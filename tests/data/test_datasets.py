@@ -153,7 +153,7 @@ def test_a_stream_that_ends_too_early() -> None:
 
 def test_a_data_set_that_breaks_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 3 + "{not json\n")
-    with pytest.raises(DataError, match=r"documents after number \d+ cannot be read"):
+    with pytest.raises(DataError, match=r"documents of .* cannot be read"):
         opened(tmp_path)
 
 
@@ -195,8 +195,8 @@ def test_paths_without_a_data_set_are_refused(tmp_path: Path, texts_at: Make) ->
         opened(tmp_path)
     texts_at(tmp_path / "a.jsonl", 2)
     (tmp_path / "b.csv").write_text("text\nx\n")
-    with pytest.raises(ConfigError, match=r"has files of .csv, .jsonl"):
-        opened(tmp_path)
+    with pytest.raises(ConfigError, match=r"has files of .csv, .jsonl, expected files of one kind"):
+        opened(tmp_path, path=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv")])
 
 
 def test_a_data_set_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,3 +216,34 @@ def test_a_forked_worker_has_a_file_of_its_own() -> None:
         os._exit(0 if fine else 1)
     assert os.waitpid(pid, 0)[1] == 0
     assert os.fstat(spool._file.fileno()).st_size == size
+
+
+def test_tokenized_rows_are_packed_as_they_are(tmp_path: Path, texts_at: Make) -> None:
+    rows = [[row, 300, *range(row)] for row in range(30)]
+    datasets.Dataset.from_dict({"input_ids": rows}).to_parquet(str(tmp_path / "train.parquet"))
+    stream = [value for row in rows for value in row]
+    data = opened(tmp_path, vocab_size=301)
+    assert [value for sample in data.samples(0, len(data)) for value in sample["input_ids"].tolist()] == stream[
+        : len(stream) // 16 * 16
+    ]
+    assert (data.vocab_size, data.tokenizer) == (301, None)
+    with pytest.raises(ConfigError, match=r"set data.config.vocab_size, or data.config.tokenizer"):
+        opened(tmp_path)
+    with pytest.raises(ConfigError, match=r"Row 0 .* token id 300, but the vocabulary has 256"):
+        opened(tmp_path, vocab_size=256, text="input_ids")
+    texts_at(tmp_path / "texts.jsonl", 9)
+    with pytest.raises(ConfigError, match="vocab_size is for data sets of token ids"):
+        opened(tmp_path / "texts.jsonl", vocab_size=256)
+
+
+def test_padding_is_left_out_and_labels_are_not_ignored(tmp_path: Path) -> None:
+    rows, mask = [[0, 0, 5, 6, 7, 8], [9, 1, 2, 3, 4, 5]], [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
+    labels = [[-100, -100, 5, 6, 7, 8], rows[1]]
+    made = datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": mask, "labels": labels})
+    made.to_parquet(str(tmp_path / "a.parquet"))
+    data = opened(tmp_path / "a.parquet", vocab_size=10, seq_len=5)
+    assert [sample["input_ids"].tolist() for sample in data.samples(0, 2)] == [[5, 6, 7, 8, 9], [1, 2, 3, 4, 5]]
+    made = datasets.Dataset.from_dict({"input_ids": rows, "labels": [[-100] * 6, rows[1]]})
+    made.to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(ConfigError, match=r"Row 0 of .* has 'labels' that differ .* provider 'parquet'"):
+        opened(tmp_path / "a.parquet", vocab_size=10, seq_len=5)
