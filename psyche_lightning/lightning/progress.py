@@ -1,13 +1,42 @@
-"""Keeps Trainer's counters at the run's step, even after rounds that this node missed."""
+"""Makes Trainer count rounds, and keeps its counters at the run's step, even after rounds that this node missed."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from psyche_lightning.lightning.internals import set_fetched, set_steps
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+
+EACH_ROUND = 1e-9
+"""A ``val_check_interval`` that Trainer rounds up to one batch; ModelCheckpoint would take 1 for 1.0, a whole epoch."""
+
+
+def count_rounds(trainer: Trainer, undo: ExitStack) -> int:
+    """Make Trainer count a round where it would count ``accumulate_grad_batches`` of the user's batches.
+
+    Args:
+        trainer: its loop over batches gets whole rounds; what counts batches is rounded up to rounds.
+        undo: restores the user's values.
+
+    Returns:
+        The user's ``accumulate_grad_batches``.
+    """
+    batches = trainer.accumulate_grad_batches
+
+    def replace(name: str, value: object) -> None:
+        undo.callback(setattr, trainer, name, getattr(trainer, name))
+        setattr(trainer, name, value)
+
+    replace("accumulate_grad_batches", 1)
+    if batches > 1 and isinstance(count := trainer.limit_train_batches, int):
+        replace("limit_train_batches", -(-count // batches))
+    if batches > 1 and isinstance(count := trainer.val_check_interval, int):
+        replace("val_check_interval", -(-count // batches) if count > batches else EACH_ROUND)
+    return batches
 
 
 class RunProgress:

@@ -34,7 +34,7 @@ from psyche_lightning.lightning.internals import before_transfer, wants_to_stop,
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import sections
 from psyche_lightning.lightning.optimizers import TakenStep
-from psyche_lightning.lightning.progress import RunProgress
+from psyche_lightning.lightning.progress import RunProgress, count_rounds
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.node.participant import RoundWork
 from psyche_lightning.protocol.state import CoordinatorConfig
@@ -182,7 +182,8 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Called by Trainer when fitting; queries the run and replaces the step of the module's optimizer."""
         self.session = None
-        entry = Entry(self.options, self._memory)
+        # Before the module configures its optimizers: it may ask Trainer for its number of steps, which loads the data.
+        self._fit = fit = _Fit(trainer, Entry(self.options, self._memory), count_rounds(trainer, self._undo))
         super().setup_optimizers(trainer)
         module = trainer.lightning_module
         if len(self.optimizers) != 1 or not self.optimizers[0].param_groups:
@@ -195,9 +196,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
                 "A ReduceLROnPlateau follows a metric of this node alone, but all nodes must use the same learning "
                 "rate in each round. Use a scheduler that depends only on the step."
             )
-        accumulate, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, 1
-        self._undo.callback(setattr, trainer, "accumulate_grad_batches", accumulate)
-        self._fit = _Fit(trainer, entry, TakenStep(self.optimizers[0], module, entry.distro), accumulate)
+        fit.step = TakenStep(self.optimizers[0], module, fit.entry.distro)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Called by Trainer with each DataLoader; the run feeds the one for training."""
@@ -231,9 +230,8 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         if threading.current_thread() is threading.main_thread():
             self._undo.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
             signal.signal(signal.SIGTERM, training.terminate(signal.getsignal(signal.SIGTERM)))
-        loop = training.trainer.fit_loop
-        self._undo.callback(setattr, loop, "min_epochs", loop.min_epochs)  # the end of the run overrides both
-        self._undo.callback(setattr, loop.epoch_loop, "min_steps", loop.epoch_loop.min_steps)
+        loop = training.trainer.fit_loop.epoch_loop
+        self._undo.callback(setattr, loop, "max_steps", loop.max_steps)  # the end of the run overrides it
         if training.trainer.received_sigterm:  # so far Trainer's own handler only noted it
             raise SIGTERMException
         training.session.start()
@@ -336,7 +334,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         state = dict(optimizer.state_dict())
-        if self._fit is not None:
+        if self._fit is not None and self._fit.step is not None:
             state[STATE_KEY] = self._fit.step.distro.state_dict()
         return state
 
@@ -344,7 +342,7 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         """Restore :meth:`optimizer_state`; ignores the state of another optimizer's own step."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             optimizer.load_state_dict({"state": {}, "param_groups": saved["param_groups"]})
-            if STATE_KEY in saved and self._fit is not None:
+            if STATE_KEY in saved and self._fit is not None and self._fit.step is not None:
                 self._fit.step.distro.load_state_dict(saved[STATE_KEY])
 
     # --- the end ----------------------------------------------------------------------------------------------------
@@ -368,20 +366,20 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
 
 @dataclass
 class _Fit:
-    """One call of ``Trainer.fit``, from the moment it has an optimizer.
+    """One call of ``Trainer.fit``, from the moment it configures its optimizer.
 
     Attributes:
         trainer: the Trainer that fits.
         entry: the run's fixed values.
-        step: the module with its optimizer.
         accumulate: number of user batches whose gradients make one step.
+        step: the module with its optimizer; None until it has one.
         loaders: training loaders, newest last.
     """
 
     trainer: Trainer
     entry: Entry
-    step: TakenStep
     accumulate: int
+    step: TakenStep | None = None
     loaders: list[RoundLoader] = field(default_factory=list)
 
 
@@ -406,6 +404,7 @@ class _Training:
     """
 
     def __init__(self, fit: _Fit) -> None:
+        assert fit.step is not None  # since setup_optimizers
         self.trainer, self.step = trainer, step = fit.trainer, fit.step
         self.loss = math.nan
         self.lost: DataError | None = None
@@ -459,8 +458,9 @@ class _Training:
             yield work
             fresh = fresh and self.session.lost_rounds > 0
         state = self.session.state
-        if self.stop_if_finished() and state is not None:
+        if self.session.finished is not None and state is not None:
             self._progress.end(state.step - 1)
+        self.stop_if_finished()
 
     def _check_limits(self) -> None:
         last, state, self._last_step = self._last_step, self.session.state, None
@@ -474,11 +474,10 @@ class _Training:
     def stop_if_finished(self) -> bool:
         """Tell Trainer to stop when the run is over; returns whether it is."""
         finished = self.session.finished is not None
-        if finished:
-            self.trainer.should_stop = True
-            # Otherwise Trainer goes on to its minimum, but no rounds follow.
-            self.trainer.fit_loop.min_epochs = 0
-            self.trainer.fit_loop.epoch_loop.min_steps = None
+        done = self.trainer.global_step
+        if finished and done < (_last_step(self.trainer) or math.inf):
+            # Not should_stop, for which Trainer validates once more, and not before its minimum of epochs and steps.
+            self.trainer.fit_loop.epoch_loop.max_steps = done
         return finished
 
 
