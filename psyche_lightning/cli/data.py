@@ -174,11 +174,15 @@ def _open_files(path: Path, seq_len: int, verify: bool) -> tuple[DataProvider, d
 def _open_recipe(what: str, overrides: list[str]) -> tuple[DataProvider, dict[str, Any]]:
     from psyche_lightning.plugins import load_plugins
     from psyche_lightning.recipe import load_recipe
+    from psyche_lightning.train.validation import separate_set
 
     recipe = load_recipe(what, overrides)
     factory = load_plugins().data_providers()[recipe.data.name]
     provider: DataProvider = factory(recipe.data.options, seed=recipe.run.seed)
-    return provider, {"provider": recipe.data.name, **_facts(provider)}
+    facts = {"provider": recipe.data.name, **_facts(provider)}
+    if (separate := separate_set(recipe, provider)) is not None:
+        facts["validation_samples"] = len(separate)
+    return provider, facts
 
 
 def _facts(provider: DataProvider) -> dict[str, Any]:

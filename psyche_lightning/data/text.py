@@ -37,7 +37,7 @@ class TextData(PackedData):
             for the common suffixes of text and source files.
         tokenizer: ``"bytes"`` (ids 0 to 255), or the path of a Hugging Face tokenizer.
         validation_fraction: fraction of the blocks to hold out, 0 <= fraction < 1 (at least one block unless it is 0);
-            0.01 if neither this nor ``validation_samples`` is given.
+            0.01 if neither this nor ``validation_samples`` is given, but never the only block.
         validation_samples: number of blocks to hold out, instead of a fraction.
         max_bytes: the most bytes of the corpus to read; None for all.
 
@@ -111,7 +111,7 @@ def _held_out(blocks: int, fraction: float | None, samples: int | None) -> int:
             raise ConfigError("Both validation_fraction and validation_samples are set; expected one of them.")
         return whole("validation_samples", samples, least=0)
     if fraction is None:
-        fraction = DEFAULT_VALIDATION_FRACTION
+        return min(max(1, round(DEFAULT_VALIDATION_FRACTION * blocks)), max(0, blocks - 1))
     if type(fraction) not in (int, float) or not 0 <= fraction < 1:
         raise ConfigError(f"validation_fraction is {fraction!r}, expected a fraction of at least 0 and less than 1.")
     return max(1, round(fraction * blocks)) if fraction else 0

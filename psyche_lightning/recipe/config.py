@@ -87,16 +87,25 @@ class DataSection:
         name: a plugin's data provider; ``psyche plugins`` lists them.
         config: the configuration for the plugin's factory.
         seq_len: tokens of a sample; the factory gets it, too.
+        validation: a set of its own for validation: the options in which it differs from ``config``, such as
+            ``{split: validation}``; empty for samples that the provider holds out. Nodes may differ.
     """
 
     name: str = "text"
     config: Mapping[str, Any] = field(default_factory=dict)
     seq_len: Count = 256
+    validation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
         """The arguments of the factory."""
         return {**self.config, "seq_len": self.seq_len}
+
+    @property
+    def validation_options(self) -> dict[str, Any]:
+        """The arguments of the factory for the set of ``validation``, which holds out nothing."""
+        kept = {name: value for name, value in self.config.items() if not name.startswith("validation_")}
+        return {**kept, **self.validation, "seq_len": self.seq_len}
 
 
 @dataclass(frozen=True)

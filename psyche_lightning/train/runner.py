@@ -39,6 +39,7 @@ from psyche_lightning.train.bars import Bars
 from psyche_lightning.train.module import CausalModule, ProviderDataset
 from psyche_lightning.train.packing import check_packing
 from psyche_lightning.train.saving import Checkpoints, begin
+from psyche_lightning.train.validation import validation_samples
 from psyche_lightning.wire.identity import Identity, short
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ class _Diary(Callback):
         self._recipe = recipe
         self._provider = provider
         self._folder = folder
-        self._samples = provider.validation()[: recipe.trainer.validation_samples] if self._validates else []
+        self._samples = validation_samples(recipe, provider)
         self._losses: list[float] = []
         self._validation: list[tuple[int, float]] = []
         self._started = self._began = 0.0
@@ -171,10 +172,6 @@ class _Diary(Callback):
             raise ConfigError(
                 f"cannot write to the node's folder {folder}: {error.strerror}; choose another with node.directory=DIR"
             ) from error
-
-    @property
-    def _validates(self) -> bool:
-        return self._recipe.trainer.validate_every > 0
 
     # --- hooks ------------------------------------------------------------------------------------------------------
 
