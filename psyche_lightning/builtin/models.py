@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psyche_lightning.errors import ConfigError, nearest
+from psyche_lightning.checkpoints.pretrained import Source, load
+from psyche_lightning.errors import ConfigError, PsycheError, nearest
 from psyche_lightning.hookspecs import ModelFactory, Register, hookimpl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @hookimpl
@@ -39,6 +35,7 @@ def hf(config: Mapping[str, Any]) -> PreTrainedModel:
     Raises:
         ConfigError: neither or both are given, the type or a field is unknown or wrong, the folder is not a model, or
             the Hub does not deliver the model; the text says why.
+        CheckpointError: the model there lacks parameters, or has some of other shapes; the text names them.
     """
     fields = dict(config)
     path, model_type = fields.pop("path", None), fields.pop("model_type", None)
@@ -51,61 +48,19 @@ def hf(config: Mapping[str, Any]) -> PreTrainedModel:
     if path is None:
         return _built(f"type {model_type!r}", lambda: _fresh(_by_type(str(model_type), fields), False))
     fresh, trusted = (_switch(fields, name) for name in ("fresh", "trust_remote_code"))
-    source = _source(str(path))
+    source = Source.of(str(path))
 
-    def load() -> PreTrainedModel:
+    def build() -> PreTrainedModel:
         import torch
         from transformers import AutoModelForCausalLM
 
         resolved = _by_source(source, fields, trusted)
         if fresh or torch.get_default_device().type == "meta":
             return _fresh(resolved, trusted)
-        auto: Any = AutoModelForCausalLM  # it has no annotations
-        loaded: PreTrainedModel = auto.from_pretrained(
-            source.name,
-            config=resolved,
-            revision=source.revision,
-            local_files_only=source.local,
-            trust_remote_code=trusted,
-            use_safetensors=True,  # other formats would be unpickled
-            dtype=torch.float32,
-        )
+        loaded: PreTrainedModel = load(AutoModelForCausalLM, source, config=resolved, trust_remote_code=trusted)
         return loaded
 
-    return _built(f"path {str(path)!r}", load)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The location of a model.
-
-    Attributes:
-        name: a folder, or a name on the Hub.
-        revision: revision on the Hub.
-        local: whether it is a folder.
-    """
-
-    name: str
-    revision: str = "main"
-    local: bool = True
-
-
-def _source(path: str) -> _Source:
-    """Resolve a path.
-
-    Raises:
-        ConfigError: it is neither a model's folder nor a possible name on the Hub.
-    """
-    folder = Path(path).expanduser()
-    if (folder / "config.json").is_file():
-        return _Source(str(folder))
-    name, _, revision = path.partition("@")
-    if folder.exists() or not _HUB_NAME.fullmatch(name) or (not revision and path.endswith("@")):
-        raise ConfigError(
-            f"The model path {path!r} is not a folder in Hugging Face format (no config.json), nor a name on the Hub "
-            "such as Qwen/Qwen3-0.6B@main."
-        )
-    return _Source(name, revision or "main", local=False)
+    return _built(f"path {str(path)!r}", build)
 
 
 def _switch(fields: dict[str, Any], name: str) -> bool:
@@ -130,7 +85,7 @@ def _built(source: str, build: Callable[[], PreTrainedModel]) -> PreTrainedModel
         model = build()
         model.train()
         return model
-    except ConfigError:
+    except PsycheError:
         raise
     except Exception as error:  # models raise different types for wrong fields
         raise ConfigError(f"The model 'hf' of {source} cannot be built: {_reason(error)}") from error
@@ -182,14 +137,10 @@ def _by_type(model_type: str, fields: Mapping[str, Any]) -> PreTrainedConfig:
     return resolved
 
 
-def _by_source(source: _Source, fields: Mapping[str, Any], trusted: bool) -> PreTrainedConfig:
+def _by_source(source: Source, fields: Mapping[str, Any], trusted: bool) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    place: dict[str, Any] = {
-        "revision": source.revision,
-        "local_files_only": source.local,
-        "trust_remote_code": trusted,
-    }
+    place: dict[str, Any] = {**source.options, "trust_remote_code": trusted}
     stored: PreTrainedConfig = AutoConfig.from_pretrained(source.name, **place)
     _check_fields(stored, fields)
     resolved: PreTrainedConfig = AutoConfig.from_pretrained(source.name, **place, **fields)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from psyche_lightning.checkpoints.dtypes import dtypes, tensors
 from psyche_lightning.node.parameters import describe_tensors
 from psyche_lightning.node.snapshot import encode_index
 from psyche_lightning.wire.canonical import sha256
+
+_Place: TypeAlias = tuple[Any, ...]
+"""Tells tensors apart; equal for two that share their memory in the same way."""
 
 
 class ModelCopy:
@@ -21,9 +27,11 @@ class ModelCopy:
         model: has ``save_pretrained``. If that takes no ``state_dict``, the model cannot be copied (:attr:`copied` is
             false), and the caller writes it at once.
         prefix: comes before the names of its parameters in the run's digest.
+        dtype: dtype to save it in, as :func:`~psyche_lightning.checkpoints.dtypes.dtypes` understands it; None for that
+            of its parameters. A model that cannot be copied is written in that of its parameters.
     """
 
-    def __init__(self, model: torch.nn.Module, prefix: str = "") -> None:
+    def __init__(self, model: torch.nn.Module, prefix: str = "", dtype: torch.dtype | None = None) -> None:
         self._model: Any = model
         save_pretrained: Any = model.save_pretrained
         takes = inspect.signature(save_pretrained).parameters
@@ -31,10 +39,14 @@ class ModelCopy:
         self._named = dict(model.named_parameters())
         self._prefix = prefix
         self._state: dict[str, Any] | None = None
+        self._dtype = dtype if self.copied else None
         if self.copied:
-            clones: dict[tuple[Any, ...], torch.Tensor] = {}  # tied parameters stay tied
-            self._state = {name: _cloned(value, clones) for name, value in model.state_dict().items()}
-            self._named = {name: _cloned(value, clones) for name, value in self._named.items()}
+            wanted = {} if dtype is None else dtypes(model, dtype)
+            # By place, so that tied parameters stay tied.
+            to = {_place(value): wanted[name] for name, value in tensors(model) if name in wanted}
+            clones: dict[_Place, torch.Tensor] = {}
+            self._state = {name: _cloned(value, to, clones) for name, value in model.state_dict().items()}
+            self._named = {name: _cloned(value, to, clones) for name, value in self._named.items()}
 
     def digest(self) -> bytes:
         """Digest of the parameters, computed like a run's (:mod:`psyche_lightning.node.snapshot`)."""
@@ -49,6 +61,8 @@ class ModelCopy:
         """
         options = {} if self._state is None else {"state_dict": dict(self._state)}
         self._model.save_pretrained(folder, **options)
+        if self._dtype is not None:
+            _say_dtype(folder / "config.json", self._dtype)
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
@@ -64,11 +78,22 @@ def _order(item: tuple[str, torch.Tensor]) -> bytes:
     return item[0].encode()
 
 
-def _cloned(value: Any, clones: dict[tuple[Any, ...], torch.Tensor]) -> Any:
+def _place(value: torch.Tensor) -> _Place:
+    return value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), str(value.device)
+
+
+def _cloned(value: Any, to: Mapping[_Place, torch.dtype], clones: dict[_Place, torch.Tensor]) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach()
-    key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), str(value.device))
-    if key not in clones:
-        clones[key] = value.to("cpu", copy=True)
-    return clones[key]
+    place = _place(value)
+    if place not in clones:
+        clones[place] = value.to("cpu", to.get(place, value.dtype), copy=True)
+    return clones[place]
+
+
+def _say_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Write the saved dtype into ``config.json``; ``save_pretrained`` writes that of the model in memory."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

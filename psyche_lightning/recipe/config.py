@@ -65,7 +65,8 @@ class ModelSection:
         config: the configuration for the plugin's factory.
         path: where the first parameters come from: a folder in Hugging Face format, a name on the Hub, or an address of
             checkpoints. The factory gets it as ``path``; an address becomes the folder of a copy.
-        dtype: dtype of the parameters; bfloat16 ones have float32 masters.
+        dtype: dtype of the parameters; bfloat16 ones have float32 masters. What ``transformers`` keeps in float32 in a
+            bfloat16 model, such as rotary frequencies, stays so.
     """
 
     name: str = "hf"
@@ -227,6 +228,8 @@ class CheckpointSection:
         to: an address that the nodes share, besides each node's own folder; null for none.
         writers: nodes that write to the address: the first one writes, and another one only if those before it fail.
         resume: an address of checkpoints from which the run resumes: parameters, step and data; null to start anew.
+        save_dtype: dtype of saved parameters; null for bfloat16 if the model comes from a checkpoint in bfloat16, else
+            for that of the parameters.
     """
 
     every: NonNegative = 0
@@ -234,6 +237,7 @@ class CheckpointSection:
     to: str | None = None
     writers: Count = 1
     resume: str | None = None
+    save_dtype: Literal["float32", "bfloat16"] | None = None
 
 
 @dataclass(frozen=True)

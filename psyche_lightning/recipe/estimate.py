@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from psyche_lightning.checkpoints.folder import local_model
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.recipe.positions import check_positions
 
 if TYPE_CHECKING:
     import torch
@@ -48,18 +49,21 @@ def meta_model(recipe: Recipe) -> torch.nn.Module:
 
     Raises:
         PluginError: no plugin has the model.
-        ConfigError: its configuration is wrong.
+        ConfigError: its configuration is wrong, or its positions are too few for the data.
         CheckpointError: its path leads to nothing usable.
     """
     build = load_plugins().models()[recipe.model.name]
     import torch
+
+    from psyche_lightning.checkpoints.dtypes import cast
 
     options = recipe.model.options
     if recipe.model.path is not None:
         options["path"] = local_model(recipe.model.path, weights=False)
     with torch.device("meta"):
         model = build(options)
-    return model.to(getattr(torch, recipe.model.dtype))
+    check_positions(model, recipe.data.seq_len)
+    return cast(model, getattr(torch, recipe.model.dtype))
 
 
 def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
@@ -85,8 +89,9 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
         "gradients": trained,
         "delta (what is yet to be sent)": FLOAT32 * count,
     }
-    if recipe.model.dtype != "float32":
-        memory["float32 masters"] = FLOAT32 * count
+    masters = sum(parameter.numel() for parameter in trainable if parameter.element_size() < FLOAT32)
+    if masters:
+        memory["float32 masters"] = FLOAT32 * masters
     if recipe.distro.lookahead:
         memory["look-ahead copy"] = trained
     layout = Layout(named, recipe.distro.chunk)

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from psyche_lightning.checkpoints.dtypes import cast
 from psyche_lightning.errors import CheckpointError, ConfigError, UnfinishedError, counted
 from psyche_lightning.hookspecs import DataProvider
 from psyche_lightning.json_text import json_text
@@ -35,10 +36,11 @@ from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.requests import Terms
 from psyche_lightning.recipe.config import Recipe, TrainerSection
 from psyche_lightning.recipe.manifest import manifest
+from psyche_lightning.recipe.positions import check_positions
 from psyche_lightning.train.bars import Bars
 from psyche_lightning.train.module import CausalModule, ProviderDataset
 from psyche_lightning.train.packing import check_packing
-from psyche_lightning.train.saving import Checkpoints, begin
+from psyche_lightning.train.saving import Checkpoints, begin, saved_dtype
 from psyche_lightning.train.validation import validation_samples
 from psyche_lightning.wire.identity import Identity, short
 
@@ -95,8 +97,11 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     provider: DataProvider = plugins.data_providers()[recipe.data.name](recipe.data.options, seed=recipe.run.seed)
     torch.manual_seed(recipe.run.seed)  # all nodes build the same parameters, so none downloads them
     model = plugins.models()[recipe.model.name](dict(beginning.options))
-    model = model.to(getattr(torch, recipe.model.dtype)).train()
+    # Lightning's own bf16-true would round buffers as well, such as rotary frequencies.
+    rounded = recipe.trainer.precision == "bf16-true"
+    model = cast(model, torch.bfloat16 if rounded else getattr(torch, recipe.model.dtype)).train()
     check_parameters(model)
+    check_positions(model, provider.seq_len)
     with _as_in_training(model, recipe.trainer):
         check_data(model, provider, recipe.trainer.micro_batch_size)
     sections = manifest(recipe, getattr(provider, "fingerprint", None))
@@ -113,12 +118,12 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
         steps = terms.config.total_steps
     strategy = PsycheStrategy(**vars(options))
     diary = _Diary(recipe, provider, folder, strategy, steps)
-    diary.checkpoints = Checkpoints(recipe, run, folder, provider.tokenizer, sections)
+    diary.checkpoints = Checkpoints(recipe, run, folder, provider.tokenizer, sections, saved_dtype(recipe, beginning))
     trainer = Trainer(
         strategy=strategy,
         accelerator=recipe.trainer.accelerator,
         devices=1,
-        precision=recipe.trainer.precision,
+        precision="32-true" if rounded else recipe.trainer.precision,
         max_steps=steps if terms is None else -1,  # a run's steps are its coordinator's, also when its owner adds some
         max_epochs=-1,
         gradient_clip_val=recipe.optimizer.clip_grad_norm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ from psyche_lightning.checkpoints.address import open_storage
 from psyche_lightning.checkpoints.folder import cache_folder, complete_checkpoints, fetch_newest, local_model
 from psyche_lightning.checkpoints.manifest import Metadata
 from psyche_lightning.checkpoints.model import ModelCopy, tokenizer_files
+from psyche_lightning.checkpoints.pretrained import Source
 from psyche_lightning.checkpoints.writer import Writer
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.session import Session
@@ -41,12 +43,21 @@ class Checkpoints:
         folder: the node's folder.
         tokenizer: the tokenizer to save with each checkpoint; None for none.
         sections: the run's manifest; each checkpoint records its digest.
+        dtype: dtype of the saved parameters; None for that of the parameters in memory.
 
     Raises:
         PsycheError: the folder or address is not writable.
     """
 
-    def __init__(self, recipe: Recipe, run: str, folder: Path, tokenizer: Any, sections: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: str,
+        folder: Path,
+        tokenizer: Any,
+        sections: Mapping[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         section = recipe.checkpoint
         storage = None if section.to is None else open_storage(section.to)
         if storage is not None:
@@ -56,6 +67,7 @@ class Checkpoints:
         self._writers = section.writers
         self._run = run
         self._recipe = recipe_digest(sections)
+        self._dtype = dtype
         self._saved: int | None = None
 
     def after_round(self, session: Session, model: torch.nn.Module) -> None:
@@ -74,7 +86,7 @@ class Checkpoints:
             return
         # A node that missed that round saves a later step. No node waits for it then, so it has no rank.
         rank = self._rank(standing, session) if standing.step % self._every == 0 else None
-        if self._writer.save(lambda: ModelCopy(model, PREFIX), self._metadata(standing), rank):
+        if self._writer.save(lambda: ModelCopy(model, PREFIX, self._dtype), self._metadata(standing), rank):
             self._saved = standing.step
 
     def at_the_end(self, session: Session, model: torch.nn.Module) -> Callable[[], None]:
@@ -84,7 +96,7 @@ class Checkpoints:
         standing = session.standing or Standing(state.checkpoint.step, state.epoch, state.epoch_start_data_index, ())
         if self._saved != standing.step or standing.step % self._every:  # otherwise it is in progress
             rank = self._rank(standing, session)
-            self._writer.save(lambda: ModelCopy(model, PREFIX), self._metadata(standing), rank, last=True)
+            self._writer.save(lambda: ModelCopy(model, PREFIX, self._dtype), self._metadata(standing), rank, last=True)
         return lambda: self._writer.finish(standing.step)
 
     def _rank(self, standing: Standing, session: Session) -> int | None:
@@ -117,6 +129,29 @@ class Beginning:
     def start(self) -> tuple[int, int] | None:
         """Steps already trained, and the first data id that follows; None for a run from step 1."""
         return None if self.section is None else (self.section["step"], self.section["data_index"])
+
+
+def saved_dtype(recipe: Recipe, beginning: Beginning) -> torch.dtype | None:
+    """The dtype of saved parameters; None for that of the parameters in memory.
+
+    A checkpoint in bfloat16 stays one, although it is trained with more digits.
+
+    Raises:
+        PsycheError: the source's configuration cannot be read.
+    """
+    path = beginning.options.get("path")
+    named: str | None = recipe.checkpoint.save_dtype
+    if named is None and path is not None and not beginning.options.get("fresh"):
+        with contextlib.suppress(ConfigError):  # a plugin's own kind of path
+            named = Source.of(str(path)).dtype
+        if named != recipe.model.dtype == "float32":
+            logger.info(
+                "the parameters come from a checkpoint in %s and are trained in float32; checkpoints are saved in %s "
+                "(checkpoint.save_dtype)",
+                named,
+                "bfloat16" if named == "bfloat16" else "float32",
+            )
+    return torch.bfloat16 if named == "bfloat16" else torch.float32 if recipe.checkpoint.save_dtype else None
 
 
 def begin(recipe: Recipe, fixed: Mapping[str, Any] | None) -> Beginning:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psyche_lightning import hookimpl
+from psyche_lightning.checkpoints.pretrained import Source, load
 from psyche_lightning.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def build(config: Mapping[str, Any]) -> MLAForCausalLM:
 
     Raises:
         ConfigError: a key is unknown or a value does not fit.
+        CheckpointError: the checkpoint lacks parameters, or has some of other shapes.
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
@@ -69,7 +71,7 @@ def build(config: Mapping[str, Any]) -> MLAForCausalLM:
     if path is None or torch.get_default_device().type == "meta":
         model = MLAForCausalLM(resolved)
     else:
-        model = MLAForCausalLM.from_pretrained(path, config=resolved, local_files_only=True, dtype=torch.float32)
+        model = load(MLAForCausalLM, Source(str(path)), config=resolved)
     if checkpointing:
         model.activation_checkpointing_enable()
     model.train()
