@@ -246,6 +246,8 @@ class DataProvider(Protocol):
 
     * an attribute ``fingerprint`` (text), which is part of the run's manifest: it differs between nodes whose samples
       differ, and joining reports the difference;
+    * an attribute ``end_of_text`` (an id or None): the id after each text, if it is not the tokenizer's
+      ``eos_token_id``; a new model ends its texts with it;
     * a method ``prefetch(start, stop)``, which is called before these ids are needed, begins to load them
       within its own bounds, and returns at once.
 

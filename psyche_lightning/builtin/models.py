@@ -26,8 +26,8 @@ def hf(config: Mapping[str, Any]) -> PreTrainedModel:
         config: either ``model_type`` (``"llama"``, ...) and fields of its configuration class; or ``path`` of a folder
             in Hugging Face format or ``OWNER/NAME[@REVISION]`` on the Hub, and fields that replace those of its
             configuration. With ``path`` also ``fresh`` (bool: use its configuration with new parameters) and
-            ``trust_remote_code`` (bool: run the model's own code). If ``HF_HUB_OFFLINE`` is set, the Hub is not asked,
-            and its cache must have the model.
+            ``trust_remote_code`` (bool: run the model's own code). Another ``vocab_size`` resizes the embeddings. If
+            ``HF_HUB_OFFLINE`` is set, the Hub is not asked, and its cache must have the model.
 
     Returns:
         The model in training mode, with parameters in float32.
@@ -54,10 +54,13 @@ def hf(config: Mapping[str, Any]) -> PreTrainedModel:
         import torch
         from transformers import AutoModelForCausalLM
 
-        resolved = _by_source(source, fields, trusted)
         if fresh or torch.get_default_device().type == "meta":
-            return _fresh(resolved, trusted)
+            return _fresh(_by_source(source, fields, trusted), trusted)
+        vocab_size = fields.get("vocab_size")
+        resolved = _by_source(source, {name: fields[name] for name in fields if name != "vocab_size"}, trusted)
         loaded: PreTrainedModel = load(AutoModelForCausalLM, source, config=resolved, trust_remote_code=trusted)
+        if vocab_size is not None:
+            loaded.resize_token_embeddings(vocab_size)
         return loaded
 
     return _built(f"path {str(path)!r}", build)

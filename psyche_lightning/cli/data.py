@@ -29,6 +29,9 @@ def tokenize(
     tokenizer: Annotated[
         str, typer.Option(help="'bytes', a tokenizer on disk, or a name on the Hugging Face Hub.")
     ] = "bytes",
+    bos: Annotated[
+        bool, typer.Option("--bos", help="Begin each text with the tokenizer's beginning-of-text id.")
+    ] = False,
     glob: Annotated[
         list[str] | None, typer.Option(help="Pattern for files in folders; repeatable. By default text files.")
     ] = None,
@@ -49,7 +52,7 @@ def tokenize(
     from psyche_lightning.logs import redirections
 
     files = find_texts(paths, glob or DEFAULT_GLOBS)
-    encoder = Encoder(tokenizer, download=True)
+    encoder = Encoder(tokenizer, download=True, bos=bos)
     writer = TokenWriter(out, encoder, token_size=token_size, file_tokens=file_tokens)
     console = Console(stderr=True)
     with Progress(

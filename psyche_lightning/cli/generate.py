@@ -25,6 +25,9 @@ def generate(
         ),
     ],
     prompt: Annotated[str, typer.Option(help="The text to complete.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message to answer, in the tokenizer's chat template.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always chooses the most likely token.")] = 0.8,
     seed: Annotated[int | None, typer.Option(help="Seed, to get the same text every time.")] = None,
@@ -51,7 +54,7 @@ def generate(
     if seed is not None:
         torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ids = torch.tensor([_encoded(tokenizer, prompt, chat=chat)])
     room = getattr(loaded.config, "max_position_embeddings", None)
     if room is not None and ids.shape[1] >= room:
         raise ConfigError(f"The prompt has {ids.shape[1]} tokens, but the model takes only {room}; shorten it.")
@@ -59,15 +62,42 @@ def generate(
         max_new_tokens = room - ids.shape[1]
         logger.info("the model takes %d tokens, so at most %d are added", room, max_new_tokens)
 
+    end = loaded.generation_config.eos_token_id
+    ends = [end] if isinstance(end, int) else end or []
+
     class Streamer(TextStreamer):  # a checkpoint is text of others, and so is what it writes
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(plain(text, lines=True), stream_end)
+
+        def put(self, value: torch.Tensor) -> None:
+            if value.numel() != 1 or int(value) not in ends:
+                super().put(value)  # type: ignore[no-untyped-call]
 
     streamer = Streamer(tokenizer, skip_special_tokens=True)
     with torch.inference_mode():
         loaded.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
         )
+
+
+def _encoded(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+    """The ids of a prompt, as in training: with what the tokenizer puts before a text, not what it puts after.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+    """
+    if chat:
+        if not tokenizer.chat_template:
+            raise ConfigError("The checkpoint's tokenizer has no chat template, so it knows no messages; omit --chat.")
+        message = [{"role": "user", "content": prompt}]
+        found = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return list(found)
+    whole: list[int] = tokenizer(prompt)["input_ids"]
+    text: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    for end in range(len(text), len(whole) + 1):
+        if whole[end - len(text) : end] == text:
+            return whole[:end]
+    return whole
 
 
 def _model_type(checkpoint: Path) -> str:

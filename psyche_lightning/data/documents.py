@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -19,7 +20,11 @@ from psyche_lightning.data.tokenizer import BYTES, Encoder
 from psyche_lightning.data.tokens import vocabulary
 from psyche_lightning.errors import ConfigError, DataError
 
+logger = logging.getLogger(__name__)
+
 _ROWS = 16
+_FEW = 4
+"""Fewer rows do not show whether all begin or end alike."""
 TEXT, IDS, LABELS, MASK = "text", "input_ids", "labels", "attention_mask"
 
 
@@ -46,6 +51,7 @@ class DocumentData(PackedData):
             that, ``input_ids``.
         tokenizer: ``"bytes"``, a path, or the name of a tokenizer on the Hub; None for bytes.
         vocab_size: number of token ids of an already tokenized data set; None for the tokenizer's.
+        bos: whether each text begins with the tokenizer's beginning-of-text id.
         streaming: whether to read the data set during the run.
         max_samples: the most samples to make; required for streaming.
         shuffle: true for an order by the run's seed, false for the data set's order, or the 32 numbers of one of
@@ -72,6 +78,7 @@ class DocumentData(PackedData):
         text: str | None = None,
         tokenizer: str | None = None,
         vocab_size: int | None = None,
+        bos: bool = False,
         streaming: bool = False,
         max_samples: int | None = None,
         shuffle: Any = None,
@@ -95,7 +102,6 @@ class DocumentData(PackedData):
                 f"Face Hub); it got {'neither' if path is None else 'both'}."
             )
         fetching = FetchOptions.of(fetch)
-        encoder = Encoder(BYTES if tokenizer is None else tokenizer, download=True)
         if path is None:
             source = str(dataset)
             opened = open_hub(source, name, split, revision=revision, streaming=streaming, data_files=data_files)
@@ -103,6 +109,10 @@ class DocumentData(PackedData):
             source = ", ".join(strings("path", path))
             opened = open_local(path, name, split, data_files)
         column = Column(opened, text, source)
+        if column.tokenized and bos:
+            raise ConfigError("bos is for texts; a data set of token ids has what its tokenizer put into it.")
+        encoding = None if column.tokenized else bos
+        encoder = Encoder(BYTES if tokenizer is None else tokenizer, download=True, bos=encoding)
         if column.tokenized:
             size = vocabulary(vocab_size, None if tokenizer is None else encoder)
         elif vocab_size is not None:
@@ -149,7 +159,7 @@ class Column:
         self._dataset = dataset
         self._source = source
         try:
-            first: dict[str, list[Any]] = next(iter(dataset.iter(batch_size=1)), {})
+            first: dict[str, list[Any]] = next(iter(dataset.iter(batch_size=_ROWS)), {})
         except Exception as error:  # errors of data sets have no common type
             raise DataError(f"the documents of {source} cannot be read ({type(error).__name__}: {error})") from error
         self._name = name or (IDS if TEXT not in first and IDS in first else TEXT)
@@ -159,6 +169,12 @@ class Column:
                 "column with the texts, or with the token ids."
             )
         self.tokenized = bool(first) and isinstance(first[self._name][0], (list, np.ndarray))
+        if self.tokenized and not _apart(first, self._name, source):
+            logger.warning(
+                "the rows of %s neither begin nor end with the same token id, so they are joined without a separator, "
+                "and a model trained on them never ends a text; tokenize them with an end-of-text id",
+                source,
+            )
 
     def __call__(self, first: int) -> Iterator[bytes | NDArray[np.int64]]:
         """Yields the texts from number ``first`` on; of a tokenized data set the ids, without the padding.
@@ -178,6 +194,16 @@ class Column:
                 else:
                     raise ConfigError(f"{where} has {str(value)[:40]!r} in the column {self._name!r}, expected a text.")
                 number += 1
+
+
+def _apart(rows: dict[str, list[Any]], name: str, source: str) -> bool:
+    """Whether rows of token ids begin or end alike; true if there are too few to tell."""
+    each = [
+        _ids({key: column[place] for key, column in rows.items()}, name, f"Row {place} of {source}")
+        for place in range(len(rows[name]))
+    ]
+    found = [ids for ids in each if len(ids)]
+    return len(found) < _FEW or any(len({int(ids[place]) for ids in found}) == 1 for place in (0, -1))
 
 
 def _ids(row: dict[str, Any], name: str, where: str) -> NDArray[np.int64]:

@@ -119,6 +119,11 @@ class PackedData:
         """The tokenizer as a ``transformers`` object, or None if the data does not name the one that made it."""
         return None if self._encoder is None else self._encoder.tokenizer
 
+    @property
+    def end_of_text(self) -> int | None:
+        """The id after each text; None if there is none, or nothing names the tokenizer."""
+        return None if self._encoder is None else self._encoder.end
+
     def samples(self, start: int, stop: int) -> list[dict[str, torch.Tensor]]:
         """Returns the training samples with ids from ``start`` up to, but not including, ``stop``; ids wrap around.
 

@@ -128,6 +128,11 @@ class PreparedData:
         """The tokenizer as a ``transformers`` object, or None if no option names it."""
         return None if self._encoder is None else self._encoder.tokenizer
 
+    @property
+    def end_of_text(self) -> int | None:
+        """The tokenizer's end-of-text id; None if it has none, or no option names it."""
+        return None if self._encoder is None else self._encoder.end
+
     def samples(self, start: int, stop: int) -> list[dict[str, torch.Tensor]]:
         """Returns the training samples with ids from ``start`` up to, but not including, ``stop``; ids wrap around.
 

@@ -36,6 +36,7 @@ class TextData(PackedData):
         glob: pattern or patterns for the files of folders; see :func:`psyche_lightning.data.corpus.read_corpus`. None
             for the common suffixes of text and source files.
         tokenizer: ``"bytes"`` (ids 0 to 255), or the path of a Hugging Face tokenizer.
+        bos: whether each file begins with the tokenizer's beginning-of-text id.
         validation_fraction: fraction of the blocks to hold out, 0 <= fraction < 1 (at least one block unless it is 0);
             0.01 if neither this nor ``validation_samples`` is given, but never the only block.
         validation_samples: number of blocks to hold out, instead of a fraction.
@@ -60,6 +61,7 @@ class TextData(PackedData):
         path: str | Sequence[str],
         glob: str | Sequence[str] | None = None,
         tokenizer: str = BYTES,
+        bos: bool = False,
         validation_fraction: float | None = None,
         validation_samples: int | None = None,
         max_bytes: int | None = None,
@@ -67,7 +69,7 @@ class TextData(PackedData):
         paths = strings("path", path)
         patterns = DEFAULT_PATTERNS if glob is None else strings("glob", glob)
         whole("seq_len", seq_len, least=2)
-        encoder = Encoder(tokenizer)  # first, so that a wrong path fails at once
+        encoder = Encoder(tokenizer, bos=bos)  # first, so that a wrong path fails at once
         corpus = read_corpus(paths, patterns, None if max_bytes is None else whole("max_bytes", max_bytes, least=1))
         self.files = len(corpus.texts)
         self.skipped = corpus.skipped

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -21,11 +22,14 @@ from psyche_lightning.logs import redirections
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
+
 BYTES = "bytes"
 BYTE_VOCABULARY = 256
 BYTE_END = 0
 """Ends each text of bytes. No text contains it, so no id beyond the bytes is needed."""
 
+_PROMPT = "a"
 _PIECE_CHARACTERS = 1 << 20
 _PIECES_AT_ONCE = 16
 _QUIET_SECONDS = 2.0
@@ -40,21 +44,43 @@ class Encoder:
         name: ``"bytes"`` (ids 0 to 255), a folder or ``tokenizer.json`` on disk, or with ``download`` the name of a
             tokenizer on the Hugging Face Hub.
         download: whether to look up a name on the Hub if it is not a path.
+        bos: whether a text begins with the tokenizer's beginning-of-text id. The tokenizer that is saved with
+            checkpoints does the same, so that a prompt is encoded like a text in training. None, for ids that were
+            made elsewhere, leaves the tokenizer as it is.
 
     Attributes:
         vocab_size: number of ids.
         dtype: the smallest unsigned type that holds them.
+        end: id after each text; None if the tokenizer has none.
 
     Raises:
-        ConfigError: the tokenizer does not exist.
+        ConfigError: the tokenizer does not exist, or has no beginning-of-text id for ``bos``.
     """
 
-    def __init__(self, name: str = BYTES, *, download: bool = False) -> None:
+    def __init__(self, name: str = BYTES, *, download: bool = False, bos: bool | None = None) -> None:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"tokenizer is {name!r}, expected {BYTES!r} or the path of a tokenizer.")
+        if bos not in (None, True, False):
+            raise ConfigError(f"bos is {bos!r}, expected true or false.")
         self._loaded = None if name == BYTES else load_tokenizer(name, download=download)
         self.vocab_size: int = BYTE_VOCABULARY if self._loaded is None else len(self._loaded)
         self.dtype = np.dtype(np.min_scalar_type(self.vocab_size - 1))
+        self.end = BYTE_END if self._loaded is None else _special(self._loaded, "eos")
+        begin = None if self._loaded is None else _special(self._loaded, "bos")
+        if bos and begin is None:
+            raise ConfigError(
+                f"bos is true, but the tokenizer {name!r} has no beginning-of-text id. Remove bos, or name one as "
+                "bos_token in its tokenizer_config.json."
+            )
+        self._begin = begin if bos else None
+        if bos is not None and self.end is None:
+            logger.warning(
+                "the tokenizer %r has no end-of-text id, so texts are joined without a separator, and a model trained "
+                "on them never ends a text; name one as eos_token in its tokenizer_config.json",
+                name,
+            )
+        if bos is not None and self._loaded is not None:
+            _encode_like(self._loaded, bool(bos), name)
 
     @property
     def is_bytes(self) -> bool:
@@ -67,21 +93,20 @@ class Encoder:
         return byte_tokenizer() if self._loaded is None else self._loaded
 
     def encode(self, text: bytes) -> Tokens:
-        """Returns the ids of one text and its end-of-text id, if the tokenizer has one, without other special tokens.
+        """Returns the ids of one text, after its beginning-of-text id, with ``bos``, and before its end-of-text id.
 
         Bytes that are not UTF-8 become U+FFFD, unless the ids are bytes. Long texts are cut at line ends, about every
         million characters.
         """
         if self._loaded is None:
             return np.frombuffer(text + bytes([BYTE_END]), dtype=np.uint8)
-        ids: list[npt.NDArray[Any]] = []
+        ids: list[npt.NDArray[Any]] = [] if self._begin is None else [np.asarray([self._begin], dtype=self.dtype)]
         pieces = _pieces(text.decode("utf-8", errors="replace"))
         while batch := list(islice(pieces, _PIECES_AT_ONCE)):
             encoded = self._loaded(batch, add_special_tokens=False, verbose=False)["input_ids"]
             ids.extend(np.asarray(piece, dtype=self.dtype) for piece in encoded)
-        end = self._loaded.eos_token_id
-        if isinstance(end, int):
-            ids.append(np.asarray([end], dtype=self.dtype))
+        if self.end is not None:
+            ids.append(np.asarray([self.end], dtype=self.dtype))
         return np.concatenate(ids) if ids else np.empty(0, self.dtype)
 
     def encode_all(self, texts: Sequence[bytes]) -> Tokens:
@@ -138,6 +163,31 @@ def load_tokenizer(name: str, *, download: bool = False) -> PreTrainedTokenizerB
         return AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a malformed file
         raise ConfigError(f"The tokenizer {name!r} cannot be loaded ({error}); {expected}") from error
+
+
+def _special(tokenizer: PreTrainedTokenizerBase, kind: str) -> int | None:
+    """The id that begins (``bos``) or ends (``eos``) a text; None if there is none."""
+    found = getattr(tokenizer, f"{kind}_token_id", None)
+    return found if isinstance(found, int) else None
+
+
+def _encode_like(tokenizer: Any, bos: bool, name: str) -> None:
+    """Let a tokenizer put what training puts around a text, without the end: it is saved with checkpoints."""
+    prompt = tokenizer(_PROMPT, add_special_tokens=False)["input_ids"]
+    wanted = [tokenizer.bos_token_id, *prompt] if bos else prompt
+    own = tokenizer(_PROMPT)["input_ids"]
+    if own == wanted:
+        return
+    if not bos and own[: len(own) - len(prompt)] and own[0] == tokenizer.bos_token_id:
+        logger.warning(
+            "the tokenizer %r begins each text with %r, but this training does not, and neither will the tokenizer of "
+            "its checkpoints; data.config.bos=true trains with it",
+            name,
+            tokenizer.bos_token,
+        )
+    if hasattr(type(tokenizer), "add_bos_token"):
+        tokenizer.add_eos_token = False
+        tokenizer.add_bos_token = bos
 
 
 def _letter(byte: int) -> str:

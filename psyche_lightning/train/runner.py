@@ -42,6 +42,7 @@ from psyche_lightning.train.module import CausalModule, ProviderDataset
 from psyche_lightning.train.packing import check_packing
 from psyche_lightning.train.saving import Checkpoints, begin, saved_dtype
 from psyche_lightning.train.validation import validation_samples
+from psyche_lightning.train.vocabulary import settle_vocabulary
 from psyche_lightning.wire.identity import Identity, short
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     model = cast(model, torch.bfloat16 if rounded else getattr(torch, recipe.model.dtype)).train()
     check_parameters(model)
     check_positions(model, provider.seq_len)
+    fresh = "path" not in beginning.options or beginning.options.get("fresh") is True
+    settle_vocabulary(model, provider, fresh=fresh, given=beginning.options)
     with _as_in_training(model, recipe.trainer):
         check_data(model, provider, recipe.trainer.micro_batch_size)
     sections = manifest(recipe, getattr(provider, "fingerprint", None))

@@ -69,6 +69,22 @@ def test_a_checkpoint_without_a_tokenizer(checkpoint: Path, tmp_path: Path, caps
     assert "The tokenizer in" in capsys.readouterr().err
 
 
+def test_a_prompt_is_encoded_as_in_training(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a tokenizer puts before a text belongs to the prompt, what it puts after it does not."""
+    from types import SimpleNamespace
+
+    from psyche_lightning.cli.generate import _encoded
+
+    class Tokenizer(SimpleNamespace):
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            ids = [ord(one) for one in text]
+            return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
+
+    assert _encoded(Tokenizer(), "ab", chat=False) == [1, 97, 98]
+    assert main(["generate", str(checkpoint), "--prompt", "a", "--chat"]) == 1
+    assert "has no chat template" in capsys.readouterr().err
+
+
 def test_an_empty_prompt(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(checkpoint), "--prompt", ""]) == 1
     assert "The prompt is empty" in capsys.readouterr().err
