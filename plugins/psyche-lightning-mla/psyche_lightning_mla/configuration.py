@@ -14,15 +14,15 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @strict
 class MLAConfig(PretrainedConfig):
-    """Configuration of a dense causal language model with Multi-head Latent Attention.
+    """Configuration of a causal language model with Multi-head Latent Attention.
 
-    Fields have the names and meanings of `transformers`' ``DeepseekV3Config``, without its experts. The defaults give a
-    byte-level model of 1.8 million parameters that trains on a CPU.
+    Fields have the names and meanings of `transformers`' ``DeepseekV3Config``. The defaults give a dense byte-level
+    model of 1.8 million parameters that trains on a CPU.
 
     Attributes:
         vocab_size: number of token ids.
         hidden_size: width of the residual stream.
-        intermediate_size: width of the SwiGLU MLP.
+        intermediate_size: width of the SwiGLU MLP of dense layers.
         num_hidden_layers: number of blocks.
         num_attention_heads: number of heads.
         q_lora_rank: width of the query's low-rank projection; None projects queries directly.
@@ -33,6 +33,15 @@ class MLAConfig(PretrainedConfig):
         max_position_embeddings: longest sequence that the model supports, in tokens.
         rope_parameters: ``rope_type`` (one of `ROPE_TYPES`), ``rope_theta`` and that type's own parameters.
         rope_interleave: rotary pairs are neighbours ``(0, 1), (2, 3)...`` (DeepSeek), not halves (Llama).
+        n_routed_experts: experts of each MoE layer, of which a router chooses some for each token; 0 for a dense model.
+        num_experts_per_tok: experts that each token passes through, besides the shared ones.
+        n_shared_experts: experts that every token passes through; together they are one MLP.
+        moe_intermediate_size: width of the SwiGLU MLP of one expert.
+        first_k_dense_replace: the first layers, which stay dense.
+        n_group: groups of experts; the router chooses groups first.
+        topk_group: groups from which a token's experts come.
+        norm_topk_prob: the weights of a token's experts sum to ``routed_scaling_factor``.
+        routed_scaling_factor: the factor on these weights.
         rms_norm_eps: epsilon of the norms before attention, before the MLP and at the end. The norms inside attention
             use 1e-6, like DeepSeek-V3.
         attention_bias: biases on ``q_a_proj``, ``kv_a_proj_with_mqa`` and ``o_proj``.
@@ -49,6 +58,7 @@ class MLAConfig(PretrainedConfig):
     """
 
     model_type = "psyche_mla"
+    attribute_map = {"num_local_experts": "n_routed_experts"}  # noqa: RUF012 - transformers reads it from the class
 
     vocab_size: int = 256
     hidden_size: int = 192
@@ -63,6 +73,15 @@ class MLAConfig(PretrainedConfig):
     max_position_embeddings: int = 2048
     rope_parameters: dict[str, Any] | None = None
     rope_interleave: bool = True
+    n_routed_experts: int = 0
+    num_experts_per_tok: int = 2
+    n_shared_experts: int = 1
+    moe_intermediate_size: int = 128
+    first_k_dense_replace: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     initializer_range: float = 0.02
@@ -91,6 +110,11 @@ class MLAConfig(PretrainedConfig):
             "qk_rope_head_dim",
             "v_head_dim",
             "max_position_embeddings",
+            "num_experts_per_tok",
+            "n_shared_experts",
+            "moe_intermediate_size",
+            "n_group",
+            "topk_group",
         )
         for name in (*sizes, "q_lora_rank"):
             value = getattr(self, name)
@@ -102,9 +126,34 @@ class MLAConfig(PretrainedConfig):
             value = getattr(self, name)
             if value is not None and not 0 <= value < self.vocab_size:
                 raise ValueError(f"{name} is {value}, expected an id below vocab_size, which is {self.vocab_size}.")
+        self._validate_experts()
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}.")
+
+    def _validate_experts(self) -> None:
+        for name in ("n_routed_experts", "first_k_dense_replace"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or a positive integer.")
+        if not self.n_routed_experts:
+            return
+        size, rest = divmod(self.n_routed_experts, self.n_group)
+        if rest or (self.n_group > 1 and size < 2):
+            raise ValueError(
+                f"n_group is {self.n_group}, expected a divisor of n_routed_experts, which is {self.n_routed_experts}, "
+                "with at least 2 experts in each group."
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group is {self.topk_group}, expected at most n_group, which is {self.n_group}.")
+        if self.num_experts_per_tok > self.topk_group * size:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}, expected at most {self.topk_group * size}: "
+                "so many experts are in the chosen groups."
+            )
+
+    def has_experts(self, layer_idx: int) -> bool:
+        """Whether this layer is an MoE layer."""
+        return self.n_routed_experts > 0 and layer_idx >= self.first_k_dense_replace
 
     @property
     def qk_head_dim(self) -> int:
@@ -122,9 +171,13 @@ class MLAConfig(PretrainedConfig):
         keys_values = (hidden + bias) * (latent + self.qk_rope_head_dim) + latent
         keys_values += latent * heads * (self.qk_nope_head_dim + self.v_head_dim)
         output = (heads * self.v_head_dim + bias) * hidden
-        block = queries + keys_values + output + 3 * hidden * self.intermediate_size + 2 * hidden
+        attention = queries + keys_values + output + 2 * hidden
+        moe = 3 * hidden * self.moe_intermediate_size * (self.n_routed_experts + self.n_shared_experts)
+        moe += (hidden + 1) * self.n_routed_experts
+        dense = 3 * hidden * self.intermediate_size
+        blocks = sum(attention + (moe if self.has_experts(layer) else dense) for layer in range(self.num_hidden_layers))
         embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * block + hidden
+        return embeddings + blocks + hidden
 
     def cache_bytes_per_token(self, itemsize: int) -> int:
         """Bytes per token that cached decoding keeps, over all layers.

@@ -1,9 +1,10 @@
-"""A dense causal language model with Multi-head Latent Attention (MLA).
+"""A causal language model with Multi-head Latent Attention (MLA), dense or with a mixture of experts (MoE).
 
-The architecture is DeepSeek-V2's (arXiv 2405.04434, section 2.1) with DeepSeek-V3's parameter names: the same weights
-give the same logits in `transformers`' ``DeepseekV3ForCausalLM``.
+Attention is DeepSeek-V2's (arXiv 2405.04434, section 2.1), MoE layers and parameter names are DeepSeek-V3's (arXiv
+2412.19437, section 2.1.2): the same weights give the same logits in `transformers`' ``DeepseekV3ForCausalLM``.
 
-Shapes in this file: B sequences, T new tokens, S tokens seen (cached and new), H heads, R = kv_lora_rank.
+Shapes in this file: B sequences, T new tokens, S tokens seen (cached and new), H heads, R = kv_lora_rank, N = B * T
+tokens, E experts, K experts of a token.
 """
 
 # mypy: allow-untyped-calls, allow-untyped-decorators
@@ -19,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation.utils import GenerationMixin
+from transformers.integrations.moe import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -28,10 +31,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.generic import maybe_autocast
 
 from psyche_lightning_mla.configuration import MLAConfig
 
 _LATENT_NORM_EPS = 1e-6
+# Signs decide how far a bias moves, here and in Adam; so its gradient may be small beside others in a norm that clips.
+_LOAD_SCALE = 1e-3
 
 
 def inverse_frequencies(config: MLAConfig) -> tuple[list[float], float]:
@@ -182,11 +188,11 @@ class MLAAttention(nn.Module):
 class MLAMLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: MLAConfig) -> None:
+    def __init__(self, config: MLAConfig, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = ResidualLinear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., hidden_size] to [..., hidden_size]."""
@@ -194,13 +200,115 @@ class MLAMLP(nn.Module):
         return out
 
 
+class _Balanced(torch.autograd.Function):
+    """Passes the weights of the chosen experts on, and gives the router's bias the experts' load as its gradient."""
+
+    @staticmethod
+    def forward(weights: Tensor, bias: Tensor, experts: Tensor) -> Tensor:
+        return weights.view_as(weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        _, bias, experts = inputs
+        ctx.save_for_backward(experts)
+        ctx.count = len(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        load = None
+        if ctx.needs_input_grad[1]:
+            (experts,) = ctx.saved_tensors
+            chosen = experts.reshape(-1)
+            counts = chosen.new_zeros(ctx.count).scatter_add_(0, chosen, torch.ones_like(chosen))
+            load = _LOAD_SCALE * (counts / max(1, chosen.numel()) - 1 / ctx.count)
+        return grads[0], load, None
+
+
+class MLARouter(nn.Module):
+    """Chooses the experts of each token.
+
+    A bias for each expert is added to its scores for the choice, and only for the choice. It balances the load without
+    a term in the loss: descending along its gradient, an expert's share of the choices minus the mean share, lowers it
+    for experts that are chosen too often and raises it for the others (arXiv 2408.15664). It is a parameter, so the
+    nodes of a run vote on its steps as on those of all parameters, and it stays the same on all of them.
+    """
+
+    def __init__(self, config: MLAConfig) -> None:
+        super().__init__()
+        self.top_k, self.groups, self.top_groups = config.num_experts_per_tok, config.n_group, config.topk_group
+        self.normalize, self.factor = config.norm_topk_prob, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.e_score_correction_bias = nn.Parameter(torch.empty(config.n_routed_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Route tokens [N, hidden_size].
+
+        Returns:
+            The experts' weights, float32 [N, K], and their numbers, int64 [N, K].
+        """
+        with maybe_autocast(device_type=x.device.type, enabled=False):  # rounded scores would choose other experts
+            scores = F.linear(x.float(), self.weight.float()).sigmoid()
+        with torch.no_grad():
+            choice = scores + self.e_score_correction_bias
+            if self.groups > 1:
+                grouped = choice.view(len(choice), self.groups, -1)
+                best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.top_groups, dim=-1, sorted=False).indices
+                outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
+                choice = grouped.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(1)
+            experts = choice.topk(self.top_k, dim=-1, sorted=False).indices
+        weights = scores.gather(1, experts)
+        if self.normalize:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        balanced: Tensor = _Balanced.apply(weights * self.factor, self.e_score_correction_bias, experts)
+        return balanced, experts
+
+
+@use_experts_implementation
+class MLAExperts(nn.Module):
+    """The routed experts, each a SwiGLU MLP; `transformers` replaces the loop by a faster kernel where there is one."""
+
+    def __init__(self, config: MLAConfig) -> None:
+        super().__init__()
+        self.num_experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Map tokens [N, hidden_size] to the weighted sums of their experts' results; the others are [N, K]."""
+        out = torch.zeros_like(x)
+        for expert in range(self.num_experts):
+            tokens, places = torch.where(experts == expert)
+            gate, up = F.linear(x[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            result = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            out.index_add_(0, tokens, (result * weights[tokens, places, None]).to(out.dtype))
+        return out
+
+
+class MLAMoE(nn.Module):
+    """An MoE layer in place of the MLP: the experts chosen for each token, and the shared ones."""
+
+    def __init__(self, config: MLAConfig) -> None:
+        super().__init__()
+        self.gate = MLARouter(config)
+        self.experts = MLAExperts(config)
+        self.shared_experts = MLAMLP(config, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, T, hidden_size] to [B, T, hidden_size]."""
+        tokens = x.flatten(0, 1)
+        weights, experts = self.gate(tokens)
+        out: Tensor = self.experts(tokens, experts, weights).view_as(x) + self.shared_experts(x)
+        return out
+
+
 class MLADecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention, then a pre-norm MLP, each added to the residual stream."""
+    """Pre-norm attention, then a pre-norm MLP or MoE, each added to the residual stream."""
 
     def __init__(self, config: MLAConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = MLAAttention(config, layer_idx)
-        self.mlp = MLAMLP(config)
+        self.mlp = MLAMoE(config) if config.has_experts(layer_idx) else MLAMLP(config, config.intermediate_size)
         self.input_layernorm = MLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -226,14 +334,22 @@ class MLAPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MLADecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "gate.weight"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        std = self.config.initializer_range
+        # The residual stream is a sum of two of these per layer: its variance should not grow with depth.
+        residual = std / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, ResidualLinear):
-            # The residual stream is a sum of two of these per layer: its variance should not grow with depth.
-            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, mean=0.0, std=residual)
+        elif isinstance(module, MLAExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=residual)
+        elif isinstance(module, MLARouter):
             init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
 
 
 class MLAModel(MLAPreTrainedModel):
@@ -287,7 +403,7 @@ class MLAModel(MLAPreTrainedModel):
 
 
 class MLAForCausalLM(MLAPreTrainedModel, GenerationMixin):
-    """A causal language model with Multi-head Latent Attention and a dense MLP."""
+    """A causal language model with Multi-head Latent Attention."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -343,5 +459,9 @@ class MLAForCausalLM(MLAPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=outputs.cache)
 
 
+# Files have each expert's tensors apart, as DeepSeek's have; the model has those of a layer's experts in one.
+register_checkpoint_conversion_mapping(
+    MLAConfig.model_type, get_checkpoint_conversion_mapping("deepseek_v3"), overwrite=True
+)
 AutoConfig.register(MLAConfig.model_type, MLAConfig, exist_ok=True)
 AutoModelForCausalLM.register(MLAConfig, MLAForCausalLM, exist_ok=True)

@@ -25,3 +25,9 @@ class TestMla(ModelContract):
             "qk_rope_head_dim": 8,
             "v_head_dim": 16,
         }
+
+
+class TestMlaWithExperts(TestMla):
+    def make_config(self) -> dict[str, Any]:
+        experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        return {**super().make_config(), **experts}

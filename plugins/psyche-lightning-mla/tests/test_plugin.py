@@ -56,13 +56,17 @@ def test_a_checkpoint_loads_in_a_fresh_process_after_the_factory_ran(tmp_path: P
         ({"hidden_size": "big"}, "'hidden_size' expected int"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a positive"),
         ({"q_lora_rank": -1}, "q_lora_rank is -1, expected a positive"),
+        ({"n_routed_experts": -1}, "n_routed_experts is -1, expected 0 or a positive"),
+        ({"n_routed_experts": 6, "n_group": 4}, "n_group is 4, expected a divisor of n_routed_experts, which is 6"),
+        ({"n_routed_experts": 4, "topk_group": 2}, "topk_group is 2, expected at most n_group"),
+        ({"n_routed_experts": 8, "num_experts_per_tok": 5, "n_group": 2}, "expected at most 4"),
         ({"qk_rope_head_dim": 7}, "expected an even number"),
         ({"pad_token_id": 256}, "below vocab_size"),
         ({"rope_theta": "far"}, "far"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "expected one of default, linear, llama3, yarn"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "factor"),
         ({"gradient_checkpointing": 1}, "expected true or false"),
-        ({"path": "no/such/folder"}, "no config.json in 'no/such/folder'"),
+        ({"path": "no/such/folder"}, "'no/such/folder' is not a folder in Hugging Face format"),
         ({"path": ".", "hidden_size": 32}, "remove the options hidden_size"),
     ],
 )
@@ -95,5 +99,5 @@ def test_path_loads_a_checkpoint_and_refuses_others(tmp_path: Path) -> None:
 
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("psyche_mla", "llama"))
-    with pytest.raises(ConfigError, match="has the model type 'llama', expected 'psyche_mla'"):
+    with pytest.raises(ConfigError, match="has the model type 'llama', expected 'psyche_mla' or 'deepseek_v3'"):
         build({"path": str(tmp_path)})
