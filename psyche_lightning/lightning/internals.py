@@ -6,6 +6,7 @@ None has a public counterpart; each docstring says why it is needed. The package
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from psyche_lightning.distro.internals import note_step
@@ -68,6 +70,23 @@ def wants_to_stop(trainer: Trainer) -> bool:
     if any(seconds is not None and seconds <= 0 for seconds in remaining):
         trainer.should_stop = True
     return trainer.should_stop and trainer.fit_loop._can_stop_early
+
+
+def claim_version(logger: Logger) -> None:
+    """Give a logger that numbers its folders one that no other process writes to.
+
+    Lightning's loggers take the number after the highest that they see, as the only process that logs. Nodes that start
+    at the same time in one folder would see the same.
+    """
+    if not isinstance(logger, (CSVLogger, TensorBoardLogger)) or logger._version is not None:
+        return
+    for version in itertools.count(logger._get_next_version()):
+        logger._version = version
+        try:
+            logger._fs.makedirs(logger.log_dir, exist_ok=False)
+            return
+        except FileExistsError:
+            continue
 
 
 def replace_step(optimizer: torch.optim.Optimizer, step: Callable[..., Any]) -> None:

@@ -30,7 +30,7 @@ from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.device import OneDevice
 from psyche_lightning.lightning.entry import Entry, Memory
-from psyche_lightning.lightning.internals import before_transfer, wants_to_stop, weigh
+from psyche_lightning.lightning.internals import before_transfer, claim_version, wants_to_stop, weigh
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import sections
 from psyche_lightning.lightning.optimizers import TakenStep
@@ -172,6 +172,13 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and not any(isinstance(callback, CoordinatorCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.callbacks.insert(0, CoordinatorCallback())  # type: ignore[attr-defined]
+
+    def setup_environment(self) -> None:
+        """Called by Trainer before its loggers write: nodes of one folder log into folders of their own."""
+        super().setup_environment()
+        if self.lightning_module is not None:
+            for logger in self.lightning_module.trainer.loggers:
+                claim_version(logger)
 
     def setup(self, trainer: Trainer) -> None:
         """Called by Trainer before anything runs; when fitting, refuses unsupported settings."""
