@@ -265,13 +265,14 @@ class DataProvider(Protocol):
         ...
 
     def __len__(self) -> int:
-        """Number of training samples; ids wrap around after that."""
+        """Number of training samples; after that many ids, the next pass over them begins."""
         ...
 
     def samples(self, start: int, stop: int) -> list[dict[str, torch.Tensor]]:
-        """The training samples with the ids ``range(start, stop)``, taken modulo the length.
+        """The training samples with the ids ``range(start, stop)``.
 
-        Deterministic and independent of earlier calls.
+        Deterministic and independent of earlier calls. Each pass (as many ids as there are samples) has every sample
+        once, perhaps in an order of its own.
 
         Returns:
             For each id a dictionary with ``input_ids`` and ``labels``, and, if all samples have them,

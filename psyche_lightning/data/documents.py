@@ -54,8 +54,9 @@ class DocumentData(PackedData):
         bos: whether each text begins with the tokenizer's beginning-of-text id.
         streaming: whether to read the data set during the run.
         max_samples: the most samples to make; required for streaming.
-        shuffle: true for an order by the run's seed, false for the data set's order, or the 32 numbers of one of
-            Psyche's seeds. The default is true, or false with streaming.
+        shuffle: true for an order by the run's seed, another one in each pass; ``"once"`` for the same in each pass;
+            false for the data set's order; or the 32 numbers of one of Psyche's
+            seeds. The default is true, or false with streaming.
         validation_samples: number of samples to hold out, spread evenly over the data; none with streaming.
         fetch: see :class:`~psyche_lightning.data.client.FetchOptions`.
 

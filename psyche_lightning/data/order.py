@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +14,27 @@ from psyche_lightning.wire.canonical import sha256
 ROUNDS = 4
 SEED_SIZE = 32
 
-Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]
-"""Maps ids below a length to places below it, one to one."""
+ONCE = "once"
+"""The ``shuffle`` that repeats the order of the first pass."""
+
+
+class Order(Protocol):
+    """Maps ids below a length to places below it, one to one, for each pass over the data."""
+
+    def __call__(self, ids: NDArray[np.int64], epoch: int = 0) -> NDArray[np.int64]:
+        """The places of these ids in the pass ``epoch``, from 0."""
+        ...
+
+
+def in_passes(order: Order, length: int, start: int, stop: int) -> list[int]:
+    """The places of the ids from ``start`` up to, but not including, ``stop``; after ``length`` ids a pass follows."""
+    found: list[int] = []
+    while start < stop:
+        epoch, first = divmod(start, length)
+        end = min(length, first + stop - start)
+        found += order(np.arange(first, end, dtype=np.int64), epoch).tolist()
+        start += end - first
+    return found
 
 
 class DataOrder:
@@ -39,21 +57,16 @@ class DataOrder:
 
     def indices(self, start: int, stop: int) -> list[int]:
         """The indices of the ids from ``start`` up to, but not including, ``stop``."""
-        found: list[int] = []
-        while start < stop:
-            epoch, first = divmod(start, self.length)
-            end = min(self.length, first + stop - start)
-            places = np.arange(first, end, dtype=np.uint64)
-            found += (self._permuted(places, epoch) if self.shuffle else places).tolist()
-            start += end - first
-        return found
+        return in_passes(self, self.length, start, stop)
 
-    def __call__(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The indices in the first pass, as an :data:`Order`."""
-        return self._permuted(ids.astype(np.uint64), 0).astype(np.int64) if self.shuffle else ids
+    def __call__(self, ids: NDArray[np.int64], epoch: int = 0) -> NDArray[np.int64]:
+        """The indices of ids below the length in the pass ``epoch``, as an :class:`Order`."""
+        return self._permuted(ids.astype(np.uint64), epoch).astype(np.int64) if self.shuffle else ids
 
     def _permuted(self, places: NDArray[np.uint64], epoch: int) -> NDArray[np.uint64]:
-        key = sha256(b"psyche data order\0", self._seed.to_bytes(8, "little"), epoch.to_bytes(8, "little"))
+        key = sha256(
+            b"psyche data order\0", self._seed.to_bytes(8, "little"), (epoch % (1 << 64)).to_bytes(8, "little")
+        )
         keys = np.frombuffer(key, "<u8")  # one for each round of the network
         out: NDArray[np.uint64] = self._network(places, keys)
         while (outside := out >= self.length).any():
@@ -78,7 +91,7 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class Table:
-    """An order in the form of a table.
+    """An order in the form of a table, the same in each pass.
 
     Args:
         table: the place of each id.
@@ -87,25 +100,40 @@ class Table:
     def __init__(self, table: NDArray[Any]) -> None:
         self._table = table
 
-    def __call__(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def __call__(self, ids: NDArray[np.int64], epoch: int = 0) -> NDArray[np.int64]:
         """The places of these ids."""
         return self._table[ids].astype(np.int64)
 
 
+class Repeated:
+    """The first pass of an order, in each pass.
+
+    Args:
+        order: the order.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+
+    def __call__(self, ids: NDArray[np.int64], epoch: int = 0) -> NDArray[np.int64]:
+        """The places of these ids in the first pass."""
+        return self._order(ids)
+
+
 def psyche_seed(shuffle: object) -> bytes | None:
-    """The 32 bytes of ``shuffle``, if it is one of Psyche's seeds as 32 numbers; None if it is true or false.
+    """The 32 bytes of ``shuffle``, if it is one of Psyche's seeds as 32 numbers; None if it is true, false or ``once``.
 
     Raises:
         ConfigError: it is none of these.
     """
-    if isinstance(shuffle, bool):
+    if isinstance(shuffle, bool) or shuffle == ONCE:
         return None
     numbers = list(shuffle) if isinstance(shuffle, (list, tuple)) else []
     if len(numbers) == SEED_SIZE and all(type(value) is int and 0 <= value < 256 for value in numbers):
         return bytes(numbers)
     raise ConfigError(
-        f"shuffle is {shuffle!r}, expected true (an order by the run's seed), false, or a seed of Psyche's shuffle: a "
-        f"list of {SEED_SIZE} numbers from 0 to 255."
+        f"shuffle is {shuffle!r}, expected true (an order by the run's seed, another one in each pass), {ONCE!r} (the "
+        f"same in each pass), false, or a seed of Psyche's shuffle: a list of {SEED_SIZE} numbers from 0 to 255."
     )
 
 
@@ -114,8 +142,9 @@ def make_order(length: int, *, shuffle: object, seed: int) -> Order:
 
     Args:
         length: number of samples.
-        shuffle: true for a permutation that needs no memory, false for no permutation, 32 numbers for Psyche's
-            permutation (data_shuffle.rs), a table of four bytes per sample.
+        shuffle: true for a permutation that needs no memory, another one in each pass; ``once`` for the first of them
+            in each pass; false for no permutation; 32 numbers for Psyche's permutation (data_shuffle.rs), the same in
+            each pass, a table of four bytes per sample.
         seed: the run's seed, used if ``shuffle`` is true.
 
     Raises:
@@ -123,7 +152,8 @@ def make_order(length: int, *, shuffle: object, seed: int) -> Order:
     """
     key = psyche_seed(shuffle)
     if key is None:
-        return DataOrder(length, bool(shuffle), seed % (1 << 64))
+        order = DataOrder(length, bool(shuffle), seed % (1 << 64))
+        return Repeated(order) if shuffle == ONCE else order
     check_table(length)
     return Table(psyche_shuffle(length, key))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from psyche_lightning.data.order import Order
+from psyche_lightning.data.order import Order, in_passes
 from psyche_lightning.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class PackedData:
         return None if self._encoder is None else self._encoder.end
 
     def samples(self, start: int, stop: int) -> list[dict[str, torch.Tensor]]:
-        """Returns the training samples with ids from ``start`` up to, but not including, ``stop``; ids wrap around.
+        """Returns the training samples with ids from ``start`` up to, but not including, ``stop``; passes follow.
 
         Returns:
             For each id ``input_ids`` and ``labels``, int64 of shape [seq_len], equal (the model shifts the labels).
@@ -149,8 +149,7 @@ class PackedData:
 
     def _numbers(self, start: int, stop: int) -> list[int]:
         """The blocks of these ids."""
-        ids = np.array([number % self._length for number in range(start, stop)], dtype=np.int64)
-        places = self._order(ids)
+        places = np.array(in_passes(self._order, self._length, start, stop), dtype=np.int64)
         numbers: list[int] = (places + np.searchsorted(self._skips, places, side="right")).tolist()
         return numbers
 

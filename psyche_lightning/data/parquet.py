@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from psyche_lightning.data.client import FetchOptions
 from psyche_lightning.data.options import strings, whole
-from psyche_lightning.data.order import make_order, psyche_seed
+from psyche_lightning.data.order import in_passes, make_order, psyche_seed
 from psyche_lightning.data.packed import intervals
 from psyche_lightning.data.tokenizer import Encoder
 from psyche_lightning.data.tokens import vocabulary
@@ -59,8 +59,9 @@ class PreparedData:
         path: a parquet file, a folder of them (in the order of their names), or a list.
         vocab_size: number of token ids; None for the tokenizer's.
         tokenizer: the tokenizer that made the samples, to save with checkpoints: ``"bytes"`` or a path.
-        shuffle: true for an order by the run's seed, false for the order of the rows, or the 32 numbers of one of
-            Psyche's seeds. A shuffled order reads row groups again and again unless all fit into memory.
+        shuffle: true for an order by the run's seed, another one in each pass; ``"once"`` for the same in each pass;
+            false for the order of the rows; or the 32 numbers of one of Psyche's
+            seeds. A shuffled order reads row groups again and again unless all fit into memory.
         validation_samples: number of rows to hold out, at the end.
         fetch: see :class:`~psyche_lightning.data.client.FetchOptions`.
 
@@ -134,7 +135,7 @@ class PreparedData:
         return None if self._encoder is None else self._encoder.end
 
     def samples(self, start: int, stop: int) -> list[dict[str, torch.Tensor]]:
-        """Returns the training samples with ids from ``start`` up to, but not including, ``stop``; ids wrap around.
+        """Returns the training samples with ids from ``start`` up to, but not including, ``stop``; passes follow.
 
         Returns:
             For each id ``input_ids``, ``labels`` and, if the rows have positions, ``position_ids``, int64 of shape
@@ -143,8 +144,8 @@ class PreparedData:
         Raises:
             DataError: some samples are not available; it has their ids.
         """
-        ids = np.array([number % self._length for number in range(start, stop)], dtype=np.int64)
-        return self._read(self._order(ids).tolist(), range(start, stop), "samples")
+        rows = in_passes(self._order, self._length, start, stop)
+        return self._read(rows, range(start, stop), "samples")
 
     def validation(self) -> list[dict[str, torch.Tensor]]:
         """Returns the held-out rows, in the same form as training samples.

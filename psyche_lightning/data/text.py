@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from psyche_lightning.data.corpus import DEFAULT_PATTERNS, read_corpus
 from psyche_lightning.data.options import strings, whole
-from psyche_lightning.data.order import Order, Table
+from psyche_lightning.data.order import ONCE, Order, Repeated, make_order, psyche_seed
 from psyche_lightning.data.packed import PackedData
 from psyche_lightning.data.tokenizer import BYTES, Encoder, Tokens
 from psyche_lightning.errors import ConfigError
@@ -25,8 +26,9 @@ class TextData(PackedData):
     The tokens of all files, in the order of the files and with an end-of-text id after each, are cut into blocks of
     ``seq_len``. An incomplete last block is dropped. Blocks spread evenly over the corpus are held out for validation.
     Training sample i is block ``order[i mod n]`` of the other n, where ``order`` sorts them by the first n 64-bit words
-    of the Philox 4x64 generator with the seed as key. So it depends only on the seed and n (numpy guarantees the words
-    of its bit generators, but not the results of its shuffles).
+    of the Philox 4x64 generator with the seed as key and the number of the pass, ``i // n``, in the upper half of its
+    counter. So it depends only on the seed, n and the pass (numpy guarantees the words of its bit generators, but not
+    the results of its shuffles).
 
     Args:
         seed: the run's seed; shuffles the training samples.
@@ -40,6 +42,8 @@ class TextData(PackedData):
         validation_fraction: fraction of the blocks to hold out, 0 <= fraction < 1 (at least one block unless it is 0);
             0.01 if neither this nor ``validation_samples`` is given, but never the only block.
         validation_samples: number of blocks to hold out, instead of a fraction.
+        shuffle: true for an order by the run's seed, another one in each pass; ``"once"`` for the same in each pass;
+            false for that of the corpus; or the 32 numbers of one of Psyche's seeds.
         max_bytes: the most bytes of the corpus to read; None for all.
 
     Attributes:
@@ -64,8 +68,10 @@ class TextData(PackedData):
         bos: bool = False,
         validation_fraction: float | None = None,
         validation_samples: int | None = None,
+        shuffle: Any = True,
         max_bytes: int | None = None,
     ) -> None:
+        psyche_seed(shuffle)
         paths = strings("path", path)
         patterns = DEFAULT_PATTERNS if glob is None else strings("glob", glob)
         whole("seq_len", seq_len, least=2)
@@ -78,7 +84,7 @@ class TextData(PackedData):
             blocks,
             seq_len=seq_len,
             vocab_size=encoder.vocab_size,
-            order=lambda length: _order(length, seed),
+            order=partial(_order, shuffle=shuffle, seed=seed),
             encoder=encoder,
             validation_samples=_held_out(blocks.count, validation_fraction, validation_samples),
             source=", ".join(paths),
@@ -101,9 +107,30 @@ class _MemoryBlocks:
         """Do nothing: all blocks are in memory."""
 
 
-def _order(length: int, seed: int) -> Order:
-    words = np.random.Philox(key=seed % (1 << 128)).random_raw(length)
-    return Table(np.argsort(words, kind="stable"))
+def _order(length: int, *, shuffle: object, seed: int) -> Order:
+    if shuffle is not True and shuffle != ONCE:
+        return make_order(length, shuffle=shuffle, seed=seed)
+    order = _Sorted(length, seed)
+    return order if shuffle is True else Repeated(order)
+
+
+class _Sorted:
+    """The order by Philox words; keeps the table of the last pass."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self._length = length
+        self._seed = seed
+        self._made: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    def __call__(self, ids: npt.NDArray[np.int64], epoch: int = 0) -> npt.NDArray[np.int64]:
+        made, table = self._made
+        if made != epoch:
+            words = np.random.Philox(key=self._seed % (1 << 128), counter=(epoch % (1 << 128)) << 128).random_raw(
+                self._length
+            )
+            table = np.argsort(words, kind="stable")
+            self._made = epoch, table
+        return table[ids]
 
 
 def _held_out(blocks: int, fraction: float | None, samples: int | None) -> int:

@@ -33,8 +33,9 @@ class TokenData(PackedData):
             file, else 2.
         vocab_size: number of token ids; None for that of ``dataset.json`` or the tokenizer.
         tokenizer: the tokenizer that made the files, to save with checkpoints: ``"bytes"`` or a path.
-        shuffle: true for an order by the run's seed, false for the order of the files, or the 32 numbers of one of
-            Psyche's seeds, for Psyche's order.
+        shuffle: true for an order by the run's seed, another one in each pass; ``"once"`` for the same in each pass;
+            false for the order of the files; or the 32 numbers of one of Psyche's
+            seeds, for Psyche's order.
         validation_samples: number of samples to hold out, spread evenly over the data.
         fetch: see :class:`~psyche_lightning.data.client.FetchOptions`.
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psyche_lightning.data.order import make_order, psyche_seed
+from psyche_lightning.data.order import in_passes, make_order, psyche_seed
 from psyche_lightning.data.shuffle import ChaCha8, psyche_shuffle, shuffle_from_top, weighted_order
 from psyche_lightning.errors import ConfigError
 
@@ -92,17 +92,35 @@ def test_the_index_is_shuffled_from_its_top(length: int) -> None:
 
 
 @settings(deadline=None)
-@given(length=st.integers(1, 400), shuffle=st.sampled_from([True, False, list(SEED)]), seed=st.integers(-5, 2**70))
+@given(
+    length=st.integers(1, 400), shuffle=st.sampled_from([True, "once", False, list(SEED)]), seed=st.integers(-5, 2**70)
+)
 def test_every_order_is_one_to_one(length: int, shuffle: object, seed: int) -> None:
     import numpy as np
 
-    places = make_order(length, shuffle=shuffle, seed=seed)(np.arange(length))
-    assert sorted(places.tolist()) == list(range(length))
+    order = make_order(length, shuffle=shuffle, seed=seed)
+    for epoch in (0, 1, 2**64):
+        assert sorted(order(np.arange(length), epoch).tolist()) == list(range(length))
+
+
+def test_each_pass_has_an_order_of_its_own_unless_it_is_to_be_the_first() -> None:
+    passes = {
+        str(shuffle): [
+            in_passes(make_order(50, shuffle=shuffle, seed=3), 50, start, start + 50) for start in (0, 50, 100)
+        ]
+        for shuffle in (True, "once", False)
+    }
+    first, second, third = passes["True"]
+    assert first != second != third != first
+    assert passes["once"] == [first] * 3
+    assert passes["False"] == [list(range(50))] * 3
+    order = make_order(50, shuffle=True, seed=3)
+    assert in_passes(order, 50, 45, 110) == [*first[45:], *second, *third[:10]]
 
 
 @pytest.mark.parametrize("shuffle", [None, 1, "yes", [1, 2], [256] + [0] * 31, [True] * 32, [0.0] * 32])
 def test_other_shuffles_are_refused(shuffle: object) -> None:
-    with pytest.raises(ConfigError, match=r"expected true .*, false, or a seed"):
+    with pytest.raises(ConfigError, match=r"expected true .*, 'once' .*, false, or a seed"):
         psyche_seed(shuffle)
 
 

@@ -86,10 +86,12 @@ def test_intervals_are_closed_wrap_and_do_not_depend_on_earlier_calls(corpus: Pa
     n = len(data)
     whole = blocks(data.samples(0, n))
     assert len(whole) == n
-    assert blocks(other.samples(n - 2, n + 2)) == [whole[-2], whole[-1], whole[0], whole[1]]
-    assert blocks(other.samples(3 * n + 4, 3 * n + 5)) == [whole[4]]
+    second = blocks(data.samples(n, 2 * n))
+    assert sorted(second) == sorted(whole) != second
+    assert blocks(other.samples(n - 2, n + 2)) == [*whole[-2:], *second[:2]]
+    assert blocks(other.samples(3 * n + 4, 3 * n + 5)) == blocks(data.samples(3 * n, 4 * n))[4:5]
     assert [block for i in reversed(range(n)) for block in blocks(other.samples(i, i + 1))] == whole[::-1]
-    assert blocks(other.samples(0, 2 * n)) == whole * 2
+    assert blocks(other.samples(0, 2 * n)) == whole + second
 
 
 def test_a_change_to_a_sample_changes_nothing_else(corpus: Path) -> None:
@@ -105,6 +107,11 @@ def test_the_order_is_the_documented_one(tmp_path: Path) -> None:
     data = TextData(1, 4, path=str(file), validation_samples=0)
     # Philox 4x64 with key 1: written down once, so that a change of any part of the chain shows.
     assert b"".join(block[:1] for block in blocks(data.samples(0, 10))) == b"DFCJHAIGBE"
+    assert b"".join(block[:1] for block in blocks(data.samples(8, 22))) == b"BE" + b"JACDGFBEHI" + b"HF"
+    once = TextData(1, 4, path=str(file), validation_samples=0, shuffle="once")
+    assert b"".join(block[:1] for block in blocks(once.samples(8, 22))) == b"BEDFCJHAIGBEDF"
+    plain = TextData(1, 4, path=str(file), validation_samples=0, shuffle=False)
+    assert b"".join(block[:1] for block in blocks(plain.samples(8, 22))) == b"IJABCDEFGHIJAB"
 
 
 def test_the_seed_decides_the_order_but_not_the_split(corpus: Path) -> None:
