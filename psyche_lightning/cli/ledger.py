@@ -71,6 +71,7 @@ def _plain(found: Audit) -> dict[str, Any]:
         "last_step": found.last_step,
         "rounds_undone": found.undone,
         "ids_trained": found.ids,
+        "other_learning_rates": {trainer.hex(): rounds for trainer, rounds in sorted(found.deviating.items())},
         "not_trained": [list(interval) for interval in closed(found.untrained)],
         "trained": [
             {
@@ -93,6 +94,7 @@ def _show(found: Audit, rows: int, ledgers: int) -> None:
     from rich.text import Text
 
     from psyche_lightning.cli.console import stdout
+    from psyche_lightning.errors import counted
     from psyche_lightning.protocol.open_ids import count, shown
     from psyche_lightning.wire.identity import short
 
@@ -119,5 +121,7 @@ def _show(found: Audit, rows: int, ledgers: int) -> None:
         console.print(f"and {len(found.lines) - len(newest)} more before; --rows 0 shows all")
     for interval in found.untrained:
         console.print(f"not trained: {shown([interval])} (the run ended before they were trained again)")
+    for trainer, rounds in sorted(found.deviating.items()):
+        console.print(f"{short(trainer)} had another learning rate than the agreed one in {counted(rounds, 'round')}")
     for problem in found.problems:
         console.print(Text.assemble(("problem:", "bold red"), f" {problem}"))

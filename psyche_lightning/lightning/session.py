@@ -27,6 +27,7 @@ from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
+from psyche_lightning.node.rates import Rates
 from psyche_lightning.node.runtime import NodeParts
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.status import FILE as STATUS
@@ -35,6 +36,7 @@ from psyche_lightning.node.store import BlobStore, DirectoryBlobStore, Journal, 
 from psyche_lightning.protocol.open_ids import shown
 from psyche_lightning.protocol.requests import Coordinator
 from psyche_lightning.protocol.state import INCARNATION_SIZE, ClientStatus, CoordinatorConfig, RunState
+from psyche_lightning.recipe.manifest import schedule_of
 from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.wire.identity import Identity, short
 
@@ -136,18 +138,20 @@ class Session:
                 store = DirectoryBlobStore(folder / "blobs")
                 journal = opened.enter_context(contextlib.closing(Journal(folder / "journal")))
                 ledger = opened.enter_context(contextlib.closing(Ledger(folder / LEDGER)))
+            agreed = entry.manifest(sections, {"global_batch_size": global_batch, "total_steps": total})
             node = NodeParts(
                 identity=identity,
                 run_id=entry.run_id,
                 coordinator=coordinator,
                 transport=entry.transport,
                 replica=replica,
-                manifest=entry.manifest(sections, {"global_batch_size": global_batch, "total_steps": total}),
+                manifest=agreed,
                 settings=Settings(
                     overlap=entry.run.overlap,
                     digest_every=entry.run.digest_every,
                     layout=replica.layout,
                     max_payload=replica.max_payload,
+                    rates=Rates(replica.groups, schedule_of(agreed)),
                     buffers=replica.has_buffers,
                     keep_bytes=entry.run.keep_bytes or max(replica.size, LEAST_KEPT),
                     tensors=replica.tensors,

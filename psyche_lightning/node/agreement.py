@@ -6,11 +6,9 @@ results a round has, regardless of what a node was sent.
 
 from __future__ import annotations
 
-import math
-import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from psyche_lightning.node.rates import agreed_rates
 from psyche_lightning.node.rounds import Entry, RoundLog
 from psyche_lightning.protocol.messages import Envelope
 from psyche_lightning.protocol.open_ids import Interval, OpenIds, reopen, take
@@ -63,22 +61,7 @@ def agreed_set(results: RoundLog, attesting: RoundLog) -> AgreedSet | Unknown:
     if any(commitment not in results.entries for commitment in listed):
         return Unknown(results=True)
     entries = [results.entries[commitment] for commitment in listed]
-    return AgreedSet(tuple(entries), _median([entry.result.lrs for entry in entries]))
-
-
-def _median(rates: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The lower median of each parameter group's learning rate, as fp32 bits; empty without results.
-
-    Less than half of the trainers can move it no further than to another honest trainer's rate.
-    """
-
-    def value(bits: int) -> float:
-        rate: float = struct.unpack("<f", struct.pack("<I", bits))[0]
-        return rate if math.isfinite(rate) else math.inf
-
-    groups = min((len(each) for each in rates), default=0)
-    columns = [sorted((each[group] for each in rates), key=lambda bits: (value(bits), bits)) for group in range(groups)]
-    return tuple(column[(len(column) - 1) // 2] for column in columns)
+    return AgreedSet(tuple(entries), agreed_rates(entry.result.lrs for entry in entries))
 
 
 @dataclass(frozen=True)

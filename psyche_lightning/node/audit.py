@@ -8,11 +8,13 @@ complete each other, because no node is always present, and must not contradict 
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from psyche_lightning.errors import PsycheError, WireError
 from psyche_lightning.node.ledger import Row
+from psyche_lightning.node.rates import agreed_rates
 from psyche_lightning.protocol.assignment import assign
 from psyche_lightning.protocol.committee import CommitteeSelection
 from psyche_lightning.protocol.messages import Result, open_envelope
@@ -70,6 +72,7 @@ class Audit:
         rounds: training rounds that count.
         undone: training rounds that the owner undid; they were trained again.
         last_step: the newest optimizer step in the ledgers.
+        deviating: in how many rounds each trainer, by node key, had other learning rates than the agreed ones.
         problems: missing or contradictory data; empty when nothing is missing.
     """
 
@@ -81,6 +84,7 @@ class Audit:
     rounds: int = 0
     undone: int = 0
     last_step: int = 0
+    deviating: Counter[bytes] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -169,6 +173,7 @@ def _enter(row: Row, open_ids: OpenIds, audited: Audit) -> OpenIds:
     selection = CommitteeSelection(0, 0, 0, len(nodes), row["seed"])
     assigned = batches(assign(row["seed"], row["data_index"], row["batch_size"], selection), again)
     trained = set()
+    rates: dict[bytes, tuple[int, ...]] = {}
     for text in row["results"]:
         try:
             envelope = open_envelope(base64.b64decode(text), audited.run)
@@ -181,12 +186,15 @@ def _enter(row: Row, open_ids: OpenIds, audited: Audit) -> OpenIds:
         if not fits or not isinstance(result, Result) or assigned.get(trainer) != result.batch or trainer in trained:
             audited.problems.append(f"{where} has a result of {short(envelope.sender)} that was not assigned")
             continue
+        rates[envelope.sender] = result.lrs
         if not result.tokens:  # an abstention
             continue
         trained.add(trainer)
         commitment = result.commitment(audited.run, envelope.sender)
         for number, (start, stop) in enumerate(result.batch):
             audited.lines.append(Line(start, stop, envelope.sender, *place, commitment, number > 0))
+    agreed = agreed_rates(rates.values())
+    audited.deviating.update(trainer for trainer, own in rates.items() if own != agreed)
     lost = [interval for trainer, batch in assigned.items() if trainer not in trained for interval in batch]
     return reopen(rest, row["step"], lost)
 

@@ -10,7 +10,7 @@ and apply the agreed set before the next training (without overlap) or the one a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.agreement import EpochLog
@@ -18,7 +18,7 @@ from psyche_lightning.node.buffers import BufferCopy
 from psyche_lightning.node.events import Effect, Event
 from psyche_lightning.node.exchange import Exchange, gone
 from psyche_lightning.node.follower import Follower, catching_up
-from psyche_lightning.node.notices import Finished, Outcome, RequestRefused, TakesLast, TakesStart
+from psyche_lightning.node.notices import Finished, Outcome, RequestRefused, SignedBefore, TakesLast, TakesStart
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.node.patience import Patience
 from psyche_lightning.node.repair import Base
@@ -28,8 +28,8 @@ from psyche_lightning.node.waiting import describe
 from psyche_lightning.node.witness import result_promise, witness_report
 from psyche_lightning.protocol.committee import starting_digest
 from psyche_lightning.protocol.merkle import EMPTY_ROOT
-from psyche_lightning.protocol.messages import Buffers, Envelope, Message, Offer, Stuck
-from psyche_lightning.protocol.requests import HealthCheck, Join, WarmupWitness
+from psyche_lightning.protocol.messages import Buffers, Envelope, Message, Offer, Result, Stuck
+from psyche_lightning.protocol.requests import Accuse, HealthCheck, Join, WarmupWitness
 from psyche_lightning.protocol.state import MISSED_ROUNDS, ClientStatus, Phase, Round, RunState
 
 STALE = ("InvalidWitness", "DuplicateWitness", "InvalidHealthCheck", "InvalidRunState", "Halted")
@@ -51,6 +51,7 @@ class NodeCore:
         seal: signs a message.
         promises: envelopes that this node stored before a restart, by key (I8).
         remembered: the announcements of whole rounds that it stored before a restart, by key.
+        lost: the payloads of its own stored results that are not in its store any more.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class NodeCore:
         seal: Callable[[Message], Envelope],
         promises: Mapping[str, Envelope] | None = None,
         remembered: Mapping[str, Sequence[Envelope]] | None = None,
+        lost: Collection[bytes] = (),
     ) -> None:
         self.public = public
         self.signer = signer
@@ -69,12 +71,13 @@ class NodeCore:
         self.state: RunState | None = None
         self.finished = False
         self._out = Outbox(settings.retry, settings.retry_most)
-        self._exchange = Exchange(public, settings, seal, promises or {}, remembered or {}, self._out)
+        self._exchange = Exchange(public, settings, seal, promises or {}, remembered or {}, self._out, lost)
         self._follower = Follower(public, run_id, settings, self._exchange, self._out)
         self._buffers = BufferCopy(public, settings, self._exchange, self._out)
         self._trained: tuple[int, int] = (-1, -1)
         self._patience = Patience()
         self._final_loads = 0
+        self._reported: tuple[int, bytes] | None = None
 
     # --- the door -------------------------------------------------------------------------------------------------
 
@@ -113,8 +116,10 @@ class NodeCore:
                 self._buffers.taken(event)
             case ev.BuffersLoaded():
                 self._buffers.loaded(event)
-            case ev.RequestFailed(_, code, text, retryable):
-                if not retryable and code not in STALE:
+            case ev.RequestFailed(request, code, text, retryable):
+                if retryable and isinstance(request, Accuse):
+                    self._exchange.accuse_again(request)
+                elif not retryable and code not in STALE:
                     self._out.say(RequestRefused(code, text))
             case ev.Tick():
                 pass
@@ -146,7 +151,7 @@ class NodeCore:
             return
         elif isinstance(message, Offer):
             if self._exchange.knows(envelope.sender):
-                repair.hear(Base(message.applied, message.snapshot))
+                repair.hear(envelope.sender, Base(message.applied, message.snapshot))
         elif isinstance(message, Stuck):
             if self._exchange.knows(envelope.sender):
                 self._exchange.offer_to(envelope.sender, log.epoch)
@@ -177,6 +182,7 @@ class NodeCore:
         follower = self._follower
         follower.observe_state(state)
         self._stay_member(state)
+        self._exchange.repeat()
         if state.phase.active:
             log, current = self.log, state.current
             if log is None or current is None or log.epoch != state.epoch:
@@ -227,12 +233,18 @@ class NodeCore:
             return
         reported = any(record.proof.index == index for record in state.warmup_witnesses)
         if not reported and self._out.due(("warmup", state.epoch)):
+            self._reported = state.epoch, target
             self._out.emit(WarmupWitness(state.epoch, index, target))
         self._buffers.advance(state, self.log)
 
     def _claim(self, state: RunState) -> None:
         """Tell a run that waits for a holder that this node holds its parameters, perhaps from a checkpoint."""
         follower = self._follower
+        if catching_up(state) and self._reported == (state.epoch, follower.holding):
+            # The warm-up ended without a quorum. Perhaps this node's parameters have changed by themselves.
+            self._reported = None
+            if any(record.merkle != follower.holding for record in state.warmup_witnesses):
+                follower.doubt()
         if not state.settled or self.signer in state.holders or follower.busy is not None:
             return
         if follower.holding is None and not follower.looked:
@@ -270,9 +282,12 @@ class NodeCore:
         assert index is not None
         self._trained = key = (state.epoch, here.round.height)
         batch = here.batches[index]
-        promise = self._exchange.promised(result_promise(*key), batch)
+        promise = self._exchange.promised(result_promise(*key))
         if promise is not None:
-            self._exchange.publish(here, promise)
+            if isinstance(promise.message, Result) and promise.message.batch == batch:
+                self._exchange.publish(here, promise)
+            else:
+                self._out.say(SignedBefore(here.round.height))
             return
         self._out.emit(ev.Train(state.epoch, here.round.height, here.round.step, batch))
 

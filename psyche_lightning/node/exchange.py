@@ -5,7 +5,8 @@ Part of the node core, so it does no I/O: all output is effects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from psyche_lightning.errors import WireError
 from psyche_lightning.node import events as ev
@@ -27,7 +28,6 @@ from psyche_lightning.protocol.messages import (
     Stuck,
     commitments,
 )
-from psyche_lightning.protocol.open_ids import Interval
 from psyche_lightning.protocol.requests import Accuse
 from psyche_lightning.protocol.state import ClientStatus, RunState
 
@@ -53,6 +53,7 @@ class Exchange:
         promises: this node's stored envelopes by key; it never signs a batch twice (I8).
         remembered: announcements of whole rounds that this node stored, by :func:`list_promise`.
         out: where effects go.
+        lost: the payloads of its own results that are not in its store any more.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Exchange:
         promises: Mapping[str, Envelope],
         remembered: Mapping[str, Sequence[Envelope]],
         out: Outbox,
+        lost: Collection[bytes] = (),
     ) -> None:
         self._public = public
         self._settings = settings
@@ -73,6 +75,9 @@ class Exchange:
             first = kept[0].message if kept else None
             if isinstance(first, Result):
                 self._remembered.setdefault((first.epoch, first.height), {})[key] = tuple(kept)
+        self._lost = frozenset(lost)
+        self._unheard: list[Accuse] = []
+        self._refused: Counter[bytes] = Counter()
         self._out = out
         self._peers: tuple[tuple[bytes, str], ...] = ()
         self._members: frozenset[bytes] = frozenset()
@@ -130,13 +135,27 @@ class Exchange:
         try:
             entry = log.add_result(envelope)
         except WireError as error:
-            self._out.say(MessageRefused(envelope.sender, str(error)))
+            self._refused[envelope.sender] += 1
+            times = self._refused[envelope.sender]
+            if times & (times - 1) == 0:  # 1, 2, 4, ...: a flood does not fill the log
+                self._out.say(MessageRefused(envelope.sender, times, str(error)))
             return None
         if entry is not None and len(log.of(entry.trainer)) == 2:
             self._out.say(TwoResults(envelope.sender))
             first, second = log.of(entry.trainer)
             self._out.emit(Accuse(first.envelope.raw, second.envelope.raw))
         return entry
+
+    def accuse_again(self, proof: Accuse) -> None:
+        """Repeat an accusation that did not reach the coordinator, when it is due."""
+        self._unheard.append(proof)
+
+    def repeat(self) -> None:
+        """Send what did not reach the coordinator, if it is due."""
+        due = [proof for proof in self._unheard if self._out.due(("accuse", proof), after=self._settings.retry)]
+        for proof in due:
+            self._unheard.remove(proof)
+            self._out.emit(proof)
 
     def file_early(self, log: EpochLog, assigned: Iterable[RoundLog]) -> None:
         """File early messages and this node's promises for rounds that now have their batches."""
@@ -146,9 +165,7 @@ class Exchange:
                 self.file(known, envelope)
             own = self._promises.get(result_promise(log.epoch, height))
             if own is not None and known.index_of(self._public) is not None:
-                entry = self.file(known, own)
-                if entry is not None:
-                    known.settle(entry)
+                self._file_own(known, own)
             for stored in self._remembered.get((log.epoch, height), {}).values():
                 for envelope in stored:
                     self.file(known, envelope)
@@ -276,15 +293,12 @@ class Exchange:
 
     def announce(self, log: RoundLog, result: Result, key: str) -> None:
         """Promise this node's result durably, then broadcast it; its payload is stored."""
-        if self.promised(key, result.batch) is not None:
-            return
-        self.publish(log, self._promise(key, result))
+        if self.promised(key) is None:
+            self.publish(log, self._promise(key, result))
 
-    def promised(self, key: str, batch: tuple[Interval, ...]) -> Envelope | None:
-        """The result that this node, perhaps before a restart, signed for a batch."""
-        envelope = self._promises.get(key)
-        result = envelope.message if envelope else None
-        return envelope if isinstance(result, Result) and result.batch == batch else None
+    def promised(self, key: str) -> Envelope | None:
+        """The result that this node, perhaps before a restart, signed for a round; it never signs another one."""
+        return self._promises.get(key)
 
     def keep_promises(self, epoch: int, height: int = 0) -> tuple[tuple[str, ...], tuple[bytes, ...]]:
         """Drop promises of earlier rounds; returns keys and payloads of the others."""
@@ -303,10 +317,14 @@ class Exchange:
     def publish(self, log: RoundLog, envelope: Envelope) -> None:
         """File and broadcast this node's announcement."""
         if log.assigned:  # else it is filed once it is assigned
-            entry = self.file(log, envelope)
-            if entry is not None:
-                log.settle(entry)
+            self._file_own(log, envelope)
         self._out.emit(ev.Broadcast(envelope))
+
+    def _file_own(self, log: RoundLog, envelope: Envelope) -> None:
+        """File a result of this node, whose payload is stored unless it was lost: then peers may have it."""
+        entry = self.file(log, envelope)
+        if entry is not None and entry.result.payload not in self._lost:
+            log.settle(entry)
 
     def _promise(self, key: str, message: Message) -> Envelope:
         envelope = self._seal(message)

@@ -13,6 +13,7 @@ from psyche_lightning.node.agreement import AgreedSet, DecidedRound, EpochLog, U
 from psyche_lightning.node.exchange import Exchange
 from psyche_lightning.node.notices import (
     Notice,
+    OtherRates,
     ParametersDiffer,
     ParametersNotObtained,
     RatesDiffer,
@@ -104,9 +105,8 @@ class Follower:
         if log is None:
             members = {c.signer: c.node for c in (*state.exited_clients, *state.clients)}
             nodes = tuple(members.get(signer, signer) for signer in record.clients)
-            limit = self._settings.max_payload
-            needed = self.log.needed
-            log = RoundLog.open(record, nodes, state.config, needed, self._run_id, self._settings.layout, limit)
+            allowed = self._settings.layout, self._settings.max_payload, self._settings.rates
+            log = RoundLog.open(record, nodes, state.config, self.log.needed, self._run_id, *allowed)
             self.log.rounds[record.height] = log
             drains = [] if record.step else [log]
             self._exchange.file_early(self.log, [*drains, *self.log.assign()])
@@ -323,10 +323,13 @@ class Follower:
         return log.rounds[height].round.step > 0 and ends
 
     def _warn_of_rates(self, results: RoundLog, agreement: AgreedSet) -> None:
+        others = {entry.envelope.sender for entry in agreement.entries if entry.result.lrs != agreement.lrs}
         mine = results.index_of(self._public)
         own = results.of(mine) if mine is not None else []
         if own and agreement.lrs and own[0].result.lrs != agreement.lrs:
             self._out.say(RatesDiffer())
+        for trainer in sorted(others - {self._public}):
+            self._out.say(OtherRates(trainer))
 
     def _notice_stuck(self, log: EpochLog, state: RunState) -> None:
         """Notice a round that cannot be applied though all peers were asked in time."""
@@ -402,6 +405,16 @@ class Follower:
         else:
             self._out.say(ReplayDoesNotHelp(last))
             self._out.emit(ev.Diagnose(last, self.digests[applied], theirs, self._exchange.providers()))
+        self._replay(log)
+
+    def doubt(self) -> None:
+        """Work the parameters out again, once an epoch, because members of the next one hold others."""
+        if self.log is not None and self.next_apply is not None and self.busy is None and not self.repair.doubted:
+            self.repair.doubted = True
+            self._out.say(ParametersDiffer(self.next_apply - 1, self.repair.confirmed))
+            self._replay(self.log)
+
+    def _replay(self, log: EpochLog) -> None:
         self.next_apply, self.holding, self.digests, self.busy = None, None, {}, None
         log.decided = None
         self._out.forget("load")

@@ -216,18 +216,29 @@ class RatesDiffer(Notice):
         return "this node's learning rate differs from the agreed one, which is used"
 
 
+@dataclass(frozen=True)
+class OtherRates(Notice):
+    """A trainer has other learning rates than the agreed ones."""
+
+    trainer: bytes
+
+    def __str__(self) -> str:
+        return f"{short(self.trainer)} trains with another learning rate than the agreed one, which is used"
+
+
 # --- what others sent -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MessageRefused(Notice):
-    """A peer sent a disallowed message."""
+    """A peer sent, for the ``times``-th time, a disallowed message."""
 
     peer: bytes
+    times: int
     reason: str
 
     def __str__(self) -> str:
-        return f"refused a message: {self.reason}"
+        return f"refused a message of {short(self.peer)} ({self.times} so far): {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -273,6 +284,16 @@ class RequestRefused(Notice):
 
     def __str__(self) -> str:
         return f"the coordinator refused a request: {self.reason}"
+
+
+@dataclass(frozen=True)
+class SignedBefore(Notice):
+    """This node signed a result for this round before, for other data ids; a second one would have it ejected."""
+
+    round: int
+
+    def __str__(self) -> str:
+        return f"does not train round {self.round}: before its restart, this node signed a result for other data ids"
 
 
 # --- waiting --------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class ParameterReplica:
     def __init__(self, optimizer: DisTrO, module: torch.nn.Module) -> None:
         self.layout = optimizer.layout_digest
         self.max_payload = optimizer.max_payload
+        self.groups = len(optimizer.param_groups)
         self._optimizer = optimizer
         trained = {entry.name for entry in optimizer.layout.entries}
         self._frozen = {name: value for name, value in module.named_parameters() if name not in trained}
@@ -99,10 +100,12 @@ class ParameterReplica:
         """
         trained = dict(self._optimizer.published())
         entries = _matching("parameter", decode_index(get(digest)).tensors, {**trained, **self._frozen})
-        for entry in entries:
+        for entry in entries:  # all of them, before any is replaced
             tensor = _read(entry, get)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise WireError(f"the parameter {entry.name!r} of the snapshot has values that are not finite")
+        for entry in entries:
+            tensor = _read(entry, get)
             if entry.name in trained:
                 self._optimizer.load_published(entry.name, tensor)
             else:
@@ -118,12 +121,17 @@ class ParameterReplica:
         """Replace the buffers by those of that index.
 
         Raises:
-            WireError: names, shapes or dtypes are not this model's.
+            WireError: names, shapes or dtypes are not this model's, or a value is no number; a mask may be infinite.
         """
         buffers = persistent_buffers(self._module)
-        for entry in _matching("buffer", decode_index(get(index)).tensors, buffers):
+        entries = _matching("buffer", decode_index(get(index)).tensors, buffers)
+        read = {entry.name: _read(entry, get) for entry in entries}
+        for name, tensor in read.items():
+            if tensor.is_floating_point() and torch.isnan(tensor).any():
+                raise WireError(f"the buffer {name!r} has values that are no numbers")
+        for name, tensor in read.items():
             with torch.no_grad():
-                buffers[entry.name].copy_(_read(entry, get))
+                buffers[name].copy_(tensor)
 
     def _entries(self, put: Put | None) -> list[TensorEntry]:
         if self._frozen_entries is None or put is not None:

@@ -14,7 +14,8 @@ from psyche_lightning.node.agreement import EpochLog
 from psyche_lightning.node.settings import Settings
 
 PRINT_SIZE = 8
-MAX_OFFERS = 16
+MAX_OFFERS = 8
+"""Offers that are kept of each peer."""
 SNAPSHOT_PAUSE = 4
 """Digests between two snapshots that peers request."""
 
@@ -39,8 +40,9 @@ class Repair:
     Attributes:
         settings: see :class:`Settings`.
         own: snapshots of this epoch that this node keeps, ascending.
-        offers: snapshots of peers.
+        offers: snapshots that each peer offers, the latest ones last.
         restored: snapshots that this node stored before a restart.
+        doubted: whether this node has replayed because others hold other parameters than it at the epoch's end.
         trial: the unproven base from which the parameters stem, until the replay reaches a digest on record.
         confirmed: rounds applied at the newest digest shared with a quorum.
         stuck: height of the round that cannot be applied, although all peers were asked.
@@ -50,17 +52,19 @@ class Repair:
 
     settings: Settings
     own: list[Base] = field(default_factory=list)
-    offers: list[Base] = field(default_factory=list)
+    offers: dict[bytes, list[Base]] = field(default_factory=dict)
     confirmed: int = 0
     stuck: int | None = None
     wanted: bool = False
     sought: float | None = None
     trial: Base | None = None
     restored: list[Base] = field(default_factory=list)
+    doubted: bool = False
     _prints: dict[int, bytes] = field(default_factory=dict)
     _suspect: dict[int, bytes] = field(default_factory=dict)
     _replayed: set[int] = field(default_factory=set)
     _blocked: tuple[int, float] = (-1, 0.0)
+    _refused: set[Base] = field(default_factory=set)
 
     # --- differences ----------------------------------------------------------------------------------------------
 
@@ -105,10 +109,12 @@ class Repair:
             self._blocked = (height, now)
         return now - self._blocked[1]
 
-    def hear(self, offer: Base) -> None:
-        """Note a peer offer."""
-        if offer not in self.offers:
-            self.offers = sorted([*self.offers, offer])[-MAX_OFFERS:]
+    def hear(self, peer: bytes, offer: Base) -> None:
+        """Note a peer's offer."""
+        known = self.offers.setdefault(peer, [])
+        if offer not in known and offer not in self._refused:
+            known.append(offer)
+            del known[:-MAX_OFFERS]
 
     def ask(self, applied: int) -> None:
         """Note a peer's snapshot request, if due."""
@@ -124,9 +130,10 @@ class Repair:
         """
         first = Base(0, log.digest)
         own = [base for base in self.own if base.applied <= self.confirmed] or [first]
-        known, newest = [*self.offers, *self.restored], max(log.named, default=0)
+        offers = sorted({offer for offered in self.offers.values() for offer in offered})
+        known, newest = [*offers, *self.restored], max(log.named, default=0)
         proven = [base for base in known if log.named.get(base.applied) == base.digest]
-        mine, tried = ([base for base in each if base.applied < newest] for each in (self.restored, self.offers))
+        mine, tried = ([base for base in each if base.applied < newest] for each in (self.restored, offers))
         found = [*reversed(own), *reversed(proven), first] if self.own else [*reversed(proven), *reversed(mine), first]
         least = -1 if self.stuck is None else self.stuck
         return [base for base in dict.fromkeys([*found, *reversed(tried)]) if base.applied > least]
@@ -142,9 +149,10 @@ class Repair:
 
     def refuse(self, base: Base) -> None:
         """The trial of an offer failed."""
-        self.offers, self.restored = (
-            [other for other in each if other != base] for each in (self.offers, self.restored)
-        )
+        self._refused.add(base)
+        self.restored = [other for other in self.restored if other != base]
+        for offered in self.offers.values():
+            offered[:] = [other for other in offered if other != base]
         self.trial = None
 
     def keep(self, base: Base) -> None:

@@ -17,6 +17,7 @@ class Replica(Protocol):
     Attributes:
         layout: 32-byte digest of what payload positions mean.
         max_payload: largest payload in bytes.
+        groups: number of parameter groups, each of which has a learning rate.
         has_buffers: whether the model has buffers to copy at the start of an epoch.
         size: bytes of a snapshot.
         tensors: names of the parameters that are trained, in the order of :meth:`prints`.
@@ -24,6 +25,7 @@ class Replica(Protocol):
 
     layout: bytes
     max_payload: int
+    groups: int
     has_buffers: bool
     size: int
     tensors: tuple[str, ...]

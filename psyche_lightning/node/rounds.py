@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from psyche_lightning.errors import WireError
+from psyche_lightning.node.rates import ONE_GROUP, Rates
 from psyche_lightning.protocol.assignment import assign
 from psyche_lightning.protocol.committee import CommitteeSelection, decided_root, round_selection
 from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_root
@@ -52,6 +53,7 @@ class RoundLog:
         run_id: the run.
         layout: digest of the meaning of payload positions; others are refused.
         max_payload: largest payload in bytes.
+        rates: the learning rates that a result may have.
         selection: the round's committees.
         final: whether ``round`` holds all its witness records.
         assigned: whether ``batches`` is known; earlier agreed sets determine it.
@@ -69,6 +71,7 @@ class RoundLog:
     run_id: str
     layout: bytes
     max_payload: int
+    rates: Rates
     selection: CommitteeSelection
     needed: int
     final: bool = False
@@ -94,9 +97,11 @@ class RoundLog:
         run_id: str,
         layout: bytes,
         limit: int,
+        rates: Rates = ONE_GROUP,
     ) -> RoundLog:
         """Open the log of an announced round; a draining round has no batches to assign."""
-        log = cls(round, nodes, run_id, layout, limit, round_selection(round, config), needed, assigned=not round.step)
+        chosen = round_selection(round, config)
+        log = cls(round, nodes, run_id, layout, limit, rates, chosen, needed, assigned=not round.step)
         log._places = {node: index for index, node in enumerate(nodes)}
         return log
 
@@ -148,6 +153,7 @@ class RoundLog:
             raise WireError(f"{who} trains a model with other shapes, chunk or k than this node")
         if not 0 < result.size <= self.max_payload:
             raise WireError(f"{who} announced a payload of {result.size} bytes; 1 to {self.max_payload} are accepted")
+        self.rates.check(result.lrs, result.step, who)
         commitment = result.commitment(self.run_id, envelope.sender)
         known = self._of.setdefault(index, [])
         if commitment in self.entries or len(known) >= MAX_ENTRIES_PER_BATCH:

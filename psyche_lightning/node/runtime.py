@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -129,12 +129,21 @@ class Runtime:
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope = node.run_id  # until the coordinator tells the incarnation; nothing is signed before
-        self.core = self._make_core({}, {})
+        self.core = self._make_core({}, {}, set())
 
-    def _make_core(self, promises: Mapping[str, Envelope], remembered: Mapping[str, Sequence[Envelope]]) -> NodeCore:
+    def _make_core(
+        self, promises: Mapping[str, Envelope], remembered: Mapping[str, Sequence[Envelope]], lost: Collection[bytes]
+    ) -> NodeCore:
         node = self.node
         return NodeCore(
-            node.identity.public, node.coordinator.signer, self._scope, node.settings, self._seal, promises, remembered
+            node.identity.public,
+            node.coordinator.signer,
+            self._scope,
+            node.settings,
+            self._seal,
+            promises,
+            remembered,
+            lost,
         )
 
     def _seal(self, message: Message) -> Envelope:
@@ -144,8 +153,8 @@ class Runtime:
         """The journal's key of a promise: a promise binds within one incarnation of a run."""
         return f"{self._scope}/{key}"
 
-    def _kept(self) -> tuple[dict[str, Envelope], dict[str, list[Envelope]]]:
-        """What this node stored before a restart: its promises whose payload is still here, and others' results."""
+    def _kept(self) -> tuple[dict[str, Envelope], dict[str, list[Envelope]], set[bytes]]:
+        """What this node stored before a restart: its promises, others' results, and the own payloads that it lost."""
         promises: dict[str, Envelope] = {}
         remembered: dict[str, list[Envelope]] = {}
         for name, raw in self.node.journal.load().items():
@@ -160,10 +169,9 @@ class Runtime:
                 envelope = open_envelope(raw, self._scope)
             except (WireError, TypeError):
                 continue
-            message = envelope.message
-            if not isinstance(message, Result) or self.node.store.has(message.payload):
-                promises[key] = envelope
-        return promises, remembered
+            promises[key] = envelope
+        payloads = {kept.message.payload for kept in promises.values() if isinstance(kept.message, Result)}
+        return promises, remembered, {payload for payload in payloads if not self.node.store.has(payload)}
 
     # --- life -----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from psyche_lightning.node.rates import ONE_GROUP, Rates
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -16,6 +18,7 @@ class Settings:
         max_payload: largest payload in bytes.
         buffers: whether the model has buffers that are copied at the start of an epoch.
         keep_bytes: bytes of agreed payloads to keep since the last snapshot before taking a new one.
+        rates: the learning rates that a result may have.
         tensors: names of the parameters that are trained, in the order of the fingerprints of :class:`Applied`.
         retry: seconds to the first repetition of a fetch, question or call; doubles up to ``retry_most``.
         retry_most: longest such interval in seconds.
@@ -27,6 +30,7 @@ class Settings:
     max_payload: int
     buffers: bool = False
     keep_bytes: int = 1 << 30
+    rates: Rates = ONE_GROUP
     tensors: tuple[str, ...] = ()
     retry: float = 2.0
     retry_most: float = 15.0

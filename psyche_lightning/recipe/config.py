@@ -17,7 +17,7 @@ from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe.options import SHARED, NodeOptions, RunOptions, RunValues
-from psyche_lightning.recipe.schedule import Constant, Cosine, Linear, Schedule, WarmupStableDecay
+from psyche_lightning.recipe.schedule import KINDS, Constant, Schedule
 
 
 class Range(NamedTuple):
@@ -149,22 +149,8 @@ class ScheduleSection:
         Raises:
             ConfigError: a field of another kind is set, one of this kind is missing, or they contradict each other.
         """
-        kinds: dict[str, tuple[type[Schedule], tuple[str, ...]]] = {
-            "constant": (Constant, ()),
-            "linear": (Linear, ("final_lr", "total_steps")),
-            "cosine": (Cosine, ("final_lr", "total_steps")),
-            "wsd": (
-                WarmupStableDecay,
-                (
-                    "stable_steps",
-                    "cosine_decay_steps",
-                    "cosine_decay_final_lr",
-                    "linear_decay_steps",
-                    "linear_decay_final_lr",
-                ),
-            ),
-        }
-        build, own = kinds[self.kind]
+        build = KINDS[self.kind]
+        own = [item.name for item in fields(build) if item.name not in {item.name for item in fields(Constant)}]
         shared = ("kind", "warmup_steps", "warmup_init_lr")
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in shared}
         if "total_steps" in own and values["total_steps"] is None:

@@ -14,6 +14,7 @@ from typing import Any
 from psyche_lightning.checkpoints.manifest import Manifest
 from psyche_lightning.recipe.config import Recipe
 from psyche_lightning.recipe.options import RunValues
+from psyche_lightning.recipe.schedule import KINDS, Schedule
 
 PLACES = ("path", "url", "tokenizer", "fetch")
 """Keys of ``model.config`` and ``data.config`` that name a location or how to fetch from it; nodes may differ."""
@@ -54,6 +55,17 @@ def manifest(recipe: Recipe, fingerprint: str | None = None) -> dict[str, dict[s
     }
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(sections, allow_nan=False))
     return plain
+
+
+def schedule_of(sections: Mapping[str, Mapping[str, Any]]) -> Schedule | None:
+    """The schedule of the learning rate in a manifest; None if it has none, as where users have their own schedulers.
+
+    Args:
+        sections: those of the manifest.
+    """
+    section = dict(sections.get("optimizer", {}).get("schedule") or {})
+    kind = KINDS.get(section.pop("kind", ""))
+    return kind(**section) if kind is not None else None
 
 
 def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:

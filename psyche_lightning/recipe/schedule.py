@@ -109,6 +109,13 @@ class WarmupStableDecay(Constant):
 
 Schedule = Constant
 """The type of all schedules: a call with a step returns the rate."""
+KINDS: dict[str, type[Schedule]] = {
+    "constant": Constant,
+    "linear": Linear,
+    "cosine": Cosine,
+    "wsd": WarmupStableDecay,
+}
+"""The schedules by their names in a recipe and in a run's manifest."""
 
 
 def _half_cosine(start: float, end: float, fraction: float) -> float:

@@ -26,6 +26,7 @@ class World(Protocol):
         nodes: all that there ever were.
         host: the coordinator; None while it is down.
         disk: what a coordinator that is down had stored.
+        clock: how far the coordinator's clock is ahead of virtual time.
     """
 
     scenario: Scenario
@@ -34,6 +35,12 @@ class World(Protocol):
     nodes: list[SimNode]
     host: RunHost | None
     disk: dict[str, Any]
+    clock: float
+
+    @property
+    def host_time(self) -> float:
+        """What the coordinator's clock says."""
+        ...
 
     def at(self, delay: float, action: Callable[[], None]) -> None:
         """Does something after ``delay`` virtual seconds."""
@@ -57,7 +64,7 @@ class World(Protocol):
 
 
 class Faults:
-    """Kills nodes and the coordinator, cuts links, flips bits, pauses the run.
+    """Kills nodes and the coordinator, cuts links, flips bits, fills disks, moves clocks, pauses the run.
 
     Args:
         simulation: the history.
@@ -105,6 +112,17 @@ class Faults:
             start = rng.uniform(10, calm)
             at(start, lambda: self._reach(1))
             at(start + rng.uniform(5, 60), lambda: self._reach(-1))
+        for _ in range(scenario.full_disks):
+            node = rng.choice(nodes)
+            at(rng.uniform(5, calm), lambda node=node: self._fill(node))  # type: ignore[misc]
+        for _ in range(scenario.leaps):
+            node = rng.choice(nodes)
+            at(rng.uniform(5, calm), lambda node=node: self._leap(node))  # type: ignore[misc]
+        honest = [node for node in nodes if not node.role]
+        for _ in range(scenario.journals):
+            at(rng.uniform(10, calm), lambda node=honest[0]: self._lose_journal(node))  # type: ignore[misc]
+        for number in range(scenario.blobs):
+            at(rng.uniform(10, calm), lambda node=honest[1 + number]: self._lose_blobs(node))  # type: ignore[misc]
 
     # --- the network ------------------------------------------------------------------------------------------------
 
@@ -170,18 +188,16 @@ class Faults:
         simulation.trace("all nodes leave")
         for node in simulation.nodes:
             if node.core is not None and not node.done:
-                with contextlib.suppress(CoordinatorError):
-                    simulation.host.handle(node.identity.public, Withdraw(), simulation.now)
-                self.end(node)
+                self._leave(node)
                 simulation.at(self._rng.uniform(1, 30), lambda node=node: simulation.start(node))  # type: ignore[misc]
-        simulation.changed()
 
     def _replace(self, node: SimNode) -> None:
         """Removes a node for good, with its disk; another node takes its place."""
         if node.gone or node.done:
             return
         self.end(node)
-        node.gone, node.blobs, node.promises = True, {}, {}
+        node.gone = True
+        node.forget(promises=True, blobs=True)
         grace = self._rng.uniform(1, 6)
         self._simulation.at(grace, lambda life=node.life: self._vanished(node, life))  # type: ignore[misc]
         fresh = self._simulation.add_node()
@@ -195,10 +211,63 @@ class Faults:
             self._simulation.trace(f"the parameters of {node.name} change by themselves")
             node.head, node.flipped = sha256(node.head, b"flipped"), True
 
+    def _fill(self, node: SimNode) -> None:
+        """One of the node's next writes fails."""
+        if node.core is not None and not node.done:
+            node.room, node.torn = self._rng.randrange(8), self._rng.random() < 0.5
+
+    def disk_failed(self, node: SimNode) -> None:
+        """A write of a node failed: it withdraws and ends, and comes back when there is room."""
+        self._simulation.trace(f"the disk of {node.name} is full")
+        self._leave(node)
+        self._simulation.at(self._rng.uniform(1, 40), lambda: self._simulation.start(node))
+
+    def _leave(self, node: SimNode) -> None:
+        simulation = self._simulation
+        if simulation.host is not None and not self.outage:
+            with contextlib.suppress(CoordinatorError):
+                simulation.host.handle(node.identity.public, Withdraw(), simulation.host_time)
+        else:
+            simulation.at(5.0, lambda life=node.life + 1: self._vanished(node, life))  # type: ignore[misc]
+        self.end(node)
+        if simulation.host is not None:
+            simulation.changed()
+
+    def _leap(self, node: SimNode) -> None:
+        self.count += 1
+        leap = self._rng.choice([1.0, 30.0, 3600.0])
+        self._simulation.trace(f"the clock of {node.name} leaps {leap:.0f} s ahead")
+        node.clock += leap
+
+    def _lose_journal(self, node: SimNode) -> None:
+        """A node comes back without its journal, or with an older one: it may sign a second result."""
+        if node.gone or node.done:
+            return
+        self.end(node)
+        node.role = "forgetful"
+        older = self._rng.random() < 0.5
+        self._simulation.trace(f"{node.name} loses {'the newest promises' if older else 'its journal'}")
+        if older:
+            newest = sorted(node.promises)[len(node.promises) // 2 :]
+            node.promises = {key: kept for key, kept in node.promises.items() if key not in newest}
+            node.remembered = {}
+        else:
+            node.forget(promises=True)
+        self._simulation.at(self._rng.uniform(0.5, 10), lambda: self._simulation.start(node))
+
+    def _lose_blobs(self, node: SimNode) -> None:
+        """A node comes back with its journal alone."""
+        if node.core is None or node.gone or node.done:
+            return
+        self.end(node)
+        self._simulation.trace(f"{node.name} loses its blobs")
+        node.forget(blobs=True)
+        self._simulation.at(self._rng.uniform(0.5, 10), lambda: self._simulation.start(node))
+
     def _vanished(self, node: SimNode, life: int) -> None:
         host = self._simulation.host
         if host is not None and node.core is None and node.life == life:
-            host.disconnected(node.identity.public, self._simulation.now, "no connection")
+            host.disconnected(node.identity.public, self._simulation.host_time, "no connection")
             self._simulation.changed()
 
     # --- the coordinator --------------------------------------------------------------------------------------------
@@ -216,8 +285,10 @@ class Faults:
     def _restart_coordinator(self) -> None:
         simulation = self._simulation
         simulation.trace("restart the coordinator")
+        # Its clock begins with what the wall clock says, which may have been set meanwhile.
+        simulation.clock = self._rng.uniform(0, 1e6)
         simulation.host = RunHost.load(simulation.disk)
-        simulation.host.restarted(simulation.now)
+        simulation.host.restarted(simulation.host_time)
         simulation.changed()
 
     def _pause(self) -> None:
@@ -228,7 +299,7 @@ class Faults:
             self.count += 1
             simulation.trace("pause")
             self._pausing = True
-            simulation.host.pause(simulation.now)
+            simulation.host.pause(simulation.host_time)
             simulation.changed()
             simulation.at(self._rng.uniform(1, 30), self._resume)
 
@@ -247,5 +318,5 @@ class Faults:
         elif simulation.host.state.phase is Phase.PAUSED:
             self._pausing = False
             simulation.trace("resume")
-            simulation.host.resume(simulation.now)
+            simulation.host.resume(simulation.host_time)
             simulation.changed()

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from psyche_lightning.errors import StoreError, WireError
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.ledger import Row
 from psyche_lightning.node.notices import Finished
-from psyche_lightning.protocol.messages import Envelope, Message, Result
+from psyche_lightning.protocol.messages import Envelope, Result
 from psyche_lightning.protocol.open_ids import OpenIds, closed, count
-from psyche_lightning.simulation.roles import Role
-from psyche_lightning.wire.canonical import pack, sha256, unpack
+from psyche_lightning.simulation.roles import NOT_FINITE, Role
+from psyche_lightning.wire.canonical import HASH_SIZE, pack, sha256, unpack
 from psyche_lightning.wire.identity import Identity, short
 
 LAYOUT = sha256(b"simulated layout")
 BAD = b"malformed"
 ABSTENTIONS = 0.01
-
-
-def _refuse(message: Message) -> Envelope:
-    raise AssertionError(message)
+RATE = 2.0**-149
+"""The learning rate, whose bits are 1."""
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 @dataclass
@@ -39,6 +42,9 @@ class SimNode:
         gone: whether it will not come back.
         flipped: whether its parameters may differ from the others'.
         young: blobs since the last :class:`~psyche_lightning.node.events.Keep`.
+        room: writes until its disk is full; None while it has room.
+        torn: whether the write that fails is there afterwards, because only the disk's answer failed.
+        clock: how far its clock is ahead of virtual time; each process has a clock of its own.
     """
 
     index: int
@@ -48,7 +54,7 @@ class SimNode:
     promises: dict[str, Envelope] = field(default_factory=dict)
     remembered: dict[str, tuple[Envelope, ...]] = field(default_factory=dict)
     core: NodeCore | None = None
-    plays: Role = field(default_factory=lambda: Role("", _refuse, random.Random(0)))
+    plays: Role = field(init=False)
     life: int = 0
     head: bytes = b""
     buffers: bytes = b""
@@ -61,6 +67,9 @@ class SimNode:
     open_ids: OpenIds = ()
     ledger: list[Row] = field(default_factory=list)
     young: set[bytes] = field(default_factory=set)
+    room: int | None = None
+    torn: bool = False
+    clock: float = 0.0
 
     @property
     def name(self) -> str:
@@ -75,7 +84,7 @@ class SimNode:
     def begin(self, core: NodeCore) -> None:
         """Starts with parameters of its own."""
         seed = self.identity.public, bytes([self.life])
-        self.core, self.open_ids, self.flipped = core, (), False
+        self.core, self.open_ids, self.flipped, self.room = core, (), False, None
         self.head, self.buffers = sha256(b"initial", *seed), sha256(b"buffers", *seed)
 
     def end(self) -> None:
@@ -85,11 +94,35 @@ class SimNode:
         self.queue.clear()
 
     def put(self, blob: bytes) -> bytes:
-        """Store a blob."""
+        """Store a blob.
+
+        Raises:
+            StoreError: the disk is full.
+        """
         digest = sha256(blob)
-        self.blobs[digest] = blob
+        self._write(self.blobs, digest, blob)
         self.young.add(digest)
         return digest
+
+    def promise(self, key: str, envelope: Envelope) -> None:
+        """Store a promise; raises as :meth:`put`."""
+        self._write(self.promises, key, envelope)
+
+    def remember(self, key: str, envelopes: tuple[Envelope, ...]) -> None:
+        """Store the announcements of a round; raises as :meth:`put`."""
+        self._write(self.remembered, key, envelopes)
+
+    def write_down(self, rows: Sequence[Row]) -> None:
+        """Add to the ledger; raises as :meth:`put`."""
+        self._write({}, "", rows)
+        self.ledger += rows
+
+    def _write(self, place: dict[_K, _V], key: _K, value: _V) -> None:
+        if self.room != 0 or self.torn:
+            place[key] = value
+        if self.room == 0:
+            raise StoreError("the disk is full")
+        self.room = None if self.room is None else self.room - 1
 
     def keep(self, kept: set[bytes], promises: tuple[str, ...]) -> None:
         """Forgets everything else; new blobs stay until the next call."""
@@ -99,10 +132,29 @@ class SimNode:
         self.young.clear()
 
     def load(self, blob: bytes) -> None:
-        """Takes parameters that a node stored."""
-        self.head, open_ids = unpack(blob, max_size=1 << 20)
-        self.open_ids, self.flipped = tuple(map(tuple, open_ids)), False
+        """Takes parameters that a node stored.
+
+        Raises:
+            WireError: they are no parameters of this model; the node keeps its own.
+            StoreError: the disk is full.
+        """
+        head, open_ids = unpack(blob, max_size=1 << 20)
+        if len(head) != HASH_SIZE or head == NOT_FINITE:
+            raise WireError("these are not parameters of this model")
         self.put(blob)
+        self.head, self.open_ids, self.flipped = head, tuple(map(tuple, open_ids)), False
+
+    def serve(self, digest: bytes) -> bytes | None:
+        """What a peer gets that asks for a blob."""
+        blob = self.blobs.get(digest)
+        return b"other bytes" if blob is not None and self.role == "false bytes" else blob
+
+    def forget(self, *, promises: bool = False, blobs: bool = False) -> None:
+        """Loses a part of its disk."""
+        if promises:
+            self.promises, self.remembered = {}, {}
+        if blobs:
+            self.blobs, self.young = {}, set()
 
     def perform(self, task: ev.Effect, rng: random.Random) -> ev.Event:
         """Does a task of the training thread."""

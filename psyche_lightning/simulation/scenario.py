@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from psyche_lightning.errors import PsycheError
 from psyche_lightning.protocol.committee import quorum
@@ -39,6 +39,11 @@ class Scenario:
         stops: times that all nodes leave politely, and come back.
         outages: times that the coordinator is out of reach, while its clock goes on.
         one_way: of the cuts, those that hold in one direction.
+        full_disks: times that a write of a node fails; the node ends, and comes back when there is room.
+        leaps: times that a node's clock leaps ahead, as after a machine slept.
+        journals: nodes that come back without what they promised; they count as nodes that break the rules.
+        blobs: nodes that come back with their journal, and without their blobs.
+        schedule: whether the learning rate is that of a schedule in the manifest.
     """
 
     seed: int
@@ -62,6 +67,21 @@ class Scenario:
     stops: int = 0
     outages: int = 0
     one_way: int = 0
+    full_disks: int = 0
+    leaps: int = 0
+    journals: int = 0
+    blobs: int = 0
+    schedule: bool = False
+
+    @property
+    def unreliable(self) -> int:
+        """Nodes to which no promise is given."""
+        return self.cheats + self.journals
+
+    @property
+    def ejects(self) -> bool:
+        """Whether the others can form an epoch when all unreliable nodes are ejected."""
+        return self.nodes - self.unreliable >= self.init_min_clients
 
     @property
     def init_min_clients(self) -> int:
@@ -70,14 +90,14 @@ class Scenario:
         return next(n for n in range(least, self.nodes + 1) if all(self._safe(m) for m in range(n, self.nodes + 1)))
 
     def _safe(self, members: int) -> bool:
-        return members - self.cheats >= quorum(members)
+        return members - self.unreliable >= quorum(members)
 
     @classmethod
     def draw(cls, seed: int) -> Scenario:
         """The scenario of a seed."""
         rng = random.Random(f"scenario {seed}")
         nodes = rng.choice([4, 5, 6, 7, 8]) if rng.random() < 0.95 else rng.choice([12, 16, 32])
-        return cls(
+        drawn = cls(
             seed=seed,
             nodes=nodes,
             overlap=rng.random() < 0.5,
@@ -99,7 +119,14 @@ class Scenario:
             stops=rng.choice([0, 0, 0, 0, 1]),
             outages=rng.choice([0, 0, 0, 1]),
             one_way=rng.choice([0, 0, 0, 1, 2]),
+            full_disks=rng.choice([0, 0, 1, 2]),
+            leaps=rng.choice([0, 0, 1, 3]),
+            blobs=rng.choice([0, 0, 0, 1]),
+            schedule=rng.random() < 0.5,
         )
+        forgetful = replace(drawn, journals=1)
+        room = nodes - forgetful.unreliable >= quorum(nodes) and forgetful.ejects
+        return forgetful if room and rng.random() < 0.3 else drawn
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from psyche_lightning.coordinator.host import RunHost
-from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.errors import CoordinatorError, StoreError, TransportError, WireError
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.audit import Audit, audit
 from psyche_lightning.node.core import STALE, NodeCore
@@ -27,7 +27,9 @@ from psyche_lightning.node.notices import (
     Notice,
     Outcome,
     TensorDiffered,
+    TwoResults,
 )
+from psyche_lightning.node.rates import Rates
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.witness import list_promise
 from psyche_lightning.protocol.committee import decided_root
@@ -37,14 +39,16 @@ from psyche_lightning.protocol.open_ids import count
 from psyche_lightning.protocol.requests import GetRounds, Join, Request
 from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, Phase, RunState
 from psyche_lightning.simulation.faults import Faults
-from psyche_lightning.simulation.node import BAD, LAYOUT, SimNode
-from psyche_lightning.simulation.roles import ROLES, Role
+from psyche_lightning.simulation.node import BAD, LAYOUT, RATE, SimNode
+from psyche_lightning.simulation.roles import ROLES, SIGN_TWICE, Role
 from psyche_lightning.simulation.scenario import History, Scenario, SimulationError
 from psyche_lightning.wire.canonical import sha256
-from psyche_lightning.wire.identity import Identity
+from psyche_lightning.wire.identity import Identity, short
 
 RUN = "sim"
 TICK = 0.5
+PATIENCE = 60.0
+"""Virtual seconds within which a proof reaches the coordinator."""
 HORIZON = 4000.0
 """Virtual seconds after which a history that has not finished counts as hanging."""
 
@@ -69,6 +73,7 @@ class Simulation:
         self._trained: dict[tuple[int, int], bytes] = {}
         self._buffers: dict[int, bytes] = {}
         self._restless: set[int] = set()
+        self._proofs: dict[bytes, list[tuple[SimNode, int, float]]] = {}
         self.faults = Faults(self)
         batch = scenario.nodes * 2
         config = CoordinatorConfig(
@@ -92,7 +97,8 @@ class Simulation:
             incarnation=random.Random(scenario.seed).randbytes(INCARNATION_SIZE),
         )
         self.scope = self.host.state.scope
-        self.host.begin(0.0)
+        self.clock = self.rng.uniform(0, 1e6)
+        self.host.begin(self.host_time)
         self.disk: dict[str, Any] = {}
         self._announced = -1
         self._step = 0
@@ -102,8 +108,7 @@ class Simulation:
             self.add_node()
         self._taken = self._repaired = 0
         # Whoever is ejected does not come back: the others must be able to form an epoch then.
-        enough = scenario.nodes - scenario.cheats >= scenario.init_min_clients
-        roles = [role for role in ROLES if enough or role != "equivocate"]
+        roles = [role for role in ROLES if scenario.ejects or role not in SIGN_TWICE]
         for node in self.nodes[: scenario.cheats]:
             node.role = self.rng.choice(roles)
 
@@ -113,6 +118,11 @@ class Simulation:
         """Do something after ``delay`` virtual seconds."""
         self._count += 1
         heapq.heappush(self._queue, (self.now + delay, self._count, action))
+
+    @property
+    def host_time(self) -> float:
+        """What the coordinator's clock says."""
+        return self.now + self.clock
 
     def trace(self, text: str) -> None:
         """Notes something for the reader of the history."""
@@ -152,6 +162,7 @@ class Simulation:
         state = self.state()
         if state.phase is not Phase.FINISHED or state.step != self.scenario.steps + 1:
             raise self._error(f"it ended in {state.phase.name} at step {state.step} of {self.scenario.steps}")
+        self._check_ejected()
         digest = state.checkpoint.digest
         honest = [node for node in self.nodes if not node.role]
         held = [n for n in honest if n.done is None or n.done.outcome is not Outcome.OTHER_PARAMETERS]
@@ -171,6 +182,21 @@ class Simulation:
             snapshots=self._taken,
             repaired=self._repaired,
         )
+
+    def _check_ejected(self) -> None:
+        """Checks that who signed two results is ejected, and nobody else.
+
+        Raises:
+            SimulationError: it is not so, though a node that is still there saw the proof long ago.
+        """
+        ejected = (self.host or RunHost.load(self.disk)).membership.ejected
+        innocent = [node.name for node in self.nodes if node.identity.public in ejected and not node.role]
+        if innocent:
+            raise self._error(f"{', '.join(innocent)} kept the rules and is ejected")
+        for culprit, seen in self._proofs.items():
+            stayed = any(node.life == life and self.now - at > PATIENCE for node, life, at in seen)
+            if stayed and culprit not in ejected:
+                raise self._error(f"{short(culprit)} signed two results and is not ejected")
 
     def _audit(self) -> Audit:
         """Audits the ledgers of all nodes, also of those that are gone.
@@ -241,7 +267,7 @@ class Simulation:
         return (self.host or RunHost.load(self.disk)).state
 
     def _tick_coordinator(self) -> None:
-        if self.host is not None and self.host.tick(self.now):
+        if self.host is not None and self.host.tick(self.host_time):
             self.changed()
         self.faults.go_on()
         self._go_back()
@@ -265,7 +291,7 @@ class Simulation:
                 continue
             if not any(list_promise(epoch, about, root) in node.remembered for node in stay):
                 self.trace(f"nobody is left who holds round {about}: the owner goes back to step {held.step}")
-                host.restart_from(held.digest, held.step, self.now)
+                host.restart_from(held.digest, held.step, self.host_time)
                 self._step = host.state.step
                 self.changed()
                 return
@@ -300,7 +326,7 @@ class Simulation:
             return
         sent = Join(node.name, {"run": {}}) if isinstance(request, Join) else request
         try:
-            answer = self.host.handle(node.identity.public, sent, self.now)
+            answer = self.host.handle(node.identity.public, sent, self.host_time)
         except CoordinatorError as error:
             if isinstance(request, Join) and not error.retryable and error.code not in STALE:  # as the runtime does
                 self.faults.end(node)
@@ -329,16 +355,22 @@ class Simulation:
         self.trace(f"start {node.name}")
         key = node.identity.public
         settings = Settings(
-            self.scenario.overlap, 3, LAYOUT, 64, True, keep_bytes=self.scenario.keep_bytes, tensors=("head",)
+            self.scenario.overlap,
+            3,
+            LAYOUT,
+            64,
+            True,
+            keep_bytes=self.scenario.keep_bytes,
+            rates=Rates(1, (lambda step: RATE) if self.scenario.schedule else None),
+            tensors=("head",),
         )
         seal_ = lambda message: seal(node.identity, self.scope, message)  # noqa: E731 - a name would say no more
-        kept = {
-            key: envelope
-            for key, envelope in node.promises.items()
-            if not isinstance(envelope.message, Result) or envelope.message.payload in node.blobs
-        }
-        node.plays = Role(node.role, seal_, self.rng)
-        node.begin(NodeCore(key, key, self.scope, settings, seal_, kept, node.remembered))
+        own = {kept.message.payload for kept in node.promises.values() if isinstance(kept.message, Result)}
+        lost = own - node.blobs.keys()
+        node.clock = self.rng.uniform(0, 1e6)
+        former = tuple(each.identity for each in self.nodes) if node.role == "stale" else ()
+        node.plays = Role(node.role, node.identity, self.scope, self.rng, node.put, former)
+        node.begin(NodeCore(key, key, self.scope, settings, seal_, node.promises, node.remembered, lost))
         state = self.state()
         if state.phase is not Phase.WAITING_FOR_MEMBERS:
             self._restless.add(state.epoch)  # the buffers of a node that was killed are lost
@@ -359,9 +391,16 @@ class Simulation:
     def _give(self, node: SimNode, event: ev.Event) -> None:
         if node.core is None:
             return
-        for effect in node.core.handle(event, self.now):
-            for played in node.plays.play(effect):
-                self._carry_out(node, played)
+        life = node.life
+        if isinstance(event, ev.Received):
+            node.plays.hear(event.envelope)
+        try:
+            for effect in node.core.handle(event, self.now + node.clock):
+                for played in node.plays.play(effect):
+                    if node.life == life:
+                        self._carry_out(node, played)
+        except StoreError:
+            self.faults.disk_failed(node)
 
     def _carry_out(self, node: SimNode, effect: ev.Effect) -> None:
         life = node.life
@@ -374,9 +413,9 @@ class Simulation:
             case ev.Promise(key, envelope):
                 if isinstance(envelope.message, Result) and node.promises.get(key, envelope) != envelope:
                     raise self._error(f"{node.name} signed twice for {key}")
-                node.promises[key] = envelope
+                node.promise(key, envelope)
             case ev.Remember(key, envelopes):
-                node.remembered[key] = envelopes
+                node.remember(key, envelopes)
             case ev.SetPeers(peers):
                 node.peers = tuple(key for key, _ in peers)
             case ev.Fetch(payload, _, providers):
@@ -387,7 +426,7 @@ class Simulation:
             case ev.Keep(snapshots, payloads, promises):
                 node.keep({*snapshots, *payloads}, promises)
             case ev.WriteDown(records):
-                node.ledger += [row_of(self.scope, record) for record in records]
+                node.write_down([row_of(self.scope, record) for record in records])
             case Finished():
                 node.done = effect
                 self.trace(f"{node.name} leaves: {effect}")
@@ -406,11 +445,18 @@ class Simulation:
                 self._restless.add(self.state().epoch)
             case TensorDiffered(tensor="head"):
                 self._repaired += 1
+            case TwoResults(trainer) if not node.role:
+                self._proofs.setdefault(trainer, []).append((node, node.life, self.now))
 
     def _send(self, node: SimNode, peer: bytes, envelope: Envelope) -> None:
         target = self._by_key.get(peer)
         if target is None or self.faults.lost() or self.faults.severed(node, target):
             return
+        if node.role == "stale":  # all that others send is what they sign for this run
+            try:
+                envelope = open_envelope(envelope.raw, self.scope)
+            except WireError:
+                return
         life = target.life
         copies = 2 if self.rng.random() < self.scenario.duplicate else 1
         for _ in range(copies):
@@ -424,14 +470,18 @@ class Simulation:
             source = self._by_key[providers.pop(0)]
             if not self._lets_in(source, node) or self.faults.lost():
                 continue
-            if digest not in source.blobs or self.faults.payload_lost():
+            data = source.serve(digest)
+            if data is None or self.faults.payload_lost() or sha256(data) != digest:
                 continue
-            data = source.blobs[digest]
             if data.startswith(BAD):
                 self._give(node, ev.Fetched(digest, "a malformed payload", refused=True))
                 return
-            node.put(data)
-            self._give(node, ev.Fetched(digest))
+            try:
+                node.put(data)
+            except StoreError:
+                self.faults.disk_failed(node)
+            else:
+                self._give(node, ev.Fetched(digest))
             return
         self._give(node, ev.Fetched(digest, "nobody has it"))
 
@@ -454,34 +504,46 @@ class Simulation:
         if node.life != life:
             return
         node.working = False
-        event: ev.Event
-        match task:
-            case ev.Load(digest, providers):
-                blob = self._find(node, digest, providers)
-                if blob is not None:
-                    node.load(blob)
-                event = ev.Loaded(digest, "" if blob is not None else "nobody has it", node.open_ids)
-            case ev.LoadBuffers(index, providers):
-                blob = self._find(node, index, providers)
-                node.buffers = blob or node.buffers
-                event = ev.BuffersLoaded(index, "" if blob else "nobody has it")
-            case _:
-                if isinstance(task, ev.Train):
-                    self._check_training(node, task.epoch, task.height)
-                event = node.perform(task, self.rng)
+        try:
+            event = self._perform(node, task)
+        except StoreError:
+            self.faults.disk_failed(node)
+            return
         if isinstance(task, ev.Apply) and not node.flipped and not node.role:
             self._check(node, task.epoch, task.height)
         self._give(node, event)
         self._work(node)
+
+    def _perform(self, node: SimNode, task: ev.Effect) -> ev.Event:
+        match task:
+            case ev.Load(digest, providers):
+                blob, reason = self._find(node, digest, providers), ""
+                try:
+                    if blob is None:
+                        raise TransportError("nobody has it")
+                    node.load(blob)
+                except (TransportError, WireError) as error:
+                    reason = str(error)
+                return ev.Loaded(digest, reason, node.open_ids)
+            case ev.LoadBuffers(index, providers):
+                blob = self._find(node, index, providers)
+                node.buffers = blob or node.buffers
+                return ev.BuffersLoaded(index, "" if blob else "nobody has it")
+            case ev.Train(epoch, height):
+                self._check_training(node, epoch, height)
+        return node.perform(task, self.rng)
 
     def _find(self, node: SimNode, digest: bytes, providers: Sequence[bytes]) -> bytes | None:
         """A blob of parameters or buffers, from the node's disk or from a peer."""
         if digest in node.blobs:
             return node.blobs[digest]
         for source in (self._by_key[key] for key in providers):
-            if self._lets_in(source, node) and digest in source.blobs and not self.faults.lost():
+            if not self._lets_in(source, node) or self.faults.lost():
+                continue
+            blob = source.serve(digest)
+            if blob is not None and sha256(blob) == digest:
                 self._taken += 1
-                return source.blobs[digest]
+                return blob
         return None
 
     def _check_training(self, node: SimNode, epoch: int, height: int) -> None:

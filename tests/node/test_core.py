@@ -17,6 +17,7 @@ from psyche_lightning.node.notices import (
     Outcome,
     ParametersDiffer,
     RequestRefused,
+    SignedBefore,
     TakesLast,
     TakesStart,
 )
@@ -24,7 +25,7 @@ from psyche_lightning.node.patience import LEAST
 from psyche_lightning.node.witness import list_promise, result_promise
 from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_root
 from psyche_lightning.protocol.messages import Ask, Attest, Offer, Result, Stuck, seal
-from psyche_lightning.protocol.requests import HealthCheck, Join, WarmupWitness, Withdraw, Witness
+from psyche_lightning.protocol.requests import Accuse, HealthCheck, Join, WarmupWitness, Withdraw, Witness
 from psyche_lightning.protocol.state import Checkpoint, Phase, WitnessProof, WitnessRecord
 from psyche_lightning.wire.canonical import sha256
 
@@ -240,6 +241,37 @@ def test_older_parameters_to_which_the_owner_goes_back_are_taken_from_who_stored
     assert scene.state.phase is Phase.WARMUP
 
 
+@pytest.mark.parametrize("changed", [True, False], ids=["changed", "not changed"])
+def test_a_node_whose_parameters_the_next_members_do_not_have_works_them_out_again_once(changed: bool) -> None:
+    """No digest of the last rounds is on record, so nothing else would show that its parameters have changed."""
+    scene = Scene(4)
+    scene.begin()
+    if changed:
+        scene.head = None
+    scene.play(1)
+    for i in (1, 2):
+        scene.ask(i, Withdraw())
+    scene.obey(scene.see())
+    assert (scene.state.phase, scene.state.checkpoint.step) == (Phase.WAITING_FOR_MEMBERS, 0)
+    step = scene.state.step - 1
+    loads = []
+    for _ in range(2):
+        scene.join(0, 1, 2, 3)
+        while scene.state.phase is not Phase.WARMUP:
+            scene.pass_time(1.0)
+        scene.obey(scene.see())
+        for i, digest in ((1, parameters(step)), (2, parameters(step)), (3, b"L" * 32)):
+            place = [client.signer for client in scene.state.clients].index(KEYS[i])
+            scene.ask(i, WarmupWitness(1, place, digest))
+        if scene.state.phase.active:
+            break
+        scene.pass_time(20.0)
+        loads += brief(scene.obey(scene.see()), ev.Load, ParametersDiffer)
+    assert loads == (["ParametersDiffer", "Load 0"] if changed else [])
+    assert scene.head == step
+    assert scene.state.phase is Phase.ROUND_TRAIN
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -282,14 +314,17 @@ def test_a_node_that_comes_back_sends_the_same_bytes_again_and_does_not_train() 
     assert not of(effects, (ev.Train, ev.Promise))  # type: ignore[arg-type]
 
 
-def test_a_node_that_comes_back_to_another_batch_trains_it() -> None:
+def test_a_node_that_comes_back_to_another_batch_does_not_sign_a_second_result() -> None:
+    """Two results for one round would have it ejected, whatever their batches."""
     scene = Scene(3)
     scene.begin()
     old = scene.promises[result_promise(0, 0)].message
     assert isinstance(old, Result)
     scene.promises[result_promise(0, 0)] = scene.seal(replace(old, start=old.start + 1))
     again = scene.restarted(head=0)
-    assert brief(again.obey(again.see()), ev.Train, ev.Promise) == ["Train 0", "Promise"]
+    effects = again.obey(again.see())
+    assert of(effects, SignedBefore) == [SignedBefore(0)]
+    assert not of(effects, (ev.Train, ev.Promise))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -783,8 +818,19 @@ def test_strangers_are_not_heard(message: Any) -> None:
     scene.begin()
     scene.play(2)
     assert scene.hear(seal(STRANGER, RUN, message)) == []
-    assert scene.core._follower.repair.offers == []
+    assert scene.core._follower.repair.offers == {}
     assert not scene.core._follower.repair.wanted
+
+
+def test_an_accusation_that_did_not_reach_the_coordinator_is_repeated() -> None:
+    scene = Scene(3)
+    scene.begin(but=(ev.Train,))
+    (accuse,) = of(scene.hear(scene.result(1), scene.result(1, nonce=1)), Accuse)
+    assert not of(scene.give(ev.RequestFailed(accuse, "Unreachable", "no answer", True)), Accuse)
+    assert of(scene.tick(RETRY), Accuse) == [accuse]
+    assert not of(scene.tick(60.0), Accuse)  # it was heard
+    scene.give(ev.RequestFailed(accuse, "InvalidAccusation", "no", False))
+    assert not of(scene.tick(60.0), Accuse)
 
 
 def test_messages_of_another_epoch_are_not_heard() -> None:

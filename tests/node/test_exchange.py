@@ -33,13 +33,14 @@ class Talk:
         remembered: Mapping[str, Sequence[Envelope]] | None = None,
         settings: Mapping[str, Any] | None = None,
         assigned: bool = True,
+        lost: tuple[bytes, ...] = (),
         **config: Any,
     ) -> None:
         self.scene = Scene(4, settings=settings, **config)
         self.scene.begin(but=(ev.Train,))
         self.out = Outbox(RETRY, 15.0)
         self.exchange = Exchange(
-            KEYS[0], self.scene.settings, self.scene.seal, promises or {}, remembered or {}, self.out
+            KEYS[0], self.scene.settings, self.scene.seal, promises or {}, remembered or {}, self.out, lost
         )
         self.exchange.meet(self.scene.state)
         self.out.take()
@@ -221,6 +222,21 @@ def test_two_results_of_one_trainer_for_one_batch_are_shown_to_the_coordinator_o
     assert of(effects, Accuse) == [Accuse(first.raw, second.raw)]
     assert not of(talk.hear(third), Accuse)
     assert talk.log.rounds[0].hopeless == {1}
+
+
+def test_a_flood_of_refused_messages_leaves_a_few_lines() -> None:
+    talk = Talk()
+    told = [one for step in range(2, 1002) for one in of(talk.hear(talk.scene.result(1, step=step)), MessageRefused)]
+    assert [one.times for one in told] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert {one.peer for one in told} == {KEYS[1]}
+
+
+@pytest.mark.parametrize("lrs", [(1, 1), (0x7F800000,), (0x80000001,)], ids=["two groups", "infinite", "negative"])
+def test_learning_rates_that_no_node_could_apply_are_refused(lrs: tuple[int, ...]) -> None:
+    """One member could otherwise end every node: what is agreed must be applied."""
+    talk = Talk()
+    assert "learning rate" in one(talk.hear(talk.scene.result(1, lrs=lrs)), MessageRefused).reason
+    assert talk.entries() == []
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -473,13 +489,30 @@ def test_no_second_result_for_the_same_batch_is_signed() -> None:
     assert talk.out.take() == []
 
 
-def test_a_promise_is_for_its_batch_only() -> None:
+def test_a_promise_is_for_its_round_whatever_its_batch() -> None:
+    """Two results for one round are proof of equivocation, also if their batches differ."""
     mine = Talk().scene.result(0)
-    batch = mine.message.batch  # type: ignore[union-attr]
     talk = Talk(promises={result_promise(0, 0): mine})
-    assert talk.exchange.promised(result_promise(0, 0), batch) == mine
-    assert talk.exchange.promised(result_promise(0, 0), ((7, 8),)) is None
-    assert talk.exchange.promised(result_promise(0, 1), batch) is None
+    assert talk.exchange.promised(result_promise(0, 0)) == mine
+    assert talk.exchange.promised(result_promise(0, 1)) is None
+    other = replace(mine.message, start=7, end=8)
+    talk.exchange.announce(talk.log.rounds[0], other, result_promise(0, 0))  # type: ignore[arg-type]
+    assert talk.out.take() == []
+
+
+def test_a_promised_result_whose_payload_was_lost_is_fetched_from_peers_and_not_vouched_for_before() -> None:
+    mine = Talk().scene.result(0)
+    payload = mine.message.payload  # type: ignore[union-attr]
+    talk = Talk(promises={result_promise(0, 0): mine}, assigned=False, lost=(payload,))
+    known = talk.log.rounds[0]
+    known.assign(())
+    talk.exchange.file_early(talk.log, [known])
+    assert not known.verified()
+    talk.exchange.gather(talk.log, talk.scene.state)
+    (fetch,) = of(talk.out.take(), ev.Fetch)
+    assert (fetch.payload, set(fetch.providers)) == (payload, set(KEYS[1:4]))
+    talk.exchange.fetched(ev.Fetched(payload))
+    assert [entry.envelope for entry in known.verified()] == [mine]
 
 
 def test_what_was_promised_is_filed_when_its_round_is_assigned() -> None:

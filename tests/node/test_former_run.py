@@ -52,9 +52,10 @@ def test_a_restarted_node_keeps_its_promises_within_the_run(make_run, make_train
     trainee = make_trainee(0, run, journal=Kept())
     run.go(trainee)
     again = make_trainee(0, run, journal=trainee.journal, store=trainee.store)
-    assert again.participant._runtime._kept() == ({}, {})  # it does not know the incarnation yet
+    assert again.participant._runtime._kept() == ({}, {}, set())  # it does not know the incarnation yet
     run.go(again)
-    promises, remembered = again.participant._runtime._kept()
+    promises, remembered, lost = again.participant._runtime._kept()
+    assert not lost
     assert "result/0/1" in promises
     assert any(key.startswith("list/0/1/") for key in remembered)
 

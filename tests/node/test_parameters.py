@@ -158,8 +158,27 @@ def test_parameters_that_are_not_finite_are_refused(value: float) -> None:
     with torch.no_grad():
         theirs[2].weight[0, 0] = value
     digest = replica(theirs).snapshot(store.put)
+    mine = module(0)
+    before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
     with pytest.raises(WireError, match=r"the parameter '2\.weight' of the snapshot has values that are not finite"):
-        replica(module(0)).load(digest, get(store))
+        replica(mine).load(digest, get(store))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in mine.state_dict().items())  # none was replaced
+
+
+@pytest.mark.parametrize(("value", "taken"), [(float("nan"), False), (float("inf"), True)])
+def test_buffers_that_are_no_numbers_are_refused(value: float, taken: bool) -> None:
+    """Infinite ones may be a mask's."""
+    theirs, mine = (torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)) for _ in range(2))
+    store = MemoryBlobStore()
+    theirs[1].running_mean.fill_(3.0)  # type: ignore[operator, union-attr]
+    theirs[1].running_var[0] = value  # type: ignore[index, operator]
+    index = replica(theirs).snapshot_buffers(store.put)
+    if taken:
+        replica(mine).load_buffers(index, get(store))
+    else:
+        with pytest.raises(WireError, match=r"the buffer '1\.running_var' has values that are no numbers"):
+            replica(mine).load_buffers(index, get(store))
+    assert mine[1].running_mean.tolist() == [3.0 * taken] * 2  # type: ignore[operator, union-attr]
 
 
 def test_a_piece_of_another_size_is_refused() -> None:

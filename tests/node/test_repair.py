@@ -91,15 +91,17 @@ def test_waiting_for_a_round_counts_from_when_it_was_the_next() -> None:
     assert [repair.waited(4, now) for now in (13.0, 20.0)] == [0.0, 7.0]
 
 
-def test_offers_are_kept_once_in_order_and_the_newest_only() -> None:
+PEER, LIAR = b"peer", b"liar"
+
+
+def test_offers_are_kept_once_and_the_latest_ones_of_each_peer_only() -> None:
     repair = Repair(SETTINGS)
     for applied in (4, 2, 4, 6):
-        repair.hear(base(applied))
-    assert repair.offers == [base(2), base(4), base(6)]
-    for applied in range(10, 10 + MAX_OFFERS):
-        repair.hear(base(applied))
-    assert len(repair.offers) == MAX_OFFERS
-    assert repair.offers[0] == base(10)
+        repair.hear(PEER, base(applied))
+    assert repair.offers == {PEER: [base(4), base(2), base(6)]}
+    for applied in range(10, 11 + MAX_OFFERS):
+        repair.hear(LIAR, base(applied))
+    assert repair.offers == {PEER: [base(4), base(2), base(6)], LIAR: [base(11 + each) for each in range(MAX_OFFERS)]}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_where_a_replay_may_begin(
         repair.keep(base(applied))
     repair.confirm(confirmed)
     for applied in offers:
-        repair.hear(base(applied))
+        repair.hear(PEER, base(applied))
     repair.stuck = stuck
     bases = repair.bases(epoch(*map(base, named)))
     assert bases == [one if isinstance(one, Base) else base(one) for one in found]
@@ -181,13 +183,15 @@ def test_what_needs_no_trial(which: Base, proven: bool) -> None:
 def test_an_offer_whose_trial_failed_is_forgotten_and_a_trial_ends_on_record() -> None:
     repair = Repair(SETTINGS)
     for one in (base(2, "forged"), base(3)):
-        repair.hear(one)
+        repair.hear(PEER, one)
     repair.trial = base(2, "forged")
     repair.refuse(base(2, "forged"))
-    assert (repair.offers, [repair.trial]) == ([base(3)], [None])
+    assert (repair.offers, [repair.trial]) == ({PEER: [base(3)]}, [None])
+    repair.hear(LIAR, base(2, "forged"))
+    assert repair.offers == {PEER: [base(3)], LIAR: []}
     repair.trial = base(3)
     repair.confirm(4)
-    assert (repair.offers, [repair.trial]) == ([base(3)], [None])
+    assert (repair.offers[PEER], [repair.trial]) == ([base(3)], [None])
 
 
 def test_snapshots_of_before_a_restart_are_tried_unless_they_are_on_record() -> None:

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from psyche_lightning.node.notices import Notice
+from psyche_lightning.simulation.roles import ROLES
 from psyche_lightning.simulation.scenario import History, Scenario, SimulationError
 from psyche_lightning.simulation.simulator import Simulation, simulate, simulate_all
 
@@ -37,6 +38,11 @@ def test_the_histories_cover_what_they_are_for(outcomes: list[History | Simulati
     assert any(scenario.stops for scenario in scenarios)
     assert any(scenario.outages for scenario in scenarios)
     assert any(scenario.one_way for scenario in scenarios)
+    assert any(scenario.full_disks for scenario in scenarios)
+    assert any(scenario.leaps for scenario in scenarios)
+    assert any(scenario.journals for scenario in scenarios)
+    assert any(scenario.blobs for scenario in scenarios)
+    assert {scenario.schedule for scenario in scenarios} == {True, False}
     assert sum(scenario.kills for scenario in scenarios) > 80
     assert any(outcome.epochs > 1 for outcome in played)
     assert sum(outcome.faults for outcome in played) > 4_000
@@ -60,6 +66,15 @@ def test_nothing_is_decided_by_what_a_notice_says(seed: int, monkeypatch: pytest
     assert simulate(seed, lambda now, text: reworded.append((now, text))) == as_shipped
     assert [now for now, _ in reworded] == [now for now, _ in told]
     assert reworded != told
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+@pytest.mark.parametrize("role", ROLES)
+def test_two_of_seven_that_break_the_rules_in_one_way_stop_nobody(role: str, overlap: bool) -> None:
+    simulation = Simulation(Scenario(3, 7, overlap, 6, 0.02, 0.1, 0.0, 1, 0, 0, 0, 2, 150.0, schedule=overlap))
+    for node in simulation.nodes[:2]:
+        node.role = role
+    assert simulation.run().rounds >= 6
 
 
 def test_a_node_that_applies_something_else_is_seen_and_the_error_says_how_to_replay() -> None:
