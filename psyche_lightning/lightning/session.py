@@ -33,6 +33,7 @@ from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.status import FILE as STATUS
 from psyche_lightning.node.status import StatusFile
 from psyche_lightning.node.store import BlobStore, DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
+from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.open_ids import shown
 from psyche_lightning.protocol.requests import Coordinator
 from psyche_lightning.protocol.state import INCARNATION_SIZE, ClientStatus, CoordinatorConfig, RunState
@@ -151,6 +152,7 @@ class Session:
                     digest_every=entry.run.digest_every,
                     layout=replica.layout,
                     max_payload=replica.max_payload,
+                    pinned=START in agreed,
                     rates=Rates(replica.groups, schedule_of(agreed)),
                     buffers=replica.has_buffers,
                     keep_bytes=entry.run.keep_bytes or max(replica.size, LEAST_KEPT),

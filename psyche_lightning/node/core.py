@@ -11,6 +11,7 @@ and apply the agreed set before the next training (without overlap) or the one a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.agreement import EpochLog
@@ -18,7 +19,15 @@ from psyche_lightning.node.buffers import BufferCopy
 from psyche_lightning.node.events import Effect, Event
 from psyche_lightning.node.exchange import Exchange, gone
 from psyche_lightning.node.follower import Follower, catching_up
-from psyche_lightning.node.notices import Finished, Outcome, RequestRefused, SignedBefore, TakesLast, TakesStart
+from psyche_lightning.node.notices import (
+    Finished,
+    OtherStart,
+    Outcome,
+    RequestRefused,
+    SignedBefore,
+    TakesLast,
+    TakesStart,
+)
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.node.patience import Patience
 from psyche_lightning.node.repair import Base
@@ -108,6 +117,8 @@ class NodeCore:
             case ev.Applied():
                 follower.applied(event)
             case ev.Loaded():
+                if event.open_ids and self.state is not None and not self.state.checkpoint.digest:
+                    event = replace(event, reason="they name data ids to train again, but nothing was trained yet")
                 self._final_loads += bool(event.reason and self.state and self.state.phase is Phase.FINISHED)
                 follower.loaded(event)
             case ev.SnapshotTaken(digest):
@@ -226,6 +237,9 @@ class NodeCore:
             follower.next_apply = None  # the last epoch's rounds are in the checkpoint
         if follower.holding is None and (not state.settled or follower.looked or self._out.attempts("load")):
             follower.snapshot()
+            return
+        if self.settings.pinned and not state.checkpoint.digest and decided not in (b"", follower.holding):
+            self._out.say(OtherStart(state.clients[0].node, decided))
             return
         target = decided or follower.holding
         if follower.holding != target or target is None:

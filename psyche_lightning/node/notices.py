@@ -60,6 +60,20 @@ class TakesStart(Notice):
 
 
 @dataclass(frozen=True)
+class OtherStart(Notice):
+    """A run that resumes from a checkpoint would begin with other parameters, which this node does not take."""
+
+    first: bytes
+    digest: bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{short(self.first)}, the first member, names the parameters {_name(self.digest)}, and not those of the "
+            "checkpoint from which the run resumes; waiting for another first member"
+        )
+
+
+@dataclass(frozen=True)
 class TakesSnapshot(Notice):
     """The node takes parameters to replay the epoch from; they contain its first ``applied`` rounds."""
 

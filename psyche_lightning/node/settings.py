@@ -19,6 +19,7 @@ class Settings:
         buffers: whether the model has buffers that are copied at the start of an epoch.
         keep_bytes: bytes of agreed payloads to keep since the last snapshot before taking a new one.
         rates: the learning rates that a result may have.
+        pinned: whether the manifest says with which parameters the run begins, so that this node takes no others.
         tensors: names of the parameters that are trained, in the order of the fingerprints of :class:`Applied`.
         retry: seconds to the first repetition of a fetch, question or call; doubles up to ``retry_most``.
         retry_most: longest such interval in seconds.
@@ -31,6 +32,7 @@ class Settings:
     buffers: bool = False
     keep_bytes: int = 1 << 30
     rates: Rates = ONE_GROUP
+    pinned: bool = False
     tensors: tuple[str, ...] = ()
     retry: float = 2.0
     retry_most: float = 15.0

@@ -14,8 +14,10 @@ from psyche_lightning.node.core import CLAIM_AFTER, FINAL_LOADS, STALE
 from psyche_lightning.node.notices import (
     Finished,
     Notice,
+    OtherStart,
     Outcome,
     ParametersDiffer,
+    ParametersNotObtained,
     RequestRefused,
     SignedBefore,
     TakesLast,
@@ -179,6 +181,41 @@ def test_who_is_no_client_has_no_part_in_a_warm_up() -> None:
     scene.nodes = 3
     scene.warm()
     assert not of(scene.see(), (ev.TakeSnapshot, WarmupWitness))  # type: ignore[arg-type]
+
+
+def lied_start(digest: bytes, **settings: Any) -> tuple[Scene, list[ev.Effect]]:
+    """A fresh run whose first member is not the core, and names its parameters."""
+    scene = Scene(3, me=2, settings=settings)
+    scene.warm()
+    scene.head = 0
+    effects = scene.obey(scene.see())
+    first = KEYS.index(scene.state.clients[0].signer)
+    assert first != scene.me
+    scene.ask(first, WarmupWitness(0, 0, digest))
+    return scene, effects + scene.obey(scene.see()) + scene.obey(scene.tick(RETRY))
+
+
+def test_a_run_that_resumes_begins_with_no_other_parameters_whoever_is_first() -> None:
+    scene, effects = lied_start(b"E" * 32, pinned=True)
+    assert of(effects, OtherStart) == [OtherStart(scene.state.clients[0].node, b"E" * 32)]
+    assert not of(effects, (ev.Load, WarmupWitness))  # type: ignore[arg-type]
+    _, effects = lied_start(parameters(0), pinned=True)
+    assert brief(effects, ev.Load, WarmupWitness) == ["WarmupWitness"]
+    _, effects = lied_start(b"E" * 32)  # a fresh run begins with what its first member has
+    assert of(effects, ev.Load)
+
+
+def test_parameters_of_a_fresh_run_that_name_ids_to_train_again_are_refused() -> None:
+    """The first member could otherwise double everybody's work for good."""
+    scene = Scene(3, me=2)
+    scene.warm()
+    scene.see()
+    first = KEYS.index(scene.state.clients[0].signer)
+    scene.ask(first, WarmupWitness(0, 0, parameters(0)))
+    (load,) = of(scene.obey(scene.see(), but=(ev.Load,)), ev.Load)
+    effects = scene.give(ev.Loaded(load.digest, open_ids=((1, 0, 1 << 40),)))
+    assert "nothing was trained" in one(effects, ParametersNotObtained).reason
+    assert not of(effects, WarmupWitness)
 
 
 # --- a run that waits for a holder ------------------------------------------------------------------------------------
