@@ -146,6 +146,7 @@ def _train(
         context = torch.autocast(device.type, mixed) if mixed else contextlib.nullcontext()
         with context:
             loss = module.training_step({"input_ids": ids, "labels": ids}, 0)
+        assert loss is not None  # all labels are trained
         loss.backward()  # type: ignore[no-untyped-call]
         _finish(device)
 

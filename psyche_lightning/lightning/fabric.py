@@ -271,7 +271,12 @@ class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
         result = super().optimizer_step(optimizer, **kwargs)
         self._published()
         loss = float(result.detach()) if isinstance(result, torch.Tensor) and result.numel() == 1 else math.nan
-        session.submit(session.work, step.called, loss, loader.share.samples)
+        if not step.called:
+            session.abstain(session.work, "the gradient scaler found gradients that are not finite")
+        elif not step.has_gradient:
+            session.abstain(session.work, "no parameter has a gradient")
+        else:
+            session.submit(session.work, loss, loader.share.samples)
         return result
 
     def close(self) -> None:

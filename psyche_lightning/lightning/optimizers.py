@@ -83,6 +83,11 @@ class TakenStep:
             f"{self.distro.max_payload:,} bytes a round"
         )
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any parameter has a gradient."""
+        return any(parameter.grad is not None for group in self.optimizer.param_groups for parameter in group["params"])
+
     def reset(self) -> None:
         """Forget the last call."""
         self.called = False

@@ -87,6 +87,8 @@ class Session:
         samples: number of samples of this node in that round.
         work: the current round; None between rounds.
         lost_rounds: number of rounds in a row, up to the last one, without samples for this node.
+        rounds: number of rounds in which this node had a share.
+        empty_rounds: number of those to which it contributed nothing.
 
     Raises:
         PsycheError: the node's folder is unusable, or the coordinator's URL is wrong.
@@ -110,6 +112,7 @@ class Session:
         self.samples = 0
         self.work: RoundWork | None = None
         self.lost_rounds = 0
+        self.rounds = self.empty_rounds = 0
         self._next: RoundWork | None = None
         self._taken: tuple[RoundWork, RunState] | None = None
         self._ticks = 0
@@ -244,7 +247,7 @@ class Session:
                     self.work.height,
                     self.work.epoch,
                 )
-                self.submit(self.work, False)
+                self._send_nothing(self.work)
             with self._waiting():
                 self._next = self._participant.next_round()
             self._over = self.finished is not None
@@ -269,12 +272,11 @@ class Session:
         work, state = self._taken
         return after_round(state, work.epoch, work.height, overlap=self.entry.run.overlap)
 
-    def submit(self, work: RoundWork, usable: bool, loss: float = math.nan, samples: int = 0) -> bool:
+    def submit(self, work: RoundWork, loss: float = math.nan, samples: int = 0) -> bool:
         """Submit the update of a round, and apply the round's results unless they overlap.
 
         Args:
             work: the round.
-            usable: whether there are usable gradients.
             loss: mean loss of this node's samples, for display.
             samples: number of this node's samples.
 
@@ -284,19 +286,40 @@ class Session:
         Raises:
             PsycheError: as :meth:`peek`.
         """
-        self.work = None
         distro = self._step.distro
         nonce = distro.nonce
-        payload = None
-        if usable:
-            self._step.copy_rates()
-            try:
-                payload = distro.encode()
-            except NonFiniteGradientError as error:
-                logger.warning("round %d of epoch %d: %s", work.height, work.epoch, error)
-        if payload is None:  # abstain, so that no peer waits until the round's deadline; zero tokens mark it
-            payload, samples = distro.abstention(), 0
+        self._step.copy_rates()
+        try:
+            payload = distro.encode()
+        except NonFiniteGradientError as error:
+            return self.abstain(work, str(error), loss)
+        return self._send(work, payload, nonce, loss, samples)
+
+    def abstain(self, work: RoundWork, why: str, loss: float = math.nan) -> bool:
+        """Contribute nothing to a round, and tell the other nodes, so that none waits until its deadline.
+
+        Args:
+            work: the round; its data ids stay open.
+            why: the reason, for the log.
+            loss: as of :meth:`submit`.
+
+        Returns:
+            As of :meth:`submit`.
+        """
+        text = "round %d of epoch %d: this node contributes nothing to it, and its data ids %s stay open: %s"
+        logger.warning(text, work.height, work.epoch, shown(work.batch), why)
+        return self._send_nothing(work, loss)
+
+    def _send_nothing(self, work: RoundWork, loss: float = math.nan) -> bool:
+        distro = self._step.distro
+        return self._send(work, distro.abstention(), distro.nonce, loss, 0)  # zero tokens mark it
+
+    def _send(self, work: RoundWork, payload: bytes, nonce: int, loss: float, samples: int) -> bool:
+        distro = self._step.distro
+        self.work = None
         self.loss, self.samples, self.lost_rounds = loss, samples, 0
+        self.rounds += 1
+        self.empty_rounds += samples == 0
         self.payload_bytes += len(payload) * max(0, self._clients() - 1)
         self._participant.submit(
             work,
@@ -345,14 +368,7 @@ class Session:
                 ids=error.ids,
                 lasting=True,
             ) from error
-        logger.warning(
-            "round %d of epoch %d: this node contributes nothing to it, and its data ids %s stay open: %s",
-            work.height,
-            work.epoch,
-            shown(work.batch),
-            error,
-        )
-        applied = self.submit(work, False)
+        applied = self.abstain(work, str(error))
         self.lost_rounds = lost
         return applied
 
@@ -412,6 +428,10 @@ class Session:
         Raises:
             StoreError: delta cannot be saved, and no other error ends training. The node has left the run.
         """
+        if self.empty_rounds and not self._closed:
+            level = logging.WARNING if self.empty_rounds < self.rounds else logging.ERROR
+            text = "this node contributed nothing to %d of its %d rounds; the warnings above say why"
+            logger.log(level, text, self.empty_rounds, self.rounds)
         unsaved: StoreError | None = None
         if self._folder is not None and not self._over:
             try:

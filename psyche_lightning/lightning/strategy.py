@@ -26,7 +26,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from psyche_lightning.errors import ConfigError, DataError
+from psyche_lightning.distro.internals import multiply_each
+from psyche_lightning.errors import ConfigError, DataError, counted
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.device import OneDevice
 from psyche_lightning.lightning.entry import Entry, Memory
@@ -36,6 +37,7 @@ from psyche_lightning.lightning.manifest import sections
 from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.lightning.progress import RunProgress, count_rounds
 from psyche_lightning.lightning.session import Session
+from psyche_lightning.lightning.weights import WEIGHT, ShareLoss, loss_of, shifts
 from psyche_lightning.node.participant import RoundWork
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe.options import RunOptions
@@ -260,39 +262,46 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
 
         Returns:
             The module's output. Its loss has the value of the whole share's mean, and the gradient of the part that
-            Trainer runs backward.
+            Trainer runs backward. None if no micro-batch adds anything.
+
+        Raises:
+            ConfigError: a weight in the module's output is wrong.
         """
         training, optimizer = self._now, self.optimizers[0]
         share = training.loader.share
-        if len(share.sizes) == 1:
-            output = super().training_step(*args, **kwargs)
-            training.loss = _value(_loss_of(output))
-            return output
-        optimizer.zero_grad()
+        mean = ShareLoss(share.samples, training.shifted)
         batch, *rest = args
-        mean: torch.Tensor | None = None
-        try:
-            for size, micro in zip(share.sizes[1:], share.rest, strict=True):
-                micro = self._transferred(training.trainer.lightning_module, micro)
-                weigh(training.trainer, micro)
-                loss = _loss_of(super().training_step(micro, *rest, **kwargs))
-                if loss is not None:
-                    part = loss * (size / share.samples)
-                    mean = part.detach() if mean is None else mean + part.detach()
-                    self.backward(part, optimizer)
-        except DataError as error:  # Trainer still gets its loss; optimizer_step then declines the round
-            training.lost = error
+        if len(share.sizes) > 1:
+            optimizer.zero_grad()
+            try:
+                for size, micro in zip(share.sizes[1:], share.rest, strict=True):
+                    micro = self._transferred(training.trainer.lightning_module, micro)
+                    weigh(training.trainer, micro)
+                    part = mean.part(super().training_step(micro, *rest, **kwargs), micro, size)
+                    if part is not None:
+                        self.backward(part, optimizer)
+            except DataError as error:  # Trainer still gets its loss; optimizer_step then declines the round
+                training.lost = error
+            weigh(training.trainer, batch)
+        others = mean.value
+        output = super().training_step(batch, *rest, **kwargs)
+        last = mean.part(output, batch, share.sizes[0])
+        if loss_of(output) is None and output is not None:
+            return output  # for Trainer to refuse
+        if mean.value is None:
+            return None
+        training.trained, training.loss = True, float(mean.value * mean.correction)
+        if len(share.sizes) == 1:
+            return output
         # Trainer zeroes the gradients before it runs backward on the result; pre_backward restores these.
         training.carried = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        weigh(training.trainer, batch)
-        output = super().training_step(batch, *rest, **kwargs)
-        last = _loss_of(output)
-        if last is not None:
-            whole = last * (share.sizes[0] / share.samples)
-            whole = whole if mean is None else whole + mean
-            output = {**output, "loss": whole} if isinstance(output, Mapping) else whole
-            training.loss = _value(whole)
-        return output
+        gradients = [gradient for gradient in training.carried if gradient is not None]
+        if gradients and mean.correction != 1:
+            multiply_each(gradients, mean.correction)
+        if last is None:  # a leaf, so that there is something to run backward
+            last = torch.zeros_like(mean.value, requires_grad=True)
+        whole = (last if others is None else last + others) * mean.correction
+        return {**output, "loss": whole} if isinstance(output, Mapping) else whole
 
     def _transferred(self, module: LightningModule, batch: Any) -> Any:
         """Move a batch to the node's device, with the hooks that Trainer calls for batches that it fetches."""
@@ -323,13 +332,16 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
                 return closure()
 
         step.reset()
-        training.carried, training.lost, training.loss = (), None, math.nan
+        training.carried, training.lost, training.trained, training.loss = (), None, False, math.nan
         result = super().optimizer_step(optimizer, ahead, model, **kwargs)
         if training.lost is not None:
             applied = training.session.decline(share.work, training.lost)
         else:
-            usable = step.called and not math.isnan(training.loss)
-            applied = training.session.submit(share.work, usable, training.loss, share.samples)
+            why = training.unusable
+            if why is None:
+                applied = training.session.submit(share.work, training.loss, share.samples)
+            else:
+                applied = training.session.abstain(share.work, why)
         if not applied:
             raise StopIteration  # ends Trainer's loop over batches before it counts this step
         return result
@@ -401,6 +413,8 @@ class _Training:
         step: the module with its optimizer.
         session: the node's membership, which begins with its ``start``.
         loss: mean loss of the current share.
+        trained: whether anything of the share has a loss and a weight.
+        shifted: whether the module's model shifts its labels.
         lost: the error if some of its samples are unavailable; else None.
         carried: gradients of all its micro-batches but one, to which Trainer adds those of that one; empty if there is
             only one.
@@ -414,6 +428,8 @@ class _Training:
         assert fit.step is not None  # since setup_optimizers
         self.trainer, self.step = trainer, step = fit.trainer, fit.step
         self.loss = math.nan
+        self.trained = False
+        self.shifted = shifts(trainer.lightning_module)
         self.lost: DataError | None = None
         self.carried: Sequence[torch.Tensor | None] = ()
         self._loaders = fit.loaders
@@ -439,6 +455,18 @@ class _Training:
     def loader(self) -> RoundLoader:
         """The loader that Trainer iterates."""
         return self._loaders[-1]
+
+    @property
+    def unusable(self) -> str | None:
+        """Why the gradients of the current share are of no use; None if they are."""
+        if not self.trained:
+            return f"none of its {counted(self.loader.share.samples, 'sample')} has a loss or a trained label"
+        if math.isnan(self.loss):
+            return (
+                "its loss is not a number. If some micro-batches have nothing to train, let training_step return "
+                f"None for them, or how much it trained as {WEIGHT!r}"
+            )
+        return None if self.step.called else "the gradient scaler found gradients that are not finite"
 
     def terminate(self, before: Any) -> Callable[[int, Any], None]:
         """A SIGTERM handler that calls ``before``, then ends waits for other nodes."""
@@ -519,13 +547,3 @@ def _last_step(trainer: Trainer) -> int | None:
     if trainer.max_epochs is not None and trainer.max_epochs > -1:
         limits.append(trainer.max_epochs * int(trainer.num_training_batches))
     return min(limits, default=None)
-
-
-def _loss_of(output: Any) -> torch.Tensor | None:
-    """The loss in what ``training_step`` returned."""
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss if isinstance(loss, torch.Tensor) else None
-
-
-def _value(loss: torch.Tensor | None) -> float:
-    return math.nan if loss is None else float(loss.detach())

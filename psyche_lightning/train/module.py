@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from psyche_lightning.hookspecs import DataProvider
+from psyche_lightning.lightning.weights import IGNORED, trained
 from psyche_lightning.recipe.config import OptimizerSection
 from psyche_lightning.recipe.schedule import Schedule
 
@@ -27,6 +30,8 @@ class CausalModule(LightningModule):
         schedule: the learning rate of each step, from 1.
     """
 
+    shifts_labels = True
+
     def __init__(self, model: torch.nn.Module, optimizer: OptimizerSection, schedule: Schedule) -> None:
         super().__init__()
         self.model = model
@@ -36,25 +41,41 @@ class CausalModule(LightningModule):
         takes = inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in takes else {}
 
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Mean loss in nats per token; input_ids, labels and any position_ids are int64 [batch, seq_len]."""
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor | None:
+        """Mean loss in nats per trained token; None if none is trained.
+
+        Args:
+            batch: input_ids, labels and any position_ids, int64 [batch, seq_len].
+            batch_idx: not used.
+        """
+        if not trained(batch["labels"], self.shifts_labels):
+            return None
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         loss: torch.Tensor = self.model(**inputs, **self._options).loss
         return loss
 
     @torch.no_grad()
     def evaluate(self, samples: Sequence[dict[str, torch.Tensor]], batch_size: int) -> float:
-        """Mean loss over samples in nats per token."""
+        """Mean cross-entropy over all trained tokens of the samples, in nats; NaN if they have none.
+
+        Losses that a model adds for its training, such as that of a mixture's router, do not belong to it.
+        """
         training = self.training
         self.eval()
-        total = 0.0
-        for start in range(0, len(samples), batch_size):
-            part = samples[start : start + batch_size]
-            batch = {name: torch.stack([s[name] for s in part]).to(self.device) for name in INPUTS if name in part[0]}
+        kept = [sample for sample in samples if trained(sample["labels"][None], self.shifts_labels)]
+        total, tokens = 0.0, 0
+        for start in range(0, len(kept), batch_size):
+            part = kept[start : start + batch_size]
+            names = [name for name in INPUTS if name in part[0] and name != "labels"]
+            inputs = {name: torch.stack([sample[name] for sample in part]).to(self.device) for name in names}
             with self.trainer.precision_plugin.forward_context():
-                total += float(self.training_step(batch, 0)) * len(part)
+                logits = self.model(**inputs, **self._options).logits
+            for sample, row in zip(part, logits, strict=True):  # one at a time, as float32 takes much memory
+                labels = sample["labels"][1:].to(row.device)
+                total += float(cross_entropy(row[:-1].float(), labels, ignore_index=IGNORED, reduction="sum"))
+                tokens += trained(labels, False)
         self.train(training)
-        return total / len(samples)
+        return total / tokens if tokens else math.nan
 
     def configure_optimizers(self) -> Any:
         """One group with all trainable parameters."""

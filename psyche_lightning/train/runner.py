@@ -38,6 +38,7 @@ from psyche_lightning.recipe.config import Recipe, TrainerSection
 from psyche_lightning.recipe.manifest import manifest
 from psyche_lightning.recipe.positions import check_positions
 from psyche_lightning.train.bars import Bars
+from psyche_lightning.train.labels import check_labels
 from psyche_lightning.train.module import CausalModule, ProviderDataset
 from psyche_lightning.train.packing import check_packing
 from psyche_lightning.train.saving import Checkpoints, begin, saved_dtype
@@ -72,9 +73,11 @@ def train_recipe(
         directory: the node's folder; by default ``node.directory`` of the recipe, else ``psyche-RUN``.
 
     Returns:
-        The content of ``result.json``: ``id`` and ``digest`` (hex), ``steps``, ``loss`` (``train`` and
-        ``validation``, each ``[first, last]``), ``socket_bytes_up``, ``socket_bytes_down``, ``payload_bytes_up`` (of
-        payloads that peers fetched from this node) and ``payload_bytes_computed`` (a round: one payload to each peer).
+        The content of ``result.json``: ``id`` and ``digest`` (hex), ``steps``, ``rounds`` (in which this node had a
+        share) and ``empty_rounds`` (to which it contributed nothing), ``loss`` (in nats per trained token; ``train``
+        and ``validation``, each ``[first, last]``), ``socket_bytes_up``, ``socket_bytes_down``, ``payload_bytes_up``
+        (of payloads that peers fetched from this node) and ``payload_bytes_computed`` (a round: one payload to each
+        peer).
 
     Raises:
         UnfinishedError: the run ended without this node, which leaves no result then.
@@ -165,6 +168,7 @@ class _Diary(Callback):
         self._provider = provider
         self._folder = folder
         self._samples = validation_samples(recipe, provider)
+        check_labels(provider, self._samples)
         self._losses: list[float] = []
         self._validation: list[tuple[int, float]] = []
         self._started = self._began = 0.0
@@ -240,6 +244,8 @@ class _Diary(Callback):
             "id": session.identity.hex(),
             "digest": session.digest().hex(),
             "steps": trainer.global_step,
+            "rounds": session.rounds,
+            "empty_rounds": session.empty_rounds,
             "loss": {"train": _ends(self._losses), "validation": _ends(validation)},
             "socket_bytes_up": up,
             "socket_bytes_down": down,
