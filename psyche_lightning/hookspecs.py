@@ -20,7 +20,7 @@ group ``psyche_lightning`` that names a module (or an object). The functions of 
 
         return Hello(**config)
 
-The rules are the same for all five hooks:
+The rules are the same for all six hooks:
 
 * **Signature.** An implementation takes exactly the argument ``register``. A hook that does not exist here, or other
   arguments, is an error of the plugin, which names the nearest hook and shows both signatures.
@@ -49,6 +49,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import pluggy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     import typer
 
@@ -323,6 +325,49 @@ def register_data_providers(register: Register[DataProviderFactory]) -> None:
 
     Built in: ``tokens`` (token files, on disk or behind HTTP), ``mix`` (a weighted mix of them), ``datasets`` (texts of
     Hugging Face data sets), ``parquet`` (samples with labels and positions).
+    """
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What comes out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Exporter(Protocol):
+    """Writes a checkpoint in another format."""
+
+    def __call__(self, source: Path, target: Path) -> None:
+        """Convert a checkpoint.
+
+        Args:
+            source: a folder in Hugging Face format on this machine, to be left as it is.
+            target: an empty folder for the result.
+
+        Raises:
+            ConfigError: the checkpoint cannot be converted; the text says why.
+            OSError: it cannot be read, or the result cannot be written.
+        """
+        ...
+
+
+@hookspec
+def register_exports(register: Register[Exporter]) -> None:
+    """Register formats for ``psyche export CHECKPOINT --to NAME``, which other programs load.
+
+    ``factory(source, target)`` is an :class:`Exporter`; a call converts one checkpoint.
+
+    Example::
+
+        @hookimpl
+        def register_exports(register):
+            register("words", export)
+
+        def export(source, target):
+            from psyche_lightning_words.files import convert
+
+            convert(source / "model.safetensors", target / "model.words")
+
+    Built in: none. The plugin ``mla`` writes its checkpoints as ``deepseek_v3``.
     """
 
 

@@ -25,6 +25,7 @@ from psyche_lightning.hookspecs import (
     CommandFactory,
     CoordinatorKind,
     DataProviderFactory,
+    Exporter,
     ModelFactory,
     TransportFactory,
 )
@@ -46,6 +47,7 @@ KINDS = {
     "register_coordinators": "coordinator",
     "register_models": "model",
     "register_data_providers": "data provider",
+    "register_exports": "export format",
     "register_commands": "command",
 }
 
@@ -62,7 +64,8 @@ class Registration:
     """A name that a plugin registered.
 
     Attributes:
-        kind: ``"transport"``, ``"coordinator"``, ``"model"``, ``"data provider"`` or ``"command"``.
+        kind: ``"transport"``, ``"coordinator"``, ``"model"``, ``"data provider"``, ``"export format"`` or
+            ``"command"``.
         name: its name in recipes and command lines.
         offer: a factory, or a :class:`~psyche_lightning.hookspecs.CoordinatorKind`;
             :mod:`psyche_lightning.hookspecs` describes their arguments.
@@ -187,6 +190,10 @@ class Plugins:
     def data_providers(self) -> Registry[DataProviderFactory]:
         """Sources of samples, by the recipe's ``data.name``."""
         return self._registry("data provider")
+
+    def exports(self) -> Registry[Exporter]:
+        """Formats of checkpoints for other programs, by ``--to`` of ``psyche export``."""
+        return self._registry("export format")
 
     def commands(self) -> Registry[CommandFactory]:
         """Sub-commands of ``psyche`` that plugins add."""

@@ -42,6 +42,7 @@ COMMANDS = {
     "train": Command("psyche_lightning.cli.train:train", "Train as one node: join a run, or run alone.", log="stdout"),
     "generate": Command("psyche_lightning.cli.generate:generate", "Complete a text with a checkpoint."),
     "checkpoints": Command("psyche_lightning.cli.checkpoints:checkpoints", "List, check and copy checkpoints."),
+    "export": Command("psyche_lightning.cli.export:export", "Write a checkpoint in another format."),
     "sim": Command("psyche_lightning.cli.sim:sim", "Replay whole runs under faults in virtual time."),
     "coordinator": Command("psyche_lightning.cli.coordinator:coordinator", "Serve runs to nodes, and a live page."),
     "data": Command("psyche_lightning.cli.data:data", "Make, inspect and serve token files."),

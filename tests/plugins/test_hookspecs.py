@@ -19,7 +19,7 @@ SPECIFIED = [
 
 def test_every_hook_adds_a_kind() -> None:
     assert list(KINDS) == ["register_transports", "register_coordinators", "register_models",
-                           "register_data_providers", "register_commands"]  # fmt: skip
+                           "register_data_providers", "register_exports", "register_commands"]  # fmt: skip
     assert set(SPECIFIED) == set(KINDS)
 
 

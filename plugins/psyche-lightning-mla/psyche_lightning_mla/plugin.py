@@ -1,4 +1,4 @@
-"""The plugin: registers the model ``mla``."""
+"""The plugin: registers the model ``mla``, and ``deepseek_v3`` as a format of its checkpoints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from psyche_lightning.checkpoints.pretrained import Source, load
 from psyche_lightning.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from psyche_lightning_mla.configuration import MLAConfig
     from psyche_lightning_mla.modeling import MLAForCausalLM
 
@@ -21,6 +23,19 @@ def register_models(register: Callable[[str, Callable[..., Any]], None]) -> None
     """Register the model under its name in recipes, and under the model type of its checkpoints."""
     register("mla", build)
     register("psyche_mla", build)
+
+
+@hookimpl
+def register_exports(register: Callable[[str, Callable[..., Any]], None]) -> None:
+    """Register the format that plain `transformers` loads."""
+    register("deepseek_v3", export)
+
+
+def export(source: Path, target: Path) -> None:
+    """Write a checkpoint of the model for plain `transformers`; see :func:`psyche_lightning_mla.deepseek.export`."""
+    from psyche_lightning_mla import deepseek
+
+    deepseek.export(source, target)
 
 
 def build(config: Mapping[str, Any]) -> MLAForCausalLM:
