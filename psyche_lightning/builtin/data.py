@@ -45,10 +45,12 @@ def mix(config: Mapping[str, Any], *, seed: int) -> DataProvider:
 
 
 def datasets(config: Mapping[str, Any], *, seed: int) -> DataProvider:
-    """The texts of a Hugging Face data set, tokenized and packed."""
+    """The texts or conversations of a Hugging Face data set, tokenized and packed."""
+    from psyche_lightning.data.conversations import ConversationData, holds_conversations
     from psyche_lightning.data.documents import DocumentData
 
-    return build("data provider 'datasets'", partial(DocumentData, seed), config)
+    kind = ConversationData if holds_conversations(config) else DocumentData
+    return build("data provider 'datasets'", partial(kind, seed), config)
 
 
 def parquet(config: Mapping[str, Any], *, seed: int) -> DataProvider:

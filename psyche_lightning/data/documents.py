@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psyche_lightning.data.client import FetchOptions
-from psyche_lightning.data.options import strings, whole
+from psyche_lightning.data.options import whole
 from psyche_lightning.data.order import make_order, psyche_seed
 from psyche_lightning.data.packed import PackedData
-from psyche_lightning.data.splits import open_hub, open_local
+from psyche_lightning.data.splits import open_rows
 from psyche_lightning.data.spool import Spool
 from psyche_lightning.data.tokenizer import BYTES, Encoder
 from psyche_lightning.data.tokens import vocabulary
@@ -97,18 +97,16 @@ class DocumentData(PackedData):
                 "A streamed data set is read in its own order: set max_samples to the samples that the run may use, "
                 "and remove shuffle and validation_samples."
             )
-        if (path is None) == (dataset is None):
-            raise ConfigError(
-                "The data provider 'datasets' needs either path (on this machine) or dataset (a name on the Hugging "
-                f"Face Hub); it got {'neither' if path is None else 'both'}."
-            )
         fetching = FetchOptions.of(fetch)
-        if path is None:
-            source = str(dataset)
-            opened = open_hub(source, name, split, revision=revision, streaming=streaming, data_files=data_files)
-        else:
-            source = ", ".join(strings("path", path))
-            opened = open_local(path, name, split, data_files)
+        opened, source = open_rows(
+            path=path,
+            dataset=dataset,
+            name=name,
+            revision=revision,
+            split=split,
+            data_files=data_files,
+            streaming=streaming,
+        )
         column = Column(opened, text, source)
         if column.tokenized and bos:
             raise ConfigError("bos is for texts; a data set of token ids has what its tokenizer put into it.")

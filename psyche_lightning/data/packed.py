@@ -163,16 +163,18 @@ class PackedData:
                 ids=lost,
                 lasting=error.lasting,
             ) from error
-        wrong = [one for one, block in zip(ids, blocks, strict=True) if int(block.max()) >= self.vocab_size]
+        samples = [self._sample(block) for block in blocks]
+        tops = [int(sample["input_ids"].max()) for sample in samples]
+        wrong = [one for one, top in zip(ids, tops, strict=True) if top >= self.vocab_size]
         if wrong:
-            largest = max(int(block.max()) for block in blocks)
+            largest = max(tops)
             raise DataError(
                 f"{what} {intervals(wrong)} of {self._source} have token ids up to {largest}, but the vocabulary has "
                 f"{self.vocab_size}: another tokenizer made the data, or token_size does not fit the files",
                 ids=wrong,
                 lasting=True,
             )
-        return [self._sample(block) for block in blocks]
+        return samples
 
     def _sample(self, block: NDArray[Any]) -> dict[str, torch.Tensor]:
         import torch

@@ -59,6 +59,35 @@ def open_local(path: str | Sequence[str], name: str | None, split: str, data_fil
     return part(found, split, where)
 
 
+def open_rows(
+    *,
+    path: str | Sequence[str] | None = None,
+    dataset: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    split: str = "train",
+    data_files: Any = None,
+    streaming: bool = False,
+) -> tuple[Any, str]:
+    """Open a part of a data set, on this machine (``path``) or on the Hub (``dataset``).
+
+    Returns:
+        Its rows, and where they come from, for messages.
+
+    Raises:
+        ConfigError: both or none are given, or it does not exist or cannot be opened.
+    """
+    if (path is None) == (dataset is None):
+        raise ConfigError(
+            "The data provider 'datasets' needs either path (on this machine) or dataset (a name on the Hugging Face "
+            f"Hub); it got {'neither' if path is None else 'both'}."
+        )
+    if path is not None:
+        return open_local(path, name, split, data_files), ", ".join(strings("path", path))
+    hub = str(dataset)
+    return open_hub(hub, name, split, revision=revision, streaming=streaming, data_files=data_files), hub
+
+
 def open_hub(
     dataset: str, name: str | None, split: str, *, revision: str | None, streaming: bool, data_files: Any = None
 ) -> Any:
