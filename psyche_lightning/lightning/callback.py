@@ -1,4 +1,4 @@
-"""Connects a Trainer with its run after each step."""
+"""Connects a Trainer with its run, when the fit begins and after each step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class CoordinatorCallback(Callback):
-    """Stops Trainer when the run is over, and logs the run's figures. The strategy adds it if the user does not.
+    """Joins the run, stops Trainer when it is over, and logs its figures. The strategy adds it if the user does not.
+
+    The strategy moves it before all callbacks but those that search for a learning rate or a batch size, so that the
+    others see the run's parameters from the beginning.
 
     It logs ``psyche/clients``, ``psyche/epoch`` and ``psyche/round`` (the coordinator's), ``psyche/bytes_up`` and
     ``psyche/bytes_down`` (at this node's sockets since it joined), and ``psyche/waiting`` (seconds that it waited).
@@ -30,6 +33,12 @@ class CoordinatorCallback(Callback):
         if log_every is not None and (type(log_every) is not int or log_every < 0):
             raise ConfigError(f"log_every is {log_every!r}; expected a whole number from 0, or None for Trainer's")
         self.log_every = log_every
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Join the run."""
+        begin = getattr(trainer.strategy, "begin", None)
+        if begin is not None:
+            begin()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

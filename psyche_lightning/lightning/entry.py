@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -118,6 +119,15 @@ class Entry:
         scheme = urlsplit(url).scheme
         options = {"socket_factory": socket_factory(self.meter)} if scheme in ("http", "https") else {}
         return load_plugins().coordinators()[scheme].client(url, self.run_id, identity, options)
+
+    def apart(self) -> Entry:
+        """The same values for a run of this process alone, of which nothing is kept."""
+        entry = copy.copy(self)
+        entry.options = replace(self.options, coordinator=None, run=None, directory=None, start=None)
+        entry.run_id, entry.memory, entry.transport = ALONE_RUN, Memory(), MemoryTransport()
+        if self.options.coordinator is not None:
+            entry.terms = Terms(CoordinatorConfig(), ("global_batch_size", "total_steps"))
+        return entry
 
     def global_batch(self, local: int) -> int:
         """Samples of a round of the whole run.

@@ -7,6 +7,7 @@ None has a public counterpart; each docstring says why it is needed. The package
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -59,15 +60,50 @@ def set_fetched(trainer: Trainer, batches: int) -> None:
         fetcher.fetched = batches
 
 
-def wants_to_stop(trainer: Trainer) -> bool:
+def trainer_of(module: LightningModule | None) -> Trainer | None:
+    """The module's Trainer; None without one, for which the public name raises an error."""
+    return None if module is None else module._trainer
+
+
+def loads_train_data(trainer: Trainer) -> bool:
+    """Whether Trainer now asks for training data.
+
+    It does not tell a strategy what a loader is for, and its stage is "training" too when a search loads other data.
+    """
+    loop = trainer.fit_loop
+    return trainer.training and (loop._combined_loader is None or bool(loop._should_reload_train_dl))
+
+
+def reload_train_loader(trainer: Trainer) -> None:
+    """Make Trainer ask for the training loader again; its public function keeps the one that it has."""
+    trainer.fit_loop._combined_loader = None
+    trainer.fit_loop.setup_data()
+
+
+def give_back_handler(trainer: Trainer, number: signal.Signals, handler: Any) -> None:
+    """Restore a signal handler now, and keep Trainer from restoring another at its end.
+
+    Trainer notes the handlers when its loop starts; who waits for others before that has its own in place by then.
+    """
+    signal.signal(number, handler)
+    noted = trainer._signal_connector._original_handlers
+    if number in noted:
+        noted[number] = handler
+
+
+def wants_to_stop(trainer: Trainer, waited: float = 0.0) -> bool:
     """Whether Trainer would end its loop now: because of ``should_stop``, or because a Timer (``max_time``) is over.
 
     Trainer and its Timer look only after a batch, so a wait for a batch must look itself. Whether the minimum of
     epochs and steps is reached has no public name.
+
+    Args:
+        trainer: waits.
+        waited: seconds of a wait before the training, which no Timer counts.
     """
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined] # set dynamically
     remaining = [timer.time_remaining() for timer in timers]
-    if any(seconds is not None and seconds <= 0 for seconds in remaining):
+    if any(seconds is not None and seconds <= waited for seconds in remaining):
         trainer.should_stop = True
     return trainer.should_stop and trainer.fit_loop._can_stop_early
 

@@ -68,7 +68,13 @@ class TakenStep:
         self.module = module
         self.distro = build_distro(optimizer, module, config)
         self.called = False
+        self._parameters = self._listed()
         replace_step(optimizer, self)
+
+    def _listed(self) -> list[tuple[int, bool]]:
+        """The optimizer's parameters, group by group, and whether each is trained."""
+        groups = self.optimizer.param_groups
+        return [(number, p.requires_grad) for number, group in enumerate(groups) for p in group["params"]]
 
     def __call__(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure, if there is one, and return its result."""
@@ -93,7 +99,18 @@ class TakenStep:
         self.called = False
 
     def copy_rates(self) -> None:
-        """Give DisTrO the learning rates of the user's optimizer, which schedulers change."""
+        """Give DisTrO the learning rates of the user's optimizer, which schedulers change.
+
+        Raises:
+            ConfigError: the optimizer has other parameters than at the start, or others are frozen.
+        """
+        if self._listed() != self._parameters:
+            raise ConfigError(
+                f"the parameters of {type(self.optimizer).__name__} were added, removed, frozen or unfrozen during "
+                "training, but the nodes of a run train one list of parameters from its first step to its last. Give "
+                "the optimizer all parameters at once, and keep the learning rate of those that rest at 0 (in a group "
+                "of their own, with a scheduler)."
+            )
         for theirs, ours in zip(self.optimizer.param_groups, self.distro.param_groups, strict=True):
             ours["lr"] = theirs["lr"]
 

@@ -44,12 +44,23 @@ class RunProgress:
 
     Args:
         trainer: its counters, schedulers and progress bar follow the run.
+        alone: whether the run is this Trainer's own. Otherwise its schedulers begin with the run's first step, even if
+            the Trainer has made steps before.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, alone: bool) -> None:
         self._trainer = trainer
         self._length = int(trainer.num_training_batches)
-        self._scheduled = trainer.global_step  # the last step after which schedulers stepped
+        self._scheduled = trainer.global_step if alone else 0  # the last step after which schedulers stepped
+
+    def begin(self, step: int) -> None:
+        """Set all counters to the moment before ``step``, before Trainer's loop starts."""
+        done = step - 1
+        passed = done // self._length
+        for progress in (self._trainer.fit_loop.epoch_progress.current, self._trainer.fit_loop.epoch_progress.total):
+            progress.ready = progress.started = progress.processed = progress.completed = passed  # type: ignore[attr-defined]
+        self._step_schedulers(step)
+        self._count(done, 0)
 
     def enter(self, step: int, fresh: bool) -> bool:
         """Set all counters to the moment before ``step``.

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -31,12 +32,22 @@ from psyche_lightning.errors import ConfigError, DataError, counted
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.device import OneDevice
 from psyche_lightning.lightning.entry import Entry, Memory
-from psyche_lightning.lightning.internals import before_transfer, claim_version, wants_to_stop, weigh
+from psyche_lightning.lightning.internals import (
+    before_transfer,
+    claim_version,
+    give_back_handler,
+    loads_train_data,
+    reload_train_loader,
+    trainer_of,
+    wants_to_stop,
+    weigh,
+)
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import sections
 from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.lightning.progress import RunProgress, count_rounds
 from psyche_lightning.lightning.session import Session
+from psyche_lightning.lightning.supported import SEARCHES, check, check_optimizers
 from psyche_lightning.lightning.weights import WEIGHT, ShareLoss, loss_of, shifts
 from psyche_lightning.node.participant import RoundWork
 from psyche_lightning.protocol.state import CoordinatorConfig
@@ -129,7 +140,6 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        self._memory = Memory()
         self.options = RunOptions(
             coordinator=coordinator,
             run=run,
@@ -155,11 +165,30 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
             manifest=manifest or {},
             tokens_per_sample=tokens_per_sample,
         ).in_environment()
-        self.session: Session | None = None
         super().__init__("cpu", accelerator, checkpoint_io, precision_plugin)
+        self._memory = Memory()
+        self._rest()
+
+    def _rest(self) -> None:
+        """Set the state of a strategy that no Trainer fits with."""
+        self.session: Session | None = None
         self._fit: _Fit | None = None
         self._training: _Training | None = None
+        self._resumed: _Resumed | None = None
+        self._terminated = False
         self._undo = ExitStack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: neither this node's key nor its membership, which only one process can have."""
+        state = dict(vars(self))
+        for name in ("session", "_memory", "_fit", "_training", "_resumed", "_terminated", "_undo"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._memory = Memory()
+        self._rest()
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -168,24 +197,30 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
     # --- set-up -----------------------------------------------------------------------------------------------------
 
     def connect(self, model: LightningModule) -> None:
-        """Called by Trainer with the module; adds the :class:`CoordinatorCallback` if the user did not."""
+        """Called by Trainer with the module; puts a :class:`CoordinatorCallback` before the callbacks that train.
+
+        Callbacks that search (for a learning rate, for a batch size) stay before it: they run before the node joins.
+        """
         super().connect(model)
-        trainer = model.trainer
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting and not any(isinstance(callback, CoordinatorCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            trainer.callbacks.insert(0, CoordinatorCallback())  # type: ignore[attr-defined]
+        trainer = trainer_of(model)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # set dynamically
+            ours = next((one for one in callbacks if isinstance(one, CoordinatorCallback)), CoordinatorCallback())
+            others = [one for one in callbacks if one is not ours]
+            searching = [one for one in others if isinstance(one, SEARCHES)]
+            trainer.callbacks = [*searching, ours, *(one for one in others if one not in searching)]  # type: ignore[attr-defined]
 
     def setup_environment(self) -> None:
         """Called by Trainer before its loggers write: nodes of one folder log into folders of their own."""
         super().setup_environment()
-        if self.lightning_module is not None:
-            for logger in self.lightning_module.trainer.loggers:
-                claim_version(logger)
+        trainer = trainer_of(self.lightning_module)
+        for logger in [] if trainer is None else trainer.loggers:
+            claim_version(logger)
 
     def setup(self, trainer: Trainer) -> None:
         """Called by Trainer before anything runs; when fitting, refuses unsupported settings."""
         if trainer.state.fn == TrainerFn.FITTING:
-            _check(trainer)
+            check(trainer, alone=self.options.coordinator is None)
         super().setup(trainer)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -194,29 +229,21 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         # Before the module configures its optimizers: it may ask Trainer for its number of steps, which loads the data.
         self._fit = fit = _Fit(trainer, Entry(self.options, self._memory), count_rounds(trainer, self._undo))
         super().setup_optimizers(trainer)
-        module = trainer.lightning_module
-        if len(self.optimizers) != 1 or not self.optimizers[0].param_groups:
-            raise ConfigError(
-                f"{type(module).__name__}.configure_optimizers gives {len(self.optimizers)} optimizers, or none that "
-                "trains; the strategy 'psyche' needs exactly one (it may have several parameter groups)."
-            )
-        if any(config.reduce_on_plateau for config in self.lr_scheduler_configs):
-            raise ConfigError(
-                "A ReduceLROnPlateau follows a metric of this node alone, but all nodes must use the same learning "
-                "rate in each round. Use a scheduler that depends only on the step."
-            )
-        fit.step = TakenStep(self.optimizers[0], module, fit.entry.distro)
+        check_optimizers(trainer, alone=self.options.coordinator is None)
+        fit.step = TakenStep(self.optimizers[0], trainer.lightning_module, fit.entry.distro)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Called by Trainer with each DataLoader; the run feeds the one for training."""
         fit = self._fit
-        if fit is None or not fit.trainer.training:
+        if fit is None or not loads_train_data(fit.trainer):
             return dataloader
         batch_size = check_loader(dataloader)
+        fit.sized_apart = fit.searching
+        entry = fit.entry.apart() if fit.searching else fit.entry
         loader = RoundLoader(
             dataloader,  # type: ignore[arg-type]
-            fit.entry.global_batch(batch_size * fit.accumulate),
-            fit.entry.run.seed,
+            entry.global_batch(batch_size * fit.accumulate),
+            entry.run.seed,
             lambda: self._now.rounds(),
             decline=lambda work, error: self._now.session.decline(work, error),
             upcoming=lambda: self._now.session.upcoming(),
@@ -227,30 +254,114 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         fit.loaders.append(loader)
         return loader
 
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Called by Trainer with ``ckpt_path``. In a run with others, the step and the schedule are the run's.
+
+        So the checkpoint gives parameters, the callbacks' state and delta; whoever joins late steps the schedulers to
+        the run's step, with or without a checkpoint.
+        """
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
+        trainer = trainer_of(self.lightning_module)
+        fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        # Searches, which come later, go back to checkpoints of their own.
+        if not fits or self._fit is not None or self.options.coordinator is None:
+            return checkpoint
+        states = checkpoint.get("optimizer_states") or [{}]
+        self._resumed = _Resumed(int(checkpoint.get("global_step", 0)), states[0].get(STATE_KEY))
+        kept = {name: value for name, value in checkpoint.items() if name != "loops"}
+        return {**kept, **{name: [] for name in ("optimizer_states", "lr_schedulers") if name in kept}}
+
+    def begin(self) -> None:
+        """Called by :class:`CoordinatorCallback` when the fit begins: join others, and take the run's parameters.
+
+        So all other callbacks and the sanity check see those. A node alone has the run's parameters anyway; it joins
+        when its training starts.
+
+        Raises:
+            ConfigError: the Trainer's limits or its checkpoint do not fit the run.
+            PsycheError: the run refuses this node.
+        """
+        fit = self._fit
+        if fit is None or self.options.coordinator is None:
+            return
+        if fit.sized_apart is not False:
+            reload_train_loader(fit.trainer)
+        if fit.trainer.fit_loop.skip:
+            return
+        if self._resumed is not None and self._resumed.delta is not None:
+            fit.taken.distro.load_state_dict(self._resumed.delta)
+        training = self._join(fit)
+        training.first_round(0 if self._resumed is None else self._resumed.step)
+
     def on_train_start(self) -> None:
-        """Called by Trainer after all set-up: join the run."""
-        assert self._fit is not None  # since setup_optimizers
-        self._training = training = _Training(self._fit)
-        self.session = training.session
-        self._undo.callback(training.session.close)
+        """Called by Trainer after all set-up; a node alone joins its run, as does a search."""
+        fit = self._fit
+        assert fit is not None  # since setup_optimizers
+        if fit.searching:
+            if self._training is not None and self._training.session.entry is fit.entry:
+                raise ConfigError(
+                    "a search for a learning rate or a batch size began in the middle of training, where this node has "
+                    "its part in a run. Search before: the callbacks LearningRateFinder and BatchSizeFinder as they "
+                    "are, or lightning.pytorch.tuner.Tuner."
+                )
+            if not fit.sized_apart:
+                reload_train_loader(fit.trainer)
+            self._end_search()
+            self._training = training = _Training(fit, fit.entry.apart())
+            self._undo.callback(training.session.close)
+            training.session.start()
+        elif self._training is None:
+            self._terminated = fit.trainer.received_sigterm  # so far Trainer's own handler only noted it
+            self._join(fit)
+
+    def on_train_end(self) -> None:
+        """Called by Trainer when its loop ends, also that of a search."""
+        if self._fit is not None and self._fit.searching:
+            self._end_search()
+        super().on_train_end()
+
+    def _end_search(self) -> None:
+        if self._training is not None:
+            self._training.session.close()
+        self._training = None
+
+    def _join(self, fit: _Fit) -> _Training:
+        """Become a member of the run."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):  # Trainer ignores SIGINT after the first
+                self._undo.callback(give_back_handler, fit.trainer, number, signal.getsignal(number))
+            signal.signal(signal.SIGTERM, self._terminate(signal.getsignal(signal.SIGTERM)))
         # A callback whose on_exception fails, for lack of space for instance, keeps Trainer from calling teardown.
         atexit.register(self._undo.close)
         self._undo.callback(atexit.unregister, self._undo.close)
-        if threading.current_thread() is threading.main_thread():
-            self._undo.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-            signal.signal(signal.SIGTERM, training.terminate(signal.getsignal(signal.SIGTERM)))
-        loop = training.trainer.fit_loop.epoch_loop
+        self._training = training = _Training(fit, fit.entry)
+        self.session = training.session
+        self._undo.callback(training.session.close)
+        loop = fit.trainer.fit_loop.epoch_loop
         self._undo.callback(setattr, loop, "max_steps", loop.max_steps)  # the end of the run overrides it
-        if training.trainer.received_sigterm:  # so far Trainer's own handler only noted it
+        if self._terminated:
             raise SIGTERMException
         training.session.start()
+        return training
+
+    def _terminate(self, before: Any) -> Callable[[int, Any], None]:
+        """A SIGTERM handler that calls ``before``, then ends waits for other nodes."""
+
+        def handle(number: int, frame: Any) -> None:
+            if callable(before):
+                before(number, frame)
+            self._terminated = True
+            if self._training is not None:
+                self._training.session.interrupt(SIGTERMException())
+
+        return handle
 
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     @property
     def _now(self) -> _Training:
         """The state while Trainer trains."""
-        assert self._training is not None  # since on_train_start
+        assert self._training is not None  # since on_train_start, at the latest
         return self._training
 
     def stop_if_finished(self) -> bool:
@@ -379,8 +490,22 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         try:
             self._undo.close()
         finally:
-            self._fit = self._training = None
+            self._fit = self._training = self._resumed = None
+            self._terminated = False
             super().teardown()
+
+
+@dataclass(frozen=True)
+class _Resumed:
+    """What a run with others needs to know of a checkpoint that Trainer restores.
+
+    Attributes:
+        step: its optimizer steps.
+        delta: DisTrO's state; None if it has none.
+    """
+
+    step: int
+    delta: dict[str, Any] | None
 
 
 @dataclass
@@ -393,6 +518,7 @@ class _Fit:
         accumulate: number of user batches whose gradients make one step.
         step: the module with its optimizer; None until it has one.
         loaders: training loaders, newest last.
+        sized_apart: whether the newest one was made for a search; None before it.
     """
 
     trainer: Trainer
@@ -400,6 +526,21 @@ class _Fit:
     accumulate: int
     step: TakenStep | None = None
     loaders: list[RoundLoader] = field(default_factory=list)
+    sized_apart: bool | None = None
+
+    @property
+    def taken(self) -> TakenStep:
+        """The module with its optimizer."""
+        assert self.step is not None  # since setup_optimizers
+        return self.step
+
+    @property
+    def searching(self) -> bool:
+        """Whether a callback of Lightning now trains to find a learning rate or a batch size.
+
+        For that time it takes all other callbacks from Trainer.
+        """
+        return not any(isinstance(callback, CoordinatorCallback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined] # set dynamically
 
 
 class _Training:
@@ -407,6 +548,7 @@ class _Training:
 
     Args:
         fit: the state from before it joined.
+        entry: the values of the run that it joins.
 
     Attributes:
         trainer: the Trainer that trains.
@@ -424,9 +566,8 @@ class _Training:
         PsycheError: the node's folder is unusable.
     """
 
-    def __init__(self, fit: _Fit) -> None:
-        assert fit.step is not None  # since setup_optimizers
-        self.trainer, self.step = trainer, step = fit.trainer, fit.step
+    def __init__(self, fit: _Fit, entry: Entry) -> None:
+        self.trainer, self.step = trainer, step = fit.trainer, fit.taken
         self.loss = math.nan
         self.trained = False
         self.shifted = shifts(trainer.lightning_module)
@@ -439,16 +580,18 @@ class _Training:
         if trainer.gradient_clip_val:
             algorithm = str(trainer.gradient_clip_algorithm or "norm").rpartition(".")[2].lower()
             clip = (algorithm, float(trainer.gradient_clip_val))
-        self._progress = RunProgress(trainer)
+        alone = entry.options.coordinator is None
+        self._progress = RunProgress(trainer, alone=alone)
         self._last_step = _last_step(trainer)
+        self._joining: float | None = None if alone else time.monotonic()
         self.session = Session(
-            fit.entry,
+            entry,
             step,
             sections(step, self.loader.order, clip),
             global_batch=self.loader.global_batch,
             total_steps=self._last_step,
             done=trainer.global_step,
-            stops=lambda: wants_to_stop(trainer),
+            stops=self._wants_to_stop,
         )
 
     @property
@@ -468,15 +611,33 @@ class _Training:
             )
         return None if self.step.called else "the gradient scaler found gradients that are not finite"
 
-    def terminate(self, before: Any) -> Callable[[int, Any], None]:
-        """A SIGTERM handler that calls ``before``, then ends waits for other nodes."""
+    def _wants_to_stop(self) -> bool:
+        return wants_to_stop(self.trainer, 0.0 if self._joining is None else time.monotonic() - self._joining)
 
-        def handle(number: int, frame: Any) -> None:
-            if callable(before):
-                before(number, frame)
-            self.session.interrupt(SIGTERMException())
+    def first_round(self, resumed: int) -> None:
+        """Wait until this node has the run's parameters, and move Trainer to the run's step.
 
-        return handle
+        Args:
+            resumed: the step of the checkpoint that Trainer restores; 0 without one.
+
+        Raises:
+            ConfigError: the run has not come to the checkpoint's step, or is beyond Trainer's limits.
+            PsycheError: as :meth:`Session.peek`.
+        """
+        state = self.session.state
+        if state is not None and state.step <= resumed:
+            raise ConfigError(
+                f"ckpt_path names a checkpoint of step {resumed}, but run {state.run_id!r} is at step {state.step}: "
+                "its nodes have one step, one schedule and one order of the data. To begin a run with the checkpoint's "
+                "parameters, load them into the module (load_from_checkpoint) and fit without ckpt_path; to go on with "
+                f"its step as well, let the run begin there: create it, and its nodes, with the manifest's section "
+                f"{{'start': {{'step': {resumed}, 'data_index': ...}}}}."
+            )
+        work = self.session.peek()
+        if work is not None:
+            self._check_limits()
+            self._progress.begin(work.step)
+        self._joining = None
 
     def rounds(self) -> Iterator[RoundWork]:
         """The rounds of one Lightning epoch, as the loader asks for them.
@@ -514,31 +675,6 @@ class _Training:
             # Not should_stop, for which Trainer validates once more, and not before its minimum of epochs and steps.
             self.trainer.fit_loop.epoch_loop.max_steps = done
         return finished
-
-
-def _check(trainer: Trainer) -> None:
-    """Refuse unsupported settings.
-
-    Raises:
-        ConfigError: such a setting is present; the text names a fix.
-    """
-    module = trainer.lightning_module
-    if not module.automatic_optimization:
-        raise ConfigError(
-            f"{type(module).__name__} has automatic_optimization=False, but the strategy 'psyche' makes the "
-            "optimizer's step itself. Return the loss from training_step and leave the rest to Trainer, or write your "
-            'own loop with Fabric(strategy="psyche").'
-        )
-    if trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-        raise ConfigError(
-            "Trainer has overfit_batches set, which repeats batches, but the run decides "
-            "which samples come. Give the Trainer a small data set instead (torch.utils.data.Subset)."
-        )
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ConfigError(
-            "GradientAccumulationScheduler changes the batch size during training, which all nodes of a run share. "
-            "Use Trainer's accumulate_grad_batches, or the run's global_batch_size_warmup_tokens."
-        )
 
 
 def _last_step(trainer: Trainer) -> int | None:

@@ -187,8 +187,8 @@ class _Diary(Callback):
 
     # --- hooks ------------------------------------------------------------------------------------------------------
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._bars.start()
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._bars.start()  # before the node joins and downloads parameters
         self._started = time.monotonic()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

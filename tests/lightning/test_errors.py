@@ -81,7 +81,9 @@ def test_no_optimizer(classifier: Make, loader: Make, trainer: Make) -> None:
         trainer(max_steps=1).fit(Without(), loader())
 
 
-def test_a_scheduler_that_follows_local_metrics(classifier: Make, loader: Make, trainer: Make) -> None:
+def test_a_scheduler_that_follows_local_metrics(
+    classifier: Make, loader: Make, trainer: Make, create_run: Make
+) -> None:
     class Plateau(classifier):  # type: ignore[misc]
         def configure_optimizers(self) -> Any:
             optimizer = super().configure_optimizers()
@@ -89,7 +91,7 @@ def test_a_scheduler_that_follows_local_metrics(classifier: Make, loader: Make, 
             return {"optimizer": optimizer, "lr_scheduler": scheduler, "monitor": "val_loss"}
 
     with pytest.raises(ConfigError, match=r"ReduceLROnPlateau.*depends only on the step"):
-        trainer(max_steps=1).fit(Plateau(), loader())
+        trainer(strategy=PsycheStrategy(*create_run()), max_steps=1).fit(Plateau(), loader())
 
 
 def test_sparse_gradients(loader: Make, trainer: Make, classifier: Make) -> None:

@@ -113,7 +113,7 @@ def test_signals_while_waiting_for_others_leave_the_run(create_run: Make, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["set up", "asked what the run is", "about to join", "joining", "joined"])
+@pytest.mark.parametrize("moment", ["about to join", "has a node", "joining", "joined", "a member"])
 def test_there_is_no_bad_time_for_a_signal(
     moment: str,
     number: signal.Signals,
@@ -123,21 +123,21 @@ def test_there_is_no_bad_time_for_a_signal(
     trainer: Make,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The run waits for a third node, so whoever overlooks the signal hangs."""
-    url, run = create_run(init_min_clients=3)
+    """The run waits for a third node or has no end, so whoever overlooks the signal hangs."""
+    url, run = create_run(init_min_clients=1 if moment == "a member" else 3, total_steps=10**6)
     run_start = Runtime.start
 
     class Signal(Callback):
-        def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-            if moment == "set up":
+        def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+            if moment == "a member":
                 signal.raise_signal(number)
 
     class Signalled(Participant):
         def __init__(self, node: NodeParts, **options: Any) -> None:
-            if moment == "asked what the run is":
+            if moment == "about to join":
                 signal.raise_signal(number)
             super().__init__(node, **options)
-            if moment == "about to join":
+            if moment == "has a node":
                 signal.raise_signal(number)
 
     async def start(runtime: Runtime) -> None:
@@ -152,11 +152,13 @@ def test_there_is_no_bad_time_for_a_signal(
     monkeypatch.setattr(session, "Participant", Signalled)
     monkeypatch.setattr(Runtime, "start", start)
     strategy = PsycheStrategy(coordinator=url, run=run)
+    handler = signal.getsignal(number)
     with pytest.raises(SystemExit):
-        trainer(strategy=strategy, max_steps=4, callbacks=[Signal()]).fit(classifier(), loader())
+        trainer(strategy=strategy, callbacks=[Signal()]).fit(classifier(), loader())
+    assert signal.getsignal(number) is handler
     status = CoordinatorAdmin(url).status(run)
     assert not status["pending"]
-    assert [event["kind"] for event in status["events"]].count("left") == (moment == "joined")
+    assert [event["kind"] for event in status["events"]].count("left") == (moment in ("joined", "a member"))
 
 
 class Notes(Callback):

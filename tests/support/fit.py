@@ -21,17 +21,17 @@ class Fit:
         error: with which it ended.
     """
 
-    def __init__(self, trainer: Any, module: Any, loader: Any) -> None:
+    def __init__(self, trainer: Any, module: Any, *loaders: Any) -> None:
         self.trainer, self.module = trainer, module
         self.error: BaseException | None = None
         self._before = [parameter.detach().clone() for parameter in module.parameters()]
-        self._loader = loader
+        self._loaders = loaders
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self.trainer.fit(self.module, self._loader)
+            self.trainer.fit(self.module, *self._loaders)
         except BaseException as error:
             self.error = error
 
