@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,14 @@ from psyche_lightning.hookspecs import ModelFactory, Register, hookimpl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+_ELSEWHERE = {
+    "attn_implementation": "trainer.attn_implementation",
+    "dtype": "model.dtype",
+    "gradient_checkpointing": "trainer.gradient_checkpointing",
+    "torch_dtype": "model.dtype",
+}
+"""Arguments of ``transformers`` for which a recipe has keys of its own."""
 
 
 @hookimpl
@@ -153,5 +164,18 @@ def _by_source(source: Source, fields: Mapping[str, Any], trusted: bool) -> PreT
 def _check_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
     known = config.to_dict()
     for name in fields:
-        if name not in known:
+        if name in _ELSEWHERE:
+            raise ConfigError(f"model.config.{name} would do nothing here; the recipe's key is {_ELSEWHERE[name]}.")
+        if name not in known and name not in config.attribute_map and not _read_if_there(config, name):
             raise ConfigError(f"The {config.model_type!r} configuration has no field {name!r}.{nearest(name, known)}")
+
+
+def _read_if_there(config: PreTrainedConfig, name: str) -> bool:
+    """Whether the model's code reads a field that its configuration need not have, such as ``head_dim``."""
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM  # it has no annotations
+    if type(config) not in auto._model_mapping:
+        return False
+    code = inspect.getsource(sys.modules[auto._model_mapping[type(config)].__module__])
+    return re.search(rf'getattr\((self\.)?config, "{re.escape(name)}"', code) is not None

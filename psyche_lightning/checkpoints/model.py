@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from psyche_lightning.checkpoints.dtypes import dtypes, tensors
-from psyche_lightning.node.parameters import describe_tensors
+from psyche_lightning.node.parameters import describe_tensors, named_parameters
 from psyche_lightning.node.snapshot import encode_index
 from psyche_lightning.wire.canonical import sha256
 
@@ -36,7 +36,7 @@ class ModelCopy:
         save_pretrained: Any = model.save_pretrained
         takes = inspect.signature(save_pretrained).parameters
         self.copied = "state_dict" in takes
-        self._named = dict(model.named_parameters())
+        self._named = named_parameters(model)
         self._prefix = prefix
         self._state: dict[str, Any] | None = None
         self._dtype = dtype if self.copied else None

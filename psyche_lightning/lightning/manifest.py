@@ -9,7 +9,7 @@ import torch
 from psyche_lightning.data.order import DataOrder
 from psyche_lightning.distro import DisTrO
 from psyche_lightning.lightning.optimizers import TakenStep
-from psyche_lightning.node.parameters import persistent_buffers
+from psyche_lightning.node.parameters import named_parameters, persistent_buffers
 
 
 def sections(step: TakenStep, order: DataOrder, clip: tuple[str, float] | None = None) -> dict[str, dict[str, Any]]:
@@ -30,7 +30,7 @@ def sections(step: TakenStep, order: DataOrder, clip: tuple[str, float] | None =
 def _model(module: torch.nn.Module, optimizer: DisTrO) -> dict[str, Any]:
     """Name, shape, dtype of every parameter (and whether it is trained) and buffer, in order of their names."""
     trained = {entry.name for entry in optimizer.layout.entries}
-    parameters = sorted(module.named_parameters(), key=lambda item: item[0].encode())
+    parameters = sorted(named_parameters(module).items(), key=lambda item: item[0].encode())
     buffers = sorted(persistent_buffers(module).items(), key=lambda item: item[0].encode())
     return {
         "parameters": [[*_describe(name, tensor), name in trained] for name, tensor in parameters],

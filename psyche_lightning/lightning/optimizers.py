@@ -11,6 +11,7 @@ import torch
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.internals import replace_step
+from psyche_lightning.node.parameters import named_parameters
 
 
 def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> DisTrO:
@@ -24,7 +25,7 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
     Raises:
         ConfigError: the optimizer has parameters that the module does not.
     """
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {id(parameter): name for name, parameter in named_parameters(module).items()}
     groups = []
     for group in optimizer.param_groups:
         unknown = [parameter for parameter in group["params"] if id(parameter) not in names]

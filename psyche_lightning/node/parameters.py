@@ -21,6 +21,9 @@ from psyche_lightning.node.snapshot import (
 )
 from psyche_lightning.protocol.open_ids import OpenIds
 
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+"""What ``torch.compile`` and torch's checkpoint wrapper put into the names of the parameters inside them."""
+
 
 class ParameterReplica:
     """Published parameters of a module; implements :class:`~psyche_lightning.node.replica.Replica`.
@@ -29,7 +32,7 @@ class ParameterReplica:
     are read and written one at a time, so memory never holds a second copy of the model.
 
     Args:
-        optimizer: trains some of the module's parameters, under the names of ``module.named_parameters()``.
+        optimizer: trains some of the module's parameters, under the names of :func:`named_parameters`.
         module: the model; its persistent buffers are copied at the start of an epoch.
 
     Raises:
@@ -42,7 +45,7 @@ class ParameterReplica:
         self.groups = len(optimizer.param_groups)
         self._optimizer = optimizer
         trained = {entry.name for entry in optimizer.layout.entries}
-        self._frozen = {name: value for name, value in module.named_parameters() if name not in trained}
+        self._frozen = {name: value for name, value in named_parameters(module).items() if name not in trained}
         self._frozen_entries: list[TensorEntry] | None = None
         self._module = module
         self.has_buffers = bool(persistent_buffers(module))
@@ -139,15 +142,27 @@ class ParameterReplica:
         return [*describe_tensors(self._optimizer.published(), put), *self._frozen_entries]
 
 
+def named_parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of a module by the names that all nodes use, whether or not a node compiles parts of it."""
+    return {plain_name(name): parameter for name, parameter in module.named_parameters()}
+
+
 def persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that a module's ``state_dict`` has, by name."""
+    """The buffers that a module's ``state_dict`` has, by the names that all nodes use."""
     saved = module.state_dict().keys()
     found: dict[str, torch.Tensor] = {}
     for prefix, part in module.named_modules():
         for name, buffer in part.named_buffers(prefix, recurse=False):
             if name in saved:
-                found[name] = buffer
+                found[plain_name(name)] = buffer
     return found
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter or buffer without the marks of wrappers that change nothing but how it is computed."""
+    for mark in WRAPPERS:
+        name = name.replace(mark, "")
+    return name
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:

@@ -193,6 +193,10 @@ class TrainerSection:
         log_every: rounds between log lines.
         accelerator: Lightning's ``accelerator``.
         threads: torch threads; null for torch's own choice.
+        attn_implementation: how ``transformers`` computes attention: ``eager``, ``sdpa``, ``flex_attention``,
+            ``flash_attention_2``, ...; null for the model's default.
+        gradient_checkpointing: whether the backward pass computes activations again instead of keeping them.
+        compile: whether ``torch.compile`` compiles the model.
     """
 
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "32-true"
@@ -202,6 +206,9 @@ class TrainerSection:
     log_every: Count = 10
     accelerator: str = "auto"
     threads: Count | None = None
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from psyche_lightning.recipe.config import Recipe, TrainerSection
 from psyche_lightning.recipe.manifest import manifest
 from psyche_lightning.recipe.positions import check_positions
 from psyche_lightning.train.bars import Bars
+from psyche_lightning.train.computing import apply_choices, compiling
 from psyche_lightning.train.labels import check_labels
 from psyche_lightning.train.module import CausalModule, ProviderDataset
 from psyche_lightning.train.packing import check_packing
@@ -104,6 +105,7 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     # Lightning's own bf16-true would round buffers as well, such as rotary frequencies.
     rounded = recipe.trainer.precision == "bf16-true"
     model = cast(model, torch.bfloat16 if rounded else getattr(torch, recipe.model.dtype)).train()
+    apply_choices(model, recipe.trainer)
     check_parameters(model)
     check_positions(model, provider.seq_len)
     fresh = "path" not in beginning.options or beginning.options.get("fresh") is True
@@ -142,7 +144,8 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     )
     loader: DataLoader[Any] = DataLoader(ProviderDataset(provider), batch_size=recipe.trainer.micro_batch_size)
     try:
-        trainer.fit(module, loader)
+        with compiling(model, recipe.trainer):
+            trainer.fit(module, loader)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # which Trainer replaces by exit code 1
             raise KeyboardInterrupt from end
