@@ -82,8 +82,8 @@ def _probe(model: torch.nn.Module, vocab_size: int, rows: int, length: int) -> l
     ids, others, second = ids.to(device), others.to(device), second.to(device)
     call = _Call(model, positions)
     found = []
-    with _undisturbed(model, device):
-        with torch.enable_grad(), _embeddings(model, ids) as embedded:
+    with undisturbed(model, device):
+        with torch.enable_grad(), embeddings(model, ids) as embedded:
             logits = call(ids)
         weights = torch.randn(logits.shape, generator=chance).to(logits)
         base = logits.detach()
@@ -128,7 +128,7 @@ class _Call:
 
 
 @contextlib.contextmanager
-def _embeddings(model: torch.nn.Module, ids: torch.Tensor) -> Iterator[list[tuple[torch.Tensor, Arrange]]]:
+def embeddings(model: torch.nn.Module, ids: torch.Tensor) -> Iterator[list[tuple[torch.Tensor, Arrange]]]:
     """Collects what each embedding makes of ``ids``: a tensor that gradients reach, and how the ids lie in it."""
     found: list[tuple[torch.Tensor, Arrange]] = []
 
@@ -148,7 +148,7 @@ def _embeddings(model: torch.nn.Module, ids: torch.Tensor) -> Iterator[list[tupl
 
 
 @contextlib.contextmanager
-def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+def undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Turns dropout off; afterwards the model's modes and the generators of random numbers are as before."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

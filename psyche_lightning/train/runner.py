@@ -41,6 +41,7 @@ from psyche_lightning.train.bars import Bars
 from psyche_lightning.train.computing import apply_choices, compiling
 from psyche_lightning.train.labels import check_labels
 from psyche_lightning.train.module import CausalModule, ProviderDataset
+from psyche_lightning.train.objective import check_objective
 from psyche_lightning.train.packing import check_packing
 from psyche_lightning.train.saving import Checkpoints, begin, saved_dtype
 from psyche_lightning.train.validation import validation_samples
@@ -112,6 +113,7 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     settle_vocabulary(model, provider, fresh=fresh, given=beginning.options)
     with _as_in_training(model, recipe.trainer):
         check_data(model, provider, recipe.trainer.micro_batch_size)
+        check_objective(model, provider.vocab_size, provider.seq_len)
     sections = manifest(recipe, getattr(provider, "fingerprint", None))
     if beginning.section is not None:
         sections[START] = dict(beginning.section)
