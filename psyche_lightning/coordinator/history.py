@@ -17,6 +17,8 @@ from psyche_lightning.wire.identity import short
 
 MAX_EVENTS = 500
 MAX_METRICS = 2000
+_MOST = 1e30
+"""Figures of this size and more are no measurements, and sums of them might not be finite."""
 _T = TypeVar("_T")
 
 
@@ -176,8 +178,8 @@ class History:
         """
         clean = replace(
             report,
-            loss=report.loss if math.isfinite(report.loss) else math.nan,
-            tokens_per_second=report.tokens_per_second if math.isfinite(report.tokens_per_second) else 0.0,
+            loss=report.loss if abs(report.loss) < _MOST else math.nan,
+            tokens_per_second=report.tokens_per_second if abs(report.tokens_per_second) < _MOST else 0.0,
         )
         before = self.reports.get(signer)
         if repr(clean) == repr(before):  # equal values, even if the loss is NaN

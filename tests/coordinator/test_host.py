@@ -475,13 +475,14 @@ def test_downtime_does_not_count() -> None:
     assert again.deadline() is None
 
 
-def test_figures_of_a_round() -> None:
+@pytest.mark.parametrize("odd", [(math.nan, math.inf), (-1.7e308, 1.7e308), (1.7e308, -math.inf)])
+def test_figures_of_a_round(odd: tuple[float, float]) -> None:
     host = training()
     report(host, 0, 6.0, Report(1, 3.0, 100.0, 1000, 500))
     report(host, 1, 6.0, Report(1, 1.0, 50.0, 2000, 700))
     # The third comes when its round is over: refused as a witness, but its figures count.
     seat = round_selection(host.rounds[0], host.state.config).witness_proof(2)
-    late = Witness(0, 0, seat, ROOT, bytes(192), bytes(192), report=Report(1, math.nan, math.inf, 3000, 900))
+    late = Witness(0, 0, seat, ROOT, bytes(192), bytes(192), report=Report(1, *odd, 3000, 900))
     for _ in range(2):
         assert code_of(lambda: host.handle(key(2), late, 7.0)) == "InvalidWitness"
     row = host.history.metrics.since(0)[0]
