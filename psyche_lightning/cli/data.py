@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +24,8 @@ _SHOWN = 300
 @data.command()
 def tokenize(
     paths: Annotated[
-        list[Path], typer.Argument(help="Text files, or folders of them; each line of a .jsonl file is a text.")
+        list[Path],
+        typer.Argument(help="Text files, also compressed, or folders of them; each line of a .jsonl file is a text."),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the token files.")],
     tokenizer: Annotated[
@@ -47,11 +49,14 @@ def tokenize(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from psyche_lightning.data.description import TokenWriter
-    from psyche_lightning.data.texts import find_texts, read_texts
+    from psyche_lightning.data.plain import COMPRESSED
+    from psyche_lightning.data.texts import check_texts, find_texts, read_texts
     from psyche_lightning.data.tokenizer import Encoder
+    from psyche_lightning.errors import counted
     from psyche_lightning.logs import redirections
 
     files = find_texts(paths, glob or DEFAULT_GLOBS)
+    check_texts(files)
     encoder = Encoder(tokenizer, download=True, bos=bos)
     writer = TokenWriter(out, encoder, token_size=token_size, file_tokens=file_tokens)
     console = Console(stderr=True)
@@ -65,7 +70,8 @@ def tokenize(
         disable=not console.is_terminal,
         **redirections(),
     ) as progress:
-        task = progress.add_task("", total=sum(file.stat().st_size for file in files))
+        packed = any(file.suffix in COMPRESSED for file in files)
+        task = progress.add_task("", total=None if packed else sum(file.stat().st_size for file in files))
         texts = 0
         for file in files:
             for text in read_texts(file, column):
@@ -77,6 +83,8 @@ def tokenize(
         f"{found.tokens:,} tokens of {texts:,} texts in {len(found.files)} file(s) of {found.token_size}-byte tokens, "
         f"{found.vocab_size:,} token ids, in {out}/"
     )
+    if encoder.replaced:
+        print(f"{counted(encoder.replaced, 'text')} not in UTF-8: their other bytes became U+FFFD", file=sys.stderr)
     print(f"in a recipe: data.name=tokens data.config={{path: {out}}}")
 
 
@@ -170,7 +178,8 @@ def _open_files(path: Path, seq_len: int, verify: bool) -> tuple[DataProvider, d
             raise ConfigError(f"{', '.join(wrong)} in {path} do not match dataset.json; copy them again.")
         facts["verified"] = "every byte matches dataset.json"
     vocabulary = None if description else facts["largest_id"] + 1
-    provider = TokenData(0, seq_len, path=str(path), vocab_size=vocabulary, shuffle=False)
+    size = None if description else blocks.token_size
+    provider = TokenData(0, seq_len, path=str(path), vocab_size=vocabulary, token_size=size, split="all", shuffle=False)
     return provider, {**facts, **_facts(provider)}
 
 

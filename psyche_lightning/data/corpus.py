@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from psyche_lightning.data.plain import matches, read_text, what_else
 from psyche_lightning.errors import ConfigError
 
 STDLIB = "stdlib"
@@ -50,7 +51,8 @@ def read_corpus(paths: Sequence[str], patterns: Sequence[str], max_bytes: int | 
 
     Returns:
         The texts. Files of a folder are sorted by their path below it, written with slashes, by code points. Hidden
-        files and folders (``.git``), ``__pycache__``, and files with zero bytes, which are not text, are left out.
+        files and folders (``.git``), ``__pycache__``, and files that are not text are left out. Compressed files
+            (``.gz``, ``.bz2``, ``.xz``) count as what they contain.
 
     Raises:
         ConfigError: a path does not exist, no file in a folder matches, a named file is not text or cannot be read, or
@@ -62,13 +64,10 @@ def read_corpus(paths: Sequence[str], patterns: Sequence[str], max_bytes: int | 
     for file, named in _find(paths, patterns).items():
         if left is not None and left <= 0:
             break
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"The data file {str(file)!r} cannot be read: {error.strerror}.") from error
-        if b"\0" in data:
+        data = read_text(file)
+        if (other := what_else(data)) is not None:
             if named:
-                raise ConfigError(f"The data file {str(file)!r} is not text: it has zero bytes. Name a text file.")
+                raise ConfigError(f"The data file {str(file)!r} is not text, but {other}. Name a text file.")
             skipped.append(str(file))
             continue
         if left is not None:
@@ -119,7 +118,7 @@ def _standard_library() -> list[Path]:
 def _folder(root: Path, patterns: Sequence[str]) -> list[Path]:
     def belongs(file: str) -> bool:
         name = file.rpartition("/")[2]
-        return any(fnmatchcase(file if "/" in pattern else name, pattern) for pattern in patterns)
+        return any(matches(file if "/" in pattern else name, [pattern]) for pattern in patterns)
 
     files = sorted(_walk(root, frozenset()))
     kept = [root / file for file in files if belongs(file)]

@@ -1,9 +1,8 @@
-"""Token files in Psyche's formats (its local.rs): checks their form, and reads blocks of them from anywhere."""
+"""Token files, as Psyche (its local.rs) and others write them: reads blocks of them from anywhere."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +12,17 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from psyche_lightning.data.named import ALL, of_split
 from psyche_lightning.data.packed import Unavailable
+from psyche_lightning.data.widths import MAX_VOCABULARY, Layout, common_width, layout_of, looked_at, read_index
 from psyche_lightning.errors import ConfigError
 
 SUFFIXES = (".bin", ".npy", ".ds")
 TOKEN_SIZES = (2, 4)
+"""Bytes of a token in the files that psyche writes."""
 HEAD_SIZE = 1 << 12
 """Bytes at the beginning of a file that go into its fingerprint."""
 MAX_FILES = 10_000
-_NPY_MAGIC = b"\x93NUMPY"
-_NPY_TYPES = {"<u2": 2, "<u4": 4, "<i4": 4}
 
 
 class Range(NamedTuple):
@@ -42,12 +42,14 @@ class FileInfo:
         size: bytes.
         head: its first :data:`HEAD_SIZE` bytes.
         version: changes with the file: a time stamp or an entity tag.
+        index: what an index beside it says of its tokens.
     """
 
     name: str
     size: int
     head: bytes
     version: str = ""
+    index: Layout | None = None
 
 
 class Lost(NamedTuple):
@@ -118,11 +120,15 @@ def changed(info: FileInfo, now: str) -> str:
     )
 
 
-def find_files(places: Sequence[str]) -> list[Path]:
+def find_files(places: Sequence[str], split: str = ALL) -> list[Path]:
     """The token files at ``places``: files, and files in folders sorted by name; each once, in that order.
 
+    Args:
+        places: files and folders.
+        split: the split of the files in folders, by their names.
+
     Raises:
-        ConfigError: a place does not exist, or a folder has no token files.
+        ConfigError: a place does not exist, or a folder has no token files or no such split.
     """
     found: dict[Path, None] = {}
     for place in places:
@@ -135,6 +141,7 @@ def find_files(places: Sequence[str]) -> list[Path]:
                     f"There are no token files in the folder {place!r}: none has the suffix {', '.join(SUFFIXES)}. "
                     "`psyche data tokenize` makes such files from text."
                 )
+            inside = [path / name for name in of_split(path, [file.name for file in inside], split)]
         elif not path.is_file():
             raise ConfigError(
                 f"The data path {place!r} does not exist (looked for {path.absolute()}). Expected a token file, a "
@@ -150,40 +157,11 @@ def _look(path: Path) -> FileInfo:
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            return FileInfo(str(path), status.st_size, file.read(HEAD_SIZE), str(status.st_mtime_ns))
+            head = file.read(HEAD_SIZE)
     except OSError as error:
         raise ConfigError(f"The data file {str(path)!r} cannot be read: {error.strerror}.") from error
-
-
-def npy_header(info: FileInfo) -> tuple[int, int] | None:
-    """The bytes before the tokens and the size of a token, for a file with a header of numpy's format; else None.
-
-    Psyche maps ``.npy`` files raw and would read the header as tokens.
-
-    Raises:
-        ConfigError: the array is not one row of u16 or u32 tokens, or the file is shorter than its array.
-    """
-    if not (info.name.endswith(".npy") and info.head.startswith(_NPY_MAGIC)):
-        return None
-    stream = io.BytesIO(info.head)
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-    except ValueError as error:
-        raise ConfigError(f"The header of {info.name} is not in numpy's format: {error}.") from error
-    size = _NPY_TYPES.get(dtype.str)
-    if size is None or len(shape) != 1:
-        raise ConfigError(
-            f"{info.name} is an array of type {dtype.str} and shape {shape}, expected one row of tokens of type "
-            f"{', '.join(_NPY_TYPES)}."
-        )
-    if info.size != stream.tell() + shape[0] * size:
-        raise ConfigError(
-            f"{info.name} has {info.size} bytes, but its header announces {shape[0]} tokens of {size} bytes; copy it "
-            "again."
-        )
-    return stream.tell(), size
+    size = status.st_size
+    return FileInfo(str(path), size, head, str(status.st_mtime_ns), read_index(path, size))
 
 
 class TokenBlocks:
@@ -192,9 +170,10 @@ class TokenBlocks:
     A file of n tokens has ``n // seq_len`` blocks.
 
     Args:
-        files: raw little-endian tokens, or numpy's format.
+        files: raw little-endian tokens, or tokens after a header (:mod:`~psyche_lightning.data.widths`).
         seq_len: tokens of a block.
-        token_size: bytes of a token in raw files; None for 2, or what the files' headers say.
+        token_size: bytes of a token in raw files; None to look at the files.
+        vocab_size: number of token ids, with which ``token_size`` is compared; None for data whose token size is sure.
 
     Attributes:
         count: number of blocks.
@@ -207,20 +186,31 @@ class TokenBlocks:
         ConfigError: the files are not token files, or contradict each other or ``token_size``.
     """
 
-    def __init__(self, files: Files, seq_len: int, token_size: int | None = None) -> None:
+    def __init__(
+        self, files: Files, seq_len: int, token_size: int | None = None, vocab_size: int | None = None
+    ) -> None:
         self._files = files
         self._seq_len = seq_len
-        headers = [npy_header(info) for info in files.infos]
-        sizes = {header[1] for header in headers if header is not None}
-        if any(header is None for header in headers) or token_size is not None:
-            sizes.add(token_size or TOKEN_SIZES[0])
-        if len(sizes) > 1:
-            raise ConfigError(
-                f"The files have tokens of different sizes, {' and '.join(map(str, sorted(sizes)))} bytes "
-                "(option token_size, headers of .npy files); expected one size."
-            )
-        self.token_size = sizes.pop()
-        self.starts = [header[0] if header else 0 for header in headers]
+        headers = [info.index or layout_of(info.name, info.size, info.head) for info in files.infos]
+        limit = vocab_size or MAX_VOCABULARY
+        seen = [
+            header.size if header else looked_at(info.size, info.head, limit)
+            for info, header in zip(files.infos, headers, strict=True)
+        ]
+        names = [info.name for info in files.infos]
+        if token_size is None:
+            self.token_size = common_width(names, seen)
+        else:
+            self.token_size = token_size
+            wide = [name for name, width in zip(names, seen, strict=True) if width not in (None, 2, token_size)]
+            other = [name for name, header in zip(names, headers, strict=True) if header and header.size != token_size]
+            if other or (wide and vocab_size is not None):
+                wrong = (other or wide)[0]
+                raise ConfigError(
+                    f"token_size is {token_size}, but {wrong} has tokens of {seen[names.index(wrong)]} bytes, by its "
+                    f"{'header or index' if other else 'contents'}; remove token_size."
+                )
+        self.starts = [header.start if header else 0 for header in headers]
         self._dtype = np.dtype(f"<u{self.token_size}")
         self.tokens = 0
         counts = []
@@ -238,7 +228,8 @@ class TokenBlocks:
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.count = int(self._ends[-1])
         total = sum(info.size for info in files.infos)
-        self.fingerprint = f"{len(files.infos)} files, {total} bytes, {digest.hexdigest()}"
+        width = "" if self.token_size == 2 else f" of {self.token_size}-byte tokens"
+        self.fingerprint = f"{len(files.infos)} files, {total} bytes{width}, {digest.hexdigest()}"
 
     def read(self, numbers: Sequence[int]) -> list[NDArray[Any]]:
         """Returns the blocks with these numbers.

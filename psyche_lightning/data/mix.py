@@ -86,7 +86,7 @@ class MixedData(PackedData):
         encoder = None if tokenizer is None else Encoder(tokenizer)
         size = vocabulary(vocab_size, encoder)
         share = replace(fetching, cache_mb=max(1, fetching.cache_mb // len(index.entries)))
-        sources = [index.open(entry, seq_len, share) for entry in index.entries]
+        sources = [index.open(entry, seq_len, share, size) for entry in index.entries]
         super().__init__(
             MixedBlocks(sources, index.weights),
             seq_len=seq_len,
@@ -211,7 +211,7 @@ class Index:
             return make_order(length, shuffle=False, seed=0)
         return Table(shuffle_from_top(length, self._seed))
 
-    def open(self, entry: Any, seq_len: int, fetch: FetchOptions) -> Source:
+    def open(self, entry: Any, seq_len: int, fetch: FetchOptions, vocab_size: int) -> Source:
         """Open one source.
 
         Raises:
@@ -223,7 +223,7 @@ class Index:
         if size is None:
             raise self._wrong(f"'token_size_in_bytes' is {entry['token_size_in_bytes']!r}, not {' or '.join(_SIZES)}")
         seed = self._shuffle(entry["shuffle"])
-        blocks = TokenBlocks(self._files(entry["location"], fetch), seq_len, size)
+        blocks = TokenBlocks(self._files(entry["location"], fetch), seq_len, size, vocab_size)
         order = make_order(blocks.count, shuffle=False if seed is None else list(seed), seed=0)
         return Source(blocks, order)
 

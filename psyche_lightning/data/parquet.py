@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psyche_lightning.data.client import FetchOptions
+from psyche_lightning.data.named import TRAIN, of_split
 from psyche_lightning.data.options import strings, whole
 from psyche_lightning.data.order import in_passes, make_order, psyche_seed
 from psyche_lightning.data.packed import intervals
@@ -23,12 +25,18 @@ from psyche_lightning.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
 IGNORED = -100
 """The label without a loss."""
 INPUTS, LABELS, POSITIONS, LENGTHS = "inputs", "labels", "position_ids", "sequence_lengths"
 _EDGE = 1 << 16
 
 Rows = dict[str, NDArray[np.int64]]
+
+
+class _DamagedError(Exception):
+    """A row group that will never be readable."""
 
 
 class RowGroup(NamedTuple):
@@ -56,7 +64,9 @@ class PreparedData:
     Args:
         seed: the run's seed, for ``shuffle: true``.
         seq_len: tokens of a sample, at least 2, and of every row.
-        path: a parquet file, a folder of them (in the order of their names), or a list.
+        path: a parquet file, a folder of them (in the order of their names) or with them in ``data``, or a list.
+        split: the split of the files in folders, by their names; ``all`` for all. Without such names, all are
+            ``train``.
         vocab_size: number of token ids; None for the tokenizer's.
         tokenizer: the tokenizer that made the samples, to save with checkpoints: ``"bytes"`` or a path.
         shuffle: true for an order by the run's seed, another one in each pass; ``"once"`` for the same in each pass;
@@ -80,6 +90,7 @@ class PreparedData:
         seq_len: int,
         *,
         path: str | list[str],
+        split: str = TRAIN,
         vocab_size: int | None = None,
         tokenizer: str | None = None,
         shuffle: Any = False,
@@ -93,7 +104,9 @@ class PreparedData:
         self.vocab_size = vocabulary(vocab_size, self._encoder)
         places = strings("path", path)
         self._source = ", ".join(places)
-        self._files = _find(places)
+        self._files = _find(places, split)
+        self._looks = {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in self._files}
+        self._damaged: set[int] = set()
         self._columns, self._groups = self._look()
         self.fingerprint = _fingerprint(self._files)
         self._ends = np.cumsum([group.rows for group in self._groups], dtype=np.int64)
@@ -166,14 +179,15 @@ class PreparedData:
         for one, row in zip(ids, rows, strict=True):
             number = int(np.searchsorted(self._ends, row, side="right"))
             try:
-                group = self._group(number) if number not in failed else {}
+                if number in failed:
+                    raise failed[number]
+                group, place = self._row(row, number)
             except DataError as error:
                 failed[number] = error
-            if number in failed:
                 lost.append(one)
                 continue
-            place = row - (int(self._ends[number - 1]) if number else 0)
-            found.append({name: torch.from_numpy(values[place].copy()) for name, values in group.items()})
+            if group is not None:
+                found.append({name: torch.from_numpy(values[place].copy()) for name, values in group.items()})
         if failed:
             reasons = "; ".join(dict.fromkeys(map(str, failed.values())))
             raise DataError(
@@ -183,22 +197,57 @@ class PreparedData:
             )
         return found
 
-    def _group(self, number: int) -> Rows:
+    def _row(self, row: int, number: int) -> tuple[Rows | None, int]:
+        """The row group of a row and the row's place in it.
+
+        If the group is damaged, a training row is replaced by one of the next sound group, the same on every node that
+        has these files. A row for validation has no replacement, and no group.
+        """
+        group = self._group(number)
+        if group is not None:
+            return group, row - self._start(number)
+        if row >= self._length:
+            return None, 0
+        for step in range(1, len(self._groups)):
+            other = (number + step) % len(self._groups)
+            usable = min(int(self._ends[other]), self._length) - self._start(other)
+            if usable > 0 and (group := self._group(other)) is not None:
+                return group, (row - self._start(number)) % usable
+        raise DataError("all row groups are damaged", lasting=True)
+
+    def _start(self, number: int) -> int:
+        return int(self._ends[number - 1]) if number else 0
+
+    def _group(self, number: int) -> Rows | None:
+        """The rows of a group; None if it is damaged."""
         with self._lock:
+            if number in self._damaged:
+                return None
             if number in self._kept:
                 self._kept.move_to_end(number)
-            else:
-                self._kept[number] = self._load(self._groups[number])
-                while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > self._memory:
-                    self._kept.popitem(last=False)
+                return self._kept[number]
+            group = self._groups[number]
+            try:
+                self._kept[number] = self._load(group)
+            except _DamagedError as error:
+                self._damaged.add(number)
+                logger.warning(
+                    "row group %d of %s is damaged (%s) and left out for good: for its %d rows, rows of the next "
+                    "row group are trained", group.number, self._files[group.file], error, group.rows,
+                )  # fmt: skip
+                return None
+            while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > self._memory:
+                self._kept.popitem(last=False)
             return self._kept[number]
 
     def _load(self, group: RowGroup) -> Rows:
         """Read and check one row group."""
         path = self._files[group.file]
         try:
-            table = _library().ParquetFile(path).read_row_group(group.number, columns=list(self._columns))
+            file = _library().ParquetFile(path, page_checksum_verification=True)
+            table = file.read_row_group(group.number, columns=list(self._columns))
         except Exception as error:  # pyarrow raises errors of its own and of the system
+            self._judge(path, error)
             raise DataError(f"row group {group.number} of {path} cannot be read ({error})") from error
         where = f"row group {group.number} of {path}"
         rows: Rows = {}
@@ -220,6 +269,27 @@ class PreparedData:
             rows["labels"] = rows["labels"].copy()
             rows["labels"][:, 1:][begins] = IGNORED
         return rows
+
+    def _judge(self, path: Path, error: Exception) -> None:
+        """Tell damage, which stays, from what may pass, such as a file system that is away.
+
+        Raises:
+            _DamagedError: the bytes are there, and are as they were at the start, but cannot be decoded.
+            DataError: the file has changed.
+        """
+        if isinstance(error, (MemoryError, NotImplementedError)) or getattr(error, "errno", None) is not None:
+            return
+        try:
+            now = path.stat()
+        except OSError:
+            return
+        if (now.st_size, now.st_mtime_ns) != self._looks[path]:
+            raise DataError(
+                f"{path} has changed since the start. A run needs the same samples from beginning to end: restore the "
+                "old file, or start a new run",
+                lasting=True,
+            ) from error
+        raise _DamagedError(str(error)) from error
 
     def _check(self, rows: Rows, where: str) -> None:
         for name, values in rows.items():
@@ -306,19 +376,19 @@ def _size(rows: Rows) -> int:
     return sum(values.nbytes for values in rows.values())
 
 
-def _find(places: Sequence[str]) -> list[Path]:
+def _find(places: Sequence[str], split: str) -> list[Path]:
     found: dict[Path, None] = {}
     for place in places:
         path = Path(place).expanduser()
-        if path.is_dir():
-            inside = sorted(path.glob("*.parquet"), key=lambda file: file.name)
-        else:
-            inside = [path] if path.is_file() else []
+        folder = next((one for one in (path, path / "data") if any(one.glob("*.parquet"))), path)
+        inside = [path] if path.is_file() else sorted(folder.glob("*.parquet"), key=lambda file: file.name)
         if not inside:
             raise ConfigError(
                 f"The data path {place!r} is neither a parquet file nor a folder with parquet files (looked for "
                 f"{path.absolute()})."
             )
+        if not path.is_file():
+            inside = [folder / name for name in of_split(folder, [file.name for file in inside], split)]
         found.update(dict.fromkeys(inside))
     return list(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,9 @@ from psyche_lightning.data.options import strings, whole
 from psyche_lightning.data.order import ONCE, Order, Repeated, make_order, psyche_seed
 from psyche_lightning.data.packed import PackedData
 from psyche_lightning.data.tokenizer import BYTES, Encoder, Tokens
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, counted
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_VALIDATION_FRACTION = 0.01
 
@@ -79,6 +82,8 @@ class TextData(PackedData):
         corpus = read_corpus(paths, patterns, None if max_bytes is None else whole("max_bytes", max_bytes, least=1))
         self.files = len(corpus.texts)
         self.skipped = corpus.skipped
+        if self.skipped:
+            logger.warning("%s left out, not text, such as %s", counted(len(self.skipped), "file"), self.skipped[0])
         blocks = _MemoryBlocks(encoder.encode_all(corpus.texts), seq_len)
         super().__init__(
             blocks,

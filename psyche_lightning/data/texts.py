@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
+from psyche_lightning.data.plain import COMPRESSED, explained, matches, open_text, read_text, suffix, what_else
 from psyche_lightning.errors import ConfigError
 
 MAX_LINE = 64 << 20
 """The most bytes of a line in a ``.jsonl`` file."""
+_BEGINNING = 1 << 16
 
 
 def find_texts(paths: Sequence[Path], globs: Sequence[str]) -> list[Path]:
@@ -29,7 +30,7 @@ def find_texts(paths: Sequence[Path], globs: Sequence[str]) -> list[Path]:
         if path.is_dir():
             below = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
             kept = [name for name in below if not any(part.startswith(".") for part in name.split("/"))]
-            inside = [path / name for name in kept if any(fnmatchcase(name.rpartition("/")[2], one) for one in globs)]
+            inside = [path / name for name in kept if matches(name.rpartition("/")[2], globs)]
             if not inside:
                 raise ConfigError(
                     f"There is no text in the folder {str(path)!r}: none of its {len(kept)} files matches "
@@ -41,30 +42,48 @@ def find_texts(paths: Sequence[Path], globs: Sequence[str]) -> list[Path]:
     return list(found)
 
 
+def check_texts(files: Sequence[Path]) -> None:
+    """Look at the beginning of each file.
+
+    Raises:
+        ConfigError: a file is not text.
+    """
+    for file in files:
+        _check(file, read_text(file, _BEGINNING))
+
+
 def read_texts(file: Path, column: str) -> Iterator[bytes]:
-    """Yields the texts of a file: one, or one for each line of a ``.jsonl`` file.
+    """Yields the texts of a file: one, or one for each line of a ``.jsonl`` file. It may be compressed.
 
     Args:
         file: a file in UTF-8.
         column: the key of the text in each line.
 
     Raises:
-        ConfigError: the file cannot be read, or a line is not an object with such a text.
+        ConfigError: the file cannot be read or is not text, or a line is not an object with such a text.
     """
-    try:
-        if file.suffix != ".jsonl":
-            yield file.read_bytes()
-            return
-        with file.open("rb") as lines:
-            number = 0
-            while line := lines.readline(MAX_LINE + 1):
-                number += 1
-                if len(line) > MAX_LINE:
-                    raise ConfigError(f"Line {number} of {file} is longer than {MAX_LINE} bytes.")
-                if line.strip():
-                    yield _text(line, column, f"Line {number} of {file}")
-    except OSError as error:
-        raise ConfigError(f"The text {str(file)!r} cannot be read: {error.strerror}.") from error
+    if suffix(file) != ".jsonl":
+        text = read_text(file)
+        _check(file, text)
+        yield text
+        return
+    with explained(file), open_text(file) as lines:
+        number = 0
+        while line := lines.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise ConfigError(f"Line {number} of {file} is longer than {MAX_LINE} bytes.")
+            if line.strip():
+                yield _text(line, column, f"Line {number} of {file}")
+
+
+def _check(file: Path, data: bytes) -> None:
+    if (other := what_else(data)) is not None:
+        raise ConfigError(
+            f"The file {str(file)!r} is not text, but {other}. Expected text in UTF-8, also compressed "
+            f"({', '.join(COMPRESSED)}). Leave the file out (--glob); the data provider 'datasets' reads parquet, "
+            "arrow, csv and json."
+        )
 
 
 def _text(line: bytes, column: str, where: str) -> bytes:

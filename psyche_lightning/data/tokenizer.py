@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, counted
 from psyche_lightning.logs import redirections
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class Encoder:
         self._loaded = None if name == BYTES else load_tokenizer(name, download=download)
         self.vocab_size: int = BYTE_VOCABULARY if self._loaded is None else len(self._loaded)
         self.dtype = np.dtype(np.min_scalar_type(self.vocab_size - 1))
+        self.replaced = 0
         self.end = BYTE_END if self._loaded is None else _special(self._loaded, "eos")
         begin = None if self._loaded is None else _special(self._loaded, "bos")
         if bos and begin is None:
@@ -101,7 +104,12 @@ class Encoder:
         if self._loaded is None:
             return np.frombuffer(text + bytes([BYTE_END]), dtype=np.uint8)
         ids: list[npt.NDArray[Any]] = [] if self._begin is None else [np.asarray([self._begin], dtype=self.dtype)]
-        pieces = _pieces(text.decode("utf-8", errors="replace"))
+        try:
+            letters = text.decode("utf-8")
+        except UnicodeDecodeError:
+            letters = text.decode("utf-8", errors="replace")
+            self.replaced += 1
+        pieces = _pieces(letters)
         while batch := list(islice(pieces, _PIECES_AT_ONCE)):
             encoded = self._loaded(batch, add_special_tokens=False, verbose=False)["input_ids"]
             ids.extend(np.asarray(piece, dtype=self.dtype) for piece in encoded)
@@ -116,6 +124,8 @@ class Encoder:
             for text in texts:
                 ids.append(self.encode(text))
                 progress.advance(len(text))
+        if self.replaced:
+            logger.warning("%s not in UTF-8: their other bytes became U+FFFD", counted(self.replaced, "text"))
         return np.concatenate(ids) if ids else np.empty(0, self.dtype)
 
 

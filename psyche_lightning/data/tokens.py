@@ -1,4 +1,4 @@
-"""The provider ``tokens``: token files in Psyche's formats, on disk or over HTTP."""
+"""The provider ``tokens``: token files of Psyche, Megatron, nanoGPT and their kin, on disk or over HTTP."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 from psyche_lightning.data.client import FetchOptions
 from psyche_lightning.data.description import MAX_SIZE, NAME, Description, read_description
-from psyche_lightning.data.files import TOKEN_SIZES, Files, LocalFiles, TokenBlocks, find_files
+from psyche_lightning.data.files import Files, LocalFiles, TokenBlocks, find_files
+from psyche_lightning.data.named import TRAIN
 from psyche_lightning.data.options import strings, whole
 from psyche_lightning.data.order import make_order, psyche_seed
 from psyche_lightning.data.packed import PackedData
 from psyche_lightning.data.remote import RemoteFiles, numbered, read_text
 from psyche_lightning.data.tokenizer import Encoder
+from psyche_lightning.data.widths import SIZES
 from psyche_lightning.errors import ConfigError
 
 
@@ -29,8 +31,10 @@ class TokenData(PackedData):
         count: number of numbered files.
         start: number of the first file.
         pad: digits to which zeros fill up numbers.
-        token_size: bytes of a token: 2 or 4; None for the value in ``dataset.json`` or in the header of a ``.npy``
-            file, else 2.
+        split: the split of the files in folders, by their names (``fineweb_train_000.bin``, ``val.bin``); ``all`` for
+            all. Without such names, all files are ``train``.
+        token_size: bytes of a token: 1, 2, 4 or 8; None for what ``dataset.json``, a header, an index beside the file
+            (Megatron's), or a look at the tokens says.
         vocab_size: number of token ids; None for that of ``dataset.json`` or the tokenizer.
         tokenizer: the tokenizer that made the files, to save with checkpoints: ``"bytes"`` or a path.
         shuffle: true for an order by the run's seed, another one in each pass; ``"once"`` for the same in each pass;
@@ -54,6 +58,7 @@ class TokenData(PackedData):
         count: int | None = None,
         start: int = 0,
         pad: int = 0,
+        split: str = TRAIN,
         token_size: int | None = None,
         vocab_size: int | None = None,
         tokenizer: str | None = None,
@@ -75,7 +80,7 @@ class TokenData(PackedData):
         if path is not None:
             places = strings("path", path)
             description = read_description(Path(places[0]).expanduser()) if len(places) == 1 else None
-            files = LocalFiles(find_files(places))
+            files = LocalFiles(find_files(places, split))
             source = ", ".join(places)
             if description is not None and tokenizer is None:
                 tokenizer = description.tokenizer
@@ -89,10 +94,11 @@ class TokenData(PackedData):
             token_size = description.token_size
             vocab_size = description.vocab_size if vocab_size is None else vocab_size
         encoder = None if tokenizer is None else Encoder(tokenizer)
+        size = vocabulary(vocab_size, encoder)
         super().__init__(
-            TokenBlocks(files, seq_len, token_size),
+            TokenBlocks(files, seq_len, token_size, size if description is None else None),
             seq_len=seq_len,
-            vocab_size=vocabulary(vocab_size, encoder),
+            vocab_size=size,
             order=partial(make_order, shuffle=shuffle, seed=seed),
             encoder=encoder,
             validation_samples=validation_samples,
@@ -118,8 +124,8 @@ def check_token_size(token_size: object) -> None:
     Raises:
         ConfigError: it is neither None nor a size that files may have.
     """
-    if token_size is not None and token_size not in TOKEN_SIZES:
-        raise ConfigError(f"token_size is {token_size!r}, expected {' or '.join(map(str, TOKEN_SIZES))} bytes.")
+    if token_size is not None and token_size not in SIZES:
+        raise ConfigError(f"token_size is {token_size!r}, expected {', '.join(map(str, SIZES))} bytes.")
 
 
 def _check_same(name: str, given: object, described: object) -> None:

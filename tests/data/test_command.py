@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -170,3 +172,48 @@ def test_a_folder_is_served_until_it_is_told_to_stop(texts: Path, tmp_path: Path
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "what"),
+    [
+        ("a.bin", np.arange(500, dtype="<u2").tobytes(), "binary: it has zero bytes"),
+        ("a.parquet", b"PAR1" + bytes(range(1, 200)), "a parquet file"),
+        ("a.txt", bytes(range(128, 256)) * 20, "binary: much of it is not UTF-8"),
+        ("a.txt", "text".encode("utf-16"), "text in UTF-16"),
+        ("a.txt.gz", gzip.compress(bytes(range(256))), "binary: it has zero bytes"),
+        ("a.zst", b"\x28\xb5\x2f\xfdabc", "zstd data"),
+    ],
+)
+def test_binary_files_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes, what: str
+) -> None:
+    (tmp_path / "fine.txt").write_text("fine")
+    (tmp_path / name).write_bytes(data)
+    assert tokenize(tmp_path / "fine.txt", tmp_path / name, "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert f"is not text, but {what}" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_compressed_texts_are_read(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tokenize(texts, "--out", tmp_path / "plain") == 0
+    for name in ("a.jsonl", "z.txt"):
+        (texts / f"{name}.gz").write_bytes(gzip.compress((texts / name).read_bytes()))
+        (texts / name).unlink()
+    assert tokenize(texts, "--out", tmp_path / "packed") == 0
+    assert "4 texts in 1 file(s)" in capsys.readouterr().out
+    assert (tmp_path / "packed/tokens-00000.bin").read_bytes() == (tmp_path / "plain/tokens-00000.bin").read_bytes()
+    (texts / "a.jsonl.gz").write_bytes((texts / "a.jsonl.gz").read_bytes()[:-9])
+    assert tokenize(texts, "--out", tmp_path / "broken") == 1
+    assert "a.jsonl.gz' is damaged" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_texts_that_are_not_utf_8_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_bytes("caf\xe9 and more words".encode("latin-1"))
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "and": 1}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    out = tmp_path / "out"
+    assert tokenize(tmp_path / "a.txt", "--out", out, "--tokenizer", tmp_path / "tokenizer.json") == 0
+    assert "1 text not in UTF-8: their other bytes became U+FFFD" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,63 @@ def test_the_fingerprint_tells_other_rows(tmp_path: Path) -> None:
     one = opened(write(tmp_path / "a.parquet", inputs=ROWS)).fingerprint
     assert opened(tmp_path / "a.parquet").fingerprint == one
     assert opened(write(tmp_path / "a.parquet", inputs=ROWS[::-1])).fingerprint != one
+
+
+def damage(path: Path, group: int) -> None:
+    """Overwrite the pages of a row group; times and sizes stay."""
+    column = parquet.ParquetFile(path).metadata.row_group(group).column(0)
+    start = min(place for place in (column.dictionary_page_offset, column.data_page_offset) if place is not None)
+    whole, times = bytearray(path.read_bytes()), path.stat()
+    whole[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(whole)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("compression", ["snappy", "none", "zstd"])
+def test_a_damaged_row_group_is_named_and_left_out_for_good(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, compression: str
+) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"inputs": ROWS}), path, row_group_size=4, compression=compression)
+    damage(path, 1)
+    nodes = [opened(path) for _ in range(2)]
+    expected = [*ROWS[:4], *[ROWS[8]] * 4, ROWS[8]]
+    assert column(nodes[0], "input_ids") == column(nodes[1], "input_ids") == expected
+    assert column(nodes[0], "input_ids") == expected
+    assert [record.getMessage()[:35] for record in caplog.records] == [f"row group 1 of {path}"[:35]] * 2
+    assert "is damaged (" in caplog.text
+    assert pickle.loads(pickle.dumps(nodes[0])).samples(5, 6)[0]["input_ids"].tolist() == ROWS[8]
+
+
+def test_a_damaged_row_group_of_the_validation_rows_is_left_out(tmp_path: Path) -> None:
+    damage(write(tmp_path / "a.parquet", inputs=ROWS), 2)
+    data = opened(tmp_path / "a.parquet", validation_samples=3)
+    assert [sample["input_ids"].tolist() for sample in data.validation()] == ROWS[6:8]
+    assert column(data, "input_ids") == ROWS[:6]
+    damage(tmp_path / "a.parquet", 1)
+    data = opened(tmp_path / "a.parquet", validation_samples=3)
+    assert column(data, "input_ids") == [*ROWS[:4], *ROWS[:2]], "rows for validation replace nothing"
+    damage(tmp_path / "a.parquet", 0)
+    with pytest.raises(DataError, match="all row groups are damaged") as caught:
+        opened(tmp_path / "a.parquet").samples(0, 1)
+    assert caught.value.lasting
+
+
+def test_a_file_that_changed_is_not_damage(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", inputs=ROWS)
+    data = opened(path)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(DataError, match="has changed since the start") as caught:
+        data.samples(0, 1)
+    assert caught.value.lasting
+
+
+def test_folders_as_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train-00001-of-00002.parquet", inputs=ROWS[4:6])
+    write(tmp_path / "data" / "train-00000-of-00002.parquet", inputs=ROWS[:4])
+    write(tmp_path / "data" / "test-00000-of-00001.parquet", inputs=ROWS[6:])
+    assert column(opened(tmp_path), "input_ids") == ROWS[:6]
+    assert column(opened(tmp_path, split="test"), "input_ids") == ROWS[6:]
+    with pytest.raises(ConfigError, match=r"split 'validation' of .* does not exist. Splits: test, train,"):
+        opened(tmp_path, split="validation")

@@ -349,7 +349,7 @@ def test_places_without_text_are_refused(tmp_path: Path) -> None:
     (empty / "b.txt").write_bytes(b"\0" * 100)
     with pytest.raises(ConfigError, match="1 empty and 1 binary files"):
         open_bytes(empty)
-    with pytest.raises(ConfigError, match=r"b.txt' is not text: it has zero bytes"):
+    with pytest.raises(ConfigError, match=r"b.txt' is not text, but binary: it has zero bytes"):
         open_bytes(empty / "b.txt")
     (empty / "a.txt").write_text("short")
     with pytest.raises(ConfigError, match="makes 0 samples of seq_len=16"):
@@ -371,3 +371,24 @@ def test_a_broken_tokenizer_is_refused(corpus: Path, tmp_path: Path) -> None:
     for place in (broken, tmp_path):
         with pytest.raises(ConfigError, match="cannot be loaded"):
             open_bytes(corpus, tokenizer=str(place))
+
+
+def test_compressed_files_are_read_as_what_they_contain(tmp_path: Path) -> None:
+    import bz2
+    import gzip
+    import lzma
+
+    text = "".join(f"line {number}\n" for number in range(60)).encode()
+    for name, pack in (("a.txt.gz", gzip.compress), ("b.md.bz2", bz2.compress), ("c.py.xz", lzma.compress)):
+        (tmp_path / name).write_bytes(pack(text))
+    (tmp_path / "d.bin.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "e.txt").write_bytes(gzip.compress(text))  # whatever its name is
+    data = open_bytes(tmp_path)
+    (tmp_path / "plain").mkdir()
+    for name in "abce":
+        (tmp_path / "plain" / f"{name}.txt").write_bytes(text)
+    assert data.files == 4
+    assert data.fingerprint == open_bytes(tmp_path / "plain").fingerprint
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text)[:-20])
+    with pytest.raises(ConfigError, match=r"a.txt.gz' is damaged, it cannot be decompressed"):
+        open_bytes(tmp_path / "a.txt.gz")

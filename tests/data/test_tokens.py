@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from psyche_lightning.data.description import TokenWriter
+from psyche_lightning.data.named import splits_of
 from psyche_lightning.data.tokenizer import Encoder
 from psyche_lightning.data.tokens import TokenData
 from psyche_lightning.errors import ConfigError, DataError
@@ -57,7 +59,9 @@ def test_a_numpy_header_is_not_read_as_tokens(tmp_path: Path, dtype: str, size: 
     if size == 2:  # raw, as Psyche writes them
         assert ids(opened(tmp_path)) == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
     else:
-        with pytest.raises(ConfigError, match="different sizes, 2 and 4"):
+        assert ids(opened(tmp_path)) == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]], "4 bytes, like its neighbour"
+        (tmp_path / "c.bin").write_bytes(np.arange(40, dtype="<u2").tobytes())
+        with pytest.raises(ConfigError, match=r"different sizes, 2 and 4 bytes .*c.bin 2, .*a.npy 4"):
             opened(tmp_path)
 
 
@@ -166,7 +170,7 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path, tokens_at: Make) -> None:
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"vocab_size": 100, "tokenizer": "bytes"}, "tokenizer has 256 ids, but vocab_size is 100"),
         ({"tokenizer": "nowhere"}, "tokenizer 'nowhere' does not exist"),
-        ({"token_size": 3}, "token_size is 3, expected 2 or 4 bytes"),
+        ({"token_size": 3}, "token_size is 3, expected 1, 2, 4, 8 bytes"),
         ({"token_size": 4}, "not a whole number of tokens of 4 bytes"),
         ({"validation_samples": 10}, "10 samples of seq_len=4, of which 10 are for validation"),
         ({"seq_len": 100}, "makes 0 samples of seq_len=100"),
@@ -249,3 +253,115 @@ def test_a_writer_refuses_what_would_be_wrong(tmp_path: Path) -> None:
         TokenWriter(tmp_path / "new", Encoder("bytes"), token_size=3)
     with pytest.raises(ConfigError, match="no text to tokenize"):
         TokenWriter(tmp_path / "new", Encoder("bytes")).close()
+
+
+def write_index(path: Path, tokens: np.ndarray[Any, Any], kind: int, documents: int = 2) -> None:
+    """A file of Megatron's and the index beside it."""
+    path.write_bytes(tokens.tobytes())
+    lengths = np.array([len(part) for part in np.array_split(tokens, documents)], "<i4")
+    pointers = np.cumsum([0, *lengths[:-1]]).astype("<i8") * tokens.itemsize
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, kind, documents, documents + 1)
+    index = head + lengths.tobytes() + pointers.tobytes() + np.arange(documents + 1, dtype="<i8").tobytes()
+    path.with_suffix(".idx").write_bytes(index)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("<u1", 1), ("<i2", 3), ("<i4", 4), ("<i8", 5), ("<u2", 8)])
+def test_megatron_s_index_says_how_wide_a_token_is(tmp_path: Path, dtype: str, kind: int) -> None:
+    write_index(tmp_path / "text_document.bin", np.arange(10, dtype=dtype), kind)
+    assert ids(opened(tmp_path)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_an_index_of_something_else_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "a.bin"
+    write_index(place, np.arange(10, dtype="<i4"), 4)
+    with pytest.raises(ConfigError, match=r"token_size is 2, but .*a.bin has tokens of 4 bytes, by its header"):
+        opened(place, token_size=2)
+    place.write_bytes(place.read_bytes()[:-4])
+    with pytest.raises(ConfigError, match=r"a.bin has 36 bytes, but a.idx announces 10 tokens of 4 bytes"):
+        opened(place)
+    write_index(place, np.arange(10, dtype="<f4"), 7)
+    with pytest.raises(ConfigError, match="type of tokens 7, expected version 1 and a type of integers"):
+        opened(place)
+    (tmp_path / "a.idx").write_bytes(b"something else")
+    with pytest.raises(ConfigError, match=r"a.idx is not an index of Megatron's"):
+        opened(place)
+
+
+@pytest.mark.parametrize(("magic", "dtype"), [(20240520, "<u2"), (20240801, "<u4")])
+def test_the_header_of_256_integers_is_not_read_as_tokens(tmp_path: Path, magic: int, dtype: str) -> None:
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, 1, 11
+    whole = header.tobytes() + np.arange(11, dtype=dtype).tobytes()
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(whole)
+    assert ids(opened(tmp_path)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(whole[:-1])
+    with pytest.raises(ConfigError, match="header of 256 integers announces 11 tokens"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("vocab", [50_257, 128_256])
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i8"])
+def test_the_width_of_raw_tokens_is_seen(tmp_path: Path, dtype: str, vocab: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, min(vocab, 1 << 16 if dtype == "<u2" else vocab), 4000).astype(dtype)
+    (tmp_path / "train.bin").write_bytes(tokens.tobytes())
+    assert ids(opened(tmp_path, vocab_size=vocab), 0, 5) == tokens[:20].reshape(5, 4).tolist()
+    if dtype != "<u2":
+        with pytest.raises(ConfigError, match=rf"token_size is 2, but .* {tokens.itemsize} bytes, by its contents"):
+            opened(tmp_path, vocab_size=vocab, token_size=2)
+
+
+def test_a_width_in_doubt_must_be_given(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(bytes(400))
+    with pytest.raises(ConfigError, match=r"a.bin does not show how many bytes a token has: .* Set token_size"):
+        opened(tmp_path)
+    assert len(opened(tmp_path, token_size=4)) == 25
+
+
+def test_wide_tokens_beyond_the_vocabulary_are_not_taken_for_narrow_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(np.random.default_rng(0).integers(0, 128_000, 400).astype("<u4").tobytes())
+    with pytest.raises(DataError, match="but the vocabulary has 70000"):
+        opened(tmp_path, vocab_size=70_000).samples(0, 50)
+
+
+def test_validation_files_of_a_folder_are_not_trained(
+    tmp_path: Path, tokens_at: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, name in enumerate(["web_train_000.bin", "web_train_001.bin", "web_val_000.bin", "notes.bin"]):
+        tokens_at(tmp_path / name, 4, first=10 * number)
+    assert [row[0] for row in ids(opened(tmp_path))] == [0, 10]
+    assert "the splits train, validation do not contain 1 of the files, such as notes.bin" in caplog.text
+    assert [row[0] for row in ids(opened(tmp_path, split="validation"))] == [20]
+    assert [row[0] for row in ids(opened(tmp_path, split="all"))] == [30, 0, 10, 20]
+    with pytest.raises(ConfigError, match=r"split 'test' of .* does not exist. Splits: train, validation, by"):
+        opened(tmp_path, split="test")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train.bin", "val.bin"],
+        ["a_train_1.bin", "training.bin", "constraint.bin", "dev-2.bin", "x eval.bin"],
+        ["tokens-00000.bin", "tokens-00001.bin"],
+        ["contest.bin", "value.bin", "trainer.bin"],
+        ["train2.bin", "test.2.bin", "validation1-2.bin"],
+    ],
+)
+def test_names_mean_what_they_mean_for_load_dataset(tmp_path: Path, names: list[str]) -> None:
+    from datasets.data_files import get_data_patterns, resolve_pattern
+
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    patterns = get_data_patterns(str(tmp_path))
+    expected = {
+        split: {Path(file).name for one in those for file in _resolved(resolve_pattern, one, tmp_path)}
+        for split, those in patterns.items()
+    }
+    assert {split: set(those) for split, those in splits_of(sorted(names)).items()} == expected
+
+
+def _resolved(resolve: Any, pattern: str, folder: Path) -> list[str]:
+    try:
+        found: list[str] = resolve(pattern, base_path=str(folder))
+    except FileNotFoundError:
+        return []
+    return found
