@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psyche_lightning.data.client import FetchOptions
+from psyche_lightning.data.damage import is_damage
 from psyche_lightning.data.named import TRAIN, of_split
 from psyche_lightning.data.options import strings, whole
 from psyche_lightning.data.order import in_passes, make_order, psyche_seed
@@ -277,7 +278,7 @@ class PreparedData:
             _DamagedError: the bytes are there, and are as they were at the start, but cannot be decoded.
             DataError: the file has changed.
         """
-        if isinstance(error, (MemoryError, NotImplementedError)) or getattr(error, "errno", None) is not None:
+        if not is_damage(error):
             return
         try:
             now = path.stat()

@@ -9,6 +9,7 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
+from psyche_lightning.data.damage import sound_rows
 from psyche_lightning.data.options import strings
 from psyche_lightning.errors import ConfigError
 
@@ -206,9 +207,16 @@ def _files(places: Sequence[str]) -> Mapping[str, Any]:
             f"suffixes {', '.join(_BUILDERS)} (also compressed: {', '.join(_COMPRESSED)})."
         )
     options = _BUILDERS[_kind(next(iter(found))) or ""][1]
+    if builders == {"parquet"}:
+        return {"train": _parquet([str(file.absolute()) for file in found])}
     files = [escape(str(file.absolute())) for file in found]
     opened: Mapping[str, Any] = library().load_dataset(builders.pop(), data_files=files, streaming=True, **options)
     return opened
+
+
+def _parquet(files: Sequence[str]) -> Any:
+    """The rows of parquet files, without damaged row groups, with which the library would fail."""
+    return library().IterableDataset.from_generator(sound_rows, gen_kwargs={"files": list(files)})
 
 
 def _folder(folder: Path, name: str | None, data_files: Any) -> Mapping[str, Any]:
@@ -236,6 +244,8 @@ def _folder(folder: Path, name: str | None, data_files: Any) -> Mapping[str, Any
             "%s: the splits %s do not contain %d of the data files, such as %s (the splits follow from the names of "
             "files and folders, as for load_dataset)", folder, ", ".join(found), len(unused), unused[0],
         )  # fmt: skip
+    if any(kind.__name__ == "Parquet" for kind in type(builder).__mro__):
+        return {split: _parquet(builder.config.data_files[split]) for split in found}
     return found
 
 

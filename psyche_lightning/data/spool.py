@@ -16,6 +16,7 @@ from tenacity import Retrying, retry_if_exception_type, retry_if_not_exception_t
 from tenacity import wait_random_exponential as wait
 
 from psyche_lightning import system
+from psyche_lightning.data.damage import is_damage
 from psyche_lightning.data.packed import Unavailable
 from psyche_lightning.data.tokenizer import Encoder, QuietProgress
 from psyche_lightning.errors import ConfigError, DataError
@@ -148,7 +149,8 @@ class Spool:
                 self._texts = None
                 here, end = self._tokens // self._seq_len, self._most if wanted is None else wanted
                 reason = f"the documents after number {self._read} cannot be read ({type(error).__name__}: {error})"
-                raise Unavailable(reason, range(here, end or here + 1)) from error
+                lasting = not self._retry_seconds and is_damage(error)  # a file on this machine
+                raise Unavailable(reason, range(here, end or here + 1), lasting=lasting) from error
 
     def _append(self, blocks: int | None, progress: QuietProgress | None) -> None:
         if self._ended or (blocks is not None and self._tokens >= blocks * self._seq_len):

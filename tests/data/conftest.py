@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,3 +42,20 @@ def tokens_at() -> Callable[..., Any]:
 @pytest.fixture
 def texts_at() -> Callable[..., Any]:
     return write_texts
+
+
+def damage_group(path: Path, group: int) -> None:
+    """Overwrite the pages of a row group; times and sizes stay."""
+    from pyarrow import parquet
+
+    column = parquet.ParquetFile(path).metadata.row_group(group).column(0)
+    start = min(place for place in (column.dictionary_page_offset, column.data_page_offset) if place is not None)
+    whole, times = bytearray(path.read_bytes()), path.stat()
+    whole[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(whole)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.fixture
+def damage() -> Callable[[Path, int], None]:
+    return damage_group

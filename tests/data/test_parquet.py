@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from pyarrow import parquet
 
 from psyche_lightning.data.parquet import PreparedData
 from psyche_lightning.errors import ConfigError, DataError
+
+Damage = Callable[[Path, int], None]
 
 ROWS = [[10 * row + place for place in range(6)] for row in range(9)]
 
@@ -162,19 +164,9 @@ def test_the_fingerprint_tells_other_rows(tmp_path: Path) -> None:
     assert opened(write(tmp_path / "a.parquet", inputs=ROWS[::-1])).fingerprint != one
 
 
-def damage(path: Path, group: int) -> None:
-    """Overwrite the pages of a row group; times and sizes stay."""
-    column = parquet.ParquetFile(path).metadata.row_group(group).column(0)
-    start = min(place for place in (column.dictionary_page_offset, column.data_page_offset) if place is not None)
-    whole, times = bytearray(path.read_bytes()), path.stat()
-    whole[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    path.write_bytes(whole)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
 @pytest.mark.parametrize("compression", ["snappy", "none", "zstd"])
 def test_a_damaged_row_group_is_named_and_left_out_for_good(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, compression: str
+    tmp_path: Path, damage: Damage, caplog: pytest.LogCaptureFixture, compression: str
 ) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"inputs": ROWS}), path, row_group_size=4, compression=compression)
@@ -188,7 +180,7 @@ def test_a_damaged_row_group_is_named_and_left_out_for_good(
     assert pickle.loads(pickle.dumps(nodes[0])).samples(5, 6)[0]["input_ids"].tolist() == ROWS[8]
 
 
-def test_a_damaged_row_group_of_the_validation_rows_is_left_out(tmp_path: Path) -> None:
+def test_a_damaged_row_group_of_the_validation_rows_is_left_out(tmp_path: Path, damage: Damage) -> None:
     damage(write(tmp_path / "a.parquet", inputs=ROWS), 2)
     data = opened(tmp_path / "a.parquet", validation_samples=3)
     assert [sample["input_ids"].tolist() for sample in data.validation()] == ROWS[6:8]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,18 @@ def test_a_saved_split_keeps_its_name(tmp_path: Path) -> None:
     assert found(tmp_path / "saved", split="test") == packed(rows("test"))
     with pytest.raises(ConfigError, match=r"split 'train' of .* does not exist .* Splits: test;"):
         found(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_row_group_is_named_and_left_out(
+    tmp_path: Path, damage: Callable[[Path, int], None], caplog: pytest.LogCaptureFixture, streaming: bool
+) -> None:
+    place = tmp_path / "train.parquet"
+    datasets.Dataset.from_dict({"text": rows("train")}).to_parquet(str(place), batch_size=5)
+    damage(place, 1)
+    options = {"streaming": True, "max_samples": 90} if streaming else {}
+    sound = packed(rows("train")[:5] + rows("train")[10:])
+    for path in (tmp_path, place):
+        assert found(path, **options) == sound[: 180 if streaming else None]
+    assert f"row group 1 of {place} is damaged (" in caplog.text
+    assert "left out for good: 5 rows" in caplog.text

@@ -357,10 +357,10 @@ def test_places_without_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_file_is_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path) -> bytes:
+    def refuse(file: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("psyche_lightning.data.plain.open_text", refuse)
     with pytest.raises(ConfigError, match=r"Z.txt' cannot be read: Permission denied"):
         open_bytes(corpus)
 
