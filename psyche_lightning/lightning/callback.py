@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.lightning.collectives import RUN_LOSS
 
 if TYPE_CHECKING:
     from psyche_lightning.lightning.session import Session
@@ -19,11 +20,14 @@ class CoordinatorCallback(Callback):
     The strategy moves it before all callbacks but those that search for a learning rate or a batch size, so that the
     others see the run's parameters from the beginning.
 
-    It logs ``psyche/clients``, ``psyche/epoch`` and ``psyche/round`` (the coordinator's), ``psyche/bytes_up`` and
-    ``psyche/bytes_down`` (at this node's sockets since it joined), and ``psyche/waiting`` (seconds that it waited).
+    Each step it logs ``psyche/loss``, the run's training loss in the newest applied round: the median of the nodes'
+    losses, which all nodes know. A callback that monitors it decides the same on all nodes that trained the same
+    rounds. Less often it logs ``psyche/clients``, ``psyche/epoch`` and ``psyche/round`` (the coordinator's),
+    ``psyche/bytes_up`` and ``psyche/bytes_down`` (at this node's sockets since it joined), and ``psyche/waiting``
+    (seconds that it waited).
 
     Args:
-        log_every: steps between figures; None for Trainer's ``log_every_n_steps``, 0 to log none.
+        log_every: steps between those figures; None for Trainer's ``log_every_n_steps``, 0 to log nothing.
 
     Raises:
         ConfigError: ``log_every`` is not a whole number >= 0.
@@ -47,6 +51,8 @@ class CoordinatorCallback(Callback):
         session = self._session(trainer)
         if session is None:
             return
+        if session.run_loss is not None and self.log_every != 0:  # each step, since callbacks may monitor it
+            pl_module.log(RUN_LOSS, session.run_loss, on_step=True, on_epoch=True, batch_size=1)
         every = trainer.log_every_n_steps if self.log_every is None else self.log_every  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:
             for name, value in session.figures().items():

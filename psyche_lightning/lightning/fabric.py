@@ -23,6 +23,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from psyche_lightning.errors import ConfigError, DataError
+from psyche_lightning.lightning.collectives import LocalCollectives
 from psyche_lightning.lightning.device import OneDevice
 from psyche_lightning.lightning.entry import Entry
 from psyche_lightning.lightning.loader import WITHOUT_A_BATCH, RoundLoader, check_loader
@@ -37,7 +38,7 @@ from psyche_lightning.recipe.options import RunOptions
 logger = logging.getLogger(__name__)
 
 
-class PsycheFabricStrategy(OneDevice, SingleDeviceStrategy):
+class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
     """One node of a run, for your own training loop.
 
     The first DataLoader that you set up is the one for training: iterating over it yields this node's share of each

@@ -108,6 +108,15 @@ def wants_to_stop(trainer: Trainer, waited: float = 0.0) -> bool:
     return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
+def logs_now(module: LightningModule | None) -> bool:
+    """Whether the module is in a hook in which it logs metrics of training or evaluation.
+
+    Trainer asks a strategy whether it is distributed for other reasons too, in other hooks or in none.
+    """
+    name = None if module is None else module._current_fx_name
+    return name is not None and name.endswith(("_step", "_batch_end", "_epoch_end"))
+
+
 def claim_version(logger: Logger) -> None:
     """Give a logger that numbers its folders one that no other process writes to.
 

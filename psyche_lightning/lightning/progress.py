@@ -115,7 +115,7 @@ class RunProgress:
             epoch, index = divmod(missed - 1, self._length)
             for config in self._trainer.lr_scheduler_configs:
                 ended = index + 1 if config.interval == "step" else epoch + 1
-                due = config.interval == "step" or index == self._length - 1
+                due = not config.reduce_on_plateau and (config.interval == "step" or index == self._length - 1)
                 if due and ended % config.frequency == 0:
                     module.lr_scheduler_step(config.scheduler, None)
         self._scheduled = step

@@ -222,6 +222,11 @@ class Session:
         return self._participant.state
 
     @property
+    def run_loss(self) -> float | None:
+        """The run's training loss in the newest applied round, the same on every node; None before the first."""
+        return self._participant.loss
+
+    @property
     def transfer(self) -> Transfer | None:
         """The download of parameters in progress; None if there is none."""
         return self._participant.transfer

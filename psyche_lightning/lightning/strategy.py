@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from psyche_lightning.distro.internals import multiply_each
 from psyche_lightning.errors import ConfigError, DataError, counted
 from psyche_lightning.lightning.callback import CoordinatorCallback
+from psyche_lightning.lightning.collectives import LocalCollectives, tell_of_monitors
 from psyche_lightning.lightning.device import OneDevice
 from psyche_lightning.lightning.entry import Entry, Memory
 from psyche_lightning.lightning.internals import (
@@ -37,6 +38,7 @@ from psyche_lightning.lightning.internals import (
     claim_version,
     give_back_handler,
     loads_train_data,
+    logs_now,
     reload_train_loader,
     trainer_of,
     wants_to_stop,
@@ -56,7 +58,7 @@ from psyche_lightning.recipe.options import RunOptions
 STATE_KEY = "psyche_distro"
 
 
-class PsycheStrategy(OneDevice, SingleDeviceStrategy):
+class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
     """One node of a run: trains its share of each round, and applies the update that all nodes agreed on.
 
     The user's optimizer gives learning rates (schedulers work on it), weight decay and parameter groups; DisTrO
@@ -210,6 +212,11 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
             searching = [one for one in others if isinstance(one, SEARCHES)]
             trainer.callbacks = [*searching, ours, *(one for one in others if one not in searching)]  # type: ignore[attr-defined]
 
+    @property
+    def is_distributed(self) -> bool:
+        """Whether ``self.log(sync_dist=True)`` calls :meth:`reduce`, which says that values are local."""
+        return self.options.coordinator is not None and logs_now(self.lightning_module)
+
     def setup_environment(self) -> None:
         """Called by Trainer before its loggers write: nodes of one folder log into folders of their own."""
         super().setup_environment()
@@ -230,6 +237,8 @@ class PsycheStrategy(OneDevice, SingleDeviceStrategy):
         self._fit = fit = _Fit(trainer, Entry(self.options, self._memory), count_rounds(trainer, self._undo))
         super().setup_optimizers(trainer)
         check_optimizers(trainer, alone=self.options.coordinator is None)
+        if self.options.coordinator is not None:
+            tell_of_monitors(trainer)
         fit.step = TakenStep(self.optimizers[0], trainer.lightning_module, fit.entry.distro)
 
     def process_dataloader(self, dataloader: object) -> object:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.lightning.collectives import RUN_LOSS
 
 SEARCHES = (BatchSizeFinder, LearningRateFinder)
 """Callbacks that train for a while to find a value, before the training itself."""
@@ -104,8 +105,10 @@ def check_optimizers(trainer: Trainer, alone: bool) -> None:
             f"{name}.configure_optimizers gives {len(optimizers)} optimizers, or none that trains; the strategy "
             "'psyche' needs exactly one (it may have several parameter groups)."
         )
-    if not alone and any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
-        raise ConfigError(
-            "A ReduceLROnPlateau follows a metric of this node alone, but all nodes must use the same learning "
-            "rate in each round. Use a scheduler that depends only on the step."
-        )
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and config.monitor != RUN_LOSS and not alone:
+            raise ConfigError(
+                f"ReduceLROnPlateau monitors {config.monitor!r}, a metric of this node alone, but all nodes must use "
+                f"the same learning rate in each round. Monitor {RUN_LOSS!r}, the run's training loss, which is the "
+                "same on every node, or use a scheduler that depends only on the step."
+            )

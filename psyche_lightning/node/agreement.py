@@ -6,6 +6,9 @@ results a round has, regardless of what a node was sent.
 
 from __future__ import annotations
 
+import math
+import statistics
+import struct
 from dataclasses import dataclass, field
 
 from psyche_lightning.node.rates import agreed_rates
@@ -31,6 +34,13 @@ class AgreedSet:
     def trained(self) -> set[int]:
         """Indices of the trainers whose ids count as trained."""
         return {entry.trainer for entry in self.entries if entry.result.tokens}
+
+    @property
+    def loss(self) -> float | None:
+        """The median of the losses of those who trained, which few members cannot move far; None without any."""
+        losses = [_float32(entry.result.loss) for entry in self.entries if entry.result.tokens]
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        return statistics.median(finite) if finite else None
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,11 @@ def agreed_set(results: RoundLog, attesting: RoundLog) -> AgreedSet | Unknown:
         return Unknown(results=True)
     entries = [results.entries[commitment] for commitment in listed]
     return AgreedSet(tuple(entries), agreed_rates(entry.result.lrs for entry in entries))
+
+
+def _float32(bits: int) -> float:
+    value: float = struct.unpack("<f", struct.pack("<I", bits))[0]
+    return value
 
 
 @dataclass(frozen=True)

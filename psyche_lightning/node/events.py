@@ -225,6 +225,7 @@ class Apply:
         snapshot: whether to store their tensors, too, so that peers can take them.
         prints: whether to compute fingerprints.
         open_ids: ids open after the round; part of the digest.
+        loss: the round's training loss (:attr:`AgreedSet.loss`), for people and callbacks.
     """
 
     epoch: int
@@ -235,6 +236,7 @@ class Apply:
     snapshot: bool = False
     prints: bool = False
     open_ids: OpenIds = ()
+    loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -314,7 +314,8 @@ class Follower:
         snapshot = last or (due and several and (self._kept > self._settings.keep_bytes or self.repair.wanted))
         self.busy = ("apply", log.epoch, height, snapshot)
         payloads = tuple(entry.result.payload for entry in agreement.entries)
-        self._out.emit(ev.Apply(log.epoch, height, payloads, agreement.lrs, due, snapshot, several, self._open_ids))
+        what = (payloads, agreement.lrs, due, snapshot, several, self._open_ids, agreement.loss)
+        self._out.emit(ev.Apply(log.epoch, height, *what))
 
     def _last_training(self, log: EpochLog, height: int, state: RunState) -> bool:
         """Whether the round is the epoch's last that trains, so that its parameters are the next epoch's."""

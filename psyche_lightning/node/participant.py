@@ -59,12 +59,17 @@ class Participant:
             :meth:`wait_applied`.
         patience: longest wait for a round, in seconds; then an error names the missing nodes.
         stops: returns whether the training thread wants to stop; asked during its waits, on that thread.
+
+    Attributes:
+        node: as given.
+        loss: training loss of the newest applied round, the same on every node; None before the first.
     """
 
     def __init__(
         self, node: NodeParts, *, patience: float = 24 * 3600.0, stops: Callable[[], bool] = lambda: False
     ) -> None:
         self.node = node
+        self.loss: float | None = None
         self._patience = patience
         self._stops = stops
         self._inbox: queue.SimpleQueue[TrainerTask] = queue.SimpleQueue()
@@ -297,5 +302,7 @@ class Participant:
             case BaseException():
                 raise task
             case _:
+                if isinstance(task, Apply) and task.loss is not None:
+                    self.loss = task.loss
                 self._handle(self._runtime.run_replica_task(task))
         return task

@@ -81,19 +81,6 @@ def test_no_optimizer(classifier: Make, loader: Make, trainer: Make) -> None:
         trainer(max_steps=1).fit(Without(), loader())
 
 
-def test_a_scheduler_that_follows_local_metrics(
-    classifier: Make, loader: Make, trainer: Make, create_run: Make
-) -> None:
-    class Plateau(classifier):  # type: ignore[misc]
-        def configure_optimizers(self) -> Any:
-            optimizer = super().configure_optimizers()
-            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-            return {"optimizer": optimizer, "lr_scheduler": scheduler, "monitor": "val_loss"}
-
-    with pytest.raises(ConfigError, match=r"ReduceLROnPlateau.*depends only on the step"):
-        trainer(strategy=PsycheStrategy(*create_run()), max_steps=1).fit(Plateau(), loader())
-
-
 def test_sparse_gradients(loader: Make, trainer: Make, classifier: Make) -> None:
     class Sparse(classifier):  # type: ignore[misc]
         def __init__(self) -> None:
