@@ -20,6 +20,7 @@ from psyche_lightning.node.events import Effect, Event
 from psyche_lightning.node.exchange import Exchange, gone
 from psyche_lightning.node.follower import Follower, catching_up
 from psyche_lightning.node.notices import (
+    CoordinatorWentBack,
     Finished,
     OtherStart,
     Outcome,
@@ -35,7 +36,7 @@ from psyche_lightning.node.rounds import RoundLog
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.waiting import describe
 from psyche_lightning.node.witness import result_promise, witness_report
-from psyche_lightning.protocol.committee import starting_digest
+from psyche_lightning.protocol.committee import decided_root, starting_digest
 from psyche_lightning.protocol.merkle import EMPTY_ROOT
 from psyche_lightning.protocol.messages import Buffers, Envelope, Message, Offer, Result, Stuck
 from psyche_lightning.protocol.requests import Accuse, HealthCheck, Join, WarmupWitness
@@ -45,6 +46,8 @@ STALE = ("InvalidWitness", "DuplicateWitness", "InvalidHealthCheck", "InvalidRun
 """Refusals of a request that arrives after the run moved on."""
 CLAIM_AFTER = 10.0
 """Seconds of waiting for an epoch after which a newcomer looks whether it holds the run's parameters."""
+OLDER_FOR = 20.0
+"""Seconds after which an older state is not just late: the coordinator was restored from a copy."""
 FINAL_LOADS = 3
 """Attempts to get the parameters of a finished run."""
 
@@ -87,6 +90,7 @@ class NodeCore:
         self._patience = Patience()
         self._final_loads = 0
         self._reported: tuple[int, bytes] | None = None
+        self._older: tuple[float, RunState] | None = None
 
     # --- the door -------------------------------------------------------------------------------------------------
 
@@ -110,7 +114,13 @@ class NodeCore:
             case ev.Received(envelope):
                 self._receive(envelope)
             case ev.Trained(epoch, height, result):
-                if result is not None and log is not None and log.epoch == epoch and height in log.rounds:
+                if (
+                    result is not None
+                    and (epoch, height) == self._trained
+                    and log is not None
+                    and log.epoch == epoch
+                    and height in log.rounds
+                ):
                     self._exchange.announce(log.rounds[height], result, result_promise(epoch, height))
             case ev.Fetched():
                 self._exchange.fetched(event)
@@ -134,7 +144,11 @@ class NodeCore:
                     self._out.say(RequestRefused(code, text))
             case ev.Tick():
                 pass
-        if self.state is not None and not self.finished:
+        if self._older is not None and self.state is not None and self._out.now - self._older[0] >= OLDER_FOR:
+            older = self._older[1]
+            self._out.say(CoordinatorWentBack(self.state.step, older.step))
+            self._out.emit(ev.StartOver(older))
+        elif self.state is not None and not self.finished:
             self._advance(self.state, gather=isinstance(event, (ev.Tick, ev.StateSeen)))
         return self._out.take()
 
@@ -174,9 +188,13 @@ class NodeCore:
 
     def _see(self, state: RunState) -> None:
         if self.state is not None:
-            if state.nonce < self.state.nonce:
+            if state.nonce < self.state.nonce:  # late, or the coordinator has lost what it had announced
+                self._older = self._older[0] if self._older else self._out.now, state
                 return
             before, after = self.state.current, state.current
+            if _contradicts(self.state, state):
+                self._older = self._out.now - OLDER_FOR, state
+                return
             if state.epoch != self.state.epoch:
                 self._out.keep_only(("join", "load"))
             elif (before and before.height) != (after and after.height):
@@ -184,7 +202,7 @@ class NodeCore:
             if state.phase != self.state.phase:
                 self._out.forget("join")
                 self._out.forget(("warmup", state.epoch))
-        self.state = state
+        self.state, self._older = state, None
         self._exchange.meet(state)
 
     # --- what to do next ----------------------------------------------------------------------------------------------
@@ -383,3 +401,17 @@ class NodeCore:
             return
         self.finished = True
         self._out.emit(Finished(outcome, wanted))
+
+
+def _contradicts(before: RunState, after: RunState) -> bool:
+    """Whether a newer state takes back what an older one showed, which a coordinator does only if it lost that."""
+    if after.epoch < before.epoch:
+        return True
+    old, new = before.current, after.current
+    if not (before.phase.active and after.phase.active and before.epoch == after.epoch) or old is None or new is None:
+        return False
+    ended = [(round_, after.round_at(round_.height)) for round_ in before.rounds if round_.height < old.height]
+    return new.height < old.height or any(
+        same is not None and decided_root(round_, before.needed) != decided_root(same, after.needed)
+        for round_, same in ended
+    )

@@ -280,6 +280,13 @@ class Diagnose:
 
 
 @dataclass(frozen=True)
+class StartOver:
+    """Begin with a new core from what is stored, as after a restart, and give it this state; no effect follows."""
+
+    state: RunState
+
+
+@dataclass(frozen=True)
 class Keep:
     """Everything else in the blob store and the promises is no longer needed.
 
@@ -315,6 +322,7 @@ Effect = (
     | ShareBuffers
     | LoadBuffers
     | Diagnose
+    | StartOver
     | Keep
     | WriteDown
     | Notice

@@ -301,6 +301,25 @@ class RequestRefused(Notice):
 
 
 @dataclass(frozen=True)
+class CoordinatorWentBack(Notice):
+    """The coordinator shows an older state than before for long, as if it was restored from a copy.
+
+    Attributes:
+        step: the run's step that this node had seen.
+        now: the step that the coordinator shows.
+    """
+
+    step: int
+    now: int
+
+    def __str__(self) -> str:
+        return (
+            f"the coordinator went back from step {self.step} to step {self.now}: was it restored from a copy? This "
+            "node begins again from there, with what it has stored"
+        )
+
+
+@dataclass(frozen=True)
 class SignedBefore(Notice):
     """This node signed a result for this round before, for other data ids; a second one would have it ejected."""
 

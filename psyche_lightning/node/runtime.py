@@ -365,6 +365,9 @@ class Runtime:
                 self._spawn(self._load(effect, digest, providers))
             case ev.Train() | ev.Apply() | ev.TakeSnapshot() | ev.ShareBuffers() | Finished():
                 self._post(effect)
+            case ev.StartOver(state):
+                self.core = self._make_core(*self._kept())
+                self.handle(ev.StateSeen(state))
             case ev.Diagnose():
                 self._spawn(self._diagnose(effect))
             case ev.Keep():

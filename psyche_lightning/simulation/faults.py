@@ -55,6 +55,9 @@ class World(Protocol):
     def changed(self) -> None:
         """Announces a change of the coordinator's state."""
 
+    def go_back(self) -> None:
+        """Notes that the coordinator's disk has an older state now."""
+
     def start(self, node: SimNode) -> None:
         """Starts a node that is not running, unless it is gone for good."""
 
@@ -118,6 +121,8 @@ class Faults:
         for _ in range(scenario.leaps):
             node = rng.choice(nodes)
             at(rng.uniform(5, calm), lambda node=node: self._leap(node))  # type: ignore[misc]
+        for _ in range(scenario.copies):
+            at(rng.uniform(15, calm), self._copy)
         honest = [node for node in nodes if not node.role]
         for _ in range(scenario.journals):
             at(rng.uniform(10, calm), lambda node=honest[0]: self._lose_journal(node))  # type: ignore[misc]
@@ -280,6 +285,26 @@ class Faults:
         simulation.trace("kill the coordinator")
         # It had stored every change before it announced it.
         simulation.disk, simulation.host = simulation.host.dump(), None
+        simulation.at(self._rng.uniform(0.5, 15), self._restart_coordinator)
+
+    def _copy(self) -> None:
+        host = self._simulation.host
+        if host is None or not host.state.phase.active:
+            self._simulation.at(5.0, self._copy)
+        else:
+            copy = host.dump()
+            self._simulation.at(self._rng.uniform(2, 30), lambda: self._restore(copy))
+
+    def _restore(self, copy: dict[str, Any]) -> None:
+        """The coordinator loses its disk, and comes back with a copy that is not new."""
+        simulation = self._simulation
+        old, host = RunHost.load(copy), simulation.host
+        if host is None or not host.state.phase.active or host.state.epoch != old.state.epoch:
+            return
+        self.count += 1
+        simulation.trace(f"the coordinator goes back to step {old.state.step}")
+        simulation.disk, simulation.host = copy, None
+        simulation.go_back()
         simulation.at(self._rng.uniform(0.5, 15), self._restart_coordinator)
 
     def _restart_coordinator(self) -> None:

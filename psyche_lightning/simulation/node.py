@@ -44,6 +44,7 @@ class SimNode:
         young: blobs since the last :class:`~psyche_lightning.node.events.Keep`.
         room: writes until its disk is full; None while it has room.
         torn: whether the write that fails is there afterwards, because only the disk's answer failed.
+        follows: whether what it knows is what the coordinator has, which may have been restored from a copy.
         clock: how far its clock is ahead of virtual time; each process has a clock of its own.
     """
 
@@ -70,6 +71,7 @@ class SimNode:
     room: int | None = None
     torn: bool = False
     clock: float = 0.0
+    follows: bool = True
 
     @property
     def name(self) -> str:
@@ -84,7 +86,7 @@ class SimNode:
     def begin(self, core: NodeCore) -> None:
         """Starts with parameters of its own."""
         seed = self.identity.public, bytes([self.life])
-        self.core, self.open_ids, self.flipped, self.room = core, (), False, None
+        self.core, self.open_ids, self.flipped, self.room, self.follows = core, (), False, None, True
         self.head, self.buffers = sha256(b"initial", *seed), sha256(b"buffers", *seed)
 
     def end(self) -> None:

@@ -43,6 +43,7 @@ class Scenario:
         leaps: times that a node's clock leaps ahead, as after a machine slept.
         journals: nodes that come back without what they promised; they count as nodes that break the rules.
         blobs: nodes that come back with their journal, and without their blobs.
+        copies: times that the coordinator is restored from an older copy of the same epoch.
         schedule: whether the learning rate is that of a schedule in the manifest.
     """
 
@@ -72,6 +73,7 @@ class Scenario:
     journals: int = 0
     blobs: int = 0
     schedule: bool = False
+    copies: int = 0
 
     @property
     def unreliable(self) -> int:
@@ -124,6 +126,8 @@ class Scenario:
             blobs=rng.choice([0, 0, 0, 1]),
             schedule=rng.random() < 0.5,
         )
+        if drawn.keep_bytes > 300 and rng.random() < 0.2:  # else nodes do not keep what an older state needs
+            drawn = replace(drawn, copies=1)
         forgetful = replace(drawn, journals=1)
         room = nodes - forgetful.unreliable >= quorum(nodes) and forgetful.ejects
         return forgetful if room and rng.random() < 0.3 else drawn

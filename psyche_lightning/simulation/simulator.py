@@ -73,6 +73,8 @@ class Simulation:
         self._trained: dict[tuple[int, int], bytes] = {}
         self._buffers: dict[int, bytes] = {}
         self._restless: set[int] = set()
+        self._opened: dict[str, Envelope] = {}
+        self._lost = False
         self._proofs: dict[bytes, list[tuple[SimNode, int, float]]] = {}
         self.faults = Faults(self)
         batch = scenario.nodes * 2
@@ -205,6 +207,8 @@ class Simulation:
             SimulationError: it is not complete, though faults do not excuse that: an id was lost, or trained twice.
         """
         rows = [row for node in self.nodes if not node.role for row in node.ledger]
+        if self._lost:  # what a coordinator lost that was restored from a copy stays in some books
+            rows = [row for row in rows if self._listed(row) == self._recorded(row)]
         self._check_books(rows)
         ledger = audit(rows)
         seen = ledger.rounds + count(ledger.missing)
@@ -226,20 +230,25 @@ class Simulation:
         Raises:
             SimulationError: a book has other results than those that a quorum reported.
         """
-        delay = 2 if self.scenario.overlap else 1
-        opened: dict[str, Envelope] = {}
         for row in rows:
-            for text in row["results"]:
-                if text not in opened:
-                    opened[text] = open_envelope(base64.b64decode(text), self.scope)
-            envelopes = [opened[text] for text in row["results"]]
-            listed = merkle_root(commitments(self.scope, envelopes))
-            recorded = self._record.get((row["epoch"], row["height"] + delay - 1)) or EMPTY_ROOT
+            listed, recorded = self._listed(row), self._recorded(row)
             if listed != recorded:
                 raise self._error(
                     f"round {row['height']} of epoch {row['epoch']} was decided as {recorded.hex()[:8]} and written "
                     f"down as {listed.hex()[:8]}"
                 )
+
+    def _recorded(self, row: Row) -> bytes:
+        """The root that the coordinator recorded for a round in a book."""
+        delay = 2 if self.scenario.overlap else 1
+        return self._record.get((row["epoch"], row["height"] + delay - 1)) or EMPTY_ROOT
+
+    def _listed(self, row: Row) -> bytes:
+        """The root over the results in a book."""
+        for text in row["results"]:
+            if text not in self._opened:
+                self._opened[text] = open_envelope(base64.b64decode(text), self.scope)
+        return merkle_root(commitments(self.scope, [self._opened[text] for text in row["results"]]))
 
     def _observe(self, state: RunState) -> None:
         """Notes what the coordinator decided.
@@ -295,6 +304,22 @@ class Simulation:
                 self._step = host.state.step
                 self.changed()
                 return
+
+    def go_back(self) -> None:
+        """Forgets what the coordinator's disk does not have any more; nodes that know it do not follow for a while."""
+        state = self.state()
+        assert state.current is not None
+        epoch, height = state.epoch, state.current.height
+        first = (epoch, height - 2)  # with overlap, the rounds before may be decided in other ways, too
+        self._step, self._announced = state.step, -1
+        self._record = {place: root for place, root in self._record.items() if place < (epoch, height)}
+        self._applied = {place: seen for place, seen in self._applied.items() if place < first}
+        self._trained = {place: digest for place, digest in self._trained.items() if place < first}
+        self._restless.add(epoch)
+        self._lost = True
+        for node in self.nodes:
+            seen = node.core.state if node.core is not None else None
+            node.follows = seen is None or seen.nonce <= state.nonce
 
     def changed(self) -> None:
         """Announces a change; late ones are skipped, as by a websocket that sends only the newest."""
@@ -353,6 +378,15 @@ class Simulation:
         if node.gone or node.core is not None:
             return
         self.trace(f"start {node.name}")
+        node.begin(self._core(node))
+        state = self.state()
+        if state.phase is not Phase.WAITING_FOR_MEMBERS:
+            self._restless.add(state.epoch)  # the buffers of a node that was killed are lost
+        self._push_tick(node, node.life)
+        self._push(node, node.life)
+
+    def _core(self, node: SimNode) -> NodeCore:
+        """A core that knows what the node stored."""
         key = node.identity.public
         settings = Settings(
             self.scenario.overlap,
@@ -370,12 +404,7 @@ class Simulation:
         node.clock = self.rng.uniform(0, 1e6)
         former = tuple(each.identity for each in self.nodes) if node.role == "stale" else ()
         node.plays = Role(node.role, node.identity, self.scope, self.rng, node.put, former)
-        node.begin(NodeCore(key, key, self.scope, settings, seal_, node.promises, node.remembered, lost))
-        state = self.state()
-        if state.phase is not Phase.WAITING_FOR_MEMBERS:
-            self._restless.add(state.epoch)  # the buffers of a node that was killed are lost
-        self._push_tick(node, node.life)
-        self._push(node, node.life)
+        return NodeCore(key, key, self.scope, settings, seal_, node.promises, node.remembered, lost)
 
     def _push_tick(self, node: SimNode, life: int) -> None:
         if node.life == life and node.core is not None and not node.done:
@@ -435,6 +464,9 @@ class Simulation:
                 self.trace(f"{node.name}: {effect}")
             case Request():
                 self.at(self._latency(), lambda: self._ask(node, effect, life))
+            case ev.StartOver(state):
+                node.core, node.follows = self._core(node), True
+                self._give(node, ev.StateSeen(state))
             case ev.Diagnose():
                 pass  # it is for people
 
@@ -509,7 +541,7 @@ class Simulation:
         except StoreError:
             self.faults.disk_failed(node)
             return
-        if isinstance(task, ev.Apply) and not node.flipped and not node.role:
+        if isinstance(task, ev.Apply) and node.follows and not node.flipped and not node.role:
             self._check(node, task.epoch, task.height)
         self._give(node, event)
         self._work(node)
@@ -548,7 +580,7 @@ class Simulation:
 
     def _check_training(self, node: SimNode, epoch: int, height: int) -> None:
         """Checks that all nodes train a round with equal parameters, and an epoch's first round with equal buffers."""
-        if node.role:
+        if node.role or not node.follows:
             return
         if not node.flipped and self._trained.setdefault((epoch, height), node.digest) != node.digest:
             raise self._error(f"{node.name} trains round {height} of epoch {epoch} with other parameters than others")

@@ -10,8 +10,9 @@ import pytest
 from support.core import KEYS, NODES, RETRY, RUN, STRANGER, Scene, brief, commitments, of, one, parameters, sent
 
 from psyche_lightning.node import events as ev
-from psyche_lightning.node.core import CLAIM_AFTER, FINAL_LOADS, STALE
+from psyche_lightning.node.core import CLAIM_AFTER, FINAL_LOADS, OLDER_FOR, STALE
 from psyche_lightning.node.notices import (
+    CoordinatorWentBack,
     Finished,
     Notice,
     OtherStart,
@@ -857,6 +858,34 @@ def test_strangers_are_not_heard(message: Any) -> None:
     assert scene.hear(seal(STRANGER, RUN, message)) == []
     assert scene.core._follower.repair.offers == {}
     assert not scene.core._follower.repair.wanted
+
+
+def test_a_coordinator_that_went_back_is_followed_from_what_is_stored_and_nothing_is_signed_twice() -> None:
+    scene = Scene(3)
+    scene.begin()
+    older = scene.state
+    scene.play(1)
+    signed, step = dict(scene.promises), scene.state.step
+    assert result_promise(0, 1) in signed
+    scene.host.state = older
+    assert scene.see() == []
+    assert not of(scene.tick(OLDER_FOR - 0.1), ev.StartOver)
+    effects = scene.tick(0.1)
+    assert effects == [CoordinatorWentBack(step, older.step), ev.StartOver(older)]
+    again = scene.restarted(head=0)
+    effects = again.obey(again.give(ev.StateSeen(older)))
+    assert ev.Broadcast(signed[result_promise(0, 0)]) in effects
+    assert not of(effects, (ev.Train, ev.Promise))  # type: ignore[arg-type]
+
+
+def test_a_state_that_is_only_late_changes_nothing() -> None:
+    scene = Scene(3)
+    scene.begin()
+    older = scene.state
+    scene.play(1)
+    scene.give(ev.StateSeen(older))
+    scene.see()
+    assert not of(scene.tick(OLDER_FOR) + scene.tick(OLDER_FOR), ev.StartOver)
 
 
 def test_an_accusation_that_did_not_reach_the_coordinator_is_repeated() -> None:

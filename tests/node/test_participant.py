@@ -13,6 +13,7 @@ import torch
 from psyche_lightning.errors import ManifestMismatchError, PsycheError, StoreError, UnfinishedError
 from psyche_lightning.node import events as ev
 from psyche_lightning.node import runtime
+from psyche_lightning.node.events import StartOver
 from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import (
     CannotGoOn,
@@ -97,6 +98,25 @@ def test_parameters_that_changed_by_themselves_are_named_and_repaired(make_run: 
     # A digest of every second round shows it; the first at which the lists of the other two make a quorum.
     assert any(isinstance(notice, ParametersDiffer) and notice.round in range(3, 40, 2) for notice in said)
     assert TensorDiffered("weight", 3) in said
+
+
+def test_a_node_that_starts_over_goes_on_from_what_it_stored(make_run: Any, make_trainee: Any) -> None:
+    run = make_run(3, 30)
+    nodes = [make_trainee(number, run) for number in range(3)]
+    cores = []
+
+    def start_over(node: Any, work: Any) -> None:
+        if work.step == 5:
+            runtime = node.participant._runtime
+            cores.append(runtime.core)
+            runtime._loop.call_soon_threadsafe(runtime._carry_out, StartOver(runtime.core.state))
+
+    nodes[1].spoil = start_over
+    run.go(*nodes)
+    assert nodes[1].participant._runtime.core is not cores[0]
+    assert len({node.bytes for node in nodes}) == 1
+    assert len(nodes[1].steps) <= len(set(nodes[1].steps)) + 1  # what it signed, it does not train again
+    assert not run.host.membership.ejected
 
 
 def test_another_manifest_is_refused_with_the_fields_that_differ(make_run: Any, make_trainee: Any) -> None:

@@ -42,6 +42,7 @@ def test_the_histories_cover_what_they_are_for(outcomes: list[History | Simulati
     assert any(scenario.leaps for scenario in scenarios)
     assert any(scenario.journals for scenario in scenarios)
     assert any(scenario.blobs for scenario in scenarios)
+    assert any(scenario.copies for scenario in scenarios)
     assert {scenario.schedule for scenario in scenarios} == {True, False}
     assert sum(scenario.kills for scenario in scenarios) > 80
     assert any(outcome.epochs > 1 for outcome in played)
