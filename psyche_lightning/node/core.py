@@ -116,7 +116,7 @@ class NodeCore:
             case ev.Trained(epoch, height, result):
                 if (
                     result is not None
-                    and (epoch, height) == self._trained
+                    and (epoch, height) <= self._trained  # else a core before this one asked
                     and log is not None
                     and log.epoch == epoch
                     and height in log.rounds

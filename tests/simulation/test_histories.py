@@ -70,6 +70,15 @@ def test_nothing_is_decided_by_what_a_notice_says(seed: int, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+def test_without_faults_ids_are_trained_in_their_own_round(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With overlap a round does not wait for a batch of which all others are through; here that is a few."""
+    monkeypatch.setattr("psyche_lightning.simulation.node.ABSTENTIONS", 0.0)
+    outcome = Simulation(Scenario(2, 4, overlap, 12, 0.0, 0.1, 0.0, 0, 0, 0, 0, 0, 150.0)).run()
+    assert (outcome.rounds, outcome.faults) == (12, 0)
+    assert outcome.again + outcome.untrained <= 8 * overlap
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
 @pytest.mark.parametrize("role", ROLES)
 def test_two_of_seven_that_break_the_rules_in_one_way_stop_nobody(role: str, overlap: bool) -> None:
     simulation = Simulation(Scenario(3, 7, overlap, 6, 0.02, 0.1, 0.0, 1, 0, 0, 0, 2, 150.0, schedule=overlap))
