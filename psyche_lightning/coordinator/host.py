@@ -57,6 +57,9 @@ MAX_ROUNDS = 4096
 """Rounds of the epoch that are kept; a node that needs older rounds takes a newer snapshot instead."""
 
 
+LINGER = 0.5
+"""A decided round stays open for this share of its time, for members that reported on the stored rounds before but not
+yet on this one. They then hold it as well: after a power cut, the run goes on with any one of them."""
 PAGE = 8192
 """Clients and witness records of the rounds in one answer; as JSON, some 2 MB."""
 
@@ -122,6 +125,7 @@ class RunHost:
         self._seed = seed
         self._left_open: dict[str, int | None] = dict.fromkeys(unset)
         self._now = 0.0
+        self._lingers: tuple[int, int, float] | None = None  # epoch and height of a decided round, and until when
 
     # What others read.
 
@@ -146,7 +150,8 @@ class RunHost:
 
     def deadline(self) -> float | None:
         """When time alone advances the run, in the coordinator's seconds; None if only an input can."""
-        return machine.deadline(self.state)
+        due = machine.deadline(self.state)
+        return due if self._lingers is None or due is None else min(due, self._lingers[2])
 
     # What people request.
 
@@ -421,10 +426,31 @@ class RunHost:
             self._dismiss(now)
             if self.state.phase.halted:
                 return
+            if self._stays_open(now):
+                return
             pending = list(self.membership.members.values())
             state = machine.tick(self.state, pending, now, self._round_seed())
             if state is self.state:
                 return
+
+    def _stays_open(self, now: float) -> bool:
+        """Whether members get time to report on the decided round; see :data:`LINGER`."""
+        state, round_ = self.state, self.state.current
+        lingers, self._lingers = self._lingers, None
+        if not state.phase.active or round_ is None or decided_root(round_, state.needed) is None:
+            return False
+        late = machine.unreported(state, round_)
+        for before in state.rounds:
+            if before is not round_:
+                late &= {before.clients[record.proof.index] for record in before.witnesses}
+        if not late:
+            return False
+        if lingers is None or lingers[:2] != (state.epoch, round_.height):
+            lingers = state.epoch, round_.height, now + LINGER * (now - state.phase_start)
+        if now >= lingers[2]:
+            return False
+        self._lingers = lingers
+        return True
 
     def _dismiss(self, now: float) -> None:
         """Forget members that may no longer be one, unless they are in an epoch, which they finish."""

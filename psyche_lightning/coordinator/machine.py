@@ -98,15 +98,16 @@ def _over(state: RunState, round_: Round) -> bool:
     return decided_root(round_, state.needed) is not None
 
 
-def _everyone_reported(state: RunState, round_: Round) -> bool:
-    """Whether each witness has reported or has left."""
+def unreported(state: RunState, round_: Round) -> set[bytes]:
+    """The signers of the healthy witnesses that have not reported on a round."""
     selection = round_selection(round_, state.config)
     reported = {record.proof.index for record in round_.witnesses}
     present = {client.signer for client in healthy(state)}
-    return not any(
-        signer in present and index not in reported and selection.is_witness(index)
+    return {
+        signer
         for index, signer in enumerate(round_.clients)
-    )
+        if signer in present and index not in reported and selection.is_witness(index)
+    }
 
 
 class Ending(Enum):
@@ -213,7 +214,7 @@ def tick(state: RunState, pending: Sequence[Client] | None, now: float, seed: in
     if _over(state, round_):
         return _end_round(state, round_, now, seed)
     if state.phase is Phase.ROUND_TRAIN:
-        over = _expired(state, now) or _everyone_reported(state, round_)
+        over = _expired(state, now) or not unreported(state, round_)
         return _enter(state, Phase.ROUND_WITNESS, now) if over else state
     return _end_round(state, round_, now, seed) if _expired(state, now) else state
 
@@ -367,12 +368,13 @@ def warmup_witness(state: RunState, signer: bytes, request: WarmupWitness) -> Ru
 def witness(state: RunState, signer: bytes, request: Witness) -> RunState:
     """Record a witness' report on the current round in place of its earlier one, until the round is decided.
 
-    While the epoch drains, a later report still names parameters.
+    A host may leave a decided round open for first reports. While the epoch drains, a later report still names
+    parameters.
 
     Raises:
         MachineError: ``Halted``; ``InvalidRunState`` outside a round; ``InvalidWitness`` for another round, a client
             without that seat or not healthy, bytes of a wrong size, or a step that the parameters cannot have;
-            ``DuplicateWitness`` for an equal report, or if the round is decided.
+            ``DuplicateWitness`` for an equal report, or for another one if the round is decided.
     """
     epoch, height, proof = request.epoch, request.height, request.proof
     round_ = _running_round(state)
@@ -401,16 +403,16 @@ def witness(state: RunState, signer: bytes, request: Witness) -> RunState:
             f"parameters are named by {HASH_SIZE} bytes and at most {state.step - 1} steps, not by "
             f"{len(request.digest)} bytes and {request.step} steps",
         )
-    decided = decided_root(round_, state.needed) is not None
     records = {record.proof.index: record for record in round_.witnesses}
-    if not (decided and proof.index in records):  # what is decided stays decided
+    stays = proof.index in records and decided_root(round_, state.needed) is not None  # what is decided stays decided
+    if not stays:
         records[proof.index] = WitnessRecord(proof, request.merkle, request.participants, request.broadcasts)
     held = {vote[0]: vote for vote in state.checkpoint_votes}
     if request.digest:
         held[signer] = (signer, request.step, request.digest)
     witnesses, votes = tuple(records.values()), tuple(held.values())
     repeated = (witnesses, votes) == (round_.witnesses, state.checkpoint_votes)
-    if repeated or (decided and not state.draining):
+    if repeated or (stays and not state.draining):
         raise MachineError("DuplicateWitness", f"client {proof.index} has already reported on height {height}")
     filled = replace(round_, witnesses=witnesses)
     return _change(

@@ -339,7 +339,7 @@ class NodeCore:
         decided = here.root is not None  # then a report counts for the parameters that it names only
         if mine is not None and (decided or mine.merkle == root) and (voted or not state.draining):
             return
-        open_ = not decided or state.draining
+        open_ = mine is None or not decided or state.draining
         if open_ and self._out.due(("witness", state.epoch, current.height, root, digest)):
             if about is not None:
                 self._exchange.remember(log, about.round.height, about.verified())

@@ -99,7 +99,11 @@ def describe(state: RunState | None, log: EpochLog | None, next_apply: int | Non
         return "the run is paused; waiting for `psyche run resume`"
     if state.phase is Phase.WARMUP:
         ready = {record.proof.index for record in state.warmup_witnesses}
-        late = [short(client.node) for i, client in enumerate(state.clients) if i not in ready]
+        unready = [client.node for i, client in enumerate(state.clients) if i not in ready]
+        if node in unready and log is not None and log.epoch < state.epoch and next_apply is not None:
+            what = f"this node lacks results of round {next_apply} of epoch {log.epoch}"
+            return f"epoch {state.epoch}: {what}; waiting for another member of that epoch"
+        late = [short(one) for one in unready]
         return f"epoch {state.epoch}: waiting for {', '.join(late) or 'nobody'} to hold the parameters"
     if state.phase is Phase.FINISHED:
         return "the run is finished: waiting for its last parameters"

@@ -85,11 +85,13 @@ def report(host: RunHost, i: int, now: float, figures: Report | None = None, **c
 
 
 def play(host: RunHost, now: float, who: Iterable[int] = (0, 1), **changes: Any) -> None:
-    """One round in which ``who`` report at once."""
+    """One round in which ``who`` report at once, and the others not in time."""
     height = host.rounds[-1].height
     for i in who:
         if host.state.phase.active and host.rounds[-1].height == height:
             report(host, i, now, **changes)
+    if host.state.phase.active and host.rounds[-1].height == height:
+        host.tick(host.deadline() or now)
 
 
 def code_of(call: Callable[[], object]) -> str:
@@ -480,6 +482,7 @@ def test_figures_of_a_round(odd: tuple[float, float]) -> None:
     host = training()
     report(host, 0, 6.0, Report(1, 3.0, 100.0, 1000, 500))
     report(host, 1, 6.0, Report(1, 1.0, 50.0, 2000, 700))
+    host.tick(6.5)
     # The third comes when its round is over: refused as a witness, but its figures count.
     seat = round_selection(host.rounds[0], host.state.config).witness_proof(2)
     late = Witness(0, 0, seat, ROOT, bytes(192), bytes(192), report=Report(1, *odd, 3000, 900))
@@ -492,6 +495,7 @@ def test_figures_of_a_round(odd: tuple[float, float]) -> None:
     # Bytes are counted since the report before, or from zero after a restart.
     report(host, 0, 8.0, Report(2, 2.0, 100.0, 1600, 600))
     report(host, 1, 8.0, Report(2, 2.0, 100.0, 400, 100))
+    host.tick(8.75)
     assert (host.history.metrics.since(0)[1].bytes_up, host.history.metrics.since(0)[1].bytes_down) == (500.0, 100.0)
     # The same step again, in a round that drains or by a node that had nothing to train, is no further figure.
     report(host, 0, 8.5, Report(2, 9.0, 100.0, 1700, 700))
@@ -600,6 +604,31 @@ def test_events_and_figures_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert (again.history.events.since(0), again.history.events.count) == (host.history.events.since(0), 8)
 
 
+# Who reports last.
+
+
+def test_a_decided_round_waits_a_moment_for_members_that_reported_before() -> None:
+    """So each of them holds what is decided: after a power cut the run goes on with any one."""
+    host = training(total_steps=9)
+    for i in (0, 1, 2):
+        report(host, i, 7.0)
+    assert host.rounds[-1].height == 1  # everyone has reported
+    for i in (0, 1):
+        report(host, i, 9.0)
+    assert (host.rounds[-1].height, host.deadline()) == (1, 10.0)  # half of the two seconds since it began
+    report(host, 2, 9.5)
+    assert (host.rounds[-1].height, len(host.rounds[-2].witnesses)) == (2, 3)
+    for i in (0, 1):
+        report(host, i, 11.5)
+    host.tick(12.25)
+    assert host.rounds[-1].height == 2
+    host.tick(12.5)
+    assert host.rounds[-1].height == 3
+    for i in (0, 1):
+        report(host, i, 13.0)
+    assert host.rounds[-1].height == 4  # who was not in time once is not waited for again
+
+
 # Points.
 
 
@@ -617,6 +646,7 @@ def test_one_witness_gives_nobody_points() -> None:
     host = training()
     report(host, 0, 6.0, heard=[0, 1])
     report(host, 1, 6.0, heard=[1, 2])
+    host.tick(6.5)
     assert host.points == {key(1): 6}  # a result is named by as many witnesses as decide the round
 
 
@@ -650,6 +680,7 @@ def test_a_decided_round_pays_also_if_the_epoch_ends_with_it() -> None:
     report(host, 0, 6.0)
     host.tick(6.0)
     report(host, 1, 6.0)
+    host.tick(6.5)
     assert host.points == {key(i): 2 for i in range(3)}
 
 

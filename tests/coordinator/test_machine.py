@@ -433,9 +433,12 @@ def test_nothing_is_added_to_a_round_that_is_decided() -> None:
     state = training(4)
     for i in range(3):
         state = report(state, i)
-    for i in range(4):
+    for i in range(3):
         refused("DuplicateWitness", lambda i=i: report(state, i, merkle=digest("other")))
         refused("DuplicateWitness", lambda i=i: report(state, i, step=0, digest=digest("other")))
+    late = report(state, 3)  # for a host that leaves it open
+    assert len(late.current.witnesses) == 4
+    refused("DuplicateWitness", lambda: report(late, 3, merkle=digest("other")))
 
 
 def test_what_is_needed_is_counted_once_for_the_epoch() -> None:

@@ -161,6 +161,14 @@ def test_who_holds_the_parameters_is_waited_for_by_those_who_do_not() -> None:
     assert describe(state, None, None, 1, KEYS[0]) == "epoch 1: waiting for 4 members"
 
 
+def test_a_node_without_the_last_results_waits_for_another_member_of_their_epoch() -> None:
+    scene = later()
+    state = replace(scene.state, phase=Phase.WARMUP, epoch=scene.state.epoch + 1, warmup_witnesses=())
+    text = "epoch 1: this node lacks results of round 2 of epoch 0; waiting for another member of that epoch"
+    assert describe(state, scene.log, 2, 1, KEYS[0]) == text
+    assert describe(state, scene.log, 2, 1, b"") == f"epoch 1: waiting for {names(0, 1, 2, 3)} to hold the parameters"
+
+
 def test_without_a_state_or_a_log_the_coordinator_is_waited_for() -> None:
     assert describe(None, None, None, 1, KEYS[0]) == "waiting for the coordinator's state"
     assert describe(RunState("run"), None, None, 1, KEYS[0]) == "phase UNINITIALIZED: waiting for the coordinator"
