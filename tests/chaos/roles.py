@@ -69,15 +69,14 @@ def play(folder: Path, rounds: int, roles: Sequence[str]) -> Outcome:
         for _ in range(HONEST):
             fleet.start()
         for seed, role in enumerate(roles):
-            fleet.start(program=[sys.executable, str(ODD), role, str(seed)] if role else PSYCHE)
+            odd = fleet.start(number=HONEST + seed, program=[str(ODD), role, str(seed)] if role else PSYCHE)
+            fleet.nodes.pop(odd)  # whatever becomes of it
         honest = range(HONEST)
         began = fleet.until(lambda found: found["step"] > WARM_UP, "the first rounds", 400)["step"]
         start = time.monotonic()
         ended = fleet.until(lambda found: found["step"] > rounds, "the rounds", 60 + 10.0 * rounds)["step"]
         rate = (ended - began) / (time.monotonic() - start)
         keys = [fleet.key(number) for number in honest]
-        for number in range(HONEST, nodes):
-            fleet.nodes.pop(number)  # whatever becomes of them
         digests = fleet.finish()
         rows = [row for number in honest for row in read_ledger(fleet.place(number) / "ledger.jsonl")]
     found = {(row["epoch"], row["height"]): row for row in rows if row["step"]}
