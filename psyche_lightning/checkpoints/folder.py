@@ -16,6 +16,8 @@ from psyche_lightning.errors import CheckpointError
 
 CONFIG = "config.json"
 """The file that every folder in Hugging Face format has."""
+ADAPTER = "adapter_config.json"
+"""The file that the folder of an adapter has; ``peft`` writes it."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from psyche_lightning.errors import ConfigError
-from psyche_lightning.plugins import load_plugins
 from psyche_lightning.text import plain
 
 logger = logging.getLogger(__name__)
@@ -35,21 +33,18 @@ def generate(
     """Complete a text with a checkpoint, by default the newest."""
     if not prompt:
         raise ConfigError("The prompt is empty; give at least one character after --prompt.")
-    from psyche_lightning.checkpoints.folder import local_model
+    from psyche_lightning.cli.saved import find
 
-    checkpoint = Path(local_model(model))
-    model_type = _model_type(checkpoint)
+    checkpoint, base = find(model)
     import torch
     from transformers import TextStreamer
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     set_verbosity_error()  # type: ignore[no-untyped-call]
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    models = load_plugins().models()
-    if model_type in models:  # its factory makes the type known to transformers
-        with torch.device("meta"):
-            models[model_type]({})
-    loaded = _load_model(checkpoint, model_type)
+    loaded = _load_model(base)
+    if base != checkpoint:
+        loaded = _with_adapter(loaded, checkpoint)
     tokenizer = _load_tokenizer(checkpoint)
     if seed is not None:
         torch.manual_seed(seed)
@@ -100,32 +95,21 @@ def _encoded(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
     return whole
 
 
-def _model_type(checkpoint: Path) -> str:
-    """The model type in ``config.json``.
-
-    Raises:
-        ConfigError: the folder is missing or is not a checkpoint.
-    """
-    expected = "expected a folder in Hugging Face format, with config.json and model.safetensors"
-    if not checkpoint.is_dir():
-        raise ConfigError(f"There is no folder {str(checkpoint)!r}; {expected}.")
+def _with_adapter(model: Any, folder: Path) -> Any:
     try:
-        model_type = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except FileNotFoundError:
-        raise ConfigError(f"{str(checkpoint)!r} has no config.json; {expected}.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{str(checkpoint / 'config.json')!r} names no model_type ({error}); {expected}.") from error
-    return str(model_type)
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConfigError("Adapters need the package peft: pip install 'psyche-lightning[peft]'") from error
+    try:
+        found: Any = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ConfigError(f"The adapter in {str(folder)!r} cannot be loaded: {error}") from error
+    return found.eval()
 
 
-def _load_model(checkpoint: Path, model_type: str) -> Any:
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+def _load_model(checkpoint: Path) -> Any:
+    from transformers import AutoModelForCausalLM
 
-    if model_type not in CONFIG_MAPPING:
-        raise ConfigError(
-            f"The checkpoint's model_type {model_type!r} is unknown to transformers and to every installed plugin "
-            f"({', '.join(load_plugins().models())}); install the plugin that the model was trained with."
-        )
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:

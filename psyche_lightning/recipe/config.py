@@ -67,12 +67,15 @@ class ModelSection:
             checkpoints. The factory gets it as ``path``; an address becomes the folder of a copy.
         dtype: dtype of the parameters; bfloat16 ones have float32 masters. What ``transformers`` keeps in float32 in a
             bfloat16 model, such as rotary frequencies, stays so.
+        adapter: trains an adapter of ``peft`` in place of the model's own parameters, which come from ``path`` then:
+            ``type`` (``lora`` by default) and fields of its configuration. Empty for none.
     """
 
     name: str = "hf"
     config: Mapping[str, Any] = field(default_factory=dict)
     path: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    adapter: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -181,6 +184,9 @@ class OptimizerSection:
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
 
 
+LoggerName = Literal["csv", "tensorboard", "wandb"]
+
+
 @dataclass(frozen=True)
 class TrainerSection:
     """``trainer``: how this node computes; nodes may differ.
@@ -197,6 +203,7 @@ class TrainerSection:
             ``flash_attention_2``, ...; null for the model's default.
         gradient_checkpointing: whether the backward pass computes activations again instead of keeping them.
         compile: whether ``torch.compile`` compiles the model.
+        logger: one of Lightning's loggers, which gets the figures of ``metrics.jsonl``; null for none.
     """
 
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "32-true"
@@ -209,6 +216,7 @@ class TrainerSection:
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    logger: LoggerName | None = None
 
 
 @dataclass(frozen=True)

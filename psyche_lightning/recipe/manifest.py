@@ -49,6 +49,7 @@ def manifest(recipe: Recipe, fingerprint: str | None = None) -> dict[str, dict[s
             "name": recipe.model.name,
             "dtype": recipe.model.dtype,
             "config": _without_places(recipe.model.config),
+            **({"adapter": dict(recipe.model.adapter)} if recipe.model.adapter else {}),
         },
         "data": data,
         "optimizer": optimizer,

@@ -38,7 +38,8 @@ class CausalModule(LightningModule):
         self._optimizer = optimizer
         self._schedule = schedule
         # With a cache, models of transformers do not notice that a position of 0 starts another text.
-        takes = inspect.signature(model.forward).parameters
+        adapted: Any = getattr(model, "get_base_model", None)  # of peft
+        takes = inspect.signature((model if adapted is None else adapted()).forward).parameters
         self._options = {"use_cache": False} if "use_cache" in takes else {}
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor | None:

@@ -37,9 +37,11 @@ from psyche_lightning.protocol.requests import Terms
 from psyche_lightning.recipe.config import Recipe, TrainerSection
 from psyche_lightning.recipe.manifest import manifest
 from psyche_lightning.recipe.positions import check_positions
+from psyche_lightning.train.adapter import adapted
 from psyche_lightning.train.bars import Bars
 from psyche_lightning.train.computing import apply_choices, compiling
 from psyche_lightning.train.labels import check_labels
+from psyche_lightning.train.loggers import make_logger
 from psyche_lightning.train.module import CausalModule, ProviderDataset
 from psyche_lightning.train.objective import check_objective
 from psyche_lightning.train.packing import check_packing
@@ -114,6 +116,8 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     with _as_in_training(model, recipe.trainer):
         check_data(model, provider, recipe.trainer.micro_batch_size)
         check_objective(model, provider.vocab_size, provider.seq_len)
+    if recipe.model.adapter:
+        model = adapted(model, recipe.model.adapter, recipe.model.path, beginning.adapter)
     sections = manifest(recipe, getattr(provider, "fingerprint", None))
     if beginning.section is not None:
         sections[START] = dict(beginning.section)
@@ -138,12 +142,14 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
         max_epochs=-1,
         gradient_clip_val=recipe.optimizer.clip_grad_norm,
         callbacks=[CoordinatorCallback(log_every=0), diary],
-        logger=False,
+        logger=make_logger(recipe.trainer.logger, folder, run, short(node_key(folder).public)) or False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
     )
+    for one in trainer.loggers:
+        one.log_hyperparams(sections)
     loader: DataLoader[Any] = DataLoader(ProviderDataset(provider), batch_size=recipe.trainer.micro_batch_size)
     try:
         with compiling(model, recipe.trainer):
@@ -216,7 +222,7 @@ class _Diary(Callback):
         if session.samples:  # 0 if they were unavailable
             self._losses.append(loss)
             self._write(
-                step=step, loss=loss, lr=lr, tokens_per_second=round(rate, 1), bytes_up=up, bytes_down=down,
+                trainer, step, loss=loss, lr=lr, tokens_per_second=round(rate, 1), bytes_up=up, bytes_down=down,
                 seconds=round(time.monotonic() - self._started, 3), waited=round(session.waited, 3),
             )  # fmt: skip
         figures = f"loss {session.loss:.3f}  {rate:,.0f} tokens/s"
@@ -291,13 +297,15 @@ class _Diary(Callback):
         assert isinstance(module, CausalModule)
         loss = module.evaluate(self._samples, self._recipe.trainer.micro_batch_size)
         self._validation.append((trainer.global_step, loss))
-        self._write(step=trainer.global_step, validation_loss=loss)
+        self._write(trainer, trainer.global_step, validation_loss=loss)
         if not self._console.is_terminal:
             logger.info("step %d  validation loss %.4f", trainer.global_step, loss)
 
-    def _write(self, **row: Any) -> None:
+    def _write(self, trainer: Trainer, step: int, **figures: float) -> None:
         with explained("write to", self._folder / METRICS):
-            write_all(self._metrics, (json_text(row) + "\n").encode())
+            write_all(self._metrics, (json_text({"step": step, **figures}) + "\n").encode())
+        for one in trainer.loggers:
+            one.log_metrics(figures, step)
 
     def _replace(self, path: Path, text: str) -> None:
         fresh = path.with_name(path.name + ".new")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from psyche_lightning.checkpoints.address import open_storage
-from psyche_lightning.checkpoints.folder import cache_folder, complete_checkpoints, fetch_newest, local_model
+from psyche_lightning.checkpoints.folder import ADAPTER, cache_folder, complete_checkpoints, fetch_newest, local_model
 from psyche_lightning.checkpoints.manifest import Metadata
 from psyche_lightning.checkpoints.model import ModelCopy, tokenizer_files
 from psyche_lightning.checkpoints.pretrained import Source
@@ -23,7 +23,7 @@ from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.lightning.standing import Standing
 from psyche_lightning.protocol.manifest import START
-from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.recipe.config import ModelSection, Recipe
 from psyche_lightning.recipe.manifest import start_section
 
 logger = logging.getLogger(__name__)
@@ -120,10 +120,12 @@ class Beginning:
     Attributes:
         options: the options for the model's factory.
         section: the section ``start`` of the run's manifest; None for a run from step 1.
+        adapter: the folder of an adapter to train further; None for a new one, or without one.
     """
 
     options: Mapping[str, Any]
     section: Mapping[str, Any] | None = None
+    adapter: Path | None = None
 
     @property
     def start(self) -> tuple[int, int] | None:
@@ -166,9 +168,7 @@ def begin(recipe: Recipe, fixed: Mapping[str, Any] | None) -> Beginning:
     """
     address = recipe.checkpoint.resume
     if address is None:
-        path = recipe.model.path
-        model = recipe.model if path is None else replace(recipe.model, path=local_model(path))
-        return Beginning(model.options)
+        return Beginning(_model(recipe).options)
     begun = None if fixed is None else fixed.get(START)
     if fixed is not None and begun is None:
         raise ConfigError(
@@ -191,5 +191,16 @@ def begin(recipe: Recipe, fixed: Mapping[str, Any] | None) -> Beginning:
             f"{found} has {metadata.step} steps already, and run.total_steps is {recipe.run.total_steps}; raise it."
         )
     logger.info("resuming after step %d of run %r, from %s", metadata.step, metadata.run, found)
+    section = begun or start_section(found.manifest)
+    if recipe.model.adapter:
+        if not (folder / ADAPTER).is_file():
+            raise ConfigError(f"{found} is a whole model and no adapter; name it with model.path={address}.")
+        return Beginning(_model(recipe).options, section, folder)
     kept = {name: recipe.model.config[name] for name in _KEPT if name in recipe.model.config}
-    return Beginning({**kept, "path": str(folder)}, begun or start_section(found.manifest))
+    return Beginning({**kept, "path": str(folder)}, section)
+
+
+def _model(recipe: Recipe) -> ModelSection:
+    """The recipe's model; one at an address is copied to this machine."""
+    path = recipe.model.path
+    return recipe.model if path is None else replace(recipe.model, path=local_model(path))

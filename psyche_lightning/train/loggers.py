@@ -1,0 +1,52 @@
+"""The logger of a recipe: one of Lightning's, beside the files that every training writes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import get_args
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.recipe.config import LoggerName
+
+LOGS = "logs"
+"""The folder of their files, in the node's folder; each training has a ``version_N`` of its own in it."""
+
+
+def make_logger(name: LoggerName | None, folder: Path, run: str, node: str) -> Logger | None:
+    """The logger that a recipe names.
+
+    Args:
+        name: ``trainer.logger``; None for none.
+        folder: the node's folder; files go to its ``logs``.
+        run: the run's name: W&B's project, and its group of nodes.
+        node: the node's short name: W&B's run.
+
+    Raises:
+        ConfigError: the logger's package is missing, or its folder is not writable.
+    """
+    assert name is None or name in get_args(LoggerName)
+    try:
+        match name:
+            case None:
+                return None
+            case "csv":
+                return CSVLogger(folder, name=LOGS, flush_logs_every_n_steps=1)
+            case "tensorboard":
+                return TensorBoardLogger(folder, name=LOGS)
+            case "wandb":
+                logs = folder / LOGS
+                logs.mkdir(parents=True, exist_ok=True)
+                os.environ.setdefault("WANDB_SILENT", "true")  # its own banner would break into the progress bars
+                return WandbLogger(name=node, project=run, group=run, save_dir=logs)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"trainer.logger={name} needs a package that is not installed: "
+            "pip install 'psyche-lightning[loggers]'. Or choose csv or null."
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {folder / LOGS}: {error.strerror}; choose another node.directory"
+        ) from error
