@@ -41,6 +41,7 @@ class Command:
 COMMANDS = {
     "train": Command("psyche_lightning.cli.train:train", "Train as one node: join a run, or run alone.", log="stdout"),
     "generate": Command("psyche_lightning.cli.generate:generate", "Complete a text with a checkpoint."),
+    "eval": Command("psyche_lightning.cli.eval:evaluate", "Evaluate a checkpoint on tasks of lm-eval."),
     "checkpoints": Command("psyche_lightning.cli.checkpoints:checkpoints", "List, check and copy checkpoints."),
     "export": Command("psyche_lightning.cli.export:export", "Write a checkpoint in another format."),
     "sim": Command("psyche_lightning.cli.sim:sim", "Replay whole runs under faults in virtual time."),
