@@ -59,6 +59,16 @@ class CoordinatorCallback(Callback):
                 pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
         trainer.strategy.stop_if_finished()  # type: ignore[attr-defined]
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note whether the module skipped the rest of the epoch.
+
+        Raises:
+            ConfigError: it did so in a run with others.
+        """
+        end_epoch = getattr(trainer.strategy, "end_epoch", None)
+        if end_epoch is not None:
+            end_epoch()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a fit that trained nothing, because this Trainer's limits were reached before it began.
 

@@ -40,7 +40,10 @@ def count_rounds(trainer: Trainer, undo: ExitStack) -> int:
 
 
 class RunProgress:
-    """Moves Trainer to a step of the run. A Lightning epoch is one pass of the whole run over the data.
+    """Moves Trainer to a step of the run.
+
+    With others, a Lightning epoch is one pass of the whole run over the data. Alone, Trainer's own count of epochs
+    leads: one may end early, and a second fit may have other data.
 
     Args:
         trainer: its counters, schedulers and progress bar follow the run.
@@ -52,11 +55,25 @@ class RunProgress:
         self._trainer = trainer
         self._length = int(trainer.num_training_batches)
         self._scheduled = trainer.global_step if alone else 0  # the last step after which schedulers stepped
+        self._alone = alone
+        self._origin = (0, 0)  # an epoch, and the steps done before it
+
+    def start_epoch(self, step: int) -> None:
+        """Note that Trainer's current epoch goes on with ``step``."""
+        if self._alone:
+            trained = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            self._origin = (self._trainer.current_epoch, step - 1 - trained)
+
+    def _place(self, done: int) -> tuple[int, int]:
+        """The epoch after so many steps, and the index of its next round."""
+        epoch, before = self._origin
+        passed, index = divmod(done - before, self._length)
+        return epoch + passed, index
 
     def begin(self, step: int) -> None:
         """Set all counters to the moment before ``step``, before Trainer's loop starts."""
         done = step - 1
-        passed = done // self._length
+        passed, _ = self._place(done)
         for progress in (self._trainer.fit_loop.epoch_progress.current, self._trainer.fit_loop.epoch_progress.total):
             progress.ready = progress.started = progress.processed = progress.completed = passed  # type: ignore[attr-defined]
         self._step_schedulers(step)
@@ -74,7 +91,7 @@ class RunProgress:
         """
         trainer, fit_loop = self._trainer, self._trainer.fit_loop
         done = step - 1
-        epoch, index = divmod(done, self._length)
+        epoch, index = self._place(done)
         if epoch != trainer.current_epoch and not fresh:
             return False
         if -1 < trainer.max_steps < step:
@@ -112,7 +129,7 @@ class RunProgress:
         """Step the schedulers for each step that this node missed; Trainer itself does so after ``step``."""
         module = self._trainer.lightning_module
         for missed in range(self._scheduled + 1, step):
-            epoch, index = divmod(missed - 1, self._length)
+            epoch, index = self._place(missed - 1)
             for config in self._trainer.lr_scheduler_configs:
                 ended = index + 1 if config.interval == "step" else epoch + 1
                 due = not config.reduce_on_plateau and (config.interval == "step" or index == self._length - 1)

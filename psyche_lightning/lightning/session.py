@@ -143,6 +143,8 @@ class Session:
                 journal = opened.enter_context(contextlib.closing(Journal(folder / "journal")))
                 ledger = opened.enter_context(contextlib.closing(Ledger(folder / LEDGER)))
             agreed = entry.manifest(sections, {"global_batch_size": global_batch, "total_steps": total})
+            schedule = schedule_of(agreed)
+            self._scheduled = schedule is not None  # then no result may have another rate
             node = NodeParts(
                 identity=identity,
                 run_id=entry.run_id,
@@ -156,7 +158,7 @@ class Session:
                     layout=replica.layout,
                     max_payload=replica.max_payload,
                     pinned=START in agreed,
-                    rates=Rates(replica.groups, schedule_of(agreed)),
+                    rates=Rates(replica.groups, schedule),
                     buffers=replica.has_buffers,
                     keep_bytes=entry.run.keep_bytes or max(replica.size, LEAST_KEPT),
                     tensors=replica.tensors,
@@ -267,6 +269,10 @@ class Session:
             self._taken = self.work, self.state
         return self.work
 
+    def put_back(self) -> None:
+        """Take no part in the current round yet: it comes again."""
+        self._next, self.work = self.work, None
+
     @property
     def standing(self) -> Standing | None:
         """The progress of the parameters, between two rounds; None if unknown."""
@@ -298,28 +304,35 @@ class Session:
             payload = distro.encode()
         except NonFiniteGradientError as error:
             return self.abstain(work, str(error), loss)
-        return self._send(work, payload, nonce, loss, samples)
+        return self._send(work, payload, nonce, distro.lr_bits(), loss, samples)
 
-    def abstain(self, work: RoundWork, why: str, loss: float = math.nan) -> bool:
+    def abstain(self, work: RoundWork, why: str, loss: float = math.nan, *, still: bool = False) -> bool:
         """Contribute nothing to a round, and tell the other nodes, so that none waits until its deadline.
 
         Args:
             work: the round; its data ids stay open.
             why: the reason, for the log.
             loss: as of :meth:`submit`.
+            still: whether the parameters of a node alone stay as they are, without weight decay either.
 
         Returns:
             As of :meth:`submit`.
         """
         text = "round %d of epoch %d: this node contributes nothing to it, and its data ids %s stay open: %s"
         logger.warning(text, work.height, work.epoch, shown(work.batch), why)
-        return self._send_nothing(work, loss)
+        return self._send_nothing(work, loss, still)
 
-    def _send_nothing(self, work: RoundWork, loss: float = math.nan) -> bool:
+    def _send_nothing(self, work: RoundWork, loss: float = math.nan, still: bool = False) -> bool:
         distro = self._step.distro
-        return self._send(work, distro.abstention(), distro.nonce, loss, 0)  # zero tokens mark it
+        self._step.copy_rates()
+        rates = distro.lr_bits()
+        if still and self.alone and not self._scheduled:
+            rates = (0,) * len(rates)
+        return self._send(work, distro.abstention(), distro.nonce, rates, loss, 0)  # zero tokens mark it
 
-    def _send(self, work: RoundWork, payload: bytes, nonce: int, loss: float, samples: int) -> bool:
+    def _send(
+        self, work: RoundWork, payload: bytes, nonce: int, rates: tuple[int, ...], loss: float, samples: int
+    ) -> bool:
         distro = self._step.distro
         self.work = None
         self.loss, self.samples, self.lost_rounds = loss, samples, 0
@@ -330,7 +343,7 @@ class Session:
             work,
             payload,
             nonce=nonce,
-            lrs=distro.lr_bits(),
+            lrs=rates,
             loss=loss,
             tokens=samples * self.entry.options.tokens_per_sample,
         )

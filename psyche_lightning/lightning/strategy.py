@@ -377,6 +377,24 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         """Tell Trainer to stop when the run is over; returns whether it is."""
         return self._training is not None and self._training.stop_if_finished()
 
+    def end_epoch(self) -> None:
+        """Called by :class:`CoordinatorCallback`: note whether the module skipped the rest of the epoch.
+
+        A run of this process alone then goes on with the skipped round in the next epoch.
+
+        Raises:
+            ConfigError: the run is one with others.
+        """
+        session = self._now.session if self._training is not None else None
+        if session is None or session.work is None:
+            return
+        if not session.alone:
+            raise ConfigError(
+                "on_train_batch_start returned -1, for which Trainer skips the rest of its epoch, but the run's rounds "
+                "go on with the others. Return None; to leave the run, set trainer.should_stop = True."
+            )
+        session.put_back()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Train the round's share: this method runs all micro-batches but one; Trainer runs that one backward.
 
@@ -461,7 +479,8 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             if why is None:
                 applied = training.session.submit(share.work, training.loss, share.samples)
             else:
-                applied = training.session.abstain(share.work, why)
+                # As with the default strategy, nothing moves if there was nothing to train.
+                applied = training.session.abstain(share.work, why, still=not training.trained)
         if not applied:
             raise StopIteration  # ends Trainer's loop over batches before it counts this step
         return result
@@ -655,6 +674,8 @@ class _Training:
             ConfigError: the run was beyond Trainer's limits before this node became a member.
         """
         fresh = True
+        if (work := self.session.peek()) is not None:
+            self._progress.start_epoch(work.step)
         while (work := self.session.peek()) is not None:
             self._check_limits()
             if not self._progress.enter(work.step, fresh):

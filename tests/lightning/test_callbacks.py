@@ -307,6 +307,46 @@ class Rates(Callback):
         self.of[trainer.global_step + 1] = trainer.optimizers[0].param_groups[0]["lr"]
 
 
+def test_a_node_alone_may_lower_its_rate_by_its_own_metric(classifier: Make, loader: Make, trainer: Make) -> None:
+    class Plateau(classifier):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=100.0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+    rates = Rates()
+    trainer(max_epochs=4, callbacks=[rates]).fit(Plateau(), loader(), loader())
+    assert [rates.of[step] for step in (1, 7, 13, 19)] == pytest.approx([0.01, 0.001, 1e-4, 1e-5])
+
+
+def test_a_module_may_be_validated_first_and_built_by_hooks(
+    classifier: Make, loader: Make, trainer: Make, create_run: Make
+) -> None:
+    class Built(classifier):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra: torch.nn.Module | None = None
+
+        def setup(self, stage: str) -> None:
+            self.scale = 2.0
+
+        def configure_model(self) -> None:
+            self.extra = self.extra or torch.nn.Linear(2, 2)
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.extra(self.net(batch[0])) * self.scale, batch[1])
+
+    url, run = create_run(total_steps=4)
+    fit, module = trainer(strategy=PsycheStrategy(url, run)), Built()
+    (before,) = fit.validate(module, loader(), verbose=False)
+    weight = module.extra.weight.detach().clone()
+    fit.fit(module, loader())
+    (after,) = fit.validate(module, loader(), verbose=False)
+    assert fit.global_step == 4
+    assert after["val_loss"] < before["val_loss"]
+    assert not torch.equal(weight, module.extra.weight)
+
+
 def test_a_schedule_may_ask_for_the_number_of_steps(classifier: Make, loader: Make, trainer: Make) -> None:
     rates = Rates()
 
@@ -380,6 +420,89 @@ def test_a_trainer_can_be_copied_after_its_fit(classifier: Make, loader: Make, t
     copied.fit_loop.max_epochs = 2
     copied.fit(classifier(), loader())
     assert (copied.global_step, fit.global_step) == (12, 6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_trains_nothing_moves_nothing(
+    accumulate: int, classifier: Make, loader: Make, trainer: Make, parameter_bytes: Make
+) -> None:
+    class Idle(classifier):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
+            loss: torch.Tensor = super().training_step(batch, batch_idx)
+            return loss if batch_idx == 1 else None
+
+    class Seen(Callback):
+        def __init__(self) -> None:
+            self.values: list[bytes] = []
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *of: Any) -> None:
+            self.values.append(parameter_bytes(pl_module))
+
+    seen, module = Seen(), Idle()
+    before = parameter_bytes(module)
+    fit = trainer(max_epochs=1, callbacks=[seen], accumulate_grad_batches=accumulate)
+    fit.fit(module, loader())
+    assert fit.global_step == len(seen.values) == 6 // accumulate
+    assert seen.values[0] == before
+    assert seen.values[1] != before
+    assert set(seen.values[1:]) == {seen.values[1]}
+
+
+class Skipping(Callback):
+    """Counts epochs as the test of a strategy sees them."""
+
+    def __init__(self) -> None:
+        self.epochs: list[tuple[int, int]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epochs.append((trainer.current_epoch, trainer.global_step))
+
+
+@pytest.mark.parametrize("at", [0, 2, 9])
+@pytest.mark.parametrize("strategy", ["auto", "psyche"])
+def test_a_module_may_skip_the_rest_of_an_epoch(
+    strategy: str, at: int, classifier: Make, loader: Make, trainer: Make
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Skips(classifier):  # type: ignore[misc]
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == at else None
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            seen.append(batch[0])
+            loss: torch.Tensor = super().training_step(batch, batch_idx)
+            return loss
+
+    skipping = Skipping()
+    fit = trainer(strategy=strategy, max_epochs=3, callbacks=[skipping])
+    fit.fit(Skips(), loader())
+    each = min(at, 6)
+    assert skipping.epochs == [(0, each), (1, 2 * each), (2, 3 * each)]
+    assert fit.fit_loop.batch_idx == min(at, 5)
+    assert fit.global_step == len(seen) == 3 * each
+
+
+def test_the_rest_of_an_epoch_of_a_run_with_others_cannot_be_skipped(
+    classifier: Make, loader: Make, trainer: Make, create_run: Make
+) -> None:
+    class Skips(classifier):  # type: ignore[misc]
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 2 else None
+
+    fit = trainer(strategy=PsycheStrategy(*create_run()), max_epochs=1)
+    with pytest.raises(ConfigError, match=r"on_train_batch_start returned -1.*Return None"):
+        fit.fit(Skips(), loader())
+    assert fit.global_step == 2
+
+
+def test_a_second_fit_alone_may_have_other_data(classifier: Make, loader: Make, trainer: Make) -> None:
+    skipping = Skipping()
+    fit = trainer(max_epochs=2, callbacks=[skipping])
+    fit.fit(classifier(), loader(batch_size=16))
+    fit.fit_loop.max_epochs = 4
+    fit.fit(classifier(), loader(batch_size=8))
+    assert skipping.epochs == [(0, 3), (1, 6), (2, 12), (3, 18)]
 
 
 def test_the_callback_of_the_run_comes_after_searches_and_before_all_others(
