@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from psyche_lightning.distro import transform
+from psyche_lightning.distro import statistics, transform
 from psyche_lightning.distro.aggregate import Aggregator
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import DistroConfig
@@ -54,6 +55,7 @@ class DisTrO(torch.optim.Optimizer):
         config: as given.
         budget: as given.
         nonce: how often :meth:`encode` ran since delta was last empty.
+        observing: whether :meth:`apply` computes the agreement of :meth:`figures`, which costs about as much as itself.
 
     Raises:
         ConfigError: names are missing or not unique, nothing is trainable, or a value is out of range.
@@ -72,6 +74,10 @@ class DisTrO(torch.optim.Optimizer):
             raise ConfigError(f"budget is {budget!r}; choose the bytes of working memory for encode and apply")
         self.budget = budget
         self.nonce = 0
+        self.observing = False
+        self._squares: list[float] = []
+        self._sent: deque[bytes] = deque(maxlen=2)  # with overlap, the last but one is applied
+        self._agreement: list[float] = []
         self._delta: Delta | None = None
         self._saved: list[torch.Tensor] | None = None  # the published bytes, while look_ahead is active
         super().__init__(_named_groups(parameters), {"lr": lr, "weight_decay": weight_decay})
@@ -183,7 +189,9 @@ class DisTrO(torch.optim.Optimizer):
                     if batch.padding:
                         clear_each(layout.padding(batch, chunks))
         self.nonce += 1
-        return self._codec.encode(votes)
+        payload = self._codec.encode(votes)
+        self._sent.append(payload)
+        return payload
 
     @torch.no_grad()
     def apply(self, payloads: Sequence[bytes], lrs: Sequence[int]) -> None:
@@ -239,6 +247,27 @@ class DisTrO(torch.optim.Optimizer):
             if target is not parameter:
                 parameter.copy_(target)
         note_step(self)
+        own = next((sent for sent in self._sent if sent in payloads), None) if self.observing else None
+        if own is not None:
+            owners = np.repeat(self._owners, [entry.chunks for entry in layout.entries])
+            groups = len(self.param_groups)
+            self._agreement = statistics.agreement(own, payloads, self._codec.decode, owners, groups, config.area)
+
+    def figures(self) -> list[dict[str, float]]:
+        """Figures of the last step, a dictionary for each parameter group.
+
+        ``gradient_norm`` and ``momentum_norm`` are the L2 norms of the gradient that was added last, and of delta;
+        ``agreement`` is the share of this node's votes with the sign of the others' sum, NaN without others or while
+        not observing.
+        """
+        groups = len(self.param_groups)
+        momentum = [float(_norm(value)) ** 2 for _, value in self.delta()] or [0.0] * len(self._owners)
+        columns = {
+            "gradient_norm": statistics.norms(self._squares or [0.0] * len(self._owners), self._owners, groups),
+            "momentum_norm": statistics.norms(momentum, self._owners, groups),
+            "agreement": self._agreement if self.observing and self._agreement else [math.nan] * groups,
+        }
+        return [{name: values[group] for name, values in columns.items()} for group in range(groups)]
 
     def _by_rate(
         self, rates: Sequence[float], batch: Batch, some: Sequence[Any], others: Sequence[Any]
@@ -452,6 +481,7 @@ class DisTrO(torch.optim.Optimizer):
     def _check_gradients(self) -> None:
         squares: list[torch.Tensor] = []
         numbers: list[int] = []
+        found = [0.0] * len(self._parameters)
         for number, parameter in enumerate(self._parameters):
             if parameter.grad is None or parameter.numel() == 0:
                 continue
@@ -462,7 +492,7 @@ class DisTrO(torch.optim.Optimizer):
                 flat = parameter.grad.view(-1)
                 squares.append(torch.dot(flat, flat))  # as fast as memory allows, and finite for sensible values
             else:
-                squares.append(_norm(parameter.grad))
+                squares.append(_norm(parameter.grad).square())
             numbers.append(number)
         for number, value in zip(numbers, _values(squares), strict=True):
             gradient = self._parameters[number].grad
@@ -472,6 +502,8 @@ class DisTrO(torch.optim.Optimizer):
                     f"the gradient of {name!r} has the norm {norm}, but it must be finite; "
                     "skip this batch, clip gradients, or lower the learning rate"
                 )
+            found[number] = value
+        self._squares = found
 
     def _checked_rates(self, lrs: Sequence[int]) -> list[float]:
         if len(lrs) != len(self.param_groups):

@@ -22,9 +22,10 @@ class CoordinatorCallback(Callback):
 
     Each step it logs ``psyche/loss``, the run's training loss in the newest applied round: the median of the nodes'
     losses, which all nodes know. A callback that monitors it decides the same on all nodes that trained the same
-    rounds. Less often it logs ``psyche/clients``, ``psyche/epoch`` and ``psyche/round`` (the coordinator's),
-    ``psyche/bytes_up`` and ``psyche/bytes_down`` (at this node's sockets since it joined), and ``psyche/waiting``
-    (seconds that it waited).
+    rounds. Less often it logs ``psyche/gradient_norm``, ``psyche/momentum_norm`` and ``psyche/agreement`` (the share of
+    this node's votes that the others share; with ``/0``, ``/1`` for several parameter groups), ``psyche/clients``,
+    ``psyche/epoch`` and ``psyche/round`` (the coordinator's), ``psyche/bytes_up`` and ``psyche/bytes_down`` (at this
+    node's sockets since it joined), and ``psyche/waiting`` (seconds that it waited).
 
     Args:
         log_every: steps between those figures; None for Trainer's ``log_every_n_steps``, 0 to log nothing.
@@ -44,6 +45,12 @@ class CoordinatorCallback(Callback):
         if begin is not None:
             begin()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Have the figures of a step computed that is to be logged."""
+        session = self._session(trainer)
+        if session is not None and self.log_every != 0:
+            session.observe(self._due(trainer, trainer.global_step + 1))
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -53,9 +60,9 @@ class CoordinatorCallback(Callback):
             return
         if session.run_loss is not None and self.log_every != 0:  # each step, since callbacks may monitor it
             pl_module.log(RUN_LOSS, session.run_loss, on_step=True, on_epoch=True, batch_size=1)
-        every = trainer.log_every_n_steps if self.log_every is None else self.log_every  # type: ignore[attr-defined]
-        if every and trainer.global_step % every == 0:
-            for name, value in session.figures().items():
+        if self._due(trainer, trainer.global_step):
+            of_step = {f"psyche/{name}": value for name, value in session.step_figures().items()}
+            for name, value in {**session.figures(), **of_step}.items():
                 pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
         trainer.strategy.stop_if_finished()  # type: ignore[attr-defined]
 
@@ -81,6 +88,10 @@ class CoordinatorCallback(Callback):
                 f"{trainer.current_epoch} epochs already, and its limits are max_steps={trainer.max_steps}, "
                 f"max_epochs={trainer.max_epochs}, and max_time if you set it. Make a new Trainer, or raise the limit."
             )
+
+    def _due(self, trainer: Trainer, step: int) -> bool:
+        every: int = trainer.log_every_n_steps if self.log_every is None else self.log_every  # type: ignore[attr-defined]
+        return every > 0 and step % every == 0
 
     def _session(self, trainer: Trainer) -> Session | None:
         session: Session | None = getattr(trainer.strategy, "session", None)

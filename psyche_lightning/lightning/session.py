@@ -409,6 +409,23 @@ class Session:
         finally:
             self.waited += time.monotonic() - began
 
+    def observe(self, observing: bool) -> None:
+        """Compute the agreement with the others' votes in this round, for :meth:`step_figures`."""
+        self._step.distro.observing = observing
+
+    def step_figures(self) -> dict[str, float]:
+        """``gradient_norm``, ``momentum_norm`` and ``agreement`` of the last step; with ``/0``... for several groups.
+
+        Leaves out what is not known: the agreement without others, all of them where this node trained nothing.
+        """
+        groups = self._step.distro.figures() if self.samples else []
+        named = {
+            name if len(groups) == 1 else f"{name}/{number}": value
+            for number, group in enumerate(groups)
+            for name, value in group.items()
+        }
+        return {name: value for name, value in named.items() if math.isfinite(value)}
+
     def figures(self) -> dict[str, float]:
         """The run's figures, by name."""
         state, (up, down) = self.state, self.traffic.total

@@ -67,8 +67,9 @@ def train_recipe(
 
     The node's folder gets ``metrics.jsonl`` (a row for each step with ``step``, ``loss``, ``lr``,
     ``tokens_per_second``, ``bytes_up`` and ``bytes_down``, ``seconds`` since it began and the part of them it
-    ``waited`` for others; rows with ``step`` and ``validation_loss``), ``result.json``,
-    and ``checkpoints`` with a folder in Hugging Face format for each; ``checkpoint`` links to the newest.
+    ``waited`` for others, and every ``log_every`` steps ``gradient_norm``, ``momentum_norm`` and ``agreement``; rows
+    with ``step`` and ``validation_loss``), ``result.json``, and ``checkpoints`` with a folder in Hugging Face format
+    for each; ``checkpoint`` links to the newest.
 
     Args:
         recipe: the recipe.
@@ -208,6 +209,7 @@ class _Diary(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._losses:  # the parameters are now the run's
             self._validate(trainer, pl_module)
+        self._session.observe(self._logs(trainer.global_step + 1))
         self._began = time.monotonic()
 
     def on_train_batch_end(
@@ -221,13 +223,14 @@ class _Diary(Callback):
         lr, loss = self._recipe.schedule(step), session.loss
         if session.samples:  # 0 if they were unavailable
             self._losses.append(loss)
+            of_step = session.step_figures() if self._logs(step) else {}
             self._write(
                 trainer, step, loss=loss, lr=lr, tokens_per_second=round(rate, 1), bytes_up=up, bytes_down=down,
-                seconds=round(time.monotonic() - self._started, 3), waited=round(session.waited, 3),
+                seconds=round(time.monotonic() - self._started, 3), waited=round(session.waited, 3), **of_step,
             )  # fmt: skip
         figures = f"loss {session.loss:.3f}  {rate:,.0f} tokens/s"
         self._bars.advance(step, figures)
-        if step % self._recipe.trainer.log_every == 0 and not self._console.is_terminal:
+        if self._logs(step) and not self._console.is_terminal:
             of = f"step {step}/{self._steps}"
             logger.info("%s  %s  up %s down %s bytes", of, figures, f"{up:,}", f"{down:,}")
         every = self._recipe.trainer.validate_every
@@ -300,6 +303,9 @@ class _Diary(Callback):
         self._write(trainer, trainer.global_step, validation_loss=loss)
         if not self._console.is_terminal:
             logger.info("step %d  validation loss %.4f", trainer.global_step, loss)
+
+    def _logs(self, step: int) -> bool:
+        return step % self._recipe.trainer.log_every == 0
 
     def _write(self, trainer: Trainer, step: int, **figures: float) -> None:
         with explained("write to", self._folder / METRICS):
