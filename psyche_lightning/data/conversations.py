@@ -1,4 +1,7 @@
-"""The provider ``datasets`` for conversations, and prompts with completions: answers are trained, the rest is not."""
+"""The provider ``datasets`` for conversations, prompts with completions, and token ids with labels of their own.
+
+Answers are trained, the rest is not.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+IDS, LABELS, MASK = "input_ids", "labels", "attention_mask"
+TOKENIZED = (IDS, LABELS)
 MESSAGES, PROMPT, COMPLETION, TOOLS = "messages", "prompt", "completion", "tools"
 _KNOWN = (MESSAGES, "conversations", "conversation")
 _OPTIONS = {MESSAGES, PROMPT, COMPLETION, "packed", "chat_template", "each_answer"}
@@ -50,6 +55,8 @@ def holds_conversations(config: Mapping[str, Any]) -> bool:
     opened, source = open_rows(**{key: config[key] for key in _PLACE if key in config})
     columns = _columns(opened, source)
     found = _find(columns)
+    if found == TOKENIZED and not _labelled(opened):
+        return False
     if "text" in columns and found is not None:
         logger.info("%s has texts and %s; set data.config.messages to train on the latter", source, " and ".join(found))
     return "text" not in columns and found is not None
@@ -58,10 +65,11 @@ def holds_conversations(config: Mapping[str, Any]) -> bool:
 class ConversationData(PackedData):
     """Conversations of a data set as samples, with labels on the answers alone.
 
-    A row has either ``messages``, which the tokenizer's chat template writes, or ``prompt`` and ``completion``: texts,
-    or messages. A text that is longer than ``seq_len`` is cut; one that has no answer then, or never had one, is left
-    out, and a warning says how many. Texts are not divided among samples. What remains of a sample is filled up
-    without labels. The rows are in a temporary file (in ``TMPDIR``).
+    A row has ``messages``, which the tokenizer's chat template writes; or ``prompt`` and ``completion``: texts, or
+    messages; or ``input_ids`` with ``labels``, which are -100 where a token is not trained. A text that is longer than
+    ``seq_len`` is cut; one that has no answer then, or never had one, is left out, and a warning says how many. Texts
+    are not divided among samples. What remains of a sample is filled up without labels. The rows are in a temporary
+    file (in ``TMPDIR``).
 
     Args:
         seed: the run's seed, for ``shuffle: true``.
@@ -75,7 +83,8 @@ class ConversationData(PackedData):
         messages: the column with the messages; None for ``messages``, ``conversations`` or ``conversation``.
         prompt: the column with the prompts; None for ``prompt``.
         completion: the column with the completions; None for ``completion``.
-        tokenizer: ``"bytes"``, a path, or the name of a tokenizer on the Hub.
+        tokenizer: ``"bytes"``, a path, or the name of a tokenizer on the Hub; None for bytes. For token ids, the one
+            that made them.
         chat_template: a chat template, or a file (``*.jinja``) with it, in place of the tokenizer's own. It is saved
             with checkpoints.
         bos: whether a prompt begins with the tokenizer's beginning-of-text id; a chat template decides that itself.
@@ -108,7 +117,7 @@ class ConversationData(PackedData):
         messages: str | None = None,
         prompt: str | None = None,
         completion: str | None = None,
-        tokenizer: str = BYTES,
+        tokenizer: str | None = None,
         chat_template: str | None = None,
         bos: bool = False,
         packed: bool = True,
@@ -135,7 +144,16 @@ class ConversationData(PackedData):
                 f"({', '.join(_KNOWN)}), or {PROMPT} and {COMPLETION}. Name others as data.config.messages, or as "
                 "data.config.prompt and data.config.completion."
             )
-        texts = _Texts(opened, source, columns, tokenizer, bos, chat_template, each_answer)
+        texts: _Texts | _Tokenized
+        if columns == TOKENIZED:
+            if tokenizer is None or bos or chat_template is not None or each_answer:
+                raise ConfigError(
+                    f"{source} has token ids with labels: set data.config.tokenizer to the tokenizer that made them, "
+                    "and remove bos, chat_template and each_answer, which are for texts."
+                )
+            texts = _Tokenized(opened, source, tokenizer)
+        else:
+            texts = _Texts(opened, source, columns, tokenizer or BYTES, bos, chat_template, each_answer)
         rows = _Rows(texts, seq_len, packed)
         spool = Spool(rows, texts.encoder, seq_len, vocab_size=_CODES, most=max_samples)
         self._packed = packed
@@ -228,6 +246,41 @@ class _Texts:
         return self._chat.texts([one for part in parts for one in part], where, first=leading, tools=row.get(TOOLS))
 
 
+class _Tokenized:
+    """The texts of rows with token ids, and labels that say which of them are trained.
+
+    Args:
+        rows: a data set of the ``datasets`` library.
+        source: where it comes from, for messages.
+        tokenizer: the name of the tokenizer that made the ids.
+
+    Attributes:
+        encoder: has the tokenizer.
+    """
+
+    def __init__(self, rows: Any, source: str, tokenizer: str) -> None:
+        self._rows = rows
+        self._source = source
+        self.encoder = Encoder(tokenizer, download=True, bos=None)
+
+    def __iter__(self) -> Iterator[list[Text]]:
+        """The text of each row, without its padding."""
+        for number, (ids, labels) in enumerate(_labels(self._rows, self._source)):
+            where = f"Row {number} of {self._source}"
+            if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < self.encoder.vocab_size):
+                raise ConfigError(
+                    f"{where} has token ids from {ids.min()} to {ids.max()}, but the tokenizer has "
+                    f"{self.encoder.vocab_size}: another one made the data."
+                )
+            answers = labels != IGNORED
+            if (labels[answers] != ids[answers]).any():
+                raise ConfigError(
+                    f"{where} has labels that are neither its token ids nor {IGNORED}. Do not shift labels: the model "
+                    "does that."
+                )
+            yield [Text(ids, answers)] if answers.any() else []
+
+
 class _Rows:
     """Rows of ``seq_len`` codes from texts, as :data:`~psyche_lightning.data.spool.Documents`.
 
@@ -240,7 +293,7 @@ class _Rows:
         end: the id that ends all answers; None if they differ, or end with an ordinary token.
     """
 
-    def __init__(self, texts: _Texts, seq_len: int, packed: bool) -> None:
+    def __init__(self, texts: _Texts | _Tokenized, seq_len: int, packed: bool) -> None:
         self.end: int | None = None
         self._texts = texts
         self._seq_len = seq_len
@@ -334,6 +387,37 @@ class _Rows:
         return np.concatenate([codes, rest])
 
 
+def _labels(rows: Any, source: str) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """The ids and labels of each row, without what ``attention_mask`` marks as padding.
+
+    Raises:
+        ConfigError: they are not lists of integers of one length.
+    """
+    number = 0
+    for batch in rows.iter(batch_size=_BATCH):
+        for place in range(len(batch[IDS])):
+            given = [batch[name][place] for name in (*TOKENIZED, MASK) if name in batch]
+            values = [np.asarray(value) for value in given if value is not None]
+            shapes = {value.shape for value in values}
+            if (
+                len(values) < 2
+                or len(shapes) > 1
+                or values[0].ndim != 1
+                or any(one.dtype.kind not in "iu" for one in values)
+            ):
+                raise ConfigError(
+                    f"Row {number} of {source} has not as many {LABELS} and {MASK} as {IDS}, each a list of integers."
+                )
+            kept = values[2] == 1 if len(values) > 2 else np.ones(len(values[0]), bool)
+            yield values[0][kept].astype(np.int64), values[1][kept].astype(np.int64)
+            number += 1
+
+
+def _labelled(rows: Any) -> bool:
+    """Whether labels of the first rows differ from their token ids."""
+    return any((ids != labels).any() for ids, labels in islice(_labels(rows, "the data"), _BATCH))
+
+
 def _only(codes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return [codes]
 
@@ -361,5 +445,5 @@ def _find(
         candidates: list[tuple[str, ...]] = [pair]
     else:
         candidates = [(one,) for one in ((messages,) if messages is not None else _KNOWN)]
-        candidates += [pair] if messages is None else []
+        candidates += [pair, TOKENIZED] if messages is None else []
     return next((one for one in candidates if set(one) <= set(columns)), None)

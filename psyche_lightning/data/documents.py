@@ -219,7 +219,7 @@ def _ids(row: dict[str, Any], name: str, where: str) -> NDArray[np.int64]:
         labels = np.asarray(row[LABELS])
         if labels.shape != ids.shape or (labels[kept] != ids[kept]).any():
             raise ConfigError(
-                f"{where} has {LABELS!r} that differ from its {IDS!r}, but packed rows are trained whole. Write "
-                f"rows of seq_len tokens for the data provider 'parquet', which keeps labels, or remove {LABELS!r}."
+                f"{where} has {LABELS!r} that differ from its {IDS!r}, but here rows are trained whole. Set "
+                "data.config.packed to true or false, and remove text, so that all labels count."
             )
     return ids[kept].astype(np.int64)

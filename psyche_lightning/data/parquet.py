@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """The label without a loss."""
-INPUTS, LABELS, POSITIONS, LENGTHS = "inputs", "labels", "position_ids", "sequence_lengths"
+LABELS, POSITIONS, LENGTHS, MASK = "labels", "position_ids", "sequence_lengths", "attention_mask"
+_INPUTS = ("inputs", "input_ids")
 _EDGE = 1 << 16
 
 Rows = dict[str, NDArray[np.int64]]
@@ -55,10 +56,11 @@ class RowGroup(NamedTuple):
 
 
 class PreparedData:
-    """Rows of parquet files as samples: ``inputs`` and, if they exist, ``labels`` and ``position_ids``.
+    """Rows of parquet files as samples: ``inputs`` (or ``input_ids``), and any ``labels`` and ``position_ids``.
 
-    Each is a list of ``seq_len`` integers. If there are no ``position_ids`` but ``sequence_lengths`` (the lengths of
-    the texts in a row), positions count from 0 in each text. The first token of each text but the row's first has the
+    Each is a list of ``seq_len`` integers. What ``attention_mask`` marks as padding, at the end of a row, is not
+    trained. If there are no ``position_ids`` but ``sequence_lengths`` (the lengths of the texts in a row), positions
+    count from 0 in each text. The first token of each text but the row's first has the
     label -100, because the token before it belongs to another text. The last used row groups are kept, up to
     ``fetch.cache_mb``.
 
@@ -262,9 +264,16 @@ class PreparedData:
                 raise DataError(
                     f"{where}: a row of {name!r} has {wrong} entries, not seq_len={self.seq_len}", lasting=True
                 )
-            rows["input_ids" if name == INPUTS else name] = values.reshape(group.rows, self.seq_len)
+            rows["input_ids" if name in _INPUTS else name] = values.reshape(group.rows, self.seq_len)
         rows.setdefault("labels", rows["input_ids"])
+        padding = rows.pop(MASK, None)
         self._check(rows, where)
+        if padding is not None:
+            if (np.diff(padding, axis=1) > 0).any() or not np.isin(padding, (0, 1)).all():
+                raise DataError(
+                    f"{where}: a row's {MASK} is not ones and then zeros; pad rows at their end", lasting=True
+                )
+            rows["labels"] = np.where(padding == 1, rows["labels"], IGNORED)
         if "position_ids" in rows:  # the last token of a text does not predict the next text
             begins = np.diff(rows["position_ids"], axis=1) != 1
             rows["labels"] = rows["labels"].copy()
@@ -335,9 +344,13 @@ class PreparedData:
                 if isinstance(error, ConfigError):
                     raise
                 raise ConfigError(f"{path} is not a readable parquet file: {error}.") from error
-            if INPUTS not in names:
-                raise ConfigError(f"{path} has no column {INPUTS!r} with the token ids; columns: {', '.join(names)}.")
-            found = tuple(name for name in (INPUTS, LABELS, POSITIONS) if name in names)
+            inputs = next((name for name in _INPUTS if name in names), None)
+            if inputs is None:
+                raise ConfigError(
+                    f"{path} has no column {_INPUTS[0]!r} (or {_INPUTS[1]!r}) with the token ids; columns: "
+                    f"{', '.join(names)}."
+                )
+            found = tuple(name for name in (inputs, LABELS, POSITIONS, MASK) if name in names)
             if LENGTHS in names and POSITIONS not in names:
                 found = (*found, LENGTHS)
             if columns not in (None, found):

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 
+from psyche_lightning.builtin.data import datasets as build
 from psyche_lightning.data.documents import DocumentData
 from psyche_lightning.data.packed import Unavailable
 from psyche_lightning.data.spool import Spool
@@ -236,14 +237,32 @@ def test_tokenized_rows_are_packed_as_they_are(tmp_path: Path, texts_at: Make) -
         opened(tmp_path / "texts.jsonl", vocab_size=256)
 
 
-def test_padding_is_left_out_and_labels_are_not_ignored(tmp_path: Path) -> None:
+def test_padding_is_left_out(tmp_path: Path) -> None:
     rows, mask = [[0, 0, 5, 6, 7, 8], [9, 1, 2, 3, 4, 5]], [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
     labels = [[-100, -100, 5, 6, 7, 8], rows[1]]
     made = datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": mask, "labels": labels})
     made.to_parquet(str(tmp_path / "a.parquet"))
     data = opened(tmp_path / "a.parquet", vocab_size=10, seq_len=5)
     assert [sample["input_ids"].tolist() for sample in data.samples(0, 2)] == [[5, 6, 7, 8, 9], [1, 2, 3, 4, 5]]
-    made = datasets.Dataset.from_dict({"input_ids": rows, "labels": [[-100] * 6, rows[1]]})
+
+
+def test_labels_of_tokenized_rows_decide_what_is_trained(tmp_path: Path) -> None:
+    rows = [[5, 6, 7, 0], [8, 9, 3, 0, 1, 1], [4, 4, 4]]
+    labels = [[-100, 6, 7, 0], [-100, -100, 3, 0, -100, -100], [-100] * 3]
+    mask = [[1] * 4, [1] * 4 + [0] * 2, [1] * 3]
+    made = datasets.Dataset.from_dict({"input_ids": rows, "labels": labels, "attention_mask": mask})
     made.to_parquet(str(tmp_path / "a.parquet"))
-    with pytest.raises(ConfigError, match=r"Row 0 of .* has 'labels' that differ .* provider 'parquet'"):
-        opened(tmp_path / "a.parquet", vocab_size=10, seq_len=5)
+    given = {"path": str(tmp_path / "a.parquet"), "tokenizer": "bytes", "seq_len": 8, "shuffle": False}
+    data = build(given, seed=0)
+    (sample,) = data.samples(0, len(data))
+    assert sample["input_ids"].tolist() == [5, 6, 7, 0, 8, 9, 3, 0]
+    assert sample["labels"].tolist() == [-100, 6, 7, 0, -100, -100, 3, 0]
+    assert sample["position_ids"].tolist() == [0, 1, 2, 3] * 2
+    apart = build({**given, "packed": False}, seed=0)
+    assert [one["labels"].tolist()[:4] for one in apart.samples(0, 2)] == [labels[0], labels[1][:4]]
+    with pytest.raises(ConfigError, match=r"set data.config.tokenizer to the tokenizer that made them"):
+        build({"path": given["path"], "seq_len": 8}, seed=0)
+    shifted = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[6, 7, -100]]})
+    shifted.to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(ConfigError, match=r"Row 0 of .* neither its token ids nor -100. Do not shift labels"):
+        build(given, seed=0)

@@ -71,6 +71,18 @@ def test_every_kind_of_list_of_integers(tmp_path: Path, kind: Any) -> None:
     assert column(data, "input_ids") == ROWS
 
 
+def test_padding_is_not_trained(tmp_path: Path) -> None:
+    mask = [[1] * (6 - row % 3) + [0] * (row % 3) for row in range(9)]
+    data = opened(write(tmp_path / "a.parquet", input_ids=ROWS, attention_mask=mask))
+    expected = [row[: sum(ones)] + [-100] * (6 - sum(ones)) for row, ones in zip(ROWS, mask, strict=True)]
+    assert column(data, "labels") == expected
+    assert column(data, "input_ids") == ROWS
+    assert set(data.samples(0, 1)[0]) == {"input_ids", "labels"}
+    left = opened(write(tmp_path / "a.parquet", inputs=ROWS, attention_mask=[ones[::-1] for ones in mask]))
+    with pytest.raises(DataError, match="attention_mask is not ones and then zeros; pad rows at their end"):
+        left.samples(0, 9)
+
+
 def test_row_groups_are_kept_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.zeros((4000, 100), np.int32).tolist()
     path = write(tmp_path / "a.parquet", group=400, inputs=rows)
@@ -150,7 +162,7 @@ def test_files_that_are_not_such_tables(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a readable parquet file"):
         opened(tmp_path)
     write(tmp_path / "a.parquet", tokens=ROWS)
-    with pytest.raises(ConfigError, match=r"has no column 'inputs' .*; columns: tokens"):
+    with pytest.raises(ConfigError, match=r"has no column 'inputs' \(or 'input_ids'\) .*; columns: tokens"):
         opened(tmp_path)
     write(tmp_path / "a.parquet", inputs=ROWS)
     write(tmp_path / "b.parquet", inputs=ROWS, labels=ROWS)
