@@ -284,8 +284,11 @@ class Exchange:
 
     def fetched(self, event: ev.Fetched) -> None:
         """Note that a payload arrived, or why not."""
-        for log, entry in self._fetching.pop(event.payload, []):
-            if event.refused:
+        waiting = self._fetching.pop(event.payload, [])
+        for log, entry in waiting:
+            if entry.result.size != waiting[0][1].result.size:  # one of the two is wrong: each for itself
+                self._out.forget(("fetch", entry.commitment))
+            elif event.refused:
                 log.settle(entry, event.reason)
                 self._out.say(PayloadRefused(entry.envelope.sender, log.round.height, event.reason))
             elif not event.reason:

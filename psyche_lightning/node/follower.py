@@ -27,6 +27,7 @@ from psyche_lightning.node.repair import Base, Repair
 from psyche_lightning.node.rounds import RoundLog
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.waiting import describe
+from psyche_lightning.protocol.merkle import EMPTY_ROOT
 from psyche_lightning.protocol.messages import Stuck
 from psyche_lightning.protocol.open_ids import OpenIds
 from psyche_lightning.protocol.requests import GetRounds
@@ -291,6 +292,8 @@ class Follower:
         outcome = agreed_set(results, attesting)
         if not isinstance(outcome, Unknown):
             return outcome
+        if outcome.results:  # also if their trainer sent this node many others
+            results.wanted = frozenset(results.list_of(attesting.root or EMPTY_ROOT) or ())
         backers = [record.proof.index for record in attesting.round.witnesses if record.merkle == attesting.root]
         attempt = self._out.attempts(("ask", height, "backers"))
         if self._out.due(("ask", height, "backers")):

@@ -60,6 +60,7 @@ class RoundLog:
         batches: each trainer's data ids by its index: its own share, then ids to train again.
         entries: announced results by commitment.
         needed: number of equal reports that decide it.
+        wanted: commitments of the list that was decided, while results in it are not here.
         lists: lists of commitments of this round's results by Merkle root.
         silent: trainers without a known result.
         missing: trainers whose result this node cannot vouch for.
@@ -79,6 +80,7 @@ class RoundLog:
     batches: dict[int, tuple[Interval, ...]] = field(default_factory=dict)
     entries: dict[bytes, Entry] = field(default_factory=dict)
     lists: dict[bytes, tuple[bytes, ...]] = field(default_factory=dict)
+    wanted: frozenset[bytes] = frozenset()
     silent: set[int] = field(default_factory=set)
     missing: set[int] = field(default_factory=set)
     hopeless: set[int] = field(default_factory=set)
@@ -156,7 +158,8 @@ class RoundLog:
         self.rates.check(result.lrs, result.step, who)
         commitment = result.commitment(self.run_id, envelope.sender)
         known = self._of.setdefault(index, [])
-        if commitment in self.entries or len(known) >= MAX_ENTRIES_PER_BATCH:
+        full = len(known) >= MAX_ENTRIES_PER_BATCH and commitment not in self.wanted
+        if commitment in self.entries or full:
             return None
         entry = Entry(commitment, envelope, result, index)
         self.entries[commitment] = entry

@@ -20,7 +20,7 @@ from psyche_lightning.wire.identity import Identity
 
 ROLES = (
     "malformed",  # payloads that nobody can decode
-    "equivocate",  # two results for one batch, each for half of the peers
+    "equivocate",  # two results for one batch, each for half of the peers, and many more for one of them
     "withhold",  # tells one peer alone, and answers nobody
     "silent",  # sends peers nothing, and reports none of their results
     "lone",  # reports at once that it heard nobody, and names all others as silent
@@ -123,8 +123,10 @@ class Role:
             if self._peers:
                 yield ev.SendTo(self._peers[0], envelope)
         elif self.kind == "equivocate" and isinstance(message, Result):
-            other = self._seal(replace(message, nonce=message.nonce + 1))
+            other, *more = (self._seal(replace(message, nonce=message.nonce + 1 + each)) for each in range(10))
             for place, peer in enumerate(self._peers):
+                for sent in more if place == 1 and self._rng.random() < 0.5 else ():
+                    yield ev.SendTo(peer, sent)
                 yield ev.SendTo(peer, other if place % 2 else envelope)
         else:
             yield effect

@@ -469,6 +469,23 @@ def test_two_announcements_of_one_payload_share_a_fetch() -> None:
 # --- promises ---------------------------------------------------------------------------------------------------------
 
 
+def test_who_announces_another_s_payload_with_a_wrong_size_spoils_only_its_own_result() -> None:
+    talk = Talk()
+    honest = talk.scene.result(1)
+    payload, size = honest.message.payload, honest.message.size  # type: ignore[union-attr]
+    copied = talk.scene.result(2, payload=payload, size=size + 1)
+    (fetch,) = of(talk.hear(copied), ev.Fetch)
+    assert (fetch.payload, fetch.size) == (payload, size + 1)
+    assert not of(talk.hear(honest), ev.Fetch)
+    talk.exchange.fetched(ev.Fetched(payload, "of another size", refused=True))
+    assert [refused.trainer for refused in of(talk.out.take(), PayloadRefused)] == [KEYS[2]]
+    talk.exchange.gather(talk.log, talk.scene.state)
+    (fetch,) = of(talk.out.take(), ev.Fetch)
+    assert fetch.size == size
+    talk.exchange.fetched(ev.Fetched(payload))
+    assert talk.log.rounds[0].verified()[0].envelope == honest
+
+
 def test_a_result_is_promised_before_it_is_announced_and_counts_as_verified() -> None:
     talk = Talk()
     result = talk.scene.result(0).message

@@ -20,9 +20,10 @@ from psyche_lightning.node.notices import (
     TakesSnapshot,
     TensorDiffered,
 )
+from psyche_lightning.node.rounds import MAX_ENTRIES_PER_BATCH
 from psyche_lightning.protocol.messages import Ask, Envelope, Offer, Stuck, seal
 from psyche_lightning.protocol.open_ids import reopen
-from psyche_lightning.protocol.requests import GetRounds, WarmupWitness, Withdraw, Witness
+from psyche_lightning.protocol.requests import Accuse, GetRounds, WarmupWitness, Withdraw, Witness
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning.wire.canonical import sha256
 
@@ -517,6 +518,18 @@ def test_what_is_loaded_as_the_epoch_begins_is_where_a_node_begins() -> None:
     assert not of(scene.see(), ev.Load)
     scene.head = 0
     assert brief(scene.give(ev.Loaded(parameters(0))), ev.Train) == ["Train 0"]
+
+
+def test_the_decided_one_of_many_results_is_taken_whatever_its_trainer_sent_before() -> None:
+    """An equivocator fills what this node keeps of it, and shows all others one result."""
+    scene, results = first_round(1, 2)
+    decided = scene.result(3)
+    many = [scene.result(3, nonce=nonce) for nonce in range(1, MAX_ENTRIES_PER_BATCH + 4)]
+    scene.obey(scene.hear(*many), but=(Accuse, Witness, *WITHOUT))
+    hashes = commitments(*results, decided)
+    assert not of(witnessed(scene, hashes) + scene.hear(scene.attest(1, hashes, 0)), ev.Apply)
+    apply = one(scene.obey(scene.hear(decided), but=WITHOUT), ev.Apply)
+    assert decided.message.payload in apply.payloads  # type: ignore[union-attr]
 
 
 # --- offers that nobody proves ----------------------------------------------------------------------------------------
