@@ -138,6 +138,23 @@ class TestDatasetsStreaming(DataContract):
         return {"seq_len": 16, "path": str(folder / "texts.jsonl"), "streaming": True, "max_samples": 50}
 
 
+class TestConversations(DataContract):
+    packed = True
+
+    def make_factory(self) -> Factory:
+        return data.datasets
+
+    def make_config(self, folder: Path) -> dict[str, Any]:
+        lines = [json.dumps({"prompt": f"{i} squared:", "completion": f" {i * i}"}) for i in range(60)]
+        (folder / "pairs.jsonl").write_text("\n".join(lines))
+        path = str(folder / "pairs.jsonl")
+        return {"seq_len": 64, "path": path, "validation_samples": 2, "packed": self.packed}
+
+
+class TestConversationsAlone(TestConversations):
+    packed = False
+
+
 class TestParquet(DataContract):
     def make_factory(self) -> Factory:
         return data.parquet
