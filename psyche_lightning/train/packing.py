@@ -50,7 +50,7 @@ def check_packing(model: torch.nn.Module, provider: DataProvider, micro_batch_si
                 f"{' when a batch has two samples' if several else ''}: a text sees {seen}, although position_ids say "
                 f"where each begins. To train on texts that are apart, {fewer}choose data with one text in a sample "
                 "(data.config.packed=false for conversations; prepared rows without position_ids and sequence_lengths, "
-                "padded with labels of -100), another attn_implementation of this model, such as sdpa, or another "
+                "padded with labels of -100), another trainer.attn_implementation, such as sdpa, or another "
                 "model, such as llama, qwen3 or gpt2"
             )
 

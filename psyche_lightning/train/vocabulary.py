@@ -49,6 +49,13 @@ def settle_vocabulary(model: torch.nn.Module, provider: DataProvider, *, fresh: 
             has,
             end,
         )
+    begins = [getattr(holder, "bos_token_id", None) for holder in (config, tokenizer)]
+    if all(isinstance(one, int) for one in begins) and begins[0] != begins[1]:
+        logger.warning(
+            "texts begin with the token id %d according to the model, and with %d according to the tokenizer of the "
+            "data: is this the tokenizer that the model was trained with?",
+            *begins,
+        )
     size = getattr(config, "vocab_size", None)
     if isinstance(size, int) and tokenizer is not None:
         tokens = provider.vocab_size

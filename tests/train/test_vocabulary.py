@@ -79,7 +79,10 @@ def test_what_the_user_has_set_stays_and_a_difference_is_said(caplog: pytest.Log
     assert "the model ends them with 2 or 4 or 5" in caplog.text
     assert "Set model.config.eos_token_id=0" in caplog.text
     caplog.clear()
-    settle_vocabulary(loaded, data(5), fresh=False, given=())
+    settle_vocabulary(loaded, data(5, bos_token_id=7), fresh=False, given=())
+    assert "with the token id 1 according to the model, and with 7" in caplog.text
+    caplog.clear()
+    settle_vocabulary(loaded, data(5, bos_token_id=1), fresh=False, given=())
     settle_vocabulary(torch.nn.Linear(2, 2), data(5), fresh=False, given=())
     assert not caplog.records
 
