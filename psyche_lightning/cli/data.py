@@ -37,6 +37,9 @@ def tokenize(
     glob: Annotated[
         list[str] | None, typer.Option(help="Pattern for files in folders; repeatable. By default text files.")
     ] = None,
+    split: Annotated[
+        str, typer.Option(help="The split of files in folders, by their names, such as train; by default all.")
+    ] = "all",
     column: Annotated[str, typer.Option(help="The key of the text in lines of .jsonl files.")] = "text",
     token_size: Annotated[int | None, typer.Option(help="Bytes of a token, 2 or 4; by default as few as fit.")] = None,
     file_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a new file begins.")] = 1 << 29,
@@ -55,7 +58,7 @@ def tokenize(
     from psyche_lightning.errors import counted
     from psyche_lightning.logs import redirections
 
-    files = find_texts(paths, glob or DEFAULT_GLOBS)
+    files = find_texts(paths, glob or DEFAULT_GLOBS, split)
     check_texts(files)
     encoder = Encoder(tokenizer, download=True, bos=bos)
     writer = TokenWriter(out, encoder, token_size=token_size, file_tokens=file_tokens)

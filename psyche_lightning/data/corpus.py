@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from psyche_lightning.data.named import ALL, of_split
 from psyche_lightning.data.plain import matches, read_text, what_else
 from psyche_lightning.errors import ConfigError
 
@@ -40,7 +41,9 @@ class Corpus:
     skipped: list[str]
 
 
-def read_corpus(paths: Sequence[str], patterns: Sequence[str], max_bytes: int | None = None) -> Corpus:
+def read_corpus(
+    paths: Sequence[str], patterns: Sequence[str], max_bytes: int | None = None, split: str = ALL
+) -> Corpus:
     """Read the files of a corpus, each once.
 
     Args:
@@ -48,6 +51,7 @@ def read_corpus(paths: Sequence[str], patterns: Sequence[str], max_bytes: int | 
         patterns: `fnmatch` patterns for files in folders. A pattern matches the file's name or, if it has a slash, the
             path below the folder (``*`` matches slashes, too). Files that ``paths`` names always belong.
         max_bytes: the most bytes to read, which may end within a file; None reads all.
+        split: the split of the files in folders, by the names of files and folders.
 
     Returns:
         The texts. Files of a folder are sorted by their path below it, written with slashes, by code points. Hidden
@@ -61,7 +65,7 @@ def read_corpus(paths: Sequence[str], patterns: Sequence[str], max_bytes: int | 
     texts: list[bytes] = []
     skipped: list[str] = []
     left = max_bytes
-    for file, named in _find(paths, patterns).items():
+    for file, named in _find(paths, patterns, split).items():
         if left is not None and left <= 0:
             break
         data = read_text(file)
@@ -82,7 +86,7 @@ def read_corpus(paths: Sequence[str], patterns: Sequence[str], max_bytes: int | 
     return Corpus(texts, skipped)
 
 
-def _find(paths: Sequence[str], patterns: Sequence[str]) -> dict[Path, bool]:
+def _find(paths: Sequence[str], patterns: Sequence[str], split: str) -> dict[Path, bool]:
     """The files of a corpus in order, and whether each is named in ``paths``."""
     found: dict[Path, bool] = {}
     for path in paths:
@@ -93,7 +97,7 @@ def _find(paths: Sequence[str], patterns: Sequence[str]) -> dict[Path, bool]:
             found[place] = True
             continue
         elif place.is_dir():
-            inside = _folder(place, patterns)
+            inside = _folder(place, patterns, split)
         else:
             raise ConfigError(
                 f"The data path {path!r} does not exist (looked for {place.absolute()}). Expected a text file, a "
@@ -115,19 +119,19 @@ def _standard_library() -> list[Path]:
     return [root / file for file in sorted(kept)]
 
 
-def _folder(root: Path, patterns: Sequence[str]) -> list[Path]:
+def _folder(root: Path, patterns: Sequence[str], split: str) -> list[Path]:
     def belongs(file: str) -> bool:
         name = file.rpartition("/")[2]
         return any(matches(file if "/" in pattern else name, [pattern]) for pattern in patterns)
 
     files = sorted(_walk(root, frozenset()))
-    kept = [root / file for file in files if belongs(file)]
+    kept = [file for file in files if belongs(file)]
     if not kept:
         raise ConfigError(
             f"There is no text in the folder {str(root)!r}: none of its {len(files)} files matches "
             f"{', '.join(patterns)}. Name another path, or set glob to other patterns."
         )
-    return kept
+    return [root / file for file in of_split(root, kept, split)]
 
 
 def _walk(root: Path, skipped: frozenset[str]) -> Iterator[str]:

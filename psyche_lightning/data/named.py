@@ -25,17 +25,23 @@ _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 def splits_of(names: Sequence[str]) -> dict[str, list[str]]:
     """The names of each split, in their order: ``train-0.bin``, ``my_val.bin``, ``extra-00000-of-00002.parquet``.
 
-    Without such names all are ``train``; names that belong to no split are left out.
+    Folders come first (``test/a.txt``). Without such names all are ``train``; names that belong to no split are left
+    out.
+
+    Args:
+        names: names of files, or paths with slashes below a folder.
     """
     shards = {name: match[1] for name in names if (match := _SHARD.match(name))}
     if shards:
         return {split: [name for name in shards if shards[name] == split] for split in sorted(set(shards.values()))}
-    found = {
-        split: [name for name in names if re.search(f"(?:^|{_APART})(?:{words}){_APART}", name)]
-        for split, words in _WORDS.items()
-    }
-    named = {split: those for split, those in found.items() if those}
-    return named or {TRAIN: list(names)}
+    for end in (f"(?:{_APART}[^/]*)?/", f"{_APART}[^/]*$"):  # of a folder, of a file
+        found = {
+            split: [name for name in names if re.search(f"(?:^|/|{_APART})(?:{words}){end}", name)]
+            for split, words in _WORDS.items()
+        }
+        if named := {split: those for split, those in found.items() if those}:
+            return named
+    return {TRAIN: list(names)}
 
 
 def of_split(folder: Path, names: Sequence[str], split: str) -> list[str]:
@@ -49,13 +55,18 @@ def of_split(folder: Path, names: Sequence[str], split: str) -> list[str]:
     Raises:
         ConfigError: there is no such split.
     """
-    if split == ALL:
-        return list(names)
     splits = splits_of(names)
+    if split == ALL:
+        if len(splits) > 1 and sum(map(len, splits.values())) >= len(names):
+            logger.warning(
+                "%s: the names of the files tell the splits %s, and all of them are taken; set split to one of them",
+                folder, ", ".join(splits),
+            )  # fmt: skip
+        return list(names)
     if split not in splits:
         raise ConfigError(
             f"The split {split!r} of {folder} does not exist. Splits: {', '.join(splits)}, by the names of the files; "
-            f"{ALL!r} is all of them. Set data.config.split."
+            f"{ALL!r} is all of them. Set split to one of these."
         )
     unused = [name for name in names if not any(name in those for those in splits.values())]
     if unused:

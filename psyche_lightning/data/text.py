@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psyche_lightning.data.corpus import DEFAULT_PATTERNS, read_corpus
+from psyche_lightning.data.named import ALL
 from psyche_lightning.data.options import strings, whole
 from psyche_lightning.data.order import ONCE, Order, Repeated, make_order, psyche_seed
 from psyche_lightning.data.packed import PackedData
@@ -40,6 +41,7 @@ class TextData(PackedData):
             a folder of that name).
         glob: pattern or patterns for the files of folders; see :func:`psyche_lightning.data.corpus.read_corpus`. None
             for the common suffixes of text and source files.
+        split: the split of the files in folders, by the names of files and folders (``train.txt``, ``test/a.md``).
         tokenizer: ``"bytes"`` (ids 0 to 255), or the path of a Hugging Face tokenizer.
         bos: whether each file begins with the tokenizer's beginning-of-text id.
         validation_fraction: fraction of the blocks to hold out, 0 <= fraction < 1 (at least one block unless it is 0);
@@ -67,6 +69,7 @@ class TextData(PackedData):
         *,
         path: str | Sequence[str],
         glob: str | Sequence[str] | None = None,
+        split: str = ALL,
         tokenizer: str = BYTES,
         bos: bool = False,
         validation_fraction: float | None = None,
@@ -79,7 +82,8 @@ class TextData(PackedData):
         patterns = DEFAULT_PATTERNS if glob is None else strings("glob", glob)
         whole("seq_len", seq_len, least=2)
         encoder = Encoder(tokenizer, bos=bos)  # first, so that a wrong path fails at once
-        corpus = read_corpus(paths, patterns, None if max_bytes is None else whole("max_bytes", max_bytes, least=1))
+        most = None if max_bytes is None else whole("max_bytes", max_bytes, least=1)
+        corpus = read_corpus(paths, patterns, most, split)
         self.files = len(corpus.texts)
         self.skipped = corpus.skipped
         if self.skipped:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from psyche_lightning.data.named import ALL, of_split
 from psyche_lightning.data.plain import COMPRESSED, explained, matches, open_text, read_text, suffix, what_else
 from psyche_lightning.errors import ConfigError
 
@@ -14,15 +15,16 @@ MAX_LINE = 64 << 20
 _BEGINNING = 1 << 16
 
 
-def find_texts(paths: Sequence[Path], globs: Sequence[str]) -> list[Path]:
+def find_texts(paths: Sequence[Path], globs: Sequence[str], split: str = ALL) -> list[Path]:
     """The files in the order of ``paths``, those in folders sorted by their path below it; each once.
 
     Args:
         paths: files and folders. Files that are named here always belong.
         globs: patterns for names of files in folders; hidden files and folders are left out.
+        split: the split of the files in folders, by the names of files and folders.
 
     Raises:
-        ConfigError: a path does not exist, or no file in a folder matches.
+        ConfigError: a path does not exist, no file in a folder matches, or there is no such split.
     """
     found: dict[Path, None] = {}
     for path in paths:
@@ -30,12 +32,13 @@ def find_texts(paths: Sequence[Path], globs: Sequence[str]) -> list[Path]:
         if path.is_dir():
             below = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
             kept = [name for name in below if not any(part.startswith(".") for part in name.split("/"))]
-            inside = [path / name for name in kept if matches(name.rpartition("/")[2], globs)]
-            if not inside:
+            fitting = [name for name in kept if matches(name.rpartition("/")[2], globs)]
+            if not fitting:
                 raise ConfigError(
                     f"There is no text in the folder {str(path)!r}: none of its {len(kept)} files matches "
                     f"{', '.join(globs)}; give other patterns with --glob."
                 )
+            inside = [path / name for name in of_split(path, fitting, split)]
         elif not path.is_file():
             raise ConfigError(f"The text {str(path)!r} does not exist (looked for {path.absolute()}).")
         found.update(dict.fromkeys(inside))

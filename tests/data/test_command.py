@@ -217,3 +217,11 @@ def test_texts_that_are_not_utf_8_are_counted(tmp_path: Path, capsys: pytest.Cap
     out = tmp_path / "out"
     assert tokenize(tmp_path / "a.txt", "--out", out, "--tokenizer", tmp_path / "tokenizer.json") == 0
     assert "1 text not in UTF-8: their other bytes became U+FFFD" in capsys.readouterr().err
+
+
+def test_one_split_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "train.txt").write_text("trained")
+    (tmp_path / "texts" / "test.txt").write_text("tested")
+    assert tokenize(tmp_path / "texts", "--out", tmp_path / "out", "--split", "train") == 0
+    assert TokenData(0, 7, path=str(tmp_path / "out")).samples(0, 1)[0]["input_ids"].tolist() == list(b"trained")

@@ -392,3 +392,17 @@ def test_compressed_files_are_read_as_what_they_contain(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text)[:-20])
     with pytest.raises(ConfigError, match=r"a.txt.gz' is damaged, it cannot be decompressed"):
         open_bytes(tmp_path / "a.txt.gz")
+
+
+def test_files_of_one_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train.txt", "valid.txt", "test.txt"):
+        (tmp_path / name).write_text(f"<{name}> " * 20)
+    for split, name in (("train", "train.txt"), ("validation", "valid.txt")):
+        data = open_bytes(tmp_path, split=split, validation_samples=0, shuffle=False)
+        text = "".join(data.tokenizer.decode(one["input_ids"]) for one in data.samples(0, len(data)))
+        assert text == (f"<{name}> " * 20 + "\0")[: len(text)]
+    assert not caplog.records
+    assert open_bytes(tmp_path).files == 3
+    assert "tell the splits train, validation, test, and all of them are taken" in caplog.text
+    with pytest.raises(ConfigError, match=r"split 'extra' of .* does not exist. Splits: train, validation, test,"):
+        open_bytes(tmp_path, split="extra")

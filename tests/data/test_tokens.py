@@ -344,16 +344,23 @@ def test_validation_files_of_a_folder_are_not_trained(
         ["tokens-00000.bin", "tokens-00001.bin"],
         ["contest.bin", "value.bin", "trainer.bin"],
         ["train2.bin", "test.2.bin", "validation1-2.bin"],
+        ["a/train/x.bin", "a/test-2/y.bin", "my_dev/z.bin", "train.bin", "other/w.bin"],
+        ["deep/er/train.bin", "deep/er/test.bin", "contest/valuer.bin"],
     ],
 )
 def test_names_mean_what_they_mean_for_load_dataset(tmp_path: Path, names: list[str]) -> None:
     from datasets.data_files import get_data_patterns, resolve_pattern
 
     for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     patterns = get_data_patterns(str(tmp_path))
     expected = {
-        split: {Path(file).name for one in those for file in _resolved(resolve_pattern, one, tmp_path)}
+        split: {
+            Path(file).relative_to(tmp_path).as_posix()
+            for one in those
+            for file in _resolved(resolve_pattern, one, tmp_path)
+        }
         for split, those in patterns.items()
     }
     assert {split: set(those) for split, those in splits_of(sorted(names)).items()} == expected
