@@ -1,7 +1,8 @@
 """``manifest.json`` describes a checkpoint and lists its files. It is written last, so it means that all files exist.
 
-A JSON object with ``format`` (1), ``run``, ``step``, ``epoch``, ``data_index``, ``digest``, ``recipe``, ``files``
-(``{name: {"size": bytes, "sha256": hex}}``) and ``checksum``, the SHA-256 of the rest; version 0.1 wrote none.
+A JSON object with ``format`` (1), ``run``, ``step``, ``epoch``, ``data_index``, ``digest``, ``recipe``, ``settings``,
+``files`` (``{name: {"size": bytes, "sha256": hex}}``) and ``checksum``, the SHA-256 of the rest; version 0.1 wrote
+neither checksum nor settings.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Metadata:
         epoch: the run's epoch in which it was saved.
         data_index: first data id of the next step.
         recipe: digest of the run's manifest, which is equal on all nodes, in hex.
+        settings: the sections of that manifest; empty if the checkpoint does not have them.
     """
 
     run: str
@@ -56,6 +58,7 @@ class Metadata:
     epoch: int
     data_index: int
     recipe: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,10 @@ class Manifest:
             numbers = {name: values[name] for name in ("step", "epoch", "data_index")}
             if any(type(number) is not int or not 0 <= number < 1 << 64 for number in numbers.values()):
                 raise ValueError("step, epoch or data_index is not a whole number")
-            metadata = Metadata(run=_text(values["run"]), recipe=_hash(values["recipe"]), **numbers)
+            settings = values.get("settings", {})
+            if not isinstance(settings, dict):
+                raise ValueError("its settings are not sections")
+            metadata = Metadata(run=_text(values["run"]), recipe=_hash(values["recipe"]), settings=settings, **numbers)
             if not 0 < len(values["files"]) <= MAX_FILES:
                 raise ValueError(f"it has {len(values['files'])} files")
             files = {_name(name): _file(entry) for name, entry in values["files"].items()}

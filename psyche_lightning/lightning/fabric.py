@@ -172,6 +172,7 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
                 "fabric.setup(module, optimizer), once"
             )
         self._step = TakenStep(optimizers[0], module, self._entry.distro)
+        self._step.keep_with_optimizer()
         return module, optimizers, scheduler
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:

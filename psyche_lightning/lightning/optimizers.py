@@ -13,6 +13,9 @@ from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.internals import replace_step
 from psyche_lightning.node.parameters import named_parameters
 
+STATE_KEY = "psyche_distro"
+"""DisTrO's state within that of the user's optimizer."""
+
 
 def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> DisTrO:
     """Build a DisTrO with the parameter groups, learning rates and weight decays of the user's optimizer.
@@ -94,6 +97,19 @@ class TakenStep:
     def has_gradient(self) -> bool:
         """Whether any parameter has a gradient."""
         return any(parameter.grad is not None for group in self.optimizer.param_groups for parameter in group["params"])
+
+    def keep_with_optimizer(self) -> None:
+        """Let ``state_dict`` of the user's optimizer hold DisTrO's state, and ``load_state_dict`` restore it."""
+
+        def save(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            return {**state, STATE_KEY: self.distro.state_dict()}
+
+        def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            if STATE_KEY in state:
+                self.distro.load_state_dict(state[STATE_KEY])
+
+        self.optimizer.register_state_dict_post_hook(save)
+        self.optimizer.register_load_state_dict_pre_hook(load)
 
     def reset(self) -> None:
         """Forget the last call."""

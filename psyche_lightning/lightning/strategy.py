@@ -46,7 +46,7 @@ from psyche_lightning.lightning.internals import (
 )
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import sections
-from psyche_lightning.lightning.optimizers import TakenStep
+from psyche_lightning.lightning.optimizers import STATE_KEY, TakenStep
 from psyche_lightning.lightning.progress import RunProgress, count_rounds
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.lightning.supported import SEARCHES, check, check_optimizers
@@ -54,8 +54,6 @@ from psyche_lightning.lightning.weights import WEIGHT, ShareLoss, loss_of, shift
 from psyche_lightning.node.participant import RoundWork
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe.options import RunOptions
-
-STATE_KEY = "psyche_distro"
 
 
 class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):

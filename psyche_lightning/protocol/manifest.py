@@ -153,7 +153,7 @@ def mismatch(
         found: differences, as :func:`differences` returns them.
         advice: what to do.
     """
-    lines = [f"  {plain(field)}: the run has {_brief(run)}, this node has {_brief(node)}" for field, run, node in found]
+    lines = [f"  {plain(field)}: the run has {brief(run)}, this node has {brief(node)}" for field, run, node in found]
     more = [f"  and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else []
     return ManifestMismatchError(
         "this node's configuration differs from the run's:\n" + "\n".join(lines[:MAX_SHOWN] + more) + f"\n{advice}",
@@ -161,6 +161,7 @@ def mismatch(
     )
 
 
-def _brief(value: object) -> str:
+def brief(value: object) -> str:
+    """A value of a manifest as JSON of at most 80 characters."""
     text = value if value is ABSENT else json.dumps(value)
     return str(text) if len(str(text)) <= 80 else f"{str(text)[:77]}..."

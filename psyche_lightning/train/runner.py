@@ -45,7 +45,7 @@ from psyche_lightning.train.loggers import make_logger
 from psyche_lightning.train.module import CausalModule, ProviderDataset
 from psyche_lightning.train.objective import check_objective
 from psyche_lightning.train.packing import check_packing
-from psyche_lightning.train.saving import Checkpoints, begin, saved_dtype
+from psyche_lightning.train.saving import Checkpoints, begin, saved_dtype, say_changes
 from psyche_lightning.train.validation import validation_samples
 from psyche_lightning.train.vocabulary import settle_vocabulary
 from psyche_lightning.wire.identity import Identity, short
@@ -120,6 +120,7 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     if recipe.model.adapter:
         model = adapted(model, recipe.model.adapter, recipe.model.path, beginning.adapter)
     sections = manifest(recipe, getattr(provider, "fingerprint", None))
+    say_changes(beginning, sections)
     if beginning.section is not None:
         sections[START] = dict(beginning.section)
     module = CausalModule(model, recipe.optimizer, recipe.schedule)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,9 +20,10 @@ from psyche_lightning.checkpoints.writer import Writer
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.lightning.standing import Standing
-from psyche_lightning.protocol.manifest import START
+from psyche_lightning.protocol.manifest import MAX_SHOWN, START, brief, differences, manifest_digest
 from psyche_lightning.recipe.config import ModelSection, Recipe
 from psyche_lightning.recipe.manifest import start_section
+from psyche_lightning.text import plain
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ class Checkpoints:
         self._every = section.every
         self._writers = section.writers
         self._run = run
-        self._recipe = recipe_digest(sections)
+        self._settings = without_start(sections)
         self._dtype = dtype
         self._saved: int | None = None
 
@@ -104,13 +103,13 @@ class Checkpoints:
         return rank if rank is not None and rank < self._writers else None
 
     def _metadata(self, standing: Standing) -> Metadata:
-        return Metadata(self._run, standing.step, standing.epoch, standing.data_index, self._recipe)
+        recipe = manifest_digest(self._settings).hex()
+        return Metadata(self._run, standing.step, standing.epoch, standing.data_index, recipe, self._settings)
 
 
-def recipe_digest(sections: Mapping[str, Any]) -> str:
-    """The hex SHA-256 of a run's manifest sections as canonical JSON, without the section ``start``."""
-    plain = {name: section for name, section in sections.items() if name != START}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def without_start(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's manifest without the section ``start``: what the run trains, wherever it began."""
+    return {name: section for name, section in sections.items() if name != START}
 
 
 @dataclass(frozen=True)
@@ -121,11 +120,13 @@ class Beginning:
         options: the options for the model's factory.
         section: the section ``start`` of the run's manifest; None for a run from step 1.
         adapter: the folder of an adapter to train further; None for a new one, or without one.
+        resumed: the checkpoint from which the run resumes; None for a run from step 1.
     """
 
     options: Mapping[str, Any]
     section: Mapping[str, Any] | None = None
     adapter: Path | None = None
+    resumed: Metadata | None = None
 
     @property
     def start(self) -> tuple[int, int] | None:
@@ -136,11 +137,13 @@ class Beginning:
 def saved_dtype(recipe: Recipe, beginning: Beginning) -> torch.dtype | None:
     """The dtype of saved parameters; None for that of the parameters in memory.
 
-    A checkpoint in bfloat16 stays one, although it is trained with more digits.
+    A checkpoint in bfloat16 stays one, although it is trained with more digits. An adapter is saved as it is trained.
 
     Raises:
         PsycheError: the source's configuration cannot be read.
     """
+    if recipe.model.adapter:
+        return None
     path = beginning.options.get("path")
     named: str | None = recipe.checkpoint.save_dtype
     if named is None and path is not None and not beginning.options.get("fresh"):
@@ -195,12 +198,38 @@ def begin(recipe: Recipe, fixed: Mapping[str, Any] | None) -> Beginning:
     if recipe.model.adapter:
         if not (folder / ADAPTER).is_file():
             raise ConfigError(f"{found} is a whole model and no adapter; name it with model.path={address}.")
-        return Beginning(_model(recipe).options, section, folder)
+        return Beginning(_model(recipe).options, section, folder, metadata)
     kept = {name: recipe.model.config[name] for name in _KEPT if name in recipe.model.config}
-    return Beginning({**kept, "path": str(folder)}, section)
+    return Beginning({**kept, "path": str(folder)}, section, resumed=metadata)
 
 
 def _model(recipe: Recipe) -> ModelSection:
     """The recipe's model; one at an address is copied to this machine."""
     path = recipe.model.path
     return recipe.model if path is None else replace(recipe.model, path=local_model(path))
+
+
+def say_changes(beginning: Beginning, sections: Mapping[str, Any]) -> None:
+    """Warn of each value with which a run resumes that is not the checkpoint's: another rate, other data, ...
+
+    Args:
+        beginning: see :func:`begin`.
+        sections: the run's manifest.
+    """
+    resumed, settings = beginning.resumed, without_start(sections)
+    if resumed is None or resumed.recipe == manifest_digest(settings).hex():
+        return
+    if not resumed.settings:
+        logger.warning("the run resumes with other values than its checkpoint was trained with, which it does not name")
+        return
+    found = [
+        (plain(field.removeprefix(".")), there, here)
+        for field, there, here in differences(dict(resumed.settings), settings, "")
+    ]
+    for name, there, here in found[:MAX_SHOWN]:
+        logger.warning("the run resumes with another %s: %s, was %s in the checkpoint", name, brief(here), brief(there))
+    if len(found) > MAX_SHOWN:
+        logger.warning("... and with %d other values that differ", len(found) - MAX_SHOWN)
+    if any(name.startswith("data.") for name, _, _ in found):
+        text = "the data index %d counts samples of the former data: some may be trained twice, or never"
+        logger.warning(text, resumed.data_index)

@@ -14,14 +14,16 @@ import pytest
 
 from psyche_lightning.checkpoints.address import open_storage
 from psyche_lightning.checkpoints.folder import newest, scan
+from psyche_lightning.checkpoints.manifest import Metadata
 from psyche_lightning.cli import main
 from psyche_lightning.coordinator.creation import create_host
 from psyche_lightning.errors import CheckpointError, ConfigError
 from psyche_lightning.recipe import load_recipe
 from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.recipe.manifest import manifest
 from psyche_lightning.server.admin import CoordinatorAdmin
 from psyche_lightning.train.runner import train_recipe
-from psyche_lightning.train.saving import begin
+from psyche_lightning.train.saving import Beginning, begin, say_changes
 
 # With the whole update sent and nothing kept of it, DisTrO has no state: going on is then exact.
 STATELESS = ["decay=0", "checkpoint.keep=9", "schedule.kind=constant", "warmup_steps=0"]
@@ -67,6 +69,32 @@ def test_a_single_node_resumes_exactly(recipe: Recipe, tmp_path: Path, cache: Pa
     assert [(r["step"], r["loss"], r["lr"]) for r in rows if "loss" in r] == [
         (r["step"], r["loss"], r["lr"]) for r in old if "loss" in r and r["step"] > 2
     ]
+
+
+def test_resuming_with_other_values_says_each_of_them(
+    recipe: Recipe, tmp_path: Path, cache: Path, said: Callable[[], list[str]]
+) -> None:
+    train_recipe(with_steps(recipe, 1), directory=tmp_path / "first")
+    resumed = with_checkpoint(with_steps(recipe, 2), resume=str(tmp_path / "first" / "checkpoints"))
+    said()
+    train_recipe(resumed, directory=tmp_path / "same")
+    assert not [line for line in said() if "another" in line]
+    (tmp_path / "other.txt").write_text("jackdaws love my big sphinx of quartz\n" * 400)
+    data = replace(recipe.data, seq_len=32, config={**recipe.data.config, "path": str(tmp_path / "other.txt")})
+    changed = replace(resumed, optimizer=replace(recipe.optimizer, lr=5e-4), data=data)
+    train_recipe(changed, directory=tmp_path / "changed")
+    lines = said()
+    for field, here, there in (("optimizer.schedule.base_lr", "0.0005", "0.002"), ("data.seq_len", "32", "64")):
+        assert f"the run resumes with another {field}: {here}, was {there} in the checkpoint" in lines
+    assert [line for line in lines if "another data.fingerprint: " in line]
+    assert [line for line in lines if line.startswith("the data index 4 counts samples of the former data")]
+
+
+def test_a_checkpoint_that_names_no_values(recipe: Recipe, said: Callable[[], list[str]]) -> None:
+    say_changes(Beginning({}, resumed=Metadata("run", 3, 1, 12, "ab" * 32)), manifest(recipe))
+    assert said() == ["the run resumes with other values than its checkpoint was trained with, which it does not name"]
+    say_changes(Beginning({}), manifest(recipe))
+    assert said() == []
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +110,31 @@ def test_a_batch_without_a_step_gives_nothing(loader: Make, caplog: pytest.LogCa
     assert len(list(f.setup_dataloaders(loader()))) == 2
     assert all(torch.equal(a, b) for a, b in zip(start, module.parameters(), strict=True))
     assert "the optimizer made no step in round 0" in caplog.text
+
+
+def test_a_checkpoint_holds_what_is_not_sent_yet(loader: Make, tmp_path: Path) -> None:
+    def set_up() -> tuple[Fabric, Any, dict[str, Any]]:
+        f, module = fabric(PsycheFabricStrategy(k=4)), network()
+        model, optimizer = f.setup(module, torch.optim.AdamW(module.parameters(), lr=0.01))
+        return f, f.strategy._step.distro, {"model": model, "optimizer": optimizer}
+
+    f, distro, state = set_up()
+    try:
+        train(f, state["model"], state["optimizer"], f.setup_dataloaders(loader()))
+        f.save(tmp_path / "saved.ckpt", state)
+        expected = {name: delta.clone() for name, delta in distro.delta()}
+    finally:
+        f.strategy.close()
+    f, other, state = set_up()
+    assert dict(other.delta()) == {}
+    f.load(tmp_path / "saved.ckpt", state)
+    found = dict(other.delta())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], delta) and delta.abs().max() > 0 for name, delta in expected.items())
+    assert other.nonce == distro.nonce
+    f.load(tmp_path / "saved.ckpt", {"optimizer": state["optimizer"]}, strict=False)
+    plain = torch.optim.AdamW(network().parameters(), lr=0.01)
+    state["optimizer"].load_state_dict(plain.state_dict())  # of a program without the strategy
 
 
 def test_what_is_missing_is_said(loader: Make) -> None:
