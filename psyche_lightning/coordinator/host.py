@@ -136,7 +136,7 @@ class RunHost:
     def trains(self, signer: bytes) -> bool:
         """Whether it is a healthy client of an epoch that is formed and has not ended."""
         formed = self.state.phase is Phase.WARMUP or self.state.phase.active
-        return formed and any(client.signer == signer for client in machine.healthy(self.state))
+        return formed and any(client.signer == signer for client in self.state.healthy)
 
     @property
     def unset(self) -> list[str]:
@@ -346,7 +346,7 @@ class RunHost:
     def _forget(self, signer: bytes, status: ClientStatus, kind: str, text: str, now: float) -> bool:
         known = self.membership.members.pop(signer, None) is not None
         state = self.state
-        if any(client.signer == signer and client.status is ClientStatus.HEALTHY for client in state.clients):
+        if any(client.signer == signer for client in state.healthy):
             known, state = True, machine.withdraw(state, signer, status)
         if known:
             self.history.note(self.state, now, kind, f"{short(signer)} {text}", signer)
@@ -366,9 +366,9 @@ class RunHost:
 
     def _health_check(self, signer: bytes, request: HealthCheck, now: float) -> int:
         """Drop clients that gave no sign of life; they may join again."""
-        before = {client.signer for client in machine.healthy(self.state)}
+        before = {client.signer for client in self.state.healthy}
         state, dropped = machine.health_check(self.state, signer, request)
-        for gone in before - {client.signer for client in machine.healthy(state)}:
+        for gone in before - {client.signer for client in state.healthy}:
             self.membership.members.pop(gone, None)
             text = f"{short(gone)} is dropped: it delivered nothing in the last {MISSED_ROUNDS} rounds"
             self.history.note(self.state, now, "dropped", text, gone)

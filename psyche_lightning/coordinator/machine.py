@@ -63,11 +63,6 @@ def batch_size(config: CoordinatorConfig, tokens: int) -> int:
     return start + (2 * (end - start) * tokens + ramp) // (2 * ramp)
 
 
-def healthy(state: RunState) -> list[Client]:
-    """The healthy clients, in list order."""
-    return [client for client in state.clients if client.status is ClientStatus.HEALTHY]
-
-
 def deadline(state: RunState) -> float | None:
     """When time alone advances the run; None if only an input can."""
     config, start = state.config, state.phase_start
@@ -91,7 +86,7 @@ def _over(state: RunState, round_: Round) -> bool:
 
     The last drain round is over when the parameters after all results are named.
     """
-    if len(healthy(state)) < least_clients(state):
+    if len(state.healthy) < least_clients(state):
         return True
     if state.draining and (state.settled or _drained(state) == DRAIN_ROUNDS):
         return state.settled
@@ -102,7 +97,7 @@ def unreported(state: RunState, round_: Round) -> set[bytes]:
     """The signers of the healthy witnesses that have not reported on a round."""
     selection = round_selection(round_, state.config)
     reported = {record.proof.index for record in round_.witnesses}
-    present = {client.signer for client in healthy(state)}
+    present = {client.signer for client in state.healthy}
     return {
         signer
         for index, signer in enumerate(round_.clients)
@@ -160,7 +155,7 @@ def _enter(state: RunState, phase: Phase, now: float, **fields: Any) -> RunState
 def _departed(state: RunState, height: int) -> dict[str, Any]:
     """The fields that change when clients that are not healthy leave the list."""
     leaving = tuple(replace(c, exited_height=height) for c in state.clients if c.status is not ClientStatus.HEALTHY)
-    return {"clients": tuple(healthy(state)), "exited_clients": state.exited_clients + leaving} if leaving else {}
+    return {"clients": state.healthy, "exited_clients": state.exited_clients + leaving} if leaving else {}
 
 
 def _with_status(state: RunState, status: ClientStatus, signers: Collection[bytes]) -> tuple[Client, ...]:
@@ -559,4 +554,4 @@ def _same_epoch(state: RunState, epoch: int, code: str) -> None:
 
 
 def _is_healthy(state: RunState, signer: bytes) -> bool:
-    return any(client.signer == signer and client.status is ClientStatus.HEALTHY for client in state.clients)
+    return any(client.signer == signer for client in state.healthy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from psyche_lightning.coordinator.machine import gathered, healthy
+from psyche_lightning.coordinator.machine import gathered
 from psyche_lightning.errors import counted
 from psyche_lightning.protocol.state import Client, Phase, RunState
 
@@ -26,7 +26,7 @@ def awaited(state: RunState, pending: Collection[Client]) -> str:
         case Phase.WAITING_FOR_MEMBERS:
             return _members(state, pending)
         case Phase.WARMUP:
-            present = len(healthy(state))
+            present = len(state.healthy)
             silent = present - len(state.warmup_witnesses)
             if silent > 0:
                 return f"waiting for {silent} of {counted(present, 'member')} to report the parameters"

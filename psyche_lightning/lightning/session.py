@@ -36,7 +36,7 @@ from psyche_lightning.node.store import BlobStore, DirectoryBlobStore, Journal, 
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.open_ids import shown
 from psyche_lightning.protocol.requests import Coordinator
-from psyche_lightning.protocol.state import INCARNATION_SIZE, ClientStatus, CoordinatorConfig, RunState
+from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, RunState
 from psyche_lightning.recipe.manifest import schedule_of
 from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.wire.identity import Identity, short
@@ -440,7 +440,7 @@ class Session:
         }
 
     def _clients(self) -> int:
-        return sum(c.status is ClientStatus.HEALTHY for c in self.state.clients) if self.state else 0
+        return len(self.state.healthy) if self.state else 0
 
     def digest(self) -> bytes:
         """Digest of the current parameters."""

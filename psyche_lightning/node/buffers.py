@@ -13,7 +13,7 @@ from psyche_lightning.node.notices import BuffersNotObtained, KeepsOwnBuffers
 from psyche_lightning.node.outbox import Outbox
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.protocol.messages import Buffers, Envelope
-from psyche_lightning.protocol.state import ClientStatus, Phase, RunState
+from psyche_lightning.protocol.state import Phase, RunState
 
 
 class BufferCopy:
@@ -90,7 +90,7 @@ class BufferCopy:
         """Whether training round ``height`` must wait for the buffers."""
         if not self._settings.buffers or self._done or height:
             return False
-        there = {client.node for client in state.clients if client.status is ClientStatus.HEALTHY}
+        there = {client.node for client in state.healthy}
         patience = state.config.max_round_train_time / 2
         if self._source in there and not self._out.due(("without buffers", state.epoch), after=patience):
             return True

@@ -40,7 +40,7 @@ from psyche_lightning.protocol.committee import decided_root, starting_digest
 from psyche_lightning.protocol.merkle import EMPTY_ROOT
 from psyche_lightning.protocol.messages import Buffers, Envelope, Message, Offer, Result, Stuck
 from psyche_lightning.protocol.requests import Accuse, HealthCheck, Join, WarmupWitness
-from psyche_lightning.protocol.state import MISSED_ROUNDS, ClientStatus, Phase, Round, RunState
+from psyche_lightning.protocol.state import MISSED_ROUNDS, Phase, Round, RunState
 
 STALE = ("InvalidWitness", "DuplicateWitness", "InvalidHealthCheck", "InvalidRunState", "Halted")
 """Refusals of a request that arrives after the run moved on."""
@@ -236,7 +236,7 @@ class NodeCore:
         """Ask to join when this node is no member, or when an epoch is about to form."""
         if state.phase in (Phase.FINISHED, Phase.UNINITIALIZED):
             return
-        member = any(c.signer == self.signer and c.status is ClientStatus.HEALTHY for c in state.clients)
+        member = any(client.signer == self.signer for client in state.healthy)
         if (not member or state.phase in (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED)) and self._out.due("join"):
             self._out.emit(Join())
 
@@ -375,7 +375,7 @@ class NodeCore:
             heard = {entry.trainer for entry in agreed.entries}
             absent = {about.round.clients[index] for index in about.batches if index not in heard}
             silent = absent if silent is None else silent & absent
-        healthy = {client.signer for client in state.clients if client.status is ClientStatus.HEALTHY}
+        healthy = {client.signer for client in state.healthy}
         signers = tuple(sorted((silent or set()) & healthy - {self.signer}))
         if signers and self._out.once(("health", height)):
             self._out.emit(HealthCheck(state.epoch, height, signers))

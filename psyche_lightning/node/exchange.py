@@ -29,7 +29,7 @@ from psyche_lightning.protocol.messages import (
     commitments,
 )
 from psyche_lightning.protocol.requests import Accuse
-from psyche_lightning.protocol.state import ClientStatus, RunState
+from psyche_lightning.protocol.state import RunState
 
 EARLY_ROUNDS = 3
 """Keeps messages of this many rounds around the newest until their round is known and assigned."""
@@ -39,7 +39,7 @@ ASK_ALL = 3
 
 def gone(state: RunState, log: RoundLog) -> set[int]:
     """Indices of a round's clients that are not healthy any more."""
-    healthy = {client.signer for client in state.clients if client.status is ClientStatus.HEALTHY}
+    healthy = {client.signer for client in state.healthy}
     return {i for i, signer in enumerate(log.round.clients) if signer not in healthy}
 
 

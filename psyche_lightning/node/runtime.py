@@ -47,7 +47,7 @@ from psyche_lightning.protocol.requests import (
     Withdraw,
     Witness,
 )
-from psyche_lightning.protocol.state import ClientStatus, scope_of
+from psyche_lightning.protocol.state import scope_of
 from psyche_lightning.transports.base import Transport, TransportContext
 from psyche_lightning.wire.canonical import pack, unpack
 from psyche_lightning.wire.identity import Identity, short
@@ -233,7 +233,7 @@ class Runtime:
         assert state is not None
         last = state.checkpoint
         voters = {signer for signer, *held in state.checkpoint_votes if held == [last.step, last.digest]}
-        return {client.signer for client in state.clients if client.status is ClientStatus.HEALTHY} - voters
+        return {client.signer for client in state.healthy} - voters
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -8,7 +8,7 @@ from collections import deque
 from psyche_lightning.errors import counted
 from psyche_lightning.logs import REMINDERS, next_reminder
 from psyche_lightning.node.agreement import EpochLog
-from psyche_lightning.protocol.state import ClientStatus, Phase, RunState
+from psyche_lightning.protocol.state import Phase, RunState
 from psyche_lightning.wire.identity import short
 
 FIRST = 2.0
@@ -67,7 +67,7 @@ class Wait:
 
 def lacks(state: RunState) -> int:
     """How many members a run needs, besides those that stay from its last epoch, for the next one; 0 if unknown."""
-    staying = sum(client.status is ClientStatus.HEALTHY for client in state.clients)
+    staying = len(state.healthy)
     if state.phase is not Phase.WAITING_FOR_MEMBERS or state.gathered_at is not None or not staying:
         return 0
     return max(0, state.config.init_min_clients - staying)

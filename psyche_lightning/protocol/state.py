@@ -260,6 +260,11 @@ class RunState:
         return self.rounds[slot]
 
     @property
+    def healthy(self) -> tuple[Client, ...]:
+        """The healthy clients, in list order."""
+        return tuple(client for client in self.clients if client.status is ClientStatus.HEALTHY)
+
+    @property
     def settled(self) -> bool:
         """Whether the checkpoint contains every round, so that its digest is the run's."""
         return bool(self.checkpoint.digest) and self.checkpoint.step == self.step - 1

@@ -23,7 +23,7 @@ def run_line(run: LiveRun) -> dict[str, Any]:
         "height": state.current.height if state.current and state.phase.active else None,
         "step": state.step,
         "total_steps": None if "total_steps" in run.host.unset else state.config.total_steps,
-        "clients": sum(client.status is ClientStatus.HEALTHY for client in state.clients),
+        "clients": len(state.healthy),
     }
 
 

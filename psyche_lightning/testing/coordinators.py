@@ -493,7 +493,7 @@ def by_seat(state: RunState, clients: Sequence[Coordinator]) -> list[Coordinator
 
 def healthy(state: RunState, client: Coordinator) -> bool:
     """Whether a client is in the epoch's list and healthy."""
-    return any(c.signer == client.signer and c.status is ClientStatus.HEALTHY for c in state.clients)
+    return any(each.signer == client.signer for each in state.healthy)
 
 
 async def until_finished(client: Coordinator) -> Any:

@@ -108,7 +108,7 @@ def _paid(run: RunAccounts, after: RunState) -> RunAccounts:
     Whoever was ejected in an epoch pays.
     """
     advanced = after.checkpoint.step >= after.start_step
-    paid = {client.signer for client in machine.healthy(run.state)} if advanced else set()
+    paid = {client.signer for client in run.state.healthy} if advanced else set()
     pays = {client.signer for client in after.exited_clients if client.status is ClientStatus.EJECTED}
     rate = run.current_rates.slashing_per_client
     share = run.current_rates.earning_total_shared // max(len(paid), 1)
@@ -284,7 +284,7 @@ def kick(run: RunAccounts, signer: bytes, clock: Clock) -> RunAccounts:
 
 def _left(run: RunAccounts, user: bytes, status: ClientStatus, clock: Clock) -> RunAccounts:
     state = run.state
-    client = any(client.signer == user for client in machine.healthy(state))
+    client = any(client.signer == user for client in state.healthy)
     require(client or any(waiting.signer == user for waiting in run.pending), "InvalidWithdraw")
     if client:
         state = machine.withdraw(state, user, status)
@@ -358,7 +358,7 @@ def health_check(
     state, round_ = run.state, _running(run.state)
     if round_ is not None:
         before = state.round_at(round_.height - 1)
-        caller = any(client.signer == user for client in machine.healthy(state))
+        caller = any(client.signer == user for client in state.healthy)
         require(before is not None and caller, "InvalidHealthCheck")
         assert before is not None
         require(index < len(before.clients) and before.clients[index] == listed, "InvalidCommitteeProof")

@@ -15,7 +15,6 @@ from solders.pubkey import Pubkey
 from solders.system_program import ID as SYSTEM_PROGRAM
 from solders.system_program import CreateAccountWithSeedParams, create_account_with_seed
 
-from psyche_lightning.coordinator.machine import healthy
 from psyche_lightning.errors import ConfigError, CoordinatorError
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning_solana import instructions
@@ -360,7 +359,7 @@ class SolanaAdmin:
         """
         await self.revoke(wallet)
         run, keys = await self.look(), await self.run.keys()
-        if all(client.signer != bytes(wallet) for client in (*healthy(run.state), *run.pending)):
+        if all(client.signer != bytes(wallet) for client in (*run.state.healthy, *run.pending)):
             return False
         await self._transact("kick", [self.run.anchored(keys).kick(self.run.wallet.public, wallet)])
         return True

@@ -18,7 +18,6 @@ from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
 from psyche_lightning import aio
-from psyche_lightning.coordinator.machine import healthy
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.committee import round_selection
 from psyche_lightning.protocol.manifest import fix_values, merge
@@ -184,7 +183,7 @@ class SolanaCoordinator:
     async def _withdraw(self) -> None:
         """Leave the run; fails without a transaction if this node is not a member."""
         run = await self._look()
-        if all(client.signer != self.signer for client in (*healthy(run.state), *run.pending)):
+        if all(client.signer != self.signer for client in (*run.state.healthy, *run.pending)):
             raise CoordinatorError(f"{self.run.wallet.public} is not a member of this run", code="InvalidWithdraw")
         await self._send("withdraw", lambda keys, me: keys.withdraw(me))
 
@@ -358,7 +357,7 @@ class SolanaCoordinator:
             names.append("set_address")
         mine = self._member(run)
         waits = mine is not None and mine.active == run.next_active and mine.p2p == self._node
-        inside = any(c.signer == self.signer and c.node == self._node for c in healthy(state))
+        inside = any(c.signer == self.signer and c.node == self._node for c in state.healthy)
         formed = state.phase is Phase.WARMUP or state.phase.active
         if not waits and not (inside and formed):
             instance = await self.run.instance()
@@ -476,7 +475,7 @@ class SolanaCoordinator:
             state, before = run.state, run.state.round_at(height - 1)
             if not _at(state, epoch, height) or before is None or listed not in before.clients:
                 break
-            client = next((client for client in healthy(state) if client.signer == listed), None)
+            client = next((client for client in state.healthy if client.signer == listed), None)
             if client is None:
                 continue
             index = before.clients.index(listed)

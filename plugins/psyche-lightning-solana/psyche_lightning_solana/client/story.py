@@ -160,7 +160,7 @@ class Story:
             self.history.note(state, now, "kicked", text, given["signer"])
         elif name == "health_check":
             gone = given["id"]["signer"]
-            if any(client.signer == gone for client in machine.healthy(before.state)):
+            if any(client.signer == gone for client in before.state.healthy):
                 text = f"{short(gone)} is dropped: it delivered nothing in the last {MISSED_ROUNDS} rounds"
                 self.history.note(state, now, "dropped", text, gone)
 

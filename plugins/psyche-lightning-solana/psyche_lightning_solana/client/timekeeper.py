@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from psyche_lightning import aio
-from psyche_lightning.coordinator.machine import deadline, healthy
+from psyche_lightning.coordinator.machine import deadline
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.state import Phase, RunState
 from psyche_lightning.wire.canonical import sha256
@@ -39,7 +39,7 @@ def turn(run: RunAccounts, signer: bytes) -> int:
     """Number of nodes before it at this state's deadline."""
     state = run.state
     waiting = state.phase is Phase.WAITING_FOR_MEMBERS
-    those = [client.signer for client in (run.pending if waiting else healthy(state))]
+    those = [client.signer for client in (run.pending if waiting else state.healthy)]
     if signer not in those:
         return min(len(those), MOST_TURNS) + _number(state, signer) % MOST_TURNS
     return min(sorted(those, key=lambda other: _number(state, other)).index(signer), MOST_TURNS)

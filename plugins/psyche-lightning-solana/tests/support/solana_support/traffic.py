@@ -19,7 +19,7 @@ from psyche_lightning_solana.types import CHECKPOINT, CONFIG, METADATA, MODEL, P
 from solders.instruction import AccountMeta, Instruction
 from solders.pubkey import Pubkey
 
-from psyche_lightning.coordinator.machine import deadline, healthy
+from psyche_lightning.coordinator.machine import deadline
 from psyche_lightning.protocol.bloom import BLOOM_SIZE, participants_bloom
 from psyche_lightning.protocol.committee import round_selection, starting_digest
 from psyche_lightning.protocol.state import Phase, WitnessProof
@@ -368,7 +368,7 @@ class Traffic:
             return self.world.keys.health_check(self._someone(), bytes(self._someone()), ZERO_HASH, 0, 0)
         index = self.random.randrange(len(before.clients))
         position = round_selection(before, state.config).committee_position(index)
-        callers = [client.signer for client in healthy(state)] or [bytes(self._someone())]
+        callers = [client.signer for client in state.healthy] or [bytes(self._someone())]
         return self.world.keys.health_check(
             Pubkey(self.random.choice(callers)), before.clients[index], ZERO_HASH, position, index
         )
