@@ -58,8 +58,8 @@ MAX_ROUNDS = 4096
 
 
 LINGER = 0.5
-"""A decided round stays open for this share of its time, for members that reported on the stored rounds before but not
-yet on this one. They then hold it as well: after a power cut, the run goes on with any one of them."""
+"""A decided round stays open for this share of its time, within its limit, for members that reported on the rounds
+before but not yet on this one. They then hold it as well: after a power cut, the run goes on with any one of them."""
 PAGE = 8192
 """Clients and witness records of the rounds in one answer; as JSON, some 2 MB."""
 
@@ -446,7 +446,8 @@ class RunHost:
         if not late:
             return False
         if lingers is None or lingers[:2] != (state.epoch, round_.height):
-            lingers = state.epoch, round_.height, now + LINGER * (now - state.phase_start)
+            until = now + LINGER * (now - state.phase_start)
+            lingers = state.epoch, round_.height, min(until, machine.deadline(state) or until)
         if now >= lingers[2]:
             return False
         self._lingers = lingers
