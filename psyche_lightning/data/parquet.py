@@ -33,6 +33,7 @@ IGNORED = -100
 LABELS, POSITIONS, LENGTHS, MASK = "labels", "position_ids", "sequence_lengths", "attention_mask"
 _INPUTS = ("inputs", "input_ids")
 _EDGE = 1 << 16
+_POSSIBLE = 1 << 31
 
 Rows = dict[str, NDArray[np.int64]]
 
@@ -307,6 +308,8 @@ class PreparedData:
             bad = (values < 0) | (values >= limit)
             if name == "labels":
                 bad &= values != IGNORED
+            if ((values < -_POSSIBLE) | (values >= _POSSIBLE)).any():
+                raise _DamagedError(f"{name} has values that no tokenizer has, such as {int(values[bad][0])}")
             if bad.any():
                 raise DataError(
                     f"{where}: {name} has the value {int(values[bad][0])}, but "

@@ -192,6 +192,25 @@ def test_a_damaged_row_group_is_named_and_left_out_for_good(
     assert pickle.loads(pickle.dumps(nodes[0])).samples(5, 6)[0]["input_ids"].tolist() == ROWS[8]
 
 
+def test_checksums_show_changed_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(
+        pyarrow.table({"inputs": ROWS}), path, row_group_size=4, compression="none", use_dictionary=False,
+        write_page_checksum=True,
+    )  # fmt: skip
+    whole, tokens = path.read_bytes(), [np.array(ROWS[place], "<i8").tobytes() for place in (5, 6)]
+    assert whole.count(tokens[0]) == 1
+    path.write_bytes(whole.replace(*tokens))
+    assert column(opened(path), "input_ids")[4:8] == [ROWS[8]] * 4
+    assert f"row group 1 of {path} is damaged" in caplog.text
+
+
+def test_numbers_that_no_tokenizer_has_are_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "a.parquet", inputs=[*ROWS[:4], [1, 2, 3, 1 << 40, 5, 6], *ROWS[5:]])
+    assert column(opened(path), "input_ids") == [*ROWS[:4], *[ROWS[8]] * 5]
+    assert "has values that no tokenizer has, such as 1099511627776" in caplog.text
+
+
 def test_a_damaged_row_group_of_the_validation_rows_is_left_out(tmp_path: Path, damage: Damage) -> None:
     damage(write(tmp_path / "a.parquet", inputs=ROWS), 2)
     data = opened(tmp_path / "a.parquet", validation_samples=3)
