@@ -80,14 +80,14 @@ def reload_train_loader(trainer: Trainer) -> None:
     trainer.fit_loop.setup_data()
 
 
-def give_back_handler(trainer: Trainer, number: signal.Signals, handler: Any) -> None:
-    """Restore a signal handler now, and keep Trainer from restoring another at its end.
+def give_back_handler(trainer: Trainer, number: signal.Signals, handler: Any, instead_of: Any) -> None:
+    """Restore a signal handler now, and keep Trainer from restoring ``instead_of`` at its end.
 
     Trainer notes the handlers when its loop starts; who waits for others before that has its own in place by then.
     """
     signal.signal(number, handler)
     noted = trainer._signal_connector._original_handlers
-    if number in noted:
+    if noted.get(number) is instead_of:
         noted[number] = handler
 
 

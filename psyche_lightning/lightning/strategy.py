@@ -335,9 +335,12 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
     def _join(self, fit: _Fit) -> _Training:
         """Become a member of the run."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):  # Trainer ignores SIGINT after the first
-                self._undo.callback(give_back_handler, fit.trainer, number, signal.getsignal(number))
-            signal.signal(signal.SIGTERM, self._terminate(signal.getsignal(signal.SIGTERM)))
+            # Trainer ignores SIGINT from the first on, and restores it only once its loop has started.
+            self._undo.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+            before = signal.getsignal(signal.SIGTERM)
+            ours = self._terminate(before)
+            self._undo.callback(give_back_handler, fit.trainer, signal.SIGTERM, before, ours)
+            signal.signal(signal.SIGTERM, ours)
         # A callback whose on_exception fails, for lack of space for instance, keeps Trainer from calling teardown.
         atexit.register(self._undo.close)
         self._undo.callback(atexit.unregister, self._undo.close)

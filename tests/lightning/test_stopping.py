@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,16 @@ class Broken(Callback):
     ) -> None:
         if trainer.global_step == 2:
             raise ValueError("broken")
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_fit_leaves_the_handlers_of_signals_as_they_were(
+    others: bool, classifier: Make, loader: Make, trainer: Make, create_run: Make
+) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    strategy = PsycheStrategy(*create_run()) if others else "psyche"
+    trainer(strategy=strategy, max_steps=2).fit(classifier(), loader())
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def left(url: str, run: str) -> int:
