@@ -21,6 +21,8 @@ FOLDER = "checkpoints"
 """The folder of checkpoints in a node's folder."""
 NEWEST = "checkpoint"
 """The link to the newest checkpoint in a node's folder."""
+CARD = "README.md"
+"""The model card, which the Hub shows."""
 PAUSES = (2.0, 10.0, 60.0)
 """Seconds between attempts to write to an address."""
 TAKEOVER = 300.0
@@ -45,6 +47,7 @@ class Writer:
         storage: the address that nodes share, or None.
         keep: number of checkpoints to keep, in the folder and at the address.
         extra: further files of each checkpoint, by name, such as the tokenizer's.
+        card: the text of its README.md, from its metadata and digest; None for none.
         pauses: see :data:`PAUSES`.
         takeover: see :data:`TAKEOVER`.
         sleep: waits for a number of seconds.
@@ -60,6 +63,7 @@ class Writer:
         *,
         keep: int,
         extra: dict[str, bytes],
+        card: Callable[[Metadata, str], str] | None = None,
         pauses: tuple[float, ...] = PAUSES,
         takeover: float = TAKEOVER,
         sleep: Callable[[float], None] = time.sleep,
@@ -70,6 +74,7 @@ class Writer:
         self._storage = storage
         self._keep = keep
         self._extra = extra
+        self._card = card
         self._pauses = pauses
         self._takeover = takeover
         self._sleep = sleep
@@ -148,7 +153,10 @@ class Writer:
             made.save(fresh)
             for name, data in self._extra.items():
                 (fresh / name).write_bytes(data)
-            manifest = describe(fresh, metadata, made.digest())
+            digest = made.digest()
+            if self._card is not None:
+                (fresh / CARD).write_text(self._card(metadata, digest.hex()), encoding="utf-8")
+            manifest = describe(fresh, metadata, digest)
             (fresh / NAME).write_text(manifest.text(), encoding="utf-8")
             for path in (*fresh.iterdir(), fresh):
                 system.sync(path)

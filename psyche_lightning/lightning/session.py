@@ -426,6 +426,11 @@ class Session:
         }
         return {name: value for name, value in named.items() if math.isfinite(value)}
 
+    @property
+    def payload_size(self) -> int:
+        """Bytes of one payload."""
+        return self._replica.max_payload
+
     def figures(self) -> dict[str, float]:
         """The run's figures, by name."""
         state, (up, down) = self.state, self.traffic.total

@@ -24,6 +24,7 @@ from psyche_lightning.protocol.manifest import MAX_SHOWN, START, brief, differen
 from psyche_lightning.recipe.config import ModelSection, Recipe
 from psyche_lightning.recipe.manifest import start_section
 from psyche_lightning.text import plain
+from psyche_lightning.train.card import Facts, card
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,10 @@ class Checkpoints:
         storage = None if section.to is None else open_storage(section.to)
         if storage is not None:
             storage.prepare()
-        self._writer = Writer(folder, storage, keep=section.keep, extra=tokenizer_files(tokenizer))
+        self._facts: Facts | None = None
+        files = tokenizer_files(tokenizer)
+        self._writer = Writer(folder, storage, keep=section.keep, extra=files, card=self._card)
+        self._whole = recipe
         self._every = section.every
         self._writers = section.writers
         self._run = run
@@ -85,6 +89,7 @@ class Checkpoints:
             return
         # A node that missed that round saves a later step. No node waits for it then, so it has no rank.
         rank = self._rank(standing, session) if standing.step % self._every == 0 else None
+        self._facts = facts(session, model)
         if self._writer.save(lambda: ModelCopy(model, PREFIX, self._dtype), self._metadata(standing), rank):
             self._saved = standing.step
 
@@ -95,8 +100,13 @@ class Checkpoints:
         standing = session.standing or Standing(state.checkpoint.step, state.epoch, state.epoch_start_data_index, ())
         if self._saved != standing.step or standing.step % self._every:  # otherwise it is in progress
             rank = self._rank(standing, session)
+            self._facts = facts(session, model)
             self._writer.save(lambda: ModelCopy(model, PREFIX, self._dtype), self._metadata(standing), rank, last=True)
         return lambda: self._writer.finish(standing.step)
+
+    def _card(self, metadata: Metadata, digest: str) -> str:
+        assert self._facts is not None
+        return card(self._whole, metadata, digest, self._facts)
 
     def _rank(self, standing: Standing, session: Session) -> int | None:
         rank = standing.rank(session.signer)
@@ -105,6 +115,17 @@ class Checkpoints:
     def _metadata(self, standing: Standing) -> Metadata:
         recipe = manifest_digest(self._settings).hex()
         return Metadata(self._run, standing.step, standing.epoch, standing.data_index, recipe, self._settings)
+
+
+def facts(session: Session, model: torch.nn.Module) -> Facts:
+    """What a node knows of its run now."""
+    state = session.state
+    return Facts(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        nodes=len(state.clients) + len(state.exited_clients) if state else 1,
+        payload=session.payload_size,
+    )
 
 
 def without_start(sections: Mapping[str, Any]) -> dict[str, Any]:
