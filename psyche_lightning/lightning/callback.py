@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from psyche_lightning.errors import ConfigError
-from psyche_lightning.lightning.collectives import RUN_LOSS
+from psyche_lightning.lightning.collectives import RUN_LOSS, monitored
 
 if TYPE_CHECKING:
     from psyche_lightning.lightning.session import Session
@@ -20,15 +20,16 @@ class CoordinatorCallback(Callback):
     The strategy moves it before all callbacks but those that search for a learning rate or a batch size, so that the
     others see the run's parameters from the beginning.
 
-    Each step it logs ``psyche/loss``, the run's training loss in the newest applied round: the median of the nodes'
-    losses, which all nodes know. A callback that monitors it decides the same on all nodes that trained the same
-    rounds. Less often it logs ``psyche/gradient_norm``, ``psyche/momentum_norm`` and ``psyche/agreement`` (the share of
-    this node's votes that the others share; with ``/0``, ``/1`` for several parameter groups), ``psyche/clients``,
-    ``psyche/epoch`` and ``psyche/round`` (the coordinator's), ``psyche/bytes_up`` and ``psyche/bytes_down`` (at this
-    node's sockets since it joined), and ``psyche/waiting`` (seconds that it waited).
+    It logs ``psyche/gradient_norm``, ``psyche/momentum_norm`` and ``psyche/agreement`` (the share of this node's votes
+    that the others share; with ``/0``, ``/1`` for several parameter groups), ``psyche/clients``, ``psyche/epoch`` and
+    ``psyche/round`` (the coordinator's), ``psyche/bytes_up`` and ``psyche/bytes_down`` (at this node's sockets since it
+    joined), ``psyche/waiting`` (seconds that it waited), and ``psyche/loss``: the run's training loss in the newest
+    applied round, the median of the nodes' losses, which all nodes know. A callback or a scheduler that monitors it
+    decides the same on all nodes that trained the same rounds; it is then logged at each step, with its mean at the end
+    of an epoch.
 
     Args:
-        log_every: steps between those figures; None for Trainer's ``log_every_n_steps``, 0 to log nothing.
+        log_every: steps between figures; None for Trainer's ``log_every_n_steps``, 0 to log none.
 
     Raises:
         ConfigError: ``log_every`` is not a whole number >= 0.
@@ -38,12 +39,17 @@ class CoordinatorCallback(Callback):
         if log_every is not None and (type(log_every) is not int or log_every < 0):
             raise ConfigError(f"log_every is {log_every!r}; expected a whole number from 0, or None for Trainer's")
         self.log_every = log_every
+        self._monitored = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the run."""
         begin = getattr(trainer.strategy, "begin", None)
         if begin is not None:
             begin()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look who monitors the run's loss."""
+        self._monitored = monitored(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Have the figures of a step computed that is to be logged."""
@@ -58,11 +64,13 @@ class CoordinatorCallback(Callback):
         session = self._session(trainer)
         if session is None:
             return
-        if session.run_loss is not None and self.log_every != 0:  # each step, since callbacks may monitor it
+        if self._monitored and session.run_loss is not None:
             pl_module.log(RUN_LOSS, session.run_loss, on_step=True, on_epoch=True, batch_size=1)
         if self._due(trainer, trainer.global_step):
             of_step = {f"psyche/{name}": value for name, value in session.step_figures().items()}
             for name, value in {**session.figures(), **of_step}.items():
+                if name == RUN_LOSS and self._monitored:
+                    continue
                 pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
         trainer.strategy.stop_if_finished()  # type: ignore[attr-defined]
 

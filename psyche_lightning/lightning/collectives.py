@@ -55,6 +55,12 @@ class LocalCollectives:
         )
 
 
+def monitored(trainer: Trainer) -> bool:
+    """Whether a callback or a scheduler decides by the run's loss."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined] # set dynamically
+    return any(getattr(one, "monitor", None) == RUN_LOSS for one in (*callbacks, *trainer.lr_scheduler_configs))
+
+
 def tell_of_monitors(trainer: Trainer) -> None:
     """Say which callbacks decide by a metric of this node, in a run with other nodes."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined] # set dynamically

@@ -16,6 +16,7 @@ from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.distro import NonFiniteGradientError
 from psyche_lightning.errors import DataError, PsycheError, StoreError
 from psyche_lightning.lightning import delta as saved_delta
+from psyche_lightning.lightning.collectives import RUN_LOSS
 from psyche_lightning.lightning.entry import Entry
 from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.lightning.standing import Standing, after_round, at_the_end
@@ -435,7 +436,9 @@ class Session:
         """The run's figures, by name."""
         state, (up, down) = self.state, self.traffic.total
         current = state.current if state else None
+        loss = {} if self.run_loss is None else {RUN_LOSS: self.run_loss}
         return {
+            **loss,
             "psyche/clients": float(self._clients()),
             "psyche/epoch": float(state.epoch if state else 0),
             "psyche/round": float(current.height if current else 0),

@@ -180,13 +180,13 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has: neither this node's key nor its membership, which only one process can have."""
-        state = dict(vars(self))
+        state = super().__getstate__()
         for name in ("session", "_memory", "_fit", "_training", "_resumed", "_terminated", "_undo"):
             del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        super().__setstate__(state)
         self._memory = Memory()
         self._rest()
 

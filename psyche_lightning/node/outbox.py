@@ -25,6 +25,7 @@ class Outbox:
         self._most = most
         self._effects: list[Effect] = []
         self._due: dict[object, tuple[int, float]] = {}
+        self._pruned = 0.0
         self._said: set[Notice] = set()
 
     def emit(self, effect: Effect) -> None:
@@ -70,7 +71,10 @@ class Outbox:
         self._due = {key: value for key, value in self._due.items() if key in keys}
 
     def prune(self) -> None:
-        """Forget keys unused for a long time."""
+        """Forget keys unused for a long time; looks only now and then, because a fast run has many."""
+        if self.now < self._pruned + self._most:
+            return
+        self._pruned = self.now
         past = self.now - 4 * self._most
         self._due = {key: (count, at) for key, (count, at) in self._due.items() if at > past}
 

@@ -96,6 +96,8 @@ class Permutation:
 
     def _shuffle(self, current: int) -> int:
         size = self._size
+        if size == 1:  # a run of one node: 180 hashes in each round would find the same
+            return current
         if not self._pivots:
             hashes = (sha256(self._key, bytes([turn])) for turn in range(SHUFFLE_ROUNDS))
             self._pivots = [int.from_bytes(digest[:8], "little") % size for digest in hashes]
