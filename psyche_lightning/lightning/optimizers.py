@@ -60,6 +60,7 @@ class TakenStep:
         optimizer: as given.
         module: as given.
         distro: computes and applies the updates.
+        factor: what DisTrO's learning rates are to those of the user's optimizer.
         called: whether the step was called since :meth:`reset`. Gradient scalers do not call it when a gradient is
             infinite.
 
@@ -71,6 +72,7 @@ class TakenStep:
         self.optimizer = optimizer
         self.module = module
         self.distro = build_distro(optimizer, module, config)
+        self.factor = 1.0
         self.called = False
         self._parameters = self._listed()
         replace_step(optimizer, self)
@@ -116,7 +118,7 @@ class TakenStep:
         self.called = False
 
     def copy_rates(self) -> None:
-        """Give DisTrO the learning rates of the user's optimizer, which schedulers change.
+        """Give DisTrO the learning rates of the user's optimizer, which schedulers change, times the factor.
 
         Raises:
             ConfigError: the optimizer has other parameters than at the start, or others are frozen.
@@ -129,7 +131,7 @@ class TakenStep:
                 "of their own, with a scheduler)."
             )
         for theirs, ours in zip(self.optimizer.param_groups, self.distro.param_groups, strict=True):
-            ours["lr"] = theirs["lr"]
+            ours["lr"] = float(theirs["lr"]) * self.factor
 
     @contextlib.contextmanager
     def looking_ahead(self) -> Iterator[None]:

@@ -39,6 +39,7 @@ from psyche_lightning.protocol.open_ids import shown
 from psyche_lightning.protocol.requests import Coordinator
 from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, RunState
 from psyche_lightning.recipe.manifest import schedule_of
+from psyche_lightning.recipe.schedule import cold_start
 from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.wire.identity import Identity, short
 
@@ -268,11 +269,26 @@ class Session:
         self.work, self._next = self.peek(), None
         if self.work is not None and self.state is not None:
             self._taken = self.work, self.state
+            self._warm_up(self.work, self.state)
         return self.work
 
     def put_back(self) -> None:
         """Take no part in the current round yet: it comes again."""
         self._next, self.work = self.work, None
+
+    def _warm_up(self, work: RoundWork, state: RunState) -> None:
+        """After a pause all nodes begin anew: without what they had yet to send, and with rates that rise."""
+        steps = self.entry.run.cold_start_warmup_steps
+        cold = state.cold_start_epoch and state.epoch == work.epoch
+        self._step.factor = cold_start(work.step, state.start_step, steps) if cold else 1.0
+        if cold and steps and work.height == 0:
+            logger.info("the run goes on after a pause: delta is empty, and learning rates rise over %d steps", steps)
+            self._step.distro.reset()
+
+    @property
+    def rate_factor(self) -> float:
+        """The factor on the learning rates in the last round: less than 1 while they rise after a pause."""
+        return self._step.factor
 
     @property
     def standing(self) -> Standing | None:

@@ -129,6 +129,13 @@ def _check_together(recipe: Recipe) -> None:
     recipe.schedule  # noqa: B018 - building it checks it
     check_run_id(recipe.name)
     check_config(recipe.run.coordinator)
+    run = recipe.run
+    room = int((run.epoch_time - run.warmup_time) / run.max_round_train_time)
+    if run.cold_start_warmup_steps > max(0, room):
+        raise ConfigError(
+            f"run.cold_start_warmup_steps is {run.cold_start_warmup_steps}; an epoch has room for {max(0, room)} "
+            "rounds (epoch_time without warmup_time, by max_round_train_time), in which learning rates have to rise."
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class RunValues:
         digest_every: rounds between digests of the parameters, by which nodes notice differences.
         keep_bytes: bytes of agreed payloads that nodes keep so that others can catch up; beyond them, they take a new
             snapshot. 0 means as many as the parameters have, but at least 64 MiB.
+        cold_start_warmup_steps: steps over which learning rates rise again in the epoch after a pause; 0 for none.
 
     Raises:
         ConfigError: a value has a wrong type or is out of range.
@@ -45,12 +46,14 @@ class RunValues:
     seed: int = 0
     digest_every: int = 10
     keep_bytes: int = 0
+    cold_start_warmup_steps: int = 0
 
     def __post_init__(self) -> None:
         if type(self.overlap) is not bool:
             raise ConfigError(f"run.overlap is {self.overlap!r}; choose true or false.")
-        for name, least, most in (("seed", 0, (1 << 64) - 1), ("digest_every", 1, None), ("keep_bytes", 0, None)):
-            value = getattr(self, name)
+        bounds = {"seed": (0, (1 << 64) - 1), "digest_every": (1, None)}
+        for name in ("seed", "digest_every", "keep_bytes", "cold_start_warmup_steps"):
+            value, (least, most) = getattr(self, name), bounds.get(name, (0, None))
             if type(value) is not int or value < least or (most is not None and value > most):
                 to = "on" if most is None else "to 2^64 - 1"
                 raise ConfigError(f"run.{name} is {value!r}; choose a whole number from {least} {to}.")
@@ -99,10 +102,11 @@ class RunOptions(NodeOptions):
     Attributes:
         coordinator: the run's join link, or the coordinator's URL; without it, the process is alone in its own run.
         run: the run's name; given together with ``coordinator``, unless that is a join link, or not at all.
-        overlap: see :class:`RunValues`, as for the next three.
+        overlap: see :class:`RunValues`, as for the next four.
         seed: see there.
         digest_every: see there.
         keep_bytes: see there.
+        cold_start_warmup_steps: see there.
         chunk: see :class:`~psyche_lightning.distro.DistroConfig`, as for the next six.
         k: see there.
         decay: see there.
@@ -127,6 +131,7 @@ class RunOptions(NodeOptions):
     seed: int | None = None
     digest_every: int | None = None
     keep_bytes: int | None = None
+    cold_start_warmup_steps: int | None = None
     chunk: int | None = None
     k: int | None = None
     decay: float | None = None

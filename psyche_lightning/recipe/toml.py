@@ -42,6 +42,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     model = values.get("model")
     if model is not None:
         try:
+            recipe["run"]["cold_start_warmup_steps"] = model["LLM"]["cold_start_warmup_steps"]
             recipe.update(_model(model["LLM"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path}: [model.LLM] does not have Psyche's form: {error!r}") from error

@@ -221,7 +221,7 @@ class _Diary(Callback):
         up, down = session.traffic.total
         self._trained += 1
         rate = session.samples * self._provider.seq_len / seconds
-        lr, loss = self._recipe.schedule(step), session.loss
+        lr, loss = self._recipe.schedule(step) * session.rate_factor, session.loss
         if session.samples:  # 0 if they were unavailable
             self._losses.append(loss)
             of_step = session.step_figures() if self._logs(step) else {}

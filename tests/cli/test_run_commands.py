@@ -84,7 +84,8 @@ def test_what_nodes_share_is_fixed_by_the_creator(psyche, coordinator, given):
     run = name.replace("_", "-")
     assert psyche("run", "create", run, f"{name}={value}")[0] == 0
     manifest = CoordinatorAdmin(coordinator).manifest(status(psyche, run)["manifest_digest"])
-    assert manifest == {"run": {"overlap": False, "seed": 0, "digest_every": 10, "keep_bytes": 0, **given}}
+    defaults = {"overlap": False, "seed": 0, "digest_every": 10, "keep_bytes": 0, "cold_start_warmup_steps": 0}
+    assert manifest == {"run": {**defaults, **given}}
 
 
 def test_overlap_and_compression_are_fixed_by_the_creator(psyche, coordinator):

@@ -140,6 +140,8 @@ def test_the_twin_replaces_what_it_names_before_the_overrides(path: Path) -> Non
         ("seq_len=true", r"data\.seq_len is True \(true or false\); an integer was expected"),
         ("overlap=1", r"run\.overlap is 1 \(an integer\); true or false was expected"),
         ("digest_every=0", r"mine\.yaml: run\.digest_every is 0; choose a whole number from 1 on"),
+        ("cold_start_warmup_steps=-1", r"run\.cold_start_warmup_steps is -1; choose a whole number from 0 on"),
+        ("cold_start_warmup_steps=99999", r"run\.cold_start_warmup_steps is 99999; an epoch has room for \d+ rounds"),
         ("keep_bytes=-1", r"run\.keep_bytes is -1; choose a whole number from 0 on"),
         ("run.seed=18446744073709551616", r"run\.seed is 18446744073709551616; choose .* from 0 to 2\^64 - 1"),
         ("digest_evry=3", r"Did you mean 'run\.digest_every'\?"),

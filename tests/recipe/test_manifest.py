@@ -46,6 +46,7 @@ def test_what_nodes_may_choose_for_themselves_is_not_in_it(override: str) -> Non
         ("seed=9", "run.seed"),
         ("digest_every=3", "run.digest_every"),
         ("keep_bytes=1000000", "run.keep_bytes"),
+        ("cold_start_warmup_steps=2", "run.cold_start_warmup_steps"),
         ("k=3", "distro.k"),
         ("lookahead=true", "distro.lookahead"),
         ("model.config.hidden_size=64", "model.config.hidden_size"),

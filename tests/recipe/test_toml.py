@@ -61,6 +61,7 @@ def recipe(tmp_path):
 def test_the_40b_run_is_a_recipe(recipe):
     found = recipe(BIG)
     assert (found.name, found.run.total_steps, found.run.global_batch_size_end) == ("run", 325000, 32768)
+    assert found.run.cold_start_warmup_steps == 100
     assert (found.distro.k, found.distro.chunk, found.distro.decay) == (4, 64, 0.995)
     assert (found.model.name, found.model.path) == ("hf", "org/model-init")
     assert (found.data.name, found.data.config, found.data.seq_len) == (

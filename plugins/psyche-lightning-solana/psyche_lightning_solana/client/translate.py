@@ -57,6 +57,7 @@ def model_section(recipe: Recipe) -> dict[str, Any]:
     return plain_model(
         recipe.name,
         recipe.data.seq_len,
+        cold_start_warmup_steps=recipe.run.cold_start_warmup_steps,
         lr_schedule={_SCHEDULES[type(recipe.schedule).__name__]: schedule},
         optimizer={"Distro": optimizer},
     )
@@ -65,6 +66,8 @@ def model_section(recipe: Recipe) -> dict[str, Any]:
 def plain_model(
     name: str,
     max_seq_len: int = 1,
+    *,
+    cold_start_warmup_steps: int = 0,
     lr_schedule: Mapping[str, Any] | None = None,
     optimizer: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -73,6 +76,7 @@ def plain_model(
     Args:
         name: replaces Psyche's repository of the first parameters, which here come from the first node.
         max_seq_len: tokens of a sample.
+        cold_start_warmup_steps: steps over which learning rates rise again after a pause.
         lr_schedule: Psyche's schedule; a constant rate unless given.
         optimizer: Psyche's optimizer; DisTrO's defaults unless given.
     """
@@ -88,7 +92,7 @@ def plain_model(
     return {
         "LLM": {
             "max_seq_len": max_seq_len,
-            "cold_start_warmup_steps": 0,
+            "cold_start_warmup_steps": cold_start_warmup_steps,
             "architecture": "HfAuto",
             "checkpoint": {"Dummy": {"repo_id": repository, "revision": None}},
             "data_type": "Pretraining",
