@@ -39,7 +39,6 @@ from psyche_lightning.protocol.open_ids import shown
 from psyche_lightning.protocol.requests import Coordinator
 from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, RunState
 from psyche_lightning.recipe.manifest import schedule_of
-from psyche_lightning.recipe.schedule import cold_start
 from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.wire.identity import Identity, short
 
@@ -145,8 +144,9 @@ class Session:
                 journal = opened.enter_context(contextlib.closing(Journal(folder / "journal")))
                 ledger = opened.enter_context(contextlib.closing(Ledger(folder / LEDGER)))
             agreed = entry.manifest(sections, {"global_batch_size": global_batch, "total_steps": total})
-            schedule = schedule_of(agreed)
-            self._scheduled = schedule is not None  # then no result may have another rate
+            planned, groups = schedule_of(agreed), step.optimizer.param_groups
+            shares = [group.get("initial_lr", group["lr"]) / planned.base_lr for group in groups] if planned else []
+            self._rates = Rates(replica.groups, planned, tuple(shares), entry.run.cold_start_warmup_steps)
             node = NodeParts(
                 identity=identity,
                 run_id=entry.run_id,
@@ -160,7 +160,7 @@ class Session:
                     layout=replica.layout,
                     max_payload=replica.max_payload,
                     pinned=START in agreed,
-                    rates=Rates(replica.groups, schedule),
+                    rates=self._rates,
                     buffers=replica.has_buffers,
                     keep_bytes=entry.run.keep_bytes or max(replica.size, LEAST_KEPT),
                     tensors=replica.tensors,
@@ -278,11 +278,11 @@ class Session:
 
     def _warm_up(self, work: RoundWork, state: RunState) -> None:
         """After a pause all nodes begin anew: without what they had yet to send, and with rates that rise."""
-        steps = self.entry.run.cold_start_warmup_steps
-        cold = state.cold_start_epoch and state.epoch == work.epoch
-        self._step.factor = cold_start(work.step, state.start_step, steps) if cold else 1.0
-        if cold and steps and work.height == 0:
-            logger.info("the run goes on after a pause: delta is empty, and learning rates rise over %d steps", steps)
+        rates = self._rates.of_epoch(state) if state.epoch == work.epoch else self._rates
+        self._step.factor = rates.factor(work.step)
+        if rates.cold_from is not None and work.height == 0:
+            text = "the run goes on after a pause: delta is empty, and learning rates rise over %d steps"
+            logger.info(text, rates.cold_start)
             self._step.distro.reset()
 
     @property
@@ -343,7 +343,7 @@ class Session:
         distro = self._step.distro
         self._step.copy_rates()
         rates = distro.lr_bits()
-        if still and self.alone and not self._scheduled:
+        if still and self.alone and self._rates.planned is None:
             rates = (0,) * len(rates)
         return self._send(work, distro.abstention(), distro.nonce, rates, loss, 0)  # zero tokens mark it
 

@@ -11,7 +11,7 @@ import statistics
 import struct
 from dataclasses import dataclass, field
 
-from psyche_lightning.node.rates import agreed_rates
+from psyche_lightning.node.rates import ONE_GROUP, Rates, agreed_rates
 from psyche_lightning.node.rounds import Entry, RoundLog
 from psyche_lightning.protocol.messages import Envelope
 from psyche_lightning.protocol.open_ids import Interval, OpenIds, reopen, take
@@ -109,6 +109,7 @@ class EpochLog:
         digest: parameters at its start.
         first_step: optimizer step of its first round.
         needed: number of equal reports that decide one of its rounds.
+        rates: the learning rates that its results may have.
         rounds: by height.
         early: messages of rounds not yet announced or assigned, by height.
         agreements: decisions by height; contiguous.
@@ -121,6 +122,7 @@ class EpochLog:
     digest: bytes
     first_step: int
     needed: int
+    rates: Rates = ONE_GROUP
     rounds: dict[int, RoundLog] = field(default_factory=dict)
     early: dict[int, list[Envelope]] = field(default_factory=dict)
     agreements: dict[int, AgreedSet] = field(default_factory=dict)

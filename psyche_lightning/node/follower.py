@@ -106,7 +106,7 @@ class Follower:
         if log is None:
             members = {c.signer: c.node for c in (*state.exited_clients, *state.clients)}
             nodes = tuple(members.get(signer, signer) for signer in record.clients)
-            allowed = self._settings.layout, self._settings.max_payload, self._settings.rates
+            allowed = self._settings.layout, self._settings.max_payload, self.log.rates
             log = RoundLog.open(record, nodes, state.config, self.log.needed, self._run_id, *allowed)
             self.log.rounds[record.height] = log
             drains = [] if record.step else [log]
@@ -126,7 +126,8 @@ class Follower:
 
     def _open_epoch(self, epoch: int, state: RunState) -> None:
         digest = state.epoch_digest
-        old, self.log = self.log, EpochLog(epoch, digest, state.start_step, state.needed)
+        rates = self._settings.rates.of_epoch(state)
+        old, self.log = self.log, EpochLog(epoch, digest, state.start_step, state.needed, rates)
         self.repair, self.digests = Repair(self._settings), {}
         self.repair.remember([Base(offer.applied, offer.snapshot) for offer in self._exchange.offered(epoch)])
         self.next_apply, self._loading = None, None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from psyche_lightning.errors import WireError, counted
+from psyche_lightning.protocol.state import RunState
 
 INFINITE = 0x7F800000
 """From these bits on, a 32-bit float is infinite, not a number, or negative."""
@@ -21,10 +22,24 @@ class Rates:
     Attributes:
         groups: number of the optimizer's parameter groups.
         planned: the rate of each step, from 1, by the schedule in the run's manifest; None if there is none.
+        shares: the factor of each group on the planned rate; empty for 1.
+        cold_start: steps over which all rates rise from 0 in the epoch after a pause, as in Psyche; 0 for none.
+        cold_from: first step of such an epoch; None in other epochs.
     """
 
     groups: int = 1
     planned: Callable[[int], float] | None = None
+    shares: tuple[float, ...] = ()
+    cold_start: int = 0
+    cold_from: int | None = None
+
+    def of_epoch(self, state: RunState) -> Rates:
+        """The rates of the epoch of a state: the coordinator's record says whether it follows a pause."""
+        return replace(self, cold_from=state.start_step if state.cold_start_epoch and self.cold_start else None)
+
+    def factor(self, step: int) -> float:
+        """The factor on all rates of a step: less than 1 while they rise after a pause."""
+        return 1.0 if self.cold_from is None else min(1.0, (step - self.cold_from) / self.cold_start)
 
     def check(self, lrs: Sequence[int], step: int, who: str) -> None:
         """Refuse rates with which no node could apply a result, or that are not the schedule's.
@@ -46,8 +61,9 @@ class Rates:
             raise WireError(f"{who} announced a learning rate that is negative or not finite")
         if self.planned is None:
             return
-        due = self.planned(step)
-        for rate in map(_value, lrs):
+        planned = self.planned(step) * self.factor(step)
+        for rate, share in zip(map(_value, lrs), self.shares or (1.0,) * self.groups, strict=True):
+            due = planned * share
             if abs(rate - due) > TOLERANCE * due:
                 raise WireError(f"{who} trained step {step} with the learning rate {rate:g}; the run has {due:g}")
 

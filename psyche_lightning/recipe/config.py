@@ -7,6 +7,7 @@ Each class documents its section; ``distro`` is :class:`~psyche_lightning.distro
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -175,13 +176,23 @@ class OptimizerSection:
         lr: base learning rate.
         weight_decay: decoupled weight decay, applied with each agreed update.
         clip_grad_norm: largest norm of a node's gradient; null for no clipping.
+        lr_for: a factor on the learning rate of the parameters whose names match a pattern; the first match counts.
         schedule: how the learning rate changes.
+
+    Raises:
+        ConfigError: a factor is not a finite number from 0 on.
     """
 
     lr: Positive = 1e-3
     weight_decay: Rate = 0.0
     clip_grad_norm: Positive | None = None
+    lr_for: Mapping[str, float] = field(default_factory=dict)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
+
+    def __post_init__(self) -> None:
+        for pattern, factor in self.lr_for.items():
+            if type(factor) not in (int, float) or not 0 <= factor < math.inf:
+                raise ConfigError(f"optimizer.lr_for of {pattern!r} is {factor!r}; choose a number from 0 on.")
 
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]

@@ -174,6 +174,8 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def _merge(values: dict[str, Any], other: Mapping[str, Any]) -> None:
+    if other.get("name", values.get("name")) != values.get("name"):
+        values.pop("config", None)  # the options of another plugin
     for key, value in other.items():
         if isinstance(value, dict) and isinstance(values.get(key), dict):
             _merge(values[key], value)

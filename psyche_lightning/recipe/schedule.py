@@ -107,17 +107,6 @@ class WarmupStableDecay(Constant):
         return self.linear_decay_final_lr
 
 
-def cold_start(step: int, start_step: int, steps: int) -> float:
-    """Psyche's factor on all learning rates in the epoch after a pause: it rises from 0 to 1 in a straight line.
-
-    Args:
-        step: the run's step.
-        start_step: the step with which the epoch began.
-        steps: length of the line; 0 for none.
-    """
-    return min(1.0, (step - start_step) / steps) if steps else 1.0
-
-
 Schedule = Constant
 """The type of all schedules: a call with a step returns the rate."""
 KINDS: dict[str, type[Schedule]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import math
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
+from psyche_lightning.errors import ConfigError
 from psyche_lightning.hookspecs import DataProvider
 from psyche_lightning.lightning.weights import IGNORED, trained
 from psyche_lightning.recipe.config import OptimizerSection
@@ -79,10 +81,23 @@ class CausalModule(LightningModule):
         return total / tokens if tokens else math.nan
 
     def configure_optimizers(self) -> Any:
-        """One group with all trainable parameters."""
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        base = self._optimizer.lr
-        optimizer = torch.optim.SGD(trainable, lr=base, weight_decay=self._optimizer.weight_decay)
+        """One group of trainable parameters for each factor on the learning rate.
+
+        Raises:
+            ConfigError: a pattern of ``optimizer.lr_for`` matches no trainable parameter.
+        """
+        base, factors = self._optimizer.lr, self._optimizer.lr_for
+        groups: dict[float, list[torch.nn.Parameter]] = {}
+        unused = set(factors)
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                matching = [pattern for pattern in factors if fnmatch.fnmatchcase(name, pattern)]
+                unused -= set(matching)
+                groups.setdefault(float(factors[matching[0]]) if matching else 1.0, []).append(parameter)
+        if unused:
+            raise ConfigError(f"optimizer.lr_for has {min(unused)!r}, which matches no trainable parameter.")
+        named = [{"params": group, "lr": base * factor} for factor, group in groups.items()]
+        optimizer = torch.optim.SGD(named, lr=base, weight_decay=self._optimizer.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: self._schedule(done + 1) / base)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

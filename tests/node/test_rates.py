@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from psyche_lightning.errors import WireError
 from psyche_lightning.node.rates import Rates, agreed_rates
+from psyche_lightning.protocol.state import RunState
 from psyche_lightning.recipe.manifest import schedule_of
 from psyche_lightning.recipe.schedule import KINDS, Cosine
 
@@ -47,6 +48,25 @@ def test_with_a_schedule_its_rate_is_taken_however_a_machine_rounds_it_and_no_ot
     for step, wrong in ((5, due * 1.01), (6, due), (5, 0.0), (100, 1e-9)):
         with pytest.raises(WireError, match=f"abcd1234 trained step {step} with the learning rate"):
             rates.check(bits(wrong), step, "abcd1234")
+
+
+def test_each_group_has_its_share_of_the_planned_rate() -> None:
+    rates = Rates(2, lambda step: 0.1 * step, shares=(1.0, 10.0))
+    rates.check(bits(0.2, 2.0), 2, "abcd1234")
+    with pytest.raises(WireError, match=r"step 2 with the learning rate 0\.2; the run has 2"):
+        rates.check(bits(0.2, 0.2), 2, "abcd1234")
+
+
+def test_after_a_pause_rates_rise_in_a_straight_line_from_nothing() -> None:
+    every = Rates(1, lambda _: 1.0, cold_start=4)
+    state = RunState("run", start_step=11)
+    assert every.of_epoch(state).factor(11) == 1.0
+    assert Rates().of_epoch(replace(state, cold_start_epoch=True)).factor(11) == 1.0
+    rates = every.of_epoch(replace(state, cold_start_epoch=True))
+    assert [rates.factor(step) for step in range(11, 18)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    rates.check(bits(0.25), 12, "abcd1234")
+    with pytest.raises(WireError, match=r"step 12 with the learning rate 1; the run has 0\.25"):
+        rates.check(bits(1.0), 12, "abcd1234")
 
 
 def test_the_agreed_rate_of_each_group_is_the_lower_median() -> None:

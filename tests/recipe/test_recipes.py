@@ -51,7 +51,7 @@ def test_it_resolves_and_its_size_is_known(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_its_twin_is_small_and_learns_on_this_machine(name: str, tmp_path: Path) -> None:
-    recipe = load_recipe(name, data_of(load_recipe(name).data.name, tmp_path / "tokens"), twin=True)
+    recipe = load_recipe(name, data_of(load_recipe(name, twin=True).data.name, tmp_path / "tokens"), twin=True)
     assert recipe.run.init_min_clients == 1
     assert recipe.run.total_steps * recipe.run.global_batch_size_end <= 16
     plugins = load_plugins()
@@ -86,10 +86,23 @@ def test_the_published_run_has_its_schedule_and_our_size() -> None:
     assert (run.global_batch_size_warmup_tokens, run.total_steps) == (549_755_813_888, 325_000)
     assert (run.warmup_time, run.cooldown_time, run.epoch_time, run.max_round_train_time) == (3600, 120, 100_000, 360)
     assert (run.min_clients, run.init_min_clients, recipe.data.seq_len) == (16, 16, 2048)
+    assert run.cold_start_warmup_steps == 100
+    assert (recipe.data.name, sorted(recipe.data.config)) == ("mix", ["url", "vocab_size"])
+    assert load_recipe("consilience-40b", twin=True).data.config == {"path": "stdlib"}
     assert (recipe.distro.chunk, recipe.distro.k, recipe.distro.decay) == (64, 4, 0.995)
     assert (recipe.optimizer.weight_decay, recipe.optimizer.clip_grad_norm) == (0.1, 1.0)
     # bf16 parameters, gradients and look-ahead copy; float32 delta and masters
     assert sum(size.memory.values()) == (2 + 2 + 2 + 4 + 4) * size.parameters
+    # What the recipe's text says of a node.
+    text = Path("recipes/consilience-40b.yaml").read_text()
+    assert f"{sum(size.memory.values()) / 1e9:.0f} GB for parameters" in text
+    traffic = size.bytes_per_round(16)
+    assert f"{traffic / 1e6:.0f} MB up and down" in text
+    assert f"{8 * traffic / 1e6 / run.max_round_train_time:.0f} Mbit/s" in text
+    shares = [batch // 16 for batch in (run.global_batch_size_start, run.global_batch_size_end)]
+    assert f"{shares[0]:,} to {shares[1]:,} samples" in text
+    low, high = (share * recipe.data.seq_len * 4 / 1e6 for share in shares)
+    assert f"{low:.1f} to {high:.1f} MB" in text
 
 
 def test_the_demo_is_of_the_size_that_it_promises() -> None:

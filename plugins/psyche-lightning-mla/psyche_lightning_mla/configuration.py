@@ -137,6 +137,11 @@ class MLAConfig(PretrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or a positive integer.")
         if not self.n_routed_experts:
             return
+        if not self.has_experts(self.num_hidden_layers - 1):
+            raise ValueError(
+                f"first_k_dense_replace is {self.first_k_dense_replace}, expected less than num_hidden_layers, which "
+                f"is {self.num_hidden_layers}: no layer is left for the experts."
+            )
         size, rest = divmod(self.n_routed_experts, self.n_group)
         if rest or (self.n_group > 1 and size < 2):
             raise ValueError(

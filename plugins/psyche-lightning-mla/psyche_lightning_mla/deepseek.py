@@ -92,7 +92,7 @@ def to_deepseek(config: MLAConfig) -> dict[str, Any]:
     from transformers import DeepseekV3Config
 
     fields = {name: getattr(config, name) for name in (*_FIELDS, *_EXPERTS)}
-    if not any(config.has_experts(layer) for layer in range(config.num_hidden_layers)):
+    if not config.n_routed_experts:
         # No layer has experts, but the configuration of some must be valid.
         fields |= {"first_k_dense_replace": config.num_hidden_layers, "n_routed_experts": 1, "num_experts_per_tok": 1}
         fields |= {"n_group": 1, "topk_group": 1}

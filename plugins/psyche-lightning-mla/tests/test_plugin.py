@@ -57,6 +57,7 @@ def test_a_checkpoint_loads_in_a_fresh_process_after_the_factory_ran(tmp_path: P
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a positive"),
         ({"q_lora_rank": -1}, "q_lora_rank is -1, expected a positive"),
         ({"n_routed_experts": -1}, "n_routed_experts is -1, expected 0 or a positive"),
+        ({"n_routed_experts": 4, "num_hidden_layers": 1}, "no layer is left for the experts"),
         ({"n_routed_experts": 6, "n_group": 4}, "n_group is 4, expected a divisor of n_routed_experts, which is 6"),
         ({"n_routed_experts": 4, "topk_group": 2}, "topk_group is 2, expected at most n_group"),
         ({"n_routed_experts": 8, "num_experts_per_tok": 5, "n_group": 2}, "expected at most 4"),
