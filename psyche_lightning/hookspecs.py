@@ -323,8 +323,8 @@ def register_data_providers(register: Register[DataProviderFactory]) -> None:
         def register_data_providers(register):
             register("digits", lambda config, *, seed: Digits(config["seq_len"], seed))
 
-    Built in: ``tokens`` (token files, on disk or behind HTTP), ``mix`` (a weighted mix of them), ``datasets`` (texts of
-    Hugging Face data sets), ``parquet`` (samples with labels and positions).
+    Built in: ``tokens`` (token files, on disk or behind HTTP), ``mix`` (a weighted mix of them), ``datasets`` (texts
+    and conversations of Hugging Face data sets), ``parquet`` (samples with labels and positions).
     """
 
 

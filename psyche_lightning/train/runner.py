@@ -118,6 +118,11 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
         check_data(model, provider, recipe.trainer.micro_batch_size)
         check_objective(model, provider.vocab_size, provider.seq_len)
     if recipe.model.adapter:
+        if "vocab_size" in recipe.model.config:
+            raise ConfigError(
+                "model.config.vocab_size resizes the embeddings, which an adapter (model.adapter) does not save. "
+                "Remove one of them, or save the resized model in a folder first and name that as model.path."
+            )
         model = adapted(model, recipe.model.adapter, recipe.model.path, beginning.adapter)
     sections = manifest(recipe, getattr(provider, "fingerprint", None))
     say_changes(beginning, sections)

@@ -66,6 +66,13 @@ def test_an_adapter_alone_is_trained_and_saved(base: Path, tmp_path: Path) -> No
     assert torch.equal(logits(loaded.unload()), before)  # the model's own parameters are as they were
 
 
+def test_an_adapter_does_not_save_resized_embeddings(base: Path, tmp_path: Path) -> None:
+    plain = recipe(tmp_path, base)
+    resized = replace(plain, model=replace(plain.model, config={"vocab_size": 300}))
+    with pytest.raises(ConfigError, match=r"resizes the embeddings, which an adapter .* does not save"):
+        train_recipe(resized, directory=tmp_path / "node")
+
+
 def test_training_an_adapter_goes_on_from_its_checkpoint(base: Path, tmp_path: Path) -> None:
     first = recipe(tmp_path, base)
     whole = train_recipe(first, directory=tmp_path / "whole")
