@@ -101,6 +101,11 @@ class RoundLoader:
         """The user's data set."""
         return self._loader.dataset
 
+    @property
+    def batch_size(self) -> int | None:
+        """The user's."""
+        return self._loader.batch_size
+
     def __len__(self) -> int:
         """Rounds of one pass of the whole run over the data."""
         return -(-self.order.length // self.global_batch)
