@@ -96,6 +96,10 @@ class RoundLoader:
         self._plan: list[list[int]] = []
         self._inner: DataLoader[Any] | None = None
 
+    def __reduce__(self) -> tuple[Callable[[DataLoader[Any]], DataLoader[Any]], tuple[DataLoader[Any]]]:
+        """A copy is the user's loader, since only one process can have this node's rounds."""
+        return _same, (self._loader,)
+
     @property
     def dataset(self) -> Any:
         """The user's data set."""
@@ -164,6 +168,10 @@ class RoundLoader:
             prefetch_factor=user.prefetch_factor,
             persistent_workers=user.num_workers > 0,  # otherwise each round restarts the workers
         )
+
+
+def _same(loader: DataLoader[Any]) -> DataLoader[Any]:
+    return loader
 
 
 def check_loader(loader: object) -> int:

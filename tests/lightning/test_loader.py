@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -83,3 +84,11 @@ def test_the_user_s_collate_function_is_used() -> None:
     collate: Callable[[list[int]], Any] = lambda items: torch.tensor(items) * 10  # noqa: E731
     loader = RoundLoader(DataLoader(Numbers(), batch_size=2, collate_fn=collate), 8, 0, lambda: iter(()))
     assert rounds(loader, 3, 5) == ([2], [[30, 40]])
+
+
+def test_a_copy_is_the_users_loader() -> None:
+    """A Trainer that was fitted holds one, and may be pickled."""
+    loader = RoundLoader(DataLoader(Numbers(), batch_size=5), 10, 0, lambda: iter(()))
+    copied = pickle.loads(pickle.dumps(loader))
+    assert type(copied) is DataLoader
+    assert [len(batch) for batch in copied] == [5, 5, 5, 5]
