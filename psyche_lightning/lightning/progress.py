@@ -126,9 +126,10 @@ class RunProgress:
         set_fetched(self._trainer, index)
 
     def _step_schedulers(self, step: int) -> None:
-        """Step the schedulers for each step that this node missed; Trainer itself does so after ``step``."""
+        """Step the schedulers for each step that this node missed; Trainer itself does so after one that it makes."""
         module = self._trainer.lightning_module
-        for missed in range(self._scheduled + 1, step):
+        last = min(self._scheduled, self._trainer.global_step)  # a round that lost its samples made no step
+        for missed in range(last + 1, step):
             epoch, index = self._place(missed - 1)
             for config in self._trainer.lr_scheduler_configs:
                 ended = index + 1 if config.interval == "step" else epoch + 1
