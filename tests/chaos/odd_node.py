@@ -16,6 +16,7 @@ from dataclasses import replace
 import psyche_lightning.builtin.transports as builtin
 from psyche_lightning.cli import main
 from psyche_lightning.errors import TransportError
+from psyche_lightning.node import events as ev
 from psyche_lightning.node.runtime import Runtime
 from psyche_lightning.protocol.messages import Stuck, seal
 from psyche_lightning.simulation.roles import ROLES, Role
@@ -86,19 +87,29 @@ def odd(options):
     return transport
 
 
-def in_a_role(carry_out):
-    plays = {}
+def play_role():
+    handle, carry_out, plays = Runtime.handle, Runtime._carry_out, {}
+
+    def role(runtime):
+        key = runtime, runtime._scope  # which the coordinator tells after a while
+        if key not in plays:
+            plays[key] = Role(KIND, runtime.node.identity, runtime._scope, RNG, runtime.node.store.put)
+        return plays[key]
+
+    def hear(runtime, event):
+        if isinstance(event, ev.Received):
+            role(runtime).hear(event.envelope)
+        handle(runtime, event)
 
     def carry(runtime, effect):
-        role = plays.setdefault(runtime, Role(KIND, runtime._seal, RNG))
-        for played in role.play(effect):
+        for played in role(runtime).play(effect):
             carry_out(runtime, played)
 
-    return carry
+    Runtime.handle, Runtime._carry_out = hear, carry
 
 
 if KIND in ROLES:
-    Runtime._carry_out = in_a_role(Runtime._carry_out)
+    play_role()
 else:
     builtin.tcp = odd
 sys.exit(main(sys.argv[3:]))
