@@ -172,10 +172,10 @@ def _check_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
 
 def _read_if_there(config: PreTrainedConfig, name: str) -> bool:
     """Whether the model's code reads a field that its configuration need not have, such as ``head_dim``."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    auto: Any = AutoModelForCausalLM  # it has no annotations
-    if type(config) not in auto._model_mapping:
+    models: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # it has no annotations
+    if type(config) not in models:
         return False
-    code = inspect.getsource(sys.modules[auto._model_mapping[type(config)].__module__])
+    code = inspect.getsource(sys.modules[models[type(config)].__module__])
     return re.search(rf'getattr\((self\.)?config, "{re.escape(name)}"', code) is not None

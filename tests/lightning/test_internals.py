@@ -10,8 +10,9 @@ import psyche_lightning
 
 PACKAGE = Path(psyche_lightning.__file__).parent
 ALLOWED = {PACKAGE / "distro" / "internals.py", PACKAGE / "lightning" / "internals.py"}
-OTHERS = {"_api"}
-"""Of huggingface_hub's file system, which has no public name for its client."""
+OTHERS = {"_api", "_attn_implementation"}
+"""Of huggingface_hub's file system, which has no public name for its client, and of transformers' configurations, which
+have none for how attention is computed."""
 
 
 def private(name: str) -> bool:
