@@ -176,7 +176,7 @@ def test_a_joiner_with_other_data_is_refused_with_the_field(
     url, run = create_run(init_min_clients=2, total_steps=2)
     other = tmp_path / "other"
     other.mkdir()
-    np.zeros(SEQ_LEN * 200, np.uint16).tofile(other / "a.bin")
+    np.random.default_rng(1).integers(0, 256, SEQ_LEN * 200, dtype=np.uint16).tofile(other / "a.bin")
     recipe = recipe_of(server)
 
     def first() -> None:
