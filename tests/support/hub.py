@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 LARGE = 4096
 """Bytes from which a file goes by LFS."""
 DATE = "2026-01-01T00:00:00.000Z"
@@ -101,6 +103,14 @@ class _Refused(Exception):
         self.status, self.code = status, code
 
 
+def _checked_card(text: str) -> dict[str, list[str]]:
+    """What the Hub says of a model card's head; it takes no upload with a card whose head is not right."""
+    head = yaml.safe_load(text.split("---\n")[1])
+    if not isinstance(head, dict) or not all(isinstance(tag, str) for tag in head.get("tags", [])):
+        raise _Refused(400, "", "Invalid metadata in README.md")
+    return {"errors": [], "warnings": []}
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_hub: LocalHub
@@ -117,6 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
             if path[0] == "large":
                 hub.large[path[1]] = body
                 self._answer(200, b"")
+            elif path == ["api", "validate-yaml"]:
+                self._json(_checked_card(json.loads(body)["content"]))
             elif path[:2] == ["api", "models"]:
                 self._json(self._api("/".join(path[2:4]), path[4:], body))
             elif path[1].endswith(".git"):
