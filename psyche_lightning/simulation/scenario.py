@@ -33,7 +33,7 @@ class Scenario:
         calm: virtual time after which nothing of the above fails any more.
         payload_loss: probability that a payload is not delivered when it is fetched, during the whole run.
         flips: times that the parameters of a node change by themselves.
-        replacements: nodes that are killed for good, each followed by a new one.
+        replacements: nodes that are killed for good, each followed by a new one; never all holders of a round.
         keep_bytes: agreed payloads that nodes keep until they take a new snapshot.
         power_cuts: times that all nodes lose power together; their disks stay.
         stops: times that all nodes leave politely, and come back.
@@ -91,6 +91,11 @@ class Scenario:
         least = max(2, self.nodes - 2)
         return next(n for n in range(least, self.nodes + 1) if all(self._safe(m) for m in range(n, self.nodes + 1)))
 
+    @property
+    def spare(self) -> int:
+        """Nodes that may be lost for good while some reliable node of every quorum stays, and holds what it decided."""
+        return max(0, quorum(self.init_min_clients) - self.unreliable - 1)
+
     def _safe(self, members: int) -> bool:
         return members - self.unreliable >= quorum(members)
 
@@ -130,7 +135,8 @@ class Scenario:
             drawn = replace(drawn, copies=1)
         forgetful = replace(drawn, journals=1)
         room = nodes - forgetful.unreliable >= quorum(nodes) and forgetful.ejects
-        return forgetful if room and rng.random() < 0.3 else drawn
+        drawn = forgetful if room and rng.random() < 0.3 else drawn
+        return replace(drawn, replacements=min(drawn.replacements, drawn.spare))
 
 
 @dataclass(frozen=True)
