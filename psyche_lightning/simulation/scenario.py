@@ -134,7 +134,8 @@ class Scenario:
         if drawn.keep_bytes > 300 and rng.random() < 0.2:  # else nodes do not keep what an older state needs
             drawn = replace(drawn, copies=1)
         forgetful = replace(drawn, journals=1)
-        room = nodes - forgetful.unreliable >= quorum(nodes) and forgetful.ejects
+        # A node without its journal signs a second result when an older coordinator asks again: no promise covers both.
+        room = not drawn.copies and nodes - forgetful.unreliable >= quorum(nodes) and forgetful.ejects
         drawn = forgetful if room and rng.random() < 0.3 else drawn
         return replace(drawn, replacements=min(drawn.replacements, drawn.spare))
 
