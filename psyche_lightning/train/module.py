@@ -23,6 +23,16 @@ INPUTS = ("input_ids", "labels", "position_ids")
 """Sample keys passed to the model."""
 
 
+def call_options(model: torch.nn.Module) -> dict[str, Any]:
+    """The options of ``forward`` in training, besides the sample.
+
+    With a cache, models of transformers do not notice that a position of 0 starts another text.
+    """
+    adapted: Any = getattr(model, "get_base_model", None)  # of peft
+    takes = inspect.signature((model if adapted is None else adapted()).forward).parameters
+    return {"use_cache": False} if "use_cache" in takes else {}
+
+
 class CausalModule(LightningModule):
     """A causal language model with the recipe's optimizer; its learning rate is a pure function of the run's step.
 
@@ -39,10 +49,7 @@ class CausalModule(LightningModule):
         self.model = model
         self._optimizer = optimizer
         self._schedule = schedule
-        # With a cache, models of transformers do not notice that a position of 0 starts another text.
-        adapted: Any = getattr(model, "get_base_model", None)  # of peft
-        takes = inspect.signature((model if adapted is None else adapted()).forward).parameters
-        self._options = {"use_cache": False} if "use_cache" in takes else {}
+        self._options = call_options(model)
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor | None:
         """Mean loss in nats per trained token; None if none is trained.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.train.module import call_options
 from psyche_lightning.train.packing import embeddings, undisturbed
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def _probe(model: torch.nn.Module, vocab_size: int, length: int) -> tuple[bool, 
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
     chance = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(vocab_size, (2, 1, length), generator=chance).to(device)
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    options = call_options(model)
     with undisturbed(model, device):
         with torch.enable_grad(), embeddings(model, ids) as embedded:
             one = model(input_ids=ids, labels=ids, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.hookspecs import DataProvider
+from psyche_lightning.train.module import call_options
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +115,7 @@ class _Call:
 
     def __init__(self, model: torch.nn.Module, positions: torch.Tensor) -> None:
         self._model = model
-        takes = inspect.signature(model.forward).parameters
-        self._options: dict[str, Any] = {"position_ids": positions}
-        if "use_cache" in takes:
-            self._options["use_cache"] = False
+        self._options = {"position_ids": positions, **call_options(model)}
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits [batch, seq_len, vocab]; the same chance each time."""
