@@ -47,7 +47,6 @@ class Writer:
         storage: the address that nodes share, or None.
         keep: number of checkpoints to keep, in the folder and at the address.
         extra: further files of each checkpoint, by name, such as the tokenizer's.
-        card: the text of its README.md, from its metadata and digest; None for none.
         pauses: see :data:`PAUSES`.
         takeover: see :data:`TAKEOVER`.
         sleep: waits for a number of seconds.
@@ -63,7 +62,6 @@ class Writer:
         *,
         keep: int,
         extra: dict[str, bytes],
-        card: Callable[[Metadata, str], str] | None = None,
         pauses: tuple[float, ...] = PAUSES,
         takeover: float = TAKEOVER,
         sleep: Callable[[float], None] = time.sleep,
@@ -74,7 +72,6 @@ class Writer:
         self._storage = storage
         self._keep = keep
         self._extra = extra
-        self._card = card
         self._pauses = pauses
         self._takeover = takeover
         self._sleep = sleep
@@ -92,13 +89,22 @@ class Writer:
 
     # --- called by the training thread ------------------------------------------------------------------------------
 
-    def save(self, copy: Callable[[], ModelCopy], metadata: Metadata, rank: int | None, *, last: bool = False) -> bool:
+    def save(
+        self,
+        copy: Callable[[], ModelCopy],
+        metadata: Metadata,
+        rank: int | None,
+        *,
+        card: Callable[[str], str] | None = None,
+        last: bool = False,
+    ) -> bool:
         """Write a checkpoint in the background.
 
         Args:
             copy: makes the copy; called at once, if at all.
             metadata: which state of which run it holds.
             rank: this node's position among those that write to the address; None if it does not write there.
+            card: gives the text of its README.md for its digest in hex; None for none.
             last: whether it is the last one; it then waits for the one before it instead of being skipped.
 
         Returns:
@@ -115,9 +121,9 @@ class Writer:
             return False
         made = copy()
         if made.copied:
-            self._saver.start(lambda: self._save(made, metadata, rank))
+            self._saver.start(lambda: self._save(made, metadata, rank, card))
         else:  # this model can only be written as it is now
-            self._save(made, metadata, rank)
+            self._save(made, metadata, rank, card)
         return True
 
     def check(self) -> None:
@@ -145,7 +151,7 @@ class Writer:
 
     # --- the background -----------------------------------------------------------------------------------------------
 
-    def _save(self, made: ModelCopy, metadata: Metadata, rank: int | None) -> None:
+    def _save(self, made: ModelCopy, metadata: Metadata, rank: int | None, card: Callable[[str], str] | None) -> None:
         target = self._own / folder_name(metadata.step)
         fresh = target.with_name(f"{target.name}.new")
         try:
@@ -154,8 +160,8 @@ class Writer:
             for name, data in self._extra.items():
                 (fresh / name).write_bytes(data)
             digest = made.digest()
-            if self._card is not None:
-                (fresh / CARD).write_text(self._card(metadata, digest.hex()), encoding="utf-8")
+            if card is not None:
+                (fresh / CARD).write_text(card(digest.hex()), encoding="utf-8")
             manifest = describe(fresh, metadata, digest)
             (fresh / NAME).write_text(manifest.text(), encoding="utf-8")
             for path in (*fresh.iterdir(), fresh):

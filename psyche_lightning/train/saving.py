@@ -62,10 +62,8 @@ class Checkpoints:
         storage = None if section.to is None else open_storage(section.to)
         if storage is not None:
             storage.prepare()
-        self._facts: Facts | None = None
-        files = tokenizer_files(tokenizer)
-        self._writer = Writer(folder, storage, keep=section.keep, extra=files, card=self._card)
-        self._whole = recipe
+        self._writer = Writer(folder, storage, keep=section.keep, extra=tokenizer_files(tokenizer))
+        self._recipe = recipe
         self._every = section.every
         self._writers = section.writers
         self._run = run
@@ -89,8 +87,7 @@ class Checkpoints:
             return
         # A node that missed that round saves a later step. No node waits for it then, so it has no rank.
         rank = self._rank(standing, session) if standing.step % self._every == 0 else None
-        self._facts = facts(session, model)
-        if self._writer.save(lambda: ModelCopy(model, PREFIX, self._dtype), self._metadata(standing), rank):
+        if self._save(session, model, standing, rank):
             self._saved = standing.step
 
     def at_the_end(self, session: Session, model: torch.nn.Module) -> Callable[[], None]:
@@ -100,13 +97,20 @@ class Checkpoints:
         standing = session.standing or Standing(state.checkpoint.step, state.epoch, state.epoch_start_data_index, ())
         if self._saved != standing.step or standing.step % self._every:  # otherwise it is in progress
             rank = self._rank(standing, session)
-            self._facts = facts(session, model)
-            self._writer.save(lambda: ModelCopy(model, PREFIX, self._dtype), self._metadata(standing), rank, last=True)
+            self._save(session, model, standing, rank, last=True)
         return lambda: self._writer.finish(standing.step)
 
-    def _card(self, metadata: Metadata, digest: str) -> str:
-        assert self._facts is not None
-        return card(self._whole, metadata, digest, self._facts)
+    def _save(
+        self, session: Session, model: torch.nn.Module, standing: Standing, rank: int | None, *, last: bool = False
+    ) -> bool:
+        metadata, known = self._metadata(standing), facts(session, model)
+        return self._writer.save(
+            lambda: ModelCopy(model, PREFIX, self._dtype),
+            metadata,
+            rank,
+            card=lambda digest: card(self._recipe, metadata, digest, known),
+            last=last,
+        )
 
     def _rank(self, standing: Standing, session: Session) -> int | None:
         rank = standing.rank(session.signer)
