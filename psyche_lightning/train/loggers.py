@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import get_args
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.lightning.session import node_key
 from psyche_lightning.recipe.config import LoggerName
+from psyche_lightning.wire.identity import short
 
 LOGS = "logs"
 """The folder of their files, in the node's folder; each training has a ``version_N`` of its own in it."""
 
 
-def make_logger(name: LoggerName | None, folder: Path, run: str, node: str) -> Logger | None:
+def make_logger(name: LoggerName | None, folder: Path, run: str) -> Logger | None:
     """The logger that a recipe names.
 
     Args:
         name: ``trainer.logger``; None for none.
         folder: the node's folder; files go to its ``logs``.
-        run: the run's name: W&B's project, and its group of nodes.
-        node: the node's short name: W&B's run.
+        run: the run's name: W&B's project, and its group of nodes. The node's short name is that of W&B's run.
 
     Raises:
         ConfigError: the logger's package is missing, or its folder is not writable.
     """
-    assert name is None or name in get_args(LoggerName)
     try:
         match name:
             case None:
@@ -40,7 +39,7 @@ def make_logger(name: LoggerName | None, folder: Path, run: str, node: str) -> L
                 logs = folder / LOGS
                 logs.mkdir(parents=True, exist_ok=True)
                 os.environ.setdefault("WANDB_SILENT", "true")  # its own banner would break into the progress bars
-                return WandbLogger(name=node, project=run, group=run, save_dir=logs)
+                return WandbLogger(name=short(node_key(folder).public), project=run, group=run, save_dir=logs)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"trainer.logger={name} needs a package that is not installed: "

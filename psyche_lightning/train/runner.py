@@ -149,7 +149,7 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
         max_epochs=-1,
         gradient_clip_val=recipe.optimizer.clip_grad_norm,
         callbacks=[CoordinatorCallback(log_every=0), diary],
-        logger=make_logger(recipe.trainer.logger, folder, run, short(node_key(folder).public)) or False,
+        logger=make_logger(recipe.trainer.logger, folder, run) or False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
