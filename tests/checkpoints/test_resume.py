@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.training import train_all
 
 from psyche_lightning.checkpoints.address import open_storage
 from psyche_lightning.checkpoints.folder import newest, scan
@@ -159,26 +160,6 @@ def coordinator() -> Iterator[str]:
         thread.join(10)
 
 
-def train_all(recipes: list[Recipe], url: str, run: str, folder: Path) -> list[Any]:
-    """One node for each recipe; results or errors."""
-    results: list[Any] = [None] * len(recipes)
-
-    def node(place: int) -> None:
-        try:
-            results[place] = train_recipe(
-                recipes[place], coordinator_url=url, run_id=run, directory=folder / f"{run}-{place}"
-            )
-        except Exception as error:
-            results[place] = error
-
-    threads = [threading.Thread(target=node, args=(place,), daemon=True) for place in range(len(recipes))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return results
-
-
 def test_a_new_run_resumes_a_stopped_run_of_two(
     recipe: Recipe, text: Path, tmp_path: Path, cache: Path, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,7 +169,7 @@ def test_a_new_run_resumes_a_stopped_run_of_two(
     given = ["--twin", f"data.config.path={text}", *STATELESS, "schedule.final_lr=null", "init_min_clients=2"]
     given += ["waiting_for_members_extra_time=0.05", "--coordinator", url]
     assert main(["run", "create", "first", "demo", *given, "total_steps=2"]) == 0
-    first = train_all([with_steps(recipe, 2)] * 2, url, "first", tmp_path)
+    first = train_all([with_steps(recipe, 2)] * 2, url, "first", [tmp_path / f"first-{place}" for place in (0, 1)])
     assert first[0]["digest"] == first[1]["digest"] == manifest_at(shared).digest
 
     assert main(["run", "create", "second", "demo", *given, f"checkpoint.resume={shared}"]) == 0
@@ -197,7 +178,7 @@ def test_a_new_run_resumes_a_stopped_run_of_two(
     on = with_checkpoint(recipe, resume=shared)
     with pytest.raises(ConfigError, match="resumes from the checkpoint of step 2, but this node starts at step 1"):
         train_recipe(with_checkpoint(recipe, to=None), coordinator_url=url, run_id="second", directory=tmp_path / "x")
-    second = train_all([on, on], url, "second", tmp_path)
+    second = train_all([on, on], url, "second", [tmp_path / f"second-{place}" for place in (0, 1)])
     assert second[0]["digest"] == second[1]["digest"] == manifest_at(shared).digest
     saved = manifest_at(shared).metadata
     assert (saved.step, saved.run, saved.data_index) == (4, "second", 16)

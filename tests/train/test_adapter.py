@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
+from support.training import train_all
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from psyche_lightning.cli import main
@@ -91,17 +91,7 @@ def test_nodes_of_a_run_end_with_equal_adapters(
     base: Path, tmp_path: Path, create_run: Callable[..., tuple[str, str]]
 ) -> None:
     url, run = create_run(init_min_clients=2, total_steps=4, global_batch_size_start=4)
-    results: dict[int, dict[str, Any]] = {}
-
-    def node(number: int) -> None:
-        directory = tmp_path / str(number)
-        results[number] = train_recipe(recipe(tmp_path, base), coordinator_url=url, run_id=run, directory=directory)
-
-    threads = [threading.Thread(target=node, args=(number,), daemon=True) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    results = train_all([recipe(tmp_path, base)] * 2, url, run, [tmp_path / "0", tmp_path / "1"])
     assert results[0]["digest"] == results[1]["digest"]
     saved = [(tmp_path / name / "checkpoint" / "adapter_model.safetensors").read_bytes() for name in ("0", "1")]
     assert saved[0] == saved[1]

@@ -20,13 +20,11 @@ STEPS = 4
 
 
 def test_two_nodes_begin_anew_after_a_pause(
-    tmp_path: Path, create_run: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    text: Path, tmp_path: Path, create_run: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "psyche_lightning")
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "all.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     constant = ["schedule.kind=constant", "schedule.final_lr=null", "schedule.warmup_steps=0"]
-    own = [f"data.config.path={tmp_path / 'text'}", "validate_every=0", "total_steps=40"]
+    own = [f"data.config.path={text}", "validate_every=0", "total_steps=40"]
     recipe = load_recipe("demo", [*constant, *own, f"cold_start_warmup_steps={STEPS}"], twin=True)
     url, run = create_run(init_min_clients=2, global_batch_size_start=4)
     admin = CoordinatorAdmin(url)

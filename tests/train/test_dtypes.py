@@ -24,13 +24,6 @@ LLAMA = (
 )
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "all.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
-    return tmp_path / "text"
-
-
 def recipe(text: Path, *overrides: str) -> Recipe:
     common = ["model.name=hf", f"data.config.path={text}", "data.seq_len=192", "total_steps=2", "validate_every=2"]
     return load_recipe("demo", [*common, "micro_batch_size=4", "validation_samples=2", *overrides], twin=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.training import train_all
 from transformers import AutoModelForCausalLM
 
 from psyche_lightning.cli import main
@@ -18,13 +18,6 @@ from psyche_lightning.recipe.config import Recipe
 from psyche_lightning.train.runner import train_recipe
 
 EXPERTS = "n_routed_experts: 8, num_experts_per_tok: 2, moe_intermediate_size: 16, first_k_dense_replace: 0"
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "all.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
-    return tmp_path / "text"
 
 
 def recipe(text: Path, *overrides: str) -> Recipe:
@@ -38,16 +31,7 @@ def test_two_nodes_agree_on_the_balance(text: Path, tmp_path: Path, create_run: 
     faster = ["optimizer.lr_for={'*e_score_correction_bias': 10}", "k_for={'*e_score_correction_bias': 128}"]
     chosen = recipe(text, f"model.config={{{fields}, {EXPERTS}}}", "optimizer.lr=0.001", *faster)
     url, run = create_run(init_min_clients=2, total_steps=4, global_batch_size_start=8)
-    results: dict[int, dict[str, Any]] = {}
-
-    def node(number: int) -> None:
-        results[number] = train_recipe(chosen, coordinator_url=url, run_id=run, directory=tmp_path / str(number))
-
-    threads = [threading.Thread(target=node, args=(number,), daemon=True) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    results = train_all([chosen] * 2, url, run, [tmp_path / "0", tmp_path / "1"])
     assert results[0]["digest"] == results[1]["digest"]
     saved = [load_file(tmp_path / str(number) / "checkpoint" / "model.safetensors") for number in (0, 1)]
     biases = [name for name in saved[0] if name.endswith("e_score_correction_bias")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.training import train_all
 from transformers import AutoModelForCausalLM
 
 from psyche_lightning.errors import CheckpointError, ConfigError
@@ -23,10 +23,7 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    text = tmp_path / "text"
-    text.mkdir()
-    (text / "all.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+def recipe(text: Path) -> Recipe:
     loaded = load_recipe("demo", [f"data.config.path={text}", "micro_batch_size=2"], twin=True)
     trainer = replace(loaded.trainer, validate_every=2)
     return replace(loaded, trainer=trainer, checkpoint=replace(loaded.checkpoint, every=3))
@@ -68,17 +65,7 @@ def test_a_run_ends_where_its_coordinator_says(
 
 def test_two_nodes_of_a_run(recipe: Recipe, tmp_path: Path, create_run: Make) -> None:
     url, run = create_run(init_min_clients=2, total_steps=4, global_batch_size_start=4)
-    results: dict[int, dict[str, Any]] = {}
-
-    def node(number: int) -> None:
-        results[number] = train_recipe(recipe, coordinator_url=url, run_id=run, directory=tmp_path / str(number))
-
-    threads = [threading.Thread(target=node, args=(number,), daemon=True) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    first, second = results[0], results[1]
+    first, second = train_all([recipe] * 2, url, run, [tmp_path / "0", tmp_path / "1"])
     assert first["digest"] == second["digest"]
     assert first["id"] != second["id"]
     for result in (first, second):
