@@ -60,6 +60,10 @@ def command(name: str, programs: Callable[[], Sequence[Program]] = tuple) -> Cal
         finalized_lag: Annotated[int, typer.Option(min=0, help="Slots until a transaction counts as finalized.")] = 32,
         frozen: Annotated[bool, typer.Option("--frozen", help="Slots pass only by psyche_advanceClock.")] = False,
         transactions: Annotated[int, typer.Option(min=1, help="The most transactions to remember.")] = 20_000,
+        allow_host: Annotated[
+            list[str] | None,
+            typer.Option(metavar="NAME", help="A name under which it is reached, such as a proxy's; repeatable."),
+        ] = None,
     ) -> None:
         """Serve a local Solana chain, for tests and experiments.
 
@@ -71,7 +75,7 @@ def command(name: str, programs: Callable[[], Sequence[Program]] = tuple) -> Cal
             "finalized_lag": finalized_lag,
             "max_transactions": transactions,
         }
-        asyncio.run(_serve(name, host, port, ledger, reset, given, slot_ms, frozen, settings))
+        asyncio.run(_serve(name, host, port, allow_host or (), ledger, reset, given, slot_ms, frozen, settings))
 
     return localnet
 
@@ -117,6 +121,7 @@ async def _serve(
     name: str,
     host: str,
     port: int,
+    hosts: Sequence[str],
     folder: Path | None,
     reset: bool,
     programs: Sequence[Program],
@@ -145,7 +150,7 @@ async def _serve(
             chain = LocalChain(clock, programs=images, **settings)
         elif any([chain.add_program(address, image) for address, image in images.items()]):
             chain.advance()
-        async with LocalServer(chain, host=host, port=port, ledger=ledger) as server:
+        async with LocalServer(chain, host=host, port=port, ledger=ledger, hosts=hosts) as server:
             kept = "" if folder is None else f", kept in {folder}"
             print(
                 f"{name} on {server.url} (websocket {server.ws_url}{kept}; Ctrl-C stops it)",

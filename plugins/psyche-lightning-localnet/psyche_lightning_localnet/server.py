@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 
 from aiohttp import WSCloseCode, WSMsgType, web
@@ -16,6 +16,7 @@ from psyche_lightning_localnet.errors import LedgerError, LocalnetError
 from psyche_lightning_localnet.ledger import Ledger
 from psyche_lightning_localnet.methods import METHODS
 from psyche_lightning_localnet.rpc import Method, Methods, Params
+from psyche_lightning_localnet.sites import Sites
 from psyche_lightning_localnet.subscriptions import Hub, Listener
 
 MAX_BODY_SIZE = 50 * 1024
@@ -40,6 +41,7 @@ class LocalServer:
         host: address to listen on.
         port: port to listen on; 0 for any. It serves websockets there and, as clients expect, on the next port.
         ledger: keeps the chain; None to lose it at the end.
+        hosts: names under which it is reached besides those of this machine; see :class:`Sites`.
 
     Attributes:
         chain: as given.
@@ -48,13 +50,20 @@ class LocalServer:
     """
 
     def __init__(
-        self, chain: LocalChain, *, host: str = "127.0.0.1", port: int = 0, ledger: Ledger | None = None
+        self,
+        chain: LocalChain,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        ledger: Ledger | None = None,
+        hosts: Collection[str] = (),
     ) -> None:
         self.chain = chain
         self.url = self.ws_url = ""
         self._host = host
         self._port = port
         self._ledger = ledger
+        self._sites = Sites(host, hosts)
         self._hub = Hub(chain)
         self._sockets: set[web.WebSocketResponse] = set()
         self._runner: web.AppRunner | None = None
@@ -77,7 +86,7 @@ class LocalServer:
         Raises:
             LocalnetError: one of the two ports is not available.
         """
-        app = web.Application(client_max_size=MAX_BODY_SIZE)
+        app = web.Application(client_max_size=MAX_BODY_SIZE, middlewares=[self._sites.check])
         app.router.add_post("/", self._post)
         app.router.add_get("/", self._websocket)
         app.router.add_get("/health", self._health)
