@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,36 +20,29 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from psyche_lightning.distro.internals import multiply_each
-from psyche_lightning.errors import ConfigError, DataError, counted
+from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.collectives import LocalCollectives, tell_of_monitors
 from psyche_lightning.lightning.device import OneDevice
 from psyche_lightning.lightning.entry import Entry, Memory
 from psyche_lightning.lightning.internals import (
-    before_transfer,
     claim_version,
     give_back_handler,
     loads_train_data,
     logs_now,
     reload_train_loader,
     trainer_of,
-    wants_to_stop,
-    weigh,
 )
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
-from psyche_lightning.lightning.manifest import sections
 from psyche_lightning.lightning.optimizers import STATE_KEY, TakenStep
-from psyche_lightning.lightning.progress import RunProgress, count_rounds
+from psyche_lightning.lightning.progress import count_rounds
 from psyche_lightning.lightning.session import Session
 from psyche_lightning.lightning.supported import SEARCHES, check, check_optimizers
-from psyche_lightning.lightning.weights import WEIGHT, ShareLoss, loss_of, shifts
-from psyche_lightning.node.participant import RoundWork
+from psyche_lightning.lightning.training import Training
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe.options import RunOptions
 
@@ -176,7 +167,7 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         """Set the state of a strategy that no Trainer fits with."""
         self.session: Session | None = None
         self._fit: _Fit | None = None
-        self._training: _Training | None = None
+        self._training: Training | None = None
         self._resumed: _Resumed | None = None
         self._terminated = False
         self._undo = ExitStack()
@@ -317,7 +308,7 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             if not fit.sized_apart:
                 reload_train_loader(fit.trainer)
             self._end_search()
-            self._training = training = _Training(fit, fit.entry.apart())
+            self._training = training = Training(fit.trainer, fit.taken, fit.loaders, fit.entry.apart())
             self._undo.callback(training.session.close)
             training.session.start()
         elif self._training is None:
@@ -335,7 +326,7 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             self._training.session.close()
         self._training = None
 
-    def _join(self, fit: _Fit) -> _Training:
+    def _join(self, fit: _Fit) -> Training:
         """Become a member of the run."""
         if threading.current_thread() is threading.main_thread():
             # Trainer ignores SIGINT from the first on, and restores it only once its loop has started.
@@ -347,7 +338,7 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         # A callback whose on_exception fails, for lack of space for instance, keeps Trainer from calling teardown.
         atexit.register(self._undo.close)
         self._undo.callback(atexit.unregister, self._undo.close)
-        self._training = training = _Training(fit, fit.entry)
+        self._training = training = Training(fit.trainer, fit.taken, fit.loaders, fit.entry)
         self.session = training.session
         self._undo.callback(training.session.close)
         loop = fit.trainer.fit_loop.epoch_loop
@@ -372,7 +363,7 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     @property
-    def _now(self) -> _Training:
+    def _now(self) -> Training:
         """The state while Trainer trains."""
         assert self._training is not None  # since on_train_start, at the latest
         return self._training
@@ -400,63 +391,14 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         session.put_back()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Train the round's share: this method runs all micro-batches but one; Trainer runs that one backward.
-
-        Returns:
-            The module's output. Its loss has the value of the whole share's mean, and the gradient of the part that
-            Trainer runs backward. None if no micro-batch adds anything.
-
-        Raises:
-            ConfigError: a weight in the module's output is wrong.
-        """
-        training, optimizer = self._now, self.optimizers[0]
-        share = training.loader.share
-        mean = ShareLoss(share.samples, training.shifted)
+        """Called by Trainer with the first micro-batch of the round's share; see :meth:`Training.train_share`."""
         batch, *rest = args
-        if len(share.sizes) > 1:
-            optimizer.zero_grad()
-            try:
-                for size, micro in zip(share.sizes[1:], share.rest, strict=True):
-                    micro = self._transferred(training.trainer.lightning_module, micro)
-                    weigh(training.trainer, micro)
-                    part = mean.part(super().training_step(micro, *rest, **kwargs), micro, size)
-                    if part is not None:
-                        self.backward(part, optimizer)
-            except DataError as error:  # Trainer still gets its loss; optimizer_step then declines the round
-                training.lost = error
-            weigh(training.trainer, batch)
-        others = mean.value
-        output = super().training_step(batch, *rest, **kwargs)
-        last = mean.part(output, batch, share.sizes[0])
-        if loss_of(output) is None and output is not None:
-            return output  # for Trainer to refuse
-        if mean.value is None:
-            return None
-        training.trained, training.loss = True, float(mean.value * mean.correction)
-        if len(share.sizes) == 1:
-            return output
-        # Trainer zeroes the gradients before it runs backward on the result; pre_backward restores these.
-        training.carried = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        gradients = [gradient for gradient in training.carried if gradient is not None]
-        if gradients and mean.correction != 1:
-            multiply_each(gradients, mean.correction)
-        if last is None:  # a leaf, so that there is something to run backward
-            last = torch.zeros_like(mean.value, requires_grad=True)
-        whole = (last if others is None else last + others) * mean.correction
-        return {**output, "loss": whole} if isinstance(output, Mapping) else whole
-
-    def _transferred(self, module: LightningModule, batch: Any) -> Any:
-        """Move a batch to the node's device, with the hooks that Trainer calls for batches that it fetches."""
-        batch = self.precision_plugin.convert_input(batch)
-        batch = before_transfer(module, batch)
-        return self.batch_to_device(batch, dataloader_idx=0)
+        train = super().training_step
+        return self._now.train_share(batch, lambda micro: train(micro, *rest, **kwargs))
 
     def pre_backward(self, closure_loss: torch.Tensor) -> None:
         """Restore the gradients of the other micro-batches, so that backward adds to them."""
-        carried, self._now.carried = self._now.carried, ()
-        parameters = (p for group in self.optimizers[0].param_groups for p in group["params"])
-        for parameter, gradient in zip(parameters, carried, strict=False):
-            parameter.grad = gradient
+        self._now.restore_gradients()
 
     def optimizer_step(
         self,
@@ -467,25 +409,14 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
     ) -> Any:
         """Called by Trainer: forward, backward and clipping, then the round's payload and its results."""
         training = self._now
-        step, share = training.step, training.loader.share
 
         def ahead() -> Any:
-            with step.looking_ahead():
+            with training.step.looking_ahead():
                 return closure()
 
-        step.reset()
-        training.carried, training.lost, training.trained, training.loss = (), None, False, math.nan
+        training.start_share()
         result = super().optimizer_step(optimizer, ahead, model, **kwargs)
-        if training.lost is not None:
-            applied = training.session.decline(share.work, training.lost)
-        else:
-            why = training.unusable
-            if why is None:
-                applied = training.session.submit(share.work, training.loss, share.samples)
-            else:
-                # As with the default strategy, nothing moves if there was nothing to train.
-                applied = training.session.abstain(share.work, why, still=not training.trained)
-        if not applied:
+        if not training.end_share():
             raise StopIteration  # ends Trainer's loop over batches before it counts this step
         return result
 
@@ -573,147 +504,3 @@ class _Fit:
         For that time it takes all other callbacks from Trainer.
         """
         return not any(isinstance(callback, CoordinatorCallback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined] # set dynamically
-
-
-class _Training:
-    """The part of a fit in which this node is a member of the run.
-
-    Args:
-        fit: the state from before it joined.
-        entry: the values of the run that it joins.
-
-    Attributes:
-        trainer: the Trainer that trains.
-        step: the module with its optimizer.
-        session: the node's membership, which begins with its ``start``.
-        loss: mean loss of the current share.
-        trained: whether anything of the share has a loss and a weight.
-        shifted: whether the module's model shifts its labels.
-        lost: the error if some of its samples are unavailable; else None.
-        carried: gradients of all its micro-batches but one, to which Trainer adds those of that one; empty if there is
-            only one.
-
-    Raises:
-        ConfigError: there is not exactly one train dataloader.
-        PsycheError: the node's folder is unusable.
-    """
-
-    def __init__(self, fit: _Fit, entry: Entry) -> None:
-        self.trainer, self.step = trainer, step = fit.trainer, fit.taken
-        self.loss = math.nan
-        self.trained = False
-        self.shifted = shifts(trainer.lightning_module)
-        self.lost: DataError | None = None
-        self.carried: Sequence[torch.Tensor | None] = ()
-        self._loaders = fit.loaders
-        if len(CombinedLoader(trainer.train_dataloader).flattened) != 1 or not fit.loaders:
-            raise ConfigError("the strategy 'psyche' trains with exactly one train dataloader")
-        clip = None
-        if trainer.gradient_clip_val:
-            algorithm = str(trainer.gradient_clip_algorithm or "norm").rpartition(".")[2].lower()
-            clip = (algorithm, float(trainer.gradient_clip_val))
-        alone = entry.options.coordinator is None
-        self._progress = RunProgress(trainer, alone=alone)
-        self._last_step = _last_step(trainer)
-        self._joining: float | None = None if alone else time.monotonic()
-        self.session = Session(
-            entry,
-            step,
-            sections(step, self.loader.order, clip),
-            global_batch=self.loader.global_batch,
-            total_steps=self._last_step,
-            done=trainer.global_step,
-            stops=self._wants_to_stop,
-        )
-
-    @property
-    def loader(self) -> RoundLoader:
-        """The loader that Trainer iterates."""
-        return self._loaders[-1]
-
-    @property
-    def unusable(self) -> str | None:
-        """Why the gradients of the current share are of no use; None if they are."""
-        if not self.trained:
-            return f"none of its {counted(self.loader.share.samples, 'sample')} has a loss or a trained label"
-        if math.isnan(self.loss):
-            return (
-                "its loss is not a number. If some micro-batches have nothing to train, let training_step return "
-                f"None for them, or how much it trained as {WEIGHT!r}"
-            )
-        return None if self.step.called else "the gradient scaler found gradients that are not finite"
-
-    def _wants_to_stop(self) -> bool:
-        return wants_to_stop(self.trainer, 0.0 if self._joining is None else time.monotonic() - self._joining)
-
-    def first_round(self, resumed: int) -> None:
-        """Wait until this node has the run's parameters, and move Trainer to the run's step.
-
-        Args:
-            resumed: the step of the checkpoint that Trainer restores; 0 without one.
-
-        Raises:
-            ConfigError: the run has not come to the checkpoint's step, or is beyond Trainer's limits.
-            PsycheError: as :meth:`Session.peek`.
-        """
-        state = self.session.state
-        if state is not None and state.step <= resumed:
-            raise ConfigError(
-                f"ckpt_path names a checkpoint of step {resumed}, but run {state.run_id!r} is at step {state.step}: "
-                "its nodes have one step, one schedule and one order of the data. To begin a run with the checkpoint's "
-                "parameters, load them into the module (load_from_checkpoint) and fit without ckpt_path; to go on with "
-                f"its step as well, let the run begin there: create it, and its nodes, with the manifest's section "
-                f"{{'start': {{'step': {resumed}, 'data_index': ...}}}}."
-            )
-        work = self.session.peek()
-        if work is not None:
-            self._check_limits()
-            self._progress.begin(work.step)
-        self._joining = None
-
-    def rounds(self) -> Iterator[RoundWork]:
-        """The rounds of one Lightning epoch, as the loader asks for them.
-
-        Raises:
-            ConfigError: the run was beyond Trainer's limits before this node became a member.
-        """
-        fresh = True
-        if (work := self.session.peek()) is not None:
-            self._progress.start_epoch(work.step)
-        while (work := self.session.peek()) is not None:
-            self._check_limits()
-            if not self._progress.enter(work.step, fresh):
-                return
-            self.session.take()
-            yield work
-            fresh = fresh and self.session.lost_rounds > 0
-        state = self.session.state
-        if self.session.finished is not None and state is not None:
-            self._progress.end(state.step - 1)
-        self.stop_if_finished()
-
-    def _check_limits(self) -> None:
-        last, state, self._last_step = self._last_step, self.session.state, None
-        if last is not None and state is not None and state.start_step > last:
-            raise ConfigError(
-                f"run {state.run_id!r} was at step {state.start_step} when this node became a member, but this Trainer "
-                f"ends after step {last} (max_steps={self.trainer.max_steps}, max_epochs={self.trainer.max_epochs}): "
-                "nothing is left for it to train. Raise the limits, or set both to -1 to train to the end of the run."
-            )
-
-    def stop_if_finished(self) -> bool:
-        """Tell Trainer to stop when the run is over; returns whether it is."""
-        finished = self.session.finished is not None
-        done = self.trainer.global_step
-        if finished and done < (_last_step(self.trainer) or math.inf):
-            # Not should_stop, for which Trainer validates once more, and not before its minimum of epochs and steps.
-            self.trainer.fit_loop.epoch_loop.max_steps = done
-        return finished
-
-
-def _last_step(trainer: Trainer) -> int | None:
-    """The step at which ``max_steps`` or ``max_epochs`` ends Trainer; None when neither does."""
-    limits = [trainer.max_steps] if trainer.max_steps > -1 else []
-    if trainer.max_epochs is not None and trainer.max_epochs > -1:
-        limits.append(trainer.max_epochs * int(trainer.num_training_batches))
-    return min(limits, default=None)
