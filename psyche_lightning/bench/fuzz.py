@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from functools import partial, reduce
 
 from psyche_lightning.bench.wire import random_votes
-from psyche_lightning.distro import DistroConfig, Tally, decode, decode_tally, encode, encode_tally, merge
+from psyche_lightning.distro import (
+    STEPS_VERSION,
+    WIRE_VERSION,
+    DistroConfig,
+    Tally,
+    Votes,
+    decode,
+    decode_tally,
+    encode,
+    encode_tally,
+    merge,
+)
 from psyche_lightning.errors import PayloadError
 
 CASES = [(8, 1, 7), (8, 2, 3), (16, 3, 4), (32, 4, 3), (32, 32, 2), (64, 1, 6), (64, 8, 2), (64, 16, 2)]
@@ -63,7 +74,7 @@ def fuzz(inputs: int, seed: int) -> dict[str, Outcome]:
         Exception: a decoder raised something other than a ``PayloadError``.
     """
     source = random.Random(seed)
-    outcomes = {"payloads": Outcome(), "tallies": Outcome()}
+    outcomes = {"payloads": Outcome(), "local steps": Outcome(), "tallies": Outcome()}
     pool = []
     for side, k, chunks in CASES:
         config = DistroConfig(side, k)
@@ -72,18 +83,21 @@ def fuzz(inputs: int, seed: int) -> dict[str, Outcome]:
             votes[0].signs[number % chunks] = 0
             votes[0].positions[number % chunks] = range(k)
             tally = reduce(merge, [Tally.of(one, config) for one in votes])
-            pool.append((config, chunks, encode(votes[0], config), encode_tally(tally)))
+            moves = random_votes(chunks, config, 97 * seed + 3 * number, STEPS_VERSION)
+            moves.put(slice(0, 1), Votes.empty(1, k, STEPS_VERSION))
+            pool.append((config, chunks, encode(votes[0], config), encode(moves, config), encode_tally(tally)))
     for _ in range(inputs):
-        config, chunks, payload, sums = source.choice(pool)
-        data = mutated(payload, source)
-        _try(outcomes["payloads"], data, partial(_payload_again, data, chunks, config))
+        config, chunks, payload, steps, sums = source.choice(pool)
+        for name, original, version in (("payloads", payload, WIRE_VERSION), ("local steps", steps, STEPS_VERSION)):
+            data = mutated(original, source)
+            _try(outcomes[name], data, partial(_payload_again, data, chunks, config, version))
         data = mutated(sums, source)
         _try(outcomes["tallies"], data, partial(_tally_again, data, chunks, config))
     return outcomes
 
 
-def _payload_again(data: bytes, chunks: int, config: DistroConfig) -> bytes:
-    return encode(decode(data, chunks, config), config)
+def _payload_again(data: bytes, chunks: int, config: DistroConfig, version: int) -> bytes:
+    return encode(decode(data, chunks, config, version=version), config)
 
 
 def _tally_again(data: bytes, chunks: int, config: DistroConfig) -> bytes:

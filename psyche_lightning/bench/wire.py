@@ -9,7 +9,8 @@ from math import comb, log2
 import numpy as np
 import torch
 
-from psyche_lightning.distro import DistroConfig, Tally, Votes, encode, encode_tally, merge, select
+from psyche_lightning.distro import WIRE_VERSION, DistroConfig, Tally, Votes, encode, encode_tally, merge, select
+from psyche_lightning.distro.magnitudes import quantize
 
 PSYCHE_BITS = 17
 REFERENCE_BITS = 96
@@ -57,16 +58,19 @@ class RelayRow:
     bits: float
 
 
-def random_votes(chunks: int, config: DistroConfig, seed: int) -> Votes:
+def random_votes(chunks: int, config: DistroConfig, seed: int, version: int = WIRE_VERSION) -> Votes:
     """Votes at uniform positions: the worst case for a set code, and within 0.3 % what late training sends."""
     generator = torch.Generator().manual_seed(seed)
-    votes = Votes.empty(chunks, config.k)
+    votes = Votes.empty(chunks, config.k, version)
     for start in range(0, chunks, 1024):
         stop = min(start + 1024, chunks)
         noise = torch.randn(stop - start, config.chunk, config.chunk, generator=generator)
         positions, values = select(noise, config.k)
         votes.positions[start:stop] = positions.numpy()
         votes.signs[start:stop] = np.where(values.numpy() < 0, -1, 1)
+        if votes.exponents is not None:
+            signs, exponents = quantize(values)
+            votes.signs[start:stop], votes.exponents[start:stop] = signs.numpy(), exponents.numpy()
     return votes
 
 

@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psyche_lightning.distro.aggregate import sign_update
     from psyche_lightning.distro.codec import decode, encode, payload_size
-    from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
+    from psyche_lightning.distro.config import STEPS_VERSION, WIRE_VERSION, DistroConfig
     from psyche_lightning.distro.layout import Layout
+    from psyche_lightning.distro.local import LocalSteps
     from psyche_lightning.distro.optimizer import DisTrO, NonFiniteGradientError
     from psyche_lightning.distro.partial import Tally, decode_tally, encode_tally, merge
     from psyche_lightning.distro.payload import PayloadCodec
     from psyche_lightning.distro.votes import Votes, select
 
 __all__ = [
+    "STEPS_VERSION",
     "WIRE_VERSION",
     "DisTrO",
     "DistroConfig",
     "Layout",
+    "LocalSteps",
     "NonFiniteGradientError",
     "PayloadCodec",
     "Tally",
@@ -41,8 +44,9 @@ __all__ = [
 _MODULES = {
     "aggregate": ("sign_update",),
     "codec": ("decode", "encode", "payload_size"),
-    "config": ("WIRE_VERSION", "DistroConfig"),
+    "config": ("STEPS_VERSION", "WIRE_VERSION", "DistroConfig"),
     "layout": ("Layout",),
+    "local": ("LocalSteps",),
     "optimizer": ("DisTrO", "NonFiniteGradientError"),
     "partial": ("Tally", "decode_tally", "encode_tally", "merge"),
     "payload": ("PayloadCodec",),

@@ -1,4 +1,4 @@
-"""The payload: votes as canonical bytes, version 2 (``docs/wire-format.md`` describes it on one page).
+"""The payload: votes as canonical bytes, versions 2 and 3 (``docs/wire-format.md`` describes them on one page).
 
 Big-endian, most significant bit first::
 
@@ -6,6 +6,9 @@ Big-endian, most significant bit first::
     for each group of g chunks, one stream of bits without gaps; zeros fill the last byte of the payload:
         w bits             the ranks of the g chunks' sets, as digits to the base C(n, k) + 1, the last chunk's highest
         g k (l + 1) bits   for each vote the l low bits of its position, and its sign, 1 = negative
+    in version 3, those of local steps, for each chunk, one stream of bits like the first:
+        5 bits             its exponent
+        k bits             for each vote its magnitude, 1 = two
 
 The order of a chunk's positions carries no information, so their set is numbered
 (:mod:`~psyche_lightning.distro.sets`). The digit 0 stands for a chunk without votes, whose other bits are zero as well,
@@ -20,7 +23,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
+from psyche_lightning.distro import magnitudes
+from psyche_lightning.distro.config import STEPS_VERSION, WIRE_VERSION, DistroConfig
 from psyche_lightning.distro.sets import LIMB, Ranks, carry, from_bytes, plan, to_bytes, to_limbs
 from psyche_lightning.distro.votes import Votes
 from psyche_lightning.errors import PayloadError
@@ -107,32 +111,48 @@ def _code(area: int, k: int) -> _Code:
     return _Code(area, k)
 
 
-def payload_size(chunk_count: int, config: DistroConfig) -> int:
-    """Bytes of a payload; they depend only on the layout and the configuration."""
+def payload_size(chunk_count: int, config: DistroConfig, version: int = WIRE_VERSION) -> int:
+    """Bytes of a payload; they depend only on the layout, the configuration and the version."""
+    second = magnitudes.size(chunk_count, config.k) if version == STEPS_VERSION else 0
+    return _HEADER.size + _groups_size(chunk_count, config) + second
+
+
+def _groups_size(chunk_count: int, config: DistroConfig) -> int:
+    """Bytes of the groups."""
     shape = plan(config.area, config.k)
     groups = -(-chunk_count // shape.group)
-    return _HEADER.size + (groups * (shape.word + shape.group * config.k * (shape.low + 1)) + 7) // 8
+    return (groups * (shape.word + shape.group * config.k * (shape.low + 1)) + 7) // 8
 
 
 def encode(votes: Votes, config: DistroConfig) -> bytes:
-    """Write votes as a payload.
+    """Write votes as a payload, of version 3 if they have exponents.
 
     Raises:
-        ValueError: the votes do not have ``config.k`` columns.
+        ValueError: the votes do not have ``config.k`` columns, or their magnitudes have another, canonical form.
     """
     chunks, k = votes.positions.shape
     if k != config.k or votes.signs.shape != (chunks, k):
         raise ValueError(f"votes of shape {votes.positions.shape} and {votes.signs.shape}; k is {config.k}")
     code = _code(config.area, k)
-    parts = [_HEADER.pack(WIRE_VERSION, config.chunk.bit_length() - 1, k, chunks)]
+    version = WIRE_VERSION if votes.exponents is None else STEPS_VERSION
+    parts = [_HEADER.pack(version, config.chunk.bit_length() - 1, k, chunks)]
     step = code.batch * code.plan.group
     for start in range(0, chunks, step):
         bits = code.write(votes.positions[start : start + step], votes.signs[start : start + step])
         parts.append(np.packbits(bits).tobytes())
+    if votes.exponents is not None:
+        parts.append(magnitudes.write(votes.signs, votes.exponents))
     return b"".join(parts)
 
 
-def decode(payload: bytes, chunk_count: int, config: DistroConfig, start: int = 0, stop: int | None = None) -> Votes:
+def decode(
+    payload: bytes,
+    chunk_count: int,
+    config: DistroConfig,
+    start: int = 0,
+    stop: int | None = None,
+    version: int = WIRE_VERSION,
+) -> Votes:
     """Read a payload for this layout and configuration.
 
     Args:
@@ -141,6 +161,7 @@ def decode(payload: bytes, chunk_count: int, config: DistroConfig, start: int = 
         config: this run's configuration.
         start: the first wanted chunk.
         stop: the chunk after the last wanted one, by default all; the others are not checked.
+        version: this run's version of payloads.
 
     Returns:
         The votes of the chunks ``start`` to ``stop``.
@@ -148,15 +169,16 @@ def decode(payload: bytes, chunk_count: int, config: DistroConfig, start: int = 
     Raises:
         PayloadError: the bytes are not the canonical encoding of votes for this layout.
     """
-    _check_frame(payload, chunk_count, config)
+    _check_frame(payload, chunk_count, config, version)
     stop = chunk_count if stop is None else stop
     code = _code(config.area, config.k)
     group = code.plan.group
-    body = np.frombuffer(payload, np.uint8, offset=_HEADER.size)
+    middle = _HEADER.size + _groups_size(chunk_count, config)
+    body = np.frombuffer(payload, np.uint8, middle - _HEADER.size, _HEADER.size)
     unused = -(-chunk_count // group) * code.bits % 8
     if unused and body[-1] & ((1 << (8 - unused)) - 1):
-        raise PayloadError("the payload's last byte is not padded with zeros")
-    votes = Votes.empty(stop - start, config.k)
+        raise PayloadError("the last byte of the payload's votes is not padded with zeros")
+    votes = Votes.empty(stop - start, config.k, version)
     last = -(-stop // group)
     for first in range(start // group, last, code.batch):
         count = min(code.batch, last - first)
@@ -168,16 +190,19 @@ def decode(payload: bytes, chunk_count: int, config: DistroConfig, start: int = 
         here = slice(max(0, room), min(room + count * group, stop - start))
         votes.positions[here] = positions[skip : skip + here.stop - here.start]
         votes.signs[here] = signs[skip : skip + here.stop - here.start]
+    if votes.exponents is not None:
+        second = np.frombuffer(payload, np.uint8, offset=middle)
+        votes.exponents[:] = magnitudes.read(second, votes.signs, chunk_count, start)
     return votes
 
 
-def _check_frame(payload: bytes, chunk_count: int, config: DistroConfig) -> None:
-    size = payload_size(chunk_count, config)
+def _check_frame(payload: bytes, chunk_count: int, config: DistroConfig, expected: int) -> None:
+    size = payload_size(chunk_count, config, expected)
     if len(payload) < _HEADER.size:
         raise PayloadError(f"the payload ends after {len(payload)} bytes; {size} are expected")
     version, log2, k, chunks = _HEADER.unpack_from(payload)
-    if version != WIRE_VERSION:
-        raise PayloadError(f"the payload has version {version}; this program reads version {WIRE_VERSION}")
+    if version != expected:
+        raise PayloadError(f"the payload has version {version}; this run's is {expected}")
     for what, found, wanted in (
         ("log2 of the chunk side", log2, config.chunk.bit_length() - 1),
         ("k", k, config.k),

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field, replace
 from psyche_lightning.errors import ConfigError
 
 WIRE_VERSION = 2
-"""First byte of every payload; also part of :meth:`Layout.digest`."""
+"""First byte of every payload of signs; also part of :meth:`Layout.digest`."""
+
+STEPS_VERSION = 3
+"""The same for payloads of local steps, whose votes have magnitudes."""
 
 
 @dataclass(frozen=True)

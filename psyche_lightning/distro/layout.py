@@ -147,13 +147,13 @@ class Layout:
             name, shape, parameter.dtype, rows, cols, (math.ceil(rows / c), math.ceil(cols / c)), self.chunk_count
         )
 
-    def digest(self, config: DistroConfig) -> bytes:
+    def digest(self, config: DistroConfig, version: int = WIRE_VERSION) -> bytes:
         """SHA-256 of what payloads depend on: wire version, chunk, k, names and shapes (not dtypes).
 
         If parameters have their own k, these are included.
         """
         state = hashlib.sha256(b"psyche distro layout\0")
-        state.update(struct.pack(">BHII", WIRE_VERSION, self.chunk, config.k, len(self.entries)))
+        state.update(struct.pack(">BHII", version, self.chunk, config.k, len(self.entries)))
         for entry in self.entries:
             name = entry.name.encode()
             state.update(struct.pack(">I", len(name)) + name + struct.pack(">I", len(entry.shape)))

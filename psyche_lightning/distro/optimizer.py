@@ -15,7 +15,7 @@ import torch
 from psyche_lightning.distro import statistics, transform
 from psyche_lightning.distro.aggregate import Aggregator
 from psyche_lightning.distro.arithmetic import full_precision
-from psyche_lightning.distro.config import DistroConfig
+from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
 from psyche_lightning.distro.delta import Delta
 from psyche_lightning.distro.internals import add_to_each, clear_each, multiply_each, note_step, subtract_from_each
 from psyche_lightning.distro.layout import Batch, Layout
@@ -56,10 +56,13 @@ class DisTrO(torch.optim.Optimizer):
         budget: as given.
         nonce: how often :meth:`encode` ran since delta was last empty.
         observing: whether :meth:`apply` computes the agreement of :meth:`figures`, which costs about as much as itself.
+        version: of its payloads.
 
     Raises:
         ConfigError: names are missing or not unique, nothing is trainable, or a value is out of range.
     """
+
+    version = WIRE_VERSION
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class DisTrO(torch.optim.Optimizer):
         self._sent: deque[bytes] = deque(maxlen=2)  # with overlap, the last but one is applied
         self._agreement: list[float] = []
         self._delta: Delta | None = None
-        self._saved: list[torch.Tensor] | None = None  # the published bytes, while look_ahead is active
+        self._saved: list[torch.Tensor] | None = None  # the published bytes, while parameters hold others
         super().__init__(_named_groups(parameters), {"lr": lr, "weight_decay": weight_decay})
         named: dict[str, torch.Tensor] = {}
         owner: dict[str, int] = {}
@@ -90,7 +93,7 @@ class DisTrO(torch.optim.Optimizer):
                     raise ConfigError(f"two parameters are named {name!r}; give each its own name")
                 named[name], owner[name] = parameter, number
         self.layout = Layout(named.items(), self.config.chunk)
-        self._codec = PayloadCodec(self.layout, self.config)
+        self._codec = PayloadCodec(self.layout, self.config, self.version)
         self._parameters = [named[entry.name] for entry in self.layout.entries]
         self._owners = [owner[entry.name] for entry in self.layout.entries]
         self._devices = [parameter.device for parameter in self._parameters]
@@ -113,7 +116,7 @@ class DisTrO(torch.optim.Optimizer):
     @property
     def layout_digest(self) -> bytes:
         """SHA-256 of names, shapes, chunk, k and wire version (:meth:`Layout.digest`)."""
-        return self.layout.digest(self.config)
+        return self.layout.digest(self.config, self.version)
 
     @property
     def max_payload(self) -> int:
@@ -241,6 +244,12 @@ class DisTrO(torch.optim.Optimizer):
                         multiply_each(ours, factor)
                 for rate, ours, theirs in self._by_rate(rates, batch, views, signs):
                     subtract_from_each(ours, theirs, rate)
+        self._finish(targets, matrices, payloads)
+
+    def _finish(
+        self, targets: Sequence[torch.Tensor], matrices: Sequence[torch.Tensor], payloads: Sequence[bytes]
+    ) -> None:
+        """After the folded published parameters have moved: the parameters follow, and figures are made."""
         for number, (parameter, target) in enumerate(zip(self._parameters, targets, strict=True)):
             if matrices[number].untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
                 target.copy_(matrices[number].view(target.shape))  # its strides allowed no view
@@ -249,9 +258,10 @@ class DisTrO(torch.optim.Optimizer):
         note_step(self)
         own = next((sent for sent in self._sent if sent in payloads), None) if self.observing else None
         if own is not None:
-            owners = np.repeat(self._owners, [entry.chunks for entry in layout.entries])
+            owners = np.repeat(self._owners, [entry.chunks for entry in self.layout.entries])
             groups = len(self.param_groups)
-            self._agreement = statistics.agreement(own, payloads, self._codec.decode, owners, groups, config.area)
+            area = self.config.area
+            self._agreement = statistics.agreement(own, payloads, self._codec.decode, owners, groups, area)
 
     def figures(self) -> list[dict[str, float]]:
         """Figures of the last step, a dictionary for each parameter group.
@@ -494,7 +504,7 @@ class DisTrO(torch.optim.Optimizer):
             else:
                 squares.append(_norm(parameter.grad).square())
             numbers.append(number)
-        for number, value in zip(numbers, _values(squares), strict=True):
+        for number, value in zip(numbers, values_of(squares), strict=True):
             gradient = self._parameters[number].grad
             if not math.isfinite(value) and gradient is not None and not math.isfinite(norm := float(_norm(gradient))):
                 name = self.layout.entries[number].name
@@ -517,7 +527,9 @@ class DisTrO(torch.optim.Optimizer):
 
     def _not_looking_ahead(self, what: str) -> None:
         if self._saved is not None:
-            raise PsycheError(f"{what} was called within look_ahead(), where parameters are not the published ones")
+            raise PsycheError(
+                f"{what} was called within look_ahead() or working(), where parameters are not the published ones"
+            )
 
 
 def _named_groups(parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -563,7 +575,7 @@ def _floats(bits: Sequence[int]) -> list[float]:
     return cast(list[float], np.array(bits, np.uint32).view(np.float32).tolist())
 
 
-def _values(scalars: list[torch.Tensor]) -> list[float]:
+def values_of(scalars: list[torch.Tensor]) -> list[float]:
     """Bring scalars to the host, with one synchronization per device."""
     devices = {scalar.device for scalar in scalars}
     values: dict[int, float] = {}

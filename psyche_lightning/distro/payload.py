@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psyche_lightning.distro import codec
-from psyche_lightning.distro.config import DistroConfig
+from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
 from psyche_lightning.distro.layout import Layout
 from psyche_lightning.distro.votes import Votes
 from psyche_lightning.errors import ConfigError, PayloadError
@@ -24,6 +24,7 @@ class PayloadCodec:
     Args:
         layout: the model's layout.
         config: the run's configuration.
+        version: of the payloads: 2 for signs, 3 for local steps.
 
     Attributes:
         ks: the k of each entry of the layout.
@@ -33,15 +34,15 @@ class PayloadCodec:
         ConfigError: a pattern of ``k_for`` matches no parameter.
     """
 
-    def __init__(self, layout: Layout, config: DistroConfig) -> None:
+    def __init__(self, layout: Layout, config: DistroConfig, version: int = WIRE_VERSION) -> None:
         self.ks = [config.k_of(entry.name) for entry in layout.entries]
         for pattern in config.k_for:
             only = DistroConfig(config.chunk, 1, k_for={pattern: 2})
             if all(only.k_of(entry.name) == 1 for entry in layout.entries):
                 names = ", ".join(entry.name for entry in layout.entries[:8])
                 raise ConfigError(f"distro.k_for[{pattern!r}] matches no parameter; the names are {names}, ...")
-        self._layout, self._config = layout, config
-        self.size = sum(codec.payload_size(len(chunks), part) for part, chunks in self._parts)
+        self._layout, self._config, self._version = layout, config, version
+        self.size = sum(codec.payload_size(len(chunks), part, version) for part, chunks in self._parts)
 
     @cached_property
     def _parts(self) -> list[tuple[DistroConfig, NDArray[np.int64]]]:
@@ -51,16 +52,13 @@ class PayloadCodec:
 
     def abstention(self) -> bytes:
         """The payload without votes."""
-        return self.encode(Votes.empty(self._layout.chunk_count, self._config.max_k))
+        return self.encode(Votes.empty(self._layout.chunk_count, self._config.max_k, self._version))
 
     def encode(self, votes: Votes) -> bytes:
         """Write votes, [chunks, largest k]; for a chunk with a smaller k, only the first columns count."""
         if len(self._parts) == 1:
             return codec.encode(votes, self._parts[0][0])
-        return b"".join(
-            codec.encode(Votes(votes.positions[chunks, : part.k], votes.signs[chunks, : part.k]), part)
-            for part, chunks in self._parts
-        )
+        return b"".join(codec.encode(votes.of_chunks(chunks, part.k), part) for part, chunks in self._parts)
 
     def decode(self, payload: bytes, start: int = 0, stop: int | None = None) -> Votes:
         """Read the votes of the chunks ``start`` to ``stop``; columns beyond a chunk's k have sign 0.
@@ -69,17 +67,17 @@ class PayloadCodec:
             PayloadError: the bytes are not the canonical encoding of votes for this layout.
         """
         stop = self._layout.chunk_count if stop is None else stop
+        version = self._version
         if len(self._parts) == 1:
-            return codec.decode(payload, self._layout.chunk_count, self._parts[0][0], start, stop)
+            return codec.decode(payload, self._layout.chunk_count, self._parts[0][0], start, stop, version)
         if len(payload) != self.size:
             raise PayloadError(f"the payload has {len(payload)} bytes; {self.size} are expected")
-        votes = Votes.empty(stop - start, self._config.max_k)
+        votes = Votes.empty(stop - start, self._config.max_k, version)
         offset = 0
         for part, chunks in self._parts:
-            end = offset + codec.payload_size(len(chunks), part)
+            end = offset + codec.payload_size(len(chunks), part, version)
             first, last = np.searchsorted(chunks, (start, stop)).tolist()
-            some = codec.decode(payload[offset:end], len(chunks), part, first, last)
-            votes.positions[chunks[first:last] - start, : part.k] = some.positions
-            votes.signs[chunks[first:last] - start, : part.k] = some.signs
+            some = codec.decode(payload[offset:end], len(chunks), part, first, last, version)
+            votes.put(chunks[first:last] - start, some)
             offset = end
         return votes

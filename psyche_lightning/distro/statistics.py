@@ -52,12 +52,13 @@ def agreement(
         sums = np.zeros((last - first, area), np.int32)
         for payload in payloads:
             votes = decode(payload, first, last)
-            np.add.at(sums, (rows, votes.positions), votes.signs)
+            np.add.at(sums, (rows, votes.positions), np.sign(votes.signs))
         mine = decode(own, first, last)
-        others = np.sign(sums[rows, mine.positions] - mine.signs)
-        counts = (others != 0) & (mine.signs != 0)
+        signs = np.sign(mine.signs)
+        others = np.sign(sums[rows, mine.positions] - signs)
+        counts = (others != 0) & (signs != 0)
         for group in range(groups):
             here = counts & (owners[first:last] == group)[:, None]
             counted[group] += here.sum()
-            same[group] += (here & (others == mine.signs)).sum()
+            same[group] += (here & (others == signs)).sum()
     return [float(s / c) if c else math.nan for s, c in zip(same, counted, strict=True)]

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from psyche_lightning.distro.config import STEPS_VERSION, WIRE_VERSION
+
 
 @dataclass(frozen=True, eq=False)
 class Votes:
@@ -15,16 +17,22 @@ class Votes:
 
     Attributes:
         positions: int16 [chunks, k], strictly ascending in each chunk; ``row * c + column`` of the coefficient.
-        signs: int8 [chunks, k], +1 or -1; a chunk of zeros has no votes, and its k signs are 0.
+        signs: int8 [chunks, k], +1 or -1; a chunk of zeros has no votes, and its k signs are 0. Those of local steps
+            are signs times magnitudes, which are 1 or 2.
+        exponents: int8 [chunks], which power of two a chunk's votes are multiples of
+            (:mod:`~psyche_lightning.distro.magnitudes`); 0 without votes. None unless they come from local steps.
     """
 
     positions: NDArray[np.int16]
     signs: NDArray[np.int8]
+    exponents: NDArray[np.int8] | None = None
 
     @staticmethod
-    def empty(chunks: int, k: int) -> Votes:
-        """Votes without any vote."""
-        return Votes(np.tile(np.arange(k, dtype=np.int16), (chunks, 1)), np.zeros((chunks, k), np.int8))
+    def empty(chunks: int, k: int, version: int = WIRE_VERSION) -> Votes:
+        """Votes without any vote, for payloads of that version."""
+        positions = np.tile(np.arange(k, dtype=np.int16), (chunks, 1))
+        exponents = np.zeros(chunks, np.int8) if version == STEPS_VERSION else None
+        return Votes(positions, np.zeros((chunks, k), np.int8), exponents)
 
     @staticmethod
     def of(positions: NDArray[np.int16], signs: NDArray[np.int8]) -> Votes:
@@ -38,7 +46,19 @@ class Votes:
 
     def part(self, start: int, stop: int) -> Votes:
         """The votes of some chunks, not copied."""
-        return Votes(self.positions[start:stop], self.signs[start:stop])
+        return self.of_chunks(slice(start, stop), self.signs.shape[1])
+
+    def of_chunks(self, chunks: slice | NDArray[np.int64], k: int) -> Votes:
+        """The first k columns of some chunks."""
+        exponents = None if self.exponents is None else self.exponents[chunks]
+        return Votes(self.positions[chunks, :k], self.signs[chunks, :k], exponents)
+
+    def put(self, chunks: slice | NDArray[np.int64], some: Votes) -> None:
+        """Replace the first columns of some chunks by other votes; columns beyond theirs stay."""
+        k = some.signs.shape[1]
+        self.positions[chunks, :k], self.signs[chunks, :k] = some.positions, some.signs
+        if self.exponents is not None and some.exponents is not None:
+            self.exponents[chunks] = some.exponents
 
 
 def select(coefficients: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

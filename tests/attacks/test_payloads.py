@@ -5,7 +5,7 @@ from math import comb
 
 import pytest
 
-from psyche_lightning.distro import DistroConfig, decode
+from psyche_lightning.distro import STEPS_VERSION, DistroConfig, decode
 from psyche_lightning.errors import PayloadError
 
 CONFIG = DistroConfig(chunk=8, k=2)  # words of 11 bits, each followed by two signs
@@ -30,7 +30,7 @@ def test_the_untouched_payload_is_accepted():
     [
         (b"", "ends after 0 bytes"),
         (HEADER[:7], "ends after 7 bytes"),
-        (b"\x01" + HEADER[1:] + bits("01100010000 01"), "version 1; this program reads version 2"),
+        (b"\x01" + HEADER[1:] + bits("01100010000 01"), "version 1; this run.s is 2"),
         (b"\x02\x06" + HEADER[2:] + bytes(2), "log2 of the chunk side is 6; this run's is 3"),
         (b"\x02\x03\xff\xff" + HEADER[4:] + bytes(2), "k is 65535; this run's is 2"),
         (HEADER[:4] + b"\xff\xff\xff\xff" + bytes(2), "number of chunks is 4294967295; this run's is 1"),
@@ -91,3 +91,35 @@ def test_a_huge_claim_allocates_nothing():
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()
+
+
+STEPS = bytes.fromhex("0303000200000001")  # the same chunk's votes, then five bits of exponent and two of magnitude
+
+
+def test_the_untouched_payload_of_local_steps_is_accepted():
+    votes = decode(STEPS + bits("01100010000 01 000") + bits("10010 10"), 1, CONFIG, version=STEPS_VERSION)
+    assert (votes.positions.tolist(), votes.signs.tolist()) == ([[3, 40]], [[2, -1]])
+    assert votes.exponents.tolist() == [18]
+    most = decode(STEPS + bits("01100010000 01 000") + bits("11111 11"), 1, CONFIG, version=STEPS_VERSION)
+    assert (most.signs.tolist(), most.exponents.tolist()) == ([[2, -2]], [31])
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (HEADER + bits("01100010000 01"), "version 2; this run's is 3"),
+        (b"\x04" + STEPS[1:] + bytes(3), "version 4; this run's is 3"),
+        (STEPS + bytes(2), "has 10 bytes; 11 are expected"),
+        (STEPS + bytes(4), "has 12 bytes; 11 are expected"),
+        (STEPS + bits("11111100001 00 000") + bits("10010 10"), "chunk 0 .*beyond the number of sets"),
+        (STEPS + bits("01100010000 01 001") + bits("10010 10"), "byte of the payload's votes is not padded"),
+        (STEPS + bits("01100010000 01 000") + bits("10010 10 1"), "byte of the payload's magnitudes is not padded"),
+        (STEPS + bits("01100010000 01 000") + bits("10010 11"), "chunk 0 .*all 2, which is 1 with the next exponent"),
+        (STEPS + bits("00000000000 00 000") + bits("00001 00"), "chunk 0 .*exponent or magnitudes but no votes"),
+        (STEPS + bits("00000000000 00 000") + bits("00000 01"), "chunk 0 .*exponent or magnitudes but no votes"),
+        (STEPS + bits("00000000000 01 000") + bits("00000 00"), "chunk 0 .*signs but no votes"),
+    ],
+)
+def test_refused_of_local_steps(payload, reason):
+    with pytest.raises(PayloadError, match=reason):
+        decode(payload, 1, CONFIG, version=STEPS_VERSION)

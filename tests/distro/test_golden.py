@@ -1,4 +1,4 @@
-"""Twenty recorded rounds of three nodes: applying them gives the same parameters on every machine.
+"""Recorded rounds of three nodes: applying them gives the same parameters on every machine.
 
 ``python tests/distro/test_golden.py`` records them anew (training itself is reproducible on one machine only).
 """
@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from psyche_lightning.distro import DisTrO, DistroConfig
+from psyche_lightning.distro import DisTrO, DistroConfig, LocalSteps
 
-FILE = Path(__file__).with_name("golden.json")
+FILES = {DisTrO: "golden.json", LocalSteps: "golden_steps.json"}
+ROUNDS = 20
 CONFIG = DistroConfig(chunk=16, k=4)
 SHAPES = {
     "bias": (37,),
@@ -37,8 +38,9 @@ def model():
     return module
 
 
-def optimizer_of(module, budget=1 << 20):
-    return DisTrO(module.named_parameters(), lr=1e-2, weight_decay=0.1, config=CONFIG, budget=budget)
+def optimizer_of(kind, module, budget=1 << 20):
+    options = {"weight_decay": 0.1} if kind is DisTrO else {"scale": 1.7}
+    return kind(module.named_parameters(), lr=1e-2, config=CONFIG, budget=budget, **options)
 
 
 def digest(optimizer):
@@ -48,18 +50,32 @@ def digest(optimizer):
     return state.hexdigest()
 
 
-def record():
+def file_of(kind):
+    return Path(__file__).with_name(FILES[kind])
+
+
+def payload_of(optimizer, node, lr, noise):
+    optimizer.param_groups[0]["lr"] = lr
+    if isinstance(optimizer, LocalSteps):
+        with optimizer.working(), torch.no_grad():
+            for parameter, some in zip(node.parameters(), noise, strict=True):
+                parameter.add_(some, alpha=lr)
+    else:
+        for parameter, some in zip(node.parameters(), noise, strict=True):
+            parameter.grad = some
+    return optimizer.encode()
+
+
+def record(kind):
     nodes = [model() for _ in range(3)]
-    optimizers = [optimizer_of(node) for node in nodes]
+    optimizers = [optimizer_of(kind, node) for node in nodes]
     rounds = []
-    for step in range(20):
+    for step in range(ROUNDS):
         payloads = []
         for number, (node, optimizer) in enumerate(zip(nodes, optimizers, strict=True)):
             generator = torch.Generator().manual_seed(100 * step + number)
-            for parameter in node.parameters():
-                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-            optimizer.param_groups[0]["lr"] = 1e-2 * 0.9**step
-            payloads.append(optimizer.encode())
+            noise = [torch.randn(p.shape, generator=generator).to(p.dtype) for p in node.parameters()]
+            payloads.append(payload_of(optimizer, node, 1e-2 * 0.9**step, noise))
         agreed = [number for number in range(3) if (step + number) % 4]  # sometimes one is late
         lrs = optimizers[0].lr_bits()
         for optimizer in optimizers:
@@ -75,15 +91,16 @@ def record():
             }
         )
     assert len({digest(optimizer) for optimizer in optimizers}) == 1
-    FILE.write_text(json.dumps({"rounds": rounds, "digest": digest(optimizers[0])}, indent=1) + "\n")
+    file_of(kind).write_text(json.dumps({"rounds": rounds, "digest": digest(optimizers[0])}, indent=1) + "\n")
 
 
+@pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("budget", [1, 1 << 30])
 @pytest.mark.parametrize("backwards", [False, True])
-def test_recorded_rounds_give_the_recorded_digest(device, budget, backwards):
-    golden = json.loads(FILE.read_text())
-    assert len(golden["rounds"]) == 20
-    optimizer = optimizer_of(model().to(device), budget)
+def test_recorded_rounds_give_the_recorded_digest(device, kind, budget, backwards):
+    golden = json.loads(file_of(kind).read_text())
+    assert len(golden["rounds"]) == ROUNDS
+    optimizer = optimizer_of(kind, model().to(device), budget)
     for entry in golden["rounds"]:
         payloads = {name: base64.b85decode(text) for name, text in entry["payloads"].items()}
         assert all(hashlib.sha256(payload).hexdigest() == name for name, payload in payloads.items())
@@ -93,4 +110,5 @@ def test_recorded_rounds_give_the_recorded_digest(device, budget, backwards):
 
 
 if __name__ == "__main__":
-    record()
+    for each in FILES:
+        record(each)

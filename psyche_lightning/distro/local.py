@@ -1,0 +1,214 @@
+"""Local steps: nodes exchange the few strongest entries of what several steps of their own optimizer changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from psyche_lightning.distro.arithmetic import full_precision
+from psyche_lightning.distro.config import STEPS_VERSION, DistroConfig
+from psyche_lightning.distro.delta import Delta
+from psyche_lightning.distro.internals import add_to_each, clear_each, subtract_from_each
+from psyche_lightning.distro.magnitudes import UNIT, Sum, quantize
+from psyche_lightning.distro.optimizer import DisTrO, NonFiniteGradientError, values_of
+from psyche_lightning.distro.votes import Votes, select
+from psyche_lightning.errors import ConfigError, PsycheError
+
+
+class LocalSteps(DisTrO):
+    """Optimizer whose nodes exchange where several steps of their own optimizers lead, as a few small integers.
+
+    In each round a node makes some steps of any optimizer of its own, within :meth:`working`. :meth:`encode` adds the
+    displacement to what this node has not sent yet (delta, here the error feedback), and makes the payload of its
+    strongest entries; :meth:`apply` moves the parameters by the mean of the agreed payloads, times ``scale``::
+
+        with shared.working():
+            for batch in batches:
+                own.zero_grad()
+                loss(batch).backward()
+                own.step()
+        payload = shared.encode()
+        ...
+        shared.apply(payloads, shared.lr_bits())
+
+    Everything else is as with :class:`DisTrO`: equal parameters and payloads give equal parameters, to the bit.
+    Learning rates and weight decay are the own optimizer's matter: the ones here move nothing.
+
+    Args:
+        parameters: as for :class:`DisTrO`, the ones that the own optimizer trains.
+        lr: what :meth:`lr_bits` says of a group that has no own one.
+        config: the run's compression: ``chunk``, ``k``, ``k_for``, and ``decay``, the fraction of the error feedback
+            that remains before a displacement is added.
+        scale: factor on the mean of the displacements, above 0.
+        budget: as for :class:`DisTrO`.
+
+    Raises:
+        ConfigError: as for :class:`DisTrO`, or the configuration has what only gradients need.
+    """
+
+    version = STEPS_VERSION
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]],
+        lr: float,
+        config: DistroConfig | None = None,
+        scale: float = 1.0,
+        budget: int = 128 << 20,
+    ) -> None:
+        config = config or DistroConfig()
+        if config.lookahead or config.removal != 1 or config.float32_gradients:
+            raise ConfigError(
+                "local steps have no look-ahead, remove all that they send, and leave gradients to the optimizer that "
+                "makes the steps; leave distro.lookahead, distro.removal and distro.float32_gradients out"
+            )
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 2**-10 <= scale <= 2**10:
+            raise ConfigError(f"the scale of local steps is {scale!r}; choose a number from {2**-10} to {2**10}")
+        super().__init__(parameters, lr, config=config, budget=budget)
+        self.scale = float(scale)
+        self._displaced: list[torch.Tensor] | None = None  # where the steps led, until encode
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Within the block, parameters may be moved at will; afterwards they hold the same bytes as before (I2).
+
+        :meth:`encode` then takes where they were at the end of the block.
+        """
+        self._not_looking_ahead("working")
+        self._displaced = None
+        with torch.no_grad():
+            self._saved = [parameter.detach().clone() for parameter in self._parameters]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, saved in zip(self._parameters, self._saved, strict=True):
+                    here = parameter.detach().clone()
+                    parameter.copy_(saved)
+                    saved.copy_(here)
+            self._displaced, self._saved = self._saved, None
+
+    def check_gradients(self) -> None:
+        """Refuse gradients that are not finite, before the own optimizer takes them into its state.
+
+        Raises:
+            NonFiniteGradientError: a norm is not finite; the text names the parameter.
+        """
+        self._check_gradients()
+
+    @torch.no_grad()
+    def encode(self) -> bytes:
+        """Add the displacement of :meth:`working` to delta, and take the strongest entries out of it.
+
+        ``delta = decay * delta + (published - displaced)``. The k strongest entries of each chunk become votes, and
+        what they say is subtracted from delta.
+
+        Returns:
+            The payload.
+
+        Raises:
+            NonFiniteGradientError: a displacement is not finite; nothing has changed.
+            PsycheError: nothing was displaced since the last call.
+        """
+        displaced, self._displaced = self._displaced, None
+        if displaced is None:
+            raise PsycheError("encode was called without working() before it, so there is no displacement to send")
+        layout, config = self.layout, self.config
+        moves = self._moves(displaced)
+        if self._delta is None:
+            self._delta = Delta(layout, self._devices)
+        votes = Votes.empty(layout.chunk_count, config.max_k, STEPS_VERSION)
+        limit = self._limit(config.max_k)
+        with full_precision(*self._devices):
+            for batch in layout.batches(limit, list(zip(self._devices, self._codec.ks, strict=True))):
+                k = self._codec.ks[batch.tiles[0].entry]
+                chunks = self._delta.chunks(batch)
+                chunks.mul_(config.decay)
+                views = [view for view in layout.views(batch, moves) if view is not None]
+                add_to_each(layout.blocks(batch, chunks), views, 1.0)
+                chosen, values = select(chunks, k)
+                signs, exponents = quantize(values)
+                sent = signs.to(torch.float32) * (UNIT * torch.exp2(exponents.to(torch.float32)))[:, None]
+                chunks.view(len(batch), -1).scatter_(1, chosen, values.sub_(sent))
+                if batch.padding:
+                    clear_each(layout.padding(batch, chunks))
+                some = Votes(chosen.cpu().numpy().astype(np.int16), signs.cpu().numpy(), exponents.cpu().numpy())
+                some.positions[some.signs[:, 0] == 0] = np.arange(k)
+                votes.put(slice(batch.start, batch.stop), some)
+        self.nonce += 1
+        payload = self._codec.encode(votes)
+        self._sent.append(payload)
+        return payload
+
+    def _moves(self, displaced: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """``published - displaced`` of each entry as its matrix, float32; may overwrite ``displaced``."""
+        moves = []
+        for parameter, there in zip(self._parameters, displaced, strict=True):
+            if there.dtype == torch.float32:
+                moves.append(torch.sub(parameter.detach(), there, out=there))
+            else:
+                moves.append(parameter.detach().to(torch.float32).sub_(there))
+        norms = values_of([torch.linalg.vector_norm(move) for move in moves])
+        for entry, norm in zip(self.layout.entries, norms, strict=True):
+            if not math.isfinite(norm):
+                raise NonFiniteGradientError(
+                    f"the local steps moved {entry.name!r} by {norm}, but it must be finite; lower the learning rate"
+                )
+        return [self.layout.folded(number, move) for number, move in enumerate(moves)]
+
+    @torch.no_grad()
+    def apply(self, payloads: Sequence[bytes], lrs: Sequence[int]) -> None:
+        """Move the parameters by the agreed payloads: ``p -= scale / n * sum of votes``, n being those with votes.
+
+        The result is a pure function of the parameters and the set of payloads (I1).
+
+        Args:
+            payloads: the agreed payloads, in any order.
+            lrs: the agreed learning rate of each group, as :meth:`lr_bits` gives them; they are only checked.
+
+        Raises:
+            PayloadError: a payload or a learning rate is malformed; nothing has changed.
+        """
+        self._not_looking_ahead("apply")
+        self._checked_rates(lrs)
+        layout = self.layout
+        voting = [payload for payload in payloads if payload != self._silence]
+        span = self._span(len(voting))
+        if span < layout.chunk_count:  # parts are decoded later: check all payloads before using any
+            for payload in voting:
+                self.check(payload)
+        if not voting:
+            return
+        factor = float(np.float32(self.scale / len(voting))) * UNIT  # a float32 number times a power of two
+        targets = [self._published(number) for number in range(len(layout.entries))]
+        matrices = [layout.folded(number, target) for number, target in enumerate(targets)]
+        limit = self._limit(len(voting) * self.config.max_k)
+        total: Sum | None = None
+        work: torch.Tensor | None = None
+        first = last = 0  # the chunks whose votes are loaded
+        with full_precision(*self._devices):
+            for batch in layout.batches(limit, self._devices):
+                device = self._devices[batch.tiles[0].entry]
+                if batch.stop > last or total is None or total.device != device:
+                    first, last = batch.start, min(batch.start + span, layout.chunk_count)
+                    total = Sum([self._codec.decode(payload, first, last) for payload in voting], device)
+                if work is None or work.device != device:
+                    work = torch.empty(limit, self.config.area, dtype=total.dtype, device=device)
+                sums = total.sums(batch.start - first, batch.stop - first, work[: len(batch)].zero_())
+                # Three roundings, each of a kernel of its own: to float32, by the factor, by the difference.
+                sums.mul_(factor)
+                blocks = layout.blocks(batch, sums.view(len(batch), self.config.chunk, self.config.chunk))
+                views = [view for view in layout.views(batch, matrices) if view is not None]
+                subtract_from_each(views, blocks, 1.0)
+        self._finish(targets, matrices, payloads)
+
+    @cached_property
+    def _silence(self) -> bytes:
+        """The payload of whoever abstains, which does not count."""
+        return self.abstention()
