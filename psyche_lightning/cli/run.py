@@ -432,6 +432,10 @@ def _picture(found: dict[str, Any]) -> RenderableType:
     losses = [row["loss"] for row in found["metrics"] if row["loss"] is not None]
     if losses:
         parts.append(Text(f"training loss {losses[-1]:.4f}, first {losses[0]:.4f}"))
+    named = next((row for row in reversed(found["metrics"]) if row.get("figures")), None)
+    if named:
+        means = ", ".join(f"{plain(name).replace('_', ' ')} {mean:.4g}" for name, mean in named["figures"].items())
+        parts.append(Text(f"at step {named['step']}: {means}"))
     table = Table("node", "status", "address", "step", "loss", "tokens/s", "bytes up", "bytes down")
     for node in (*found["clients"], *found["pending"], *found["exited"]):
         loss, rate = node["loss"], node["tokens_per_second"]

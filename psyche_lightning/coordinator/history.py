@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -11,12 +11,14 @@ from psyche_lightning.coordinator.machine import Ending, ending
 from psyche_lightning.errors import WireError, counted
 from psyche_lightning.protocol.codec import from_json, to_json
 from psyche_lightning.protocol.committee import least_clients, members
-from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.requests import MAX_FIGURES, Figure, Report
 from psyche_lightning.protocol.state import Phase, Round, RunState
 from psyche_lightning.wire.identity import short
 
 MAX_EVENTS = 500
 MAX_METRICS = 2000
+CHANGING_METRICS = 4
+"""The newest rows of figures, which may still change: results may overlap training, and reports come late."""
 _MOST = 1e30
 """Figures of this size and more are no measurements, and sums of them might not be finite."""
 _T = TypeVar("_T")
@@ -44,6 +46,21 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """The mean of a named figure over the nodes that reported it.
+
+    Attributes:
+        name: as of a :class:`~psyche_lightning.protocol.requests.Figure`.
+        value: the mean.
+        nodes: how many reported it.
+    """
+
+    name: str
+    value: float
+    nodes: int
+
+
+@dataclass(frozen=True)
 class Metrics:
     """The figures of one training round, from the reports of the nodes that trained its step.
 
@@ -60,6 +77,7 @@ class Metrics:
         tokens_per_second: sum over the reports.
         bytes_up: mean bytes that a reporter wrote since its previous report.
         bytes_down: mean bytes that it read.
+        figures: means of named figures of this step.
     """
 
     epoch: int
@@ -74,6 +92,7 @@ class Metrics:
     tokens_per_second: float = 0.0
     bytes_up: float = 0.0
     bytes_down: float = 0.0
+    figures: tuple[Mean, ...] = ()
 
     def plus(self, report: Report, before: Report | None) -> Metrics:
         """The figures with one more report; ``before`` is the previous report of the same sender."""
@@ -96,6 +115,16 @@ class Metrics:
             bytes_up=mean(self.bytes_up, report.bytes_up, before.bytes_up if before else 0),
             bytes_down=mean(self.bytes_down, report.bytes_down, before.bytes_down if before else 0),
         )
+
+    def also(self, figures: Collection[Figure]) -> Metrics:
+        """The figures with those of a node that belong to this step."""
+        means = {mean.name: mean for mean in self.figures}
+        for figure in figures:
+            if figure.step == self.step and (figure.name in means or len(means) < MAX_FIGURES):
+                old = means.get(figure.name, Mean(figure.name, 0.0, 0))
+                nodes = old.nodes + 1
+                means[figure.name] = Mean(figure.name, old.value + (figure.value - old.value) / nodes, nodes)
+        return replace(self, figures=tuple(means.values()))
 
 
 class Tail(Generic[_T]):
@@ -139,15 +168,16 @@ class Tail(Generic[_T]):
         return {"first": first, "items": [to_json(item) for item in self.since(first)]}
 
     @classmethod
-    def load(cls, limit: int, kind: type[_T], data: Any) -> Tail[_T]:
-        """Read what :meth:`dump` wrote.
+    def load(cls, limit: int, kind: type[_T], data: Any, **added: Any) -> Tail[_T]:
+        """Read what :meth:`dump` wrote, or an earlier version without the fields ``added``, of which it gives values.
 
         Raises:
             WireError: it is something else.
         """
         if not (isinstance(data, dict) and type(data.get("first")) is int and isinstance(data.get("items"), list)):
             raise WireError(f"a list of {kind.__name__} must have a first place and items")
-        return cls(limit, [from_json(kind, item) for item in data["items"]], data["first"])
+        items = [{**added, **item} if isinstance(item, dict) else item for item in data["items"]]
+        return cls(limit, [from_json(kind, item) for item in items], data["first"])
 
 
 class History:
@@ -155,7 +185,7 @@ class History:
 
     Attributes:
         events: the newest notable events.
-        metrics: figures of the newest training rounds; those of the newest two may still change.
+        metrics: figures of the newest training rounds; the newest :data:`CHANGING_METRICS` may still change.
         reports: the latest report of each signer of the epoch.
         ahead: seconds from the run's time to the date, which may step.
     """
@@ -171,24 +201,30 @@ class History:
         self.events.add(Event(now + self.ahead, kind, text, state.epoch, state.step, signer.hex()))
 
     def report(self, epoch: int, signer: bytes, report: Report) -> None:
-        """Add a witness' figures to those of their step, once, if it is one of the newest two steps.
+        """Add a witness' figures to those of their step, once, if it is one of the newest steps.
 
         If results overlap training, that step is the one before the round in which the witness reports. The last step
-        is reported while the epoch drains.
+        is reported while the epoch drains. Named figures may be of an earlier step than the report.
         """
         clean = replace(
             report,
             loss=report.loss if abs(report.loss) < _MOST else math.nan,
             tokens_per_second=report.tokens_per_second if abs(report.tokens_per_second) < _MOST else 0.0,
+            figures=tuple(figure for figure in report.figures if abs(figure.value) < _MOST),
         )
         before = self.reports.get(signer)
         if repr(clean) == repr(before):  # equal values, even if the loss is NaN
             return
         self.reports[signer] = clean
         if before is None or before.step != clean.step:
-            self.metrics.change(
-                lambda row: row.plus(clean, before) if (row.epoch, row.step) == (epoch, clean.step) else row, newest=2
-            )
+            self._change(lambda row: row.plus(clean, before) if (row.epoch, row.step) == (epoch, clean.step) else row)
+        told = {(figure.name, figure.step) for figure in before.figures} if before else set()
+        new = [figure for figure in clean.figures if (figure.name, figure.step) not in told]
+        if new:
+            self._change(lambda row: row.also(new) if row.epoch == epoch else row)
+
+    def _change(self, update: Callable[[Metrics], Metrics]) -> None:
+        self.metrics.change(update, newest=CHANGING_METRICS)
 
     def observe(self, before: RunState, after: RunState, now: float) -> None:
         """Record a transition, as far as it matters to people."""
@@ -229,12 +265,12 @@ class History:
         """
         history = cls()
         history.events = Tail.load(MAX_EVENTS, Event, data["events"])
-        metrics = Tail.load(MAX_METRICS, Metrics, data["metrics"])
+        metrics = Tail.load(MAX_METRICS, Metrics, data["metrics"], figures=[])
         # Version 0.1 also kept rows of drain rounds.
         history.metrics = Tail(MAX_METRICS, [row for row in metrics.since(0) if row.step], data["metrics"]["first"])
         for signer, values in data["reports"].items():
             lossless = values["loss"] is None
-            report = from_json(Report, {**values, "loss": 0.0} if lossless else values)
+            report = from_json(Report, {"figures": [], **values, **({"loss": 0.0} if lossless else {})})
             history.reports[bytes.fromhex(signer)] = replace(report, loss=math.nan) if lossless else report
         return history
 

@@ -497,8 +497,8 @@ class RunHost:
         """Everything as exact JSON values.
 
         A store that keeps growing parts separately asks for the new entries only, and gives all of them to
-        :meth:`load`. Entries that were dumped do not change, except the last of ``history`` and the last two of
-        ``metrics``.
+        :meth:`load`. Entries that were dumped do not change, except the last of ``history`` and the newest of
+        ``metrics`` (:data:`~psyche_lightning.coordinator.history.CHANGING_METRICS`).
 
         Args:
             rounds_from: height of the first round in ``history``.

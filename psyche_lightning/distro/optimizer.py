@@ -213,6 +213,7 @@ class DisTrO(torch.optim.Optimizer):
         self._not_looking_ahead("apply")
         rates = self._checked_rates(lrs)
         layout, config = self.layout, self.config
+        self._agreement = []
         span = self._span(len(payloads))
         if span < layout.chunk_count:  # parts are decoded later: check all payloads before using any
             for payload in payloads:
@@ -267,15 +268,15 @@ class DisTrO(torch.optim.Optimizer):
         """Figures of the last step, a dictionary for each parameter group.
 
         ``gradient_norm`` and ``momentum_norm`` are the L2 norms of the gradient that was added last, and of delta;
-        ``agreement`` is the share of this node's votes with the sign of the others' sum, NaN without others or while
-        not observing.
+        ``agreement`` is the share of this node's votes with the sign of the others' sum in the results applied last,
+        NaN without others or if :attr:`observing` was off.
         """
         groups = len(self.param_groups)
         momentum = [float(_norm(value)) ** 2 for _, value in self.delta()] or [0.0] * len(self._owners)
         columns = {
             "gradient_norm": statistics.norms(self._squares or [0.0] * len(self._owners), self._owners, groups),
             "momentum_norm": statistics.norms(momentum, self._owners, groups),
-            "agreement": self._agreement if self.observing and self._agreement else [math.nan] * groups,
+            "agreement": self._agreement or [math.nan] * groups,
         }
         return [{name: values[group] for name, values in columns.items()} for group in range(groups)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -55,7 +56,7 @@ class CoordinatorCallback(Callback):
         """Have the figures of a step computed that is to be logged."""
         session = self._session(trainer)
         if session is not None and self.log_every != 0:
-            session.observe(self._due(trainer, trainer.global_step + 1))
+            session.observe(trainer.global_step + 1, partial(self._due, trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -23,6 +23,7 @@ from psyche_lightning.lightning.standing import Standing, after_round, at_the_en
 from psyche_lightning.lightning.traffic import Traffic
 from psyche_lightning.logs import speaking
 from psyche_lightning.node.download import Transfer
+from psyche_lightning.node.events import Apply
 from psyche_lightning.node.ledger import FILE as LEDGER
 from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import Finished
@@ -36,7 +37,7 @@ from psyche_lightning.node.status import StatusFile
 from psyche_lightning.node.store import BlobStore, DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.open_ids import shown
-from psyche_lightning.protocol.requests import Coordinator
+from psyche_lightning.protocol.requests import MAX_FIGURES, Coordinator, Figure
 from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, RunState
 from psyche_lightning.recipe.manifest import schedule_of
 from psyche_lightning.server.local import LocalCoordinator
@@ -114,8 +115,11 @@ class Session:
         self.work: RoundWork | None = None
         self.lost_rounds = 0
         self.rounds = self.empty_rounds = 0
+        self._due = False  # whether the figures of the current step are to be computed
+        self._figures: dict[str, float] = {}
         self._next: RoundWork | None = None
         self._taken: tuple[RoundWork, RunState] | None = None
+        self._submitted: RoundWork | None = None
         self._ticks = 0
         self._over = self._closed = False
         self._why = ""
@@ -173,7 +177,9 @@ class Session:
                 status=None if folder is None else StatusFile(folder / STATUS),
                 alone=url is None,
             )
-            self._participant = Participant(node, patience=entry.options.patience, stops=stops)
+            self._participant = Participant(
+                node, patience=entry.options.patience, stops=stops, applied=self._after_round
+            )
             self.identity, self.signer = identity.public, coordinator.signer
             self._opened = opened.pop_all()
 
@@ -364,6 +370,9 @@ class Session:
             loss=loss,
             tokens=samples * self.entry.options.tokens_per_sample,
         )
+        self._submitted = work
+        if self.entry.run.overlap:
+            self._look(work)
         self._ticks += 1
         if self._folder is not None and self._ticks % saved_delta.SAVE_EVERY == 0:
             saved_delta.save(self._folder, self.entry.scope, distro)
@@ -426,22 +435,43 @@ class Session:
         finally:
             self.waited += time.monotonic() - began
 
-    def observe(self, observing: bool) -> None:
-        """Compute the agreement with the others' votes in this round, for :meth:`step_figures`."""
-        self._step.distro.observing = observing
+    def observe(self, step: int, due: Callable[[int], bool]) -> None:
+        """Before a step: have its figures computed if it is due, for :meth:`step_figures` and the coordinator.
+
+        Args:
+            step: the step that begins.
+            due: says whether the figures of a step are wanted. It is also asked for the next step, because with
+                overlap the results that come before that one are applied while this one's travel.
+        """
+        self._figures, self._due = {}, due(step)
+        self._step.distro.observing = due(step + 1) if self.entry.run.overlap else self._due
 
     def step_figures(self) -> dict[str, float]:
         """``gradient_norm``, ``momentum_norm`` and ``agreement`` of the last step; with ``/0``... for several groups.
 
-        Leaves out what is not known: the agreement without others, all of them where this node trained nothing.
+        With overlap, the agreement is that of the round before last, whose results were applied last. Leaves out what
+        is not known: the agreement without others, all of them if the step is not due or this node trained nothing.
         """
-        groups = self._step.distro.figures() if self.samples else []
+        return self._figures
+
+    def _after_round(self, task: Apply) -> None:
+        work = self._submitted
+        if work is not None and (work.epoch, work.height) == (task.epoch, task.height) and not self.entry.run.overlap:
+            self._look(work)
+
+    def _look(self, work: RoundWork) -> None:
+        """Compute the step's figures if they are due, and tell them to the coordinator."""
+        if not (self._due and self.samples):
+            return
+        groups = self._step.distro.figures()
         named = {
             name if len(groups) == 1 else f"{name}/{number}": value
             for number, group in enumerate(groups)
             for name, value in group.items()
         }
-        return {name: value for name, value in named.items() if math.isfinite(value)}
+        self._figures = {name: value for name, value in named.items() if math.isfinite(value)}
+        figures = [Figure(name, work.step, value) for name, value in self._figures.items()]
+        self._participant.tell(tuple(figures[:MAX_FIGURES]))
 
     @property
     def payload_size(self) -> int:

@@ -25,7 +25,7 @@ from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.runtime import NodeParts, Runtime, TrainerTask
 from psyche_lightning.protocol.messages import Result
 from psyche_lightning.protocol.open_ids import Interval, closed
-from psyche_lightning.protocol.requests import Report
+from psyche_lightning.protocol.requests import Figure, Report
 from psyche_lightning.protocol.state import RunState
 
 _T = TypeVar("_T")
@@ -59,6 +59,7 @@ class Participant:
             :meth:`wait_applied`.
         patience: longest wait for a round, in seconds; then an error names the missing nodes.
         stops: returns whether the training thread wants to stop; asked during its waits, on that thread.
+        applied: called on the training thread when a round's results are applied, before the coordinator hears of it.
 
     Attributes:
         node: as given.
@@ -66,12 +67,18 @@ class Participant:
     """
 
     def __init__(
-        self, node: NodeParts, *, patience: float = 24 * 3600.0, stops: Callable[[], bool] = lambda: False
+        self,
+        node: NodeParts,
+        *,
+        patience: float = 24 * 3600.0,
+        stops: Callable[[], bool] = lambda: False,
+        applied: Callable[[Apply], None] = lambda task: None,
     ) -> None:
         self.node = node
         self.loss: float | None = None
         self._patience = patience
         self._stops = stops
+        self._applied = applied
         self._inbox: queue.SimpleQueue[TrainerTask] = queue.SimpleQueue()
         self._next: RoundWork | None = None
         self._finished: Finished | None = None
@@ -254,6 +261,10 @@ class Participant:
             )
         self._handle(Trained(work.epoch, work.height, result))
 
+    def tell(self, figures: tuple[Figure, ...]) -> None:
+        """Have this node's reports carry named figures, for people, from now on and in place of those before."""
+        self._runtime.figures = figures
+
     def _over(self) -> bool:
         """Whether the run is over and this node holds its last parameters.
 
@@ -304,5 +315,8 @@ class Participant:
             case _:
                 if isinstance(task, Apply) and task.loss is not None:
                     self.loss = task.loss
-                self._handle(self._runtime.run_replica_task(task))
+                done = self._runtime.run_replica_task(task)
+                if isinstance(task, Apply):
+                    self._applied(task)
+                self._handle(done)
         return task

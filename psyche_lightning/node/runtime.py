@@ -39,6 +39,7 @@ from psyche_lightning.node.waiting import Wait
 from psyche_lightning.protocol.messages import Envelope, Message, Result, open_envelope, seal
 from psyche_lightning.protocol.requests import (
     Coordinator,
+    Figure,
     GetRounds,
     GetTerms,
     Join,
@@ -109,6 +110,8 @@ class Runtime:
         post: hands a task to the training thread; the loop may call it.
 
     Attributes:
+        report: figures of the newest round that this node trained; the training thread writes them.
+        figures: the newest named ones, likewise.
         busy_since: when the training thread took the round that it trains; None while it waits for one. It writes this.
         downloads: parameters that this node downloads.
         wait: the training thread's.
@@ -117,6 +120,7 @@ class Runtime:
     def __init__(self, node: NodeParts, post: Callable[[TrainerTask], None]) -> None:
         self.node = node
         self.report = Report()
+        self.figures: tuple[Figure, ...] = ()
         self.address = ""
         self._post = post
         self._refused: Counter[bytes] = Counter()
@@ -510,5 +514,6 @@ class Runtime:
                 return Join(self.address, self.node.manifest)
             case Witness():
                 up, down = self.node.traffic()
-                return replace(request, report=replace(self.report, bytes_up=up, bytes_down=down))
+                figures = replace(self.report, bytes_up=up, bytes_down=down, figures=self.figures)
+                return replace(request, report=figures)
         return request

@@ -8,6 +8,8 @@ and a server: see :func:`encode` and :func:`decode`.
 from __future__ import annotations
 
 import json
+import math
+import re
 import typing
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -20,6 +22,25 @@ from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig,
 from psyche_lightning.wire.canonical import sha256
 
 Answer = TypeVar("Answer", covariant=True)
+MAX_FIGURES = 32
+"""Named figures of one report."""
+FIGURE_NAME = re.compile(r"[a-z][A-Za-z0-9_.-]{0,47}(/[A-Za-z0-9_.-]{1,48})?")
+"""Names of figures: a word, and perhaps a part of it behind a slash, such as the number of a parameter group."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A named figure of one step.
+
+    Attributes:
+        name: as in a node's ``metrics.jsonl``; see :data:`FIGURE_NAME`.
+        step: optimizer step to which it belongs.
+        value: the figure, finite.
+    """
+
+    name: str
+    step: int
+    value: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +53,8 @@ class Report:
         tokens_per_second: the sender's own rate.
         bytes_up: bytes that the sender wrote to its sockets since it started.
         bytes_down: bytes that it read.
+        figures: the newest value of each further figure of the sender, at most :data:`MAX_FIGURES`; each stays in its
+            reports until it has a newer one. A chain carries none.
     """
 
     step: int = 0
@@ -39,6 +62,7 @@ class Report:
     tokens_per_second: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    figures: tuple[Figure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -272,8 +296,8 @@ class Coordinator(Protocol):
 def encode(request: Request[Any], *, held: bool = False) -> list[Any]:
     """The fields of a request as values for canonical msgpack, in order.
 
-    A proof becomes its three values, a report a list of its five values, keys a list, and a manifest its digest and its
-    canonical text.
+    A proof becomes its three values, a report a list of its values with one of ``[name, step, value]`` for each figure,
+    keys a list, and a manifest its digest and its canonical text.
 
     Args:
         request: the request.
@@ -285,7 +309,8 @@ def encode(request: Request[Any], *, held: bool = False) -> list[Any]:
         if hint is WitnessProof:
             values += [value.position, value.index, value.witness]
         elif hint is Report:
-            values.append([getattr(value, figure.name) for figure in fields(Report)])
+            *numbers, figures = (getattr(value, item.name) for item in fields(Report))
+            values.append([*numbers, [[figure.name, figure.step, figure.value] for figure in figures]])
         elif hint == tuple[bytes, ...]:
             values.append(list(value))
         elif hint == Mapping[str, Any]:
@@ -350,14 +375,28 @@ def wire_types(kind: type[Request[Any]]) -> tuple[type, ...]:
 
 def _report(values: list[Any]) -> Report:
     """Check the figures of a witness. They decide nothing, but they are stored and shown."""
-    kinds = (int, float, float, int, int)
-    if len(values) != 5 or any(type(value) is not kind for value, kind in zip(values, kinds, strict=True)):
+    kinds = (int, float, float, int, int, list)
+    if [type(value) for value in values] != list(kinds):
         raise CoordinatorError(
-            "a report is [step, loss, tokens per second, bytes up, bytes down]", code="InvalidRequest"
+            "a report is [step, loss, tokens per second, bytes up, bytes down, figures]", code="InvalidRequest"
         )
-    if any(not 0 <= values[i] < 1 << 64 for i in (0, 3, 4)):
+    step, loss, rate, up, down, figures = values
+    if any(not 0 <= value < 1 << 64 for value in (step, up, down)):
         raise CoordinatorError("step and bytes of a report are unsigned 64-bit integers", code="InvalidRequest")
-    return Report(*values)
+    if len(figures) > MAX_FIGURES or not all(map(_is_figure, figures)):
+        raise CoordinatorError(
+            f"a report has at most {MAX_FIGURES} figures, each of them [name, step, value]: a name such as norm/0, an "
+            "unsigned 64-bit integer, and a finite number",
+            code="InvalidRequest",
+        )
+    return Report(step, loss, rate, up, down, tuple(Figure(*figure) for figure in figures))
+
+
+def _is_figure(values: Any) -> bool:
+    if not isinstance(values, list) or [type(value) for value in values] != [str, int, float]:
+        return False
+    name, step, value = values
+    return bool(FIGURE_NAME.fullmatch(name)) and 0 <= step < 1 << 64 and math.isfinite(value)
 
 
 def _manifest(digest: bytes, text: str, held: Mapping[bytes, Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from psyche_lightning.coordinator.history import Metrics
 from psyche_lightning.protocol.requests import Report
 from psyche_lightning.protocol.state import Client, ClientStatus, Phase, RunState
 from psyche_lightning.server.live import LiveRun
@@ -76,8 +77,13 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         "event_count": host.history.events.count,
         "metric_count": host.history.metrics.count,
         "events": [asdict(event) for event in host.history.events.since(events_from)],
-        "metrics": [asdict(row) for row in host.history.metrics.since(metrics_from)],
+        "metrics": [metrics_row(row) for row in host.history.metrics.since(metrics_from)],
     }
+
+
+def metrics_row(row: Metrics) -> dict[str, Any]:
+    """The figures of a training round in a status; ``figures`` has the means of the named ones."""
+    return {**asdict(row), "figures": {mean.name: mean.value for mean in row.figures}}
 
 
 def standing(client: Client, state: RunState) -> str:
@@ -87,7 +93,10 @@ def standing(client: Client, state: RunState) -> str:
 
 
 def member(client: Client, status: str, reports: Mapping[bytes, Report]) -> dict[str, Any]:
-    """A member in a status: its key, address and status in a word, and the figures of its latest report."""
+    """A member in a status: its key, address and status in a word, and the figures of its latest report.
+
+    ``figures`` has the named ones, each as ``{"step": ..., "value": ...}``.
+    """
     report = reports.get(client.signer)
     return {
         "key": short(client.signer),
@@ -99,4 +108,5 @@ def member(client: Client, status: str, reports: Mapping[bytes, Report]) -> dict
         "tokens_per_second": report.tokens_per_second if report else None,
         "bytes_up": report.bytes_up if report else None,
         "bytes_down": report.bytes_down if report else None,
+        "figures": {one.name: {"step": one.step, "value": one.value} for one in report.figures} if report else {},
     }

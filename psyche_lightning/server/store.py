@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from psyche_lightning.coordinator.history import MAX_EVENTS, MAX_METRICS
+from psyche_lightning.coordinator.history import CHANGING_METRICS, MAX_EVENTS, MAX_METRICS
 from psyche_lightning.coordinator.host import MAX_ROUNDS, RunHost
 from psyche_lightning.errors import CoordinatorError, PsycheError, WireError
 from psyche_lightning.wire.identity import Identity
@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 FILE = "coordinator.sqlite3"
 KEY_FILE = "coordinator.key"
-CHANGING_METRICS = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (run_id TEXT PRIMARY KEY, created TEXT NOT NULL, state TEXT);
 CREATE TABLE IF NOT EXISTS manifest (run_id TEXT PRIMARY KEY, text TEXT NOT NULL);

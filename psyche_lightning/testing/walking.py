@@ -8,7 +8,7 @@ from typing import Any
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.committee import round_selection, starting_digest
-from psyche_lightning.protocol.requests import Coordinator, Join, Report, WarmupWitness, Witness
+from psyche_lightning.protocol.requests import Coordinator, Figure, Join, Report, WarmupWitness, Witness
 from psyche_lightning.protocol.state import Phase, RunState
 from psyche_lightning.wire.canonical import sha256
 
@@ -110,7 +110,8 @@ async def witness(
     index = round_.clients.index(as_client or client.signer)
     bloom = participants_bloom(round_.seed, round_.clients if heard is None else heard)
     trained = round_.step or state.step - 1  # a draining round repeats the figures of the last step
-    figures = Report(trained, 3.0 - 0.01 * trained, 1000.0, 100 * round_.height, 100 * round_.height)
+    norms = tuple(Figure(f"norm/{group}", trained, 1.0 + group) for group in range(2) if trained)
+    figures = Report(trained, 3.0 - 0.01 * trained, 1000.0, 100 * round_.height, 100 * round_.height, norms)
     await client.request(
         Witness(
             state.epoch,

@@ -215,7 +215,7 @@ class _Diary(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._losses:  # the parameters are now the run's
             self._validate(trainer, pl_module)
-        self._session.observe(self._logs(trainer.global_step + 1))
+        self._session.observe(trainer.global_step + 1, self._logs)
         self._began = time.monotonic()
 
     def on_train_batch_end(
@@ -229,10 +229,10 @@ class _Diary(Callback):
         lr, loss = self._recipe.schedule(step) * session.rate_factor, session.loss
         if session.samples:  # 0 if they were unavailable
             self._losses.append(loss)
-            of_step = session.step_figures() if self._logs(step) else {}
             self._write(
                 trainer, step, loss=loss, lr=lr, tokens_per_second=round(rate, 1), bytes_up=up, bytes_down=down,
-                seconds=round(time.monotonic() - self._started, 3), waited=round(session.waited, 3), **of_step,
+                seconds=round(time.monotonic() - self._started, 3), waited=round(session.waited, 3),
+                **session.step_figures(),
             )  # fmt: skip
         figures = f"loss {session.loss:.3f}  {rate:,.0f} tokens/s"
         self._bars.advance(step, figures)

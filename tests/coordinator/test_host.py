@@ -22,6 +22,8 @@ from psyche_lightning.protocol.limits import PSYCHE_LIMITS, Limits
 from psyche_lightning.protocol.manifest import ABSENT
 from psyche_lightning.protocol.merkle import EMPTY_ROOT
 from psyche_lightning.protocol.requests import (
+    MAX_FIGURES,
+    Figure,
     GetRounds,
     HealthCheck,
     Join,
@@ -420,7 +422,7 @@ def test_dump_and_load_are_exact_at_every_change() -> None:
     for i in range(3):
         both(lambda i=i: host.handle(key(i), WarmupWitness(0, i, DIGEST), 5.0))  # type: ignore[misc]
     both(lambda: report(host, 0, 6.0, Report(1, math.nan, math.inf, 5, 6)))
-    both(lambda: report(host, 1, 6.0, Report(1, 2.5, 3.0, 7, 8)))
+    both(lambda: report(host, 1, 6.0, Report(1, 2.5, 3.0, 7, 8, (Figure("norm", 1, 0.5),))))
     both(lambda: host.disconnected(key(2), 6.5, "gone"))
     while host.state.phase.active:
         both(lambda: report(host, 0, 7.0))
@@ -528,6 +530,51 @@ def test_figures_are_of_the_step_that_was_trained(lag: int) -> None:
     assert [(row.step, row.loss, row.reports) for row in host.history.metrics.since(0)] == [
         (s, 5.0 - s, 2) for s in range(1, 7)
     ]
+
+
+def named(host: RunHost) -> list[dict[str, float]]:
+    """The run's means of named figures, row by row."""
+    return [{mean.name: mean.value for mean in row.figures} for row in host.history.metrics.since(0)]
+
+
+def test_named_figures_are_means_of_their_own_step() -> None:
+    host = training(total_steps=9)
+
+    def tell(i: int, now: float, *figures: Figure) -> None:
+        report(host, i, now, Report(host.state.step, figures=figures))
+
+    tell(0, 6.0, Figure("norm", 1, 2.0), Figure("agreement", 1, 0.75))
+    tell(1, 6.0, Figure("norm", 1, 4.0), Figure("huge", 1, 1e300), Figure("lost", 1, math.nan))
+    host.tick(host.deadline() or 0.0)
+    assert named(host) == [{"norm": 3.0, "agreement": 0.75}, {}]
+    # A report of a later step repeats what its sender said; the others' come late, and count for their own step.
+    tell(0, 7.0, Figure("norm", 1, 2.0), Figure("agreement", 1, 0.75))
+    tell(1, 7.0, Figure("norm", 1, 4.0), Figure("agreement", 1, 0.25))
+    host.tick(host.deadline() or 0.0)
+    assert named(host) == [{"norm": 3.0, "agreement": 0.5}, {}, {}]
+    tell(0, 8.0, Figure("norm", 2, 7.0), Figure("norm", 99, 1.0))
+    assert named(host)[1:] == [{"norm": 7.0}, {}]
+    assert RunHost.load(host.dump()).history.metrics.since(0) == host.history.metrics.since(0)
+    assert host.history.reports[key(1)].figures == (Figure("norm", 1, 4.0), Figure("agreement", 1, 0.25))
+
+
+def test_named_figures_of_a_step_are_few() -> None:
+    host = training()
+    for i in range(2):
+        many = [Figure(f"name/{MAX_FIGURES * i + number}", 1, 1.0) for number in range(MAX_FIGURES)]
+        report(host, i, 6.0, Report(1, figures=(*many,)))
+    assert len(host.history.metrics.since(0)[0].figures) == MAX_FIGURES
+
+
+def test_a_run_that_an_earlier_version_stored_has_no_named_figures() -> None:
+    host = training()
+    report(host, 0, 6.0, Report(1, 3.0, figures=(Figure("norm", 1, 2.0),)))
+    data = host.dump()
+    for values in (*data["metrics"]["items"], *data["reports"].values()):
+        del values["figures"]
+    again = RunHost.load(data)
+    assert (again.history.metrics.since(0)[0].loss, again.history.metrics.since(0)[0].figures) == (3.0, ())
+    assert again.history.reports[key(0)] == Report(1, 3.0)
 
 
 def story(host: RunHost) -> list[str]:

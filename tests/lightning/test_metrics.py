@@ -15,7 +15,9 @@ from support.fit import Fit
 
 from psyche_lightning import PsycheStrategy
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.fabric import PsycheFabricStrategy
+from psyche_lightning.server.admin import CoordinatorAdmin
 
 Make = Callable[..., Any]
 
@@ -34,6 +36,21 @@ class Heard(Callback):
         self.run.append(float(trainer.callback_metrics.get("psyche/loss", math.nan)))  # there for who monitors it
         self.own.append(float(outputs["loss"]))
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+class Sizes(Callback):
+    """Notes the figures of the steps that are logged."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, dict[str, float]] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % 2 == 0:
+            names = ("gradient_norm", "momentum_norm", "agreement")
+            known = {name: trainer.callback_metrics.get(f"psyche/{name}") for name in names}
+            self.seen[trainer.global_step] = {name: float(one) for name, one in known.items() if one is not None}
 
 
 def plateau(module: type[Any], monitor: str, interval: str = "step") -> Any:
@@ -68,6 +85,42 @@ def test_the_loss_of_the_run_decides_the_same_on_both_nodes(
     assert heard[0].run == pytest.approx(means), "the median of two"
     assert heard[0].rates == heard[1].rates
     assert heard[0].rates[0] > heard[0].rates[-1]
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlap"])
+def test_the_coordinator_has_the_means_of_what_the_nodes_log(
+    classifier: Make, loader: Make, trainer: Make, create_run: Make, overlap: bool
+) -> None:
+    url, run = create_run(init_min_clients=2, total_steps=10, global_batch_size_start=8, global_batch_size_end=8)
+    seen = [Sizes(), Sizes()]
+    fits = [
+        Fit(
+            trainer(
+                strategy=PsycheStrategy(url, run, overlap=overlap), callbacks=[each, CoordinatorCallback(log_every=2)]
+            ),
+            classifier(),
+            loader(),
+        )
+        for each in seen
+    ]
+    assert [fit.wait() for fit in fits] == [None, None]
+    status = CoordinatorAdmin(url).status(run)
+    rows = {row["step"]: row["figures"] for row in status["metrics"] if row["figures"]}
+    assert list(rows) == list(seen[0].seen) == [2, 4, 6, 8, 10]
+    for step, row in rows.items():
+        one, two = (each.seen[step] for each in seen)
+        assert one.keys() == two.keys() == row.keys()
+        assert ("agreement" in row) == (step > 2 or not overlap)  # with overlap, nothing is applied before the third
+        assert row == pytest.approx({name: (one[name] + two[name]) / 2 for name in one})
+    for node in status["clients"]:
+        (own,) = [
+            each
+            for each, fit in zip(seen, fits, strict=True)
+            if fit.trainer.strategy.session.signer.hex() == node["signer"]
+        ]
+        assert {name: one["value"] for name, one in node["figures"].items()} == pytest.approx(own.seen[10])
+        assert {one["step"] for one in node["figures"].values()} == {10}
+    assert len({row["gradient_norm"] for row in rows.values()}) == 5
 
 
 def test_alone_the_loss_of_the_run_is_that_of_the_node(classifier: Make, loader: Make, trainer: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from psyche_lightning.errors import CoordinatorError, WireError
 from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
 from psyche_lightning.protocol.requests import (
+    MAX_FIGURES,
     REQUESTS,
     Accuse,
+    Figure,
     GetRounds,
     GetTerms,
     HealthCheck,
@@ -39,10 +42,22 @@ TRAVELS: list[tuple[Request[Any], str, list[Any]]] = [
     (
         Witness(
             *(1, 5, WitnessProof(3, 4, True), b"m" * 32, b"p" * 192, b"b" * 192, 6, b"d" * 32),
-            Report(7, 2.5, 10.0, 20, 30),
+            Report(7, 2.5, 10.0, 20, 30, (Figure("norm/0", 6, 0.5),)),
         ),
         "witness",
-        [1, 5, 3, 4, True, b"m" * 32, b"p" * 192, b"b" * 192, 6, b"d" * 32, [7, 2.5, 10.0, 20, 30]],
+        [
+            1,
+            5,
+            3,
+            4,
+            True,
+            b"m" * 32,
+            b"p" * 192,
+            b"b" * 192,
+            6,
+            b"d" * 32,
+            [7, 2.5, 10.0, 20, 30, [["norm/0", 6, 0.5]]],
+        ],
     ),
     (HealthCheck(1, 5, (b"k" * 32, b"l" * 32)), "health_check", [1, 5, [b"k" * 32, b"l" * 32]]),
     (Accuse(b"one", b"two"), "accuse", [b"one", b"two"]),
@@ -97,7 +112,32 @@ def test_fields_of_another_number_or_type_are_refused_by_name(name: str) -> None
         decode("x", [], {})
 
 
-@pytest.mark.parametrize("figures", [[1], [-1, 1.0, 1.0, 0, 0], [1, 1, 1.0, 0, 0], [1, 1.0, 1.0, 0, "x"], [True] * 5])
+def named(*figures: Any) -> list[Any]:
+    return [1, 1.0, 1.0, 0, 0, list(figures)]
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        [1],
+        [1, 1.0, 1.0, 0, 0],
+        [-1, 1.0, 1.0, 0, 0, []],
+        [1, 1, 1.0, 0, 0, []],
+        [1, 1.0, 1.0, 0, "x", []],
+        [True] * 6,
+        named("norm"),
+        named(["norm", 1]),
+        named(["norm", 1, 2]),
+        named(["norm", -1, 1.0]),
+        named(["norm", 1, math.nan]),
+        named(["norm", 1, math.inf]),
+        named(["", 1, 1.0]),
+        named(["norm/0/1", 1, 1.0]),
+        named(["<b>", 1, 1.0]),
+        named(["n" * 49, 1, 1.0]),
+        named(*[[f"norm/{i}", 1, 1.0] for i in range(MAX_FIGURES + 1)]),
+    ],
+)
 def test_figures_of_another_shape_are_refused(figures: list[Any]) -> None:
     with pytest.raises(CoordinatorError, match="report") as caught:
         decode("witness", [0, 0, 0, 0, True, b"", b"", b"", 0, b"", figures], {})

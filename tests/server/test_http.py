@@ -184,6 +184,8 @@ def test_status_and_page_show_who_does_what(served, walk, run, quick):
             assert [row["loss"] for row in found["metrics"] if row["step"] == 3] == [pytest.approx(2.97)]
             assert [row["step"] for row in found["metrics"]] == list(range(1, 9))  # none of the round that drains
             assert found["metric_count"] == 8
+            assert member["figures"] == {f"norm/{group}": {"step": 8, "value": 1.0 + group} for group in range(2)}
+            assert [row["figures"] for row in found["metrics"]] == [{"norm/0": 1.0, "norm/1": 2.0}] * 8
             _, rest = await ask("GET", f"{url}/v1/runs/r?events={found['event_count'] - 1}&metrics=7")
             assert len(rest["events"]) == len(rest["metrics"]) == 1
             async with aiohttp.ClientSession() as session, session.get(url) as answer:

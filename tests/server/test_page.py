@@ -188,6 +188,11 @@ def test_two_epochs_from_before_the_start_to_the_end(served, walk, run, quick, p
             assert line == sorted(set(line))
             assert await visited.text("#chart text") != []
             assert (await visited.text("#figures b"))[:4] == ["finished", "60 / 60", "2 · –", "2.4000"]
+            assert await visited.text("figcaption") == ["norm01"]
+            paths = await visited.page.locator("#curves path[fill=none]").all()
+            assert [(await path.get_attribute("d")).count("L") for path in paths] == [59, 59]
+            assert (await visited.text("#nodes th"))[-1] == "norm"
+            assert (await visited.text("#nodes td"))[-1] == "1 · 2"
             colour = "getComputedStyle(document.querySelector('#nodes .tag')).color"
             assert await visited.page.evaluate(colour) == GREEN
             again = await visit(address + "/")  # who comes when all is over sees the same

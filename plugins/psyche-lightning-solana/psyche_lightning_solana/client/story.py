@@ -17,7 +17,7 @@ from psyche_lightning.coordinator import machine
 from psyche_lightning.coordinator.history import History
 from psyche_lightning.protocol.requests import Report
 from psyche_lightning.protocol.state import MISSED_ROUNDS, Client, CoordinatorConfig, Phase, RunState
-from psyche_lightning.server.status import member
+from psyche_lightning.server.status import member, metrics_row
 from psyche_lightning.wire.identity import short
 from psyche_lightning_solana.account import ManifestAccount, RunAccounts
 from psyche_lightning_solana.addresses import incarnation
@@ -197,7 +197,7 @@ class Story:
             "event_count": events.count,
             "metric_count": metrics.count,
             "events": [asdict(event) for event in events.since(0)],
-            "metrics": [asdict(row) for row in metrics.since(0)],
+            "metrics": [metrics_row(row) for row in metrics.since(0)],
             "account": address,
         }
 
