@@ -45,7 +45,7 @@ from psyche_lightning_solana.client.cluster import Cluster
 from psyche_lightning_solana.client.feed import Feed, Snapshot
 from psyche_lightning_solana.client.fees import SIGNATURE_FEE, sol, units
 from psyche_lightning_solana.client.ledger import Ledger
-from psyche_lightning_solana.client.rounds import History, replay
+from psyche_lightning_solana.client.rounds import History, newest_epoch, precedes, replay, with_former_clients
 from psyche_lightning_solana.client.rpc import RpcProblem, Sleep, unreachable
 from psyche_lightning_solana.client.run import SolanaRun
 from psyche_lightning_solana.client.sender import Receipt
@@ -110,7 +110,7 @@ class SolanaCoordinator:
         self._in_flight: dict[Hashable, asyncio.Task[Any]] = {}
         self._ticker: asyncio.Task[None] | None = None
         self._landed: set[tuple[Hashable, ...]] = set()
-        self._replayed: tuple[int, int] = (-1, -1)
+        self._replayed = (-1, 0)  # epoch, and transactions that did not suffice
         self._closed = False
 
     @property
@@ -211,7 +211,7 @@ class SolanaCoordinator:
         """The rounds of an epoch from height ``first`` on: as seen, or rebuilt from the ledger."""
         run = await self._look()
         self._history.observe(run.state)
-        if self._history.missing(epoch, first) and run.state.phase.active and run.state.epoch == epoch:
+        if self._history.missing(epoch, first):
             await self._once(("replay", epoch), lambda: self._replay(run))
         return tuple(self._history.rounds(epoch, first))
 
@@ -236,7 +236,7 @@ class SolanaCoordinator:
                     self._check_alone(run)
                     self._history.observe(run.state)
                     await self._look_up(run)
-                    state = self._book.fill(run.state)
+                    state = self._book.fill(with_former_clients(run))
                     if state != shown:
                         shown = state
                         yield state
@@ -308,23 +308,31 @@ class SolanaCoordinator:
         return next((member for member in run.members if member.signer == self.signer), None)
 
     async def _replay(self, run: RunAccounts) -> None:
-        state = run.state
-        height = state.current.height if state.current else 0
-        if self._replayed == (state.epoch, height):
-            return  # it did not help at this height
-        self._replayed = state.epoch, height
+        state, epoch = run.state, newest_epoch(run.state)
         assert self._keys is not None
+        program, account = self.run.program, self._keys.coordinator_account
         if self._ledger is None:
-            self._ledger = Ledger(self.run.reader, self._keys.coordinator_account)
+            self._ledger = Ledger(self.run.reader, account)
         try:
-            entries = await self._ledger.entries(since=int(state.epoch_start))
+            entries = await self._ledger.entries(
+                since=int(state.epoch_start) if state.phase.active else 0,
+                enough=lambda entry: precedes(entry, epoch, program, account),
+            )
         except RpcProblem as problem:
             raise unreachable(problem, "the transactions of the epoch", self.run.cluster.name) from problem
+        if self._replayed == (epoch, len(entries)):
+            return  # they did not suffice before
+        self._replayed = epoch, len(entries)
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(None, replay, run, entries, self.run.program, self._keys.coordinator_account)
+        found = await loop.run_in_executor(None, replay, run, entries, program, account)
         if not found:
-            logger.warning("the ledger does not show the epoch's earlier rounds; this node waits for the next epoch")
-        self._history.fill(state.epoch, found[:height])
+            logger.warning(
+                "the chain's transactions do not give the earlier rounds of epoch %d; this node waits for somebody who "
+                "has the parameters after them",
+                epoch,
+            )
+        height = state.current.height if state.current else 0
+        self._history.fill(epoch, [round_ for round_ in found if round_.height < height])
 
     # --- joining ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from psyche_lightning_solana.client.rpc import RpcProblem, error_name
 
 WIDTH = 8
 """Transactions requested at once."""
+AT_ONCE = 64
+"""Transactions read before it looks whether they suffice."""
 MAX_TRANSACTIONS = 20_000
 TRIES = 5
 
@@ -86,28 +88,36 @@ class Ledger:
         self._entries: list[Entry] = []
         self._lock = asyncio.Lock()
 
-    async def entries(self, *, since: int = 0) -> list[Entry]:
+    async def entries(self, *, since: int = 0, enough: Callable[[Entry], bool] | None = None) -> list[Entry]:
         """Transactions so far, oldest first, and at most the newest 20,000.
 
         Args:
             since: Unix seconds; earlier ones are optional.
+            enough: whether those before this one are optional.
 
         Raises:
             RpcProblem: no service answers, or it no longer keeps some of them.
         """
         async with self._lock:
             until = Signature.from_string(self._entries[-1].signature) if self._entries else None
-            rows: list[dict[str, Any]] = []
+            found: list[Entry] = []  # newest first
             before: Signature | None = None
-            while len(rows) < MAX_TRANSACTIONS:
+            over = False
+            while not over and len(found) < MAX_TRANSACTIONS:
                 page = await self._reader.signatures(self._key, before, until)
-                rows += page
-                if len(page) < PAGE or (page[-1].get("blockTime") or since) < since:
+                for at in range(0, len(page), AT_ONCE):
+                    rows = page[at : at + AT_ONCE]
+                    wanted = [row for row in rows if (row.get("blockTime") or since) >= since]
+                    gate = asyncio.Semaphore(WIDTH)
+                    read = await asyncio.gather(*(self._entry(row, gate) for row in wanted))
+                    found += read
+                    over = len(wanted) < len(rows) or (enough is not None and any(map(enough, read)))
+                    if over:
+                        break
+                if len(page) < PAGE:
                     break
                 before = Signature.from_string(page[-1]["signature"])
-            gate = asyncio.Semaphore(WIDTH)
-            wanted = [row for row in reversed(rows) if (row.get("blockTime") or since) >= since]
-            self._entries += await asyncio.gather(*(self._entry(row, gate) for row in wanted))
+            self._entries += reversed(found)
             return list(self._entries)
 
     async def _entry(self, row: Mapping[str, Any], gate: asyncio.Semaphore) -> Entry:

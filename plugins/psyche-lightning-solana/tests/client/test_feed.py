@@ -1,6 +1,7 @@
 """The run's accounts as they change, through services that fail."""
 
 import asyncio
+import contextlib
 import copy
 import dataclasses
 
@@ -9,7 +10,8 @@ from psyche_lightning_solana.client.feed import Feed
 from psyche_lightning_solana.client.rounds import replay
 from websockets.server import ServerProtocol
 
-from psyche_lightning.protocol.requests import GetRounds, Join
+from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.protocol.requests import GetRounds, Join, Withdraw
 from psyche_lightning.protocol.state import Phase
 
 
@@ -255,6 +257,65 @@ def test_rounds_that_were_not_seen_come_from_the_ledger(run, play, player, reach
         lost = [*entries[:witness], *entries[witness + 6 :]]
         assert replay(now, lost, keys.program, keys.coordinator_account) == []
         assert now.state.phase in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
+
+    run(test, programs=True)
+
+
+def test_rounds_of_the_last_epoch_come_from_the_ledger(run, play, player):
+    """The epoch ended because too few reported; a warm-up came since, which failed, and another one has begun."""
+
+    async def test(world):
+        times = {"warmup_time": 60, "max_round_train_time": 60, "round_witness_time": 60, "epoch_time": 7200}
+        owner = await world.owner(total_steps=40, init_min_clients=4, global_batch_size_warmup_tokens=500, **times)
+        clients = [world.node() for _ in range(4)]
+        newcomer = world.node()
+
+        async def join(*those):
+            for client in those:
+                await client.request(Join("tcp://127.0.0.1:1", MANIFEST))
+
+        async def pass_time(until):
+            for _ in range(8):
+                state = (await owner.look()).state
+                if until(state):
+                    return state
+                world.chain.advance_seconds(61)
+                with contextlib.suppress(CoordinatorError):
+                    await newcomer._tick(state.nonce)
+            raise AssertionError(state.phase)
+
+        await join(*clients)
+        players = [player(client) for client in clients]
+        await play(players, lambda state: state.current is not None and state.current.height >= 3)
+        await clients[3].request(Withdraw())
+        await play(players[:3], lambda state: state.current is not None and state.current.height >= 7)
+        await join(newcomer)  # for the next epoch
+        state = await pass_time(lambda state: not state.phase.active)
+        assert (state.epoch, state.settled, state.phase) == (1, False, Phase.WAITING_FOR_MEMBERS)
+        watched = await clients[0].request(GetRounds(0, 0))
+        assert [round_.height for round_ in watched] == list(range(state.current.height + 1))
+        for way in ("waits", "warms up", "waits again", "warms up again"):
+            if way == "warms up":
+                await join(clients[0], clients[1], clients[3])
+                await pass_time(lambda state: state.phase is Phase.WARMUP)
+            elif way == "waits again":
+                await clients[3].request(Withdraw())
+                await pass_time(lambda state: state.phase is Phase.WAITING_FOR_MEMBERS)
+            elif way == "warms up again":
+                await join(clients[2])
+                await pass_time(lambda state: state.phase is Phase.WARMUP)
+            world.chain.advance(3)
+            late = world.node(wallet=clients[2].run.wallet)
+            made = await late.request(GetRounds(0, 0))
+            assert [strip(r) for r in made] == [strip(r) for r in watched], way
+            assert await late.request(GetRounds(0, 5)) == made[5:]
+            assert await late.request(GetRounds(1, 0)) == ()
+            # Whoever trained has a node key, also if it is not in the epoch that forms.
+            watching = late.watch()
+            state = await anext(watching)
+            nodes = {client.signer: client.node for client in (*state.exited_clients, *state.clients)}
+            assert all(nodes[client.signer] == client._node for client in clients), way
+            await watching.aclose()
 
     run(test, programs=True)
 

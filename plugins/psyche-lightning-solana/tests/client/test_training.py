@@ -10,6 +10,8 @@ from psyche_lightning_solana.client.cluster import Cluster, Endpoint, Options
 from psyche_lightning_solana.client.coordinator import SolanaCoordinator
 
 from psyche_lightning.distro import DisTrO, DistroConfig
+from psyche_lightning.node.audit import audit
+from psyche_lightning.node.ledger import Ledger, read_ledger
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant
 from psyche_lightning.node.runtime import NodeParts
@@ -31,13 +33,14 @@ class Node:
 
     def __init__(self, number, network, proxies, wallet, manifest):
         torch.manual_seed(number)
+        self.number = number
         self.module = torch.nn.Linear(24, 12)
         self.optimizer = DisTrO(self.module.named_parameters(), lr=0.01, config=DistroConfig(k=8))
         self.replica = ParameterReplica(self.optimizer, self.module)
         self.wallet, self.manifest, self.network, self.proxies = wallet, manifest, network, proxies
         self.identity = Identity.generate()
         self.steps, self.error, self.client = [], None, None
-        self.journal, self.store = MemoryJournal(), MemoryBlobStore()
+        self.journal, self.store, self.ledger = MemoryJournal(), MemoryBlobStore(), None
         self.thread = threading.Thread(target=self.train, daemon=True)
         self.stopping = threading.Event()
         self.pace, self.linger = 0.0, 1.0
@@ -58,9 +61,22 @@ class Node:
                 settings=Settings(False, 2, self.replica.layout, self.replica.max_payload, retry=0.2),
                 store=self.store,
                 journal=self.journal,
+                ledger=self.ledger,
             ),
             patience=60.0,
         )
+
+    def again(self):
+        """The node after it was killed: nothing but its wallet and what was in its folder is left."""
+        node = Node(self.number, self.network, self.proxies, self.wallet, self.manifest)
+        node.identity, node.journal, node.store, node.ledger = self.identity, self.journal, self.store, self.ledger
+        return node
+
+    async def kill(self):
+        self.linger = 0.0
+        self.stopping.set()
+        while self.thread.is_alive():
+            await asyncio.sleep(0.02)
 
     def train(self):
         torch.set_num_threads(1)
@@ -95,11 +111,12 @@ async def finished(nodes, timeout=120.0):
     assert not any(node.error for node in nodes), told
 
 
-async def begin(world, count, manifest, **config):
+async def begin(world, count, manifest, folder=None, **config):
     owner = await world.owner(init_min_clients=count, **config)
     network = MemoryNetwork()
     nodes = [Node(i, network, world.proxies[i : i + 1], world.wallet(), manifest) for i in range(count)]
     for node in nodes:
+        node.ledger = None if folder is None else Ledger(folder / str(node.number) / "ledger.jsonl")
         node.thread.start()
     return owner, nodes
 
@@ -152,14 +169,10 @@ def test_a_node_that_comes_back_makes_the_rounds_again_from_the_ledger(run, mani
         _, nodes = await begin(world, 3, manifest, total_steps=30, max_round_train_time=60, cooldown_time=30)
         while len(nodes[2].steps) < 6:
             await asyncio.sleep(0.02)
-        nodes[2].linger = 0.0
-        nodes[2].stopping.set()
-        while nodes[2].thread.is_alive():
-            await asyncio.sleep(0.02)
+        await nodes[2].kill()
         for node in nodes[:2]:
             node.pace = 8.0  # who misses three rounds is dropped, and a new address is known after 15 s
-        again = Node(2, nodes[2].network, world.proxies[2:3], nodes[2].wallet, manifest)
-        again.identity, again.journal, again.store = nodes[2].identity, nodes[2].journal, nodes[2].store
+        again = nodes[2].again()
         again.thread.start()
         while len(again.steps) < 3:
             await asyncio.sleep(0.02)
@@ -170,5 +183,43 @@ def test_a_node_that_comes_back_makes_the_rounds_again_from_the_ledger(run, mani
         assert len({node.digest() for node in (nodes[0], nodes[1], again)}) == 1
         assert again.client._replayed[0] == 0
         assert again.steps
+
+    run(test, programs=True, services=3)
+
+
+@pytest.mark.slow
+def test_after_a_power_cut_the_run_goes_on_from_the_last_decided_round(run, manifest, tmp_path):
+    """All are killed in the middle of an epoch. Who comes back first ends it; the others come to a later warm-up."""
+
+    async def test(world):
+        times = {"max_round_train_time": 20, "round_witness_time": 5, "cooldown_time": 30, "warmup_time": 60}
+        owner, nodes = await begin(world, 3, manifest, total_steps=40, epoch_time=7200, folder=tmp_path, **times)
+        while len(nodes[0].steps) < 14:
+            await asyncio.sleep(0.02)
+        for node in nodes:
+            node.stopping.set()
+        for node in nodes:
+            await node.kill()
+        stopped = (await owner.look()).state
+        assert stopped.phase.active
+        nodes = [node.again() for node in nodes]
+        nodes[0].thread.start()
+        while (state := (await owner.look()).state).phase.active:
+            world.chain.advance_seconds(3)
+            await asyncio.sleep(0.1)
+            assert not nodes[0].error, nodes[0].error
+        assert (state.epoch, state.settled) == (1, False)
+        for node in nodes[1:]:
+            node.thread.start()
+            world.chain.advance_seconds(20)
+        await finished(nodes)
+        assert len({node.digest() for node in nodes}) == 1
+        _, story = await world.ledger(owner)
+        assert story.run.state.phase is Phase.FINISHED
+        assert story.run.state.checkpoint.step == 40
+        assert any(node.client._replayed[0] == 0 for node in nodes)
+        found = audit(row for node in nodes for row in read_ledger(node.ledger.path))
+        assert found.problems == []
+        assert (found.last_step, found.missing) == (40, [])
 
     run(test, programs=True, services=3)
