@@ -14,15 +14,18 @@ from psyche_lightning.version import __version__
 
 if TYPE_CHECKING:
     from psyche_lightning.lightning import CoordinatorCallback, PsycheStrategy
+    from psyche_lightning.muon import MuonAdamW
 
-__all__ = ["CoordinatorCallback", "PsycheStrategy", "__version__", "hookimpl"]
+__all__ = ["CoordinatorCallback", "MuonAdamW", "PsycheStrategy", "__version__", "hookimpl"]
+
+_PLACES = {"CoordinatorCallback": "lightning", "MuonAdamW": "muon", "PsycheStrategy": "lightning"}
 
 _register()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("CoordinatorCallback", "PsycheStrategy"):
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from psyche_lightning import lightning
+    from importlib import import_module
 
-    return getattr(lightning, name)
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

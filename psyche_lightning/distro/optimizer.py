@@ -23,6 +23,7 @@ from psyche_lightning.distro.payload import PayloadCodec
 from psyche_lightning.distro.saved import checksum, damage
 from psyche_lightning.distro.votes import Votes, select
 from psyche_lightning.errors import ConfigError, PayloadError, PsycheError
+from psyche_lightning.muon import MOMENTUM, check_matrix, to_directions
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,9 @@ class DisTrO(torch.optim.Optimizer):
     Args:
         parameters: ``(name, parameter)`` pairs such as ``module.named_parameters()``, or groups: dictionaries whose
             ``"params"`` holds such pairs (or parameters, with their names in ``"param_names"``), with their own ``lr``
-            and ``weight_decay`` if wanted. Frozen parameters stay as they are.
+            and ``weight_decay`` if wanted. Frozen parameters stay as they are. In a group with ``"muon": True``, all
+            of whose parameters are matrices, gradients become Muon's directions (with the group's ``momentum``, 0.95)
+            before they are added to delta.
         lr: the size of each parameter's step; schedulers may change it in the groups.
         weight_decay: ``p *= 1 - lr * weight_decay`` before each step.
         config: the run's compression.
@@ -83,7 +86,8 @@ class DisTrO(torch.optim.Optimizer):
         self._agreement: list[float] = []
         self._delta: Delta | None = None
         self._saved: list[torch.Tensor] | None = None  # the published bytes, while parameters hold others
-        super().__init__(_named_groups(parameters), {"lr": lr, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "muon": False, "momentum": 0.95}
+        super().__init__(_named_groups(parameters), defaults)
         named: dict[str, torch.Tensor] = {}
         owner: dict[str, int] = {}
         for number, group in enumerate(self.param_groups):
@@ -91,6 +95,8 @@ class DisTrO(torch.optim.Optimizer):
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if name in named:
                     raise ConfigError(f"two parameters are named {name!r}; give each its own name")
+                if group["muon"]:
+                    check_matrix(parameter, f'a group with "muon": True has {name!r}')
                 named[name], owner[name] = parameter, number
         self.layout = Layout(named.items(), self.config.chunk)
         self._codec = PayloadCodec(self.layout, self.config, self.version)
@@ -152,7 +158,8 @@ class DisTrO(torch.optim.Optimizer):
         """Add the gradients to delta, and compress delta.
 
         ``delta = decay * delta + lr * grad``. The k strongest coefficients of each chunk become votes, and ``removal``
-        times their component is subtracted from delta. A missing gradient counts as zero.
+        times their component is subtracted from delta. A missing gradient counts as zero. Gradients that become Muon's
+        directions are overwritten by these.
 
         Returns:
             The payload: the signs of the chosen coefficients.
@@ -165,8 +172,9 @@ class DisTrO(torch.optim.Optimizer):
         rates = _floats(self.lr_bits())
         if self._delta is None:
             self._delta = Delta(layout, self._devices)
+        directions = self._directions()
         gradients = [
-            None if parameter.grad is None else layout.folded(number, parameter.grad)
+            None if parameter.grad is None else layout.folded(number, directions.get(number, parameter.grad))
             for number, parameter in enumerate(self._parameters)
         ]
         votes = Votes.empty(layout.chunk_count, config.max_k)
@@ -280,6 +288,22 @@ class DisTrO(torch.optim.Optimizer):
         }
         return [{name: values[group] for name, values in columns.items()} for group in range(groups)]
 
+    def _directions(self) -> dict[int, torch.Tensor]:
+        """What Muon makes of the gradients of its matrices, by the number of the parameter."""
+        found: dict[int, torch.Tensor] = {}
+        for owner, group in enumerate(self.param_groups):
+            numbers = [
+                number
+                for number, parameter in enumerate(self._parameters)
+                if group["muon"] and self._owners[number] == owner and parameter.grad is not None
+            ]
+            if numbers:
+                matrices = [self._parameters[number] for number in numbers]
+                gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+                states = [self.state[matrix] for matrix in matrices]
+                found |= zip(numbers, to_directions(gradients, states, float(group["momentum"])), strict=True)
+        return found
+
     def _by_rate(
         self, rates: Sequence[float], batch: Batch, some: Sequence[Any], others: Sequence[Any]
     ) -> Iterator[tuple[float, list[torch.Tensor], list[torch.Tensor]]]:
@@ -355,8 +379,10 @@ class DisTrO(torch.optim.Optimizer):
             self._saved = None
 
     def reset(self) -> None:
-        """Empty delta; parameters stay."""
+        """Empty delta and Muon's momentum; parameters stay."""
         self._delta = None
+        for state in self.state.values():
+            state.pop(MOMENTUM, None)
         self.nonce = 0
 
     def delta(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -375,6 +401,21 @@ class DisTrO(torch.optim.Optimizer):
         if self._delta is None:
             self._delta = Delta(self.layout, self._devices)
         self._delta.put(number, tensor)
+
+    def momentum(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields Muon's momentum of each matrix that has one, as ``(name, float32 tensor)``, not copied."""
+        for entry, parameter in zip(self.layout.entries, self._parameters, strict=True):
+            if MOMENTUM in self.state.get(parameter, {}):
+                yield entry.name, self.state[parameter][MOMENTUM]
+
+    def load_momentum(self, name: str, tensor: torch.Tensor) -> None:
+        """Replace Muon's momentum of one matrix.
+
+        Raises:
+            PsycheError: the name is unknown, or shape or dtype are wrong.
+        """
+        parameter = self._parameters[self._expected(name, tensor)]
+        self.state[parameter][MOMENTUM] = tensor.to(parameter.device, copy=True)
 
     def published(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the parameters that all nodes share, in the layout's order, as ``(name, float32 tensor)``, not copied.
@@ -448,7 +489,9 @@ class DisTrO(torch.optim.Optimizer):
                     with torch.inference_mode(False):
                         copy = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
                         state[parameter][what] = copy.copy_(tensor)
-        super().load_state_dict({"state": {}, "param_groups": groups})
+        rules = [{name: group[name] for name in ("muon", "momentum")} for group in self.param_groups]
+        kept = [{**saved, **rule} for saved, rule in zip(groups, rules, strict=True)]
+        super().load_state_dict({"state": {}, "param_groups": kept})
         self.reset()
         about = {"nonce": int(state_dict["nonce"])}
         tensors = {

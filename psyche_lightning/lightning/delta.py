@@ -1,7 +1,8 @@
 """Saves a node's delta to disk, so that a killed node does not lose updates that it has not sent yet.
 
-One safetensors file has the float32 delta of each parameter by name; its metadata names the run, the layout that
-positions refer to, the nonce and a checksum. Parameters need no file: snapshot and replay restore them.
+One safetensors file has the float32 delta of each parameter by name, and any momentum of Muon; its metadata names the
+run, the layout that positions refer to, the nonce and a checksum. Parameters need no file: snapshot and replay restore
+them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 FILE = "delta.safetensors"
 SAVE_EVERY = 50
 """Rounds between two saves; a killed node loses the delta of at most this many."""
+_MOMENTUM = "momentum of "
 
 
 def save(folder: Path, run: str, optimizer: DisTrO) -> None:
@@ -36,6 +38,7 @@ def save(folder: Path, run: str, optimizer: DisTrO) -> None:
     deltas = {name: delta.cpu() for name, delta in optimizer.delta()}
     if not deltas:
         return
+    deltas |= {_MOMENTUM + name: tensor.cpu().contiguous() for name, tensor in optimizer.momentum()}
     about = {"run": run, "layout": optimizer.layout_digest.hex(), "nonce": optimizer.nonce}
     path, new = folder / FILE, folder / f"{FILE}.new"
     text = json.dumps({**about, "checksum": checksum(about, deltas)}, sort_keys=True)
@@ -71,11 +74,17 @@ def load(folder: Path, run: str, optimizer: DisTrO) -> bool:
         logger.warning("the delta in %s is damaged and left out, so delta begins empty: %s", path, problem)
         return False
     shapes = {entry.name: entry.shape for entry in optimizer.layout.entries}
-    fits = all(delta.shape == shapes.get(name) and delta.dtype == torch.float32 for name, delta in deltas.items())
+    fits = all(
+        tensor.shape == shapes.get(name.removeprefix(_MOMENTUM)) and tensor.dtype == torch.float32
+        for name, tensor in deltas.items()
+    )
     if not fits or (about.get("run"), about.get("layout")) != (run, optimizer.layout_digest.hex()):
         logger.info("the delta in %s is of another run or model and left out", path)
         return False
-    for name, delta in deltas.items():
-        optimizer.load_delta(name, delta)
+    for name, tensor in deltas.items():
+        if name.startswith(_MOMENTUM):
+            optimizer.load_momentum(name.removeprefix(_MOMENTUM), tensor)
+        else:
+            optimizer.load_delta(name, tensor)
     optimizer.nonce = nonce
     return True

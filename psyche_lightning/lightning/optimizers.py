@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from psyche_lightning.distro import DisTrO, DistroConfig
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, counted
 from psyche_lightning.lightning.internals import replace_step
 from psyche_lightning.node.parameters import named_parameters
 
@@ -19,6 +19,8 @@ STATE_KEY = "psyche_distro"
 
 def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> DisTrO:
     """Build a DisTrO with the parameter groups, learning rates and weight decays of the user's optimizer.
+
+    Gradients in groups that Muon trains (:class:`~psyche_lightning.muon.MuonAdamW`) go through Muon first.
 
     Args:
         optimizer: the user's; of any kind.
@@ -43,6 +45,7 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
                 "params": [(names[id(parameter)], parameter) for parameter in group["params"]],
                 "lr": float(group["lr"]),
                 "weight_decay": float(group.get("weight_decay", 0.0)),
+                **({"muon": True, "momentum": group["momentum"]} if group.get("muon") else {}),
             }
         )
     return DisTrO(groups, lr=float(optimizer.param_groups[0]["lr"]), config=config)
@@ -89,9 +92,11 @@ class TakenStep:
 
     def __str__(self) -> str:
         config = self.distro.config
+        matrices = sum(len(group["params"]) for group in self.distro.param_groups if group["muon"])
+        muon = f" (the gradients of {counted(matrices, 'parameter')} go through Muon first)" if matrices else ""
         return (
             f"DisTrO replaces the step of {type(self.optimizer).__name__}, whose learning rate, weight decay and "
-            f"parameter groups it uses: {config.k} signs of each {config.chunk}x{config.chunk} chunk, "
+            f"parameter groups it uses{muon}: {config.k} signs of each {config.chunk}x{config.chunk} chunk, "
             f"{self.distro.max_payload:,} bytes a round"
         )
 

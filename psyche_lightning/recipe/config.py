@@ -178,9 +178,11 @@ class OptimizerSection:
         clip_grad_norm: largest norm of a node's gradient; null for no clipping.
         lr_for: a factor on the learning rate of the parameters whose names match a pattern; the first match counts.
         schedule: how the learning rate changes.
+        name: ``adamw``, or ``muon``, with which the gradients of hidden matrices go through Muon before DisTrO.
+        muon_for: for ``muon``: whether it trains the parameters whose names match a pattern; the first match counts.
 
     Raises:
-        ConfigError: a factor is not a finite number from 0 on.
+        ConfigError: a factor is not a finite number from 0 on, or ``muon_for`` has other values than true and false.
     """
 
     lr: Positive = 1e-3
@@ -188,11 +190,18 @@ class OptimizerSection:
     clip_grad_norm: Positive | None = None
     lr_for: Mapping[str, float] = field(default_factory=dict)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    name: Literal["adamw", "muon"] = "adamw"
+    muon_for: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for pattern, factor in self.lr_for.items():
             if type(factor) not in (int, float) or not 0 <= factor < math.inf:
                 raise ConfigError(f"optimizer.lr_for of {pattern!r} is {factor!r}; choose a number from 0 on.")
+        for pattern, muon in self.muon_for.items():
+            if type(muon) is not bool:
+                raise ConfigError(f"optimizer.muon_for of {pattern!r} is {muon!r}; choose true or false.")
+        if self.muon_for and self.name != "muon":
+            raise ConfigError(f"optimizer.muon_for needs optimizer.name=muon; it is {self.name!r}.")
 
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]

@@ -78,7 +78,10 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
         ConfigError: its configuration is wrong, or it has no trainable parameters.
     """
     model = meta_model(recipe) if model is None else model
+    import torch
+
     from psyche_lightning.distro import Layout, PayloadCodec
+    from psyche_lightning.muon import hidden_matrices
 
     named = list(model.named_parameters())
     trainable = [parameter for _, parameter in named if parameter.requires_grad]
@@ -92,6 +95,11 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
     masters = sum(parameter.numel() for parameter in trainable if parameter.element_size() < FLOAT32)
     if masters:
         memory["float32 masters"] = FLOAT32 * masters
+    if recipe.optimizer.name == "muon":
+        of_a_node = torch.nn.ModuleDict({"model": model})  # names as the recipe's patterns know them
+        hidden = hidden_matrices(of_a_node, recipe.optimizer.muon_for)
+        sizes = {f"model.{name}": parameter.numel() for name, parameter in named if parameter.requires_grad}
+        memory["momentum of Muon"] = FLOAT32 * sum(size for name, size in sizes.items() if hidden[name])
     if recipe.distro.lookahead:
         memory["look-ahead copy"] = trained
     layout = Layout(named, recipe.distro.chunk)

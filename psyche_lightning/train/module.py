@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.hookspecs import DataProvider
 from psyche_lightning.lightning.weights import IGNORED, trained
+from psyche_lightning.muon import MuonAdamW, hidden_matrices
 from psyche_lightning.recipe.config import OptimizerSection
 from psyche_lightning.recipe.schedule import Schedule
 
@@ -88,23 +89,33 @@ class CausalModule(LightningModule):
         return total / tokens if tokens else math.nan
 
     def configure_optimizers(self) -> Any:
-        """One group of trainable parameters for each factor on the learning rate.
+        """The recipe's optimizer with one group of trainable parameters for each factor on the learning rate.
+
+        With ``optimizer.name=muon``, hidden matrices have groups of their own.
 
         Raises:
-            ConfigError: a pattern of ``optimizer.lr_for`` matches no trainable parameter.
+            ConfigError: a pattern of ``optimizer.lr_for`` or ``optimizer.muon_for`` matches no parameter, or Muon would
+                train one that is no matrix.
         """
-        base, factors = self._optimizer.lr, self._optimizer.lr_for
-        groups: dict[float, list[torch.nn.Parameter]] = {}
+        section = self._optimizer
+        base, factors = section.lr, section.lr_for
+        hidden = hidden_matrices(self, section.muon_for) if section.name == "muon" else {}
+        groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
         unused = set(factors)
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 matching = [pattern for pattern in factors if fnmatch.fnmatchcase(name, pattern)]
                 unused -= set(matching)
-                groups.setdefault(float(factors[matching[0]]) if matching else 1.0, []).append(parameter)
+                factor = float(factors[matching[0]]) if matching else 1.0
+                groups.setdefault((factor, hidden.get(name, False)), []).append(parameter)
         if unused:
             raise ConfigError(f"optimizer.lr_for has {min(unused)!r}, which matches no trainable parameter.")
-        named = [{"params": group, "lr": base * factor} for factor, group in groups.items()]
-        optimizer = torch.optim.SGD(named, lr=base, weight_decay=self._optimizer.weight_decay)
+        named = [{"params": group, "lr": base * factor, "muon": muon} for (factor, muon), group in groups.items()]
+        optimizer: torch.optim.Optimizer
+        if section.name == "muon":
+            optimizer = MuonAdamW(named, base, section.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(named, base, (0.9, 0.95), weight_decay=section.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: self._schedule(done + 1) / base)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -15,9 +15,10 @@ from psyche_lightning.errors import StoreError
 from psyche_lightning.lightning import delta as saved_delta
 
 
-def make(k: int = 8) -> DisTrO:
-    module = torch.nn.Linear(20, 10)
-    return DisTrO(module.named_parameters(), lr=0.1, config=DistroConfig(k=k))
+def make(k: int = 8, muon: bool = False) -> DisTrO:
+    weight, bias = torch.nn.Linear(20, 10).named_parameters()
+    groups = [{"params": [weight], "muon": muon}, {"params": [bias]}]
+    return DisTrO(groups, lr=0.1, config=DistroConfig(k=k))
 
 
 def train(optimizer: DisTrO, seed: int) -> bytes:
@@ -28,14 +29,15 @@ def train(optimizer: DisTrO, seed: int) -> bytes:
     return optimizer.encode()
 
 
-def test_another_life_goes_on_with_the_same_payloads(tmp_path: Path) -> None:
-    one, other = make(), make()
+@pytest.mark.parametrize("muon", [False, True])
+def test_another_life_goes_on_with_the_same_payloads(tmp_path: Path, muon: bool) -> None:
+    one, other = make(muon=muon), make(muon=muon)
     train(one, 1)
     saved_delta.save(tmp_path, "run", one)
     assert saved_delta.load(tmp_path, "run", other)
     assert other.nonce == 1
     assert train(other, 2) == train(one, 2)
-    assert train(make(), 2) != train(one, 2)
+    assert train(make(muon=muon), 2) != train(one, 2)
 
 
 def test_of_another_run_or_layout_it_is_left_alone(tmp_path: Path) -> None:

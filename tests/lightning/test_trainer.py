@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from psyche_lightning import CoordinatorCallback, PsycheStrategy
+from psyche_lightning import CoordinatorCallback, MuonAdamW, PsycheStrategy
 from psyche_lightning.data.order import DataOrder
 from psyche_lightning.distro import DisTrO, DistroConfig
 
@@ -173,9 +173,15 @@ def test_the_callback_is_added_once(classifier: Make, loader: Make, trainer: Mak
     assert sum(isinstance(callback, CoordinatorCallback) for callback in fit.callbacks) == 1
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, MuonAdamW])
 def test_checkpoints_hold_published_parameters_and_a_run_goes_on_from_them(
-    classifier: Make, loader: Make, trainer: Make, tmp_path: Path
+    classifier: Make, loader: Make, trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Make
 ) -> None:
+    def configured(module: Any) -> Any:
+        return optimizer(module if optimizer is MuonAdamW else module.parameters(), lr=0.01)
+
+    monkeypatch.setattr(type(classifier()), "configure_optimizers", configured)
+
     def make(steps: int, folder: str) -> Any:
         saving = ModelCheckpoint(tmp_path / folder, every_n_train_steps=3, save_top_k=-1, filename="{step}")
         return trainer(max_steps=steps, callbacks=[saving, Watch()], enable_checkpointing=True)

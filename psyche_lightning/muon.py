@@ -1,0 +1,219 @@
+"""Muon for the hidden matrices of a model and AdamW for the rest, as one optimizer."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
+
+import torch
+
+from psyche_lightning.errors import ConfigError
+
+ADJUSTED = "match_rms_adamw"
+"""torch's name for steps of Muon as long as those of AdamW, so that one learning rate serves both."""
+MOMENTUM = "momentum_buffer"
+"""torch's name for a matrix's momentum in Muon's state."""
+_HEAD = re.compile(r"(.*_)?heads?")
+
+
+def hidden_matrices(module: torch.nn.Module, muon_for: Mapping[str, bool] | None = None) -> dict[str, bool]:
+    """Which parameters of a module are hidden matrices, for which Muon is made.
+
+    They have two dimensions, and are neither an embedding nor the head:
+
+    - An embedding is the weight of a ``torch.nn.Embedding`` or ``EmbeddingBag``, or a parameter with ``embed`` in its
+      own name or in that of the module that holds it.
+    - The head is what ``get_output_embeddings`` of a model of transformers names, and what lies in a module named
+      ``head`` or ``..._head`` (outside numbered lists such as layers). If there is neither, it is the last
+      ``torch.nn.Linear``.
+
+    A head that is tied to an embedding is one parameter with it. Vectors, kernels of convolutions, and experts in one
+    tensor of three dimensions are no matrices.
+
+    Args:
+        module: the model, or a LightningModule with it.
+        muon_for: overrides this for the parameters whose names match a pattern (``{"*router*": False}``); the first
+            match counts.
+
+    Returns:
+        For each name of ``module.named_parameters()`` whether Muon trains it.
+
+    Raises:
+        ConfigError: a pattern matches no parameter, or gives Muon a parameter that is no matrix.
+    """
+    apart = {id(parameter) for parameter in (*_embeddings(module), *_head(module))}
+    unused = set(muon_for or {})
+    found: dict[str, bool] = {}
+    for name, parameter in module.named_parameters():
+        matching = [pattern for pattern in muon_for or {} if fnmatch.fnmatchcase(name, pattern)]
+        unused -= set(matching)
+        if muon_for and matching:
+            found[name] = muon_for[matching[0]]
+            if found[name]:
+                check_matrix(parameter, f"muon_for of {matching[0]!r} gives {name!r} to Muon")
+        else:
+            found[name] = parameter.ndim == 2 and id(parameter) not in apart
+    if unused:
+        raise ConfigError(f"muon_for has {min(unused)!r}, which matches no parameter of {type(module).__name__}.")
+    return found
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for hidden matrices, AdamW for all other parameters: torch's own rules, as one optimizer.
+
+    Steps of Muon are scaled to the length of those of AdamW, so both take the same learning rate and weight decay.
+    Each group has ``muon``, which says whose rule moves it, besides ``lr``, ``weight_decay``, ``momentum`` (Muon's) and
+    ``betas`` (AdamW's), which schedulers may change.
+
+    Args:
+        params: the module to train, whose :func:`hidden_matrices` Muon trains; or groups of your own, dictionaries with
+            ``params``, ``muon`` (False by default), and further values of theirs.
+        lr: the learning rate of both.
+        weight_decay: decoupled: ``p *= 1 - lr * weight_decay`` before each step.
+        momentum: Muon's, which is Nesterov's.
+        betas: AdamW's.
+        muon_for: see :func:`hidden_matrices`; only with a module.
+
+    Raises:
+        ConfigError: the module has no hidden matrix, or Muon would get a parameter that is no matrix.
+    """
+
+    def __init__(
+        self,
+        params: torch.nn.Module | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        *,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        muon_for: Mapping[str, bool] | None = None,
+    ) -> None:
+        groups = _groups(params, muon_for)
+        if not any(group.get("muon") for group in groups):
+            raise ConfigError(
+                "MuonAdamW has no hidden matrix to train. Give it the module (MuonAdamW(self)), mark groups of your "
+                'own with "muon": True, or name matrices with muon_for. If there are none, use torch.optim.AdamW.'
+            )
+        hyperparameters = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "muon": False}
+        super().__init__(groups, hyperparameters)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; AdamW trains it unless it says ``"muon": True``.
+
+        Raises:
+            ConfigError: Muon would get a parameter that is no matrix.
+        """
+        rule = self._rules[not param_group.get("muon", False)]
+        super().add_param_group({**rule.defaults, **param_group})
+        if self.param_groups[-1]["muon"]:
+            for parameter in self.param_groups[-1]["params"]:
+                check_matrix(parameter, 'a group with "muon": True has a parameter')
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make a step, and return what the closure returns."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for rule, muon in zip(self._rules, (True, False), strict=True):
+            rule.param_groups = [group for group in self.param_groups if bool(group["muon"]) is muon]
+            rule.state = self.state
+            rule.step()
+        return result
+
+    @cached_property
+    def _rules(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        """Muon and AdamW of torch, which lend their steps and own nothing: groups and state are this optimizer's."""
+        some = [torch.empty(1, 1)]
+        own = self.defaults
+        shared = {"lr": own["lr"], "weight_decay": own["weight_decay"]}
+        return (
+            torch.optim.Muon(some, **shared, momentum=own["momentum"], adjust_lr_fn=ADJUSTED),
+            torch.optim.AdamW(some, **shared, betas=own["betas"]),
+        )
+
+
+@torch.no_grad()
+def to_directions(
+    gradients: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], momentum: float
+) -> list[torch.Tensor]:
+    """What Muon would subtract at a learning rate of 1 and without weight decay.
+
+    Args:
+        gradients: float, [rows, columns] each; those in float32 are overwritten, which saves their memory.
+        states: Muon's state of each matrix; gets its momentum.
+        momentum: Muon's.
+
+    Returns:
+        The direction for each gradient, float32.
+    """
+    matrices = [gradient.detach().to(torch.float32) for gradient in gradients]
+    for matrix in matrices:
+        matrix.grad = matrix.detach()  # the same memory
+    # With such a rate and decay a step of torch's Muon leaves nothing of the matrix but the direction, negative.
+    rule: torch.optim.Optimizer = torch.optim.Muon(matrices, 1.0, 1.0, momentum, adjust_lr_fn=ADJUSTED)
+    for matrix, state in zip(matrices, states, strict=True):
+        rule.state[matrix] = state
+    rule.step()
+    for matrix in matrices:
+        matrix.grad = None
+        matrix.neg_()
+    return matrices
+
+
+def _groups(
+    params: torch.nn.Module | Iterable[dict[str, Any]], muon_for: Mapping[str, bool] | None
+) -> list[dict[str, Any]]:
+    if not isinstance(params, torch.nn.Module):
+        groups = list(params)
+        if muon_for is not None or not all(isinstance(group, dict) for group in groups):
+            raise ConfigError(
+                "MuonAdamW must know which parameters are embeddings and which the head. Give it the module in place "
+                'of its parameters (MuonAdamW(self), with muon_for if wanted), or groups that say it: {"params": '
+                'matrices, "muon": True}, {"params": others}.'
+            )
+        return groups
+    hidden = hidden_matrices(params, muon_for)
+    split: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for name, parameter in params.named_parameters():
+        split[hidden[name]].append(parameter)
+    return [{"params": group, "muon": muon} for muon, group in split.items() if group]
+
+
+def check_matrix(parameter: torch.Tensor, what: str) -> None:
+    """Refuse a parameter that is no matrix.
+
+    Raises:
+        ConfigError: it has not two dimensions; the text begins with ``what``.
+    """
+    if parameter.ndim != 2:
+        raise ConfigError(f"{what} of shape {list(parameter.shape)}, but Muon trains matrices; leave it to AdamW.")
+
+
+def _embeddings(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
+    for part in module.modules():
+        if isinstance(part, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+            yield from part.parameters(recurse=False)
+    for name, parameter in module.named_parameters():
+        if any("embed" in one.lower() for one in name.split(".")[-2:]):
+            yield parameter
+
+
+def _head(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    found: list[torch.nn.Parameter] = []
+    for part in module.modules():
+        named = getattr(part, "get_output_embeddings", None)
+        head = named() if callable(named) else None
+        if isinstance(head, torch.nn.Module):
+            found += head.parameters()
+    for name, parameter in module.named_parameters():
+        outside_lists = takewhile(lambda one: not one.isdecimal(), name.split("."))
+        if any(_HEAD.fullmatch(one) for one in outside_lists):
+            found.append(parameter)
+    linear = [part for part in module.modules() if isinstance(part, torch.nn.Linear)]
+    return found or list(linear[-1].parameters() if linear else ())
