@@ -41,7 +41,7 @@ MESSAGES = st.one_of(
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(messages=st.lists(MESSAGES, min_size=1, max_size=12), near=st.booleans(), over=st.booleans())
 def test_the_others_train_on_whatever_a_member_signs(
     overlap: bool, messages: list[Message], near: bool, over: bool

@@ -344,7 +344,6 @@ class Histories(RuleBasedStateMachine):
 Histories.TestCase.settings = settings(
     max_examples=40,
     stateful_step_count=40,
-    deadline=None,
     # Making a failing history shorter takes longer than a test may run.
     phases=[Stage.explicit, Stage.reuse, Stage.generate],
 )

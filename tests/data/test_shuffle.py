@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from psyche_lightning.data.order import in_passes, make_order, psyche_seed
@@ -91,7 +91,6 @@ def test_the_index_is_shuffled_from_its_top(length: int) -> None:
     assert shuffle_from_top(length, SEED).tolist() == expected
 
 
-@settings(deadline=None)
 @given(
     length=st.integers(1, 400), shuffle=st.sampled_from([True, "once", False, list(SEED)]), seed=st.integers(-5, 2**70)
 )

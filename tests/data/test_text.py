@@ -141,7 +141,7 @@ def test_fingerprints_differ_when_the_text_does(corpus: Path) -> None:
     assert open_bytes(corpus).fingerprint != before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(length=st.integers(40, 4000), held_out=st.integers(0, 12), seed=st.integers(0, 2**64))
 def test_training_and_validation_partition_the_blocks(
     tmp_path_factory: pytest.TempPathFactory, length: int, held_out: int, seed: int
@@ -221,7 +221,7 @@ def test_the_standard_library() -> None:
     assert b"import test.support" not in everything
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=200))
 def test_byte_tokenizer_ids_are_utf8_and_round_trip(text: str) -> None:
     tokenizer = _tokenizer()

@@ -95,7 +95,7 @@ def test_ranks_follow_the_combinatorial_number_system(area, k):
     assert np.array_equal(ranks.rank(ranks.unrank(below)), below)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_votes_round_trip(case):
     config, chunks, votes = case
@@ -121,7 +121,7 @@ def test_many_chunks_go_through_several_batches():
     assert same(decode(encode(votes, config), chunks, config), votes)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(case=cases(), data=st.data())
 def test_corrupted_bytes_are_refused_or_are_another_canonical_payload(case, data):
     config, chunks, votes = case
@@ -136,7 +136,7 @@ def test_corrupted_bytes_are_refused_or_are_another_canonical_payload(case, data
     assert encode(again, config) == payload
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=40), st.integers(0, 12))
 def test_any_bytes_are_refused_or_canonical(data, chunks):
     config = DistroConfig(chunk=8, k=2)
@@ -145,7 +145,7 @@ def test_any_bytes_are_refused_or_canonical(data, chunks):
             assert encode(decode(payload, chunks, config), config) == payload
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(), st.data())
 def test_a_part_can_be_read_by_itself(case, data):
     config, chunks, votes = case

@@ -57,7 +57,7 @@ def plain(entry, tensor, c):
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(shapes=shapes, limit=st.integers(1, 40), strided=st.booleans())
 def test_tiles_cut_and_pad_and_put_back(shapes, limit, strided):
     named = list(parameters(shapes, strided=strided))
@@ -79,7 +79,7 @@ def test_tiles_cut_and_pad_and_put_back(shapes, limit, strided):
     assert all(torch.equal(one, other) for one, other in zip(tensors, back, strict=True))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(shapes=shapes, limit=st.integers(1, 40))
 def test_batches_are_bounded_and_in_order(shapes, limit):
     layout = Layout(parameters(shapes), chunk=8)

@@ -40,7 +40,7 @@ def equal(one, other):
     return np.array_equal(one.keys, other.keys) and np.array_equal(one.sums, other.sums)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 30), st.integers(0, 2**32), st.sampled_from([8, 20, 64]))
 def test_merging_is_associative_and_commutative_and_sums(chunks, seed, spread):
     a, b, c = tallies(3, chunks, seed, spread)
@@ -73,7 +73,7 @@ def test_tallies_of_other_layouts_are_not_merged():
         merge(*tallies(1, 5), *tallies(1, 6))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 6), st.integers(0, 99), st.data())
 def test_corrupted_tallies_are_refused_or_canonical(chunks, seed, data):
     payload = bytearray(encode_tally(functools.reduce(merge, tallies(3, chunks, seed, 8))))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,7 +19,6 @@ from psyche_lightning.node.participant import RoundWork
 PINNED = [6, 7, 1, 9, 8, 3, 2, 5, 4, 0, 7, 3, 5, 1, 2, 6, 0, 4, 8, 9]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1), st.integers(0, 5))
 def test_each_pass_is_a_permutation(length: int, seed: int, epoch: int) -> None:
     order = DataOrder(length, True, seed)
@@ -27,7 +26,6 @@ def test_each_pass_is_a_permutation(length: int, seed: int, epoch: int) -> None:
     assert sorted(indices) == list(range(length))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 50), st.booleans(), st.integers(0, 200), st.integers(0, 60))
 def test_an_index_depends_on_nothing_but_its_id(length: int, shuffle: bool, start: int, count: int) -> None:
     order = DataOrder(length, shuffle, 7)

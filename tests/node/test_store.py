@@ -227,7 +227,7 @@ def test_damage_in_the_middle_is_never_taken_for_a_torn_end(tmp_path: Path) -> N
         assert path.read_bytes() == damaged
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=200), st.booleans())
 def test_arbitrary_files_load_or_are_refused(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, magic: bool

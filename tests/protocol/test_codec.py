@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from psyche_lightning.errors import WireError
@@ -148,7 +148,6 @@ def lists_stay(old: Any, new: Any) -> bool:
     return not (isinstance(old, list) and isinstance(new, dict))
 
 
-@settings(deadline=None)
 @given(objects, objects)
 @example({"a": 0.0}, {"a": -0.0})
 def test_a_change_leads_from_old_to_new(old: dict[str, Any], new: dict[str, Any]) -> None:

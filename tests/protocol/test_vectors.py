@@ -77,7 +77,7 @@ def test_vector_3_permutation() -> None:
         zero(10)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 600), st.binary(min_size=32, max_size=32))
 def test_the_permutation_is_one_to_one(size: int, key: bytes) -> None:
     permutation = Permutation(key, size)
@@ -115,7 +115,6 @@ def test_vector_6_assignment() -> None:
     assert shares(4, 10, seed=42, index=100) == [(0, 100, 102), (3, 103, 105), (2, 106, 107), (1, 108, 109)]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 40), st.integers(0, 100), st.integers(0, 2**64 - 1), st.integers(0, 10**9))
 def test_shares_cover_the_round_once(clients: int, total: int, seed: int, index: int) -> None:
     shares = assign(seed, index, total, CommitteeSelection(0, 0, 0, clients, seed))
@@ -144,7 +143,6 @@ def test_vector_8_bloom() -> None:
     assert list(wide.positions(sha256(bytes(32)))) == numbers("842 889 372 579 726 997 576 927")
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=20), st.integers(0, 2**64 - 1))
 def test_bloom_holds_what_was_added_and_round_trips(items: list[bytes], seed: int) -> None:
     bloom = Bloom.of(seed, items)
@@ -172,7 +170,6 @@ def test_vector_9_merkle() -> None:
     assert sha256(EMPTY_ROOT).hex().endswith("2925")
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=8), min_size=1, max_size=20, unique=True), st.data())
 def test_merkle_proofs_prove_their_item_only(items: list[bytes], data: st.DataObject) -> None:
     index = data.draw(st.integers(0, len(items) - 1))

@@ -302,7 +302,7 @@ frames = st.one_of(
 
 
 @pytest.mark.parametrize("proven", [False, True])
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(chunks=st.lists(frames, max_size=6))
 def test_hostile_frames_inside_the_encryption_do_no_harm(proven: bool, chunks: list[bytes]) -> None:
     async def scene() -> None:

@@ -13,7 +13,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(steps, st.integers(0, 4))
 def test_every_slot_that_may_be_asked_for_is_as_it_was(steps, lag):
     accounts = Accounts()

@@ -19,14 +19,14 @@ ARGUMENTS = [spec.arguments for program in PROGRAMS.values() for spec in program
 TYPES: list[Type] = [*ARGUMENTS, *(kind for program in PROGRAMS.values() for kind in program.accounts.values())]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32), st.sampled_from(TYPES))
 def test_values_come_back(seed: int, kind: Type) -> None:
     data = kind.write(any_value(kind, Random(seed)))
     assert kind.write(kind.decode(data)) == data
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.integers(0, 2**32), st.sampled_from(TYPES))
 def test_what_a_decoder_takes_is_what_the_encoder_writes(seed: int, kind: Type) -> None:
     random = Random(seed)
@@ -49,7 +49,7 @@ def _has_unused_elements(kind: Type) -> bool:
     return "metadata" in getattr(kind, "fields", {}) and kind.fields["metadata"] is WITNESS_METADATA  # type: ignore[attr-defined]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32), st.sampled_from([MODEL, OPTIMIZER, CHECKPOINT, CONFIG]))
 def test_memory_keeps_the_values(seed: int, kind: Type) -> None:
     value = any_value(kind, Random(seed))

@@ -43,7 +43,6 @@ def test_the_program_and_its_model_never_differ() -> None:
     # A failure is shortened by the trial itself.
     @settings(
         max_examples=40,
-        deadline=None,
         derandomize=True,
         database=None,
         phases=[Phase.generate],
