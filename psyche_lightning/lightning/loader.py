@@ -32,7 +32,7 @@ class Share:
 
     Attributes:
         work: the round.
-        sizes: samples of each micro-batch.
+        sizes: samples of each micro-batch; shorter once one turns out to be left out.
         rest: the micro-batches after the first, loaded on demand.
     """
 
@@ -44,6 +44,20 @@ class Share:
     def samples(self) -> int:
         """Samples in the share."""
         return sum(self.sizes)
+
+
+def _given(batches: Iterator[Any], sizes: list[int]) -> Iterator[Any]:
+    """Leave out the micro-batches for which the collate function returns None, with their sizes.
+
+    If it does so for all of them, the last one stays, for Trainer to skip as it skips a batch that is None.
+    """
+    given = 0
+    for batch in batches:
+        if batch is None and len(sizes) > 1:
+            del sizes[given]
+        else:
+            given += 1
+            yield batch
 
 
 def _fail(work: RoundWork, error: DataError) -> None:
@@ -147,7 +161,8 @@ class RoundLoader:
                 self._ahead(self.order.indices(*upcoming))
         if self._inner is None:
             self._inner = self._build()
-        return Share(work, [len(batch) for batch in self._plan], iter(self._inner))
+        sizes = [len(batch) for batch in self._plan]
+        return Share(work, sizes, _given(iter(self._inner), sizes))
 
     def close(self) -> None:
         """Stop the worker processes."""

@@ -262,7 +262,7 @@ class Session:
                     self.work.height,
                     self.work.epoch,
                 )
-                self._send_nothing(self.work)
+                self._send_nothing(self.work, still=True)
             with self._waiting():
                 self._next = self._participant.next_round()
             self._over = self.finished is not None

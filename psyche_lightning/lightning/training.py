@@ -174,10 +174,10 @@ class Training:
         if len(share.sizes) > 1:
             optimizer.zero_grad()
             try:
-                for size, micro in zip(share.sizes[1:], share.rest, strict=True):
+                for number, micro in enumerate(share.rest, 1):
                     micro = self._transferred(micro)
                     weigh(trainer, micro)
-                    part = mean.part(train(micro), micro, size)
+                    part = mean.part(train(micro), micro, share.sizes[number])
                     if part is not None:
                         trainer.strategy.backward(part, optimizer)
             except DataError as error:  # Trainer still gets its loss; end_share then declines the round

@@ -84,6 +84,15 @@ def test_the_user_s_collate_function_is_used() -> None:
     assert rounds(loader, 3, 5) == ([2], [[30, 40]])
 
 
+def test_micro_batches_that_the_collate_function_leaves_out_do_not_come() -> None:
+    collate: Callable[[list[int]], Any] = lambda items: None if 4 in items or 8 in items else torch.tensor(items)  # noqa: E731
+    loader = RoundLoader(DataLoader(Numbers(), batch_size=2, collate_fn=collate), 8, 0, lambda: iter(()))
+    assert rounds(loader, 0, 10) == ([2, 2, 2], [[0, 1], [2, 3], [6, 7]])
+    assert rounds(loader, 4, 8) == ([2], [[6, 7]])
+    left_out = loader.load(RoundWork(0, 0, 1, ((4, 5), (8, 9))))
+    assert (list(left_out.rest), left_out.sizes) == ([None], [2])
+
+
 def test_a_copy_is_the_users_loader() -> None:
     """A Trainer that was fitted holds one, and may be pickled."""
     loader = RoundLoader(DataLoader(Numbers(), batch_size=5), 10, 0, lambda: iter(()))

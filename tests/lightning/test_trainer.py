@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from psyche_lightning import CoordinatorCallback, MuonAdamW, PsycheStrategy
 from psyche_lightning.data.order import DataOrder
@@ -118,6 +118,42 @@ def test_micro_batches_have_the_gradient_and_the_loss_of_the_whole_share(
     loss = twin.loss([x, y])
     loss.backward()
     torch.testing.assert_close(notes.loss, loss.detach())
+    torch.testing.assert_close(notes.gradients, [p.grad for p in twin.parameters()])
+
+
+def test_samples_that_the_collate_function_leaves_out_add_nothing(
+    classifier: Make, loader: Make, trainer: Make, parameter_bytes: Make
+) -> None:
+    """A round of nothing else moves nothing, as a batch that is None does with the default strategy."""
+    collated: list[int] = []
+
+    def collate(items: list[Any]) -> Any:
+        collated.append(len(items))
+        return None if len(collated) in (1, 2, 3, 5) else default_collate(items)
+
+    class Notes(Callback):
+        seen: list[bytes] = []  # noqa: RUF012 - one fit
+
+        def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+            self.gradients = [p.grad.clone() for p in module.parameters()]
+
+        def on_train_batch_end(
+            self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            self.seen.append(parameter_bytes(module))
+            self.outputs = outputs
+
+    module, twin, notes = classifier(), classifier(), Notes()
+    twin.load_state_dict(module.state_dict())
+    before = parameter_bytes(module)
+    fit = trainer(strategy=PsycheStrategy(global_batch_size=12), max_steps=2, callbacks=[notes])
+    fit.fit(module, loader(batch_size=4, collate_fn=collate))
+    assert collated == [4] * 6
+    assert notes.seen[0] == before
+    assert notes.seen[1] != before
+    loss = twin.loss(loader().dataset[[12, 13, 14, 15, 20, 21, 22, 23]])
+    loss.backward()
+    torch.testing.assert_close(notes.outputs["loss"], loss.detach())
     torch.testing.assert_close(notes.gradients, [p.grad for p in twin.parameters()])
 
 
