@@ -49,8 +49,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """Note a test that ended: its name, outcome, and the error if there is one."""
     report = yield
     if report.when == "call" or report.outcome != "passed":
-        crash = getattr(report.longrepr, "reprcrash", None)
-        error = crash.message if crash is not None else str(report.longrepr or "")
+        # The newest error first, then those during which it came: pytest.warns hides the error of its block.
+        chain = getattr(report.longrepr, "chain", [])
+        messages = [crash.message for _, crash, _ in reversed(chain) if crash is not None]
+        error = "\n\n".join(messages) or str(report.longrepr or "")
         name = item.nodeid.partition("tests_pytorch/")[2]
         with open(os.environ["PEER_OUTCOMES"], "a", encoding="utf-8") as file:
             file.write(json.dumps({"test": name, "outcome": report.outcome, "error": error}) + "\n")
