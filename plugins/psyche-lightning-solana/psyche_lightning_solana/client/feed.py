@@ -9,24 +9,22 @@ account is enough.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import json
 import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from solana.rpc.commitment import Commitment
-from solana.rpc.websocket_api import connect
 from solders.pubkey import Pubkey
-from solders.rpc.responses import AccountNotification, SubscriptionResult
+from websockets.asyncio.client import connect
 
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.logs import Outage
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning_solana.client.cluster import Cluster, Endpoint
-from psyche_lightning_solana.client.reader import Account, Reader
-from psyche_lightning_solana.client.rpc import RpcProblem, Sleep, unreachable
+from psyche_lightning_solana.client.reader import Account, Reader, account_of, slot_of
+from psyche_lightning_solana.client.rpc import RpcProblem, Sleep, from_error, unreachable
 from psyche_lightning_solana.layout import COORDINATOR, view_coordinator
 
 logger = logging.getLogger(__name__)
@@ -257,11 +255,9 @@ class Feed:
         while self.failure is None and not self._stopped:
             try:
                 await self._listen(endpoint, outage)
-            except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # any answer of a service: solders panics on some
+            except Exception as error:  # any answer of a service
                 if self._stopped:
-                    return  # closing a connection swallows a cancellation (websockets' legacy client)
+                    return
                 failed += 1
                 outage.fails(f"{type(error).__name__}; polling every {self._cluster.options.poll:g} s meanwhile")
                 self._look.set()
@@ -271,7 +267,8 @@ class Feed:
 
     async def _listen(self, endpoint: Endpoint, outage: Outage) -> None:
         """Subscribe and read notifications until the connection ends."""
-        level = Commitment(self._cluster.options.commitment)
+        wanted = {"encoding": "base64+zstd", "commitment": self._cluster.options.commitment}
+        request = {"jsonrpc": "2.0", "id": 1, "method": "accountSubscribe", "params": [str(self._coordinator), wanted]}
         async with connect(
             endpoint.ws,
             open_timeout=OPEN_TIMEOUT,
@@ -279,28 +276,32 @@ class Feed:
             ping_timeout=HEARTBEAT,
             close_timeout=1.0,
             max_size=MAX_NOTIFICATION,
+            proxy=None,
         ) as socket:
-            await socket.account_subscribe(self._coordinator, level, "base64+zstd")
+            await socket.send(json.dumps(request))
             subscribed = False
             try:
                 while self.failure is None:
-                    for message in await socket.recv():
-                        if isinstance(message, SubscriptionResult) and not subscribed:
-                            subscribed = True
-                            self.subscriptions += 1
-                            outage.works()
-                            self._look.set()  # for earlier changes
-                        elif isinstance(message, AccountNotification):
-                            self._notified(message)
+                    message = json.loads(await socket.recv())
+                    if message.get("method") == "accountNotification":
+                        self._notified(message["params"]["result"])
+                    elif "error" in message:
+                        raise from_error(message["error"], endpoint.name)
+                    elif "result" not in message:
+                        raise RpcProblem("it sent something that is no notification", retryable=True)
+                    elif not subscribed:
+                        subscribed = True
+                        self.subscriptions += 1
+                        outage.works()
+                        self._look.set()  # for earlier changes
             finally:
                 if subscribed:
                     self.subscriptions -= 1
-                with contextlib.suppress(Exception):
-                    await socket.close()
 
-    def _notified(self, message: AccountNotification) -> None:
-        data = bytes(message.result.value.data)
-        slot, latest = message.result.context.slot, self.latest
+    def _notified(self, result: Any) -> None:
+        found = account_of(result["value"])
+        data = b"" if found is None else found.data
+        slot, latest = slot_of(result), self.latest
         self._heard = self._clock()
         if len(data) != COORDINATOR.itemsize:
             self._look.set()  # perhaps closed: a poll shows it

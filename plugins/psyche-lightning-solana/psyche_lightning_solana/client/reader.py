@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import zstandard
 from solders.account_decoder import UiAccountEncoding
 from solders.commitment_config import CommitmentLevel
 from solders.hash import Hash
@@ -36,7 +39,6 @@ from solders.rpc.responses import (
     GetEpochInfoResp,
     GetGenesisHashResp,
     GetMinimumBalanceForRentExemptionResp,
-    GetMultipleAccountsResp,
 )
 from solders.signature import Signature
 from solders.transaction_status import UiTransactionEncoding
@@ -51,6 +53,8 @@ LEVELS = {
 MOST_ACCOUNTS = 100
 """Accounts in one request (the limit of ``getMultipleAccounts``)."""
 PAGE = 1000
+MAX_ACCOUNT_SIZE = 10 * 1024 * 1024
+"""The most bytes of an account on Solana."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,49 @@ class Account:
     data: bytes
     lamports: int
     executable: bool
+
+
+def slot_of(result: Any) -> int:
+    """The slot of an answer or a notification.
+
+    Raises:
+        ValueError, TypeError, LookupError: it has none.
+    """
+    slot = result["context"]["slot"]
+    if type(slot) is not int or not 0 <= slot < 1 << 63:
+        raise ValueError("it names no slot")
+    return slot
+
+
+def account_of(value: Any) -> Account | None:
+    """An account from the JSON of a service; None for a missing one.
+
+    Raises:
+        ValueError, TypeError, LookupError: it is malformed, or larger than any account.
+    """
+    if value is None:
+        return None
+    (text, encoding), owner = value["data"], Pubkey.from_string(value["owner"])
+    data = base64.b64decode(text, validate=True)
+    if encoding == "base64+zstd":
+        data = _decompressed(data)
+    elif encoding != "base64":
+        raise ValueError(f"an account in the encoding {encoding!r}")
+    if type(value["lamports"]) is not int:
+        raise TypeError("an account without a balance")
+    return Account(owner, data, value["lamports"], value["executable"] is True)
+
+
+def _decompressed(data: bytes) -> bytes:
+    """Decompress an account; a few bytes of a hostile service might become any number."""
+    try:
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(io.BytesIO(data))
+        found = reader.read(MAX_ACCOUNT_SIZE + 1)
+    except zstandard.ZstdError as error:
+        raise ValueError("it is not compressed with zstd") from error
+    if len(found) > MAX_ACCOUNT_SIZE:
+        raise ValueError(f"an account of more than {MAX_ACCOUNT_SIZE} bytes")
+    return found
 
 
 @dataclass(frozen=True)
@@ -107,17 +154,15 @@ class Reader:
             encoding=UiAccountEncoding.Base64Zstd, commitment=self.level, min_context_slot=min_slot
         )
 
-        def check(answer: GetMultipleAccountsResp) -> None:
-            if len(answer.value) != len(keys):
+        def decode(result: Any) -> tuple[int, list[Account | None]]:
+            slot, found = slot_of(result), [account_of(value) for value in result["value"]]
+            if len(found) != len(keys):
                 raise RpcProblem("it answered with another number of accounts", retryable=True)
-            if min_slot is not None and answer.context.slot < min_slot:
-                raise RpcProblem(f"it is behind: at slot {answer.context.slot}, not {min_slot}", retryable=True)
+            if min_slot is not None and slot < min_slot:
+                raise RpcProblem(f"it is behind: at slot {slot}, not {min_slot}", retryable=True)
+            return slot, found
 
-        request = GetMultipleAccounts(list(keys), config)
-        answer = await self.provider.make_request(request, GetMultipleAccountsResp, check)
-        return answer.context.slot, [
-            None if a is None else Account(a.owner, bytes(a.data), a.lamports, a.executable) for a in answer.value
-        ]
+        return await self.provider.ask(GetMultipleAccounts(list(keys), config), decode)
 
     async def account(self, key: Pubkey) -> Account | None:
         """One account; None if it is missing."""

@@ -216,6 +216,26 @@ class PoolProvider(AsyncHTTPProvider):
 
         return await self._ask(body.to_json(), decode)
 
+    async def ask(self, body: Body, decode: Callable[[Any], _Answer]) -> _Answer:
+        """Ask, and decode the answer's result without ``solders``, which decompresses whatever it gets.
+
+        Args:
+            body: the request.
+            decode: makes the answer of JSON; its errors count as a malformed one.
+
+        Raises:
+            RpcProblem: a service refused finally, or all failed.
+        """
+
+        def read(text: str) -> _Answer:
+            try:
+                return decode(json.loads(text)["result"])
+            except (TypeError, ValueError, LookupError, AttributeError) as error:
+                problem = f"its answer does not fit this request ({type(error).__name__})"
+                raise RpcProblem(problem, retryable=True) from None
+
+        return await self._ask(body.to_json(), read)
+
     async def make_request_unparsed(self, body: Body) -> str:
         """Ask, and return the answer's text."""
         return await self._ask(body.to_json(), lambda text: text)

@@ -1,13 +1,19 @@
 """The run's accounts as they change, through services that fail."""
 
 import asyncio
+import base64
 import contextlib
 import copy
 import dataclasses
+import json
 
+import pytest
+import zstandard
 from psyche_lightning_solana.client.cluster import Endpoint
-from psyche_lightning_solana.client.feed import Feed
+from psyche_lightning_solana.client.feed import CLOCK, Feed
 from psyche_lightning_solana.client.rounds import replay
+from psyche_lightning_solana.layout import COORDINATOR
+from websockets.asyncio.server import serve
 from websockets.server import ServerProtocol
 
 from psyche_lightning.errors import CoordinatorError
@@ -115,6 +121,37 @@ def test_without_any_subscription_it_looks(run):
         await feed.stop()
 
     run(test, programs=True)
+
+
+@pytest.mark.parametrize("size", [COORDINATOR.itemsize, 1 << 28])
+def test_a_notification_that_grows_is_not_taken(run, size, caplog):
+    """A few bytes over the subscription become many when they are decompressed."""
+    data = base64.b64encode(zstandard.ZstdCompressor().compress(bytes(size))).decode()
+    account = {"data": [data, "base64+zstd"], "owner": str(CLOCK), "lamports": 1, "executable": False}
+    result = {"context": {"slot": 1}, "value": account}
+    served = asyncio.Event()
+
+    async def hostile(socket):
+        await socket.recv()
+        await socket.send(json.dumps({"jsonrpc": "2.0", "id": 1, "result": 5}))
+        params = {"result": result, "subscription": 5}
+        await socket.send(json.dumps({"jsonrpc": "2.0", "method": "accountNotification", "params": params}))
+        served.set()
+        await socket.wait_closed()
+
+    async def test(world):
+        async with serve(hostile, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            owner, feed = await following(world, ws=f"ws://127.0.0.1:{port}", poll=3600.0)
+            feed.start()
+            await served.wait()
+            await seen(feed, lambda: feed.subscriptions == (size == COORDINATOR.itemsize))
+            assert feed.latest.coordinator == (await owner.run.snapshot()).coordinator
+            await feed.stop()
+
+    caplog.set_level("INFO", "psyche_lightning_solana")
+    run(test, programs=True)
+    assert ("ValueError" in caplog.text) == (size > COORDINATOR.itemsize)
 
 
 def test_it_stops_while_a_service_leaves_the_end_of_a_connection_open(run):

@@ -1,7 +1,11 @@
 import asyncio
+import base64
+import copy
 
 import pytest
+import zstandard
 from psyche_lightning_solana.client.cluster import Endpoint
+from psyche_lightning_solana.client.reader import MAX_ACCOUNT_SIZE
 from psyche_lightning_solana.client.rpc import (
     PoolClient,
     PoolProvider,
@@ -167,3 +171,54 @@ def test_a_service_that_is_behind_does_not_count(run):
 )
 def test_errors_of_transactions(error, name, custom, retryable):
     assert (error_name(error), custom_code(error), is_retryable(error)) == (name, custom, retryable)
+
+
+def grows(size):
+    """A few bytes that become ``size`` when they are decompressed."""
+    return base64.b64encode(zstandard.ZstdCompressor().compress(bytes(size))).decode()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data", [grows(MAX_ACCOUNT_SIZE + 1), "base64+zstd"]),
+        ("data", ["AAAA", "base64+zstd"]),
+        ("data", ["A", "base64"]),
+        ("data", ["AAAA", "base58"]),
+        ("data", "AAAA"),
+        ("data", None),
+        ("owner", "x"),
+        ("lamports", "many"),
+    ],
+)
+def test_an_account_that_no_chain_has_is_refused_and_the_next_service_asked(run, field, value):
+    async def test(world):
+        wallet = world.wallet(5_000_000)
+
+        def spoil(method, answer):
+            answer = copy.deepcopy(answer)
+            answer["result"]["value"][0][field] = value
+            return answer
+
+        world.proxies[0].edit(spoil)
+        found = await world.reader().account(wallet.public)
+        assert (found.lamports, found.data) == (5_000_000, b"")
+        assert world.proxies[1].counts["getMultipleAccounts"] == 1
+        world.proxies[1].edit(spoil)
+        with pytest.raises(RpcProblem, match="does not fit this request"):
+            await world.reader().account(wallet.public)
+
+    run(test, services=2)
+
+
+@pytest.mark.parametrize("slot", [-1, 1 << 63, 1.5, "7", None])
+def test_a_slot_that_no_chain_has_is_refused(run, slot):
+    async def test(world):
+        def spoil(method, answer):
+            return {**answer, "result": {**answer["result"], "context": {"slot": slot}}}
+
+        world.proxies[0].edit(spoil)
+        with pytest.raises(RpcProblem, match="does not fit this request"):
+            await world.reader().account(Pubkey.new_unique())
+
+    run(test)
