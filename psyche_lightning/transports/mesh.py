@@ -415,6 +415,13 @@ class MeshTransport(abc.ABC):
         bucket.left -= 1
         return True
 
+    def _crowded(self, host: str) -> bool:
+        """Whether a host has made half of the connections that it may make in advance."""
+        bucket = self._arrivals.get(network(host))
+        if bucket is not None:
+            bucket.fill(self._now())
+        return bucket is not None and bucket.left < ARRIVAL_STORE / 2
+
     async def _receive(self, admission: Awaitable[tuple[bytes, Pipe]], origin: str) -> None:
         try:
             key, pipe = await self._timed(admission)

@@ -248,7 +248,19 @@ class IrohTransport(MeshTransport):
                 continue
             if incoming is None:
                 return
-            self._arrive(self._admit(incoming), await _origin(incoming))
+            with contextlib.suppress(iroh.IrohError):  # it has gone already
+                await self._answer(incoming)
+
+    async def _answer(self, incoming: Any) -> None:
+        """Begin a handshake, which costs, unless its address asks for too many."""
+        origin = await _origin(incoming)
+        host = origin.rpartition(":")[0]
+        if self._crowded(host) and not await incoming.remote_addr_validated():
+            await incoming.retry()  # only who receives at an address may use up its connections
+        elif self._welcome(host):
+            self._arrive(self._admit(incoming), origin)
+        else:
+            await incoming.refuse()
 
     async def _admit(self, incoming: Any) -> tuple[bytes, Pipe]:
         connection = None
@@ -451,12 +463,11 @@ def _text(error: Any) -> str:
 
 
 async def _origin(incoming: Any) -> str:
-    """The address from which a connection comes, for the log."""
-    try:
-        address = await incoming.remote_addr()
-        return str(address.addr) if address.is_ip() else str(address)
-    except iroh.IrohError:
-        return "an address that is gone:"
+    """``HOST:PORT`` from which a connection comes; for one by a relay, that relay in place of the host."""
+    address = await incoming.remote_addr()
+    if address.is_ip():
+        return str(address.addr)
+    return f"the relay {address.url}:0" if address.is_relay() else f"{address}:0"
 
 
 def _close_reason(connection: Any) -> str:

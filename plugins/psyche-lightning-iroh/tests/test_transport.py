@@ -94,6 +94,34 @@ def test_a_node_of_another_run_cannot_connect(reach: Callable[..., Any]) -> None
     play(scene)
 
 
+def test_a_host_that_connects_again_and_again_gets_no_handshake(
+    reach: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mesh, "ARRIVAL_STORE", 6.0)
+    monkeypatch.setattr(mesh, "ARRIVAL_RATE", 1e-6)
+    shown: list[bool] = []  # whether it had to show that it receives at its address
+    admit = IrohTransport._admit
+
+    async def counted(self: IrohTransport, incoming: Any) -> Any:
+        shown.append(await incoming.remote_addr_validated())
+        return await admit(self, incoming)
+
+    monkeypatch.setattr(IrohTransport, "_admit", counted)
+
+    async def scene() -> None:
+        async with living(IrohTransport()) as (node,):
+            alpn = node.transport._alpn  # type: ignore[attr-defined]
+            for _ in range(6):
+                endpoint, connection = await reach(node, Identity.generate(), alpn)
+                assert "you are not a peer" in await connection.closed()
+                await endpoint.close()
+            with pytest.raises(iroh.IrohError):
+                await reach(node, Identity.generate(), alpn)
+            assert shown == [False] * 4 + [True] * 2
+
+    play(scene)
+
+
 def test_another_node_at_an_address_is_refused() -> None:
     async def scene() -> None:
         absent = Identity.generate()
