@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.recipe.positions import positions
 from psyche_lightning.text import plain
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def generate(
         torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     ids = torch.tensor([_encoded(tokenizer, prompt, chat=chat)])
-    room = getattr(loaded.config, "max_position_embeddings", None)
+    room = positions(loaded)
     if room is not None and ids.shape[1] >= room:
         raise ConfigError(f"The prompt has {ids.shape[1]} tokens, but the model takes only {room}; shorten it.")
     if room is not None and ids.shape[1] + max_new_tokens > room:

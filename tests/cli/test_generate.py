@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from psyche_lightning.cli import main
+from psyche_lightning.data.tokenizer import byte_tokenizer
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe import load_recipe
 
@@ -83,6 +84,19 @@ def test_a_prompt_is_encoded_as_in_training(checkpoint: Path, capsys: pytest.Cap
     assert _encoded(Tokenizer(), "ab", chat=False) == [1, 97, 98]
     assert main(["generate", str(checkpoint), "--prompt", "a", "--chat"]) == 1
     assert "has no chat template" in capsys.readouterr().err
+
+
+def test_a_prompt_and_its_answer_fit_into_the_positions_that_the_model_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"model_type": "mpt", "max_seq_len": 16, "vocab_size": 256, "d_model": 16, "n_layers": 1, "n_heads": 2}
+    model: Any = load_plugins().models()["hf"](fields)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "--prompt", "a" * 16]) == 1
+    assert "The prompt has 16 tokens, but the model takes only 16; shorten it." in capsys.readouterr().err
+    assert main(["generate", str(tmp_path), "--prompt", "a" * 14, "--temperature", "0"]) == 0
+    assert "the model takes 16 tokens, so at most 2 are added" in capsys.readouterr().err
 
 
 def test_an_empty_prompt(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
