@@ -285,13 +285,16 @@ def load_plugins() -> Plugins:
     return Plugins(only=only)
 
 
-def build(what: str, target: Callable[..., _Built], options: Mapping[str, Any]) -> _Built:
+def build(
+    what: str, target: Callable[..., _Built], options: Mapping[str, Any], *, besides: Iterable[str] = ()
+) -> _Built:
     """Call ``target(**options)`` and refuse options that it does not take; for factories.
 
     Args:
         what: the result's name for messages, such as ``"transport 'tcp'"``.
         target: a class or function with named parameters.
         options: values by parameter name.
+        besides: options that the caller has taken already, for the text about an unknown one.
 
     Raises:
         ConfigError: an option is unknown (the text names the nearest and the choices) or a required one is missing.
@@ -299,9 +302,9 @@ def build(what: str, target: Callable[..., _Built], options: Mapping[str, Any]) 
     signature = inspect.signature(target)
     for name in options:
         if name not in signature.parameters:
-            choices = ", ".join(signature.parameters) or "none"
+            choices = [*besides, *signature.parameters]
             raise ConfigError(
-                f"The {what} has no option {name!r}.{nearest(name, signature.parameters)} Options: {choices}."
+                f"The {what} has no option {name!r}.{nearest(name, choices)} Options: {', '.join(choices) or 'none'}."
             )
     try:
         signature.bind(**options)

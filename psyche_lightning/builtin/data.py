@@ -48,9 +48,13 @@ def datasets(config: Mapping[str, Any], *, seed: int) -> DataProvider:
     """The texts or conversations of a Hugging Face data set, tokenized and packed."""
     from psyche_lightning.data.conversations import ConversationData, holds_conversations
     from psyche_lightning.data.documents import DocumentData
+    from psyche_lightning.data.splits import DataSet
 
-    kind = ConversationData if holds_conversations(config) else DocumentData
-    return build("data provider 'datasets'", partial(kind, seed), config)
+    shared = DataSet.options()
+    data = DataSet(**{name: config[name] for name in shared if name in config})
+    rest = {name: value for name, value in config.items() if name not in shared}
+    kind = ConversationData if holds_conversations(data, rest) else DocumentData
+    return build("data provider 'datasets'", partial(kind, seed, data), rest, besides=shared)
 
 
 def parquet(config: Mapping[str, Any], *, seed: int) -> DataProvider:

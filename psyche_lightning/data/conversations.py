@@ -19,7 +19,7 @@ from psyche_lightning.data.options import whole
 from psyche_lightning.data.order import make_order, psyche_seed
 from psyche_lightning.data.packed import PackedData
 from psyche_lightning.data.parquet import IGNORED
-from psyche_lightning.data.splits import open_rows
+from psyche_lightning.data.splits import DataSet
 from psyche_lightning.data.spool import Spool
 from psyche_lightning.data.tokenizer import BYTES, Encoder
 from psyche_lightning.errors import ConfigError, DataError, counted
@@ -34,7 +34,6 @@ TOKENIZED = (IDS, LABELS)
 MESSAGES, PROMPT, COMPLETION, TOOLS = "messages", "prompt", "completion", "tools"
 _KNOWN = (MESSAGES, "conversations", "conversation")
 _OPTIONS = {MESSAGES, PROMPT, COMPLETION, "packed", "chat_template", "each_answer"}
-_PLACE = ("path", "dataset", "name", "revision", "split", "data_files")
 _BATCH = 16
 _OPEN_ROWS = 32
 # A row in the file: the ids, and in their upper bits where a text begins and what is trained.
@@ -42,17 +41,21 @@ _TRAINED, _BEGINS = 1 << 31, 1 << 30
 _CODES = 1 << 32
 
 
-def holds_conversations(config: Mapping[str, Any]) -> bool:
+def holds_conversations(data: DataSet, options: Mapping[str, Any]) -> bool:
     """Whether a configuration of ``datasets`` is for conversations: by its options, or else by the data's columns.
+
+    Args:
+        data: the data set.
+        options: the provider's other options.
 
     Raises:
         ConfigError: the data set cannot be opened.
     """
-    if _OPTIONS & config.keys():
+    if _OPTIONS & options.keys():
         return True
-    if "text" in config or config.get("streaming") or ("path" in config) == ("dataset" in config):
+    if "text" in options or options.get("streaming") or (data.path is None) == (data.dataset is None):
         return False
-    opened, source = open_rows(**{key: config[key] for key in _PLACE if key in config})
+    opened, source = data.rows(), data.where
     columns = _columns(opened, source)
     found = _find(columns)
     if found == TOKENIZED and not _labelled(opened):
@@ -73,13 +76,8 @@ class ConversationData(PackedData):
 
     Args:
         seed: the run's seed, for ``shuffle: true``.
+        data: the data set.
         seq_len: tokens of a sample, at least 2.
-        path: see :class:`~psyche_lightning.data.documents.DocumentData`, as for the five that follow.
-        dataset: a name on the Hub.
-        name: its configuration.
-        revision: its commit.
-        split: the part.
-        data_files: patterns of files.
         messages: the column with the messages; None for ``messages``, ``conversations`` or ``conversation``.
         prompt: the column with the prompts; None for ``prompt``.
         completion: the column with the completions; None for ``completion``.
@@ -106,14 +104,9 @@ class ConversationData(PackedData):
     def __init__(
         self,
         seed: int,
+        data: DataSet,
         seq_len: int,
         *,
-        path: str | list[str] | None = None,
-        dataset: str | None = None,
-        name: str | None = None,
-        revision: str | None = None,
-        split: str = "train",
-        data_files: Any = None,
         messages: str | None = None,
         prompt: str | None = None,
         completion: str | None = None,
@@ -134,9 +127,7 @@ class ConversationData(PackedData):
         for option, value in (("packed", packed), ("each_answer", each_answer)):
             if not isinstance(value, bool):
                 raise ConfigError(f"{option} is {value!r}, expected true or false.")
-        opened, source = open_rows(
-            path=path, dataset=dataset, name=name, revision=revision, split=split, data_files=data_files
-        )
+        opened, source = data.rows(), data.where
         columns = _find(_columns(opened, source), messages, prompt, completion)
         if columns is None:
             raise ConfigError(

@@ -14,7 +14,7 @@ from psyche_lightning.data.client import FetchOptions
 from psyche_lightning.data.options import whole
 from psyche_lightning.data.order import make_order, psyche_seed
 from psyche_lightning.data.packed import PackedData
-from psyche_lightning.data.splits import open_rows
+from psyche_lightning.data.splits import DataSet
 from psyche_lightning.data.spool import Spool
 from psyche_lightning.data.tokenizer import BYTES, Encoder
 from psyche_lightning.data.tokens import vocabulary
@@ -38,15 +38,8 @@ class DocumentData(PackedData):
 
     Args:
         seed: the run's seed, for ``shuffle: true``.
+        data: the data set.
         seq_len: tokens of a sample, at least 2.
-        path: a folder of ``save_to_disk`` or as on the Hub, a file, a pattern, or a list of files of jsonl, json, csv,
-            tsv, parquet, arrow or txt (also compressed).
-        dataset: instead of ``path``, the name of a data set on the Hugging Face Hub.
-        name: its configuration, if it has several.
-        revision: its commit, so that all nodes use the same.
-        split: the part of the data set, as for ``load_dataset``: ``train``, ``train[:90%]``, ``train+validation``.
-            Files that ``path`` names are all ``train``.
-        data_files: patterns of files below the folder or in the data set, or such patterns for each split.
         text: the column with the texts, or with the ids of an already tokenized data set; None for ``text`` or, without
             that, ``input_ids``.
         tokenizer: ``"bytes"``, a path, or the name of a tokenizer on the Hub; None for bytes.
@@ -68,14 +61,9 @@ class DocumentData(PackedData):
     def __init__(
         self,
         seed: int,
+        data: DataSet,
         seq_len: int,
         *,
-        path: str | list[str] | None = None,
-        dataset: str | None = None,
-        name: str | None = None,
-        revision: str | None = None,
-        split: str = "train",
-        data_files: Any = None,
         text: str | None = None,
         tokenizer: str | None = None,
         vocab_size: int | None = None,
@@ -98,15 +86,7 @@ class DocumentData(PackedData):
                 "and remove shuffle and validation_samples."
             )
         fetching = FetchOptions.of(fetch)
-        opened, source = open_rows(
-            path=path,
-            dataset=dataset,
-            name=name,
-            revision=revision,
-            split=split,
-            data_files=data_files,
-            streaming=streaming,
-        )
+        opened, source = data.rows(streaming=streaming), data.where
         column = Column(opened, text, source)
         if column.tokenized and bos:
             raise ConfigError("bos is for texts; a data set of token ids has what its tokenizer put into it.")
@@ -125,7 +105,7 @@ class DocumentData(PackedData):
             vocab_size=size,
             most=max_samples,
             lazily=streaming,
-            retry_seconds=0.0 if path is not None else fetching.retry_seconds,
+            retry_seconds=0.0 if data.path is not None else fetching.retry_seconds,
         )
         super().__init__(
             spool,

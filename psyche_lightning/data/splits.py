@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -31,18 +32,76 @@ _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 _WHOLE = sys.maxsize
 
 
-def open_local(path: str | Sequence[str], name: str | None, split: str, data_files: Any = None) -> Any:
-    """Open a part of a data set on this machine; nothing is copied to the library's cache.
+@dataclass
+class DataSet:
+    """A part of a data set, on this machine or on the Hub. The options of every provider of its rows; opened once.
 
     Args:
-        path: a folder, of ``save_to_disk`` or as on the Hub, or files or patterns of files, which are all ``train``.
-        name: the configuration, if the folder's README.md describes several.
-        split: the part, as for ``load_dataset``: ``train``, ``train[:90%]``, ``train+validation``.
-        data_files: patterns of files below the folder, or such patterns for each split.
-
-    Raises:
-        ConfigError: the data set or the part does not exist, or cannot be opened.
+        path: a folder of ``save_to_disk`` or as on the Hub, a file, a pattern, or a list of files of jsonl, json, csv,
+            tsv, parquet, arrow or txt (also compressed).
+        dataset: instead of ``path``, the name of a data set on the Hugging Face Hub.
+        name: its configuration, if it has several.
+        revision: its commit on the Hub, so that all nodes use the same.
+        split: the part, as for ``load_dataset``: ``train``, ``train[:90%]``, ``train+validation``. Files that ``path``
+            names are all ``train``.
+        data_files: patterns of files below the folder or in the data set, or such patterns for each split.
     """
+
+    path: str | Sequence[str] | None = None
+    dataset: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    data_files: Any = None
+    _rows: Any = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """The names of its options."""
+        return [one.name for one in fields(cls) if one.init]
+
+    @property
+    def where(self) -> str:
+        """Where the rows come from, for messages."""
+        return str(self.dataset) if self.path is None else ", ".join(strings("path", self.path))
+
+    def rows(self, *, streaming: bool = False) -> Any:
+        """The rows, as a data set of the ``datasets`` library; nothing of this machine is copied to its cache.
+
+        Args:
+            streaming: whether those of the Hub are read as they are needed.
+
+        Raises:
+            ConfigError: both or none of ``path`` and ``dataset`` are given, or the data set or the part does not exist
+                or cannot be opened.
+        """
+        if self._rows is None:
+            self._rows = self._open(streaming)
+        return self._rows
+
+    def _open(self, streaming: bool) -> Any:
+        if (self.path is None) == (self.dataset is None):
+            raise ConfigError(
+                "The data provider 'datasets' needs either path (on this machine) or dataset (a name on the Hugging "
+                f"Face Hub); it got {'neither' if self.path is None else 'both'}."
+            )
+        if self.path is not None:
+            return _open_local(self.path, self.name, self.split, self.data_files)
+        datasets = library()
+        try:
+            return datasets.load_dataset(
+                self.dataset, self.name, split=self.split, revision=self.revision, streaming=streaming,
+                data_files=self.data_files,
+            )  # fmt: skip
+        except Exception as error:  # as below
+            raise ConfigError(
+                f"The data set {self.dataset!r} (configuration {self.name or 'default'}, split {self.split!r}, "
+                f"revision {self.revision or 'newest'}) cannot be opened: {type(error).__name__}: {error}. Check the "
+                "names and the network; give path instead for a data set on this machine's disk."
+            ) from error
+
+
+def _open_local(path: str | Sequence[str], name: str | None, split: str, data_files: Any) -> Any:
     places = strings("path", path)
     where = ", ".join(places)
     folder = Path(places[0]).expanduser()
@@ -58,56 +117,6 @@ def open_local(path: str | Sequence[str], name: str | None, split: str, data_fil
     except Exception as error:  # the library's errors have no common type
         raise ConfigError(f"The data set {where!r} cannot be opened: {type(error).__name__}: {error}.") from error
     return part(found, split, where)
-
-
-def open_rows(
-    *,
-    path: str | Sequence[str] | None = None,
-    dataset: str | None = None,
-    name: str | None = None,
-    revision: str | None = None,
-    split: str = "train",
-    data_files: Any = None,
-    streaming: bool = False,
-) -> tuple[Any, str]:
-    """Open a part of a data set, on this machine (``path``) or on the Hub (``dataset``).
-
-    Returns:
-        Its rows, and where they come from, for messages.
-
-    Raises:
-        ConfigError: both or none are given, or it does not exist or cannot be opened.
-    """
-    if (path is None) == (dataset is None):
-        raise ConfigError(
-            "The data provider 'datasets' needs either path (on this machine) or dataset (a name on the Hugging Face "
-            f"Hub); it got {'neither' if path is None else 'both'}."
-        )
-    if path is not None:
-        return open_local(path, name, split, data_files), ", ".join(strings("path", path))
-    hub = str(dataset)
-    return open_hub(hub, name, split, revision=revision, streaming=streaming, data_files=data_files), hub
-
-
-def open_hub(
-    dataset: str, name: str | None, split: str, *, revision: str | None, streaming: bool, data_files: Any = None
-) -> Any:
-    """Open a part of a data set on the Hub.
-
-    Raises:
-        ConfigError: it does not exist, or cannot be opened.
-    """
-    datasets = library()
-    try:
-        return datasets.load_dataset(
-            dataset, name, split=split, revision=revision, streaming=streaming, data_files=data_files
-        )
-    except Exception as error:  # as above
-        raise ConfigError(
-            f"The data set {dataset!r} (configuration {name or 'default'}, split {split!r}, revision "
-            f"{revision or 'newest'}) cannot be opened: {type(error).__name__}: {error}. Check the names and the "
-            "network; give path instead for a data set on this machine's disk."
-        ) from error
 
 
 def library() -> Any:

@@ -16,6 +16,7 @@ import pytest
 from psyche_lightning.builtin.data import datasets as build
 from psyche_lightning.data.documents import DocumentData
 from psyche_lightning.data.packed import Unavailable
+from psyche_lightning.data.splits import DataSet
 from psyche_lightning.data.spool import Spool
 from psyche_lightning.data.tokenizer import Encoder
 from psyche_lightning.errors import ConfigError, DataError
@@ -33,7 +34,9 @@ def blocks(data: Any) -> list[bytes]:
 
 
 def opened(place: Path, **options: Any) -> DocumentData:
-    return DocumentData(1, **{"seq_len": 16, "path": str(place), "shuffle": False, **options})
+    given = {"path": str(place), **options}
+    data = DataSet(**{name: given.pop(name) for name in DataSet.options() if name in given})
+    return DocumentData(1, data, **{"seq_len": 16, "shuffle": False, **given})
 
 
 def test_texts_are_packed_in_their_order(tmp_path: Path, texts_at: Make) -> None:
@@ -204,7 +207,29 @@ def test_a_data_set_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"data set 'someone/nothing' .* cannot be opened: .* Check the names"):
-        DocumentData(1, 16, dataset="someone/nothing")
+        DocumentData(1, DataSet(dataset="someone/nothing"), 16)
+
+
+@pytest.mark.parametrize("column", ["text", "prompt"])
+def test_a_data_set_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str) -> None:
+    made = datasets.Dataset.from_dict({column: ["a text of its own"] * 9, "completion": ["another"] * 9})
+    made.to_csv(str(tmp_path / "a.csv"))
+    opened: list[Any] = []
+    load = datasets.load_dataset
+
+    def counting(*args: Any, **options: Any) -> Any:
+        opened.append(args)
+        return load(*args, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", counting)
+    assert len(build({"path": str(tmp_path / "a.csv"), "seq_len": 24}, seed=0)) > 1
+    assert len(opened) == 1
+
+
+def test_an_unknown_option_is_explained_with_all_that_there_are(tmp_path: Path) -> None:
+    for wrong, near in (("pth", "path"), ("tokeniser", "tokenizer"), ("splits", "split")):
+        with pytest.raises(ConfigError, match=f"no option '{wrong}'. Did you mean '{near}'. Options: path, .*seq_len"):
+            build({wrong: "a", "seq_len": 8}, seed=0)
 
 
 def test_a_forked_worker_has_a_file_of_its_own() -> None:

@@ -13,6 +13,7 @@ import datasets
 import pytest
 
 from psyche_lightning.data.documents import DocumentData
+from psyche_lightning.data.splits import DataSet
 from psyche_lightning.errors import ConfigError
 
 ROWS = 20
@@ -39,7 +40,8 @@ def write(path: Path, split: str) -> None:
 
 def found(place: Path | list[str], **options: Any) -> bytes:
     given = place if isinstance(place, list) else str(place)
-    data = DocumentData(1, **{"seq_len": 2, "path": given, "shuffle": False, **options})
+    source = DataSet(given, **{name: options.pop(name) for name in DataSet.options() if name in options})
+    data = DocumentData(1, source, **{"seq_len": 2, "shuffle": False, **options})
     return b"".join(bytes(sample["input_ids"].tolist()) for sample in data.samples(0, len(data)))
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from psyche_lightning.data.documents import DocumentData
+from psyche_lightning.data.splits import DataSet
 from psyche_lightning.data.text import TextData
 from psyche_lightning.data.tokenizer import Encoder
 from psyche_lightning.errors import ConfigError
@@ -58,15 +59,15 @@ def test_a_beginning_is_an_option_of_what_reads_texts(tmp_path: Path) -> None:
     text = TextData(1, 8, path=str(tmp_path / "a.txt"), tokenizer=tokenizer, bos=True, validation_samples=0)
     assert sum((sample["input_ids"] == BEGIN).sum().item() for sample in text.samples(0, len(text))) == 1
     (tmp_path / "a.jsonl").write_text('{"text": "hello"}\n' * 20)
-    path = str(tmp_path / "a.jsonl")
-    documents = DocumentData(1, 9, path=path, tokenizer=tokenizer, bos=True, shuffle=False)
+    rows = DataSet(str(tmp_path / "a.jsonl"))
+    documents = DocumentData(1, rows, 9, tokenizer=tokenizer, bos=True, shuffle=False)
     (sample,) = documents.samples(0, 1)
     assert sample["input_ids"].tolist() == 3 * Encoder(tokenizer, bos=True).encode(b"hello").tolist()
     for wrong in ("bytes", saved(tmp_path / "none")):
         with pytest.raises(ConfigError, match="has no beginning-of-text id"):
-            DocumentData(1, 9, path=path, tokenizer=wrong, bos=True)
+            DocumentData(1, rows, 9, tokenizer=wrong, bos=True)
     with pytest.raises(ConfigError, match="bos is 'yes', expected true or false"):
-        DocumentData(1, 9, path=path, tokenizer=tokenizer, bos="yes")  # type: ignore[arg-type]
+        DocumentData(1, rows, 9, tokenizer=tokenizer, bos="yes")  # type: ignore[arg-type]
 
 
 def test_texts_without_a_separator_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -97,5 +98,5 @@ def test_rows_of_ids_without_a_separator_are_said(
 ) -> None:
     (tmp_path / "a.jsonl").write_text("".join(f'{{"input_ids": {row}}}\n' for row in rows))
     with caplog.at_level(logging.WARNING):
-        DocumentData(1, 2, path=str(tmp_path / "a.jsonl"), vocab_size=300)
+        DocumentData(1, DataSet(str(tmp_path / "a.jsonl")), 2, vocab_size=300)
     assert ("joined without a separator" in caplog.text) == said
