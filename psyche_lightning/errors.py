@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class PsycheError(Exception):
@@ -107,3 +108,23 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def counted(number: int, thing: str) -> str:
     """Such as ``1 node`` or ``3 nodes``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+@contextlib.contextmanager
+def needing(package: str, extra: str, what: str) -> Iterator[None]:
+    """Import a package inside the context that is installed only with an extra of this one.
+
+    Args:
+        package: its name, as pip knows it.
+        extra: the extra.
+        what: what needs it, such as ``"model.adapter"``.
+
+    Raises:
+        ConfigError: it cannot be imported; the text says how it is installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(
+            f"{what} needs the package {package}: pip install 'psyche-lightning[{extra}]'. {error}"
+        ) from error

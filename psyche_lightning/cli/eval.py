@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from psyche_lightning.errors import ConfigError, nearest
+from psyche_lightning.errors import ConfigError, nearest, needing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,12 +38,10 @@ def evaluate(
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures to this file.")] = None,
 ) -> None:
     """Evaluate a checkpoint, by default the newest, on tasks of lm-eval."""
-    try:
+    with needing("lm-eval", "eval", "psyche eval"):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError("psyche eval needs the package lm-eval: pip install 'psyche-lightning[eval]'") from error
     import torch
 
     from psyche_lightning.bench.report import write_json

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, needing
 from psyche_lightning.recipe.positions import positions
 from psyche_lightning.text import plain
 
@@ -97,10 +97,8 @@ def _encoded(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
-    try:
+    with needing("peft", "peft", "An adapter"):
         from peft import PeftModel
-    except ImportError as error:
-        raise ConfigError("Adapters need the package peft: pip install 'psyche-lightning[peft]'") from error
     try:
         found: Any = PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:

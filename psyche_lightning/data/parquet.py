@@ -21,7 +21,7 @@ from psyche_lightning.data.order import in_passes, make_order, psyche_seed
 from psyche_lightning.data.packed import intervals
 from psyche_lightning.data.tokenizer import Encoder
 from psyche_lightning.data.tokens import vocabulary
-from psyche_lightning.errors import ConfigError, DataError
+from psyche_lightning.errors import ConfigError, DataError, needing
 
 if TYPE_CHECKING:
     import torch
@@ -425,8 +425,6 @@ def _fingerprint(files: Sequence[Path]) -> str:
 
 
 def _library() -> Any:
-    try:
+    with needing("pyarrow", "data", "The data provider 'parquet'"):
         from pyarrow import parquet
-    except ImportError as error:
-        raise ConfigError("The data provider 'parquet' needs pyarrow: pip install 'psyche-lightning[data]'.") from error
     return parquet

@@ -12,7 +12,7 @@ from typing import Any
 
 from psyche_lightning.data.damage import sound_rows
 from psyche_lightning.data.options import strings
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, needing
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +125,8 @@ def library() -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
+    with needing("datasets", "data", "The data provider 'datasets'"):
         import datasets
-    except ImportError as error:
-        raise ConfigError(
-            "The data provider 'datasets' needs the package datasets: pip install 'psyche-lightning[data]'."
-        ) from error
     return datasets
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from psyche_lightning.errors import ConfigError, nearest
+from psyche_lightning.errors import ConfigError, nearest, needing
 
 _OURS = ("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode")
 """Fields of a configuration that are not the user's."""
@@ -28,11 +28,8 @@ def adapted(model: torch.nn.Module, fields: Mapping[str, Any], base: str | None,
     Raises:
         ConfigError: ``peft`` is missing, a field is unknown or wrong, or there is no model to adapt.
     """
-    try:
+    with needing("peft", "peft", "model.adapter"):
         import peft
-    except ImportError as error:
-        text = "model.adapter needs the package peft: pip install 'psyche-lightning[peft]'"
-        raise ConfigError(text) from error
     if base is None:
         raise ConfigError("model.adapter adapts a model that was trained before: name it with model.path.")
     here = Path(base).expanduser()

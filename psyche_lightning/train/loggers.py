@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, needing
 from psyche_lightning.lightning.session import node_key
 from psyche_lightning.recipe.config import LoggerName
 from psyche_lightning.wire.identity import short
@@ -34,17 +34,14 @@ def make_logger(name: LoggerName | None, folder: Path, run: str) -> Logger | Non
             case "csv":
                 return CSVLogger(folder, name=LOGS, flush_logs_every_n_steps=1)
             case "tensorboard":
-                return TensorBoardLogger(folder, name=LOGS)
+                with needing(name, "loggers", f"trainer.logger={name}"):
+                    return TensorBoardLogger(folder, name=LOGS)
             case "wandb":
                 logs = folder / LOGS
                 logs.mkdir(parents=True, exist_ok=True)
                 os.environ.setdefault("WANDB_SILENT", "true")  # its own banner would break into the progress bars
-                return WandbLogger(name=short(node_key(folder).public), project=run, group=run, save_dir=logs)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"trainer.logger={name} needs a package that is not installed: "
-            "pip install 'psyche-lightning[loggers]'. Or choose csv or null."
-        ) from error
+                with needing(name, "loggers", f"trainer.logger={name}"):
+                    return WandbLogger(name=short(node_key(folder).public), project=run, group=run, save_dir=logs)
     except OSError as error:
         raise ConfigError(
             f"cannot write to {folder / LOGS}: {error.strerror}; choose another node.directory"
