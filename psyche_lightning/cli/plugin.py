@@ -34,17 +34,18 @@ class Kind(str, Enum):
     COORDINATOR = "coordinator"
     MODEL = "model"
     DATA = "data"
+    EXPORT = "export"
     COMMAND = "command"
 
     @property
     def words(self) -> str:
         """The plugin host's name of the kind."""
-        return "data provider" if self is Kind.DATA else self.value
+        return {Kind.DATA: "data provider", Kind.EXPORT: "export format"}.get(self, self.value)
 
     @property
     def registry(self) -> str:
         """The plugin host's method that lists the installed plugins of the kind."""
-        return f"{self.words.replace(' ', '_')}s"
+        return "exports" if self is Kind.EXPORT else f"{self.words.replace(' ', '_')}s"
 
 
 @plugin.callback()

@@ -71,6 +71,7 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("coordinator", "http", "already registers the coordinator 'http'"),
         ("model", "llama", "transformers has the model type 'llama'"),
         ("command", "train", "a command of psyche itself"),
+        ("export", "deepseek_v3", "already registers the export format 'deepseek_v3'"),
     ],
 )
 def test_an_invalid_name_is_explained(
