@@ -23,6 +23,7 @@ SEQ2SEQ = {
     "encoder_attention_heads": 2,
     "max_position_embeddings": 64,
 }
+MARIAN = {**SEQ2SEQ, "pad_token_id": 63, "decoder_start_token_id": 63}
 
 
 def build(model_type: str, **config: Any) -> torch.nn.Module:
@@ -30,16 +31,21 @@ def build(model_type: str, **config: Any) -> torch.nn.Module:
     return hf({"model_type": model_type, **config})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("model_type", "config", "words"),
     [
         ("bart", SEQ2SEQ, "BartForCausalLM compares the label of a token with the output at the same place"),
+        ("marian", MARIAN, "MarianForCausalLM compares the label of a token with the output at the same place"),
+        ("pegasus", SEQ2SEQ, "PegasusForCausalLM compares the label of a token with the output at the same place"),
         ("bert", SMALL, "outputs of BertLMHeadModel for a token depend on the tokens after it"),
     ],
 )
-def test_a_model_that_learns_to_copy_is_refused(model_type: str, config: dict[str, Any], words: str) -> None:
+def test_a_model_that_learns_to_copy_is_refused(
+    model_type: str, config: dict[str, Any], words: str, dtype: torch.dtype
+) -> None:
     with pytest.raises(ConfigError, match=f"{words}.*would learn to copy its input"):
-        check_objective(build(model_type, **config), 64, 128)
+        check_objective(build(model_type, **config).to(dtype), 64, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
