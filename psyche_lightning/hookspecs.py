@@ -213,7 +213,10 @@ class ModelFactory(Protocol):
         Returns:
             A module with ``forward(input_ids, labels=...)``, both int64 of shape [batch, seq_len] (labels are not
             shifted, -100 is ignored), whose result has ``.loss`` (scalar, nats per token) and ``.logits``
-            ([batch, seq_len, vocab]), and with ``save_pretrained``, which writes a Hugging Face-format folder.
+            ([batch, seq_len, vocab]), and with ``save_pretrained``, which writes a Hugging Face-format folder. An
+            attribute ``advised`` may have values for some of its parameters, as ``optimizer.lr_for`` and
+            ``distro.k_for`` in a recipe: ``{"lr_for": {"*bias": 10}, "k_for": {"*bias": 128}}``. A node warns of a
+            recipe that has none for them.
 
         Raises:
             ConfigError: a key is unknown or wrong.

@@ -38,6 +38,7 @@ from psyche_lightning.recipe.config import Recipe, TrainerSection
 from psyche_lightning.recipe.manifest import manifest
 from psyche_lightning.recipe.positions import check_positions
 from psyche_lightning.train.adapter import adapted
+from psyche_lightning.train.advice import say_missing_lines
 from psyche_lightning.train.bars import Bars
 from psyche_lightning.train.computing import apply_choices, compiling
 from psyche_lightning.train.labels import check_labels
@@ -129,6 +130,7 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     if beginning.section is not None:
         sections[START] = dict(beginning.section)
     module = CausalModule(model, recipe.optimizer, recipe.schedule)
+    say_missing_lines(module, recipe)
     options = recipe.options(
         coordinator_url, run, folder, sections, start=beginning.start, tokens_per_sample=provider.seq_len
     )

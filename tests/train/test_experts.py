@@ -25,13 +25,16 @@ def recipe(text: Path, *overrides: str) -> Recipe:
     return load_recipe("demo", [*common, *overrides], twin=True)
 
 
-def test_two_nodes_agree_on_the_balance(text: Path, tmp_path: Path, create_run: Callable[..., Any]) -> None:
+def test_two_nodes_agree_on_the_balance(
+    text: Path, tmp_path: Path, create_run: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     base = recipe(text)
     fields = ", ".join(f"{name}: {value}" for name, value in base.model.config.items())
     faster = ["optimizer.lr_for={'*e_score_correction_bias': 10}", "k_for={'*e_score_correction_bias': 128}"]
     chosen = recipe(text, f"model.config={{{fields}, {EXPERTS}}}", "optimizer.lr=0.001", *faster)
     url, run = create_run(init_min_clients=2, total_steps=4, global_batch_size_start=8)
     results = train_all([chosen] * 2, url, run, [tmp_path / "0", tmp_path / "1"])
+    assert "need other values" not in caplog.text
     assert results[0]["digest"] == results[1]["digest"]
     saved = [load_file(tmp_path / str(number) / "checkpoint" / "model.safetensors") for number in (0, 1)]
     biases = [name for name in saved[0] if name.endswith("e_score_correction_bias")]
@@ -42,11 +45,13 @@ def test_two_nodes_agree_on_the_balance(text: Path, tmp_path: Path, create_run: 
 
 
 def test_a_checkpoint_is_exported_generated_from_and_trained_again(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     base = recipe(text)
     fields = ", ".join(f"{name}: {value}" for name, value in base.model.config.items())
     train_recipe(recipe(text, f"model.config={{{fields}, {EXPERTS}}}", "total_steps=2"), directory=tmp_path / "node")
+    lines = "optimizer.lr_for={'*e_score_correction_bias': 10} and distro.k_for={'*e_score_correction_bias': 128}"
+    assert f"the recipe does not set them: add {lines}, or" in caplog.text
     saved = tmp_path / "node" / "checkpoint"
     assert main(["generate", str(saved), "--prompt", "the", "--max-new-tokens", "3"]) == 0
     exported = tmp_path / "exported"

@@ -335,6 +335,11 @@ class MLAPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MLADecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["e_score_correction_bias", "gate.weight"]  # noqa: RUF012
+    # Signs move the router's weights as fast as any others: what balances the experts has to be faster to keep up.
+    advised = {  # noqa: RUF012
+        "lr_for": {"*e_score_correction_bias": 10},
+        "k_for": {"*e_score_correction_bias": 128},
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
