@@ -8,7 +8,9 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -218,6 +220,9 @@ class _Diary(Callback):
         if not self._losses:  # the parameters are now the run's
             self._validate(trainer, pl_module)
         self._session.observe(trainer.global_step + 1, self._logs)
+        work = self._session.work
+        assert work is not None  # since the loader took it
+        torch.manual_seed(share_seed(self._recipe.run.seed, work.step, work.batch))
         self._began = time.monotonic()
 
     def on_train_batch_end(
@@ -346,6 +351,23 @@ def _as_in_training(model: torch.nn.Module, trainer: TrainerSection) -> torch.au
     model.to(device)
     half = torch.bfloat16 if trainer.precision.startswith("bf16") else torch.float16
     return torch.autocast(device.type, half, enabled=trainer.precision.endswith("-mixed"))
+
+
+def share_seed(seed: int, step: int, batch: Sequence[tuple[int, int]]) -> int:
+    """The seed of what is random in a node's share of a round, such as dropout.
+
+    So a node that comes back trains its share as one that was never away, and nodes differ as their samples do.
+
+    Args:
+        seed: the run's.
+        step: the round's.
+        batch: the data ids of the share, each ``(start, stop)``.
+
+    Returns:
+        A whole number of 63 bits.
+    """
+    text = f"{seed} {step} {list(batch)}"
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def check_parameters(model: torch.nn.Module) -> None:

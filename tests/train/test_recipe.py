@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from psyche_lightning.errors import CheckpointError, ConfigError
 from psyche_lightning.recipe import load_recipe
-from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.recipe.config import ModelSection, Recipe
 from psyche_lightning.train.module import ProviderDataset
 from psyche_lightning.train.runner import check_parameters, train_recipe
 
@@ -51,6 +51,21 @@ def test_the_same_seed_gives_the_same_bytes(recipe: Recipe, tmp_path: Path) -> N
     digests = [train_recipe(recipe, directory=tmp_path / name)["digest"] for name in ("a", "b")]
     other = replace(recipe, run=replace(recipe.run, seed=1))
     assert digests[0] == digests[1] != train_recipe(other, directory=tmp_path / "c")["digest"]
+
+
+def test_dropout_is_that_of_the_step(recipe: Recipe, tmp_path: Path) -> None:
+    """A node that comes back trains its share as one that was never away."""
+    fields = {"model_type": "gpt2", "vocab_size": 256, "n_embd": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.5}
+    kept = replace(recipe.checkpoint, every=2)
+    whole = replace(recipe, model=ModelSection("hf", fields), checkpoint=kept)
+    train_recipe(whole, directory=tmp_path / "whole")
+    resume = str(tmp_path / "whole" / "checkpoints" / "step-000002")
+    train_recipe(replace(whole, checkpoint=replace(kept, resume=resume)), directory=tmp_path / "again")
+    losses = []
+    for name in ("whole", "again"):
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([row["loss"] for row in rows if row["step"] == 3 and "loss" in row])
+    assert losses[0] == losses[1] != []
 
 
 @pytest.mark.parametrize(("fixed", "steps"), [({"total_steps": 6}, 6), ({}, 4)])
