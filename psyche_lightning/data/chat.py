@@ -15,7 +15,7 @@ from psyche_lightning.errors import ConfigError
 
 ASSISTANT = "assistant"
 _MARKS = re.compile(r"\{%-?\s*generation\b")
-_ROLES = {"human": "user", "gpt": ASSISTANT}
+_ROLES = {"human": "user", **dict.fromkeys(("bard", "bing", "chatgpt", "gpt", "model"), ASSISTANT)}
 """Other names of roles, in data with ``from`` and ``value``."""
 
 Message = dict[str, Any]

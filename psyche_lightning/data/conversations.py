@@ -206,8 +206,9 @@ class _Texts:
         self._rows = rows
         self._source = source
         self._columns = columns
-        first: Mapping[str, list[Any]] = next(iter(rows.iter(batch_size=1)), {})
-        strings = len(columns) == 2 and all(isinstance(one, str) for column in columns for one in first.get(column, []))
+        first: Mapping[str, list[Any]] = next(iter(rows.iter(batch_size=_BATCH)), {})
+        kinds = [next((one for one in first.get(column, []) if one is not None), None) for column in columns]
+        strings = len(columns) == 2 and all(isinstance(one, str) for one in kinds)
         if not strings and bos:
             raise ConfigError("bos is for prompts that are texts; of messages, the chat template decides what begins.")
         if strings and (template is not None or each_answer):
@@ -228,11 +229,12 @@ class _Texts:
         where = f"Row {number} of {self._source}"
         values = [row[name] for name in self._columns]
         if self._completion is not None:
+            values = ["" if value is None else value for value in values]
             if not all(isinstance(value, str) for value in values):
                 raise ConfigError(f"{where} has {str(values)[:60]}, expected texts like the rows before it.")
             return self._completion.texts(values[0], values[1], where)
         assert self._chat is not None
-        parts = [messages_of(value, where) for value in values]
+        parts = [[] if value is None else messages_of(value, where) for value in values]
         leading = len(parts[0]) if len(parts) > 1 else 0
         return self._chat.texts([one for part in parts for one in part], where, first=leading, tools=row.get(TOOLS))
 
@@ -379,7 +381,7 @@ class _Rows:
 
 
 def _labels(rows: Any, source: str) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """The ids and labels of each row, without what ``attention_mask`` marks as padding.
+    """The ids and labels of each row, without what ``attention_mask`` marks as padding; nothing of an empty row.
 
     Raises:
         ConfigError: they are not lists of integers of one length.
@@ -388,6 +390,8 @@ def _labels(rows: Any, source: str) -> Iterator[tuple[NDArray[np.int64], NDArray
     for batch in rows.iter(batch_size=_BATCH):
         for place in range(len(batch[IDS])):
             given = [batch[name][place] for name in (*TOKENIZED, MASK) if name in batch]
+            if all(value is None or not len(value) for value in given[:2]):
+                given = [np.empty(0, np.int64)] * 2
             values = [np.asarray(value) for value in given if value is not None]
             shapes = {value.shape for value in values}
             if (

@@ -18,7 +18,7 @@ from psyche_lightning.data.splits import DataSet
 from psyche_lightning.data.spool import Spool
 from psyche_lightning.data.tokenizer import BYTES, Encoder
 from psyche_lightning.data.tokens import vocabulary
-from psyche_lightning.errors import ConfigError, DataError
+from psyche_lightning.errors import ConfigError, DataError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ class DocumentData(PackedData):
             lazily=streaming,
             retry_seconds=0.0 if data.path is not None else fetching.retry_seconds,
         )
+        column.report()
         super().__init__(
             spool,
             seq_len=seq_len,
@@ -147,7 +148,9 @@ class Column:
                 f"{source} has no column {self._name!r}. Columns: {', '.join(first)}. Set data.config.text to the "
                 "column with the texts, or with the token ids."
             )
-        self.tokenized = bool(first) and isinstance(first[self._name][0], (list, np.ndarray))
+        values = [value for value in first.get(self._name, []) if value is not None]
+        self.tokenized = bool(values) and isinstance(values[0], (list, np.ndarray))
+        self._empty = 0
         if self.tokenized and not _apart(first, self._name, source):
             logger.warning(
                 "the rows of %s neither begin nor end with the same token id, so they are joined without a separator, "
@@ -155,8 +158,18 @@ class Column:
                 source,
             )
 
+    def report(self) -> None:
+        """Say how many rows that were read have nothing in the column."""
+        if self._empty:
+            logger.warning(
+                "%s of %s: nothing is in the column %r, so they are left out",
+                counted(self._empty, "row"), self._source, self._name,
+            )  # fmt: skip
+
     def __call__(self, first: int) -> Iterator[bytes | NDArray[np.int64]]:
         """Yields the texts from number ``first`` on; of a tokenized data set the ids, without the padding.
+
+        A row with an empty text, or none, yields no ids, so that numbers count rows.
 
         Raises:
             ConfigError: the column contains something else.
@@ -166,7 +179,10 @@ class Column:
         for rows in rest.iter(batch_size=_ROWS):  # in batches, because __iter__ divides the rows among workers
             for place, value in enumerate(rows[self._name]):
                 where = f"Row {number} of {self._source}"
-                if self.tokenized:
+                if value is None or (isinstance(value, (str, list)) and not value):
+                    self._empty += 1
+                    yield np.empty(0, np.int64)
+                elif self.tokenized:
                     yield _ids({name: column[place] for name, column in rows.items()}, self._name, where)
                 elif isinstance(value, str):
                     yield value.encode("utf-8", errors="replace")
@@ -179,7 +195,8 @@ def _apart(rows: dict[str, list[Any]], name: str, source: str) -> bool:
     """Whether rows of token ids begin or end alike; true if there are too few to tell."""
     each = [
         _ids({key: column[place] for key, column in rows.items()}, name, f"Row {place} of {source}")
-        for place in range(len(rows[name]))
+        for place, value in enumerate(rows[name])
+        if value is not None
     ]
     found = [ids for ids in each if len(ids)]
     return len(found) < _FEW or any(len({int(ids[place]) for ids in found}) == 1 for place in (0, -1))

@@ -115,7 +115,8 @@ def _open_local(path: str | Sequence[str], name: str | None, split: str, data_fi
     except ConfigError:
         raise
     except Exception as error:  # the library's errors have no common type
-        raise ConfigError(f"The data set {where!r} cannot be opened: {type(error).__name__}: {error}.") from error
+        reason = "it has no rows" if isinstance(error, StopIteration) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"The data set {where!r} cannot be opened: {reason}.") from error
     return part(found, split, where)
 
 

@@ -188,6 +188,22 @@ def test_prompts_and_completions(tokenizers: dict[str, str], tmp_path: Path) -> 
         assert trained(data) == ["second one<|im_end|>"], "answers in a prompt are not trained"
 
 
+def test_rows_with_nothing_in_them_are_left_out_and_said(
+    tokenizers: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"messages": None}, *chats(SHORT), {"messages": []}]
+    assert trained(opened(tmp_path, rows, packed=False, tokenizer=tokenizers["chatml"])) == ["hello!<|im_end|>"]
+    assert "2 texts of" in caplog.text
+    pairs = [
+        {"prompt": None, "completion": "one"},
+        {"prompt": "a", "completion": None},
+        {"prompt": "", "completion": "x"},
+    ]
+    data = opened(tmp_path, pairs, packed=False, tokenizer=tokenizers["none"])
+    assert trained(data) == ["e</s>", "</s>"], "an answer to nothing, whose first token nothing predicts"
+    assert "1 texts of" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["sharegpt", "parts", "parquet"])
 def test_other_forms_of_messages(tokenizers: dict[str, str], tmp_path: Path, kind: str) -> None:
     rows: list[dict[str, Any]] = chats(LONG)

@@ -271,10 +271,29 @@ def test_padding_is_left_out(tmp_path: Path) -> None:
     assert [sample["input_ids"].tolist() for sample in data.samples(0, 2)] == [[5, 6, 7, 8, 9], [1, 2, 3, 4, 5]]
 
 
+@pytest.mark.parametrize(("column", "nothing"), [("text", ""), ("text", None), ("input_ids", []), ("input_ids", None)])
+def test_rows_with_nothing_in_them_are_left_out_and_said(
+    tmp_path: Path, column: str, nothing: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    something = "a text of its own" if column == "text" else list(b"a text of its own\0")
+    made = datasets.Dataset.from_dict({column: [nothing, something, nothing, something, something]})
+    made.to_parquet(str(tmp_path / "a.parquet"))
+    options = {} if column == "text" else {"vocab_size": 256}
+    data = opened(tmp_path / "a.parquet", seq_len=18, **options)
+    assert blocks(data) == [b"a text of its own\0"] * 3
+    assert f"2 rows of {tmp_path / 'a.parquet'}: nothing is in the column '{column}'" in caplog.text
+
+
+def test_a_file_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(ConfigError, match="cannot be opened: it has no rows"):
+        opened(tmp_path / "a.jsonl")
+
+
 def test_labels_of_tokenized_rows_decide_what_is_trained(tmp_path: Path) -> None:
-    rows = [[5, 6, 7, 0], [8, 9, 3, 0, 1, 1], [4, 4, 4]]
-    labels = [[-100, 6, 7, 0], [-100, -100, 3, 0, -100, -100], [-100] * 3]
-    mask = [[1] * 4, [1] * 4 + [0] * 2, [1] * 3]
+    rows = [[5, 6, 7, 0], [8, 9, 3, 0, 1, 1], [4, 4, 4], [], None]
+    labels = [[-100, 6, 7, 0], [-100, -100, 3, 0, -100, -100], [-100] * 3, [], None]
+    mask = [[1] * 4, [1] * 4 + [0] * 2, [1] * 3, [], None]
     made = datasets.Dataset.from_dict({"input_ids": rows, "labels": labels, "attention_mask": mask})
     made.to_parquet(str(tmp_path / "a.parquet"))
     given = {"path": str(tmp_path / "a.parquet"), "tokenizer": "bytes", "seq_len": 8, "shuffle": False}
