@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.recipe.text_config import text_config
 
 if TYPE_CHECKING:
     import torch
@@ -46,13 +47,12 @@ def check_positions(model: torch.nn.Module, seq_len: int) -> None:
 
 def _named(model: torch.nn.Module) -> tuple[str, int] | None:
     """The field of a model's configuration that names a limit, and its value."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(model)
     for name in _NAMES:
         limit = getattr(text, name, None)
         if type(limit) is int and limit > 0:
             field = getattr(text, "attribute_map", {}).get(name, name)
-            return (field if text is config else f"text_config.{field}"), limit
+            return (field if text is model.config else f"text_config.{field}"), limit
     return None
 
 

@@ -39,6 +39,7 @@ from psyche_lightning.protocol.requests import Terms
 from psyche_lightning.recipe.config import Recipe, TrainerSection
 from psyche_lightning.recipe.manifest import manifest
 from psyche_lightning.recipe.positions import check_positions
+from psyche_lightning.recipe.text_config import text_config
 from psyche_lightning.train.adapter import adapted
 from psyche_lightning.train.advice import say_missing_lines
 from psyche_lightning.train.bars import Bars
@@ -397,7 +398,7 @@ def check_data(model: torch.nn.Module, provider: DataProvider, micro_batch_size:
             with which it does not keep texts apart.
         DataError: the sample is unavailable.
     """
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    size = getattr(text_config(model), "vocab_size", None)
     if isinstance(size, int) and size < provider.vocab_size:
         raise ConfigError(
             f"the data has {provider.vocab_size} token ids and the model has {size}; set "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from psyche_lightning.hookspecs import DataProvider
+from psyche_lightning.recipe.text_config import text_config
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def settle_vocabulary(model: torch.nn.Module, provider: DataProvider, *, fresh: 
             "data: is this the tokenizer that the model was trained with?",
             *begins,
         )
-    size = getattr(config, "vocab_size", None)
+    size = getattr(text_config(model), "vocab_size", None)
     if isinstance(size, int) and tokenizer is not None:
         tokens = provider.vocab_size
         if size >= tokens + _PADDING or size >= 2 * tokens:

@@ -13,7 +13,7 @@ from psyche_lightning.cli import main
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe import load_recipe
-from psyche_lightning.train.runner import train_recipe
+from psyche_lightning.train.runner import check_data, train_recipe
 from psyche_lightning.train.vocabulary import settle_vocabulary
 
 TINY: dict[str, Any] = {
@@ -32,6 +32,18 @@ def hf(**fields: Any) -> Any:
 
 def data(end: int | None = 0, size: int = 256, **tokenizer: Any) -> Any:
     return SimpleNamespace(vocab_size=size, end_of_text=end, tokenizer=SimpleNamespace(**tokenizer))
+
+
+def test_data_with_more_token_ids_than_a_model_that_also_sees_has_room_for_is_refused() -> None:
+    """The configuration of such a model has its vocabulary in a part of its own."""
+    text = {name: value for name, value in TINY.items() if name != "model_type"}
+    model = hf(
+        model_type="gemma3",
+        text_config={**text, "num_key_value_heads": 1, "head_dim": 8},
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    )
+    with pytest.raises(ConfigError, match="the data has 300 token ids and the model has 256"):
+        check_data(model, data(size=300))
 
 
 def test_what_a_new_model_learns_to_end_with_ends_what_it_generates(
