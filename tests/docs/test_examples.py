@@ -41,7 +41,8 @@ def test_every_python_block_compiles(pages: list[Any]) -> None:
 def test_blocks_marked_as_runnable_run(pages: list[Any], tmp_path: Path) -> None:
     blocks = [block for page in pages for block in page.blocks if "runnable" in block.words]
     pages_of = {block.place.partition(":")[0] for block in blocks}
-    assert pages_of == {"docs/data.md", "docs/lightning.md", "docs/solana-localnet.md", "docs/tutorial.md"}
+    names = ("data", "fine-tuning", "lightning", "solana-localnet", "tutorial")
+    assert pages_of == {f"docs/{name}.md" for name in names}
     for number, block in enumerate(blocks):
         (tmp_path / f"block_{number}.py").write_text(block.text)
     # One process, as most of the time goes into imports.
