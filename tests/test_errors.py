@@ -14,7 +14,7 @@ import torch
 from psyche_lightning.cli.eval import evaluate
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.plugins import load_plugins
-from psyche_lightning.train.adapter import adapted
+from psyche_lightning.recipe.adapter import adapted
 
 
 def provider(name: str, **options: Any) -> Callable[[Path], Any]:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from psyche_lightning.bench.engine import best
 from psyche_lightning.distro import DisTrO
 from psyche_lightning.plugins import load_plugins
+from psyche_lightning.recipe.adapter import adapted
 from psyche_lightning.recipe.estimate import Estimate, meta_model
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def _train(
     torch.manual_seed(recipe.run.seed)
     dtype = torch.bfloat16 if recipe.trainer.precision == "bf16-true" else getattr(torch, recipe.model.dtype)
     model = load_plugins().models()[recipe.model.name](recipe.model.options).to(device, dtype).train()
+    if recipe.model.adapter:
+        model = adapted(model, recipe.model.adapter, recipe.model.path, None)
     module = CausalModule(model, recipe.optimizer, recipe.schedule)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", 2)
     mixed = _DTYPES[recipe.trainer.precision] if recipe.trainer.precision.endswith("-mixed") else None

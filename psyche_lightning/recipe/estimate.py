@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from psyche_lightning.checkpoints.folder import local_model
 from psyche_lightning.plugins import load_plugins
+from psyche_lightning.recipe.adapter import adapted
 from psyche_lightning.recipe.config import Recipe
 from psyche_lightning.recipe.positions import check_positions
 
@@ -45,7 +46,7 @@ class Estimate:
 
 
 def meta_model(recipe: Recipe) -> torch.nn.Module:
-    """The recipe's model on the meta device, in the recipe's dtype.
+    """The recipe's model on the meta device, in the recipe's dtype, with its adapter if it has one.
 
     Raises:
         PluginError: no plugin has the model.
@@ -62,8 +63,11 @@ def meta_model(recipe: Recipe) -> torch.nn.Module:
         options["path"] = local_model(recipe.model.path, weights=False)
     with torch.device("meta"):
         model = build(options)
-    check_positions(model, recipe.data.seq_len)
-    return cast(model, getattr(torch, recipe.model.dtype))
+        check_positions(model, recipe.data.seq_len)
+        model = cast(model, getattr(torch, recipe.model.dtype))
+        if recipe.model.adapter:
+            model = adapted(model, recipe.model.adapter, recipe.model.path, None)
+    return model
 
 
 def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:

@@ -36,11 +36,11 @@ from psyche_lightning.plugins import load_plugins
 from psyche_lightning.protocol.limits import check_run_id
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.requests import Terms
+from psyche_lightning.recipe.adapter import adapted
 from psyche_lightning.recipe.config import Recipe, TrainerSection
 from psyche_lightning.recipe.manifest import manifest
 from psyche_lightning.recipe.positions import check_positions
 from psyche_lightning.recipe.text_config import text_config
-from psyche_lightning.train.adapter import adapted
 from psyche_lightning.train.advice import say_missing_lines
 from psyche_lightning.train.bars import Bars
 from psyche_lightning.train.computing import apply_choices, compiling

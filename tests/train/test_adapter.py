@@ -18,8 +18,10 @@ from psyche_lightning.cli import main
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.recipe import load_recipe
 from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.recipe.estimate import estimate
 from psyche_lightning.train.runner import train_recipe
 
+ADAPTER = "checkpoint/adapter_model.safetensors"
 IDS = torch.arange(40)[None]
 
 
@@ -93,9 +95,13 @@ def test_nodes_of_a_run_end_with_equal_adapters(
     url, run = create_run(init_min_clients=2, total_steps=4, global_batch_size_start=4)
     results = train_all([recipe(tmp_path, base)] * 2, url, run, [tmp_path / "0", tmp_path / "1"])
     assert results[0]["digest"] == results[1]["digest"]
-    saved = [(tmp_path / name / "checkpoint" / "adapter_model.safetensors").read_bytes() for name in ("0", "1")]
+    saved = [(tmp_path / name / ADAPTER).read_bytes() for name in ("0", "1")]
     assert saved[0] == saved[1]
     assert results[0]["payload_bytes_computed"] < 400  # signs of the adapter alone
+    size = estimate(recipe(tmp_path, base))  # as --dry-run shows it
+    assert size.payload == results[0]["payload_bytes_computed"]
+    assert size.trainable == sum(tensor.numel() for tensor in load_file(tmp_path / "0" / ADAPTER).values())
+    assert size.memory["gradients"] == 4 * size.trainable
     # Nobody sent the model itself: both have it.
     assert results[0]["socket_bytes_up"] < sum(file.stat().st_size for file in base.glob("*.safetensors"))
 

@@ -6,11 +6,12 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from psyche_lightning.errors import ConfigError, nearest, needing
+
+if TYPE_CHECKING:
+    import torch
 
 _OURS = ("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode")
 """Fields of a configuration that are not the user's."""
