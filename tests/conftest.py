@@ -33,10 +33,8 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
     try:
-        deadline = time.monotonic() + 60
-        while not (found := re.search(r"http://[\d.:]+", log.read_text())):
+        while not (found := re.search(r"http://[\d.:]+", log.read_text())):  # on a busy machine, after a minute too
             assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         yield found.group()
     finally:

@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-PATIENCE = 60.0
+PATIENCE = 240.0
+"""Seconds after which a wait is a hang, on a busy machine too; pytest's own timeout is later."""
 
 
 class Fit:

@@ -34,7 +34,7 @@ def environment(**more: str) -> dict[str, str]:
 def test_in_a_file_each_record_is_one_line_with_time_level_run_and_node(
     create_run: Callable[..., tuple[str, str]], tmp_path: Path
 ) -> None:
-    url, run = create_run()
+    url, run = create_run(warmup_time=600, max_round_train_time=600, round_witness_time=600)  # none is over
     folder = tmp_path / ("long" * 40)  # of which messages tell that no console would leave in one line
     output = tmp_path / "output"
     with output.open("w") as file:
@@ -44,7 +44,6 @@ def test_in_a_file_each_record_is_one_line_with_time_level_run_and_node(
             stderr=subprocess.PIPE,
             env=environment(),
             text=True,
-            timeout=240,
             check=False,
         )
     assert (done.returncode, done.stderr) == (0, "")
