@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from psyche_lightning.errors import ConfigError, nearest, needing
+from psyche_lightning.errors import ConfigError, needing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,31 +39,23 @@ def evaluate(
     """Evaluate a checkpoint, by default the newest, on tasks of lm-eval."""
     with needing("lm-eval", "eval", "psyche eval"):
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     import torch
+    from transformers import AutoTokenizer
 
     from psyche_lightning.bench.report import write_json
     from psyche_lightning.cli.console import say, stdout
     from psyche_lightning.cli.saved import find
+    from psyche_lightning.train.tasks import check_names, harness_of, known_tasks
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     checkpoint, base = find(model)
-    if tasks_from is not None and not tasks_from.is_dir():
-        raise ConfigError(f"There is no folder {str(tasks_from)!r} with tasks.")
-    known = TaskManager(include_path=None if tasks_from is None else str(tasks_from))
     wanted = [name.strip() for name in tasks.split(",") if name.strip()]
-    for name in wanted or [""]:
-        if name not in known.all_tasks:
-            raise ConfigError(
-                f"lm-eval {lm_eval.__version__} has no task {name!r}.{nearest(name, known.all_tasks)} "
-                "`lm-eval ls tasks` lists them; --tasks-from adds a folder of your own."
-            )
+    known = known_tasks(wanted, tasks_from)
+    check_names(known, wanted or [""], "--tasks-from")
     adapter = None if base == checkpoint else str(checkpoint)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        harness: Any = HFLM(
-            pretrained=str(base), tokenizer=str(checkpoint), peft=adapter, device=where, batch_size=batch_size
+        harness = harness_of(
+            str(base), AutoTokenizer.from_pretrained(checkpoint), peft=adapter, device=where, batch_size=batch_size
         )
         found: Any = lm_eval.simple_evaluate(
             harness,
@@ -75,7 +66,7 @@ def evaluate(
             apply_chat_template=chat,
             log_samples=False,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ConfigError(f"lm-eval cannot evaluate {str(checkpoint)!r}: {error}") from error
     stdout().print(_table(found))
     if limit is not None:

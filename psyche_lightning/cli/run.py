@@ -450,6 +450,20 @@ def _picture(found: dict[str, Any]) -> RenderableType:
         )
     if table.row_count:
         parts.append(table)
+    if found.get("evaluations"):
+        parts.append(_evaluations(found["evaluations"]))
     for event in found["events"][-EVENTS:]:
         parts.append(Text(f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  {plain(event['text'])}"))
     return Group(*parts)
+
+
+def _evaluations(found: list[dict[str, Any]]) -> RenderableType:
+    """The newest evaluation of each task."""
+    from rich.table import Table
+
+    table = Table("task", "after step", "documents", "figures")
+    for one in {one["task"]: one for one in found}.values():
+        figures = ", ".join(f"{plain(name)} {value:.4f}" for name, value in one["figures"].items())
+        asked = "" if one["documents"] is None else f"{one['measured']:,} of {one['documents']:,}"
+        table.add_row(plain(one["task"]), str(one["step"]), asked, figures)
+    return table

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from psyche_lightning.coordinator.machine import Ending, ending
-from psyche_lightning.errors import WireError, counted
+from psyche_lightning.errors import CoordinatorError, WireError, counted
 from psyche_lightning.protocol.codec import from_json, to_json
 from psyche_lightning.protocol.committee import least_clients, members
-from psyche_lightning.protocol.requests import MAX_FIGURES, Figure, Report
+from psyche_lightning.protocol.evals import MAX_TASKS, Evaluation
+from psyche_lightning.protocol.requests import MAX_FIGURES, Evaluated, Figure, Report
 from psyche_lightning.protocol.state import Phase, Round, RunState
 from psyche_lightning.wire.identity import short
 
@@ -19,6 +20,9 @@ MAX_EVENTS = 500
 MAX_METRICS = 2000
 CHANGING_METRICS = 4
 """The newest rows of figures, which may still change: results may overlap training, and reports come late."""
+MAX_EVALUATIONS = 512
+CHANGING_EVALUATIONS = 2 * MAX_TASKS
+"""Evaluations that may still change: the newest ones."""
 _MOST = 1e30
 """Figures of this size and more are no measurements, and sums of them might not be finite."""
 _T = TypeVar("_T")
@@ -187,6 +191,7 @@ class History:
         events: the newest notable events.
         metrics: figures of the newest training rounds; the newest :data:`CHANGING_METRICS` may still change.
         reports: the latest report of each signer of the epoch.
+        evaluations: what nodes measured within the run, in the order in which it began.
         ahead: seconds from the run's time to the date, which may step.
     """
 
@@ -195,6 +200,7 @@ class History:
         self.events: Tail[Event] = Tail(MAX_EVENTS)
         self.metrics: Tail[Metrics] = Tail(MAX_METRICS)
         self.reports: dict[bytes, Report] = {}
+        self.evaluations: Tail[Evaluation] = Tail(MAX_EVALUATIONS)
 
     def note(self, state: RunState, now: float, kind: str, text: str, signer: bytes = b"") -> None:
         """Add an event."""
@@ -226,6 +232,34 @@ class History:
     def _change(self, update: Callable[[Metrics], Metrics]) -> None:
         self.metrics.change(update, newest=CHANGING_METRICS)
 
+    def evaluated(self, request: Evaluated) -> Evaluation:
+        """Add a share to the evaluation of its task and step, which begins with its first share.
+
+        Raises:
+            CoordinatorError: the share does not fit what others measured (``InvalidRequest``).
+        """
+        recent = self.evaluations.since(self.evaluations.count - CHANGING_EVALUATIONS)
+        place = (request.task, request.step, False)
+        known = next((one for one in recent if (one.task, one.step, one.undone) == place), None)
+        before = known or Evaluation(request.task, request.step, request.documents)
+        if before.documents != request.documents:
+            raise CoordinatorError(
+                f"{request.task} has {request.documents} documents here and {before.documents} on other nodes; use the "
+                "same release of lm-eval and the same files",
+                code="InvalidRequest",
+            )
+        after = before.plus(request.share, request.figures)
+        if known is None:
+            self.evaluations.add(after)
+        else:
+            self.evaluations.change(lambda one: after if one is known else one, newest=len(recent))
+        return after
+
+    def undo(self, step: int) -> None:
+        """Mark the evaluations of the parameters after a step, since the run has gone back to it."""
+        kept = len(self.evaluations.since(0))
+        self.evaluations.change(lambda one: replace(one, undone=True) if one.step > step else one, newest=kept)
+
     def observe(self, before: RunState, after: RunState, now: float) -> None:
         """Record a transition, as far as it matters to people."""
         round_ = after.current
@@ -243,7 +277,7 @@ class History:
             members = {client.signer for client in after.clients}
             self.reports = {signer: report for signer, report in self.reports.items() if signer in members}
 
-    def dump(self, events_from: int, metrics_from: int) -> dict[str, Any]:
+    def dump(self, events_from: int, metrics_from: int, evaluations_from: int) -> dict[str, Any]:
         """The history as JSON values, which :meth:`load` reads."""
         reports = {}
         for signer, report in self.reports.items():
@@ -253,6 +287,7 @@ class History:
         return {
             "events": self.events.dump(events_from),
             "metrics": self.metrics.dump(metrics_from),
+            "evaluations": self.evaluations.dump(evaluations_from),
             "reports": reports,
         }
 
@@ -268,6 +303,8 @@ class History:
         metrics = Tail.load(MAX_METRICS, Metrics, data["metrics"], figures=[])
         # Version 0.1 also kept rows of drain rounds.
         history.metrics = Tail(MAX_METRICS, [row for row in metrics.since(0) if row.step], data["metrics"]["first"])
+        if "evaluations" in data:  # a run stored by an earlier version has none
+            history.evaluations = Tail.load(MAX_EVALUATIONS, Evaluation, data["evaluations"])
         for signer, values in data["reports"].items():
             lossless = values["loss"] is None
             report = from_json(Report, {"figures": [], **values, **({"loss": 0.0} if lossless else {})})

@@ -21,6 +21,7 @@ from psyche_lightning.errors import ConfigError, CoordinatorError, WireError, co
 from psyche_lightning.protocol.bloom import Bloom
 from psyche_lightning.protocol.codec import round_from_json, round_to_json, state_from_json, to_json
 from psyche_lightning.protocol.committee import decided_root
+from psyche_lightning.protocol.evals import Evaluation, evaluated_tasks
 from psyche_lightning.protocol.limits import Limits, check_config, check_run_id
 from psyche_lightning.protocol.manifest import fix_values, merge, with_values
 from psyche_lightning.protocol.merkle import EMPTY_ROOT
@@ -28,6 +29,7 @@ from psyche_lightning.protocol.messages import equivocator
 from psyche_lightning.protocol.requests import (
     Accuse,
     Answer,
+    Evaluated,
     GetRounds,
     GetTerms,
     HealthCheck,
@@ -193,6 +195,7 @@ class RunHost:
             state = replace(state, epoch_start_data_index=place)
         text = f"the owner goes back to the parameters {digest[:4].hex()} of step {step}"
         self.history.note(self.state, now, "run", text)
+        self.history.undo(step)
         self.rounds, self.rounds_epoch = [], state.epoch
         self._apply(state, now)
 
@@ -275,6 +278,8 @@ class RunHost:
                 answer = self._health_check(signer, request, now)
             case Accuse(first, second):
                 self._accuse(signer, first, second, now)
+            case Evaluated():
+                answer = self._evaluated(signer, request)
             case _:
                 raise CoordinatorError(f"no coordinator knows the request {request!r:.80}", code="Unsupported")
         return answer  # type: ignore[no-any-return] # each branch returns what its request declares
@@ -387,6 +392,21 @@ class RunHost:
             text = "is ejected: it signed two results for one batch"
             self._forget(each, ClientStatus.EJECTED, "ejected", text, now)
 
+    def _evaluated(self, signer: bytes, request: Evaluated) -> Evaluation:
+        """Keep what a member measured: for people, on its word."""
+        state = self.state
+        if signer not in self.membership.members and all(client.signer != signer for client in state.clients):
+            raise CoordinatorError(f"{short(signer)} is not a member of this run", code="NotMember")
+        tasks, every = evaluated_tasks(self.manifest)
+        if request.task not in tasks:
+            text = f"the run evaluates {', '.join(tasks) or 'nothing'}; {request.task[:80]!r} is not among its tasks"
+            raise CoordinatorError(text, code="InvalidRequest")
+        due = request.step == state.config.total_steps or (every > 0 and request.step % every == 0)
+        if not (due and 0 < request.step <= state.step) or not 0 < request.documents < 1 << 32:
+            text = f"nothing is evaluated after step {request.step} with {counted(request.documents, 'document')}"
+            raise CoordinatorError(text, code="InvalidRequest")
+        return self.history.evaluated(request)
+
     # Time.
 
     def tick(self, now: float) -> bool:
@@ -493,17 +513,21 @@ class RunHost:
 
     # Durability.
 
-    def dump(self, *, rounds_from: int = 0, events_from: int = 0, metrics_from: int = 0) -> dict[str, Any]:
+    def dump(
+        self, *, rounds_from: int = 0, events_from: int = 0, metrics_from: int = 0, evaluations_from: int = 0
+    ) -> dict[str, Any]:
         """Everything as exact JSON values.
 
         A store that keeps growing parts separately asks for the new entries only, and gives all of them to
         :meth:`load`. Entries that were dumped do not change, except the last of ``history`` and the newest of
-        ``metrics`` (:data:`~psyche_lightning.coordinator.history.CHANGING_METRICS`).
+        ``metrics`` and ``evaluations`` (:data:`~psyche_lightning.coordinator.history.CHANGING_METRICS`,
+        :data:`~psyche_lightning.coordinator.history.CHANGING_EVALUATIONS`).
 
         Args:
             rounds_from: height of the first round in ``history``.
             events_from: number of the first event.
             metrics_from: number of the first row of figures.
+            evaluations_from: number of the first evaluation.
         """
         return {
             "format": FORMAT,
@@ -517,7 +541,7 @@ class RunHost:
             **self.membership.dump(),
             "history_epoch": self.rounds_epoch,
             "history": [round_to_json(round_) for round_ in self.rounds if round_.height >= rounds_from],
-            **self.history.dump(events_from, metrics_from),
+            **self.history.dump(events_from, metrics_from, evaluations_from),
         }
 
     @classmethod

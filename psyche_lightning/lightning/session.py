@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,13 @@ from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.rates import Rates
 from psyche_lightning.node.runtime import NodeParts
 from psyche_lightning.node.settings import Settings
+from psyche_lightning.node.spare import SpareTime
 from psyche_lightning.node.status import FILE as STATUS
 from psyche_lightning.node.status import StatusFile
 from psyche_lightning.node.store import BlobStore, DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.open_ids import shown
-from psyche_lightning.protocol.requests import MAX_FIGURES, Coordinator, Figure
+from psyche_lightning.protocol.requests import MAX_FIGURES, Answer, Coordinator, Figure, Request
 from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, RunState
 from psyche_lightning.recipe.manifest import schedule_of
 from psyche_lightning.server.local import LocalCoordinator
@@ -240,6 +242,15 @@ class Session:
     def transfer(self) -> Transfer | None:
         """The download of parameters in progress; None if there is none."""
         return self._participant.transfer
+
+    @property
+    def spare(self) -> SpareTime:
+        """Other work for this node's waits."""
+        return self._participant.spare
+
+    def ask(self, request: Request[Answer]) -> Future[Answer]:
+        """Ask the run's coordinator; see :meth:`Participant.ask`."""
+        return self._participant.ask(request)
 
     def peek(self) -> RoundWork | None:
         """Wait for this node's next round, without starting it.

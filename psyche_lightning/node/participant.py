@@ -23,9 +23,10 @@ from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.events import Apply, Event, Train, Trained
 from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.runtime import NodeParts, Runtime, TrainerTask
+from psyche_lightning.node.spare import SpareTime
 from psyche_lightning.protocol.messages import Result
 from psyche_lightning.protocol.open_ids import Interval, closed
-from psyche_lightning.protocol.requests import Figure, Report
+from psyche_lightning.protocol.requests import Answer, Figure, Report, Request
 from psyche_lightning.protocol.state import RunState
 
 _T = TypeVar("_T")
@@ -64,6 +65,7 @@ class Participant:
     Attributes:
         node: as given.
         loss: training loss of the newest applied round, the same on every node; None before the first.
+        spare: other work for the training thread's waits; it has none at first.
     """
 
     def __init__(
@@ -79,11 +81,13 @@ class Participant:
         self._patience = patience
         self._stops = stops
         self._applied = applied
-        self._inbox: queue.SimpleQueue[TrainerTask] = queue.SimpleQueue()
+        self.spare = SpareTime()
+        self._inbox: queue.SimpleQueue[tuple[float, TrainerTask]] = queue.SimpleQueue()
+        self._last = ""  # the kind of the task before, which tells what the next wait is for
         self._next: RoundWork | None = None
         self._finished: Finished | None = None
         self._started_at: dict[int, float] = {}
-        self._runtime = Runtime(node, self._inbox.put)
+        self._runtime = Runtime(node, self._post)
         self._loop = asyncio.SelectorEventLoop()  # Windows' default loop would bypass sockets that count bytes
         self._thread = threading.Thread(target=self._run_loop, name="psyche-node", daemon=True)
         self._running = False
@@ -153,7 +157,7 @@ class Participant:
     def interrupt(self, error: BaseException) -> None:
         """End the training thread's current or next wait with ``error``; a signal handler may call this."""
         self._interruption = error
-        self._inbox.put(error)
+        self._post(error)
         if self._starting is not None:
             self._starting.cancel()
 
@@ -280,6 +284,14 @@ class Participant:
             )
         return True
 
+    def ask(self, request: Request[Answer]) -> Future[Answer]:
+        """Ask the coordinator while the training thread goes on; the answer, or a CoordinatorError, comes later."""
+        with self._runtime.speaking():
+            return asyncio.run_coroutine_threadsafe(self.node.coordinator.request(request), self._loop)
+
+    def _post(self, task: TrainerTask) -> None:
+        self._inbox.put((time.monotonic(), task))
+
     def _handle(self, event: Event) -> None:
         self._loop.call_soon_threadsafe(self._runtime.handle, event)
 
@@ -288,9 +300,11 @@ class Participant:
         began = time.monotonic()
         self._runtime.busy_since = None
         self._runtime.wait.rest(began)
+        self.spare.rest(self._last)
         while True:
             try:
-                task = self._inbox.get(timeout=min(LOOK_EVERY, self._patience))
+                worked = self.spare.use(here=not self._inbox.empty())
+                arrived, task = self._inbox.get(timeout=0.0 if worked else min(LOOK_EVERY, self._patience))
                 break
             except queue.Empty:
                 if self._stops():
@@ -303,6 +317,8 @@ class Participant:
                         "Start the missing nodes, or raise the node's patience."
                     ) from None
         self._runtime.wait.resume(time.monotonic())
+        self.spare.resume(arrived)
+        self._last = type(task).__name__
         match task:
             case Train(epoch, height, step, batch):
                 self._runtime.wait.over()

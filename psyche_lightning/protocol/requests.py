@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from psyche_lightning.errors import CoordinatorError, WireError
 from psyche_lightning.protocol.codec import from_json, round_from_json, round_to_json, to_json
+from psyche_lightning.protocol.evals import Evaluation, Measure, measures_from_wire, measures_to_wire
 from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
 from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, Round, RunState, WitnessProof
 from psyche_lightning.wire.canonical import sha256
@@ -220,6 +221,38 @@ class Accuse(Request[None]):
 
 
 @dataclass(frozen=True)
+class Evaluated(Request[Evaluation]):
+    """Gives the figures of one share of a task; the answer is the task's evaluation with what all nodes have measured.
+
+    A coordinator without a memory of others' figures answers with this node's alone.
+
+    Attributes:
+        task: one of the manifest's tasks.
+        step: training steps in the parameters that were measured.
+        documents: documents of the whole task, the same on all nodes.
+        share: the share.
+        figures: over the share's documents.
+    """
+
+    name = "evaluated"
+    task: str
+    step: int
+    documents: int
+    share: int
+    figures: tuple[Measure, ...]
+
+    @classmethod
+    def answer_to_json(cls, answer: Evaluation) -> Any:
+        """An object with the fields of the evaluation."""
+        return to_json(answer)
+
+    @classmethod
+    def answer_from_json(cls, value: Any) -> Evaluation:
+        """The evaluation."""
+        return from_json(Evaluation, value)
+
+
+@dataclass(frozen=True)
 class GetRounds(Request[tuple[Round, ...]]):
     """Asks for the epoch's rounds from height ``first`` on, with witness records; none if ``first`` is not kept.
 
@@ -243,7 +276,8 @@ class GetRounds(Request[tuple[Round, ...]]):
 
 
 REQUESTS: dict[str, type[Request[Any]]] = {
-    kind.name: kind for kind in (GetTerms, Join, Withdraw, WarmupWitness, Witness, HealthCheck, Accuse, GetRounds)
+    kind.name: kind
+    for kind in (GetTerms, Join, Withdraw, WarmupWitness, Witness, HealthCheck, Accuse, Evaluated, GetRounds)
 }
 """Each request by its name between node and server."""
 
@@ -297,7 +331,7 @@ def encode(request: Request[Any], *, held: bool = False) -> list[Any]:
     """The fields of a request as values for canonical msgpack, in order.
 
     A proof becomes its three values, a report a list of its values with one of ``[name, step, value]`` for each figure,
-    keys a list, and a manifest its digest and its canonical text.
+    keys and measures a list, and a manifest its digest and its canonical text.
 
     Args:
         request: the request.
@@ -313,6 +347,8 @@ def encode(request: Request[Any], *, held: bool = False) -> list[Any]:
             values.append([*numbers, [[figure.name, figure.step, figure.value] for figure in figures]])
         elif hint == tuple[bytes, ...]:
             values.append(list(value))
+        elif hint == tuple[Measure, ...]:
+            values.append(measures_to_wire(value))
         elif hint == Mapping[str, Any]:
             values += [manifest_digest(value), "" if held else manifest_text(value)]
         else:
@@ -351,6 +387,8 @@ def decode(name: str, values: Any, manifests: Mapping[bytes, Mapping[str, Any]])
             if any(type(key) is not bytes for key in keys):
                 raise CoordinatorError(f"{item} of {name} is a list of keys", code="InvalidRequest")
             found[item] = tuple(keys)
+        elif hint == tuple[Measure, ...]:
+            found[item] = measures_from_wire(next(rest))
         elif hint == Mapping[str, Any]:
             found[item] = _manifest(next(rest), next(rest), manifests)
         else:
@@ -364,7 +402,7 @@ def wire_types(kind: type[Request[Any]]) -> tuple[type, ...]:
     for _, hint in _FIELDS[kind]:
         if hint is WitnessProof:
             types += [int, int, bool]
-        elif hint is Report or hint == tuple[bytes, ...]:
+        elif hint is Report or hint in (tuple[bytes, ...], tuple[Measure, ...]):
             types.append(list)
         elif hint == Mapping[str, Any]:
             types += [bytes, str]

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.protocol.evals import MAX_NAME, MAX_TASKS
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe.options import SHARED, NodeOptions, RunOptions, RunValues
 from psyche_lightning.recipe.schedule import KINDS, Constant, Schedule
@@ -240,6 +241,35 @@ class TrainerSection:
 
 
 @dataclass(frozen=True)
+class EvalsSection:
+    """``evals``: tasks of lm-eval that the nodes measure together while they wait for others.
+
+    Attributes:
+        tasks: names of tasks; none for no evaluations.
+        every: rounds between evaluations; 0 for one at the end, which the others have as well.
+        limit: only so many questions of each task; null for all.
+        tasks_from: a folder with tasks of your own, in lm-eval's form; nodes may differ.
+
+    Raises:
+        ConfigError: the names are too many, too long or repeated, or other keys are set without any.
+    """
+
+    tasks: tuple[str, ...] = ()
+    every: NonNegative = 0
+    limit: Count | None = None
+    tasks_from: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tasks and (self.every or self.limit or self.tasks_from):
+            raise ConfigError("evals.tasks names no tasks, but other keys of evals are set; name tasks of lm-eval.")
+        if len(self.tasks) > MAX_TASKS or len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"evals.tasks has {len(self.tasks)} names; expected at most {MAX_TASKS}, each once.")
+        for name in self.tasks:
+            if not 0 < len(name) <= MAX_NAME:
+                raise ConfigError(f"evals.tasks has {name!r}; a task's name has 1 to {MAX_NAME} characters.")
+
+
+@dataclass(frozen=True)
 class CheckpointSection:
     """``checkpoint``: which checkpoints are kept, and from which one a run resumes.
 
@@ -273,6 +303,7 @@ class Recipe:
         data: the data to train on.
         optimizer: step sizes.
         trainer: how this node computes.
+        evals: what the nodes evaluate.
         checkpoint: which checkpoints are kept.
         node: how this node is connected.
     """
@@ -284,6 +315,7 @@ class Recipe:
     data: DataSection = field(default_factory=DataSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     trainer: TrainerSection = field(default_factory=TrainerSection)
+    evals: EvalsSection = field(default_factory=EvalsSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     node: NodeOptions = field(default_factory=NodeOptions)
 

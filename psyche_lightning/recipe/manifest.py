@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from psyche_lightning.checkpoints.manifest import Manifest
+from psyche_lightning.protocol.evals import SECTION as EVALS
 from psyche_lightning.recipe.config import Recipe
 from psyche_lightning.recipe.options import RunValues
 from psyche_lightning.recipe.schedule import KINDS, Schedule
@@ -54,6 +55,8 @@ def manifest(recipe: Recipe, fingerprint: str | None = None) -> dict[str, dict[s
         "data": data,
         "optimizer": optimizer,
     }
+    if recipe.evals.tasks:
+        sections[EVALS] = {"tasks": recipe.evals.tasks, "every": recipe.evals.every, "limit": recipe.evals.limit}
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(sections, allow_nan=False))
     return plain
 

@@ -8,10 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 from psyche_lightning.coordinator.history import Metrics
+from psyche_lightning.protocol.evals import Evaluation
 from psyche_lightning.protocol.requests import Report
 from psyche_lightning.protocol.state import Client, ClientStatus, Phase, RunState
 from psyche_lightning.server.live import LiveRun
 from psyche_lightning.wire.identity import short
+
+SHOWN_EVALUATIONS = 64
 
 
 def run_line(run: LiveRun) -> dict[str, Any]:
@@ -42,7 +45,8 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         (why changes cannot be stored, null if they can), ``checkpoint``, ``manifest_digest``; ``clients`` (of the
         epoch), ``exited`` and ``pending``, each with key, status and latest figures; ``points``; ``by_link`` (whether
         who joins needs the join link), ``allowed`` (node keys that may join, null for everyone) and ``revoked`` (node
-        keys that may not in any case); ``events`` and ``metrics``, and the number of each.
+        keys that may not in any case); ``events`` and ``metrics``, and the number of each; ``evaluations``, the newest
+        ones (see :func:`evaluation_line`).
     """
     host, state = run.host, run.state
     reports = host.history.reports
@@ -76,6 +80,9 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         "revoked": sorted(key.hex() for key in host.membership.revoked),
         "event_count": host.history.events.count,
         "metric_count": host.history.metrics.count,
+        "evaluations": [
+            evaluation_line(one) for one in host.history.evaluations.since(0)[-SHOWN_EVALUATIONS:] if not one.undone
+        ],
         "events": [asdict(event) for event in host.history.events.since(events_from)],
         "metrics": [metrics_row(row) for row in host.history.metrics.since(metrics_from)],
     }
@@ -84,6 +91,17 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
 def metrics_row(row: Metrics) -> dict[str, Any]:
     """The figures of a training round in a status; ``figures`` has the means of the named ones."""
     return {**asdict(row), "figures": {mean.name: mean.value for mean in row.figures}}
+
+
+def evaluation_line(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation in a status: ``task``, ``step``, ``documents``, ``measured`` of them, and ``figures`` by name."""
+    return {
+        "task": evaluation.task,
+        "step": evaluation.step,
+        "documents": evaluation.documents,
+        "measured": evaluation.measured,
+        "figures": evaluation.values,
+    }
 
 
 def standing(client: Client, state: RunState) -> str:

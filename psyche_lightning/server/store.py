@@ -8,11 +8,17 @@ import sqlite3
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from psyche_lightning.coordinator.history import CHANGING_METRICS, MAX_EVENTS, MAX_METRICS
+from psyche_lightning.coordinator.history import (
+    CHANGING_EVALUATIONS,
+    CHANGING_METRICS,
+    MAX_EVALUATIONS,
+    MAX_EVENTS,
+    MAX_METRICS,
+)
 from psyche_lightning.coordinator.host import MAX_ROUNDS, RunHost
 from psyche_lightning.errors import CoordinatorError, PsycheError, WireError
 from psyche_lightning.wire.identity import Identity
@@ -122,6 +128,7 @@ class _Saved:
         height: height of the newest stored round.
         events: number of events.
         metrics: number of rows of figures.
+        evaluations: number of evaluations.
         manifest: the stored manifest.
     """
 
@@ -129,6 +136,7 @@ class _Saved:
     height: int = 0
     events: int = 0
     metrics: int = 0
+    evaluations: int = 0
     manifest: dict[str, Any] | None = None
 
 
@@ -181,6 +189,7 @@ class SqliteStore:
                     "history": self._entries(run_id, "round")[1],
                     "events": dict(zip(("first", "items"), self._entries(run_id, "event"), strict=True)),
                     "metrics": dict(zip(("first", "items"), self._entries(run_id, "metric"), strict=True)),
+                    "evaluations": dict(zip(("first", "items"), self._entries(run_id, "evaluation"), strict=True)),
                 }
                 host = RunHost.load(data)
                 figures, stored = host.history.metrics, data["metrics"]
@@ -233,17 +242,19 @@ class SqliteStore:
         run_id = host.state.run_id
         if host.rounds_epoch != saved.epoch:
             self._database.execute("DELETE FROM entry WHERE run_id = ? AND kind = 'round'", (run_id,))
-            saved = _Saved(host.rounds_epoch, 0, saved.events, saved.metrics, saved.manifest)
+            saved = replace(saved, epoch=host.rounds_epoch, height=0)
         data = host.dump(
             rounds_from=saved.height,
             events_from=saved.events,
             metrics_from=max(0, saved.metrics - CHANGING_METRICS),
+            evaluations_from=max(0, saved.evaluations - CHANGING_EVALUATIONS),
         )
         rounds = data.pop("history")
         first = rounds[0]["height"] if rounds else 0
         self._append(run_id, "round", first, rounds, MAX_ROUNDS)
         self._append(run_id, "event", **data.pop("events"), limit=MAX_EVENTS)
         self._append(run_id, "metric", **data.pop("metrics"), limit=MAX_METRICS)
+        self._append(run_id, "evaluation", **data.pop("evaluations"), limit=MAX_EVALUATIONS)
         manifest = data.pop("manifest")
         if manifest is not saved.manifest:
             self._database.execute("REPLACE INTO manifest VALUES (?, ?)", (run_id, _sealed(manifest)))
@@ -318,4 +329,12 @@ def _opened(text: str, what: str) -> Any:
 
 def _saved(host: RunHost) -> _Saved:
     height = host.rounds[-1].height if host.rounds else 0
-    return _Saved(host.rounds_epoch, height, host.history.events.count, host.history.metrics.count, host.manifest)
+    history = host.history
+    return _Saved(
+        host.rounds_epoch,
+        height,
+        history.events.count,
+        history.metrics.count,
+        history.evaluations.count,
+        host.manifest,
+    )

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -44,6 +44,7 @@ from psyche_lightning.recipe.text_config import text_config
 from psyche_lightning.train.advice import say_missing_lines
 from psyche_lightning.train.bars import Bars
 from psyche_lightning.train.computing import apply_choices, compiling
+from psyche_lightning.train.evals import Evals
 from psyche_lightning.train.labels import check_labels
 from psyche_lightning.train.loggers import make_logger
 from psyche_lightning.train.module import CausalModule, ProviderDataset
@@ -144,6 +145,8 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
         steps = terms.config.total_steps
     strategy = PsycheStrategy(**vars(options))
     diary = _Diary(recipe, provider, folder, strategy, steps)
+    if recipe.evals.tasks:
+        diary.evals = Evals(recipe.evals, model, provider.tokenizer, diary.evaluated)
     diary.checkpoints = Checkpoints(recipe, run, folder, provider.tokenizer, sections, saved_dtype(recipe, beginning))
     trainer = Trainer(
         strategy=strategy,
@@ -179,9 +182,11 @@ class _Diary(Callback):
     Attributes:
         result: the content of ``result.json``, at the end.
         checkpoints: writes the checkpoints; set before training.
+        evals: evaluates the recipe's tasks; None without any.
     """
 
     checkpoints: Checkpoints
+    evals: Evals | None = None
 
     def __init__(
         self, recipe: Recipe, provider: DataProvider, folder: Path, strategy: PsycheStrategy, steps: int
@@ -211,6 +216,7 @@ class _Diary(Callback):
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = trainer
         self._bars.start()  # before the node joins and downloads parameters
         self._started = time.monotonic()
 
@@ -220,6 +226,8 @@ class _Diary(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._losses:  # the parameters are now the run's
             self._validate(trainer, pl_module)
+        if not self._trained and self.evals is not None:
+            self.evals.begin(self._session)
         self._session.observe(trainer.global_step + 1, self._logs)
         work = self._session.work
         assert work is not None  # since the loader took it
@@ -252,6 +260,8 @@ class _Diary(Callback):
             self._validate(trainer, pl_module)
         assert isinstance(pl_module, CausalModule)
         self.checkpoints.after_round(session, pl_module.model)
+        if self.evals is not None:
+            self.evals.after_round(session, pl_module.model)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._session.finished is None:
@@ -283,6 +293,10 @@ class _Diary(Callback):
         self._bars.stop()
         finish()
         self._replace(self._folder / RESULT, json_text(self.result, 1) + "\n")
+        if self.evals is not None:
+            self.evals.at_the_end(session, pl_module.model, trainer.global_step)
+            self.result["evals"] = self.evals.figures
+            self._replace(self._folder / RESULT, json_text(self.result, 1) + "\n")
         logger.info("%d steps, digest %s, in %s/", trainer.global_step, self.result["digest"][:16], self._folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -303,6 +317,10 @@ class _Diary(Callback):
         return self._strategy.session
 
     # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write the figures of an evaluation of the parameters of a step."""
+        self._write(self._trainer, step, **figures)
 
     def _close(self) -> None:
         self._bars.stop()

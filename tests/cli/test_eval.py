@@ -7,39 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tasks import sums
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from psyche_lightning.cli import main
 
-TASK = """
-task: sums
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-"""
-
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    rows = [
-        {"question": f"{a} + {b} =", "choices": [f" {a + b}", f" {a + b + 1}"], "answer": 0}
-        for a in range(4)
-        for b in range(5)
-    ]
-    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "sums.yaml").write_text(TASK.format(data=folder / "sums.jsonl"))
-    return folder
+    return sums(tmp_path / "tasks")
 
 
 @pytest.fixture

@@ -131,11 +131,12 @@ def test_the_table_of_strategy_options_is_complete(page: PathOf) -> None:
 
 def test_the_events_and_effects_of_the_core_are_all_there(page: PathOf) -> None:
     from psyche_lightning.node import events
-    from psyche_lightning.protocol.requests import REQUESTS, GetTerms, Request, Withdraw
+    from psyche_lightning.protocol.requests import REQUESTS, Evaluated, GetTerms, Request, Withdraw
 
     section = page("architecture.md").text.partition("## The node core")[2].partition("\n## ")[0]
     named = set(re.findall(r"`([A-Z]\w+)`", section)) - {"NodeCore"}
-    asked = {kind.__name__ for kind in REQUESTS.values() if kind not in (GetTerms, Withdraw)}  # the runtime asks these
+    others = (GetTerms, Withdraw, Evaluated)  # the runtime and the training thread ask these
+    asked = {kind.__name__ for kind in REQUESTS.values() if kind not in others}
     kinds = (*events.Event.__args__, *(kind for kind in events.Effect.__args__ if get_origin(kind) is not Request))
     real = {kind.__name__ for kind in kinds} | asked  # type: ignore[attr-defined]
     assert named == real

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from psyche_lightning.errors import CoordinatorError, WireError
+from psyche_lightning.protocol.evals import Measure
 from psyche_lightning.protocol.manifest import manifest_digest, manifest_text
 from psyche_lightning.protocol.requests import (
     MAX_FIGURES,
     REQUESTS,
     Accuse,
+    Evaluated,
     Figure,
     GetRounds,
     GetTerms,
@@ -61,6 +63,11 @@ TRAVELS: list[tuple[Request[Any], str, list[Any]]] = [
     ),
     (HealthCheck(1, 5, (b"k" * 32, b"l" * 32)), "health_check", [1, 5, [b"k" * 32, b"l" * 32]]),
     (Accuse(b"one", b"two"), "accuse", [b"one", b"two"]),
+    (
+        Evaluated("sums", 6, 20, 3, (Measure("acc", 1.0, 2.0), Measure("p", -3.5, 2.0, True))),
+        "evaluated",
+        ["sums", 6, 20, 3, [["acc", 1.0, 2.0, False], ["p", -3.5, 2.0, True]]],
+    ),
     (GetRounds(1, 3), "rounds", [1, 3]),
 ]
 

@@ -20,10 +20,12 @@ from solders.pubkey import Pubkey
 from psyche_lightning import aio
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.evals import Evaluation
 from psyche_lightning.protocol.manifest import fix_values, merge
 from psyche_lightning.protocol.requests import (
     Accuse,
     Answer,
+    Evaluated,
     GetRounds,
     GetTerms,
     HealthCheck,
@@ -59,6 +61,8 @@ logger = logging.getLogger(__name__)
 FEW_TRANSACTIONS = 100
 """A wallet must be able to pay for this many to join."""
 LARGEST_FLOAT = 3.0e38
+EVALS, EVAL_NAME = 8, 32
+"""Evaluations in a report, and the bytes of a name, as in Psyche's ``WitnessMetadata``."""
 
 _Result = TypeVar("_Result")
 
@@ -106,6 +110,7 @@ class SolanaCoordinator:
         self._decoded: tuple[Snapshot, RunAccounts] | None = None
         self._joined = False
         self._bytes: tuple[float, int] | None = None
+        self._evaluations: dict[str, Evaluation] = {}  # of this node alone, the newest of each task
         self._told: tuple[int, float, tuple[int, int]] | None = None  # step, loss, and where they were reported
         self._in_flight: dict[Hashable, asyncio.Task[Any]] = {}
         self._ticker: asyncio.Task[None] | None = None
@@ -154,9 +159,19 @@ class SolanaCoordinator:
                 # Every node still ignores both results.
                 text = "a run on a chain cannot eject a node that signed two results"
                 raise CoordinatorError(text, code="Unsupported")
+            case Evaluated():
+                answer = self._evaluated(request)
             case _:
                 raise CoordinatorError(f"a run on a chain has no request {request!r:.80}", code="Unsupported")
         return answer  # type: ignore[no-any-return] # each branch gives what its request declares
+
+    def _evaluated(self, request: Evaluated) -> Evaluation:
+        """Keep what this node measured for its next reports; the program merges nothing of others."""
+        before = self._evaluations.get(request.task)
+        if before is None or before.step != request.step:
+            before = Evaluation(request.task, request.step, request.documents)
+        self._evaluations[request.task] = after = before.plus(request.share, request.figures)
+        return after
 
     async def _terms(self) -> Terms:
         """The run's fixed terms."""
@@ -471,6 +486,11 @@ class SolanaCoordinator:
             "tokens_per_sec": _single(report.tokens_per_second),
             "bandwidth_per_sec": _single(rate),
             "loss": _single(report.loss) if self._told[2] == (epoch, height) else math.inf,
+            "evals": [
+                {"name": task.encode()[:EVAL_NAME].ljust(EVAL_NAME, b"\0"), "value": _single(one.main)}
+                for task, one in self._evaluations.items()
+                if one.main is not None
+            ][:EVALS],
         }
 
     async def _health_check(self, epoch: int, height: int, signers: tuple[bytes, ...]) -> int:

@@ -15,6 +15,7 @@ from solders.pubkey import Pubkey
 
 from psyche_lightning.coordinator import machine
 from psyche_lightning.coordinator.history import History
+from psyche_lightning.errors import counted
 from psyche_lightning.protocol.requests import Report
 from psyche_lightning.protocol.state import MISSED_ROUNDS, Client, CoordinatorConfig, Phase, RunState
 from psyche_lightning.server.status import member, metrics_row
@@ -76,6 +77,7 @@ class Story:
     def __init__(self, program: Pubkey, account: Pubkey) -> None:
         self.run: RunAccounts | None = None
         self.history = History()
+        self._measured: dict[bytes, tuple[int, dict[str, float]]] = {}  # what each witness told last
         self.rows: list[Row] = []
         self._program = program
         self._account = account
@@ -140,6 +142,8 @@ class Story:
             if figures["step"] and (state.current.step or math.isfinite(figures["loss"])):
                 report = Report(step, figures["loss"], figures["tokens_per_sec"])
                 self.history.report(given.get("epoch", state.epoch), user, report)
+            if figures["evals"]:
+                self._measured[user] = state.step, {_task(one["name"]): one["value"] for one in figures["evals"]}
         self.run = act(self.run, name, user, given, clock)
         after = self.run.state
         self._note(before, name, user, given, clock.now)
@@ -198,14 +202,37 @@ class Story:
             "metric_count": metrics.count,
             "events": [asdict(event) for event in events.since(0)],
             "metrics": [metrics_row(row) for row in metrics.since(0)],
+            "evaluations": self._evaluations(),
             "account": address,
         }
+
+    def _evaluations(self) -> list[dict[str, Any]]:
+        """The mean of what the witnesses measured last of each task; how much that was, no report says."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for step, values in self._measured.values():
+            for task, value in values.items():
+                if math.isfinite(value):
+                    found.setdefault(task, []).append((step, value))
+        return [
+            {
+                "task": task,
+                "step": max(step for step, _ in told),
+                "documents": None,
+                "measured": None,
+                "figures": {f"mean of {counted(len(told), 'node')}": sum(value for _, value in told) / len(told)},
+            }
+            for task, told in found.items()
+        ]
 
 
 def _member(client: Client, status: str, reports: Mapping[bytes, Report]) -> dict[str, Any]:
     # A report on the chain counts no bytes.
     unknown = {"bytes_up": None, "bytes_down": None}
     return {**member(client, status, reports), **unknown, "wallet": str(Pubkey(client.signer))}
+
+
+def _task(name: bytes) -> str:
+    return bytes(name).rstrip(b"\0").decode("utf-8", "replace")
 
 
 def _result(entry: Entry) -> str:
