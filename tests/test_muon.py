@@ -15,7 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from psyche_lightning import MuonAdamW
+from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.lightning.optimizers import build_distro
 from psyche_lightning.muon import hidden_matrices
 
 
@@ -212,6 +214,18 @@ def test_nothing_for_muon_is_an_error() -> None:
             MuonAdamW(nothing)
     with pytest.raises(ConfigError, match=r'"muon": True has a parameter of shape \[2\]'):
         MuonAdamW([{"params": nn.Linear(2, 2).parameters(), "muon": True}])
+
+
+def test_votes_go_through_muon_where_the_optimizer_is_muon() -> None:
+    net = Net()
+
+    def matrices(optimizer: torch.optim.Optimizer) -> list[tuple[list[str], float]]:
+        groups = build_distro(optimizer, net, DistroConfig()).param_groups
+        return [(group["param_names"], group["momentum"]) for group in groups if group["muon"]]
+
+    assert matrices(MuonAdamW(net, momentum=0.8)) == [(["inner.weight"], 0.8)]
+    assert matrices(torch.optim.Muon([net.inner.weight], momentum=0.7)) == [(["inner.weight"], 0.7)]
+    assert matrices(torch.optim.SGD(net.parameters(), momentum=0.8)) == []
 
 
 class Module(LightningModule):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.live import Live
@@ -14,6 +14,9 @@ from rich.table import Table
 from psyche_lightning.bench.report import check_folder, picture, write_json
 from psyche_lightning.cli.console import stdout
 from psyche_lightning.logs import redirections
+
+if TYPE_CHECKING:
+    from psyche_lightning.bench.quality.comparison import Case, Row
 
 bench = typer.Typer(help="Measure bytes, speed and quality, as tables, JSON and pictures.", no_args_is_help=True)
 
@@ -138,49 +141,80 @@ def engine(
 
 @bench.command()
 def quality(
-    sizes: Annotated[list[str] | None, typer.Option("--size", help="small or demo; by default both.")] = None,
-    settings: Annotated[
+    sizes: Annotated[list[str] | None, typer.Option("--size", help="small or demo; repeatable.")] = None,
+    methods: Annotated[
         list[str] | None,
-        typer.Option("--setting", metavar="K/CHUNK", help="Votes per chunk and its side, such as 8/64; repeatable."),
+        typer.Option(
+            "--method",
+            metavar="NAME[:FIELD=VALUE,...]",
+            help="allreduce, diloco, demo, distro or local, such as distro:k=8,muon=true; repeatable.",
+        ),
     ] = None,
-    decay: Annotated[float, typer.Option(help="Fraction of delta that remains each round.")] = 0.9,
-    nodes: Annotated[int, typer.Option(min=2, help="Nodes that train together.")] = 4,
-    rounds: Annotated[int, typer.Option(min=12, help="Rounds of each training.")] = 120,
-    batch: Annotated[int, typer.Option(min=1, help="Samples of a node in a round.")] = 4,
+    nodes: Annotated[list[int] | None, typer.Option(min=2, help="Nodes that train together; repeatable.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=12, help="Optimizer steps; repeatable.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a node in a step.")] = 4,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings for mean and spread.")] = 3,
     rates: Annotated[
-        list[float] | None, typer.Option("--rate", help="Learning rates to try with the first seed.")
+        list[float] | None,
+        typer.Option("--rate", help="Learning rates to try; without, each method's best is searched. Repeatable."),
+    ] = None,
+    long: Annotated[
+        bool, typer.Option("--long", help="Both sizes, 4 and 16 nodes, 120 to 1920 steps, all methods. Takes days.")
+    ] = False,
+    results: Annotated[
+        Path | None, typer.Option(help="Note each training in this file, and repeat none that is in it.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Trainings at a time, each in a process of one thread.")] = 2,
     json_file: Json = None,
     png: Png = None,
 ) -> None:
-    """Compare validation loss against bytes: AdamW with all-reduce, the DeMo rule in floats, this engine."""
-    from psyche_lightning.bench.quality import DEFAULT_RATES, SETTINGS, SIZES, Plan, compare, draw, methods
+    """Compare validation loss against bytes: all-reduce, DiLoCo, the DeMo rule, DisTrO at each step, local steps."""
+    from psyche_lightning.bench.quality.comparison import Case, Results, compare
+    from psyche_lightning.bench.quality.methods import DEFAULT, LONG, method
+    from psyche_lightning.bench.quality.picture import draw
+    from psyche_lightning.bench.quality.training import SIZES, Task
     from psyche_lightning.errors import ConfigError
 
     check_folder(json_file, "--json")
     check_folder(png, "--png")
+    check_folder(results, "--results")
     for size in sizes or ():
         if size not in SIZES:
             raise ConfigError(f"--size is {size!r}; choose {' or '.join(SIZES)}")
-    compared = methods(settings or list(SETTINGS), decay)
-    plan = Plan(nodes, rounds, batch, seeds, tuple(rates or DEFAULT_RATES))
-    table = _table(
-        f"{nodes} nodes, {rounds} rounds, the same tokens; {seeds} seeds",
-        *("model", "method", "setting", "rate", "loss, nats per byte", "bytes per round", "fewer bytes"),
-    )
-    rows = []
-    with Live(table, console=stdout(), refresh_per_second=2, **redirections()):
-        for row in compare(sizes or list(SIZES), compared, plan, workers):
-            rows.append(row)
-            table.add_row(
-                row.model, row.family, row.setting, f"{row.rate:g}", f"{row.loss:.3f} ± {row.spread:.3f}",
-                f"{row.sent:,.0f}", f"{row.ratio:,.0f}",
+    if long and results is None:
+        raise ConfigError("--long takes days; name a file with --results FILE, so that it goes on where it was stopped")
+    compared = [method(text) for text in methods or (LONG if long else DEFAULT)]
+    tasks = [
+        Task(size, count, length, batch)
+        for length in steps or ((120, 480, 1920) if long else (120,))
+        for size in sizes or (SIZES if long else ("small",))
+        for count in nodes or ((4, 16) if long else (4,))
+    ]
+    cases = [Case(task, one, seeds, tuple(rates or ())) for task in tasks for one in compared]
+    known = Results(results)
+    rows: dict[Case, Row] = {}
+
+    def table() -> Table:
+        shown = _table(
+            f"The same tokens for all; {seeds} seeds",
+            *("model", "nodes", "steps", "method", "setting", "rate", "loss, nats per byte", "bytes sent", "fewer"),
+        )
+        for row in (rows[case] for case in cases if case in rows):
+            task = row.task
+            shown.add_row(
+                task.size, str(task.nodes), f"{task.steps:,}", row.method.family, row.method.setting, f"{row.rate:g}",
+                f"{row.loss:.3f} ± {row.spread:.3f}", f"{row.sent:,.0f}", f"{row.ratio:,.0f}",
             )  # fmt: skip
-    write_json(json_file, {"plan": asdict(plan), "decay": decay, "rows": [asdict(row) for row in rows]})
-    if png is not None:
-        draw(png, rows, f"{nodes} nodes, {rounds} rounds")
+        return shown
+
+    with Live(table(), console=stdout(), refresh_per_second=2, **redirections()) as live:
+        for case, row in compare(cases, known, workers):
+            rows[case] = row
+            live.update(table())
+            finished = [rows[one] for one in cases if one in rows]
+            write_json(json_file, {"rows": [one.figures() for one in finished]})
+            if png is not None:
+                draw(png, finished)
 
 
 @bench.command()

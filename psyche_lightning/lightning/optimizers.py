@@ -20,7 +20,8 @@ STATE_KEY = "psyche_distro"
 def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> DisTrO:
     """Build a DisTrO with the parameter groups, learning rates and weight decays of the user's optimizer.
 
-    Gradients in groups that Muon trains (:class:`~psyche_lightning.muon.MuonAdamW`) go through Muon first.
+    Gradients in groups that Muon trains (of :class:`~psyche_lightning.muon.MuonAdamW`, and all of ``torch.optim.Muon``)
+    go through Muon first.
 
     Args:
         optimizer: the user's; of any kind.
@@ -32,6 +33,7 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
     """
     names = {id(parameter): name for name, parameter in named_parameters(module).items()}
     groups = []
+    all_muon = isinstance(optimizer, torch.optim.Muon)
     for group in optimizer.param_groups:
         unknown = [parameter for parameter in group["params"] if id(parameter) not in names]
         if unknown:
@@ -45,7 +47,7 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
                 "params": [(names[id(parameter)], parameter) for parameter in group["params"]],
                 "lr": float(group["lr"]),
                 "weight_decay": float(group.get("weight_decay", 0.0)),
-                **({"muon": True, "momentum": group["momentum"]} if group.get("muon") else {}),
+                **({"muon": True, "momentum": group["momentum"]} if group.get("muon", all_muon) else {}),
             }
         )
     return DisTrO(groups, lr=float(optimizer.param_groups[0]["lr"]), config=config)

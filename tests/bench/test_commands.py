@@ -51,23 +51,6 @@ def test_engine_as_a_command(tmp_path):
     assert json.loads((tmp_path / "j").read_text())["models"][0]["times"]["encode"] > 0
 
 
-def test_quality_trains_every_method(tmp_path):
-    arguments = ["--size", "small", "--setting", "8/64", "--rate", "1e-3", "--rounds", "12", "--seeds", "2"]
-    arguments += ["--nodes", "2", "--batch", "1"]
-    pictured = ["--json", str(tmp_path / "j"), "--png", str(tmp_path / "p.png")]
-    assert main(["bench", "quality", *arguments, *pictured]) == 0
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    rows = json.loads((tmp_path / "j").read_text())["rows"]
-    assert [(row["family"], row["setting"]) for row in rows] == [
-        ("AdamW, all-reduce", ""),
-        ("DeMo rule in floats", "k=8, 64x64"),
-        ("this engine", "k=8, 64x64"),
-        ("this engine, overlap", "k=8, 64x64"),
-    ]
-    assert all(0 < row["loss"] < 6 for row in rows)
-    assert rows[2]["ratio"] > 100
-
-
 def test_fuzz_finds_nothing(tmp_path):
     assert main(["bench", "fuzz", "--inputs", "1000", "--seed", "3", "--json", str(tmp_path / "j")]) == 0
     figures = json.loads((tmp_path / "j").read_text())
