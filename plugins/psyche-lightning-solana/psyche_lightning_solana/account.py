@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from psyche_lightning.coordinator.machine import batch_size, gathered
-from psyche_lightning.errors import WireError
+from psyche_lightning.errors import CoordinatorError, WireError
 from psyche_lightning.protocol.bloom import BLOOM_SIZE
+from psyche_lightning.protocol.committee import round_selection
 from psyche_lightning.protocol.state import (
     Checkpoint,
     Client,
@@ -289,7 +290,10 @@ def _state(record: Record, members: tuple[Member, ...]) -> RunState:
         nonce=int(record["nonce"]),
     )
     order = {member.signer: place for place, member in enumerate(members)}
-    return replace(state, rounds=_rounds(record, state, order))
+    rounds = _rounds(record, state, order)
+    if (rounds or phase in _TRAINING) and state.head >= len(rounds):
+        raise AccountError("the account is damaged: its newest round is missing")
+    return replace(state, rounds=rounds)
 
 
 def _rounds(record: Record, state: RunState, order: dict[bytes, int]) -> tuple[Round, ...]:
@@ -357,6 +361,11 @@ def _with_manifest(run: RunAccounts, record: Record) -> RunAccounts:
         needed=int(record["needed"]),
         **said,
     )
+    try:
+        for round_ in state.rounds:
+            round_selection(round_, state.config)
+    except CoordinatorError as error:
+        raise AccountError(f"the account is damaged: {error}") from error
     if state.phase is Phase.WAITING_FOR_MEMBERS and gathered(state, run.pending):
         state = replace(state, gathered_at=state.phase_start)
     fixed = ManifestAccount(

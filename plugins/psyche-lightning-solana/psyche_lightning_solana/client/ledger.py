@@ -141,8 +141,8 @@ def _decode(signature: str, found: Mapping[str, Any]) -> Entry:
         keys += [Pubkey.from_string(key) for kind in ("writable", "readonly") for key in loaded.get(kind, ())]
         return Entry(
             signature=signature,
-            slot=int(found["slot"]),
-            time=int(found.get("blockTime") or 0),
+            slot=_whole(found["slot"]),
+            time=_whole(found.get("blockTime") or 0),
             payer=keys[0],
             error=meta.get("err"),
             units=int(meta.get("computeUnitsConsumed") or 0),
@@ -153,6 +153,12 @@ def _decode(signature: str, found: Mapping[str, Any]) -> Entry:
         )
     except (TypeError, ValueError, LookupError, AttributeError, binascii.Error):
         raise RpcProblem(f"it gave the transaction {signature[:12]} in a malformed way", retryable=True) from None
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r:.40} is no slot and no time")
+    return value
 
 
 def _calls(transaction: VersionedTransaction, keys: list[Pubkey], meta: Mapping[str, Any]) -> Iterator[Call]:

@@ -74,6 +74,16 @@ class Account:
     executable: bool
 
 
+def _is_row(row: Any) -> bool:
+    """Whether it lists a transaction."""
+    try:
+        Signature.from_string(row["signature"])
+        time = row.get("blockTime")
+    except (TypeError, ValueError, LookupError, AttributeError):
+        return False
+    return time is None or type(time) is int
+
+
 def slot_of(result: Any) -> int:
     """The slot of an answer or a notification.
 
@@ -234,7 +244,7 @@ class Reader:
         """Transactions that name the account, newest first, at most 1000: ``signature``, ``slot``, ``err`` and more."""
         config = RpcSignaturesForAddressConfig(before, until, PAGE, self._past)
         answer = await self._json(GetSignaturesForAddress(key, config))
-        if not isinstance(answer, list) or not all(isinstance(row, dict) and "signature" in row for row in answer):
+        if not isinstance(answer, list) or not all(map(_is_row, answer)):
             raise RpcProblem("it answered with a malformed list of signatures", retryable=True)
         return answer
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import zstandard
 from psyche_lightning_solana.client.cluster import Endpoint
+from psyche_lightning_solana.client.ledger import Ledger
 from psyche_lightning_solana.client.reader import MAX_ACCOUNT_SIZE
 from psyche_lightning_solana.client.rpc import (
     PoolClient,
@@ -220,5 +221,37 @@ def test_a_slot_that_no_chain_has_is_refused(run, slot):
         world.proxies[0].edit(spoil)
         with pytest.raises(RpcProblem, match="does not fit this request"):
             await world.reader().account(Pubkey.new_unique())
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("method", "spoilt"),
+    [
+        ("getSignaturesForAddress", {"signature": "x"}),
+        ("getSignaturesForAddress", {"signature": 5}),
+        ("getSignaturesForAddress", {"blockTime": "today"}),
+        ("getTransaction", {"slot": -1}),
+        ("getTransaction", {"slot": 1 << 64}),
+        ("getTransaction", {"blockTime": 1 << 64}),
+        ("getTransaction", {"blockTime": 1.5}),
+        ("getTransaction", {"transaction": ["AAAA", "base64"]}),
+        ("getTransaction", {"meta": {"err": None}}),
+    ],
+)
+def test_a_ledger_that_no_chain_has_is_refused(run, method, spoilt):
+    async def test(world):
+        wallet = world.wallet(5_000_000)
+        assert [entry.error for entry in await Ledger(world.reader(), wallet.public).entries()] == [None]
+
+        def spoil(asked, answer):
+            answer, result = copy.deepcopy(answer), answer["result"]
+            if asked == method:
+                answer["result"] = {**result, **spoilt} if method == "getTransaction" else [{**result[0], **spoilt}]
+            return answer
+
+        world.proxies[0].edit(spoil)
+        with pytest.raises(RpcProblem, match="malformed"):
+            await Ledger(world.reader(), wallet.public).entries()
 
     run(test)

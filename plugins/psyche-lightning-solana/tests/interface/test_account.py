@@ -70,6 +70,7 @@ def test_reading_copies_nothing(data: bytearray) -> None:
         (lambda data: data[:75928] + struct.pack("<Q", 257) + data[75936:], "damaged: len is 257"),
         (lambda data: data[:119000] + struct.pack("<Q", 2**63) + data[119008:], "damaged: members_len"),
         (lambda data: data[:94376] + struct.pack("<I", 4) + data[94380:], "damaged: rounds_head is 4"),
+        (lambda data: data[:94376] + struct.pack("<I", 3) + data[94380:], "damaged: its newest round is missing"),
         (lambda data: data[: 1048 + 14080] + b"\x21" + data[1048 + 14081 :], "damaged: witnesses_len is 33"),
         (lambda data: data[: 57496 + 64] + b"\4" + data[57496 + 65 :], "damaged: 4 is not a valid ClientStatus"),
     ],
@@ -89,4 +90,8 @@ def test_what_is_no_manifest_account(run: Run) -> None:
     record["votes_len"] = 300
     with pytest.raises(AccountError, match="votes_len is 300"):
         read(coordinator, record.tobytes())
+    rounds = view_coordinator(bytearray(coordinator))
+    rounds["rounds"][0]["tie_breaker_tasks"] = 300
+    with pytest.raises(AccountError, match="damaged: 300 tie breakers among"):
+        read(rounds.tobytes(), manifest)
     assert len(coordinator) == COORDINATOR_SIZE
