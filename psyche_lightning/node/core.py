@@ -405,13 +405,19 @@ class NodeCore:
 
 def _contradicts(before: RunState, after: RunState) -> bool:
     """Whether a newer state takes back what an older one showed, which a coordinator does only if it lost that."""
-    if after.epoch < before.epoch:
-        return True
+    if after.rounds_epoch != before.rounds_epoch:
+        return after.rounds_epoch < before.rounds_epoch
     old, new = before.current, after.current
-    if not (before.phase.active and after.phase.active and before.epoch == after.epoch) or old is None or new is None:
+    if old is None or new is None:
         return False
-    ended = [(round_, after.round_at(round_.height)) for round_ in before.rounds if round_.height < old.height]
-    return new.height < old.height or any(
-        same is not None and decided_root(round_, before.needed) != decided_root(same, after.needed)
-        for round_, same in ended
+    in_both = [(round_, same) for round_ in before.rounds if (same := after.round_at(round_.height)) is not None]
+    under_way = before.phase.active and after.phase.active
+    return (
+        new.height < old.height
+        or (under_way and any(replace(one, witnesses=()) != replace(two, witnesses=()) for one, two in in_both))
+        or any(
+            decided_root(one, before.needed) != decided_root(two, after.needed)
+            for one, two in in_both
+            if one is not old or not before.phase.active
+        )
     )

@@ -84,12 +84,11 @@ class Follower:
         """File the stored rounds of the current epoch, or of the one that ended last."""
         if state.current is None:
             return
-        epoch = state.epoch if state.phase.active else state.epoch - 1
-        if self.log is None or self.log.epoch != epoch:
+        if self.log is None or self.log.epoch != state.rounds_epoch:
             client = any(client.node == self._public for client in state.clients)
             if not (client if state.phase.active else catching_up(state)):
                 return
-            self._open_epoch(epoch, state)
+            self._open_epoch(state.rounds_epoch, state)
         assert self.log is not None
         self.log.name(state.checkpoint)
         over = self.epoch_over(state)

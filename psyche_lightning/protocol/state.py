@@ -252,6 +252,11 @@ class RunState:
         """The newest round; None before the first of the run."""
         return self.rounds[self.head] if self.rounds else None
 
+    @property
+    def rounds_epoch(self) -> int:
+        """The epoch of ``rounds``: this one, or the last one until this one trains."""
+        return self.epoch if self.phase.active else self.epoch - 1
+
     def round_at(self, height: int) -> Round | None:
         """The stored round of that height; None if the ring does not hold it."""
         slot = height % STORED_ROUNDS

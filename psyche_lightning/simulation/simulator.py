@@ -259,12 +259,11 @@ class Simulation:
         if state.step < self._step:
             raise self._error(f"the run went back from step {self._step} to {state.step}")
         self._step = state.step
-        epoch = state.epoch if state.phase.active else state.epoch - 1
         for round_ in state.rounds:
             over = not state.phase.active or (state.current is not None and round_.height < state.current.height)
             root = decided_root(round_, state.needed)
-            if over and self._record.setdefault((epoch, round_.height), root) != root:
-                raise self._error(f"the decision on round {round_.height} of epoch {epoch} changed")
+            if over and self._record.setdefault((state.rounds_epoch, round_.height), root) != root:
+                raise self._error(f"the decision on round {round_.height} of epoch {state.rounds_epoch} changed")
 
     def _latency(self) -> float:
         return self.rng.uniform(0.001, self.scenario.delay)

@@ -29,7 +29,7 @@ from psyche_lightning.node.witness import list_promise, result_promise
 from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_root
 from psyche_lightning.protocol.messages import Ask, Attest, Offer, Result, Stuck, seal
 from psyche_lightning.protocol.requests import Accuse, HealthCheck, Join, WarmupWitness, Withdraw, Witness
-from psyche_lightning.protocol.state import Checkpoint, Phase, WitnessProof, WitnessRecord
+from psyche_lightning.protocol.state import Checkpoint, Phase, RunState, WitnessProof, WitnessRecord
 from psyche_lightning.wire.canonical import sha256
 
 TRAINING = (ev.Train, ev.Apply)
@@ -880,6 +880,35 @@ def test_a_coordinator_that_went_back_is_followed_from_what_is_stored_and_nothin
     effects = again.obey(again.give(ev.StateSeen(older)))
     assert ev.Broadcast(signed[result_promise(0, 0)]) in effects
     assert not of(effects, (ev.Train, ev.Promise))  # type: ignore[arg-type]
+
+
+def _with_other_members(state: RunState) -> RunState:
+    assert state.current is not None
+    newest = replace(state.current, clients=state.current.clients[:-1])
+    return replace(state, rounds=(*state.rounds[: state.head], newest))
+
+
+def _decided_otherwise(state: RunState) -> RunState:
+    first, *others = state.rounds
+    reports = tuple(replace(report, merkle=EMPTY_ROOT) for report in first.witnesses)
+    return replace(state, rounds=(replace(first, witnesses=reports), *others))
+
+
+def _ended_before(state: RunState) -> RunState:
+    waiting = replace(state, phase=Phase.WAITING_FOR_MEMBERS, epoch=state.epoch + 1)
+    return replace(waiting, rounds=state.rounds[: state.head], head=state.head - 1)
+
+
+@pytest.mark.parametrize("otherwise", [_with_other_members, _decided_otherwise, _ended_before])
+def test_a_coordinator_that_went_back_and_went_on_otherwise_is_noticed_at_once(
+    otherwise: Callable[[RunState], RunState],
+) -> None:
+    scene = Scene(3)
+    scene.begin()
+    scene.play(2)
+    known = scene.state
+    scene.host.state = replace(otherwise(known), nonce=known.nonce)
+    assert ev.StartOver(scene.state) in scene.see()
 
 
 def test_a_state_that_is_only_late_changes_nothing() -> None:

@@ -47,7 +47,7 @@ from psyche_lightning_solana.client.cluster import Cluster
 from psyche_lightning_solana.client.feed import Feed, Snapshot
 from psyche_lightning_solana.client.fees import SIGNATURE_FEE, sol, units
 from psyche_lightning_solana.client.ledger import Ledger
-from psyche_lightning_solana.client.rounds import History, newest_epoch, precedes, replay, with_former_clients
+from psyche_lightning_solana.client.rounds import History, precedes, replay, with_former_clients
 from psyche_lightning_solana.client.rpc import RpcProblem, Sleep, unreachable
 from psyche_lightning_solana.client.run import SolanaRun
 from psyche_lightning_solana.client.sender import Receipt
@@ -323,7 +323,7 @@ class SolanaCoordinator:
         return next((member for member in run.members if member.signer == self.signer), None)
 
     async def _replay(self, run: RunAccounts) -> None:
-        state, epoch = run.state, newest_epoch(run.state)
+        state, epoch = run.state, run.state.rounds_epoch
         assert self._keys is not None
         program, account = self.run.program, self._keys.coordinator_account
         if self._ledger is None:

@@ -149,17 +149,12 @@ def replay(run: RunAccounts, entries: Iterable[Entry], program: Pubkey, account:
     return []
 
 
-def newest_epoch(state: RunState) -> int:
-    """The epoch under way, or the last one."""
-    return state.epoch if state.phase.active else state.epoch - 1
-
-
 def _formations(state: RunState, steps: Sequence[Step]) -> Iterator[int]:
     """The steps that may have formed the epoch, newest first.
 
     A warm-up that failed may precede the right one, and its time is only known while the epoch is the current one.
     """
-    epoch = newest_epoch(state)
+    epoch = state.rounds_epoch
     begun = next(
         (i for i, step in enumerate(steps) if step.name == "witness" and step.given.get("epoch") == epoch), len(steps)
     )
@@ -171,7 +166,7 @@ def _formations(state: RunState, steps: Sequence[Step]) -> Iterator[int]:
 
 def _rounds_since(run: RunAccounts, formed: int, steps: Sequence[Step]) -> list[Round]:
     """The epoch's rounds if it was formed at that time; empty if the program would have refused a step."""
-    history, epoch = History(), newest_epoch(run.state)
+    history, epoch = History(), run.state.rounds_epoch
     now = _beginning(run, formed, steps)
     for step in steps:
         try:
@@ -186,7 +181,7 @@ def _rounds_since(run: RunAccounts, formed: int, steps: Sequence[Step]) -> list[
 
 def _beginning(run: RunAccounts, formed: int, steps: Sequence[Step]) -> RunAccounts:
     """The run when the epoch was formed, at that time."""
-    state, epoch = run.state, newest_epoch(run.state)
+    state, epoch = run.state, run.state.rounds_epoch
     signers = _clients(run, steps)
     return replace(
         run,
