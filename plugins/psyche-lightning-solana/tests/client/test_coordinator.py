@@ -16,7 +16,9 @@ from psyche_lightning.errors import CoordinatorError, ManifestMismatchError
 from psyche_lightning.node.core import STALE
 from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.committee import round_selection
+from psyche_lightning.protocol.evals import Measure
 from psyche_lightning.protocol.requests import (
+    Evaluated,
     GetRounds,
     GetTerms,
     HealthCheck,
@@ -380,6 +382,27 @@ def test_a_silent_client_is_dropped_by_one_transaction(run, play, player, reache
         assert {c.signer: c.status for c in state.clients}[gone.signer] is ClientStatus.DROPPED
         assert await clients[0].request(HealthCheck(0, 3, (gone.signer,))) == 0
         assert (await world.rows(*clients[:2])).count(("health_check", "ok")) == 1
+
+    run(test, programs=True)
+
+
+def test_what_a_node_measured_is_in_its_next_report(run, play, player, reached):
+    async def test(world):
+        owner = await world.owner(max_round_train_time=30, round_witness_time=30)
+        clients = await joined(world, 2)
+        state = await play([player(client, ["round_train"]) for client in clients], reached(Phase.ROUND_TRAIN))
+        filters = participants_bloom(state.current.seed, state.current.clients), bytes(192)
+        selection = round_selection(state.current, state.config)
+        for number, client in enumerate(clients):
+            for share in range(3):
+                measured = (Measure("acc", float(share == number), 1.0), Measure("acc_norm", float(number), 1.0))
+                answer = await client.request(Evaluated("a-task", 1, 4, share, measured))
+            assert (answer.measured, answer.values) == (3, {"acc": pytest.approx(1 / 3), "acc_norm": float(number)})
+            proof = selection.witness_proof(state.current.clients.index(client.signer))
+            await client.request(Witness(0, 0, proof, b"\1" * 32, *filters, report=Report(1, 1.0)))
+        _, story = await world.ledger(owner)
+        (found,) = story.status(await clients[0]._look())["evaluations"]
+        assert (found["task"], found["figures"]) == ("a-task", {"mean of 2 nodes": 0.5})
 
     run(test, programs=True)
 
