@@ -81,6 +81,25 @@ class Evaluation:
         """The shares that are not measured yet, ascending."""
         return [share for share in range(shares_of(self.documents)) if not self.done >> share & 1]
 
+    def next_share(self, mine: int, place: int, nodes: int) -> int | None:
+        """The share that a node measures next: of its own part, then of the next nodes' parts, beginning with the last.
+
+        Args:
+            mine: the shares that the node has measured, as in ``done``; the coordinator may not know them yet.
+            place: the node's place among all, from 0.
+            nodes: how many nodes divide the task.
+
+        Returns:
+            None if nothing is left.
+        """
+
+        def order(share: int) -> tuple[int, int]:
+            away = (share - place) % nodes
+            return away, -share if away else share
+
+        left = (share for share in self.missing if not mine >> share & 1)
+        return min(left, key=order, default=None)
+
     @property
     def measured(self) -> int:
         """The number of documents that are measured."""

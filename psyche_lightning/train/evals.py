@@ -251,16 +251,10 @@ class _Progress:
 
     def _choose(self) -> None:
         """Take up the next share: first this node's part, then, from the last on, what others have not reported."""
-        shares = shares_of(self.documents)
-        missing = [share for share in self.known.missing if not self._mine >> share & 1]
-        if not missing:
+        self._share = self.known.next_share(self._mine, self._place, self._nodes)
+        if self._share is None:
             return
-
-        def order(share: int) -> tuple[int, int]:
-            away = (share - self._place) % self._nodes
-            return away, -share if away else share
-
-        self._share = min(missing, key=order)
+        shares = shares_of(self.documents)
         self._left = deque(range(self._share, self.documents, shares))
         self._sums = dict(self._empty)
 

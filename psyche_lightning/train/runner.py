@@ -73,7 +73,8 @@ def train_recipe(
     The node's folder gets ``metrics.jsonl`` (a row for each step with ``step``, ``loss``, ``lr``,
     ``tokens_per_second``, ``bytes_up`` and ``bytes_down``, ``seconds`` since it began and the part of them it
     ``waited`` for others, and every ``log_every`` steps ``gradient_norm``, ``momentum_norm`` and ``agreement``; rows
-    with ``step`` and ``validation_loss``), ``result.json``, and ``checkpoints`` with a folder in Hugging Face format
+    with ``step`` and ``validation_loss``; rows with ``step`` and what :mod:`~psyche_lightning.train.evals` found, as
+    ``eval/TASK/METRIC``), ``result.json``, and ``checkpoints`` with a folder in Hugging Face format
     for each; ``checkpoint`` links to the newest.
 
     Args:
@@ -87,7 +88,7 @@ def train_recipe(
         share) and ``empty_rounds`` (to which it contributed nothing), ``loss`` (in nats per trained token; ``train``
         and ``validation``, each ``[first, last]``), ``socket_bytes_up``, ``socket_bytes_down``, ``payload_bytes_up``
         (of payloads that peers fetched from this node) and ``payload_bytes_computed`` (a round: one payload to each
-        peer).
+        peer), and with tasks to evaluate ``evals`` (see :attr:`~psyche_lightning.train.evals.Evals.figures`).
 
     Raises:
         UnfinishedError: the run ended without this node, which leaves no result then.

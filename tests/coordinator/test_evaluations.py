@@ -53,6 +53,28 @@ def test_shares_of_three_nodes_make_the_whole() -> None:
     assert again == answer
 
 
+@pytest.mark.parametrize("nodes", [1, 3, 7, 100])
+def test_nodes_divide_the_shares_and_no_node_holds_up_the_others(nodes: int) -> None:
+    parts: list[set[int]] = []
+    for place in range(nodes):
+        evaluation, order = Evaluation("t", 1, 1000), []
+        while (number := evaluation.next_share(0, place, nodes)) is not None:
+            order.append(number)
+            evaluation = evaluation.plus(number, [Measure("acc", 1.0, 1.0)])
+        assert sorted(order) == list(range(SHARES))
+        parts.append(set(order[: len(range(place, SHARES, nodes))]))
+    assert set().union(*parts) == set(range(SHARES))
+    assert sum(map(len, parts)) == SHARES
+
+
+def test_a_node_helps_from_the_last_share_on_and_repeats_nothing() -> None:
+    evaluation = Evaluation("t", 1, 6)
+    assert evaluation.next_share(0b001001, 0, 3) == 4  # its own are on their way to the coordinator
+    others = evaluation.plus(4, [Measure("acc", 1.0, 1.0)])
+    assert others.next_share(0b001001, 0, 3) == 1
+    assert others.next_share(0b101111, 0, 3) is None
+
+
 def test_a_small_task_has_a_share_for_each_document() -> None:
     host = make()
     answer = host.handle(KEYS[0], share(1, 1.0, documents=3), 1.0)
