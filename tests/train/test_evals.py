@@ -50,7 +50,7 @@ def whole(checkpoint: Path, tasks: Path, names: str, written: Path) -> dict[str,
 
 
 def test_three_nodes_together_find_what_one_evaluation_of_the_checkpoint_finds(
-    text: Path, tasks: Path, tmp_path: Path, create_run: Callable[..., Any]
+    text: Path, tasks: Path, tmp_path: Path, create_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ["sums", "lines", "examples"]
     chosen = recipe(text, tasks, f"evals.tasks=[{', '.join(names)}]", "evals.every=2")
@@ -70,6 +70,9 @@ def test_three_nodes_together_find_what_one_evaluation_of_the_checkpoint_finds(
             }
         else:
             assert last["figures"] == wanted[name]
+    capsys.readouterr()
+    assert main(["run", "status", run, "--coordinator", url]) == 0
+    assert f"acc {wanted['sums']['acc']:.4f}" in capsys.readouterr().out
     for folder, result in zip(folders, results, strict=True):
         assert {name: found["figures"] for name, found in result["evals"].items()} == {
             name: kept[name, 6]["figures"] for name in names
