@@ -44,10 +44,12 @@ def sim(
 def _told(
     console: Console, played: Iterator[History | SimulationError], total: int
 ) -> Iterator[History | SimulationError]:
-    """Says in a log, some twenty times, how far it is."""
+    """Says in a log, some twenty times, how far it is, and each failure when it comes."""
     failed = 0
     for number, history in enumerate(played, 1):
-        failed += isinstance(history, SimulationError)
+        if isinstance(history, SimulationError):
+            failed += 1
+            console.print(Text(str(history)))
         if number < total and number % max(1, total // 20) == 0:
             console.print(f"{number} of {total} histories, {failed} failed")
         yield history
