@@ -43,7 +43,7 @@ class Node:
         self.journal, self.store, self.ledger = MemoryJournal(), MemoryBlobStore(), None
         self.thread = threading.Thread(target=self.train, daemon=True)
         self.stopping = threading.Event()
-        self.pace, self.linger = 0.0, 1.0
+        self.pace, self.linger, self.polite = 0.0, 1.0, False
 
     def participant(self):
         cluster = Cluster("localnet", tuple(Endpoint(p.url, p.ws_url) for p in self.proxies), None, Options(poll=0.2))
@@ -96,7 +96,7 @@ class Node:
         except BaseException as error:
             self.error = error
         finally:
-            node.stop(withdraw=False, linger=self.linger)
+            node.stop(withdraw=self.polite, linger=self.linger)
 
     def digest(self):
         return self.replica.digest(MemoryBlobStore().put)
@@ -188,8 +188,9 @@ def test_a_node_that_comes_back_makes_the_rounds_again_from_the_ledger(run, mani
 
 
 @pytest.mark.slow
-def test_after_a_power_cut_the_run_goes_on_from_the_last_decided_round(run, manifest, tmp_path):
-    """All are killed in the middle of an epoch. Who comes back first ends it; the others come to a later warm-up."""
+@pytest.mark.parametrize("polite", [False, True])
+def test_after_all_were_away_the_run_goes_on_from_the_last_decided_round(run, manifest, tmp_path, polite):
+    """All are killed in the middle of an epoch, and who comes back first ends it; or all leave, which ends it, too."""
 
     async def test(world):
         times = {"max_round_train_time": 20, "round_witness_time": 5, "cooldown_time": 30, "warmup_time": 60}
@@ -197,11 +198,11 @@ def test_after_a_power_cut_the_run_goes_on_from_the_last_decided_round(run, mani
         while len(nodes[0].steps) < 14:
             await asyncio.sleep(0.02)
         for node in nodes:
+            node.polite = polite
             node.stopping.set()
         for node in nodes:
             await node.kill()
-        stopped = (await owner.look()).state
-        assert stopped.phase.active
+        assert (await owner.look()).state.phase.active == (not polite)
         nodes = [node.again() for node in nodes]
         nodes[0].thread.start()
         while (state := (await owner.look()).state).phase.active:
