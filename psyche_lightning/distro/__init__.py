@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from psyche_lightning.distro.codec import decode, encode, payload_size
     from psyche_lightning.distro.config import STEPS_VERSION, WIRE_VERSION, DistroConfig
     from psyche_lightning.distro.layout import Layout
-    from psyche_lightning.distro.local import LocalSteps
+    from psyche_lightning.distro.local import LocalSteps, shared_optimizer
     from psyche_lightning.distro.optimizer import DisTrO, NonFiniteGradientError
     from psyche_lightning.distro.partial import Tally, decode_tally, encode_tally, merge
     from psyche_lightning.distro.payload import PayloadCodec
@@ -38,6 +38,7 @@ __all__ = [
     "merge",
     "payload_size",
     "select",
+    "shared_optimizer",
     "sign_update",
 ]
 
@@ -46,7 +47,7 @@ _MODULES = {
     "codec": ("decode", "encode", "payload_size"),
     "config": ("STEPS_VERSION", "WIRE_VERSION", "DistroConfig"),
     "layout": ("Layout",),
-    "local": ("LocalSteps",),
+    "local": ("LocalSteps", "shared_optimizer"),
     "optimizer": ("DisTrO", "NonFiniteGradientError"),
     "partial": ("Tally", "decode_tally", "encode_tally", "merge"),
     "payload": ("PayloadCodec",),

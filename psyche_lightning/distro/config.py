@@ -28,6 +28,9 @@ class DistroConfig:
         k_for: another k for parameters whose names match a pattern (``{"*embed*": 2}``); the first match counts.
         float32_gradients: whether gradients of low-precision parameters are accumulated over micro-batches in float32.
             This needs their memory, but keeps small gradients that the parameters' dtype would lose.
+        local_steps: steps that each node makes with its own optimizer in a round, before it sends the strongest entries
+            of where they lead; at most 1000. 0 for DisTrO's form, votes on the gradients of one step.
+        scale: with local steps, the factor on the mean of what nodes send, from 2^-10 to 2^10.
 
     Raises:
         ConfigError: a value has a wrong type or is out of range.
@@ -40,6 +43,8 @@ class DistroConfig:
     lookahead: bool = False
     k_for: Mapping[str, int] = field(default_factory=dict, hash=False)
     float32_gradients: bool = False
+    local_steps: int = 0
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if type(self.chunk) is not int or self.chunk not in (8, 16, 32, 64):
@@ -59,6 +64,39 @@ class DistroConfig:
         for name in ("lookahead", "float32_gradients"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"distro.{name} is {getattr(self, name)!r}; choose true or false.")
+        if type(self.local_steps) is not int or not 0 <= self.local_steps <= 1000:
+            raise ConfigError(f"distro.local_steps is {self.local_steps!r}; choose a whole number from 0 to 1000.")
+        if type(self.scale) not in (int, float) or not 2**-10 <= self.scale <= 2**10:
+            raise ConfigError(f"distro.scale is {self.scale!r}; choose a number from {2**-10} to {2**10}.")
+        if self.local_steps:
+            self.check_local()
+        elif self.scale != 1:
+            raise ConfigError(
+                f"distro.scale is {self.scale!r}, but it belongs to local steps; set distro.local_steps to a number "
+                "from 1 on, or leave distro.scale out."
+            )
+
+    def check_local(self) -> None:
+        """Refuse what has no meaning with local steps.
+
+        Raises:
+            ConfigError: such a value is set.
+        """
+        for name, value, why in (
+            ("lookahead", False, "their parameters move ahead anyway"),
+            ("removal", 1, "they keep all that they did not send, and nothing else"),
+            ("float32_gradients", False, "gradients belong to the optimizer that makes the steps"),
+        ):
+            if getattr(self, name) != value:
+                raise ConfigError(
+                    f"distro.{name} is {getattr(self, name)!r}, but local steps have no use for it: {why}. Leave "
+                    f"distro.{name} out, or set distro.local_steps to 0."
+                )
+
+    @property
+    def version(self) -> int:
+        """The version of payloads."""
+        return STEPS_VERSION if self.local_steps else WIRE_VERSION
 
     @property
     def area(self) -> int:

@@ -21,6 +21,15 @@ from psyche_lightning.distro.votes import Votes, select
 from psyche_lightning.errors import ConfigError, PsycheError
 
 
+def shared_optimizer(
+    parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]], lr: float, config: DistroConfig
+) -> DisTrO:
+    """The optimizer of a configuration: :class:`LocalSteps` or :class:`DisTrO`; arguments are theirs."""
+    if config.local_steps:
+        return LocalSteps(parameters, lr, config, config.scale)
+    return DisTrO(parameters, lr, config=config)
+
+
 class LocalSteps(DisTrO):
     """Optimizer whose nodes exchange where several steps of their own optimizers lead, as a few small integers.
 
@@ -63,11 +72,7 @@ class LocalSteps(DisTrO):
         budget: int = 128 << 20,
     ) -> None:
         config = config or DistroConfig()
-        if config.lookahead or config.removal != 1 or config.float32_gradients:
-            raise ConfigError(
-                "local steps have no look-ahead, remove all that they send, and leave gradients to the optimizer that "
-                "makes the steps; leave distro.lookahead, distro.removal and distro.float32_gradients out"
-            )
+        config.check_local()
         if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 2**-10 <= scale <= 2**10:
             raise ConfigError(f"the scale of local steps is {scale!r}; choose a number from {2**-10} to {2**10}")
         super().__init__(parameters, lr, config=config, budget=budget)
@@ -177,6 +182,7 @@ class LocalSteps(DisTrO):
         """
         self._not_looking_ahead("apply")
         self._checked_rates(lrs)
+        self._agreement = []
         layout = self.layout
         voting = [payload for payload in payloads if payload != self._silence]
         span = self._span(len(voting))

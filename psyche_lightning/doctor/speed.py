@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from psyche_lightning.bench.engine import best
-from psyche_lightning.distro import DisTrO
+from psyche_lightning.distro import LocalSteps, shared_optimizer
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe.adapter import adapted
 from psyche_lightning.recipe.estimate import Estimate, meta_model
@@ -170,12 +170,16 @@ def _train(
 
 def _distro(recipe: Recipe, named: list[tuple[str, Any]], nodes: int, device: torch.device) -> tuple[float, float]:
     """Seconds to encode an update, and to apply the updates of ``nodes`` nodes."""
-    optimizer = DisTrO(named, lr=recipe.optimizer.lr, config=recipe.distro)
-    rates, payload = optimizer.lr_bits(), optimizer.encode()
+    optimizer = shared_optimizer(named, recipe.optimizer.lr, recipe.distro)
 
-    def encode() -> None:
-        optimizer.encode()
+    def encode() -> bytes:
+        with optimizer.working() if isinstance(optimizer, LocalSteps) else contextlib.nullcontext():
+            pass
+        made = optimizer.encode()
         _finish(device)
+        return made
+
+    rates, payload = optimizer.lr_bits(), encode()
 
     def apply() -> None:
         optimizer.apply([payload] * nodes, rates)

@@ -137,7 +137,8 @@ class Entry:
         """
         if "global_batch_size" not in self.terms.unset:
             return self.terms.config.global_batch_size_end
-        return self.options.global_batch_size or local * self.terms.config.init_min_clients
+        each = local * max(1, self.distro.local_steps)
+        return self.options.global_batch_size or each * self.terms.config.init_min_clients
 
     def manifest(self, sections: dict[str, dict[str, Any]], sizes: dict[str, int]) -> dict[str, dict[str, Any]]:
         """This node's manifest.

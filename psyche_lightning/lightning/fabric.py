@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import signal
+import statistics
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ from psyche_lightning.lightning.loader import WITHOUT_A_BATCH, RoundLoader, chec
 from psyche_lightning.lightning.manifest import sections
 from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.lightning.session import Session
+from psyche_lightning.lightning.supported import check_precision
 from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.participant import RoundWork
 from psyche_lightning.protocol.state import CoordinatorConfig
@@ -45,6 +47,9 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
     round in turn, for one pass of the whole run over the data, and ends early when the run does (:attr:`finished`
     says why). Each batch needs one ``optimizer.step()``, which submits the update and applies the agreed one. The node
     leaves the run when the process ends, or by :meth:`close`.
+
+    With local steps, a share comes as one batch for each of them, and ``optimizer.step()`` makes the optimizer's own
+    step; the last one of a share also submits and applies. In between, the module has this node's own parameters.
 
     With look-ahead, the module has the looked-ahead parameters from the moment the loader yields a batch to the
     optimizer's step; save and validate between a step and the next batch.
@@ -68,6 +73,9 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         lookahead: whether gradients come from a copy ahead of the published parameters.
         k_for: another k for parameters whose names match a pattern (``{"*embed*": 2}``); the first match counts.
         float32_gradients: whether micro-batch gradients of lower-precision parameters accumulate in float32.
+        local_steps: steps of the module's own optimizer in each round, before nodes exchange where they lead; 0 for
+            DisTrO's form.
+        scale: with local steps, the factor on the mean of what nodes send.
         global_batch_size: samples of a round of the whole run, if the run leaves it to its first node; by default
             those of one node's DataLoader, times the run's ``init_min_clients``.
         total_steps: the run's last step, if the run leaves it to its first node; by default Trainer's.
@@ -111,6 +119,8 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         lookahead: bool | None = None,
         k_for: Mapping[str, int] | None = None,
         float32_gradients: bool | None = None,
+        local_steps: int | None = None,
+        scale: float | None = None,
         global_batch_size: int | None = None,
         total_steps: int | None = None,
         transport: str = "tcp",
@@ -140,6 +150,8 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             lookahead=lookahead,
             k_for=k_for,
             float32_gradients=float32_gradients,
+            local_steps=local_steps,
+            scale=scale,
             global_batch_size=global_batch_size,
             total_steps=total_steps,
             transport=transport,
@@ -156,6 +168,7 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         self._loader: RoundLoader | None = None
         self.session: Session | None = None
         self._ahead = ExitStack()
+        self._losses: list[float] = []  # of the steps of the current round
         self._told = False
 
     @cached_property
@@ -174,6 +187,7 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
                 "the strategy 'psyche' trains one module with one optimizer (which may have several parameter groups): "
                 "fabric.setup(module, optimizer), once"
             )
+        check_precision(getattr(self.precision, "scaler", None), self._entry.distro)
         self._step = TakenStep(optimizers[0], module, self._entry.distro)
         self._step.keep_with_optimizer()
         return module, optimizers, scheduler
@@ -198,6 +212,7 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             split=False,
             decline=self._decline,
             upcoming=lambda: None if self.session is None else self.session.upcoming(),
+            steps=max(1, self._entry.distro.local_steps),
         )
         return loader
 
@@ -254,7 +269,10 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
                 return
             passes = now
             session.take()
+            step.reset()
+            self._losses.clear()
             self._ahead.enter_context(step.looking_ahead())
+            self._ahead.enter_context(step.working())
             yield work
 
     def _decline(self, work: RoundWork, error: DataError) -> None:
@@ -264,24 +282,32 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         self.session.decline(work, error)
 
     def _published(self) -> None:
-        """End the look-ahead."""
+        """End the look-ahead or the local steps."""
         self._ahead.close()
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
-        """Called by ``optimizer.step()``: submit the round's update, and apply the agreed one."""
+        """Called by ``optimizer.step()``: submit the round's update, and apply the agreed one.
+
+        With local steps, only the last of a round does so.
+        """
         session, step, loader = self.session, self._step, self._loader
         if session is None or step is None or loader is None or session.work is None:
             raise ConfigError(WITHOUT_A_BATCH)
-        step.reset()
         result = super().optimizer_step(optimizer, **kwargs)
+        self._losses.append(
+            float(result.detach()) if isinstance(result, torch.Tensor) and result.numel() == 1 else math.nan
+        )
+        if len(self._losses) < len(loader.share.steps):
+            return result
         self._published()
-        loss = float(result.detach()) if isinstance(result, torch.Tensor) and result.numel() == 1 else math.nan
         if not step.called:
             session.abstain(session.work, "the gradient scaler found gradients that are not finite")
-        elif not step.has_gradient:
+        elif step.broken is not None:
+            session.abstain(session.work, str(step.broken))
+        elif not (step.has_gradient if step.local is None else step.made):
             session.abstain(session.work, "no parameter has a gradient")
         else:
-            session.submit(session.work, loss, loader.share.samples)
+            session.submit(session.work, statistics.fmean(self._losses), loader.share.samples)
         return result
 
     def close(self) -> None:

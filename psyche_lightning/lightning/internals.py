@@ -38,6 +38,14 @@ def before_transfer(module: LightningModule, batch: Any) -> Any:
     return module._on_before_batch_transfer(batch, dataloader_idx=0)
 
 
+def before_step(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+    """Do what Trainer does between backward and the optimizer's step: call ``on_before_optimizer_step``, and clip.
+
+    Trainer does it once in a round; local steps need it before each of them.
+    """
+    trainer.precision_plugin._after_closure(trainer.lightning_module, optimizer)
+
+
 def weigh(trainer: Trainer, batch: Any) -> None:
     """Make ``self.log`` weight values by the size of this batch.
 

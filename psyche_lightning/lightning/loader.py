@@ -34,11 +34,13 @@ class Share:
         work: the round.
         sizes: samples of each micro-batch; shorter once one turns out to be left out.
         rest: the micro-batches after the first, loaded on demand.
+        steps: which step of the node each micro-batch belongs to, from 0 on; as long as ``sizes``.
     """
 
     work: RoundWork
     sizes: list[int]
     rest: Iterator[Any]
+    steps: list[int]
 
     @property
     def samples(self) -> int:
@@ -46,15 +48,24 @@ class Share:
         return sum(self.sizes)
 
 
-def _given(batches: Iterator[Any], sizes: list[int]) -> Iterator[Any]:
-    """Leave out the micro-batches for which the collate function returns None, with their sizes.
+def one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """Fetch each batch before the one that precedes it is used, so that its user knows what follows."""
+    for batch in batches:
+        for following in batches:
+            yield batch
+            batch = following
+        yield batch
+
+
+def _given(batches: Iterator[Any], sizes: list[int], steps: list[int]) -> Iterator[Any]:
+    """Leave out the micro-batches for which the collate function returns None, with their sizes and steps.
 
     If it does so for all of them, the last one stays, for Trainer to skip as it skips a batch that is None.
     """
     given = 0
     for batch in batches:
         if batch is None and len(sizes) > 1:
-            del sizes[given]
+            del sizes[given], steps[given]
         else:
             given += 1
             yield batch
@@ -67,6 +78,8 @@ def _fail(work: RoundWork, error: DataError) -> None:
 class RoundLoader:
     """Yields the first micro-batch of each round's share; :attr:`share` has the others.
 
+    If shares are not split into micro-batches, it yields one batch for each of their steps instead.
+
     Args:
         loader: the user's.
         global_batch: samples of a round of the whole run.
@@ -77,6 +90,7 @@ class RoundLoader:
             follows.
         upcoming: the data ids ``(start, stop)`` that may follow the current round; None if unknown. A data set's
             method ``prefetch(indices)``, if it has one, is called for a whole share when it begins, and for these ids.
+        steps: steps that a node makes with a share.
 
     Attributes:
         order: maps data ids to samples.
@@ -94,6 +108,7 @@ class RoundLoader:
         split: bool = True,
         decline: Callable[[RoundWork, DataError], object] = _fail,
         upcoming: Callable[[], tuple[int, int] | None] = lambda: None,
+        steps: int = 1,
     ) -> None:
         batch_size = check_loader(loader)
         seed_workers(loader)
@@ -101,6 +116,7 @@ class RoundLoader:
         self.order = DataOrder(len(loader.dataset), isinstance(loader.sampler, RandomSampler), seed)  # type: ignore[arg-type]
         self.global_batch = global_batch
         self._most = batch_size if split else None
+        self._steps = steps
         self._rounds = rounds
         self._decline = decline
         self._upcoming = upcoming
@@ -132,11 +148,9 @@ class RoundLoader:
         for work in self._rounds():
             self._share = share = self.load(work)
             try:
-                first = next(share.rest)
+                yield from one_ahead(share.rest) if self._most is None else itertools.islice(share.rest, 1)
             except DataError as error:
                 self._decline(work, error)
-                continue
-            yield first
 
     @property
     def share(self) -> Share:
@@ -150,11 +164,13 @@ class RoundLoader:
         return self._share
 
     def load(self, work: RoundWork) -> Share:
-        """Start to load the round's share, split into micro-batches of nearly equal size."""
+        """Start to load the round's share, split into steps, and these into micro-batches, of nearly equal size."""
         indices = [i for ids in work.batch for i in self.order.indices(*ids)]
-        parts = 1 if self._most is None else -(-len(indices) // self._most)
-        cuts = [len(indices) * part // parts for part in range(parts + 1)]
-        self._plan[:] = [indices[a:b] for a, b in itertools.pairwise(cuts)]
+        steps = [
+            _parts(some, 1 if self._most is None else -(-len(some) // self._most))
+            for some in _parts(indices, min(self._steps, len(indices)))
+        ]
+        self._plan[:] = itertools.chain.from_iterable(steps)
         if self._ahead is not None:
             self._ahead(indices)
             if (upcoming := self._upcoming()) is not None:
@@ -162,7 +178,8 @@ class RoundLoader:
         if self._inner is None:
             self._inner = self._build()
         sizes = [len(batch) for batch in self._plan]
-        return Share(work, sizes, _given(iter(self._inner), sizes))
+        owners = [number for number, step in enumerate(steps) for _ in step]
+        return Share(work, sizes, _given(iter(self._inner), sizes, owners), owners)
 
     def close(self) -> None:
         """Stop the worker processes."""
@@ -183,6 +200,12 @@ class RoundLoader:
             prefetch_factor=user.prefetch_factor,
             persistent_workers=user.num_workers > 0,  # otherwise each round restarts the workers
         )
+
+
+def _parts(indices: list[int], count: int) -> list[list[int]]:
+    """Parts of nearly equal size, in order."""
+    cuts = [len(indices) * part // count for part in range(count + 1)]
+    return [indices[a:b] for a, b in itertools.pairwise(cuts)]
 
 
 def _same(loader: DataLoader[Any]) -> DataLoader[Any]:

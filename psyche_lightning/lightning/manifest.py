@@ -22,7 +22,7 @@ def sections(step: TakenStep, order: DataOrder, clip: tuple[str, float] | None =
     """
     return {
         "model": _model(step.module, step.distro),
-        "optimizer": _optimizer(step.distro, clip),
+        "optimizer": _optimizer(step, clip),
         "data": {"length": order.length, "shuffle": order.shuffle},
     }
 
@@ -38,13 +38,14 @@ def _model(module: torch.nn.Module, optimizer: DisTrO) -> dict[str, Any]:
     }
 
 
-def _optimizer(optimizer: DisTrO, clip: tuple[str, float] | None) -> dict[str, Any]:
-    """Weight decay and parameters of each group, and the gradient clipping."""
+def _optimizer(step: TakenStep, clip: tuple[str, float] | None) -> dict[str, Any]:
+    """Weight decay and parameters of each group, the gradient clipping, and whose steps local steps are."""
     groups = [
         {"weight_decay": float(group["weight_decay"]), "parameters": sorted(group["param_names"])}
-        for group in optimizer.param_groups
+        for group in step.distro.param_groups
     ]
-    return {"groups": groups, "clip": None if clip is None else [clip[0], float(clip[1])]}
+    own = {} if step.local is None else {"own": type(step.optimizer).__name__}
+    return {"groups": groups, "clip": None if clip is None else [clip[0], float(clip[1])], **own}
 
 
 def _describe(name: str, tensor: torch.Tensor) -> list[Any]:

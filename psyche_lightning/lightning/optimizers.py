@@ -1,14 +1,14 @@
-"""Replaces the step of the user's optimizer by DisTrO."""
+"""Replaces the step of the user's optimizer by DisTrO, or makes it one of several local steps."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from psyche_lightning.distro import DisTrO, DistroConfig
+from psyche_lightning.distro import DisTrO, DistroConfig, LocalSteps, NonFiniteGradientError, shared_optimizer
 from psyche_lightning.errors import ConfigError, counted
 from psyche_lightning.lightning.internals import replace_step
 from psyche_lightning.node.parameters import named_parameters
@@ -20,8 +20,8 @@ STATE_KEY = "psyche_distro"
 def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> DisTrO:
     """Build a DisTrO with the parameter groups, learning rates and weight decays of the user's optimizer.
 
-    Gradients in groups that Muon trains (of :class:`~psyche_lightning.muon.MuonAdamW`, and all of ``torch.optim.Muon``)
-    go through Muon first.
+    Without local steps, gradients in groups that Muon trains (of :class:`~psyche_lightning.muon.MuonAdamW`, and all of
+    ``torch.optim.Muon``) go through Muon first.
 
     Args:
         optimizer: the user's; of any kind.
@@ -32,7 +32,7 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
         ConfigError: the optimizer has parameters that the module does not.
     """
     names = {id(parameter): name for name, parameter in named_parameters(module).items()}
-    groups = []
+    groups, local = [], config.local_steps > 0
     all_muon = isinstance(optimizer, torch.optim.Muon)
     for group in optimizer.param_groups:
         unknown = [parameter for parameter in group["params"] if id(parameter) not in names]
@@ -47,14 +47,16 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
                 "params": [(names[id(parameter)], parameter) for parameter in group["params"]],
                 "lr": float(group["lr"]),
                 "weight_decay": float(group.get("weight_decay", 0.0)),
-                **({"muon": True, "momentum": group["momentum"]} if group.get("muon", all_muon) else {}),
+                **({"muon": True, "momentum": group["momentum"]} if group.get("muon", all_muon) and not local else {}),
             }
         )
-    return DisTrO(groups, lr=float(optimizer.param_groups[0]["lr"]), config=config)
+    return shared_optimizer(groups, float(optimizer.param_groups[0]["lr"]), config)
 
 
 class TakenStep:
     """Replaces the ``step`` of the user's optimizer; a call now only runs the closure, which computes gradients.
+
+    With local steps, it then makes the optimizer's own step.
 
     Args:
         optimizer: the user's; of any kind. Its groups have learning rates and weight decays.
@@ -68,9 +70,11 @@ class TakenStep:
         factor: what DisTrO's learning rates are to those of the user's optimizer.
         called: whether the step was called since :meth:`reset`. Gradient scalers do not call it when a gradient is
             infinite.
+        made: the optimizer's own steps since then.
+        broken: the error if gradients for one of them were not finite; no other follows.
 
     Raises:
-        ConfigError: the optimizer has parameters that the module does not.
+        ConfigError: the optimizer has parameters that the module does not, or it cannot make local steps.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> None:
@@ -78,8 +82,15 @@ class TakenStep:
         self.module = module
         self.distro = build_distro(optimizer, module, config)
         self.factor = 1.0
-        self.called = False
+        self.called, self.made = False, 0
+        self.broken: NonFiniteGradientError | None = None
         self._parameters = self._listed()
+        self._own_step = optimizer.step
+        if self.local is not None and isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigError(
+                "LBFGS computes the loss several times in a step, but a local step has the gradients of one batch; "
+                "use an optimizer such as AdamW or MuonAdamW, or set local_steps to 0"
+            )
         replace_step(optimizer, self)
 
     def _listed(self) -> list[tuple[int, bool]]:
@@ -88,16 +99,59 @@ class TakenStep:
         return [(number, p.requires_grad) for number, group in enumerate(groups) for p in group["params"]]
 
     def __call__(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Run the closure, if there is one, and return its result."""
+        """Run the closure, if there is one, make a local step if the run has them, and return the closure's result."""
         self.called = True
-        return None if closure is None else closure()
+        result = None if closure is None else closure()
+        self.step_locally()
+        return result
+
+    @property
+    def local(self) -> LocalSteps | None:
+        """``distro`` if the run has local steps."""
+        return self.distro if isinstance(self.distro, LocalSteps) else None
+
+    def step_locally(self) -> None:
+        """Make the optimizer's own step with the gradients at hand; nothing without local steps or gradients."""
+        if self.local is None or self.broken is not None or not self.has_gradient:
+            return
+        try:
+            self.local.check_gradients()
+        except NonFiniteGradientError as error:
+            self.broken = error
+            return
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        try:
+            for group in groups:
+                group["lr"] = group["lr"] * self.factor
+            self._own_step()
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+        self.made += 1
+
+    def load_own_state(self, saved: Mapping[str, Any]) -> None:
+        """Restore what local steps left in the optimizer, without its learning rates.
+
+        Args:
+            saved: its ``state_dict``.
+        """
+        if self.local is not None and saved.get("state"):
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
     def __str__(self) -> str:
-        config = self.distro.config
+        config, name = self.distro.config, type(self.optimizer).__name__
+        if self.local is not None:
+            return (
+                f"{name} makes {counted(config.local_steps, 'step')} in each round, and nodes exchange where they "
+                f"lead: {config.k} entries of each {config.chunk}x{config.chunk} chunk, {self.distro.max_payload:,} "
+                "bytes a round"
+            )
         matrices = sum(len(group["params"]) for group in self.distro.param_groups if group["muon"])
         muon = f" (the gradients of {counted(matrices, 'parameter')} go through Muon first)" if matrices else ""
         return (
-            f"DisTrO replaces the step of {type(self.optimizer).__name__}, whose learning rate, weight decay and "
+            f"DisTrO replaces the step of {name}, whose learning rate, weight decay and "
             f"parameter groups it uses{muon}: {config.k} signs of each {config.chunk}x{config.chunk} chunk, "
             f"{self.distro.max_payload:,} bytes a round"
         )
@@ -121,8 +175,8 @@ class TakenStep:
         self.optimizer.register_load_state_dict_pre_hook(load)
 
     def reset(self) -> None:
-        """Forget the last call."""
-        self.called = False
+        """Forget the last calls."""
+        self.called, self.made, self.broken = False, 0, None
 
     def copy_rates(self) -> None:
         """Give DisTrO the learning rates of the user's optimizer, which schedulers change, times the factor.
@@ -139,6 +193,10 @@ class TakenStep:
             )
         for theirs, ours in zip(self.optimizer.param_groups, self.distro.param_groups, strict=True):
             ours["lr"] = float(theirs["lr"]) * self.factor
+
+    def working(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which local steps move the module's parameters; afterwards they are the published ones."""
+        return contextlib.nullcontext() if self.local is None else self.local.working()
 
     @contextlib.contextmanager
     def looking_ahead(self) -> Iterator[None]:

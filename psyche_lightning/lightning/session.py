@@ -134,7 +134,7 @@ class Session:
             identity = entry.memory.identity if folder is None else node_key(folder)
             opened.enter_context(speaking(entry.run_id, short(identity.public)))
             logger.info("%s", step)
-            if folder is not None and saved_delta.load(folder, entry.scope, step.distro):
+            if folder is not None and saved_delta.load(folder, entry.scope, step.distro, step.optimizer):
                 logger.info("restored the delta of %d rounds from %s", step.distro.nonce, folder)
             url = entry.options.coordinator
             coordinator: Coordinator
@@ -386,7 +386,7 @@ class Session:
             self._look(work)
         self._ticks += 1
         if self._folder is not None and self._ticks % saved_delta.SAVE_EVERY == 0:
-            saved_delta.save(self._folder, self.entry.scope, distro)
+            saved_delta.save(self._folder, self.entry.scope, distro, self._step.optimizer)
         state = self.state
         if state is not None and work.step >= state.config.total_steps:
             return self.peek() is not None or self._over  # waits until the run is over and all results are applied
@@ -535,7 +535,7 @@ class Session:
         unsaved: StoreError | None = None
         if self._folder is not None and not self._over:
             try:
-                saved_delta.save(self._folder, self.entry.scope, self._step.distro)
+                saved_delta.save(self._folder, self.entry.scope, self._step.distro, self._step.optimizer)
             except StoreError as error:
                 unsaved = error
         self._over = self._closed = True

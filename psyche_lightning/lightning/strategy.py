@@ -41,7 +41,7 @@ from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.optimizers import STATE_KEY, TakenStep
 from psyche_lightning.lightning.progress import count_rounds
 from psyche_lightning.lightning.session import Session
-from psyche_lightning.lightning.supported import SEARCHES, check, check_optimizers
+from psyche_lightning.lightning.supported import SEARCHES, check, check_optimizers, check_precision
 from psyche_lightning.lightning.training import Training
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe.options import RunOptions
@@ -75,6 +75,9 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         lookahead: whether gradients come from a copy ahead of the published parameters.
         k_for: another k for parameters whose names match a pattern (``{"*embed*": 2}``); the first match counts.
         float32_gradients: whether micro-batch gradients of lower-precision parameters accumulate in float32.
+        local_steps: steps of the module's own optimizer in each round, before nodes exchange where they lead; 0 for
+            DisTrO's form.
+        scale: with local steps, the factor on the mean of what nodes send.
         global_batch_size: samples of a round of the whole run, if the run leaves it to its first node; by default
             those of one node's DataLoader, times the run's ``init_min_clients``.
         total_steps: the run's last step, if the run leaves it to its first node; by default Trainer's.
@@ -119,6 +122,8 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         lookahead: bool | None = None,
         k_for: Mapping[str, int] | None = None,
         float32_gradients: bool | None = None,
+        local_steps: int | None = None,
+        scale: float | None = None,
         global_batch_size: int | None = None,
         total_steps: int | None = None,
         transport: str = "tcp",
@@ -148,6 +153,8 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             lookahead=lookahead,
             k_for=k_for,
             float32_gradients=float32_gradients,
+            local_steps=local_steps,
+            scale=scale,
             global_batch_size=global_batch_size,
             total_steps=total_steps,
             transport=transport,
@@ -231,6 +238,7 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         check_optimizers(trainer, alone=self.options.coordinator is None)
         if self.options.coordinator is not None:
             tell_of_monitors(trainer)
+        check_precision(getattr(self.precision_plugin, "scaler", None), fit.entry.distro)
         fit.step = TakenStep(self.optimizers[0], trainer.lightning_module, fit.entry.distro)
 
     def process_dataloader(self, dataloader: object) -> object:
@@ -248,6 +256,7 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             lambda: self._now.rounds(),
             decline=lambda work, error: self._now.session.decline(work, error),
             upcoming=lambda: self._now.session.upcoming(),
+            steps=max(1, entry.distro.local_steps),
         )
         self._undo.callback(loader.close)
         for earlier in fit.loaders:
@@ -268,7 +277,7 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         if not fits or self._fit is not None or self.options.coordinator is None:
             return checkpoint
         states = checkpoint.get("optimizer_states") or [{}]
-        self._resumed = _Resumed(int(checkpoint.get("global_step", 0)), states[0].get(STATE_KEY))
+        self._resumed = _Resumed(int(checkpoint.get("global_step", 0)), states[0])
         kept = {name: value for name, value in checkpoint.items() if name != "loops"}
         return {**kept, **{name: [] for name in ("optimizer_states", "lr_schedulers") if name in kept}}
 
@@ -289,8 +298,10 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             reload_train_loader(fit.trainer)
         if fit.trainer.fit_loop.skip:
             return
-        if self._resumed is not None and self._resumed.delta is not None:
-            fit.taken.distro.load_state_dict(self._resumed.delta)
+        if self._resumed is not None:
+            fit.taken.load_own_state(self._resumed.optimizer)
+            if STATE_KEY in self._resumed.optimizer:
+                fit.taken.distro.load_state_dict(self._resumed.optimizer[STATE_KEY])
         training = self._join(fit)
         training.first_round(0 if self._resumed is None else self._resumed.step)
 
@@ -415,7 +426,8 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
                 return closure()
 
         training.start_share()
-        result = super().optimizer_step(optimizer, ahead, model, **kwargs)
+        with training.step.working():
+            result = super().optimizer_step(optimizer, ahead, model, **kwargs)
         if not training.end_share():
             raise StopIteration  # ends Trainer's loop over batches before it counts this step
         return result
@@ -432,11 +444,14 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         return state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore :meth:`optimizer_state`; ignores the state of another optimizer's own step."""
+        """Restore :meth:`optimizer_state`; without local steps, it ignores the state of an optimizer's own steps."""
+        step = None if self._fit is None else self._fit.step
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             optimizer.load_state_dict({"state": {}, "param_groups": saved["param_groups"]})
-            if STATE_KEY in saved and self._fit is not None and self._fit.step is not None:
-                self._fit.step.distro.load_state_dict(saved[STATE_KEY])
+            if step is not None:
+                step.load_own_state(saved)
+                if STATE_KEY in saved:
+                    step.distro.load_state_dict(saved[STATE_KEY])
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -464,11 +479,11 @@ class _Resumed:
 
     Attributes:
         step: its optimizer steps.
-        delta: DisTrO's state; None if it has none.
+        optimizer: the optimizer's state, and DisTrO's in it if it has any.
     """
 
     step: int
-    delta: dict[str, Any] | None
+    optimizer: dict[str, Any]
 
 
 @dataclass

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 
+from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.collectives import RUN_LOSS
 
@@ -87,6 +88,19 @@ def _objection(callback: Callback, trainer: Trainer, alone: bool) -> str | None:
                 "lightning.pytorch.tuner.Tuner."
             )
     return None
+
+
+def check_precision(scaler: object, distro: DistroConfig) -> None:
+    """Refuse a gradient scaler together with local steps.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if distro.local_steps and scaler is not None:
+        raise ConfigError(
+            'precision "16-mixed" scales gradients by a factor that follows one step in a round, but the run has local '
+            'steps, several in a round. Use "bf16-mixed" or "32-true", or set local_steps to 0.'
+        )
 
 
 def check_optimizers(trainer: Trainer, alone: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +15,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from psyche_lightning.distro.internals import multiply_each
 from psyche_lightning.errors import ConfigError, DataError, counted
 from psyche_lightning.lightning.entry import Entry
-from psyche_lightning.lightning.internals import before_transfer, wants_to_stop, weigh
-from psyche_lightning.lightning.loader import RoundLoader
+from psyche_lightning.lightning.internals import before_step, before_transfer, wants_to_stop, weigh
+from psyche_lightning.lightning.loader import RoundLoader, one_ahead
 from psyche_lightning.lightning.manifest import sections
 from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.lightning.progress import RunProgress
@@ -47,10 +48,10 @@ class Training:
         self._trainer = trainer
         self._loaders = loaders
         self._shifted = shifts(trainer.lightning_module)
-        # Of the current share: its mean loss, whether anything of it has a loss and a weight, the error if some of its
-        # samples are unavailable, and the gradients of all its micro-batches but one, to which Trainer adds those of
-        # that one.
-        self._loss = math.nan
+        # Of the current share: its mean loss and the weight of that, whether anything of it has a loss and a weight,
+        # the error if some of its samples are unavailable, and the gradients of all micro-batches but one of its last
+        # step, to which Trainer adds those of that one.
+        self._loss, self._weight = math.nan, 0.0
         self._trained = False
         self._lost: DataError | None = None
         self._carried: Sequence[torch.Tensor | None] = ()
@@ -153,10 +154,12 @@ class Training:
     def start_share(self) -> None:
         """Called before Trainer's closure, which trains the share."""
         self.step.reset()
-        self._carried, self._lost, self._trained, self._loss = (), None, False, math.nan
+        self._carried, self._lost, self._trained, self._loss, self._weight = (), None, False, math.nan, 0.0
 
     def train_share(self, batch: Any, train: Callable[[Any], Any]) -> Any:
         """Train the round's share: this method runs all micro-batches but one; Trainer runs that one backward.
+
+        With local steps, this method makes all of them but the last.
 
         Args:
             batch: the first micro-batch, which Trainer fetched.
@@ -164,44 +167,96 @@ class Training:
 
         Returns:
             The module's output. Its loss has the value of the whole share's mean, and the gradient of the part that
-            Trainer runs backward. None if no micro-batch adds anything.
+            Trainer runs backward. None if no micro-batch adds anything (of the last step, with local steps).
 
         Raises:
             ConfigError: a weight in the module's output is wrong.
         """
-        trainer, optimizer, share = self._trainer, self.step.optimizer, self._loader.share
+        optimizer, share = self.step.optimizer, self._loader.share
         mean = ShareLoss(share.samples, self._shifted)
         if len(share.sizes) > 1:
             optimizer.zero_grad()
             try:
-                for number, micro in enumerate(share.rest, 1):
-                    micro = self._transferred(micro)
-                    weigh(trainer, micro)
-                    part = mean.part(train(micro), micro, share.sizes[number])
-                    if part is not None:
-                        trainer.strategy.backward(part, optimizer)
+                if self.step.local is None:
+                    for number, micro in enumerate(share.rest, 1):
+                        self._backward(mean, self._transferred(micro), share.sizes[number], train)
+                    size = share.sizes[0]
+                else:
+                    mean, batch, size = self._make_steps(batch, train)
             except DataError as error:  # Trainer still gets its loss; end_share then declines the round
-                self._lost = error
-            weigh(trainer, batch)
-        others = mean.value
+                self._lost, size = error, share.sizes[0]
+            weigh(self._trainer, batch)
+        else:
+            size = share.sizes[0]
+        others, early = mean.value, self._trained
         output = train(batch)
-        last = mean.part(output, batch, share.sizes[0])
+        last = mean.part(output, batch, size)
         if loss_of(output) is None and output is not None:
             return output  # for Trainer to refuse
+        self._add_loss(mean)
         if mean.value is None:
             return None
-        self._trained, self._loss = True, float(mean.value * mean.correction)
-        if len(share.sizes) == 1:
+        if others is None and not early:
             return output
-        # Trainer zeroes the gradients before it runs backward on the result; restore_gradients restores these.
-        self._carried = [parameter.grad for parameter in self._parameters()]
-        gradients = [gradient for gradient in self._carried if gradient is not None]
-        if gradients and mean.correction != 1:
-            multiply_each(gradients, mean.correction)
+        if others is not None:
+            # Trainer zeroes the gradients before it runs backward on the result; restore_gradients restores these.
+            self._carried = [parameter.grad for parameter in self._parameters()]
+            self._correct(mean)
         if last is None:  # a leaf, so that there is something to run backward
             last = torch.zeros_like(mean.value, requires_grad=True)
         whole = (last if others is None else last + others) * mean.correction
+        if early:
+            whole = whole + (self._loss - whole.detach())
         return {**output, "loss": whole} if isinstance(output, Mapping) else whole
+
+    def _make_steps(self, batch: Any, train: Callable[[Any], Any]) -> tuple[ShareLoss, Any, int]:
+        """Make all local steps but the last, and train what precedes the last one's last micro-batch.
+
+        Returns:
+            The last step's loss so far, and that micro-batch with its samples.
+        """
+        share = self._loader.share
+
+        def begin(step: int) -> ShareLoss:
+            sizes = zip(share.sizes, share.steps, strict=True)
+            return ShareLoss(sum(size for size, its in sizes if its == step), self._shifted)
+
+        mean, number, micro = begin(share.steps[0]), 0, batch
+        micros = itertools.chain([batch], map(self._transferred, share.rest))
+        for number, micro in enumerate(one_ahead(micros)):
+            if number + 1 == len(share.sizes):
+                break
+            self._backward(mean, micro, share.sizes[number], train)
+            following = share.steps[number + 1]
+            if following != share.steps[number]:
+                self._add_loss(mean)
+                if mean.value is not None:
+                    self._correct(mean)
+                    before_step(self._trainer, self.step.optimizer)
+                    self.step.step_locally()
+                    self.step.optimizer.zero_grad()
+                mean = begin(following)
+        return mean, micro, share.sizes[number]
+
+    def _backward(self, mean: ShareLoss, micro: Any, samples: int, train: Callable[[Any], Any]) -> None:
+        """Run a micro-batch forward and backward, and add its loss to the mean."""
+        weigh(self._trainer, micro)
+        part = mean.part(train(micro), micro, samples)
+        if part is not None:
+            self._trainer.strategy.backward(part, self.step.optimizer)
+
+    def _correct(self, mean: ShareLoss) -> None:
+        """Make the gradients so far those of the mean."""
+        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        if gradients and mean.correction != 1:
+            multiply_each(gradients, mean.correction)
+
+    def _add_loss(self, mean: ShareLoss) -> None:
+        """Add the mean of a step to that of the share."""
+        if mean.value is not None:
+            loss, weight = float(mean.value * mean.correction), self._weight + mean.weight
+            self._loss = loss if not self._trained else self._loss + (loss - self._loss) * mean.weight / weight
+            self._trained, self._weight = True, weight
 
     def _transferred(self, batch: Any) -> Any:
         """Move a batch to the node's device, with the hooks that Trainer calls for batches that it fetches."""
@@ -247,6 +302,8 @@ class Training:
                 "its loss is not a number. If some micro-batches have nothing to train, let training_step return "
                 f"None for them, or how much it trained as {WEIGHT!r}"
             )
+        if self.step.broken is not None:
+            return str(self.step.broken)
         return None if self.step.called else "the gradient scaler found gradients that are not finite"
 
 

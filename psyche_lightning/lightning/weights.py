@@ -58,13 +58,14 @@ class ShareLoss:
 
     Attributes:
         value: the sum so far, for the guess; None if nothing was added.
+        weight: the sum of the weights.
     """
 
     def __init__(self, samples: int, shifted: bool) -> None:
         self.value: torch.Tensor | None = None
         self._samples = samples
         self._shifted = shifted
-        self._weight = 0.0
+        self.weight = 0.0
         self._guess = 0.0
 
     def part(self, output: Any, batch: Any, samples: int) -> torch.Tensor | None:
@@ -86,7 +87,7 @@ class ShareLoss:
         if loss is None or not weight:
             return None
         self._guess = self._guess or most / samples * self._samples
-        self._weight += weight
+        self.weight += weight
         part = loss * (weight / self._guess)
         self.value = part.detach() if self.value is None else self.value + part.detach()
         return part
@@ -94,7 +95,7 @@ class ShareLoss:
     @property
     def correction(self) -> float:
         """The guess, divided by the sum of the weights; 1 if nothing was added."""
-        return self._guess / self._weight if self._weight else 1.0
+        return self._guess / self.weight if self.weight else 1.0
 
     def _weigh(self, output: Any, batch: Any, samples: int) -> tuple[float, float]:
         """A micro-batch's weight, and its weight if each of its labels were trained."""

@@ -171,7 +171,7 @@ class ScheduleSection:
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """``optimizer``: the size of the steps; DisTrO decides their direction.
+    """``optimizer``: the size of the steps; DisTrO decides their direction, unless nodes make local steps of it.
 
     Attributes:
         lr: base learning rate.

@@ -29,20 +29,25 @@ class Estimate:
         trainable: number of trainable parameters.
         memory: memory of one node, by name, without activations and the framework.
         payload: bytes that one node publishes in a round.
+        steps: steps of an optimizer in a round, each of which an all-reduce would send gradients for.
     """
 
     parameters: int
     trainable: int
     memory: dict[str, int]
     payload: int
+    steps: int = 1
 
     def bytes_per_round(self, nodes: int) -> int:
         """Payload bytes that a node sends, and as many that it receives, if each fetches from each."""
         return (nodes - 1) * self.payload
 
     def allreduce_bytes_per_round(self, nodes: int) -> float:
-        """Bytes that each node sends in a ring all-reduce of float32 gradients: ``2 (n - 1) / n x 4 x parameters``."""
-        return 2 * (nodes - 1) / nodes * FLOAT32 * self.trainable
+        """Bytes that each node sends in a ring all-reduce of float32 gradients: ``2 (n - 1) / n x 4 x parameters``.
+
+        With local steps, one for each of them.
+        """
+        return self.steps * 2 * (nodes - 1) / nodes * FLOAT32 * self.trainable
 
 
 def meta_model(recipe: Recipe) -> torch.nn.Module:
@@ -106,10 +111,14 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
         memory["momentum of Muon"] = FLOAT32 * sum(size for name, size in sizes.items() if hidden[name])
     if recipe.distro.lookahead:
         memory["look-ahead copy"] = trained
+    if recipe.distro.local_steps:
+        memory["copy for local steps"] = trained
+        memory["averages of AdamW"] = 2 * (FLOAT32 * count - memory.get("momentum of Muon", 0))
     layout = Layout(named, recipe.distro.chunk)
     return Estimate(
         parameters=sum(parameter.numel() for _, parameter in named),
         trainable=count,
         memory=memory,
-        payload=PayloadCodec(layout, recipe.distro).size,
+        payload=PayloadCodec(layout, recipe.distro, recipe.distro.version).size,
+        steps=max(1, recipe.distro.local_steps),
     )

@@ -107,13 +107,15 @@ class RunOptions(NodeOptions):
         digest_every: see there.
         keep_bytes: see there.
         cold_start_warmup_steps: see there.
-        chunk: see :class:`~psyche_lightning.distro.DistroConfig`, as for the next six.
+        chunk: see :class:`~psyche_lightning.distro.DistroConfig`, as for the next eight.
         k: see there.
         decay: see there.
         removal: see there.
         lookahead: see there.
         k_for: see there.
         float32_gradients: see there.
+        local_steps: see there.
+        scale: see there.
         global_batch_size: samples of a round of the whole run, if the run leaves it to its first node.
         total_steps: the last step of the run, if the run leaves it to its first node.
         config: sizes of a run of this process alone; None for those that data and Trainer give.
@@ -139,6 +141,8 @@ class RunOptions(NodeOptions):
     lookahead: bool | None = None
     k_for: Mapping[str, int] | None = None
     float32_gradients: bool | None = None
+    local_steps: int | None = None
+    scale: float | None = None
     global_batch_size: int | None = None
     total_steps: int | None = None
     config: CoordinatorConfig | None = None

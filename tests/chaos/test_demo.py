@@ -32,10 +32,13 @@ def test_three_nodes_end_with_equal_parameters_and_the_figures_are_there(start_d
         assert node["payload_bytes_up"] >= 8 * node["payload_bytes_computed"]
 
 
-@pytest.mark.parametrize(("seed", "overlap"), [(1, "false"), (2, "true")])
-def test_a_killed_node_does_not_stop_the_others(start_demo: Callable[..., Any], seed: int, overlap: str) -> None:
+LOCAL = ["local_steps=2", "scale=2", "k=50", "decay=0.95", "optimizer.name=muon"]
+
+
+@pytest.mark.parametrize(("seed", "options"), [(1, ["overlap=false"]), (2, ["overlap=true"]), (3, LOCAL)])
+def test_a_killed_node_does_not_stop_the_others(start_demo: Callable[..., Any], seed: int, options: list[str]) -> None:
     rng = random.Random(seed)
-    demo = start_demo("--rounds", "30", "max_round_train_time=15", f"overlap={overlap}")
+    demo = start_demo("--rounds", "30", "max_round_train_time=15", *options)
     demo.wait_for_step(rng.randint(1, 8))
     time.sleep(rng.uniform(0, 0.5))
     victim = rng.choice(demo.children("train"))

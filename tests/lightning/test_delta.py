@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from psyche_lightning.distro import DisTrO, DistroConfig
+from psyche_lightning.distro import DisTrO, DistroConfig, LocalSteps
 from psyche_lightning.errors import StoreError
 from psyche_lightning.lightning import delta as saved_delta
 
@@ -109,3 +109,33 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     train(one, 1)
     with pytest.raises(StoreError, match=r"delta\.safetensors"):
         saved_delta.save(tmp_path / "missing", "run", one)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_another_life_has_the_state_of_its_own_optimizer(tmp_path: Path, kind: type[torch.optim.Optimizer]) -> None:
+    """Of the same kind; SGD's buffer is missing at first."""
+
+    def life() -> tuple[LocalSteps, torch.optim.Optimizer]:
+        model = torch.nn.Linear(20, 10)
+        torch.nn.init.ones_(model.weight)
+        torch.nn.init.ones_(model.bias)
+        options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        return LocalSteps(model.named_parameters(), lr=0.1), kind(model.parameters(), lr=0.1, **options)
+
+    def work(shared: LocalSteps, own: torch.optim.Optimizer, seed: int) -> bytes:
+        generator = torch.Generator().manual_seed(seed)
+        with shared.working():
+            for parameter in own.param_groups[0]["params"]:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            own.step()
+        return shared.encode()
+
+    one, other, fresh = life(), life(), life()
+    work(*one, 1)
+    saved_delta.save(tmp_path, "run", *one)
+    assert saved_delta.load(tmp_path, "run", *other)
+    assert work(*other, 2) == work(*one, 2) != work(*fresh, 2)
+    shared, _ = life()
+    another = torch.optim.RMSprop(shared.param_groups[0]["params"])
+    assert saved_delta.load(tmp_path, "run", shared, another)
+    assert not another.state

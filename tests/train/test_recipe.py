@@ -68,6 +68,23 @@ def test_dropout_is_that_of_the_step(recipe: Recipe, tmp_path: Path) -> None:
     assert losses[0] == losses[1] != []
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_two_nodes_make_local_steps_of_the_recipe_s_optimizer(
+    recipe: Recipe, text: Path, tmp_path: Path, create_run: Make, name: str
+) -> None:
+    given = [f"data.config.path={text}", "micro_batch_size=2", "init_min_clients=2", f"optimizer.name={name}"]
+    given += ["local_steps=2", "scale=1.5", "decay=0.95", "chunk=32", "k=32", "total_steps=6"]
+    given += ["global_batch_size_start=8", "global_batch_size_end=8"]
+    local = load_recipe("demo", [*given, "trainer.validate_every=3"], twin=True)
+    url, run = create_run(init_min_clients=2, min_clients=1)
+    results = train_all([local, local], url, run, [tmp_path / "0", tmp_path / "1"])
+    assert all(isinstance(result, dict) for result in results), results
+    assert results[0]["digest"] == results[1]["digest"]
+    assert [result["steps"] for result in results] == [6, 6]
+    first, last = results[0]["loss"]["validation"]
+    assert last < first - 0.1
+
+
 @pytest.mark.parametrize(("fixed", "steps"), [({"total_steps": 6}, 6), ({}, 4)])
 def test_a_run_ends_where_its_coordinator_says(
     fixed: dict[str, int], steps: int, recipe: Recipe, tmp_path: Path, create_run: Make
