@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.lightning.weights import IGNORED
 from psyche_lightning.train.module import call_options
 from psyche_lightning.train.packing import embeddings, undisturbed
 
@@ -15,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _LENGTH = 32
 """Tokens of the probe."""
+Question = Callable[[torch.nn.Module, torch.Tensor], bool]
 
 
 def check_objective(model: torch.nn.Module, vocab_size: int, seq_len: int) -> None:
@@ -30,12 +33,9 @@ def check_objective(model: torch.nn.Module, vocab_size: int, seq_len: int) -> No
     Raises:
         ConfigError: it is such a model.
     """
-    try:
-        copies, sees = _probe(model, vocab_size, min(_LENGTH, seq_len))
-    except Exception:  # models raise different types, and some take no short rows: training says more
-        logger.debug("no probe of what the model learns", exc_info=True)
-        return
-    if not copies and not sees:
+    ids = torch.randint(vocab_size, (1, min(_LENGTH, seq_len)), generator=torch.Generator().manual_seed(0))
+    sees = _answered(_sees_later_tokens, model, ids)
+    if not sees and not _answered(_compares_in_place, model, ids):
         return
     name = type(model).__name__
     why = (
@@ -49,40 +49,51 @@ def check_objective(model: torch.nn.Module, vocab_size: int, seq_len: int) -> No
     )
 
 
-def _probe(model: torch.nn.Module, vocab_size: int, length: int) -> tuple[bool, bool]:
-    """Whether the model compares labels with outputs at their own place, and whether these see later tokens."""
+def _answered(question: Question, model: torch.nn.Module, ids: torch.Tensor) -> bool:
+    """The answer to a question about the model and a row of token ids; False if the model fails on it."""
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
-    chance = torch.Generator().manual_seed(0)
-    ids, labels = torch.randint(vocab_size, (2, 1, length), generator=chance).to(device)
+    ids = ids.to(device)
+    try:
+        with undisturbed(model, device), torch.enable_grad():
+            return question(model, ids)
+    except Exception:  # models raise different types, and some take no short rows: training says more
+        logger.debug("no answer to %s", question.__name__, exc_info=True)
+        return False
+
+
+def _sees_later_tokens(model: torch.nn.Module, ids: torch.Tensor) -> bool:
+    """Whether the outputs before the last token have a gradient with respect to its embedding."""
+    with embeddings(model, ids) as embedded:
+        earlier = model(input_ids=ids, labels=ids, **call_options(model)).logits[:, :-1]
+    if not embedded or not earlier.requires_grad:
+        return False
+    chance = torch.Generator().manual_seed(1)
+    total = (earlier * torch.randn(earlier.shape, generator=chance).to(earlier)).sum()
+    reached = torch.autograd.grad(total, [leaf for leaf, _ in embedded], allow_unused=True)
+    last = torch.zeros_like(ids, dtype=torch.bool)
+    last[:, -1] = True
+    pairs = zip(reached, embedded, strict=True)
+    return any(bool(grad[arrange(last)].any()) for grad, (_, arrange) in pairs if grad is not None)
+
+
+def _compares_in_place(model: torch.nn.Module, ids: torch.Tensor) -> bool:
+    """Whether the loss compares a label with the output at its own place.
+
+    The gradient of a cross-entropy with respect to the logits is negative at the label alone, whatever is rounded. If
+    the loss is not made of the logits that the model returns, the first label tells: no token precedes it, so only a
+    model that does not shift its labels has a loss that depends on it.
+    """
     options = call_options(model)
-    with undisturbed(model, device):
-        with torch.enable_grad(), embeddings(model, ids) as embedded:
-            one = model(input_ids=ids, labels=ids, **options)
-        with torch.no_grad():
-            two = model(input_ids=ids, labels=labels, **options)
-    sees = False
-    slope: torch.Tensor | None = None
-    if one.logits.requires_grad:
-        (slope,) = torch.autograd.grad(one.loss, one.logits, retain_graph=True, allow_unused=True)
-    if one.logits.requires_grad and embedded:
-        earlier = one.logits[:, :-1]
-        total = (earlier * torch.randn(earlier.shape, generator=chance).to(earlier)).sum()
-        reached = torch.autograd.grad(total, [leaf for leaf, _ in embedded], allow_unused=True)
-        last = torch.zeros_like(ids, dtype=torch.bool)
-        last[:, -1] = True
-        pairs = zip(reached, embedded, strict=True)
-        sees = any(bool(grad[arrange(last)].any()) for grad, (_, arrange) in pairs if grad is not None)
-    logits = one.logits.detach().float()
-    if slope is not None:  # of a cross-entropy, negative at the label alone, whatever is rounded
-        compared = slope[0].argmin(-1)
-        here, behind = int((compared == ids[0]).sum()), int((compared[:-1] == ids[0, 1:]).sum())
-        return here > max(behind, length // 2), sees
-
-    def apart(shift: int) -> float:
-        """By how much the two losses would differ; what a model adds to both, such as a router's loss, drops out."""
-        rows = logits[0, : length - shift]
-        return float(cross_entropy(rows, ids[0, shift:]) - cross_entropy(rows, labels[0, shift:]))
-
-    found = float(one.loss.detach() - two.loss)
-    next_token, same_place = abs(found - apart(1)), abs(found - apart(0))
-    return same_place < next_token / 10 and next_token > 1e-5, sees
+    out = model(input_ids=ids, labels=ids, **options)
+    if out.logits.requires_grad:
+        (slope,) = torch.autograd.grad(out.loss, out.logits, allow_unused=True)
+        if slope is not None:
+            compared = slope[0].argmin(-1)
+            here, behind = int((compared == ids[0]).sum()), int((compared[:-1] == ids[0, 1:]).sum())
+            return here > max(behind, ids.shape[1] // 2)
+    alone = torch.full_like(ids, IGNORED)
+    losses = []
+    for label in (int(out.logits[0, 0].argmin()), int(out.logits[0, 0].argmax())):
+        alone[:, 0] = label
+        losses.append(float(model(input_ids=ids, labels=alone, **options).loss.detach()))
+    return math.isfinite(losses[0]) and losses[0] > losses[1]

@@ -23,6 +23,19 @@ SEQ2SEQ = {
     "encoder_attention_heads": 2,
     "max_position_embeddings": 64,
 }
+PROPHET = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_decoder_layers": 1,
+    "num_encoder_layers": 1,
+    "decoder_ffn_dim": 48,
+    "encoder_ffn_dim": 48,
+    "num_decoder_attention_heads": 2,
+    "num_encoder_attention_heads": 2,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+}
+"""Its loss is made of more logits than it returns."""
 MARIAN = {**SEQ2SEQ, "pad_token_id": 63, "decoder_start_token_id": 63}
 
 
@@ -37,6 +50,8 @@ def build(model_type: str, **config: Any) -> torch.nn.Module:
     [
         ("bart", SEQ2SEQ, "BartForCausalLM compares the label of a token with the output at the same place"),
         ("marian", MARIAN, "MarianForCausalLM compares the label of a token with the output at the same place"),
+        ("prophetnet", PROPHET, "ProphetNetForCausalLM compares the label of a token with the output at the same"),
+        ("bigbird_pegasus", SEQ2SEQ, "BigBirdPegasusForCausalLM compares the label of a token with the output at"),
         ("pegasus", SEQ2SEQ, "PegasusForCausalLM compares the label of a token with the output at the same place"),
         ("bert", SMALL, "outputs of BertLMHeadModel for a token depend on the tokens after it"),
     ],
