@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ class Chat:
 
     Where the template has ``{% generation %}`` marks, what stands between them is an answer. Otherwise an answer is
     what the template adds to the conversation before it and the generation prompt. This is checked: both must be
-    beginnings of the whole conversation.
+    beginnings of the whole conversation, except for what the template writes after all messages.
 
     Args:
         encoder: has the tokenizer.
@@ -123,26 +124,49 @@ class Chat:
         ids, marks = self._render(messages, where, tools)
         for place in answers:
             begin = len(self._beginning(ids, messages[:place], True, where, tools))
-            end = len(self._beginning(ids, messages[: place + 1], False, where, tools))
+            end = self._after(ids, begin, messages[: place + 1], where, tools)
             if not self._checked:
                 self._check_prompt(messages[: place + 1], where, tools)
                 self._checked = True
-            marks[begin : self._end(ids, begin, end)] = True
+            marks[begin:end] = True
         return Text(ids, marks)
+
+    def _after(self, whole: NDArray[np.int64], begin: int, messages: Sequence[Message], where: str, tools: Any) -> int:
+        """Where an answer, the last of the messages, ends in the whole conversation.
+
+        A template may write a token after all messages, in place of a generation prompt. It does not belong to an
+        answer that has an end of its own.
+        """
+        ids, _ = self._render(messages, where, tools)
+        end = _shared(whole, ids)
+        if end < len(ids) and not self._holds(whole[begin:end], messages[-1]):
+            raise self._otherwise(len(messages), where)
+        with contextlib.suppress(ConfigError):  # some templates refuse a prompt here
+            ids, _ = self._render(messages, where, tools, prompt=True)
+        own = self._end(whole, begin, min(end, _shared(whole, ids)))
+        ended = own > begin and int(whole[own - 1]) in self._ends and self._holds(whole[begin:own], messages[-1])
+        return own if ended else self._end(whole, begin, end)
+
+    def _holds(self, ids: NDArray[np.int64], message: Message) -> bool:
+        content = str(message.get("content", "")).strip()
+        return bool(content) and content in self._tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
 
     def _beginning(
         self, whole: NDArray[np.int64], messages: Sequence[Message], prompt: bool, where: str, tools: Any
     ) -> NDArray[np.int64]:
         """The ids of the first messages, with which the whole conversation must begin."""
         ids, _ = self._render(messages, where, tools, prompt=prompt)
-        if not np.array_equal(whole[: len(ids)], ids):
-            raise ConfigError(
-                f"{where}: the chat template writes the first {len(messages)} of the messages otherwise when the "
-                "conversation goes on, so the answers cannot be found in it. Set data.config.each_answer=true, which "
-                "makes a text of each answer with what was said before it, or data.config.chat_template to a template "
-                "with {% generation %} marks around the answers."
-            )
+        if _shared(whole, ids) < len(ids):
+            raise self._otherwise(len(messages), where)
         return ids
+
+    def _otherwise(self, count: int, where: str) -> ConfigError:
+        return ConfigError(
+            f"{where}: the chat template writes the first {count} of the messages otherwise when the "
+            "conversation goes on, so the answers cannot be found in it. Set data.config.each_answer=true, which "
+            "makes a text of each answer with what was said before it, or data.config.chat_template to a template "
+            "with {% generation %} marks around the answers."
+        )
 
     def _check_prompt(self, messages: Sequence[Message], where: str, tools: Any) -> None:
         """Refuse a template without a generation prompt that writes something between question and answer."""
@@ -179,6 +203,13 @@ class Chat:
             return self._tokenizer.apply_chat_template(list(messages), tools=tools or None, **options)
         except Exception as error:  # templates raise what they like
             raise ConfigError(f"{where}: the chat template refuses the conversation: {error}") from error
+
+
+def _shared(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+    """How many ids two rows have in common at their beginning."""
+    size = min(len(one), len(other))
+    apart = np.flatnonzero(one[:size] != other[:size])
+    return int(apart[0]) if len(apart) else size
 
 
 class Completion:

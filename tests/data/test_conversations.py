@@ -44,6 +44,16 @@ THINKING = """\
 {{ message.content + '<|im_end|>\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
+ENDED = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- else -%}{{ eos_token }}{%- endif -%}"""
+"""As phi-3's: the conversation has an end, and each message one of its own."""
+ONCE = """\
+{%- for message in messages -%}{{ message.role + ':\n' + message.content + '\n' }}{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'assistant:\n' }}{%- else -%}{{ eos_token }}{%- endif -%}"""
+"""Only the conversation has an end."""
 COUNTED = "{{ messages|length }}" + CHATML
 UNPROMPTED = "{%- for message in messages -%}{{ message.role + ': ' + message.content + eos_token }}{%- endfor -%}"
 
@@ -66,7 +76,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     found = {}
     for name, template in (
         ("chatml", CHATML), ("marked", MARKED), ("brackets", BRACKETS), ("thinking", THINKING), ("counted", COUNTED),
-        ("unprompted", UNPROMPTED), ("none", None),
+        ("unprompted", UNPROMPTED), ("none", None), ("ended", ENDED), ("once", ONCE),
     ):  # fmt: skip
         folder = tmp_path_factory.mktemp(name)
         made = PreTrainedTokenizerFast(
@@ -120,6 +130,8 @@ def texts(data: Any) -> list[str]:
         ("chatml", "hello!<|im_end|>", "first<|im_end|>|second one<|im_end|>"),
         ("marked", "hello!<|im_end|>", "first<|im_end|>|second one<|im_end|>"),
         ("brackets", " hello!</s>", " first</s>| second one</s>"),
+        ("ended", "hello!<|im_end|>", "first<|im_end|>|second one<|im_end|>"),
+        ("once", "hello!\n</s>", "first\n|second one\n</s>"),
     ],
 )
 def test_answers_alone_are_trained(
@@ -134,7 +146,7 @@ def test_answers_alone_are_trained(
     ]
     assert texts(data) == whole, "as the template writes them, without a second <s>"
     assert all(set(sample) == {"input_ids", "labels"} for sample in data.samples(0, 2))
-    end = "</s>" if template == "brackets" else "<|im_end|>"
+    end = "</s>" if template in ("brackets", "once") else "<|im_end|>"
     assert data.end_of_text == data.tokenizer.convert_tokens_to_ids(end)
     packed = opened(tmp_path, chats(SHORT, turns), tokenizer=tokenizers[template])
     assert "|".join(trained(packed)) == f"{short}|{long}"

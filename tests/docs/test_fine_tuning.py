@@ -96,13 +96,14 @@ def test_two_nodes_fine_tune_a_chat_model(
     base_bytes = base_file.read_bytes()
     marked = marked_by_the_template()
 
-    assert main(["run", "create", "chat", "chat.yaml", "init_min_clients=2", "--coordinator", coordinator]) == 0
-    recipe = load_recipe("chat.yaml")
+    fewer = ["total_steps=20"]
+    assert main(["run", "create", "chat", "chat.yaml", *fewer, "init_min_clients=2", "--coordinator", coordinator]) == 0
+    recipe = load_recipe("chat.yaml", fewer)
     results = train_all([recipe] * 2, coordinator, "chat", [Path("a"), Path("b")])
     assert results[0]["digest"] == results[1]["digest"]
     assert results[0]["loss"]["validation"] == pytest.approx(results[1]["loss"]["validation"])
     first, last = results[0]["loss"]["validation"]
-    assert last < first - 0.5
+    assert last < first - 0.1
     assert [result["empty_rounds"] for result in results] == [0, 0]
 
     # What was trained is what the template marks, token for token, and nothing else.
@@ -142,11 +143,10 @@ def test_two_nodes_fine_tune_a_chat_model(
         assert not torch.equal(plain(input_ids=ids).logits, loaded)
 
     runpy.run_path("load.py", run_name="__main__")
-    answer = capsys.readouterr().out.splitlines()[-1]
-    assert "assistant" in answer or answer
+    assert "<|im_start|>assistant\n" in capsys.readouterr().out
     merged: Any = AutoModelForCausalLM.from_pretrained("merged")
     with torch.no_grad():
         torch.testing.assert_close(merged.eval()(input_ids=ids).logits, loaded, atol=1e-4, rtol=0)
     asked = ["generate", "a/checkpoint", "--chat", "--prompt", "What is 2 + 3?", "--temperature", "0"]
     assert main([*asked, "--max-new-tokens", "20"]) == 0
-    print(capsys.readouterr().out)
+    assert "What is 2 + 3?\nassistant\n" in capsys.readouterr().out
