@@ -303,7 +303,7 @@ def list_runs(coordinator: Url = None, as_json: Json = False) -> None:
     table = Table("run", "phase", "epoch", "step", "nodes")
     for row in runs:
         step = f"{row['step'] - 1}/{row['total_steps'] or '?'}"
-        table.add_row(row["run_id"], _words(row["phase"]), str(row["epoch"]), step, str(row["clients"]))
+        table.add_row(plain(row["run_id"]), plain(_words(row["phase"])), str(row["epoch"]), step, str(row["clients"]))
     stdout().print(table if runs else "no runs yet; create one with `psyche run create RUN`")
 
 
@@ -420,10 +420,10 @@ def _picture(found: dict[str, Any]) -> RenderableType:
 
     height = "" if found["height"] is None else f", round {found['height']}"
     head = (
-        f"{_words(found['phase'])}, epoch {found['epoch']}{height}, "
+        f"{plain(_words(found['phase']))}, epoch {found['epoch']}{height}, "
         f"{max(0, found['step'] - 1)} of {found['total_steps'] or '?'} steps trained"
     )
-    parts: list[RenderableType] = [Text.assemble((found["run_id"], "bold"), ": ", head)]
+    parts: list[RenderableType] = [Text.assemble((plain(found["run_id"]), "bold"), ": ", head)]
     if found.get("waits_for"):
         parts.append(Text(plain(found["waits_for"]), style="yellow"))
     if found.get("problem"):
@@ -440,9 +440,7 @@ def _picture(found: dict[str, Any]) -> RenderableType:
     for node in (*found["clients"], *found["pending"], *found["exited"]):
         loss, rate = node["loss"], node["tokens_per_second"]
         table.add_row(
-            node["key"],
-            node["status"],
-            node["address"],
+            *(plain(node[name]) for name in ("key", "status", "address")),
             str(node["step"] or ""),
             "" if loss is None else f"{loss:.4f}",
             "" if rate is None else f"{rate:,.0f}",

@@ -16,9 +16,11 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from psyche_lightning.errors import ConfigError, CoordinatorError
 from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.owner import Creation
+from psyche_lightning.server.answers import PROBLEM, RUNS, STATUS, Shape, misfit
 from psyche_lightning.server.channel import coordinator_error
 from psyche_lightning.server.tls import Door
 from psyche_lightning.server.token import check_token, find_token, read_token
+from psyche_lightning.text import plain
 
 URL_VARIABLE = "PSYCHE_COORDINATOR"
 TOKEN_VARIABLE = "PSYCHE_COORDINATOR_TOKEN"
@@ -99,7 +101,7 @@ class CoordinatorAdmin:
             "everybody": everybody,
             "by_link": by_link,
         }  # fmt: skip
-        return self._ask("POST", "/v1/runs", body)
+        return self._shaped(self._ask("POST", "/v1/runs", body), STATUS)
 
     def link(self, run_id: str, *, new: bool = False) -> JoinLink:
         """The run's join link, with the URL of this client.
@@ -119,7 +121,7 @@ class CoordinatorAdmin:
 
     def status(self, run_id: str) -> dict[str, Any]:
         """The answer of ``GET /v1/runs/RUN``: the run's status for people and programs."""
-        return self._ask("GET", _path(run_id))
+        return self._shaped(self._ask("GET", _path(run_id)), STATUS)
 
     def manifest(self, digest: str) -> dict[str, Any]:
         """The manifest with this SHA-256 in hex, which a run's status contains as ``manifest_digest``."""
@@ -127,7 +129,7 @@ class CoordinatorAdmin:
 
     def runs(self) -> list[dict[str, Any]]:
         """A summary of each run: ``run_id``, ``phase``, ``epoch``, ``step``, ``total_steps``, ``clients``."""
-        runs: list[dict[str, Any]] = self._ask("GET", "/v1/runs")["runs"]
+        runs: list[dict[str, Any]] = self._shaped(self._ask("GET", "/v1/runs"), RUNS)["runs"]
         return runs
 
     def pause(self, run_id: str) -> dict[str, Any]:
@@ -147,7 +149,8 @@ class CoordinatorAdmin:
                 ``link`` or ``restart-from``.
             body: the command's arguments.
         """
-        return self._ask("POST", f"{_path(run_id)}/{name}", body)
+        answer = self._ask("POST", f"{_path(run_id)}/{name}", body)
+        return answer if name in ("close", "link") else self._shaped(answer, STATUS)
 
     @cached_property
     def _token(self) -> str | None:
@@ -188,7 +191,8 @@ class CoordinatorAdmin:
                 return self._parse(answer.read(MAX_ANSWER_SIZE), 200)
         except urllib.error.HTTPError as error:
             with error:
-                raise coordinator_error(self._parse(error.read(MAX_ANSWER_SIZE), error.code)) from None
+                problem = self._parse(error.read(MAX_ANSWER_SIZE), error.code)
+                raise coordinator_error(self._shaped(problem, PROBLEM, error.code)) from None
 
     def _parse(self, data: bytes, status: int) -> dict[str, Any]:
         try:
@@ -201,6 +205,16 @@ class CoordinatorAdmin:
                 code="Unreachable",
             )
         return value
+
+    def _shaped(self, answer: dict[str, Any], shape: Shape, status: int = 200) -> dict[str, Any]:
+        wrong = misfit(answer, shape)
+        if wrong:
+            raise CoordinatorError(
+                f"{self.url} answered {status} with JSON of another shape: {plain(wrong)}. It is not a psyche "
+                "coordinator, or of another version: look at the URL, and use the same version of psyche-lightning.",
+                code="Unreachable",
+            )
+        return answer
 
 
 class ServerRun:

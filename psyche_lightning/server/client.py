@@ -26,6 +26,7 @@ from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.requests import Answer, Request, encode
 from psyche_lightning.protocol.state import RunState
 from psyche_lightning.server.admin import check_url
+from psyche_lightning.server.answers import PROBLEM, misfit
 from psyche_lightning.server.channel import (
     CLOSE_REPLACED,
     MAX_FRAME_SIZE,
@@ -415,7 +416,7 @@ class HttpCoordinator:
         try:
             async with session.get(path, ssl=self._trust) as answer:
                 problem = json.loads(await answer.content.read(MAX_PROBLEM_SIZE))
-            if answer.status >= 400:
+            if answer.status >= 400 and not misfit(problem, PROBLEM):
                 return coordinator_error(problem)
         except (OSError, aiohttp.ClientError, asyncio.TimeoutError, ValueError):
             pass
