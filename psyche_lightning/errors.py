@@ -105,9 +105,9 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def counted(number: int, thing: str) -> str:
-    """Such as ``1 node`` or ``3 nodes``."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+def counted(number: int, thing: str, things: str = "") -> str:
+    """Such as ``1 node`` or ``3 nodes``; ``things`` is a plural that has more than an s."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"
 
 
 @contextlib.contextmanager

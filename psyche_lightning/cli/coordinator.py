@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from psyche_lightning import system
+from psyche_lightning.errors import counted
 from psyche_lightning.server.admin import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE
 
 
@@ -74,7 +75,7 @@ async def _serve(
         url = await server.start(host, port)
         try:
             with contextlib.nullcontext() if given else announced(url, path) as found:
-                runs = _kept(len(server.runs))
+                runs = counted(len(server.runs), "run")
                 print(f"psyche coordinator on {url}  ({runs} in {directory}; Ctrl-C stops it)", flush=True)
                 _tell_owner(path, token if fresh else None, found)
                 if tls:
@@ -109,7 +110,3 @@ def _tell_key(url: str, key: bytes) -> None:
 
     place = url.replace("//0.0.0.0:", "//ADDRESS:").replace("//[::]:", "//ADDRESS:")
     print(f"`psyche run` on other machines takes --coordinator '{JoinLink(place, key=key)}'", flush=True)
-
-
-def _kept(runs: int) -> str:
-    return f"{runs} run" if runs == 1 else f"{runs} runs"

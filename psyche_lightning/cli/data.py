@@ -83,8 +83,8 @@ def tokenize(
                 progress.advance(task, len(text))
     found = writer.close()
     print(
-        f"{found.tokens:,} tokens of {texts:,} texts in {len(found.files)} file(s) of {found.token_size}-byte tokens, "
-        f"{found.vocab_size:,} token ids, in {out}/"
+        f"{found.tokens:,} tokens of {texts:,} texts in {counted(len(found.files), 'file')} of "
+        f"{found.token_size}-byte tokens, {found.vocab_size:,} token ids, in {out}/"
     )
     if encoder.replaced:
         print(f"{counted(encoder.replaced, 'text')} not in UTF-8: their other bytes became U+FFFD", file=sys.stderr)

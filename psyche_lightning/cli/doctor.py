@@ -21,7 +21,7 @@ from psyche_lightning import system
 from psyche_lightning.bench.report import check_folder
 from psyche_lightning.cli.console import stdout
 from psyche_lightning.doctor.finding import Finding, Verdict
-from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
+from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError, counted
 from psyche_lightning.json_text import json_text
 from psyche_lightning.logs import redirections
 from psyche_lightning.protocol.link import JoinLink
@@ -179,7 +179,7 @@ class _Examination:
             self.findings.append(Finding(area, "run", str(error), verdict, "give its name with --run"))
             return
         phase, members = self.status["phase"].replace("_", " "), connectivity.members(self.status)
-        self.findings.append(Finding(area, self.options.run, f"{phase}, {len(members)} nodes"))
+        self.findings.append(Finding(area, self.options.run, f"{phase}, {counted(len(members), 'node')}"))
 
     def _peers(self, status: Mapping[str, Any]) -> None:
         from psyche_lightning.doctor import connectivity

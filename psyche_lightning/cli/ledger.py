@@ -103,12 +103,14 @@ def _show(found: Audit, rows: int, ledgers: int) -> None:
     console.print(
         Text.assemble(
             (found.run, "bold"),
-            f": {found.rounds} rounds up to step {found.last_step}, from {ledgers} ledgers; "
-            f"{found.ids} data ids trained once, {again} of them in a later round than their own",
+            f": {counted(found.rounds, 'round')} up to step {found.last_step}, from {counted(ledgers, 'ledger')}; "
+            f"{counted(found.ids, 'data id')} trained once, {again} of them in a later round than their own",
         )
     )
     if found.undone:
-        console.print(f"{found.undone} rounds belong to epochs whose end was not agreed; their ids were trained again")
+        console.print(
+            f"{counted(found.undone, 'round')} of epochs whose end was not agreed; their ids were trained again"
+        )
     table = Table("data ids", "trainer", "step", "epoch", "round", "commitment", "")
     newest = found.lines[-rows:] if rows else found.lines
     for line in newest:

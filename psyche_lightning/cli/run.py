@@ -147,7 +147,9 @@ def update(
     if not arguments:
         raise ConfigError("nothing to change; give settings such as total_steps=2000, or a recipe")
     after = administer(coordinator, run_id, token_file).update(wanted(run_id, arguments, twin))
-    say(f"run {run_id} is changed: {after['config']['total_steps'] or '?'} steps, {_words(after['phase'])}")
+    total = after["config"]["total_steps"]
+    steps = "? steps" if total is None else counted(total, "step")
+    say(f"run {run_id} is changed: {steps}, {_words(after['phase'])}")
 
 
 @run.command()

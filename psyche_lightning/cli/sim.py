@@ -11,6 +11,7 @@ from rich.progress import track
 from rich.text import Text
 
 from psyche_lightning.cli.console import stdout
+from psyche_lightning.errors import counted
 from psyche_lightning.simulation.scenario import History, Scenario, SimulationError
 from psyche_lightning.simulation.simulator import simulate, simulate_all
 
@@ -60,7 +61,8 @@ def _sum_up(console: Console, histories: list[History | SimulationError]) -> Non
     held = [history for history in histories if isinstance(history, History)]
     rounds, faults = sum(history.rounds for history in held), sum(history.faults for history in held)
     console.print(
-        f"{len(held)} of {len(histories)} histories held: {rounds} rounds with equal parameters, {faults} faults"
+        f"{len(held)} of {counted(len(histories), 'history', 'histories')} held: {counted(rounds, 'round')} with equal "
+        f"parameters, {counted(faults, 'fault')}"
     )
     if failed:
         raise SimulationError("\n".join(map(str, failed)))

@@ -338,7 +338,7 @@ def _notable(before: RunState, after: RunState, now: float) -> list[tuple[str, s
         notes.append(("epoch", f"epoch {after.epoch} begins with step {after.step} from the parameters {digest}"))
     elif before.phase is Phase.WARMUP and after.phase is Phase.WAITING_FOR_MEMBERS:
         left, least = len(after.clients), least_clients(after)
-        why = f"the parameters were reported by {len(before.warmup_witnesses)} of {left} nodes in time"
+        why = f"the parameters were reported by {len(before.warmup_witnesses)} of {counted(left, 'node')} in time"
         if left < least:
             why = f"only {counted(left, 'node')} {'is' if left == 1 else 'are'} left, and {least} are needed"
         notes.append(("epoch", f"epoch {after.epoch} could not begin: {why}"))
@@ -357,10 +357,11 @@ def _reason(state: RunState, round_: Round, now: float) -> str:
     """Why an epoch ends after this round."""
     match ending(state, round_, now):
         case Ending.FEW_CLIENTS:
-            left = counted(len(state.clients), "node")
-            return f"{left} of {members(state)} are left, and {least_clients(state)} are needed"
+            left = len(state.clients)
+            are = "is" if left == 1 else "are"
+            return f"{counted(left, 'node')} of {members(state)} {are} left, and {least_clients(state)} are needed"
         case Ending.FEW_REPORTS:
-            return f"{len(round_.witnesses)} witnesses reported, and {state.needed} are needed"
+            return f"{counted(len(round_.witnesses), 'witness', 'witnesses')} reported, and {state.needed} are needed"
         case Ending.NOTHING_APPLIED:
             return f"no result was agreed in the last {len(state.rounds)} rounds; the run pauses then"
         case Ending.TIME_OVER:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from enum import Enum, auto
 from typing import Any
 
-from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.errors import CoordinatorError, counted
 from psyche_lightning.protocol.bloom import BLOOM_SIZE, Bloom
 from psyche_lightning.protocol.committee import (
     decided_root,
@@ -352,8 +352,8 @@ def warmup_witness(state: RunState, signer: bytes, request: WarmupWitness) -> Ru
     if decided and digest != decided:
         raise MachineError(
             "InvalidWitness",
-            f"the parameters {digest[:4].hex()} are not the run's, {decided[:4].hex()} after {state.step - 1} steps; "
-            "fetch those from a peer",
+            f"the parameters {digest[:4].hex()} are not the run's, {decided[:4].hex()} after "
+            f"{counted(state.step - 1, 'step')}; fetch those from a peer",
         )
     record = WitnessRecord(WitnessProof(index, index), digest)
     holders = state.holders if signer in state.holders else (*state.holders, signer)
@@ -395,8 +395,8 @@ def witness(state: RunState, signer: bytes, request: Witness) -> RunState:
     if len(request.digest) not in (0, HASH_SIZE) or (request.digest and not 0 <= request.step < state.step):
         raise MachineError(
             "InvalidWitness",
-            f"parameters are named by {HASH_SIZE} bytes and at most {state.step - 1} steps, not by "
-            f"{len(request.digest)} bytes and {request.step} steps",
+            f"parameters are named by {HASH_SIZE} bytes and at most {counted(state.step - 1, 'step')}, not by "
+            f"{counted(len(request.digest), 'byte')} and {counted(request.step, 'step')}",
         )
     records = {record.proof.index: record for record in round_.witnesses}
     stays = proof.index in records and decided_root(round_, state.needed) is not None  # what is decided stays decided
@@ -513,8 +513,8 @@ def restart_from(state: RunState, checkpoint: Checkpoint, now: float) -> RunStat
     if len(checkpoint.digest) != HASH_SIZE or not 0 <= checkpoint.step < state.step:
         raise MachineError(
             "InvalidCheckpoint",
-            f"a checkpoint has a digest of {HASH_SIZE} bytes and at most {state.step - 1} steps, not "
-            f"{len(checkpoint.digest)} bytes and {checkpoint.step} steps",
+            f"a checkpoint has a digest of {HASH_SIZE} bytes and at most {counted(state.step - 1, 'step')}, not "
+            f"{counted(len(checkpoint.digest), 'byte')} and {counted(checkpoint.step, 'step')}",
         )
     state = replace(
         state, checkpoint=checkpoint, step=checkpoint.step + 1, rounds=(), head=0, holders=(), warmup_witnesses=()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.errors import CoordinatorError, counted
 from psyche_lightning.protocol.codec import from_json, to_json
 from psyche_lightning.protocol.state import Client
 from psyche_lightning.text import is_plain
@@ -138,7 +138,7 @@ class Membership:
             )
         if signer not in self.members and len(self.members) >= self._room:
             raise CoordinatorError(
-                f"the run has {len(self.members)} members, which is its limit; try again later",
+                f"the run has {counted(len(self.members), 'member')}, which is its limit; try again later",
                 code="RunFull",
                 retryable=True,
             )

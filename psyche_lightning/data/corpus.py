@@ -11,7 +11,7 @@ from pathlib import Path
 
 from psyche_lightning.data.named import ALL, of_split
 from psyche_lightning.data.plain import matches, read_text, what_else
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, counted
 
 STDLIB = "stdlib"
 # First prose, then sources.
@@ -128,7 +128,7 @@ def _folder(root: Path, patterns: Sequence[str], split: str) -> list[Path]:
     kept = [file for file in files if belongs(file)]
     if not kept:
         raise ConfigError(
-            f"There is no text in the folder {str(root)!r}: none of its {len(files)} files matches "
+            f"There is no text in the folder {str(root)!r}: none of its {counted(len(files), 'file')} matches "
             f"{', '.join(patterns)}. Name another path, or set glob to other patterns."
         )
     return [root / file for file in of_split(root, kept, split)]

@@ -19,7 +19,7 @@ from psyche_lightning import system
 from psyche_lightning.data.damage import is_damage
 from psyche_lightning.data.packed import Unavailable
 from psyche_lightning.data.tokenizer import Encoder, QuietProgress
-from psyche_lightning.errors import ConfigError, DataError
+from psyche_lightning.errors import ConfigError, DataError, counted
 
 Documents = Callable[[int], Iterator["bytes | NDArray[np.int64]"]]
 """Yields the texts, or their token ids, from the one with this number on; called again after a failure."""
@@ -183,8 +183,8 @@ class Spool:
         needed = (blocks or 0) * self._seq_len
         if self._lazily and self._tokens < needed:
             raise ConfigError(
-                f"The data set ended after {self._tokens // self._seq_len} samples of seq_len={self._seq_len}, fewer "
-                f"than max_samples={self._most}; set max_samples to that number or less."
+                f"The data set ended after {counted(self._tokens // self._seq_len, 'sample')} of "
+                f"seq_len={self._seq_len}, fewer than max_samples={self._most}; set max_samples to that number or less."
             )
 
     def _checked(self, ids: NDArray[np.int64]) -> NDArray[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from psyche_lightning.data.named import ALL, of_split
 from psyche_lightning.data.plain import COMPRESSED, explained, matches, open_text, read_text, suffix, what_else
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, counted
 
 MAX_LINE = 64 << 20
 """The most bytes of a line in a ``.jsonl`` file."""
@@ -35,7 +35,7 @@ def find_texts(paths: Sequence[Path], globs: Sequence[str], split: str = ALL) ->
             fitting = [name for name in kept if matches(name.rpartition("/")[2], globs)]
             if not fitting:
                 raise ConfigError(
-                    f"There is no text in the folder {str(path)!r}: none of its {len(kept)} files matches "
+                    f"There is no text in the folder {str(path)!r}: none of its {counted(len(kept), 'file')} matches "
                     f"{', '.join(globs)}; give other patterns with --glob."
                 )
             inside = [path / name for name in of_split(path, fitting, split)]

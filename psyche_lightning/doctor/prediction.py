@@ -12,6 +12,7 @@ from psyche_lightning.doctor.finding import Finding, Verdict, duration, size, sp
 from psyche_lightning.doctor.link import MeasuredLink
 from psyche_lightning.doctor.round_time import Conditions, Prediction, needed_rate, predict
 from psyche_lightning.doctor.speed import TrainingSpeed
+from psyche_lightning.errors import counted
 from psyche_lightning.protocol.owner import ClockReading
 from psyche_lightning.recipe import Recipe
 from psyche_lightning.transports.environment import with_environment
@@ -214,4 +215,4 @@ def _nodes(nodes: int) -> str:
 
 
 def _batch(given: Conditions) -> str:
-    return f"{given.samples} samples of {given.seq_len} tokens a round"
+    return f"{counted(given.samples, 'sample')} of {counted(given.seq_len, 'token')} a round"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, counted
 from psyche_lightning.lightning.collectives import RUN_LOSS, monitored
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ class CoordinatorCallback(Callback):
         """
         if self._session(trainer) is None and trainer.limit_train_batches != 0:
             raise ConfigError(
-                f"this fit trained nothing: the Trainer has made {trainer.global_step} steps in "
-                f"{trainer.current_epoch} epochs already, and its limits are max_steps={trainer.max_steps}, "
+                f"this fit trained nothing: the Trainer has made {counted(trainer.global_step, 'step')} in "
+                f"{counted(trainer.current_epoch, 'epoch')} already, and its limits are max_steps={trainer.max_steps}, "
                 f"max_epochs={trainer.max_epochs}, and max_time if you set it. Make a new Trainer, or raise the limit."
             )
 

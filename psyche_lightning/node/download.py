@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from psyche_lightning.errors import AbsentError, TransportError
+from psyche_lightning.errors import AbsentError, TransportError, counted
 from psyche_lightning.node.notices import PieceNotDelivered
 from psyche_lightning.node.snapshot import MAX_INDEX_SIZE, Index, Piece, decode_index
 from psyche_lightning.node.store import BlobStore
@@ -147,7 +147,7 @@ class _Pull:
         if self._left:
             reasons = {who: why for tried in self._tried.values() for who, why in tried.items()}
             text = "; ".join(f"{short(who)} {why}" for who, why in reasons.items()) or "there is no peer to ask"
-            raise TransportError(f"{self._left} pieces are missing: {text}")
+            raise TransportError(f"{counted(self._left, 'piece')} {'is' if self._left == 1 else 'are'} missing: {text}")
 
     async def _work(self, source: bytes) -> None:
         """Get pieces from one peer until none is left for it."""

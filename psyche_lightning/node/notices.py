@@ -157,7 +157,7 @@ class ParametersDiffer(Notice):
 
     def __str__(self) -> str:
         text = f"the parameters after round {self.round} differ from those of a quorum of witnesses"
-        return f"{text} (equal after {self.equal} rounds); replaying to find and repair it"
+        return f"{text} (equal after {counted(self.equal, 'round')}); replaying to find and repair it"
 
 
 @dataclass(frozen=True)

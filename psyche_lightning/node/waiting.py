@@ -88,6 +88,8 @@ def describe(state: RunState | None, log: EpochLog | None, next_apply: int | Non
     if state.phase is Phase.WAITING_FOR_MEMBERS:
         needed, lacking = state.config.init_min_clients, lacks(state)
         text = f"epoch {state.epoch}: waiting for {needed} members"
+        if needed == 1:
+            text = f"epoch {state.epoch}: waiting for a member"
         if lacking:
             more = counted(lacking, "more member")
             text = f"epoch {state.epoch}: waits for {more} (has {needed - lacking} of {needed})"

@@ -10,7 +10,7 @@ from collections import Counter
 from enum import IntEnum
 from functools import lru_cache
 
-from psyche_lightning.errors import CoordinatorError
+from psyche_lightning.errors import CoordinatorError, counted
 from psyche_lightning.protocol.state import CoordinatorConfig, Round, RunState, WitnessProof
 from psyche_lightning.wire.canonical import sha256
 
@@ -133,7 +133,7 @@ class CommitteeSelection:
         for name, seats in (("tie breakers", tie_breakers), ("witnesses", witness_nodes)):
             if seats > clients:
                 raise CoordinatorError(
-                    f"{seats} {name} among {clients} clients; at most every client can be one",
+                    f"{seats} {name} among {counted(clients, 'client')}; at most every client can be one",
                     code="InvalidCommitteeSelection",
                 )
         if not 0 <= verification_percent <= 100:

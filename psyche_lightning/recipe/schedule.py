@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, counted
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Linear(Constant):
     def __post_init__(self) -> None:
         if self.total_steps <= self.warmup_steps:
             raise ConfigError(
-                f"A schedule of {self.total_steps} steps has no steps left after a warm-up of {self.warmup_steps}. "
-                "Lower optimizer.schedule.warmup_steps, or train more steps."
+                f"A schedule of {counted(self.total_steps, 'step')} has no steps left after a warm-up of "
+                f"{self.warmup_steps}. Lower optimizer.schedule.warmup_steps, or train more steps."
             )
 
     def _after_warmup(self, step: int) -> float:

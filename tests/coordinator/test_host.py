@@ -626,10 +626,15 @@ def test_events_name_what_was_needed() -> None:
     silent.tick(15.0)
     silent.tick(25.0)
     assert "epoch 0 has ended: 0 witnesses reported, and 2 are needed; the run goes on from step 1" in story(silent)[-1]
+    few = training()
+    report(few, 0, 6.0)
+    few.tick(15.0)
+    few.tick(25.0)
+    assert "epoch 0 has ended: 1 witness reported, and 2 are needed; the run goes on from step 1" in story(few)[-1]
     left = training()
     left.disconnected(key(1), 6.0, "gone")
     left.handle(key(2), Withdraw(), 6.0)
-    assert "epoch 0 has ended: 1 node of 3 are left, and 2 are needed" in "\n".join(story(left))
+    assert "epoch 0 has ended: 1 node of 3 is left, and 2 are needed" in "\n".join(story(left))
     idle = training(total_steps=9)
     for _ in range(4):
         play(idle, 6.0, merkle=EMPTY_ROOT)

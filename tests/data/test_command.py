@@ -52,7 +52,7 @@ def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str,
 def test_text_becomes_token_files(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert tokenize(texts, "--out", out) == 0
-    assert "4 texts in 1 file(s) of 2-byte tokens, 256 token ids" in capsys.readouterr().out
+    assert "4 texts in 1 file of 2-byte tokens, 256 token ids" in capsys.readouterr().out
     stream = b"first\0then this\0second \xc3\xa9\0last but one\n\0"
     data = TokenData(0, 5, path=str(out), shuffle=False)
     found = b"".join(bytes(sample["input_ids"].tolist()) for sample in data.samples(0, len(data)))
@@ -202,7 +202,7 @@ def test_compressed_texts_are_read(texts: Path, tmp_path: Path, capsys: pytest.C
         (texts / f"{name}.gz").write_bytes(gzip.compress((texts / name).read_bytes()))
         (texts / name).unlink()
     assert tokenize(texts, "--out", tmp_path / "packed") == 0
-    assert "4 texts in 1 file(s)" in capsys.readouterr().out
+    assert "4 texts in 1 file" in capsys.readouterr().out
     assert (tmp_path / "packed/tokens-00000.bin").read_bytes() == (tmp_path / "plain/tokens-00000.bin").read_bytes()
     (texts / "a.jsonl.gz").write_bytes((texts / "a.jsonl.gz").read_bytes()[:-9])
     assert tokenize(texts, "--out", tmp_path / "broken") == 1

@@ -209,7 +209,7 @@ def _sum_up(console: Console, figures: Figures, folder: Path, unit: str) -> None
         console.print("the node finished; alone it exchanges no updates")
     else:
         equal = ("equal", "green") if len(figures.digests) == 1 else ("different", "red")
-        finished = f"{len(figures.nodes)} of {figures.started} nodes finished with "
+        finished = f"{len(figures.nodes)} of {counted(figures.started, 'node')} finished with "
         console.print(Text.assemble(finished, equal, " parameters"))
         console.print(f"{figures.comparison}, everything counted at the sockets")
     gone = [event["text"] for event in figures.events if event["kind"] == "dropped"]
