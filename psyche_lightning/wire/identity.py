@@ -55,26 +55,29 @@ class Identity:
 
     @classmethod
     def load_or_create(cls, path: Path, whose: str = "node") -> Identity:
-        """Read 32 raw secret bytes from ``path``, or create the file (mode 0600) with new ones.
+        """Read a key from ``path``, or create the file (mode 0600) with a new one.
+
+        The file has the 32 raw secret bytes and behind them the 32 of the public key, which shows damage. Version 0.1
+        wrote the secret ones alone; such a file is read, too.
 
         Args:
             path: the file.
             whose: whose key it is, for messages.
 
         Raises:
-            ConfigError: the file exists but is not a key, others may read it, or it cannot be read or written.
+            ConfigError: the file exists but is damaged, others may read it, or it cannot be read or written.
         """
         try:
             if path.exists():
-                return cls(_read(path, whose))
+                return cls(_secret(_read(path, whose), path, whose))
             path.parent.mkdir(parents=True, exist_ok=True)
-            secret = os.urandom(KEY_SIZE)
+            made = cls.generate()
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
-                file.write(secret)
+                file.write(made.secret_bytes() + made.public)
                 file.flush()
                 os.fsync(file.fileno())
-            return cls(secret)
+            return made
         except OSError as error:
             raise ConfigError(f"cannot read or create the {whose} key {path}: {error.strerror}") from error
 
@@ -99,7 +102,23 @@ def _read(path: Path, whose: str) -> bytes:
                 f"`chmod 600 {shlex.quote(str(path))}`. If one of them may have read it, remove the file instead: the "
                 f"{whose} then has a new key."
             )
-        return file.read(KEY_SIZE + 1)
+        return file.read(2 * KEY_SIZE + 1)
+
+
+def _secret(data: bytes, path: Path, whose: str) -> bytes:
+    """The secret bytes in a key file; no part of them is in the error."""
+    secret, public = data[:KEY_SIZE], data[KEY_SIZE:]
+    wrong = ""
+    if len(data) not in (KEY_SIZE, 2 * KEY_SIZE):
+        wrong = f"it has {len(data) if len(data) <= 2 * KEY_SIZE else 'more'} bytes, not {2 * KEY_SIZE}"
+    elif public and public != Identity(secret).public:
+        wrong = "its secret and its public half do not belong together"
+    if wrong:
+        raise ConfigError(
+            f"the {whose} key {path} is damaged: {wrong}. Restore the file from a copy. If there is none, remove it:"
+            f" the {whose} then has a new key, and is another one to everybody."
+        )
+    return secret
 
 
 def verify(public: bytes, purpose: str, scope: str, payload: bytes, signature: bytes) -> bool:

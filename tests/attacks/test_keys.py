@@ -30,9 +30,34 @@ def test_a_key_that_is_open_to_others_is_refused(tmp_path: Path, mode: int) -> N
     assert Identity.load_or_create(path).public == key.public
 
 
-def test_a_key_with_more_bytes_is_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [0, 31, 33, 63, 65, 5000])
+def test_a_key_with_other_bytes_is_none(tmp_path: Path, size: int) -> None:
     path = tmp_path / "node.key"
-    path.write_bytes(bytes(33))
+    path.write_bytes(bytes(size))
     path.chmod(0o600)
-    with pytest.raises(ConfigError, match="32 secret bytes"):
+    with pytest.raises(ConfigError, match=rf"node key .* is damaged: it has ({size}|more) bytes, not 64"):
         Identity.load_or_create(path)
+    assert path.stat().st_size == size
+
+
+def test_a_key_of_which_a_bit_has_changed_is_no_other_key(tmp_path: Path) -> None:
+    path = tmp_path / "node.key"
+    key = Identity.load_or_create(path)
+    assert Identity.load_or_create(path).public == key.public
+    good = path.read_bytes()
+    for place in range(8 * len(good)):
+        bad = bytearray(good)
+        bad[place // 8] ^= 1 << place % 8
+        path.write_bytes(bad)
+        with pytest.raises(ConfigError, match="damaged: its secret and its public half") as refused:
+            Identity.load_or_create(path)
+        assert key.secret_bytes().hex()[:8] not in str(refused.value)
+
+
+def test_a_key_that_version_0_1_wrote_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "node.key"
+    key = Identity.generate()
+    path.write_bytes(key.secret_bytes())
+    path.chmod(0o600)
+    assert Identity.load_or_create(path).public == key.public
+    assert path.read_bytes() == key.secret_bytes()
