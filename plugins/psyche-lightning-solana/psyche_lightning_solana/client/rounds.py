@@ -48,8 +48,7 @@ class History:
         current = state.current
         if current is None:
             return
-        over = not state.phase.active
-        epoch = state.epoch - over
+        epoch = state.rounds_epoch
         if epoch < self.epoch:
             return
         if epoch > self.epoch:
