@@ -9,8 +9,10 @@ import json
 
 import pytest
 import zstandard
+from psyche_lightning_solana.client import ledger
 from psyche_lightning_solana.client.cluster import Endpoint
 from psyche_lightning_solana.client.feed import CLOCK, Feed
+from psyche_lightning_solana.client.ledger import Ledger
 from psyche_lightning_solana.client.rounds import replay
 from psyche_lightning_solana.layout import COORDINATOR
 from websockets.asyncio.server import serve
@@ -298,8 +300,9 @@ def test_rounds_that_were_not_seen_come_from_the_ledger(run, play, player, reach
     run(test, programs=True)
 
 
-def test_rounds_of_the_last_epoch_come_from_the_ledger(run, play, player):
+def test_rounds_of_the_last_epoch_come_from_the_ledger(run, play, player, monkeypatch):
     """The epoch ended because too few reported; a warm-up came since, which failed, and another one has begun."""
+    monkeypatch.setattr(ledger, "AT_ONCE", 8)  # it stops reading where the epoch before ends
 
     async def test(world):
         times = {"warmup_time": 60, "max_round_train_time": 60, "round_witness_time": 60, "epoch_time": 7200}
@@ -324,12 +327,16 @@ def test_rounds_of_the_last_epoch_come_from_the_ledger(run, play, player):
         await join(*clients)
         players = [player(client) for client in clients]
         await play(players, lambda state: state.current is not None and state.current.height >= 3)
+        await owner.pause()
+        await play(players, lambda state: state.phase is Phase.PAUSED)
+        await owner.resume()
+        await play(players, lambda state: state.epoch == 1 and state.phase.active and state.current.height >= 3)
         await clients[3].request(Withdraw())
         await play(players[:3], lambda state: state.current is not None and state.current.height >= 7)
         await join(newcomer)  # for the next epoch
         state = await pass_time(lambda state: not state.phase.active)
-        assert (state.epoch, state.settled, state.phase) == (1, False, Phase.WAITING_FOR_MEMBERS)
-        watched = await clients[0].request(GetRounds(0, 0))
+        assert (state.epoch, state.settled, state.phase) == (2, False, Phase.WAITING_FOR_MEMBERS)
+        watched = await clients[0].request(GetRounds(1, 0))
         assert [round_.height for round_ in watched] == list(range(state.current.height + 1))
         for way in ("waits", "warms up", "waits again", "warms up again"):
             if way == "warms up":
@@ -343,10 +350,11 @@ def test_rounds_of_the_last_epoch_come_from_the_ledger(run, play, player):
                 await pass_time(lambda state: state.phase is Phase.WARMUP)
             world.chain.advance(3)
             late = world.node(wallet=clients[2].run.wallet)
-            made = await late.request(GetRounds(0, 0))
+            made = await late.request(GetRounds(1, 0))
             assert [strip(r) for r in made] == [strip(r) for r in watched], way
-            assert await late.request(GetRounds(0, 5)) == made[5:]
-            assert await late.request(GetRounds(1, 0)) == ()
+            assert await late.request(GetRounds(1, 5)) == made[5:]
+            assert len(late._ledger._entries) < len(await Ledger(late.run.reader, late._ledger._key).entries()) - 8
+            assert await late.request(GetRounds(2, 0)) == ()
             # Whoever trained has a node key, also if it is not in the epoch that forms.
             watching = late.watch()
             state = await anext(watching)
