@@ -140,6 +140,38 @@ def engine(
 
 
 @bench.command()
+def step(
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each training.")] = 300,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Trainings with each strategy; the one that took least counts.")
+    ] = 3,
+    threads: Threads = 1,
+    json_file: Json = None,
+) -> None:
+    """Compare a step of Trainer(strategy="psyche") alone with one of the default strategy, for a very small model."""
+    import torch
+
+    from psyche_lightning.bench.step import measure
+
+    check_folder(json_file, "--json")
+    if threads:
+        torch.set_num_threads(threads)
+    costs = measure(steps, repeats)
+    default = costs["default"]
+    table = _table(
+        f"One step of Linear(32, 2), batch size 1, {torch.get_num_threads()} threads",
+        "strategy", "CPU, ms", "/ default", "ms", "/ default",
+    )  # fmt: skip
+    for name, cost in costs.items():
+        table.add_row(
+            name, f"{1e3 * cost.least_cpu:.2f}", f"{cost.least_cpu / default.least_cpu:.2f}",
+            f"{1e3 * cost.least_wall:.2f}", f"{cost.least_wall / default.least_wall:.2f}",
+        )  # fmt: skip
+    stdout().print(table)
+    write_json(json_file, {"steps": steps, "strategies": {name: asdict(cost) for name, cost in costs.items()}})
+
+
+@bench.command()
 def quality(
     sizes: Annotated[list[str] | None, typer.Option("--size", help="small or demo; repeatable.")] = None,
     methods: Annotated[

@@ -51,6 +51,14 @@ def test_engine_as_a_command(tmp_path):
     assert json.loads((tmp_path / "j").read_text())["models"][0]["times"]["encode"] > 0
 
 
+def test_a_step_is_timed_with_each_strategy(tmp_path, capsys):
+    assert main(["bench", "step", "--steps", "5", "--repeats", "1", "--json", str(tmp_path / "j")]) == 0
+    figures = json.loads((tmp_path / "j").read_text())
+    assert set(figures["strategies"]) == {"default", "psyche"}
+    assert all(cost[clock][0] > 0 for cost in figures["strategies"].values() for clock in ("cpu", "wall"))
+    assert "1.00" in capsys.readouterr().out
+
+
 def test_fuzz_finds_nothing(tmp_path):
     assert main(["bench", "fuzz", "--inputs", "1000", "--seed", "3", "--json", str(tmp_path / "j")]) == 0
     figures = json.loads((tmp_path / "j").read_text())
