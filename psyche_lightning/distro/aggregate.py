@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import cast
 
 import numpy as np
@@ -89,6 +90,14 @@ def sign_update(
             following += 1
 
 
+@cache
+def _tables(side: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The basis, and its columns with both signs, with a column of zeros for chunks without votes."""
+    with torch.inference_mode(False):
+        basis = torch.tensor(integer_basis(side), dtype=dtype, device=device)
+        return basis, torch.cat([basis.T, -basis.T, torch.zeros_like(basis[:1])])
+
+
 class Aggregator:
     """The basis on one device, and the arithmetic for n votes per chunk; use it within ``full_precision``.
 
@@ -112,10 +121,7 @@ class Aggregator:
         self._side = config.chunk
         self._dtype = dtype or (torch.float32 if votes <= FLOAT32_VOTES else torch.float64)
         self._outer = votes <= OUTER_VOTES if outer is None else outer
-        self._basis = torch.tensor(integer_basis(config.chunk), dtype=self._dtype, device=device)
-        # The columns of B with both signs, and a column of zeros for chunks without votes.
-        columns = self._basis.T
-        self._columns = torch.cat([columns, -columns, torch.zeros_like(columns[:1])])
+        self._basis, self._columns = _tables(config.chunk, self._dtype, device)
         self._work: list[torch.Tensor] = []
 
     def load(self, votes: Sequence[Votes]) -> None:

@@ -42,6 +42,8 @@ class PayloadCodec:
                 names = ", ".join(entry.name for entry in layout.entries[:8])
                 raise ConfigError(f"distro.k_for[{pattern!r}] matches no parameter; the names are {names}, ...")
         self._layout, self._config, self._version = layout, config, version
+        # The last two, as with overlap the last but one is applied. A tuple, because other threads decode as well.
+        self._written: tuple[tuple[bytes, Votes], ...] = ()
         self.size = sum(codec.payload_size(len(chunks), part, version) for part, chunks in self._parts)
 
     @cached_property
@@ -55,10 +57,15 @@ class PayloadCodec:
         return self.encode(Votes.empty(self._layout.chunk_count, self._config.max_k, self._version))
 
     def encode(self, votes: Votes) -> bytes:
-        """Write votes, [chunks, largest k]; for a chunk with a smaller k, only the first columns count."""
-        if len(self._parts) == 1:
-            return codec.encode(votes, self._parts[0][0])
-        return b"".join(codec.encode(votes.of_chunks(chunks, part.k), part) for part, chunks in self._parts)
+        """Write votes, [chunks, largest k]; for a chunk with a smaller k, only the first columns count.
+
+        Their arrays must not change any more: :meth:`decode` may give them back instead of reading the payload.
+        """
+        if len(self._parts) > 1:
+            return b"".join(codec.encode(votes.of_chunks(chunks, part.k), part) for part, chunks in self._parts)
+        payload = codec.encode(votes, self._parts[0][0])
+        self._written = (*self._written[-1:], (payload, votes))
+        return payload
 
     def decode(self, payload: bytes, start: int = 0, stop: int | None = None) -> Votes:
         """Read the votes of the chunks ``start`` to ``stop``; columns beyond a chunk's k have sign 0.
@@ -67,6 +74,9 @@ class PayloadCodec:
             PayloadError: the bytes are not the canonical encoding of votes for this layout.
         """
         stop = self._layout.chunk_count if stop is None else stop
+        for written, its in self._written:
+            if written == payload:
+                return its.part(start, stop)
         version = self._version
         if len(self._parts) == 1:
             return codec.decode(payload, self._layout.chunk_count, self._parts[0][0], start, stop, version)

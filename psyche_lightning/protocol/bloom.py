@@ -28,6 +28,7 @@ def fnv1a(key: int, item: bytes) -> int:
     return state
 
 
+@lru_cache(maxsize=64)  # a witness makes two filters with them
 def bloom_keys(seed: int) -> tuple[int, ...]:
     """The eight u64 keys of a round's filters, derived from its seed; Psyche's witnesses draw theirs at random.
 

@@ -6,7 +6,6 @@ The permutation is Ethereum's swap-or-not shuffle with 90 rounds (Psyche's swap_
 from __future__ import annotations
 
 import struct
-from collections import Counter
 from enum import IntEnum
 from functools import lru_cache
 
@@ -67,8 +66,10 @@ def starting_digest(state: RunState) -> bytes:
 
 def decided_root(round_: Round, needed: int) -> bytes | None:
     """The Merkle root that decides a round: the one that ``needed`` of its witnesses report; None without any."""
-    counts = Counter(record.merkle for record in round_.witnesses)
-    return next((root for root, count in counts.items() if count >= needed), None)
+    if len(round_.witnesses) < needed:
+        return None
+    roots = [record.merkle for record in round_.witnesses]
+    return next((root for root in dict.fromkeys(roots) if roots.count(root) >= needed), None)
 
 
 class Permutation:

@@ -92,3 +92,14 @@ def test_gradients_of_micro_batches_add_up_in_float32():
         optimizer.encode()
         outcomes[wide] = float(weight.grad.float().mean())
     assert outcomes == {True: 320.0, False: 256.0}
+
+
+def test_own_votes_are_those_that_others_read():
+    optimizer = DisTrO(dict(named()).items(), lr=0.1, config=DistroConfig(chunk=8, k=3))
+    payloads = [optimizer.encode() for _ in range(3)]  # the first is too old to be at hand
+    for payload in (*payloads, optimizer.abstention()):
+        for start, stop in ((0, None), (3, 17)):
+            ours = optimizer._codec.decode(payload, start, stop)
+            theirs = PayloadCodec(optimizer.layout, optimizer.config).decode(payload, start, stop)
+            assert (ours.positions == theirs.positions).all()
+            assert (ours.signs == theirs.signs).all()
