@@ -21,11 +21,15 @@ def print_dry_run(recipe: Recipe) -> None:
 
     Raises:
         PluginError: a plugin that the recipe names is missing.
-        ConfigError: the model's configuration is wrong.
+        ConfigError: the model's configuration is wrong, or lm-eval lacks a task that the recipe names.
     """
     plugins = load_plugins()
     plugins.data_providers()[recipe.data.name]
     plugins.transports()[recipe.node.transport]
+    if recipe.evals.tasks:
+        from psyche_lightning.train.tasks import check_names, known_tasks
+
+        check_names(known_tasks(recipe.evals.tasks, recipe.evals.tasks_from), recipe.evals.tasks, "evals.tasks_from")
     size = estimate(recipe)
     console = stdout()
     console.print(_keys(recipe))

@@ -114,6 +114,8 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
     if recipe.distro.local_steps:
         memory["copy for local steps"] = trained
         memory["averages of AdamW"] = 2 * (FLOAT32 * count - memory.get("momentum of Muon", 0))
+    if recipe.evals.tasks:
+        memory["copy for evaluations"] = trained
     layout = Layout(named, recipe.distro.chunk)
     return Estimate(
         parameters=sum(parameter.numel() for _, parameter in named),

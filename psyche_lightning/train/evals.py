@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
@@ -20,8 +20,7 @@ from psyche_lightning.lightning.session import Session
 from psyche_lightning.node.spare import COMPARED
 from psyche_lightning.protocol.evals import Evaluation, Measure, shares_of
 from psyche_lightning.protocol.requests import Evaluated
-from psyche_lightning.recipe.config import EvalsSection
-from psyche_lightning.train.tasks import Task, evaluated_copy, harness_of, load_tasks, saved_tokenizer
+from psyche_lightning.train.tasks import Task, evaluated_copy, harness_of, saved_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -38,19 +37,19 @@ class Evals:
     does those that others have not reported, the last ones first. So the slowest node holds up nobody.
 
     Args:
-        section: the recipe's.
+        tasks: the recipe's.
+        every: steps between evaluations; 0 for one at the end.
         model: the model that will be trained, on its device.
         tokenizer: the tokenizer of its data.
         write: takes a step and figures of its parameters, for the node's metrics and loggers.
 
     Raises:
-        ConfigError: lm-eval is missing, or cannot ask a task's questions to the model.
+        ConfigError: lm-eval cannot ask a task's questions to the model.
     """
 
-    def __init__(self, section: EvalsSection, model: torch.nn.Module, tokenizer: Any, write: Write) -> None:
-        self._every = section.every
+    def __init__(self, tasks: Sequence[Task], every: int, model: torch.nn.Module, tokenizer: Any, write: Write) -> None:
+        self._every = every
         self._write = write
-        tasks = load_tasks(section.tasks, section.tasks_from, section.limit)
         self._model = evaluated_copy(model)
         # One question at a time: with more, padding would change the last digits.
         harness = harness_of(self._model, saved_tokenizer(tokenizer), batch_size=1)

@@ -51,6 +51,7 @@ from psyche_lightning.train.module import CausalModule, ProviderDataset
 from psyche_lightning.train.objective import check_objective
 from psyche_lightning.train.packing import check_packing
 from psyche_lightning.train.saving import Checkpoints, begin, saved_dtype, say_changes
+from psyche_lightning.train.tasks import load_tasks
 from psyche_lightning.train.validation import validation_samples
 from psyche_lightning.train.vocabulary import settle_vocabulary
 from psyche_lightning.wire.identity import Identity, short
@@ -106,6 +107,7 @@ def train_recipe(
 def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) -> dict[str, Any]:
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
+    tasks = load_tasks(recipe.evals)  # first of all, as a wrong name is soon found
     plugins = load_plugins()
     terms = None if coordinator_url is None else _terms(coordinator_url, run)
     beginning = begin(recipe, None if terms is None else terms.manifest or {})
@@ -146,8 +148,8 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
         steps = terms.config.total_steps
     strategy = PsycheStrategy(**vars(options))
     diary = _Diary(recipe, provider, folder, strategy, steps)
-    if recipe.evals.tasks:
-        diary.evals = Evals(recipe.evals, model, provider.tokenizer, diary.evaluated)
+    if tasks:
+        diary.evals = Evals(tasks, recipe.evals.every, model, provider.tokenizer, diary.evaluated)
     diary.checkpoints = Checkpoints(recipe, run, folder, provider.tokenizer, sections, saved_dtype(recipe, beginning))
     trainer = Trainer(
         strategy=strategy,

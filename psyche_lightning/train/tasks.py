@@ -15,6 +15,7 @@ import torch
 
 from psyche_lightning.errors import ConfigError, nearest, needing
 from psyche_lightning.protocol.evals import MAX_MEASURES, MAX_NAME, Measure
+from psyche_lightning.recipe.config import EvalsSection
 
 logger = logging.getLogger(__name__)
 
@@ -61,28 +62,28 @@ def check_names(known: Any, names: Sequence[str], option: str) -> None:
             )
 
 
-def load_tasks(names: Sequence[str], folder: str | Path | None, limit: int | None) -> list[Task]:
-    """Load tasks, and make the requests of all their documents, as ``psyche eval`` does.
+def load_tasks(section: EvalsSection) -> list[Task]:
+    """Load a recipe's tasks, and make the requests of all their documents, as ``psyche eval`` does.
 
     Args:
-        names: lm-eval's names of tasks; not of groups, whose figures are computed over tasks.
-        folder: a folder of further ones; None for none.
-        limit: only so many documents of each; None for all.
+        section: names tasks; not groups, whose figures are computed over tasks.
 
     Raises:
         ConfigError: one does not exist, is a group, cannot be loaded, or has no documents.
     """
+    if not section.tasks:
+        return []
     from lightning.pytorch.utilities.seed import isolate_rng
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    known = known_tasks(names, folder)
-    check_names(known, names, "evals.tasks_from")
+    known = known_tasks(section.tasks, section.tasks_from)
+    check_names(known, section.tasks, "evals.tasks_from")
     with isolate_rng():  # some tasks draw while they load; the seeds are those of lm-eval's own evaluation
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
         torch.manual_seed(DEFAULT_OTHER_SEED)
         found = []
-        for name in names:
+        for name in section.tasks:
             try:
                 loaded = known.load([name])["tasks"]
             except Exception as error:  # the Hub, data sets and a task's own code raise many types
@@ -96,8 +97,8 @@ def load_tasks(names: Sequence[str], folder: str | Path | None, limit: int | Non
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
             try:
                 # All at once: the examples before a question depend on the questions before it.
-                task.build_all_requests(limit=limit, rank=0, world_size=1)
-                found.append(Task(name, task, limit))
+                task.build_all_requests(limit=section.limit, rank=0, world_size=1)
+                found.append(Task(name, task, section.limit))
             except Exception as error:
                 raise ConfigError(f"lm-eval cannot ask the questions of the task {name!r}: {error}") from error
     return found

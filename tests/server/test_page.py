@@ -14,7 +14,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from psyche_lightning.protocol.requests import WarmupWitness
+from psyche_lightning.protocol.evals import Measure
+from psyche_lightning.protocol.requests import Evaluated, WarmupWitness
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning.server.client import HttpCoordinator
 from psyche_lightning.wire.identity import Identity
@@ -147,9 +148,13 @@ async def browsing() -> AsyncIterator[Any]:
             await browser.close()
 
 
-async def create(url: str, run_id: str, **config: Any) -> None:
+async def create(url: str, run_id: str, manifest: dict[str, Any] | None = None, **config: Any) -> None:
     async with aiohttp.ClientSession() as session:
-        body = {"run_id": run_id, "config": {"global_batch_size_start": 1, **config}}
+        body = {
+            "run_id": run_id,
+            "config": {"global_batch_size_start": 1, **config},
+            **({"manifest": manifest} if manifest else {}),
+        }
         async with session.post(f"{url}/v1/runs", json=body) as answer:
             assert answer.status == 201, await answer.text()
 
@@ -157,6 +162,24 @@ async def create(url: str, run_id: str, **config: Any) -> None:
 async def ask(url: str, path: str, body: dict[str, Any] | None = None) -> None:
     async with aiohttp.ClientSession() as session, session.post(f"{url}/v1/runs/{path}", json=body or {}) as answer:
         assert answer.status == 200, await answer.text()
+
+
+def test_the_newest_evaluation_of_each_task_is_shown(served, walk, run, quick):
+    async def main():
+        async with served(grace=0.2) as (_, url), browsing() as visit:
+            await create(url, "r", {"evals": {"tasks": ["<b>sums</b>"], "every": 10}}, **quick, total_steps=60)
+            visited = await visit(url)
+            client = HttpCoordinator(url, "r", Identity.generate())
+            await walk(client, until=lambda state: state.step > 20)
+            assert await visited.text("#tasks td") == []
+            for step, share in ((10, 0), (20, 0), (20, 2)):
+                await client.request(Evaluated("<b>sums</b>", step, 3, share, (Measure("acc", 0.5 * share, 1.0),)))
+            await visited.until("document.querySelectorAll('#tasks td').length")
+            assert await visited.text("#tasks td") == ["<b>sums</b>", "acc 0.5000", "20", "2 of 3"]
+            await client.close()
+            assert visited.wrong == []
+
+    run(main())
 
 
 @pytest.mark.parametrize("prefix", ["", "/house/psyche"], ids=["at the root", "below a proxy's path"])
