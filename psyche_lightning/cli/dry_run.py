@@ -27,9 +27,9 @@ def print_dry_run(recipe: Recipe) -> None:
     plugins.data_providers()[recipe.data.name]
     plugins.transports()[recipe.node.transport]
     if recipe.evals.tasks:
-        from psyche_lightning.train.tasks import check_names, known_tasks
+        from psyche_lightning.train.tasks import known_tasks
 
-        check_names(known_tasks(recipe.evals.tasks, recipe.evals.tasks_from), recipe.evals.tasks, "evals.tasks_from")
+        known_tasks(recipe.evals.tasks, recipe.evals.tasks_from, "evals.tasks_from")
     size = estimate(recipe)
     console = stdout()
     console.print(_keys(recipe))

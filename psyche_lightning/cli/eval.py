@@ -45,12 +45,11 @@ def evaluate(
     from psyche_lightning.bench.report import write_json
     from psyche_lightning.cli.console import say, stdout
     from psyche_lightning.cli.saved import find
-    from psyche_lightning.train.tasks import check_names, harness_of, known_tasks
+    from psyche_lightning.train.tasks import harness_of, known_tasks
 
     checkpoint, base = find(model)
     wanted = [name.strip() for name in tasks.split(",") if name.strip()]
-    known = known_tasks(wanted, tasks_from)
-    check_names(known, wanted or [""], "--tasks-from")
+    known = known_tasks(wanted or [""], tasks_from, "--tasks-from")
     adapter = None if base == checkpoint else str(checkpoint)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -19,47 +19,41 @@ from psyche_lightning.recipe.config import EvalsSection
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 20
+"""Tasks of a folder that a message names."""
 
-def known_tasks(names: Sequence[str], folder: str | Path | None) -> Any:
+
+def known_tasks(names: Sequence[str], folder: str | Path | None, option: str) -> Any:
     """lm-eval's manager of some tasks, which it brings or has from a folder.
 
     Args:
-        names: the tasks that are needed. If the folder has all of them, the many of lm-eval are not read.
+        names: the tasks or groups that are needed. If the folder has all of them, the many of lm-eval are not read.
         folder: a folder of further tasks; None for none.
+        option: what sets the folder, for the message.
 
     Raises:
-        ConfigError: lm-eval is not installed, or the folder does not exist.
+        ConfigError: lm-eval is not installed, the folder does not exist, or a name is unknown.
     """
-    with needing("lm-eval", "eval", "evals.tasks"):
+    with needing("lm-eval", "eval", "the evaluation of tasks"):
+        import lm_eval
         from lm_eval.tasks import TaskManager
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if folder is not None and not Path(folder).is_dir():
         raise ConfigError(f"There is no folder {str(folder)!r} with tasks.")
-    if folder is None:
-        return TaskManager()
-    own = TaskManager(include_path=str(folder), include_defaults=False)
-    return own if {*names} <= {*own.all_subtasks} else TaskManager(include_path=str(folder))
-
-
-def check_names(known: Any, names: Sequence[str], option: str) -> None:
-    """Refuse names that lm-eval does not know.
-
-    Args:
-        known: see :func:`known_tasks`.
-        names: the names.
-        option: what adds a folder of tasks, for the message.
-
-    Raises:
-        ConfigError: one is unknown.
-    """
-    import lm_eval
-
+    own = None if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+    if own is not None and {*names} <= {*own.all_subtasks}:
+        return own
+    known = TaskManager(include_path=None if folder is None else str(folder))
     for name in names:
         if name not in known.all_tasks:
+            here = f"{option} adds a folder of your own."
+            if own is not None:
+                here = f"the folder {folder} has {', '.join(own.all_tasks[:SHOWN]) or 'none'}."
             raise ConfigError(
                 f"lm-eval {lm_eval.__version__} has no task {name!r}.{nearest(name, known.all_tasks)} "
-                f"`lm-eval ls tasks` lists them; {option} adds a folder of your own."
+                f"`lm-eval ls tasks` lists its tasks; {here}"
             )
+    return known
 
 
 def load_tasks(section: EvalsSection) -> list[Task]:
@@ -76,8 +70,7 @@ def load_tasks(section: EvalsSection) -> list[Task]:
     from lightning.pytorch.utilities.seed import isolate_rng
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    known = known_tasks(section.tasks, section.tasks_from)
-    check_names(known, section.tasks, "evals.tasks_from")
+    known = known_tasks(section.tasks, section.tasks_from, "evals.tasks_from")
     with isolate_rng():  # some tasks draw while they load; the seeds are those of lm-eval's own evaluation
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)

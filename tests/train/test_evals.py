@@ -104,14 +104,12 @@ def test_evaluating_changes_nothing_that_is_trained(
 def test_unknown_tasks_are_refused_before_training(
     text: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"no task 'summs'\. Did you mean 'sums'\?.*evals\.tasks_from"):
+    with pytest.raises(ConfigError, match=r"no task 'summs'\. Did you mean 'sums'\?.* has examples, lines, sums\."):
         train_recipe(recipe(text, tasks, "evals.tasks=[summs]"), directory=tmp_path / "node")
     assert not (tmp_path / "node").exists()
     dry = ["train", "demo", "--twin", "--dry-run", f"data.config.path={text}", f"evals.tasks_from={tasks}"]
     assert main([*dry, "evals.tasks=[sums]"]) == 0
     assert "copy for evaluations" in capsys.readouterr().out
-    assert main([*dry, "evals.tasks=[summs]"]) == 1
-    assert "Did you mean 'sums'?" in capsys.readouterr().err
 
 
 def test_a_task_without_a_mean_and_a_folder_that_is_not_there_are_refused(
