@@ -54,6 +54,10 @@ class Reason:
     shows: str
     tests: tuple[str, ...]
 
+    def explains(self, test: str, error: str) -> bool:
+        """Whether this is the reason why a test fails with that error."""
+        return _name(test) in self.tests and re.search(self.shows, error) is not None
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -80,27 +84,36 @@ def selection(path: Path = HERE / "selection.txt") -> list[str]:
     return [line for line in lines if line]
 
 
-def judge(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome], known: Sequence[Reason]) -> list[str]:
-    """What is wrong, a line each.
+def differing(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome]) -> dict[str, str]:
+    """The errors of the tests that fail with the strategy alone.
 
     Args:
         ours: outcomes with the strategy.
         theirs: outcomes with Lightning's default, at least of the tests that failed with the strategy.
-        known: the list of differences.
     """
-    failed = {
+    return {
         test: got.error
         for test, got in ours.items()
         if got.outcome == "failed" and test in theirs and theirs[test].outcome != "failed"
     }
+
+
+def judge(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome], known: Sequence[Reason]) -> list[str]:
+    """What is wrong, a line each.
+
+    Args:
+        ours: as of :func:`differing`.
+        theirs: likewise.
+        known: the list of differences.
+    """
     wrong, explained = [], set()
-    for test, error in failed.items():
+    for test, error in differing(ours, theirs).items():
         name = _name(test)
-        reasons = [reason for reason in known if name in reason.tests]
-        shown = [reason for reason in reasons if re.search(reason.shows, error)]
+        shown = [reason for reason in known if reason.explains(test, error)]
         explained.update((name, reason) for reason in shown)
         if not shown:
-            what = f"not for its reason ({reasons[0].why})" if reasons else "not in the list"
+            why = next((reason.why for reason in known if name in reason.tests), None)
+            what = "not in the list" if why is None else f"not for its reason ({why})"
             wrong.append(f"{what}: {test}: {error.strip().partition(chr(10))[0]}")
     ran = {_name(test) for test in ours}
     return wrong + [
@@ -171,11 +184,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = [test for test, got in ours.items() if got.outcome == "failed"]
     theirs = run(options.checkout, "auto", failed, jobs=options.jobs) if failed else {}
     wrong = judge(ours, theirs, known)
-    both = sum(test in theirs and theirs[test].outcome == "failed" for test in failed)
-    count = {kind: sum(got.outcome == kind for got in ours.values()) for kind in ("passed", "failed", "skipped")}
+    differ = differing(ours, theirs)
+    count = {kind: sum(got.outcome == kind for got in ours.values()) for kind in ("passed", "skipped")}
+    refusals = [reason for reason in known if reason.kind == "refused"]
+    refused = sum(any(reason.explains(*one) for reason in refusals) for one in differ.items())
     print(
         f"\n{len(ours)} tests of Lightning {version} with the strategy 'psyche': {count['passed']} passed, "
-        f"{count['skipped']} skipped, {count['failed'] - both} differ from the default strategy, {both} fail with both"
+        f"{count['skipped']} skipped, {len(failed) - len(differ)} fail with both strategies, {len(differ)} differ: "
+        f"{refused} refused, {len(differ) - refused} others"
     )
     for line in wrong:
         print(line)
