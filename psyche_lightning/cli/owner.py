@@ -8,6 +8,7 @@ from typing import Any
 
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.plugins import load_plugins
+from psyche_lightning.protocol.link import whole_url
 from psyche_lightning.protocol.owner import RunAdmin
 from psyche_lightning.server.admin import URL_VARIABLE
 from psyche_lightning.server.token import read_token
@@ -29,6 +30,7 @@ def administer(url: str | None, run_id: str, token_file: Path | None = None) -> 
     url = url or os.environ.get(URL_VARIABLE)
     if not url:
         raise ConfigError(f"no coordinator given: pass --coordinator URL or set {URL_VARIABLE}")
+    url = whole_url(url)
     scheme, colon, _ = url.partition(":")
     if not colon:
         raise ConfigError(f"{url!r} is not a coordinator's URL; expected one such as http://127.0.0.1:8080")

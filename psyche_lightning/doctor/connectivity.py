@@ -15,7 +15,7 @@ from psyche_lightning.doctor.finding import Finding, Verdict, duration, speed
 from psyche_lightning.doctor.link import MeasuredLink
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
 from psyche_lightning.plugins import load_plugins
-from psyche_lightning.protocol.link import JoinLink
+from psyche_lightning.protocol.link import JoinLink, whole_url
 from psyche_lightning.protocol.owner import ClockReading
 from psyche_lightning.transports.base import Link, Transport, TransportContext
 from psyche_lightning.wire.identity import Identity, short
@@ -58,6 +58,7 @@ def coordinator(url: str) -> tuple[list[Finding], ClockReading | None]:
     Raises:
         ConfigError, PluginError: the URL is not a coordinator's.
     """
+    url = whole_url(url)
     scheme, colon, _ = url.partition(":")
     if not colon:
         raise ConfigError(f"{url!r} is not a coordinator's URL; expected one such as http://127.0.0.1:8080")

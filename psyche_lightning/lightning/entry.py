@@ -16,6 +16,7 @@ from psyche_lightning.errors import ConfigError, CoordinatorError
 from psyche_lightning.logs import ensure_heard
 from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
 from psyche_lightning.plugins import load_plugins, packages
+from psyche_lightning.protocol.link import whole_url
 from psyche_lightning.protocol.manifest import START, differences, manifest_text, mismatch
 from psyche_lightning.protocol.requests import Coordinator, GetTerms, Terms
 from psyche_lightning.protocol.state import CoordinatorConfig, scope_of
@@ -116,6 +117,7 @@ class Entry:
 
     def client(self, url: str, identity: Identity) -> Coordinator:
         """A client of the run's coordinator for a node with that key."""
+        url = whole_url(url)
         scheme = urlsplit(url).scheme
         options = {"socket_factory": socket_factory(self.meter)} if scheme in ("http", "https") else {}
         return load_plugins().coordinators()[scheme].client(url, self.run_id, identity, options)

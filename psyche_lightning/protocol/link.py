@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hmac
+import re
 from dataclasses import dataclass, field
 
 from psyche_lightning.errors import ConfigError
@@ -19,6 +20,12 @@ SECRET_SIZE = 16
 PROOF_SIZE = 32
 _SECRET = b"psyche-lightning join secret 1"
 _PROOF = b"psyche-lightning join proof 1"
+_PLACE = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}(/.*)?")
+
+
+def whole_url(text: str) -> str:
+    """A coordinator's URL or join link as a user types it, with ``http://`` before a bare ``host:port``."""
+    return f"http://{text}" if _PLACE.fullmatch(text.partition("#")[0]) else text
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class JoinLink:
         Raises:
             ConfigError: what follows ``#`` is not that of a link. The text shows nothing of it.
         """
-        url, mark, rest = text.partition("#")
+        url, mark, rest = whole_url(text).partition("#")
         if not mark:
             return cls(url)
         run, *coded = rest.split(":")

@@ -19,7 +19,7 @@ from typing import Any
 from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.protocol.limits import check_run_id
-from psyche_lightning.protocol.link import JoinLink
+from psyche_lightning.protocol.link import JoinLink, whole_url
 from psyche_lightning.protocol.state import CoordinatorConfig
 
 COORDINATOR_VARIABLE = "PSYCHE_COORDINATOR"
@@ -177,7 +177,7 @@ class RunOptions(NodeOptions):
         Raises:
             ConfigError: only one of coordinator and run is known, or the coordinator is not a URL.
         """
-        coordinator = self.coordinator or environment.get(COORDINATOR_VARIABLE) or None
+        coordinator = whole_url(self.coordinator or environment.get(COORDINATOR_VARIABLE) or "") or None
         run = self.run or environment.get(RUN_VARIABLE) or None
         link = JoinLink.parse(coordinator or "")
         run = run or link.run or None

@@ -34,6 +34,7 @@ from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.store import explained, write_all
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.protocol.limits import check_run_id
+from psyche_lightning.protocol.link import whole_url
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.requests import Terms
 from psyche_lightning.recipe.adapter import adapted
@@ -357,6 +358,7 @@ class _Diary(Callback):
 
 def _terms(url: str, run: str) -> Terms:
     """What the run has fixed."""
+    url = whole_url(url)
     client = load_plugins().coordinators()[urlsplit(url).scheme].client
     return look(client(url, run, Identity.generate(), {}))
 

@@ -25,7 +25,7 @@ Make = Callable[..., Any]
         ({"k": 0}, r"distro\.k is 0; with distro\.chunk=64 choose a whole number from 1 to 128"),
         ({"patience": -1}, r"node\.patience is -1; choose a number of seconds above 0"),
         ({"manifest": {"run": {}}}, r"manifest has the section 'run', whose values are options: overlap, seed,"),
-        ({"coordinator": "localhost:8080", "run": "r"}, "'localhost:8080' is not a URL"),
+        ({"coordinator": "localhost", "run": "r"}, "'localhost' is not a URL"),
         ({"coordinator": "http://127.0.0.1:1", "run": "../r"}, r"'\.\./r' is no name of a run; it has 1 to 32 letters"),
     ],
 )

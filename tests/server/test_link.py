@@ -7,10 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from psyche_lightning.cli import main as cli
 from psyche_lightning.errors import ConfigError, CoordinatorError
+from psyche_lightning.lightning.entry import Entry
+from psyche_lightning.plugins import load_plugins
 from psyche_lightning.protocol.link import JoinLink
-from psyche_lightning.protocol.requests import Join
+from psyche_lightning.protocol.requests import GetTerms, Join
 from psyche_lightning.recipe.options import RunOptions
+from psyche_lightning.server.admin import CoordinatorAdmin
 from psyche_lightning.server.client import HttpCoordinator
 from psyche_lightning.wire.identity import Identity
 
@@ -57,3 +61,39 @@ def test_a_link_names_its_run():
 )
 def test_a_link_is_read_as_it_is_written(link):
     assert JoinLink.parse(str(link)) == link
+
+
+@pytest.mark.parametrize(
+    ("typed", "url"),
+    [
+        ("127.0.0.1:8080", "http://127.0.0.1:8080"),
+        ("localhost:8080/", "http://localhost:8080/"),
+        ("[::1]:8080", "http://[::1]:8080"),
+        ("house-3.example.org:80/psyche", "http://house-3.example.org:80/psyche"),
+        ("https://house:1", "https://house:1"),
+        ("solana:localnet", "solana:localnet"),
+        ("solana:https://house:1/KEY", "solana:https://house:1/KEY"),
+        ("house", "house"),
+        ("", ""),
+    ],
+)
+def test_a_url_may_begin_with_its_host(typed, url):
+    assert JoinLink.parse(typed).url == url
+
+
+def test_commands_and_nodes_take_a_host_and_a_port(served, run, capsys):
+    async def main():
+        async with served() as (_, url):
+            place = url.removeprefix("http://")
+            await asyncio.to_thread(CoordinatorAdmin(place).create, "r")
+            assert await asyncio.to_thread(cli, ["run", "list", "--coordinator", place]) == 0
+            assert await asyncio.to_thread(cli, ["run", "status", "r", "--coordinator", place]) == 0
+            client = load_plugins().coordinators()["http"].client(place, "r", Identity.generate(), {})
+            assert (await client.request(GetTerms())).config is not None
+            await client.close()
+            options = RunOptions(run="r").in_environment({"PSYCHE_COORDINATOR": place})
+            entry = await asyncio.to_thread(Entry, options)
+            assert entry.terms.manifest is None
+
+    run(main())
+    assert "waiting for members" in capsys.readouterr().out
