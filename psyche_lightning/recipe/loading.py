@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import types
@@ -63,7 +64,10 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, twin: bool
         if not isinstance(small, dict):
             raise ConfigError(f"{path} has no section {TWIN!r}, the recipe's CPU-sized form.")
         _merge(values, small)
-    for key, value in map(parse_override, overrides):
+    values.setdefault("name", path.stem)
+    file = copy.deepcopy(values)
+    parsed = [(text, *parse_override(text)) for text in overrides]
+    for _, key, value in parsed:
         node = values
         *sections, leaf = key.split(".")
         for section in sections:
@@ -71,8 +75,16 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, twin: bool
                 node[section] = {}
             node = node[section]
         node[leaf] = value
-    values.setdefault("name", path.stem)
-    return resolve(values, source=str(path))
+    try:
+        return resolve(values, source=str(path))
+    except ConfigError as error:
+        if not parsed:
+            raise
+        resolve(file, source=str(path))  # what is wrong in the file itself comes first
+        reason = str(error).removeprefix(f"{path}: ")
+        culprits = [text for text, key, _ in parsed if key in reason] or [text for text, *_ in parsed]
+        blamed = f"The override{'s' * (len(culprits) > 1)} {' '.join(culprits)} of {path}"
+        raise ConfigError(f"{blamed}: {reason}") from None
 
 
 def resolve(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:

@@ -130,7 +130,7 @@ def test_the_twin_replaces_what_it_names_before_the_overrides(path: Path) -> Non
         ("lr=.inf", r"optimizer\.lr is inf"),
         ("lr=0", r"optimizer\.lr is 0; it must be more than 0"),
         ("lr=", r"optimizer\.lr is None \(null\); a number was expected"),
-        ("decay=1.5", r"mine\.yaml: distro\.decay is 1\.5; choose a number from 0 to 1"),
+        ("decay=1.5", r"The override decay=1\.5 of .*mine\.yaml: distro\.decay is 1\.5; choose a number from 0 to 1"),
         ("k=0", r"distro\.k is 0; with distro\.chunk=64 choose a whole number from 1 to 128"),
         ("k=2000", r"distro\.k is 2000; with distro\.chunk=64 choose a whole number from 1 to 128"),
         ("distro.k_for={'*head*': 0}", r"distro\.k_for of '\*head\*' is 0; with distro\.chunk=64 choose"),
@@ -215,3 +215,25 @@ def test_loading_a_recipe_imports_no_torch() -> None:
     script = "import sys, psyche_lightning.recipe as r; r.load_recipe('demo'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["optimizer.lr=fast", "run.seed=3"], "optimizer.lr=fast"),
+        (["seed=3", "total_steps=-1"], "total_steps=-1"),
+        (["seed=3", "min_clients=2"], "seed=3 min_clients=2"),  # which of them is to blame is not known
+    ],
+)
+def test_an_error_of_an_override_names_it(path: Path, overrides: list[str], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, overrides)
+    assert named in str(caught.value).partition(": ")[0]
+
+
+def test_an_error_of_the_file_names_no_override(path: Path) -> None:
+    path.write_text(SOURCE.replace("lr: 2e-4", "lr: fast"))
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, ["seed=3"])
+    assert str(caught.value).startswith(f"{path}: optimizer.lr")
+    assert load_recipe(path, ["optimizer.lr=1e-3"]).optimizer.lr == 1e-3
