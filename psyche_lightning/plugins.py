@@ -106,6 +106,12 @@ class Failure:
     details: str = ""
 
 
+def failed_to_load(failures: Sequence[Failure]) -> str:
+    """A sentence for a message about something that is missing, with a space before it; empty without failures."""
+    names = ", ".join(sorted({failure.plugin for failure in failures}))
+    return f" Plugins that failed to load: {names}; `psyche plugins` says why." if names else ""
+
+
 class Registry(dict[str, _Offer]):
     """The registrations of one kind, by name; looking up any other name raises :class:`PluginError`.
 
@@ -136,10 +142,7 @@ class Registry(dict[str, _Offer]):
         message = f"There is no {self.kind} {name!r}.{nearest(name, self)} Installed: {choices}."
         if name in EXTRAS:
             message += f" A separate package adds it: pip install 'psyche-lightning[{EXTRAS[name]}]'."
-        if self._failures:
-            failed = ", ".join(sorted({failure.plugin for failure in self._failures}))
-            message += f" Plugins that failed to load: {failed}; `psyche plugins` says why."
-        raise PluginError(message)
+        raise PluginError(message + failed_to_load(self._failures))
 
     def conflict(self, name: str) -> str:
         """The message about a name that several plugins registered."""

@@ -13,7 +13,7 @@ import typer
 
 from psyche_lightning.errors import PluginError, PsycheError
 from psyche_lightning.logs import Stream, handled, tell_more
-from psyche_lightning.plugins import Registration, load_plugins, packages
+from psyche_lightning.plugins import Registration, failed_to_load, load_plugins, packages
 from psyche_lightning.version import __version__
 
 TRACEBACK_VARIABLE = "PSYCHE_TRACEBACK"
@@ -74,6 +74,10 @@ def _run(name: str | None, arguments: list[str]) -> int:
     try:
         _app(name)(arguments, prog_name="psyche")
     except SystemExit as end:
+        if end.code == 2 and name is not None and name not in COMMANDS and name not in load_plugins().commands():
+            failed = failed_to_load(load_plugins().failures)
+            if failed:
+                print(failed.strip(), file=sys.stderr)  # one of them may have the command
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         return 130

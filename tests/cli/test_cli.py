@@ -260,6 +260,12 @@ def test_plugins_prints_what_there_is_and_what_failed(psyche: Psyche, tmp_path: 
     assert [failure["plugin"] for failure in report["failures"]] == ["psyche_bad"]
     assert "nothing_at_all" in report["failures"][0]["details"]
     assert report["conflicts"] == []
+    unknown = psyche("nothing", path=(good, bad))
+    assert unknown.returncode == 2
+    assert "No such command 'nothing'" in unknown.stderr
+    assert unknown.stderr.endswith("Plugins that failed to load: psyche_bad; `psyche plugins` says why.\n")
+    assert "failed to load" not in psyche("nothing", path=(good,)).stderr
+    assert "failed to load" not in psyche("greet", "--nothing", path=(good, bad)).stderr
 
 
 def test_a_dry_run_prints_recipe_size_and_traffic(
