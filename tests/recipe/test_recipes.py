@@ -117,6 +117,16 @@ def test_bytes_per_round() -> None:
     assert size.allreduce_bytes_per_round(4) == 48
 
 
+def test_muon_s_momentum_needs_memory() -> None:
+    chosen = load_recipe(
+        "demo", ["optimizer.name=muon", "optimizer.muon_for={'*.o_proj.*': true, '*': false}"], twin=True
+    )
+    model: Any = meta_model(chosen)
+    (output,) = (parameter for name, parameter in model.named_parameters() if ".o_proj." in name)
+    assert estimate(chosen, model).memory["momentum of Muon"] == 4 * output.numel()
+    assert "momentum of Muon" not in estimate(load_recipe("demo", twin=True)).memory
+
+
 def test_frozen_parameters_are_counted_apart() -> None:
     recipe = load_recipe("demo", twin=True)
     whole = estimate(recipe)

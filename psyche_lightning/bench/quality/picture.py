@@ -47,6 +47,10 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
             xlabel="bytes that a node sends in all",
             ylabel="validation loss, nats per byte",
         )
+    shown = {
+        label: handle for axes in panels.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -68,4 +72,3 @@ def _panel(axes: Any, rows: Sequence[Row], families: Sequence[str]) -> None:
             )
     axes.set_xscale("log")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
