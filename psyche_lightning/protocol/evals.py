@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from psyche_lightning.errors import CoordinatorError, WireError
+from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.text import is_plain, plain
 
 SECTION = "evals"
@@ -163,14 +163,14 @@ def measures_from_wire(values: list[Any]) -> tuple[Measure, ...]:
     """Read what :func:`measures_to_wire` wrote.
 
     Raises:
-        WireError: it is something else.
-        CoordinatorError: a number is no measurement, or a name is none (``InvalidRequest``).
+        CoordinatorError: it is something else, a number is no measurement, or a name is none (``InvalidRequest``).
     """
     if not 0 < len(values) <= MAX_MEASURES:
-        raise WireError(f"{len(values)} figures of a share; expected 1 to {MAX_MEASURES}")
+        text = f"{len(values)} figures of a share; expected 1 to {MAX_MEASURES}"
+        raise CoordinatorError(text, code="InvalidRequest")
     for value in values:
         if not isinstance(value, list) or [type(item) for item in value] != [str, float, float, bool]:
-            raise WireError("a figure is [name, total, weight, perplexity]")
+            raise CoordinatorError("a figure is [name, total, weight, perplexity]", code="InvalidRequest")
         name, total, weight, _ = value
         if not 0 < len(name) <= MAX_NAME or not is_plain(name):
             raise CoordinatorError(
