@@ -83,10 +83,14 @@ def test_status_shows_an_address_that_looks_like_markup(
     assert all(address in shown for address in MARKUP)
 
 
+HEX = ("incarnation", "signer")
+"""Texts of an answer in which anything else is refused."""
+
+
 def spoilt(value: object, text: str) -> object:
-    """A JSON value with a hostile text at the end of each of its own."""
+    """A JSON value with a hostile text at the end of each of its own, but of those that must be hex."""
     if isinstance(value, dict):
-        return {name: spoilt(item, text) for name, item in value.items()}
+        return {name: item if name in HEX else spoilt(item, text) for name, item in value.items()}
     if isinstance(value, list):
         return [spoilt(item, text) for item in value]
     return value + text if isinstance(value, str) else value
@@ -95,14 +99,16 @@ def spoilt(value: object, text: str) -> object:
 @pytest.mark.parametrize("hostile", [CLEAR + "[/red]\ud800\u202e", "\x9b2J[bold"])
 def test_a_server_that_answers_with_control_characters(hostile: str, capsys: pytest.CaptureFixture[str]) -> None:
     node = {
-        "key": "0123abcd", "status": "healthy", "address": "tcp://x", "step": 1, "loss": 0.5, "tokens_per_second": 1.0,
-        "bytes_up": 1, "bytes_down": 1,
+        "key": "0123abcd", "signer": "01", "status": "healthy", "address": "tcp://x", "step": 1, "loss": 0.5,
+        "tokens_per_second": 1.0, "bytes_up": 1, "bytes_down": 1,
     }  # fmt: skip
     run = {
         "run_id": "r", "phase": "paused", "epoch": 1, "height": 2, "step": 3, "total_steps": 9, "clients": [node],
         "pending": [node], "exited": [node], "metrics": [], "events": [{"time": 0.0, "text": "joined"}],
         "points": [{"node": "a", "earned": 1, "slashed": 0, "claimed": 0}], "about": {"owner": "me"},
-        "config": {"total_steps": 9, "init_min_clients": 1},
+        "config": {"total_steps": 9, "global_batch_size_end": 1, "init_min_clients": 1}, "incarnation": "00",
+        "waits_for": "nobody", "problem": "none", "manifest_digest": "00", "by_link": False, "allowed": ["a"],
+        "evaluations": [{"task": "t", "step": 1, "documents": 2, "measured": 1, "figures": {"acc": 0.5}}],
     }  # fmt: skip
 
     async def answer(request: web.Request) -> web.Response:

@@ -10,9 +10,9 @@ import psyche_lightning
 
 PACKAGE = Path(psyche_lightning.__file__).parent
 ALLOWED = {PACKAGE / "distro" / "internals.py", PACKAGE / "lightning" / "internals.py"}
-OTHERS = {"_api", "_attn_implementation"}
+OTHERS = {"_api", "_attn_implementation", "_exit"}
 """Of huggingface_hub's file system, which has no public name for its client, and of transformers' configurations, which
-have none for how attention is computed."""
+have none for how attention is computed, and Python's ``os._exit``."""
 
 
 def private(name: str) -> bool:

@@ -46,7 +46,7 @@ def test_a_run_goes_on_when_the_wall_clock_steps(step: float) -> None:
     clocks.pass_(6.0)
     live.tick()
     first, *_, last = live.host.history.events.since(0)
-    failed = "epoch 0 could not begin: the parameters were reported by 0 of 1 nodes in time"
+    failed = "epoch 0 could not begin: the parameters were reported by 0 of 1 node in time"
     assert [event.text for event in live.host.history.events.since(0)][-2] == failed
     assert (first.time, last.time) == (50 * YEAR, pytest.approx(clocks.wall))  # what people see is the date
 

@@ -139,9 +139,10 @@ def test_a_token_travels_with_changes_only_and_to_nobody_else(run: Callable[...,
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         admin = CoordinatorAdmin(f"http://127.0.0.1:{runner.addresses[0][1]}", token="s3cret")
-        await asyncio.to_thread(admin.status, "r")
-        await asyncio.to_thread(admin.pause, "r")
-        assert shown == [("/v1/runs/r", None), ("/v1/runs/r/pause", "Bearer s3cret"), ("/taken", None)]
+        await asyncio.to_thread(admin.manifest, "00")
+        with pytest.raises(CoordinatorError, match="another shape"):
+            await asyncio.to_thread(admin.pause, "r")
+        assert shown == [("/v1/manifests/00", None), ("/v1/runs/r/pause", "Bearer s3cret"), ("/taken", None)]
         await runner.cleanup()
 
     run(main())
