@@ -185,10 +185,7 @@ class LocalSteps(DisTrO):
         self._agreement = []
         layout = self.layout
         voting = [payload for payload in payloads if payload != self._silence]
-        span = self._span(len(voting))
-        if span < layout.chunk_count:  # parts are decoded later: check all payloads before using any
-            for payload in voting:
-                self.check(payload)
+        span = self._checked_span(voting)
         if not voting:
             return
         factor = float(np.float32(self.scale / len(voting))) * UNIT  # a float32 number times a power of two

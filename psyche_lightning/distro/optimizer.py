@@ -222,10 +222,7 @@ class DisTrO(torch.optim.Optimizer):
         rates = self._checked_rates(lrs)
         layout, config = self.layout, self.config
         self._agreement = []
-        span = self._span(len(payloads))
-        if span < layout.chunk_count:  # parts are decoded later: check all payloads before using any
-            for payload in payloads:
-                self.check(payload)
+        span = self._checked_span(payloads)
         if not payloads:
             return
         # Compute 1 - lr * wd in double and round it once to float32: the same factor on every node.
@@ -331,10 +328,18 @@ class DisTrO(torch.optim.Optimizer):
             return min(roomy, 64 * (64 // config.chunk) ** 2 * min(8, torch.get_num_threads()))
         return min(roomy, 8192)
 
-    def _span(self, peers: int) -> int:
-        """Chunks whose votes of all peers fit into half the budget, but at least one batch."""
-        votes = max(1, peers * self.config.max_k)
-        return max(self._limit(votes), self.budget // 2 // (16 * votes))
+    def _checked_span(self, payloads: Sequence[bytes]) -> int:
+        """Chunks whose votes of all payloads fit into half the budget, but at least one batch.
+
+        Raises:
+            PayloadError: not all chunks fit, so parts are decoded later, and a payload is malformed: none is used then.
+        """
+        votes = max(1, len(payloads) * self.config.max_k)
+        span = max(self._limit(votes), self.budget // 2 // (16 * votes))
+        if span < self.layout.chunk_count:
+            for payload in payloads:
+                self.check(payload)
+        return span
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Encode, and apply this node's own payload, as a node does that is alone in its run.

@@ -66,7 +66,7 @@ def test_bits_stay_within_three_percent_of_positions_signs_and_magnitudes(chunk,
     assert limit <= 8 * payload_size(chunks, config, STEPS_VERSION) / chunks <= 1.03 * limit
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases(), st.data())
 def test_votes_round_trip_whole_and_in_parts(case, data):
     config, chunks, votes = case
@@ -88,7 +88,7 @@ def test_many_chunks_go_through_several_batches():
     assert same(read(payload, chunks, config, 9_001, 40_010), votes.part(9_001, 40_010))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(case=cases(), data=st.data())
 def test_corrupted_bytes_are_refused_or_are_another_canonical_payload(case, data):
     config, chunks, votes = case
