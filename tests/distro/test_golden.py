@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from psyche_lightning.distro import DisTrO, DistroConfig, LocalSteps
+from psyche_lightning.errors import PayloadError
 
 FILES = {DisTrO: "golden.json", LocalSteps: "golden_steps.json"}
 ROUNDS = 20
@@ -107,6 +108,27 @@ def test_recorded_rounds_give_the_recorded_digest(device, kind, budget, backward
         agreed = [payloads[name] for name in entry["agreed"]]
         optimizer.apply(agreed[::-1] if backwards else agreed, entry["lrs"])
     assert digest(optimizer) == golden["digest"]
+
+
+def passes(optimizer, payload, *chunks):
+    try:
+        optimizer._codec.decode(payload, *chunks)
+    except PayloadError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_damage_that_only_a_later_part_shows_changes_nothing(kind):
+    optimizer = optimizer_of(kind, model(), budget=1)
+    entry = json.loads(file_of(kind).read_text())["rounds"][0]
+    good = [base64.b85decode(text) for text in entry["payloads"].values()]
+    damaged = (good[0][:at] + bytes([good[0][at] ^ 255]) + good[0][at + 1 :] for at in reversed(range(8, len(good[0]))))
+    wrong = next(one for one in damaged if passes(optimizer, one, 0, 1) and not passes(optimizer, one))
+    before = digest(optimizer)
+    with pytest.raises(PayloadError):
+        optimizer.apply([*good[1:], wrong], entry["lrs"])
+    assert digest(optimizer) == before
 
 
 if __name__ == "__main__":
