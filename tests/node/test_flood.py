@@ -69,6 +69,6 @@ def test_a_flood_of_signed_messages_stops_nobody(
     assert run.host.state.phase is Phase.FINISHED
     assert all(node.steps[-1] == STEPS for node in nodes)
     assert len({node.bytes for node in nodes}) == 1
-    floods = [record.getMessage() for record in caplog.records if "floods this node" in record.getMessage()]
-    assert floods
-    assert f"kept away for {limits.SHORTEST_QUARANTINE:g} s" in floods[0]
+    # The flooder hears the same words as a farewell, and may log them first: who keeps it away says for how long.
+    kept = f"kept away for {limits.SHORTEST_QUARANTINE:g} s"
+    assert any("floods this node" in text and kept in text for text in caplog.messages)
