@@ -131,7 +131,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "smollm3": {**_GROUPED, "pad_token_id": 0},
     "stablelm": _GROUPED,
     "starcoder2": _GROUPED,
-    "whisper": {**_DECODER, "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 0},
     "xglm": {
         "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96, "dropout": 0.0, "attention_dropout": 0.0,
     },
