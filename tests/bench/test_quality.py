@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from psyche_lightning.bench.quality.comparison import Case, Results, Row, compare
-from psyche_lightning.bench.quality.methods import DEFAULT, LONG, AllReduce, DiLoCo, Method, Votes, method
+from psyche_lightning.bench.quality.methods import DEFAULT, LONG, AllReduce, DiLoCo, Local, Method, Votes, method
 from psyche_lightning.bench.quality.picture import frontier
 from psyche_lightning.bench.quality.training import Outcome, Task, Training, all_reduced, build_model, train
 from psyche_lightning.cli import main
@@ -55,6 +55,15 @@ def test_of_diloco_with_one_node_and_whole_outer_steps_the_own_steps_remain() ->
     assert apart.loss == pytest.approx(together.loss, abs=1e-5)
 
 
+def test_a_newcomer_has_nothing_of_the_node_whose_place_it_takes() -> None:
+    def loss(**options: int) -> float:
+        return train(Training(Task(nodes=2, steps=12, batch=1), Local(h=2, **options), 4e-3, 0)).loss
+
+    never = loss()
+    assert loss(join_every=12) == never  # the last step is made before a newcomer could make one
+    assert len({never, loss(join_every=10), loss(join_every=4)}) == 3
+
+
 def test_methods_are_typed_as_they_are_written() -> None:
     for text in (*DEFAULT, *LONG):
         assert method(str(method(text))) == method(text)
@@ -70,6 +79,7 @@ def test_methods_are_typed_as_they_are_written() -> None:
         ("distro:muon=yes", "muon is 'yes'; choose true or false"),
         ("allreduce:inner=sgd", "inner is 'sgd'; choose adamw or muon"),
         ("demo:k=5000", r"distro\.k is 5000"),
+        ("local:join_every=-1", "join_every is -1; choose a whole number, 0 for never"),
         ("diloco:h=0", "h is 0; choose a whole number from 1 on"),
     ],
 )

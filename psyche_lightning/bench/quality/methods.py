@@ -252,6 +252,8 @@ class Local(Method):
         decay: of the error feedback; see :class:`~psyche_lightning.distro.DistroConfig`.
         scale: factor on the mean of the displacements.
         inner: the optimizer of a node's steps.
+        join_every: steps after which a newcomer takes a node's place, each node's in turn: its optimizer has no state
+            and its error feedback is empty. 0 for never.
     """
 
     h: int = 8
@@ -260,24 +262,40 @@ class Local(Method):
     decay: float = 0.95
     scale: float = 2.0
     inner: Inner = "muon"
+    join_every: int = 0
     name = "local"
     title = "local steps of {inner}"
+
+    @property
+    def setting(self) -> str:
+        """Also how often a newcomer takes a node's place."""
+        return super().setting + (f", a newcomer every {self.join_every} steps" if self.join_every else "")
 
     def begin(self, model: torch.nn.Module, nodes: int) -> Round:
         """Each node has its own optimizer, and its own error feedback, on the one model."""
         config = DistroConfig(self.chunk, self.k, self.decay)
-        shared = [LocalSteps(model.named_parameters(), 0.0, config, self.scale) for _ in range(nodes)]
-        own = [_optimizer(self.inner, model) for _ in range(nodes)]
+
+        def newcomer() -> tuple[LocalSteps, torch.optim.Optimizer]:
+            return LocalSteps(model.named_parameters(), 0.0, config, self.scale), _optimizer(self.inner, model)
+
+        members = [newcomer() for _ in range(nodes)]
+        done = joined = 0
 
         def train(batches: Batches, rates: Sequence[float]) -> float:
+            nonlocal done, joined
+            while self.join_every and joined < done // self.join_every:
+                members[joined % nodes] = newcomer()
+                joined += 1
+            done += len(batches)
             payloads = []
-            for node, (sharing, optimizer) in enumerate(zip(shared, own, strict=True)):
+            for node, (sharing, optimizer) in enumerate(members):
                 with sharing.working():
                     for batch, rate in zip(batches, rates, strict=True):
                         _step(optimizer, model, batch[node], rate)
                 payloads.append(sharing.encode())
-            shared[0].apply(payloads, shared[0].lr_bits())
-            return shared[0].max_payload
+            one, _ = members[0]
+            one.apply(payloads, one.lr_bits())
+            return one.max_payload
 
         return train
 
@@ -323,6 +341,8 @@ def method(text: str) -> Method:
         DistroConfig(found.chunk, found.k, found.decay)  # checks the values
     if found.steps < 1:
         raise ConfigError(f"--method {text!r}: h is {found.steps}; choose a whole number from 1 on.")
+    if isinstance(found, Local) and found.join_every < 0:
+        raise ConfigError(f"--method {text!r}: join_every is {found.join_every}; choose a whole number, 0 for never.")
     return found
 
 
