@@ -46,7 +46,6 @@ _SIZED = {**_GROUPED, "head_dim": 16}
 # Two trainings with dropout are never equal.
 _GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_DECODER = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96}
 _EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 _QWEN_EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 32}
 _ROUTED = {
