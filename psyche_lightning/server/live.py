@@ -98,6 +98,11 @@ class LiveRun:
             return run
 
     @property
+    def unstorable(self) -> str | None:
+        """Why changes cannot be stored, for people; None if they can."""
+        return self._unstorable
+
+    @property
     def problem(self) -> str | None:
         """Why the run's time stands still at the moment, for people; None if it does not."""
         if self._unstorable is not None or not self._silent:

@@ -11,10 +11,11 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection
+from functools import cached_property
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from psyche_lightning.aio import within
 from psyche_lightning.coordinator.creation import check_settings, create_host
@@ -45,6 +46,9 @@ from psyche_lightning.server.websocket import Websocket
 from psyche_lightning.transports.limits import Bucket
 from psyche_lightning.wire.canonical import HASH_SIZE
 from psyche_lightning.wire.identity import KEY_SIZE
+
+if TYPE_CHECKING:
+    from psyche_lightning.server.metrics import Exposition
 
 MAX_BODY_SIZE = MAX_FRAME_SIZE
 HEARTBEAT = 20.0
@@ -232,6 +236,8 @@ class CoordinatorServer:
         application.add_routes(
             [
                 web.get("/", self._page),
+                web.get("/metrics", self._metrics),
+                web.get("/healthz", self._health),
                 web.get("/v1/runs", self._list),
                 web.post("/v1/runs", self._create),
                 web.get(run, self._status),
@@ -279,6 +285,21 @@ class CoordinatorServer:
     async def _page(self, request: web.Request) -> web.Response:
         page = resources.files("psyche_lightning.server").joinpath("page.html").read_text("utf-8")
         return web.Response(text=page, content_type="text/html")
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        text, content_type = self._exposition.render(request.headers.get(hdrs.ACCEPT, ""))
+        return web.Response(body=text, headers={hdrs.CONTENT_TYPE: content_type})
+
+    async def _health(self, request: web.Request) -> web.Response:
+        """200, or 503 while changes of a run cannot be stored."""
+        problems = {name: run.unstorable for name, run in self.runs.items() if run.unstorable is not None}
+        return web.json_response({"healthy": not problems, "problems": problems}, status=503 if problems else 200)
+
+    @cached_property
+    def _exposition(self) -> Exposition:
+        from psyche_lightning.server.metrics import Exposition
+
+        return Exposition(self.runs.values, lambda: len(self._sockets))
 
     async def _list(self, request: web.Request) -> web.Response:
         return web.json_response({"runs": [run_line(run) for run in self.runs.values()]})

@@ -55,9 +55,6 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         config["global_batch_size_start"] = config["global_batch_size_end"] = None
     if "total_steps" in host.unset:
         config["total_steps"] = None
-    # Between two epochs, the clients of the last one wait again as members, or have left.
-    clients = () if state.phase in (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED) else state.clients
-    known = {client.signer for client in clients}
     return {
         **run_line(run),
         "incarnation": state.incarnation.hex(),
@@ -68,9 +65,10 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         "checkpoint": {"step": state.checkpoint.step, "digest": state.checkpoint.digest.hex()},
         "manifest_digest": run.manifest_digest.hex() or None,
         "config": config,
-        "clients": [member(client, standing(client, state), reports) for client in clients],
-        "exited": [member(client, client.status.name.lower(), reports) for client in state.exited_clients],
-        "pending": [member(client, "pending", reports) for client in host.pending() if client.signer not in known],
+        **{
+            place: [member(client, status, reports) for client, status in found]
+            for place, found in members_of(run).items()
+        },
         "points": [
             {"node": signer.hex(), "earned": points, "slashed": 0, "claimed": 0}
             for signer, points in host.points.items()
@@ -85,6 +83,19 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         ],
         "events": [asdict(event) for event in host.history.events.since(events_from)],
         "metrics": [metrics_row(row) for row in host.history.metrics.since(metrics_from)],
+    }
+
+
+def members_of(run: LiveRun) -> dict[str, list[tuple[Client, str]]]:
+    """``clients`` of the epoch, ``exited`` and ``pending`` ones, each with its status in a word."""
+    state = run.state
+    # Between two epochs, the clients of the last one wait again as members, or have left.
+    clients = () if state.phase in (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED) else state.clients
+    known = {client.signer for client in clients}
+    return {
+        "clients": [(client, standing(client, state)) for client in clients],
+        "exited": [(client, client.status.name.lower()) for client in state.exited_clients],
+        "pending": [(client, "pending") for client in run.host.pending() if client.signer not in known],
     }
 
 
