@@ -89,6 +89,9 @@ def _traffic(recipe: Recipe, size: Estimate) -> Table:
         own, dense = size.bytes_per_round(nodes), size.allreduce_bytes_per_round(nodes)
         table.add_row(str(nodes), size_text(own), size_text(own), size_text(dense), f"{dense / own:,.0f} x")
     table.caption = f"One payload has {size.payload:,} bytes, {8 * size.payload / size.trainable:.3g} bits a parameter."
+    if size.steps > 1:
+        table.caption += f" With local steps, there is an all-reduce for each that a node makes: {size.steps}, or fewer"
+        table.caption += " if its share has fewer samples."
     return table
 
 

@@ -24,6 +24,7 @@ BUSY = 0.7
 """Utilization below which the doctor gives advice."""
 _LIMITS = {
     "compute": ("computing", ""),
+    "steps": ("the optimizer of the local steps", "with a larger global batch, each of its steps has more samples"),
     "slowest": ("the slowest node", "all others wait for it: leave it out, or let all nodes have similar devices"),
     "distro": ("DisTrO's own work", "with a larger global batch, nodes compute longer between two updates"),
     "upload": ("upload", "overlap=true hides it behind computing; a smaller k or a larger global batch sends less"),
@@ -151,6 +152,8 @@ def conditions(
         coordinator_trip=network.coordinator_trip or 0.0,
         write_seconds=write_seconds or 0.0,
         slowest_seconds=max((share / rate for rate in shape.rates.values()), default=0.0),
+        local_steps=recipe.distro.local_steps,
+        step_seconds=speed.step_seconds,
     )
 
 
@@ -166,6 +169,12 @@ def findings(
         Finding(AREA, "round", f"{duration(found.round_seconds)}: {_parts(given, found)}"),
         Finding(AREA, "speed", f"{_tokens(found.tokens_per_second)} of {_nodes(shape.nodes)}, {_batch(given)}"),
     ]
+    if given.share < given.local_steps:
+        value = (
+            f"{given.share} of {given.local_steps} in a round, as a node's share has {counted(given.share, 'sample')}"
+        )
+        advice = f"with run.global_batch_size_end={given.nodes * given.local_steps} or more it makes all of them"
+        rows.append(Finding(AREA, "local steps", value, Verdict.WARNING, advice))
     what, advice = _LIMITS[found.limit]
     if found.limit == "slowest":
         name = min(shape.rates, key=lambda key: shape.rates[key])
@@ -201,7 +210,7 @@ def _link(given: Conditions, network: Network) -> Finding:
 
 
 def _parts(given: Conditions, found: Prediction) -> str:
-    names = {"distro": "DisTrO", "slowest": "waiting for the slowest"}
+    names = {"steps": "its optimizer", "distro": "DisTrO", "slowest": "waiting for the slowest"}
     texts = [f"{names.get(name, name)} {duration(part)}" for name, part in found.parts.items() if part > 0]
     return f"{', '.join(texts)}; results overlap computing" if given.overlap else ", ".join(texts)
 

@@ -1,17 +1,19 @@
 """How long a round takes: a pure function of measurements, which anybody can check.
 
-n nodes share S samples, each of which takes c seconds. Payloads have P bytes. Upload and download are U and D bytes a
-second. A round trip takes R seconds to peers and Q seconds to the coordinator. A small write is safely on disk after f
-seconds. Then::
+n nodes share S samples, each of which takes c seconds. With local steps, a node makes H steps of its own optimizer, of
+o seconds each, but no more than it has samples. Payloads have P bytes. Upload and download are U and D bytes a second.
+A round trip takes R seconds to peers and Q seconds to the coordinator. A small write is safely on disk after f seconds.
+Then::
 
     compute  = c * ceil(S / n)                         of the slowest node, if others are known to be slower
+    steps    = o * min(H, ceil(S / n))                 0 without local steps
     distro   = encode + apply                          of this node's update, and of all n
     upload   = w * ((n - 1) * P + messages) / U        each other node fetches this node's payload once
     download = w * ((n - 1) * P + messages) / D        and this node fetches theirs, at the same time
     disk     = 7 * f                                   promises and the coordinator's state are stored first
     latency  = 3 R / 2 + Q                             announcement, request for payloads, report, next round
 
-    working  = compute + distro
+    working  = compute + steps + distro
     exchange = latency + max(upload, download)
 
     overlap off:  round = working + exchange + disk
@@ -20,7 +22,7 @@ seconds. Then::
 w is the number of bytes on the wire for each byte, headers included. With overlap, the exchange of a round, including
 the coordinator's part, runs while the next round computes. It must end before the round after that. So two rounds fit
 into the time from a round's start to its last message. The speed is ``S * seq_len / round`` tokens a second.
-Utilization is the fraction of a round in which this node computes, ``c * ceil(S / n) / round``.
+Utilization is the fraction of a round in which this node computes, ``(compute + steps) / round``.
 
 The formula assumes that every node has a link like this one, that no node fails, and that nodes do not share cores.
 """
@@ -60,6 +62,8 @@ class Conditions:
         coordinator_trip: round trip to the coordinator.
         write_seconds: until a small write is safely on disk.
         slowest_seconds: computing and encoding of the slowest peer in a round; 0 if nothing is known of peers.
+        local_steps: steps of a node's own optimizer in a round; 0 without local steps.
+        step_seconds: one of these steps, without its forward and backward.
     """
 
     nodes: int
@@ -76,6 +80,19 @@ class Conditions:
     coordinator_trip: float = 0.0
     write_seconds: float = 0.0
     slowest_seconds: float = 0.0
+    local_steps: int = 0
+    step_seconds: float = 0.0
+
+    @property
+    def share(self) -> int:
+        """Samples of a node in a round."""
+        return math.ceil(self.samples / self.nodes)
+
+    @property
+    def own_parts(self) -> dict[str, float]:
+        """Seconds in which this node computes in a round: forward and backward, and any steps of its optimizer."""
+        steps = {"steps": self.step_seconds * min(self.local_steps, self.share)} if self.local_steps else {}
+        return {"compute": self.sample_seconds * self.share, **steps}
 
     @property
     def traffic(self) -> int:
@@ -91,8 +108,8 @@ class Prediction:
         round_seconds: a whole round.
         tokens_per_second: of all nodes together.
         utilization: fraction of the time in which this node computes, 0 to 1.
-        parts: compute, distro, upload, download, disk and latency of a round, each by itself; ``slowest`` is how much
-            longer a slower peer computes.
+        parts: compute, distro, upload, download, disk and latency of a round, each by itself; ``steps`` if there are
+            local ones; ``slowest`` is how much longer a slower peer computes.
         limit: the part that limits the run most.
     """
 
@@ -105,13 +122,13 @@ class Prediction:
 
 def predict(given: Conditions) -> Prediction:
     """Predict the speed of a run with the formula of this module."""
-    own = given.sample_seconds * math.ceil(given.samples / given.nodes)
+    own = sum(given.own_parts.values())
     slower = given.slowest_seconds - given.encode_seconds
     compute = slower if slower > SLOWER * own else own
     several = given.nodes > 1
     wire = WIRE * given.traffic
     parts = {
-        "compute": own,
+        **given.own_parts,
         "slowest": compute - own,
         "distro": given.encode_seconds + given.apply_seconds,
         "upload": wire / given.upload,
@@ -124,7 +141,7 @@ def predict(given: Conditions) -> Prediction:
     hidden: tuple[str, ...] = ()  # parts that run behind longer ones, and so limit nothing
     total = working + exchange
     if given.overlap:
-        hidden = ("upload", "download", "latency") if working >= exchange else ("compute", "slowest", "distro")
+        hidden = ("upload", "download", "latency") if working >= exchange else ("compute", "steps", "slowest", "distro")
         total = max(working, transfer, total / 2)
     total += parts["disk"]
     limit = max((name for name in parts if name not in hidden), key=lambda name: parts[name])
@@ -142,4 +159,4 @@ def needed_rate(given: Conditions) -> float:
 
     With overlap this rate makes the transfer free; without overlap it halves the speed.
     """
-    return WIRE * given.traffic / (given.sample_seconds * math.ceil(given.samples / given.nodes))
+    return WIRE * given.traffic / sum(given.own_parts.values())

@@ -5,6 +5,7 @@ The model is built on the meta device, where parameters have shapes but no value
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ class Estimate:
         memory: memory of one node, by name, without activations and the framework.
         payload: bytes that one node publishes in a round.
         steps: steps of an optimizer in a round, each of which an all-reduce would send gradients for.
+        samples: samples of a round, of which each step of a node needs one.
     """
 
     parameters: int
@@ -37,6 +39,7 @@ class Estimate:
     memory: dict[str, int]
     payload: int
     steps: int = 1
+    samples: int = 1
 
     def bytes_per_round(self, nodes: int) -> int:
         """Payload bytes that a node sends, and as many that it receives, if each fetches from each."""
@@ -45,13 +48,43 @@ class Estimate:
     def allreduce_bytes_per_round(self, nodes: int) -> float:
         """Bytes that each node sends in a ring all-reduce of float32 gradients: ``2 (n - 1) / n x 4 x parameters``.
 
-        With local steps, one for each of them.
+        With local steps, one for each of them that a node makes.
         """
-        return self.steps * 2 * (nodes - 1) / nodes * FLOAT32 * self.trainable
+        steps = min(self.steps, math.ceil(self.samples / nodes))
+        return steps * 2 * (nodes - 1) / nodes * FLOAT32 * self.trainable
+
+
+def parameter_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype in which a node keeps the parameters that it trains."""
+    import torch
+
+    dtype = torch.bfloat16 if recipe.trainer.precision == "bf16-true" else getattr(torch, recipe.model.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def named_as_trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters with the names that they have in training, as the recipe's patterns know them."""
+    return [(f"model.{name}", parameter) for name, parameter in model.named_parameters()]
+
+
+def muon_matrices(recipe: Recipe, model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The trained parameters that go through Muon, if the recipe's optimizer is ``muon``.
+
+    Raises:
+        ConfigError: a pattern of ``optimizer.muon_for`` matches no parameter, or one that is no matrix.
+    """
+    import torch
+
+    from psyche_lightning.muon import hidden_matrices
+
+    whole = torch.nn.ModuleDict({"model": model})
+    hidden = hidden_matrices(whole, recipe.optimizer.muon_for)
+    return [one for name, one in named_as_trained(model) if one.requires_grad and hidden[name]]
 
 
 def meta_model(recipe: Recipe) -> torch.nn.Module:
-    """The recipe's model on the meta device, in the recipe's dtype, with its adapter if it has one.
+    """The recipe's model on the meta device, in the dtype in which this node trains, with its adapter if it has one.
 
     Raises:
         PluginError: no plugin has the model.
@@ -69,7 +102,7 @@ def meta_model(recipe: Recipe) -> torch.nn.Module:
     with torch.device("meta"):
         model = build(options)
         check_positions(model, recipe.data.seq_len)
-        model = cast(model, getattr(torch, recipe.model.dtype))
+        model = cast(model, parameter_dtype(recipe))
         if recipe.model.adapter:
             model = adapted(model, recipe.model.adapter, recipe.model.path, None)
     return model
@@ -87,33 +120,31 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
         ConfigError: its configuration is wrong, or it has no trainable parameters.
     """
     model = meta_model(recipe) if model is None else model
-    import torch
-
     from psyche_lightning.distro import Layout, PayloadCodec
-    from psyche_lightning.muon import hidden_matrices
 
-    named = list(model.named_parameters())
+    named = named_as_trained(model)
     trainable = [parameter for _, parameter in named if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trainable)
     trained = sum(parameter.nbytes for parameter in trainable)
+    low = sum(parameter.numel() for parameter in trainable if parameter.element_size() < FLOAT32)
     memory = {
         "parameters": sum(parameter.nbytes for _, parameter in named),
-        "gradients": trained,
+        "gradients": FLOAT32 * count if recipe.distro.float32_gradients else trained,
         "delta (what is yet to be sent)": FLOAT32 * count,
     }
-    masters = sum(parameter.numel() for parameter in trainable if parameter.element_size() < FLOAT32)
-    if masters:
-        memory["float32 masters"] = FLOAT32 * masters
-    if recipe.optimizer.name == "muon":
-        of_a_node = torch.nn.ModuleDict({"model": model})  # names as the recipe's patterns know them
-        hidden = hidden_matrices(of_a_node, recipe.optimizer.muon_for)
-        sizes = {f"model.{name}": parameter.numel() for name, parameter in named if parameter.requires_grad}
-        memory["momentum of Muon"] = FLOAT32 * sum(size for name, size in sizes.items() if hidden[name])
+    if low:
+        memory["float32 masters"] = FLOAT32 * low
+    local = recipe.distro.local_steps > 0
+    matrices = muon_matrices(recipe, model) if recipe.optimizer.name == "muon" else []
+    if matrices:  # the node's own Muon keeps its momentum as the gradients are, and DisTrO's in float32
+        memory["momentum of Muon"] = sum(one.nbytes if local else FLOAT32 * one.numel() for one in matrices)
     if recipe.distro.lookahead:
         memory["look-ahead copy"] = trained
-    if recipe.distro.local_steps:
+    if local:
+        memory["averages of AdamW"] = 2 * (trained - sum(one.nbytes for one in matrices))
         memory["copy for local steps"] = trained
-        memory["averages of AdamW"] = 2 * (FLOAT32 * count - memory.get("momentum of Muon", 0))
+        if low:
+            memory["where local steps led, in float32"] = FLOAT32 * low
     if recipe.evals.tasks:
         memory["copy for evaluations"] = trained
     layout = Layout(named, recipe.distro.chunk)
@@ -123,4 +154,5 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
         memory=memory,
         payload=PayloadCodec(layout, recipe.distro, recipe.distro.version).size,
         steps=max(1, recipe.distro.local_steps),
+        samples=recipe.run.global_batch_size_end,
     )

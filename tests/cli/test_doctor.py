@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from psyche_lightning.cli import main
+from psyche_lightning.distro import DisTrO, LocalSteps, payload
 from psyche_lightning.doctor import connectivity, link, machine, prediction
 from psyche_lightning.doctor.finding import Verdict, duration, size, speed
 from psyche_lightning.doctor.round_time import MESSAGE, WIRE, Conditions, needed_rate, predict
@@ -126,6 +127,19 @@ def test_a_node_alone_waits_for_nobody() -> None:
     found = predict(replace(LAN, nodes=1))
     assert found.round_seconds == pytest.approx(3.2 + 0.2)
     assert predict(replace(LAN, upload=math.inf, download=math.inf)).parts["upload"] == 0
+
+
+def test_local_steps_are_computing_and_no_more_than_a_share_has_samples() -> None:
+    eight = replace(LAN, local_steps=8, step_seconds=0.02)
+    found, plain = predict(eight), predict(LAN)
+    assert found.parts["steps"] == pytest.approx(0.16)
+    assert found.round_seconds == pytest.approx(plain.round_seconds + 0.16)
+    assert found.utilization == pytest.approx((0.8 + 0.16) / found.round_seconds)
+    assert needed_rate(eight) < needed_rate(LAN)
+    assert predict(replace(eight, local_steps=100)).parts["steps"] == pytest.approx(0.16), "a share has 8 samples"
+    slow = replace(eight, step_seconds=9.0)
+    assert {predict(replace(slow, overlap=overlap)).limit for overlap in (False, True)} == {"steps"}
+    assert predict(replace(eight, slowest_seconds=0.05 + 0.96)).parts["slowest"] == 0
 
 
 def test_shares_are_whole_samples() -> None:
@@ -236,6 +250,42 @@ def test_slow_steps_are_tried_with_one_sample_and_then_computed() -> None:
     assert "takes longer" in speed.how
     assert told == sorted(told)
     assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_updates_of_real_votes_are_timed_and_those_of_others_are_read(
+    fits: bool, local: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied: list[tuple[DisTrO, list[bytes]]] = []
+    read: list[bytes] = []
+    kind = LocalSteps if local else DisTrO
+    apply, decode = kind.apply, payload.codec.decode
+    monkeypatch.setattr(
+        kind, "apply", lambda self, some, rates: (applied.append((self, some)), apply(self, some, rates))
+    )
+    monkeypatch.setattr(payload.codec, "decode", lambda made, *rest: (read.append(made), decode(made, *rest))[1])
+    steps = ["local_steps=2", "decay=0.9", "schedule.warmup_steps=100", "total_steps=200"] if local else []
+    recipe = load_recipe("demo", [f"optimizer.name={name}", *steps], twin=True)
+    speed = measure(recipe, estimate(recipe), torch.device("cpu"), nodes=3, share=4, fits=fits, seconds=4)
+    assert speed.steps >= 2 * fits
+    assert speed.micro_batch == (2 if local else 4)
+    assert (speed.step_seconds > 0) == local
+    distro, (theirs, same, mine) = applied[0]
+    assert theirs == same
+    assert distro.abstention() not in (theirs, mine)
+    assert theirs in read
+    if fits:
+        assert any(group["muon"] for group in distro.param_groups) == (name == "muon" and not local)
+
+
+def test_steps_that_a_share_is_too_small_for_are_a_warning() -> None:
+    _, figures = examine("demo", "--twin", "--nodes", "2", "distro.local_steps=3")
+    found = row(figures, "prediction", "local steps")
+    assert found["verdict"] == "warning"
+    assert "global_batch_size_end=6" in found["advice"]
+    assert found["value"].startswith("2 of 3 ")
 
 
 def test_operations_are_counted_on_the_meta_device() -> None:

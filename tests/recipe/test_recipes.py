@@ -12,10 +12,13 @@ import torch
 
 from psyche_lightning.cli import main
 from psyche_lightning.distro import DisTrO
+from psyche_lightning.errors import ConfigError
+from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe import load_recipe
 from psyche_lightning.recipe.estimate import Estimate, estimate, meta_model
 from psyche_lightning.recipe.loading import recipe_folders
+from psyche_lightning.train.module import CausalModule
 
 RECIPES = sorted(path.stem for path in recipe_folders()[1].glob("*.yaml"))
 BILLION = 10**9
@@ -125,6 +128,73 @@ def test_muon_s_momentum_needs_memory() -> None:
     (output,) = (parameter for name, parameter in model.named_parameters() if ".o_proj." in name)
     assert estimate(chosen, model).memory["momentum of Muon"] == 4 * output.numel()
     assert "momentum of Muon" not in estimate(load_recipe("demo", twin=True)).memory
+
+
+def test_with_local_steps_an_all_reduce_is_made_for_each_step_that_a_share_has_samples_for() -> None:
+    size = Estimate(parameters=8, trainable=8, memory={}, payload=100, steps=8, samples=24)
+    assert size.allreduce_bytes_per_round(2) == 8 * 32
+    assert size.allreduce_bytes_per_round(4) == 6 * 48
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("optimizer.name=muon",),
+        ("distro.float32_gradients=true",),
+        ("distro.local_steps=2", "global_batch_size_start=4"),
+        ("distro.local_steps=2", "global_batch_size_start=4", "optimizer.name=muon"),
+    ],
+)
+def test_the_memory_is_what_a_node_holds_after_a_round(dtype: str, settings: tuple[str, ...]) -> None:
+    recipe = load_recipe("demo", [f"model.dtype={dtype}", "decay=0.9", *settings], twin=True)
+    model = load_plugins().models()[recipe.model.name](recipe.model.options).to(getattr(torch, dtype))
+    module = CausalModule(model, recipe.optimizer, recipe.schedule)
+    optimizer = module.configure_optimizers()["optimizer"]
+    step = TakenStep(optimizer, module, recipe.distro)
+    ids = torch.randint(256, (2, recipe.data.seq_len))
+    module.training_step({"input_ids": ids, "labels": ids}, 0).backward()  # type: ignore[union-attr, no-untyped-call]
+    with step.working():
+        step.step_locally()
+    step.distro.apply([step.distro.encode()], step.distro.lr_bits())
+
+    def held(values: Any) -> int:
+        if isinstance(values, torch.Tensor):
+            return values.nbytes if values.ndim else 0  # counters of steps
+        return sum(map(held, values.values())) if isinstance(values, dict) else 0
+
+    parameters = list(model.parameters())
+    found = {
+        "parameters": sum(parameter.nbytes for parameter in parameters),
+        "gradients": sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None),
+        "delta": sum(value.nbytes for _, value in step.distro.delta()),
+        "state": held(dict(optimizer.state)) + held(dict(step.distro.state)),
+    }
+    memory = dict(estimate(recipe).memory)
+    passing = ("copy for local steps", "where local steps led, in float32")
+    assert [name for name in passing if name in memory] == list(passing[: 2 if dtype == "bfloat16" else 1]) * bool(
+        recipe.distro.local_steps
+    )
+    for name in passing:
+        memory.pop(name, None)
+    assert memory.pop("parameters") == found["parameters"]
+    assert memory.pop("gradients") == found["gradients"]
+    assert memory.pop("delta (what is yet to be sent)") == found["delta"]
+    assert sum(memory.values()) == found["state"]
+
+
+def test_a_node_that_computes_in_bfloat16_needs_masters() -> None:
+    asked = estimate(load_recipe("demo", ["trainer.precision=bf16-true"], twin=True))
+    assert asked.memory == estimate(load_recipe("demo", ["model.dtype=bfloat16"], twin=True)).memory
+    assert asked.memory["float32 masters"] == 4 * asked.parameters
+
+
+def test_patterns_know_the_names_that_parameters_have_in_training() -> None:
+    fewer = load_recipe("demo", ["distro.k_for={'model.lm_head.*': 2}"], twin=True)
+    assert estimate(fewer).payload < estimate(load_recipe("demo", twin=True)).payload
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        estimate(load_recipe("demo", ["distro.k_for={'lm_head.*': 2}"], twin=True))
 
 
 def test_frozen_parameters_are_counted_apart() -> None:
