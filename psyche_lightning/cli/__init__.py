@@ -40,6 +40,7 @@ class Command:
 # A new command is one line here and a module; third parties add theirs with the hook register_commands.
 COMMANDS = {
     "train": Command("psyche_lightning.cli.train:train", "Train as one node: join a run, or run alone.", log="stdout"),
+    "join": Command("psyche_lightning.cli.join:join", "Join a run with nothing but its link.", log="stdout"),
     "generate": Command("psyche_lightning.cli.generate:generate", "Complete a text with a checkpoint."),
     "eval": Command("psyche_lightning.cli.eval:evaluate", "Evaluate a checkpoint on tasks of lm-eval."),
     "checkpoints": Command("psyche_lightning.cli.checkpoints:checkpoints", "List, check and copy checkpoints."),

@@ -95,13 +95,24 @@ def create(
     say(f"created run {run_id} on {url}: {steps}, begins with {counted(config['init_min_clients'], 'node')}")
     if paused:
         say(f"it is not open yet: psyche run start {run_id}")
-    _tell_how_to_join(JoinLink.parse(admin.link()), run_id, anybody)
+    recipe = _split(arguments or [])[0]
+    _tell_how_to_join(JoinLink.parse(admin.link()), run_id, anybody=anybody, recipe=recipe is not None)
 
 
-def _tell_how_to_join(link: JoinLink, run_id: str, anybody: bool) -> None:
-    """Say what a node needs, and what the owner should know about it."""
+def _tell_how_to_join(link: JoinLink, run_id: str, *, anybody: bool, recipe: bool) -> None:
+    """Say what a node needs, and what the owner should know about it.
+
+    Args:
+        link: what a node gives as its coordinator.
+        run_id: the run.
+        anybody: whether it is open.
+        recipe: whether it has a recipe, so that nodes need none.
+    """
     if not link.key:  # a chain's own rules decide who joins
-        say(f"on each node: PSYCHE_COORDINATOR={link.url} PSYCHE_RUN={run_id}")
+        if recipe:
+            say(f"on each node: psyche join '{link.url}' --run {run_id}")
+        else:
+            say(f"on each node: PSYCHE_COORDINATOR={link.url} PSYCHE_RUN={run_id}")
         return
     if link.secret:
         say(
@@ -113,7 +124,10 @@ def _tell_how_to_join(link: JoinLink, run_id: str, anybody: bool) -> None:
             f"the run is open: whoever reaches {link.url} can join, get the parameters and train with results of its "
             "own. What the other nodes bear is in docs/trust.md."
         )
-    say(f"on each node: PSYCHE_COORDINATOR='{link}'")
+    if recipe:
+        say(f"on each node: psyche join '{link}'")
+    else:
+        say(f"on each node: PSYCHE_COORDINATOR='{link}'")
     if is_loopback(urlsplit(link.url).hostname or ""):
         say(f"for nodes on other machines, put an address that they reach in place of {urlsplit(link.url).netloc}")
 
@@ -353,6 +367,8 @@ def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
     """The parameters of a run with a recipe, which fixes all of them."""
     from psyche_lightning.protocol.manifest import START
     from psyche_lightning.recipe import load_recipe
+    from psyche_lightning.recipe.joining import SECTION as JOIN
+    from psyche_lightning.recipe.joining import offer
     from psyche_lightning.recipe.manifest import manifest, start_section
 
     recipe = load_recipe(name, overrides, twin=twin)
@@ -364,6 +380,9 @@ def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
         sections[START] = start_section(found.manifest)
         say(f"resuming after step {found.manifest.metadata.step}, from {found}")
     del sections["data"]  # only a node has the samples and can describe them, so the first node fixes this section
+    sections[JOIN], local = offer(recipe)
+    for key in local:
+        say(f"{key} names files of this machine, so who joins with the link alone has to give it: {key}=PATH")
     return {
         "config": asdict(recipe.run.coordinator),
         "manifest": sections,

@@ -52,6 +52,21 @@ def look(client: Coordinator, timeout: float = 60.0) -> Terms:
         return pool.submit(lambda: asyncio.run(ask())).result()
 
 
+def terms_of(url: str, run: str) -> Terms:
+    """The fixed values of a run, for a program that has not joined it.
+
+    Args:
+        url: its coordinator's URL or its join link.
+        run: its name.
+
+    Raises:
+        PsycheError: as for :func:`look`, or no plugin brings this kind of coordinator.
+    """
+    url = whole_url(url)
+    client = load_plugins().coordinators()[urlsplit(url).scheme].client
+    return look(client(url, run, Identity.generate(), {}))
+
+
 @dataclass
 class Memory:
     """A node without a folder.

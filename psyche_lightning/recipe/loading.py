@@ -65,6 +65,20 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, twin: bool
             raise ConfigError(f"{path} has no section {TWIN!r}, the recipe's CPU-sized form.")
         _merge(values, small)
     values.setdefault("name", path.stem)
+    return resolve_with(values, overrides, source=str(path))
+
+
+def resolve_with(values: dict[str, Any], overrides: Sequence[str], *, source: str) -> Recipe:
+    """:func:`resolve` after overrides, which are changed in ``values``.
+
+    Args:
+        values: sections by name.
+        overrides: as for :func:`load_recipe`.
+        source: the origin that messages name.
+
+    Raises:
+        ConfigError: see :func:`load_recipe`.
+    """
     file = copy.deepcopy(values)
     parsed = [(text, *parse_override(text)) for text in overrides]
     for _, key, value in parsed:
@@ -76,14 +90,14 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, twin: bool
             node = node[section]
         node[leaf] = value
     try:
-        return resolve(values, source=str(path))
+        return resolve(values, source=source)
     except ConfigError as error:
         if not parsed:
             raise
-        resolve(file, source=str(path))  # what is wrong in the file itself comes first
-        reason = str(error).removeprefix(f"{path}: ")
+        resolve(file, source=source)  # what is wrong in the file itself comes first
+        reason = str(error).removeprefix(f"{source}: ")
         culprits = [text for text, key, _ in parsed if key in reason] or [text for text, *_ in parsed]
-        blamed = f"The override{'s' * (len(culprits) > 1)} {' '.join(culprits)} of {path}"
+        blamed = f"The override{'s' * (len(culprits) > 1)} {' '.join(culprits)} of {source}"
         raise ConfigError(f"{blamed}: {reason}") from None
 
 

@@ -13,7 +13,6 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -26,7 +25,7 @@ from psyche_lightning.errors import CheckpointError, ConfigError, UnfinishedErro
 from psyche_lightning.hookspecs import DataProvider
 from psyche_lightning.json_text import json_text
 from psyche_lightning.lightning.callback import CoordinatorCallback
-from psyche_lightning.lightning.entry import ALONE_RUN, look
+from psyche_lightning.lightning.entry import ALONE_RUN, terms_of
 from psyche_lightning.lightning.session import Session, node_key
 from psyche_lightning.lightning.strategy import PsycheStrategy
 from psyche_lightning.logs import speaking
@@ -34,9 +33,7 @@ from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.store import explained, write_all
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.protocol.limits import check_run_id
-from psyche_lightning.protocol.link import whole_url
 from psyche_lightning.protocol.manifest import START
-from psyche_lightning.protocol.requests import Terms
 from psyche_lightning.recipe.adapter import adapted
 from psyche_lightning.recipe.config import Recipe, TrainerSection
 from psyche_lightning.recipe.manifest import manifest
@@ -55,7 +52,7 @@ from psyche_lightning.train.saving import Checkpoints, begin, saved_dtype, say_c
 from psyche_lightning.train.tasks import load_tasks
 from psyche_lightning.train.validation import validation_samples
 from psyche_lightning.train.vocabulary import settle_vocabulary
-from psyche_lightning.wire.identity import Identity, short
+from psyche_lightning.wire.identity import short
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +107,7 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
         torch.set_num_threads(recipe.trainer.threads)
     tasks = load_tasks(recipe.evals)  # first of all, as a wrong name is soon found
     plugins = load_plugins()
-    terms = None if coordinator_url is None else _terms(coordinator_url, run)
+    terms = None if coordinator_url is None else terms_of(coordinator_url, run)
     beginning = begin(recipe, None if terms is None else terms.manifest or {})
     provider: DataProvider = plugins.data_providers()[recipe.data.name](recipe.data.options, seed=recipe.run.seed)
     torch.manual_seed(recipe.run.seed)  # all nodes build the same parameters, so none downloads them
@@ -354,13 +351,6 @@ class _Diary(Callback):
         with explained("write", path):
             fresh.write_text(text, encoding="utf-8")
             fresh.replace(path)
-
-
-def _terms(url: str, run: str) -> Terms:
-    """What the run has fixed."""
-    url = whole_url(url)
-    client = load_plugins().coordinators()[urlsplit(url).scheme].client
-    return look(client(url, run, Identity.generate(), {}))
 
 
 def _ends(values: list[float]) -> list[float]:

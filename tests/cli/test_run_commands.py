@@ -76,6 +76,41 @@ def test_bare_keys_without_a_recipe(psyche, coordinator):
     assert (config["total_steps"], config["global_batch_size_start"], found["manifest_digest"]) == (None, None, None)
 
 
+def test_who_joins_needs_nothing_but_the_link(psyche, coordinator):
+    code, text = psyche("run", "create", "linked", "demo", "--twin", "k=20")
+    assert code == 0
+    (link,) = re.findall(r"on each node: psyche join '(.+)'", text)
+    code, shown = psyche("join", link, "micro_batch_size=3", "--dry-run")
+    assert code == 0
+    assert re.search(r"distro\.k\s+│ 20", shown)
+    assert re.search(r"data\.config\.path\s+│ stdlib", shown)
+    assert re.search(r"trainer\.micro_batch_size\s+│ 3", shown)
+    for arguments, problem in (
+        ((link, "wrong=1"), "Unknown key 'wrong'"),
+        ((link[:-3],), "damaged"),
+        ((coordinator,), "not the link of a run"),
+        ((coordinator, "--run", "nowhere"), "no run 'nowhere'"),
+    ):
+        code, text = psyche("join", *arguments, "--dry-run")
+        assert code == 1
+        assert problem in text
+
+
+def test_who_creates_a_run_hears_what_the_link_lacks(psyche, tmp_path):
+    code, text = psyche("run", "create", "books", "demo", "--twin", f"data.config.path={tmp_path}")
+    assert code == 0
+    assert "data.config.path names files of this machine" in text
+    (link,) = re.findall(r"on each node: psyche join '(.+)'", text)
+    assert psyche("join", link, f"data.config.path={tmp_path}", "--dry-run")[0] == 0
+
+
+def test_a_run_of_a_program_is_not_joined_by_its_link_alone(psyche, coordinator):
+    assert psyche("run", "create", "program", "init_min_clients=1")[0] == 0
+    code, text = psyche("join", coordinator, "--run", "program")
+    assert code == 1
+    assert "created without a recipe" in text
+
+
 @pytest.mark.parametrize("given", [{"seed": 4}, {"digest_every": 3}, {"keep_bytes": 10**9}])
 def test_what_nodes_share_is_fixed_by_the_creator(psyche, coordinator, given):
     from psyche_lightning.server.admin import CoordinatorAdmin
@@ -110,7 +145,7 @@ def test_a_recipe_fixes_everything_but_the_data(psyche, coordinator):
     assert found["config"]["init_min_clients"] == 3
     assert found["total_steps"] == recipe.run.total_steps
     manifest = CoordinatorAdmin(coordinator).manifest(found["manifest_digest"])
-    assert set(manifest) == {"run", "distro", "model", "optimizer"}
+    assert set(manifest) == {"run", "distro", "model", "optimizer", "join"}  # the last one is compared with nothing
 
 
 @pytest.mark.parametrize(
