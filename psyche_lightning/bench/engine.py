@@ -1,4 +1,4 @@
-"""Time and memory of one DisTrO step, next to AdamW's step, the machine's limits and the public reference."""
+"""Time and memory of a step of DisTrO and of local steps, next to AdamW, the machine's limits and the reference."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import gc
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from psyche_lightning.distro import DisTrO, DistroConfig, decode, encode
+from psyche_lightning.distro import DisTrO, DistroConfig, LocalSteps, decode, encode
 from psyche_lightning.errors import ConfigError
 
 PEERS = 4
@@ -32,6 +33,7 @@ class StepFigures:
         parameters: number of parameters.
         tensors: number of tensors.
         times: seconds of each part, the best of several runs.
+        local: those of local steps with equal entries: also of ``working``, the way there and back.
         memory: additional bytes at the peak of each step; empty if the system does not tell.
         bandwidth: bytes per second of a large copy, read and written.
         arithmetic: multiply-adds per second of a large float32 matrix product.
@@ -41,6 +43,7 @@ class StepFigures:
     parameters: int
     tensors: int
     times: dict[str, float] = field(default_factory=dict)
+    local: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     bandwidth: float = 0.0
     arithmetic: float = 0.0
@@ -67,7 +70,7 @@ def shapes(kind: str, millions: float) -> list[tuple[int, ...]]:
         width = max(1, int((total / 100 / 1.5) ** 0.5))
         width = width if kind == "odd" else max(128, round(width / 128) * 128)
         return [(width, width * 3 // 2)] * 100 + [(width,)] * 200
-    width = 1024 if total >= 20e6 else 512
+    width = next(width for width in (1024, 512, 128) if total >= 20 * width**2 or width == 128)
     block: list[tuple[int, ...]] = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)] + [(width,)] * 2
     return block * max(1, round(total / (12 * width**2)))
 
@@ -134,15 +137,48 @@ def measure(kind: str, millions: float, config: DistroConfig, reference: Any, re
 def _measure_ours(
     result: StepFigures, named: list[tuple[str, torch.nn.Parameter]], config: DistroConfig, repeats: int
 ) -> None:
-    optimizer = DisTrO(named, lr=1e-3, config=config)
-    rates, payload = optimizer.lr_bits(), optimizer.encode()
-    chunks = optimizer.layout.chunk_count
-    votes = decode(payload, chunks, config)
-    result.memory["step"] = peak(lambda: optimizer.apply([optimizer.encode()] * PEERS, rates))
-    result.times["encode"] = best(optimizer.encode, repeats)
-    result.times["apply"] = best(lambda: optimizer.apply([payload] * PEERS, rates), repeats)
-    result.times["of it pack"] = best(lambda: encode(votes, config), repeats)
-    result.times["of it unpack"] = best(lambda: [decode(payload, chunks, config) for _ in range(PEERS)], repeats)
+    distro, local = DisTrO(named, lr=1e-3, config=config), LocalSteps(named, lr=1e-3, config=config)
+
+    @torch.no_grad()
+    def work() -> None:
+        with local.working():
+            for _, parameter in named:
+                parameter.sub_(cast(torch.Tensor, parameter.grad), alpha=1e-3)
+
+    def nothing() -> None:
+        with local.working():
+            pass
+
+    for optimizer, prepare, name in ((distro, None, "step"), (local, work, "round of local steps")):
+        if prepare is not None:
+            prepare()
+        result.memory[name] = peak(partial(_exchange, optimizer))
+    ours, theirs = _parts(distro, lambda: None), _parts(local, work)
+    calls = {(name, part): call for part in ours for name, call in (("ours", ours[part]), ("local", theirs[part]))}
+    found = in_turn({**calls, ("local", "working"): nothing}, repeats, {("local", "encode"): work})
+    result.times = {part: seconds for (name, part), seconds in found.items() if name == "ours"}
+    result.local = {part: seconds for (name, part), seconds in found.items() if name == "local"}
+
+
+def _exchange(optimizer: DisTrO) -> None:
+    optimizer.apply([optimizer.encode()] * PEERS, optimizer.lr_bits())
+
+
+def _parts(optimizer: DisTrO, prepare: Callable[[], object]) -> dict[str, Callable[[], object]]:
+    """What is timed of an optimizer; ``prepare`` comes before each of its encodes."""
+    config, chunks, rates = optimizer.config, optimizer.layout.chunk_count, optimizer.lr_bits()
+    payloads = []
+    for _ in range(PEERS):
+        prepare()
+        payloads.append(optimizer.encode())
+    unpack = partial(decode, chunk_count=chunks, config=config, version=optimizer.version)
+    votes = unpack(payloads[0])
+    return {
+        "encode": optimizer.encode,
+        "of it pack": lambda: encode(votes, config),
+        "apply": lambda: optimizer.apply(payloads, rates),
+        "of it unpack": lambda: [unpack(payload) for payload in payloads],
+    }
 
 
 def _measure_reference(
@@ -155,15 +191,32 @@ def _measure_reference(
     result.times["reference"] = best(theirs.step, repeats)
 
 
+def in_turn(
+    calls: Mapping[Any, Callable[[], object]], repeats: int, before: Mapping[Any, Callable[[], object]] | None = None
+) -> dict[Any, float]:
+    """Seconds of the fastest of several calls of each, after a warm-up.
+
+    Each is called once, then all once more, so that a slow minute of the machine meets all of them.
+
+    Args:
+        calls: what to time.
+        repeats: timed calls of each.
+        before: what to do before a call of those names, untimed.
+    """
+    found = dict.fromkeys(calls, float("inf"))
+    for turn in range(1 + repeats):
+        for name, call in calls.items():
+            (before or {}).get(name, lambda: None)()
+            began = time.perf_counter()
+            call()
+            if turn:
+                found[name] = min(found[name], time.perf_counter() - began)
+    return found
+
+
 def best(call: Callable[[], object], repeats: int) -> float:
     """Seconds of the fastest of several calls, after one warm-up call."""
-    call()
-    found = float("inf")
-    for _ in range(repeats):
-        began = time.perf_counter()
-        call()
-        found = min(found, time.perf_counter() - began)
-    return found
+    return in_turn({"": call}, repeats)[""]
 
 
 def peak(call: Callable[[], object]) -> int:

@@ -1,4 +1,4 @@
-"""The cost of a training step of ``Trainer(strategy="psyche")`` alone, next to that of Trainer's default strategy."""
+"""The cost of a step of ``Trainer(strategy="psyche")`` alone, next to that of Trainer's default strategy."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
+from psyche_lightning.bench.quality.training import CONTEXT, build_model
+from psyche_lightning.lightning import PsycheStrategy
+
 WARM_UP = 20
-"""Steps before the clock starts."""
-STRATEGIES = {"default": "auto", "psyche": "psyche"}
+"""Steps before the clock starts, in whole rounds."""
+STRATEGIES = ("default", "psyche")
+SAMPLES = 4
+"""Windows of :data:`~psyche_lightning.bench.quality.training.CONTEXT` tokens in a batch of the language model."""
 
 
 class SmallModule(LightningModule):
@@ -33,6 +38,32 @@ class SmallModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD."""
         return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    def loader(self) -> DataLoader[Any]:
+        """Single samples."""
+        data = TensorDataset(torch.randn(1024, 32, generator=torch.Generator().manual_seed(0)))
+        return DataLoader(data, batch_size=1)
+
+
+class LanguageModule(LightningModule):
+    """The small language model of ``psyche bench quality``, trained by AdamW: a step costs some milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = build_model("small", 0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """The loss of the next token."""
+        return self.model(input_ids=batch[0], labels=batch[0]).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def loader(self) -> DataLoader[Any]:
+        """Batches of :data:`SAMPLES` windows of random bytes."""
+        data = torch.randint(0, 256, (1024, CONTEXT), generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(data), batch_size=SAMPLES)
 
 
 @dataclass
@@ -59,53 +90,59 @@ class StepCost:
 
 
 class _Clock(Callback):
-    """Times the steps of one fit after the first :data:`WARM_UP`."""
+    """Times the steps of one fit, from one of them to another."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
         self._began = 0.0, 0.0
         self.cpu = self.wall = 0.0
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == WARM_UP:
+        if trainer.global_step == self.first:
             self._began = time.process_time(), time.perf_counter()
-        elif trainer.global_step == WARM_UP + self.steps:
+        elif trainer.global_step == self.last:
             cpu, wall = self._began
-            self.cpu, self.wall = (time.process_time() - cpu) / self.steps, (time.perf_counter() - wall) / self.steps
+            self.cpu, self.wall = time.process_time() - cpu, time.perf_counter() - wall
 
 
-def measure(steps: int, repeats: int) -> dict[str, StepCost]:
+def measure(steps: int, repeats: int, local_steps: int = 0) -> dict[str, StepCost]:
     """Train with each strategy in turn, several times.
 
     Args:
-        steps: timed steps of each run.
+        steps: timed steps of each run; with local steps, the whole rounds that have at most as many, but one at least.
         repeats: runs of each strategy.
+        local_steps: of a round with the strategy ``psyche``, each of which is compared with a step of the default
+            strategy; 0 for DisTrO's form. With local steps, a language model is trained in place of the small layer.
     """
+    length = max(1, local_steps)
+    before, rounds = -(-WARM_UP // length), max(1, steps // length)
     costs = {name: StepCost() for name in STRATEGIES}
     with _quiet():
         for _ in range(repeats):
-            for name, strategy in STRATEGIES.items():
-                clock = _Clock(steps)
-                _fit(strategy, clock)
-                costs[name].cpu.append(clock.cpu)
-                costs[name].wall.append(clock.wall)
+            for name in STRATEGIES:
+                unit = length if name == "default" else 1  # steps of Trainer in a round
+                clock = _Clock(before * unit, (before + rounds) * unit)
+                _fit(name, local_steps, clock)
+                costs[name].cpu.append(clock.cpu / (rounds * length))
+                costs[name].wall.append(clock.wall / (rounds * length))
     return costs
 
 
-def _fit(strategy: str, clock: _Clock) -> None:
+def _fit(name: str, local_steps: int, clock: _Clock) -> None:
+    ours = PsycheStrategy(local_steps=local_steps, chunk=32, k=50) if local_steps else PsycheStrategy()
     trainer = Trainer(
-        strategy=strategy,
+        strategy="auto" if name == "default" else ours,
         accelerator="cpu",
         devices=1,
-        max_steps=WARM_UP + clock.steps,
+        max_steps=clock.last,
         callbacks=[clock],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = TensorDataset(torch.randn(1024, 32, generator=torch.Generator().manual_seed(0)))
-    trainer.fit(SmallModule(), DataLoader(data, batch_size=1))
+    module = LanguageModule() if local_steps else SmallModule()
+    trainer.fit(module, module.loader())
 
 
 @contextmanager

@@ -79,8 +79,9 @@ def wire(
 @bench.command()
 def engine(
     millions: Annotated[
-        list[float] | None, typer.Option("--millions", min=1, help="Sizes in millions of parameters; repeatable.")
+        list[float] | None, typer.Option("--millions", min=0.2, help="Sizes in millions of parameters; repeatable.")
     ] = None,
+    chunk: Annotated[int, typer.Option(help="Side of the chunks.")] = 64,
     k: Annotated[int, typer.Option(min=1, help="Votes per chunk.")] = 8,
     reference: Annotated[
         Path | None, typer.Option(help="Folder of a checkout of github.com/bloc97/DeMo to compare with.")
@@ -90,7 +91,7 @@ def engine(
     json_file: Json = None,
     png: Png = None,
 ) -> None:
-    """Time a DisTrO step with 4 peers, and compare it with AdamW, the machine's limits and the public reference."""
+    """Time a DisTrO step with 4 peers beside local steps with equal entries, AdamW, and the public reference."""
     import torch
 
     from psyche_lightning.bench.engine import load_reference, measure
@@ -100,16 +101,17 @@ def engine(
     check_folder(png, "--png")
     if threads:
         torch.set_num_threads(threads)
-    config = DistroConfig(k=k)
+    config = DistroConfig(chunk, k)
     theirs = None if reference is None else load_reference(reference)
     console = stdout()
-    models = [("blocks", 10.0), ("small", 10.0), ("odd", 10.0), ("blocks", 100.0)]
+    models = [("blocks", 0.4), ("blocks", 10.0), ("small", 10.0), ("odd", 10.0), ("blocks", 100.0)]
     if millions:
         models = [("blocks", size) for size in millions]
     results = [measure(kind, size, config, theirs, repeats) for kind, size in track(models, console=console)]
+    names = [f"{one.parameters / 1e6:.{0 if one.parameters >= 1e6 else 1}f} M, {one.name}" for one in results]
     table = _table(
-        f"One step, ns per parameter: k={k}, 4 peers, {torch.get_num_threads()} threads, float32",
-        *("", *(f"{one.parameters / 1e6:.0f} M, {one.name}" for one in results)),
+        f"One step, ns per parameter: k={k} of {chunk}x{chunk}, 4 peers, {torch.get_num_threads()} threads, float32",
+        *("", *names),
     )
     for name in ("encode", "of it pack", "apply", "of it unpack"):
         table.add_row(name, *(f"{1e9 * one.times[name] / one.parameters:.2f}" for one in results))
@@ -117,22 +119,32 @@ def engine(
     for name in ("adamw", *(["reference"] if theirs else [])):
         table.add_row(f"{name}'s step", *(f"{1e9 * one.times[name] / one.parameters:.2f}" for one in results))
         table.add_row(f"  {name} / step", *(f"{one.times[name] / one.step:.2f}" for one in results))
+    for part in ("encode", "apply"):
+        table.add_row(f"local steps' {part}", *(f"{1e9 * one.local[part] / one.parameters:.2f}" for one in results))
+        table.add_row(
+            f"  local steps' {part} / {part}", *(f"{one.local[part] / one.times[part]:.2f}" for one in results)
+        )
+    table.add_row(
+        "local steps' way there and back", *(f"{1e9 * one.local['working'] / one.parameters:.2f}" for one in results)
+    )
     table.add_row(
         "step / larger of traffic and arithmetic", *(f"{one.step / one.bound(config):.2f}" for one in results)
     )
     table.add_row("copy, GB/s (read + written)", *(f"{one.bandwidth / 1e9:.1f}" for one in results))
     table.add_row("matrix product, G multiply-adds/s", *(f"{one.arithmetic / 1e9:.0f}" for one in results))
-    for name in ("step", *(["reference"] if theirs else [])):
+    for name in ("step", "round of local steps", *(["reference"] if theirs else [])):
         if all(one.memory for one in results):
             table.add_row(f"peak memory of the {name}, MB", *(f"{one.memory[name] / 1e6:.0f}" for one in results))
     console.print(table)
     console.print(
         "Memory besides parameters and gradients: delta (4 bytes a parameter); float32 masters of other dtypes (4); "
-        "during look-ahead a copy of the parameters.",
+        "during look-ahead and local steps a copy of the parameters; the votes of the last two payloads.",
         style="dim",
     )
-    write_json(json_file, {"threads": torch.get_num_threads(), "k": k, "models": [asdict(one) for one in results]})
-    names = [f"{one.parameters / 1e6:.0f} M, {one.name}" for one in results]
+    write_json(
+        json_file,
+        {"threads": torch.get_num_threads(), "chunk": chunk, "k": k, "models": [asdict(one) for one in results]},
+    )
     lines = {"this engine": (names, [1e9 * one.step / one.parameters for one in results])}
     for name in ("adamw", *(["reference"] if theirs else [])):
         lines[name] = (names, [1e9 * one.times[name] / one.parameters for one in results])
@@ -145,21 +157,31 @@ def step(
     repeats: Annotated[
         int, typer.Option(min=1, help="Trainings with each strategy; the one that took least counts.")
     ] = 3,
+    local_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of a round with the strategy psyche; then a language model is trained.")
+    ] = 0,
     threads: Threads = 1,
     json_file: Json = None,
 ) -> None:
-    """Compare a step of Trainer(strategy="psyche") alone with one of the default strategy, for a very small model."""
+    """Compare a step of Trainer(strategy="psyche") alone with one of the default strategy, for a very small model.
+
+    With --local-steps H, compare a round of H steps of AdamW with H steps of the default strategy.
+    """
     import torch
 
-    from psyche_lightning.bench.step import measure
+    from psyche_lightning.bench.quality.training import CONTEXT
+    from psyche_lightning.bench.step import SAMPLES, measure
 
     check_folder(json_file, "--json")
     if threads:
         torch.set_num_threads(threads)
-    costs = measure(steps, repeats)
+    costs = measure(steps, repeats, local_steps)
     default = costs["default"]
+    what = "Linear(32, 2), batch size 1"
+    if local_steps:
+        what = f"the small language model, {SAMPLES} x {CONTEXT} tokens, {local_steps} local steps a round"
     table = _table(
-        f"One step of Linear(32, 2), batch size 1, {torch.get_num_threads()} threads",
+        f"One step of {what}, {torch.get_num_threads()} threads",
         "strategy", "CPU, ms", "/ default", "ms", "/ default",
     )  # fmt: skip
     for name, cost in costs.items():
@@ -168,7 +190,14 @@ def step(
             f"{1e3 * cost.least_wall:.2f}", f"{cost.least_wall / default.least_wall:.2f}",
         )  # fmt: skip
     stdout().print(table)
-    write_json(json_file, {"steps": steps, "strategies": {name: asdict(cost) for name, cost in costs.items()}})
+    write_json(
+        json_file,
+        {
+            "steps": steps,
+            "local_steps": local_steps,
+            "strategies": {name: asdict(cost) for name, cost in costs.items()},
+        },
+    )
 
 
 @bench.command()

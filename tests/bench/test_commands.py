@@ -38,7 +38,8 @@ def test_engine_times_every_part(tmp_path):
     for kind in ("blocks", "small", "odd"):
         result = measure(kind, 1, DistroConfig(k=4), load_reference(tmp_path), 1)
         assert set(result.times) == {"encode", "apply", "of it pack", "of it unpack", "reference", "adamw"}
-        assert all(seconds > 0 for seconds in result.times.values())
+        assert set(result.local) == {"encode", "apply", "of it pack", "of it unpack", "working"}
+        assert all(seconds > 0 for seconds in (*result.times.values(), *result.local.values()))
         assert result.step > 0
         assert result.bound(DistroConfig(k=4)) > 0
     with pytest.raises(ConfigError, match="checkout"):
@@ -46,13 +47,26 @@ def test_engine_times_every_part(tmp_path):
 
 
 def test_engine_as_a_command(tmp_path):
-    arguments = ["--millions", "1", "--repeats", "1", "--json", str(tmp_path / "j"), "--png", str(tmp_path / "p.png")]
+    arguments = [
+        "--millions",
+        "0.2",
+        "--chunk",
+        "32",
+        "--repeats",
+        "1",
+        "--json",
+        str(tmp_path / "j"),
+        "--png",
+        str(tmp_path / "p.png"),
+    ]
     assert main(["bench", "engine", *arguments]) == 0
     assert json.loads((tmp_path / "j").read_text())["models"][0]["times"]["encode"] > 0
 
 
-def test_a_step_is_timed_with_each_strategy(tmp_path, capsys):
-    assert main(["bench", "step", "--steps", "5", "--repeats", "1", "--json", str(tmp_path / "j")]) == 0
+@pytest.mark.parametrize("local_steps", ["0", "2"])
+def test_a_step_is_timed_with_each_strategy(tmp_path, capsys, local_steps):
+    arguments = ["--steps", "5", "--repeats", "1", "--local-steps", local_steps, "--json", str(tmp_path / "j")]
+    assert main(["bench", "step", *arguments]) == 0
     figures = json.loads((tmp_path / "j").read_text())
     assert set(figures["strategies"]) == {"default", "psyche"}
     assert all(cost[clock][0] > 0 for cost in figures["strategies"].values() for clock in ("cpu", "wall"))
