@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from psyche_lightning.bench.report import check_folder, picture, write_json
 from psyche_lightning.cli.console import stdout
+from psyche_lightning.errors import counted
 from psyche_lightning.logs import redirections
 
 if TYPE_CHECKING:
@@ -198,6 +200,43 @@ def step(
             "strategies": {name: asdict(cost) for name, cost in costs.items()},
         },
     )
+
+
+@bench.command()
+def ddp(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values for the recipe's keys, such as k=16.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="The recipe to train.")] = "demo",
+    twin: Annotated[bool, typer.Option("--twin", help="Train the recipe's CPU-sized twin.")] = False,
+    nodes: Annotated[int, typer.Option(min=2, max=64, help="Processes that train.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each training.")] = 60,
+    repeats: Annotated[int, typer.Option(min=1, help="Trainings with psyche, each between two with DDP.")] = 3,
+    json_file: Json = None,
+) -> None:
+    """Compare the tokens/s of `psyche demo` with those of torch DDP over gloo, once training goes on steadily."""
+    from psyche_lightning.bench.ddp import Task, compare
+
+    check_folder(json_file, "--json")
+    task = Task(recipe, tuple(overrides or ()), twin, nodes, rounds)
+    console = stdout()
+    with console.status("") as status:
+        found = compare(task, repeats, status.update)
+    table = _table(
+        f"{counted(nodes, 'process', 'processes')} of one machine, {task.tokens // rounds:,} tokens a round",
+        *("", "tokens/s", "lowest", "highest", "waits for others"),
+    )
+    for name, speeds, waits in (
+        ("torch DDP, gloo", found.ddp, ""),
+        ("psyche demo", found.psyche, f"{fmean(found.waited):.0%}"),
+    ):
+        table.add_row(name, *(f"{speed:,.0f}" for speed in (fmean(speeds), min(speeds), max(speeds))), waits)
+    ratios = found.ratios
+    table.add_row(
+        "psyche / DDP", *(f"{ratio:.3f}" for ratio in (fmean(ratios), min(ratios), max(ratios))), style="bold"
+    )
+    console.print(table)
+    write_json(json_file, {**asdict(task), **asdict(found), "ratios": ratios})
 
 
 @bench.command()

@@ -1,11 +1,13 @@
 import json
+import os
 
 import pytest
 
+from psyche_lightning.bench.ddp import Comparison, Task, run
 from psyche_lightning.bench.engine import load_reference, measure
 from psyche_lightning.cli import main
 from psyche_lightning.distro import DistroConfig
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, PsycheError
 
 REFERENCE = """
 import torch
@@ -71,6 +73,42 @@ def test_a_step_is_timed_with_each_strategy(tmp_path, capsys, local_steps):
     assert set(figures["strategies"]) == {"default", "psyche"}
     assert all(cost[clock][0] > 0 for cost in figures["strategies"].values() for clock in ("cpu", "wall"))
     assert "1.00" in capsys.readouterr().out
+
+
+def test_each_training_with_psyche_is_compared_with_those_of_ddp_around_it():
+    found = Comparison(ddp=(90.0, 110.0, 150.0), psyche=(95.0, 143.0), waited=(0.1, 0.2))
+    assert found.ratios == (0.95, 1.1)
+
+
+def test_what_ddp_cannot_train_is_refused_with_a_way_out():
+    with pytest.raises(ConfigError, match=r"divides by 5 \(5 nodes, 1 step each\).*global_batch_size_start=5"):
+        Task("demo", (), False, nodes=5, rounds=1)
+    assert Task("demo", ("distro.local_steps=4",), False, nodes=3, rounds=2).tokens == 2 * 24 * 128
+    with pytest.raises(ConfigError, match=r"divides by 15 \(3 nodes, 5 steps each\)"):
+        Task("demo", ("distro.local_steps=5",), False, nodes=3, rounds=1)
+    with pytest.raises(ConfigError, match=r"trainer\.precision=32-true"):
+        Task("demo", ("trainer.precision=bf16-mixed",), False, nodes=3, rounds=1)
+
+
+def test_a_process_that_fails_stops_the_others(tmp_path):
+    mark = tmp_path / "number"
+    sleeps = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    fails = f"import pathlib, time\nwhile not pathlib.Path({str(mark)!r}).exists(): time.sleep(0.01)\nexit('no luck')"
+    with pytest.raises(PsycheError, match="no luck"):
+        run([["-c", sleeps], ["-c", fails]], tmp_path / "log")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+
+
+@pytest.mark.slow
+def test_psyche_and_ddp_train_in_turn_with_processes_of_their_own(tmp_path, capsys):
+    options = ["--twin", "--nodes", "2", "--rounds", "3", "--repeats", "1", "--json", str(tmp_path / "j")]
+    assert main(["bench", "ddp", *options, "distro.local_steps=2"]) == 0
+    figures = json.loads((tmp_path / "j").read_text())
+    assert len(figures["ddp"]) == 2
+    assert len(figures["psyche"]) == len(figures["ratios"]) == len(figures["waited"]) == 1
+    assert all(speed > 0 for speed in (*figures["ddp"], *figures["psyche"]))
+    assert "psyche / DDP" in capsys.readouterr().out
 
 
 def test_fuzz_finds_nothing(tmp_path):
