@@ -151,7 +151,7 @@ class DisTrO(torch.optim.Optimizer):
         Raises:
             PayloadError: the payload is not canonical for this layout.
         """
-        self._codec.decode(payload)
+        self._codec.check(payload)
 
     @torch.no_grad()
     def encode(self) -> bytes:

@@ -17,6 +17,9 @@ from psyche_lightning.distro.layout import Layout
 from psyche_lightning.distro.votes import Votes
 from psyche_lightning.errors import ConfigError, PayloadError
 
+KEPT = 1 << 22
+"""Bytes of votes that :meth:`PayloadCodec.check` keeps at most, those of several payloads together."""
+
 
 class PayloadCodec:
     """Writes and reads the payloads of one layout and configuration.
@@ -42,8 +45,10 @@ class PayloadCodec:
                 names = ", ".join(entry.name for entry in layout.entries[:8])
                 raise ConfigError(f"distro.k_for[{pattern!r}] matches no parameter; the names are {names}, ...")
         self._layout, self._config, self._version = layout, config, version
-        # The last two, as with overlap the last but one is applied. A tuple, because other threads decode as well.
+        # The last two, as with overlap the last but one is applied. Other threads decode as well, so what is kept is
+        # replaced as a whole; what one of them loses is read again.
         self._written: tuple[tuple[bytes, Votes], ...] = ()
+        self._read: dict[bytes, Votes] = {}
         self.size = sum(codec.payload_size(len(chunks), part, version) for part, chunks in self._parts)
 
     @cached_property
@@ -67,6 +72,19 @@ class PayloadCodec:
         self._written = (*self._written[-1:], (payload, votes))
         return payload
 
+    def check(self, payload: bytes) -> None:
+        """Refuse a payload that :meth:`decode` would refuse; any thread may call it.
+
+        The votes of the last ones are kept while they are few, so that applying them does not read them again.
+
+        Raises:
+            PayloadError: the bytes are not the canonical encoding of votes for this layout.
+        """
+        votes = self.decode(payload)
+        room = KEPT // votes.nbytes if votes.nbytes else 0
+        if room:
+            self._read = dict([*self._read.items(), (payload, votes)][-room:])
+
     def decode(self, payload: bytes, start: int = 0, stop: int | None = None) -> Votes:
         """Read the votes of the chunks ``start`` to ``stop``; columns beyond a chunk's k have sign 0.
 
@@ -77,6 +95,8 @@ class PayloadCodec:
         for written, its in self._written:
             if written == payload:
                 return its.part(start, stop)
+        if self._read and (known := self._read.get(payload)) is not None:  # a large payload takes long to hash
+            return known.part(start, stop)
         version = self._version
         if len(self._parts) == 1:
             return codec.decode(payload, self._layout.chunk_count, self._parts[0][0], start, stop, version)

@@ -44,6 +44,12 @@ class Votes:
             positions[silent], signs[silent] = np.arange(positions.shape[1]), 0
         return Votes(positions, signs)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        exponents = 0 if self.exponents is None else self.exponents.nbytes
+        return self.positions.nbytes + self.signs.nbytes + exponents
+
     def part(self, start: int, stop: int) -> Votes:
         """The votes of some chunks, not copied."""
         return self.of_chunks(slice(start, stop), self.signs.shape[1])

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from psyche_lightning.distro import DisTrO, DistroConfig, Layout, PayloadCodec, Votes, encode
+from psyche_lightning.distro import DisTrO, DistroConfig, Layout, PayloadCodec, Votes, codec, encode
+from psyche_lightning.distro import payload as distro_payload
 from psyche_lightning.errors import ConfigError, PayloadError
 
 SHAPES = {"embed": (40, 16), "layers.0": (16, 24), "layers.1": (24, 16), "norm": (70,)}
@@ -103,3 +104,38 @@ def test_own_votes_are_those_that_others_read():
             theirs = PayloadCodec(optimizer.layout, optimizer.config).decode(payload, start, stop)
             assert (ours.positions == theirs.positions).all()
             assert (ours.signs == theirs.signs).all()
+
+
+@pytest.mark.parametrize("config", [CONFIG, DistroConfig(chunk=8, k=3)])
+def test_a_checked_payload_is_not_read_again(config, monkeypatch):
+    peers = [DisTrO(dict(named(seed)).items(), lr=0.1, config=config) for seed in range(3)]
+    payloads = [peer.encode() for peer in peers]
+    unchecked, checked = (DisTrO(dict(named()).items(), lr=0.1, config=config) for _ in range(2))
+    for payload in payloads:
+        checked.check(payload)
+    unchecked.apply(payloads, unchecked.lr_bits())
+    monkeypatch.setattr(codec, "decode", None)
+    checked.apply([bytes(bytearray(payload)) for payload in payloads], checked.lr_bits())  # as the store gives them
+    for (name, ours), (_, theirs) in zip(checked.published(), unchecked.published(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_the_votes_of_the_last_checked_payloads_alone_are_kept(monkeypatch):
+    peers = [DisTrO(dict(named(seed)).items(), lr=0.1, config=CONFIG) for seed in range(4)]
+    payloads = [peer.encode() for peer in peers]
+    form = PayloadCodec(peers[0].layout, CONFIG)
+    monkeypatch.setattr(distro_payload, "KEPT", 2 * form.decode(payloads[0]).nbytes)
+    for payload in payloads:
+        form.check(payload)
+    wanted = [form.decode(payload) for payload in payloads]
+    monkeypatch.setattr(codec, "decode", None)
+    for payload, votes in zip(payloads[2:], wanted[2:], strict=True):
+        assert (form.decode(payload).signs == votes.signs).all()
+    with pytest.raises(TypeError):
+        form.decode(payloads[1])
+    monkeypatch.undo()
+    for wrong in (payloads[0][:-1], bytes([payloads[0][0] ^ 1]) + payloads[0][1:]):
+        with pytest.raises(PayloadError):
+            form.check(wrong)
+        with pytest.raises(PayloadError):
+            form.decode(wrong)
