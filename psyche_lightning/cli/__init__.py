@@ -51,6 +51,7 @@ COMMANDS = {
     "run": Command("psyche_lightning.cli.run:run", "Create, inspect, pause and resume runs."),
     "demo": Command("psyche_lightning.cli.demo:demo", "Watch several nodes on this machine train a model."),
     "doctor": Command("psyche_lightning.cli.doctor:doctor", "Check this machine for a run; predict the run's speed."),
+    "plan": Command("psyche_lightning.cli.plan:plan", "Propose k, local steps and batch for a link and a time."),
     "bench": Command("psyche_lightning.cli.bench:bench", "Measure bytes, speed and quality."),
     "plugin": Command("psyche_lightning.cli.plugin:plugin", "Create a plugin of your own."),
     "plugins": Command("psyche_lightning.cli.plugins:plugins", "List installed plugins and those that failed."),

@@ -100,7 +100,7 @@ def doctor(
     options = _Options(coordinator, run or (recipe.name if recipe else None), run is not None, nodes, latency)
     options.upload, options.download = (None if rate is None else rate * 1e6 / 8 for rate in (upload, download))
     examination = _Examination(recipe, settings, options, int(megabytes * 1e6), seconds)
-    with _progress(console) as examination.progress:
+    with progress_bar(console) as examination.progress:
         examination.examine(invitations)
     _show(console, examination.findings)
     if json_file is not None:
@@ -350,7 +350,7 @@ async def _listen(make: Callable[[], Transport]) -> None:
 
 
 @contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
+def progress_bar(console: Console) -> Iterator[Callable[[str, float], None]]:
     """Show on a terminal what is being measured."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     bar = Progress(TextColumn("{task.description}"), BarColumn(), console=console, transient=True, **redirections())

@@ -138,6 +138,16 @@ def available_memory() -> int | None:
     return min(found, default=system.memory())
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of the memory in which a device trains; None when not known."""
+    import torch
+
+    if device.type != "cuda":
+        return available_memory()
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free
+
+
 def free_disk(folder: Path) -> int | None:
     """Free bytes on the disk of a folder, which need not exist yet; None when not known."""
     try:
@@ -214,11 +224,9 @@ def _plugins() -> list[Finding]:
 
 
 def _memory(estimate: Estimate, device: torch.device) -> Finding:
-    import torch
-
     needed = sum(estimate.memory.values())
     parts = ", ".join(f"{name} {size(amount)}" for name, amount in estimate.memory.items())
-    have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    have = free_memory(device)
     value = f"{size(needed)} without activations ({parts})"
     if have is None:
         return Finding(RECIPE, "memory", value, Verdict.UNKNOWN)

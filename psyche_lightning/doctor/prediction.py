@@ -166,7 +166,7 @@ def findings(
     rows = [
         Finding("recipe", "speed", f"{_tokens(tokens)} on this device alone: {speed_.how}"),
         _link(given, network),
-        Finding(AREA, "round", f"{duration(found.round_seconds)}: {_parts(given, found)}"),
+        Finding(AREA, "round", f"{duration(found.round_seconds)}: {parts_of(given, found)}"),
         Finding(AREA, "speed", f"{_tokens(found.tokens_per_second)} of {_nodes(shape.nodes)}, {_batch(given)}"),
     ]
     if given.share < given.local_steps:
@@ -186,6 +186,11 @@ def findings(
         advice = advice.replace("overlap=true hides it behind computing; ", "")
     rows.append(Finding(AREA, "utilization", value, verdict, advice if low else ""))
     return found, rows
+
+
+def limit_of(found: Prediction) -> tuple[str, float]:
+    """What limits a run most, for people, and how long that takes as a share of a round."""
+    return _LIMITS[found.limit][0], found.parts[found.limit] / found.round_seconds
 
 
 def _link(given: Conditions, network: Network) -> Finding:
@@ -209,7 +214,8 @@ def _link(given: Conditions, network: Network) -> Finding:
     return Finding(AREA, "link", f"{needed}; here {', '.join(known)}", Verdict.WARNING if slow else Verdict.OK, advice)
 
 
-def _parts(given: Conditions, found: Prediction) -> str:
+def parts_of(given: Conditions, found: Prediction) -> str:
+    """The parts of a round, for people."""
     names = {"steps": "its optimizer", "distro": "DisTrO", "slowest": "waiting for the slowest"}
     texts = [f"{names.get(name, name)} {duration(part)}" for name, part in found.parts.items() if part > 0]
     return f"{', '.join(texts)}; results overlap computing" if given.overlap else ", ".join(texts)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 STEPS = 12
 """The most micro-batches to time, after one that does not count."""
 MATRIX = 1024
-SAMPLE = 4 << 20
+SAMPLE = 1 << 20
 """Parameters of the matrix for timing DisTrO without the model."""
 REACHED = 0.5
 """The share of a matrix product's rate that real training steps reach; a third to two thirds were seen."""
@@ -256,7 +256,11 @@ def _exchanges(
             break
         if trained is not None:
             found.append(_exchange(_own_step(recipe, trained.model), nodes, device))
-    return found or [_exchange_by_size(recipe, estimate, device, nodes) for recipe in recipes]
+    if found:
+        return found
+    muon = next((recipe for recipe in recipes if recipe.optimizer.name == "muon"), None)
+    products = 0.0 if muon is None else muon_seconds(muon, device)
+    return [_exchange_by_size(recipe, estimate, device, nodes, products) for recipe in recipes]
 
 
 def _own_step(recipe: Recipe, model: torch.nn.Module) -> TakenStep:
@@ -297,8 +301,10 @@ def _exchange(step: TakenStep, nodes: int, device: torch.device) -> _Exchange:
     return _Exchange(max(0.0, whole - one_step), best(apply, 3), one_step)
 
 
-def _exchange_by_size(recipe: Recipe, estimate: Estimate, device: torch.device, nodes: int) -> _Exchange:
-    """Like :func:`_exchange`, but from one matrix, scaled to the model's size; Muon's products are counted."""
+def _exchange_by_size(
+    recipe: Recipe, estimate: Estimate, device: torch.device, nodes: int, products: float
+) -> _Exchange:
+    """Like :func:`_exchange`, but from one matrix, scaled to the model's size, plus the seconds of Muon's products."""
     from psyche_lightning.lightning.optimizers import TakenStep
 
     side = 64 * round((min(SAMPLE, max(estimate.trainable, 64 * 64)) ** 0.5) / 64)
@@ -310,7 +316,6 @@ def _exchange_by_size(recipe: Recipe, estimate: Estimate, device: torch.device, 
     found = found.times(estimate.trainable / weight.numel())
     if recipe.optimizer.name != "muon":
         return found
-    products = muon_seconds(recipe, device)
     if recipe.distro.local_steps:
         return replace(found, step=found.step + products)
     return replace(found, encode=found.encode + products)
@@ -320,6 +325,8 @@ def muon_seconds(recipe: Recipe, device: torch.device) -> float:
     """Seconds for the products by which Muon makes one step, at the rate of a large bfloat16 product."""
     counter = FlopCounterMode(display=False)
     matrices = muon_matrices(recipe, meta_model(recipe))
+    if not matrices:
+        return 0.0
     with torch.no_grad(), counter:
         to_directions([torch.empty_like(one) for one in matrices], [{} for _ in matrices], 0.95)
     return counter.get_total_flops() / matmul_rate(device, torch.bfloat16)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from psyche_lightning.distro import DistroConfig, payload_size
+from psyche_lightning.doctor.plan import ALL_REDUCE_LOSS, SETTINGS
 from psyche_lightning.lightning.delta import SAVE_EVERY
 from psyche_lightning.protocol.committee import MAX_WITNESSES, quorum
 from psyche_lightning.protocol.open_ids import AGAIN_AFTER
@@ -72,3 +73,17 @@ def test_bits_beside_those_of_others() -> None:
     assert [round(100 * share) for share in saved] == [30, 35]
     for page in ("comparison.md", "psyche.md"):
         assert "30 to 35 % fewer bytes" in re.sub(r"\s+", " ", (ROOT / "docs" / page).read_text())
+
+
+def test_losses_that_plans_rest_on_are_on_the_page() -> None:
+    text = (ROOT / "docs" / "distro.md").read_text()
+    assert f"| AdamW, all-reduce |  | 0.004 | {ALL_REDUCE_LOSS:.3f} ± " in text
+    for one in SETTINGS:
+        name = "local steps of Muon" if one.local_steps else "DisTrO" + ", Muon" * (one.optimizer == "muon")
+        steps = f"H={one.local_steps}, " * bool(one.local_steps)
+        name += ", overlap" * one.overlap
+        if one.loss is not None:
+            row = f"| {name} | {steps}k={one.k}, {one.chunk}x{one.chunk} | {one.rate:g} | {one.loss:.3f} ± "
+            assert row in text, (
+                f"docs/distro.md has no {row!r}: bring SETTINGS in psyche_lightning/doctor/plan.py up to date"
+            )
