@@ -360,13 +360,13 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         return training
 
     def _terminate(self, before: Any) -> Callable[[int, Any], None]:
-        """A SIGTERM handler that calls ``before``, then ends waits for other nodes."""
+        """A SIGTERM handler that calls ``before``, then ends waits for other nodes; Trainer ends a node alone."""
 
         def handle(number: int, frame: Any) -> None:
             if callable(before):
                 before(number, frame)
             self._terminated = True
-            if self._training is not None:
+            if self._training is not None and not self._training.session.alone:
                 self._training.session.interrupt(SIGTERMException())
 
         return handle

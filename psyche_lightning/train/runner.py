@@ -21,6 +21,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from psyche_lightning.checkpoints.dtypes import cast
+from psyche_lightning.checkpoints.writer import FOLDER
 from psyche_lightning.errors import CheckpointError, ConfigError, UnfinishedError, counted
 from psyche_lightning.hookspecs import DataProvider
 from psyche_lightning.json_text import json_text
@@ -49,6 +50,7 @@ from psyche_lightning.train.module import CausalModule, ProviderDataset
 from psyche_lightning.train.objective import check_objective
 from psyche_lightning.train.packing import check_packing
 from psyche_lightning.train.saving import Checkpoints, begin, saved_dtype, say_changes
+from psyche_lightning.train.stopping import Interrupt
 from psyche_lightning.train.tasks import load_tasks
 from psyche_lightning.train.validation import validation_samples
 from psyche_lightning.train.vocabulary import settle_vocabulary
@@ -166,9 +168,12 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
     )
     for one in trainer.loggers:
         one.log_hyperparams(sections)
+    # In a run the others go on, so there a node leaves at once.
+    alone = coordinator_url is None
+    interruptible = diary.interrupt.deferred(lambda: diary.trained > 0) if alone else contextlib.nullcontext()
     loader: DataLoader[Any] = DataLoader(ProviderDataset(provider), batch_size=recipe.trainer.micro_batch_size)
     try:
-        with compiling(model, recipe.trainer):
+        with compiling(model, recipe.trainer), interruptible:
             trainer.fit(module, loader)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # which Trainer replaces by exit code 1
@@ -183,6 +188,8 @@ class _Diary(Callback):
     Attributes:
         result: the content of ``result.json``, at the end.
         checkpoints: writes the checkpoints; set before training.
+        trained: rounds so far.
+        interrupt: whether Ctrl-C was pressed.
         evals: evaluates the recipe's tasks; None without any.
     """
 
@@ -201,10 +208,11 @@ class _Diary(Callback):
         self._losses: list[float] = []
         self._validation: list[tuple[int, float]] = []
         self._started = self._began = 0.0
-        self._trained = 0
+        self.trained = 0
         self._console = Console()
         self._strategy = strategy
         self._steps = steps
+        self.interrupt = Interrupt()
         self._bars = Bars(self._console, recipe.name, steps, self._transfer)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -227,7 +235,7 @@ class _Diary(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._losses:  # the parameters are now the run's
             self._validate(trainer, pl_module)
-        if not self._trained and self.evals is not None:
+        if not self.trained and self.evals is not None:
             self.evals.begin(self._session)
         self._session.observe(trainer.global_step + 1, self._logs)
         work = self._session.work
@@ -241,7 +249,7 @@ class _Diary(Callback):
         session, step = self._session, trainer.global_step
         seconds = max(time.monotonic() - self._began, 1e-6)
         up, down = session.traffic.total
-        self._trained += 1
+        self.trained += 1
         rate = session.samples * self._provider.seq_len / seconds
         lr, loss = self._recipe.schedule(step) * session.rate_factor, session.loss
         if session.samples:  # 0 if they were unavailable
@@ -263,6 +271,8 @@ class _Diary(Callback):
         self.checkpoints.after_round(session, pl_module.model)
         if self.evals is not None:
             self.evals.after_round(session, pl_module.model)
+        if session.alone and (self.interrupt.waits or trainer.received_sigterm):
+            self._leave_off(step, pl_module.model)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._session.finished is None:
@@ -289,7 +299,7 @@ class _Diary(Callback):
             "socket_bytes_up": up,
             "socket_bytes_down": down,
             "payload_bytes_up": session.traffic.payloads_up,
-            "payload_bytes_computed": round(session.payload_bytes / max(1, self._trained)),
+            "payload_bytes_computed": round(session.payload_bytes / max(1, self.trained)),
         }
         self._bars.stop()
         finish()
@@ -316,6 +326,18 @@ class _Diary(Callback):
         """The node's membership, while it trains."""
         assert self._strategy.session is not None
         return self._strategy.session
+
+    def _leave_off(self, step: int, model: torch.nn.Module) -> None:
+        """Save a training of this process alone that ends before its run; in a run, the others go on.
+
+        Raises:
+            KeyboardInterrupt: after a Ctrl-C; Trainer itself ends training after SIGTERM.
+        """
+        self.checkpoints.at_the_end(self._session, model)()
+        text = "stopped after step %d of %d; to go on from there, add checkpoint.resume=%s to the command"
+        logger.info(text, step, self._steps, self._folder / FOLDER)
+        if self.interrupt.waits:
+            raise KeyboardInterrupt
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 

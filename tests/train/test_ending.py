@@ -21,6 +21,7 @@ from psyche_lightning.train.module import CausalModule
 from psyche_lightning.train.runner import train_recipe
 
 TRAIN = [sys.executable, "-m", "psyche_lightning", "train", "demo", "--twin"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 PATIENCE = 120.0
 
 
@@ -33,11 +34,11 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
             [*TRAIN, "total_steps=100000", "log_every=1", f"node.directory={folder}"],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            env=ENVIRONMENT,
         )
 
 
-def test_an_interrupted_training_has_no_result_and_says_so(tmp_path: Path) -> None:
+def test_an_interrupted_training_is_saved_has_no_result_and_goes_on(tmp_path: Path) -> None:
     codes = {signal.SIGTERM: 143, signal.SIGINT: 130}
     nodes = {number: (tmp_path / number.name, start(tmp_path / number.name)) for number in codes}
     try:
@@ -51,7 +52,16 @@ def test_an_interrupted_training_has_no_result_and_says_so(tmp_path: Path) -> No
         for number, (folder, process) in nodes.items():
             assert process.wait(PATIENCE) == codes[number], (folder / "log").read_text()
             assert not (folder / "result.json").exists()
-            assert not list((folder / "checkpoints").glob("step-*"))
+            (saved,) = (folder / "checkpoints").glob("step-*")
+            step = int(saved.name.removeprefix("step-"))
+            assert step >= 2
+            log = (folder / "log").read_text()
+            assert f"stopped after step {step} of 100000" in log
+            assert f"checkpoint.resume={folder / 'checkpoints'}" in log
+            again = [*TRAIN, f"total_steps={step + 1}", f"node.directory={folder}", f"checkpoint.resume={saved.parent}"]
+            ended = subprocess.run(again, capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT)
+            assert ended.returncode == 0, ended.stdout + ended.stderr
+            assert json.loads((folder / "result.json").read_text())["steps"] == step + 1
     finally:
         for _, process in nodes.values():
             process.kill()
