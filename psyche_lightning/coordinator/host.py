@@ -430,12 +430,15 @@ class RunHost:
             now,
         )
 
-    def _round_seed(self) -> int:
-        """The seed of the next round: LE64 of S(LE64(seed), run id, LE64(epoch), LE64(height))."""
-        state, round_ = self.state, self.state.current
-        height = round_.height + 1 if round_ and state.phase.active else 0
-        digest = sha256(struct.pack("<Q", self._seed), state.run_id.encode(), struct.pack("<QQ", state.epoch, height))
+    def round_seed(self, epoch: int, height: int) -> int:
+        """The seed of a round: LE64 of S(LE64(seed), run id, LE64(epoch), LE64(height))."""
+        place = struct.pack("<QQ", epoch, height)
+        digest = sha256(struct.pack("<Q", self._seed), self.state.run_id.encode(), place)
         return int.from_bytes(digest[:8], "little")
+
+    def _next_seed(self) -> int:
+        state, round_ = self.state, self.state.current
+        return self.round_seed(state.epoch, round_.height + 1 if round_ and state.phase.active else 0)
 
     def _apply(self, state: RunState, now: float) -> None:
         """Set ``state``, then take every step that is due."""
@@ -449,7 +452,7 @@ class RunHost:
             if self._stays_open(now):
                 return
             pending = list(self.membership.members.values())
-            state = machine.tick(self.state, pending, now, self._round_seed())
+            state = machine.tick(self.state, pending, now, self._next_seed())
             if state is self.state:
                 return
 

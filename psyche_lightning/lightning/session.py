@@ -17,6 +17,7 @@ from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.distro import NonFiniteGradientError
 from psyche_lightning.errors import DataError, PsycheError, StoreError
 from psyche_lightning.lightning import delta as saved_delta
+from psyche_lightning.lightning.alone import Alone, AloneParts
 from psyche_lightning.lightning.collectives import RUN_LOSS
 from psyche_lightning.lightning.entry import Entry
 from psyche_lightning.lightning.optimizers import TakenStep
@@ -36,13 +37,12 @@ from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.spare import SpareTime
 from psyche_lightning.node.status import FILE as STATUS
 from psyche_lightning.node.status import StatusFile
-from psyche_lightning.node.store import BlobStore, DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
+from psyche_lightning.node.store import DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.open_ids import shown
-from psyche_lightning.protocol.requests import MAX_FIGURES, Answer, Coordinator, Figure, Request
+from psyche_lightning.protocol.requests import MAX_FIGURES, Answer, Figure, Request
 from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, RunState
 from psyche_lightning.recipe.manifest import schedule_of
-from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.wire.identity import Identity, short
 
 logger = logging.getLogger(__name__)
@@ -51,21 +51,12 @@ ENDLESS = 2**32 - 1
 """Steps of a run without a limit."""
 ALONE_EPOCH = 1000
 """Rounds of an epoch in a run of one process alone, which then drops its record of them."""
-ALONE_BLOBS = 8
 LEAST_KEPT = 64 << 20
 """Minimum bytes of agreed payloads to keep between two snapshots, if the run sets no value."""
 LOST_ROUNDS = 20
 """A node leaves after this many rounds in a row without samples; others train its share."""
 AHEAD_NODES = 4
 """In runs of up to this many nodes, each prefetches the whole next round, because its share is not known yet."""
-_TIMES = (
-    "warmup_time",
-    "cooldown_time",
-    "max_round_train_time",
-    "round_witness_time",
-    "epoch_time",
-    "waiting_for_members_extra_time",
-)
 
 
 class Session:
@@ -136,53 +127,62 @@ class Session:
             logger.info("%s", step)
             if folder is not None and saved_delta.load(folder, entry.scope, step.distro, step.optimizer):
                 logger.info("restored the delta of %d rounds from %s", step.distro.nonce, folder)
-            url = entry.options.coordinator
-            coordinator: Coordinator
-            store: BlobStore
-            if url is None:
-                coordinator, store = self._own_run(identity, global_batch, total, done), _RecentBlobs()
-            else:
-                coordinator, store = entry.client(url, identity), entry.memory.store
             journal: Journal | MemoryJournal = entry.memory.journal
-            ledger: Ledger | None = None
+            ledger = status = None
             if folder is not None:
-                store = DirectoryBlobStore(folder / "blobs")
-                journal = opened.enter_context(contextlib.closing(Journal(folder / "journal")))
+                journal = opened.enter_context(contextlib.closing(Journal(folder / "journal")))  # locks the folder
                 ledger = opened.enter_context(contextlib.closing(Ledger(folder / LEDGER)))
+                status = StatusFile(folder / STATUS)
             agreed = entry.manifest(sections, {"global_batch_size": global_batch, "total_steps": total})
             planned, groups = schedule_of(agreed), step.optimizer.param_groups
             shares = [group.get("initial_lr", group["lr"]) / planned.base_lr for group in groups] if planned else []
             self._rates = Rates(replica.groups, planned, tuple(shares), entry.run.cold_start_warmup_steps)
-            node = NodeParts(
-                identity=identity,
-                run_id=entry.run_id,
-                coordinator=coordinator,
-                transport=entry.transport,
-                replica=replica,
-                manifest=agreed,
-                settings=Settings(
-                    overlap=entry.run.overlap,
-                    digest_every=entry.run.digest_every,
-                    layout=replica.layout,
-                    max_payload=replica.max_payload,
-                    pinned=START in agreed,
-                    rates=self._rates,
-                    buffers=replica.has_buffers,
-                    keep_bytes=entry.run.keep_bytes or max(replica.size, LEAST_KEPT),
-                    tensors=replica.tensors,
-                ),
-                store=store,
-                journal=journal,
-                traffic=lambda: self.traffic.total,
-                served=self.traffic.served,
-                ledger=ledger,
-                status=None if folder is None else StatusFile(folder / STATUS),
-                alone=url is None,
+            settings = Settings(
+                overlap=entry.run.overlap,
+                digest_every=entry.run.digest_every,
+                layout=replica.layout,
+                max_payload=replica.max_payload,
+                pinned=START in agreed,
+                rates=self._rates,
+                buffers=replica.has_buffers,
+                keep_bytes=entry.run.keep_bytes or max(replica.size, LEAST_KEPT),
+                tensors=replica.tensors,
             )
-            self._participant = Participant(
-                node, patience=entry.options.patience, stops=stops, applied=self._after_round
-            )
-            self.identity, self.signer = identity.public, coordinator.signer
+            self.identity = self.signer = identity.public
+            self._participant: Participant | Alone
+            if entry.options.coordinator is None:
+                own = AloneParts(
+                    host=self._own_run(global_batch, total, done),
+                    identity=identity,
+                    replica=replica,
+                    manifest=agreed,
+                    settings=settings,
+                    epoch=ALONE_EPOCH,
+                    ledger=ledger,
+                    status=status,
+                )
+                self._participant = Alone(own, applied=self._after_round)
+            else:
+                coordinator = entry.client(entry.options.coordinator, identity)
+                store = entry.memory.store if folder is None else DirectoryBlobStore(folder / "blobs")
+                node = NodeParts(
+                    identity=identity,
+                    run_id=entry.run_id,
+                    coordinator=coordinator,
+                    transport=entry.transport,
+                    replica=replica,
+                    manifest=agreed,
+                    settings=settings,
+                    store=store,
+                    journal=journal,
+                    traffic=lambda: self.traffic.total,
+                    served=self.traffic.served,
+                    ledger=ledger,
+                    status=status,
+                )
+                patience = entry.options.patience
+                self._participant = Participant(node, patience=patience, stops=stops, applied=self._after_round)
+                self.signer = coordinator.signer
             self._opened = opened.pop_all()
 
     def start(self) -> None:
@@ -193,18 +193,13 @@ class Session:
         """
         self._participant.start()
 
-    def _own_run(self, identity: Identity, global_batch: int, total: int, done: int) -> LocalCoordinator:
-        """A run of this process alone. Its clock counts rounds, so the run does not depend on real time."""
+    def _own_run(self, global_batch: int, total: int, done: int) -> RunHost:
+        """A run of this process alone."""
         options = self.entry.options
         sizes = CoordinatorConfig(
             global_batch_size_start=global_batch, global_batch_size_end=global_batch, total_steps=total
         )
-        half = ALONE_EPOCH / 2
-        times = CoordinatorConfig(epoch_time=ALONE_EPOCH, max_round_train_time=half, warmup_time=half)
-        config = replace(
-            options.config or sizes,
-            **{name: getattr(times, name) for name in (*_TIMES, "init_min_clients", "min_clients", "witness_nodes")},
-        )
+        config = replace(options.config or sizes, init_min_clients=1, min_clients=1, witness_nodes=0)
         host = RunHost(
             self.entry.run_id,
             config,
@@ -214,7 +209,7 @@ class Session:
         )
         done, index = options.start or (done, done * global_batch)
         host.state = replace(host.state, step=done + 1, start_step=done + 1, epoch_start_data_index=index)
-        return LocalCoordinator(host, identity, clock=lambda: float(self._ticks))
+        return host
 
     # --- rounds -----------------------------------------------------------------------------------------------------
 
@@ -567,15 +562,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, SystemExit):  # Trainer raises it on the signal
         return "SIGTERM" if type(error).__name__ == "SIGTERMException" else "the program ends"
     return str(error) if isinstance(error, PsycheError) else f"{type(error).__name__}: {error}"
-
-
-class _RecentBlobs(MemoryBlobStore):
-    """Keeps only the newest blobs, because a node alone has no peers that ask for older ones."""
-
-    def put(self, data: bytes, durable: bool = True) -> bytes:
-        """Keep ``data`` and forget the oldest."""
-        digest = super().put(data, durable)
-        self._blobs[digest] = self._blobs.pop(digest)  # the newest, even if already present
-        while len(self._blobs) > ALONE_BLOBS:
-            del self._blobs[next(iter(self._blobs))]
-        return digest

@@ -38,7 +38,7 @@ class AgreedSet:
     @property
     def loss(self) -> float | None:
         """The median of the losses of those who trained, which few members cannot move far; None without any."""
-        losses = [_float32(entry.result.loss) for entry in self.entries if entry.result.tokens]
+        losses = [float32(entry.result.loss) for entry in self.entries if entry.result.tokens]
         finite = [loss for loss in losses if math.isfinite(loss)]
         return statistics.median(finite) if finite else None
 
@@ -74,7 +74,8 @@ def agreed_set(results: RoundLog, attesting: RoundLog) -> AgreedSet | Unknown:
     return AgreedSet(tuple(entries), agreed_rates(entry.result.lrs for entry in entries))
 
 
-def _float32(bits: int) -> float:
+def float32(bits: int) -> float:
+    """The float32 with those bits."""
     value: float = struct.unpack("<f", struct.pack("<I", bits))[0]
     return value
 

@@ -52,6 +52,39 @@ class RoundWork:
     batch: tuple[Interval, ...]
 
 
+def result_of(
+    work: RoundWork,
+    payload: bytes,
+    size: int,
+    layout: bytes,
+    *,
+    nonce: int,
+    lrs: tuple[int, ...],
+    loss: float,
+    tokens: int,
+) -> Result:
+    """What a node announces of its part in a round.
+
+    Args:
+        work: the round.
+        payload: digest of its payload.
+        size: bytes of that.
+        layout: digest of what the payload's positions mean.
+        nonce: as of :meth:`Participant.submit`, like the following.
+        lrs: fp32 bits of the learning rate of each parameter group.
+        loss: mean training loss.
+        tokens: tokens or samples trained on.
+    """
+    (start, end), *again = closed(work.batch)
+    where = work.epoch, work.height, work.step, start, end
+    return Result(*where, nonce, payload, size, layout, lrs, loss_bits(loss), tokens, tuple(again))
+
+
+def loss_bits(loss: float) -> int:
+    """The bits of a loss as float32."""
+    return int.from_bytes(struct.pack("<f", loss), "little")
+
+
 class Participant:
     """Takes part in one run.
 
@@ -247,22 +280,8 @@ class Participant:
         if payload is not None:
             seconds = max(time.monotonic() - self._started_at.get(work.step, time.monotonic()), 1e-6)
             self._runtime.report = Report(work.step, loss, tokens / seconds)
-            (start, end), *again = closed(work.batch)
-            result = Result(
-                work.epoch,
-                work.height,
-                work.step,
-                start,
-                end,
-                nonce,
-                self.node.store.put(payload),
-                len(payload),
-                self.node.settings.layout,
-                lrs,
-                int.from_bytes(struct.pack("<f", loss), "little"),
-                tokens,
-                tuple(again),
-            )
+            stored, layout = self.node.store.put(payload), self.node.settings.layout
+            result = result_of(work, stored, len(payload), layout, nonce=nonce, lrs=lrs, loss=loss, tokens=tokens)
         self._handle(Trained(work.epoch, work.height, result))
 
     def tell(self, figures: tuple[Figure, ...]) -> None:

@@ -33,7 +33,7 @@ from psyche_lightning.node.notices import (
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.snapshot import decode_index, first_difference
-from psyche_lightning.node.status import StatusFile
+from psyche_lightning.node.status import StatusFile, progress
 from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
 from psyche_lightning.node.waiting import Wait
 from psyche_lightning.protocol.messages import Envelope, Message, Result, open_envelope, seal
@@ -83,7 +83,6 @@ class NodeParts:
         served: called with ``(blob size, bytes sent)`` after a peer got a blob or a part of one.
         ledger: the ledger for rounds that are certain, or None.
         status: the status file, or None.
-        alone: whether it is the run's only node; then it logs no joining or leaving.
     """
 
     identity: Identity
@@ -99,7 +98,6 @@ class NodeParts:
     served: Callable[[int, int], None] = lambda size, given: None
     ledger: Ledger | None = None
     status: StatusFile | None = None
-    alone: bool = False
 
 
 class Runtime:
@@ -192,14 +190,13 @@ class Runtime:
         self.address = await self.node.transport.start(context)
         await self.node.coordinator.request(Join(self.address, self.node.manifest))
         self._joined = True
-        if not self.node.alone:
-            Joined(self.node.identity.public, self.node.coordinator.signer, self.address).tell()
+        Joined(self.node.identity.public, self.node.coordinator.signer, self.address).tell()
         self._spawn(self._watch())
         self._spawn(self._tick())
 
     async def stop(self, why: str, *, withdraw: bool, linger: float) -> None:
         """Leave: wait for peers that still need this node, tell the coordinator, close everything."""
-        if self._joined and not self.node.alone:
+        if self._joined:
             Left(why).tell()
         if self.core.finished:
             await self._see_peers_off(linger)
@@ -265,15 +262,14 @@ class Runtime:
 
     async def _watch(self) -> None:
         async for state in self.node.coordinator.watch():
-            if not self.node.alone:
-                for notice in news(self.core.state, state, self.node.coordinator.signer):
-                    notice.tell()
+            for notice in news(self.core.state, state, self.node.coordinator.signer):
+                notice.tell()
             self.handle(ev.StateSeen(state))
 
     def _mind_the_training(self, now: float) -> None:
         """Leave the run while the training thread is away: a program that lost its loop would be waited for forever."""
         state, since = self.core.state, self.busy_since
-        if state is None or since is None or self.node.alone:
+        if state is None or since is None:
             self._away = False
             return
         longest = max(LEAST_AWAY, ROUNDS_AWAY * state.config.max_round_train_time)
@@ -308,14 +304,10 @@ class Runtime:
     def _tell_status(self, left: str | None = None) -> None:
         if self.node.status is None:
             return
-        state = self.core.state
-        current = state.current if state is not None and state.phase.active else None
         self.node.status.write(
             run=self.node.run_id,
             node=self.node.identity.public.hex(),
-            epoch=None if state is None else state.epoch,
-            round=None if current is None else current.height,
-            step=None if state is None else state.step,
+            **progress(self.core.state),
             waiting=None if left is not None or self.busy_since is not None else self._awaited(),
             away=self.node.coordinator.away,
             left=left,

@@ -10,12 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from psyche_lightning.node.store import explained
+from psyche_lightning.protocol.state import RunState
 
 FILE = "status.json"
 
 
 def _now() -> datetime:
     return datetime.now().astimezone()
+
+
+def progress(state: RunState | None) -> dict[str, int | None]:
+    """How far a run is, as values of the file: ``epoch``, ``round`` (None between epochs) and ``step``."""
+    current = state.current if state is not None and state.phase.active else None
+    return {
+        "epoch": None if state is None else state.epoch,
+        "round": None if current is None else current.height,
+        "step": None if state is None else state.step,
+    }
 
 
 class StatusFile:
