@@ -457,7 +457,7 @@ def _picture(found: dict[str, Any]) -> RenderableType:
     if named:
         means = ", ".join(f"{plain(name).replace('_', ' ')} {mean:.4g}" for name, mean in named["figures"].items())
         parts.append(Text(f"at step {named['step']}: {means}"))
-    table = Table("node", "status", "address", "step", "loss", "tokens/s", "bytes up", "bytes down")
+    table = Table("node", "status", "address", "step", "loss", "tokens/s", "share", "bytes up", "bytes down")
     for node in (*found["clients"], *found["pending"], *found["exited"]):
         loss, rate = node["loss"], node["tokens_per_second"]
         table.add_row(
@@ -465,6 +465,7 @@ def _picture(found: dict[str, Any]) -> RenderableType:
             str(node["step"] or ""),
             "" if loss is None else f"{loss:.4f}",
             "" if rate is None else f"{rate:,.0f}",
+            "" if node.get("share") is None else f"{node['share']:.0%}",
             *("" if node[name] is None else f"{node[name]:,}" for name in ("bytes_up", "bytes_down")),
         )
     if table.row_count:

@@ -16,14 +16,16 @@ from psyche_lightning.coordinator import machine
 from psyche_lightning.coordinator.history import History, plain_round
 from psyche_lightning.coordinator.machine import MachineError
 from psyche_lightning.coordinator.membership import Membership
+from psyche_lightning.coordinator.shares import Speeds
 from psyche_lightning.coordinator.waiting import awaited
 from psyche_lightning.errors import ConfigError, CoordinatorError, WireError, counted
+from psyche_lightning.protocol.assignment import assign
 from psyche_lightning.protocol.bloom import Bloom
 from psyche_lightning.protocol.codec import round_from_json, round_to_json, state_from_json, to_json
-from psyche_lightning.protocol.committee import decided_root
+from psyche_lightning.protocol.committee import decided_root, round_selection
 from psyche_lightning.protocol.evals import Evaluation, evaluated_tasks
 from psyche_lightning.protocol.limits import Limits, check_config, check_run_id
-from psyche_lightning.protocol.manifest import fix_values, merge, with_values
+from psyche_lightning.protocol.manifest import fix_values, merge, shares_by_speed, with_values
 from psyche_lightning.protocol.merkle import EMPTY_ROOT
 from psyche_lightning.protocol.messages import equivocator
 from psyche_lightning.protocol.requests import (
@@ -89,7 +91,9 @@ class RunHost:
         rounds: the newest rounds of the epoch ``rounds_epoch`` without gaps, the current one last; with all witness
             records but without their Bloom filters. They stay until the next epoch trains.
         rounds_epoch: the epoch of these rounds.
-        points: points of each signer: the samples of decided rounds, in equal parts to those whose results they have.
+        points: points of each signer: the samples of decided rounds, divided among those whose results they have as
+            their shares are.
+        speeds: how fast the members train, if shares follow that.
 
     Raises:
         ConfigError: the name or the configuration is not valid.
@@ -124,6 +128,7 @@ class RunHost:
         self.rounds: list[Round] = []
         self.rounds_epoch = 0
         self.points: dict[bytes, int] = {}
+        self.speeds = Speeds()
         self._seed = seed
         self._left_open: dict[str, int | None] = dict.fromkeys(unset)
         self._now = 0.0
@@ -144,6 +149,11 @@ class RunHost:
     def unset(self) -> list[str]:
         """The values of the configuration that the first node will fix."""
         return [name for name, value in self._left_open.items() if value is None]
+
+    @property
+    def by_speed(self) -> bool:
+        """Whether shares follow the members' speeds, as the manifest says."""
+        return shares_by_speed(self.manifest)
 
     @property
     def waits_for(self) -> str:
@@ -196,6 +206,7 @@ class RunHost:
         text = f"the owner goes back to the parameters {digest[:4].hex()} of step {step}"
         self.history.note(self.state, now, "run", text)
         self.history.undo(step)
+        self.speeds.undo(step)
         self.rounds, self.rounds_epoch = [], state.epoch
         self._apply(state, now)
 
@@ -367,6 +378,8 @@ class RunHost:
         """Record a witness' report; also keeps the figures of a report that comes too late."""
         if any(client.signer == signer for client in self.state.clients):
             self.history.report(request.epoch, signer, request.report)
+            if self.by_speed and request.report.step <= self.state.step:
+                self.speeds.measured(signer, request.report.step, request.report.tokens_per_second)
         self._apply(machine.witness(self.state, signer, request), now)
 
     def _health_check(self, signer: bytes, request: HealthCheck, now: float) -> int:
@@ -452,7 +465,8 @@ class RunHost:
             if self._stays_open(now):
                 return
             pending = list(self.membership.members.values())
-            state = machine.tick(self.state, pending, now, self._next_seed())
+            speeds = self.speeds.known if self.by_speed else None
+            state = machine.tick(self.state, pending, now, self._next_seed(), speeds)
             if state is self.state:
                 return
 
@@ -504,15 +518,26 @@ class RunHost:
             del self.rounds[:-MAX_ROUNDS]
 
     def _reward(self, round_: Round, needed: int) -> None:
-        """Give a decided round's samples, in equal parts, to the clients whose results its reports name."""
+        """Give a decided round's samples to the clients whose results its reports name, as their shares are."""
         root = decided_root(round_, needed)
         if not round_.step or root in (None, EMPTY_ROOT):
             return
         heard = [Bloom.from_bytes(record.participants) for record in round_.witnesses if record.merkle == root]
         items = {signer: sha256(signer) for signer in round_.clients}
         named = [one for one in items if sum(items[one] in each for each in heard) >= needed]
+        parts = dict.fromkeys(round_.clients, 1)
+        if round_.weights:
+            selection = round_selection(round_, self.state.config)
+            shares = assign(round_.seed, round_.data_index, round_.batch_size, selection, round_.weights)
+            parts = dict.fromkeys(round_.clients, 0) | {round_.clients[i]: stop - start for i, start, stop in shares}
+        whole = sum(parts[signer] for signer in named)
         for signer in named:
-            self.points[signer] = self.points.get(signer, 0) + round_.batch_size // len(named)
+            self.points[signer] = self.points.get(signer, 0) + round_.batch_size * parts[signer] // max(1, whole)
+        for signer in round_.clients:
+            if not parts[signer]:
+                self.speeds.rested(signer)
+            elif signer not in named:
+                self.speeds.missed(signer)
 
     # Durability.
 
@@ -541,6 +566,7 @@ class RunHost:
             "sealed": self.sealed,
             "state": to_json(self.state),
             "points": {signer.hex(): points for signer, points in self.points.items()},
+            "speeds": self.speeds.dump(),
             **self.membership.dump(),
             "history_epoch": self.rounds_epoch,
             "history": [round_to_json(round_) for round_ in self.rounds if round_.height >= rounds_from],
@@ -566,6 +592,7 @@ class RunHost:
             host.rounds_epoch = data["history_epoch"]
             host.membership.restore(data)
             host.points = {bytes.fromhex(key): int(points) for key, points in data.get("points", {}).items()}
+            host.speeds = Speeds.load(data.get("speeds", {}))
             host.history = History.load(data)
             host._now = float(data["now"])
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:

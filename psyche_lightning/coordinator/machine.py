@@ -10,11 +10,12 @@ call that changes nothing returns the same state object.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum, auto
 from typing import Any
 
+from psyche_lightning.coordinator.shares import weigh
 from psyche_lightning.errors import CoordinatorError, counted
 from psyche_lightning.protocol.bloom import BLOOM_SIZE, Bloom
 from psyche_lightning.protocol.committee import (
@@ -186,7 +187,13 @@ def start(state: RunState, now: float) -> RunState:
     return _enter(state, Phase.WAITING_FOR_MEMBERS, now)
 
 
-def tick(state: RunState, pending: Sequence[Client] | None, now: float, seed: int) -> RunState:
+def tick(
+    state: RunState,
+    pending: Sequence[Client] | None,
+    now: float,
+    seed: int,
+    speeds: Mapping[bytes, float] | None = None,
+) -> RunState:
     """Take the next step that is due, if any.
 
     Args:
@@ -194,6 +201,7 @@ def tick(state: RunState, pending: Sequence[Client] | None, now: float, seed: in
         pending: the members that wait for an epoch, at most as many as the host supports; None if not known.
         now: the coordinator's time in seconds.
         seed: u64 for the round that may begin.
+        speeds: the known speeds of the clients, by which that round's samples are divided; None for equal shares.
 
     Raises:
         MachineError: only a command can continue the run (``Halted``).
@@ -203,15 +211,15 @@ def tick(state: RunState, pending: Sequence[Client] | None, now: float, seed: in
     if state.phase is Phase.WAITING_FOR_MEMBERS:
         return state if pending is None else _tick_waiting(state, pending, now)
     if state.phase is Phase.WARMUP:
-        return _tick_warmup(state, now, seed)
+        return _tick_warmup(state, now, seed, speeds or {})
     round_ = state.current
     assert round_ is not None
     if _over(state, round_):
-        return _end_round(state, round_, now, seed)
+        return _end_round(state, round_, now, seed, speeds or {})
     if state.phase is Phase.ROUND_TRAIN:
         over = _expired(state, now) or not unreported(state, round_)
         return _enter(state, Phase.ROUND_WITNESS, now) if over else state
-    return _end_round(state, round_, now, seed) if _expired(state, now) else state
+    return _end_round(state, round_, now, seed, speeds or {}) if _expired(state, now) else state
 
 
 def _tick_waiting(state: RunState, pending: Sequence[Client], now: float) -> RunState:
@@ -242,7 +250,7 @@ def gathered(state: RunState, pending: Collection[Client]) -> bool:
     return enough and (fresh or not {client.signer for client in pending}.isdisjoint(state.holders))
 
 
-def _tick_warmup(state: RunState, now: float, seed: int) -> RunState:
+def _tick_warmup(state: RunState, now: float, seed: int, speeds: Mapping[bytes, float]) -> RunState:
     departed = _departed(state, 0)
     if departed:
         # A record names its client by index, so the clients that stay get new indices.
@@ -271,27 +279,29 @@ def _tick_warmup(state: RunState, now: float, seed: int) -> RunState:
     )
     if state.step > state.config.total_steps:  # the last epoch ended before its parameters were named
         return _enter(state, Phase.FINISHED, now)
-    return _begin_round(state, state.epoch_start_data_index, now, seed)
+    return _begin_round(state, state.epoch_start_data_index, now, seed, speeds)
 
 
-def _begin_round(state: RunState, data_index: int, now: float, seed: int) -> RunState:
+def _begin_round(state: RunState, data_index: int, now: float, seed: int, speeds: Mapping[bytes, float]) -> RunState:
     before = state.current
     height = before.height + 1 if before else 0
     training = not state.draining
+    clients = tuple(client.signer for client in state.clients)
     round_ = Round(
         height=height,
         step=state.step if training else 0,
         seed=seed,
         data_index=data_index,
         batch_size=batch_size(state.config, data_index * state.max_seq_len) if training else 0,
-        clients=tuple(client.signer for client in state.clients),
+        clients=clients,
+        weights=weigh(clients, speeds, before) if training else (),
     )
     head = height % STORED_ROUNDS
     rounds = (*state.rounds[:head], round_, *state.rounds[head + 1 :])
     return _enter(state, Phase.ROUND_TRAIN, now, rounds=rounds, head=head, checkpoint_votes=())
 
 
-def _end_round(state: RunState, round_: Round, now: float, seed: int) -> RunState:
+def _end_round(state: RunState, round_: Round, now: float, seed: int, speeds: Mapping[bytes, float]) -> RunState:
     state = replace(state, step=state.step + (round_.step > 0), **_departed(state, round_.height))
     why = ending(state, round_, now)
     if why in AT_ONCE or (state.draining and (state.settled or _drained(state) == DRAIN_ROUNDS)):
@@ -299,7 +309,7 @@ def _end_round(state: RunState, round_: Round, now: float, seed: int) -> RunStat
     if not state.draining and why is not None:
         idle = why is Ending.NOTHING_APPLIED
         state = replace(state, last_step=state.step, pending_pause=state.pending_pause or idle)
-    return _begin_round(state, round_.data_index + round_.batch_size, now, seed)
+    return _begin_round(state, round_.data_index + round_.batch_size, now, seed, speeds)
 
 
 def _drained(state: RunState) -> int:

@@ -66,6 +66,7 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         keep_bytes: bytes of agreed payloads that nodes keep so that others can catch up; beyond it they take a new
             snapshot. 0 for the size of the parameters, but at least 64 MiB.
         cold_start_warmup_steps: steps over which learning rates rise again in the epoch after a pause; 0 for none.
+        shares: ``speed`` or ``equal``: whether slower nodes get smaller shares of a round's samples.
         chunk: side of DisTrO's chunks: 8, 16, 32 or 64.
         k: coefficients sent per chunk; from 1 to a quarter of the chunk's area, and at most 128.
         decay: factor on delta before a gradient is added, 0 to 1.
@@ -112,6 +113,7 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         digest_every: int | None = None,
         keep_bytes: int | None = None,
         cold_start_warmup_steps: int | None = None,
+        shares: str | None = None,
         chunk: int | None = None,
         k: int | None = None,
         decay: float | None = None,
@@ -143,6 +145,7 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             digest_every=digest_every,
             keep_bytes=keep_bytes,
             cold_start_warmup_steps=cold_start_warmup_steps,
+            shares=shares,
             chunk=chunk,
             k=k,
             decay=decay,

@@ -72,7 +72,8 @@ def at_the_end(state: RunState) -> Standing | None:
 
 
 def _trainers(round_: Round, config: CoordinatorConfig) -> tuple[bytes, ...]:
-    shares = assign(round_.seed, round_.data_index, round_.batch_size, round_selection(round_, config))
+    selection = round_selection(round_, config)
+    shares = assign(round_.seed, round_.data_index, round_.batch_size, selection, round_.weights)
     indices = sorted({index for index, _, _ in shares})
     first = round_.seed % max(1, len(indices))
     return tuple(round_.clients[index] for index in indices[first:] + indices[:first])

@@ -1,6 +1,6 @@
 """Audits a run from its nodes' ledgers: is each data id trained exactly once, and by which node?
 
-The audit recomputes what it can: the round's seed gives the assignment, earlier agreed sets give the ids to train
+The audit recomputes what it can: the round's seed and weights give the assignment, earlier agreed sets the ids to train
 again, and each result carries its trainer's signature over ids, payload and round. Ledgers of several nodes
 complete each other, because no node is always present, and must not contradict each other.
 """
@@ -16,6 +16,7 @@ from psyche_lightning.errors import PsycheError, WireError
 from psyche_lightning.node.ledger import Row
 from psyche_lightning.node.rates import agreed_rates
 from psyche_lightning.protocol.assignment import assign
+from psyche_lightning.protocol.codec import check_weights
 from psyche_lightning.protocol.committee import CommitteeSelection
 from psyche_lightning.protocol.messages import Result, open_envelope
 from psyche_lightning.protocol.open_ids import (
@@ -118,7 +119,7 @@ def audit(rows: Iterable[Row]) -> Audit:
             open_ids = _enter(row, open_ids, audited)
             expected, before = step + 1, row
             audited.rounds, audited.last_step = audited.rounds + 1, step
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, WireError) as error:
         raise PsycheError(f"not a row of a ledger: {type(error).__name__}: {error}") from error
     audited.untrained = list(merged((start, stop) for _, start, stop in open_ids))
     audited.overdue = list(merged((start, stop) for due, start, stop in open_ids if due <= audited.last_step))
@@ -171,7 +172,10 @@ def _enter(row: Row, open_ids: OpenIds, audited: Audit) -> OpenIds:
         again = half_open(row["again"])
     nodes = [bytes.fromhex(node) for node in row["nodes"]]
     selection = CommitteeSelection(0, 0, 0, len(nodes), row["seed"])
-    assigned = batches(assign(row["seed"], row["data_index"], row["batch_size"], selection), again)
+    weights = row.get("weights", ())
+    check_weights(weights, len(nodes))
+    shares = assign(row["seed"], row["data_index"], row["batch_size"], selection, weights)
+    assigned = batches(shares, again, weights)
     trained = set()
     rates: dict[bytes, tuple[int, ...]] = {}
     for text in row["results"]:

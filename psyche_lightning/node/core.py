@@ -87,6 +87,7 @@ class NodeCore:
         self._follower = Follower(public, run_id, settings, self._exchange, self._out)
         self._buffers = BufferCopy(public, settings, self._exchange, self._out)
         self._trained: tuple[int, int] = (-1, -1)
+        self._training = False
         self._patience = Patience()
         self._final_loads = 0
         self._reported: tuple[int, bytes] | None = None
@@ -114,6 +115,7 @@ class NodeCore:
             case ev.Received(envelope):
                 self._receive(envelope)
             case ev.Trained(epoch, height, result):
+                self._training = False
                 if (
                     result is not None
                     and (epoch, height) <= self._trained  # else a core before this one asked
@@ -321,6 +323,7 @@ class NodeCore:
             else:
                 self._out.say(SignedBefore(here.round.height))
             return
+        self._training = True
         self._out.emit(ev.Train(state.epoch, here.round.height, here.round.step, batch))
 
     def _attest(self, state: RunState, log: EpochLog, current: Round) -> None:
@@ -355,7 +358,10 @@ class NodeCore:
         missing = about.missing - about.hopeless
         missing -= gone(state, about) if missing else set()
         key = (state.epoch, about.round.height)
-        return self._patience.over(key, about, missing, self._out.now) or state.phase is Phase.ROUND_WITNESS
+        # With overlap, late results hold nobody up who still trains the round after theirs.
+        held = not self.settings.overlap or not (self._training or self._to_train())
+        over = self._patience.over(key, about, missing, self._out.now, held=held)
+        return over or state.phase is Phase.ROUND_WITNESS
 
     def _attested(self, log: EpochLog, height: int) -> RoundLog | None:
         """The round whose results are witnessed in round ``height``, or None."""

@@ -24,8 +24,8 @@ FILE = "ledger.jsonl"
 
 Row = dict[str, Any]
 """``run`` (its scope), ``epoch``, ``height``, ``step``, ``seed``, ``data_index``, ``batch_size``, ``nodes`` (hex),
-``parameters`` (hex digest at the epoch's start), ``again`` (``[first, last]`` pairs), ``results`` (signed envelopes,
-base64)."""
+``weights`` (one for each node, left out where shares are equal), ``parameters`` (hex digest at the epoch's start),
+``again`` (``[first, last]`` pairs), ``results`` (signed envelopes, base64)."""
 
 
 def row_of(scope: str, record: DecidedRound) -> Row:
@@ -40,6 +40,7 @@ def row_of(scope: str, record: DecidedRound) -> Row:
         "data_index": round_.data_index,
         "batch_size": round_.batch_size,
         "nodes": [node.hex() for node in record.nodes],
+        **({"weights": list(round_.weights)} if round_.weights else {}),
         "parameters": record.parameters.hex(),
         "again": [list(interval) for interval in closed(record.again)],
         "results": [base64.b64encode(envelope.raw).decode() for envelope in record.results],

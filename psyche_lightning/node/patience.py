@@ -1,8 +1,9 @@
 """How long a witness waits for late results when a quorum of them is here. Part of the node core, so no I/O or clock.
 
 A round does not wait for the slowest: each missing result gets as long again as the quorum took, and at least a few
-seconds. Each time that a trainer makes others wait for long, it gets half of that. So who is late again and again
-costs little, and gets its time back by being quick.
+seconds. With overlap a witness begins to wait when it has trained the round after theirs itself, because late results
+hold nobody up before. Each time that a trainer makes others wait for long, it gets half of that. So who is late again
+and again costs little, and gets its time back by being quick.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Patience:
         self._since: float | None = None
         self._judged = False
 
-    def over(self, key: object, about: RoundLog, missing: set[int], now: float) -> bool:
+    def over(self, key: object, about: RoundLog, missing: set[int], now: float, *, held: bool = True) -> bool:
         """Whether to go on without the missing results.
 
         Args:
@@ -39,12 +40,13 @@ class Patience:
             about: the round.
             missing: indices of the trainers whose results are awaited.
             now: seconds.
+            held: whether the missing results hold this node up by now, so that it begins to wait.
         """
         if key != self._key:
             self._key, self._began, self._since, self._judged = key, now, None, False
             self._before = self._late.copy()
         here = len(about.batches) - len(about.missing)
-        if self._since is None and (not missing or here >= quorum(len(about.batches))):
+        if self._since is None and (not missing or (held and here >= quorum(len(about.batches)))):
             self._since = now
         if self._since is None:
             return False

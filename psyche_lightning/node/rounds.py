@@ -114,8 +114,9 @@ class RoundLog:
             Messages filed under another assignment, to file anew.
         """
         self.assigned = True
-        shares = assign(self.round.seed, self.round.data_index, self.round.batch_size, self.selection)
-        assigned = batches(shares, again)
+        round_, weights = self.round, self.round.weights
+        shares = assign(round_.seed, round_.data_index, round_.batch_size, self.selection, weights)
+        assigned = batches(shares, again, weights)
         if assigned == self.batches:
             return []
         before = [entry.envelope for entry in self.entries.values()]

@@ -1,7 +1,7 @@
 """Exact JSON forms of run states, and small changes between them.
 
 The JSON form follows the dataclasses: objects have the fields' names in their order, bytes are lower-case hex, phases
-and statuses are numbers. Fields that are None and empty Bloom filters are left out.
+and statuses are numbers. Fields that are None, empty Bloom filters and the weights of equal shares are left out.
 
 A change is a JSON object like a JSON merge patch (RFC 7386): it holds the differences, and null for a key that is
 removed. Unlike there, lists can be patched, too: ``{"at": {"2": change}}`` changes elements in place (so a round is
@@ -14,20 +14,22 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import cache
 from typing import Any, TypeVar
 
 from psyche_lightning.errors import WireError
 from psyche_lightning.protocol.bloom import BLOOM_SIZE
-from psyche_lightning.protocol.state import INCARNATION_SIZE, STORED_ROUNDS, Round, RunState
+from psyche_lightning.protocol.state import INCARNATION_SIZE, MOST_WEIGHT, STORED_ROUNDS, Round, RunState
 from psyche_lightning.wire.canonical import HASH_SIZE
 from psyche_lightning.wire.identity import KEY_SIZE
 
 MAX_ITEMS = 65536
 MAX_TEXT = 4096
 _BLOOMS = {"participants", "broadcasts"}
+_LEFT_OUT = {*_BLOOMS, "weights"}
+"""Fields that are left out where they are empty."""
 _SIZES = {
     "signer": (KEY_SIZE,),
     "node": (KEY_SIZE,),
@@ -51,7 +53,7 @@ def to_json(value: Any, *, blooms: bool = True) -> Any:
         out = {}
         for name, hint in hints.items():
             item = getattr(value, name)
-            if item is None or (name in _BLOOMS and not (blooms and item)):
+            if item is None or (name in _LEFT_OUT and not item) or (name in _BLOOMS and not blooms):
                 continue
             # A whole number in a float field is read as a float, so it is written as one.
             is_float = float in (hint, *typing.get_args(hint))
@@ -96,6 +98,7 @@ def state_from_json(data: Any) -> RunState:
     for slot, round_ in enumerate(state.rounds):
         if round_.height % STORED_ROUNDS != slot:
             raise WireError(f"RunState.rounds[{slot}] has height {round_.height}, which belongs in another slot")
+        check_weights(round_.weights, len(round_.clients))
     return state
 
 
@@ -111,7 +114,19 @@ def round_from_json(data: Any) -> Round:
     Raises:
         WireError: a value is wrong; the text says which one and what was expected.
     """
-    return from_json(Round, data)
+    round_ = from_json(Round, data)
+    check_weights(round_.weights, len(round_.clients))
+    return round_
+
+
+def check_weights(weights: Sequence[int], clients: int) -> None:
+    """Check the weights of a round with so many clients.
+
+    Raises:
+        WireError: they are wrong.
+    """
+    if len(weights) not in (0, clients) or not all(type(one) is int and 0 < one <= MOST_WEIGHT for one in weights):
+        raise WireError(f"a round has no weights, or one of 1 to {MOST_WEIGHT} for each of its clients")
 
 
 @cache
@@ -156,7 +171,7 @@ def _decode_object(cls: type, data: Any, path: str) -> Any:
         if name in data:
             values[name] = _decode(hint, data[name], f"{path}.{name}", _SIZES.get(name, ()))
         else:
-            optional = name in _BLOOMS or type(None) in typing.get_args(hint)
+            optional = name in _LEFT_OUT or type(None) in typing.get_args(hint)
             _expect(optional, f"{path}.{name}", "a value", "missing")
     return cls(**values)
 

@@ -22,6 +22,9 @@ ABSENT = "(absent)"
 """Stands for a field that one side does not have."""
 
 
+BY_SPEED, EQUAL = "speed", "equal"
+SHARES = (BY_SPEED, EQUAL)
+"""How a run divides the samples of a round: ``run.shares`` of its manifest."""
 LEFT_OPEN = ("global_batch_size", "total_steps")
 """Values that a run's creator may leave to the first node, which gives them in the section ``run`` of its manifest."""
 
@@ -83,6 +86,12 @@ def fix_values(held: dict[str, int | None], offered: Any) -> tuple[Any, dict[str
     if found:
         raise mismatch(found)
     return offered, fixed
+
+
+def shares_by_speed(manifest: Mapping[str, Any] | None) -> bool:
+    """Whether the nodes' shares of a run with this manifest follow their speeds."""
+    section = (manifest or {}).get("run")
+    return isinstance(section, Mapping) and section.get("shares") == BY_SPEED
 
 
 def with_values(config: CoordinatorConfig, held: dict[str, int | None]) -> CoordinatorConfig:

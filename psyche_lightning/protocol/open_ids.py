@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from psyche_lightning.protocol.assignment import divide
+
 AGAIN_AFTER = 3
 """Training rounds from the one whose batch was not agreed to the one that trains it again."""
 
@@ -75,23 +77,23 @@ def reopen(open_ids: OpenIds, step: int, intervals: Iterable[Interval]) -> OpenI
 
 
 def assign_again(
-    intervals: Sequence[Interval], shares: Sequence[tuple[int, int, int]]
+    intervals: Sequence[Interval], shares: Sequence[tuple[int, int, int]], weights: Sequence[int] = ()
 ) -> dict[int, tuple[Interval, ...]]:
-    """Divide ids that are trained again among a round's trainers, as evenly as possible.
+    """Divide ids that are trained again among a round's trainers, by the same weights as the round's own samples.
 
     Args:
         intervals: the ids, as :func:`take` gives them.
         shares: the round's own samples, as :func:`~psyche_lightning.protocol.assignment.assign` divides them.
+        weights: as of :func:`~psyche_lightning.protocol.assignment.assign`.
 
     Returns:
-        The intervals of each client that gets any. The remainder goes to the clients with smaller shares of their own.
+        The intervals of each client that gets any. A remainder goes to the clients with smaller shares of their own.
     """
     trainers = [client for client, _, _ in reversed(shares)]
-    base, remainder = divmod(count(intervals), len(trainers))
+    sizes = divide(count(intervals), [weights[client] for client in trainers] if weights else [1] * len(trainers))
     queue = list(reversed(intervals))
     found: dict[int, tuple[Interval, ...]] = {}
-    for place, client in enumerate(trainers):
-        size = base + (place < remainder)
+    for client, size in zip(trainers, sizes, strict=True):
         own: list[Interval] = []
         while size:
             start, stop = queue.pop()
@@ -105,7 +107,9 @@ def assign_again(
     return found
 
 
-def batches(shares: Sequence[tuple[int, int, int]], again: Sequence[Interval]) -> dict[int, tuple[Interval, ...]]:
+def batches(
+    shares: Sequence[tuple[int, int, int]], again: Sequence[Interval], weights: Sequence[int] = ()
+) -> dict[int, tuple[Interval, ...]]:
     """All ids of each trainer of a round: first its own share, then the ids that it trains again."""
-    more = assign_again(again, shares) if again else {}
+    more = assign_again(again, shares, weights) if again else {}
     return {client: ((start, stop), *more.get(client, ())) for client, start, stop in shares}

@@ -46,12 +46,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """Figures that a witness sends for people; they decide nothing.
+    """Figures that a witness sends for people; only the speed decides something, where shares follow it.
 
     Attributes:
         step: optimizer step to which the figures belong.
         loss: mean training loss of the sender's batch, in the model's unit; NaN if it had no batch.
-        tokens_per_second: the sender's own rate.
+        tokens_per_second: the sender's own rate in its share of that step, without its waits for others.
         bytes_up: bytes that the sender wrote to its sockets since it started.
         bytes_down: bytes that it read.
         figures: the newest value of each further figure of the sender, at most :data:`MAX_FIGURES`; each stays in its

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 STORED_ROUNDS = 4
+MOST_WEIGHT = 256
+"""The weight of a round's fastest client."""
 MISSED_ROUNDS = 3
 """Decided rounds in a row without a result of a client after which it may be dropped."""
 BLOOM_WORDS = 16
@@ -154,6 +156,8 @@ class Round:
         clients: signers of the clients at its start, in list order, which proofs and assignment use.
         tie_breaker_tasks: always 0 so far.
         witnesses: the newest report of each witness. A quorum of equal roots decides the round.
+        weights: how fast each of ``clients`` is in comparison, 1 to :data:`MOST_WEIGHT`, by which the samples are
+            divided; empty for equal shares.
     """
 
     height: int = 0
@@ -164,6 +168,7 @@ class Round:
     clients: tuple[bytes, ...] = ()
     tie_breaker_tasks: int = 0
     witnesses: tuple[WitnessRecord, ...] = ()
+    weights: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

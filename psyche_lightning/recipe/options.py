@@ -20,6 +20,7 @@ from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.protocol.limits import check_run_id
 from psyche_lightning.protocol.link import JoinLink, whole_url
+from psyche_lightning.protocol.manifest import BY_SPEED, SHARES
 from psyche_lightning.protocol.state import CoordinatorConfig
 
 COORDINATOR_VARIABLE = "PSYCHE_COORDINATOR"
@@ -37,6 +38,9 @@ class RunValues:
         keep_bytes: bytes of agreed payloads that nodes keep so that others can catch up; beyond them, they take a new
             snapshot. 0 means as many as the parameters have, but at least 64 MiB.
         cold_start_warmup_steps: steps over which learning rates rise again in the epoch after a pause; 0 for none.
+        shares: ``speed`` or ``equal``: whether nodes of different speed get shares of a round's samples by which they
+            are done at the same time. Nodes of about the same speed get equal shares in any case, and so do all where
+            the coordinator is a chain.
 
     Raises:
         ConfigError: a value has a wrong type or is out of range.
@@ -47,10 +51,13 @@ class RunValues:
     digest_every: int = 10
     keep_bytes: int = 0
     cold_start_warmup_steps: int = 0
+    shares: str = BY_SPEED
 
     def __post_init__(self) -> None:
         if type(self.overlap) is not bool:
             raise ConfigError(f"run.overlap is {self.overlap!r}; choose true or false.")
+        if self.shares not in SHARES:
+            raise ConfigError(f"run.shares is {self.shares!r}; choose {' or '.join(SHARES)}.")
         bounds = {"seed": (0, (1 << 64) - 1), "digest_every": (1, None)}
         for name in ("seed", "digest_every", "keep_bytes", "cold_start_warmup_steps"):
             value, (least, most) = getattr(self, name), bounds.get(name, (0, None))
@@ -102,11 +109,12 @@ class RunOptions(NodeOptions):
     Attributes:
         coordinator: the run's join link, or the coordinator's URL; without it, the process is alone in its own run.
         run: the run's name; given together with ``coordinator``, unless that is a join link, or not at all.
-        overlap: see :class:`RunValues`, as for the next four.
+        overlap: see :class:`RunValues`, as for the next five.
         seed: see there.
         digest_every: see there.
         keep_bytes: see there.
         cold_start_warmup_steps: see there.
+        shares: see there.
         chunk: see :class:`~psyche_lightning.distro.DistroConfig`, as for the next eight.
         k: see there.
         decay: see there.
@@ -134,6 +142,7 @@ class RunOptions(NodeOptions):
     digest_every: int | None = None
     keep_bytes: int | None = None
     cold_start_warmup_steps: int | None = None
+    shares: str | None = None
     chunk: int | None = None
     k: int | None = None
     decay: float | None = None

@@ -43,10 +43,11 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         JSON values: the fields of :func:`run_line`, ``incarnation``, ``nonce``, ``config`` (null for what the first
         node will fix), ``pending_pause``, ``waits_for`` (in a line, empty if the run waits for nothing), ``problem``
         (why changes cannot be stored, null if they can), ``checkpoint``, ``manifest_digest``; ``clients`` (of the
-        epoch), ``exited`` and ``pending``, each with key, status and latest figures; ``points``; ``by_link`` (whether
-        who joins needs the join link), ``allowed`` (node keys that may join, null for everyone) and ``revoked`` (node
-        keys that may not in any case); ``events`` and ``metrics``, and the number of each; ``evaluations``, the newest
-        ones (see :func:`evaluation_line`).
+        epoch), ``exited`` and ``pending``, each with key, status and latest figures, clients also with their ``share``
+        of the round's samples (null outside of one); ``points``; ``by_link`` (whether who joins needs the join link),
+        ``allowed`` (node keys that may join, null for everyone) and ``revoked`` (node keys that may not in any case);
+        ``events`` and ``metrics``, and the number of each; ``evaluations``, the newest ones (see
+        :func:`evaluation_line`).
     """
     host, state = run.host, run.state
     reports = host.history.reports
@@ -66,7 +67,7 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         "manifest_digest": run.manifest_digest.hex() or None,
         "config": config,
         **{
-            place: [member(client, status, reports) for client, status in found]
+            place: [{**member(client, status, reports), "share": share(client, state)} for client, status in found]
             for place, found in members_of(run).items()
         },
         "points": [
@@ -119,6 +120,15 @@ def standing(client: Client, state: RunState) -> str:
     """The status of a client in a word; a client that left the finished run counts as finished."""
     done = state.phase is Phase.FINISHED and client.status is ClientStatus.WITHDRAWN
     return "finished" if done else client.status.name.lower()
+
+
+def share(client: Client, state: RunState) -> float | None:
+    """The part of the current round's samples that a client trains, by its weight; None if no round trains."""
+    round_ = state.current
+    if round_ is None or not state.phase.active or not round_.step or client.signer not in round_.clients:
+        return None
+    weights = round_.weights or (1,) * len(round_.clients)
+    return weights[round_.clients.index(client.signer)] / sum(weights)
 
 
 def member(client: Client, status: str, reports: Mapping[bytes, Report]) -> dict[str, Any]:

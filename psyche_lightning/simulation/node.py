@@ -15,6 +15,7 @@ from psyche_lightning.node.ledger import Row
 from psyche_lightning.node.notices import Finished
 from psyche_lightning.protocol.messages import Envelope, Result
 from psyche_lightning.protocol.open_ids import OpenIds, closed, count
+from psyche_lightning.protocol.requests import Report
 from psyche_lightning.simulation.roles import NOT_FINITE, Role
 from psyche_lightning.wire.canonical import HASH_SIZE, pack, sha256, unpack
 from psyche_lightning.wire.identity import Identity, short
@@ -46,6 +47,8 @@ class SimNode:
         torn: whether the write that fails is there afterwards, because only the disk's answer failed.
         follows: whether what it knows is what the coordinator has, which may have been restored from a copy.
         clock: how far its clock is ahead of virtual time; each process has a clock of its own.
+        speed: samples that it trains in a second, where nodes differ.
+        report: what it says of its speed.
     """
 
     index: int
@@ -72,6 +75,8 @@ class SimNode:
     torn: bool = False
     clock: float = 0.0
     follows: bool = True
+    speed: float = 1.0
+    report: Report = field(default_factory=Report)
 
     @property
     def name(self) -> str:

@@ -45,6 +45,7 @@ class Scenario:
         blobs: nodes that come back with their journal, and without their blobs.
         copies: times that the coordinator is restored from an older copy of the same epoch.
         schedule: whether the learning rate is that of a schedule in the manifest.
+        speeds: whether nodes differ in speed, shares follow what they say of it, and cheats boast.
     """
 
     seed: int
@@ -74,6 +75,7 @@ class Scenario:
     blobs: int = 0
     schedule: bool = False
     copies: int = 0
+    speeds: bool = False
 
     @property
     def unreliable(self) -> int:
@@ -137,7 +139,8 @@ class Scenario:
         # A node without its journal signs a second result when an older coordinator asks again: no promise covers both.
         room = not drawn.copies and nodes - forgetful.unreliable >= quorum(nodes) and forgetful.ejects
         drawn = forgetful if room and rng.random() < 0.3 else drawn
-        return replace(drawn, replacements=min(drawn.replacements, drawn.spare))
+        speeds = rng.random() < 0.3
+        return replace(drawn, replacements=min(drawn.replacements, drawn.spare), speeds=speeds)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import heapq
 import multiprocessing
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from psyche_lightning.coordinator.host import RunHost
@@ -32,10 +33,11 @@ from psyche_lightning.node.rates import Rates
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.witness import list_promise
 from psyche_lightning.protocol.committee import decided_root
+from psyche_lightning.protocol.manifest import BY_SPEED, EQUAL
 from psyche_lightning.protocol.merkle import EMPTY_ROOT, merkle_root
 from psyche_lightning.protocol.messages import Envelope, Result, commitments, open_envelope, seal
 from psyche_lightning.protocol.open_ids import count, half_open
-from psyche_lightning.protocol.requests import GetRounds, Join, Request
+from psyche_lightning.protocol.requests import GetRounds, Join, Report, Request, Witness
 from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, Phase, RunState
 from psyche_lightning.simulation.faults import Faults
 from psyche_lightning.simulation.node import BAD, LAYOUT, RATE, SimNode
@@ -46,6 +48,10 @@ from psyche_lightning.wire.identity import Identity, short
 
 RUN = "sim"
 TICK = 0.5
+SPEEDS = (4.0, 1.0, 3.0, 4.0)
+"""Samples a second of the first nodes, and so on, where nodes differ."""
+BOAST = 1e9
+"""Samples a second that cheats claim."""
 PATIENCE = 60.0
 """Virtual seconds within which a proof reaches the coordinator."""
 HORIZON = 4000.0
@@ -90,11 +96,12 @@ class Simulation:
             min_clients=1,
             waiting_for_members_extra_time=3.0,
         )
+        self._manifest = {"run": {"shares": BY_SPEED if scenario.speeds else EQUAL}}
         self.host: RunHost | None = RunHost(
             RUN,
             config,
             seed=scenario.seed,
-            manifest={"run": {}},
+            manifest=self._manifest,
             incarnation=random.Random(scenario.seed).randbytes(INCARNATION_SIZE),
         )
         self.scope = self.host.state.scope
@@ -345,7 +352,11 @@ class Simulation:
         if self.faults.lost() or self.faults.outage or self.host is None:
             fail("Unreachable", "the coordinator did not answer", True)
             return
-        sent = Join(node.name, {"run": {}}) if isinstance(request, Join) else request
+        sent: Request[Any] = request
+        if isinstance(request, Join):
+            sent = Join(node.name, self._manifest)
+        elif isinstance(request, Witness):
+            sent = replace(request, report=node.report)
         try:
             answer = self.host.handle(node.identity.public, sent, self.host_time)
         except CoordinatorError as error:
@@ -364,7 +375,8 @@ class Simulation:
 
     def add_node(self) -> SimNode:
         """A new node, which is not running yet."""
-        node = SimNode(len(self.nodes), Identity(sha256(b"node", len(self.nodes).to_bytes(2, "little"))))
+        number = len(self.nodes)
+        node = SimNode(number, Identity(sha256(b"node", number.to_bytes(2, "little"))), speed=SPEEDS[number % 4])
         self.nodes.append(node)
         self._by_key[node.identity.public] = node
         return node
@@ -526,6 +538,10 @@ class Simulation:
         node.working = True
         task, life = node.queue.popleft(), node.life
         seconds = self.rng.uniform(0.2, 3.0) if isinstance(task, ev.Train) else 0.02
+        if self.scenario.speeds and isinstance(task, ev.Train):
+            samples = count(task.batch)
+            seconds = samples / (node.speed * self.rng.uniform(0.9, 1.1))
+            node.report = Report(task.step, tokens_per_second=BOAST if node.role else samples / seconds)
         self.at(seconds, lambda: self._worked(node, life, task))
 
     def _worked(self, node: SimNode, life: int, task: ev.Effect) -> None:

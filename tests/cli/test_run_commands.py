@@ -111,7 +111,7 @@ def test_a_run_of_a_program_is_not_joined_by_its_link_alone(psyche, coordinator)
     assert "created without a recipe" in text
 
 
-@pytest.mark.parametrize("given", [{"seed": 4}, {"digest_every": 3}, {"keep_bytes": 10**9}])
+@pytest.mark.parametrize("given", [{"seed": 4}, {"digest_every": 3}, {"keep_bytes": 10**9}, {"shares": "equal"}])
 def test_what_nodes_share_is_fixed_by_the_creator(psyche, coordinator, given):
     from psyche_lightning.server.admin import CoordinatorAdmin
 
@@ -119,7 +119,14 @@ def test_what_nodes_share_is_fixed_by_the_creator(psyche, coordinator, given):
     run = name.replace("_", "-")
     assert psyche("run", "create", run, f"{name}={value}")[0] == 0
     manifest = CoordinatorAdmin(coordinator).manifest(status(psyche, run)["manifest_digest"])
-    defaults = {"overlap": False, "seed": 0, "digest_every": 10, "keep_bytes": 0, "cold_start_warmup_steps": 0}
+    defaults = {
+        "overlap": False,
+        "seed": 0,
+        "digest_every": 10,
+        "keep_bytes": 0,
+        "cold_start_warmup_steps": 0,
+        "shares": "speed",
+    }
     assert manifest == {"run": {**defaults, **given}}
 
 

@@ -736,6 +736,70 @@ def test_a_decided_round_pays_also_if_the_epoch_ends_with_it() -> None:
     assert host.points == {key(i): 2 for i in range(3)}
 
 
+# Shares by speed.
+
+
+def mixed(**config: int) -> RunHost:
+    """A run whose third member is four times slower, in its third round."""
+    host = training(manifest={"run": {"shares": "speed"}}, global_batch_size_start=27, global_batch_size_end=27,
+                    total_steps=9, **config)  # fmt: skip
+    for now in (6.0, 7.0):
+        round_(host, now)
+    return host
+
+
+def round_(host: RunHost, now: float, heard: tuple[int, ...] = (0, 1, 2)) -> None:
+    step = host.state.step
+    for i, rate in enumerate((100.0, 100.0, 25.0)):
+        report(host, i, now, Report(step, tokens_per_second=rate), heard=heard)
+
+
+def test_the_weights_of_a_round_are_on_record_when_it_begins() -> None:
+    host = mixed()
+    assert [one.weights for one in host.rounds] == [(), (), (256, 256, 64)]
+    assert host.state.current is not None
+    assert host.state.current.weights == (256, 256, 64)
+    again = RunHost.load(json.loads(json.dumps(host.dump())))
+    assert (again.state, again.rounds, again.speeds.known) == (host.state, host.rounds, host.speeds.known)
+    for each in (host, again):
+        round_(each, 8.0)
+    assert again.state.current == host.state.current
+
+
+def test_speeds_do_not_matter_where_shares_are_equal() -> None:
+    host = training(manifest={"run": {"shares": "equal"}}, total_steps=9)
+    for now in (6.0, 7.0, 8.0):
+        round_(host, now)
+    assert [one.weights for one in host.rounds] == [()] * 4
+    assert host.speeds.dump() == {}
+
+
+def test_points_follow_the_shares() -> None:
+    host = mixed()
+    before = dict(host.points)
+    assert before == {key(i): 18 for i in range(3)}
+    round_(host, 8.0)
+    assert {signer: points - before[signer] for signer, points in host.points.items()} == {
+        key(0): 12, key(1): 12, key(2): 3
+    }  # fmt: skip
+
+
+def test_a_result_that_is_missing_makes_its_trainer_s_next_share_smaller() -> None:
+    host = mixed()
+    fast = host.speeds.known[key(1)]
+    round_(host, 8.0, heard=(0, 2))
+    assert host.speeds.known[key(1)] == fast * 7 / 8
+    assert host.speeds.known[key(0)] == fast
+
+
+def test_a_round_that_drains_has_no_weights() -> None:
+    host = mixed()
+    while host.state.phase.active and not host.state.draining:
+        play(host, 9.0)
+    assert host.state.current is not None
+    assert host.state.current.weights == ()
+
+
 # Going back.
 
 

@@ -56,6 +56,23 @@ def test_nobody_needs_all_books(written: list[Rows]) -> None:
     assert audit(halves).lines == audit(written[2]).lines
 
 
+def test_shares_by_weight_are_audited_too() -> None:
+    simulation = Simulation(Scenario(5, 4, True, STEPS, 0.0, 0.1, 0.0, 0, 0, 0, 0, 0, 150.0, speeds=True))
+    simulation.run()
+    rows = copy.deepcopy([row for node in simulation.nodes for row in node.ledger])
+    weighed = [row for row in rows if "weights" in row]
+    step = weighed[0]["step"]
+    assert audit(rows).problems == []
+    assert min(weighed[0]["weights"]) < 128
+    for row in of(rows, step):
+        row["weights"] = row["weights"][::-1]
+    assert "was not assigned" in audit(rows).problems[0]
+    for row in of(rows, step):
+        row["weights"] = [0] * 4
+    with pytest.raises(PsycheError, match="one of 1 to 256 for each of its clients"):
+        audit(rows)
+
+
 def forget(rows: Rows) -> None:
     rows[:] = [row for row in rows if row["step"] not in (5, 6)]
 

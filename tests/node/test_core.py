@@ -461,6 +461,17 @@ def test_what_is_late_is_waited_for_for_a_while_once_a_quorum_is_here() -> None:
     assert one(scene.tick(0.1), Witness).merkle == root(scene, 0, 1, 2)
 
 
+def test_with_overlap_late_results_hold_up_nobody_who_still_trains_the_next_round() -> None:
+    scene = holding(1, 2, settings={"overlap": True})
+    scene.end_round()
+    scene.obey(scene.see(), but=(ev.Train, Witness))
+    assert scene.round.height == 1
+    assert not of(scene.tick(40.0 + LEAST), Witness)
+    effects = scene.give(ev.Trained(0, 1, None))  # it gave no update
+    assert not of(effects, Witness)
+    assert one(scene.tick(40.0 + LEAST), Witness).merkle == root(scene, 0, 1, 2)
+
+
 def test_a_witness_reports_again_when_it_verified_more() -> None:
     scene = holding(1, 2)
     first = one(scene.tick(LEAST), Witness)

@@ -62,6 +62,17 @@ def test_nobody_waits_when_all_results_are_here() -> None:
     assert rounds.over(0.0)
 
 
+def test_who_is_not_held_up_does_not_begin_to_wait() -> None:
+    rounds = Rounds()
+    about = make_round(4, 3)
+    for busy in (0.0, TAKEN, 10 * TAKEN):
+        assert not rounds.patience.over(0, about, {3}, rounds.now + busy, held=False)
+    rounds.now += 10 * TAKEN
+    assert not rounds.over(0.0, 3)
+    assert rounds.over(10 * TAKEN, 3)
+    assert rounds.patience.over(1, make_round(), set(), rounds.now, held=False)  # nothing is missing
+
+
 def test_without_a_quorum_of_the_results_there_is_no_end() -> None:
     rounds = Rounds()
     rounds.begin(TAKEN, 2, 3)

@@ -62,6 +62,18 @@ def test_states_round_trip_exactly() -> None:
     assert list(state_to_json(STATE))[:3] == ["run_id", "phase", "phase_start"]
 
 
+def test_the_weights_of_equal_shares_are_left_out() -> None:
+    assert "weights" not in json.dumps(state_to_json(STATE))
+    weighed = replace(STATE.rounds[0], weights=(256, 64, 1))
+    assert through_text(round_to_json(weighed))["weights"] == [256, 64, 1]
+    assert round_from_json(through_text(round_to_json(weighed, blooms=True))) == weighed
+    change = diff(round_to_json(STATE.rounds[0]), round_to_json(weighed))
+    assert change == {"weights": [256, 64, 1]}
+    assert patch(round_to_json(weighed), diff(round_to_json(weighed), round_to_json(STATE.rounds[0]))) == round_to_json(
+        STATE.rounds[0]
+    )
+
+
 def test_nodes_do_not_get_the_bloom_filters() -> None:
     view = state_to_json(STATE)
     assert "participants" not in json.dumps(view)
@@ -102,6 +114,10 @@ def test_nodes_do_not_get_the_bloom_filters() -> None:
         (["checkpoint", "digest"], "00" * 31, "hex of 0 or 32 bytes"),
         (["checkpoint_votes", 0], ["00" * 32, 1], "3 values"),
         (["head"], 2, "head is 2 of 2 rounds"),
+        (["rounds", 0, "weights"], [1, 2], "a round has no weights, or one of 1 to 256 for each of its clients"),
+        (["rounds", 0, "weights"], [1, 0, 1], "a round has no weights, or one of 1 to 256"),
+        (["rounds", 0, "weights"], [1, 257, 1], "a round has no weights, or one of 1 to 256"),
+        (["rounds", 0, "weights"], [1, 1.0, 1], "expected a whole number"),
         (["config", "extra"], 1, "expected only warmup_time"),
     ],
 )

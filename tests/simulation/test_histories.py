@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import product
 
 import pytest
 
@@ -44,9 +45,23 @@ def test_the_histories_cover_what_they_are_for(outcomes: list[History | Simulati
     assert any(scenario.blobs for scenario in scenarios)
     assert any(scenario.copies for scenario in scenarios)
     assert {scenario.schedule for scenario in scenarios} == {True, False}
+    assert {(scenario.speeds, bool(scenario.cheats)) for scenario in scenarios} == set(product((True, False), repeat=2))
     assert sum(scenario.kills for scenario in scenarios) > 80
     assert any(outcome.epochs > 1 for outcome in played)
     assert sum(outcome.faults for outcome in played) > 4_000
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_nodes_of_different_speed_get_shares_by_which_nobody_waits(overlap: bool) -> None:
+    given = Scenario(12, 6, overlap, 30, 0.0, 0.01, 0.0, 0, 0, 0, 0, 0, 150.0, speeds=True)
+    simulation = Simulation(given)
+    assert simulation.host is not None
+    outcome = simulation.run()
+    rows = {(row["epoch"], row["height"]): row for node in simulation.nodes for row in node.ledger}
+    assert sum("weights" in row for row in rows.values()) > 20
+    assert not [event for event in simulation.host.history.events.since(0) if event.kind == "dropped"]
+    # 12 samples a round; 17 samples a second in sum, when each share is a whole number of samples.
+    assert outcome.seconds < 45
 
 
 def test_a_seed_replays_exactly() -> None:
