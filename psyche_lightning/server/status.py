@@ -43,8 +43,8 @@ def run_status(run: LiveRun, events_from: int = 0, metrics_from: int = 0) -> dic
         JSON values: the fields of :func:`run_line`, ``incarnation``, ``nonce``, ``config`` (null for what the first
         node will fix), ``pending_pause``, ``waits_for`` (in a line, empty if the run waits for nothing), ``problem``
         (why changes cannot be stored, null if they can), ``checkpoint``, ``manifest_digest``; ``clients`` (of the
-        epoch), ``exited`` and ``pending``, each with key, status and latest figures, clients also with their ``share``
-        of the round's samples (null outside of one); ``points``; ``by_link`` (whether who joins needs the join link),
+        epoch), ``exited`` and ``pending``, each with key, status, latest figures and ``share``
+        of the round's samples (null without one); ``points``; ``by_link`` (whether who joins needs the join link),
         ``allowed`` (node keys that may join, null for everyone) and ``revoked`` (node keys that may not in any case);
         ``events`` and ``metrics``, and the number of each; ``evaluations``, the newest ones (see
         :func:`evaluation_line`).
