@@ -69,7 +69,7 @@ def random_votes(chunks: int, config: DistroConfig, seed: int, version: int = WI
         votes.positions[start:stop] = positions.numpy()
         votes.signs[start:stop] = np.where(values.numpy() < 0, -1, 1)
         if votes.exponents is not None:
-            signs, exponents = quantize(values)
+            signs, exponents, _ = quantize(values)
             votes.signs[start:stop], votes.exponents[start:stop] = signs.numpy(), exponents.numpy()
     return votes
 

@@ -18,6 +18,7 @@ and for the chunks that the last group lacks. Every value has exactly one encodi
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -73,14 +74,17 @@ class _Code:
         bits[:, shape.word :] = parts.reshape(count, -1)
         return bits
 
-    def read(self, bits: NDArray[np.uint8], first: int) -> tuple[NDArray[np.int16], NDArray[np.int8]]:
-        """Undo :meth:`write`; ``first`` is the number of the first group, for error messages."""
+    def read(self, bits: NDArray[np.uint8], first: int, groups: int) -> tuple[NDArray[np.int16], NDArray[np.int8]]:
+        """Undo :meth:`write`, for the same ``groups`` groups of several payloads, one payload after the other.
+
+        ``first`` is the number of the first group, for error messages.
+        """
         shape, group, k = self.plan, self.plan.group, self.k
         count = len(bits)
         wide = np.zeros((count, shape.limbs * LIMB), np.uint8)
         wide[:, wide.shape[1] - shape.word :] = bits[:, : shape.word]
         words = from_bytes(np.packbits(wide.reshape(-1)).reshape(count, -1))
-        _refuse(self._beyond(words), first, group, "a word beyond the number of sets")
+        _refuse(self._beyond(words), first, groups, group, "a word beyond the number of sets")
         if group > 1:
             words = np.stack([words[0] // place % shape.states for place in self.places], 1).reshape(1, -1)
         silent = ~words.any(axis=0)
@@ -89,11 +93,12 @@ class _Code:
         parts = np.zeros((count * self.votes, 16), np.uint8)
         parts[:, 15 - shape.low :] = bits[:, shape.word :].reshape(len(parts), -1)
         fields = np.packbits(parts.reshape(-1)).view(">u2").astype(np.int16).reshape(-1, k)
-        _refuse(silent & fields.any(axis=1), first * group, 1, "low bits or signs but no votes")
+        chunks = first * group, groups * group, 1
+        _refuse(silent & fields.any(axis=1), *chunks, "low bits or signs but no votes")
         positions = (positions.T << shape.low | fields >> 1).astype(np.int16)
         if shape.low:
             positions[silent] = np.arange(k)
-            _refuse((np.diff(positions, axis=1) <= 0).any(axis=1), first * group, 1, "positions that do not ascend")
+            _refuse((positions[:, 1:] <= positions[:, :-1]).any(axis=1), *chunks, "positions that do not ascend")
         signs = (1 - 2 * (fields & 1)).astype(np.int8)
         signs[silent] = 0
         return positions, signs
@@ -169,31 +174,48 @@ def decode(
     Raises:
         PayloadError: the bytes are not the canonical encoding of votes for this layout.
     """
-    _check_frame(payload, chunk_count, config, version)
+    return decode_each([payload], chunk_count, config, start, stop, version)[0]
+
+
+def decode_each(
+    payloads: Sequence[bytes],
+    chunk_count: int,
+    config: DistroConfig,
+    start: int = 0,
+    stop: int | None = None,
+    version: int = WIRE_VERSION,
+) -> list[Votes]:
+    """Read one or more payloads at once, quicker than one after the other; otherwise as :func:`decode`."""
+    for payload in payloads:
+        _check_frame(payload, chunk_count, config, version)
     stop = chunk_count if stop is None else stop
-    code = _code(config.area, config.k)
+    code, count = _code(config.area, config.k), len(payloads)
     group = code.plan.group
     middle = _HEADER.size + _groups_size(chunk_count, config)
-    body = np.frombuffer(payload, np.uint8, middle - _HEADER.size, _HEADER.size)
+    bodies = [np.frombuffer(payload, np.uint8, middle - _HEADER.size, _HEADER.size) for payload in payloads]
     unused = -(-chunk_count // group) * code.bits % 8
-    if unused and body[-1] & ((1 << (8 - unused)) - 1):
+    if unused and any(body[-1] & ((1 << (8 - unused)) - 1) for body in bodies):
         raise PayloadError("the last byte of the payload's votes is not padded with zeros")
-    votes = Votes.empty(stop - start, config.k, version)
-    last = -(-stop // group)
-    for first in range(start // group, last, code.batch):
-        count = min(code.batch, last - first)
-        begin, end = first * code.bits, (first + count) * code.bits
-        stream = np.unpackbits(body[begin // 8 : (end + 7) // 8])[begin % 8 :][: end - begin]
-        positions, signs = code.read(stream.reshape(count, code.bits), first)
-        _refuse(signs[max(0, chunk_count - first * group) :].any(axis=1), chunk_count, 1, "votes beyond the last chunk")
+    positions = np.empty((count, stop - start, config.k), np.int16)
+    signs = np.empty(positions.shape, np.int8)
+    step, last = max(8, code.batch // count // 8 * 8), -(-stop // group)
+    for first in range(start // group, last, step):
+        groups = min(step, last - first)
+        begin, end = first * code.bits, (first + groups) * code.bits
+        streams = np.stack([body[begin // 8 : (end + 7) // 8] for body in bodies])
+        bits = np.unpackbits(streams, axis=1)[:, begin % 8 :][:, : end - begin]
+        shape = count, groups * group, config.k
+        read = [part.reshape(shape) for part in code.read(bits.reshape(-1, code.bits), first, groups)]
+        beyond = read[1][:, max(0, chunk_count - first * group) :].any()
+        _refuse(beyond, chunk_count, 1, 1, "votes beyond the last chunk")
         skip, room = max(0, start - first * group), first * group - start
-        here = slice(max(0, room), min(room + count * group, stop - start))
-        votes.positions[here] = positions[skip : skip + here.stop - here.start]
-        votes.signs[here] = signs[skip : skip + here.stop - here.start]
-    if votes.exponents is not None:
-        second = np.frombuffer(payload, np.uint8, offset=middle)
-        votes.exponents[:] = magnitudes.read(second, votes.signs, chunk_count, start)
-    return votes
+        here = slice(max(0, room), min(room + groups * group, stop - start))
+        there = slice(skip, skip + here.stop - here.start)
+        positions[:, here], signs[:, here] = read[0][:, there], read[1][:, there]
+    if version != STEPS_VERSION:
+        return list(map(Votes, positions, signs))
+    seconds = np.stack([np.frombuffer(payload, np.uint8, offset=middle) for payload in payloads])
+    return list(map(Votes, positions, signs, magnitudes.read(seconds, signs, chunk_count, start)))
 
 
 def _check_frame(payload: bytes, chunk_count: int, config: DistroConfig, expected: int) -> None:
@@ -214,6 +236,7 @@ def _check_frame(payload: bytes, chunk_count: int, config: DistroConfig, expecte
         raise PayloadError(f"the payload has {len(payload)} bytes; {size} are expected for {chunk_count} chunks")
 
 
-def _refuse(wrong: NDArray[np.bool_] | np.bool_, start: int, step: int, what: str) -> None:
+def _refuse(wrong: NDArray[np.bool_] | np.bool_, start: int, count: int, step: int, what: str) -> None:
+    """Refuse payloads of which some parts are wrong: ``count`` of each payload, the first being ``start``."""
     if wrong.any():
-        raise PayloadError(f"chunk {(start + int(wrong.argmax())) * step} of the payload has {what}")
+        raise PayloadError(f"chunk {(start + int(wrong.argmax()) % count) * step} of the payload has {what}")

@@ -28,6 +28,11 @@ def clear_each(ours: list[torch.Tensor]) -> None:
     torch._foreach_zero_(ours)
 
 
+def norms_of_each(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The L2 norm of each tensor, computed and given in this dtype."""
+    return list(torch._foreach_norm(tensors, 2, dtype=dtype))
+
+
 def note_step(optimizer: torch.optim.Optimizer) -> None:
     """Say that the optimizer made a step: torch's schedulers look at this mark, and warn where it is missing."""
     optimizer._opt_called = True  # type: ignore[attr-defined]

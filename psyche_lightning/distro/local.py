@@ -138,13 +138,13 @@ class LocalSteps(DisTrO):
                 views = [view for view in layout.views(batch, moves) if view is not None]
                 add_to_each(layout.blocks(batch, chunks), views, 1.0)
                 chosen, values = select(chunks, k)
-                signs, exponents = quantize(values)
-                sent = signs.to(torch.float32) * (UNIT * torch.exp2(exponents.to(torch.float32)))[:, None]
+                signs, exponents, sent = quantize(values)
                 chunks.view(len(batch), -1).scatter_(1, chosen, values.sub_(sent))
                 if batch.padding:
                     clear_each(layout.padding(batch, chunks))
                 some = Votes(chosen.cpu().numpy().astype(np.int16), signs.cpu().numpy(), exponents.cpu().numpy())
-                some.positions[some.signs[:, 0] == 0] = np.arange(k)
+                if (silent := some.signs[:, 0] == 0).any():
+                    some.positions[silent] = np.arange(k)
                 votes.put(slice(batch.start, batch.stop), some)
         self.nonce += 1
         payload = self._codec.encode(votes)
@@ -200,9 +200,11 @@ class LocalSteps(DisTrO):
                 device = self._devices[batch.tiles[0].entry]
                 if batch.stop > last or total is None or total.device != device:
                     first, last = batch.start, min(batch.start + span, layout.chunk_count)
-                    total = Sum([self._codec.decode(payload, first, last) for payload in voting], device)
+                    total = Sum(self._codec.decode_each(voting, first, last), device)
                 if work is None or work.device != device:
-                    work = torch.empty(limit, self.config.area, dtype=total.dtype, device=device)
+                    work = torch.empty(
+                        min(limit, layout.chunk_count), self.config.area, dtype=total.dtype, device=device
+                    )
                 sums = total.sums(batch.start - first, batch.stop - first, work[: len(batch)].zero_())
                 # Three roundings, each of a kernel of its own: to float32, by the factor, by the difference.
                 sums.mul_(factor)

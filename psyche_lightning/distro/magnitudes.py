@@ -8,6 +8,7 @@ represent them all, in any order of summation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -26,23 +27,23 @@ HEADROOM = 2
 _BATCH = 8 << 10  # chunks, a multiple of 8, so that a batch fills whole bytes
 
 
-def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round the chosen entries of each chunk to 1 or 2 times one power of two.
 
     Args:
         values: float32 [chunks, k].
 
     Returns:
-        Signs times magnitudes, int8 [chunks, k], and exponents, int8 [chunks]. A zero counts as +1; a chunk of zeros
-        has zeros and the exponent 0.
+        Signs times magnitudes, int8 [chunks, k], exponents, int8 [chunks], and the values that these say, float32
+        [chunks, k]. A zero counts as +1; a chunk of zeros has zeros and the exponent 0.
     """
     sizes = values.abs()
-    mean = sizes.mean(dim=1)
-    exponents = torch.log2(mean / UNIT).round_().clamp_(0, LARGEST)
-    exponents[mean == 0] = 0
-    magnitudes = 1 + (sizes > 1.5 * UNIT * torch.exp2(exponents)[:, None]).to(torch.int8)
-    magnitudes[mean == 0] = 0
-    return torch.where(values < 0, -magnitudes, magnitudes), exponents.to(torch.int8)
+    mean = sizes.mean(dim=1, keepdim=True)
+    exponents = torch.log2(mean / UNIT).round_().clamp_(0, LARGEST)  # of zeros, minus infinity becomes 0
+    units = torch.exp2(exponents).mul_(UNIT)
+    numbers = (sizes > 1.5 * units).to(torch.float32).add_(1).mul_(mean > 0)
+    numbers = torch.where(values < 0, -numbers, numbers)
+    return numbers.to(torch.int8), exponents[:, 0].to(torch.int8), numbers.mul_(units)
 
 
 def size(chunks: int, k: int) -> int:
@@ -74,49 +75,62 @@ def write(signs: NDArray[np.int8], exponents: NDArray[np.int8]) -> bytes:
     return b"".join(parts)
 
 
-def read(stream: NDArray[np.uint8], signs: NDArray[np.int8], total: int, start: int) -> NDArray[np.int8]:
-    """Undo :func:`write` for some chunks.
+def read(streams: NDArray[np.uint8], signs: NDArray[np.int8], total: int, start: int) -> NDArray[np.int8]:
+    """Undo :func:`write` for some chunks of several payloads.
 
     Args:
-        stream: the bytes, of the right size for all chunks; untrusted.
-        signs: the signs of the wanted chunks, [chunks, k], which become signs times magnitudes.
-        total: chunks of the payload.
+        streams: the bytes of each payload, [payloads, bytes], of the right size for all chunks; untrusted.
+        signs: the signs of the wanted chunks, [payloads, chunks, k], which become signs times magnitudes.
+        total: chunks of a payload.
         start: the first wanted chunk.
 
     Returns:
-        The exponents of the wanted chunks.
+        The exponents of the wanted chunks, [payloads, chunks].
 
     Raises:
         PayloadError: the bytes are not canonical.
     """
-    width = EXPONENT_BITS + signs.shape[1]
+    count, chunks, k = signs.shape
+    width = EXPONENT_BITS + k
     unused = total * width % 8
-    if unused and stream[-1] & ((1 << (8 - unused)) - 1):
+    if unused and (streams[:, -1] & ((1 << (8 - unused)) - 1)).any():
         raise PayloadError("the last byte of the payload's magnitudes is not padded with zeros")
-    exponents = np.empty(len(signs), np.int8)
-    for first in range(0, len(signs), _BATCH):
-        some = signs[first : first + _BATCH]
-        begin, end = (start + first) * width, (start + first + len(some)) * width
-        bits = np.unpackbits(stream[begin // 8 : (end + 7) // 8])[begin % 8 :][: end - begin].reshape(len(some), width)
-        silent = some[:, 0] == 0
-        if (stray := silent & bits.any(axis=1)).any():
-            number = start + first + int(stray.argmax())
-            raise PayloadError(f"chunk {number} of the payload has an exponent or magnitudes but no votes")
-        exponents[first : first + _BATCH] = bits[:, :EXPONENT_BITS] @ (1 << np.arange(EXPONENT_BITS)[::-1])
-        some *= 1 + bits[:, EXPONENT_BITS:].astype(np.int8)
-    wrong = _problem(signs, exponents)
-    if wrong is not None:
-        raise PayloadError(f"chunk {start + wrong[0]} of the payload has {wrong[1]}")
+    exponents = np.empty((count, chunks), np.int8)
+    step = max(8, _BATCH // count // 8 * 8)
+    for first in range(0, chunks, step):
+        here = slice(first, min(first + step, chunks))
+        begin, end = (start + first) * width, (start + here.stop) * width
+        bits = np.unpackbits(streams[:, begin // 8 : (end + 7) // 8], axis=1)[:, begin % 8 :][:, : end - begin]
+        bits = bits.reshape(count, -1, width)
+        some, its = signs[:, here], exponents[:, here]
+        stray = (some[..., 0] == 0) & bits.any(axis=2)
+        its[:] = np.packbits(bits[..., :EXPONENT_BITS], axis=2)[..., 0] >> 8 - EXPONENT_BITS
+        some *= 1 + bits[..., EXPONENT_BITS:].view(np.int8)
+        wrong = _first(stray, "an exponent or magnitudes but no votes") or _problem(some, its)
+        if wrong is not None:
+            raise PayloadError(f"chunk {start + first + wrong[0]} of the payload has {wrong[1]}")
     return exponents
 
 
 def _problem(signs: NDArray[np.int8], exponents: NDArray[np.int8]) -> tuple[int, str] | None:
     """The first chunk whose numbers have another, canonical form, and why; None if all are canonical."""
-    doubled = (np.abs(signs) == 2).all(axis=1) & (exponents < LARGEST)
-    if doubled.any():
-        return int(doubled.argmax()), "magnitudes that are all 2, which is 1 with the next exponent"
-    stray = (signs[:, 0] == 0) & (exponents != 0)
-    return (int(stray.argmax()), "an exponent but no votes") if stray.any() else None
+    doubled = (np.abs(signs) == 2).all(axis=-1) & (exponents < LARGEST)
+    stray = (signs[..., 0] == 0) & (exponents != 0)
+    return _first(doubled, "magnitudes that are all 2, which is 1 with the next exponent") or _first(
+        stray, "an exponent but no votes"
+    )
+
+
+def _first(wrong: NDArray[np.bool_], what: str) -> tuple[int, str] | None:
+    """The number of a chunk that is wrong, in any of several payloads, and why; None if none is."""
+    return (int(wrong.argmax()) % wrong.shape[-1], what) if wrong.any() else None
+
+
+@cache
+def _powers(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What a vote of 1 with each exponent counts."""
+    with torch.inference_mode(False):
+        return torch.tensor([1 << exponent for exponent in range(LARGEST + 1)], dtype=dtype, device=device)
 
 
 class Sum:
@@ -133,15 +147,14 @@ class Sum:
     """
 
     def __init__(self, votes: Sequence[Votes], device: torch.device, dtype: torch.dtype = torch.float64) -> None:
-        def stacked(columns: Sequence[NDArray[np.generic]]) -> torch.Tensor:
-            return torch.from_numpy(np.stack(columns, axis=1)).to(device)
-
         self.dtype, self.device = dtype, device
-        limited = _limited(votes)
-        self._positions = stacked([one.positions for one in votes])
-        self._signs = stacked([one.signs for one in votes])
-        self._exponents = stacked(limited)
-        self._powers = torch.tensor([1 << exponent for exponent in range(LARGEST + 1)], dtype=dtype, device=device)
+        positions, signs = (np.stack([getattr(one, name) for one in votes], 1) for name in ("positions", "signs"))
+        exponents = np.stack([one.exponents for one in votes if one.exponents is not None], 1)
+        limited = _limited(exponents, signs[:, :, 0] != 0)
+        self._positions, self._signs, self._exponents = (
+            torch.from_numpy(array).to(device) for array in (positions, signs, limited)
+        )
+        self._powers = _powers(dtype, device)
 
     def sums(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
         """Add up some of the chunks.
@@ -161,14 +174,14 @@ class Sum:
         return out.to(torch.float32)
 
 
-def _limited(votes: Sequence[Votes]) -> list[NDArray[np.int8]]:
-    """The exponents of each payload's chunks, at most ``HEADROOM`` above the upper median of those that vote there.
+def _limited(exponents: NDArray[np.int8], voting: NDArray[np.bool_]) -> NDArray[np.int8]:
+    """Exponents of at most ``HEADROOM`` above the upper median of those that vote in a chunk, all [chunks, payloads].
 
     So one node among three or more cannot outvote the others by size.
     """
-    given = np.stack([np.zeros(0, np.int8) if one.exponents is None else one.exponents for one in votes])
-    voting = np.stack([one.signs[:, 0] != 0 for one in votes])
-    ordered = np.sort(np.where(voting, given, np.int8(-1)), axis=0)  # those without votes come first
-    voters = voting.sum(axis=0)
-    median = ordered[np.minimum(len(votes) - voters + voters // 2, len(votes) - 1), np.arange(given.shape[1])]
-    return list(np.minimum(given, median + np.int8(HEADROOM)))
+    count = exponents.shape[1]
+    ordered = np.sort(np.where(voting, exponents, np.int8(-1)), axis=1)  # those without votes come first
+    voters = voting.sum(axis=1)
+    median = ordered[np.arange(len(ordered)), np.minimum(count - voters + voters // 2, count - 1)]
+    limited: NDArray[np.int8] = np.minimum(exponents, median[:, None] + np.int8(HEADROOM))
+    return limited

@@ -17,7 +17,14 @@ from psyche_lightning.distro.aggregate import Aggregator
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
 from psyche_lightning.distro.delta import Delta
-from psyche_lightning.distro.internals import add_to_each, clear_each, multiply_each, note_step, subtract_from_each
+from psyche_lightning.distro.internals import (
+    add_to_each,
+    clear_each,
+    multiply_each,
+    norms_of_each,
+    note_step,
+    subtract_from_each,
+)
 from psyche_lightning.distro.layout import Batch, Layout
 from psyche_lightning.distro.payload import PayloadCodec
 from psyche_lightning.distro.saved import checksum, damage
@@ -81,7 +88,7 @@ class DisTrO(torch.optim.Optimizer):
         self.budget = budget
         self.nonce = 0
         self.observing = False
-        self._squares: list[float] = []
+        self._norms: list[float] = []  # of the last gradients
         self._sent: deque[bytes] = deque(maxlen=2)  # with overlap, the last but one is applied
         self._agreement: list[float] = []
         self._delta: Delta | None = None
@@ -239,8 +246,7 @@ class DisTrO(torch.optim.Optimizer):
                     aggregator, last = Aggregator(config, len(payloads) * config.max_k, device), batch.start
                 if batch.stop > last:
                     first, last = batch.start, min(batch.start + span, layout.chunk_count)
-                    some = [self._codec.decode(payload, first, last) for payload in payloads]
-                    aggregator.load(some)
+                    aggregator.load(self._codec.decode_each(payloads, first, last))
                 signs = layout.blocks(batch, aggregator.signs(batch.start - first, batch.stop - first))
                 views = layout.views(batch, matrices)
                 # Two kernels, which round once each: a fused one would round differently on some devices. lr * sign is
@@ -277,9 +283,9 @@ class DisTrO(torch.optim.Optimizer):
         NaN without others or if :attr:`observing` was off.
         """
         groups = len(self.param_groups)
-        momentum = [float(_norm(value)) ** 2 for _, value in self.delta()] or [0.0] * len(self._owners)
+        momentum = [float(torch.linalg.vector_norm(value)) for _, value in self.delta()] or [0.0] * len(self._owners)
         columns = {
-            "gradient_norm": statistics.norms(self._squares or [0.0] * len(self._owners), self._owners, groups),
+            "gradient_norm": statistics.norms(self._norms or [0.0] * len(self._owners), self._owners, groups),
             "momentum_norm": statistics.norms(momentum, self._owners, groups),
             "agreement": self._agreement or [math.nan] * groups,
         }
@@ -538,31 +544,27 @@ class DisTrO(torch.optim.Optimizer):
         return master
 
     def _check_gradients(self) -> None:
-        squares: list[torch.Tensor] = []
-        numbers: list[int] = []
-        found = [0.0] * len(self._parameters)
+        kinds: dict[torch.dtype, list[int]] = {}
         for number, parameter in enumerate(self._parameters):
-            if parameter.grad is None or parameter.numel() == 0:
+            if (gradient := parameter.grad) is None or parameter.numel() == 0:
                 continue
-            if parameter.grad.layout != torch.strided:
+            if gradient.layout != torch.strided:
                 name = self.layout.entries[number].name
                 raise ConfigError(f"the gradient of {name!r} is sparse; DisTrO needs dense ones (sparse=False)")
-            if parameter.grad.dtype == torch.float32 and parameter.grad.is_contiguous():
-                flat = parameter.grad.view(-1)
-                squares.append(torch.dot(flat, flat))  # as fast as memory allows, and finite for sensible values
-            else:
-                squares.append(_norm(parameter.grad).square())
-            numbers.append(number)
-        for number, value in zip(numbers, values_of(squares), strict=True):
-            gradient = self._parameters[number].grad
-            if not math.isfinite(value) and gradient is not None and not math.isfinite(norm := float(_norm(gradient))):
-                name = self.layout.entries[number].name
+            kinds.setdefault(torch.promote_types(gradient.dtype, torch.float32), []).append(number)
+        found = [0.0] * len(self._parameters)
+        for dtype, numbers in kinds.items():
+            gradients = [cast(torch.Tensor, self._parameters[number].grad) for number in numbers]
+            norms = [norm.to(torch.float32) for norm in norms_of_each(gradients, dtype)]
+            for number, norm in zip(numbers, values_of(norms), strict=True):
+                found[number] = norm
+        for entry, norm in zip(self.layout.entries, found, strict=True):
+            if not math.isfinite(norm):
                 raise NonFiniteGradientError(
-                    f"the gradient of {name!r} has the norm {norm}, but it must be finite; "
+                    f"the gradient of {entry.name!r} has the norm {norm}, but it must be finite; "
                     "skip this batch, clip gradients, or lower the learning rate"
                 )
-            found[number] = value
-        self._squares = found
+        self._norms = found
 
     def _checked_rates(self, lrs: Sequence[int]) -> list[float]:
         if len(lrs) != len(self.param_groups):
@@ -612,12 +614,6 @@ def _check_weight_decay(value: Any) -> None:
     """
     if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
         raise ConfigError(f"weight_decay is {value!r}; choose a finite number that is not negative")
-
-
-def _norm(gradient: torch.Tensor) -> torch.Tensor:
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
-    return norm.to(torch.float32)
 
 
 def _floats(bits: Sequence[int]) -> list[float]:

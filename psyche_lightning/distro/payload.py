@@ -6,6 +6,7 @@ all parameters have the same k, the payload is this one part.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -91,23 +92,39 @@ class PayloadCodec:
         Raises:
             PayloadError: the bytes are not the canonical encoding of votes for this layout.
         """
+        return self.decode_each([payload], start, stop)[0]
+
+    def decode_each(self, payloads: Sequence[bytes], start: int = 0, stop: int | None = None) -> list[Votes]:
+        """Read several payloads at once, quicker than one after the other; otherwise as :meth:`decode`."""
         stop = self._layout.chunk_count if stop is None else stop
-        for written, its in self._written:
+        known = [self._known(payload) for payload in payloads]
+        others = [payload for payload, votes in zip(payloads, known, strict=True) if votes is None]
+        theirs = iter(self._decoded(others, start, stop) if others else [])
+        return [next(theirs) if votes is None else votes.part(start, stop) for votes in known]
+
+    def _known(self, payload: bytes) -> Votes | None:
+        """The votes of a payload that was written or checked lately."""
+        for written, votes in self._written:
             if written == payload:
-                return its.part(start, stop)
-        if self._read and (known := self._read.get(payload)) is not None:  # a large payload takes long to hash
-            return known.part(start, stop)
+                return votes
+        return self._read.get(payload) if self._read else None  # a large payload takes long to hash
+
+    def _decoded(self, payloads: Sequence[bytes], start: int, stop: int) -> list[Votes]:
         version = self._version
         if len(self._parts) == 1:
-            return codec.decode(payload, self._layout.chunk_count, self._parts[0][0], start, stop, version)
-        if len(payload) != self.size:
-            raise PayloadError(f"the payload has {len(payload)} bytes; {self.size} are expected")
-        votes = Votes.empty(stop - start, self._config.max_k, version)
+            return codec.decode_each(payloads, self._layout.chunk_count, self._parts[0][0], start, stop, version)
+        for payload in payloads:
+            if len(payload) != self.size:
+                raise PayloadError(f"the payload has {len(payload)} bytes; {self.size} are expected")
+        found = [Votes.empty(stop - start, self._config.max_k, version) for _ in payloads]
         offset = 0
         for part, chunks in self._parts:
             end = offset + codec.payload_size(len(chunks), part, version)
             first, last = np.searchsorted(chunks, (start, stop)).tolist()
-            some = codec.decode(payload[offset:end], len(chunks), part, first, last, version)
-            votes.put(chunks[first:last] - start, some)
+            some = codec.decode_each(
+                [payload[offset:end] for payload in payloads], len(chunks), part, first, last, version
+            )
+            for votes, its in zip(found, some, strict=True):
+                votes.put(chunks[first:last] - start, its)
             offset = end
-        return votes
+        return found

@@ -94,10 +94,11 @@ class Ranks:
             table = self._tables[size]
             rest = rest[len(rest) - len(table) :]  # below the last binomial, so the higher limbs are zero
             found = self._guesses[size].find(rest)
-            left = carry(rest - np.take(table, found, axis=1))
-            high = np.flatnonzero(left[0] < 0)
-            found[high] -= 1
-            left[:, high] = carry(rest[:, high] - table[:, found[high]])
+            left = carry(rest - table.take(found, axis=1))
+            (high,) = (left[0] < 0).nonzero()
+            if len(high):
+                found[high] -= 1
+                left[:, high] = carry(rest[:, high] - table[:, found[high]])
             sets[size], rest = found, left
         return sets
 
@@ -123,8 +124,10 @@ class _Guess:
             value *= 2.0**LIMB
             value += limb
         value *= 1 + 2.0**-40  # more than the rounding error, less than neighbours differ
-        keys = np.maximum(value, 0.5).view(np.int64) >> self._drop
-        found: NDArray[np.int64] = np.take(self._positions, keys - self._first)
+        keys = np.maximum(value, 0.5, out=value).view(np.int64)
+        keys >>= self._drop
+        keys -= self._first
+        found: NDArray[np.int64] = self._positions.take(keys)
         return found
 
 

@@ -13,11 +13,11 @@ from psyche_lightning.distro.votes import Votes
 SPAN = 4096  # chunks looked at together
 
 
-def norms(squares: Sequence[float], owners: Sequence[int], groups: int) -> list[float]:
-    """The norm of each parameter group, from the squared norms of parameters and the group of each."""
+def norms(values: Sequence[float], owners: Sequence[int], groups: int) -> list[float]:
+    """The norm of each parameter group, from the norms of parameters and the group of each."""
     sums = [0.0] * groups
-    for square, owner in zip(squares, owners, strict=True):
-        sums[owner] += square
+    for value, owner in zip(values, owners, strict=True):
+        sums[owner] += value * value
     return [math.sqrt(value) for value in sums]
 
 

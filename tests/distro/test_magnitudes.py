@@ -123,9 +123,10 @@ def test_values_become_one_or_two_times_a_power_of_two():
     values = torch.tensor(
         [[1.0, -1.0, 0.9, -2.0], [0.0, 0.0, 0.0, 0.0], [2.0**-40, 0.0, 0.0, 0.0], [1e9, -1e9, 1e9, 0]]
     )
-    signs, exponents = quantize(values)
+    signs, exponents, sent = quantize(values)
     assert exponents.tolist() == [28, 0, 0, 31]  # the mean of the first is 1.225; 2^-28 and 2^3 are the ends
     assert signs.tolist() == [[1, -1, 1, -2], [0, 0, 0, 0], [1, 1, 1, 1], [2, -2, 2, 1]]
+    assert sent.tolist() == [[1, -1, 1, -2], [0] * 4, [2.0**-28] * 4, [16, -16, 16, 8]]
 
 
 def test_canonical_magnitudes_for_any_values():
@@ -134,7 +135,7 @@ def test_canonical_magnitudes_for_any_values():
         values = torch.randn(5000, k, generator=generator) * 10.0 ** (
             12 * torch.rand(5000, 1, generator=generator) - 10
         )
-        signs, exponents = quantize(values)
+        signs, exponents, _ = quantize(values)
         votes = Votes(np.tile(np.arange(k, dtype=np.int16), (5000, 1)), signs.numpy(), exponents.numpy())
         config = DistroConfig(chunk=8, k=k)
         assert same(read(encode(votes, config), 5000, config), votes)

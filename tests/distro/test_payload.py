@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from psyche_lightning.distro import DisTrO, DistroConfig, Layout, PayloadCodec, Votes, codec, encode
+from psyche_lightning.distro import (
+    DisTrO,
+    DistroConfig,
+    Layout,
+    LocalSteps,
+    PayloadCodec,
+    Votes,
+    codec,
+    encode,
+    magnitudes,
+)
 from psyche_lightning.distro import payload as distro_payload
 from psyche_lightning.errors import ConfigError, PayloadError
 
@@ -95,6 +105,49 @@ def test_gradients_of_micro_batches_add_up_in_float32():
     assert outcomes == {True: 320.0, False: 256.0}
 
 
+@pytest.mark.parametrize("k_for", [{}, {"embed*": 1, "layers.1": 9}])
+@pytest.mark.parametrize("kind", [DisTrO, LocalSteps])
+def test_payloads_read_together_are_what_each_is_alone(kind, k_for, monkeypatch):
+    config = DistroConfig(chunk=8, k=3, k_for=k_for)
+    monkeypatch.setattr(magnitudes, "_BATCH", 8)
+    for k in (1, 3, 9):
+        monkeypatch.setattr(codec._code(64, k), "batch", 8)
+    parameters = dict(named())
+    sender, payloads = kind(parameters.items(), lr=0.1, config=config), []
+    for seed in range(3):
+        for (_, other), parameter in zip(named(seed), parameters.values(), strict=True):
+            parameter.grad = other.grad
+        if kind is LocalSteps:
+            with sender.working(), torch.no_grad():
+                for parameter in parameters.values():
+                    parameter.sub_(parameter.grad, alpha=0.01)
+        payloads.append(sender.encode())
+    reader = PayloadCodec(sender.layout, config, kind.version)
+
+    def outcome(given, span):
+        try:
+            found = reader.decode_each(given, *span)
+        except PayloadError as error:
+            return str(error)
+        return [
+            [None if part is None else part.tolist() for part in (one.positions, one.signs, one.exponents)]
+            for one in found
+        ]
+
+    generator, refused = np.random.default_rng(0), 0
+    for _ in range(150):
+        damaged = bytearray(payloads[1])
+        damaged[generator.integers(len(damaged))] ^= 1 << generator.integers(8)
+        first = int(generator.integers(0, sender.layout.chunk_count))
+        for span in ((), (first, min(first + 9, sender.layout.chunk_count))):
+            alone = [outcome([one], span) for one in (payloads[0], bytes(damaged), payloads[2])]
+            together = outcome([payloads[0], bytes(damaged), payloads[2]], span)
+            refused += isinstance(together, str)
+            assert together == (alone[1] if isinstance(alone[1], str) else [part for one in alone for part in one])
+    assert 20 < refused < 280
+    assert reader.decode_each([]) == []
+
+
 def test_own_votes_are_those_that_others_read():
     optimizer = DisTrO(dict(named()).items(), lr=0.1, config=DistroConfig(chunk=8, k=3))
     payloads = [optimizer.encode() for _ in range(3)]  # the first is too old to be at hand
@@ -114,7 +167,7 @@ def test_a_checked_payload_is_not_read_again(config, monkeypatch):
     for payload in payloads:
         checked.check(payload)
     unchecked.apply(payloads, unchecked.lr_bits())
-    monkeypatch.setattr(codec, "decode", None)
+    monkeypatch.setattr(codec, "decode_each", None)
     checked.apply([bytes(bytearray(payload)) for payload in payloads], checked.lr_bits())  # as the store gives them
     for (name, ours), (_, theirs) in zip(checked.published(), unchecked.published(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -128,7 +181,7 @@ def test_the_votes_of_the_last_checked_payloads_alone_are_kept(monkeypatch):
     for payload in payloads:
         form.check(payload)
     wanted = [form.decode(payload) for payload in payloads]
-    monkeypatch.setattr(codec, "decode", None)
+    monkeypatch.setattr(codec, "decode_each", None)
     for payload, votes in zip(payloads[2:], wanted[2:], strict=True):
         assert (form.decode(payload).signs == votes.signs).all()
     with pytest.raises(TypeError):
