@@ -14,11 +14,17 @@ from psyche_lightning.version import __version__
 
 if TYPE_CHECKING:
     from psyche_lightning.lightning import CoordinatorCallback, PsycheStrategy
+    from psyche_lightning.lightning.prometheus import PrometheusLogger
     from psyche_lightning.muon import MuonAdamW
 
-__all__ = ["CoordinatorCallback", "MuonAdamW", "PsycheStrategy", "__version__", "hookimpl"]
+__all__ = ["CoordinatorCallback", "MuonAdamW", "PrometheusLogger", "PsycheStrategy", "__version__", "hookimpl"]
 
-_PLACES = {"CoordinatorCallback": "lightning", "MuonAdamW": "muon", "PsycheStrategy": "lightning"}
+_PLACES = {
+    "CoordinatorCallback": "lightning",
+    "MuonAdamW": "muon",
+    "PrometheusLogger": "lightning.prometheus",
+    "PsycheStrategy": "lightning",
+}
 
 _register()
 

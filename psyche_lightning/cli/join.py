@@ -23,6 +23,15 @@ def join(
         str | None,
         typer.Option(envvar="PSYCHE_RUN", metavar="RUN", help="The run's name, where the link has none."),
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            metavar="PORT",
+            help="Port on 127.0.0.1 where Prometheus reads the node's figures.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print the run's recipe, its size, memory and bytes per round.")
     ] = False,
@@ -54,4 +63,4 @@ def join(
 
     steps = "" if "total_steps" in terms.unset else f", {counted(terms.config.total_steps, 'step')}"
     say(f"joining run {name}: the model {recipe.model.name!r} on the data {recipe.data.name!r}{steps}")
-    train_recipe(recipe, coordinator_url=link, run_id=name)
+    train_recipe(recipe, coordinator_url=link, run_id=name, metrics_port=metrics_port)

@@ -30,6 +30,15 @@ def train(
         ),
     ] = None,
     twin: Annotated[bool, typer.Option("--twin", help="Train the recipe's CPU-sized twin.")] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            metavar="PORT",
+            help="Port on 127.0.0.1 where Prometheus reads the node's figures.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print the resolved recipe, its size, memory and bytes per round.")
     ] = False,
@@ -45,5 +54,8 @@ def train(
     from psyche_lightning.train.runner import train_recipe
 
     train_recipe(
-        resolved, coordinator_url=coordinator, run_id=run or JoinLink.parse(coordinator or "").run or resolved.name
+        resolved,
+        coordinator_url=coordinator,
+        run_id=run or JoinLink.parse(coordinator or "").run or resolved.name,
+        metrics_port=metrics_port,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -12,8 +13,33 @@ from psyche_lightning.lightning.session import node_key
 from psyche_lightning.recipe.config import LoggerName
 from psyche_lightning.wire.identity import short
 
+logger = logging.getLogger(__name__)
+
 LOGS = "logs"
 """The folder of their files, in the node's folder; each training has a ``version_N`` of its own in it."""
+
+
+def make_loggers(name: LoggerName | None, folder: Path, run: str, metrics_port: int | None) -> list[Logger]:
+    """The logger that a recipe names, and the one that Prometheus reads.
+
+    Args:
+        name: see :func:`make_logger`.
+        folder: likewise.
+        run: likewise, and the label of all metrics.
+        metrics_port: a port of this machine; None for none.
+
+    Raises:
+        ConfigError: as for :func:`make_logger`, or the port is taken.
+    """
+    named = make_logger(name, folder, run)
+    loggers = [] if named is None else [named]
+    if metrics_port is not None:
+        from psyche_lightning.lightning.prometheus import PrometheusLogger
+
+        shown = PrometheusLogger(metrics_port, run=run)
+        logger.info("Prometheus finds this node's figures at http://127.0.0.1:%d/metrics", shown.port)
+        loggers.append(shown)
+    return loggers
 
 
 def make_logger(name: LoggerName | None, folder: Path, run: str) -> Logger | None:

@@ -45,7 +45,7 @@ from psyche_lightning.train.bars import Bars
 from psyche_lightning.train.computing import apply_choices, compiling
 from psyche_lightning.train.evals import Evals
 from psyche_lightning.train.labels import check_labels
-from psyche_lightning.train.loggers import make_logger
+from psyche_lightning.train.loggers import make_loggers
 from psyche_lightning.train.module import CausalModule, ProviderDataset
 from psyche_lightning.train.objective import check_objective
 from psyche_lightning.train.packing import check_packing
@@ -68,6 +68,7 @@ def train_recipe(
     coordinator_url: str | None = None,
     run_id: str | None = None,
     directory: str | os.PathLike[str] | None = None,
+    metrics_port: int | None = None,
 ) -> dict[str, Any]:
     """Train a recipe to the end of its run.
 
@@ -83,6 +84,7 @@ def train_recipe(
         coordinator_url: the run's coordinator; None to train alone.
         run_id: the run; by default the recipe's name.
         directory: the node's folder; by default ``node.directory`` of the recipe, else ``psyche-RUN``.
+        metrics_port: a port of this machine on which Prometheus reads the figures; None for none.
 
     Returns:
         The content of ``result.json``: ``id`` and ``digest`` (hex), ``steps``, ``rounds`` (in which this node had a
@@ -101,10 +103,12 @@ def train_recipe(
     folder = Path(directory or recipe.node.directory or f"psyche-{run}")
     who = (ALONE_RUN, "-") if coordinator_url is None else (run, short(node_key(folder).public))
     with speaking(*who):
-        return _train(recipe, coordinator_url, run, folder)
+        return _train(recipe, coordinator_url, run, folder, metrics_port)
 
 
-def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) -> dict[str, Any]:
+def _train(
+    recipe: Recipe, coordinator_url: str | None, run: str, folder: Path, metrics_port: int | None
+) -> dict[str, Any]:
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
     tasks = load_tasks(recipe.evals)  # first of all, as a wrong name is soon found
@@ -160,7 +164,7 @@ def _train(recipe: Recipe, coordinator_url: str | None, run: str, folder: Path) 
         max_epochs=-1,
         gradient_clip_val=recipe.optimizer.clip_grad_norm,
         callbacks=[CoordinatorCallback(log_every=0), diary],
-        logger=make_logger(recipe.trainer.logger, folder, run) or False,
+        logger=make_loggers(recipe.trainer.logger, folder, run, metrics_port),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
