@@ -150,7 +150,7 @@ class Layout:
     def digest(self, config: DistroConfig, version: int = WIRE_VERSION) -> bytes:
         """SHA-256 of what payloads depend on: wire version, chunk, k, names and shapes (not dtypes).
 
-        If parameters have their own k, these are included.
+        If parameters have their own k, or k has a schedule, these are included.
         """
         state = hashlib.sha256(b"psyche distro layout\0")
         state.update(struct.pack(">BHII", version, self.chunk, config.k, len(self.entries)))
@@ -160,6 +160,9 @@ class Layout:
             state.update(struct.pack(f">{len(entry.shape)}Q", *entry.shape))
         if config.k_for:
             state.update(struct.pack(f">{len(self.entries)}H", *(config.k_of(entry.name) for entry in self.entries)))
+        if config.schedule:
+            for first, stage in config.stages:
+                state.update(struct.pack(">IH", first, stage.k))
         return state.digest()
 
     def batches(self, limit: int, split: Sequence[Hashable] | None = None) -> tuple[Batch, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,8 +51,8 @@ class LocalSteps(DisTrO):
     Args:
         parameters: as for :class:`DisTrO`, the ones that the own optimizer trains.
         lr: what :meth:`lr_bits` says of a group that has no own one.
-        config: the run's compression: ``chunk``, ``k``, ``k_for``, and ``decay``, the fraction of the error feedback
-            that remains before a displacement is added.
+        config: the run's compression: ``chunk``, ``k``, ``k_for``, ``schedule``, and ``decay``, the fraction of the
+            error feedback that remains before a displacement is added.
         scale: factor on the mean of the displacements, above 0.
         budget: as for :class:`DisTrO`.
 
@@ -108,11 +107,14 @@ class LocalSteps(DisTrO):
         self._check_gradients()
 
     @torch.no_grad()
-    def encode(self) -> bytes:
+    def encode(self, step: int | None = None) -> bytes:
         """Add the displacement of :meth:`working` to delta, and take the strongest entries out of it.
 
         ``delta = decay * delta + (published - displaced)``. The k strongest entries of each chunk become votes, and
         what they say is subtracted from delta.
+
+        Args:
+            step: of the run, if the configuration has a schedule.
 
         Returns:
             The payload.
@@ -121,18 +123,19 @@ class LocalSteps(DisTrO):
             NonFiniteGradientError: a displacement is not finite; nothing has changed.
             PsycheError: nothing was displaced since the last call.
         """
+        codec, layout = self._codec(step), self.layout
+        config = codec.config
         displaced, self._displaced = self._displaced, None
         if displaced is None:
             raise PsycheError("encode was called without working() before it, so there is no displacement to send")
-        layout, config = self.layout, self.config
         moves = self._moves(displaced)
         if self._delta is None:
             self._delta = Delta(layout, self._devices)
         votes = Votes.empty(layout.chunk_count, config.max_k, STEPS_VERSION)
         limit = self._limit(config.max_k)
         with full_precision(*self._devices):
-            for batch in layout.batches(limit, list(zip(self._devices, self._codec.ks, strict=True))):
-                k = self._codec.ks[batch.tiles[0].entry]
+            for batch in layout.batches(limit, list(zip(self._devices, codec.ks, strict=True))):
+                k = codec.ks[batch.tiles[0].entry]
                 chunks = self._delta.chunks(batch)
                 chunks.mul_(config.decay)
                 views = [view for view in layout.views(batch, moves) if view is not None]
@@ -147,7 +150,7 @@ class LocalSteps(DisTrO):
                     some.positions[silent] = np.arange(k)
                 votes.put(slice(batch.start, batch.stop), some)
         self.nonce += 1
-        payload = self._codec.encode(votes)
+        payload = codec.encode(votes)
         self._sent.append(payload)
         return payload
 
@@ -168,7 +171,7 @@ class LocalSteps(DisTrO):
         return [self.layout.folded(number, move) for number, move in enumerate(moves)]
 
     @torch.no_grad()
-    def apply(self, payloads: Sequence[bytes], lrs: Sequence[int]) -> None:
+    def apply(self, payloads: Sequence[bytes], lrs: Sequence[int], step: int | None = None) -> None:
         """Move the parameters by the agreed payloads: ``p -= scale / n * sum of votes``, n being those with votes.
 
         The result is a pure function of the parameters and the set of payloads (I1).
@@ -176,6 +179,7 @@ class LocalSteps(DisTrO):
         Args:
             payloads: the agreed payloads, in any order.
             lrs: the agreed learning rate of each group, as :meth:`lr_bits` gives them; they are only checked.
+            step: the payloads' step of the run, if the configuration has a schedule.
 
         Raises:
             PayloadError: a payload or a learning rate is malformed; nothing has changed.
@@ -183,15 +187,15 @@ class LocalSteps(DisTrO):
         self._not_looking_ahead("apply")
         self._checked_rates(lrs)
         self._agreement = []
-        layout = self.layout
-        voting = [payload for payload in payloads if payload != self._silence]
-        span = self._checked_span(voting)
+        layout, codec = self.layout, self._codec(step)
+        voting = [payload for payload in payloads if payload != codec.abstention]
+        span = self._checked_span(voting, codec)
         if not voting:
             return
         factor = float(np.float32(self.scale / len(voting))) * UNIT  # a float32 number times a power of two
         targets = [self._published(number) for number in range(len(layout.entries))]
         matrices = [layout.folded(number, target) for number, target in enumerate(targets)]
-        limit = self._limit(len(voting) * self.config.max_k)
+        limit = self._limit(len(voting) * codec.config.max_k)
         total: Sum | None = None
         work: torch.Tensor | None = None
         first = last = 0  # the chunks whose votes are loaded
@@ -200,7 +204,7 @@ class LocalSteps(DisTrO):
                 device = self._devices[batch.tiles[0].entry]
                 if batch.stop > last or total is None or total.device != device:
                     first, last = batch.start, min(batch.start + span, layout.chunk_count)
-                    total = Sum(self._codec.decode_each(voting, first, last), device)
+                    total = Sum(codec.decode_each(voting, first, last), device)
                 if work is None or work.device != device:
                     work = torch.empty(
                         min(limit, layout.chunk_count), self.config.area, dtype=total.dtype, device=device
@@ -211,9 +215,4 @@ class LocalSteps(DisTrO):
                 blocks = layout.blocks(batch, sums.view(len(batch), self.config.chunk, self.config.chunk))
                 views = [view for view in layout.views(batch, matrices) if view is not None]
                 subtract_from_each(views, blocks, 1.0)
-        self._finish(targets, matrices, payloads)
-
-    @cached_property
-    def _silence(self) -> bytes:
-        """The payload of whoever abstains, which does not count."""
-        return self.abstention()
+        self._finish(targets, matrices, payloads, codec)

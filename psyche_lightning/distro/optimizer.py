@@ -48,6 +48,9 @@ class DisTrO(torch.optim.Optimizer):
     another dtype has a float32 master and holds its rounded value. If somebody else changes the parameter (for example
     by loading a checkpoint into the module), the master takes the new values where the two differ.
 
+    If the configuration has a schedule, payloads depend on the run's step, which the methods take as ``step``. Without
+    one, it does not matter.
+
     Args:
         parameters: ``(name, parameter)`` pairs such as ``module.named_parameters()``, or groups: dictionaries whose
             ``"params"`` holds such pairs (or parameters, with their names in ``"param_names"``), with their own ``lr``
@@ -106,7 +109,7 @@ class DisTrO(torch.optim.Optimizer):
                     check_matrix(parameter, f'a group with "muon": True has {name!r}')
                 named[name], owner[name] = parameter, number
         self.layout = Layout(named.items(), self.config.chunk)
-        self._codec = PayloadCodec(self.layout, self.config, self.version)
+        self._codecs = {stage.k: PayloadCodec(self.layout, stage, self.version) for _, stage in self.config.stages}
         self._parameters = [named[entry.name] for entry in self.layout.entries]
         self._owners = [owner[entry.name] for entry in self.layout.entries]
         self._devices = [parameter.device for parameter in self._parameters]
@@ -128,17 +131,33 @@ class DisTrO(torch.optim.Optimizer):
 
     @property
     def layout_digest(self) -> bytes:
-        """SHA-256 of names, shapes, chunk, k and wire version (:meth:`Layout.digest`)."""
+        """SHA-256 of names, shapes, chunk, k with its schedule, and wire version (:meth:`Layout.digest`)."""
         return self.layout.digest(self.config, self.version)
 
     @property
     def max_payload(self) -> int:
-        """The size of every payload of this layout, in bytes."""
-        return self._codec.size
+        """The size of the largest payload of this layout, in bytes: of every one without a schedule."""
+        return max(codec.size for codec in self._codecs.values())
 
-    def abstention(self) -> bytes:
-        """The payload without votes."""
-        return self._codec.abstention()
+    def payload_size(self, step: int | None = None) -> int:
+        """The size of every payload of a step, in bytes."""
+        return self._codec(step).size
+
+    def abstention(self, step: int | None = None) -> bytes:
+        """The payload of a step without votes."""
+        return self._codec(step).abstention
+
+    def _codec(self, step: int | None) -> PayloadCodec:
+        """Writes and reads the payloads of a step.
+
+        Raises:
+            PsycheError: there is a schedule, and no step.
+        """
+        if step is None and self.config.schedule:
+            raise PsycheError(
+                "the configuration has a schedule, so payloads depend on the step of the run, from 1; give it as step="
+            )
+        return self._codecs[self.config.at(step or 1).k]
 
     def lr_bits(self) -> tuple[int, ...]:
         """The current learning rate of each group, as the bits of its float32 value.
@@ -152,21 +171,24 @@ class DisTrO(torch.optim.Optimizer):
         # -0.0 equals 0.0 but has other bits; adding 0 makes it 0.0.
         return tuple((values + np.float32(0)).view(np.uint32).tolist())
 
-    def check(self, payload: bytes) -> None:
-        """Refuse a payload that :meth:`apply` would refuse.
+    def check(self, payload: bytes, step: int | None = None) -> None:
+        """Refuse a payload that :meth:`apply` would refuse for that step.
 
         Raises:
-            PayloadError: the payload is not canonical for this layout.
+            PayloadError: the payload is not canonical for this layout and the step's k.
         """
-        self._codec.check(payload)
+        self._codec(step).check(payload)
 
     @torch.no_grad()
-    def encode(self) -> bytes:
+    def encode(self, step: int | None = None) -> bytes:
         """Add the gradients to delta, and compress delta.
 
         ``delta = decay * delta + lr * grad``. The k strongest coefficients of each chunk become votes, and ``removal``
         times their component is subtracted from delta. A missing gradient counts as zero. Gradients that become Muon's
         directions are overwritten by these.
+
+        Args:
+            step: of the run.
 
         Returns:
             The payload: the signs of the chosen coefficients.
@@ -174,8 +196,9 @@ class DisTrO(torch.optim.Optimizer):
         Raises:
             NonFiniteGradientError: a norm is not finite; the text names the parameter. Nothing has changed.
         """
+        codec, layout = self._codec(step), self.layout
+        config = codec.config
         self._check_gradients()
-        config, layout = self.config, self.layout
         rates = _floats(self.lr_bits())
         if self._delta is None:
             self._delta = Delta(layout, self._devices)
@@ -188,8 +211,8 @@ class DisTrO(torch.optim.Optimizer):
         shape = (2, min(self._limit(config.max_k), layout.chunk_count), config.chunk, config.chunk)
         work: torch.Tensor | None = None  # two batches of chunks, for the transform
         with full_precision(*self._devices):
-            for batch in layout.batches(shape[1], list(zip(self._devices, self._codec.ks, strict=True))):
-                k = self._codec.ks[batch.tiles[0].entry]
+            for batch in layout.batches(shape[1], list(zip(self._devices, codec.ks, strict=True))):
+                k = codec.ks[batch.tiles[0].entry]
                 chunks = self._delta.chunks(batch)
                 if work is None or work.device != chunks.device:
                     work = torch.empty(shape, dtype=torch.float32, device=chunks.device)
@@ -207,12 +230,12 @@ class DisTrO(torch.optim.Optimizer):
                     if batch.padding:
                         clear_each(layout.padding(batch, chunks))
         self.nonce += 1
-        payload = self._codec.encode(votes)
+        payload = codec.encode(votes)
         self._sent.append(payload)
         return payload
 
     @torch.no_grad()
-    def apply(self, payloads: Sequence[bytes], lrs: Sequence[int]) -> None:
+    def apply(self, payloads: Sequence[bytes], lrs: Sequence[int], step: int | None = None) -> None:
         """Move the parameters by the agreed payloads: ``p *= 1 - lr * weight_decay``, then ``p -= lr * sign``.
 
         The result is a pure function of the parameters, the set of payloads and the learning rates (I1). Without
@@ -221,15 +244,17 @@ class DisTrO(torch.optim.Optimizer):
         Args:
             payloads: the agreed payloads, in any order.
             lrs: the agreed learning rate of each group, as :meth:`lr_bits` gives them.
+            step: the payloads' step of the run, which may be an earlier one than that of the newest gradients.
 
         Raises:
             PayloadError: a payload or a learning rate is malformed; nothing has changed.
         """
         self._not_looking_ahead("apply")
         rates = self._checked_rates(lrs)
-        layout, config = self.layout, self.config
+        layout, codec = self.layout, self._codec(step)
+        config = codec.config
         self._agreement = []
-        span = self._checked_span(payloads)
+        span = self._checked_span(payloads, codec)
         if not payloads:
             return
         # Compute 1 - lr * wd in double and round it once to float32: the same factor on every node.
@@ -246,7 +271,7 @@ class DisTrO(torch.optim.Optimizer):
                     aggregator, last = Aggregator(config, len(payloads) * config.max_k, device), batch.start
                 if batch.stop > last:
                     first, last = batch.start, min(batch.start + span, layout.chunk_count)
-                    aggregator.load(self._codec.decode_each(payloads, first, last))
+                    aggregator.load(codec.decode_each(payloads, first, last))
                 signs = layout.blocks(batch, aggregator.signs(batch.start - first, batch.stop - first))
                 views = layout.views(batch, matrices)
                 # Two kernels, which round once each: a fused one would round differently on some devices. lr * sign is
@@ -256,10 +281,14 @@ class DisTrO(torch.optim.Optimizer):
                         multiply_each(ours, factor)
                 for rate, ours, theirs in self._by_rate(rates, batch, views, signs):
                     subtract_from_each(ours, theirs, rate)
-        self._finish(targets, matrices, payloads)
+        self._finish(targets, matrices, payloads, codec)
 
     def _finish(
-        self, targets: Sequence[torch.Tensor], matrices: Sequence[torch.Tensor], payloads: Sequence[bytes]
+        self,
+        targets: Sequence[torch.Tensor],
+        matrices: Sequence[torch.Tensor],
+        payloads: Sequence[bytes],
+        codec: PayloadCodec,
     ) -> None:
         """After the folded published parameters have moved: the parameters follow, and figures are made."""
         for number, (parameter, target) in enumerate(zip(self._parameters, targets, strict=True)):
@@ -267,13 +296,16 @@ class DisTrO(torch.optim.Optimizer):
                 target.copy_(matrices[number].view(target.shape))  # its strides allowed no view
             if target is not parameter:
                 parameter.copy_(target)
+        for other in self._codecs.values():
+            if other is not codec:  # of another stage, whose payloads hardly come again
+                other.forget()
         note_step(self)
         own = next((sent for sent in self._sent if sent in payloads), None) if self.observing else None
         if own is not None:
             owners = np.repeat(self._owners, [entry.chunks for entry in self.layout.entries])
             groups = len(self.param_groups)
             area = self.config.area
-            self._agreement = statistics.agreement(own, payloads, self._codec.decode, owners, groups, area)
+            self._agreement = statistics.agreement(own, payloads, codec.decode, owners, groups, area)
 
     def figures(self) -> list[dict[str, float]]:
         """Figures of the last step, a dictionary for each parameter group.
@@ -334,21 +366,23 @@ class DisTrO(torch.optim.Optimizer):
             return min(roomy, 64 * (64 // config.chunk) ** 2 * min(8, torch.get_num_threads()))
         return min(roomy, 8192)
 
-    def _checked_span(self, payloads: Sequence[bytes]) -> int:
+    def _checked_span(self, payloads: Sequence[bytes], codec: PayloadCodec) -> int:
         """Chunks whose votes of all payloads fit into half the budget, but at least one batch.
 
         Raises:
             PayloadError: not all chunks fit, so parts are decoded later, and a payload is malformed: none is used then.
         """
-        votes = max(1, len(payloads) * self.config.max_k)
+        votes = max(1, len(payloads) * codec.config.max_k)
         span = max(self._limit(votes), self.budget // 2 // (16 * votes))
         if span < self.layout.chunk_count:
             for payload in payloads:
-                self.check(payload)
+                codec.decode(payload)
         return span
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Encode, and apply this node's own payload, as a node does that is alone in its run.
+
+        A schedule counts the calls of :meth:`encode` since delta was last empty.
 
         Args:
             closure: computes the gradients and returns the loss; called at the look-ahead point if the configuration
@@ -365,8 +399,8 @@ class DisTrO(torch.optim.Optimizer):
                         loss = closure()
                 else:
                     loss = closure()
-        lrs = self.lr_bits()
-        self.apply([self.encode()], lrs)
+        lrs, step = self.lr_bits(), self.nonce + 1
+        self.apply([self.encode(step)], lrs, step)
         return loss
 
     @contextmanager

@@ -27,10 +27,11 @@ class PayloadCodec:
 
     Args:
         layout: the model's layout.
-        config: the run's configuration.
+        config: the run's configuration, without a schedule (:meth:`DistroConfig.at`).
         version: of the payloads: 2 for signs, 3 for local steps.
 
     Attributes:
+        config: as given.
         ks: the k of each entry of the layout.
         size: the size of every payload, in bytes.
 
@@ -45,7 +46,8 @@ class PayloadCodec:
             if all(only.k_of(entry.name) == 1 for entry in layout.entries):
                 names = ", ".join(entry.name for entry in layout.entries[:8])
                 raise ConfigError(f"distro.k_for[{pattern!r}] matches no parameter; the names are {names}, ...")
-        self._layout, self._config, self._version = layout, config, version
+        self.config = config
+        self._layout, self._version = layout, version
         # The last two, as with overlap the last but one is applied. Other threads decode as well, so what is kept is
         # replaced as a whole; what one of them loses is read again.
         self._written: tuple[tuple[bytes, Votes], ...] = ()
@@ -56,11 +58,12 @@ class PayloadCodec:
     def _parts(self) -> list[tuple[DistroConfig, NDArray[np.int64]]]:
         """The configuration of each part, and the ascending numbers of its chunks."""
         of_chunk = np.repeat(self.ks, [entry.chunks for entry in self._layout.entries])
-        return [(self._config.uniform(int(k)), np.flatnonzero(of_chunk == k)) for k in np.unique(of_chunk)]
+        return [(self.config.uniform(int(k)), np.flatnonzero(of_chunk == k)) for k in np.unique(of_chunk)]
 
+    @cached_property
     def abstention(self) -> bytes:
         """The payload without votes."""
-        return self.encode(Votes.empty(self._layout.chunk_count, self._config.max_k, self._version))
+        return self.encode(Votes.empty(self._layout.chunk_count, self.config.max_k, self._version))
 
     def encode(self, votes: Votes) -> bytes:
         """Write votes, [chunks, largest k]; for a chunk with a smaller k, only the first columns count.
@@ -85,6 +88,10 @@ class PayloadCodec:
         room = KEPT // votes.nbytes if votes.nbytes else 0
         if room:
             self._read = dict([*self._read.items(), (payload, votes)][-room:])
+
+    def forget(self) -> None:
+        """Keep no votes; those of payloads that come again are read again."""
+        self._written, self._read = (), {}
 
     def decode(self, payload: bytes, start: int = 0, stop: int | None = None) -> Votes:
         """Read the votes of the chunks ``start`` to ``stop``; columns beyond a chunk's k have sign 0.
@@ -116,7 +123,7 @@ class PayloadCodec:
         for payload in payloads:
             if len(payload) != self.size:
                 raise PayloadError(f"the payload has {len(payload)} bytes; {self.size} are expected")
-        found = [Votes.empty(stop - start, self._config.max_k, version) for _ in payloads]
+        found = [Votes.empty(stop - start, self.config.max_k, version) for _ in payloads]
         offset = 0
         for part, chunks in self._parts:
             end = offset + codec.payload_size(len(chunks), part, version)

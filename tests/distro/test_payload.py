@@ -153,7 +153,7 @@ def test_own_votes_are_those_that_others_read():
     payloads = [optimizer.encode() for _ in range(3)]  # the first is too old to be at hand
     for payload in (*payloads, optimizer.abstention()):
         for start, stop in ((0, None), (3, 17)):
-            ours = optimizer._codec.decode(payload, start, stop)
+            ours = optimizer._codec(None).decode(payload, start, stop)
             theirs = PayloadCodec(optimizer.layout, optimizer.config).decode(payload, start, stop)
             assert (ours.positions == theirs.positions).all()
             assert (ours.signs == theirs.signs).all()
