@@ -57,7 +57,7 @@ class DistroConfig:
     float32_gradients: bool = False
     local_steps: int = 0
     scale: float = 1.0
-    schedule: Sequence[Mapping[str, int]] = field(default=(), hash=False)
+    schedule: Sequence[Mapping[str, int]] = field(default_factory=list, hash=False)
 
     def __post_init__(self) -> None:
         if type(self.chunk) is not int or self.chunk not in (8, 16, 32, 64):
@@ -96,7 +96,7 @@ class DistroConfig:
             )
 
     def _check_schedule(self) -> None:
-        """Refuse a schedule that has another form or order, and keep it as a tuple of dictionaries."""
+        """Refuse a schedule that has another form or order, and keep it as plain JSON values."""
         given = self.schedule
         if not isinstance(given, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in given):
             raise ConfigError(
@@ -130,7 +130,7 @@ class DistroConfig:
                     f"distro.schedule has from_step {before['from_step']} before {after['from_step']}; steps count "
                     "from 1, and each entry begins after the one before it. Put them into ascending order."
                 )
-        object.__setattr__(self, "schedule", tuple(dict(entry) for entry in given))
+        object.__setattr__(self, "schedule", [dict(entry) for entry in given])
 
     def _check_local_steps(self, name: str, steps: object) -> None:
         if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
@@ -167,7 +167,7 @@ class DistroConfig:
 
         Stages follow each other from step 1 on, without gaps.
         """
-        now = replace(self, schedule=()) if self.schedule else self
+        now = replace(self, schedule=[]) if self.schedule else self
         found = {1: now}
         for entry in self.schedule:
             now = replace(now, k=entry.get("k", now.k), local_steps=entry.get("local_steps", now.local_steps))
@@ -178,6 +178,16 @@ class DistroConfig:
         """The configuration of a step of the run, from 1, without a schedule."""
         place = bisect_right(self.stages, step, key=lambda stage: stage[0])
         return self.stages[max(0, place - 1)][1]
+
+    @property
+    def densest(self) -> DistroConfig:
+        """The stage with the largest k, and so the largest payloads; the first of several."""
+        return max((stage for _, stage in self.stages), key=lambda stage: stage.k)
+
+    def rounds(self, last: int) -> list[int]:
+        """How many of the steps from 1 to ``last`` belong to each of the stages."""
+        firsts = [min(first, last + 1) for first, _ in self.stages]
+        return [after - first for first, after in pairwise([*firsts, last + 1])]
 
     @property
     def version(self) -> int:

@@ -137,7 +137,12 @@ class DisTrO(torch.optim.Optimizer):
     @property
     def max_payload(self) -> int:
         """The size of the largest payload of this layout, in bytes: of every one without a schedule."""
-        return max(codec.size for codec in self._codecs.values())
+        return max(self.payload_sizes)
+
+    @property
+    def payload_sizes(self) -> tuple[int, ...]:
+        """The sizes of payloads in the stages of the schedule, in bytes; one without a schedule."""
+        return tuple(self._codecs[stage.k].size for _, stage in self.config.stages)
 
     def payload_size(self, step: int | None = None) -> int:
         """The size of every payload of a step, in bytes."""

@@ -152,7 +152,7 @@ def conditions(
         coordinator_trip=network.coordinator_trip or 0.0,
         write_seconds=write_seconds or 0.0,
         slowest_seconds=max((share / rate for rate in shape.rates.values()), default=0.0),
-        local_steps=recipe.distro.local_steps,
+        local_steps=recipe.distro.densest.local_steps,
         step_seconds=speed.step_seconds,
     )
 

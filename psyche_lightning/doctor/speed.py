@@ -272,7 +272,7 @@ def _own_step(recipe: Recipe, model: torch.nn.Module) -> TakenStep:
     optimizer = module.configure_optimizers()["optimizer"]
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"]  # not that of the first warm-up step, which may move nothing
-    return TakenStep(optimizer, module, recipe.distro)
+    return TakenStep(optimizer, module, recipe.distro.densest)
 
 
 def _exchange(step: TakenStep, nodes: int, device: torch.device) -> _Exchange:
@@ -312,7 +312,7 @@ def _exchange_by_size(
     weight = module.weight = torch.nn.Parameter(torch.zeros(side, side, device=device))
     weight.grad = torch.randn_like(weight)
     optimizer = torch.optim.AdamW([weight], recipe.optimizer.lr)
-    found = _exchange(TakenStep(optimizer, module, replace(recipe.distro, k_for={})), nodes, device)
+    found = _exchange(TakenStep(optimizer, module, replace(recipe.distro.densest, k_for={})), nodes, device)
     found = found.times(estimate.trainable / weight.numel())
     if recipe.optimizer.name != "muon":
         return found

@@ -146,15 +146,20 @@ class Entry:
             entry.terms = Terms(CoordinatorConfig(), ("global_batch_size", "total_steps"))
         return entry
 
+    def steps(self, step: int) -> int:
+        """Steps that a node makes with its share in the round of that step of the run."""
+        return max(1, self.distro.at(step).local_steps)
+
     def global_batch(self, local: int) -> int:
         """Samples of a round of the whole run.
 
         Args:
-            local: samples of one step of one node: its DataLoader's batch size times the accumulated batches.
+            local: samples of one step of one node: its DataLoader's batch size times the accumulated batches. If the
+                number of local steps changes, those of the rounds with most steps count, so that no step has fewer.
         """
         if "global_batch_size" not in self.terms.unset:
             return self.terms.config.global_batch_size_end
-        each = local * max(1, self.distro.local_steps)
+        each = local * max(self.steps(first) for first, _ in self.distro.stages)
         return self.options.global_batch_size or each * self.terms.config.init_min_clients
 
     def manifest(self, sections: dict[str, dict[str, Any]], sizes: dict[str, int]) -> dict[str, dict[str, Any]]:
@@ -190,7 +195,10 @@ def agree(options: RunOptions, terms: Terms) -> tuple[RunValues, DistroConfig]:
                 f"the run has the setting {section}.{min(unknown)}, which this version does not know; install the "
                 f"version with which the run was created. Known: {', '.join(defaults)}."
             )
-        found += [(f"{section}.{name}", fixed[name], v) for name, v in given.items() if fixed and fixed[name] != v]
+        theirs, mine = kind(**fixed), kind(**given)
+        for name in given if fixed else ():
+            if getattr(theirs, name) != getattr(mine, name):
+                found += differences(fixed[name], getattr(mine, name), f"{section}.{name}")
         shared[section] = {**defaults, **given, **fixed}
     sizes = {"global_batch_size": terms.config.global_batch_size_end, "total_steps": terms.config.total_steps}
     for name, size in sizes.items():

@@ -11,7 +11,7 @@ import signal
 import statistics
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
@@ -77,6 +77,8 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         local_steps: steps of the module's own optimizer in each round, before nodes exchange where they lead; 0 for
             DisTrO's form.
         scale: with local steps, the factor on the mean of what nodes send.
+        schedule: other values of ``k`` and ``local_steps`` from given steps of the run on:
+            ``[{"from_step": 0, "k": 96}, {"from_step": 200, "k": 6}]``.
         global_batch_size: samples of a round of the whole run, if the run leaves it to its first node; by default
             those of one node's DataLoader, times the run's ``init_min_clients``.
         total_steps: the run's last step, if the run leaves it to its first node; by default Trainer's.
@@ -123,6 +125,7 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         float32_gradients: bool | None = None,
         local_steps: int | None = None,
         scale: float | None = None,
+        schedule: Sequence[Mapping[str, int]] | None = None,
         global_batch_size: int | None = None,
         total_steps: int | None = None,
         transport: str = "tcp",
@@ -155,6 +158,7 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             float32_gradients=float32_gradients,
             local_steps=local_steps,
             scale=scale,
+            schedule=schedule,
             global_batch_size=global_batch_size,
             total_steps=total_steps,
             transport=transport,
@@ -215,7 +219,7 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             split=False,
             decline=self._decline,
             upcoming=lambda: None if self.session is None else self.session.upcoming(),
-            steps=max(1, self._entry.distro.local_steps),
+            steps=self._entry.steps,
         )
         return loader
 

@@ -90,7 +90,7 @@ class RoundLoader:
             follows.
         upcoming: the data ids ``(start, stop)`` that may follow the current round; None if unknown. A data set's
             method ``prefetch(indices)``, if it has one, is called for a whole share when it begins, and for these ids.
-        steps: steps that a node makes with a share.
+        steps: called with a round's step of the run; returns the steps that a node makes with its share.
 
     Attributes:
         order: maps data ids to samples.
@@ -108,7 +108,7 @@ class RoundLoader:
         split: bool = True,
         decline: Callable[[RoundWork, DataError], object] = _fail,
         upcoming: Callable[[], tuple[int, int] | None] = lambda: None,
-        steps: int = 1,
+        steps: Callable[[int], int] = lambda step: 1,
     ) -> None:
         batch_size = check_loader(loader)
         seed_workers(loader)
@@ -168,7 +168,7 @@ class RoundLoader:
         indices = [i for ids in work.batch for i in self.order.indices(*ids)]
         steps = [
             _parts(some, 1 if self._most is None else -(-len(some) // self._most))
-            for some in _parts(indices, min(self._steps, len(indices)))
+            for some in _parts(indices, min(self._steps(work.step), len(indices)))
         ]
         self._plan[:] = itertools.chain.from_iterable(steps)
         if self._ahead is not None:

@@ -141,19 +141,25 @@ class TakenStep:
             self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
     def __str__(self) -> str:
-        config, name = self.distro.config, type(self.optimizer).__name__
+        (_, config), *later = self.distro.config.stages
+        name, (size, *sizes) = type(self.optimizer).__name__, self.distro.payload_sizes
+        changes = [
+            f"; from step {first:,} on {counted(stage.local_steps, 'step') + ' and ' if stage.local_steps else ''}"
+            f"{stage.k} of each chunk, {bytes_:,} bytes"
+            for (first, stage), bytes_ in zip(later, sizes, strict=True)
+        ]
         if self.local is not None:
             return (
                 f"{name} makes {counted(config.local_steps, 'step')} in each round, and nodes exchange where they "
-                f"lead: {config.k} entries of each {config.chunk}x{config.chunk} chunk, {self.distro.max_payload:,} "
-                "bytes a round"
+                f"lead: {config.k} entries of each {config.chunk}x{config.chunk} chunk, {size:,} bytes a round"
+                f"{''.join(changes)}"
             )
         matrices = sum(len(group["params"]) for group in self.distro.param_groups if group["muon"])
         muon = f" (the gradients of {counted(matrices, 'parameter')} go through Muon first)" if matrices else ""
         return (
             f"DisTrO replaces the step of {name}, whose learning rate, weight decay and "
             f"parameter groups it uses{muon}: {config.k} signs of each {config.chunk}x{config.chunk} chunk, "
-            f"{self.distro.max_payload:,} bytes a round"
+            f"{size:,} bytes a round{''.join(changes)}"
         )
 
     @property

@@ -118,7 +118,7 @@ class Session:
         self._why = ""
         self._step = step
         self._replica = replica = ParameterReplica(step.distro, step.module)
-        self.traffic = Traffic(entry.transport, entry.meter, replica.max_payload)
+        self.traffic = Traffic(entry.transport, entry.meter, step.distro.payload_sizes)
         self._folder = folder = entry.options.folder
         total = entry.options.total_steps or total_steps or ENDLESS
         with contextlib.ExitStack() as opened:
@@ -141,7 +141,7 @@ class Session:
                 overlap=entry.run.overlap,
                 digest_every=entry.run.digest_every,
                 layout=replica.layout,
-                max_payload=replica.max_payload,
+                payload_size=replica.payload_size,
                 pinned=START in agreed,
                 rates=self._rates,
                 buffers=replica.has_buffers,
@@ -330,7 +330,7 @@ class Session:
         nonce = distro.nonce
         self._step.copy_rates()
         try:
-            payload = distro.encode()
+            payload = distro.encode(work.step)
         except NonFiniteGradientError as error:
             return self.abstain(work, str(error), loss)
         return self._send(work, payload, nonce, distro.lr_bits(), loss, samples)
@@ -357,7 +357,7 @@ class Session:
         rates = distro.lr_bits()
         if still and self.alone and self._rates.planned is None:
             rates = (0,) * len(rates)
-        return self._send(work, distro.abstention(), distro.nonce, rates, loss, 0)  # zero tokens mark it
+        return self._send(work, distro.abstention(work.step), distro.nonce, rates, loss, 0)  # zero tokens mark it
 
     def _send(
         self, work: RoundWork, payload: bytes, nonce: int, rates: tuple[int, ...], loss: float, samples: int
@@ -479,10 +479,11 @@ class Session:
         figures = [Figure(name, work.step, value) for name, value in self._figures.items()]
         self._participant.tell(tuple(figures[:MAX_FIGURES]))
 
-    @property
-    def payload_size(self) -> int:
-        """Bytes of one payload."""
-        return self._replica.max_payload
+    def mean_payload(self, step: int) -> float:
+        """Bytes of one payload, in the mean of the steps from 1 to ``step``."""
+        distro = self._step.distro
+        rounds = zip(distro.payload_sizes, distro.config.rounds(step), strict=True)
+        return sum(size * count for size, count in rounds) / step
 
     def figures(self) -> dict[str, float]:
         """The run's figures, by name."""

@@ -6,7 +6,7 @@ import atexit
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +79,8 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         local_steps: steps of the module's own optimizer in each round, before nodes exchange where they lead; 0 for
             DisTrO's form.
         scale: with local steps, the factor on the mean of what nodes send.
+        schedule: other values of ``k`` and ``local_steps`` from given steps of the run on:
+            ``[{"from_step": 0, "k": 96}, {"from_step": 200, "k": 6}]``.
         global_batch_size: samples of a round of the whole run, if the run leaves it to its first node; by default
             those of one node's DataLoader, times the run's ``init_min_clients``.
         total_steps: the run's last step, if the run leaves it to its first node; by default Trainer's.
@@ -126,6 +128,7 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         float32_gradients: bool | None = None,
         local_steps: int | None = None,
         scale: float | None = None,
+        schedule: Sequence[Mapping[str, int]] | None = None,
         global_batch_size: int | None = None,
         total_steps: int | None = None,
         transport: str = "tcp",
@@ -158,6 +161,7 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             float32_gradients=float32_gradients,
             local_steps=local_steps,
             scale=scale,
+            schedule=schedule,
             global_batch_size=global_batch_size,
             total_steps=total_steps,
             transport=transport,
@@ -259,7 +263,7 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             lambda: self._now.rounds(),
             decline=lambda work, error: self._now.session.decline(work, error),
             upcoming=lambda: self._now.session.upcoming(),
-            steps=max(1, entry.distro.local_steps),
+            steps=entry.steps,
         )
         self._undo.callback(loader.close)
         for earlier in fit.loaders:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from psyche_lightning.transports.base import Transport
 from psyche_lightning.transports.meter import ByteMeter
 
@@ -12,17 +14,17 @@ class Traffic:
     Args:
         transport: the node's.
         coordinator: counts the bytes at the sockets to the coordinator.
-        payload_size: bytes of a payload; a blob of this size that a peer fetches counts as one.
+        sizes: bytes of payloads; a blob of such a size that a peer fetches counts as one.
 
     Attributes:
         payloads_up: bytes of the payloads that peers fetched from this node.
     """
 
-    def __init__(self, transport: Transport, coordinator: ByteMeter, payload_size: int) -> None:
+    def __init__(self, transport: Transport, coordinator: ByteMeter, sizes: Collection[int]) -> None:
         self.payloads_up = 0
         self._transport = transport
         self._coordinator = coordinator
-        self._payload_size = payload_size
+        self._sizes = frozenset(sizes)
 
     @property
     def total(self) -> tuple[int, int]:
@@ -37,5 +39,5 @@ class Traffic:
 
     def served(self, size: int, given: int) -> None:
         """Note that a peer received this much of a blob of ``size`` bytes."""
-        if size == self._payload_size:
+        if size in self._sizes:
             self.payloads_up += given

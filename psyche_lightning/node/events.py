@@ -195,10 +195,11 @@ class Remember:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Get a payload from the first provider that has it, check it and store it."""
+    """Get a payload of a step of the run from the first provider that has it, check it and store it."""
 
     payload: bytes
     size: int
+    step: int
     providers: tuple[bytes, ...]
 
 
@@ -219,6 +220,7 @@ class Apply:
     Attributes:
         epoch: of the run.
         height: of the round.
+        step: of the round.
         payloads: what to apply.
         lrs: fp32 bits of the learning rate of each parameter group.
         digest_due: whether to compute the digest.
@@ -230,6 +232,7 @@ class Apply:
 
     epoch: int
     height: int
+    step: int
     payloads: tuple[bytes, ...]
     lrs: tuple[int, ...]
     digest_due: bool = False

@@ -280,13 +280,14 @@ class Exchange:
             elif self._out.due(("fetch", entry.commitment)):
                 self._fetching[payload] = [(log, entry)]
                 providers = self.providers(log.nodes[entry.trainer])
-                self._out.emit(ev.Fetch(payload, entry.result.size, providers))
+                self._out.emit(ev.Fetch(payload, entry.result.size, log.round.step, providers))
 
     def fetched(self, event: ev.Fetched) -> None:
         """Note that a payload arrived, or why not."""
         waiting = self._fetching.pop(event.payload, [])
-        for log, entry in waiting:
-            if entry.result.size != waiting[0][1].result.size:  # one of the two is wrong: each for itself
+        asked = [(entry.result.size, log.round.step) for log, entry in waiting]
+        for (log, entry), its in zip(waiting, asked, strict=True):
+            if its != asked[0]:  # of another size or step it may be wrong: each for itself
                 self._out.forget(("fetch", entry.commitment))
             elif event.refused:
                 log.settle(entry, event.reason)

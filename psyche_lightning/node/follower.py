@@ -105,7 +105,7 @@ class Follower:
         if log is None:
             members = {c.signer: c.node for c in (*state.exited_clients, *state.clients)}
             nodes = tuple(members.get(signer, signer) for signer in record.clients)
-            allowed = self._settings.layout, self._settings.max_payload, self.log.rates
+            allowed = self._settings.layout, self._settings.payload_size(record.step), self.log.rates
             log = RoundLog.open(record, nodes, state.config, self.log.needed, self._run_id, *allowed)
             self.log.rounds[record.height] = log
             drains = [] if record.step else [log]
@@ -318,7 +318,7 @@ class Follower:
         self.busy = ("apply", log.epoch, height, snapshot)
         payloads = tuple(entry.result.payload for entry in agreement.entries)
         what = (payloads, agreement.lrs, due, snapshot, several, self._open_ids, agreement.loss)
-        self._out.emit(ev.Apply(log.epoch, height, *what))
+        self._out.emit(ev.Apply(log.epoch, height, log.rounds[height].round.step, *what))
 
     def _last_training(self, log: EpochLog, height: int, state: RunState) -> bool:
         """Whether the round is the epoch's last that trains, so that its parameters are the next epoch's."""

@@ -41,7 +41,6 @@ class ParameterReplica:
 
     def __init__(self, optimizer: DisTrO, module: torch.nn.Module) -> None:
         self.layout = optimizer.layout_digest
-        self.max_payload = optimizer.max_payload
         self.groups = len(optimizer.param_groups)
         self._optimizer = optimizer
         trained = {entry.name for entry in optimizer.layout.entries}
@@ -59,17 +58,21 @@ class ParameterReplica:
                     f"{', '.join(DTYPE_SIZES)}"
                 )
 
-    def check(self, payload: bytes) -> None:
+    def payload_size(self, step: int) -> int:
+        """The size of every payload of a step of the run, in bytes."""
+        return self._optimizer.payload_size(step)
+
+    def check(self, payload: bytes, step: int) -> None:
         """Refuse a malformed payload; called from other threads.
 
         Raises:
-            PayloadError: it is not canonical or does not fit the layout.
+            PayloadError: it is not canonical or does not fit the layout and the step.
         """
-        self._optimizer.check(payload)
+        self._optimizer.check(payload, step)
 
-    def apply(self, payloads: Sequence[bytes], lrs: tuple[int, ...]) -> None:
-        """Apply an agreed set of payloads."""
-        self._optimizer.apply(payloads, lrs)
+    def apply(self, payloads: Sequence[bytes], lrs: tuple[int, ...], step: int) -> None:
+        """Apply an agreed set of payloads of a step."""
+        self._optimizer.apply(payloads, lrs, step)
 
     def digest(self, put: Put, open_ids: OpenIds = ()) -> bytes:
         """Digest of the parameters and the open ids that go with them; stores the index blob but no tensors."""

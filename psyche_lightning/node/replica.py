@@ -12,11 +12,10 @@ from psyche_lightning.protocol.open_ids import OpenIds
 class Replica(Protocol):
     """Published parameters and their update rule; local state never touches them (invariant I2).
 
-    Only :meth:`check` and :meth:`check_index` may be called outside the training thread.
+    Only :meth:`payload_size`, :meth:`check` and :meth:`check_index` may be called outside the training thread.
 
     Attributes:
         layout: 32-byte digest of what payload positions mean.
-        max_payload: largest payload in bytes.
         groups: number of parameter groups, each of which has a learning rate.
         has_buffers: whether the model has buffers to copy at the start of an epoch.
         size: bytes of a snapshot.
@@ -24,21 +23,27 @@ class Replica(Protocol):
     """
 
     layout: bytes
-    max_payload: int
     groups: int
     has_buffers: bool
     size: int
     tensors: tuple[str, ...]
 
-    def check(self, payload: bytes) -> None:
+    def payload_size(self, step: int) -> int:
+        """The largest payload of a step of the run, in bytes."""
+        ...
+
+    def check(self, payload: bytes, step: int) -> None:
         """Refuse a malformed payload; called from other threads.
 
         Raises:
-            PayloadError: it is not canonical or does not fit the layout.
+            PayloadError: it is not canonical or does not fit the layout and the step.
         """
 
-    def apply(self, payloads: Sequence[bytes], lrs: tuple[int, ...]) -> None:
-        """Apply an agreed set of payloads; the result is a pure function of its arguments and the parameters (I1)."""
+    def apply(self, payloads: Sequence[bytes], lrs: tuple[int, ...], step: int) -> None:
+        """Apply an agreed set of payloads of a step.
+
+        The result is a pure function of the arguments and the parameters (I1).
+        """
 
     def digest(self, put: Put, open_ids: OpenIds = ()) -> bytes:
         """Digest of the parameters and the open ids that go with them; stores the index blob but no tensors."""

@@ -422,7 +422,7 @@ class Runtime:
     def _apply(self, task: ev.Apply) -> ev.Applied:
         blobs = [self._blob(payload) for payload in task.payloads]
         if blobs:
-            self.node.replica.apply(blobs, task.lrs)
+            self.node.replica.apply(blobs, task.lrs, task.step)
         digest = b""
         if task.digest_due:
             describe = self.node.replica.snapshot if task.snapshot else self.node.replica.digest
@@ -455,7 +455,7 @@ class Runtime:
                 )
             if len(data) != effect.size:
                 raise PayloadError(f"{len(data)} bytes; {effect.size} were announced")
-            await loop.run_in_executor(None, self.node.replica.check, data)
+            await loop.run_in_executor(None, self.node.replica.check, data, effect.step)
             if not known:
                 await loop.run_in_executor(None, self.node.store.put, data)
         except PayloadError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from psyche_lightning.node.rates import ONE_GROUP, Rates
@@ -15,7 +16,7 @@ class Settings:
         overlap: whether results are witnessed one round later and applied two rounds later.
         digest_every: a parameter digest is due after every so many applied rounds.
         layout: digest of the meaning of payload positions.
-        max_payload: largest payload in bytes.
+        payload_size: returns the largest payload of a step of the run, in bytes.
         buffers: whether the model has buffers that are copied at the start of an epoch.
         keep_bytes: bytes of agreed payloads to keep since the last snapshot before taking a new one.
         rates: the learning rates that a result may have.
@@ -28,7 +29,7 @@ class Settings:
     overlap: bool
     digest_every: int
     layout: bytes
-    max_payload: int
+    payload_size: Callable[[int], int]
     buffers: bool = False
     keep_bytes: int = 1 << 30
     rates: Rates = ONE_GROUP

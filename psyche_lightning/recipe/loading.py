@@ -263,13 +263,13 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
         return value
     if origin is Mapping and isinstance(value, dict):
         return value
-    if origin is tuple and isinstance(value, list):
+    if origin in (tuple, Sequence) and isinstance(value, list):
         return tuple(_typed(arguments[0], item, f"{key}.{place}") for place, item in enumerate(value))
     if hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if hint in (int, bool, str) and type(value) is hint:
         return value
-    expected = "a list such as [a, b]" if origin is tuple else _KINDS.get(hint, "a section with keys")
+    expected = "a list such as [a, b]" if origin in (tuple, Sequence) else _KINDS.get(hint, "a section with keys")
     raise ConfigError(f"{key} is {value!r} ({_KINDS.get(type(value), type(value).__name__)}); {expected} was expected.")
 
 

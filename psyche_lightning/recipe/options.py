@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class RunOptions(NodeOptions):
         keep_bytes: see there.
         cold_start_warmup_steps: see there.
         shares: see there.
-        chunk: see :class:`~psyche_lightning.distro.DistroConfig`, as for the next eight.
+        chunk: see :class:`~psyche_lightning.distro.DistroConfig`, as for the next nine.
         k: see there.
         decay: see there.
         removal: see there.
@@ -124,6 +124,7 @@ class RunOptions(NodeOptions):
         float32_gradients: see there.
         local_steps: see there.
         scale: see there.
+        schedule: see there.
         global_batch_size: samples of a round of the whole run, if the run leaves it to its first node.
         total_steps: the last step of the run, if the run leaves it to its first node.
         config: sizes of a run of this process alone; None for those that data and Trainer give.
@@ -152,6 +153,7 @@ class RunOptions(NodeOptions):
     float32_gradients: bool | None = None
     local_steps: int | None = None
     scale: float | None = None
+    schedule: Sequence[Mapping[str, int]] | None = None
     global_batch_size: int | None = None
     total_steps: int | None = None
     config: CoordinatorConfig | None = None

@@ -178,7 +178,7 @@ class SimNode:
                     epoch, height, step, start, end, 0, self.put(blob), len(blob), LAYOUT, lrs, 0, tokens, tuple(again)
                 )
                 return ev.Trained(epoch, height, result)
-            case ev.Apply(epoch, height, payloads, lrs, due, _, prints, open_ids):
+            case ev.Apply(epoch, height, _, payloads, lrs, due, _, prints, open_ids):
                 if payloads:  # as in the runtime, an empty set leaves the parameters alone
                     self.head = sha256(self.head, *(self.blobs[payload] for payload in payloads), repr(lrs).encode())
                 self.open_ids = open_ids

@@ -400,7 +400,7 @@ class Simulation:
             self.scenario.overlap,
             3,
             LAYOUT,
-            64,
+            lambda step: 64,
             True,
             keep_bytes=self.scenario.keep_bytes,
             rates=Rates(1, (lambda step: RATE) if self.scenario.schedule else None),
@@ -455,7 +455,7 @@ class Simulation:
                 node.remember(key, envelopes)
             case ev.SetPeers(peers):
                 node.peers = tuple(key for key, _ in peers)
-            case ev.Fetch(payload, _, providers):
+            case ev.Fetch(payload, providers=providers):
                 self.at(self._latency(), lambda: self._fetch(node, life, payload, list(providers)))
             case ev.Train() | ev.Apply() | ev.TakeSnapshot() | ev.Load() | ev.ShareBuffers() | ev.LoadBuffers():
                 node.queue.append(effect)

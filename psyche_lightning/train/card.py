@@ -19,7 +19,7 @@ class Facts:
         parameters: parameters of the model.
         trained: how many of them are trained.
         nodes: members of the run's newest epoch.
-        payload: bytes of one node's payload.
+        payload: bytes of one node's payload, in the mean of the steps.
     """
 
     parameters: int

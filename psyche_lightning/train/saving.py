@@ -103,7 +103,7 @@ class Checkpoints:
     def _save(
         self, session: Session, model: torch.nn.Module, standing: Standing, rank: int | None, *, last: bool = False
     ) -> bool:
-        metadata, known = self._metadata(standing), facts(session, model)
+        metadata, known = self._metadata(standing), facts(session, model, standing.step)
         return self._writer.save(
             lambda: ModelCopy(model, PREFIX, self._dtype),
             metadata,
@@ -121,14 +121,14 @@ class Checkpoints:
         return Metadata(self._run, standing.step, standing.epoch, standing.data_index, recipe, self._settings)
 
 
-def facts(session: Session, model: torch.nn.Module) -> Facts:
-    """What a node knows of its run now."""
+def facts(session: Session, model: torch.nn.Module, step: int) -> Facts:
+    """What a node knows of its run after that step."""
     state = session.state
     return Facts(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         nodes=len(state.clients) + len(state.exited_clients) if state else 1,
-        payload=session.payload_size,
+        payload=round(session.mean_payload(max(1, step))),
     )
 
 

@@ -84,6 +84,7 @@ def test_lightning_s_command_line_fills_a_strategy_in(classifier: Make, loader: 
             init_args:
               k: 4
               k_for: {{"*bias": 1}}
+              schedule: [{{from_step: 2, k: 3}}]
               decay: 0.5
               overlap: true
               directory: {tmp_path / "node"}
@@ -102,6 +103,7 @@ def test_lightning_s_command_line_fills_a_strategy_in(classifier: Make, loader: 
     assert strategy.options == RunOptions(
         k=4,
         k_for={"*bias": 1},
+        schedule=[{"from_step": 2, "k": 3}],
         decay=0.5,
         overlap=True,
         seed=7,

@@ -58,6 +58,8 @@ class Trainee:
     ledger: Ledger | None = None
     status: StatusFile | None = None
     transport: Callable[[Run], Transport] = lambda run: MemoryTransport(run.network)
+    config: DistroConfig = DistroConfig(k=8)  # noqa: RUF009 - it is frozen
+    step_of: Callable[[RoundWork], int] = lambda work: work.step
     compute: Callable[[Trainee, RoundWork], None] = lambda trainee, work: None
     spoil: Callable[[Trainee, RoundWork], None] = lambda trainee, work: None
 
@@ -66,7 +68,7 @@ class Trainee:
         generator = torch.Generator().manual_seed(self.number)
         for parameter in self.module.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator)
-        self.optimizer = DisTrO(self.module.named_parameters(), lr=0.01, weight_decay=0.1, config=DistroConfig(k=8))
+        self.optimizer = DisTrO(self.module.named_parameters(), lr=0.01, weight_decay=0.1, config=self.config)
         self.replica = ParameterReplica(self.optimizer, self.module)
         self.identity = Identity(bytes([self.number + 1]) * 32)
         self.participant = self.make()
@@ -84,7 +86,7 @@ class Trainee:
                     self.overlap,
                     2,
                     self.replica.layout,
-                    self.replica.max_payload,
+                    self.replica.payload_size,
                     tensors=self.replica.tensors,
                     keep_bytes=self.keep_bytes,
                     retry=0.2,
@@ -111,7 +113,7 @@ class Trainee:
                 self.optimizer.zero_grad()
                 loss.backward()
                 nonce = self.optimizer.nonce
-                payload = self.optimizer.encode()
+                payload = self.optimizer.encode(self.step_of(work))
                 self.participant.submit(
                     work, payload, nonce=nonce, lrs=self.optimizer.lr_bits(), loss=loss.item(), tokens=1
                 )

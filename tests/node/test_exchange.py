@@ -110,7 +110,7 @@ def test_clients_that_are_not_healthy_are_gone() -> None:
 def test_a_result_is_filed_and_its_payload_fetched_from_its_trainer_first() -> None:
     talk = Talk()
     envelope = talk.scene.result(2)
-    assert talk.hear(envelope) == [ev.Fetch(envelope.message.payload, SIZE, (KEYS[2], KEYS[1], KEYS[3]))]  # type: ignore[union-attr]
+    assert talk.hear(envelope) == [ev.Fetch(envelope.message.payload, SIZE, 1, (KEYS[2], KEYS[1], KEYS[3]))]  # type: ignore[union-attr]
     assert talk.entries() == [2]
     assert talk.hear(envelope) == []
 

@@ -58,7 +58,7 @@ def test_the_agreed_results_are_applied_in_the_order_of_their_commitments() -> N
     apply = one(witnessed(scene), ev.Apply)
     by_commitment = {commitments(envelope)[0]: envelope.message for envelope in results}
     payloads = tuple(by_commitment[commitment].payload for commitment in sorted(by_commitment))  # type: ignore[union-attr]
-    assert apply == ev.Apply(0, 0, payloads, RATES, prints=True, loss=apply.loss)
+    assert apply == ev.Apply(0, 0, 1, payloads, RATES, prints=True, loss=apply.loss)
 
 
 def test_ids_of_results_that_are_not_agreed_stay_open() -> None:

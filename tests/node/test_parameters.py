@@ -97,7 +97,7 @@ def test_applying_is_the_optimizer_s() -> None:
     of = module(0)
     mine = replica(of)
     with pytest.raises(PayloadError):
-        mine.check(b"nonsense")
+        mine.check(b"nonsense", 1)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import ManifestMismatchError, PsycheError, StoreError, UnfinishedError
 from psyche_lightning.node import events as ev
 from psyche_lightning.node import runtime
@@ -18,9 +19,11 @@ from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import (
     CannotGoOn,
     Finished,
+    MessageRefused,
     Outcome,
     ParametersDiffer,
     ParametersNotObtained,
+    PayloadRefused,
     TakesStart,
     TensorDiffered,
     TooFewMembers,
@@ -117,6 +120,37 @@ def test_a_node_that_starts_over_goes_on_from_what_it_stored(make_run: Any, make
     assert len({node.bytes for node in nodes}) == 1
     assert len(nodes[1].steps) <= len(set(nodes[1].steps)) + 1  # what it signed, it does not train again
     assert not run.host.membership.ejected
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_replay_over_a_change_of_k_takes_each_round_with_its_own(
+    make_run: Any, make_trainee: Any, overlap: bool
+) -> None:
+    config = DistroConfig(chunk=8, schedule=[{"from_step": 0, "k": 9}, {"from_step": 4, "k": 2}])
+    run = make_run(3, 24)
+    nodes = [make_trainee(number, run, overlap=overlap, config=config) for number in range(3)]
+
+    def flip(node: Any, work: Any) -> None:
+        if work.step == 8:  # the replay begins with the first round and ends beyond the change
+            with torch.no_grad():
+                node.module.weight.view(torch.int32)[0, 0] ^= 1
+
+    nodes[1].spoil = flip
+    run.go(*nodes)
+    assert len({node.bytes for node in nodes}) == 1
+    assert any(isinstance(notice, ParametersDiffer) and notice.round >= 5 for notice in nodes[1].said)
+
+
+def test_a_payload_with_the_k_of_other_rounds_is_refused_and_never_agreed(make_run: Any, make_trainee: Any) -> None:
+    config = DistroConfig(chunk=8, schedule=[{"from_step": 0, "k": 9}, {"from_step": 4, "k": 2}])
+    run = make_run(3, 8)
+    nodes = [make_trainee(number, run, config=config) for number in range(3)]
+    nodes[2].step_of = lambda work: 4 if work.step < 4 else 1
+    run.go(*nodes[:2], but=nodes[2:])
+    assert nodes[0].bytes == nodes[1].bytes
+    told = [notice for node in nodes[:2] for notice in node.said]
+    assert any(isinstance(notice, PayloadRefused) and "k is 2; this run's is 9" in notice.reason for notice in told)
+    assert any(isinstance(notice, MessageRefused) and "announced a payload of" in notice.reason for notice in told)
 
 
 def test_another_manifest_is_refused_with_the_fields_that_differ(make_run: Any, make_trainee: Any) -> None:

@@ -123,7 +123,13 @@ class Scene:
     ) -> None:
         values = {"warmup_time": 20.0, "cooldown_time": 20.0, "max_round_train_time": 40.0, "round_witness_time": 5.0}
         sizes = {"global_batch_size_start": 2 * nodes, "global_batch_size_end": 2 * nodes, "init_min_clients": nodes}
-        chosen = {"overlap": False, "digest_every": 2, "layout": LAYOUT, "max_payload": 64, "tensors": ("a", "b")}
+        chosen = {
+            "overlap": False,
+            "digest_every": 2,
+            "layout": LAYOUT,
+            "payload_size": lambda step: 64,
+            "tensors": ("a", "b"),
+        }
         self.now = 100.0
         self.host = RunHost(RUN, CoordinatorConfig(**{**values, **sizes, **config}), seed=5)
         self.settings = Settings(**{**chosen, "retry": RETRY, "retry_most": 15.0, **(settings or {})})

@@ -58,7 +58,7 @@ class Node:
                 transport=MemoryTransport(self.network),
                 replica=self.replica,
                 manifest=self.manifest,
-                settings=Settings(False, 2, self.replica.layout, self.replica.max_payload, retry=0.2),
+                settings=Settings(False, 2, self.replica.layout, self.replica.payload_size, retry=0.2),
                 store=self.store,
                 journal=self.journal,
                 ledger=self.ledger,
