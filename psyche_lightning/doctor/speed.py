@@ -81,7 +81,7 @@ def measure(
         seconds: about how many seconds to use.
         progress: called with the progress.
     """
-    step = math.ceil(share / max(1, recipe.distro.local_steps))
+    step = math.ceil(share / max(1, recipe.distro.densest.local_steps))
     (found,) = measure_all(
         [recipe], estimate, device, nodes=nodes, most=step, fits=fits, seconds=seconds, progress=progress
     )

@@ -29,7 +29,7 @@ class Estimate:
         parameters: number of parameters; tied ones count once.
         trainable: number of trainable parameters.
         memory: memory of one node, by name, without activations and the framework.
-        payload: bytes that one node publishes in a round.
+        payload: bytes that one node publishes in a round: with a schedule, in those with the largest k.
         steps: steps of an optimizer in a round, each of which an all-reduce would send gradients for.
         samples: samples of a round, of which each step of a node needs one.
     """
@@ -152,7 +152,7 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
         parameters=sum(parameter.numel() for _, parameter in named),
         trainable=count,
         memory=memory,
-        payload=PayloadCodec(layout, recipe.distro, recipe.distro.version).size,
-        steps=max(1, recipe.distro.local_steps),
+        payload=PayloadCodec(layout, recipe.distro.densest, recipe.distro.version).size,
+        steps=max(1, recipe.distro.densest.local_steps),
         samples=recipe.run.global_batch_size_end,
     )
