@@ -196,7 +196,8 @@ class Alone:
             self._write_down(round_, again, (seal(node.identity, self.state.scope, result),))
         self._open_ids = reopen(rest, round_.step, () if tokens else work.batch)
         known = float32(loss_bits(loss)) if tokens and math.isfinite(loss) else None
-        self._pending.append(Apply(work.epoch, work.height, (payload,), lrs, open_ids=self._open_ids, loss=known))
+        place = work.epoch, work.height, work.step
+        self._pending.append(Apply(*place, (payload,), lrs, open_ids=self._open_ids, loss=known))
         self._advance(round_)
 
     def wait_applied(self, work: RoundWork) -> bool:
@@ -218,7 +219,7 @@ class Alone:
     def _apply(self, task: Apply) -> None:
         if task.loss is not None:
             self.loss = task.loss
-        self._node.replica.apply(task.payloads, task.lrs)
+        self._node.replica.apply(task.payloads, task.lrs, task.step)
         self._applied(task)
 
     def _batch(self, round_: Round) -> tuple[Interval, ...]:

@@ -66,7 +66,7 @@ class Node:
             overlap,
             2,
             self.replica.layout,
-            self.replica.max_payload,
+            self.replica.payload_size,
             rates=rates or Rates(),
             tensors=self.replica.tensors,
         )
