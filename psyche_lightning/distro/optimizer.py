@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -117,6 +118,8 @@ class DisTrO(torch.optim.Optimizer):
         if self.config.float32_gradients:
             for parameter in self._parameters:
                 parameter.grad_dtype = torch.float32
+        self._on_cpu = all(device.type == "cpu" for device in self._devices)
+        self._bits: tuple[tuple[float, ...], tuple[int, ...]] = (), ()  # the newest rates, and their bits
         self.lr_bits()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -170,11 +173,16 @@ class DisTrO(torch.optim.Optimizer):
         Raises:
             ConfigError: a learning rate is negative or not finite.
         """
-        values = np.array([float(group["lr"]) for group in self.param_groups], np.float32)
+        rates = tuple(float(group["lr"]) for group in self.param_groups)
+        return self._bits[1] if self._bits[0] == rates else self._checked_bits(rates)
+
+    def _checked_bits(self, rates: tuple[float, ...]) -> tuple[int, ...]:
+        values = np.array(rates, np.float32)
         if not (np.isfinite(values) & (values >= 0)).all():
             raise ConfigError(f"the learning rates are {values.tolist()}; each must be finite and not negative")
         # -0.0 equals 0.0 but has other bits; adding 0 makes it 0.0.
-        return tuple((values + np.float32(0)).view(np.uint32).tolist())
+        self._bits = rates, tuple((values + np.float32(0)).view(np.uint32).tolist())
+        return self._bits[1]
 
     def check(self, payload: bytes, step: int | None = None) -> None:
         """Refuse a payload that :meth:`apply` would refuse for that step.
@@ -212,7 +220,7 @@ class DisTrO(torch.optim.Optimizer):
             None if parameter.grad is None else layout.folded(number, directions.get(number, parameter.grad))
             for number, parameter in enumerate(self._parameters)
         ]
-        votes = Votes.empty(layout.chunk_count, config.max_k)
+        votes: Votes | None = None
         shape = (2, min(self._limit(config.max_k), layout.chunk_count), config.chunk, config.chunk)
         work: torch.Tensor | None = None  # two batches of chunks, for the transform
         with full_precision(*self._devices):
@@ -228,14 +236,17 @@ class DisTrO(torch.optim.Optimizer):
                     add_to_each(ours, added, rate)
                 chosen, values = select(transform.forward(chunks, (half, whole)), k)
                 some = Votes.of(chosen.cpu().numpy().astype(np.int16), values.sign().cpu().numpy().astype(np.int8))
-                votes.positions[batch.start : batch.stop, :k] = some.positions
-                votes.signs[batch.start : batch.stop, :k] = some.signs
+                if len(batch) == layout.chunk_count and k == config.max_k:
+                    votes = some
+                else:
+                    votes = votes or Votes.empty(layout.chunk_count, config.max_k)
+                    votes.put(slice(batch.start, batch.stop), some)
                 if config.removal:
                     transform.subtract(chunks, chosen, values.mul_(config.removal))
                     if batch.padding:
                         clear_each(layout.padding(batch, chunks))
         self.nonce += 1
-        payload = codec.encode(votes)
+        payload = codec.encode(votes or Votes.empty(layout.chunk_count, config.max_k))
         self._sent.append(payload)
         return payload
 
@@ -367,7 +378,7 @@ class DisTrO(torch.optim.Optimizer):
         config = self.config
         chunk = 4 * (6 * config.area + 4 * votes * config.chunk)  # bytes of all buffers, rounded up
         roomy = max(1, self.budget // 2 // chunk)
-        if all(device.type == "cpu" for device in self._devices):
+        if self._on_cpu:
             return min(roomy, 64 * (64 // config.chunk) ** 2 * min(8, torch.get_num_threads()))
         return min(roomy, 8192)
 
@@ -656,12 +667,14 @@ def _check_weight_decay(value: Any) -> None:
 
 
 def _floats(bits: Sequence[int]) -> list[float]:
-    return cast(list[float], np.array(bits, np.uint32).view(np.float32).tolist())
+    return list(struct.unpack(f"{len(bits)}f", struct.pack(f"{len(bits)}I", *bits)))
 
 
 def values_of(scalars: list[torch.Tensor]) -> list[float]:
     """Bring scalars to the host, with one synchronization per device."""
     devices = {scalar.device for scalar in scalars}
+    if len(devices) == 1:
+        return cast(list[float], torch.stack(scalars).tolist())
     values: dict[int, float] = {}
     for device in devices:
         here = [number for number, scalar in enumerate(scalars) if scalar.device == device]

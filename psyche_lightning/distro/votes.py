@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from psyche_lightning.distro.config import STEPS_VERSION, WIRE_VERSION
 
+FEW = 1 << 15
+"""Up to so many coefficients, a CPU finds the largest ones at once as soon as by groups."""
+
 
 @dataclass(frozen=True, eq=False)
 class Votes:
@@ -79,6 +82,9 @@ def select(coefficients: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
         choice may depend on the machine. This does no harm, because nodes exchange the chosen votes.
     """
     flat = coefficients.flatten(1)
+    if flat.is_cpu and flat.numel() <= FEW:
+        positions = _largest(flat.abs(), k)
+        return positions, flat.gather(1, positions)
     chunks, area = flat.shape
     # Each of the k largest is in one of the k groups with the largest maxima.
     depth = 1 << ((area // k).bit_length() - 1) // 2

@@ -125,6 +125,7 @@ class RoundLoader:
         self._ahead = getattr(loader.dataset, "prefetch", None) if loader.num_workers == 0 else None
         self._plan: list[list[int]] = []
         self._inner: DataLoader[Any] | None = None
+        self._lasting: Iterator[Any] | None = None
 
     def __reduce__(self) -> tuple[Callable[[DataLoader[Any]], DataLoader[Any]], tuple[DataLoader[Any]]]:
         """A copy is the user's loader, since only one process can have this node's rounds."""
@@ -175,21 +176,30 @@ class RoundLoader:
             self._ahead(indices)
             if (upcoming := self._upcoming()) is not None:
                 self._ahead(self.order.indices(*upcoming))
-        if self._inner is None:
-            self._inner = self._build()
         sizes = [len(batch) for batch in self._plan]
         owners = [number for number, step in enumerate(steps) for _ in step]
-        return Share(work, sizes, _given(iter(self._inner), sizes, owners), owners)
+        return Share(work, sizes, _given(self._batches(), sizes, owners), owners)
+
+    def _batches(self) -> Iterator[Any]:
+        """The batches of the plan."""
+        if self._inner is None:
+            self._inner = self._build()
+        if self._loader.num_workers:
+            return iter(self._inner)
+        # An iterator costs as much as a small batch. One without workers asks for nothing in advance: it lasts.
+        if self._lasting is None:
+            self._lasting = iter(self._inner)
+        return itertools.islice(self._lasting, len(self._plan))
 
     def close(self) -> None:
         """Stop the worker processes."""
-        self._share, self._inner = None, None
+        self._share, self._inner, self._lasting = None, None, None
 
     def _build(self) -> DataLoader[Any]:
         user = self._loader
         return DataLoader(
             user.dataset,
-            batch_sampler=self._plan,
+            batch_sampler=self._plan if user.num_workers else _Queue(self._plan),
             num_workers=user.num_workers,
             collate_fn=user.collate_fn,
             pin_memory=user.pin_memory,
@@ -200,6 +210,17 @@ class RoundLoader:
             prefetch_factor=user.prefetch_factor,
             persistent_workers=user.num_workers > 0,  # otherwise each round restarts the workers
         )
+
+
+class _Queue:
+    """A batch sampler that takes batches out of a list, which may be filled again; never ask it for one too many."""
+
+    def __init__(self, plan: list[list[int]]) -> None:
+        self._plan = plan
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            yield self._plan.pop(0)
 
 
 def _parts(indices: list[int], count: int) -> list[list[int]]:
