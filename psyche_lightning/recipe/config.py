@@ -225,6 +225,7 @@ class TrainerSection:
         gradient_checkpointing: whether the backward pass computes activations again instead of keeping them.
         compile: whether ``torch.compile`` compiles the model.
         logger: one of Lightning's loggers, which gets the figures of ``metrics.jsonl``; null for none.
+        slowdown: how many times slower than it could this node computes, for demonstrations.
     """
 
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "32-true"
@@ -238,6 +239,7 @@ class TrainerSection:
     gradient_checkpointing: bool = False
     compile: bool = False
     logger: LoggerName | None = None
+    slowdown: Annotated[float, Range(1)] = 1.0
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ from psyche_lightning.train.module import CausalModule, ProviderDataset
 from psyche_lightning.train.objective import check_objective
 from psyche_lightning.train.packing import check_packing
 from psyche_lightning.train.saving import Checkpoints, begin, saved_dtype, say_changes
+from psyche_lightning.train.slowed import Slowed
 from psyche_lightning.train.stopping import Interrupt
 from psyche_lightning.train.tasks import load_tasks
 from psyche_lightning.train.validation import validation_samples
@@ -150,7 +151,7 @@ def _train(
         options = replace(options, total_steps=steps)
     elif terms is not None:
         steps = terms.config.total_steps
-    strategy = PsycheStrategy(**vars(options))
+    strategy, slowdown = PsycheStrategy(**vars(options)), recipe.trainer.slowdown
     diary = _Diary(recipe, provider, folder, strategy, steps)
     if tasks:
         diary.evals = Evals(tasks, recipe.evals.every, model, provider.tokenizer, diary.evaluated)
@@ -163,7 +164,7 @@ def _train(
         max_steps=steps if terms is None else -1,  # a run's steps are its coordinator's, also when its owner adds some
         max_epochs=-1,
         gradient_clip_val=recipe.optimizer.clip_grad_norm,
-        callbacks=[CoordinatorCallback(log_every=0), diary],
+        callbacks=[CoordinatorCallback(log_every=0), diary, *([Slowed(slowdown)] if slowdown > 1 else [])],
         logger=make_loggers(recipe.trainer.logger, folder, run, metrics_port),
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -6,10 +6,15 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from psyche_lightning.node.audit import audit
+from psyche_lightning.node.ledger import read_ledger
+from psyche_lightning.wire.identity import Identity
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -67,6 +72,25 @@ def test_a_killed_coordinator_goes_on_from_where_it_was(start_demo: Callable[...
     assert len(digests(figures)) == 1
     steps = [row["step"] for row in figures["history"]]
     assert steps == list(range(1, 31))
+
+
+@pytest.mark.parametrize("options", [[], ["overlap=false", *LOCAL]])
+def test_a_slow_node_gets_a_smaller_share(start_demo: Callable[..., Any], options: list[str]) -> None:
+    demo = start_demo("--nodes", "4", "--slow", "3:4", "--rounds", "16", "global_batch_size=28", *options)
+    figures = demo.finish()
+    assert len(figures["nodes"]) == 4
+    assert len(digests(figures)) == 1
+    folders = [demo.folder / f"node-{number}" for number in range(4)]
+    audited = audit(row for folder in folders for row in read_ledger(folder / "ledger.jsonl"))
+    assert audited.problems == []
+    assert (audited.rounds, audited.last_step) == (16, 16)
+    last = [line for line in audited.lines if line.step > 8]
+    trained = Counter({line.trainer: 0 for line in last})
+    for line in last:
+        trained[line.trainer] += line.stop - line.start
+    slow = Identity.load_or_create(folders[3] / "node.key").public
+    assert trained[slow] < min(many for trainer, many in trained.items() if trainer != slow)
+    assert figures["pace"]["part"] > 0
 
 
 def test_one_node_twice_gives_the_same_digest(start_demo: Callable[..., Any]) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from psyche_lightning.cli.demo.command import _finish, _stretched, _sum_up
+from psyche_lightning.cli.demo.command import _finish, _show_pace, _slowdowns, _stretched, _sum_up
 from psyche_lightning.cli.demo.processes import Child, Processes
-from psyche_lightning.cli.demo.report import Figures
+from psyche_lightning.cli.demo.report import Figures, note_paces
 from psyche_lightning.cli.demo.stage import ServerStage
 from psyche_lightning.cli.demo.view import View
-from psyche_lightning.errors import PsycheError
+from psyche_lightning.errors import ConfigError, PsycheError
 from psyche_lightning.recipe import load_recipe
 
 
@@ -81,6 +81,38 @@ def test_a_node_alone_is_compared_with_nobody() -> None:
     assert "2 of 2 nodes finished with equal parameters" in told(2)
     assert "times fewer bytes than an fp32 all-reduce" in told(2)
     assert "…" not in told(2)
+
+
+def test_the_pace_is_that_of_the_second_half() -> None:
+    row = {"clients": 2, "reports": 2, "batch_size": 10, "loss": 1.0}
+    times = [0.0, 9.0, 18.0, 20.0, 22.0, 24.0]  # of the last four rounds, two seconds each
+    speeds = [7.0, 7.0, 60.0, 60.0, 60.0, 60.0]
+    history = [
+        {**row, "step": step, "time": at, "tokens_per_second": speed}
+        for step, (at, speed) in enumerate(zip(times, speeds, strict=True), 1)
+    ]
+    history[3]["reports"] = 1  # then the sum of the speeds is not known
+    figures = Figures(1, 1e6, 5, 24.0, 2, [], history, seq_len=10)
+    for step, rate, share in ((1, 1.0, 0.5), (3, 40.0, 0.75), (5, 50.0, 0.8), (4, 45.0, 0.8)):
+        client = {"key": "a", "step": step, "tokens_per_second": rate, "share": share}
+        note_paces(figures.paces, {"clients": [client, {**client, "key": "b", "share": None}]})
+    assert figures.pace == {
+        "tokens_per_second": 50.0,
+        "summed_speeds": 60.0,
+        "part": round(50 / 60, 4),
+        "nodes": {"a": {"tokens_per_second": 45.0, "share": 0.8}},
+    }
+    text = io.StringIO()
+    _show_pace(Console(file=text, width=80), figures)
+    assert "50 tokens/s: 83% of the nodes' summed speeds" in text.getvalue()
+    assert Figures(1, 1e6, 5, 24.0, 2, [], [{"step": 4, "loss": 1.0}]).pace is None
+
+
+@pytest.mark.parametrize("given", ["3", "4:4", "-1:4", "3:0.5", "3:x", "x:4", "3:nan", "3:1e9"])
+def test_a_slow_node_is_named_by_number_and_factor(given: str) -> None:
+    assert _slowdowns(["0:2.5", "3:4"], 4) == {0: 2.5, 3: 4.0}
+    with pytest.raises(ConfigError, match=r"--slow .*: expected N:F, a node from 0 to 3 .* such as 3:4"):
+        _slowdowns([given], 4)
 
 
 def test_a_node_that_failed_is_no_success_but_one_that_was_killed_is_part_of_the_show(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from psyche_lightning.cli.console import stdout
 from psyche_lightning.cli.demo.processes import Child, Processes
-from psyche_lightning.cli.demo.report import Figures, plot, read_results, read_validation
+from psyche_lightning.cli.demo.report import Figures, Paces, note_paces, plot, read_results, read_validation
 from psyche_lightning.cli.demo.stage import Stage, find_stage
 from psyche_lightning.cli.demo.view import View, megabytes
 from psyche_lightning.errors import ConfigError, PsycheError, counted
@@ -48,6 +48,12 @@ def demo(
     transport: Annotated[
         str | None, typer.Option(help="The nodes' transport; by default the recipe's. `psyche plugins` lists them.")
     ] = None,
+    slow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N:F", help="Let node N, counted from 0, compute F times slower, such as 3:4; may be repeated."
+        ),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     keep: Annotated[
         Path, typer.Option("--keep", metavar="DIR", help="Folder for all files; an earlier demo's is replaced.")
@@ -60,8 +66,12 @@ def demo(
     stage = find_stage(coordinator)
     given = [*(overrides or []), f"init_min_clients={nodes}", "min_clients=1"]
     given += [f"node.transport={transport}"] if transport else []
+    if slow:  # so that what nodes wait for is each other alone; a value of the user's counts instead
+        given = ["overlap=true", *given]
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise ConfigError(f"the folder of --json {json_file} does not exist; create it first")
+
+    slowdowns = _slowdowns(slow or [], nodes)
 
     from psyche_lightning.recipe import load_recipe
     from psyche_lightning.recipe.estimate import estimate
@@ -83,6 +93,7 @@ def demo(
         )
     )
     console.print(f"logs, plot and checkpoint: {keep}/", highlight=False)
+    paces: Paces = {}
     with Processes() as processes:
         console.print(f"starting {stage.what} and {'the nodes' if nodes > 1 else 'the node'} ...", style="dim")
         folders = [keep / f"node-{number}" for number in range(nodes)]
@@ -94,14 +105,16 @@ def demo(
             folder.mkdir()
             # All hold the same parameters, so one node is enough to validate them.
             extra = [f"node.directory={folder}", *([] if number == 0 else ["trainer.validate_every=0"])]
+            extra += [f"trainer.slowdown={slowdowns[number]}"] if number in slowdowns else []
             arguments = ["train", *common, "--run", RUN, *extra]
             child = Child(f"node {number}", arguments, folder / "log.txt", stage.environment(number))
             children.append(processes.add(child))
         with View(console, all_reduce=all_reduce if nodes > 1 else None, rounds=steps) as view:
-            status = _watch(stage, children, view)
+            status = _watch(stage, children, view, paces)
         _finish(children)
         more = stage.finish(folders)
     figures = _figures(status, folders, size.trainable, all_reduce, steps)
+    figures.paces, figures.seq_len = paces, resolved.data.seq_len
     if len(figures.digests) != 1:
         ends = ", ".join(f"{node['id'][:8]} with {node['digest'][:16]}" for node in figures.nodes)
         raise PsycheError(f"the nodes ended with different parameters: {ends}; their logs are in {keep}")
@@ -111,6 +124,29 @@ def demo(
         json_file.write_text(json_text({**figures.as_json(), **more}, 1) + "\n")
     stage.show(console)
     _sum_up(console, figures, keep, unit)
+    if slowdowns:
+        _show_pace(console, figures)
+
+
+def _slowdowns(given: list[str], nodes: int) -> dict[int, float]:
+    """How many times slower nodes compute, by number.
+
+    Raises:
+        ConfigError: a text is not ``N:F``.
+    """
+    found: dict[int, float] = {}
+    for text in given:
+        number, _, factor = text.partition(":")
+        try:
+            found[int(number)] = float(factor)
+            if not (0 <= int(number) < nodes and 1 <= float(factor) < 1e3):
+                raise ValueError
+        except ValueError:
+            raise ConfigError(
+                f"--slow {text}: expected N:F, a node from 0 to {nodes - 1} and how many times slower it computes, "
+                f"from 1 to 1000, such as {nodes - 1}:4"
+            ) from None
+    return found
 
 
 def _stretched(recipe: Recipe, rounds: int) -> list[str]:
@@ -132,8 +168,8 @@ def _prepare(folder: Path) -> None:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another with --keep DIR") from error
 
 
-def _watch(stage: Stage, nodes: list[Child], view: View) -> dict[str, Any]:
-    """Show the run until it is finished; returns its last status.
+def _watch(stage: Stage, nodes: list[Child], view: View, paces: Paces) -> dict[str, Any]:
+    """Show the run until it is finished, and note how fast its nodes are; returns its last status.
 
     Raises:
         PsycheError: all nodes have ended before the run is finished.
@@ -142,6 +178,7 @@ def _watch(stage: Stage, nodes: list[Child], view: View) -> dict[str, Any]:
         status = stage.look(nodes)
         if status is not None:
             view.show(status)
+            note_paces(paces, status)
             if status["phase"] == "finished":
                 return status
         if all(node.code is not None for node in nodes):
@@ -219,3 +256,21 @@ def _sum_up(console: Console, figures: Figures, folder: Path, unit: str) -> None
     checkpoint = folder / "node-0" / "checkpoint"
     if checkpoint.exists():
         console.print(f'try: psyche generate {checkpoint} --prompt "{PROMPT}"', highlight=False)
+
+
+def _show_pace(console: Console, figures: Figures) -> None:
+    """Print how fast each node is, its share, and how much of the summed speeds the run used."""
+    pace = figures.pace
+    if pace is None:
+        console.print("the run was too short to say how fast its nodes are")
+        return
+    table = Table("node", box=None, pad_edge=False)
+    for name in ("tokens/s", "share"):
+        table.add_column(name, justify="right")
+    for key, node in pace["nodes"].items():
+        table.add_row(key, f"{node['tokens_per_second']:,.0f}", f"{node['share']:.1%}")
+    console.print(table)
+    text = (
+        f"{pace['tokens_per_second']:,.0f} tokens/s: {pace['part']:.0%} of the nodes' summed speeds, in the second half"
+    )
+    console.print(text, highlight=False)

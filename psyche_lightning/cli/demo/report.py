@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from psyche_lightning.errors import PsycheError, counted
+
+Paces = dict[str, dict[int, tuple[float, float]]]
+"""Of each node, by key and step: tokens per second while it trains, and its share of the round's samples."""
 
 
 @dataclass
@@ -24,6 +28,8 @@ class Figures:
         history: a row per round.
         validation: ``(step, loss)`` of each validation.
         events: the events that the coordinator reported.
+        paces: how fast each node was, step by step.
+        seq_len: tokens of a sample.
     """
 
     parameters: int
@@ -35,6 +41,8 @@ class Figures:
     history: list[dict[str, Any]]
     validation: list[tuple[int, float]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
+    paces: Paces = field(default_factory=dict)
+    seq_len: int = 1
 
     @property
     def busiest(self) -> float:
@@ -57,6 +65,37 @@ class Figures:
         """The nodes' parameter digests; a single one if they are equal."""
         return {node["digest"] for node in self.nodes}
 
+    @property
+    def pace(self) -> dict[str, Any] | None:
+        """How fast the run and its nodes were in the second half of its rounds; None if that is not known.
+
+        ``tokens_per_second`` of the run, ``summed_speeds`` of its nodes while they train, the ``part`` of these that it
+        used, and of each node its ``tokens_per_second`` and its ``share`` of the samples.
+        """
+        first = self.rounds // 2
+        needed = {"time", "batch_size", "clients", "reports", "tokens_per_second"}  # which a chain does not have
+        rows = [row for row in self.history if row["step"] > first and needed <= row.keys()]
+        full = [row for row in rows if row["reports"] == row["clients"] and row["tokens_per_second"] > 0]
+        seconds = rows[-1]["time"] - rows[0]["time"] if rows else 0.0
+        if seconds <= 0 or not full:
+            return None
+        own = sum(row["batch_size"] for row in rows[:-1]) * self.seq_len / seconds
+        # The mean over time: tokens by the seconds that all nodes together would take for them.
+        tokens = sum(row["batch_size"] for row in full)
+        summed = tokens / sum(row["batch_size"] / row["tokens_per_second"] for row in full)
+        nodes = {}
+        for key, seen in self.paces.items():
+            late = [each for step, each in seen.items() if step > first]
+            if late:
+                speed, share = (statistics.median(each[at] for each in late) for at in (0, 1))
+                nodes[key] = {"tokens_per_second": round(speed, 1), "share": round(share, 4)}
+        return {
+            "tokens_per_second": round(own, 1),
+            "summed_speeds": round(summed, 1),
+            "part": round(own / summed, 4),
+            "nodes": nodes,
+        }
+
     def as_json(self) -> dict[str, Any]:
         """The content of ``--json``."""
         losses = [row["loss"] for row in self.history if row["loss"] is not None]
@@ -68,12 +107,20 @@ class Figures:
             "loss": {"train": [losses[0], losses[-1]] if losses else [], "validation": _ends(validation)},
             "ratio_to_fp32_allreduce": round(self.ratio, 2),
             "equal_digests": len(self.digests) == 1,
+            "pace": self.pace,
             "nodes_started": self.started,
             "nodes": self.nodes,
             "validation": self.validation,
             "history": self.history,
             "events": self.events,
         }
+
+
+def note_paces(paces: Paces, status: dict[str, Any]) -> None:
+    """Note how fast the nodes are by the run's status."""
+    for node in status["clients"]:
+        if node.get("step") and node["tokens_per_second"] and node.get("share") is not None:
+            paces.setdefault(node["key"], {})[node["step"]] = node["tokens_per_second"], node["share"]
 
 
 def _ends(values: list[float]) -> list[float]:
