@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from psyche_lightning.coordinator.shares import weigh
 from psyche_lightning.doctor.connectivity import members
 from psyche_lightning.doctor.finding import Finding, Verdict, duration, size, speed
 from psyche_lightning.doctor.link import MeasuredLink
 from psyche_lightning.doctor.round_time import Conditions, Prediction, needed_rate, predict
 from psyche_lightning.doctor.speed import TrainingSpeed
 from psyche_lightning.errors import counted
+from psyche_lightning.protocol.assignment import divide
+from psyche_lightning.protocol.manifest import BY_SPEED
 from psyche_lightning.protocol.owner import ClockReading
 from psyche_lightning.recipe import Recipe
 from psyche_lightning.transports.environment import with_environment
@@ -50,8 +53,20 @@ class RunShape:
 
     @property
     def share(self) -> int:
-        """Samples of one node."""
+        """Samples of one node, where shares are equal."""
         return math.ceil(self.samples / self.nodes)
+
+    def shares(self, own: float, *, by_speed: bool) -> dict[str, int]:
+        """Samples of this node, whose key is empty here, and of those whose speed is known.
+
+        Args:
+            own: tokens a second of this node.
+            by_speed: whether shares follow speeds; they are predicted where those of all nodes are known.
+        """
+        speeds = {b"": own, **{key.encode(): rate for key, rate in self.rates.items()}}
+        weights = weigh(list(speeds), speeds, None) if by_speed and len(speeds) == self.nodes else ()
+        sizes = divide(self.samples, weights) if weights else [self.share] * len(speeds)
+        return dict(zip(["", *self.rates], sizes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -136,7 +151,8 @@ def conditions(
     write_seconds: float | None = None,
 ) -> Conditions:
     """The arguments of the formula; an unknown value counts as no delay."""
-    share = shape.share * recipe.data.seq_len
+    shares = shape.shares(recipe.data.seq_len / speed.sample_seconds, by_speed=recipe.run.shares == BY_SPEED)
+    slowest = (samples * recipe.data.seq_len / shape.rates[key] for key, samples in shares.items() if key)
     return Conditions(
         nodes=shape.nodes,
         samples=shape.samples,
@@ -151,9 +167,10 @@ def conditions(
         round_trip=network.round_trip or 0.0,
         coordinator_trip=network.coordinator_trip or 0.0,
         write_seconds=write_seconds or 0.0,
-        slowest_seconds=max((share / rate for rate in shape.rates.values()), default=0.0),
+        slowest_seconds=max(slowest, default=0.0),
         local_steps=recipe.distro.densest.local_steps,
         step_seconds=speed.step_seconds,
+        own_samples=shares[""],
     )
 
 

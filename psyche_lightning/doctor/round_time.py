@@ -5,7 +5,8 @@ o seconds each, but no more than it has samples. Payloads have P bytes. Upload a
 A round trip takes R seconds to peers and Q seconds to the coordinator. A small write is safely on disk after f seconds.
 Then::
 
-    compute  = c * ceil(S / n)                         of the slowest node, if others are known to be slower
+    compute  = c * ceil(S / n)                         of the slowest node, if others are known to be slower; where
+                                                       shares follow known speeds, of the node done last
     steps    = o * min(H, ceil(S / n))                 0 without local steps
     distro   = encode + apply                          of this node's update, and of all n
     upload   = w * ((n - 1) * P + messages) / U        each other node fetches this node's payload once
@@ -64,6 +65,7 @@ class Conditions:
         slowest_seconds: computing and encoding of the slowest peer in a round; 0 if nothing is known of peers.
         local_steps: steps of a node's own optimizer in a round; 0 without local steps.
         step_seconds: one of these steps, without its forward and backward.
+        own_samples: samples of this node in a round, where shares follow known speeds; None for equal shares.
     """
 
     nodes: int
@@ -82,11 +84,12 @@ class Conditions:
     slowest_seconds: float = 0.0
     local_steps: int = 0
     step_seconds: float = 0.0
+    own_samples: int | None = None
 
     @property
     def share(self) -> int:
-        """Samples of a node in a round."""
-        return math.ceil(self.samples / self.nodes)
+        """Samples of this node in a round."""
+        return math.ceil(self.samples / self.nodes) if self.own_samples is None else self.own_samples
 
     @property
     def own_parts(self) -> dict[str, float]:

@@ -479,12 +479,19 @@ def test_a_run_names_what_its_nodes_report() -> None:
     assert shape.rates == {keys[0].hex()[:8]: 100.0, keys[1].hex()[:8]: 400.0}
     net = prediction.Network(1e6, 1e6, 0.1, 0.1)
     speed = prediction.TrainingSpeed(0.01, 0.001, 0.001, 8, 3, "measured")
-    given = prediction.conditions(recipe, shape, net, speed, 5000)
+    given = prediction.conditions(load_recipe("demo", ["shares=equal"]), shape, net, speed, 5000)
     assert given.slowest_seconds == pytest.approx(10 * 128 / 100)
     found, rows_ = prediction.findings(given, net, speed, shape)
     assert found.limit == "slowest"
     assert keys[0].hex()[:8] in rows_[-1].value
     assert rows_[-1].verdict is Verdict.WARNING
+    # By speed, where this device does 12,800 tokens a second and nobody counts as more than 16 times slower.
+    given = prediction.conditions(recipe, replace(shape, samples=36), net, speed, 5000)
+    assert (given.share, given.slowest_seconds) == (32, pytest.approx(2 * 128 / 100))
+    similar = replace(shape, rates=dict.fromkeys(shape.rates, 12_000.0))
+    assert prediction.conditions(recipe, similar, net, speed, 5000).share == 10
+    unknown = replace(shape, nodes=4)
+    assert prediction.conditions(recipe, unknown, net, speed, 5000).share == 8
 
 
 @pytest.mark.parametrize(
