@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._compile import _disable_dynamo
 
 # torch has no public name for one kernel over many tensors, which is several times as quick as one for each. Its own
 # optimizers use these.
@@ -26,6 +27,12 @@ def multiply_each(ours: list[torch.Tensor], factor: float) -> None:
 def clear_each(ours: list[torch.Tensor]) -> None:
     """Zeros in each tensor, in place."""
     torch._foreach_zero_(ours)
+
+
+untraced = _disable_dynamo
+"""Keeps a function out of what ``torch.compile`` traces, and so out of fused kernels, which round otherwise.
+
+The public decorator imports the compiler at once; this one does when the function is called."""
 
 
 def norms_of_each(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:

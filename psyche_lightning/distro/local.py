@@ -13,7 +13,7 @@ import torch
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import STEPS_VERSION, DistroConfig
 from psyche_lightning.distro.delta import Delta
-from psyche_lightning.distro.internals import add_to_each, clear_each, subtract_from_each
+from psyche_lightning.distro.internals import add_to_each, clear_each, subtract_from_each, untraced
 from psyche_lightning.distro.magnitudes import UNIT, Sum, quantize
 from psyche_lightning.distro.optimizer import DisTrO, NonFiniteGradientError, values_of
 from psyche_lightning.distro.votes import Votes, select
@@ -106,6 +106,7 @@ class LocalSteps(DisTrO):
         """
         self._check_gradients()
 
+    @untraced
     @torch.no_grad()
     def encode(self, step: int | None = None) -> bytes:
         """Add the displacement of :meth:`working` to delta, and take the strongest entries out of it.
@@ -170,6 +171,7 @@ class LocalSteps(DisTrO):
                 )
         return [self.layout.folded(number, move) for number, move in enumerate(moves)]
 
+    @untraced
     @torch.no_grad()
     def apply(self, payloads: Sequence[bytes], lrs: Sequence[int], step: int | None = None) -> None:
         """Move the parameters by the agreed payloads: ``p -= scale / n * sum of votes``, n being those with votes.

@@ -25,6 +25,7 @@ from psyche_lightning.distro.internals import (
     norms_of_each,
     note_step,
     subtract_from_each,
+    untraced,
 )
 from psyche_lightning.distro.layout import Batch, Layout
 from psyche_lightning.distro.payload import PayloadCodec
@@ -192,6 +193,7 @@ class DisTrO(torch.optim.Optimizer):
         """
         self._codec(step).check(payload)
 
+    @untraced
     @torch.no_grad()
     def encode(self, step: int | None = None) -> bytes:
         """Add the gradients to delta, and compress delta.
@@ -250,6 +252,7 @@ class DisTrO(torch.optim.Optimizer):
         self._sent.append(payload)
         return payload
 
+    @untraced
     @torch.no_grad()
     def apply(self, payloads: Sequence[bytes], lrs: Sequence[int], step: int | None = None) -> None:
         """Move the parameters by the agreed payloads: ``p *= 1 - lr * weight_decay``, then ``p -= lr * sign``.

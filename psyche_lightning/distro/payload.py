@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psyche_lightning.distro import codec
-from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
+from psyche_lightning.distro.config import STEPS_VERSION, WIRE_VERSION, DistroConfig
 from psyche_lightning.distro.layout import Layout
 from psyche_lightning.distro.votes import Votes
 from psyche_lightning.errors import ConfigError, PayloadError
@@ -53,6 +53,12 @@ class PayloadCodec:
         self._written: tuple[tuple[bytes, Votes], ...] = ()
         self._read: dict[bytes, Votes] = {}
         self.size = sum(codec.payload_size(len(chunks), part, version) for part, chunks in self._parts)
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the votes of the last two payloads that were written, which are kept if all have the same k."""
+        per_chunk = 3 * self.config.max_k + (self._version == STEPS_VERSION)
+        return 2 * per_chunk * self._layout.chunk_count if len(self._parts) == 1 else 0
 
     @cached_property
     def _parts(self) -> list[tuple[DistroConfig, NDArray[np.int64]]]:

@@ -148,11 +148,14 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
     if recipe.evals.tasks:
         memory["copy for evaluations"] = trained
     layout = Layout(named, recipe.distro.chunk)
+    codec = PayloadCodec(layout, recipe.distro.densest, recipe.distro.version)
+    if codec.kept:
+        memory["votes of its last two payloads"] = codec.kept
     return Estimate(
         parameters=sum(parameter.numel() for _, parameter in named),
         trainable=count,
         memory=memory,
-        payload=PayloadCodec(layout, recipe.distro.densest, recipe.distro.version).size,
+        payload=codec.size,
         steps=max(1, recipe.distro.densest.local_steps),
         samples=recipe.run.global_batch_size_end,
     )

@@ -2,12 +2,14 @@
 
 import io
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from psyche_lightning.distro import STEPS_VERSION, DistroConfig, LocalSteps, NonFiniteGradientError, decode
+from psyche_lightning.distro import STEPS_VERSION, DistroConfig, LocalSteps, NonFiniteGradientError, decode, local
+from psyche_lightning.distro.magnitudes import Sum
 from psyche_lightning.errors import ConfigError, PayloadError, PsycheError
 
 CONFIG = DistroConfig(chunk=16, k=8, decay=0.9)
@@ -28,8 +30,10 @@ class Model(torch.nn.Module):
 
     def loss(self, seed, rows=32):
         tokens = torch.randint(0, 50, (rows,), generator=torch.Generator().manual_seed(seed)).to(self.scale.device)
-        logits = self.head(torch.relu(self.inner(self.table(tokens)))) * self.scale
-        return torch.nn.functional.cross_entropy(logits.float(), (tokens * 7 + 3) % 50)
+        return torch.nn.functional.cross_entropy(self(tokens).float(), (tokens * 7 + 3) % 50)
+
+    def forward(self, tokens):
+        return self.head(torch.relu(self.inner(self.table(tokens)))) * self.scale
 
 
 class Node:
@@ -130,6 +134,38 @@ def test_nodes_stay_identical_in_any_order_and_with_any_threads_and_budget(dtype
             node.apply(payloads[node.number :] + payloads[: node.number])
         assert len({node.bytes for node in nodes}) == 1
         assert nodes[0].bytes != before
+
+
+def test_nodes_stay_identical_when_one_compiles_its_model():
+    compiled, eager = Node(0), Node(1)
+    compiled.model.compile(backend="aot_eager")
+    for turn in range(3):
+        payloads = [node.encode(turn) for node in (compiled, eager)]
+        for node in (compiled, eager):
+            node.apply(payloads)
+        assert compiled.bytes == eager.bytes
+
+
+def test_whoever_compiles_what_calls_the_optimizer_gets_the_same_bytes():
+    nodes = [Node(number) for number in range(2)]
+    compiled = torch.compile(nodes[1].apply, backend="aot_eager")
+    for turn in range(2):
+        payloads = [node.encode(turn) for node in nodes]
+        nodes[0].apply(payloads)
+        compiled(payloads)
+        assert nodes[0].bytes == nodes[1].bytes
+
+
+def test_sums_of_floats_and_of_integers_move_the_parameters_alike(monkeypatch):
+    nodes = [Node(number) for number in range(3)]
+    for turn in range(3):
+        payloads = [node.encode(turn) for node in nodes]
+        for node in nodes:
+            with monkeypatch.context() as patch:
+                if node.number:
+                    patch.setattr(local, "Sum", partial(Sum, dtype=torch.int64))
+                node.apply(payloads)
+        assert len({node.bytes for node in nodes}) == 1
 
 
 def test_training_learns_and_a_larger_scale_goes_further():

@@ -118,6 +118,19 @@ def test_nodes_with_different_gradients_stay_identical(dtype, device):
         assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
+def test_whoever_compiles_a_step_gets_the_same_bytes():
+    ended = []
+    for compiled in (False, True):
+        model = Model()
+        optimizer = DisTrO(model.named_parameters(), 0.01, config=CONFIG)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for seed in range(2):
+            backward(model, optimizer, seed)
+            step()
+        ended.append(bytes_of(model))
+    assert ended[0] == ended[1]
+
+
 def test_training_alone_learns():
     model = Model()
     optimizer = DisTrO(model.named_parameters(), 2e-3, config=CONFIG)

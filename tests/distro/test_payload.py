@@ -160,6 +160,21 @@ def test_own_votes_are_those_that_others_read():
 
 
 @pytest.mark.parametrize("config", [CONFIG, DistroConfig(chunk=8, k=3)])
+@pytest.mark.parametrize("kind", [DisTrO, LocalSteps])
+def test_what_is_kept_of_written_payloads_is_counted(kind, config):
+    optimizer = kind(dict(named()).items(), lr=0.1, config=config)
+    for _ in range(3):
+        if kind is LocalSteps:
+            with optimizer.working():
+                pass
+        optimizer.encode()
+    codec = optimizer._codec(None)
+    kept = sum(votes.nbytes for _, votes in codec._written)
+    assert codec.kept == kept
+    assert (kept > 0) == (not config.k_for)
+
+
+@pytest.mark.parametrize("config", [CONFIG, DistroConfig(chunk=8, k=3)])
 def test_a_checked_payload_is_not_read_again(config, monkeypatch):
     peers = [DisTrO(dict(named(seed)).items(), lr=0.1, config=config) for seed in range(3)]
     payloads = [peer.encode() for peer in peers]

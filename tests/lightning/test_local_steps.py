@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import logging
 import math
@@ -118,6 +120,43 @@ def test_a_resumed_trainer_goes_on_to_the_bit(classifier: Make, loader: Make, tr
     resumed = make(5, "resumed")
     resumed.fit(classifier(), loader(shuffle=True), ckpt_path=tmp_path / "whole" / "step=2.ckpt")
     assert next(callback for callback in resumed.callbacks if isinstance(callback, Watch)).seen == seen[2:]
+
+
+@pytest.mark.parametrize("step", [8, 9], ids=["between", "last"])
+def test_a_trainer_that_ends_inside_a_round_goes_on_to_the_bit(
+    classifier: Make, loader: Make, trainer: Make, tmp_path: Path, step: int
+) -> None:
+    class Breaks(Callback):
+        def __init__(self) -> None:
+            self.made = 0
+
+        def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+            self.made += 1
+            if self.made == step:
+                raise RuntimeError("in the middle of the third round")
+
+    def fit(module: LightningModule, *callbacks: Callback, resumed: bool = False) -> list[bytes]:
+        saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        watch = Watch()
+        made = trainer(
+            strategy=PsycheStrategy(**OPTIONS),
+            max_steps=4,
+            callbacks=[saving, watch, *callbacks],
+            enable_checkpointing=True,
+        )
+        ends = pytest.raises(RuntimeError, match="in the middle") if callbacks else contextlib.nullcontext()
+        with ends:
+            made.fit(module, loader(shuffle=True), ckpt_path=tmp_path / "step=2.ckpt" if resumed else None)
+        return watch.seen
+
+    module = classifier()
+    broken = copy.deepcopy(module)
+    whole = fit(module)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    assert fit(broken, Breaks()) == whole[:2]
+    assert bytes_of(broken) == whole[1], "of the round that ended nothing remains"
+    assert fit(classifier(), resumed=True) == whole[2:]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
