@@ -20,6 +20,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import cache
+from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ from psyche_lightning.distro.votes import Votes
 from psyche_lightning.errors import PayloadError
 
 _HEADER = struct.Struct(">BBHI")
+FEW = 4
+"""Chunks that are sooner written without numpy."""
 _BATCH_BITS = 1 << 21  # bits of a batch; working memory is a few bytes for each
 
 
@@ -73,6 +76,25 @@ class _Code:
         parts = np.unpackbits(fields.view(np.uint8).reshape(-1)).reshape(-1, 16)[:, 15 - shape.low :]
         bits[:, shape.word :] = parts.reshape(count, -1)
         return bits
+
+    def written_singly(self, positions: NDArray[np.int16], signs: NDArray[np.int8]) -> bytes:
+        """What :meth:`write` gives, packed: one vote after the other, which is quicker for :data:`FEW` chunks."""
+        low, group, each = self.plan.low, self.plan.group, self.k * (self.plan.low + 1)
+        chunks = list(zip(positions.tolist(), signs.tolist(), strict=True))
+        stream = 0
+        for first in range(0, len(chunks), group):
+            word = fields = 0
+            for place, (chosen, votes) in enumerate(chunks[first : first + group]):
+                own = 0
+                if votes[0]:
+                    ranks = (comb((at >> low) + bool(low) * n, n + 1) for n, at in enumerate(chosen))
+                    word += (1 + sum(ranks)) * self.places[place]
+                    for at, sign in zip(chosen, votes, strict=True):
+                        own = own << low + 1 | (at & (1 << low) - 1) << 1 | (sign < 0)
+                fields |= own << (group - 1 - place) * each
+            stream = (stream << self.plan.word | word) << group * each | fields
+        size = self.groups(len(chunks)) * self.bits
+        return (stream << -size % 8).to_bytes((size + 7) // 8, "big")
 
     def read(self, bits: NDArray[np.uint8], first: int, groups: int) -> tuple[NDArray[np.int16], NDArray[np.int8]]:
         """Undo :meth:`write`, for the same ``groups`` groups of several payloads, one payload after the other.
@@ -142,9 +164,12 @@ def encode(votes: Votes, config: DistroConfig) -> bytes:
     version = WIRE_VERSION if votes.exponents is None else STEPS_VERSION
     parts = [_HEADER.pack(version, config.chunk.bit_length() - 1, k, chunks)]
     step = code.batch * code.plan.group
-    for start in range(0, chunks, step):
-        bits = code.write(votes.positions[start : start + step], votes.signs[start : start + step])
-        parts.append(np.packbits(bits).tobytes())
+    if chunks <= FEW:
+        parts.append(code.written_singly(votes.positions, votes.signs))
+    else:
+        for start in range(0, chunks, step):
+            bits = code.write(votes.positions[start : start + step], votes.signs[start : start + step])
+            parts.append(np.packbits(bits).tobytes())
     if votes.exponents is not None:
         parts.append(magnitudes.write(votes.signs, votes.exponents))
     return b"".join(parts)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psyche_lightning.distro import DistroConfig, Votes, decode, encode, payload_size
+from psyche_lightning.distro import DistroConfig, Votes, codec, decode, encode, payload_size
 from psyche_lightning.distro.sets import Plan, Ranks, plan, to_limbs
 from psyche_lightning.errors import PayloadError
 
@@ -104,6 +104,17 @@ def test_votes_round_trip(case):
     again = decode(payload, chunks, config)
     assert same(again, votes)
     assert encode(again, config) == payload
+
+
+@settings(max_examples=150)
+@given(cases())
+def test_few_chunks_are_written_singly_to_the_same_bytes(case):
+    config, _, votes = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec, "FEW", 0)
+        together = encode(votes, config)
+        patch.setattr(codec, "FEW", len(votes.signs))
+        assert encode(votes, config) == together
 
 
 def test_extreme_positions_round_trip():
