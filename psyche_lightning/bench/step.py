@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from psyche_lightning.bench.quality.training import CONTEXT, build_model
 from psyche_lightning.lightning import PsycheStrategy
 
-WARM_UP = 20
-"""Steps before the clock starts, in whole rounds."""
+WARM_UP = 60
+"""Steps before the clock starts, in whole rounds: until Trainer has logged for the first time, which imports."""
 STRATEGIES = ("default", "psyche")
 SAMPLES = 4
 """Windows of :data:`~psyche_lightning.bench.quality.training.CONTEXT` tokens in a batch of the language model."""
