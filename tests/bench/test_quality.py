@@ -43,6 +43,14 @@ def test_every_method_learns_and_counts_its_bytes(text: str) -> None:
         assert outcome.sent < 12 * PARAMETERS / 10
 
 
+@pytest.mark.parametrize("text", ["distro:k=32,overlap=true", "local:h=1,k=64"])
+def test_a_schedule_sends_the_bytes_of_its_parts(text: str) -> None:
+    def sent(more: str = "") -> float:
+        return train(Training(Task(nodes=2, steps=3, batch=1), method(text + more), 4e-3, 0)).sent
+
+    assert sent(",then=4,since=2") == (sent() + 2 * sent(",k=4")) / 3
+
+
 def test_equal_trainings_have_equal_outcomes() -> None:
     training = Training(TASK, Votes(muon=True), 2e-3, 1)
     assert train(training).loss == train(training).loss
@@ -67,6 +75,9 @@ def test_a_newcomer_has_nothing_of_the_node_whose_place_it_takes() -> None:
 def test_methods_are_typed_as_they_are_written() -> None:
     for text in (*DEFAULT, *LONG):
         assert method(str(method(text))) == method(text)
+    scheduled = "distro:k=96,chunk=64,decay=0.95,muon=false,overlap=false,then=6,since=24"
+    assert str(method(scheduled)) == scheduled
+    assert method(scheduled).setting == "k=96 and 6 from round 24 on, 64x64"
     assert str(Votes(k=8, muon=True)) == "distro:k=8,chunk=64,decay=0.95,muon=true,overlap=false"
 
 
@@ -79,6 +90,8 @@ def test_methods_are_typed_as_they_are_written() -> None:
         ("distro:muon=yes", "muon is 'yes'; choose true or false"),
         ("allreduce:inner=sgd", "inner is 'sgd'; choose adamw or muon"),
         ("demo:k=5000", r"distro\.k is 5000"),
+        ("distro:then=6", "then and since belong together"),
+        ("local:then=500,since=3", r"distro\.schedule\.0\.k is 500"),
         ("local:join_every=-1", "join_every is -1; choose a whole number, 0 for never"),
         ("diloco:h=0", "h is 0; choose a whole number from 1 on"),
     ],

@@ -7,6 +7,7 @@ its own optimizer state.
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ Batches = Sequence[Sequence[torch.Tensor]]
 Round = Callable[[Batches, Sequence[float]], float]
 """Trains the model with the batches and learning rates of a round's steps; returns the bytes that a node sends."""
 Inner = Literal["adamw", "muon"]
+SCHEDULED = ("then", "since")
+"""The fields of a schedule of k, which most methods do without."""
 TITLES = {"adamw": "AdamW", "muon": "Muon"}
 
 
@@ -55,7 +58,8 @@ class Method(ABC):
         """Length of a round, and what is sent of each chunk, for people."""
         own = vars(self)
         rounds = [f"H={own['h']}"] if "h" in own else []
-        density = [f"k={own['k']}", f"{own['chunk']}x{own['chunk']}"] if "k" in own else []
+        later = f" and {own['then']} from round {own['since']} on" if own.get("then") else ""
+        density = [f"k={own['k']}{later}", f"{own['chunk']}x{own['chunk']}"] if "k" in own else []
         return ", ".join(rounds + density)
 
     @abstractmethod
@@ -63,7 +67,8 @@ class Method(ABC):
         """Prepare to train a model."""
 
     def __str__(self) -> str:
-        values = [f"{key}={str(value).lower()}" for key, value in asdict(self).items()]
+        given = [(key, value) for key, value in asdict(self).items() if value or key not in SCHEDULED]
+        values = [f"{key}={str(value).lower()}" for key, value in given]
         return f"{self.name}:{','.join(values)}"
 
 
@@ -197,6 +202,8 @@ class Votes(Method):
         decay: see :class:`~psyche_lightning.distro.DistroConfig`.
         muon: whether gradients of hidden matrices go through Muon first.
         overlap: whether results are applied one round later.
+        then: another k, from the round ``since`` on; 0 for none.
+        since: the first round with it, from 1.
     """
 
     k: int = 12
@@ -204,6 +211,8 @@ class Votes(Method):
     decay: float = 0.95
     muon: bool = False
     overlap: bool = False
+    then: int = 0
+    since: int = 0
     name = "distro"
     title = "DisTrO"
 
@@ -218,25 +227,26 @@ class Votes(Method):
         named: dict[bool, list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in model.named_parameters():
             named.setdefault(hidden.get(name, False), []).append((name, parameter))
-        config = DistroConfig(self.chunk, self.k, self.decay)
+        config, steps = _compression(self), itertools.count(1)
         optimizers = [
             DisTrO([{"params": group, "muon": muon} for muon, group in named.items()], 0.0, config=config)
             for _ in range(nodes)
         ]
-        waiting: deque[list[bytes]] = deque()
+        waiting: deque[tuple[list[bytes], int]] = deque()
 
         def train(batches: Batches, rates: Sequence[float]) -> float:
             for batch, rate in zip(batches, rates, strict=True):
-                payloads = []
+                payloads, step = [], next(steps)
                 for optimizer, tokens in zip(optimizers, batch, strict=True):
                     _set_rate(optimizer, rate)
                     optimizer.zero_grad()
                     torch.autograd.backward(_loss(model, tokens))
-                    payloads.append(optimizer.encode())
-                waiting.append(payloads)
+                    payloads.append(optimizer.encode(step))
+                waiting.append((payloads, step))
                 if len(waiting) > self.overlap:
-                    optimizers[0].apply(waiting.popleft(), optimizers[0].lr_bits())
-            return optimizers[0].max_payload
+                    agreed, its = waiting.popleft()
+                    optimizers[0].apply(agreed, optimizers[0].lr_bits(), its)
+            return optimizers[0].payload_size(step)
 
         return train
 
@@ -254,6 +264,8 @@ class Local(Method):
         inner: the optimizer of a node's steps.
         join_every: steps after which a newcomer takes a node's place, each node's in turn: its optimizer has no state
             and its error feedback is empty. 0 for never.
+        then: another k, from the round ``since`` on; 0 for none.
+        since: the first round with it, from 1.
     """
 
     h: int = 8
@@ -263,6 +275,8 @@ class Local(Method):
     scale: float = 2.0
     inner: Inner = "muon"
     join_every: int = 0
+    then: int = 0
+    since: int = 0
     name = "local"
     title = "local steps of {inner}"
 
@@ -273,7 +287,7 @@ class Local(Method):
 
     def begin(self, model: torch.nn.Module, nodes: int) -> Round:
         """Each node has its own optimizer, and its own error feedback, on the one model."""
-        config = DistroConfig(self.chunk, self.k, self.decay)
+        config, rounds = _compression(self), itertools.count(1)
 
         def newcomer() -> tuple[LocalSteps, torch.optim.Optimizer]:
             return LocalSteps(model.named_parameters(), 0.0, config, self.scale), _optimizer(self.inner, model)
@@ -287,15 +301,15 @@ class Local(Method):
                 members[joined % nodes] = newcomer()
                 joined += 1
             done += len(batches)
-            payloads = []
+            payloads, round_ = [], next(rounds)
             for node, (sharing, optimizer) in enumerate(members):
                 with sharing.working():
                     for batch, rate in zip(batches, rates, strict=True):
                         _step(optimizer, model, batch[node], rate)
-                payloads.append(sharing.encode())
+                payloads.append(sharing.encode(round_))
             one, _ = members[0]
-            one.apply(payloads, one.lr_bits())
-            return one.max_payload
+            one.apply(payloads, one.lr_bits(), round_)
+            return one.payload_size(round_)
 
         return train
 
@@ -337,13 +351,23 @@ def method(text: str) -> Method:
             raise ConfigError(f"--method {text!r} has the unknown field {key!r}; {name!r} has {', '.join(known)}.")
         values[key] = _value(types[key], value, f"--method {text!r}: {key}")
     found = kind(**values)
-    if isinstance(found, (DeMo, Votes, Local)):
+    if isinstance(found, DeMo):
         DistroConfig(found.chunk, found.k, found.decay)  # checks the values
+    if isinstance(found, (Votes, Local)):
+        if (found.then > 0) != (found.since > 0):
+            raise ConfigError(f"--method {text!r}: then and since belong together, such as k=96,then=6,since=24.")
+        _compression(found)
     if found.steps < 1:
         raise ConfigError(f"--method {text!r}: h is {found.steps}; choose a whole number from 1 on.")
     if isinstance(found, Local) and found.join_every < 0:
         raise ConfigError(f"--method {text!r}: join_every is {found.join_every}; choose a whole number, 0 for never.")
     return found
+
+
+def _compression(chosen: Votes | Local) -> DistroConfig:
+    """What a method's fields say of k and chunks."""
+    later = [{"from_step": chosen.since, "k": chosen.then}] if chosen.then else []
+    return DistroConfig(chosen.chunk, chosen.k, chosen.decay, schedule=later)
 
 
 def _value(kind: Any, text: str, what: str) -> Any:
