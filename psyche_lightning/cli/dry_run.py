@@ -36,6 +36,8 @@ def print_dry_run(recipe: Recipe) -> None:
     console.print(_learning_rates(recipe))
     console.print(_size(recipe, size))
     console.print(_traffic(recipe, size))
+    if len(size.stages) > 1:
+        console.print(_stages(recipe, size))
 
 
 def _keys(recipe: Recipe) -> Table:
@@ -92,6 +94,21 @@ def _traffic(recipe: Recipe, size: Estimate) -> Table:
     if size.steps > 1:
         table.caption += f" With local steps, there is an all-reduce for each that a node makes: {size.steps}, or fewer"
         table.caption += " if its share has fewer samples."
+    return table
+
+
+def _stages(recipe: Recipe, size: Estimate) -> Table:
+    table = Table("From step", "k", "Steps of a round", "Payload", "Rounds", title="Schedule of k")
+    for column in table.columns:
+        column.justify = "right"
+    for stage in size.stages:
+        numbers = (stage.first, stage.k, stage.steps, stage.payload, stage.rounds)
+        table.add_row(*(f"{number:,}" for number in numbers))
+    mean = size.published / recipe.run.total_steps
+    table.caption = (
+        f"Over {recipe.run.total_steps:,} rounds a node publishes {size_text(size.published)}, {mean:,.0f} bytes a "
+        "round in the mean. The table above counts the largest payload."
+    )
     return table
 
 

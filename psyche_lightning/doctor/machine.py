@@ -274,4 +274,7 @@ def model_size(estimate: Estimate) -> Finding:
     value = f"{count(estimate.parameters)} parameters"
     if estimate.trainable != estimate.parameters:
         value += f", {count(estimate.trainable)} of them trained"
-    return Finding(RECIPE, "model", f"{value}; a payload of {size(estimate.payload)} a round")
+    value += f"; a payload of {size(estimate.payload)} a round"
+    if len(estimate.stages) > 1:
+        value += f" where its schedule has the largest k, {size(estimate.published)} in the whole run"
+    return Finding(RECIPE, "model", value)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from psyche_lightning.checkpoints.folder import local_model
 from psyche_lightning.plugins import load_plugins
@@ -21,6 +21,24 @@ if TYPE_CHECKING:
 FLOAT32 = 4
 
 
+class Stage(NamedTuple):
+    """A part of a run with one k and one number of steps in a round; the first begins with step 1.
+
+    Attributes:
+        first: its first step of the run.
+        k: votes of each chunk.
+        steps: steps of an optimizer in a round.
+        payload: bytes that one node publishes in a round.
+        rounds: how many there are.
+    """
+
+    first: int
+    k: int
+    steps: int
+    payload: int
+    rounds: int
+
+
 @dataclass(frozen=True)
 class Estimate:
     """The size of a run, in bytes unless stated otherwise.
@@ -32,6 +50,7 @@ class Estimate:
         payload: bytes that one node publishes in a round: with a schedule, in those with the largest k.
         steps: steps of an optimizer in a round, each of which an all-reduce would send gradients for.
         samples: samples of a round, of which each step of a node needs one.
+        stages: those of the schedule; one without a schedule.
     """
 
     parameters: int
@@ -40,6 +59,12 @@ class Estimate:
     payload: int
     steps: int = 1
     samples: int = 1
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def published(self) -> int:
+        """Bytes of the payloads that one node publishes in the whole run."""
+        return sum(stage.payload * stage.rounds for stage in self.stages)
 
     def bytes_per_round(self, nodes: int) -> int:
         """Payload bytes that a node sends, and as many that it receives, if each fetches from each."""
@@ -147,15 +172,22 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
             memory["where local steps led, in float32"] = FLOAT32 * low
     if recipe.evals.tasks:
         memory["copy for evaluations"] = trained
-    layout = Layout(named, recipe.distro.chunk)
-    codec = PayloadCodec(layout, recipe.distro.densest, recipe.distro.version)
-    if codec.kept:
-        memory["votes of its last two payloads"] = codec.kept
+    layout, distro = Layout(named, recipe.distro.chunk), recipe.distro
+    codecs = [PayloadCodec(layout, stage, stage.version) for _, stage in distro.stages]
+    parts = zip(distro.stages, codecs, distro.rounds(recipe.run.total_steps), strict=True)
+    stages = [
+        Stage(first, stage.k, max(1, stage.local_steps), codec.size, rounds) for (first, stage), codec, rounds in parts
+    ]
+    densest = max(stages, key=lambda stage: stage.k)
+    kept = max(codec.kept for codec in codecs)
+    if kept:
+        memory["votes of its last two payloads"] = kept
     return Estimate(
         parameters=sum(parameter.numel() for _, parameter in named),
         trainable=count,
         memory=memory,
-        payload=codec.size,
-        steps=max(1, recipe.distro.densest.local_steps),
+        payload=densest.payload,
+        steps=densest.steps,
         samples=recipe.run.global_batch_size_end,
+        stages=tuple(stages),
     )

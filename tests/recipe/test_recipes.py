@@ -122,6 +122,22 @@ def test_bytes_per_round() -> None:
     assert size.allreduce_bytes_per_round(4) == 48
 
 
+def test_a_schedule_counts_each_payload_as_often_as_it_is_sent() -> None:
+    later = "distro.schedule=[{from_step: 0, k: 32}, {from_step: 21, k: 4}]"
+    size = estimate(load_recipe("demo", [later, "total_steps=100"], twin=True))
+    payloads = [estimate(load_recipe("demo", [f"k={k}"], twin=True)).payload for k in (32, 4)]
+    assert [(stage.first, stage.k, stage.steps, stage.payload, stage.rounds) for stage in size.stages] == [
+        (1, 32, 1, payloads[0], 20),
+        (21, 4, 1, payloads[1], 80),
+    ]
+    assert size.payload == payloads[0]
+    assert size.published == 20 * payloads[0] + 80 * payloads[1]
+    assert [stage.rounds for stage in estimate(load_recipe("demo", [later, "total_steps=7"], twin=True)).stages] == [
+        7,
+        0,
+    ]
+
+
 def test_muon_s_momentum_needs_memory() -> None:
     chosen = load_recipe(
         "demo", ["optimizer.name=muon", "optimizer.muon_for={'*.o_proj.*': true, '*': false}"], twin=True
