@@ -141,6 +141,32 @@ def test_canonical_magnitudes_for_any_values():
         assert same(read(encode(votes, config), 5000, config), votes)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 31, 49, 50])
+def test_zeros_that_are_chosen_add_less_than_the_others_take_away(count):
+    """Fewer entries of a chunk than k are not zero: what is left is smaller than what there was, so it dies out."""
+    generator, k = torch.Generator().manual_seed(count), 50
+    values = torch.zeros(2000, k)
+    sizes = 1 + torch.randn(2000, count, generator=generator).abs()
+    values[:, :count] = sizes * 10.0 ** (7 * torch.rand(2000, 1, generator=generator) - 6)
+    _, _, sent = quantize(values)
+    before, after = values.double().square().sum(dim=1), (values - sent).double().square().sum(dim=1)
+    gained = k * values.double().abs().mean(dim=1) ** 2
+    assert (after <= before - 0.8 * gained).all()
+
+
+def test_what_zeros_say_is_taken_back_and_never_grows():
+    """Also where values are below the least that can be said: then each entry is off by no more than that."""
+    for size in (1e-3, 1e-7, 2.0**-28, 2.0**-40):
+        left = torch.zeros(1, 50)
+        left[0, :3] = size
+        most = float(left.norm())
+        for _ in range(400):
+            left -= quantize(left)[2]
+            assert float(left.abs().max()) <= max(size, 2.0**-28)
+            assert float(left.norm()) <= max(most, 50**0.5 * 2.0**-28)
+        assert float(left.abs().max()) <= 2.0**-28
+
+
 def added(votes, chunks, area, dtype, device="cpu"):
     out = torch.zeros(chunks, area, dtype=dtype, device=device)
     return Sum(votes, torch.device(device), dtype).sums(0, chunks, out), out

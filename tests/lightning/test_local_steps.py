@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import MixedPrecision as FabricPrecision
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from support.fit import Fit, StopAt
 
 from psyche_lightning import PsycheStrategy
@@ -276,6 +278,14 @@ def test_what_cannot_make_local_steps_is_refused(classifier: Make, loader: Make,
 
     with pytest.raises(ConfigError, match=r"LBFGS .*AdamW or MuonAdamW"):
         trainer(strategy=PsycheStrategy(**OPTIONS), max_steps=1).fit(Searching(), loader())
+    scaled = r'"16-mixed" scales gradients .*set local_steps to 0'
+    half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))  # on a CPU, Trainer has it as a plugin only
+    with pytest.raises(ConfigError, match=scaled):
+        trainer(strategy=PsycheStrategy(**OPTIONS), max_steps=1, plugins=[half]).fit(classifier(), loader())
+    own = FabricPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    fabric, module = Fabric(strategy=PsycheFabricStrategy(**OPTIONS), accelerator="cpu", plugins=[own]), classifier()
+    with pytest.raises(ConfigError, match=scaled):
+        fabric.setup(module.net, torch.optim.AdamW(module.net.parameters(), lr=0.01))
     for option, value in (("lookahead", True), ("removal", 0.5), ("float32_gradients", True)):
         with pytest.raises(ConfigError, match=f"distro.{option} is {value}, but local steps"):
             PsycheStrategy(**{**OPTIONS, option: value})
