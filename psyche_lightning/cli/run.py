@@ -459,13 +459,13 @@ def _picture(found: dict[str, Any]) -> RenderableType:
         parts.append(Text(f"at step {named['step']}: {means}"))
     table = Table("node", "status", "address", "step", "loss", "tokens/s", "share", "bytes up", "bytes down")
     for node in (*found["clients"], *found["pending"], *found["exited"]):
-        loss, rate = node["loss"], node["tokens_per_second"]
+        loss, rate, share = node["loss"], node["tokens_per_second"], node.get("share")  # a chain's has no share
         table.add_row(
             *(plain(node[name]) for name in ("key", "status", "address")),
             str(node["step"] or ""),
             "" if loss is None else f"{loss:.4f}",
             "" if rate is None else f"{rate:,.0f}",
-            "" if node.get("share") is None else f"{node['share']:.0%}",
+            f"{share:.0%}" if type(share) is float else "",
             *("" if node[name] is None else f"{node[name]:,}" for name in ("bytes_up", "bytes_down")),
         )
     if table.row_count:

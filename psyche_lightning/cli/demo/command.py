@@ -66,8 +66,6 @@ def demo(
     stage = find_stage(coordinator)
     given = [*(overrides or []), f"init_min_clients={nodes}", "min_clients=1"]
     given += [f"node.transport={transport}"] if transport else []
-    if slow:  # so that what nodes wait for is each other alone; a value of the user's counts instead
-        given = ["overlap=true", *given]
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise ConfigError(f"the folder of --json {json_file} does not exist; create it first")
 
@@ -76,6 +74,8 @@ def demo(
     from psyche_lightning.recipe import load_recipe
     from psyche_lightning.recipe.estimate import estimate
 
+    if slowdowns:  # so that nodes wait for each other's computing alone; the user's values count instead
+        given = ["run.overlap=true", "trainer.validate_every=0", *given]
     resolved = load_recipe(recipe, given, twin=twin)
     if rounds:
         given = [*_stretched(resolved, rounds), *given, f"total_steps={rounds}"]

@@ -119,7 +119,7 @@ class Figures:
 def note_paces(paces: Paces, status: dict[str, Any]) -> None:
     """Note how fast the nodes are by the run's status."""
     for node in status["clients"]:
-        if node.get("step") and node["tokens_per_second"] and node.get("share") is not None:
+        if node.get("step") and node["tokens_per_second"] and type(node.get("share")) is float:
             paces.setdefault(node["key"], {})[node["step"]] = node["tokens_per_second"], node["share"]
 
 
