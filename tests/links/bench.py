@@ -1,4 +1,6 @@
-"""Tokens per second over home links: this project with and without overlap, and torch DDP, on the same shaped network.
+"""Tokens per second over home links: this project with local steps, with and without overlap, and torch DDP.
+
+All of them train on the same shaped network:
 
     python tests/links/bench.py --json links.json --png docs/images/links.png
 
@@ -35,12 +37,12 @@ from psyche_lightning.recipe import load_recipe
 HERE = Path(__file__).parent
 PORT = 8080
 SKIPPED = 3
-"""First steps that do not count: connections, and the pipeline's start."""
+"""First rounds that do not count: connections, and the pipeline's start."""
 TURN = 1
-"""Steps that do not count after the limits were switched: one began before."""
+"""Rounds that do not count after the limits were switched: one began before."""
 CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 LEFT_OUT = 2
-"""Last steps that do not count: the last one's time has the run's end in it."""
+"""Last rounds that do not count: the last one's time has the run's end in it."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class Outcome:
     Attributes:
         name: of the method.
         tokens_per_second: of all nodes together, over the limited links, in the time that this machine had.
-        step_seconds: mean time of a step, by the clock.
+        step_seconds: mean time of an optimizer step, by the clock.
         stolen: share of the time in which other guests of the host had this machine's cores.
         computing: share of the time in which a node did not wait for others, 0 to 1; mean of the nodes.
-        bytes_up: bytes on a node's link per step, headers and repetitions included.
+        bytes_up: bytes on a node's link per optimizer step, headers and repetitions included.
         unshaped: tokens per second of the same processes while the relay limited nothing; None: not measured.
         shares: tokens per second of each limited block, as a share of that of the unlimited ones before and after it.
         own_shares: the same without stolen time.
@@ -120,12 +122,14 @@ def train_psyche(name: str, links: list[Link], recipe: str, blocks: int, steps: 
         links: of the nodes.
         recipe: what they train.
         blocks: blocks of steps over the limited links; one more is measured without limits.
-        steps: steps in a block.
+        steps: optimizer steps in a block; with local steps, of as many rounds as have so many.
         overrides: of the recipe.
     """
-    resolved = load_recipe(recipe)
+    resolved = load_recipe(recipe, overrides)
+    each = max(1, resolved.distro.local_steps)
+    rounds = math.ceil(steps / each)
     away = Link(None, links[0].delay, links[0].loss)
-    starts = [SKIPPED + number * (steps + TURN) + TURN for number in range(2 * blocks + 1)]
+    starts = [SKIPPED + number * (rounds + TURN) + TURN for number in range(2 * blocks + 1)]
     with tempfile.TemporaryDirectory() as scratch, network([*links, away]) as net, Processes() as processes:
         net.shape(False)
         folder, nodes, far = Path(scratch), net.machines[:-1], net.machines[-1]
@@ -141,7 +145,7 @@ def train_psyche(name: str, links: list[Link], recipe: str, blocks: int, steps: 
             str(folder / "coordinator"),
         ]
         url = processes.add(Child("coordinator", serve, log, inside=far.inside)).url()
-        given = [f"total_steps={starts[-1] + steps + LEFT_OUT}", f"init_min_clients={len(nodes)}", *overrides]
+        given = [f"total_steps={starts[-1] + rounds + LEFT_OUT}", f"init_min_clients={len(nodes)}", *overrides]
         own = ["--coordinator", url, "--token-file", str(folder / "coordinator" / "owner.token")]
         create = Child("run", ["run", "create", "links", recipe, "--open", *given, *own], log, inside=far.inside)
         if processes.add(create).process.wait():
@@ -155,17 +159,17 @@ def train_psyche(name: str, links: list[Link], recipe: str, blocks: int, steps: 
         measured = []
         for number, first in enumerate(starts):
             net.shape(number % 2 == 1)
-            measured.append(_measure(folders, nodes, processes, first, steps))
+            measured.append(_measure(folders, nodes, processes, first, rounds))
     free, limited = measured[::2], measured[1::2]
-    tokens = resolved.run.global_batch_size_start * resolved.data.seq_len * steps
+    tokens = resolved.run.global_batch_size_start * resolved.data.seq_len * rounds
     own, seconds = sum(one.own for one in limited), sum(one.seconds for one in limited)
     return Outcome(
         name,
         tokens * blocks / own,
-        seconds / blocks / steps,
+        seconds / blocks / rounds / each,
         1 - own / seconds,
         1 - sum(one.waited for one in limited) / seconds,
-        sum(one.sent for one in limited) / blocks / steps,
+        sum(one.sent for one in limited) / blocks / rounds / each,
         tokens * len(free) / sum(one.own for one in free),
         _shares([one.seconds for one in measured]),
         _shares([one.own for one in measured]),
@@ -183,11 +187,11 @@ def _stolen() -> float:
     return int(Path("/proc/stat").read_text().split()[8]) / os.sysconf("SC_CLK_TCK") / (os.cpu_count() or 1)
 
 
-def _measure(folders: list[Path], nodes: list[Machine], processes: Processes, first: int, steps: int) -> Block:
-    """Wait for the end of a block that begins when the step ``first`` is done."""
+def _measure(folders: list[Path], nodes: list[Machine], processes: Processes, first: int, rounds: int) -> Block:
+    """Wait for the end of a block that begins when the round ``first`` is done."""
     sent, rows, stolen = [], [], []
-    for step in (first, first + steps):
-        wait_for(f"step {step}", processes, partial(_reached, folders, step), 1800)
+    for step in (first, first + rounds):
+        wait_for(f"round {step}", processes, partial(_reached, folders, step), 1800)
         sent.append(_sent(nodes))
         stolen.append(_stolen())
         rows.append([next(row for row in rows_of(own) if row["step"] == step) for own in folders])
@@ -259,6 +263,7 @@ def main() -> None:
     parser.add_argument("--recipe", default=str(HERE / "hundred.yaml"))
     parser.add_argument("--steps", type=int, default=3, help="in a block")
     parser.add_argument("--blocks", type=int, default=5, help="over limited links; one more without limits")
+    parser.add_argument("--local-steps", type=int, default=8, help="in a round of that method; 0 leaves it out")
     parser.add_argument("--ddp-limit", type=float, default=600.0, help="seconds for DDP's step; 0 leaves DDP out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
@@ -267,9 +272,14 @@ def main() -> None:
     links = [Link(given.mbit * 1e6, given.round_trip / 2, given.loss)] * given.nodes
     console = Console()
     outcomes: list[Outcome] = []
-    for name, overlap in (("psyche, overlap", True), ("psyche, no overlap", False)):
+    methods = {"psyche, overlap": ["run.overlap=true"], "psyche, no overlap": ["run.overlap=false"]}
+    if given.local_steps:
+        batch = load_recipe(given.recipe).run.global_batch_size_start * given.local_steps
+        local = [f"distro.local_steps={given.local_steps}", "distro.chunk=32", "distro.k=50", "distro.scale=2"]
+        local += [f"global_batch_size_start={batch}", f"global_batch_size_end={batch}", "run.overlap=true"]
+        methods[f"psyche, overlap, {given.local_steps} local steps"] = local
+    for name, overrides in methods.items():
         console.print(f"[dim]{name} ...[/]")
-        overrides = [f"run.overlap={str(overlap).lower()}"]
         outcomes.append(train_psyche(name, links, given.recipe, given.blocks, given.steps, overrides))
     if given.ddp_limit:
         console.print("[dim]DDP ...[/]")
