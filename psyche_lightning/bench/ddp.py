@@ -115,7 +115,7 @@ def compare(task: Task, repeats: int, tell: Callable[[str], None] = lambda what:
         PsycheError: a process failed; with the end of its output.
     """
     ddp, psyche, waited = [], [], []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         for number in range(2 * repeats + 1):
             folder = Path(scratch) / str(number)
             folder.mkdir()
