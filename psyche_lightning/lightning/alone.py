@@ -76,6 +76,7 @@ class Alone:
         loss: training loss of the newest applied round; None before the first.
         spare: other work, which gets a small share of the time, as this node never waits.
         transfer: None: there is nobody to download from.
+        waited: 0: there is nobody to wait for.
     """
 
     def __init__(self, node: AloneParts, *, applied: Callable[[Apply], None] = lambda task: None) -> None:
@@ -83,6 +84,7 @@ class Alone:
         self.loss: float | None = None
         self.spare = SpareTime()
         self.transfer = None
+        self.waited = 0.0
         self._node = node
         self._applied = applied
         self._signer = node.identity.public

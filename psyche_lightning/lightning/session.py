@@ -6,8 +6,7 @@ import contextlib
 import logging
 import math
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +75,6 @@ class Session:
         traffic: counts sent and received bytes.
         identity: the node's public key.
         signer: the key by which the coordinator knows this node.
-        waited: seconds that this node has waited for others.
         payload_bytes: computed bytes of the payloads to peers so far: one payload to each peer in each round.
         loss: mean loss of the last round that this node trained.
         samples: number of samples of this node in that round.
@@ -101,7 +99,6 @@ class Session:
         stops: Callable[[], bool] = lambda: False,
     ) -> None:
         self.entry = entry
-        self.waited = 0.0
         self.payload_bytes = 0
         self.loss = math.nan
         self.samples = 0
@@ -234,6 +231,11 @@ class Session:
         return self._participant.loss
 
     @property
+    def waited(self) -> float:
+        """Seconds that this node has waited for others; not those in which it applied their results."""
+        return self._participant.waited
+
+    @property
     def transfer(self) -> Transfer | None:
         """The download of parameters in progress; None if there is none."""
         return self._participant.transfer
@@ -269,8 +271,7 @@ class Session:
                     self.work.epoch,
                 )
                 self._send_nothing(self.work, still=True)
-            with self._waiting():
-                self._next = self._participant.next_round()
+            self._next = self._participant.next_round()
             self._over = self.finished is not None
             if self._next is None and not self._over:
                 self._stopped()
@@ -385,8 +386,7 @@ class Session:
         state = self.state
         if state is not None and work.step >= state.config.total_steps:
             return self.peek() is not None or self._over  # waits until the run is over and all results are applied
-        with self._waiting():
-            applied = self._participant.wait_applied(work)
+        applied = self._participant.wait_applied(work)
         if not applied:
             self._stopped()
         return applied
@@ -432,14 +432,6 @@ class Session:
             return None
         start = current.data_index + current.batch_size
         return start, start + current.batch_size
-
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.waited += time.monotonic() - began
 
     def observe(self, step: int, due: Callable[[int], bool]) -> None:
         """Before a step: have its figures computed if it is due, for :meth:`step_figures` and the coordinator.

@@ -99,6 +99,7 @@ class Participant:
         node: as given.
         loss: training loss of the newest applied round, the same on every node; None before the first.
         spare: other work for the training thread's waits; it has none at first.
+        waited: seconds in which the training thread had nothing else to do than that, as it waited for others.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Participant:
         self._stops = stops
         self._applied = applied
         self.spare = SpareTime()
+        self.waited = 0.0
         self._inbox: queue.SimpleQueue[tuple[float, TrainerTask]] = queue.SimpleQueue()
         self._last = ""  # the kind of the task before, which tells what the next wait is for
         self._next: RoundWork | None = None
@@ -327,7 +329,7 @@ class Participant:
                 break
             except queue.Empty:
                 if self._stops():
-                    self._runtime.wait.resume(time.monotonic())
+                    self._rested(began)
                     return None
                 waited = time.monotonic() - began
                 if waited > self._patience:
@@ -335,7 +337,7 @@ class Participant:
                         f"nothing happened in run {self.node.run_id!r} for {waited:.0f} s: {self.waiting()}. "
                         "Start the missing nodes, or raise the node's patience."
                     ) from None
-        self._runtime.wait.resume(time.monotonic())
+        self._rested(began)
         self.spare.resume(arrived)
         self._last = type(task).__name__
         match task:
@@ -355,3 +357,8 @@ class Participant:
                     self._applied(task)
                 self._handle(done)
         return task
+
+    def _rested(self, began: float) -> None:
+        now = time.monotonic()
+        self._runtime.wait.resume(now)
+        self.waited += now - began

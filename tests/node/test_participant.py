@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import ManifestMismatchError, PsycheError, StoreError, UnfinishedError
 from psyche_lightning.node import events as ev
-from psyche_lightning.node import runtime
+from psyche_lightning.node import participant, runtime
 from psyche_lightning.node.events import StartOver
 from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import (
@@ -73,6 +74,23 @@ def test_with_overlap_the_coordinator_goes_on_while_a_round_is_computed(make_run
     run.go(*nodes)
     assert all(node.steps == list(range(1, 13)) for node in nodes)
     assert len({node.bytes for node in nodes}) == 1
+
+
+def test_to_apply_results_is_no_wait(make_run: Any, make_trainee: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = [0.0]
+    monkeypatch.setattr(participant, "time", SimpleNamespace(monotonic=lambda: passed[0]))
+    run = make_run(1, 6)
+    node = make_trainee(0, run)
+    apply = node.participant.node.replica.apply
+
+    def long(*given: Any) -> None:
+        passed[0] += 1000.0
+        apply(*given)
+
+    monkeypatch.setattr(node.participant.node.replica, "apply", long)
+    run.go(node)
+    assert passed[0] == 6 * 1000.0
+    assert node.participant.waited == 0.0
 
 
 def test_the_same_seed_gives_the_same_parameters(make_run: Any, make_trainee: Any) -> None:
