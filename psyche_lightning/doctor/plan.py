@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
 
+from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.doctor.finding import duration
 from psyche_lightning.doctor.prediction import Network, RunShape, conditions
 from psyche_lightning.doctor.round_time import WIRE, Conditions, Prediction, predict
@@ -78,20 +79,24 @@ class Setting:
         """Whether its loss was measured to be near that of an all-reduce."""
         return self.loss is not None and self.loss <= ALL_REDUCE_LOSS + NEAR
 
+    def distro(self, recipe: Recipe) -> DistroConfig:
+        """The section ``distro``; what a setting says nothing about has its default."""
+        return DistroConfig(
+            chunk=self.chunk,
+            k=self.k,
+            decay=self.decay,
+            float32_gradients=recipe.distro.float32_gradients and not self.local_steps,
+            local_steps=self.local_steps,
+            scale=self.scale,
+        )
+
     def values(self, recipe: Recipe) -> dict[str, Any]:
         """The values of the recipe's keys for this setting."""
+        distro = self.distro(recipe)
         return {
             "optimizer.name": self.optimizer,
             "optimizer.muon_for": dict(recipe.optimizer.muon_for) if self.optimizer == "muon" else {},
-            "distro.chunk": self.chunk,
-            "distro.k": self.k,
-            "distro.k_for": {},
-            "distro.decay": self.decay,
-            "distro.local_steps": self.local_steps,
-            "distro.scale": self.scale,
-            "distro.removal": 1.0,
-            "distro.lookahead": False,
-            "distro.float32_gradients": recipe.distro.float32_gradients and not self.local_steps,
+            **{f"distro.{item.name}": getattr(distro, item.name) for item in fields(distro)},
             "run.overlap": self.overlap,
         }
 
@@ -115,12 +120,13 @@ SETTINGS = (
 
 
 def own_setting(recipe: Recipe) -> Setting:
-    """The recipe's own."""
-    distro, name = recipe.distro, recipe.optimizer.name
+    """The recipe's own; of a schedule, that with the largest k."""
+    distro, name = recipe.distro.densest, recipe.optimizer.name
     found = Setting(name, distro.k, distro.chunk, distro.decay, distro.local_steps, recipe.run.overlap)
     found = replace(found, scale=distro.scale)
-    plain = not distro.k_for and not distro.lookahead and distro.removal == 1
-    same = [one for one in SETTINGS if plain and replace(one, loss=None, rate=None) == found]
+    same = [
+        one for one in SETTINGS if replace(one, loss=None, rate=None) == found and one.distro(recipe) == recipe.distro
+    ]
     return same[0] if same else found
 
 
@@ -135,7 +141,7 @@ def batch(recipe: Recipe, nodes: int, steps: int) -> dict[str, int]:
     Returns:
         The values of the recipe's keys.
     """
-    run, before = recipe.run, max(1, recipe.distro.local_steps)
+    run, before = recipe.run, max(1, recipe.distro.densest.local_steps)
     share = max(math.ceil(run.global_batch_size_end / before / nodes), recipe.trainer.micro_batch_size)
     end = nodes * steps * share
     start = max(nodes * steps, round(run.global_batch_size_start * end / run.global_batch_size_end))
@@ -289,7 +295,7 @@ def lasting(chosen: Option) -> dict[str, Any]:
 def unmeasured(chosen: Option, base: Recipe) -> Iterator[str]:
     """What the proposal rests on that nobody measured, in sentences."""
     yield "The loss of this model: measured were small ones only, and no run as long as this."
-    before = base.run.global_batch_size_end / max(1, base.distro.local_steps)
+    before = base.run.global_batch_size_end / max(1, base.distro.densest.local_steps)
     now = chosen.given.samples / chosen.setting.steps
     if now != before:
         yield f"What {now:,.0f} samples a step do to the loss, in place of the recipe's {before:,.0f}."

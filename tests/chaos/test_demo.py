@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 
+from psyche_lightning.doctor.prediction import Network, RunShape, conditions
+from psyche_lightning.doctor.speed import TrainingSpeed
 from psyche_lightning.node.audit import audit
 from psyche_lightning.node.ledger import read_ledger
+from psyche_lightning.recipe import load_recipe
+from psyche_lightning.recipe.estimate import estimate
 from psyche_lightning.wire.identity import Identity
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -38,6 +42,20 @@ def test_three_nodes_end_with_equal_parameters_and_the_figures_are_there(start_d
 
 
 LOCAL = ["local_steps=2", "scale=2", "k=50", "decay=0.95", "optimizer.name=muon"]
+
+
+@pytest.mark.parametrize("options", [[], LOCAL], ids=["votes", "local steps"])
+def test_nodes_send_what_the_doctor_and_the_plan_predict(start_demo: Callable[..., Any], options: list[str]) -> None:
+    figures = start_demo("--rounds", "20", *options).finish()
+    recipe = load_recipe("demo", options, twin=True)
+    size = estimate(recipe)
+    speed, network = TrainingSpeed(1.0, 0.0, 0.0, 1, 1, ""), Network(None, None, None, None)
+    given = conditions(recipe, RunShape(3, 4, {}), network, speed, size.payload)
+    assert {node["payload_bytes_computed"] for node in figures["nodes"]} == {size.bytes_per_round(3)}
+    node = max(figures["nodes"], key=lambda one: one["payload_bytes_up"])  # on a busy machine one may join late
+    rounds = node["payload_bytes_up"] / size.bytes_per_round(3)
+    assert 10 <= rounds <= 22
+    assert node["socket_bytes_up"] == pytest.approx(rounds * given.traffic, rel=0.15)
 
 
 @pytest.mark.parametrize(("seed", "options"), [(1, ["overlap=false"]), (2, ["overlap=true"]), (3, LOCAL)])

@@ -167,12 +167,13 @@ def test_every_recipe_accepts_every_setting(name: str) -> None:
 def test_a_recipe_with_everything_else_set_accepts_them_as_well() -> None:
     odd = [
         "distro.k_for={'*embed*': 2}", "lookahead=true", "removal=0.5", "float32_gradients=true", "optimizer.name=muon",
-        "optimizer.muon_for={'*router*': false}", "scale=1.0",
+        "optimizer.muon_for={'*router*': false}", "scale=1.0", "distro.schedule=[{from_step: 5, k: 2}]",
     ]  # fmt: skip
     base = load_recipe("demo", odd)
     for setting in plan.SETTINGS:
         made = load_recipe("demo", [*odd, *plan.overrides(base, setting.values(base))])
         assert plan.own_setting(made) == setting
+        assert not made.distro.schedule
         assert made.distro.float32_gradients == (not setting.local_steps)
         assert bool(made.optimizer.muon_for) == (setting.optimizer == "muon")
     assert plan.own_setting(base).loss is None
