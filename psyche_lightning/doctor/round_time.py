@@ -160,6 +160,7 @@ def predict(given: Conditions) -> Prediction:
 def needed_rate(given: Conditions) -> float:
     """Bytes a second, each way, at which the transfer takes as long as computing.
 
-    With overlap this rate makes the transfer free; without overlap it halves the speed.
+    With overlap this rate makes the transfer free; without overlap it halves the speed. A node too slow for a share
+    counts as if it had a sample.
     """
-    return WIRE * given.traffic / sum(given.own_parts.values())
+    return WIRE * given.traffic / (sum(given.own_parts.values()) or given.sample_seconds)

@@ -167,6 +167,7 @@ def test_the_needed_rate_is_where_transfer_takes_as_long_as_computing() -> None:
     rate = needed_rate(LAN)
     found = predict(replace(LAN, upload=rate, download=rate))
     assert found.parts["upload"] == pytest.approx(found.parts["compute"])
+    assert needed_rate(replace(LAN, own_samples=0)) == pytest.approx(8 * rate), "no share, as it is too slow for one"
 
 
 def test_numbers_for_people() -> None:
