@@ -17,6 +17,8 @@ from psyche_lightning.protocol.state import MOST_WEIGHT, Round
 
 MEASURED = 2
 """Measurements after which a speed is known; a node's first round also loads and compiles."""
+EARLY = 0.5
+"""A first measurement counts at once if it is below this part of the median: so slow is no first round of others."""
 KEPT = 5
 """The newest measurements of a member; their median is its speed, of two of them the higher one."""
 MEMBERS = 1024
@@ -46,6 +48,7 @@ class Speeds:
 
     def __init__(self) -> None:
         self.known: dict[bytes, float] = {}
+        self._first: dict[bytes, float] = {}
         self._rates: dict[bytes, deque[float]] = {}
         self._steps: dict[bytes, int] = {}
 
@@ -60,13 +63,20 @@ class Speeds:
         self._set(signer, step, rates)  # the newest last
         while len(self._rates) > MEMBERS:
             oldest = next(iter(self._rates))
-            for each in (self._rates, self._steps, self.known):
+            for each in (self._rates, self._steps, self.known, self._first):
                 each.pop(oldest, None)
 
     def _set(self, signer: bytes, step: int, rates: deque[float]) -> None:
         self._rates[signer], self._steps[signer] = rates, step
-        if len(rates) >= MEASURED:
-            self.known[signer] = statistics.median_high(rates)
+        speed = statistics.median_high(rates)
+        if len(rates) >= MEASURED or signer in self.known:
+            self.known[signer] = speed
+            self._first.pop(signer, None)
+        else:
+            self._first[signer] = speed
+        every = {**self.known, **self._first}
+        if self._first and min(self._first.values()) < EARLY * statistics.median_low(every.values()):
+            self.known, self._first = every, {}
 
     def missed(self, signer: bytes) -> None:
         """A client's result is not in a decided round: it counts as no faster than the median until it shows more."""

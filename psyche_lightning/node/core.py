@@ -46,6 +46,8 @@ STALE = ("InvalidWitness", "DuplicateWitness", "InvalidHealthCheck", "InvalidRun
 """Refusals of a request that arrives after the run moved on."""
 CLAIM_AFTER = 10.0
 """Seconds of waiting for an epoch after which a newcomer looks whether it holds the run's parameters."""
+SETTLING = 8
+"""Rounds of an epoch in which a late result is a sign of life, as shares do not follow the members' speeds yet."""
 OLDER_FOR = 20.0
 """Seconds after which an older state is not just late: the coordinator was restored from a copy."""
 FINAL_LOADS = 3
@@ -369,7 +371,7 @@ class NodeCore:
         return about if about and about.round.step else None
 
     def _check_health(self, state: RunState, log: EpochLog, current: Round) -> None:
-        """Name the clients without an agreed result in the last rounds."""
+        """Name the clients without an agreed result in the last rounds; in an epoch's first ones, without any."""
         height, back = current.height, self.settings.delay - 1
         if state.phase is not Phase.ROUND_TRAIN or height < MISSED_ROUNDS:
             return
@@ -379,6 +381,8 @@ class NodeCore:
             if about is None or agreed is None or not agreed.entries:
                 return  # where nothing was agreed, no single client is to blame
             heard = {entry.trainer for entry in agreed.entries}
+            if height < SETTLING:
+                heard |= {entry.trainer for entry in about.entries.values()}
             absent = {about.round.clients[index] for index in about.batches if index not in heard}
             silent = absent if silent is None else silent & absent
         healthy = {client.signer for client in state.healthy}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -82,6 +83,20 @@ def test_a_speed_is_the_median_of_the_newest_measurements() -> None:
     assert measured(2.0, 10.0).known == {b"a": 10.0}  # the first round also loads and compiles
     assert measured(10.0, 11.0, 1.0, 12.0, 10.5).known == {b"a": 10.5}
     assert measured(*[10.0] * 5, *[5.0] * 3).known == {b"a": 5.0}
+
+
+def test_a_first_measurement_counts_if_it_is_very_slow() -> None:
+    speeds = Speeds()
+    for client in CLIENTS[:3]:
+        speeds.measured(client, 1, 100.0)
+    assert speeds.known == {}
+    speeds.measured(CLIENTS[3], 1, 51.0)
+    assert weigh(CLIENTS, speeds.known, None) == ()
+    speeds = Speeds()
+    for client in CLIENTS:
+        speeds.measured(client, 1, MIXED[client])
+    assert weigh(CLIENTS, speeds.known, None) == WEIGHED.weights
+    assert Speeds.load(json.loads(json.dumps(speeds.dump()))).known == speeds.known
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])

@@ -635,6 +635,12 @@ def test_who_was_heard_since_is_not_named(rounds: list[set[int]]) -> None:
     assert not of(scene.obey(scene.see(), but=(HealthCheck,)), HealthCheck)
 
 
+def test_in_an_epoch_s_first_rounds_a_late_result_is_a_sign_of_life() -> None:
+    scene = silent({2}, {2}, {2})
+    scene.obey(scene.hear(scene.result(2, 1)), but=(HealthCheck,))  # of a round that was decided without it
+    assert not of(scene.obey(scene.see(), but=(HealthCheck,)) + scene.tick(60.0), HealthCheck)
+
+
 def test_who_left_already_is_not_named() -> None:
     scene = silent({2}, {2}, {2})
     scene.ask(2, Withdraw())
