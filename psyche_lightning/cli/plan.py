@@ -228,8 +228,8 @@ def _plan(ask: _Ask, seconds: float, progress: Callable[[str, float], None]) -> 
         return made
     number = options.index(chosen)
     if not chosen.setting.overlap and ask.nodes > 1:
-        twin = replace(chosen.setting, overlap=True, loss=None, rate=None)
-        if twin not in [replace(one.setting, loss=None, rate=None) for one in options]:
+        twin = replace(chosen.setting.unmeasured, overlap=True)
+        if twin not in [one.setting.unmeasured for one in options]:
             options.insert(number + 1, predicted(twin, ask.load([*made.differing(), "run.overlap=true"]), number))
     made.lasting = plan.overrides(chosen.recipe, plan.lasting(chosen))
     ask.load(made.proposed())  # the recipe accepts them
@@ -334,8 +334,8 @@ class _Plan:
         console.print()
         note = (
             "•: the recipe as it is. fewer: times fewer bytes than an all-reduce at each step. busy: share of the time "
-            "in which a node computes. sent: bytes of a node in all. loss: nats a byte in `psyche bench quality` "
-            f"({plan.CONDITIONS}), where AdamW with an all-reduce had {plan.ALL_REDUCE_LOSS}; - was not measured."
+            "in which a node computes. sent: bytes of a node in all. gap: nats a byte above AdamW with an "
+            f"all-reduce, as measured by `psyche bench quality` ({plan.CONDITIONS}); - was not measured."
         )
         say("", note, "dim")
         for reason in self.left_out:
@@ -351,7 +351,8 @@ class _Plan:
         say(
             "why",
             f"The most tokens/s of the settings whose measured loss is at most {plan.NEAR} above that of AdamW with an "
-            f"all-reduce; of those within {1 - plan.ALIKE:.0%} of it, the lowest loss ({setting.loss}).",
+            f"all-reduce; of those within {1 - plan.ALIKE:.0%} of it, the lowest ({setting.gap:+.3f} after "
+            f"{setting.trained:,} steps).",
         )
         total = f"{count(chosen.tokens)} tokens in {chosen.rounds:,} rounds"
         say("gives", f"{tokens_text(chosen.prediction.tokens_per_second)} of {counted(ask.nodes, 'node')}, {total}")
@@ -375,8 +376,8 @@ class _Plan:
         more = faster.prediction.tokens_per_second / chosen.prediction.tokens_per_second
         if more > FASTER:
             above = "was not measured"
-            if faster.setting.loss is not None:
-                above = f"was {faster.setting.loss - plan.ALL_REDUCE_LOSS:.3f} above that of the all-reduce"
+            if faster.setting.gap is not None:
+                above = f"was {faster.setting.gap:.3f} above that of the all-reduce"
             name = f"{faster.setting.form}, {faster.setting.density}"
             say("faster", f"{name}: {more:.3g} times the tokens/s, but its loss {above}")
         for number, text in enumerate(plan.unmeasured(chosen, self.base)):
@@ -389,7 +390,7 @@ class _Plan:
         table.add_column("")
         table.add_column("", no_wrap=True)
         table.add_column("k", no_wrap=True)
-        for name in ("fewer", "busy", "tokens/s", "tokens", "sent", "loss"):
+        for name in ("fewer", "busy", "tokens/s", "tokens", "sent", "gap"):
             table.add_column(name, justify="right", no_wrap=True)
         for one in self.options:
             found = one.prediction
@@ -402,7 +403,7 @@ class _Plan:
                 count(found.tokens_per_second),
                 count(one.tokens) if one.fits else "too",
                 size(one.sent) if one.fits else "large",
-                "-" if one.setting.loss is None else f"{one.setting.loss:.3f}",
+                "-" if one.setting.gap is None else f"{one.setting.gap:+.3f}",
             ]
             style = "bold green" if one is self.chosen else "" if one.setting.proposed else "dim"
             table.add_row(*cells, style=style)

@@ -18,9 +18,9 @@ from psyche_lightning.protocol.limits import Limits
 from psyche_lightning.recipe import Recipe
 from psyche_lightning.recipe.estimate import Estimate
 
-ALL_REDUCE_LOSS = 2.317
-"""The loss of AdamW with an all-reduce in the trainings that measured those of the settings."""
-CONDITIONS = "286 k parameters, bytes of Python, 4 nodes, 120 steps, 3 seeds, each with its best rate"
+ALL_REDUCE_LOSS = {120: 2.317, 1920: 1.447}
+"""The loss of AdamW with an all-reduce in the trainings that measured those of the settings, by steps."""
+CONDITIONS = "286 k parameters, bytes of Python, 4 nodes, 120 steps, or 1,920 for Muon votes with k=3"
 """What these trainings were."""
 NEAR = 0.05
 """Nats above that loss up to which a setting is proposed."""
@@ -44,6 +44,7 @@ class Setting:
         loss: nats per byte, as in docs/distro.md; None if not measured.
         rate: the learning rate of that loss.
         scale: factor on the mean of local steps.
+        trained: steps of the training with that loss.
     """
 
     optimizer: str
@@ -55,6 +56,17 @@ class Setting:
     loss: float | None = None
     rate: float | None = None
     scale: float = 1.0
+    trained: int = 120
+
+    @property
+    def gap(self) -> float | None:
+        """How much the loss is above that of AdamW with an all-reduce, in nats; None if not measured."""
+        return None if self.loss is None else round(self.loss - ALL_REDUCE_LOSS[self.trained], 3)
+
+    @property
+    def unmeasured(self) -> Setting:
+        """The setting alone."""
+        return replace(self, loss=None, rate=None, trained=120)
 
     @property
     def steps(self) -> int:
@@ -77,7 +89,7 @@ class Setting:
     @property
     def proposed(self) -> bool:
         """Whether its loss was measured to be near that of an all-reduce."""
-        return self.loss is not None and self.loss <= ALL_REDUCE_LOSS + NEAR
+        return self.gap is not None and self.gap <= NEAR
 
     def distro(self, recipe: Recipe) -> DistroConfig:
         """The section ``distro``; what a setting says nothing about has its default."""
@@ -110,7 +122,7 @@ SETTINGS = (
     Setting("adamw", 2, 64, 0.9, loss=2.600, rate=2e-3),
     Setting("muon", 24, 32, 0.95),
     Setting("muon", 12, 64, 0.95, loss=2.304, rate=8e-3),
-    Setting("muon", 4, 64, 0.95),
+    Setting("muon", 3, 64, 0.95, loss=1.488, rate=4e-3, trained=1920),
     Setting("muon", 100, 32, 0.95, 4, scale=2.0),
     Setting("muon", 50, 32, 0.95, 8, loss=2.345, rate=16e-3, scale=2.0),
     Setting("muon", 12, 32, 0.95, 8, scale=2.0),
@@ -124,9 +136,7 @@ def own_setting(recipe: Recipe) -> Setting:
     distro, name = recipe.distro.densest, recipe.optimizer.name
     found = Setting(name, distro.k, distro.chunk, distro.decay, distro.local_steps, recipe.run.overlap)
     found = replace(found, scale=distro.scale)
-    same = [
-        one for one in SETTINGS if replace(one, loss=None, rate=None) == found and one.distro(recipe) == recipe.distro
-    ]
+    same = [one for one in SETTINGS if one.unmeasured == found and one.distro(recipe) == recipe.distro]
     return same[0] if same else found
 
 
@@ -224,6 +234,7 @@ class Option:
         setting = {item.name: getattr(self.setting, item.name) for item in fields(Setting)}
         return {
             **setting,
+            "above_all_reduce": self.setting.gap,
             "global_batch_size": self.given.samples,
             "payload": self.given.payload,
             "times_fewer_bytes": self.fewer,
@@ -267,7 +278,7 @@ def choose(options: Sequence[Option]) -> Option | None:
     able = [one for one in options if one.setting.proposed and one.fits and one.rounds]
     most = max((one.prediction.tokens_per_second for one in able), default=0.0)
     alike = [one for one in able if one.prediction.tokens_per_second >= ALIKE * most]
-    return min(alike, key=lambda one: one.setting.loss or 0.0, default=None)
+    return min(alike, key=lambda one: one.setting.gap or 0.0, default=None)
 
 
 def lasting(chosen: Option) -> dict[str, Any]:
@@ -294,7 +305,7 @@ def lasting(chosen: Option) -> dict[str, Any]:
 
 def unmeasured(chosen: Option, base: Recipe) -> Iterator[str]:
     """What the proposal rests on that nobody measured, in sentences."""
-    yield "The loss of this model: measured were small ones only, and no run as long as this."
+    yield "The loss of this model: measured were small ones only, for some thousand steps at most."
     before = base.run.global_batch_size_end / max(1, base.distro.densest.local_steps)
     now = chosen.given.samples / chosen.setting.steps
     if now != before:

@@ -105,15 +105,15 @@ def test_the_most_tokens_of_what_is_near_an_all_reduce_are_chosen(options: Plan)
         some = options(mbit=mbit)
         chosen = plan.choose(some)
         assert chosen is not None
-        assert chosen.setting.loss is not None
-        assert chosen.setting.loss <= plan.ALL_REDUCE_LOSS + plan.NEAR
+        assert chosen.setting.gap is not None
+        assert chosen.setting.gap <= plan.NEAR
         able = [one for one in some if one.setting.proposed]
         most = max(one.prediction.tokens_per_second for one in able)
         assert chosen.prediction.tokens_per_second >= plan.ALIKE * most
         for one in able:
             if one.prediction.tokens_per_second >= plan.ALIKE * most:
-                assert one.setting.loss is not None
-                assert one.setting.loss >= chosen.setting.loss
+                assert one.setting.gap is not None
+                assert one.setting.gap >= chosen.setting.gap
     assert (chosen := plan.choose(options(mbit=1))) is not None
     assert chosen.setting.local_steps == 8, "few bytes and few round trips"
 
@@ -256,7 +256,7 @@ def test_lines_are_whole_on_a_terminal_of_80_columns_and_in_pipes(
     assert main(given) == 0
     piped = capsys.readouterr().out
     assert "\x1b" not in piped
-    assert re.search(r"^why .* the lowest loss \(.*\)\.$", piped, re.MULTILINE)
+    assert re.search(r"^why .* the lowest \([+-]\d\.\d+ after .*\)\.$", piped, re.MULTILINE)
     monkeypatch.setenv("COLUMNS", "80")
     assert main(given) == 0
     narrow = capsys.readouterr().out
