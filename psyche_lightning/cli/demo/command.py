@@ -30,6 +30,8 @@ MARK = "psyche-demo.json"
 POLL = 0.3
 GRACE = 60.0
 """Seconds in which nodes must write their results after the run is finished."""
+SAMPLES = 16
+"""Fewest samples of a round for each node in a demo of nodes of different speed."""
 PROMPT = "def __init__(self"
 
 
@@ -74,9 +76,10 @@ def demo(
     from psyche_lightning.recipe import load_recipe
     from psyche_lightning.recipe.estimate import estimate
 
-    if slowdowns:  # so that nodes wait for each other's computing alone; the user's values count instead
-        given = ["run.overlap=true", "trainer.validate_every=0", *given]
     resolved = load_recipe(recipe, given, twin=twin)
+    if slowdowns:
+        given = [*_for_shares(resolved, nodes), *given]  # the user's values count instead
+        resolved = load_recipe(recipe, given, twin=twin)
     if rounds:
         given = [*_stretched(resolved, rounds), *given, f"total_steps={rounds}"]
         resolved = load_recipe(recipe, given, twin=twin)
@@ -147,6 +150,13 @@ def _slowdowns(given: list[str], nodes: int) -> dict[int, float]:
                 f"from 1 to 1000, such as {nodes - 1}:4"
             ) from None
     return found
+
+
+def _for_shares(recipe: Recipe, nodes: int) -> list[str]:
+    """Overrides with which nodes wait for each other's computing alone, and have enough samples to divide."""
+    samples = max(recipe.run.global_batch_size_end, SAMPLES * nodes)
+    batch = [f"run.global_batch_size_{end}={samples}" for end in ("start", "end")]
+    return ["run.overlap=true", "trainer.validate_every=0", *batch]
 
 
 def _stretched(recipe: Recipe, rounds: int) -> list[str]:
