@@ -465,7 +465,7 @@ class RunHost:
             if self._stays_open(now):
                 return
             pending = list(self.membership.members.values())
-            speeds = self.speeds.known if self.by_speed else None
+            speeds = self._samples_per_second() if self.by_speed else None
             state = machine.tick(self.state, pending, now, self._next_seed(), speeds)
             if state is self.state:
                 return
@@ -538,6 +538,13 @@ class RunHost:
                 self.speeds.rested(signer)
             elif signer not in named:
                 self.speeds.missed(signer)
+
+    def _samples_per_second(self) -> dict[bytes, float]:
+        """The members' speeds; they report tokens, of which the manifest knows more than who created the run."""
+        data = (self.manifest or {}).get("data")
+        length = data.get("seq_len") if isinstance(data, dict) else None
+        tokens = length if type(length) is int and length > 0 else self.state.max_seq_len
+        return {signer: rate / tokens for signer, rate in self.speeds.known.items()}
 
     # Durability.
 

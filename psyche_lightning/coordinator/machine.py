@@ -201,7 +201,8 @@ def tick(
         pending: the members that wait for an epoch, at most as many as the host supports; None if not known.
         now: the coordinator's time in seconds.
         seed: u64 for the round that may begin.
-        speeds: the known speeds of the clients, by which that round's samples are divided; None for equal shares.
+        speeds: the known speeds of the clients in samples a second, by which that round's samples are divided; None
+            for equal shares.
 
     Raises:
         MachineError: only a command can continue the run (``Halted``).
@@ -287,14 +288,15 @@ def _begin_round(state: RunState, data_index: int, now: float, seed: int, speeds
     height = before.height + 1 if before else 0
     training = not state.draining
     clients = tuple(client.signer for client in state.clients)
+    samples = batch_size(state.config, data_index * state.max_seq_len) if training else 0
     round_ = Round(
         height=height,
         step=state.step if training else 0,
         seed=seed,
         data_index=data_index,
-        batch_size=batch_size(state.config, data_index * state.max_seq_len) if training else 0,
+        batch_size=samples,
         clients=clients,
-        weights=weigh(clients, speeds, before) if training else (),
+        weights=weigh(clients, speeds, before, samples) if training else (),
     )
     head = height % STORED_ROUNDS
     rounds = (*state.rounds[:head], round_, *state.rounds[head + 1 :])

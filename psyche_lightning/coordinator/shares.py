@@ -33,6 +33,8 @@ RESTED = 33 / 32
 """A client without a share is thought this much faster after each round, so that its speed is measured again."""
 UNEQUAL = 1.25
 """Equal shares stay while they cost less than this factor in time: what equal machines measure differs a little."""
+LEAST = 0.25
+"""Equal shares stay while they cost less than so many seconds of a round: so short a time says little of a speed."""
 EQUAL = 1.1
 """Shares become equal again once that costs less than this factor."""
 DRIFT = 1.05
@@ -109,15 +111,18 @@ class Speeds:
         return speeds
 
 
-def weigh(clients: Sequence[bytes], speeds: Mapping[bytes, float], before: Round | None) -> tuple[int, ...]:
+def weigh(
+    clients: Sequence[bytes], speeds: Mapping[bytes, float], before: Round | None, samples: float = math.inf
+) -> tuple[int, ...]:
     """The weights of a round that begins.
 
     They stay as they are as long as that costs little time, so that measurements that differ a little change nothing.
 
     Args:
         clients: the round's clients.
-        speeds: those that are known; the others are as fast as the median.
+        speeds: those that are known, in samples a second; the others are as fast as the median.
         before: the round before it in the epoch, if there is one.
+        samples: of the round.
 
     Returns:
         The weights, as of :class:`~psyche_lightning.protocol.state.Round`.
@@ -136,6 +141,8 @@ def weigh(clients: Sequence[bytes], speeds: Mapping[bytes, float], before: Round
         return slowest * sum(each) / sum(weights)
 
     equal = cost([1] * len(clients))
+    if (equal - 1) * samples / sum(each) < LEAST:
+        return ()
     held = before.weights if before is not None and before.clients == tuple(clients) else ()
     if equal < (EQUAL if held else UNEQUAL):
         return ()

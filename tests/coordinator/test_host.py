@@ -750,7 +750,7 @@ def mixed(**config: int) -> RunHost:
 
 def round_(host: RunHost, now: float, heard: tuple[int, ...] = (0, 1, 2)) -> None:
     step = host.state.step
-    for i, rate in enumerate((100.0, 100.0, 25.0)):
+    for i, rate in enumerate((40.0, 40.0, 10.0)):
         report(host, i, now, Report(step, tokens_per_second=rate), heard=heard)
 
 
@@ -764,6 +764,16 @@ def test_the_weights_of_a_round_are_on_record_when_it_begins() -> None:
     for each in (host, again):
         round_(each, 8.0)
     assert again.state.current == host.state.current
+
+
+def test_speeds_are_in_the_tokens_that_the_manifest_says() -> None:
+    manifest = {"run": {"shares": "speed"}, "data": {"seq_len": 100}}
+    host = training(manifest=manifest, global_batch_size_start=27, global_batch_size_end=27, total_steps=9)
+    for now in (6.0, 7.0):
+        for i, rate in enumerate((4000.0, 4000.0, 1000.0)):
+            report(host, i, now, Report(host.state.step, tokens_per_second=rate), heard=(0, 1, 2))
+    assert host.state.current is not None
+    assert host.state.current.weights == (256, 256, 64)
 
 
 def test_speeds_do_not_matter_where_shares_are_equal() -> None:

@@ -42,6 +42,12 @@ def test_small_changes_keep_weights_and_large_ones_do_not() -> None:
     assert weigh(CLIENTS, {**MIXED, CLIENTS[3]: 84.0}, EQUAL) == ()  # not unequal enough to begin
 
 
+def test_rounds_that_take_no_time_keep_equal_shares() -> None:
+    lost = 1 / 25 - 4 / 325  # seconds a sample of each client, as the slowest has as many as the others
+    assert weigh(CLIENTS, MIXED, None, 4 * 0.24 / lost) == weigh(CLIENTS, MIXED, WEIGHED, 4 * 0.24 / lost) == ()
+    assert weigh(CLIENTS, MIXED, None, 4 * 0.26 / lost) == WEIGHED.weights
+
+
 def test_other_clients_get_new_weights() -> None:
     assert weigh(CLIENTS[:3], MIXED, WEIGHED) == ()
     assert weigh(CLIENTS[1:], MIXED, WEIGHED) == (256, 256, 64)
