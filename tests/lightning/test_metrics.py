@@ -47,7 +47,7 @@ class Sizes(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % 2 == 0:
+        if trainer.global_step % 4 == 0:
             names = ("gradient_norm", "momentum_norm", "agreement")
             known = {name: trainer.callback_metrics.get(f"psyche/{name}") for name in names}
             self.seen[trainer.global_step] = {name: float(one) for name, one in known.items() if one is not None}
@@ -91,12 +91,13 @@ def test_the_loss_of_the_run_decides_the_same_on_both_nodes(
 def test_the_coordinator_has_the_means_of_what_the_nodes_log(
     classifier: Make, loader: Make, trainer: Make, create_run: Make, overlap: bool
 ) -> None:
-    url, run = create_run(init_min_clients=2, total_steps=10, global_batch_size_start=8, global_batch_size_end=8)
+    url, run = create_run(init_min_clients=2, total_steps=12, global_batch_size_start=8, global_batch_size_end=8)
+    # A report has the newest figures alone, so those of a node that lags by all steps between two logs are lost.
     seen = [Sizes(), Sizes()]
     fits = [
         Fit(
             trainer(
-                strategy=PsycheStrategy(url, run, overlap=overlap), callbacks=[each, CoordinatorCallback(log_every=2)]
+                strategy=PsycheStrategy(url, run, overlap=overlap), callbacks=[each, CoordinatorCallback(log_every=4)]
             ),
             classifier(),
             loader(),
@@ -106,11 +107,11 @@ def test_the_coordinator_has_the_means_of_what_the_nodes_log(
     assert [fit.wait() for fit in fits] == [None, None]
     status = CoordinatorAdmin(url).status(run)
     rows = {row["step"]: row["figures"] for row in status["metrics"] if row["figures"]}
-    assert list(rows) == list(seen[0].seen) == [2, 4, 6, 8, 10]
+    assert list(rows) == list(seen[0].seen) == [4, 8, 12]
     for step, row in rows.items():
         one, two = (each.seen[step] for each in seen)
         assert one.keys() == two.keys() == row.keys()
-        assert ("agreement" in row) == (step > 2 or not overlap)  # with overlap, nothing is applied before the third
+        assert "agreement" in row
         assert row == pytest.approx({name: (one[name] + two[name]) / 2 for name in one})
     for node in status["clients"]:
         (own,) = [
@@ -118,9 +119,9 @@ def test_the_coordinator_has_the_means_of_what_the_nodes_log(
             for each, fit in zip(seen, fits, strict=True)
             if fit.trainer.strategy.session.signer.hex() == node["signer"]
         ]
-        assert {name: one["value"] for name, one in node["figures"].items()} == pytest.approx(own.seen[10])
-        assert {one["step"] for one in node["figures"].values()} == {10}
-    assert len({row["gradient_norm"] for row in rows.values()}) == 5
+        assert {name: one["value"] for name, one in node["figures"].items()} == pytest.approx(own.seen[12])
+        assert {one["step"] for one in node["figures"].values()} == {12}
+    assert len({row["gradient_norm"] for row in rows.values()}) == 3
 
 
 def test_alone_the_loss_of_the_run_is_that_of_the_node(classifier: Make, loader: Make, trainer: Make) -> None:
