@@ -262,11 +262,11 @@ def test_updates_of_real_votes_are_timed_and_those_of_others_are_read(
     applied: list[tuple[DisTrO, list[bytes]]] = []
     read: list[bytes] = []
     kind = LocalSteps if local else DisTrO
-    apply, decode = kind.apply, payload.codec.decode
+    apply, decode = kind.apply, payload.codec.decode_each
     monkeypatch.setattr(
         kind, "apply", lambda self, some, rates: (applied.append((self, some)), apply(self, some, rates))
     )
-    monkeypatch.setattr(payload.codec, "decode", lambda made, *rest: (read.append(made), decode(made, *rest))[1])
+    monkeypatch.setattr(payload.codec, "decode_each", lambda made, *rest: (read.extend(made), decode(made, *rest))[1])
     steps = ["local_steps=2", "decay=0.9", "schedule.warmup_steps=100", "total_steps=200"] if local else []
     recipe = load_recipe("demo", [f"optimizer.name={name}", *steps], twin=True)
     speed = measure(recipe, estimate(recipe), torch.device("cpu"), nodes=3, share=4, fits=fits, seconds=4)
