@@ -29,7 +29,7 @@ def test_csv_has_the_figures_of_metrics_jsonl(tmp_path: Path) -> None:
     assert {(row["step"], name, value) for row in rows for name, value in row.items()} == {
         (row["step"], name, value) for row in logged for name, value in row.items()
     }
-    assert "chunk: 32" in (tmp_path / "logs" / "version_0" / "hparams.yaml").read_text()
+    assert "chunk: 64" in (tmp_path / "logs" / "version_0" / "hparams.yaml").read_text()
 
 
 def test_tensorboard_has_the_figures_of_metrics_jsonl(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_wandb_gets_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert {name: shown[name] for name in ("loss", "lr", "validation_loss")} == {
             name: last[name] for name in ("loss", "lr", "validation_loss")
         }
-        assert run.config["distro"]["chunk"] == 32
+        assert run.config["distro"]["chunk"] == 64
     finally:
         wandb.finish()
     assert list((tmp_path / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
