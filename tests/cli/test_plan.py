@@ -253,6 +253,7 @@ def test_lines_are_whole_on_a_terminal_of_80_columns_and_in_pipes(
         "--link",
         "500k",
     ]
+    monkeypatch.delenv("COLUMNS", raising=False)  # as where no terminal is
     assert main(given) == 0
     piped = capsys.readouterr().out
     assert "\x1b" not in piped
