@@ -30,9 +30,9 @@ def test_all_methods_are_measured_over_the_same_links(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     overlap, without, local, ddp = json.loads(figures.read_text())["outcomes"]
     assert all(one["tokens_per_second"] > 0 for one in (overlap, without, local, ddp))
-    # 7.1 MB of fp32 gradients a step in the one case, a payload of 41 kB and messages in the others; with local steps
+    # 7.1 MB of fp32 gradients a step in the one case, a payload of 3.4 kB and messages in the others; with local steps
     # one of 87 kB for two steps.
-    assert ddp["bytes_up"] > 7e6 > 20 * max(overlap["bytes_up"], without["bytes_up"]) > 20 * 40e3
+    assert ddp["bytes_up"] > 7e6 > 500 * max(overlap["bytes_up"], without["bytes_up"]) > 500 * 3.4e3
     assert 40e3 < local["bytes_up"] < 7e6 / 20
     assert overlap["unshaped"] > 0
     assert len(overlap["shares"]) == 1
