@@ -78,7 +78,7 @@ def test_a_trainer_shows_what_its_module_logs(classifier: Make, loader: Make, tr
         read(logger.port)
 
 
-def test_a_recipe_shows_its_figures(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_shows_its_figures(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
     class Kept(PrometheusLogger):
