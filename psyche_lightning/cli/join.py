@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from psyche_lightning.cli.console import say
+from psyche_lightning.cli.train import MetricsPort
 from psyche_lightning.errors import ConfigError, counted
 
 
@@ -23,15 +24,7 @@ def join(
         str | None,
         typer.Option(envvar="PSYCHE_RUN", metavar="RUN", help="The run's name, where the link has none."),
     ] = None,
-    metrics_port: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=65535,
-            metavar="PORT",
-            help="Port on 127.0.0.1 where Prometheus reads the node's figures.",
-        ),
-    ] = None,
+    metrics_port: MetricsPort = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print the run's recipe, its size, memory and bytes per round.")
     ] = False,

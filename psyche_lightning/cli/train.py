@@ -8,6 +8,11 @@ import typer
 
 from psyche_lightning.recipe import load_recipe
 
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(min=0, max=65535, metavar="PORT", help="Port on 127.0.0.1 where Prometheus reads the node's figures."),
+]
+
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of an installed recipe.")],
@@ -30,15 +35,7 @@ def train(
         ),
     ] = None,
     twin: Annotated[bool, typer.Option("--twin", help="Train the recipe's CPU-sized twin.")] = False,
-    metrics_port: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=65535,
-            metavar="PORT",
-            help="Port on 127.0.0.1 where Prometheus reads the node's figures.",
-        ),
-    ] = None,
+    metrics_port: MetricsPort = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print the resolved recipe, its size, memory and bytes per round.")
     ] = False,

@@ -37,6 +37,7 @@ from psyche_lightning.protocol.limits import check_run_id
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.recipe.adapter import adapted
 from psyche_lightning.recipe.config import Recipe, TrainerSection
+from psyche_lightning.recipe.estimate import parameter_dtype
 from psyche_lightning.recipe.manifest import manifest
 from psyche_lightning.recipe.positions import check_positions
 from psyche_lightning.recipe.text_config import text_config
@@ -121,7 +122,7 @@ def _train(
     model = plugins.models()[recipe.model.name](dict(beginning.options))
     # Lightning's own bf16-true would round buffers as well, such as rotary frequencies.
     rounded = recipe.trainer.precision == "bf16-true"
-    model = cast(model, torch.bfloat16 if rounded else getattr(torch, recipe.model.dtype)).train()
+    model = cast(model, parameter_dtype(recipe)).train()
     apply_choices(model, recipe.trainer)
     check_parameters(model)
     check_positions(model, provider.seq_len)
