@@ -7,9 +7,18 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
+KILLED = 128 + 9
+"""Exit code of a process that another one's death by SIGKILL ended, as shells give it."""
+
 
 class PsycheError(Exception):
-    """Base of all errors of this package. The text says what happened, what was expected and what to do."""
+    """Base of all errors of this package. The text says what happened, what was expected and what to do.
+
+    Attributes:
+        exit_code: of a command that ends with it.
+    """
+
+    exit_code = 1
 
 
 class ConfigError(PsycheError):

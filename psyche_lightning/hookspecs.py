@@ -163,6 +163,8 @@ class CoordinatorKind(NamedTuple):
             :meth:`~psyche_lightning.protocol.owner.RunAdmin.status`, for ``psyche run status --account-file``.
         demo: builds the stage for ``psyche demo --coordinator NAME``, a
             ``psyche_lightning.cli.demo.stage.Stage``.
+        runs: lists the runs at this URL, each with ``run_id``, ``phase``, ``epoch``, ``step``, ``total_steps`` and
+            ``clients``, for ``psyche run list``.
     """
 
     client: ClientFactory
@@ -170,6 +172,7 @@ class CoordinatorKind(NamedTuple):
     clock: Callable[[str], ClockReading] | None = None
     account: Callable[[bytes, str], dict[str, Any]] | None = None
     demo: Callable[[], Any] | None = None
+    runs: Callable[[str], list[dict[str, Any]]] | None = None
 
 
 @hookspec
@@ -229,7 +232,9 @@ def register_models(register: Register[ModelFactory]) -> None:
     """Register models, chosen by the recipe's ``model.name``.
 
     ``--dry-run`` also calls ``factory(config)`` under ``torch.device("meta")``, to count a model of any size; there it
-    must not touch parameter values. A plugin whose checkpoints have their own ``model_type``
+    must not touch parameter values. ``psyche train`` calls it so that large new tensors get their values later, one
+    after the other and equal to the bit (:mod:`psyche_lightning.checkpoints.deferred`); a factory whose code it cannot
+    follow is called again and builds everything at once. A plugin whose checkpoints have their own ``model_type``
     registers its classes with ``AutoConfig`` and ``AutoModelForCausalLM`` of ``transformers`` in the
     factory, and registers the model under that name: ``psyche generate`` calls ``factory({})`` on the meta device
     before it loads such a checkpoint.

@@ -152,6 +152,10 @@ def tell_more(packages: Iterable[str] = ()) -> None:
         logging.getLogger(name).setLevel(logging.DEBUG)
 
 
+class Aside(logging.Handler):
+    """A handler that shows nobody anything: others still have to."""
+
+
 class _LastResort(LogHandler):
     """Our handler in a user's script: silent when another handles the record."""
 
@@ -179,7 +183,7 @@ def _handlers(logger: logging.Logger, but: logging.Handler | None = None) -> lis
     found: list[logging.Handler] = []
     here: logging.Logger | None = logger
     while here is not None:
-        found += [one for one in here.handlers if one is not but and not isinstance(one, logging.NullHandler)]
+        found += [one for one in here.handlers if one is not but and not isinstance(one, (logging.NullHandler, Aside))]
         here = here.parent if here.propagate else None
     return found
 

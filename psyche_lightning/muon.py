@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from psyche_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 ADJUSTED = "match_rms_adamw"
 """torch's name for steps of Muon as long as those of AdamW, so that one learning rate serves both."""
@@ -69,6 +73,9 @@ class MuonAdamW(torch.optim.Optimizer):
     Each group has ``muon``, which says whose rule moves it, besides ``lr``, ``weight_decay``, ``momentum`` (Muon's) and
     ``betas`` (AdamW's), which schedulers may change.
 
+    Matrices may be DTensors, as ``fully_shard`` makes them: every rank gathers one after the other, makes the same step
+    as with the whole matrix, and keeps its part.
+
     Args:
         params: the module to train, whose :func:`hidden_matrices` Muon trains; or groups of your own, dictionaries with
             ``params``, ``muon`` (False by default), and further values of theirs.
@@ -116,15 +123,46 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make a step, and return what the closure returns."""
+        from torch.distributed.tensor import DTensor  # slow to import
+
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        for rule, muon in zip(self._rules, (True, False), strict=True):
-            rule.param_groups = [group for group in self.param_groups if bool(group["muon"]) is muon]
+        muon, adamw = self._rules
+        divided = [
+            (group, parameter)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if group["muon"] and isinstance(parameter, DTensor)
+        ]
+        apart = {id(parameter) for _, parameter in divided}
+        matrices = [group for group in self.param_groups if group["muon"]]
+        muon.param_groups = [{**one, "params": [p for p in one["params"] if id(p) not in apart]} for one in matrices]
+        adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+        for rule in self._rules:
             rule.state = self.state
             rule.step()
+        for group, parameter in divided:
+            self._step_divided(group, parameter)
         return result
+
+    def _step_divided(self, group: dict[str, Any], parameter: DTensor) -> None:
+        """Make Muon's step with a matrix of which this rank has a part."""
+        from torch.distributed.tensor import distribute_tensor
+
+        if parameter.grad is None:
+            return
+        given = cast("DTensor", parameter.grad)
+        momentum = self.state[parameter].setdefault(MOMENTUM, torch.zeros_like(given))
+        whole, gradient, whole_momentum = (one.full_tensor() for one in (parameter, given, momentum))
+        whole.grad = gradient
+        rule = self._rules[0]
+        rule.param_groups = [{**group, "params": [whole]}]
+        rule.state = defaultdict(dict, {whole: {MOMENTUM: whole_momentum}})
+        rule.step()
+        for part, values in ((parameter, whole), (momentum, whole_momentum)):
+            part.copy_(distribute_tensor(values, part.device_mesh, part.placements, src_data_rank=None))
 
     @cached_property
     def _rules(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:

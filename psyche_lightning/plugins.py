@@ -12,6 +12,8 @@ import importlib.metadata
 import inspect
 import os
 import re
+import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +55,9 @@ KINDS = {
 
 # The extra of psyche-lightning that adds a name the host lacks.
 EXTRAS = {"mla": "demo", "iroh": "iroh", "solana": "solana"}
+
+# Packages that take seconds to import; a plugin should import them where it needs them, not when it loads.
+HEAVY = ("torch", "lightning", "transformers", "datasets", "matplotlib", "scipy", "pandas", "jax", "tensorflow")
 
 _Built = TypeVar("_Built")
 _Offer = TypeVar("_Offer")
@@ -104,6 +109,25 @@ class Failure:
     version: str
     error: str
     details: str = ""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What loading a plugin took, also one that failed.
+
+    Attributes:
+        plugin: the entry point's name, or the module of a built-in.
+        distribution: the plugin's distribution.
+        version: its version.
+        seconds: the time of its import and its hooks; every ``psyche`` command that needs plugins waits that long.
+        heavy: those of :data:`HEAVY` that it was the first to import.
+    """
+
+    plugin: str
+    distribution: str
+    version: str
+    seconds: float
+    heavy: tuple[str, ...]
 
 
 def failed_to_load(failures: Sequence[Failure]) -> str:
@@ -159,13 +183,22 @@ class Plugins:
     Args:
         builtins: modules to load first.
         only: entry-point or distribution names to load; None for all installed plugins.
+        clock: seconds, for what each plugin takes.
 
     Attributes:
         failures: the plugins that failed to load.
+        loadings: what loading took, for each plugin in order.
     """
 
-    def __init__(self, builtins: Sequence[str] = BUILTINS, only: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        builtins: Sequence[str] = BUILTINS,
+        only: Sequence[str] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.failures: list[Failure] = []
+        self.loadings: list[Loading] = []
+        self._clock = clock
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._registrations: list[Registration] = []
@@ -211,6 +244,8 @@ class Plugins:
 
     def _load(self, name: str, distribution: str, version: str, load: Callable[[], object]) -> None:
         """Import one plugin and call its hooks; records any error and then keeps nothing of the plugin."""
+        begun = self._clock()
+        before = {heavy for heavy in HEAVY if heavy in sys.modules}
         try:
             plugin = load()
             if self._manager.is_registered(plugin):
@@ -222,11 +257,13 @@ class Plugins:
                 implementation = getattr(plugin, hook, None)
                 if implementation is not None and self._manager.parse_hookimpl_opts(plugin, hook) is not None:
                     implementation(_Recorder(found, hook, name, distribution, version))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             text = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
             self.failures.append(Failure(name, distribution, version, text, traceback.format_exc()))
-            return
-        self._registrations += found
+        else:
+            self._registrations += found
+        heavy = tuple(package for package in HEAVY if package in sys.modules and package not in before)
+        self.loadings.append(Loading(name, distribution, version, self._clock() - begun, heavy))
 
     def _check(self, plugin: object) -> None:
         """Refuse hooks that do not exist and signatures other than the specification's.

@@ -259,4 +259,6 @@ def _endless(batches: Any) -> Iterator[Any]:
 
 if __name__ == "__main__":
     name, given, small, count, timed = json.loads(sys.argv[1])
-    print(json.dumps({"seconds": _rank(Task(name, tuple(given), small, count, timed), sys.argv[2], int(sys.argv[3]))}))
+    seconds = _rank(Task(name, tuple(given), small, count, timed), sys.argv[2], int(sys.argv[3]))
+    print(json.dumps({"seconds": seconds}), flush=True)
+    os._exit(0)  # threads of the process group, which torch may keep, can hold up the usual end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from math import comb, log2
@@ -39,6 +40,29 @@ class PayloadRow:
     psyche: float
     reference: float
     parameters_ratio: float
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """Figures for a stage of a schedule.
+
+    Attributes:
+        first: its first step of the run.
+        rounds: its rounds.
+        k: votes per chunk.
+        steps: local steps of a round; 0 without.
+        bits: bits per vote, with sign, header and, for local steps, magnitude.
+        megabytes: size of a payload, in 10^6 bytes.
+        ratio: bytes of a float32 gradient, for each local step one, for each byte of payload.
+    """
+
+    first: int
+    rounds: int
+    k: int
+    steps: int
+    bits: float
+    megabytes: float
+    ratio: float
 
 
 @dataclass(frozen=True)
@@ -97,6 +121,19 @@ def payloads(parameters: int, ks: list[int], chunk: int) -> list[PayloadRow]:
     return rows
 
 
+def stages(parameters: int, schedule: DistroConfig, rounds: int) -> list[StageRow]:
+    """Encode random votes for each stage of a schedule that comes in a run of so many rounds."""
+    rows = []
+    for (first, config), count in zip(schedule.stages, schedule.rounds(rounds), strict=True):
+        if count:
+            chunks = parameters // config.area
+            size = len(encode(random_votes(chunks, config, first, config.version), config))
+            dense = 4 * parameters * max(1, config.local_steps)
+            bits = 8 * size / (chunks * config.k)
+            rows.append(StageRow(first, count, config.k, config.local_steps, bits, size / 1e6, dense / size))
+    return rows
+
+
 def relays(chunks: int, k: int, peers: list[int]) -> list[RelayRow]:
     """Merge random votes of peers, and encode the tally."""
     config = DistroConfig(k=k)
@@ -112,6 +149,6 @@ def relays(chunks: int, k: int, peers: list[int]) -> list[RelayRow]:
     return rows
 
 
-def as_json(parts: dict[str, list[PayloadRow] | list[RelayRow]]) -> dict[str, list[dict[str, float]]]:
+def as_json(parts: Mapping[str, Sequence[PayloadRow | RelayRow | StageRow]]) -> dict[str, list[dict[str, float]]]:
     """The content of ``--json``."""
     return {name: [asdict(row) for row in rows] for name, rows in parts.items()}

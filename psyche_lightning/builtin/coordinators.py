@@ -56,4 +56,10 @@ def _clock(url: str) -> ClockReading:
     return read_clock(url)
 
 
-SERVER = CoordinatorKind(client=http, owner=_owner, clock=_clock)
+def _runs(url: str) -> list[dict[str, Any]]:
+    from psyche_lightning.server.admin import CoordinatorAdmin
+
+    return CoordinatorAdmin(url).runs()
+
+
+SERVER = CoordinatorKind(client=http, owner=_owner, clock=_clock, runs=_runs)

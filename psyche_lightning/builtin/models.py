@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from psyche_lightning.checkpoints.pretrained import Source, load
+from psyche_lightning.checkpoints.pretrained import Source, kept_in, load
 from psyche_lightning.errors import ConfigError, PsycheError, nearest
 from psyche_lightning.hookspecs import ModelFactory, Register, hookimpl
 
@@ -41,7 +41,8 @@ def hf(config: Mapping[str, Any]) -> PreTrainedModel:
             ``HF_HUB_OFFLINE`` is set, the Hub is not asked, and its cache must have the model.
 
     Returns:
-        The model in training mode, with parameters in float32.
+        The model in training mode, with parameters in float32; those of a ``path`` may be in the dtype of training
+        already (:func:`~psyche_lightning.checkpoints.pretrained.kept_in`).
 
     Raises:
         ConfigError: neither or both are given, the type or a field is unknown or wrong, the folder is not a model, or
@@ -69,8 +70,12 @@ def hf(config: Mapping[str, Any]) -> PreTrainedModel:
             return _fresh(_by_source(source, fields, trusted), trusted)
         vocab_size = fields.get("vocab_size")
         resolved = _by_source(source, {name: fields[name] for name in fields if name != "vocab_size"}, trusted)
-        loaded: PreTrainedModel = load(AutoModelForCausalLM, source, config=resolved, trust_remote_code=trusted)
-        if vocab_size is not None:
+        options: dict[str, Any] = {"config": resolved, "trust_remote_code": trusted}
+        if vocab_size is None:
+            loaded: PreTrainedModel = load(AutoModelForCausalLM, source, **options)
+            return loaded
+        with kept_in(None):  # new rows are drawn like the old ones, which are not rounded before
+            loaded = load(AutoModelForCausalLM, source, **options)
             loaded.resize_token_embeddings(vocab_size)
         return loaded
 

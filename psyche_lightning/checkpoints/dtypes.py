@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 
-def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def cast(
+    model: torch.nn.Module, dtype: torch.dtype, values: Mapping[str, Callable[[], torch.Tensor]] | None = None
+) -> torch.nn.Module:
     """Cast a model in place, so that it computes like a checkpoint of it that ``transformers`` loads in ``dtype``.
 
     ``Module.to`` would also round what a model computes with in float32: the rotary frequencies of most models, routers
@@ -19,17 +21,31 @@ def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     Args:
         model: has float32 parameters; may be on the meta device.
         dtype: see :func:`dtypes`.
+        values: what gives the values of tensors on the meta device that shall have some, by name. They are made one
+            after the other, so there is never more than one of them that is not cast yet.
 
     Returns:
         The same model.
     """
     wanted = dtypes(model, dtype)
-    for name, tensor in tensors(model):
-        if name in wanted and tensor.dtype != wanted[name]:
-            tensor.data = tensor.data.to(wanted[name])
+    for name, tensor in list(tensors(model)):
+        to = wanted.get(name, tensor.dtype)
+        if values is not None and name in values:
+            fill(tensor, values[name]().to(to))
+        elif tensor.dtype != to:
+            tensor.data = tensor.data.to(to)
     if _from_transformers(model):
         _note(model.config, dtype)
     return model
+
+
+def fill(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a tensor on the meta device a value; it stays the same object, so tied ones stay tied."""
+    fresh = value
+    if isinstance(tensor, torch.nn.Parameter):
+        fresh = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
+    vars(fresh).update(vars(tensor))  # such as the marks of transformers on what is initialized
+    torch.utils.swap_tensors(tensor, fresh)  # type: ignore[no-untyped-call]  # torch has no annotations for it
 
 
 def dtypes(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from psyche_lightning.checkpoints.dtypes import dtypes, tensors
+from psyche_lightning.distro.shards import Ranks
 from psyche_lightning.node.parameters import describe_tensors, named_parameters
 from psyche_lightning.node.snapshot import encode_index
 from psyche_lightning.wire.canonical import sha256
@@ -29,9 +31,19 @@ class ModelCopy:
         prefix: comes before the names of its parameters in the run's digest.
         dtype: dtype to save it in, as :func:`~psyche_lightning.checkpoints.dtypes.dtypes` understands it; None for that
             of its parameters. A model that cannot be copied is written in that of its parameters.
+        ranks: the ranks of which each has a part of the model; all of them make a copy at once, and only that of rank 0
+            has something in it. None for a model that is whole.
     """
 
-    def __init__(self, model: torch.nn.Module, prefix: str = "", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        prefix: str = "",
+        dtype: torch.dtype | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        if ranks is not None:
+            ranks.reshard(model)  # before anything looks at what is gathered for a while
         self._model: Any = model
         save_pretrained: Any = model.save_pretrained
         takes = inspect.signature(save_pretrained).parameters
@@ -44,9 +56,10 @@ class ModelCopy:
             wanted = {} if dtype is None else dtypes(model, dtype)
             # By place, so that tied parameters stay tied.
             to = {_place(value): wanted[name] for name, value in tensors(model) if name in wanted}
-            clones: dict[_Place, torch.Tensor] = {}
-            self._state = {name: _cloned(value, to, clones) for name, value in model.state_dict().items()}
-            self._named = {name: _cloned(value, to, clones) for name, value in self._named.items()}
+            clones: dict[_Place, torch.Tensor | None] = {}
+            self._state = {name: _cloned(value, to, clones, ranks) for name, value in model.state_dict().items()}
+            named = {name: _cloned(value, to, clones, ranks) for name, value in self._named.items()}
+            self._named = {name: value for name, value in named.items() if value is not None}
 
     def digest(self) -> bytes:
         """Digest of the parameters, computed like a run's (:mod:`psyche_lightning.node.snapshot`)."""
@@ -79,16 +92,21 @@ def _order(item: tuple[str, torch.Tensor]) -> bytes:
 
 
 def _place(value: torch.Tensor) -> _Place:
-    return value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), str(value.device)
+    # FSDP gives each parameter a storage of its own, with some room even where this rank has no element of it.
+    local = value.to_local().untyped_storage() if isinstance(value, DTensor) else value
+    return local.data_ptr(), value.dtype, tuple(value.shape), value.stride(), str(value.device)
 
 
-def _cloned(value: Any, to: Mapping[_Place, torch.dtype], clones: dict[_Place, torch.Tensor]) -> Any:
+def _cloned(
+    value: Any, to: Mapping[_Place, torch.dtype], clones: dict[_Place, torch.Tensor | None], ranks: Ranks | None
+) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach()
     place = _place(value)
     if place not in clones:
-        clones[place] = value.to("cpu", to.get(place, value.dtype), copy=True)
+        whole = value if ranks is None else ranks.whole(value)
+        clones[place] = None if whole is None else whole.to("cpu", to.get(place, value.dtype), copy=True)
     return clones[place]
 
 

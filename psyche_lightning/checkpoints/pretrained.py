@@ -6,6 +6,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Collection, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+_kept: ContextVar[torch.dtype | None] = ContextVar("kept", default=None)
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHOWN = 5
@@ -75,8 +78,24 @@ class Source:
         return None
 
 
+@contextlib.contextmanager
+def kept_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Have :func:`load` keep parameters in ``dtype`` from the beginning, so that none is ever larger than that.
+
+    Args:
+        dtype: that of training, to which the model would be cast; None for float32.
+    """
+    before = _kept.set(dtype)
+    try:
+        yield
+    finally:
+        _kept.reset(before)
+
+
 def load(kind: Any, source: Source, **options: Any) -> Any:
-    """Load a model of ``transformers`` with parameters in float32, and look whether the checkpoint has all of them.
+    """Load a model of ``transformers``, tensor by tensor, and look whether the checkpoint has all of its parameters.
+
+    They are in float32, or as :func:`kept_in` says.
 
     ``transformers`` makes random parameters for those that are missing, and only logs that.
 
@@ -96,7 +115,7 @@ def load(kind: Any, source: Source, **options: Any) -> Any:
             **source.options,
             **options,
             use_safetensors=True,  # other formats would be unpickled
-            dtype=torch.float32,
+            dtype=_kept.get() or torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
         )

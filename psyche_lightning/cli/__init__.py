@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from psyche_lightning.cli.help import help_of, with_examples
 from psyche_lightning.errors import PluginError, PsycheError
 from psyche_lightning.logs import Stream, handled, tell_more
 from psyche_lightning.plugins import Registration, failed_to_load, load_plugins, packages
@@ -41,18 +42,23 @@ class Command:
 COMMANDS = {
     "train": Command("psyche_lightning.cli.train:train", "Train as one node: join a run, or run alone.", log="stdout"),
     "join": Command("psyche_lightning.cli.join:join", "Join a run with nothing but its link.", log="stdout"),
+    "recipes": Command("psyche_lightning.cli.recipes:recipes", "List the recipes that have a name here."),
     "generate": Command("psyche_lightning.cli.generate:generate", "Complete a text with a checkpoint."),
     "eval": Command("psyche_lightning.cli.eval:evaluate", "Evaluate a checkpoint on tasks of lm-eval."),
     "checkpoints": Command("psyche_lightning.cli.checkpoints:checkpoints", "List, check and copy checkpoints."),
     "export": Command("psyche_lightning.cli.export:export", "Write a checkpoint in another format."),
+    "observe": Command("psyche_lightning.cli.observe:observe", "Look at what nodes did, round by round."),
+    "top": Command("psyche_lightning.cli.top:top", "Watch a run in the terminal."),
     "sim": Command("psyche_lightning.cli.sim:sim", "Replay whole runs under faults in virtual time."),
     "coordinator": Command("psyche_lightning.cli.coordinator:coordinator", "Serve runs to nodes, and a live page."),
     "data": Command("psyche_lightning.cli.data:data", "Make, inspect and serve token files."),
     "run": Command("psyche_lightning.cli.run:run", "Create, inspect, pause and resume runs."),
+    "deploy": Command("psyche_lightning.cli.deploy:deploy", "Write files that deploy a run, such as an image."),
     "demo": Command("psyche_lightning.cli.demo:demo", "Watch several nodes on this machine train a model."),
     "doctor": Command("psyche_lightning.cli.doctor:doctor", "Check this machine for a run; predict the run's speed."),
     "plan": Command("psyche_lightning.cli.plan:plan", "Propose k, local steps and batch for a link and a time."),
     "bench": Command("psyche_lightning.cli.bench:bench", "Measure bytes, speed and quality."),
+    "clean": Command("psyche_lightning.cli.clean:clean", "Free what nodes of finished runs left on disk."),
     "plugin": Command("psyche_lightning.cli.plugin:plugin", "Create a plugin of your own."),
     "plugins": Command("psyche_lightning.cli.plugins:plugins", "List installed plugins and those that failed."),
 }
@@ -61,7 +67,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``psyche``; returns its exit code.
 
-    It is 0, 1 for an explained error, 2 for wrong usage, 130 for Ctrl-C, or 143 for SIGTERM.
+    It is 0, 1 for an explained error, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM, or 137 if a rank of this
+    process's node was killed.
 
     Args:
         arguments: the command line without the program's name; None for that of this process.
@@ -87,7 +94,7 @@ def _run(name: str | None, arguments: list[str]) -> int:
         if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             raise
         _explain(str(error))
-        return 1
+        return error.exit_code
     return 0
 
 
@@ -151,9 +158,11 @@ def _options(
 
 def _add(app: typer.Typer, name: str, help_line: str, command: Callable[..., Any] | typer.Typer | None) -> None:
     if isinstance(command, typer.Typer):
-        app.add_typer(command, name=name, short_help=help_line)
+        app.add_typer(with_examples(command), name=name, short_help=help_line)
     else:
-        app.command(name, short_help=help_line)(command or _only_listed)
+        function = command or _only_listed
+        text, epilog = help_of(function)
+        app.command(name, short_help=help_line, help=text, epilog=epilog)(function)
 
 
 def _only_listed() -> None:

@@ -19,6 +19,8 @@ from psyche_lightning.logs import redirections
 
 if TYPE_CHECKING:
     from psyche_lightning.bench.quality.comparison import Case, Row
+    from psyche_lightning.bench.wire import StageRow
+    from psyche_lightning.distro import DistroConfig
 
 bench = typer.Typer(help="Measure bytes, speed and quality, as tables, JSON and pictures.", no_args_is_help=True)
 
@@ -38,15 +40,32 @@ def _table(title: str, *columns: str) -> Table:
 def wire(
     millions: Annotated[float, typer.Option(min=1, help="Parameters of the model, in millions.")] = 100,
     chunk: Annotated[int, typer.Option(help="Side of the chunks.")] = 64,
-    k: Annotated[int, typer.Option(min=1, help="Votes per chunk for the relays.")] = 4,
+    k: Annotated[int, typer.Option(min=1, help="Votes per chunk for the relays, and of a schedule at first.")] = 4,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Measure the stages of this distro.schedule, too, such as '[{from_step: 0, k: 96}, {from_step: 200, "
+            "k: 6}]'.",
+        ),
+    ] = None,
+    local_steps: Annotated[
+        int, typer.Option(min=0, help="Local steps of a round at first, for --schedule; 0 for none.")
+    ] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the run, for --schedule.")] = 1000,
     json_file: Json = None,
     png: Png = None,
 ) -> None:
-    """Measure the payload for each k, and the payload of a relay that merges N peers."""
+    """Measure the payload for each k, the stages of a schedule of k, and the payload of a relay that merges N peers.
+
+    Examples:
+        psyche bench wire --millions 100 --k 8 --k 32
+    """
     from psyche_lightning.bench.wire import as_json, payloads, relays
 
     check_folder(json_file, "--json")
     check_folder(png, "--png")
+    planned = None if schedule is None else _schedule(chunk, k, schedule, local_steps)
     console = stdout()
     ks = [value for value in (1, 2, 4, 8, 16, 32, 64) if value <= chunk * chunk // 4]
     rows = payloads(int(millions * 1e6), ks, chunk)
@@ -64,18 +83,51 @@ def wire(
 
     size = payload_size(40_000_000_000 // 4096, DistroConfig(k=4)) / 1e6
     console.print(f"40 B parameters, k=4: {size:.1f} MB a round (Psyche's form of the same votes: 83.0 MB)\n")
+    staged = [] if planned is None else _show_stages(int(millions * 1e6), planned, rounds)
     merged = relays(2048, k, [2, 4, 8, 16, 32, 64])
     table = _table(f"A relay of N peers, k={k}, 8.4 M parameters", "N", "N payloads, MB", "merged, MB", "bits per vote")
     for relay in merged:
         table.add_row(str(relay.peers), f"{relay.separate:.3f}", f"{relay.merged:.3f}", f"{relay.bits:.2f}")
     console.print(table)
-    write_json(json_file, as_json({"payloads": rows, "relays": merged}))
+    write_json(json_file, as_json({"payloads": rows, "relays": merged, "stages": staged}))
     lines = {
         "this wire": (ks, [row.bits for row in rows]),
         "limit": (ks, [row.limit for row in rows]),
         "Psyche": (ks, [17.0] * len(ks)),
     }
     picture(png, "Bits per vote, sign and header included", "votes per chunk", "bits", lines)
+
+
+def _schedule(chunk: int, k: int, text: str, local_steps: int) -> DistroConfig:
+    """The configuration with that schedule, which is written as in a recipe.
+
+    Raises:
+        ConfigError: it is no schedule.
+    """
+    from psyche_lightning.distro import DistroConfig
+    from psyche_lightning.recipe.loading import parse_override
+
+    return DistroConfig(chunk, k, local_steps=local_steps, schedule=parse_override(f"distro.schedule={text}")[1])
+
+
+def _show_stages(parameters: int, planned: DistroConfig, rounds: int) -> list[StageRow]:
+    from psyche_lightning.bench.wire import stages
+
+    rows = stages(parameters, planned, rounds)
+    table = _table(
+        f"The schedule in a run of {counted(rounds, 'round')}",
+        *("from step", "k", "local steps", "rounds", "bits per vote", "MB", "MB in all", "fp32 gradients / payload"),
+    )
+    for row in rows:
+        table.add_row(
+            *(str(number) for number in (row.first, row.k, row.steps or "-", row.rounds)),
+            *(f"{row.bits:.3f}", f"{row.megabytes:.3f}", f"{row.megabytes * row.rounds:,.1f}", f"{row.ratio:,.0f}"),
+        )
+    console = stdout()
+    console.print(table)
+    mean = sum(row.megabytes * row.rounds for row in rows) / rounds
+    console.print(f"{mean:.3f} MB a round in the mean of the whole run\n")
+    return rows
 
 
 @bench.command()
@@ -93,7 +145,11 @@ def engine(
     json_file: Json = None,
     png: Png = None,
 ) -> None:
-    """Time a DisTrO step with 4 peers beside local steps with equal entries, AdamW, and the public reference."""
+    """Time a DisTrO step with 4 peers beside local steps with equal entries, AdamW, and the public reference.
+
+    Examples:
+        psyche bench engine --millions 10 --threads 1
+    """
     import torch
 
     from psyche_lightning.bench.engine import load_reference, measure
@@ -168,6 +224,9 @@ def step(
     """Compare a step of Trainer(strategy="psyche") alone with one of the default strategy, for a very small model.
 
     With --local-steps H, compare a round of H steps of AdamW with H steps of the default strategy.
+
+    Examples:
+        psyche bench step --local-steps 8
     """
     import torch
 
@@ -214,7 +273,11 @@ def ddp(
     repeats: Annotated[int, typer.Option(min=1, help="Trainings with psyche, each between two with DDP.")] = 3,
     json_file: Json = None,
 ) -> None:
-    """Compare the tokens/s of `psyche demo` with those of torch DDP over gloo, once training goes on steadily."""
+    """Compare the tokens/s of `psyche demo` with those of torch DDP over gloo, once training goes on steadily.
+
+    Examples:
+        psyche bench ddp --nodes 3
+    """
     from psyche_lightning.bench.ddp import Task, compare
 
     check_folder(json_file, "--json")
@@ -268,7 +331,11 @@ def quality(
     json_file: Json = None,
     png: Png = None,
 ) -> None:
-    """Compare validation loss against bytes: all-reduce, DiLoCo, the DeMo rule, DisTrO at each step, local steps."""
+    """Compare validation loss against bytes: all-reduce, DiLoCo, the DeMo rule, DisTrO at each step, local steps.
+
+    Examples:
+        psyche bench quality --steps 480 --method allreduce --method distro
+    """
     from psyche_lightning.bench.quality.comparison import Case, Results, compare
     from psyche_lightning.bench.quality.methods import DEFAULT, LONG, method
     from psyche_lightning.bench.quality.picture import draw
@@ -323,7 +390,11 @@ def fuzz(
     seed: Annotated[int, typer.Option(help="The same seed gives the same inputs.")] = 0,
     json_file: Json = None,
 ) -> None:
-    """Give hostile bytes to the decoders of payloads and partial sums; each is refused or canonical."""
+    """Give hostile bytes to the decoders of payloads and partial sums; each is refused or canonical.
+
+    Examples:
+        psyche bench fuzz --inputs 100000 --seed 7
+    """
     from psyche_lightning.bench.fuzz import fuzz as run
 
     check_folder(json_file, "--json")
@@ -344,7 +415,11 @@ def transport(
     repeats: Annotated[int, typer.Option(min=1, help="Blobs of each; fastest and median are shown.")] = 8,
     json_file: Json = None,
 ) -> None:
-    """Measure MB/s and latency of the transports between two processes of this machine, next to plain sockets."""
+    """Measure MB/s and latency of the transports between two processes of this machine, next to plain sockets.
+
+    Examples:
+        psyche bench transport --transport tcp --megabytes 100
+    """
     from psyche_lightning.bench.transport import TransportSpeed, measure, sockets
     from psyche_lightning.plugins import load_plugins
 

@@ -8,13 +8,20 @@ import typer
 
 
 def checkpoints(
-    address: Annotated[str, typer.Argument(help="A folder of checkpoints, or an address such as s3://bucket/run.")],
+    address: Annotated[
+        str, typer.Argument(help="A node's folder, one of checkpoints, or an address such as s3://bucket/run.")
+    ],
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its hash.")] = False,
     to: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Copy the newest usable checkpoint to this address.")
     ] = None,
 ) -> None:
-    """List the checkpoints of an address, check them, or copy the newest usable one."""
+    """List the checkpoints of an address, check them, or copy the newest usable one.
+
+    Examples:
+        psyche checkpoints psyche-demo/node-0 --verify
+        psyche checkpoints s3://bucket/run --to copies
+    """
     import tempfile
     from pathlib import Path
 
@@ -23,10 +30,12 @@ def checkpoints(
     from psyche_lightning.checkpoints.address import open_storage
     from psyche_lightning.checkpoints.folder import complete_checkpoints, fetch, scan
     from psyche_lightning.checkpoints.manifest import NAME, folder_name
-    from psyche_lightning.checkpoints.writer import copy_newest
+    from psyche_lightning.checkpoints.writer import FOLDER, copy_newest
     from psyche_lightning.cli.console import say, stdout
     from psyche_lightning.errors import CheckpointError
 
+    if (Path(address) / "node.key").is_file():
+        address = str(Path(address) / FOLDER)
     storage = open_storage(address)
     found = complete_checkpoints(storage)
     table = Table("step", "epoch", "run", "files", "bytes", "parameters", *(["verified"] if verify else []))

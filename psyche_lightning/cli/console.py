@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
 
 from psyche_lightning.text import plain
 
@@ -26,7 +27,11 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As rich does, with all text escaped; rich's own control codes pass."""
+        """As rich does, with all text escaped, and cells folded rather than cut; rich's own control codes pass."""
+        if isinstance(renderable, Table):
+            for column in renderable.columns:
+                if column.overflow == "ellipsis":  # rich's default
+                    column.overflow = "fold"
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=plain(segment.text, lines=True))
 

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+import shlex
 import sys
+import time
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from psyche_lightning import system
-from psyche_lightning.errors import counted
-from psyche_lightning.server.admin import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE
+from psyche_lightning.cli.console import say
+from psyche_lightning.errors import CoordinatorError, counted
+from psyche_lightning.server.admin import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, URL_VARIABLE
+
+if TYPE_CHECKING:
+    from psyche_lightning.server.admin import CoordinatorAdmin
+    from psyche_lightning.server.backup import Backup
+
+logger = logging.getLogger(__name__)
 
 
-def coordinator(
+coordinator = typer.Typer(invoke_without_command=True)
+
+
+@coordinator.callback()
+def serve(
+    context: typer.Context,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8080,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     directory: Annotated[
@@ -48,16 +64,119 @@ def coordinator(
         ),
     ] = None,
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds in which a node may reconnect.")] = 5.0,
+    max_runs: Annotated[
+        int | None, typer.Option(min=1, help="Runs that it takes at once, finished ones included; 256 unless given.")
+    ] = None,
 ) -> None:
-    """Serve runs to nodes, and a live page about them to people."""
+    """Serve runs to nodes, and a live page about them to people. Sub-commands make and restore backups of it.
+
+    Examples:
+        psyche coordinator
+        psyche coordinator --host 0.0.0.0 --tls --dir /var/lib/psyche
+        psyche coordinator backup today.backup --coordinator 127.0.0.1:8080
+    """
+    if context.invoked_subcommand is not None:
+        return
     from psyche_lightning.sites import is_loopback
 
     encrypted = tls if tls is not None else not is_loopback(host)
-    asyncio.run(_serve(host, port, directory, token_file, allow_host or [], encrypted, grace))
+    asyncio.run(_serve(host, port, directory, token_file, allow_host or [], encrypted, grace, max_runs))
+
+
+@coordinator.command()
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The backup; a former one is replaced.")],
+    url: Annotated[
+        str | None,
+        typer.Option("--coordinator", envvar=URL_VARIABLE, metavar="URL", help="The coordinator's URL, or a link."),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=TOKEN_FILE_VARIABLE,
+            metavar="FILE",
+            help="The owner's token. By default that of a coordinator that you run on this machine.",
+        ),
+    ] = None,
+    every: Annotated[
+        float | None, typer.Option(min=1.0, metavar="SECONDS", help="Go on, and replace it again and again.")
+    ] = None,
+) -> None:
+    """Copy all that a coordinator has into one file, while it runs: its runs, its key and the owner's token.
+
+    Examples:
+        psyche coordinator backup today.backup --coordinator 127.0.0.1:8080
+        psyche coordinator backup standby.backup --coordinator LINK --every 10
+    """
+    from psyche_lightning.protocol.link import whole_url
+    from psyche_lightning.server.admin import CoordinatorAdmin
+    from psyche_lightning.server.backup import keep
+    from psyche_lightning.server.token import read_token
+
+    token = None if token_file is None else read_token(token_file)
+    admin = CoordinatorAdmin(url and whole_url(url), token=token)
+    data = admin.backup()
+    say(f"{file}: {_described(keep(data, file))}, {len(data) / 1e6:.1f} MB")
+    if every is not None:
+        _back_up_again(admin, file, every)
+
+
+def _back_up_again(admin: CoordinatorAdmin, file: Path, every: float) -> None:
+    """Replace a backup every so many seconds, and when an epoch begins, until somebody stops it.
+
+    Nodes forget what an earlier epoch needs, so a backup from before the newest one would be of no use.
+    """
+    from psyche_lightning.logs import Outage
+    from psyche_lightning.server.backup import keep
+
+    away = Outage(logger, f"the backup of {admin.url}")
+    epochs: dict[str, int] = {}
+    made = time.monotonic()
+    while True:
+        time.sleep(min(1.0, every))
+        try:
+            now = {run["run_id"]: run["epoch"] for run in admin.runs()}
+            if now != epochs or time.monotonic() - made >= every:
+                keep(admin.backup(), file)
+                epochs, made = now, time.monotonic()
+                away.works()
+        except CoordinatorError as error:
+            away.fails(error)
+
+
+@coordinator.command()
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A backup.")],
+    directory: Annotated[Path, typer.Option("--dir", help="Folder for the runs, which has no coordinator yet.")],
+) -> None:
+    """Make a coordinator's folder from a backup. The coordinator from which it was made must not run any more.
+
+    Examples:
+        psyche coordinator restore standby.backup --dir psyche-coordinator
+    """
+    from psyche_lightning.server import backup as backups
+
+    say(f"{directory}: {_described(backups.restore(file, directory))}")
+    say(f"start it where nodes look for it: psyche coordinator --dir {shlex.quote(str(directory))}")
+
+
+def _described(found: Backup) -> str:
+    states = [run.state for run in found.runs]
+    runs = ", ".join(f"{state.run_id} at step {state.step - 1}" for state in states[:8])
+    more = ", ..." * (len(states) > 8)
+    when = datetime.fromtimestamp(found.made).strftime("%Y-%m-%d %H:%M:%S")
+    return f"{counted(len(states), 'run')} of {when}{f' ({runs}{more})' if runs else ''}"
 
 
 async def _serve(
-    host: str, port: int, directory: Path, token_file: Path | None, hosts: list[str], tls: bool, grace: float
+    host: str,
+    port: int,
+    directory: Path,
+    token_file: Path | None,
+    hosts: list[str],
+    tls: bool,
+    grace: float,
+    max_runs: int | None,
 ) -> None:
     from psyche_lightning.server.server import CoordinatorServer
     from psyche_lightning.server.store import SqliteStore
@@ -71,7 +190,9 @@ async def _serve(
         path = token_file or directory / FILE
         given = os.environ.get(TOKEN_VARIABLE)
         token, fresh = (check_token(given, TOKEN_VARIABLE), False) if given else load_or_create(path)
-        server = CoordinatorServer(store, token=token, hosts=hosts, tls=tls, grace=grace)
+        server = CoordinatorServer(
+            store, token=token, hosts=hosts, tls=tls, grace=grace, events=directory / "events", max_runs=max_runs
+        )
         url = await server.start(host, port)
         try:
             with contextlib.nullcontext() if given else announced(url, path) as found:

@@ -47,6 +47,9 @@ def tokenize(
     """Write token files in Psyche's format from text, with their description and tokenizer.
 
     Each file, or each line of a .jsonl file, is a text; the tokenizer's end-of-text id follows each text.
+
+    Examples:
+        psyche data tokenize corpus/ --out tokens --tokenizer /models/llama
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -104,7 +107,12 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a data provider's number of samples, its fingerprint, and its first samples."""
+    """Show a data provider's number of samples, its fingerprint, and its first samples.
+
+    Examples:
+        psyche data inspect tokens --samples 3
+        psyche data inspect demo
+    """
     from rich.table import Table
 
     from psyche_lightning.cli.console import stdout
@@ -135,7 +143,11 @@ def serve(
         typer.Option(metavar="NAME", help="A name under which it is reached, as for `psyche coordinator`."),
     ] = None,
 ) -> None:
-    """Serve a folder of token files to nodes without a copy."""
+    """Serve a folder of token files to nodes without a copy.
+
+    Examples:
+        psyche data serve tokens --port 8090
+    """
     from psyche_lightning.data.serve import FileServer
 
     stop = threading.Event()

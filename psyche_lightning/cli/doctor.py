@@ -20,6 +20,7 @@ from rich.text import Text
 from psyche_lightning import system
 from psyche_lightning.bench.report import check_folder
 from psyche_lightning.cli.console import stdout
+from psyche_lightning.cli.link import is_link, read_link
 from psyche_lightning.doctor.finding import Finding, Verdict
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError, counted
 from psyche_lightning.json_text import json_text
@@ -43,8 +44,9 @@ def doctor(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RECIPE] [KEY=VALUE]...",
-            help="A recipe and values for its keys, or values for node.* alone, such as node.transport=iroh.",
+            metavar="[RECIPE | LINK] [KEY=VALUE]...",
+            help="A recipe, or a run's join link (or @FILE with it), which brings its recipe, and values for keys; or "
+            "values for node.* alone, such as node.transport=iroh.",
         ),
     ] = None,
     twin: Annotated[bool, typer.Option("--twin", help="Use the recipe's CPU-sized twin.")] = False,
@@ -80,13 +82,24 @@ def doctor(
     """Check whether this machine is ready for a run, and predict the run's speed.
 
     Without arguments it examines only the machine. The exit code is 1 if there is a problem, and 0 with warnings.
+
+    Examples:
+        psyche doctor
+        psyche doctor mla-200m --nodes 4 --upload 20 --download 100 --latency 0.1
     """
     check_folder(json_file, "--json")
-    recipe, settings = _resolve(arguments or [], twin)
+    arguments = [*(arguments or [])]
+    found: list[Finding] = []
+    if arguments and is_link(arguments[0]):
+        coordinator = read_link(arguments.pop(0))
+        assert coordinator is not None
+        recipe, settings, found = _of_run(coordinator, run, arguments)
+    else:
+        recipe, settings = _resolve(arguments, twin)
     if listen and (peer or json_file):
         raise ConfigError("--listen is for the other machine; use --peer and --json on the machine that measures")
     if listen:
-        asyncio.run(_listen(_transport(settings)))
+        asyncio.run(_listen(_transport(settings), _transport(settings, port=0)))
         return
     link = JoinLink.parse(coordinator or "")
     run = run or link.run or None
@@ -99,7 +112,7 @@ def doctor(
     console = stdout()
     options = _Options(coordinator, run or (recipe.name if recipe else None), run is not None, nodes, latency)
     options.upload, options.download = (None if rate is None else rate * 1e6 / 8 for rate in (upload, download))
-    examination = _Examination(recipe, settings, options, int(megabytes * 1e6), seconds)
+    examination = _Examination(recipe, settings, options, int(megabytes * 1e6), seconds, findings=found)
     with progress_bar(console) as examination.progress:
         examination.examine(invitations)
     _show(console, examination.findings)
@@ -152,6 +165,7 @@ class _Examination:
             self._peers(self.status)
         for number, invitation in enumerate(invitations, 1):
             self._link(invitation, number)
+        self._nat()
         if self.recipe is not None:
             self._recipe(self.recipe)
 
@@ -229,6 +243,14 @@ class _Examination:
             return
         self.links.append(found)
         self.findings += connectivity.link_findings(found, area)
+
+    def _nat(self) -> None:
+        from psyche_lightning.doctor import connectivity
+
+        seen = "" if self.reading is None else self.reading.seen
+        own = connectivity.way_out(self.options.coordinator) if seen and self.options.coordinator else ""
+        found = connectivity.nat_finding(seen, own, self.links)
+        self.findings += [] if found is None else [found]
 
     def _recipe(self, recipe: Recipe) -> None:
         from psyche_lightning.doctor import machine, prediction
@@ -320,6 +342,26 @@ def _resolve(arguments: list[str], twin: bool) -> tuple[Recipe | None, Recipe]:
     return None, resolve({"name": "doctor", "node": node}, source="psyche doctor")
 
 
+def _of_run(link: str, run: str | None, overrides: list[str]) -> tuple[Recipe | None, Recipe, list[Finding]]:
+    """The recipe of a run, as :func:`_resolve`; without it, a row that says why there is none."""
+    from psyche_lightning.doctor.connectivity import AREA
+    from psyche_lightning.lightning.entry import terms_of
+    from psyche_lightning.recipe.joining import has_recipe, recipe_of
+
+    name = run or JoinLink.parse(link).run
+    if not name:
+        return None, _resolve(overrides, False)[1], []
+    try:
+        terms = terms_of(link, name)
+    except CoordinatorError:  # which the examination of the coordinator tells
+        return None, _resolve(overrides, False)[1], []
+    if has_recipe(terms):
+        recipe = recipe_of(name, terms, overrides)
+        return recipe, recipe, []
+    text = f"run {name!r} was created without a recipe, so its speed is not predicted"
+    return None, _resolve(overrides, False)[1], [Finding(AREA, "recipe", text, Verdict.UNKNOWN, "name its recipe")]
+
+
 def _invitations(texts: list[str]) -> list[Invitation]:
     from psyche_lightning.doctor.link import Invitation
 
@@ -336,7 +378,7 @@ def _transport(settings: Recipe, *, name: str | None = None, **options: Any) -> 
     return lambda: factory(given)
 
 
-async def _listen(make: Callable[[], Transport]) -> None:
+async def _listen(make: Callable[[], Transport], make_back: Callable[[], Transport]) -> None:
     from psyche_lightning.doctor.link import listen
 
     stop = asyncio.Event()
@@ -346,7 +388,7 @@ async def _listen(make: Callable[[], Transport]) -> None:
         print(f"on the other machine:\n\n    psyche doctor --peer '{invitation}'\n")
         print("Anyone who has this line can measure the link until you press Ctrl-C.", flush=True)
 
-    await listen(make, announce, stop)
+    await listen(make, make_back, announce, stop)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from rich.table import Table
 from psyche_lightning.cli.console import stdout
 from psyche_lightning.doctor.finding import scaled
 from psyche_lightning.doctor.finding import size as size_text
+from psyche_lightning.errors import counted
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe import Recipe
 from psyche_lightning.recipe.estimate import Estimate, estimate
@@ -30,11 +31,13 @@ def print_dry_run(recipe: Recipe) -> None:
         from psyche_lightning.train.tasks import known_tasks
 
         known_tasks(recipe.evals.tasks, recipe.evals.tasks_from, "evals.tasks_from")
+    from psyche_lightning.train.activations import activations
+
     size = estimate(recipe)
     console = stdout()
     console.print(_keys(recipe))
     console.print(_learning_rates(recipe))
-    console.print(_size(recipe, size))
+    console.print(_size(recipe, size, activations(recipe)))
     console.print(_traffic(recipe, size))
     if len(size.stages) > 1:
         console.print(_stages(recipe, size))
@@ -66,17 +69,40 @@ def _learning_rates(recipe: Recipe) -> Table:
     return table
 
 
-def _size(recipe: Recipe, size: Estimate) -> Table:
+def _size(recipe: Recipe, size: Estimate, active: int | None) -> Table:
+    trainer, micro = recipe.trainer, counted(recipe.trainer.micro_batch_size, "sample")
     table = Table("What", "Amount", title="Size of one node")
     table.add_row("parameters", f"{size.parameters:,} ({_short(size.parameters)})")
     if size.trainable != size.parameters:
         table.add_row("trainable parameters", f"{size.trainable:,}")
+    if trainer.devices > 1:
+        table.add_row("memory of each of its devices", f"{trainer.devices}, {trainer.inner}")
     for what, amount in size.memory.items():
         table.add_row(f"memory: {what}", size_text(amount))
-    table.add_row("total memory, without activations", size_text(sum(size.memory.values())), style="bold")
+    known = sum(size.memory.values())
+    each = f" ({known / size.parameters:.3g} bytes a parameter)"
+    table.add_row("total memory, without activations", size_text(known) + each, style="bold")
+    table.add_row(f"activations of {micro}", "not known" if active is None else f"about {size_text(active)}")
+    if trainer.device_memory is not None:
+        table.add_row(
+            f"a device with {trainer.device_memory:g} GB",
+            _fits(trainer.device_memory * 1e9, known, active),
+            style="bold",
+        )
+    where = "main memory, while a checkpoint is written" + " (first rank)" * (trainer.devices > 1)
+    table.add_row(where, f"{size_text(size.copied)} more, for a copy of the model")
     first, last = (batch * recipe.data.seq_len for batch in _batches(recipe))
     table.add_row("tokens of a round", f"{first:,}" if first == last else f"{first:,} to {last:,}")
     return table
+
+
+def _fits(there: float, known: int, active: int | None) -> str:
+    """Whether a device can hold this."""
+    rest = there - known - (active or 0)
+    if rest < 0:
+        return f"lacks {size_text(-rest)}"
+    without = "" if active is not None else ", without activations"
+    return f"fits{without}, and leaves {size_text(rest)} for the framework"
 
 
 def _batches(recipe: Recipe) -> tuple[int, int]:

@@ -36,7 +36,11 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a GPU if there is one by default.")] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures to this file.")] = None,
 ) -> None:
-    """Evaluate a checkpoint, by default the newest, on tasks of lm-eval."""
+    """Evaluate a checkpoint, by default the newest, on tasks of lm-eval.
+
+    Examples:
+        psyche eval /models/mine --tasks arc_easy,hellaswag --limit 100
+    """
     with needing("lm-eval", "eval", "psyche eval"):
         import lm_eval
     import torch

@@ -19,7 +19,11 @@ def export(
         Path | None, typer.Option(metavar="FOLDER", help="The folder to write, CHECKPOINT-FORMAT by default.")
     ] = None,
 ) -> None:
-    """Write a checkpoint, by default the newest, in a format that other programs load."""
+    """Write a checkpoint, by default the newest, in a format that other programs load.
+
+    Examples:
+        psyche export psyche-demo/nodes/0/checkpoint --to deepseek_v3 --output exported
+    """
     from psyche_lightning.checkpoints.folder import local_model
     from psyche_lightning.cli.console import say
     from psyche_lightning.errors import CheckpointError, ConfigError

@@ -31,7 +31,12 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always chooses the most likely token.")] = 0.8,
     seed: Annotated[int | None, typer.Option(help="Seed, to get the same text every time.")] = None,
 ) -> None:
-    """Complete a text with a checkpoint, by default the newest."""
+    """Complete a text with a checkpoint, by default the newest.
+
+    Examples:
+        psyche generate psyche-demo/nodes/0/checkpoint --prompt 'def main('
+        psyche generate /models/chat --chat --prompt 'Who are you?' --seed 1
+    """
     if not prompt:
         raise ConfigError("The prompt is empty; give at least one character after --prompt.")
     from psyche_lightning.cli.saved import find
@@ -88,12 +93,9 @@ def _encoded(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
         message = [{"role": "user", "content": prompt}]
         found = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
         return list(found)
-    whole: list[int] = tokenizer(prompt)["input_ids"]
-    text: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    for end in range(len(text), len(whole) + 1):
-        if whole[end - len(text) : end] == text:
-            return whole[:end]
-    return whole
+    from psyche_lightning.data.tokenizer import prompt_ids
+
+    return prompt_ids(tokenizer, prompt)
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:

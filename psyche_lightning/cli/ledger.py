@@ -39,13 +39,15 @@ def ledger(
 
     This needs only the nodes' folders; several folders complete each other. It recomputes all assignments and checks
     the signatures of all results.
+
+    Examples:
+        psyche run ledger psyche-demo/nodes/* --check
     """
-    from psyche_lightning.node.audit import audit
-    from psyche_lightning.node.ledger import find_ledgers, read_ledger
+    from psyche_lightning.node.audit import audit_files
+    from psyche_lightning.node.ledger import find_ledgers
 
     ledgers = find_ledgers(folders)
-    rows_of_run = (row for ledger in ledgers for row in read_ledger(ledger) if run_id is None or _names(run_id, row))
-    found = audit(rows_of_run)
+    found = audit_files(ledgers, lambda row: run_id is None or _names(run_id, row), 0 if as_json else rows)
     if as_json:
         print(json_text(_plain(found), 1))
     else:
@@ -95,16 +97,15 @@ def _show(found: Audit, rows: int, ledgers: int) -> None:
 
     from psyche_lightning.cli.console import stdout
     from psyche_lightning.errors import counted
-    from psyche_lightning.protocol.open_ids import count, shown
+    from psyche_lightning.protocol.open_ids import shown
     from psyche_lightning.wire.identity import short
 
     console = stdout()
-    again = count((line.start, line.stop) for line in found.lines if line.again)
     console.print(
         Text.assemble(
             (found.run, "bold"),
             f": {counted(found.rounds, 'round')} up to step {found.last_step}, from {counted(ledgers, 'ledger')}; "
-            f"{counted(found.ids, 'data id')} trained once, {again} of them in a later round than their own",
+            f"{counted(found.ids, 'data id')} trained once, {found.ids_again} of them in a later round than their own",
         )
     )
     if found.undone:
@@ -119,8 +120,8 @@ def _show(found: Audit, rows: int, ledgers: int) -> None:
         table.add_row(ids, short(line.trainer), *place, line.commitment.hex()[:16], "again" if line.again else "")
     if newest:
         console.print(table)
-    if len(newest) < len(found.lines):
-        console.print(f"and {len(found.lines) - len(newest)} more before; --rows 0 shows all")
+    if len(newest) < found.trained:
+        console.print(f"and {found.trained - len(newest)} more before; --rows 0 shows all")
     for interval in found.untrained:
         console.print(f"not trained: {shown([interval])} (the run ended before they were trained again)")
     for trainer, rounds in sorted(found.deviating.items()):

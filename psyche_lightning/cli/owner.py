@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.hookspecs import CoordinatorKind
 from psyche_lightning.plugins import load_plugins
-from psyche_lightning.protocol.link import whole_url
+from psyche_lightning.protocol.link import split_url
 from psyche_lightning.protocol.owner import RunAdmin
 from psyche_lightning.server.admin import URL_VARIABLE
 from psyche_lightning.server.token import read_token
@@ -27,18 +28,44 @@ def administer(url: str | None, run_id: str, token_file: Path | None = None) -> 
         ConfigError: the URL is wrong, such runs have no owner's side, or the file has no token.
         PluginError: no plugin registers the scheme.
     """
+    url, scheme, kind = _kind(url)
+    if kind.owner is None:
+        raise ConfigError(f"a run of the coordinator {scheme!r} exists within one process, so it has no owner's side")
+    return kind.owner(url, run_id, None if token_file is None else read_token(token_file))
+
+
+def runs_at(url: str | None) -> list[dict[str, Any]]:
+    """The runs of a coordinator: ``run_id``, ``phase``, ``epoch``, ``step``, ``total_steps`` and ``clients`` of each.
+
+    Args:
+        url: as in :func:`administer`.
+
+    Raises:
+        ConfigError: the URL is wrong, or such coordinators do not list their runs.
+        PluginError: no plugin registers the scheme.
+    """
+    url, scheme, kind = _kind(url)
+    if kind.runs is None:
+        raise ConfigError(f"a coordinator {scheme!r} does not list its runs; name the run: `psyche run status RUN`")
+    return kind.runs(url)
+
+
+def coordinator_url(url: str | None) -> str:
+    """The whole URL of a coordinator; None for the environment's.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return _kind(url)[0]
+
+
+def _kind(url: str | None) -> tuple[str, str, CoordinatorKind]:
+    """The whole URL, its scheme, and what its plugin registers."""
     url = url or os.environ.get(URL_VARIABLE)
     if not url:
         raise ConfigError(f"no coordinator given: pass --coordinator URL or set {URL_VARIABLE}")
-    url = whole_url(url)
-    scheme, colon, _ = url.partition(":")
-    if not colon:
-        raise ConfigError(f"{url!r} is not a coordinator's URL; expected one such as http://127.0.0.1:8080")
-    found = load_plugins().coordinators()
-    owner = found[scheme].owner
-    if owner is None:
-        raise ConfigError(f"a run of the coordinator {scheme!r} exists within one process, so it has no owner's side")
-    return owner(url, run_id, None if token_file is None else read_token(token_file))
+    url, scheme = split_url(url)
+    return url, scheme, load_plugins().coordinators()[scheme]
 
 
 def read_account_file(path: Path) -> dict[str, Any]:

@@ -76,9 +76,9 @@ def plan(
 
     It measures this machine's speed on the recipe's model, and predicts rounds as `psyche doctor` does.
 
-    psyche plan mla-200m --nodes 4 --link 20M --hours 48
-
-    psyche plan tokens --nodes 8 --link 50M/200M --round-trip 30 --hours 72 --tokens-per-second 40000 --price 0.09
+    Examples:
+        psyche plan mla-200m --nodes 4 --link 20M --hours 48
+        psyche plan tokens --nodes 8 --link 50M/200M --hours 72 --price 0.09
     """
     for name, value in (("--nodes", nodes), ("--hours", hours), ("--tokens-per-second", tokens_per_second)):
         if value is not None and not 0 < value < math.inf:
@@ -182,6 +182,9 @@ def _plan(ask: _Ask, seconds: float, progress: Callable[[str, float], None]) -> 
     if not muon_matrices(base, model):
         settings = [one for one in settings if one.optimizer != "muon"]
         left_out.append("Muon: the model has no hidden matrices that it trains.")
+    if base.trainer.gradients == "streamed":
+        settings = [one for one in settings if one.optimizer != "muon" and not one.local_steps]
+        left_out.append("Muon and local steps: they need gradients that are kept (trainer.gradients).")
     if base.trainer.precision == "16-mixed":
         settings = [one for one in settings if not one.local_steps]
         left_out.append("Local steps: they do not work with 16-mixed.")
@@ -365,7 +368,9 @@ class _Plan:
         else:
             say("traffic", f"{traffic}: ${self.dollars:,.2f} at ${ask.price:g} a GB")
         have = "not compared, as --memory is not given" if chosen.memory is None else f"{size(chosen.memory)} there"
-        say("memory", f"{size(chosen.needed)} without activations; {have}")
+        parts = ", ".join(f"{name} {size(amount)}" for name, amount in chosen.estimate.memory.items())
+        copied = f"{size(chosen.estimate.copied)} of main memory while a checkpoint is written"
+        say("memory", f"{size(chosen.needed)} without activations ({parts}), and {copied}; {have}")
         if setting.rate is not None:
             say(
                 "rate",

@@ -62,6 +62,9 @@ def new(
     """Write a complete package: entry point, a working implementation, the conformance tests, a README.
 
     It is an ordinary Python package, psyche-lightning-NAME, and its tests pass without changes.
+
+    Examples:
+        psyche plugin new transport pigeon
     """
     folder = write(kind, name, directory)
     console = Console(soft_wrap=True, highlight=False)

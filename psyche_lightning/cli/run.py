@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import os
-import time
-from dataclasses import asdict
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
 from psyche_lightning.cli.console import say, stdout
 from psyche_lightning.cli.ledger import ledger
+from psyche_lightning.cli.link import read_link
+from psyche_lightning.cli.run_creation import split, wanted
+from psyche_lightning.cli.run_picture import picture, words
+from psyche_lightning.cli.top import LONGEST, show
 from psyche_lightning.errors import ConfigError, CoordinatorError, counted
 from psyche_lightning.json_text import json_text
-from psyche_lightning.logs import redirections
 from psyche_lightning.protocol.link import JoinLink
-from psyche_lightning.protocol.owner import Creation
 from psyche_lightning.server.admin import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, URL_VARIABLE, CoordinatorAdmin
+from psyche_lightning.server.token import read_token
 from psyche_lightning.sites import is_loopback
 from psyche_lightning.text import plain
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from psyche_lightning.recipe import Recipe
 
 run = typer.Typer(no_args_is_help=True, help="Create, inspect, change and close the runs of a coordinator.")
 
 Url = Annotated[
     str | None,
-    typer.Option("--coordinator", envvar=URL_VARIABLE, metavar="URL", help="The coordinator's URL, or a join link."),
+    typer.Option(
+        "--coordinator",
+        envvar=URL_VARIABLE,
+        metavar="URL",
+        help="The coordinator's URL, a join link, or @FILE with one.",
+        callback=read_link,
+    ),
 ]
 TokenFile = Annotated[
     Path | None,
@@ -54,8 +58,16 @@ Twin = Annotated[bool, typer.Option("--twin", help="Use the recipe's CPU-sized t
 Node = Annotated[
     str, typer.Argument(metavar="NODE", help="A node's key in hex (on a chain its wallet's address), or 'everybody'.")
 ]
+Rate = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="POINTS", help="On a chain: points of an epoch, shared by who is there at its end."),
+]
+Slash = Annotated[
+    int | None, typer.Option(min=0, metavar="POINTS", help="On a chain: points that a node loses when it is ejected.")
+]
 EVERYBODY = "everybody"
-EVENTS = 10
+CLOSED = ("uninitialized", "paused", "finished")
+"""Phases in which a run takes no nodes."""
 
 
 @run.command()
@@ -72,10 +84,23 @@ def create(
     anybody: Annotated[
         bool, typer.Option("--open", help="Whoever reaches the coordinator may join, without the link.")
     ] = False,
+    rate: Rate = None,
+    slash: Slash = None,
+    reward_mint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="On a chain: the token that a treasurer pays, one base unit a point. `psyche run fund` gives it some.",
+        ),
+    ] = None,
 ) -> None:
     """Create a run, and print the link with which nodes join it.
 
     Without a recipe, the first node that joins decides what the run trains.
+
+    Examples:
+        psyche run create my-run mla-200m init_min_clients=4
+        psyche run create my-run mla-200m --invited
     """
     from psyche_lightning.cli.owner import administer
 
@@ -83,7 +108,8 @@ def create(
         raise ConfigError("--open lets everybody in, --invited only nodes that you name; give one of them")
     admin = administer(coordinator, run_id, token_file)
     by_link = not (invited or anybody)
-    status = admin.create(wanted(run_id, arguments or [], twin, everybody=not invited, by_link=by_link))
+    creation = wanted(run_id, arguments or [], twin, everybody=not invited, by_link=by_link)
+    status = admin.create(replace(creation, rates=(rate, slash), mint=reward_mint))
     if paused and status["phase"] not in ("paused", "uninitialized"):
         status = admin.pause()
     elif not paused and status["phase"] in ("paused", "uninitialized"):
@@ -95,7 +121,7 @@ def create(
     say(f"created run {run_id} on {url}: {steps}, begins with {counted(config['init_min_clients'], 'node')}")
     if paused:
         say(f"it is not open yet: psyche run start {run_id}")
-    recipe = _split(arguments or [])[0]
+    recipe = split(arguments or [])[0]
     _tell_how_to_join(JoinLink.parse(admin.link()), run_id, anybody=anybody, recipe=recipe is not None)
 
 
@@ -141,7 +167,12 @@ def link(
         bool, typer.Option("--new", help="Make a new link: the former one lets nobody in any more, members stay.")
     ] = False,
 ) -> None:
-    """Print a run's join link, which nodes take as their coordinator."""
+    """Print a run's join link, which nodes take as their coordinator.
+
+    Examples:
+        psyche run link my-run
+        psyche run link my-run --new
+    """
     from psyche_lightning.cli.owner import administer
 
     say(administer(coordinator, run_id, token_file).link(new=new))
@@ -154,16 +185,42 @@ def update(
     coordinator: Url = None,
     token_file: TokenFile = None,
     twin: Twin = False,
+    name: Annotated[str | None, typer.Option(metavar="TEXT", help="On a chain: the run's name for people.")] = None,
+    description: Annotated[str | None, typer.Option(metavar="TEXT", help="On a chain: what the run is about.")] = None,
+    client_version: Annotated[
+        str | None,
+        typer.Option(metavar="VERSION", help="On a chain: the version that nodes need, such as 0.1.0; '' for any."),
+    ] = None,
+    restart_from_step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEP", min=0, help="On a chain: go on from the parameters that a quorum named after this step."
+        ),
+    ] = None,
 ) -> None:
-    """Change the settings of a run that is paused or not started yet."""
+    """Change the settings of a run that is paused or not started yet.
+
+    Examples:
+        psyche run update my-run total_steps=20000
+        psyche run update my-run --client-version 0.1.0 --description "A try"
+        psyche run update my-run --restart-from-step 400
+    """
     from psyche_lightning.cli.owner import administer
 
-    if not arguments:
-        raise ConfigError("nothing to change; give settings such as total_steps=2000, or a recipe")
-    after = administer(coordinator, run_id, token_file).update(wanted(run_id, arguments, twin))
+    creation = replace(
+        wanted(run_id, arguments or [], twin), name=name, description=description, client_version=client_version
+    )
+    if not arguments and not creation.described and restart_from_step is None:
+        raise ConfigError("nothing to change; give settings such as total_steps=2000, a recipe, or an option")
+    admin = administer(coordinator, run_id, token_file)
+    if restart_from_step is not None:
+        say(admin.restart_from(None, restart_from_step))
+        if not arguments and not creation.described:
+            return
+    after = admin.update(creation)
     total = after["config"]["total_steps"]
     steps = "? steps" if total is None else counted(total, "step")
-    say(f"run {run_id} is changed: {steps}, {_words(after['phase'])}")
+    say(f"run {run_id} is changed: {steps}, {words(after['phase'])}")
 
 
 @run.command()
@@ -177,7 +234,12 @@ def status(
         Path | None, typer.Option("--account-file", metavar="FILE", help="A dump of a run's account, of any version 1.")
     ] = None,
 ) -> None:
-    """Show a run's status."""
+    """Show a run's status.
+
+    Examples:
+        psyche run status my-run
+        psyche run status my-run --json
+    """
     from psyche_lightning.cli.owner import administer, read_account_file
 
     if (run_id is None) == (account_file is None):
@@ -190,54 +252,83 @@ def status(
     if as_json:
         print(json_text(found, 2))
     else:
-        _show(found)
+        stdout().print(picture(found))
 
 
 @run.command()
 def watch(
     run_id: RunId,
     coordinator: Url = None,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")] = 1.0,
+    every: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Look at least so often, though nothing changes.")
+    ] = LONGEST,
 ) -> None:
-    """Show a run's status and keep it up to date, until the run is finished or you press Ctrl-C."""
-    from rich.live import Live
+    """Show a run and keep it up to date, as `psyche top` does, until it is finished or you press Ctrl-C.
 
-    from psyche_lightning.cli.owner import administer
-
-    admin, console = administer(coordinator, run_id), stdout()
-    found = admin.status()
-    with Live(_picture(found), console=console, auto_refresh=False, **redirections()) as live:
-        while found["phase"] != "finished":
-            time.sleep(every)
-            try:
-                found = admin.status()
-            except CoordinatorError as error:
-                if not error.retryable:
-                    raise
-                continue
-            live.update(_picture(found), refresh=True)
+    Examples:
+        psyche run watch my-run --every 10
+    """
+    show(coordinator, run_id, every=every)
 
 
 @run.command()
 def start(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) -> None:
-    """Open a run to nodes."""
+    """Open a run to nodes.
+
+    Examples:
+        psyche run start my-run
+    """
     from psyche_lightning.cli.owner import administer
 
     after = administer(coordinator, run_id, token_file).start()
-    say(f"run {run_id} is open: {_words(after['phase'])}")
+    say(f"run {run_id} is open: {words(after['phase'])}")
 
 
 @run.command()
 def close(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) -> None:
-    """Remove a run that is paused or finished; on a chain, you get back what its accounts hold."""
+    """Remove a run that is paused or finished; on a chain, you get back what its accounts hold.
+
+    A server keeps the run's history, which its page shows, until you delete it.
+
+    Examples:
+        psyche run close my-run
+    """
     from psyche_lightning.cli.owner import administer
 
     say(administer(coordinator, run_id, token_file).close())
 
 
 @run.command()
+def delete(
+    run_id: Annotated[
+        str, typer.Argument(metavar="RUN", help="The run's name; its id if several closed runs had that name.")
+    ],
+    coordinator: Url = None,
+    token_file: TokenFile = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete a closed run's history from a server, or a paused or finished run together with its history.
+
+    Examples:
+        psyche run delete my-run
+        psyche run delete my-run --yes
+    """
+    admin = CoordinatorAdmin(coordinator, token=None if token_file is None else read_token(token_file))
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError(f"this deletes the history of run {run_id} for ever; if you want that, give --yes")
+        typer.confirm(f"Delete run {run_id} with its whole history from {admin.url}, for ever?", abort=True)
+    deleted = admin.command(run_id, "delete")["deleted"]
+    say(f"run {plain(str(deleted))} and its history are deleted from {admin.url}")
+
+
+@run.command()
 def authorize(run_id: RunId, node: Node, coordinator: Url = None, token_file: TokenFile = None) -> None:
-    """Let a node or everybody join."""
+    """Let a node or everybody join.
+
+    Examples:
+        psyche run authorize my-run NODE
+    """
     from psyche_lightning.cli.owner import administer
 
     say(administer(coordinator, run_id, token_file).authorize(None if node == EVERYBODY else node))
@@ -245,7 +336,11 @@ def authorize(run_id: RunId, node: Node, coordinator: Url = None, token_file: To
 
 @run.command()
 def revoke(run_id: RunId, node: Node, coordinator: Url = None, token_file: TokenFile = None) -> None:
-    """Undo authorize; a node that already trains stays until its epoch ends."""
+    """Undo authorize; a node that already trains stays until its epoch ends.
+
+    Examples:
+        psyche run revoke my-run NODE
+    """
     from psyche_lightning.cli.owner import administer
 
     say(administer(coordinator, run_id, token_file).revoke(None if node == EVERYBODY else node))
@@ -258,7 +353,11 @@ def kick(
     coordinator: Url = None,
     token_file: TokenFile = None,
 ) -> None:
-    """Remove a node at once; it may not join again unless you authorize it."""
+    """Remove a node at once; it may not join again unless you authorize it.
+
+    Examples:
+        psyche run kick my-run NODE
+    """
     from psyche_lightning.cli.owner import administer
 
     print(administer(coordinator, run_id, token_file).kick(node))
@@ -272,7 +371,11 @@ def restart_from(
     coordinator: Url = None,
     token_file: TokenFile = None,
 ) -> None:
-    """Go on from other parameters than the newest, if those are lost or spoiled; later steps are trained again."""
+    """Go on from other parameters than the newest, if those are lost or spoiled; later steps are trained again.
+
+    Examples:
+        psyche run restart-from my-run DIGEST 1200
+    """
     from psyche_lightning.cli.owner import administer
 
     say(administer(coordinator, run_id, token_file).restart_from(digest, step))
@@ -280,7 +383,11 @@ def restart_from(
 
 @run.command()
 def points(run_id: RunId, coordinator: Url = None, as_json: Json = False) -> None:
-    """Show what the nodes earned: on a server for their results, on a chain for being there when epochs end."""
+    """Show what the nodes earned: on a server for their results, on a chain for being there when epochs end.
+
+    Examples:
+        psyche run points my-run
+    """
     from rich.table import Table
 
     from psyche_lightning.cli.owner import administer
@@ -301,16 +408,71 @@ def claim(
     number: Annotated[int | None, typer.Argument(metavar="[POINTS]", min=1, help="How many; by default all.")] = None,
     coordinator: Url = None,
 ) -> None:
-    """Have your points paid, if the run has a treasurer."""
+    """Have your points paid, if the run has a treasurer.
+
+    Examples:
+        psyche run claim my-run 100
+    """
     from psyche_lightning.cli.owner import administer
 
     say(administer(coordinator, run_id).claim(number))
 
 
+@run.command()
+def rates(
+    run_id: RunId, coordinator: Url = None, token_file: TokenFile = None, rate: Rate = None, slash: Slash = None
+) -> None:
+    """Show the points of an epoch, on a chain, or change those of the epochs to come.
+
+    Examples:
+        psyche run rates first
+        psyche run rates first --rate 250 --slash 20
+    """
+    from psyche_lightning.cli.owner import administer
+
+    say(administer(coordinator, run_id, token_file).rates(rate, slash))
+
+
+@run.command()
+def fund(
+    run_id: RunId,
+    amount: Annotated[int, typer.Argument(min=1, help="Base units of the token; one is paid for a point.")],
+    coordinator: Url = None,
+) -> None:
+    """Give tokens of your wallet to the run's treasurer, who pays points with them; they do not come back.
+
+    Examples:
+        psyche run fund first 5000
+    """
+    from psyche_lightning.cli.owner import administer
+
+    say(administer(coordinator, run_id).fund(amount))
+
+
 @run.command("list")
-def list_runs(coordinator: Url = None, as_json: Json = False) -> None:
-    """List the runs of a coordinator."""
-    runs = CoordinatorAdmin(coordinator).runs()
+def list_runs(
+    link: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[LINK]", help="Only runs that can be joined, of this link's coordinator.", callback=read_link
+        ),
+    ] = None,
+    coordinator: Url = None,
+    as_json: Json = False,
+) -> None:
+    """List the runs of a coordinator; with a join link or URL, those that can be joined, and with what.
+
+    Examples:
+        psyche run list
+        psyche run list --coordinator https://train.example.org --json
+        psyche run list 'https://train.example.org#my-run:KEY:SECRET'
+    """
+    from psyche_lightning.cli.owner import runs_at
+
+    if link is not None:
+        _list_joinable(link, as_json)
+        return
+    runs = runs_at(coordinator)
     if as_json:
         print(json_text(runs, 2))
         return
@@ -318,14 +480,54 @@ def list_runs(coordinator: Url = None, as_json: Json = False) -> None:
 
     table = Table("run", "phase", "epoch", "step", "nodes")
     for row in runs:
-        step = f"{row['step'] - 1}/{row['total_steps'] or '?'}"
-        table.add_row(plain(row["run_id"]), plain(_words(row["phase"])), str(row["epoch"]), step, str(row["clients"]))
+        step = f"{max(0, row['step'] - 1)}/{row['total_steps'] or '?'}"
+        table.add_row(plain(row["run_id"]), plain(words(row["phase"])), str(row["epoch"]), step, str(row["clients"]))
     stdout().print(table if runs else "no runs yet; create one with `psyche run create RUN`")
+
+
+def _list_joinable(text: str, as_json: bool) -> None:
+    """List the runs that nodes may join now, first those that this link opens."""
+    from rich.table import Table
+
+    from psyche_lightning.cli.owner import administer, runs_at
+
+    link = JoinLink.parse(text)
+    rows: list[dict[str, Any]] = []
+    for row in runs_at(text):
+        if row["phase"] in CLOSED:
+            continue
+        try:
+            status = administer(text, row["run_id"]).status()
+        except CoordinatorError as error:
+            if error.code != "UnknownRun":  # it may have been closed just now
+                raise
+            continue
+        if status.get("allowed") is not None:
+            needs = "an invitation"
+        elif not status.get("by_link"):  # a chain has no links
+            needs = "nothing"
+        else:
+            needs = "this link" if link.secret and link.run == row["run_id"] else "its own link"
+        rows.append({**row, "wants": status["config"]["init_min_clients"], "needs": needs})
+    rows.sort(key=lambda row: row["needs"] not in ("this link", "nothing"))
+    if as_json:
+        print(json_text(rows, 2))
+        return
+    table = Table("run", "phase", "step", "nodes", "begins with", "to join it needs")
+    for row in rows:
+        step = f"{max(0, row['step'] - 1)}/{row['total_steps'] or '?'}"
+        cells = (row["run_id"], words(row["phase"]), step, str(row["clients"]), str(row["wants"]), row["needs"])
+        table.add_row(*map(plain, cells))
+    stdout().print(table if rows else f"no run of {link.url} can be joined now: none is open")
 
 
 @run.command()
 def pause(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) -> None:
-    """Pause a run at the end of its epoch."""
+    """Pause a run at the end of its epoch.
+
+    Examples:
+        psyche run pause my-run
+    """
     from psyche_lightning.cli.owner import administer
 
     after = administer(coordinator, run_id, token_file).pause()
@@ -334,156 +536,15 @@ def pause(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) 
 
 @run.command()
 def resume(run_id: RunId, coordinator: Url = None, token_file: TokenFile = None) -> None:
-    """Resume a paused run."""
+    """Resume a paused run.
+
+    Examples:
+        psyche run resume my-run
+    """
     from psyche_lightning.cli.owner import administer
 
     after = administer(coordinator, run_id, token_file).resume()
-    say(f"run {run_id} is resumed: {_words(after['phase'])}")
+    say(f"run {run_id} is resumed: {words(after['phase'])}")
 
 
 run.command()(ledger)
-
-
-def wanted(run_id: str, arguments: list[str], twin: bool, *, everybody: bool = True, by_link: bool = False) -> Creation:
-    """Returns the run that the arguments of ``create`` and ``update`` describe."""
-    recipe, overrides = _split(arguments)
-    if recipe is None and twin:
-        raise ConfigError("--twin is an option of a recipe; also name the recipe")
-    values = _bare(run_id, overrides) if recipe is None else _from_recipe(recipe, overrides, twin)
-    return Creation(**values, everybody=everybody, by_link=by_link)
-
-
-def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The recipe, if the first argument names one, and the overrides."""
-    recipe = arguments[0] if arguments and "=" not in arguments[0] else None
-    overrides = arguments[recipe is not None :]
-    for text in overrides:
-        if "=" not in text:
-            raise ConfigError(f"{text!r} does not have the form key=value; the recipe comes first, right after the run")
-    return recipe, overrides
-
-
-def _from_recipe(name: str, overrides: list[str], twin: bool) -> dict[str, Any]:
-    """The parameters of a run with a recipe, which fixes all of them."""
-    from psyche_lightning.protocol.manifest import START
-    from psyche_lightning.recipe import load_recipe
-    from psyche_lightning.recipe.joining import SECTION as JOIN
-    from psyche_lightning.recipe.joining import offer
-    from psyche_lightning.recipe.manifest import manifest, start_section
-
-    recipe = load_recipe(name, overrides, twin=twin)
-    sections = manifest(recipe)
-    if recipe.checkpoint.resume is not None:
-        from psyche_lightning.checkpoints.folder import newest
-
-        found = newest(recipe.checkpoint.resume)
-        sections[START] = start_section(found.manifest)
-        say(f"resuming after step {found.manifest.metadata.step}, from {found}")
-    del sections["data"]  # only a node has the samples and can describe them, so the first node fixes this section
-    sections[JOIN], local = offer(recipe)
-    for key in local:
-        say(f"{key} names files of this machine, so who joins with the link alone has to give it: {key}=PATH")
-    return {
-        "config": asdict(recipe.run.coordinator),
-        "manifest": sections,
-        "seed": recipe.run.seed,
-        "max_seq_len": recipe.data.seq_len,
-        "recipe": recipe,
-    }
-
-
-def _bare(run_id: str, overrides: list[str]) -> dict[str, Any]:
-    """The parameters of a run without a recipe; the first node fixes the missing ones."""
-    from psyche_lightning.recipe import resolve
-    from psyche_lightning.recipe.loading import parse_override
-    from psyche_lightning.recipe.manifest import manifest
-
-    given: dict[str, dict[str, Any]] = {"run": {}, "distro": {}}
-    for text in overrides:
-        key, value = parse_override(text)
-        section, _, name = key.partition(".")
-        if section not in given:
-            raise ConfigError(
-                f"{text.partition('=')[0]!r} belongs to a recipe; name the recipe before it: "
-                f"`psyche run create RUN RECIPE {text}`"
-            )
-        given[section][name] = value
-    if "global_batch_size_start" in given["run"]:
-        given["run"].setdefault("global_batch_size_end", given["run"]["global_batch_size_start"])
-    recipe: Recipe = resolve({"name": run_id, **given}, source="psyche run create")
-    config = asdict(recipe.run.coordinator)
-    sections = manifest(recipe)
-    return {
-        "config": {name: config[name] for name in given["run"] if name in config},
-        "manifest": {
-            **({"run": sections["run"]} if given["run"].keys() & sections["run"].keys() else {}),
-            **({"distro": sections["distro"]} if given["distro"] else {}),
-        },
-        "seed": given["run"].get("seed"),
-    }
-
-
-def _words(phase: str) -> str:
-    return phase.replace("_", " ")
-
-
-def _show(found: dict[str, Any]) -> None:
-
-    stdout().print(_picture(found))
-
-
-def _picture(found: dict[str, Any]) -> RenderableType:
-    from datetime import datetime
-
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    height = "" if found["height"] is None else f", round {found['height']}"
-    head = (
-        f"{plain(_words(found['phase']))}, epoch {found['epoch']}{height}, "
-        f"{max(0, found['step'] - 1)} of {found['total_steps'] or '?'} steps trained"
-    )
-    parts: list[RenderableType] = [Text.assemble((plain(found["run_id"]), "bold"), ": ", head)]
-    if found.get("waits_for"):
-        parts.append(Text(plain(found["waits_for"]), style="yellow"))
-    if found.get("problem"):
-        parts.append(Text(plain(found["problem"]), style="bold red"))
-    parts += [Text(plain(f"{name}: {value}")) for name, value in found.get("about", {}).items()]
-    losses = [row["loss"] for row in found["metrics"] if row["loss"] is not None]
-    if losses:
-        parts.append(Text(f"training loss {losses[-1]:.4f}, first {losses[0]:.4f}"))
-    named = next((row for row in reversed(found["metrics"]) if row.get("figures")), None)
-    if named:
-        means = ", ".join(f"{plain(name).replace('_', ' ')} {mean:.4g}" for name, mean in named["figures"].items())
-        parts.append(Text(f"at step {named['step']}: {means}"))
-    table = Table("node", "status", "address", "step", "loss", "tokens/s", "share", "bytes up", "bytes down")
-    for node in (*found["clients"], *found["pending"], *found["exited"]):
-        loss, rate, share = node["loss"], node["tokens_per_second"], node.get("share")  # a chain's has no share
-        table.add_row(
-            *(plain(node[name]) for name in ("key", "status", "address")),
-            str(node["step"] or ""),
-            "" if loss is None else f"{loss:.4f}",
-            "" if rate is None else f"{rate:,.0f}",
-            f"{share:.0%}" if type(share) is float else "",
-            *("" if node[name] is None else f"{node[name]:,}" for name in ("bytes_up", "bytes_down")),
-        )
-    if table.row_count:
-        parts.append(table)
-    if found.get("evaluations"):
-        parts.append(_evaluations(found["evaluations"]))
-    for event in found["events"][-EVENTS:]:
-        parts.append(Text(f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  {plain(event['text'])}"))
-    return Group(*parts)
-
-
-def _evaluations(found: list[dict[str, Any]]) -> RenderableType:
-    """The newest evaluation of each task."""
-    from rich.table import Table
-
-    table = Table("task", "after step", "documents", "figures")
-    for one in {one["task"]: one for one in found}.values():
-        figures = ", ".join(f"{plain(name)} {value:.4f}" for name, value in one["figures"].items())
-        asked = "" if one["documents"] is None else f"{one['measured']:,} of {one['documents']:,}"
-        table.add_row(plain(one["task"]), str(one["step"]), asked, figures)
-    return table

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
-from psyche_lightning.cli.console import stdout
-from psyche_lightning.errors import counted
+from psyche_lightning.chronicle.entry import COORDINATOR, SIMULATOR, Entry, Kind, line_of
+from psyche_lightning.cli.console import say, stdout
+from psyche_lightning.errors import ConfigError, counted
 from psyche_lightning.simulation.scenario import History, Scenario, SimulationError
 from psyche_lightning.simulation.simulator import simulate, simulate_all
 
@@ -23,16 +24,28 @@ def sim(
     trace: Annotated[
         bool, typer.Option("--trace", help="Print all events of one history, with virtual times.")
     ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="With --trace: print every event as a line of JSON, which `psyche observe` opens."),
+    ] = False,
 ) -> None:
-    """Play runs of 4 to 32 nodes under faults, and with nodes that break the rules, in virtual time; each replays."""
+    """Play runs of 4 to 32 nodes under faults, and with nodes that break the rules, in virtual time; each replays.
+
+    Examples:
+        psyche sim --histories 100
+        psyche sim --seed 7 --trace
+        psyche sim --seed 7 --trace --json
+    """
     console = stdout()
 
-    def show(now: float, text: str) -> None:
-        console.print(Text.assemble((f"{now:8.2f}", "dim"), f"  {text}"))
-
+    if as_json and not trace:
+        raise ConfigError("--json prints the events of one history: give --trace, too")
+    if as_json:
+        simulate(seed, lambda entry: say(line_of(entry.values()).decode().rstrip()))
+        return
     if trace:
-        show(0.0, str(Scenario.draw(seed)))
-        _sum_up(console, [simulate(seed, show)])
+        console.print(str(Scenario.draw(seed)), style="dim")
+        _sum_up(console, [simulate(seed, lambda entry: _show(console, entry))])
         return
     played = simulate_all(range(seed, seed + histories), jobs)
     if console.is_terminal:
@@ -40,6 +53,16 @@ def sim(
     else:
         played = _told(console, played, histories)
     _sum_up(console, list(played))
+
+
+def _show(console: Console, entry: Entry) -> None:
+    """Print what is not the same in every round."""
+    if entry.kind.usual or (entry.kind is Kind.PHASE and entry.node != COORDINATOR):
+        return
+    who = "" if entry.node == SIMULATOR else f"{entry.node}: "
+    text = entry.text if entry.kind not in (Kind.START, Kind.PHASE) else f"{entry.kind.value} {entry.text}".rstrip()
+    style = "bold red" if entry.node == SIMULATOR else ""
+    console.print(Text.assemble((f"{entry.time:8.2f}", "dim"), f"  {who}", (text, style)))
 
 
 def _told(

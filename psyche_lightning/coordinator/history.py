@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
+from psyche_lightning.coordinator.delivery import CHANGING_DELIVERIES, MAX_DELIVERIES, Delivery, Mark, marks_of
 from psyche_lightning.coordinator.machine import Ending, ending
-from psyche_lightning.errors import CoordinatorError, WireError, counted
+from psyche_lightning.coordinator.metrics import Metrics, Past
+from psyche_lightning.coordinator.nodes import Check, Node, Nodes
+from psyche_lightning.coordinator.tail import Tail
+from psyche_lightning.errors import CoordinatorError, counted
 from psyche_lightning.protocol.codec import from_json, to_json
 from psyche_lightning.protocol.committee import least_clients, members
 from psyche_lightning.protocol.evals import MAX_TASKS, Evaluation
-from psyche_lightning.protocol.requests import MAX_FIGURES, Evaluated, Figure, Report
+from psyche_lightning.protocol.requests import Evaluated, Report
 from psyche_lightning.protocol.state import Phase, Round, RunState
 from psyche_lightning.wire.identity import short
 
@@ -25,7 +29,8 @@ CHANGING_EVALUATIONS = 2 * MAX_TASKS
 """Evaluations that may still change: the newest ones."""
 _MOST = 1e30
 """Figures of this size and more are no measurements, and sums of them might not be finite."""
-_T = TypeVar("_T")
+_LEAVING = ("left", "dropped", "ejected", "kicked")
+"""Kinds of events after which a node is no member; its status is so called then."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Event:
 
     Attributes:
         time: seconds since 1970, or the coordinator's where it has no wall clock.
-        kind: ``joined``, ``left``, ``dropped`` or ``ejected`` for a node; ``epoch`` or ``run`` for the whole run.
+        kind: ``joined``, ``left``, ``dropped``, ``kicked``, ``ejected``, ``late`` or ``digest`` for a node; ``epoch``,
+            ``run``, ``owner`` or ``settings`` for the whole run.
         text: the event in words.
         epoch: the run's epoch at that time.
         step: the next optimizer step at that time.
@@ -49,139 +55,19 @@ class Event:
     signer: str = ""
 
 
-@dataclass(frozen=True)
-class Mean:
-    """The mean of a named figure over the nodes that reported it.
+@dataclass
+class Dates:
+    """When a run reached what everybody asks about, as in :class:`Event`; None for what it did not reach.
 
     Attributes:
-        name: as of a :class:`~psyche_lightning.protocol.requests.Figure`.
-        value: the mean.
-        nodes: how many reported it.
+        created: it was opened to nodes.
+        started: its first epoch began to train.
+        ended: it was finished.
     """
 
-    name: str
-    value: float
-    nodes: int
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """The figures of one training round, from the reports of the nodes that trained its step.
-
-    Attributes:
-        epoch: the round's epoch.
-        height: the round's height.
-        step: the optimizer step that it trained, from 1.
-        time: when it began, as in :class:`Event`.
-        clients: members at its start.
-        batch_size: its samples.
-        reports: nodes that reported figures of this step.
-        losses: reports with a loss.
-        loss: mean of those losses; None without any.
-        tokens_per_second: sum over the reports.
-        bytes_up: mean bytes that a reporter wrote since its previous report.
-        bytes_down: mean bytes that it read.
-        figures: means of named figures of this step.
-    """
-
-    epoch: int
-    height: int
-    step: int
-    time: float
-    clients: int
-    batch_size: int
-    reports: int = 0
-    losses: int = 0
-    loss: float | None = None
-    tokens_per_second: float = 0.0
-    bytes_up: float = 0.0
-    bytes_down: float = 0.0
-    figures: tuple[Mean, ...] = ()
-
-    def plus(self, report: Report, before: Report | None) -> Metrics:
-        """The figures with one more report; ``before`` is the previous report of the same sender."""
-        loss, losses = self.loss, self.losses
-        if math.isfinite(report.loss):
-            losses += 1
-            loss = report.loss if loss is None else loss + (report.loss - loss) / losses
-        reports = self.reports + 1
-
-        def mean(old: float, total: int, seen: int) -> float:
-            # A sender that has restarted counts from zero.
-            return old + ((total - seen if total >= seen else total) - old) / reports
-
-        return replace(
-            self,
-            reports=reports,
-            losses=losses,
-            loss=loss,
-            tokens_per_second=self.tokens_per_second + report.tokens_per_second,
-            bytes_up=mean(self.bytes_up, report.bytes_up, before.bytes_up if before else 0),
-            bytes_down=mean(self.bytes_down, report.bytes_down, before.bytes_down if before else 0),
-        )
-
-    def also(self, figures: Collection[Figure]) -> Metrics:
-        """The figures with those of a node that belong to this step."""
-        means = {mean.name: mean for mean in self.figures}
-        for figure in figures:
-            if figure.step == self.step and (figure.name in means or len(means) < MAX_FIGURES):
-                old = means.get(figure.name, Mean(figure.name, 0.0, 0))
-                nodes = old.nodes + 1
-                means[figure.name] = Mean(figure.name, old.value + (figure.value - old.value) / nodes, nodes)
-        return replace(self, figures=tuple(means.values()))
-
-
-class Tail(Generic[_T]):
-    """The newest entries of a list that only grows; entries keep their places.
-
-    Args:
-        limit: number of entries to keep.
-        items: the entries so far; the first one has place ``first``.
-        first: number of entries before those.
-    """
-
-    def __init__(self, limit: int, items: list[_T] | None = None, first: int = 0) -> None:
-        self._limit = limit
-        self._items = items or []
-        self._first = first
-
-    @property
-    def count(self) -> int:
-        """The number of entries ever added."""
-        return self._first + len(self._items)
-
-    def add(self, item: _T) -> None:
-        """Append an entry, and drop the oldest one beyond the limit."""
-        self._items.append(item)
-        excess = len(self._items) - self._limit
-        if excess > 0:
-            del self._items[:excess]
-            self._first += excess
-
-    def change(self, update: Callable[[_T], _T], newest: int) -> None:
-        """Replace each of the newest entries by the result of ``update``."""
-        self._items[-newest:] = map(update, self._items[-newest:])
-
-    def since(self, place: int) -> list[_T]:
-        """The entries from a place on, as far as they are kept."""
-        return self._items[max(0, place - self._first) :]
-
-    def dump(self, place: int = 0) -> dict[str, Any]:
-        """The entries as JSON values, which :meth:`load` reads."""
-        first = max(self._first, min(place, self.count))
-        return {"first": first, "items": [to_json(item) for item in self.since(first)]}
-
-    @classmethod
-    def load(cls, limit: int, kind: type[_T], data: Any, **added: Any) -> Tail[_T]:
-        """Read what :meth:`dump` wrote, or an earlier version without the fields ``added``, of which it gives values.
-
-        Raises:
-            WireError: it is something else.
-        """
-        if not (isinstance(data, dict) and type(data.get("first")) is int and isinstance(data.get("items"), list)):
-            raise WireError(f"a list of {kind.__name__} must have a first place and items")
-        items = [{**added, **item} if isinstance(item, dict) else item for item in data["items"]]
-        return cls(limit, [from_json(kind, item) for item in items], data["first"])
+    created: float | None = None
+    started: float | None = None
+    ended: float | None = None
 
 
 class History:
@@ -190,8 +76,13 @@ class History:
     Attributes:
         events: the newest notable events.
         metrics: figures of the newest training rounds; the newest :data:`CHANGING_METRICS` may still change.
+        past: means over the rounds before those.
+        deliveries: who delivered in the newest training rounds.
+        nodes: who is and was in the run.
         reports: the latest report of each signer of the epoch.
+        votes: the step and digest of the newest parameters that each client of the epoch named.
         evaluations: what nodes measured within the run, in the order in which it began.
+        dates: when the run was created, started and ended.
         ahead: seconds from the run's time to the date, which may step.
     """
 
@@ -199,18 +90,43 @@ class History:
         self.ahead = 0.0
         self.events: Tail[Event] = Tail(MAX_EVENTS)
         self.metrics: Tail[Metrics] = Tail(MAX_METRICS)
+        self.past = Past()
+        self.deliveries: Tail[Delivery] = Tail(MAX_DELIVERIES)
+        self.nodes = Nodes()
         self.reports: dict[bytes, Report] = {}
+        self.votes: dict[bytes, tuple[int, bytes]] = {}
         self.evaluations: Tail[Evaluation] = Tail(MAX_EVALUATIONS)
+        self.dates = Dates()
+        self._late: set[bytes] = set()  # who was said to be late in this epoch
 
     def note(self, state: RunState, now: float, kind: str, text: str, signer: bytes = b"") -> None:
-        """Add an event."""
-        self.events.add(Event(now + self.ahead, kind, text, state.epoch, state.step, signer.hex()))
+        """Add an event; one of a node that joins or leaves also counts for the node."""
+        time = now + self.ahead
+        self.events.add(Event(time, kind, text, state.epoch, state.step, signer.hex()))
+        if kind == "joined":
+            self.nodes.joined(signer, time)
+        elif kind in _LEAVING:
+            status = "finished" if kind == "left" and state.phase is Phase.FINISHED else kind
+            reason = text.removeprefix(f"{short(signer)} ")
+            self.nodes.change(signer, lambda node: replace(node, left=time, status=status, reason=reason))
 
-    def report(self, epoch: int, signer: bytes, report: Report) -> None:
+    def check(self, signer: bytes, now: float, kind: str, good: bool, text: str, by: bytes = b"") -> None:
+        """Note what was found out about a node; see :class:`~psyche_lightning.coordinator.nodes.Check`."""
+        check = Check(now + self.ahead, kind, good, text, by.hex())
+        self.nodes.change(signer, lambda node: node.checked(check))
+
+    def report(self, epoch: int, signer: bytes, report: Report, now: float | None = None) -> None:
         """Add a witness' figures to those of their step, once, if it is one of the newest steps.
 
         If results overlap training, that step is the one before the round in which the witness reports. The last step
-        is reported while the epoch drains. Named figures may be of an earlier step than the report.
+        is reported while the epoch drains. Named figures may be of an earlier step than the report. A report of step 0
+        is of a node that has trained nothing yet, or of a drain round: only its bytes count.
+
+        Args:
+            epoch: the epoch of its round.
+            signer: the witness.
+            report: its figures.
+            now: the coordinator's seconds, if they are known.
         """
         clean = replace(
             report,
@@ -219,18 +135,79 @@ class History:
             figures=tuple(figure for figure in report.figures if abs(figure.value) < _MOST),
         )
         before = self.reports.get(signer)
+        if not clean.step and before is not None:
+            clean = replace(before, bytes_up=clean.bytes_up, bytes_down=clean.bytes_down)
         if repr(clean) == repr(before):  # equal values, even if the loss is NaN
             return
         self.reports[signer] = clean
+        if now is not None:
+            self._seen(signer, clean, before, now + self.ahead)
         if before is None or before.step != clean.step:
             self._change(lambda row: row.plus(clean, before) if (row.epoch, row.step) == (epoch, clean.step) else row)
         told = {(figure.name, figure.step) for figure in before.figures} if before else set()
         new = [figure for figure in clean.figures if (figure.name, figure.step) not in told]
         if new:
             self._change(lambda row: row.also(new) if row.epoch == epoch else row)
+        node = self.nodes.get(signer)
+        if node is not None and now is not None and math.isfinite(clean.loss):
+            self._trained(epoch, clean.step, node, now + self.ahead)
 
     def _change(self, update: Callable[[Metrics], Metrics]) -> None:
         self.metrics.change(update, newest=CHANGING_METRICS)
+
+    def _seen(self, signer: bytes, report: Report, before: Report | None, time: float) -> None:
+        """Note when a node reported, and how much went over its link since its report before."""
+
+        def seen(node: Node) -> Node:
+            if node.seen is None or before is None or time <= node.seen:
+                return replace(node, seen=time)
+            up, down = report.bytes_up - before.bytes_up, report.bytes_down - before.bytes_down
+            if min(up, down) < 0:  # it has restarted
+                return replace(node, seen=time, up=None, down=None)
+            return replace(node, seen=time, up=up / (time - node.seen), down=down / (time - node.seen))
+
+        self.nodes.change(signer, seen)
+
+    def _trained(self, epoch: int, step: int, node: Node, time: float) -> None:
+        """A node that counted as absent trained its part after all: it was late."""
+
+        def late(delivery: Delivery) -> Delivery:
+            if (delivery.epoch, delivery.step) != (epoch, step) or node.number not in delivery.nodes:
+                return delivery
+            place = delivery.nodes.index(node.number)
+            if delivery.marks[place] != Mark.ABSENT.value:
+                return delivery
+            self.nodes.change(node.signer, lambda one: one.marked(Mark.ABSENT, -1).marked(Mark.LATE))
+            self._tell_late(epoch, step, node.signer, time)
+            marks = delivery.marks[:place] + Mark.LATE.value + delivery.marks[place + 1 :]
+            return replace(delivery, marks=marks)
+
+        self.deliveries.change(late, newest=CHANGING_DELIVERIES)
+
+    def _tell_late(self, epoch: int, step: int, signer: bytes, time: float) -> None:
+        """Add an event, once an epoch."""
+        if signer not in self._late:
+            self._late.add(signer)
+            text = f"{short(signer)} was too late with its result of step {step}"
+            self.events.add(Event(time, "late", text, epoch, step, signer.hex()))
+
+    def delivered(
+        self, state: RunState, round_: Round, attesting: Round, needed: int, shares: dict[bytes, int], now: float
+    ) -> None:
+        """Record which nodes delivered in a training round that is over; see :func:`marks_of` for the arguments."""
+        trained = {
+            signer for signer, one in self.reports.items() if one.step >= round_.step and math.isfinite(one.loss)
+        }
+        decided, marks = marks_of(round_, attesting, needed, shares, trained)
+        known = [(node, mark) for node, mark in zip(map(self.nodes.get, round_.clients), marks, strict=True) if node]
+        numbers = tuple(node.number for node, _ in known)
+        letters = "".join(mark.value for _, mark in known)
+        epoch, time = state.rounds_epoch, now + self.ahead
+        self.deliveries.add(Delivery(epoch, round_.height, round_.step, time, decided, numbers, letters))
+        for node, mark in known:
+            self.nodes.change(node.signer, lambda one, mark=mark: one.marked(mark))  # type: ignore[misc] # a default binds it
+            if mark is Mark.LATE:
+                self._tell_late(epoch, round_.step, node.signer, time)
 
     def evaluated(self, request: Evaluated) -> Evaluation:
         """Add a share to the evaluation of its task and step, which begins with its first share.
@@ -262,38 +239,92 @@ class History:
 
     def observe(self, before: RunState, after: RunState, now: float) -> None:
         """Record a transition, as far as it matters to people."""
-        round_ = after.current
+        round_, time = after.current, now + self.ahead
         known = before.current if before.phase.active else None
-        began = after.phase.active and round_ is not None and (known is None or known.height != round_.height)
-        if began and round_ is not None and round_.step:  # a drain round has no figures of its own
-            self.metrics.add(
-                Metrics(
-                    after.epoch, round_.height, round_.step, now + self.ahead, len(round_.clients), round_.batch_size
-                )
+        goes_on = after.phase.active and round_ is not None
+        if known is not None and not (goes_on and round_ is not None and known.height == round_.height):
+            place = (before.epoch, known.height)
+            self._change(
+                lambda row: replace(row, seconds=max(0.0, time - row.time)) if (row.epoch, row.height) == place else row
             )
+        began = goes_on and round_ is not None and (known is None or known.height != round_.height)
+        if began and round_ is not None and round_.step:  # a drain round has no figures of its own
+            row = Metrics(after.epoch, round_.height, round_.step, time, len(round_.clients), round_.batch_size)
+            for old in self.metrics.add(row):
+                self.past.add(old)
+        if after.phase is not before.phase:
+            self._date(before.phase, after.phase, time)
         for kind, text in _notable(before, after, now):
             self.note(after, now, kind, text)
         if after.phase is Phase.WARMUP and before.phase is not Phase.WARMUP:
             members = {client.signer for client in after.clients}
             self.reports = {signer: report for signer, report in self.reports.items() if signer in members}
+            self.votes, self._late = {}, set()
+        self._named(before, after, now)
 
-    def dump(self, events_from: int, metrics_from: int, evaluations_from: int) -> dict[str, Any]:
-        """The history as JSON values, which :meth:`load` reads."""
+    def _date(self, before: Phase, after: Phase, time: float) -> None:
+        dates = self.dates
+        if before is Phase.UNINITIALIZED:
+            dates.created = time
+        if after is Phase.ROUND_TRAIN and dates.started is None:
+            dates.started = time
+        if after is Phase.FINISHED:
+            dates.ended = time
+
+    def _named(self, before: RunState, after: RunState, now: float) -> None:
+        """Note which parameters nodes named, and who named others than the run's."""
+        if after.phase is Phase.WARMUP and after.warmup_witnesses is not before.warmup_witnesses:
+            for record in after.warmup_witnesses:
+                self.votes[after.clients[record.proof.index].signer] = after.step - 1, record.merkle
+        elif after.phase.active and before.phase is Phase.WARMUP:
+            text = f"held the parameters {after.epoch_digest[:4].hex()} of step {after.step - 1} at the epoch's start"
+            for signer, (_, digest) in self.votes.items():
+                if digest == after.epoch_digest:
+                    self.check(signer, now, "warmup", True, text)
+            return
+        if after.checkpoint_votes is before.checkpoint_votes and after.checkpoint is before.checkpoint:
+            return
+        for signer, step, digest in after.checkpoint_votes:
+            self.votes[signer] = step, digest
+        held = after.checkpoint
+        if after.checkpoint == before.checkpoint or not after.phase.active:
+            return
+        for signer, (step, digest) in self.votes.items():
+            if step == held.step:
+                good, name = digest == held.digest, digest[:4].hex()
+                text = f"holds the run's parameters {name} of step {step}"
+                if not good:
+                    text = f"holds other parameters than the run's of step {step}: {name} instead of "
+                    text += held.digest[:4].hex()
+                    self.note(after, now, "digest", f"{short(signer)} {text}", signer)
+                self.check(signer, now, "digest", good, text)
+
+    def dump(self, since: Mapping[str, int]) -> dict[str, Any]:
+        """The history as JSON values, which :meth:`load` reads.
+
+        Args:
+            since: the first place of ``events``, ``metrics``, ``past``, ``deliveries`` and ``evaluations``, and the
+                version of ``nodes``, from which on they are wanted; all of those that are not named.
+        """
         reports = {}
         for signer, report in self.reports.items():
             reports[signer.hex()] = to_json(report)
             if math.isnan(report.loss):
                 reports[signer.hex()]["loss"] = None
         return {
-            "events": self.events.dump(events_from),
-            "metrics": self.metrics.dump(metrics_from),
-            "evaluations": self.evaluations.dump(evaluations_from),
+            "events": self.events.dump(since.get("events", 0)),
+            "metrics": self.metrics.dump(since.get("metrics", 0)),
+            "past": self.past.dump(since.get("past", 0)),
+            "deliveries": self.deliveries.dump(since.get("deliveries", 0)),
+            "evaluations": self.evaluations.dump(since.get("evaluations", 0)),
+            "nodes": self.nodes.dump(since.get("nodes", -1)),
+            "dates": to_json(self.dates),
             "reports": reports,
         }
 
     @classmethod
     def load(cls, data: dict[str, Any]) -> History:
-        """Read what :meth:`dump` wrote.
+        """Read what :meth:`dump` wrote; earlier versions knew less.
 
         Raises:
             WireError: it is something else.
@@ -303,8 +334,16 @@ class History:
         metrics = Tail.load(MAX_METRICS, Metrics, data["metrics"], figures=[])
         # Version 0.1 also kept rows of drain rounds.
         history.metrics = Tail(MAX_METRICS, [row for row in metrics.since(0) if row.step], data["metrics"]["first"])
-        if "evaluations" in data:  # a run stored by an earlier version has none
+        if "evaluations" in data:
             history.evaluations = Tail.load(MAX_EVALUATIONS, Evaluation, data["evaluations"])
+        if "past" in data:
+            history.past = Past.load(data["past"])
+        if "deliveries" in data:
+            history.deliveries = Tail.load(MAX_DELIVERIES, Delivery, data["deliveries"])
+        if "nodes" in data:
+            history.nodes = Nodes.load(data["nodes"])
+        if "dates" in data:
+            history.dates = from_json(Dates, data["dates"])
         for signer, values in data["reports"].items():
             lossless = values["loss"] is None
             report = from_json(Report, {"figures": [], **values, **({"loss": 0.0} if lossless else {})})

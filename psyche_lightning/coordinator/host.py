@@ -13,16 +13,17 @@ from dataclasses import replace
 from typing import Any
 
 from psyche_lightning.coordinator import machine
+from psyche_lightning.coordinator.delivery import shares_of
 from psyche_lightning.coordinator.history import History, plain_round
 from psyche_lightning.coordinator.machine import MachineError
 from psyche_lightning.coordinator.membership import Membership
+from psyche_lightning.coordinator.settings import Settings
 from psyche_lightning.coordinator.shares import Speeds
 from psyche_lightning.coordinator.waiting import awaited
 from psyche_lightning.errors import ConfigError, CoordinatorError, WireError, counted
-from psyche_lightning.protocol.assignment import assign
 from psyche_lightning.protocol.bloom import Bloom
 from psyche_lightning.protocol.codec import round_from_json, round_to_json, state_from_json, to_json
-from psyche_lightning.protocol.committee import decided_root, round_selection
+from psyche_lightning.protocol.committee import decided_root
 from psyche_lightning.protocol.evals import Evaluation, evaluated_tasks
 from psyche_lightning.protocol.limits import Limits, check_config, check_run_id
 from psyche_lightning.protocol.manifest import fix_values, merge, shares_by_speed, with_values
@@ -129,6 +130,7 @@ class RunHost:
         self.rounds_epoch = 0
         self.points: dict[bytes, int] = {}
         self.speeds = Speeds()
+        self._settings: tuple[dict[str, Any] | None, Settings] = None, Settings()
         self._seed = seed
         self._left_open: dict[str, int | None] = dict.fromkeys(unset)
         self._now = 0.0
@@ -159,6 +161,13 @@ class RunHost:
     def waits_for(self) -> str:
         """What the run waits for, in one line for people; empty while it trains, and when it is finished."""
         return awaited(self.state, self.membership.members.values())
+
+    @property
+    def settings(self) -> Settings:
+        """What the manifest says of model, data and compression, for people."""
+        if self._settings[0] is not self.manifest:
+            self._settings = self.manifest, Settings.of(self.manifest)
+        return self._settings[1]
 
     def deadline(self) -> float | None:
         """When time alone advances the run, in the coordinator's seconds; None if only an input can."""
@@ -236,15 +245,20 @@ class RunHost:
         fixed = {"total_steps": "total_steps", "global_batch_size_start": "global_batch_size"}
         for setting in config.keys() & fixed.keys():
             self._left_open.pop(fixed[setting], None)
+        self.history.note(self.state, now, "owner", f"the owner changed {', '.join(sorted(config)) or 'nothing'}")
         self._apply(replace(self.state, config=changed, nonce=self.state.nonce + 1), now)
 
     def allow(self, node: bytes | None) -> None:
         """Let a node with this key join, or everyone whose key was not revoked."""
         self.membership.allow(node)
+        who = "everybody" if node is None else short(node)
+        self.history.note(self.state, self._now, "owner", f"the owner lets {who} join", node or b"")
 
     def revoke(self, node: bytes | None, now: float) -> None:
         """Take a node's permission back, or that of everyone who is no member; it finishes the epoch that it is in."""
         self.membership.forbid(node)
+        who = "who is no member may not join any more" if node is None else f"{short(node)} may not join any more"
+        self.history.note(self.state, now, "owner", f"the owner's decision: {who}", node or b"")
         self._apply(self.state, now)
 
     def kick(self, node: bytes, now: float) -> None:
@@ -277,8 +291,8 @@ class RunHost:
                 answer = Terms(self.state.config, tuple(self.unset), self.manifest, self.state.incarnation)
             case GetRounds(epoch, first):
                 answer = self._rounds_from(signer, epoch, first)
-            case Join(address, manifest):
-                self._join(signer, address, manifest, now)
+            case Join():
+                self._join(signer, request, now)
             case Withdraw():
                 self._withdraw(signer, now)
             case WarmupWitness():
@@ -307,12 +321,12 @@ class RunHost:
         # A node takes the last round of an answer only once it is no longer the last.
         return tuple(self.rounds[start : start + max(2, count)])
 
-    def _join(self, signer: bytes, address: str, manifest: Mapping[str, Any], now: float) -> None:
-        """Make a node a member from the next epoch on; repeated to change its address.
+    def _join(self, signer: bytes, request: Join, now: float) -> None:
+        """Make a node a member from the next epoch on; repeated to change its address or region.
 
         Raises:
             ManifestMismatchError: the run has another manifest.
-            CoordinatorError: ``InvalidManifest``; ``InvalidMember`` for an impossible key or address;
+            CoordinatorError: ``InvalidManifest``; ``InvalidMember`` for an impossible key, address or region;
                 ``NotAuthorized``; ``Ejected``; ``RunFull`` (retryable); ``Halted`` for a newcomer to a finished run.
         """
         if self.state.phase is Phase.FINISHED and signer not in self.membership.members:
@@ -322,14 +336,16 @@ class RunHost:
                 "`psyche run create NEW RECIPE checkpoint.resume=ADDRESS`.",
                 code="Halted",
             )
-        self.membership.check(signer, address)
-        rest, values = fix_values(self._left_open, manifest)
+        address, region = request.address, request.region
+        self.membership.check(signer, address, region)
+        rest, values = fix_values(self._left_open, request.manifest)
         state = self._with_values(values)
         self.manifest, self._left_open = merge(self.manifest, rest, sealed=self.sealed), values
         self.sealed = True
         if signer not in self.membership.members:
             self.history.note(self.state, now, "joined", f"{short(signer)} joined", signer)
         self.membership.members[signer] = Client(signer, signer, address)
+        self.history.nodes.change(signer, lambda node: replace(node, address=address, region=region or None))
         if state.phase is Phase.UNINITIALIZED:
             state = machine.start(state, now)
         self._apply(machine.move(state, signer, signer, address), now)
@@ -377,7 +393,7 @@ class RunHost:
     def _witness(self, signer: bytes, request: Witness, now: float) -> None:
         """Record a witness' report; also keeps the figures of a report that comes too late."""
         if any(client.signer == signer for client in self.state.clients):
-            self.history.report(request.epoch, signer, request.report)
+            self.history.report(request.epoch, signer, request.report, now)
             if self.by_speed and request.report.step <= self.state.step:
                 self.speeds.measured(signer, request.report.step, request.report.tokens_per_second)
         self._apply(machine.witness(self.state, signer, request), now)
@@ -388,8 +404,9 @@ class RunHost:
         state, dropped = machine.health_check(self.state, signer, request)
         for gone in before - {client.signer for client in state.healthy}:
             self.membership.members.pop(gone, None)
-            text = f"{short(gone)} is dropped: it delivered nothing in the last {MISSED_ROUNDS} rounds"
-            self.history.note(self.state, now, "dropped", text, gone)
+            missed = f"delivered nothing in the last {MISSED_ROUNDS} rounds"
+            self.history.note(self.state, now, "dropped", f"{short(gone)} is dropped: it {missed}", gone)
+            self.history.check(gone, now, "health_check", False, missed, signer)
         self._apply(state, now)
         return dropped
 
@@ -404,6 +421,7 @@ class RunHost:
         for each in self._signers(culprit):
             text = "is ejected: it signed two results for one batch"
             self._forget(each, ClientStatus.EJECTED, "ejected", text, now)
+            self.history.check(each, now, "accusation", False, "signed two results for one batch", signer)
 
     def _evaluated(self, signer: bytes, request: Evaluated) -> Evaluation:
         """Keep what a member measured: for people, on its word."""
@@ -500,10 +518,13 @@ class RunHost:
     def _set(self, state: RunState, now: float) -> None:
         before, self.state = self.state, state
         self.history.observe(before, state, now)
+        if state.step != before.step:
+            self._tell_settings(before.step, state.step, now)
         round_, ended = state.current, before.current
         over = not state.phase.active or (ended is not None and round_ is not None and round_.height > ended.height)
         if before.phase.active and ended is not None and over:
             self._reward(ended, before.needed)
+            self._record_delivery(before, ended, now)
         if before.phase is Phase.WARMUP and state.phase is Phase.WAITING_FOR_MEMBERS and not state.checkpoint.digest:
             # The first member did not say which parameters the run begins with: the next one's turn.
             for client in before.clients[:1]:  # none if all have left
@@ -527,9 +548,7 @@ class RunHost:
         named = [one for one in items if sum(items[one] in each for each in heard) >= needed]
         parts = dict.fromkeys(round_.clients, 1)
         if round_.weights:
-            selection = round_selection(round_, self.state.config)
-            shares = assign(round_.seed, round_.data_index, round_.batch_size, selection, round_.weights)
-            parts = dict.fromkeys(round_.clients, 0) | {round_.clients[i]: stop - start for i, start, stop in shares}
+            parts = shares_of(round_, self.state.config)
         whole = sum(parts[signer] for signer in named)
         for signer in named:
             self.points[signer] = self.points.get(signer, 0) + round_.batch_size * parts[signer] // max(1, whole)
@@ -538,6 +557,21 @@ class RunHost:
                 self.speeds.rested(signer)
             elif signer not in named:
                 self.speeds.missed(signer)
+
+    def _tell_settings(self, before: int, step: int, now: float) -> None:
+        """Note when the schedule of the compression has reached other values."""
+        then, values = self.settings.at(before), self.settings.at(step)
+        changed = [name for name, value in values.items() if value != then[name]]
+        if changed:
+            text = ", ".join(f"{name} is {values[name]} (was {then[name]})" for name in changed)
+            self.history.note(self.state, now, "settings", f"from step {step} on {text}")
+
+    def _record_delivery(self, before: RunState, ended: Round, now: float) -> None:
+        """Record, for people, who delivered in the round of which the one that has ended tells."""
+        about = before.round_at(ended.height - 1) if self.settings.overlap else ended
+        if about is not None and about.step:
+            shares = shares_of(about, self.state.config)
+            self.history.delivered(before, about, ended, before.needed, shares, now)
 
     def _samples_per_second(self) -> dict[bytes, float]:
         """The members' speeds; they report tokens, of which the manifest knows more than who created the run."""
@@ -548,21 +582,16 @@ class RunHost:
 
     # Durability.
 
-    def dump(
-        self, *, rounds_from: int = 0, events_from: int = 0, metrics_from: int = 0, evaluations_from: int = 0
-    ) -> dict[str, Any]:
+    def dump(self, *, rounds_from: int = 0, since: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Everything as exact JSON values.
 
         A store that keeps growing parts separately asks for the new entries only, and gives all of them to
         :meth:`load`. Entries that were dumped do not change, except the last of ``history`` and the newest of
-        ``metrics`` and ``evaluations`` (:data:`~psyche_lightning.coordinator.history.CHANGING_METRICS`,
-        :data:`~psyche_lightning.coordinator.history.CHANGING_EVALUATIONS`).
+        ``metrics``, ``past``, ``deliveries`` and ``evaluations``.
 
         Args:
             rounds_from: height of the first round in ``history``.
-            events_from: number of the first event.
-            metrics_from: number of the first row of figures.
-            evaluations_from: number of the first evaluation.
+            since: as of :meth:`History.dump`; all if None.
         """
         return {
             "format": FORMAT,
@@ -577,7 +606,7 @@ class RunHost:
             **self.membership.dump(),
             "history_epoch": self.rounds_epoch,
             "history": [round_to_json(round_) for round_ in self.rounds if round_.height >= rounds_from],
-            **self.history.dump(events_from, metrics_from, evaluations_from),
+            **self.history.dump(since or {}),
         }
 
     @classmethod
@@ -589,7 +618,10 @@ class RunHost:
         """
         try:
             if data["format"] != FORMAT:
-                raise WireError(f"a run stored in format {data['format']}; this version reads format {FORMAT}")
+                which = "a newer" if data["format"] > FORMAT else "an older"
+                raise WireError(
+                    f"{which} psyche_lightning stored a run in format {data['format']}; this one reads format {FORMAT}"
+                )
             state = state_from_json(data["state"])
             host = cls(state.run_id, state.config, seed=data["seed"], max_seq_len=state.max_seq_len, limits=limits)
             host.state = state

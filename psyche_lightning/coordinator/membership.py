@@ -6,8 +6,9 @@ from typing import Any
 
 from psyche_lightning.errors import CoordinatorError, counted
 from psyche_lightning.protocol.codec import from_json, to_json
+from psyche_lightning.protocol.limits import MAX_REGION, REGION, is_region
 from psyche_lightning.protocol.state import Client
-from psyche_lightning.text import is_plain
+from psyche_lightning.text import is_plain, plain
 from psyche_lightning.wire.identity import KEY_SIZE, short
 
 MAX_ADDRESS = 512
@@ -100,13 +101,13 @@ class Membership:
         if self.by_link and not shown and signer not in self._without_link:
             what = "this node's join link is of another run, or of a former one" if tried else "this node has none"
             raise CoordinatorError(
-                f"run {self._run_id!r} takes the nodes that have its join link, and {what}. Its owner prints it with "
-                f"`psyche run link {self._run_id}`; give it to the node as its coordinator (--coordinator LINK or "
-                "PSYCHE_COORDINATOR).",
+                f"run {self._run_id!r} takes the nodes that have its join link, and {what}. Ask the run's owner for "
+                f"the newest one, which `psyche run link {self._run_id}` prints, and start the node again with it: "
+                "`psyche join LINK`, --coordinator LINK or PSYCHE_COORDINATOR.",
                 code="NotInvited",
             )
 
-    def check(self, signer: bytes, address: str) -> None:
+    def check(self, signer: bytes, address: str = "", region: str = "") -> None:
         """Check that a node may become, or stay, a member.
 
         Raises:
@@ -117,6 +118,10 @@ class Membership:
                 f"a member must have a key of {KEY_SIZE} bytes, and an address of at most {MAX_ADDRESS} characters "
                 "without control characters",
                 code="InvalidMember",
+            )
+        if not is_region(region):
+            raise CoordinatorError(
+                f"a member's region is {plain(region[:MAX_REGION])!r}; expected {REGION}", code="InvalidMember"
             )
         if signer in self.ejected:
             raise CoordinatorError(

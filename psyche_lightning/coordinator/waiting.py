@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from psyche_lightning.coordinator.machine import gathered
+from psyche_lightning.coordinator.machine import gathered, unreported
 from psyche_lightning.errors import counted
-from psyche_lightning.protocol.state import Client, Phase, RunState
+from psyche_lightning.protocol.state import Client, ClientStatus, Phase, RunState
 
 
 def awaited(state: RunState, pending: Collection[Client]) -> str:
@@ -31,6 +31,29 @@ def awaited(state: RunState, pending: Collection[Client]) -> str:
             if silent > 0:
                 return f"waiting for {silent} of {counted(present, 'member')} to report the parameters"
     return ""
+
+
+def awaited_nodes(state: RunState, pending: Collection[Client]) -> list[bytes]:
+    """The signers of the nodes for which a run waits, as far as they are known.
+
+    In a warm-up those that have not reported the parameters, in a round the witnesses that have not reported, and
+    before an epoch those that may hold the parameters, if none of them is here.
+    """
+    match state.phase:
+        case Phase.WAITING_FOR_MEMBERS:
+            here = {client.signer for client in pending}
+            return list(state.holders) if state.checkpoint.digest and here.isdisjoint(state.holders) else []
+        case Phase.WARMUP:
+            reported = {record.proof.index for record in state.warmup_witnesses}
+            return [
+                client.signer
+                for index, client in enumerate(state.clients)
+                if index not in reported and client.status is ClientStatus.HEALTHY
+            ]
+        case Phase.ROUND_TRAIN | Phase.ROUND_WITNESS if state.current is not None:
+            silent = unreported(state, state.current)
+            return [client.signer for client in state.clients if client.signer in silent]
+    return []
 
 
 def _members(state: RunState, pending: Collection[Client]) -> str:

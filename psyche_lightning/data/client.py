@@ -19,6 +19,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 from psyche_lightning.data.options import whole
 from psyche_lightning.errors import ConfigError, cause, nearest
 from psyche_lightning.logs import Outage
+from psyche_lightning.urls import http_parts
 
 if TYPE_CHECKING:
     import aiohttp
@@ -264,14 +265,9 @@ def check_url(url: object) -> str:
     Raises:
         ConfigError: it is not.
     """
-    try:
-        parts = urlsplit(url) if isinstance(url, str) else None
-        good = parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        good = False
-    if not good:
+    if not isinstance(url, str) or http_parts(url) is None:
         raise ConfigError(f"{url!r} is not an http or https URL, such as https://example.org/tokens.bin.")
-    return str(url)
+    return url
 
 
 def is_local(url: str) -> bool:

@@ -6,6 +6,7 @@ import bz2
 import contextlib
 import gzip
 import lzma
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -27,6 +28,8 @@ _OTHERS = {
 }  # fmt: skip
 _SAMPLE = 1 << 16
 _STRANGE = 0.3
+_NO_LETTER = re.compile("[\ufffd\x00-\x07\x0e-\x1a\x1c-\x1f]")
+"""What text does not have: bytes that are no UTF-8, and control characters but white space, backspace and escape."""
 
 
 def suffix(file: Path) -> str:
@@ -97,5 +100,5 @@ def what_else(data: bytes) -> str | None:
     if b"\0" in data:
         return "binary: it has zero bytes"
     sample = data[:_SAMPLE].decode("utf-8", errors="replace")
-    strange = sum(letter == "\ufffd" or (letter < " " and letter not in "\t\n\r\f\v\b\x1b") for letter in sample)
+    strange = len(_NO_LETTER.findall(sample))
     return "binary: much of it is not UTF-8" if strange > max(1, _STRANGE * len(sample)) else None

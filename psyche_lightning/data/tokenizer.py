@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 BYTES = "bytes"
 BYTE_VOCABULARY = 256
 BYTE_END = 0
@@ -173,6 +171,16 @@ def load_tokenizer(name: str, *, download: bool = False) -> PreTrainedTokenizerB
         return AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a malformed file
         raise ConfigError(f"The tokenizer {name!r} cannot be loaded ({error}); {expected}") from error
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of the beginning of a text, as in training: with what the tokenizer puts before a text, not after it."""
+    whole: list[int] = tokenizer(text)["input_ids"]
+    bare: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for end in range(len(bare), len(whole) + 1):
+        if whole[end - len(bare) : end] == bare:
+            return whole[:end]
+    return whole
 
 
 def _special(tokenizer: PreTrainedTokenizerBase, kind: str) -> int | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from psyche_lightning.distro.optimizer import DisTrO, NonFiniteGradientError
     from psyche_lightning.distro.partial import Tally, decode_tally, encode_tally, merge
     from psyche_lightning.distro.payload import PayloadCodec
+    from psyche_lightning.distro.sharded import ShardedDisTrO
     from psyche_lightning.distro.votes import Votes, select
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "LocalSteps",
     "NonFiniteGradientError",
     "PayloadCodec",
+    "ShardedDisTrO",
     "Tally",
     "Votes",
     "decode",
@@ -51,6 +53,7 @@ _MODULES = {
     "optimizer": ("DisTrO", "NonFiniteGradientError"),
     "partial": ("Tally", "decode_tally", "encode_tally", "merge"),
     "payload": ("PayloadCodec",),
+    "sharded": ("ShardedDisTrO",),
     "votes": ("Votes", "select"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

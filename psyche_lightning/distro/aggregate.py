@@ -9,9 +9,15 @@ basis B of :func:`~psyche_lightning.distro.transform.integer_basis`, |B| <= 127.
   and ``sum |V| <= n``. So a partial sum of column l is at most ``127 * sum_b |T[b, l]| <= 127 * 127 * n``.
 
 All terms and partial sums are integers that the format represents. So both ways are exact, in any order of summation
-and with or without FMA: float32 represents all integers up to 2^24, and ``127^2 n <= 2^24`` for n <= 1040; float64
-represents them up to 2^53, n <= 5e11. Below the limit all ways give the same integers, hence the same signs. Nothing
-depends on the order of the peers, the batch size or the number of threads.
+and with or without FMA: float32 represents all integers up to 2^24, and ``127^2 n <= 2^24`` for n <= 1040.
+
+For more votes, T is still exact, as ``127 n <= 2^24`` for n <= 132104. It is the sum of its s lowest bits L, as signed
+numbers, and of ``2^s H``; with s so that ``127 c 2^(s-1) <= 2^24``, partial sums of ``B L`` are small enough. An entry
+of H is at most ``|T| / 2^(s-1)``, so those of ``B H`` are at most ``127^2 n / 2^(s-1)``, below 2^22. Then
+``X = B L + 2^s B H`` is rounded once, which keeps its sign. Beyond, float64 represents all integers up to 2^53,
+n <= 5e11.
+
+All ways give the same signs. Nothing depends on the order of the peers, the batch size or the number of threads.
 """
 
 from __future__ import annotations
@@ -21,21 +27,18 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import cast
 
-import numpy as np
 import torch
 
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import DistroConfig
 from psyche_lightning.distro.layout import Layout
 from psyche_lightning.distro.transform import integer_basis, sandwich
-from psyche_lightning.distro.votes import Votes
+from psyche_lightning.distro.votes import Votes, VotesOn
 
 FLOAT32_VOTES = 2**24 // 127**2
-"""The most votes per chunk (peers * k) that float32 sums exactly: 1040."""
-
-
-OUTER_VOTES = 64
-"""The most votes per chunk for which outer products are faster."""
+"""The most votes per chunk (peers * k) that float32 sums exactly at once: 1040."""
+SPLIT_VOTES = 2**24 // 127
+"""The most votes per chunk that float32 sums exactly in two parts: 132,104."""
 
 
 def sign_update(
@@ -98,6 +101,11 @@ def _tables(side: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.
         return basis, torch.cat([basis.T, -basis.T, torch.zeros_like(basis[:1])])
 
 
+def split_bits(side: int) -> int:
+    """The lowest bits of T that are multiplied alone: as many as keep partial sums over a column within 2^24."""
+    return (2**24 // (127 * side)).bit_length()
+
+
 class Aggregator:
     """The basis on one device, and the arithmetic for n votes per chunk; use it within ``full_precision``.
 
@@ -106,7 +114,7 @@ class Aggregator:
         votes: votes that are summed per chunk, peers * k.
         device: where to compute.
         dtype: float32 or float64; by default chosen by the number of votes.
-        outer: whether to sum outer products; by default chosen by the number of votes.
+        outer: whether to sum outer products; by default if there are at most as many votes as a chunk has rows.
     """
 
     def __init__(
@@ -119,25 +127,25 @@ class Aggregator:
     ) -> None:
         self.device = device
         self._side = config.chunk
-        self._dtype = dtype or (torch.float32 if votes <= FLOAT32_VOTES else torch.float64)
-        self._outer = votes <= OUTER_VOTES if outer is None else outer
+        self._dtype = dtype or (torch.float32 if votes <= SPLIT_VOTES else torch.float64)
+        parts = votes > FLOAT32_VOTES and self._dtype == torch.float32
+        self._split = split_bits(config.chunk) if parts else 0
+        self._outer = votes <= config.chunk if outer is None else outer
         self._basis, self._columns = _tables(config.chunk, self._dtype, device)
         self._work: list[torch.Tensor] = []
 
-    def load(self, votes: Sequence[Votes]) -> None:
+    def load(self, votes: Sequence[Votes | VotesOn]) -> None:
         """Load the votes of one or more peers for the same chunks."""
-        positions = np.concatenate([ballot.positions for ballot in votes], axis=1)
-        signs = np.concatenate([ballot.signs for ballot in votes], axis=1)
+        here = [VotesOn.of(ballot, self.device) for ballot in votes]
+        positions = torch.cat([ballot.positions for ballot in here], dim=1)
+        signs = torch.cat([ballot.signs for ballot in here], dim=1)
         if not self._outer:
-            self._first, self._second = torch.from_numpy(positions), torch.from_numpy(signs)
+            self._first, self._second = positions, signs
             return
         rows = positions >> (self._side.bit_length() - 1)
-        rows[signs < 0] += self._side
-        rows[signs == 0] = 2 * self._side
-        columns = positions & (self._side - 1)
-        self._first, self._second = (
-            torch.from_numpy(index.astype(np.int32)).to(self.device) for index in (rows, columns)
-        )
+        rows.add_(signs < 0, alpha=self._side)
+        rows.masked_fill_(signs == 0, 2 * self._side)
+        self._first, self._second = rows.to(torch.int32), (positions & (self._side - 1)).to(torch.int32)
 
     def signs(self, start: int, stop: int) -> torch.Tensor:
         """The signs of the sums of some loaded chunks, float32 [chunks, c, c].
@@ -154,9 +162,9 @@ class Aggregator:
             torch.index_select(self._columns, 0, second.reshape(-1), out=right.view(-1, c))
             torch.bmm(left.transpose(1, 2), right, out=sums)
         else:
-            where, values = first.to(self.device, torch.int64), second.to(self.device, self._dtype)
+            where, values = first.to(torch.int64), second.to(self._dtype)
             sums.zero_().view(chunks, c * c).scatter_add_(1, where, values)
-            sums = sandwich(self._basis, sums, self._basis.T, (self._buffer(1, chunks, c, c), sums))
+            sums = sandwich(self._basis, sums, self._basis.T, (self._buffer(1, chunks, c, c), sums), self._split)
         return sums.sign_().to(torch.float32)
 
     def _buffer(self, number: int, *size: int) -> torch.Tensor:

@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 
 from psyche_lightning.distro import magnitudes
 from psyche_lightning.distro.config import STEPS_VERSION, WIRE_VERSION, DistroConfig
-from psyche_lightning.distro.sets import LIMB, Ranks, carry, from_bytes, plan, to_bytes, to_limbs
+from psyche_lightning.distro.sets import LIMB, Ranks, carry, plan, to_bytes, to_limbs
 from psyche_lightning.distro.votes import Votes
 from psyche_lightning.errors import PayloadError
 
 _HEADER = struct.Struct(">BBHI")
+HEADER_SIZE = _HEADER.size
 FEW = 4
 """Chunks that are sooner written without numpy."""
 _BATCH_BITS = 1 << 21  # bits of a batch; working memory is a few bytes for each
@@ -46,6 +47,7 @@ class _Code:
         self.bits = self.plan.word + self.votes * (self.plan.low + 1)
         self.batch = max(8, _BATCH_BITS // self.bits // 8 * 8)  # groups per batch, which fill whole bytes
         self.ranks = Ranks(self.plan.universe, k, self.plan.limbs)
+        self.offsets = self.plan.word + np.arange(self.votes) * (self.plan.low + 1)  # of votes in a group
         self.spread = np.arange(k)[:, None] if self.plan.low else 0
         self.places = [self.plan.states**place for place in range(self.plan.group)]
         self.last = to_limbs([self.plan.states**self.plan.group - 1], self.plan.limbs)
@@ -96,25 +98,38 @@ class _Code:
         size = self.groups(len(chunks)) * self.bits
         return (stream << -size % 8).to_bytes((size + 7) // 8, "big")
 
-    def read(self, bits: NDArray[np.uint8], first: int, groups: int) -> tuple[NDArray[np.int16], NDArray[np.int8]]:
+    def read(
+        self, data: NDArray[np.uint8], offset: int, first: int, groups: int
+    ) -> tuple[NDArray[np.int16], NDArray[np.int8]]:
         """Undo :meth:`write`, for the same ``groups`` groups of several payloads, one payload after the other.
 
-        ``first`` is the number of the first group, for error messages.
+        Args:
+            data: the bytes around them, [payloads, bytes], with at least 8 more behind.
+            offset: bits before the first group.
+            first: the number of the first group, for error messages.
+            groups: how many.
         """
         shape, group, k = self.plan, self.plan.group, self.k
-        count = len(bits)
-        wide = np.zeros((count, shape.limbs * LIMB), np.uint8)
-        wide[:, wide.shape[1] - shape.word :] = bits[:, : shape.word]
-        words = from_bytes(np.packbits(wide.reshape(-1)).reshape(count, -1))
+        windows = _windows(data)
+        begin = np.arange(offset, offset + groups * self.bits, self.bits)
+        words = np.empty((shape.limbs, len(data) * groups), np.int64)
+        for limb in range(shape.limbs):
+            end = shape.word - LIMB * (shape.limbs - 1 - limb)
+            width = min(LIMB, end)
+            start = begin + (end - width)
+            at = start >> 3
+            wide = windows.take(at, axis=1).astype(np.int64) << 32 | windows.take(at + 4, axis=1)
+            words[limb] = (wide >> (64 - width) - (start & 7) & (1 << width) - 1).reshape(-1)
         _refuse(self._beyond(words), first, groups, group, "a word beyond the number of sets")
         if group > 1:
             words = np.stack([words[0] // place % shape.states for place in self.places], 1).reshape(1, -1)
         silent = ~words.any(axis=0)
         words[-1] -= ~silent
         positions = self.ranks.unrank(carry(words)) - self.spread
-        parts = np.zeros((count * self.votes, 16), np.uint8)
-        parts[:, 15 - shape.low :] = bits[:, shape.word :].reshape(len(parts), -1)
-        fields = np.packbits(parts.reshape(-1)).view(">u2").astype(np.int16).reshape(-1, k)
+        starts = (begin[:, None] + self.offsets).astype(np.int32)
+        shifts = (31 - shape.low - (starts & 7)).astype(np.uint32)
+        parts = windows.take(starts >> 3, axis=1) >> shifts & np.uint32((2 << shape.low) - 1)
+        fields = parts.astype(np.int16).reshape(-1, k)
         chunks = first * group, groups * group, 1
         _refuse(silent & fields.any(axis=1), *chunks, "low bits or signs but no votes")
         positions = (positions.T << shape.low | fields >> 1).astype(np.int16)
@@ -134,21 +149,27 @@ class _Code:
 
 
 @cache
-def _code(area: int, k: int) -> _Code:
+def code_of(area: int, k: int) -> _Code:
+    """The code of that chunk area and k."""
     return _Code(area, k)
 
 
 def payload_size(chunk_count: int, config: DistroConfig, version: int = WIRE_VERSION) -> int:
     """Bytes of a payload; they depend only on the layout, the configuration and the version."""
     second = magnitudes.size(chunk_count, config.k) if version == STEPS_VERSION else 0
-    return _HEADER.size + _groups_size(chunk_count, config) + second
+    return _HEADER.size + votes_size(chunk_count, config) + second
 
 
-def _groups_size(chunk_count: int, config: DistroConfig) -> int:
-    """Bytes of the groups."""
+def votes_size(chunk_count: int, config: DistroConfig) -> int:
+    """Bytes of the groups, which follow the header."""
     shape = plan(config.area, config.k)
     groups = -(-chunk_count // shape.group)
     return (groups * (shape.word + shape.group * config.k * (shape.low + 1)) + 7) // 8
+
+
+def header(chunk_count: int, config: DistroConfig, version: int) -> bytes:
+    """The first bytes of a payload."""
+    return _HEADER.pack(version, config.chunk.bit_length() - 1, config.k, chunk_count)
 
 
 def encode(votes: Votes, config: DistroConfig) -> bytes:
@@ -160,9 +181,9 @@ def encode(votes: Votes, config: DistroConfig) -> bytes:
     chunks, k = votes.positions.shape
     if k != config.k or votes.signs.shape != (chunks, k):
         raise ValueError(f"votes of shape {votes.positions.shape} and {votes.signs.shape}; k is {config.k}")
-    code = _code(config.area, k)
+    code = code_of(config.area, k)
     version = WIRE_VERSION if votes.exponents is None else STEPS_VERSION
-    parts = [_HEADER.pack(version, config.chunk.bit_length() - 1, k, chunks)]
+    parts = [header(chunks, config, version)]
     step = code.batch * code.plan.group
     if chunks <= FEW:
         parts.append(code.written_singly(votes.positions, votes.signs))
@@ -211,26 +232,24 @@ def decode_each(
     version: int = WIRE_VERSION,
 ) -> list[Votes]:
     """Read one or more payloads at once, quicker than one after the other; otherwise as :func:`decode`."""
-    for payload in payloads:
-        _check_frame(payload, chunk_count, config, version)
+    check_frames(payloads, chunk_count, config, version)
     stop = chunk_count if stop is None else stop
-    code, count = _code(config.area, config.k), len(payloads)
+    code, count = code_of(config.area, config.k), len(payloads)
     group = code.plan.group
-    middle = _HEADER.size + _groups_size(chunk_count, config)
+    middle = _HEADER.size + votes_size(chunk_count, config)
     bodies = [np.frombuffer(payload, np.uint8, middle - _HEADER.size, _HEADER.size) for payload in payloads]
-    unused = -(-chunk_count // group) * code.bits % 8
-    if unused and any(body[-1] & ((1 << (8 - unused)) - 1) for body in bodies):
-        raise PayloadError("the last byte of the payload's votes is not padded with zeros")
     positions = np.empty((count, stop - start, config.k), np.int16)
     signs = np.empty(positions.shape, np.int8)
     step, last = max(8, code.batch // count // 8 * 8), -(-stop // group)
     for first in range(start // group, last, step):
         groups = min(step, last - first)
         begin, end = first * code.bits, (first + groups) * code.bits
-        streams = np.stack([body[begin // 8 : (end + 7) // 8] for body in bodies])
-        bits = np.unpackbits(streams, axis=1)[:, begin % 8 :][:, : end - begin]
+        some = [body[begin // 8 : (end + 7) // 8] for body in bodies]
+        data = np.zeros((count, len(some[0]) + 8), np.uint8)
+        for row, its in zip(data, some, strict=True):
+            row[:-8] = its
         shape = count, groups * group, config.k
-        read = [part.reshape(shape) for part in code.read(bits.reshape(-1, code.bits), first, groups)]
+        read = [part.reshape(shape) for part in code.read(data, begin % 8, first, groups)]
         beyond = read[1][:, max(0, chunk_count - first * group) :].any()
         _refuse(beyond, chunk_count, 1, 1, "votes beyond the last chunk")
         skip, room = max(0, start - first * group), first * group - start
@@ -241,6 +260,20 @@ def decode_each(
         return list(map(Votes, positions, signs))
     seconds = np.stack([np.frombuffer(payload, np.uint8, offset=middle) for payload in payloads])
     return list(map(Votes, positions, signs, magnitudes.read(seconds, signs, chunk_count, start)))
+
+
+def check_frames(payloads: Sequence[bytes], chunk_count: int, config: DistroConfig, version: int) -> None:
+    """Check all of some payloads but their votes: sizes, headers and the bits after the last group.
+
+    Raises:
+        PayloadError: one is wrong.
+    """
+    code, size = code_of(config.area, config.k), HEADER_SIZE + votes_size(chunk_count, config)
+    unused = code.groups(chunk_count) * code.bits % 8
+    for payload in payloads:
+        _check_frame(payload, chunk_count, config, version)
+        if unused and payload[size - 1] & ((1 << (8 - unused)) - 1):
+            raise PayloadError("the last byte of the payload's votes is not padded with zeros")
 
 
 def _check_frame(payload: bytes, chunk_count: int, config: DistroConfig, expected: int) -> None:
@@ -259,6 +292,13 @@ def _check_frame(payload: bytes, chunk_count: int, config: DistroConfig, expecte
             raise PayloadError(f"the payload's {what} is {found}; this run's is {wanted}")
     if len(payload) != size:
         raise PayloadError(f"the payload has {len(payload)} bytes; {size} are expected for {chunk_count} chunks")
+
+
+def _windows(data: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """The four bytes from each place on as a number, for [rows, bytes], which are contiguous."""
+    rows, count = data.shape
+    windows: NDArray[np.uint32] = np.ndarray((rows, count - 3), ">u4", data.data, strides=(count, 1)).astype(np.uint32)
+    return windows
 
 
 def _refuse(wrong: NDArray[np.bool_] | np.bool_, start: int, count: int, step: int, what: str) -> None:

@@ -6,6 +6,7 @@ import fnmatch
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 
@@ -188,6 +189,14 @@ class DistroConfig:
         """How many of the steps from 1 to ``last`` belong to each of the stages."""
         firsts = [min(first, last + 1) for first, _ in self.stages]
         return [after - first for first, after in pairwise([*firsts, last + 1])]
+
+    def stretched(self, share: Fraction) -> list[dict[str, int]]:
+        """The schedule of a run that is ``share`` times as long; of entries that then coincide the later one counts."""
+        found: dict[int, dict[str, int]] = {}
+        for entry in self.schedule:
+            first = 1 + int((_begin(entry) - 1) * share)
+            found[first] = {**found.get(first, {}), **entry, "from_step": first}
+        return list(found.values())
 
     @property
     def version(self) -> int:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, PsycheError
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class Layout:
         entries: the parameters, in ascending order of their names.
         chunk: side of a chunk.
         chunk_count: chunks of all entries.
+        number: the number of the entry of each name.
 
     Raises:
         ConfigError: two parameters have one name, none is trainable, or a dtype is not real floating-point.
@@ -134,7 +135,9 @@ class Layout:
             entries.append(self._place(name, trainable[name]))
             self.chunk_count += entries[-1].chunks
         self.entries = tuple(entries)
+        self.number = {entry.name: number for number, entry in enumerate(entries)}
         self._batches: dict[tuple[int, tuple[Hashable, ...] | None], tuple[Batch, ...]] = {}
+        self._parts: dict[tuple[int, int], tuple[Batch, ...]] = {}
 
     def _place(self, name: str, parameter: torch.Tensor) -> Entry:
         shape, c = tuple(parameter.shape), self.chunk
@@ -165,6 +168,22 @@ class Layout:
                 state.update(struct.pack(">IH", first, stage.k))
         return state.digest()
 
+    def expected(self, name: str, tensor: torch.Tensor) -> int:
+        """The number of the entry to which a float32 tensor of the right shape belongs.
+
+        Raises:
+            PsycheError: the name is unknown, or shape or dtype are wrong.
+        """
+        if name not in self.number:
+            raise PsycheError(f"no trainable parameter is named {name!r}; there are {', '.join(self.number)}")
+        shape = self.entries[self.number[name]].shape
+        if tensor.shape != shape or tensor.dtype != torch.float32:
+            raise PsycheError(
+                f"parameter {name!r} was sent as {tensor.dtype} {tuple(tensor.shape)}; "
+                f"torch.float32 {shape} is expected"
+            )
+        return self.number[name]
+
     def batches(self, limit: int, split: Sequence[Hashable] | None = None) -> tuple[Batch, ...]:
         """Cut the chunks, in order, into batches.
 
@@ -183,16 +202,12 @@ class Layout:
         tiles: list[Tile] = []
         start = stop = 0
         for index, entry in enumerate(self.entries):
-            columns, done = entry.grid[1], 0
+            done = 0
             if stop > start and split is not None and split[index] != split[tiles[-1].entry]:
                 yield self._batch(start, stop, tiles)
                 tiles, start = [], stop
             while done < entry.chunks:
-                room = limit - (stop - start)
-                if done % columns == 0 and room >= columns:
-                    count = min(room // columns * columns, entry.chunks - done)
-                else:
-                    count = min(room, columns - done % columns)
+                count = _regular(entry, done, limit - (stop - start))
                 tiles.extend(self._tiles(index, done, count, stop - start))
                 done, stop = done + count, stop + count
                 if stop - start == limit:
@@ -200,6 +215,18 @@ class Layout:
                     tiles, start = [], stop
         if stop > start:
             yield self._batch(start, stop, tiles)
+
+    def parts(self, number: int, limit: int) -> tuple[Batch, ...]:
+        """All chunks of one entry, in order, as batches of at most ``limit`` chunks."""
+        key = number, limit
+        if key not in self._parts:
+            entry, done, found = self.entries[number], 0, []
+            while done < entry.chunks:
+                count, first = _regular(entry, done, limit), entry.offset + done
+                found.append(self._batch(first, first + count, list(self._tiles(number, done, count, 0))))
+                done += count
+            self._parts[key] = tuple(found)
+        return self._parts[key]
 
     def whole(self, number: int) -> Batch:
         """All chunks of one entry, as a batch."""
@@ -222,12 +249,14 @@ class Layout:
         first = chunks.storage_offset()
         return [chunks.as_strided(size, strides, first + offset) for size, offset, strides in batch.padding]
 
-    def views(self, batch: Batch, matrices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def views(
+        self, batch: Batch, matrices: Sequence[torch.Tensor | None] | Mapping[int, torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
         """The tiles of a batch as views of the parameters, or of tensors with their shapes.
 
         Args:
             batch: one of :meth:`batches`.
-            matrices: one :func:`folded` tensor per entry, or None.
+            matrices: one :func:`folded` tensor per entry of the batch, by its number, or None.
 
         Returns:
             For each tile the view whose elements correspond to its view in :meth:`blocks`; None if there is no matrix.
@@ -277,6 +306,14 @@ class Layout:
             for right, left, chunk_columns, cols in spans[1]:
                 offset = before * area + down * strides[0] + right * area
                 yield Tile(index, (chunk_rows, rows, chunk_columns, cols), top, left, width, offset, strides)
+
+
+def _regular(entry: Entry, done: int, room: int) -> int:
+    """Of an entry's chunks after ``done``, how many are whole chunk rows, or a part of one, within ``room``."""
+    columns = entry.grid[1]
+    if done % columns == 0 and room >= columns:
+        return min(room // columns * columns, entry.chunks - done)
+    return min(room, columns - done % columns)
 
 
 def _spans(first: int, count: int, length: int, side: int) -> list[tuple[int, int, int, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,21 +11,24 @@ import torch
 
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.config import STEPS_VERSION, DistroConfig
-from psyche_lightning.distro.delta import Delta
+from psyche_lightning.distro.holding import Holding
 from psyche_lightning.distro.internals import add_to_each, clear_each, subtract_from_each, untraced
 from psyche_lightning.distro.magnitudes import UNIT, Sum, quantize
-from psyche_lightning.distro.optimizer import DisTrO, NonFiniteGradientError, values_of
-from psyche_lightning.distro.votes import Votes, select
+from psyche_lightning.distro.optimizer import DisTrO, values_of
+from psyche_lightning.distro.votes import VotesOn, select
 from psyche_lightning.errors import ConfigError, PsycheError
 
 
 def shared_optimizer(
-    parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]], lr: float, config: DistroConfig
+    parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]],
+    lr: float,
+    config: DistroConfig,
+    holding: Holding | None = None,
 ) -> DisTrO:
     """The optimizer of a configuration: :class:`LocalSteps` or :class:`DisTrO`; arguments are theirs."""
     if config.local_steps:
-        return LocalSteps(parameters, lr, config, config.scale)
-    return DisTrO(parameters, lr, config=config)
+        return LocalSteps(parameters, lr, config, config.scale, holding=holding)
+    return DisTrO(parameters, lr, config=config, holding=holding)
 
 
 class LocalSteps(DisTrO):
@@ -55,6 +57,7 @@ class LocalSteps(DisTrO):
             error feedback that remains before a displacement is added.
         scale: factor on the mean of the displacements, above 0.
         budget: as for :class:`DisTrO`.
+        holding: as for :class:`DisTrO`.
 
     Raises:
         ConfigError: as for :class:`DisTrO`, or the configuration has what only gradients need.
@@ -69,12 +72,13 @@ class LocalSteps(DisTrO):
         config: DistroConfig | None = None,
         scale: float = 1.0,
         budget: int = 128 << 20,
+        holding: Holding | None = None,
     ) -> None:
         config = config or DistroConfig()
         config.check_local()
         if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 2**-10 <= scale <= 2**10:
             raise ConfigError(f"the scale of local steps is {scale!r}; choose a number from {2**-10} to {2**10}")
-        super().__init__(parameters, lr, config=config, budget=budget)
+        super().__init__(parameters, lr, config=config, budget=budget, holding=holding)
         self.scale = float(scale)
         self._displaced: list[torch.Tensor] | None = None  # where the steps led, until encode
 
@@ -130,14 +134,13 @@ class LocalSteps(DisTrO):
         if displaced is None:
             raise PsycheError("encode was called without working() before it, so there is no displacement to send")
         moves = self._moves(displaced)
-        if self._delta is None:
-            self._delta = Delta(layout, self._devices)
-        votes = Votes.empty(layout.chunk_count, config.max_k, STEPS_VERSION)
+        delta = self._deltas()
+        votes = VotesOn.empty(layout.chunk_count, config.max_k, self._home, STEPS_VERSION)
         limit = self._limit(config.max_k)
         with full_precision(*self._devices):
             for batch in layout.batches(limit, list(zip(self._devices, codec.ks, strict=True))):
                 k = codec.ks[batch.tiles[0].entry]
-                chunks = self._delta.chunks(batch)
+                chunks = delta.open(batch)
                 chunks.mul_(config.decay)
                 views = [view for view in layout.views(batch, moves) if view is not None]
                 add_to_each(layout.blocks(batch, chunks), views, 1.0)
@@ -146,9 +149,8 @@ class LocalSteps(DisTrO):
                 chunks.view(len(batch), -1).scatter_(1, chosen, values.sub_(sent))
                 if batch.padding:
                     clear_each(layout.padding(batch, chunks))
-                some = Votes(chosen.cpu().numpy().astype(np.int16), signs.cpu().numpy(), exponents.cpu().numpy())
-                if (silent := some.signs[:, 0] == 0).any():
-                    some.positions[silent] = np.arange(k)
+                delta.close(batch, chunks)
+                some = VotesOn.chosen(chosen, signs, exponents)
                 votes.put(slice(batch.start, batch.stop), some)
         self.nonce += 1
         payload = codec.encode(votes)
@@ -164,11 +166,8 @@ class LocalSteps(DisTrO):
             else:
                 moves.append(parameter.detach().to(torch.float32).sub_(there))
         norms = values_of([torch.linalg.vector_norm(move) for move in moves])
-        for entry, norm in zip(self.layout.entries, norms, strict=True):
-            if not math.isfinite(norm):
-                raise NonFiniteGradientError(
-                    f"the local steps moved {entry.name!r} by {norm}, but it must be finite; lower the learning rate"
-                )
+        text = "the local steps moved {!r} by {}, but it must be finite; lower the learning rate"
+        self._refuse_endless(norms, text)
         return [self.layout.folded(number, move) for number, move in enumerate(moves)]
 
     @untraced
@@ -195,18 +194,17 @@ class LocalSteps(DisTrO):
         if not voting:
             return
         factor = float(np.float32(self.scale / len(voting))) * UNIT  # a float32 number times a power of two
-        targets = [self._published(number) for number in range(len(layout.entries))]
-        matrices = [layout.folded(number, target) for number, target in enumerate(targets)]
         limit = self._limit(len(voting) * codec.config.max_k)
         total: Sum | None = None
         work: torch.Tensor | None = None
         first = last = 0  # the chunks whose votes are loaded
+        self._masters.begin()
         with full_precision(*self._devices):
             for batch in layout.batches(limit, self._devices):
                 device = self._devices[batch.tiles[0].entry]
                 if batch.stop > last or total is None or total.device != device:
                     first, last = batch.start, min(batch.start + span, layout.chunk_count)
-                    total = Sum(codec.decode_each(voting, first, last), device)
+                    total = Sum(codec.decode_on(device, voting, first, last), device)
                 if work is None or work.device != device:
                     work = torch.empty(
                         min(limit, layout.chunk_count), self.config.area, dtype=total.dtype, device=device
@@ -215,6 +213,6 @@ class LocalSteps(DisTrO):
                 # Three roundings, each of a kernel of its own: to float32, by the factor, by the difference.
                 sums.mul_(factor)
                 blocks = layout.blocks(batch, sums.view(len(batch), self.config.chunk, self.config.chunk))
-                views = [view for view in layout.views(batch, matrices) if view is not None]
-                subtract_from_each(views, blocks, 1.0)
-        self._finish(targets, matrices, payloads, codec)
+                subtract_from_each(self._masters.open(batch), blocks, 1.0)
+                self._masters.close(batch)
+        self._finish(payloads, codec)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from psyche_lightning.distro.votes import Votes
+from psyche_lightning.distro.votes import Votes, VotesOn
 from psyche_lightning.errors import PayloadError
 
 EXPONENT_BITS = 5
@@ -92,9 +92,8 @@ def read(streams: NDArray[np.uint8], signs: NDArray[np.int8], total: int, start:
     """
     count, chunks, k = signs.shape
     width = EXPONENT_BITS + k
-    unused = total * width % 8
-    if unused and (streams[:, -1] & ((1 << (8 - unused)) - 1)).any():
-        raise PayloadError("the last byte of the payload's magnitudes is not padded with zeros")
+    for stream in streams:
+        check_padding(stream, total, k)
     exponents = np.empty((count, chunks), np.int8)
     step = max(8, _BATCH // count // 8 * 8)
     for first in range(0, chunks, step):
@@ -110,6 +109,17 @@ def read(streams: NDArray[np.uint8], signs: NDArray[np.int8], total: int, start:
         if wrong is not None:
             raise PayloadError(f"chunk {start + first + wrong[0]} of the payload has {wrong[1]}")
     return exponents
+
+
+def check_padding(stream: bytes | NDArray[np.uint8], chunks: int, k: int) -> None:
+    """Check the last byte of a second stream, or of a whole payload.
+
+    Raises:
+        PayloadError: bits after the last chunk are set.
+    """
+    unused = chunks * (EXPONENT_BITS + k) % 8
+    if unused and int(stream[-1]) & ((1 << (8 - unused)) - 1):
+        raise PayloadError("the last byte of the payload's magnitudes is not padded with zeros")
 
 
 def _problem(signs: NDArray[np.int8], exponents: NDArray[np.int8]) -> tuple[int, str] | None:
@@ -139,22 +149,25 @@ class Sum:
     Args:
         votes: one for each payload, in any order, all with exponents.
         device: where to compute.
-        dtype: float64 or int64; the sums are the same.
+        dtype: float64 or int64, which give the same sums; by default float64 on the CPU and int64 elsewhere, as some
+            devices are slow with float64 or have none.
 
     Attributes:
-        dtype: as given.
+        dtype: of the sums before they are rounded.
         device: as given.
     """
 
-    def __init__(self, votes: Sequence[Votes], device: torch.device, dtype: torch.dtype = torch.float64) -> None:
-        self.dtype, self.device = dtype, device
-        positions, signs = (np.stack([getattr(one, name) for one in votes], 1) for name in ("positions", "signs"))
-        exponents = np.stack([one.exponents for one in votes if one.exponents is not None], 1)
-        limited = _limited(exponents, signs[:, :, 0] != 0)
-        self._positions, self._signs, self._exponents = (
-            torch.from_numpy(array).to(device) for array in (positions, signs, limited)
-        )
-        self._powers = _powers(dtype, device)
+    def __init__(
+        self, votes: Sequence[Votes | VotesOn], device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
+        self.dtype = dtype or (torch.float64 if device.type == "cpu" else torch.int64)
+        self.device = device
+        here = [VotesOn.of(one, device) for one in votes]
+        self._positions = torch.stack([one.positions for one in here], 1)
+        self._signs = torch.stack([one.signs for one in here], 1)
+        exponents = torch.stack([one.exponents for one in here if one.exponents is not None], 1)
+        self._exponents = _limited(exponents, self._signs[:, :, 0] != 0)
+        self._powers = _powers(self.dtype, device)
 
     def sums(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
         """Add up some of the chunks.
@@ -174,14 +187,13 @@ class Sum:
         return out.to(torch.float32)
 
 
-def _limited(exponents: NDArray[np.int8], voting: NDArray[np.bool_]) -> NDArray[np.int8]:
+def _limited(exponents: torch.Tensor, voting: torch.Tensor) -> torch.Tensor:
     """Exponents of at most ``HEADROOM`` above the upper median of those that vote in a chunk, all [chunks, payloads].
 
     So one node among three or more cannot outvote the others by size.
     """
     count = exponents.shape[1]
-    ordered = np.sort(np.where(voting, exponents, np.int8(-1)), axis=1)  # those without votes come first
-    voters = voting.sum(axis=1)
-    median = ordered[np.arange(len(ordered)), np.minimum(count - voters + voters // 2, count - 1)]
-    limited: NDArray[np.int8] = np.minimum(exponents, median[:, None] + np.int8(HEADROOM))
-    return limited
+    ordered = exponents.masked_fill(~voting, -1).sort(dim=1).values  # those without votes come first
+    voters = voting.sum(dim=1, keepdim=True)
+    median = ordered.gather(1, (count - voters + voters // 2).clamp_(max=count - 1))
+    return torch.minimum(exponents, median + HEADROOM)

@@ -7,8 +7,8 @@ import math
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ import torch
 from psyche_lightning.distro import statistics, transform
 from psyche_lightning.distro.aggregate import Aggregator
 from psyche_lightning.distro.arithmetic import full_precision
+from psyche_lightning.distro.arrivals import Arrivals, norms_of
 from psyche_lightning.distro.config import WIRE_VERSION, DistroConfig
 from psyche_lightning.distro.delta import Delta
+from psyche_lightning.distro.holding import Holding
 from psyche_lightning.distro.internals import (
     add_to_each,
     clear_each,
@@ -28,13 +30,22 @@ from psyche_lightning.distro.internals import (
     untraced,
 )
 from psyche_lightning.distro.layout import Batch, Layout
+from psyche_lightning.distro.masters import Masters, bits_sum
 from psyche_lightning.distro.payload import PayloadCodec
 from psyche_lightning.distro.saved import checksum, damage
-from psyche_lightning.distro.votes import Votes, select
+from psyche_lightning.distro.votes import VotesOn, select
 from psyche_lightning.errors import ConfigError, PayloadError, PsycheError
 from psyche_lightning.muon import MOMENTUM, check_matrix, to_directions
 
+if TYPE_CHECKING:
+    from psyche_lightning.distro.shards import Ranks
+
 logger = logging.getLogger(__name__)
+
+_ENDLESS = (
+    "the gradient of {!r} has the norm {}, but it must be finite; skip this batch, clip gradients, or lower the "
+    "learning rate"
+)
 
 
 class NonFiniteGradientError(PsycheError, FloatingPointError):
@@ -62,22 +73,27 @@ class DisTrO(torch.optim.Optimizer):
         lr: the size of each parameter's step; schedulers may change it in the groups.
         weight_decay: ``p *= 1 - lr * weight_decay`` before each step.
         config: the run's compression.
+        holding: how this node holds numbers; by default in float32.
         budget: bytes of working memory for :meth:`encode` and :meth:`apply`, not counting payloads and, in encode, 3 k
             bytes per chunk for the votes. Nodes may choose it freely: results do not depend on it.
 
     Attributes:
         layout: how the parameters are cut into chunks.
         config: as given.
+        holding: as given.
         budget: as given.
         nonce: how often :meth:`encode` ran since delta was last empty.
         observing: whether :meth:`apply` computes the agreement of :meth:`figures`, which costs about as much as itself.
         version: of its payloads.
+        ranks: None; those of a node with several devices, which share
+            :class:`~psyche_lightning.distro.sharded.ShardedDisTrO`.
 
     Raises:
         ConfigError: names are missing or not unique, nothing is trainable, or a value is out of range.
     """
 
     version = WIRE_VERSION
+    ranks: Ranks | None = None
 
     def __init__(
         self,
@@ -86,8 +102,10 @@ class DisTrO(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         config: DistroConfig | None = None,
         budget: int = 128 << 20,
+        holding: Holding | None = None,
     ) -> None:
         self.config = config or DistroConfig()
+        self.holding = holding or Holding()
         if budget <= 0:
             raise ConfigError(f"budget is {budget!r}; choose the bytes of working memory for encode and apply")
         self.budget = budget
@@ -99,7 +117,7 @@ class DisTrO(torch.optim.Optimizer):
         self._delta: Delta | None = None
         self._saved: list[torch.Tensor] | None = None  # the published bytes, while parameters hold others
         defaults = {"lr": lr, "weight_decay": weight_decay, "muon": False, "momentum": 0.95}
-        super().__init__(_named_groups(parameters), defaults)
+        super().__init__(named_groups(parameters), defaults)
         named: dict[str, torch.Tensor] = {}
         owner: dict[str, int] = {}
         for number, group in enumerate(self.param_groups):
@@ -111,15 +129,23 @@ class DisTrO(torch.optim.Optimizer):
                     check_matrix(parameter, f'a group with "muon": True has {name!r}')
                 named[name], owner[name] = parameter, number
         self.layout = Layout(named.items(), self.config.chunk)
-        self._codecs = {stage.k: PayloadCodec(self.layout, stage, self.version) for _, stage in self.config.stages}
+        self._codecs = {stage.k: self._make_codec(stage) for _, stage in self.config.stages}
         self._parameters = [named[entry.name] for entry in self.layout.entries]
+        self._masters = Masters(self.layout, self._parameters, split=self.holding.masters == "split")
         self._owners = [owner[entry.name] for entry in self.layout.entries]
         self._devices = [parameter.device for parameter in self._parameters]
-        self._index = {entry.name: number for number, entry in enumerate(self.layout.entries)}
         if self.config.float32_gradients:
             for parameter in self._parameters:
                 parameter.grad_dtype = torch.float32
+        self._home = self._devices[0] if len(set(self._devices)) == 1 else torch.device("cpu")  # of a node's votes
         self._on_cpu = all(device.type == "cpu" for device in self._devices)
+        self._arrivals: Arrivals | None = None
+        if self.holding.gradients == "streamed":
+            self._check_streamed()
+            limit = self._limit(self.config.max_k)
+            self._arrivals = Arrivals(
+                self.layout, self._parameters, self._deltas, self._rates, self.config.decay, limit
+            )
         self._bits: tuple[tuple[float, ...], tuple[int, ...]] = (), ()  # the newest rates, and their bits
         self.lr_bits()
 
@@ -168,6 +194,10 @@ class DisTrO(torch.optim.Optimizer):
             )
         return self._codecs[self.config.at(step or 1).k]
 
+    def _make_codec(self, stage: DistroConfig) -> PayloadCodec:
+        """What writes and reads the payloads of a stage."""
+        return PayloadCodec(self.layout, stage, self.version)
+
     def lr_bits(self) -> tuple[int, ...]:
         """The current learning rate of each group, as the bits of its float32 value.
 
@@ -209,46 +239,47 @@ class DisTrO(torch.optim.Optimizer):
             The payload: the signs of the chosen coefficients.
 
         Raises:
-            NonFiniteGradientError: a norm is not finite; the text names the parameter. Nothing has changed.
+            NonFiniteGradientError: a norm is not finite; the text names the parameter. Nothing has changed, but that
+                streamed gradients of other parameters stay in delta.
         """
         codec, layout = self._codec(step), self.layout
         config = codec.config
         self._check_gradients()
-        rates = _floats(self.lr_bits())
-        if self._delta is None:
-            self._delta = Delta(layout, self._devices)
+        rates, delta = _floats(self.lr_bits()), self._deltas()
         directions = self._directions()
         gradients = [
             None if parameter.grad is None else layout.folded(number, directions.get(number, parameter.grad))
             for number, parameter in enumerate(self._parameters)
         ]
-        votes: Votes | None = None
+        votes: VotesOn | None = None
         shape = (2, min(self._limit(config.max_k), layout.chunk_count), config.chunk, config.chunk)
         work: torch.Tensor | None = None  # two batches of chunks, for the transform
         with full_precision(*self._devices):
             for batch in layout.batches(shape[1], list(zip(self._devices, codec.ks, strict=True))):
                 k = codec.ks[batch.tiles[0].entry]
-                chunks = self._delta.chunks(batch)
+                chunks = delta.open(batch)
                 if work is None or work.device != chunks.device:
                     work = torch.empty(shape, dtype=torch.float32, device=chunks.device)
                 half, whole = work[:, : len(batch)]
-                chunks.mul_(config.decay)
-                views = layout.views(batch, gradients)
-                for rate, ours, added in self._by_rate(rates, batch, layout.blocks(batch, chunks), views):
-                    add_to_each(ours, added, rate)
+                if self._arrivals is None:
+                    chunks.mul_(config.decay)
+                    views = layout.views(batch, gradients)
+                    for rate, ours, added in self._by_rate(rates, batch, layout.blocks(batch, chunks), views):
+                        add_to_each(ours, added, rate)
                 chosen, values = select(transform.forward(chunks, (half, whole)), k)
-                some = Votes.of(chosen.cpu().numpy().astype(np.int16), values.sign().cpu().numpy().astype(np.int8))
+                some = VotesOn.chosen(chosen, values.sign())
                 if len(batch) == layout.chunk_count and k == config.max_k:
                     votes = some
                 else:
-                    votes = votes or Votes.empty(layout.chunk_count, config.max_k)
+                    votes = votes or VotesOn.empty(layout.chunk_count, config.max_k, self._home)
                     votes.put(slice(batch.start, batch.stop), some)
                 if config.removal:
                     transform.subtract(chunks, chosen, values.mul_(config.removal))
                     if batch.padding:
                         clear_each(layout.padding(batch, chunks))
+                delta.close(batch, chunks)
         self.nonce += 1
-        payload = codec.encode(votes or Votes.empty(layout.chunk_count, config.max_k))
+        payload = codec.encode(votes or VotesOn.empty(layout.chunk_count, config.max_k, self._home))
         self._sent.append(payload)
         return payload
 
@@ -279,10 +310,9 @@ class DisTrO(torch.optim.Optimizer):
         # Compute 1 - lr * wd in double and round it once to float32: the same factor on every node.
         decays = [group["weight_decay"] for group in self.param_groups]
         factors = [float(np.float32(1 - lr * decay)) for lr, decay in zip(rates, decays, strict=True)]
-        targets = [self._published(number) for number in range(len(layout.entries))]
-        matrices = [layout.folded(number, target) for number, target in enumerate(targets)]
         aggregator: Aggregator | None = None
         first = last = 0  # the chunks whose votes are loaded
+        self._masters.begin()
         with full_precision(*self._devices):
             for batch in layout.batches(self._limit(len(payloads) * config.max_k), self._devices):
                 device = self._devices[batch.tiles[0].entry]
@@ -290,9 +320,9 @@ class DisTrO(torch.optim.Optimizer):
                     aggregator, last = Aggregator(config, len(payloads) * config.max_k, device), batch.start
                 if batch.stop > last:
                     first, last = batch.start, min(batch.start + span, layout.chunk_count)
-                    aggregator.load(codec.decode_each(payloads, first, last))
+                    aggregator.load(codec.decode_on(device, payloads, first, last))
                 signs = layout.blocks(batch, aggregator.signs(batch.start - first, batch.stop - first))
-                views = layout.views(batch, matrices)
+                views = self._masters.open(batch)
                 # Two kernels, which round once each: a fused one would round differently on some devices. lr * sign is
                 # exact, so the second gives the same with and without FMA.
                 for factor, ours, _ in self._by_rate(factors, batch, views, signs):
@@ -300,21 +330,12 @@ class DisTrO(torch.optim.Optimizer):
                         multiply_each(ours, factor)
                 for rate, ours, theirs in self._by_rate(rates, batch, views, signs):
                     subtract_from_each(ours, theirs, rate)
-        self._finish(targets, matrices, payloads, codec)
+                self._masters.close(batch)
+        self._finish(payloads, codec)
 
-    def _finish(
-        self,
-        targets: Sequence[torch.Tensor],
-        matrices: Sequence[torch.Tensor],
-        payloads: Sequence[bytes],
-        codec: PayloadCodec,
-    ) -> None:
-        """After the folded published parameters have moved: the parameters follow, and figures are made."""
-        for number, (parameter, target) in enumerate(zip(self._parameters, targets, strict=True)):
-            if matrices[number].untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
-                target.copy_(matrices[number].view(target.shape))  # its strides allowed no view
-            if target is not parameter:
-                parameter.copy_(target)
+    def _finish(self, payloads: Sequence[bytes], codec: PayloadCodec) -> None:
+        """After the published values have moved: the parameters follow, and figures are made."""
+        self._masters.end()
         for other in self._codecs.values():
             if other is not codec:  # of another stage, whose payloads hardly come again
                 other.forget()
@@ -410,17 +431,7 @@ class DisTrO(torch.optim.Optimizer):
         Returns:
             The closure's result.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                if self.config.lookahead:
-                    with self.look_ahead():
-                        loss = closure()
-                else:
-                    loss = closure()
-        lrs, step = self.lr_bits(), self.nonce + 1
-        self.apply([self.encode(step)], lrs, step)
-        return loss
+        return step_alone(self, closure)
 
     @contextmanager
     def look_ahead(self) -> Iterator[None]:
@@ -434,7 +445,7 @@ class DisTrO(torch.optim.Optimizer):
                 for number, parameter in enumerate(self._parameters):
                     if self._delta is not None:
                         ahead = self._delta.get(number).sign_().mul_(-lrs[self._owners[number]])
-                        parameter.copy_(ahead.add_(self._published(number)))
+                        parameter.copy_(ahead.add_(self._masters.get(number)))
             yield
         finally:
             with torch.no_grad():
@@ -442,12 +453,60 @@ class DisTrO(torch.optim.Optimizer):
                     parameter.copy_(saved)
             self._saved = None
 
+    def _deltas(self) -> Delta:
+        """Delta, which is empty at first."""
+        if self._delta is None:
+            self._delta = Delta(self.layout, self._devices, self.holding.delta)
+        return self._delta
+
+    def _rates(self) -> list[float]:
+        """The current learning rate of each entry."""
+        rates = _floats(self.lr_bits())
+        return [rates[owner] for owner in self._owners]
+
+    def _check_streamed(self) -> None:
+        """Refuse to stream gradients where they are needed together.
+
+        Raises:
+            ConfigError: they are.
+        """
+        why = "Muon makes a direction of a whole gradient" if any(one["muon"] for one in self.param_groups) else None
+        if self.version != WIRE_VERSION:
+            why = "local steps are made by an optimizer that needs them"
+        if why is not None:
+            raise ConfigError(
+                f"trainer.gradients is 'streamed', which frees each gradient as it comes, but {why}. Choose "
+                "trainer.gradients=kept."
+            )
+
+    @property
+    def arrived(self) -> bool:
+        """Whether a streamed gradient came since the last :meth:`encode` or :meth:`begin_gradients`."""
+        return self._arrivals is not None and self._arrivals.arrived
+
+    def begin_gradients(self, before: Callable[[], None] | None = None) -> None:
+        """Begin a round of streamed gradients; those of a round that was given up stay in delta.
+
+        Args:
+            before: called before the first gradient of this and of each further round, such as to set learning rates.
+        """
+        if self._arrivals is not None:
+            self._arrivals.begin()
+            self._arrivals.before = before or self._arrivals.before
+
     def reset(self) -> None:
         """Empty delta and Muon's momentum; parameters stay."""
         self._delta = None
+        self.begin_gradients()
         for state in self.state.values():
             state.pop(MOMENTUM, None)
         self.nonce = 0
+
+    def held(self) -> dict[str, int]:
+        """Bytes that this node holds between two steps besides parameters and gradients, by what they are."""
+        momentum = sum(tensor.nbytes for _, tensor in self.momentum())
+        delta = 0 if self._delta is None else self._delta.held
+        return {"masters": self._masters.held, "delta": delta, "momentum": momentum}
 
     def delta(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields delta of each parameter, in the layout's order, as ``(name, float32 copy)``; nothing at first."""
@@ -461,10 +520,7 @@ class DisTrO(torch.optim.Optimizer):
         Raises:
             PsycheError: the name is unknown, or shape or dtype are wrong.
         """
-        number = self._expected(name, tensor)
-        if self._delta is None:
-            self._delta = Delta(self.layout, self._devices)
-        self._delta.put(number, tensor)
+        self._deltas().put(self.layout.expected(name, tensor), tensor)
 
     def momentum(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields Muon's momentum of each matrix that has one, as ``(name, float32 tensor)``, not copied."""
@@ -478,17 +534,22 @@ class DisTrO(torch.optim.Optimizer):
         Raises:
             PsycheError: the name is unknown, or shape or dtype are wrong.
         """
-        parameter = self._parameters[self._expected(name, tensor)]
+        parameter = self._parameters[self.layout.expected(name, tensor)]
         self.state[parameter][MOMENTUM] = tensor.to(parameter.device, copy=True)
 
     def published(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the parameters that all nodes share, in the layout's order, as ``(name, float32 tensor)``, not copied.
+        """Yields the parameters that all nodes share, in the layout's order, as ``(name, float32 tensor)``.
 
-        For a parameter of another dtype it yields the master.
+        For a parameter of another dtype it yields the master. Tensors are not copied, but for split masters.
         """
         self._not_looking_ahead("published")
         for number, entry in enumerate(self.layout.entries):
-            yield entry.name, self._published(number).detach()
+            yield entry.name, self._masters.get(number).detach()
+
+    def prints(self) -> torch.Tensor:
+        """The sum of the bits of each parameter's published values, int64, [parameters], modulo 2^64."""
+        self._not_looking_ahead("prints")
+        return torch.stack([bits_sum(self._masters.get(number)).cpu() for number in range(len(self._parameters))])
 
     @torch.no_grad()
     def load_published(self, name: str, tensor: torch.Tensor) -> None:
@@ -498,30 +559,20 @@ class DisTrO(torch.optim.Optimizer):
             PsycheError: the name is unknown, or shape or dtype are wrong.
         """
         self._not_looking_ahead("load_published")
-        published = self._published(self._expected(name, tensor))
-        published.copy_(tensor)
-        if published is not self._parameters[self._index[name]]:
-            self._parameters[self._index[name]].copy_(published)
-
-    def _expected(self, name: str, tensor: torch.Tensor) -> int:
-        """The number of the entry to which a float32 tensor of the right shape belongs."""
-        if name not in self._index:
-            raise PsycheError(f"no trainable parameter is named {name!r}; there are {', '.join(self._index)}")
-        shape = self.layout.entries[self._index[name]].shape
-        if tensor.shape != shape or tensor.dtype != torch.float32:
-            raise PsycheError(
-                f"parameter {name!r} was sent as {tensor.dtype} {tuple(tensor.shape)}; "
-                f"torch.float32 {shape} is expected"
-            )
-        return self._index[name]
+        self._masters.put(self.layout.expected(name, tensor), tensor)
 
     def state_dict(self) -> dict[str, Any]:
         """Like torch's, with ``delta`` and perhaps ``master`` for each parameter, the nonce and a checksum."""
+        self._not_looking_ahead("state_dict")
         found = super().state_dict()
         state = {key: dict(values) for key, values in found["state"].items()}
         names = [name for group in self.param_groups for name in group["param_names"]]  # torch numbers in this order
         for name, delta in self.delta():
             state.setdefault(names.index(name), {})["delta"] = delta
+        with torch.no_grad():
+            for number, entry in enumerate(self.layout.entries):
+                if (master := self._masters.saved(number)) is not None:
+                    state.setdefault(names.index(entry.name), {})["master"] = master
         tensors = {f"{what} of {names[key]}": value for key, saved in state.items() for what, value in saved.items()}
         about = {"nonce": self.nonce}
         return {**found, "state": state, **about, "checksum": checksum(about, tensors)}
@@ -576,27 +627,16 @@ class DisTrO(torch.optim.Optimizer):
         for parameter, values in state.items():
             if "delta" in values and parameter.requires_grad:
                 self.load_delta(names[id(parameter)], values.pop("delta"))
+            if names[id(parameter)] in self.layout.number:
+                self._masters.restore(self.layout.number[names[id(parameter)]], values.pop("master", None))
             self.state[parameter] = values
         self.nonce = about["nonce"]
 
-    @torch.no_grad()
-    def _published(self, number: int) -> torch.Tensor:
-        """The parameter itself if it is float32, else its master."""
-        parameter = self._parameters[number]
-        if parameter.dtype == torch.float32:
-            return parameter
-        state = self.state[parameter]
-        now = parameter if self._saved is None else self._saved[number]
-        if "master" not in state:
-            with torch.inference_mode(False):
-                state["master"] = now.detach().to(torch.float32).contiguous()
-        master = cast(torch.Tensor, state["master"])
-        changed = master.to(parameter.dtype) != now
-        if changed.any():
-            master.copy_(torch.where(changed, now.to(torch.float32), master))
-        return master
-
     def _check_gradients(self) -> None:
+        if self._arrivals is not None:
+            self._norms = norms_of(self._arrivals.end(), values_of)
+            self._refuse_endless([0.0 if math.isnan(norm) else norm for norm in self._norms], _ENDLESS)
+            return
         kinds: dict[torch.dtype, list[int]] = {}
         for number, parameter in enumerate(self._parameters):
             if (gradient := parameter.grad) is None or parameter.numel() == 0:
@@ -611,13 +651,22 @@ class DisTrO(torch.optim.Optimizer):
             norms = [norm.to(torch.float32) for norm in norms_of_each(gradients, dtype)]
             for number, norm in zip(numbers, values_of(norms), strict=True):
                 found[number] = norm
-        for entry, norm in zip(self.layout.entries, found, strict=True):
-            if not math.isfinite(norm):
-                raise NonFiniteGradientError(
-                    f"the gradient of {entry.name!r} has the norm {norm}, but it must be finite; "
-                    "skip this batch, clip gradients, or lower the learning rate"
-                )
+        self._refuse_endless(found, _ENDLESS)
         self._norms = found
+
+    def _refuse_endless(self, norms: Sequence[float], text: str) -> None:
+        """Refuse norms of parameters of which one is not finite.
+
+        Args:
+            norms: one per parameter.
+            text: what is wrong with a parameter, to be formatted with its name and its norm.
+
+        Raises:
+            NonFiniteGradientError: one is not finite.
+        """
+        problem = first_endless([entry.name for entry in self.layout.entries], norms, text)
+        if problem is not None:
+            raise NonFiniteGradientError(problem)
 
     def _checked_rates(self, lrs: Sequence[int]) -> list[float]:
         if len(lrs) != len(self.param_groups):
@@ -636,7 +685,32 @@ class DisTrO(torch.optim.Optimizer):
             )
 
 
-def _named_groups(parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def step_alone(optimizer: DisTrO, closure: Callable[[], Any] | None) -> Any:
+    """:meth:`DisTrO.step` of an optimizer with the methods of :class:`DisTrO`."""
+    loss = None
+    if closure is not None:
+        with torch.enable_grad(), optimizer.look_ahead() if optimizer.config.lookahead else nullcontext():
+            loss = closure()
+    lrs, step = optimizer.lr_bits(), optimizer.nonce + 1
+    optimizer.apply([optimizer.encode(step)], lrs, step)
+    return loss
+
+
+def first_endless(names: Sequence[str], norms: Sequence[float], text: str) -> str | None:
+    """What is wrong with the first parameter whose norm is not finite; None if all are.
+
+    Args:
+        names: of the parameters.
+        norms: of the parameters.
+        text: to be formatted with a name and a norm.
+    """
+    for name, norm in zip(names, norms, strict=True):
+        if not math.isfinite(norm):
+            return text.format(name, norm)
+    return None
+
+
+def named_groups(parameters: Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Groups with ``params`` and ``param_names``; a parameter that is tied within a group appears once.
 
     Raises:

@@ -6,16 +6,17 @@ all parameters have the same k, the payload is this one part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from psyche_lightning.distro import codec
+from psyche_lightning.distro import codec, device
 from psyche_lightning.distro.config import STEPS_VERSION, WIRE_VERSION, DistroConfig
 from psyche_lightning.distro.layout import Layout
-from psyche_lightning.distro.votes import Votes
+from psyche_lightning.distro.votes import Votes, VotesOn
 from psyche_lightning.errors import ConfigError, PayloadError
 
 KEPT = 1 << 22
@@ -50,7 +51,7 @@ class PayloadCodec:
         self._layout, self._version = layout, version
         # The last two, as with overlap the last but one is applied. Other threads decode as well, so what is kept is
         # replaced as a whole; what one of them loses is read again.
-        self._written: tuple[tuple[bytes, Votes], ...] = ()
+        self._written: tuple[tuple[bytes, Votes | VotesOn], ...] = ()
         self._read: dict[bytes, Votes] = {}
         self.size = sum(codec.payload_size(len(chunks), part, version) for part, chunks in self._parts)
 
@@ -71,14 +72,28 @@ class PayloadCodec:
         """The payload without votes."""
         return self.encode(Votes.empty(self._layout.chunk_count, self.config.max_k, self._version))
 
-    def encode(self, votes: Votes) -> bytes:
+    def encode(self, votes: Votes | VotesOn) -> bytes:
         """Write votes, [chunks, largest k]; for a chunk with a smaller k, only the first columns count.
 
-        Their arrays must not change any more: :meth:`decode` may give them back instead of reading the payload.
+        Those on a device are written there. Their arrays must not change any more: :meth:`decode` may give them back
+        instead of reading the payload.
         """
+        if isinstance(votes, VotesOn):
+            if device.computes(votes.signs.device):
+                return self._encode_there(votes)
+            votes = votes.votes()
         if len(self._parts) > 1:
             return b"".join(codec.encode(votes.of_chunks(chunks, part.k), part) for part, chunks in self._parts)
         payload = codec.encode(votes, self._parts[0][0])
+        self._written = (*self._written[-1:], (payload, votes))
+        return payload
+
+    def _encode_there(self, votes: VotesOn) -> bytes:
+        if len(self._parts) > 1:
+            where = votes.signs.device
+            parts = ((part, torch.from_numpy(chunks).to(where)) for part, chunks in self._parts)
+            return b"".join(device.encode(votes.of_chunks(chunks, part.k), part) for part, chunks in parts)
+        payload = device.encode(votes, self._parts[0][0])
         self._written = (*self._written[-1:], (payload, votes))
         return payload
 
@@ -111,11 +126,23 @@ class PayloadCodec:
         """Read several payloads at once, quicker than one after the other; otherwise as :meth:`decode`."""
         stop = self._layout.chunk_count if stop is None else stop
         known = [self._known(payload) for payload in payloads]
-        others = [payload for payload, votes in zip(payloads, known, strict=True) if votes is None]
+        others = [payload for payload, votes in zip(payloads, known, strict=True) if not isinstance(votes, Votes)]
         theirs = iter(self._decoded(others, start, stop) if others else [])
-        return [next(theirs) if votes is None else votes.part(start, stop) for votes in known]
+        return [votes.part(start, stop) if isinstance(votes, Votes) else next(theirs) for votes in known]
 
-    def _known(self, payload: bytes) -> Votes | None:
+    def decode_on(
+        self, where: torch.device, payloads: Sequence[bytes], start: int = 0, stop: int | None = None
+    ) -> list[VotesOn]:
+        """Read several payloads onto a device, which computes that itself if it can; otherwise as :meth:`decode`."""
+        stop = self._layout.chunk_count if stop is None else stop
+        if not device.computes(where):
+            return [VotesOn.of(votes, where) for votes in self.decode_each(payloads, start, stop)]
+        known = [self._known(payload) for payload in payloads]
+        others = [payload for payload, votes in zip(payloads, known, strict=True) if votes is None]
+        theirs = iter(self._decoded_on(where, others, start, stop) if others else [])
+        return [next(theirs) if votes is None else VotesOn.of(votes.part(start, stop), where) for votes in known]
+
+    def _known(self, payload: bytes) -> Votes | VotesOn | None:
         """The votes of a payload that was written or checked lately."""
         for written, votes in self._written:
             if written == payload:
@@ -126,18 +153,36 @@ class PayloadCodec:
         version = self._version
         if len(self._parts) == 1:
             return codec.decode_each(payloads, self._layout.chunk_count, self._parts[0][0], start, stop, version)
+        found = [Votes.empty(stop - start, self.config.max_k, version) for _ in payloads]
+        for part, chunks, first, last, its in self._cut(payloads, start, stop):
+            some = codec.decode_each(its, len(chunks), part, first, last, version)
+            for votes, one in zip(found, some, strict=True):
+                votes.put(chunks[first:last] - start, one)
+        return found
+
+    def _decoded_on(self, where: torch.device, payloads: Sequence[bytes], start: int, stop: int) -> list[VotesOn]:
+        version = self._version
+        if len(self._parts) == 1:
+            part = self._parts[0][0]
+            return device.decode_each(payloads, self._layout.chunk_count, part, where, start, stop, version)
+        found = [VotesOn.empty(stop - start, self.config.max_k, where, version) for _ in payloads]
+        for part, chunks, first, last, its in self._cut(payloads, start, stop):
+            some = device.decode_each(its, len(chunks), part, where, first, last, version)
+            numbers = torch.from_numpy(chunks[first:last] - start).to(where)
+            for votes, one in zip(found, some, strict=True):
+                votes.put(numbers, one)
+        return found
+
+    def _cut(
+        self, payloads: Sequence[bytes], start: int, stop: int
+    ) -> Iterator[tuple[DistroConfig, NDArray[np.int64], int, int, list[bytes]]]:
+        """The parts of payloads: configuration, chunks, which of them lie between ``start`` and ``stop``, and bytes."""
         for payload in payloads:
             if len(payload) != self.size:
                 raise PayloadError(f"the payload has {len(payload)} bytes; {self.size} are expected")
-        found = [Votes.empty(stop - start, self.config.max_k, version) for _ in payloads]
         offset = 0
         for part, chunks in self._parts:
-            end = offset + codec.payload_size(len(chunks), part, version)
+            end = offset + codec.payload_size(len(chunks), part, self._version)
             first, last = np.searchsorted(chunks, (start, stop)).tolist()
-            some = codec.decode_each(
-                [payload[offset:end] for payload in payloads], len(chunks), part, first, last, version
-            )
-            for votes, its in zip(found, some, strict=True):
-                votes.put(chunks[first:last] - start, its)
+            yield part, chunks, first, last, [payload[offset:end] for payload in payloads]
             offset = end
-        return found

@@ -72,16 +72,16 @@ class Ranks:
 
     def __init__(self, universe: int, k: int, limbs: int) -> None:
         self.k, self.limbs = k, limbs
-        self._tables, self._guesses = [], []
+        self.tables, self.guesses = [], []
         for size in range(1, k + 1):
             values = [comb(position, size) for position in range(universe + 1)]  # one more than needed, for guesses
-            self._tables.append(to_limbs(values, -(-values[-1].bit_length() // LIMB)))  # C(q, size) for all q
-            self._guesses.append(_Guess(values, size))
+            self.tables.append(to_limbs(values, -(-values[-1].bit_length() // LIMB)))  # C(q, size) for all q
+            self.guesses.append(_Guess(values, size))
 
     def rank(self, sets: NDArray[np.integer]) -> NDArray[np.int64]:
         """Ranks, [limbs, count], of sets, [k, count], which are in ascending order."""
         total = np.zeros((self.limbs, sets.shape[1]), np.int64)
-        for table, chosen in zip(self._tables, sets, strict=True):
+        for table, chosen in zip(self.tables, sets, strict=True):
             for limb, column in zip(total[self.limbs - len(table) :], table, strict=True):
                 limb += column[chosen]
         return carry(total)
@@ -91,9 +91,9 @@ class Ranks:
         sets = np.empty((self.k, ranks.shape[1]), np.int64)
         rest = ranks
         for size in reversed(range(self.k)):
-            table = self._tables[size]
+            table = self.tables[size]
             rest = rest[len(rest) - len(table) :]  # below the last binomial, so the higher limbs are zero
-            found = self._guesses[size].find(rest)
+            found = self.guesses[size].find(rest)
             left = carry(rest - table.take(found, axis=1))
             (high,) = (left[0] < 0).nonzero()
             if len(high):
@@ -111,11 +111,11 @@ class _Guess:
     """
 
     def __init__(self, values: list[int], size: int) -> None:
-        self._drop = 52 - (len(values) // size).bit_length()  # bits of float64's mantissa that do not matter
+        self.drop = 52 - (len(values) // size).bit_length()  # bits of float64's mantissa that do not matter
         ends = np.array(values, np.float64)
-        self._first, last = (np.array([0.5, ends[-1]]).view(np.int64) >> self._drop).tolist()
-        tops = (np.arange(self._first, last + 2) + 1 << self._drop).view(np.float64)
-        self._positions = np.searchsorted(ends, tops, side="left") - 1
+        self.first, last = (np.array([0.5, ends[-1]]).view(np.int64) >> self.drop).tolist()
+        tops = (np.arange(self.first, last + 2) + 1 << self.drop).view(np.float64)
+        self.positions = np.searchsorted(ends, tops, side="left") - 1
 
     def find(self, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
         """Guesses for ranks, [limbs, count]."""
@@ -125,9 +125,9 @@ class _Guess:
             value += limb
         value *= 1 + 2.0**-40  # more than the rounding error, less than neighbours differ
         keys = np.maximum(value, 0.5, out=value).view(np.int64)
-        keys >>= self._drop
-        keys -= self._first
-        found: NDArray[np.int64] = self._positions.take(keys)
+        keys >>= self.drop
+        keys -= self.first
+        found: NDArray[np.int64] = self.positions.take(keys)
         return found
 
 

@@ -8,6 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from psyche_lightning.distro.internals import has_quick_product, quick_product
+
+MANY = 1 << 16
+"""From so many coefficients on, the call of a quicker product pays."""
+
 
 @cache
 def basis(size: int) -> NDArray[np.float64]:
@@ -63,7 +68,11 @@ def inverse(coefficients: torch.Tensor) -> torch.Tensor:
 
 
 def sandwich(
-    left: torch.Tensor, blocks: torch.Tensor, right: torch.Tensor, work: tuple[torch.Tensor, torch.Tensor] | None = None
+    left: torch.Tensor,
+    blocks: torch.Tensor,
+    right: torch.Tensor,
+    work: tuple[torch.Tensor, torch.Tensor] | None = None,
+    split: int = 0,
 ) -> torch.Tensor:
     """``left @ X @ right`` for each X of [chunks, c, c], as two matrix products, the right one first.
 
@@ -71,12 +80,35 @@ def sandwich(
         left: [c, c].
         blocks: contiguous, [chunks, c, c].
         right: [c, c].
-        work: buffers like ``blocks`` for the two products, so a loop over batches allocates nothing.
+        work: buffers like ``blocks`` for the two products, so a loop over batches allocates little. The result is in
+            the second, which may be ``blocks`` itself.
+        split: if not 0, the first product consists of integers, and the second one is the sum of two: of their lowest
+            ``split`` bits (as signed numbers), and of the rest. So partial sums stay smaller.
     """
     chunks, c, _ = blocks.shape
     half, whole = work or (torch.empty_like(blocks), torch.empty_like(blocks))
+    if blocks.is_cpu and blocks.dtype == torch.float32 and blocks.numel() >= MANY and has_quick_product():
+        # The first rows of all chunks side by side, then the second ones: so the left product is one for all, too.
+        rows = half.view(c, chunks, c).copy_(blocks.transpose(0, 1))
+        once = quick_product(rows.view(c * chunks, c), right).view(c, chunks * c)
+        rest = _rest(once, split) if split else None
+        twice = quick_product(left, once)
+        if rest is not None:
+            twice.add_(quick_product(left, rest), alpha=2.0**split)
+        return whole.copy_(twice.view(c, chunks, c).transpose(0, 1))
     torch.mm(blocks.view(chunks * c, c), right, out=half.view(chunks * c, c))
-    return torch.bmm(left.expand(chunks, c, c), half, out=whole)
+    rest = _rest(half, split) if split else None
+    torch.bmm(left.expand(chunks, c, c), half, out=whole)
+    if rest is not None:
+        whole.add_(torch.bmm(left.expand(chunks, c, c), rest), alpha=2.0**split)
+    return whole
+
+
+def _rest(integers: torch.Tensor, bits: int) -> torch.Tensor:
+    """What is left of integers, in units of ``2^bits``, without their lowest bits, which alone remain in them."""
+    rest = integers.mul(2.0**-bits).round_()
+    integers.sub_(rest, alpha=2.0**bits)
+    return rest
 
 
 def subtract(blocks: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> None:

@@ -37,16 +37,6 @@ class Votes:
         exponents = np.zeros(chunks, np.int8) if version == STEPS_VERSION else None
         return Votes(positions, np.zeros((chunks, k), np.int8), exponents)
 
-    @staticmethod
-    def of(positions: NDArray[np.int16], signs: NDArray[np.int8]) -> Votes:
-        """Votes for the selected coefficients, in place. A zero counts as positive unless its whole chunk is zero."""
-        zero = signs == 0
-        if zero.any():
-            silent = zero.all(axis=1)
-            signs[zero] = 1
-            positions[silent], signs[silent] = np.arange(positions.shape[1]), 0
-        return Votes(positions, signs)
-
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
@@ -63,6 +53,74 @@ class Votes:
         return Votes(self.positions[chunks, :k], self.signs[chunks, :k], exponents)
 
     def put(self, chunks: slice | NDArray[np.int64], some: Votes) -> None:
+        """Replace the first columns of some chunks by other votes; columns beyond theirs stay."""
+        k = some.signs.shape[1]
+        self.positions[chunks, :k], self.signs[chunks, :k] = some.positions, some.signs
+        if self.exponents is not None and some.exponents is not None:
+            self.exponents[chunks] = some.exponents
+
+
+@dataclass(frozen=True, eq=False)
+class VotesOn:
+    """Votes like :class:`Votes`, as tensors on one device.
+
+    Attributes:
+        positions: int16 [chunks, k].
+        signs: int8 [chunks, k].
+        exponents: int8 [chunks], or None.
+    """
+
+    positions: torch.Tensor
+    signs: torch.Tensor
+    exponents: torch.Tensor | None = None
+
+    @staticmethod
+    def empty(chunks: int, k: int, device: torch.device, version: int = WIRE_VERSION) -> VotesOn:
+        """Like :meth:`Votes.empty`."""
+        return VotesOn.of(Votes.empty(chunks, k, version), device)
+
+    @staticmethod
+    def of(votes: Votes | VotesOn, device: torch.device) -> VotesOn:
+        """Any votes on that device; nothing is copied if they are there."""
+        if isinstance(votes, VotesOn):
+            exponents = None if votes.exponents is None else votes.exponents.to(device)
+            return VotesOn(votes.positions.to(device), votes.signs.to(device), exponents)
+        exponents = None if votes.exponents is None else torch.from_numpy(votes.exponents).to(device)
+        return VotesOn(
+            torch.from_numpy(votes.positions).to(device), torch.from_numpy(votes.signs).to(device), exponents
+        )
+
+    @staticmethod
+    def chosen(positions: torch.Tensor, signs: torch.Tensor, exponents: torch.Tensor | None = None) -> VotesOn:
+        """Votes for selected coefficients, without waiting for the device.
+
+        Args:
+            positions: int64 [chunks, k].
+            signs: [chunks, k]; a zero counts as positive unless its whole chunk is zero.
+            exponents: int8 [chunks], or None.
+        """
+        if signs.is_cpu and signs.all():  # as nearly always; on a device, to ask takes longer than to write
+            return VotesOn(positions.to(torch.int16), signs.to(torch.int8), exponents)
+        silent = (signs == 0).all(dim=1, keepdim=True)
+        first = torch.arange(positions.shape[1], device=positions.device)
+        cast = torch.where(signs == 0, 1, signs).to(torch.int8).masked_fill_(silent, 0)
+        return VotesOn(torch.where(silent, first, positions).to(torch.int16), cast, exponents)
+
+    def votes(self) -> Votes:
+        """These votes on the host; on the CPU nothing is copied."""
+        exponents = None if self.exponents is None else self.exponents.cpu().numpy()
+        return Votes(self.positions.cpu().numpy(), self.signs.cpu().numpy(), exponents)
+
+    def part(self, start: int, stop: int) -> VotesOn:
+        """The votes of some chunks, not copied."""
+        return self.of_chunks(slice(start, stop), self.signs.shape[1])
+
+    def of_chunks(self, chunks: slice | torch.Tensor, k: int) -> VotesOn:
+        """The first k columns of some chunks."""
+        exponents = None if self.exponents is None else self.exponents[chunks]
+        return VotesOn(self.positions[chunks, :k], self.signs[chunks, :k], exponents)
+
+    def put(self, chunks: slice | torch.Tensor, some: VotesOn) -> None:
         """Replace the first columns of some chunks by other votes; columns beyond theirs stay."""
         k = some.signs.shape[1]
         self.positions[chunks, :k], self.signs[chunks, :k] = some.positions, some.signs

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from urllib.parse import urlsplit
 
 from psyche_lightning.doctor.finding import Finding, Verdict, duration, speed
 from psyche_lightning.doctor.link import MeasuredLink
-from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
+from psyche_lightning.errors import CoordinatorError, TransportError
 from psyche_lightning.plugins import load_plugins
-from psyche_lightning.protocol.link import JoinLink, whole_url
+from psyche_lightning.protocol.link import JoinLink, split_url, whole_url
 from psyche_lightning.protocol.owner import ClockReading
 from psyche_lightning.transports.base import Link, Transport, TransportContext
 from psyche_lightning.wire.identity import Identity, short
@@ -58,10 +59,7 @@ def coordinator(url: str) -> tuple[list[Finding], ClockReading | None]:
     Raises:
         ConfigError, PluginError: the URL is not a coordinator's.
     """
-    url = whole_url(url)
-    scheme, colon, _ = url.partition(":")
-    if not colon:
-        raise ConfigError(f"{url!r} is not a coordinator's URL; expected one such as http://127.0.0.1:8080")
+    url, scheme = split_url(url)
     clock = load_plugins().coordinators()[scheme].clock
     if clock is None:
         text = f"a coordinator of the kind {scheme!r} does not tell the time"
@@ -196,6 +194,9 @@ def address_finding(address: str, *, called_back: str | None = None, why_not: st
             "relay"
         )
         return Finding(LINK, "own address", f"{address}: the peer cannot reach it: {why_not}", Verdict.WARNING, advice)
+    if why_not:
+        text = f"{address}: the peer could not try to reach it, for a reason of its own: {why_not}"
+        return Finding(LINK, "own address", text, Verdict.UNKNOWN, "it has to start psyche doctor --listen anew")
     ask = "only another machine can tell whether it is reachable: run psyche doctor --listen there, --peer here"
     if kind == "loopback":
         advice = "for nodes on other machines set PSYCHE_HOST=0.0.0.0 and PSYCHE_ADVERTISE=HOST"
@@ -208,6 +209,69 @@ def address_finding(address: str, *, called_back: str | None = None, why_not: st
         )
     value = f"{address}, in a private network" if kind == "private" else address
     return Finding(AREA, "own address", value, Verdict.UNKNOWN, ask)
+
+
+def way_out(url: str) -> str:
+    """The IP address with which this machine reaches a server; empty if there is no way. Sends nothing."""
+    parts = urlsplit(whole_url(url))
+    try:
+        family, kind, *_, place = socket.getaddrinfo(parts.hostname, parts.port or 443, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as sock:
+            sock.connect(place)
+            return str(sock.getsockname()[0])
+    except (OSError, ValueError):
+        return ""
+
+
+def nat_finding(seen: str, own: str, links: Sequence[MeasuredLink]) -> Finding | None:
+    """A row about what stands between this machine and others; None if nothing is known of it.
+
+    A TCP port is either reached from outside or not, which only somebody outside can tell. So this tells kinds of NAT
+    apart only as far as that matters: by who can dial whom.
+
+    Args:
+        seen: the address from which the coordinator sees this machine's requests come; empty if unknown.
+        own: the address with which this machine sends them; empty if unknown.
+        links: links to other doctors, who may have dialled back.
+    """
+    area = LINK if links else AREA
+    there, here = _plain_address(seen), _plain_address(own)
+    if there is None or here is None or there.version != here.version or there.is_loopback:
+        translated = None
+    else:
+        translated = there != here
+    way = {
+        None: "",
+        True: f"behind NAT: the coordinator sees {there}, and this machine's own address is {here}",
+        False: f"no NAT on the way to the coordinator, which sees this machine's own address {here}",
+    }[translated]
+    tried = [link for link in links if link.called_back is not None]
+    if not tried:
+        later = "; only another machine can tell whether this one is reached: psyche doctor --listen there, --peer here"
+        return Finding(area, "NAT", way + later, Verdict.UNKNOWN) if way else None
+    from_outside = [link for link in tried if not _kind(link.address)]
+    reached = [link for link in from_outside or tried if link.called_back]
+    if not reached:
+        text = f"{way or 'NAT or a firewall'}; this machine reaches others, and others do not reach it"
+        advice = (
+            "nodes that others reach will do as peers. Two like this one have no link: forward a port on one side, or "
+            "use node.transport=iroh with a relay"
+        )
+        return Finding(area, "NAT", text, Verdict.WARNING, advice)
+    if not from_outside:
+        text = f"{way}{'; ' * bool(way)}open to the network of the peer; nobody outside of it has tried"
+        return Finding(area, "NAT", text, Verdict.UNKNOWN)
+    forwarded = ", and the port is forwarded" * bool(translated)
+    return Finding(area, "NAT", f"{way}{forwarded}{'; ' * bool(way)}open: another machine reached this one")
+
+
+def _plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        found = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return mapped or found
 
 
 def is_far(url: str) -> bool:

@@ -101,8 +101,8 @@ class MeasuredLink:
         clock_offset: how far the peer's clock is ahead.
         clock_uncertainty: how far off the offset may be.
         own_address: where this machine listens.
-        called_back: the path by which the peer reached that address; empty if it could not.
-        why_not: why the peer could not reach it.
+        called_back: the path by which the peer reached that address; empty if it could not, None if it could not try.
+        why_not: why the peer could not reach it, or could not try.
     """
 
     address: str
@@ -113,7 +113,7 @@ class MeasuredLink:
     clock_offset: float
     clock_uncertainty: float
     own_address: str
-    called_back: str
+    called_back: str | None
     why_not: str = ""
 
 
@@ -150,9 +150,23 @@ class _Caller:
         return True
 
     async def ask(
-        self, what: str, *arguments: Any, kinds: tuple[type, ...], seconds: float = ANSWER_SECONDS
+        self,
+        what: str,
+        *arguments: Any,
+        kinds: tuple[type, ...],
+        seconds: float = ANSWER_SECONDS,
+        least: int | None = None,
     ) -> list[Any]:
         """Send a request, and wait for its answer, whose values have these types.
+
+        Another release may say more, which is left out.
+
+        Args:
+            what: the request.
+            *arguments: its values.
+            kinds: types of the answer's values.
+            seconds: the most seconds to wait.
+            least: how many of them must be there, as an earlier release may say less; by default all.
 
         Raises:
             TransportError: no answer came, or one of another form.
@@ -165,7 +179,9 @@ class _Caller:
             values: list[Any] = await asyncio.wait_for(answer, seconds)
         except asyncio.TimeoutError:
             raise TransportError(f"the other doctor did not answer ({what}) within {seconds:g} s") from None
-        if tuple(map(type, values)) != kinds:
+        values = values[: len(kinds)]
+        enough = len(values) >= (len(kinds) if least is None else least)
+        if not enough or any(type(value) is not kind for value, kind in zip(values, kinds, strict=False)):
             raise TransportError(f"the other doctor sent a malformed answer ({what}); does it have the same version?")
         return values
 
@@ -208,7 +224,9 @@ async def call(
         download = await _download(caller, most_bytes, seconds, progress)
         upload = await _upload(caller, blobs, most_bytes, seconds, progress)
         progress("dialling back", 0.0)
-        back, why_not = await caller.ask("call", own, kinds=(str, str), seconds=BACK_SECONDS + ANSWER_SECONDS)
+        back, why_not, *tried = await caller.ask(
+            "call", own, kinds=(str, str, bool), least=2, seconds=BACK_SECONDS + ANSWER_SECONDS
+        )
         link = next(one for one in transport.links() if one.peer == caller.peer)
         return MeasuredLink(
             address=invitation.address,
@@ -219,7 +237,7 @@ async def call(
             clock_offset=offset,
             clock_uncertainty=uncertainty,
             own_address=own,
-            called_back=back,
+            called_back=None if tried == [False] else back,
             why_not=why_not,
         )
     finally:
@@ -290,11 +308,14 @@ def _sizes(most_bytes: int) -> list[Callable[[float | None, float], int]]:
 # -- the listener -----------------------------------------------------------------------------------------------------
 
 
-async def listen(make: MakeTransport, announce: Callable[[Invitation], None], stop: asyncio.Event) -> None:
+async def listen(
+    make: MakeTransport, make_back: MakeTransport, announce: Callable[[Invitation], None], stop: asyncio.Event
+) -> None:
     """Be the other end for a doctor that has the invitation, until told to stop.
 
     Args:
-        make: makes the transport with this machine's options; called again to dial back.
+        make: makes the transport with this machine's options.
+        make_back: makes another one beside it, on a port of its own, which dials back.
         announce: called with the invitation.
         stop: ends it when set.
 
@@ -304,7 +325,7 @@ async def listen(make: MakeTransport, announce: Callable[[Invitation], None], st
     secret = new_secret()
     shared = Invitation("", secret)
     transport, caller = make(), shared.identity("caller").public
-    listener = _Listener(transport, make, shared)
+    listener = _Listener(transport, make_back, shared)
     context = TransportContext(shared.identity("listener"), shared.run_id, listener.hear, listener.blobs.get)
     try:
         address = await transport.start(context)
@@ -328,10 +349,10 @@ async def listen(make: MakeTransport, announce: Callable[[Invitation], None], st
 class _Listener:
     """Answers the requests of one caller, one after another."""
 
-    def __init__(self, transport: Transport, make: MakeTransport, shared: Invitation) -> None:
+    def __init__(self, transport: Transport, make_back: MakeTransport, shared: Invitation) -> None:
         self.blobs = _Blobs()
         self._transport = transport
-        self._make = make
+        self._make_back = make_back
         self._shared = shared
         self._busy: asyncio.Task[None] | None = None
 
@@ -364,13 +385,15 @@ class _Listener:
             return
         self._transport.send(peer, pack([number, *answer]))
 
-    async def _ping(self, peer: bytes) -> list[Any]:
+    # A later release may send more than these values.
+
+    async def _ping(self, peer: bytes, *_: Any) -> list[Any]:
         return [round(1e6 * time.time())]
 
-    async def _give(self, peer: bytes, size: int) -> list[Any]:
+    async def _give(self, peer: bytes, size: int, *_: Any) -> list[Any]:
         return [await self.blobs.make(_bounded(size, MOST_BYTES))]
 
-    async def _take(self, peer: bytes, digest: bytes, size: int, millis: int) -> list[Any]:
+    async def _take(self, peer: bytes, digest: bytes, size: int, millis: int, *_: Any) -> list[Any]:
         if not isinstance(digest, bytes) or len(digest) != 32:
             raise ValueError(digest)
         seconds = _bounded(millis, int(1e3 * MOST_SECONDS)) / 1e3
@@ -379,23 +402,27 @@ class _Listener:
             logger.info("received %.1f MB at %.2f MB/s", got / 1e6, got / took / 1e6)
         return [got, round(1e6 * took)]
 
-    async def _call(self, peer: bytes, address: str) -> list[Any]:
-        transport = self._make()
+    async def _call(self, peer: bytes, address: str, *_: Any) -> list[Any]:
+        transport = self._make_back()
         context = TransportContext(
             self._shared.identity("second"), self._shared.run_id, lambda peer, message: True, lambda digest: None
         )
         try:
-            await transport.start(context)
+            try:
+                await transport.start(context)
+            except TransportError as error:  # this machine's trouble, not the caller's
+                logger.warning("cannot dial back: %s", error)
+                return ["", str(error)[:500], False]
             transport.set_peers({peer: str(address)})
             link = await _connected(transport, peer, BACK_SECONDS)
         except TransportError as error:
-            return ["", str(error)[:500]]
+            return ["", str(error)[:500], True]
         finally:
             await transport.stop()
         found = (link.path or "connected") if link.connected else ""
         found_out = f"is reachable from here ({found})" if found else "is not reachable"
         logger.info("their address %s %s", address[:100], found_out)
-        return [found, link.reason[:500]]
+        return [found, link.reason[:500], True]
 
 
 # -- both sides -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from psyche_lightning import system
 from psyche_lightning.doctor.finding import Finding, Verdict, count, duration, size
 from psyche_lightning.plugins import load_plugins
+from psyche_lightning.system import devices
 
 if TYPE_CHECKING:
     import torch
@@ -96,8 +97,8 @@ def choose_device(recipe: Recipe) -> tuple[torch.device, Finding]:
     """Returns the device on which the recipe trains, and a row about it."""
     import torch
 
-    wanted, there = recipe.trainer.accelerator, devices()
-    kind = {"auto": there[-1], "gpu": there[-1], "cuda": "cuda", "mps": "mps", "cpu": "cpu"}.get(wanted, wanted)
+    wanted, there = recipe.trainer.accelerator, list(devices())
+    kind = there[-1] if wanted in ("auto", "gpu") else wanted
     verdict, advice = Verdict.OK, ""
     if kind not in there or (wanted == "gpu" and kind == "cpu"):
         verdict = Verdict.PROBLEM
@@ -112,18 +113,6 @@ def choose_device(recipe: Recipe) -> tuple[torch.device, Finding]:
     if kind == "cpu":
         value += f", {threads} of {system.cores()} cores"
     return device, Finding(RECIPE, "device", value, verdict, advice)
-
-
-def devices() -> list[str]:
-    """Kinds of devices on which torch can compute, the fastest last."""
-    import torch
-
-    found = ["cpu"]
-    if torch.backends.mps.is_available():
-        found.append("mps")
-    if torch.cuda.is_available():
-        found.append("cuda")
-    return found
 
 
 def available_memory() -> int | None:
@@ -224,8 +213,11 @@ def _plugins() -> list[Finding]:
 
 
 def _memory(estimate: Estimate, device: torch.device) -> Finding:
-    needed = sum(estimate.memory.values())
-    parts = ", ".join(f"{name} {size(amount)}" for name, amount in estimate.memory.items())
+    memory = estimate.memory
+    if device.type == "cpu":
+        memory = {**memory, "a copy while a checkpoint is written": estimate.copied}
+    needed = sum(memory.values())
+    parts = ", ".join(f"{name} {size(amount)}" for name, amount in memory.items())
     have = free_memory(device)
     value = f"{size(needed)} without activations ({parts})"
     if have is None:
@@ -240,7 +232,7 @@ def _memory(estimate: Estimate, device: torch.device) -> Finding:
 
 def disk_needed(recipe: Recipe, estimate: Estimate) -> int:
     """The most bytes that a node writes: snapshots, payloads, delta, and checkpoints."""
-    parameters = estimate.memory["parameters"]
+    parameters = estimate.stored
     snapshot = max(parameters, 4 * estimate.trainable)  # snapshots hold float32 masters
     kept = max(snapshot, LEAST_KEPT)
     return SNAPSHOTS * snapshot + kept + 4 * estimate.trainable + (recipe.checkpoint.keep + 1) * parameters

@@ -12,7 +12,8 @@ Then::
     upload   = w * ((n - 1) * P + messages) / U        each other node fetches this node's payload once
     download = w * ((n - 1) * P + messages) / D        and this node fetches theirs, at the same time
     disk     = 7 * f                                   promises and the coordinator's state are stored first
-    latency  = 3 R / 2 + Q                             announcement, request for payloads, report, next round
+    latency  = 3 R / 2 + Q                             announcement, request for payloads, report, next round;
+                                                       small payloads, which go out unasked, take R less
 
     working  = compute + steps + distro
     exchange = latency + max(upload, download)
@@ -35,7 +36,7 @@ from dataclasses import dataclass
 
 WIRE = 1.04
 """Bytes on the wire for each byte of a payload, as with the TCP transport."""
-MESSAGE, LISTED = 600, 32
+MESSAGE, LISTED = 450, 32
 """Bytes of a node's messages to each peer in a round: result and witness list, and each commitment in the list."""
 WRITES = 7
 """Writes of a round for which others wait: the payload and its folder at the trainer and at the node that fetches it,

@@ -122,11 +122,12 @@ def measure_all(
         rate = matmul_rate(device, _MIXED.get(recipe.trainer.precision, parameter_dtype(recipe)))
         progress("operations of a sample", 0.1)
         operations = sample_flops(recipe, estimate)
-        expected = operations / rate  # the best case: a real step takes about twice as long
+        devices = recipe.trainer.devices
+        expected = operations / rate / devices  # the best case: a real step takes about twice as long
         most = min(recipe.trainer.micro_batch_size, most)
         trained: _Trained | None = None
         for micro_batch in dict.fromkeys((most, 1) if tokens_per_second is None else ()):
-            if fits and 4 * expected * micro_batch <= seconds:
+            if fits and devices == 1 and 4 * expected * micro_batch <= seconds:
                 trained = _train(recipe, device, micro_batch, seconds, progress)
                 break
         exchanges = _exchanges(recipes, estimate, device, nodes, trained, seconds, progress)
@@ -144,6 +145,7 @@ def measure_all(
             how += f", because {most} would have taken too long"
     else:
         why = f"a step takes longer than {seconds:g} s" if fits else "the model does not fit"
+        why = why if devices == 1 else f"a node has {devices} devices"
         how = (
             f"computed, because {why}: {operations:.3g} operations a sample at the {rate / 1e9:.3g} GFLOP/s of a "
             "matrix product; real steps reach a third to two thirds of that"
@@ -272,7 +274,7 @@ def _own_step(recipe: Recipe, model: torch.nn.Module) -> TakenStep:
     optimizer = module.configure_optimizers()["optimizer"]
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"]  # not that of the first warm-up step, which may move nothing
-    return TakenStep(optimizer, module, recipe.distro.densest)
+    return TakenStep(optimizer, module, recipe.distro.densest, recipe.trainer.holding)
 
 
 def _exchange(step: TakenStep, nodes: int, device: torch.device) -> _Exchange:

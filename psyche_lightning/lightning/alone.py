@@ -19,10 +19,11 @@ from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.coordinator.machine import batch_size
 from psyche_lightning.errors import CoordinatorError, StoreError
 from psyche_lightning.node.agreement import DecidedRound, float32
-from psyche_lightning.node.events import Apply
+from psyche_lightning.node.events import Apply, StateSeen, Trained
 from psyche_lightning.node.ledger import Ledger
-from psyche_lightning.node.notices import Finished, Outcome
+from psyche_lightning.node.notices import Finished, Left, Outcome
 from psyche_lightning.node.participant import RoundWork, loss_bits, result_of
+from psyche_lightning.node.recorder import Recorder
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.spare import SpareTime
@@ -52,6 +53,7 @@ class AloneParts:
         epoch: rounds of an epoch.
         ledger: the ledger, or None.
         status: the status file, or None.
+        recorder: writes the event files, or None.
     """
 
     host: RunHost
@@ -62,6 +64,7 @@ class AloneParts:
     epoch: int
     ledger: Ledger | None = None
     status: StatusFile | None = None
+    recorder: Recorder | None = None
 
 
 class Alone:
@@ -77,6 +80,7 @@ class Alone:
         spare: other work, which gets a small share of the time, as this node never waits.
         transfer: None: there is nobody to download from.
         waited: 0: there is nobody to wait for.
+        applying: 0: nobody looks at it.
     """
 
     def __init__(self, node: AloneParts, *, applied: Callable[[Apply], None] = lambda task: None) -> None:
@@ -84,7 +88,7 @@ class Alone:
         self.loss: float | None = None
         self.spare = SpareTime()
         self.transfer = None
-        self.waited = 0.0
+        self.waited = self.applying = 0.0
         self._node = node
         self._applied = applied
         self._signer = node.identity.public
@@ -116,8 +120,11 @@ class Alone:
         """
         if self._running:
             self._running = False
+            reason = why or str(self.finished or "its training ended here")
+            if self._node.recorder is not None:
+                self._node.recorder.notice(Left(reason))
             with contextlib.suppress(StoreError):  # a full disk is why it leaves
-                self._tell_status(why or str(self.finished or "its training ended here"))
+                self._tell_status(reason)
 
     def interrupt(self, error: BaseException) -> None:
         """Raise ``error`` where a node with others would wait next; a signal handler may call this."""
@@ -144,6 +151,9 @@ class Alone:
     def tell(self, figures: tuple[Figure, ...]) -> None:
         """Nobody else looks at this node's figures."""
 
+    def wrote(self, prompt: int, token: int) -> None:
+        """Nor at its texts, but for the log."""
+
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def next_round(self) -> RoundWork | None:
@@ -163,6 +173,8 @@ class Alone:
             self._told = now
             self._tell_status()
         state, round_ = self.state, self._current
+        if self._node.recorder is not None:
+            self._node.recorder.event(StateSeen(state))
         return RoundWork(state.epoch, round_.height, round_.step, self._batch(round_))
 
     def submit(
@@ -195,6 +207,8 @@ class Alone:
         if node.ledger is not None:
             digest, layout = sha256(payload), node.settings.layout
             result = result_of(work, digest, len(payload), layout, nonce=nonce, lrs=lrs, loss=loss, tokens=tokens)
+            if node.recorder is not None:
+                node.recorder.event(Trained(work.epoch, work.height, result))
             self._write_down(round_, again, (seal(node.identity, self.state.scope, result),))
         self._open_ids = reopen(rest, round_.step, () if tokens else work.batch)
         known = float32(loss_bits(loss)) if tokens and math.isfinite(loss) else None

@@ -75,6 +75,13 @@ class CoordinatorCallback(Callback):
                 pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
         trainer.strategy.stop_if_finished()  # type: ignore[attr-defined]
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the coordinator the validation loss that the module logs, for people."""
+        session, found = self._session(trainer), trainer.callback_metrics
+        loss = found.get("val_loss", found.get("validation_loss"))
+        if session is not None and loss is not None and not trainer.sanity_checking:
+            session.measured(trainer.global_step, {"validation_loss": float(loss)})
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note whether the module skipped the rest of the epoch.
 

@@ -1,4 +1,4 @@
-"""Values that Lightning would exchange between its processes stay those of a node, which says so."""
+"""What Lightning exchanges between its processes stays within a node, which says so."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
+from psyche_lightning.lightning.device import NodeDevices
 from psyche_lightning.recipe.options import RunOptions
 
 logger = logging.getLogger(__name__)
@@ -17,8 +18,8 @@ RUN_LOSS = "psyche/loss"
 """The metric that is the same on every node."""
 
 
-class LocalCollectives:
-    """The collectives of Trainer and Fabric, with this node as their only process; a base beside Lightning's.
+class LocalCollectives(NodeDevices):
+    """The collectives of Trainer and Fabric, with this node's ranks as their processes; a base beside Lightning's.
 
     Attributes:
         options: the node's.
@@ -27,24 +28,24 @@ class LocalCollectives:
     options: RunOptions
     _said = False
 
-    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Trainer's ``sync_dist=True``: returns this node's value."""
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():  # Trainer itself counts batches with it
             self._say("self.log(sync_dist=True)")
-        return tensor
+        return self._reduced(tensor, group, reduce_op)
 
-    def all_reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    def all_reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Fabric's ``all_reduce``: returns this node's value."""
         self._say("all_reduce")
-        return tensor
+        return self._reduced(tensor, group, reduce_op)
 
     def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
-        """Returns this node's value."""
+        """Returns this node's value, or one value for each of its ranks."""
         self._say("all_gather")
-        return tensor
+        return self._gathered(tensor, group, sync_grads)
 
     def _say(self, what: str) -> None:
-        if self._said or self.options.coordinator is None:
+        if self._said or self.options.coordinator is None or self.global_rank:
             return
         self._said = True
         logger.warning(

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from psyche_lightning import system
 from psyche_lightning.distro import DisTrO, LocalSteps
 from psyche_lightning.distro.saved import checksum, damage
+from psyche_lightning.distro.sharded import ShardedDisTrO
 from psyche_lightning.errors import StoreError
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ _OWN = "own "
 """Begins the names of what local steps left in the node's own optimizer; a JSON list of parameter and name follows."""
 
 
-def save(folder: Path, run: str, optimizer: DisTrO, own: torch.optim.Optimizer | None = None) -> None:
+def save(folder: Path, run: str, optimizer: DisTrO | ShardedDisTrO, own: torch.optim.Optimizer | None = None) -> None:
     """Write the delta; if the process is killed meanwhile, the previous file stays.
 
     Args:
@@ -45,6 +46,7 @@ def save(folder: Path, run: str, optimizer: DisTrO, own: torch.optim.Optimizer |
     Raises:
         StoreError: the folder is not writable.
     """
+    optimizer, own, path = _place(folder, optimizer, own)
     deltas = {name: delta.cpu() for name, delta in optimizer.delta()}
     if not deltas:
         return
@@ -58,7 +60,7 @@ def save(folder: Path, run: str, optimizer: DisTrO, own: torch.optim.Optimizer |
             "optimizer": type(own).__name__,
             "values": {n: v for n, v in values.items() if n not in tensors},
         }
-    path, new = folder / FILE, folder / f"{FILE}.new"
+    new = path.with_name(f"{path.name}.new")
     text = json.dumps({**about, "checksum": checksum(about, deltas)}, sort_keys=True)
     try:
         save_file(deltas, new, metadata={"psyche": text})
@@ -71,12 +73,12 @@ def save(folder: Path, run: str, optimizer: DisTrO, own: torch.optim.Optimizer |
         raise StoreError(f"cannot write {path}: {error}. Is its disk full or read-only?") from error
 
 
-def load(folder: Path, run: str, optimizer: DisTrO, own: torch.optim.Optimizer | None = None) -> bool:
+def load(folder: Path, run: str, optimizer: DisTrO | ShardedDisTrO, own: torch.optim.Optimizer | None = None) -> bool:
     """Load the delta that an earlier process of this node saved, and the state of ``own``; returns whether one fits.
 
     A damaged one, or one with values that are not finite, is left out with a warning.
     """
-    path = folder / FILE
+    optimizer, own, path = _place(folder, optimizer, own)
     if not path.exists():
         return False
     try:
@@ -109,6 +111,16 @@ def load(folder: Path, run: str, optimizer: DisTrO, own: torch.optim.Optimizer |
     if own is not None and isinstance(optimizer, LocalSteps):
         _load_own_state(optimizer, own, about.get("own"), values)
     return True
+
+
+def _place(
+    folder: Path, optimizer: DisTrO | ShardedDisTrO, own: torch.optim.Optimizer | None
+) -> tuple[DisTrO, torch.optim.Optimizer | None, Path]:
+    """What is saved where: of a model that ranks share, each one's part in a file of its own, without own state."""
+    if isinstance(optimizer, ShardedDisTrO):
+        ranks = optimizer.ranks
+        return optimizer.part, None, folder / f"{ranks.rank + 1}-of-{ranks.size}-{FILE}"
+    return optimizer, own, folder / FILE
 
 
 def _own_state(optimizer: DisTrO, own: torch.optim.Optimizer) -> dict[str, Any]:

@@ -9,14 +9,15 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import ConfigError, CoordinatorError
+from psyche_lightning.lightning.world import World
 from psyche_lightning.logs import ensure_heard
-from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
+from psyche_lightning.node.journal import MemoryJournal
+from psyche_lightning.node.store import MemoryBlobStore
 from psyche_lightning.plugins import load_plugins, packages
-from psyche_lightning.protocol.link import whole_url
+from psyche_lightning.protocol.link import split_url
 from psyche_lightning.protocol.manifest import START, differences, manifest_text, mismatch
 from psyche_lightning.protocol.requests import Coordinator, GetTerms, Terms
 from psyche_lightning.protocol.state import CoordinatorConfig, scope_of
@@ -62,8 +63,8 @@ def terms_of(url: str, run: str) -> Terms:
     Raises:
         PsycheError: as for :func:`look`, or no plugin brings this kind of coordinator.
     """
-    url = whole_url(url)
-    client = load_plugins().coordinators()[urlsplit(url).scheme].client
+    url, scheme = split_url(url)
+    client = load_plugins().coordinators()[scheme].client
     return look(client(url, run, Identity.generate(), {}))
 
 
@@ -92,6 +93,7 @@ class Entry:
     Args:
         options: the node's options.
         memory: what an earlier session of the same strategy kept.
+        terms: the run's fixed values, if another rank of the node has asked for them; this one then asks nobody.
 
     Attributes:
         options: as given.
@@ -108,15 +110,18 @@ class Entry:
             the run, or the options contradict the run's values.
     """
 
-    def __init__(self, options: RunOptions, memory: Memory | None = None) -> None:
+    def __init__(self, options: RunOptions, memory: Memory | None = None, terms: Terms | None = None) -> None:
         ensure_heard(packages())
         self.options = options
         self.run_id = options.run or ALONE_RUN
         self.meter = ByteMeter()
         # Training alone needs no transport, but wrong options still raise here.
         transport = load_plugins().transports()[options.transport](options.transport_options)
-        self.transport: Transport = MemoryTransport() if options.coordinator is None else transport
-        if options.coordinator is None:
+        apart = options.coordinator is None or terms is not None
+        self.transport: Transport = MemoryTransport() if apart else transport
+        if terms is not None:
+            self.terms = terms
+        elif options.coordinator is None:
             logger.info("no coordinator given: this process trains alone")
             unset = () if options.config else ("global_batch_size", "total_steps")
             self.terms = Terms(options.config or CoordinatorConfig(), unset)
@@ -132,8 +137,7 @@ class Entry:
 
     def client(self, url: str, identity: Identity) -> Coordinator:
         """A client of the run's coordinator for a node with that key."""
-        url = whole_url(url)
-        scheme = urlsplit(url).scheme
+        url, scheme = split_url(url)
         options = {"socket_factory": socket_factory(self.meter)} if scheme in ("http", "https") else {}
         return load_plugins().coordinators()[scheme].client(url, self.run_id, identity, options)
 
@@ -173,6 +177,18 @@ class Entry:
         shared = {name: dict(held.get(name, asdict(getattr(self, name)))) for name in SHARED}
         shared["run"].update((name, sizes[name]) for name in self.terms.unset)
         return {**sections, **{name: dict(section) for name, section in self.options.manifest.items()}, **shared}
+
+
+def enter(options: RunOptions, memory: Memory | None, world: World | None) -> Entry:
+    """What this rank of a node knows of its run: rank 0 asks, and tells the others, which have no folder."""
+    if world is None:
+        return Entry(options, memory)
+    if world.rank == 0:
+        entry = Entry(options, memory)
+        world.tell("terms", json.dumps(GetTerms.answer_to_json(entry.terms)))
+        return entry
+    _, text = world.hear()
+    return Entry(replace(options, directory=None), memory, GetTerms.answer_from_json(json.loads(text)))
 
 
 def agree(options: RunOptions, terms: Terms) -> tuple[RunValues, DistroConfig]:

@@ -20,18 +20,24 @@ import torch
 from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.plugins import CheckpointIO, Precision
 from lightning.fabric.strategies.single_device import SingleDeviceStrategy
+from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from psyche_lightning.distro.holding import DeltaForm, GradientsForm, MastersForm
+from psyche_lightning.distro.shards import Ranks
 from psyche_lightning.errors import ConfigError, DataError
 from psyche_lightning.lightning.collectives import LocalCollectives
-from psyche_lightning.lightning.device import OneDevice
-from psyche_lightning.lightning.entry import Entry
+from psyche_lightning.lightning.device import check_inner
+from psyche_lightning.lightning.entry import Entry, enter
+from psyche_lightning.lightning.internals import FabricRanks
 from psyche_lightning.lightning.loader import WITHOUT_A_BATCH, RoundLoader, check_loader
 from psyche_lightning.lightning.manifest import sections
 from psyche_lightning.lightning.optimizers import TakenStep
+from psyche_lightning.lightning.ranks import RankGradients
 from psyche_lightning.lightning.session import Session
-from psyche_lightning.lightning.supported import check_precision
+from psyche_lightning.lightning.sharding import load_whole_state, shard_with_optimizer, whole_state
+from psyche_lightning.lightning.supported import check_precision, check_streamed
 from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.participant import RoundWork
 from psyche_lightning.protocol.state import CoordinatorConfig
@@ -40,7 +46,7 @@ from psyche_lightning.recipe.options import RunOptions
 logger = logging.getLogger(__name__)
 
 
-class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
+class PsycheFabricStrategy(LocalCollectives, SingleDeviceStrategy):
     """One node of a run, for your own training loop.
 
     The first DataLoader that you set up is the one for training: iterating over it yields this node's share of each
@@ -87,10 +93,18 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         directory: folder for the node's key, promises and payloads, so that a killed node can come back; one
             per node. None keeps them in memory.
         patience: longest wait for a round, in seconds.
+        masters: ``float32`` or ``split``: whether bfloat16 parameters have their exact values as 4 bytes beside them,
+            or as the 2 bytes that they lack.
+        delta: dtype in which delta is kept between steps: ``float32``, ``bfloat16`` or ``int8``.
+        gradients: ``kept`` or ``streamed``: whether gradients are added to delta one by one during the backward pass,
+            and freed.
+        region: where this node is, for the run's page: any name, such as ``eu-west``; empty to say nothing.
         config: sizes of a run of this process alone; None for those of the DataLoader (and Trainer).
         start: for a run of this process alone: steps already trained, and the first data id that follows.
         manifest: manifest sections that replace those made from the module and its data.
         tokens_per_sample: tokens per sample in displayed figures.
+        inner: with several devices, how their ranks share the node's work. ``ddp``: each has the whole model and trains
+            its part of a share, and gradients are reduced. ``fsdp``: each has a part of the model, too.
         accelerator: as in Lightning's strategies.
         checkpoint_io: as in Lightning's strategies.
         precision: as in Lightning's strategies.
@@ -104,6 +118,7 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
     """
 
     owner = "Fabric"
+    launcher_class = FabricRanks
 
     def __init__(
         self,
@@ -132,10 +147,15 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         transport_options: Mapping[str, Any] | None = None,
         directory: str | os.PathLike[str] | None = None,
         patience: float = 24 * 3600.0,
+        masters: MastersForm = "float32",
+        delta: DeltaForm = "float32",
+        gradients: GradientsForm = "kept",
+        region: str = "",
         config: CoordinatorConfig | None = None,
         start: tuple[int, int] | None = None,
         manifest: Mapping[str, Mapping[str, Any]] | None = None,
         tokens_per_sample: int = 1,
+        inner: str = "ddp",
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision: Precision | None = None,
@@ -165,11 +185,16 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             transport_options=transport_options or {},
             directory=directory,
             patience=patience,
+            masters=masters,
+            delta=delta,
+            gradients=gradients,
+            region=region,
             config=config,
             start=start,
             manifest=manifest or {},
             tokens_per_sample=tokens_per_sample,
         ).in_environment()
+        self.inner = check_inner(inner)
         super().__init__("cpu", accelerator, checkpoint_io, precision)
         self._step: TakenStep | None = None
         self._loader: RoundLoader | None = None
@@ -177,13 +202,24 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         self._ahead = ExitStack()
         self._losses: list[float] = []  # of the steps of the current round
         self._told = False
+        self._ranks: RankGradients | None = None
+        self._samples = self._step_samples = 0
+        self._reduced_step: float | None = None  # the mean loss over all ranks, once gradients are reduced
 
     @cached_property
     def _entry(self) -> Entry:
         """The run's fixed values; the first access queries the run."""
-        return Entry(self.options)
+        return enter(self.options, None, self.world)
 
     # --- set-up -----------------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """Called by ``fabric.launch()``: wait for the other ranks of the node."""
+        super().setup_environment()
+        self._meet()
+        # Where a strategy overrides it, Fabric refuses loss.backward(), which works with one device.
+        if self.world is not None:
+            self.backward = self._backward  # type: ignore[method-assign]
 
     def setup_module_and_optimizers(
         self, module: Module, optimizers: list[Optimizer], scheduler: Any = None
@@ -194,10 +230,23 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
                 "the strategy 'psyche' trains one module with one optimizer (which may have several parameter groups): "
                 "fabric.setup(module, optimizer), once"
             )
-        check_precision(getattr(self.precision, "scaler", None), self._entry.distro)
-        self._step = TakenStep(optimizers[0], module, self._entry.distro)
-        self._step.keep_with_optimizer()
+        if self.num_processes > 1 and self.world is None:
+            raise ConfigError(
+                f"Fabric has devices={self.num_processes}, but its ranks are not started: call fabric.launch() first"
+            )
+        check_precision(getattr(self.precision, "scaler", None), self._entry.distro, self.options.holding)
+        if self.world is not None and self.inner == "fsdp":
+            shard_with_optimizer(module, optimizers[0], self.world)
+        self._step = TakenStep(optimizers[0], module, self._entry.distro, self.options.holding)
+        if self._shards is None:
+            self._step.keep_with_optimizer()
+        self._ranks = None if self.world is None else RankGradients(self.world, self._step)
         return module, optimizers, scheduler
+
+    @property
+    def _shards(self) -> Ranks | None:
+        """The ranks that have parts of the model; None if each has the whole one."""
+        return None if self._step is None else self._step.distro.ranks
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Always fails: a run needs the module, which names the optimizer's parameters.
@@ -207,37 +256,48 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         """
         raise ConfigError("the strategy 'psyche' needs module and optimizer together: fabric.setup(module, optimizer)")
 
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
+        """For Fabric, which divides loaders among the ranks of a node; the first one is the run's to divide."""
+        if self.world is None or self._loader is None:
+            return None
+        return {"num_replicas": self.num_processes, "rank": self.global_rank}
+
     def process_dataloader(self, dataloader: Any) -> Any:
         """Called by ``fabric.setup_dataloaders``; the run feeds the first loader, the others stay unchanged."""
         if self._loader is not None:
             return dataloader
         self._loader = loader = RoundLoader(
             dataloader,
-            self._entry.global_batch(check_loader(dataloader)),
+            self._entry.global_batch(check_loader(dataloader) * self.num_processes),
             self._entry.run.seed,
             lambda: self._rounds(loader),
             split=False,
             decline=self._decline,
             upcoming=lambda: None if self.session is None else self.session.upcoming(),
             steps=self._entry.steps,
+            rank=self.global_rank,
+            ranks=self.num_processes,
+            alike=self._shards is not None,
+            agreed=lambda error: error if self._ranks is None else self._ranks.agreed(error),
         )
         return loader
 
     def _join(self, loader: RoundLoader) -> Session:
         step = self._set_up
         made = sections(step, loader.order)
-        session = Session(self._entry, step, made, global_batch=loader.global_batch, total_steps=None)
+        session = Session(self._entry, step, made, global_batch=loader.global_batch, total_steps=None, world=self.world)
         try:
             session.start()
         except BaseException:
             session.close()
             raise
         self.session = session
-        atexit.register(self.close)
+        atexit.register(self._leave)
         default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if default and threading.current_thread() is threading.main_thread():
             # Fabric ignores signals, and the default action would not notify the coordinator.
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+            signal.signal(signal.SIGTERM, self._terminate)
         return session
 
     @property
@@ -267,6 +327,7 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         passes: int | None = None
         while True:
             self._published()
+            self._reshard()
             work = session.peek()
             if work is None:
                 session.close()
@@ -278,6 +339,7 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             session.take()
             step.reset()
             self._losses.clear()
+            self._samples = 0
             self._ahead.enter_context(step.looking_ahead())
             self._ahead.enter_context(step.working())
             yield work
@@ -292,6 +354,41 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         """End the look-ahead or the local steps."""
         self._ahead.close()
 
+    def _reshard(self) -> None:
+        """Have no parameter gathered that is about to change."""
+        if self._shards is not None and self._step is not None:
+            self._shards.reshard(self._step.module)
+
+    def _backward(self, tensor: torch.Tensor, module: Module | None, *args: Any, **kwargs: Any) -> None:
+        """Called by ``fabric.backward(loss)``; with several ranks, gradients are then those of the mean over all."""
+        if self._ranks is None or self.session is None or self.session.work is None:
+            super().backward(tensor, module, *args, **kwargs)
+            return
+        loss = float(tensor.detach()) if tensor.numel() == 1 else math.nan
+        if self._shards is None:
+            super().backward(tensor, module, *args, **kwargs)
+            self._average(self._ranks, loss)
+            return
+        assert self._loader is not None
+        samples, whole = self._samples_here, self._loader.share.wholes[len(self._losses)]
+        with self._ranks.summing():  # fully_shard adds up the others' while backward runs
+            super().backward(tensor * (samples / whole), module, *args, **kwargs)
+        self._reduced_step = self._ranks.total(loss * samples / whole if samples else 0.0)
+        self._step_samples = whole
+
+    @property
+    def _samples_here(self) -> int:
+        """Samples of this rank in the step that is made."""
+        assert self._loader is not None
+        share, step = self._loader.share, len(self._losses)
+        return 0 if step in share.idle else share.sizes[step]
+
+    def _average(self, ranks: RankGradients, loss: float) -> None:
+        """Reduce the gradients of the step that is made; another backward of the same step may follow."""
+        found = ranks.average(float(self._samples_here), loss, self._samples_here)
+        assert found is not None  # who lacks samples has no batch
+        self._reduced_step, self._step_samples = found[1], found[2]
+
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Called by ``optimizer.step()``: submit the round's update, and apply the agreed one.
 
@@ -300,10 +397,20 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         session, step, loader = self.session, self._step, self._loader
         if session is None or step is None or loader is None or session.work is None:
             raise ConfigError(WITHOUT_A_BATCH)
+        self._reshard()
+        if self._ranks is not None and self._reduced_step is None and "closure" not in kwargs:
+            if self._shards is not None:
+                raise ConfigError(
+                    "optimizer.step() has no gradients of all ranks: with inner='fsdp', call fabric.backward(loss) for "
+                    "each batch before it"
+                )
+            self._average(self._ranks, math.nan)  # the loss went backward without fabric.backward
         result = super().optimizer_step(optimizer, **kwargs)
-        self._losses.append(
-            float(result.detach()) if isinstance(result, torch.Tensor) and result.numel() == 1 else math.nan
-        )
+        loss = float(result.detach()) if isinstance(result, torch.Tensor) and result.numel() == 1 else math.nan
+        if self._reduced_step is not None:
+            loss, self._reduced_step = self._reduced_step, None
+            self._samples += self._step_samples
+        self._losses.append(loss)
         if len(self._losses) < len(loader.share.steps):
             return result
         self._published()
@@ -314,8 +421,60 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         elif not (step.has_gradient if step.local is None else step.made):
             session.abstain(session.work, "no parameter has a gradient")
         else:
-            session.submit(session.work, statistics.fmean(self._losses), loader.share.samples)
+            samples = loader.share.samples if self._ranks is None else self._samples
+            session.submit(session.work, statistics.fmean(self._losses), samples)
         return result
+
+    def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Called by ``fabric.clip_gradients(max_norm=)``."""
+        check_streamed("fabric.clip_gradients clips all gradients before a step", self.options.holding)
+        norm = super().clip_gradients_norm(*args, **kwargs)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def clip_gradients_value(self, *args: Any, **kwargs: Any) -> None:
+        """Called by ``fabric.clip_gradients(clip_val=)``."""
+        check_streamed("fabric.clip_gradients clips all gradients before a step", self.options.holding)
+        super().clip_gradients_value(*args, **kwargs)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
+        """Called by ``fabric.save``: the module's state, as of a node with one device; empty without the whole."""
+        if self._shards is None:
+            return super().get_module_state_dict(module)
+        return whole_state(module, self._shards)
+
+    def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+        """Called by ``fabric.load``: restore :meth:`get_module_state_dict`."""
+        if self._shards is None:
+            super().load_module_state_dict(module, state_dict, strict)
+        else:
+            load_whole_state(module, state_dict, self._shards, strict)
+
+    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Called by ``fabric.save``: the optimizer's state; of a divided model its groups alone."""
+        if self._shards is None:
+            return super().get_optimizer_state(optimizer)
+        return {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}
+
+    def _terminate(self, number: int, frame: Any) -> None:
+        """A SIGTERM handler: end the program, and with it the node."""
+        end = SystemExit(128 + number)
+        if self.session is not None and self.world is not None:  # else the others would be waited for
+            self.session.fails(end)
+            self.world.fail(end)
+        raise end
+
+    def _leave(self) -> None:
+        """Leave the run as the program ends, perhaps with an error."""
+        error = getattr(sys, "last_value", None)
+        if isinstance(error, BaseException) and self.session is not None:
+            self.session.fails(error)
+            if self.world is not None:
+                self.world.fail(error)
+        if self._shards is not None:
+            self._ahead.pop_all()  # the other ranks may not be there to bring parameters back
+        self.close()
 
     def close(self) -> None:
         """Leave the run; idempotent."""
@@ -325,4 +484,4 @@ class PsycheFabricStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         if self._loader is not None:
             self._loader.close()
         with contextlib.suppress(ValueError):
-            atexit.unregister(self.close)
+            atexit.unregister(self._leave)

@@ -12,11 +12,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as _FabricLauncher
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
+from lightning.fabric.utilities.distributed import (
+    _all_gather_ddp_if_available,
+    _get_default_process_group_backend_for_device,
+    _set_num_threads_if_needed,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from torch.utils.data import DataLoader
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as _TrainerLauncher
+from lightning.pytorch.trainer.connectors.data_connector import _get_distributed_sampler
+from lightning.pytorch.utilities.data import _update_dataloader
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from psyche_lightning.distro.internals import note_step
 
@@ -151,3 +162,83 @@ def replace_step(optimizer: torch.optim.Optimizer, step: Callable[..., Any]) -> 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     note_step(optimizer)
     optimizer.step = step  # type: ignore[method-assign]
+
+
+class _Watched:
+    """Starts the other ranks as Lightning does, but does not kill rank 0 when one of them ends.
+
+    Lightning's own watcher sends SIGKILL to all. Here rank 0 hears of it, leaves the run and says why (``world.py``).
+    """
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        """Start the other ranks, unless somebody else does, and call the function."""
+        environment: Any = self.cluster_environment  # type: ignore[attr-defined] # Lightning's launcher has these
+        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)  # type: ignore[attr-defined]
+        if not environment.creates_processes_externally:
+            self._call_children_scripts()  # type: ignore[attr-defined]
+        _set_num_threads_if_needed(num_processes=self.num_processes)  # type: ignore[attr-defined]
+        return function(*args, **kwargs)
+
+
+class TrainerRanks(_Watched, _TrainerLauncher):
+    """The launcher of a Trainer's ranks."""
+
+
+class FabricRanks(_Watched, _FabricLauncher):
+    """The launcher of a Fabric's ranks."""
+
+
+def backend_for(device: torch.device) -> str:
+    """What exchanges the tensors of such a device: ``gloo``, ``nccl``."""
+    return _get_default_process_group_backend_for_device(device)
+
+
+def divided(trainer: Trainer, loader: object, rank: int, ranks: int) -> object:
+    """A rank's part of a loader for validation or test, as Lightning's own strategies give it.
+
+    Lightning divides loaders itself only for its own strategies. It has already wrapped those for prediction, which
+    each rank makes as a whole.
+    """
+    wanted = trainer._accelerator_connector.use_distributed_sampler and not trainer.predicting
+    if not wanted or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return loader
+    if isinstance(loader.sampler, DistributedSampler):
+        return loader
+    mode = trainer.state.stage
+    sampler = _get_distributed_sampler(loader, False, 0, mode=mode, num_replicas=ranks, rank=rank)
+    return _update_dataloader(loader, sampler, mode=mode)
+
+
+def note_rank(rank: int) -> None:
+    """Tell the decorator ``rank_zero_only`` of loggers and others who this process is; it reads an attribute."""
+    rank_zero_only.rank = rank  # type: ignore[attr-defined] # set by whoever knows it
+
+
+def reduced(tensor: torch.Tensor, group: Any, reduce_op: Any) -> torch.Tensor:
+    """A tensor over all processes of a group, as Lightning's own strategies give it."""
+    return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+
+
+def gathered(tensor: torch.Tensor, group: Any, sync_grads: bool) -> torch.Tensor:
+    """The tensors of all processes of a group, as Lightning's own strategies give them."""
+    return _all_gather_ddp_if_available(tensor, group=group, sync_grads=sync_grads)
+
+
+def keep_from_asking(trainer: Trainer) -> None:
+    """Keep Trainer from a collective before each batch, by which it tells all ranks that rank 0 got SIGTERM.
+
+    A rank that ends its training tells the others itself. A collective that only some of them begin would be answered
+    by whatever comes next.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def terminated(trainer: Trainer, number: int) -> None:
+    """Note SIGTERM as Trainer's handler does, and pass it on to the ranks that it started.
+
+    Its own handler also begins a collective at once, in the middle of whatever other collective it interrupted.
+    """
+    connector = trainer._signal_connector
+    if not connector.received_sigterm and (launcher := trainer.strategy.launcher) is not None:
+        launcher.kill(number)
+    connector.received_sigterm = True

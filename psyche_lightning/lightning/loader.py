@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from psyche_lightning.data.order import DataOrder
-from psyche_lightning.errors import ConfigError, DataError
+from psyche_lightning.errors import ConfigError, DataError, counted
 from psyche_lightning.lightning.internals import seed_workers
 from psyche_lightning.node.participant import RoundWork
 
@@ -35,17 +35,22 @@ class Share:
         sizes: samples of each micro-batch; shorter once one turns out to be left out.
         rest: the micro-batches after the first, loaded on demand.
         steps: which step of the node each micro-batch belongs to, from 0 on; as long as ``sizes``.
+        wholes: samples of each step on all ranks of the node.
+        idle: steps of which the other ranks of the node train all samples. This rank trains one of them along, so that
+            it goes through the same motions, and its result does not count.
     """
 
     work: RoundWork
     sizes: list[int]
     rest: Iterator[Any]
     steps: list[int]
+    wholes: list[int]
+    idle: frozenset[int] = frozenset()
 
     @property
     def samples(self) -> int:
-        """Samples in the share."""
-        return sum(self.sizes)
+        """Samples in this rank's part of the share."""
+        return sum(size for size, step in zip(self.sizes, self.steps, strict=True) if step not in self.idle)
 
 
 def one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
@@ -57,13 +62,21 @@ def one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _given(batches: Iterator[Any], sizes: list[int], steps: list[int]) -> Iterator[Any]:
+def _given(batches: Iterator[Any], sizes: list[int], steps: list[int], ranks: int, alike: bool) -> Iterator[Any]:
     """Leave out the micro-batches for which the collate function returns None, with their sizes and steps.
 
     If it does so for all of them, the last one stays, for Trainer to skip as it skips a batch that is None.
+
+    Raises:
+        ConfigError: nothing of a step is left, and the node has other ranks, which cannot skip it as well.
     """
     given = 0
     for batch in batches:
+        if batch is None and ranks > 1 and (alike or steps.count(steps[given]) == 1):
+            raise ConfigError(
+                "the collate function returned None for all samples of a rank's step, but the ranks of a node make "
+                "each step together. Return a batch, and let training_step return None for it, or set devices=1."
+            )
         if batch is None and len(sizes) > 1:
             del sizes[given], steps[given]
         else:
@@ -91,6 +104,12 @@ class RoundLoader:
         upcoming: the data ids ``(start, stop)`` that may follow the current round; None if unknown. A data set's
             method ``prefetch(indices)``, if it has one, is called for a whole share when it begins, and for these ids.
         steps: called with a round's step of the run; returns the steps that a node makes with its share.
+        rank: which part of each step is loaded, from 0.
+        ranks: parts of a step: the ranks of the node.
+        alike: whether all ranks have equally many micro-batches, which each of them has before the first is trained.
+            One that a rank lacks has the size 0, and a sample of the step.
+        agreed: called with the error, if there was one, when the first samples of a round were loaded; returns the
+            one for which the ranks of the node decline the round.
 
     Attributes:
         order: maps data ids to samples.
@@ -109,6 +128,10 @@ class RoundLoader:
         decline: Callable[[RoundWork, DataError], object] = _fail,
         upcoming: Callable[[], tuple[int, int] | None] = lambda: None,
         steps: Callable[[int], int] = lambda step: 1,
+        rank: int = 0,
+        ranks: int = 1,
+        alike: bool = False,
+        agreed: Callable[[DataError | None], DataError | None] = lambda error: error,
     ) -> None:
         batch_size = check_loader(loader)
         seed_workers(loader)
@@ -117,6 +140,14 @@ class RoundLoader:
         self.global_batch = global_batch
         self._most = batch_size if split else None
         self._steps = steps
+        self._rank, self._ranks = rank, ranks
+        self._alike = alike
+        self._agreed = agreed
+        if global_batch < ranks:
+            raise ConfigError(
+                f"a round of the run has {counted(global_batch, 'sample')} and this node {ranks} ranks to train them; "
+                "use fewer devices, or a larger global batch"
+            )
         self._rounds = rounds
         self._decline = decline
         self._upcoming = upcoming
@@ -148,8 +179,22 @@ class RoundLoader:
     def __iter__(self) -> Iterator[Any]:
         for work in self._rounds():
             self._share = share = self.load(work)
+            batches = one_ahead(share.rest) if self._most is None else itertools.islice(share.rest, 1)
+            failure: DataError | None = None
+            first: list[Any] = []
             try:
-                yield from one_ahead(share.rest) if self._most is None else itertools.islice(share.rest, 1)
+                # The ranks of a node decline a round together, so they look at all that comes without a step between.
+                first += batches if self._most is None and self._ranks > 1 else itertools.islice(batches, 1)
+                if self._alike:
+                    share.rest = iter(list(share.rest))
+            except DataError as error:
+                failure = error
+            if (failure := self._agreed(failure)) is not None:
+                self._decline(work, failure)
+                continue
+            try:
+                yield from first
+                yield from batches
             except DataError as error:
                 self._decline(work, error)
 
@@ -167,18 +212,23 @@ class RoundLoader:
     def load(self, work: RoundWork) -> Share:
         """Start to load the round's share, split into steps, and these into micro-batches, of nearly equal size."""
         indices = [i for ids in work.batch for i in self.order.indices(*ids)]
-        steps = [
-            _parts(some, 1 if self._most is None else -(-len(some) // self._most))
-            for some in _parts(indices, min(self._steps(work.step), len(indices)))
-        ]
-        self._plan[:] = itertools.chain.from_iterable(steps)
+        whole = _parts(indices, min(self._steps(work.step), len(indices)))
+        ours = [_parts(some, self._ranks)[self._rank] for some in whole]
+        idle = frozenset(number for number, some in enumerate(ours) if not some)
+        steps = []
+        for some, its in zip(ours, whole, strict=True):
+            longest = -(-len(its) // self._ranks) if self._alike else len(some) or 1
+            steps.append(_parts(some or its[:1], 1 if self._most is None else -(-longest // self._most)))
+        lacking = [not part or (self._alike and step in idle) for step, parts in enumerate(steps) for part in parts]
+        self._plan[:] = [part or its[:1] for parts, its in zip(steps, whole, strict=True) for part in parts]
         if self._ahead is not None:
             self._ahead(indices)
             if (upcoming := self._upcoming()) is not None:
                 self._ahead(self.order.indices(*upcoming))
-        sizes = [len(batch) for batch in self._plan]
+        sizes = [0 if lacks else len(batch) for batch, lacks in zip(self._plan, lacking, strict=True)]
         owners = [number for number, step in enumerate(steps) for _ in step]
-        return Share(work, sizes, _given(self._batches(), sizes, owners), owners)
+        given = _given(self._batches(), sizes, owners, self._ranks, self._alike)
+        return Share(work, sizes, given, owners, [len(its) for its in whole], idle)
 
     def _batches(self) -> Iterator[Any]:
         """The batches of the plan."""

@@ -8,6 +8,7 @@ import torch
 
 from psyche_lightning.data.order import DataOrder
 from psyche_lightning.distro import DisTrO
+from psyche_lightning.distro.sharded import ShardedDisTrO
 from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.node.parameters import named_parameters, persistent_buffers
 
@@ -27,7 +28,7 @@ def sections(step: TakenStep, order: DataOrder, clip: tuple[str, float] | None =
     }
 
 
-def _model(module: torch.nn.Module, optimizer: DisTrO) -> dict[str, Any]:
+def _model(module: torch.nn.Module, optimizer: DisTrO | ShardedDisTrO) -> dict[str, Any]:
     """Name, shape, dtype of every parameter (and whether it is trained) and buffer, in order of their names."""
     trained = {entry.name for entry in optimizer.layout.entries}
     parameters = sorted(named_parameters(module).items(), key=lambda item: item[0].encode())

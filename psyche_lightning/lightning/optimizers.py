@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from psyche_lightning.distro import DisTrO, DistroConfig, LocalSteps, NonFiniteGradientError, shared_optimizer
+from psyche_lightning.distro.holding import Holding
+from psyche_lightning.distro.sharded import ShardedDisTrO
 from psyche_lightning.errors import ConfigError, counted
 from psyche_lightning.lightning.internals import replace_step
 from psyche_lightning.node.parameters import named_parameters
@@ -17,8 +20,12 @@ STATE_KEY = "psyche_distro"
 """DisTrO's state within that of the user's optimizer."""
 
 
-def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> DisTrO:
+def build_distro(
+    optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig, holding: Holding | None = None
+) -> DisTrO | ShardedDisTrO:
     """Build a DisTrO with the parameter groups, learning rates and weight decays of the user's optimizer.
+
+    If parameters are divided among the ranks of a node, it is that of these ranks.
 
     Without local steps, gradients in groups that Muon trains (of :class:`~psyche_lightning.muon.MuonAdamW`, and all of
     ``torch.optim.Muon``) go through Muon first.
@@ -27,6 +34,7 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
         optimizer: the user's; of any kind.
         module: names the parameters.
         config: the run's compression.
+        holding: how this node holds numbers; by default in float32.
 
     Raises:
         ConfigError: the optimizer has parameters that the module does not.
@@ -50,7 +58,10 @@ def build_distro(optimizer: torch.optim.Optimizer, module: torch.nn.Module, conf
                 **({"muon": True, "momentum": group["momentum"]} if group.get("muon", all_muon) and not local else {}),
             }
         )
-    return shared_optimizer(groups, float(optimizer.param_groups[0]["lr"]), config)
+    rate = float(optimizer.param_groups[0]["lr"])
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        return ShardedDisTrO(groups, rate, config=config, holding=holding)
+    return shared_optimizer(groups, rate, config, holding)
 
 
 class TakenStep:
@@ -62,6 +73,7 @@ class TakenStep:
         optimizer: the user's; of any kind. Its groups have learning rates and weight decays.
         module: the module whose parameters it trains.
         config: the run's compression.
+        holding: how this node holds numbers; by default in float32.
 
     Attributes:
         optimizer: as given.
@@ -77,10 +89,16 @@ class TakenStep:
         ConfigError: the optimizer has parameters that the module does not, or it cannot make local steps.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, module: torch.nn.Module, config: DistroConfig) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        module: torch.nn.Module,
+        config: DistroConfig,
+        holding: Holding | None = None,
+    ) -> None:
         self.optimizer = optimizer
         self.module = module
-        self.distro = build_distro(optimizer, module, config)
+        self.distro = build_distro(optimizer, module, config, holding)
         self.factor = 1.0
         self.called, self.made = False, 0
         self.broken: NonFiniteGradientError | None = None
@@ -106,8 +124,10 @@ class TakenStep:
         return result
 
     @property
-    def local(self) -> LocalSteps | None:
+    def local(self) -> LocalSteps | ShardedDisTrO | None:
         """``distro`` if the run has local steps."""
+        if isinstance(self.distro, ShardedDisTrO):
+            return self.distro if self.distro.config.local_steps else None
         return self.distro if isinstance(self.distro, LocalSteps) else None
 
     def step_locally(self) -> None:
@@ -164,8 +184,13 @@ class TakenStep:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether any parameter has a gradient."""
-        return any(parameter.grad is not None for group in self.optimizer.param_groups for parameter in group["params"])
+        """Whether any parameter has a gradient, or had one that was streamed."""
+        return self.distro.arrived or any(parameter.grad is not None for parameter in self.parameters)
+
+    @property
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Those of the module's optimizer."""
+        return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
     def keep_with_optimizer(self) -> None:
         """Let ``state_dict`` of the user's optimizer hold DisTrO's state, and ``load_state_dict`` restore it."""
@@ -181,8 +206,9 @@ class TakenStep:
         self.optimizer.register_load_state_dict_pre_hook(load)
 
     def reset(self) -> None:
-        """Forget the last calls."""
+        """Forget the last calls, and begin a round of streamed gradients."""
         self.called, self.made, self.broken = False, 0, None
+        self.distro.begin_gradients(self.copy_rates)
 
     def copy_rates(self) -> None:
         """Give DisTrO the learning rates of the user's optimizer, which schedulers change, times the factor.

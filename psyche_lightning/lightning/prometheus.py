@@ -42,7 +42,7 @@ class PrometheusLogger(Logger):
 
     Figures of recipes have metrics of their own (see :data:`NAMES`), results of tasks are
     ``psyche_eval_metrics{task,figure}``, and all others ``psyche_figure{figure}``. ``psyche_round_step`` is the step.
-    The port is open until training ends.
+    The port is open until training ends. Of a node's ranks, which all make their logger, rank 0 alone listens.
 
     Args:
         port: port to listen on; 0 for any free one.
@@ -50,11 +50,13 @@ class PrometheusLogger(Logger):
         run: the label ``run`` of all metrics; empty for none.
 
     Attributes:
-        port: the port on which it listens.
+        port: the port on which it listens; on ranks that do not listen, the one that was given.
 
     Raises:
         ConfigError: the port is taken, or the address is not this machine's.
     """
+
+    _server: _Server | None = None
 
     def __init__(self, port: int, host: str = "127.0.0.1", run: str = "") -> None:
         super().__init__()
@@ -64,6 +66,11 @@ class PrometheusLogger(Logger):
         self._labels = {"run": run} if run else {}
         self._gauges: dict[str, Gauge] = {}
         self._figures: set[str] = set()
+        self._host, self.port = host, port
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined] # from the environment, before ranks have met
+            self._listen()
+
+    def _listen(self) -> None:
         sites = Sites()
         show = make_wsgi_app(self._registry)
 
@@ -77,10 +84,10 @@ class PrometheusLogger(Logger):
             return shown
 
         try:
-            self._server = make_server(host, port, answer, _Server, _Handler)
+            self._server = make_server(self._host, self.port, answer, _Server, _Handler)
         except (OSError, OverflowError) as error:
             raise ConfigError(
-                f"cannot show metrics on {host}:{port}: {error}. Choose another port; 0 takes any."
+                f"cannot show metrics on {self._host}:{self.port}: {error}. Choose another port; 0 takes any."
             ) from error
         sites.listening([str(self._server.server_address[0])])
         self.port = self._server.server_port
@@ -103,6 +110,8 @@ class PrometheusLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Show these values from now on; NaN is shown as such."""
+        if self._server is None:  # such as in the second task of a SLURM job, if each is a node
+            self._listen()
         if step is not None:
             self._set("psyche_round_step", "The newest optimizer step of which something was logged.", step)
         for name, value in metrics.items():
@@ -119,8 +128,9 @@ class PrometheusLogger(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Close the port."""
-        self._server.shutdown()
-        self._server.server_close()
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrometheusLogger:
         return self  # there is one port

@@ -3,45 +3,71 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from psyche_lightning.chronicle.entry import Kind
+from psyche_lightning.chronicle.writer import Chronicle
 from psyche_lightning.coordinator.host import RunHost
-from psyche_lightning.distro import NonFiniteGradientError
-from psyche_lightning.errors import DataError, PsycheError, StoreError
+from psyche_lightning.distro import DisTrO, NonFiniteGradientError
+from psyche_lightning.errors import ConfigError, DataError, PsycheError, StoreError
 from psyche_lightning.lightning import delta as saved_delta
 from psyche_lightning.lightning.alone import Alone, AloneParts
 from psyche_lightning.lightning.collectives import RUN_LOSS
 from psyche_lightning.lightning.entry import Entry
+from psyche_lightning.lightning.following import (
+    APPLIED,
+    END,
+    FIGURES,
+    GO_ON,
+    STARTED,
+    WORK,
+    Follower,
+    Mirrored,
+    hand_on_model,
+    tell_round,
+)
 from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.lightning.standing import Standing, after_round, at_the_end
 from psyche_lightning.lightning.traffic import Traffic
+from psyche_lightning.lightning.world import World
 from psyche_lightning.logs import speaking
+from psyche_lightning.node.agreement import float32
 from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.events import Apply
+from psyche_lightning.node.journal import Journal, MemoryJournal
 from psyche_lightning.node.ledger import FILE as LEDGER
 from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import Finished
-from psyche_lightning.node.parameters import ParameterReplica
+from psyche_lightning.node.parameters import ParameterReplica, persistent_buffers
 from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.rates import Rates
+from psyche_lightning.node.recorder import LogRecorder, Recorder
+from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.runtime import NodeParts
 from psyche_lightning.node.settings import Settings
+from psyche_lightning.node.spans import NoSpans, spans_of
 from psyche_lightning.node.spare import SpareTime
 from psyche_lightning.node.status import FILE as STATUS
 from psyche_lightning.node.status import StatusFile
-from psyche_lightning.node.store import DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
+from psyche_lightning.node.store import DirectoryBlobStore, MemoryBlobStore
 from psyche_lightning.protocol.manifest import START
 from psyche_lightning.protocol.open_ids import shown
 from psyche_lightning.protocol.requests import MAX_FIGURES, Answer, Figure, Request
 from psyche_lightning.protocol.state import INCARNATION_SIZE, CoordinatorConfig, RunState
 from psyche_lightning.recipe.manifest import schedule_of
+from psyche_lightning.version import __version__
+from psyche_lightning.wire.canonical import pack, sha256, unpack
 from psyche_lightning.wire.identity import Identity, short
 
 logger = logging.getLogger(__name__)
@@ -69,6 +95,7 @@ class Session:
         total_steps: the last step that this node's user wants; None for no limit.
         done: steps done before, in a run of this process alone.
         stops: returns whether the training loop wants to stop; asked during waits.
+        world: the ranks of the node, of which rank 0 takes part in the run; None for a node with one device.
 
     Attributes:
         entry: as given.
@@ -82,6 +109,7 @@ class Session:
         lost_rounds: number of rounds in a row, up to the last one, without samples for this node.
         rounds: number of rounds in which this node had a share.
         empty_rounds: number of those to which it contributed nothing.
+        works: what :meth:`on_shards` can do, by name; the same names on all ranks of the node.
 
     Raises:
         PsycheError: the node's folder is unusable, or the coordinator's URL is wrong.
@@ -97,16 +125,21 @@ class Session:
         total_steps: int | None,
         done: int = 0,
         stops: Callable[[], bool] = lambda: False,
+        world: World | None = None,
     ) -> None:
         self.entry = entry
+        self._world = world
         self.payload_bytes = 0
         self.loss = math.nan
         self.samples = 0
         self.work: RoundWork | None = None
         self.lost_rounds = 0
         self.rounds = self.empty_rounds = 0
+        self.works: dict[str, Callable[..., Any]] = {}
         self._due = False  # whether the figures of the current step are to be computed
         self._figures: dict[str, float] = {}
+        self._told: dict[str, Figure] = {}
+        self._took = self._encoding = self._idle = self._applying = 0.0
         self._next: RoundWork | None = None
         self._taken: tuple[RoundWork, RunState] | None = None
         self._submitted: RoundWork | None = None
@@ -114,22 +147,41 @@ class Session:
         self._over = self._closed = False
         self._why = ""
         self._step = step
-        self._replica = replica = ParameterReplica(step.distro, step.module)
+        self._recorder: Recorder | None = None
+        self._spans = NoSpans()
+        self._replica = ParameterReplica(step.distro, step.module)
+        replica: Replica = self._replica
+        if world is not None and world.rank == 0:
+            replica = Mirrored(self._replica, world, self._hand_on, sharded=self._sharded)
         self.traffic = Traffic(entry.transport, entry.meter, step.distro.payload_sizes)
         self._folder = folder = entry.options.folder
         total = entry.options.total_steps or total_steps or ENDLESS
         with contextlib.ExitStack() as opened:
             identity = entry.memory.identity if folder is None else node_key(folder)
-            opened.enter_context(speaking(entry.run_id, short(identity.public)))
-            logger.info("%s", step)
-            if folder is not None and saved_delta.load(folder, entry.scope, step.distro, step.optimizer):
+            self.identity = self.signer = identity.public
+            follows = world is not None and world.rank > 0
+            who = short(identity.public) if world is None or not follows else f"rank {world.rank}"
+            opened.enter_context(speaking(entry.run_id, who))
+            if not follows:
+                logger.info("%s", step)
+            self._delta_folder = folder
+            restored = folder is not None and saved_delta.load(folder, entry.scope, step.distro, step.optimizer)
+            if restored:
                 logger.info("restored the delta of %d rounds from %s", step.distro.nonce, folder)
             journal: Journal | MemoryJournal = entry.memory.journal
             ledger = status = None
+            coordinator = (
+                None
+                if follows or entry.options.coordinator is None
+                else entry.client(entry.options.coordinator, identity)
+            )
+            if coordinator is not None:
+                self.signer = coordinator.signer
             if folder is not None:
                 journal = opened.enter_context(contextlib.closing(Journal(folder / "journal")))  # locks the folder
                 ledger = opened.enter_context(contextlib.closing(Ledger(folder / LEDGER)))
                 status = StatusFile(folder / STATUS)
+                self._recorder = opened.enter_context(self._recording(folder, identity))
             agreed = entry.manifest(sections, {"global_batch_size": global_batch, "total_steps": total})
             planned, groups = schedule_of(agreed), step.optimizer.param_groups
             shares = [group.get("initial_lr", group["lr"]) / planned.base_lr for group in groups] if planned else []
@@ -145,9 +197,14 @@ class Session:
                 keep_bytes=entry.run.keep_bytes or max(replica.size, LEAST_KEPT),
                 tensors=replica.tensors,
             )
-            self.identity = self.signer = identity.public
-            self._participant: Participant | Alone
-            if entry.options.coordinator is None:
+            self._participant: Participant | Alone | Follower
+            if world is not None:
+                self._level(world, agreed, restored)
+            if world is not None and follows:
+                self._participant = Follower(
+                    world, replica, self._hand_on, figures=step.distro.figures, works=self.works
+                )
+            elif coordinator is None:
                 own = AloneParts(
                     host=self._own_run(global_batch, total, done),
                     identity=identity,
@@ -157,11 +214,12 @@ class Session:
                     epoch=ALONE_EPOCH,
                     ledger=ledger,
                     status=status,
+                    recorder=self._recorder,
                 )
                 self._participant = Alone(own, applied=self._after_round)
             else:
-                coordinator = entry.client(entry.options.coordinator, identity)
                 store = entry.memory.store if folder is None else DirectoryBlobStore(folder / "blobs")
+                self._spans = spans_of(entry.run_id, identity.public.hex())
                 node = NodeParts(
                     identity=identity,
                     run_id=entry.run_id,
@@ -169,6 +227,7 @@ class Session:
                     transport=entry.transport,
                     replica=replica,
                     manifest=agreed,
+                    region=entry.options.region,
                     settings=settings,
                     store=store,
                     journal=journal,
@@ -176,10 +235,11 @@ class Session:
                     served=self.traffic.served,
                     ledger=ledger,
                     status=status,
+                    recorder=self._recorder,
+                    spans=self._spans,
                 )
                 patience = entry.options.patience
                 self._participant = Participant(node, patience=patience, stops=stops, applied=self._after_round)
-                self.signer = coordinator.signer
             self._opened = opened.pop_all()
 
     def start(self) -> None:
@@ -188,7 +248,77 @@ class Session:
         Raises:
             PsycheError: the run refuses this node, or the transport cannot listen.
         """
+        if self._world is not None and self._world.rank == 0:
+            self._world.watch = self.interrupt
         self._participant.start()
+        if self._world is not None and self._world.rank == 0:
+            self._world.tell(STARTED)
+
+    def _hand_on(self) -> None:
+        """Give all ranks of the node rank 0's parameters and buffers."""
+        assert self._world is not None
+        distro = self._step.distro
+        if isinstance(distro, DisTrO):
+            hand_on_model(self._world, distro, self._step.module)
+        else:  # parameters are divided already
+            self._level_buffers()
+
+    def _level(self, world: World, agreed: Mapping[str, Any], restored: bool) -> None:
+        """Make sure that all ranks of the node train the same, and give them rank 0's parameters, delta and key.
+
+        Raises:
+            ConfigError: a rank would train something else.
+        """
+        sort = json.dumps([__version__, torch.__version__, agreed], sort_keys=True)
+        other = world.equal(sha256(sort.encode()))
+        if other is not None:
+            raise ConfigError(
+                f"rank {other} of this node has another model, optimizer, data set, configuration or release than its "
+                "rank 0. Start all ranks with the same program and arguments, and let nothing of these depend on the "
+                "rank."
+            )
+        self._hand_on()
+        path = str(self._folder or "") if restored or self._sharded else ""
+        told = world.hand_on_bytes(pack([self.identity, self.signer, path]))
+        if world.rank:
+            self.identity, self.signer, path = unpack(told, max_size=len(told))
+            if path:  # on this machine, like all ranks
+                self._delta_folder = Path(path) if self._sharded else None
+                saved_delta.load(Path(path), self.entry.scope, self._step.distro, self._step.optimizer)
+
+    def on_shards(self, name: str, *values: Any) -> Any:
+        """Do one of :attr:`works`: on all ranks of the node if each has a part of the model, else here alone.
+
+        Rank 0 calls it; the others do it in their current or next wait, for instance in :meth:`meet`.
+
+        Args:
+            name: of the work.
+            values: its arguments: whole numbers, text, bytes, None, and lists of them.
+
+        Returns:
+            What it gives on this rank.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        if self._world is None or not self._sharded:
+            return self.works[name](*values)
+        self._world.tell(WORK, name, list(values))
+        with self._world.computing():
+            return self.works[name](*values)
+
+    def meet(self) -> None:
+        """With shards: where ranks other than 0 do what rank 0 has them do, until it comes to the same place."""
+        if isinstance(self._participant, Follower):
+            if self._sharded:
+                self._participant.meet()
+        elif self._world is not None and self._sharded:
+            self._world.tell(GO_ON)
+
+    @property
+    def left(self) -> bool:
+        """Whether rank 0 of this node left the run before its end, so that this rank must end its training, too."""
+        return isinstance(self._participant, Follower) and self._participant.left
 
     def _own_run(self, global_batch: int, total: int, done: int) -> RunHost:
         """A run of this process alone."""
@@ -272,6 +402,8 @@ class Session:
                 )
                 self._send_nothing(self.work, still=True)
             self._next = self._participant.next_round()
+            if self._world is not None and self._world.rank == 0:
+                tell_round(self._world, self._next, self.state, self.finished)
             self._over = self.finished is not None
             if self._next is None and not self._over:
                 self._stopped()
@@ -280,6 +412,7 @@ class Session:
     def take(self) -> RoundWork | None:
         """Wait for this node's next round, and start it. None when the run is over."""
         self.work, self._next = self.peek(), None
+        self._took = time.monotonic()
         if self.work is not None and self.state is not None:
             self._taken = self.work, self.state
             self._warm_up(self.work, self.state)
@@ -330,10 +463,16 @@ class Session:
         distro = self._step.distro
         nonce = distro.nonce
         self._step.copy_rates()
+        if self._follows and not (distro.config.lookahead or self._sharded):  # which alone need delta on all ranks
+            return self._send(work, b"", nonce, distro.lr_bits(), loss, samples)
+        self._spans.end(work.step, "compute")
+        began = time.monotonic()
         try:
-            payload = distro.encode(work.step)
+            with self._spans.part(work.step, "encode"):
+                payload = distro.encode(work.step)
         except NonFiniteGradientError as error:
             return self.abstain(work, str(error), loss)
+        self._encoding = time.monotonic() - began
         return self._send(work, payload, nonce, distro.lr_bits(), loss, samples)
 
     def abstain(self, work: RoundWork, why: str, loss: float = math.nan, *, still: bool = False) -> bool:
@@ -348,8 +487,9 @@ class Session:
         Returns:
             As of :meth:`submit`.
         """
-        text = "round %d of epoch %d: this node contributes nothing to it, and its data ids %s stay open: %s"
-        logger.warning(text, work.height, work.epoch, shown(work.batch), why)
+        if not self._follows:
+            text = "round %d of epoch %d: this node contributes nothing to it, and its data ids %s stay open: %s"
+            logger.warning(text, work.height, work.epoch, shown(work.batch), why)
         return self._send_nothing(work, loss, still)
 
     def _send_nothing(self, work: RoundWork, loss: float = math.nan, still: bool = False) -> bool:
@@ -363,12 +503,13 @@ class Session:
     def _send(
         self, work: RoundWork, payload: bytes, nonce: int, rates: tuple[int, ...], loss: float, samples: int
     ) -> bool:
-        distro = self._step.distro
         self.work = None
         self.loss, self.samples, self.lost_rounds = loss, samples, 0
         self.rounds += 1
         self.empty_rounds += samples == 0
         self.payload_bytes += len(payload) * max(0, self._clients() - 1)
+        if samples:
+            self._tell_round(work.step, rates)
         self._participant.submit(
             work,
             payload,
@@ -381,18 +522,58 @@ class Session:
         if self.entry.run.overlap:
             self._look(work)
         self._ticks += 1
-        if self._folder is not None and self._ticks % saved_delta.SAVE_EVERY == 0:
-            saved_delta.save(self._folder, self.entry.scope, distro, self._step.optimizer)
+        if self._delta_folder is not None and self._ticks % saved_delta.SAVE_EVERY == 0:
+            self._save_delta(self._delta_folder)
         state = self.state
         if state is not None and work.step >= state.config.total_steps:
-            return self.peek() is not None or self._over  # waits until the run is over and all results are applied
+            applied = self.peek() is not None or self._over  # waits until the run is over and all results are applied
+            self._level_buffers()
+            return applied
         applied = self._participant.wait_applied(work)
+        if self._world is not None and not self._follows:
+            loss_now = self._participant.loss
+            self._world.tell(APPLIED, applied, None if loss_now is None else loss_now.hex())
+        self._level_buffers()
         if not applied:
             self._stopped()
         return applied
 
+    def _level_buffers(self) -> None:
+        """Give the ranks of the node the same buffers, which each one's samples moved in another way."""
+        if self._world is not None:
+            for _, buffer in sorted(persistent_buffers(self._step.module).items()):
+                self._world.hand_on(buffer)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether this rank has a part of the node's model."""
+        return self._step.distro.ranks is not None
+
+    @property
+    def _follows(self) -> bool:
+        """Whether this is a rank other than 0."""
+        return isinstance(self._participant, Follower)
+
+    @contextlib.contextmanager
+    def _recording(self, folder: Path, identity: Identity) -> Iterator[Recorder]:
+        """Write event files into the node's folder."""
+        node, run = short(identity.public), self.entry.run_id
+        with contextlib.closing(Chronicle(folder, node=node, run=run, key=identity.public.hex())) as chronicle:
+            recorder = Recorder(node, self.signer, run, time.time, chronicle.add)
+            recorder.note(Kind.START, f"release {__version__}, process {os.getpid()}")
+            with LogRecorder(recorder, node).listening():
+                yield recorder
+
+    def _save_delta(self, folder: Path) -> None:
+        distro = self._step.distro
+        saved_delta.save(folder, self.entry.scope, distro, self._step.optimizer)
+        if self._recorder is not None:
+            self._recorder.note(Kind.SAVE, f"saved the delta of {distro.nonce} rounds")
+
     def _stopped(self) -> None:
         """Note, for the log, what this node was waiting for when its training loop stopped."""
+        if self._follows:
+            return
         self._why = f"its training was told to stop (max_time or should_stop), in {self._participant.waiting()}"
         logger.warning("stops waiting: %s", self._why)
 
@@ -441,6 +622,8 @@ class Session:
             due: says whether the figures of a step are wanted. It is also asked for the next step, because with
                 overlap the results that come before that one are applied while this one's travel.
         """
+        if self._follows:  # rank 0 logs
+            return
         self._figures, self._due = {}, due(step)
         self._step.distro.observing = due(step + 1) if self.entry.run.overlap else self._due
 
@@ -461,6 +644,8 @@ class Session:
         """Compute the step's figures if they are due, and tell them to the coordinator."""
         if not (self._due and self.samples):
             return
+        if self._sharded and self._world is not None:
+            self._world.tell(FIGURES)  # of which each rank has a part
         groups = self._step.distro.figures()
         named = {
             name if len(groups) == 1 else f"{name}/{number}": value
@@ -468,8 +653,41 @@ class Session:
             for name, value in group.items()
         }
         self._figures = {name: value for name, value in named.items() if math.isfinite(value)}
-        figures = [Figure(name, work.step, value) for name, value in self._figures.items()]
-        self._participant.tell(tuple(figures[:MAX_FIGURES]))
+        self.measured(work.step, self._figures)
+
+    def _tell_round(self, step: int, rates: tuple[int, ...]) -> None:
+        """Tell the coordinator how this node's time since its round before went, and what it trains."""
+        participant, idle, applying = self._participant, self._idle, self._applying
+        self._idle, self._applying = participant.waited, participant.applying
+        named = {
+            "seconds/compute": max(0.0, time.monotonic() - self._took - self._encoding),
+            "seconds/encode": self._encoding,
+            "seconds/wait": self._idle - idle,
+            "seconds/apply": self._applying - applying,
+            "parameters": float(sum(math.prod(entry.shape) for entry in self._step.distro.layout.entries)),
+        }
+        if rates:
+            named["learning_rate"] = float32(rates[0])
+        self.measured(step, named)
+
+    def measured(self, step: int, figures: Mapping[str, float]) -> None:
+        """Tell the coordinator figures of a step, for people; each stays in the reports until there is a newer one.
+
+        Args:
+            step: optimizer step to which they belong.
+            figures: finite numbers by name, see :data:`~psyche_lightning.protocol.requests.FIGURE_NAME`.
+        """
+        self._told |= {name: Figure(name, step, value) for name, value in figures.items() if math.isfinite(value)}
+        self._participant.tell(tuple(self._told.values())[:MAX_FIGURES])
+
+    def wrote(self, prompt: int, token: int) -> None:
+        """Tell the coordinator a token that this node added to a text, for people; a run on a chain carries it.
+
+        Args:
+            prompt: the text's number.
+            token: its id.
+        """
+        self._participant.wrote(prompt, token)
 
     def mean_payload(self, step: int) -> float:
         """Bytes of one payload, in the mean of the steps from 1 to ``step``."""
@@ -516,16 +734,20 @@ class Session:
         Raises:
             StoreError: delta cannot be saved, and no other error ends training. The node has left the run.
         """
-        if self.empty_rounds and not self._closed:
+        if self.empty_rounds and not self._closed and not self._follows:
             level = logging.WARNING if self.empty_rounds < self.rounds else logging.ERROR
             text = "this node contributed nothing to %d of its %d rounds; the warnings above say why"
             logger.log(level, text, self.empty_rounds, self.rounds)
         unsaved: StoreError | None = None
-        if self._folder is not None and not self._over:
+        if self._delta_folder is not None and not self._over:
             try:
-                saved_delta.save(self._folder, self.entry.scope, self._step.distro, self._step.optimizer)
+                self._save_delta(self._delta_folder)
             except StoreError as error:
                 unsaved = error
+        if self._world is not None and not self._follows and not self._closed:
+            self._world.watch = None
+            with contextlib.suppress(PsycheError):  # whoever ended with an error hears nothing more
+                self._world.tell(END)
         self._over = self._closed = True
         self._next = self.work = None
         if self._participant.finished is not None:

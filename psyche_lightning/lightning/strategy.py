@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import threading
@@ -21,33 +22,43 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from psyche_lightning.checkpoints.deferred import Values
+from psyche_lightning.distro.holding import DeltaForm, GradientsForm, MastersForm
+from psyche_lightning.distro.shards import Ranks
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.collectives import LocalCollectives, tell_of_monitors
-from psyche_lightning.lightning.device import OneDevice
-from psyche_lightning.lightning.entry import Entry, Memory
+from psyche_lightning.lightning.device import check_inner
+from psyche_lightning.lightning.entry import Entry, Memory, enter
 from psyche_lightning.lightning.internals import (
+    TrainerRanks,
     claim_version,
+    divided,
     give_back_handler,
+    keep_from_asking,
     loads_train_data,
     logs_now,
     reload_train_loader,
+    terminated,
     trainer_of,
 )
 from psyche_lightning.lightning.loader import RoundLoader, check_loader
 from psyche_lightning.lightning.optimizers import STATE_KEY, TakenStep
 from psyche_lightning.lightning.progress import count_rounds
 from psyche_lightning.lightning.session import Session
+from psyche_lightning.lightning.sharding import load_whole_state, shard, whole_state
 from psyche_lightning.lightning.supported import SEARCHES, check, check_optimizers, check_precision
 from psyche_lightning.lightning.training import Training
+from psyche_lightning.lightning.world import World
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe.options import RunOptions
 
 
-class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
+class PsycheStrategy(LocalCollectives, SingleDeviceStrategy):
     """One node of a run: trains its share of each round, and applies the update that all nodes agreed on.
 
     The user's optimizer gives learning rates (schedulers work on it), weight decay and parameter groups; DisTrO
@@ -89,10 +100,18 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         directory: folder for the node's key, promises and payloads, so that a killed node can come back; one
             per node. None keeps them in memory.
         patience: longest wait for a round, in seconds.
+        masters: ``float32`` or ``split``: whether bfloat16 parameters have their exact values as 4 bytes beside them,
+            or as the 2 bytes that they lack.
+        delta: dtype in which delta is kept between steps: ``float32``, ``bfloat16`` or ``int8``.
+        gradients: ``kept`` or ``streamed``: whether gradients are added to delta one by one during the backward pass,
+            and freed.
+        region: where this node is, for the run's page: any name, such as ``eu-west``; empty to say nothing.
         config: sizes of a run of this process alone; None for those of the DataLoader (and Trainer).
         start: for a run of this process alone: steps already trained, and the first data id that follows.
         manifest: manifest sections that replace those made from the module and its data.
         tokens_per_sample: tokens per sample in displayed figures.
+        inner: with several devices, how their ranks share the node's work. ``ddp``: each has the whole model and trains
+            its part of a share, and gradients are reduced. ``fsdp``: each has a part of the model, too.
         accelerator: as in Lightning's strategies.
         checkpoint_io: as in Lightning's strategies.
         precision_plugin: as in Lightning's strategies.
@@ -100,6 +119,8 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
     Attributes:
         options: the given options, completed from the environment.
         session: this node's membership in the run, even after it ends; None before it joins.
+        values: with ``inner="fsdp"``, what gives the values of the module's tensors that are on the meta device, by
+            name. Each rank takes its part when fitting begins.
 
     Raises:
         ConfigError: an option is wrong, or only one of coordinator and run is known.
@@ -107,6 +128,7 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
 
     strategy_name = "psyche"
     owner = "Trainer"
+    launcher_class = TrainerRanks
 
     def __init__(
         self,
@@ -135,10 +157,15 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         transport_options: Mapping[str, Any] | None = None,
         directory: str | os.PathLike[str] | None = None,
         patience: float = 24 * 3600.0,
+        masters: MastersForm = "float32",
+        delta: DeltaForm = "float32",
+        gradients: GradientsForm = "kept",
+        region: str = "",
         config: CoordinatorConfig | None = None,
         start: tuple[int, int] | None = None,
         manifest: Mapping[str, Mapping[str, Any]] | None = None,
         tokens_per_sample: int = 1,
+        inner: str = "ddp",
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
@@ -168,11 +195,16 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             transport_options=transport_options or {},
             directory=directory,
             patience=patience,
+            masters=masters,
+            delta=delta,
+            gradients=gradients,
+            region=region,
             config=config,
             start=start,
             manifest=manifest or {},
             tokens_per_sample=tokens_per_sample,
         ).in_environment()
+        self.inner = check_inner(inner)
         super().__init__("cpu", accelerator, checkpoint_io, precision_plugin)
         self._memory = Memory()
         self._rest()
@@ -183,14 +215,17 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         self._fit: _Fit | None = None
         self._training: Training | None = None
         self._resumed: _Resumed | None = None
-        self._terminated = False
+        self._terminated = self._failed = False
         self._undo = ExitStack()
+        self.values: Values = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has: neither this node's key nor its membership, which only one process can have."""
         state = super().__getstate__()
-        for name in ("session", "_memory", "_fit", "_training", "_resumed", "_terminated", "_undo"):
+        kept_out = ("session", "_memory", "_fit", "_training", "_resumed", "_terminated", "_failed", "_undo", "values")
+        for name in kept_out:
             del state[name]
+        state.pop("world", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -220,50 +255,73 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
 
     @property
     def is_distributed(self) -> bool:
-        """Whether ``self.log(sync_dist=True)`` calls :meth:`reduce`, which says that values are local."""
-        return self.options.coordinator is not None and logs_now(self.lightning_module)
+        """Whether ``self.log(sync_dist=True)`` calls :meth:`reduce`: among ranks, or to say that values are local.
+
+        Not when Trainer asks whether it should divide data among processes: this strategy does that.
+        """
+        return (self.num_processes > 1 or self.options.coordinator is not None) and logs_now(self.lightning_module)
 
     def setup_environment(self) -> None:
         """Called by Trainer before its loggers write: nodes of one folder log into folders of their own."""
         super().setup_environment()
+        self._meet()
         trainer = trainer_of(self.lightning_module)
-        for logger in [] if trainer is None else trainer.loggers:
+        for logger in [] if trainer is None or self.global_rank else trainer.loggers:
             claim_version(logger)
 
     def setup(self, trainer: Trainer) -> None:
         """Called by Trainer before anything runs; when fitting, refuses unsupported settings."""
         if trainer.state.fn == TrainerFn.FITTING:
-            check(trainer, alone=self.options.coordinator is None)
+            check(trainer, alone=self.options.coordinator is None, ranks=self.num_processes)
         super().setup(trainer)
+
+    def model_to_device(self) -> None:
+        """Called by Trainer; a model that still lacks values comes to its device with them."""
+        if not self.values:
+            super().model_to_device()
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Called by Trainer when fitting; queries the run and replaces the step of the module's optimizer."""
         self.session = None
+        if self.world is not None and self.inner == "fsdp":
+            shard(trainer.lightning_module, self.world, values=self.values)
+            self.values = {}
         # Before the module configures its optimizers: it may ask Trainer for its number of steps, which loads the data.
-        self._fit = fit = _Fit(trainer, Entry(self.options, self._memory), count_rounds(trainer, self._undo))
+        self._fit = fit = _Fit(
+            trainer, enter(self.options, self._memory, self.world), count_rounds(trainer, self._undo), self.world
+        )
+        if self.world is not None:
+            keep_from_asking(trainer)
         super().setup_optimizers(trainer)
         check_optimizers(trainer, alone=self.options.coordinator is None)
         if self.options.coordinator is not None:
             tell_of_monitors(trainer)
-        check_precision(getattr(self.precision_plugin, "scaler", None), fit.entry.distro)
-        fit.step = TakenStep(self.optimizers[0], trainer.lightning_module, fit.entry.distro)
+        check_precision(getattr(self.precision_plugin, "scaler", None), fit.entry.distro, self.options.holding)
+        fit.step = TakenStep(self.optimizers[0], trainer.lightning_module, fit.entry.distro, self.options.holding)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Called by Trainer with each DataLoader; the run feeds the one for training."""
         fit = self._fit
         if fit is None or not loads_train_data(fit.trainer):
-            return dataloader
+            trainer = trainer_of(self.lightning_module)
+            if self.world is None or trainer is None:
+                return dataloader
+            return divided(trainer, dataloader, self.global_rank, self.num_processes)
         batch_size = check_loader(dataloader)
         fit.sized_apart = fit.searching
         entry = fit.entry.apart() if fit.searching else fit.entry
         loader = RoundLoader(
             dataloader,  # type: ignore[arg-type]
-            entry.global_batch(batch_size * fit.accumulate),
+            entry.global_batch(batch_size * fit.accumulate * self.num_processes),
             entry.run.seed,
             lambda: self._now.rounds(),
             decline=lambda work, error: self._now.session.decline(work, error),
             upcoming=lambda: self._now.session.upcoming(),
             steps=entry.steps,
+            rank=self.global_rank,
+            ranks=self.num_processes,
+            agreed=lambda error: self._now.agreed(error),
+            alike=self.world is not None and self.inner == "fsdp",
         )
         self._undo.callback(loader.close)
         for earlier in fit.loaders:
@@ -350,13 +408,13 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
             # Trainer ignores SIGINT from the first on, and restores it only once its loop has started.
             self._undo.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
             before = signal.getsignal(signal.SIGTERM)
-            ours = self._terminate(before)
+            ours = self._terminate(before, fit)
             self._undo.callback(give_back_handler, fit.trainer, signal.SIGTERM, before, ours)
             signal.signal(signal.SIGTERM, ours)
         # A callback whose on_exception fails, for lack of space for instance, keeps Trainer from calling teardown.
         atexit.register(self._undo.close)
         self._undo.callback(atexit.unregister, self._undo.close)
-        self._training = training = Training(fit.trainer, fit.taken, fit.loaders, fit.entry)
+        self._training = training = Training(fit.trainer, fit.taken, fit.loaders, fit.entry, fit.world)
         self.session = training.session
         self._undo.callback(training.session.close)
         loop = fit.trainer.fit_loop.epoch_loop
@@ -366,11 +424,13 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         training.session.start()
         return training
 
-    def _terminate(self, before: Any) -> Callable[[int, Any], None]:
+    def _terminate(self, before: Any, fit: _Fit) -> Callable[[int, Any], None]:
         """A SIGTERM handler that calls ``before``, then ends waits for other nodes; Trainer ends a node alone."""
 
         def handle(number: int, frame: Any) -> None:
-            if callable(before):
+            if fit.world is not None:
+                terminated(fit.trainer, number)
+            elif callable(before):
                 before(number, frame)
             self._terminated = True
             if self._training is not None and not self._training.session.alone:
@@ -430,21 +490,47 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
 
         def ahead() -> Any:
             with training.step.looking_ahead():
-                return closure()
+                return training.settle(closure())
 
-        training.start_share()
-        with training.step.working():
-            result = super().optimizer_step(optimizer, ahead, model, **kwargs)
-        if not training.end_share():
+        with contextlib.nullcontext() if self.world is None else self.world.computing():
+            training.start_share()
+            with training.step.working():
+                result = super().optimizer_step(optimizer, ahead, model, **kwargs)
+            applied = training.end_share()
+        if not applied:
             raise StopIteration  # ends Trainer's loop over batches before it counts this step
         return result
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
+    @property
+    def shards(self) -> Ranks | None:
+        """The ranks that have parts of the model; None if each rank has the whole one."""
+        module = self.lightning_module
+        divided = module is not None and any(isinstance(parameter, DTensor) for parameter in module.parameters())
+        return Ranks(device=self.root_device) if divided else None
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state for a checkpoint, as of a node with one device; empty on ranks without the whole."""
+        module, shards = self.lightning_module, self.shards
+        if module is None or shards is None:
+            return super().lightning_module_state_dict()
+        return whole_state(module, shards)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Restore :meth:`lightning_module_state_dict`."""
+        module, shards = self.lightning_module, self.shards
+        if module is None or shards is None:
+            super().load_model_state_dict(checkpoint, strict)
+        else:
+            load_whole_state(module, checkpoint["state_dict"], shards, strict)
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state for a checkpoint: that of the user's groups, and DisTrO's."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
+        if self.shards is not None:  # parts of it are on other ranks
+            return {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}
         state = dict(optimizer.state_dict())
         if self._fit is not None and self._fit.step is not None:
             state[STATE_KEY] = self._fit.step.distro.state_dict()
@@ -466,8 +552,11 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         """Called by Trainer when training ends with an error or a signal."""
         if isinstance(exception, SIGTERMException) and exception.code is None:
             exception.code = 128 + signal.SIGTERM  # else Python would exit with 0
+        self._failed = True
         if self.session is not None:
             self.session.fails(exception)
+        if self.world is not None:
+            self.world.fail(exception)
         super().on_exception(exception)
 
     def teardown(self) -> None:
@@ -475,9 +564,12 @@ class PsycheStrategy(OneDevice, LocalCollectives, SingleDeviceStrategy):
         try:
             self._undo.close()
         finally:
+            # What fully_shard gathered when an error came stays so, and cannot be moved to the CPU.
+            stuck, self._failed = self._failed and self.shards is not None, False
             self._fit = self._training = self._resumed = None
             self._terminated = False
-            super().teardown()
+            if not stuck:
+                super().teardown()
 
 
 @dataclass(frozen=True)
@@ -501,6 +593,7 @@ class _Fit:
         trainer: the Trainer that fits.
         entry: the run's fixed values.
         accumulate: number of user batches whose gradients make one step.
+        world: the ranks of the node; None for a node with one device.
         step: the module with its optimizer; None until it has one.
         loaders: training loaders, newest last.
         sized_apart: whether the newest one was made for a search; None before it.
@@ -509,6 +602,7 @@ class _Fit:
     trainer: Trainer
     entry: Entry
     accumulate: int
+    world: World | None = None
     step: TakenStep | None = None
     loaders: list[RoundLoader] = field(default_factory=list)
     sized_apart: bool | None = None

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from psyche_lightning.distro import DistroConfig
+from psyche_lightning.distro.holding import Holding
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.collectives import RUN_LOSS
 
@@ -21,12 +22,13 @@ SEARCHES = (BatchSizeFinder, LearningRateFinder)
 """Callbacks that train for a while to find a value, before the training itself."""
 
 
-def check(trainer: Trainer, alone: bool) -> None:
+def check(trainer: Trainer, alone: bool, ranks: int = 1) -> None:
     """Refuse unsupported settings and callbacks.
 
     Args:
         trainer: will fit; it has its module and its callbacks.
         alone: whether the run is this Trainer's own.
+        ranks: of the node.
 
     Raises:
         ConfigError: such a setting or callback is present; the text names a fix.
@@ -45,6 +47,10 @@ def check(trainer: Trainer, alone: bool) -> None:
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined] # set dynamically
         reason = _objection(callback, trainer, alone)
+        if ranks > 1 and isinstance(callback, SEARCHES):
+            reason = (
+                "searches with the steps of one device. Search with devices=1, then train with the value that it found."
+            )
         if reason is not None:
             raise ConfigError(f"the callback {type(callback).__name__} {reason}")
 
@@ -90,12 +96,31 @@ def _objection(callback: Callback, trainer: Trainer, alone: bool) -> str | None:
     return None
 
 
-def check_precision(scaler: object, distro: DistroConfig) -> None:
-    """Refuse a gradient scaler together with local steps.
+def check_streamed(why: str, holding: Holding) -> None:
+    """Refuse what needs the gradients of all parameters at once, if they are streamed.
+
+    Args:
+        why: what it is, and what it does.
+        holding: how the node holds numbers.
+
+    Raises:
+        ConfigError: they are streamed.
+    """
+    if holding.gradients == "streamed":
+        raise ConfigError(
+            f"{why}, but gradients='streamed' (trainer.gradients) frees each gradient as it comes. Leave one of them "
+            "out."
+        )
+
+
+def check_precision(scaler: object, distro: DistroConfig, holding: Holding) -> None:
+    """Refuse a gradient scaler together with local steps, or with streamed gradients.
 
     Raises:
         ConfigError: there is one.
     """
+    if scaler is not None:
+        check_streamed('precision "16-mixed" unscales all gradients before a step', holding)
     if distro.local_steps and scaler is not None:
         raise ConfigError(
             'precision "16-mixed" scales gradients by a factor that follows one step in a round, but the run has local '

@@ -20,9 +20,15 @@ from psyche_lightning.lightning.loader import RoundLoader, one_ahead
 from psyche_lightning.lightning.manifest import sections
 from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.lightning.progress import RunProgress
+from psyche_lightning.lightning.ranks import RankGradients, local_part
 from psyche_lightning.lightning.session import Session
+from psyche_lightning.lightning.supported import check_streamed
 from psyche_lightning.lightning.weights import WEIGHT, ShareLoss, loss_of, shifts
+from psyche_lightning.lightning.world import World
 from psyche_lightning.node.participant import RoundWork
+
+STREAMED_ERROR = 1e-6
+"""From this relative error of a micro-batch's weight on, its gradient cannot be streamed."""
 
 
 class Training:
@@ -33,6 +39,7 @@ class Training:
         step: the module with its optimizer.
         loaders: training loaders, newest last; Trainer may ask for more of them later.
         entry: the values of the run that it joins.
+        world: the ranks of the node; None for a node with one device.
 
     Attributes:
         step: as given.
@@ -43,17 +50,30 @@ class Training:
         PsycheError: the node's folder is unusable.
     """
 
-    def __init__(self, trainer: Trainer, step: TakenStep, loaders: Sequence[RoundLoader], entry: Entry) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        step: TakenStep,
+        loaders: Sequence[RoundLoader],
+        entry: Entry,
+        world: World | None = None,
+    ) -> None:
         self.step = step
+        # Gradients of ranks that have the whole model are averaged here; those of shards are summed as they come.
+        self._company = None if world is None else RankGradients(world, step)
+        self._sharded = step.distro.ranks is not None
+        self._ranks = None if self._sharded else self._company
         self._trainer = trainer
         self._loaders = loaders
         self._shifted = shifts(trainer.lightning_module)
         # Of the current share: its mean loss and the weight of that, whether anything of it has a loss and a weight,
-        # the error if some of its samples are unavailable, and the gradients of all micro-batches but one of its last
-        # step, to which Trainer adds those of that one.
+        # its samples, the error if some of these are unavailable, the loss of its last step, and the gradients of all
+        # micro-batches but one of that step, to which Trainer adds those of that one.
         self._loss, self._weight = math.nan, 0.0
         self._trained = False
+        self._samples = 0
         self._lost: DataError | None = None
+        self._last: tuple[ShareLoss, int] | None = None
         self._carried: Sequence[torch.Tensor | None] = ()
         if len(CombinedLoader(trainer.train_dataloader).flattened) != 1 or not loaders:
             raise ConfigError("the strategy 'psyche' trains with exactly one train dataloader")
@@ -61,6 +81,7 @@ class Training:
         if trainer.gradient_clip_val:
             algorithm = str(trainer.gradient_clip_algorithm or "norm").rpartition(".")[2].lower()
             clip = (algorithm, float(trainer.gradient_clip_val))
+            check_streamed("gradient_clip_val clips all gradients before a step", step.distro.holding)
         alone = entry.options.coordinator is None
         self._progress = RunProgress(trainer, alone=alone)
         self._last_step = _last_step(trainer)
@@ -73,6 +94,7 @@ class Training:
             total_steps=self._last_step,
             done=trainer.global_step,
             stops=self._wants_to_stop,
+            world=world,
         )
 
     @property
@@ -140,9 +162,13 @@ class Training:
                 "nothing is left for it to train. Raise the limits, or set both to -1 to train to the end of the run."
             )
 
+    def agreed(self, error: DataError | None) -> DataError | None:
+        """The error for which the node declines a round whose first samples were loaded: of any of its ranks."""
+        return error if self._company is None else self._company.agreed(error)
+
     def stop_if_finished(self) -> bool:
         """Tell Trainer to stop when the run is over; returns whether it is."""
-        finished = self.session.finished is not None
+        finished = self.session.finished is not None or self.session.left
         done = self._trainer.global_step
         if finished and done < (_last_step(self._trainer) or math.inf):
             # Not should_stop, for which Trainer validates once more, and not before its minimum of epochs and steps.
@@ -154,7 +180,12 @@ class Training:
     def start_share(self) -> None:
         """Called before Trainer's closure, which trains the share."""
         self.step.reset()
+        if self.step.distro.ranks is not None:
+            self.step.distro.ranks.reshard(self.step.module)
+        if self._ranks is not None:
+            self._ranks.declined = False
         self._carried, self._lost, self._trained, self._loss, self._weight = (), None, False, math.nan, 0.0
+        self._last, self._samples = None, 0
 
     def train_share(self, batch: Any, train: Callable[[Any], Any]) -> Any:
         """Train the round's share: this method runs all micro-batches but one; Trainer runs that one backward.
@@ -173,7 +204,7 @@ class Training:
             ConfigError: a weight in the module's output is wrong.
         """
         optimizer, share = self.step.optimizer, self._loader.share
-        mean = ShareLoss(share.samples, self._shifted)
+        mean = self._begin(0, sum(share.sizes))
         if len(share.sizes) > 1:
             optimizer.zero_grad()
             try:
@@ -190,22 +221,27 @@ class Training:
             size = share.sizes[0]
         others, early = mean.value, self._trained
         output = train(batch)
-        last = mean.part(output, batch, size)
+        last = self._part(mean, output, batch, size)
         if loss_of(output) is None and output is not None:
             return output  # for Trainer to refuse
-        self._add_loss(mean)
-        if mean.value is None:
+        self._join(mean)
+        self._last = mean, share.steps[-1]
+        if self._ranks is None:
+            self._add_loss(mean)
+        if mean.value is None and self._ranks is None:
             return None
-        if others is None and not early:
+        if mean.value is None:  # the other ranks may have something, so this one goes on with them
+            return torch.full((), math.nan, requires_grad=True)
+        if others is None and not early and not self._sharded:
             return output
-        if others is not None:
+        if others is not None or (self._sharded and share.steps.count(share.steps[-1]) > 1):
             # Trainer zeroes the gradients before it runs backward on the result; restore_gradients restores these.
-            self._carried = [parameter.grad for parameter in self._parameters()]
+            self._carried = [parameter.grad for parameter in self.step.parameters]
             self._correct(mean)
         if last is None:  # a leaf, so that there is something to run backward
             last = torch.zeros_like(mean.value, requires_grad=True)
         whole = (last if others is None else last + others) * mean.correction
-        if early:
+        if early or self._sharded:
             whole = whole + (self._loss - whole.detach())
         return {**output, "loss": whole} if isinstance(output, Mapping) else whole
 
@@ -219,7 +255,7 @@ class Training:
 
         def begin(step: int) -> ShareLoss:
             sizes = zip(share.sizes, share.steps, strict=True)
-            return ShareLoss(sum(size for size, its in sizes if its == step), self._shifted)
+            return self._begin(step, sum(size for size, its in sizes if its == step))
 
         mean, number, micro = begin(share.steps[0]), 0, batch
         micros = itertools.chain([batch], map(self._transferred, share.rest))
@@ -229,9 +265,11 @@ class Training:
             self._backward(mean, micro, share.sizes[number], train)
             following = share.steps[number + 1]
             if following != share.steps[number]:
-                self._add_loss(mean)
+                self._join(mean)
                 if mean.value is not None:
                     self._correct(mean)
+                if self._settled(mean, share.steps[number]):
+                    self._sum_whole()
                     before_step(self._trainer, self.step.optimizer)
                     self.step.step_locally()
                     self.step.optimizer.zero_grad()
@@ -241,22 +279,109 @@ class Training:
     def _backward(self, mean: ShareLoss, micro: Any, samples: int, train: Callable[[Any], Any]) -> None:
         """Run a micro-batch forward and backward, and add its loss to the mean."""
         weigh(self._trainer, micro)
-        part = mean.part(train(micro), micro, samples)
+        part = self._part(mean, train(micro), micro, samples)
         if part is not None:
             self._trainer.strategy.backward(part, self.step.optimizer)
 
+    def _begin(self, step: int, samples: int) -> ShareLoss:
+        """The loss of a step, of which this rank has so many samples."""
+        return ShareLoss(self._loader.share.wholes[step] if self._sharded else samples, self._shifted, self._sharded)
+
+    def _part(self, mean: ShareLoss, output: Any, batch: Any, samples: int) -> torch.Tensor | None:
+        """Add a micro-batch to a mean; what to run backward, with shards also if it adds nothing.
+
+        Raises:
+            ConfigError: ranks that share a model cannot run backward together, since there is no loss.
+        """
+        if not self._sharded:
+            return mean.part(output, batch, samples)
+        loss = loss_of(output)
+        if loss is None:
+            raise ConfigError(
+                "training_step returned no loss, but the ranks of a node with inner='fsdp' run each micro-batch "
+                f"backward together. Return a loss, and 0 as {WEIGHT!r} for a micro-batch that should not count"
+            )
+        part = mean.part(output, batch, samples)
+        return loss * 0 if part is None else part
+
+    def _join(self, mean: ShareLoss) -> None:
+        """With shards, make a step's loss and weight those of all ranks, before the step's last backward."""
+        if self._sharded and self._company is not None:
+            mean.add_others(*self._company.totals(mean))
+
+    def _sum_whole(self) -> None:
+        """With shards, add up the gradients of the parameters that every rank has as a whole."""
+        if self._sharded and self._company is not None:
+            self._company.sum_whole()
+
     def _correct(self, mean: ShareLoss) -> None:
         """Make the gradients so far those of the mean."""
-        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        if self.step.distro.holding.gradients == "streamed" and abs(mean.correction - 1) > STREAMED_ERROR:
+            raise ConfigError(
+                "gradients='streamed' (trainer.gradients) adds the gradient of each micro-batch to delta before it is "
+                "known how many labels of the whole share are trained, and here not all of them are, or training_step "
+                f"says another {WEIGHT!r} for each. Choose trainer.gradients=kept, or a micro-batch that holds the "
+                "whole share (trainer.micro_batch_size, batch_size of the DataLoader)."
+            )
+        gradients = [local_part(parameter.grad) for parameter in self.step.parameters if parameter.grad is not None]
         if gradients and mean.correction != 1:
             multiply_each(gradients, mean.correction)
 
     def _add_loss(self, mean: ShareLoss) -> None:
         """Add the mean of a step to that of the share."""
         if mean.value is not None:
-            loss, weight = float(mean.value * mean.correction), self._weight + mean.weight
-            self._loss = loss if not self._trained else self._loss + (loss - self._loss) * mean.weight / weight
-            self._trained, self._weight = True, weight
+            self._add(float(mean.value * mean.correction), mean.weight)
+
+    def _add(self, loss: float, added: float) -> None:
+        weight = self._weight + added
+        self._loss = loss if not self._trained else self._loss + (loss - self._loss) * added / weight
+        self._trained, self._weight = True, weight
+
+    def _settled(self, mean: ShareLoss, step: int) -> bool:
+        """Add a step's mean to that of the share, over all ranks of the node; the gradients become those of that.
+
+        Args:
+            mean: this rank's, whose gradients lie in the parameters.
+            step: of the share.
+
+        Returns:
+            Whether anything of the step was trained.
+        """
+        if self._ranks is None:
+            self._add_loss(mean)
+            return mean.value is not None
+        if self._ranks.declined:
+            return False
+        share = self._loader.share
+        idle = mean.value is None or step in share.idle
+        weight = 0.0 if idle or mean.value is None else mean.weight
+        loss = 0.0 if idle or mean.value is None else float(mean.value * mean.correction)
+        sizes = zip(share.sizes, share.steps, strict=True)
+        samples = 0 if step in share.idle else sum(size for size, its in sizes if its == step)
+        found = self._ranks.average(weight, loss, samples, self._lost)
+        if found is None:
+            self._lost = self._lost or DataError("the samples of another rank of this node were unavailable", ids=())
+            return False
+        whole, loss, samples = found
+        self._samples += samples
+        if whole:
+            self._add(loss, whole)
+        return whole > 0
+
+    def settle(self, result: Any) -> Any:
+        """Called after Trainer's closure: the gradients of the share's last step become those of all ranks.
+
+        Args:
+            result: the closure's.
+
+        Returns:
+            The same.
+        """
+        self._sum_whole()
+        if self._ranks is not None:
+            assert self._last is not None  # since train_share
+            self._settled(*self._last)
+        return result
 
     def _transferred(self, batch: Any) -> Any:
         """Move a batch to the node's device, with the hooks that Trainer calls for batches that it fetches."""
@@ -265,13 +390,10 @@ class Training:
         batch = before_transfer(self._trainer.lightning_module, batch)
         return strategy.batch_to_device(batch, dataloader_idx=0)
 
-    def _parameters(self) -> Iterator[torch.nn.Parameter]:
-        return (parameter for group in self.step.optimizer.param_groups for parameter in group["params"])
-
     def restore_gradients(self) -> None:
         """Called before a backward: restore the gradients of the other micro-batches, so that it adds to them."""
         carried, self._carried = self._carried, ()
-        for parameter, gradient in zip(self._parameters(), carried, strict=False):
+        for parameter, gradient in zip(self.step.parameters, carried, strict=False):
             parameter.grad = gradient
 
     def end_share(self) -> bool:
@@ -289,7 +411,8 @@ class Training:
             return self.session.decline(share.work, self._lost)
         why = self._unusable()
         if why is None:
-            return self.session.submit(share.work, self._loss, share.samples)
+            samples = sum(share.wholes) if self._sharded else share.samples if self._ranks is None else self._samples
+            return self.session.submit(share.work, self._loss, samples)
         # As with the default strategy, nothing moves if there was nothing to train.
         return self.session.abstain(share.work, why, still=not self._trained)
 

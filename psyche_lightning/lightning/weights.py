@@ -55,18 +55,19 @@ class ShareLoss:
     Args:
         samples: samples of the whole share.
         shifted: see :func:`shifts`.
+        common: whether the guess is the number of samples, so that ranks that add up theirs have the same.
 
     Attributes:
         value: the sum so far, for the guess; None if nothing was added.
         weight: the sum of the weights.
     """
 
-    def __init__(self, samples: int, shifted: bool) -> None:
+    def __init__(self, samples: int, shifted: bool, common: bool = False) -> None:
         self.value: torch.Tensor | None = None
         self._samples = samples
         self._shifted = shifted
         self.weight = 0.0
-        self._guess = 0.0
+        self._guess = float(samples) if common else 0.0
 
     def part(self, output: Any, batch: Any, samples: int) -> torch.Tensor | None:
         """Add a micro-batch.
@@ -74,7 +75,7 @@ class ShareLoss:
         Args:
             output: what its ``training_step`` returned.
             batch: the micro-batch.
-            samples: its samples.
+            samples: its samples; 0 if it is trained for the sake of other ranks.
 
         Returns:
             The loss to run backward; None if the micro-batch adds nothing.
@@ -83,7 +84,7 @@ class ShareLoss:
             ConfigError: the weight in the output is not a finite number from 0.
         """
         loss = loss_of(output)
-        weight, most = self._weigh(output, batch, samples)
+        weight, most = self._weigh(output, batch, samples) if samples else (0, 0)
         if loss is None or not weight:
             return None
         self._guess = self._guess or most / samples * self._samples
@@ -91,6 +92,15 @@ class ShareLoss:
         part = loss * (weight / self._guess)
         self.value = part.detach() if self.value is None else self.value + part.detach()
         return part
+
+    def add_others(self, value: float | None, weight: float) -> None:
+        """Make value and weight those of all ranks of a node.
+
+        Args:
+            value: the sum of theirs; None if nothing was added on any.
+            weight: the sum of theirs.
+        """
+        self.value, self.weight = None if value is None else torch.tensor(value), weight
 
     @property
     def correction(self) -> float:

@@ -34,7 +34,7 @@ from psyche_lightning.node.patience import Patience
 from psyche_lightning.node.repair import Base
 from psyche_lightning.node.rounds import RoundLog
 from psyche_lightning.node.settings import Settings
-from psyche_lightning.node.waiting import describe
+from psyche_lightning.node.waiting import Awaited, describe
 from psyche_lightning.node.witness import result_promise, witness_report
 from psyche_lightning.protocol.committee import decided_root, starting_digest
 from psyche_lightning.protocol.merkle import EMPTY_ROOT
@@ -158,6 +158,10 @@ class NodeCore:
 
     def waiting(self) -> str:
         """Describes what and whom the node waits for, in one line (I4)."""
+        return self.awaited().text
+
+    def awaited(self) -> Awaited:
+        """What and whom the node waits for."""
         return describe(self.state, self.log, self._follower.next_apply, self.settings.delay, self.public)
 
     @property

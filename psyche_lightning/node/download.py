@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from psyche_lightning.errors import AbsentError, TransportError, counted
-from psyche_lightning.node.notices import PieceNotDelivered
+from psyche_lightning.node.notices import Notice, PieceNotDelivered
 from psyche_lightning.node.snapshot import MAX_INDEX_SIZE, Index, Piece, decode_index
 from psyche_lightning.node.store import BlobStore
 from psyche_lightning.transports.base import Transport
@@ -60,15 +60,17 @@ class Downloads:
     Args:
         transport: the node's.
         store: gets all the blobs.
+        say: tells people a notice.
 
     Attributes:
         transfer: the current one, or None.
     """
 
-    def __init__(self, transport: Transport, store: BlobStore) -> None:
+    def __init__(self, transport: Transport, store: BlobStore, say: Callable[[Notice], None] = Notice.tell) -> None:
         self.transfer: Transfer | None = None
         self._transport = transport
         self._store = store
+        self._say = say
 
     async def index(self, digest: bytes, providers: Sequence[bytes]) -> Index:
         """The index of parameters or buffers, from the store or a peer.
@@ -108,7 +110,7 @@ class Downloads:
         if missing:
             self.transfer = transfer
             try:
-                await _Pull(self._transport, self._store, transfer, missing, providers).run()
+                await _Pull(self._transport, self._store, transfer, missing, providers, self._say).run()
             finally:
                 self.transfer = None
         return index
@@ -124,7 +126,9 @@ class _Pull:
         transfer: Transfer,
         pieces: Sequence[Piece],
         providers: Sequence[bytes],
+        say: Callable[[Notice], None],
     ) -> None:
+        self._say = say
         self._transport = transport
         self._store = store
         self._transfer = transfer
@@ -159,7 +163,7 @@ class _Pull:
                 self._tried[piece.digest][source] = reason
                 self._strikes[source] += 1
                 if not isinstance(error, AbsentError):
-                    PieceNotDelivered(source, piece.tensor, reason).tell()
+                    self._say(PieceNotDelivered(source, piece.tensor, reason))
                 self._waiting.insert(0, piece)
             else:
                 self._left -= 1

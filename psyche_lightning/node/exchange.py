@@ -257,13 +257,16 @@ class Exchange:
         self._compare(log, head)
 
     def _compare(self, log: EpochLog, head: int) -> None:
-        """Ask the witnesses whose report shows another list than this node's; they may have results that it lacks."""
+        """Ask the witnesses whose report shows a list of which this node lacks results, not just their payloads."""
         here, about = log.rounds.get(head), log.rounds.get(head - self._settings.delay + 1)
         if here is None or about is None or not about.assigned or not about.round.step:
             return
         mine = about.own()[1]
-        for record in here.round.witnesses:
-            if record.merkle not in (mine, EMPTY_ROOT) and record.merkle not in about.lists:
+        others = [one for one in here.round.witnesses if one.merkle not in (mine, EMPTY_ROOT, *about.lists)]
+        if others:
+            about.add_list(b"", about.announced())  # what is missing may be payloads alone, which are on the way
+        for record in others:
+            if record.merkle not in about.lists:
                 peer = here.nodes[record.proof.index]
                 if peer != self._public:
                     self.ask(log.epoch, about.round.height, peer)

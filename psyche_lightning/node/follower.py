@@ -346,7 +346,7 @@ class Follower:
             self.repair.stuck = None
         elif stuck is None and overdue > state.config.max_round_train_time:
             self.repair.stuck = height
-            missing = describe(state, log, height, self._settings.delay, self._public)
+            missing = describe(state, log, height, self._settings.delay, self._public).text
             self._out.say(RoundNotApplicable(height, missing))
 
     # --- where to begin ---------------------------------------------------------------------------------------------

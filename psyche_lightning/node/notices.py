@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import ClassVar
 
+from psyche_lightning.chronicle.entry import Kind
 from psyche_lightning.errors import counted
 from psyche_lightning.logs import duration
 from psyche_lightning.protocol.state import ClientStatus
@@ -32,9 +33,11 @@ class Notice(ABC):
 
     Attributes:
         level: how much it matters, as in :mod:`logging`.
+        kind: of its entry in the event files.
     """
 
     level: ClassVar[int] = logging.WARNING
+    kind: ClassVar[Kind] = Kind.FAULT
 
     @abstractmethod
     def __str__(self) -> str:
@@ -53,6 +56,7 @@ class TakesStart(Notice):
     """The node takes the epoch's initial parameters because its own differ."""
 
     level = logging.INFO
+    kind = Kind.SNAPSHOT
     digest: bytes
 
     def __str__(self) -> str:
@@ -78,6 +82,7 @@ class TakesSnapshot(Notice):
     """The node takes parameters to replay the epoch from; they contain its first ``applied`` rounds."""
 
     level = logging.INFO
+    kind = Kind.SNAPSHOT
     digest: bytes
     applied: int
 
@@ -90,6 +95,7 @@ class TakesLast(Notice):
     """The node takes the parameters of the run's end."""
 
     level = logging.INFO
+    kind = Kind.SNAPSHOT
     digest: bytes
 
     def __str__(self) -> str:
@@ -226,6 +232,8 @@ class RoundNotApplicable(Notice):
 class RatesDiffer(Notice):
     """The agreed learning rates are not this node's."""
 
+    kind = Kind.NOTICE
+
     def __str__(self) -> str:
         return "this node's learning rate differs from the agreed one, which is used"
 
@@ -234,6 +242,7 @@ class RatesDiffer(Notice):
 class OtherRates(Notice):
     """A trainer has other learning rates than the agreed ones."""
 
+    kind = Kind.NOTICE
     trainer: bytes
 
     def __str__(self) -> str:
@@ -293,6 +302,7 @@ class PayloadRefused(Notice):
 class RequestRefused(Notice):
     """The coordinator refused a request for good; ``code`` as in :class:`~psyche_lightning.errors.CoordinatorError`."""
 
+    kind = Kind.ERROR
     code: str
     reason: str
 
@@ -337,6 +347,7 @@ class Waits(Notice):
     """The training thread has waited ``seconds``; ``what`` is the reason."""
 
     level = logging.INFO
+    kind = Kind.WAIT
     what: str
     seconds: float
 
@@ -358,6 +369,7 @@ class Joined(Notice):
     """
 
     level = logging.INFO
+    kind = Kind.JOIN
     node: bytes
     signer: bytes
     address: str
@@ -379,6 +391,7 @@ class EpochFormed(Notice):
     """
 
     level = logging.INFO
+    kind = Kind.EPOCH
     epoch: int
     nodes: tuple[bytes, ...]
     member: bool
@@ -401,6 +414,7 @@ class TooFewMembers(Notice):
         least: members below which an epoch ends.
     """
 
+    kind = Kind.NOTICE
     run_id: str
     left: int
     needed: int
@@ -421,6 +435,7 @@ class PeerLeft(Notice):
     """A node no longer takes part in the epoch."""
 
     level = logging.INFO
+    kind = Kind.DROP
     node: bytes
     status: ClientStatus
 
@@ -432,6 +447,7 @@ class PeerLeft(Notice):
 class Dropped(Notice):
     """The run dropped this node: others did not hear from it."""
 
+    kind = Kind.DROP
     status: ClientStatus
 
     def __str__(self) -> str:
@@ -443,6 +459,7 @@ class Paused(Notice):
     """The run is paused, or resumed."""
 
     level = logging.INFO
+    kind = Kind.NOTICE
     paused: bool
 
     def __str__(self) -> str:
@@ -453,6 +470,7 @@ class Paused(Notice):
 class CannotGoOn(Notice):
     """The node ends with an error for ``reason``, in words, as soon as its training thread looks."""
 
+    kind = Kind.ERROR
     reason: str
 
     def __str__(self) -> str:
@@ -477,6 +495,7 @@ class Left(Notice):
     """The node has left the run for ``reason``, in words."""
 
     level = logging.INFO
+    kind = Kind.LEAVE
     reason: str
 
     def __str__(self) -> str:
@@ -505,6 +524,7 @@ class Finished(Notice):
     """
 
     level = logging.INFO
+    kind = Kind.LEAVE
     outcome: Outcome
     parameters: bytes = b""
 

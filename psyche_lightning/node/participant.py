@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 from psyche_lightning.errors import PsycheError, UnfinishedError
 from psyche_lightning.node.download import Transfer
 from psyche_lightning.node.events import Apply, Event, Train, Trained
+from psyche_lightning.node.journal import SMALL
 from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.runtime import NodeParts, Runtime, TrainerTask
 from psyche_lightning.node.spare import SpareTime
 from psyche_lightning.protocol.messages import Result
-from psyche_lightning.protocol.open_ids import Interval, closed
+from psyche_lightning.protocol.open_ids import Interval, closed, count
 from psyche_lightning.protocol.requests import Answer, Figure, Report, Request
 from psyche_lightning.protocol.state import RunState
 
@@ -100,6 +101,7 @@ class Participant:
         loss: training loss of the newest applied round, the same on every node; None before the first.
         spare: other work for the training thread's waits; it has none at first.
         waited: seconds in which the training thread had nothing else to do than that, as it waited for others.
+        applying: seconds in which it applied the results of rounds.
     """
 
     def __init__(
@@ -116,12 +118,13 @@ class Participant:
         self._stops = stops
         self._applied = applied
         self.spare = SpareTime()
-        self.waited = 0.0
+        self.waited = self.applying = 0.0
         self._inbox: queue.SimpleQueue[tuple[float, TrainerTask]] = queue.SimpleQueue()
         self._last = ""  # the kind of the task before, which tells what the next wait is for
         self._next: RoundWork | None = None
         self._finished: Finished | None = None
         self._started_at: dict[int, float] = {}
+        self._trained = 0.0
         self._runtime = Runtime(node, self._post)
         self._loop = asyncio.SelectorEventLoop()  # Windows' default loop would bypass sockets that count bytes
         self._thread = threading.Thread(target=self._run_loop, name="psyche-node", daemon=True)
@@ -279,16 +282,24 @@ class Participant:
             tokens: tokens or samples trained on. 0 means none: another node trains the ids again.
         """
         result = None
+        seconds = max(time.monotonic() - self._started_at.get(work.step, time.monotonic()), 1e-6)
+        self._trained += seconds
+        self.node.spans.end(work.step, "compute")
         if payload is not None:
-            seconds = max(time.monotonic() - self._started_at.get(work.step, time.monotonic()), 1e-6)
-            self._runtime.report = Report(work.step, loss, tokens / seconds)
-            stored, layout = self.node.store.put(payload), self.node.settings.layout
+            self.node.spans.begin(work.step, "send", **{"psyche.bytes": len(payload)})
+            self._runtime.report = Report(work.step, loss, tokens / seconds, seconds=self._trained)
+            # What is small becomes durable with the promise that names it.
+            stored, layout = self.node.store.put(payload, len(payload) > SMALL), self.node.settings.layout
             result = result_of(work, stored, len(payload), layout, nonce=nonce, lrs=lrs, loss=loss, tokens=tokens)
         self._handle(Trained(work.epoch, work.height, result))
 
     def tell(self, figures: tuple[Figure, ...]) -> None:
         """Have this node's reports carry named figures, for people, from now on and in place of those before."""
         self._runtime.figures = figures
+
+    def wrote(self, prompt: int, token: int) -> None:
+        """Have the next report carry a token that this node added to a text."""
+        self._runtime.written.append((prompt, token))
 
     def _over(self) -> bool:
         """Whether the run is over and this node holds its last parameters.
@@ -345,6 +356,7 @@ class Participant:
                 self._runtime.wait.over()
                 self._runtime.busy_since = time.monotonic()
                 self._next = RoundWork(epoch, height, step, batch)
+                self.node.spans.begin(step, "compute", **{"psyche.samples": count(batch)})
             case Finished():
                 self._finished = task
             case BaseException():
@@ -352,8 +364,10 @@ class Participant:
             case _:
                 if isinstance(task, Apply) and task.loss is not None:
                     self.loss = task.loss
+                at = time.monotonic()
                 done = self._runtime.run_replica_task(task)
                 if isinstance(task, Apply):
+                    self.applying += time.monotonic() - at
                     self._applied(task)
                 self._handle(done)
         return task

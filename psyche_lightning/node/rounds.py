@@ -209,6 +209,10 @@ class RoundLog:
             self._own = commitments, merkle_root(commitments)
         return self._own
 
+    def announced(self) -> tuple[bytes, ...]:
+        """The commitments of the results of trainers that announced one, whose payloads need not be here; ascending."""
+        return tuple(sorted(entries[0].commitment for entries in self._of.values() if len(entries) == 1))
+
     def of(self, trainer: int) -> list[Entry]:
         """The results announced by a trainer."""
         return self._of.get(trainer, [])

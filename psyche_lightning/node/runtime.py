@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from psyche_lightning.errors import CoordinatorError, PayloadError, PsycheError, StoreError, TransportError, WireError
@@ -16,6 +17,7 @@ from psyche_lightning.logs import speaking
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.core import STALE, NodeCore
 from psyche_lightning.node.download import Downloads
+from psyche_lightning.node.journal import SMALL, Journal, MemoryJournal
 from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.news import news
 from psyche_lightning.node.notices import (
@@ -30,14 +32,17 @@ from psyche_lightning.node.notices import (
     TrainingAway,
     Waits,
 )
+from psyche_lightning.node.recorder import Recorder
 from psyche_lightning.node.replica import Replica
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.snapshot import decode_index, first_difference
+from psyche_lightning.node.spans import NoSpans
 from psyche_lightning.node.status import StatusFile, progress
-from psyche_lightning.node.store import BlobStore, Journal, MemoryJournal
-from psyche_lightning.node.waiting import Wait
+from psyche_lightning.node.store import BlobStore
+from psyche_lightning.node.waiting import Awaited, Wait
 from psyche_lightning.protocol.messages import Envelope, Message, Result, open_envelope, seal
 from psyche_lightning.protocol.requests import (
+    MAX_TOKENS,
     Coordinator,
     Figure,
     GetRounds,
@@ -49,14 +54,16 @@ from psyche_lightning.protocol.requests import (
     Witness,
 )
 from psyche_lightning.protocol.state import scope_of
-from psyche_lightning.transports.base import Transport, TransportContext
-from psyche_lightning.wire.canonical import pack, unpack
+from psyche_lightning.transports.base import HandsOut, Transport, TransportContext
+from psyche_lightning.wire.canonical import pack, sha256, unpack
 from psyche_lightning.wire.identity import Identity, short
 
 TICK = 0.25
 FETCH_TIMEOUT = 60.0
 ROUNDS_AWAY, LEAST_AWAY = 3.0, 60.0
 """A training thread is away after this many of a round's longest times, and after at least so many seconds."""
+QUICK = 1 << 13
+"""Bytes of a payload that takes no longer to check than to hand to another thread, within a millisecond or two."""
 MAX_REMEMBERED = 1 << 26
 """Largest record of a round's announcements in the journal, in bytes."""
 
@@ -83,6 +90,9 @@ class NodeParts:
         served: called with ``(blob size, bytes sent)`` after a peer got a blob or a part of one.
         ledger: the ledger for rounds that are certain, or None.
         status: the status file, or None.
+        recorder: writes its event files, or None.
+        spans: what traces its rounds.
+        region: where it says that it is, for people; empty to say nothing.
     """
 
     identity: Identity
@@ -98,6 +108,9 @@ class NodeParts:
     served: Callable[[int, int], None] = lambda size, given: None
     ledger: Ledger | None = None
     status: StatusFile | None = None
+    recorder: Recorder | None = None
+    spans: NoSpans = field(default_factory=NoSpans)
+    region: str = ""
 
 
 class Runtime:
@@ -110,6 +123,7 @@ class Runtime:
     Attributes:
         report: figures of the newest round that this node trained; the training thread writes them.
         figures: the newest named ones, likewise.
+        written: tokens that the training thread added to texts, each with the text's number, and that no report had.
         busy_since: when the training thread took the round that it trains; None while it waits for one. It writes this.
         downloads: parameters that this node downloads.
         wait: the training thread's.
@@ -119,14 +133,16 @@ class Runtime:
         self.node = node
         self.report = Report()
         self.figures: tuple[Figure, ...] = ()
+        self.written: deque[tuple[int, int]] = deque(maxlen=MAX_TOKENS)
         self.address = ""
         self._post = post
         self._refused: Counter[bytes] = Counter()
-        self.downloads = Downloads(node.transport, node.store)
+        self.downloads = Downloads(node.transport, node.store, self._say)
         self.wait = Wait()
         self.busy_since: float | None = None
         self._away = False
         self._joined = False
+        self._owed: set[bytes] = set()  # payloads that the journal names and that are not here
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -172,8 +188,14 @@ class Runtime:
             except (WireError, TypeError):
                 continue
             promises[key] = envelope
-        payloads = {kept.message.payload for kept in promises.values() if isinstance(kept.message, Result)}
-        return promises, remembered, {payload for payload in payloads if not self.node.store.has(payload)}
+        for data in self.node.journal.blobs():  # a file that was not synced may be torn
+            if self.node.store.get(sha256(data)) is None:
+                self.node.store.put(data, durable=False)
+        own = {kept.message.payload for kept in promises.values() if isinstance(kept.message, Result)}
+        others = {kept.message.payload for kept in chain(*remembered.values()) if isinstance(kept.message, Result)}
+        apart = {payload for payload in own | others if not self.node.journal.carries(payload)}
+        self._owed = {payload for payload in apart if self.node.store.get(payload) is None}
+        return promises, remembered, self._owed & own
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -188,16 +210,16 @@ class Runtime:
         self.core = self._make_core(*self._kept())
         context = TransportContext(node.identity, self._scope, self._on_message, self._blob_for_peer, node.served)
         self.address = await self.node.transport.start(context)
-        await self.node.coordinator.request(Join(self.address, self.node.manifest))
+        await self.node.coordinator.request(self._completed(Join()))
         self._joined = True
-        Joined(self.node.identity.public, self.node.coordinator.signer, self.address).tell()
+        self._say(Joined(self.node.identity.public, self.node.coordinator.signer, self.address))
         self._spawn(self._watch())
         self._spawn(self._tick())
 
     async def stop(self, why: str, *, withdraw: bool, linger: float) -> None:
         """Leave: wait for peers that still need this node, tell the coordinator, close everything."""
         if self._joined:
-            Left(why).tell()
+            self._say(Left(why))
         if self.core.finished:
             await self._see_peers_off(linger)
         self._stopping = True
@@ -210,7 +232,18 @@ class Runtime:
             with contextlib.suppress(PsycheError, asyncio.TimeoutError, OSError):
                 await asyncio.wait_for(closing, 3.0)
         with contextlib.suppress(StoreError):  # a full disk is why it leaves
+            if self.core.finished:
+                await self._keep_the_last()
             self._tell_status(why)
+
+    async def _keep_the_last(self) -> None:
+        """Drop all blobs but the finished run's last parameters: the node serves those if it comes back."""
+        assert self.core.state is not None
+        last = self.core.state.checkpoint.digest
+        if self._pieces(last) and not self.node.settings.buffers:  # buffers are blobs that the checkpoint does not name
+            for _ in range(2):  # the first call spares what was written since the one before
+                await self._clear(ev.Keep((last,), (), ()))
+            self.node.journal.retain(self.node.journal.load())  # without the blobs, which would come back
 
     async def _withdraw(self) -> None:
         with contextlib.suppress(PsycheError, asyncio.TimeoutError, OSError):
@@ -254,7 +287,7 @@ class Runtime:
         if self._stopping and not isinstance(error, StoreError):
             return  # what is closed fails as it should
         with self.speaking():
-            CannotGoOn(str(error) or type(error).__name__).tell()
+            self._say(CannotGoOn(str(error) or type(error).__name__))
         if not self._stopping:
             self._stopping = True
             self._post(error)
@@ -263,7 +296,7 @@ class Runtime:
     async def _watch(self) -> None:
         async for state in self.node.coordinator.watch():
             for notice in news(self.core.state, state, self.node.coordinator.signer):
-                notice.tell()
+                notice.tell()  # the recorder finds it in the state
             self.handle(ev.StateSeen(state))
 
     def _mind_the_training(self, now: float) -> None:
@@ -275,7 +308,7 @@ class Runtime:
         longest = max(LEAST_AWAY, ROUNDS_AWAY * state.config.max_round_train_time)
         if not self._away and now - since > longest:
             self._away = True
-            TrainingAway(now - since).tell()
+            self._say(TrainingAway(now - since))
             self._spawn(self._withdraw())
 
     async def _tick(self) -> None:
@@ -288,18 +321,25 @@ class Runtime:
 
     def waiting(self) -> str:
         """Whom the node waits for, in one line."""
-        away = self.node.coordinator.away
-        return self.core.waiting() if away is None else f"waiting for {away}"
+        return self._others().text
 
     def _tell_wait(self) -> None:
         transfer, what = self.downloads.transfer, self._awaited()
-        waited = self.wait.worth_a_line(time.monotonic(), what)
+        waited = self.wait.worth_a_line(time.monotonic(), what.text)
         if waited is not None:
-            Waits(what if transfer is None else f"{what}: {transfer}", waited).tell()
+            self._say(Waits(what.text if transfer is None else f"{what}: {transfer}", waited))
+        if self.node.recorder is not None:
+            self.node.recorder.awaits(what if self.wait.resting else None)
 
-    def _awaited(self) -> str:
+    def _others(self) -> Awaited:
+        away = self.node.coordinator.away
+        return self.core.awaited() if away is None else Awaited(f"waiting for {away}")
+
+    def _awaited(self) -> Awaited:
         transfer = self.downloads.transfer
-        return self.waiting() if transfer is None else f"waiting for the parameters {transfer.digest.hex()[:12]}"
+        if transfer is None:
+            return self._others()
+        return Awaited(f"waiting for the parameters {transfer.digest.hex()[:12]}")
 
     def _tell_status(self, left: str | None = None) -> None:
         if self.node.status is None:
@@ -308,10 +348,15 @@ class Runtime:
             run=self.node.run_id,
             node=self.node.identity.public.hex(),
             **progress(self.core.state),
-            waiting=None if left is not None or self.busy_since is not None else self._awaited(),
+            waiting=None if left is not None or self.busy_since is not None else self._awaited().text,
             away=self.node.coordinator.away,
             left=left,
         )
+
+    def _say(self, notice: Notice) -> None:
+        notice.tell()
+        if self.node.recorder is not None:
+            self.node.recorder.notice(notice)
 
     def speaking(self) -> contextlib.AbstractContextManager[None]:
         """Attributes log lines inside to this node; other nodes of the process may call it."""
@@ -325,7 +370,7 @@ class Runtime:
             times = self._refused[peer]
             if times & (times - 1) == 0:  # 1, 2, 4, ...: a flood does not fill the log
                 with self.speaking():
-                    MessageUnreadable(peer, times, str(error)).tell()
+                    self._say(MessageUnreadable(peer, times, str(error)))
             return False
         self.handle(ev.Received(envelope))
         return True
@@ -335,9 +380,17 @@ class Runtime:
         if self._stopping:
             return
         try:
+            recorder = self.node.recorder
             with self.speaking():
+                if recorder is not None:
+                    recorder.event(event)
                 for effect in self.core.handle(event, time.monotonic()):
+                    if recorder is not None:
+                        recorder.effect(effect, self.core.log)
                     self._carry_out(effect)
+            if isinstance(event, ev.Trained) and event.result is not None:
+                self.node.spans.end(event.result.step, "send")
+                self.node.spans.begin(event.result.step, "collect")
         except Exception as error:  # the callers, such as transports and timers, would only log it
             self._fail(error)
 
@@ -346,13 +399,14 @@ class Runtime:
     def _carry_out(self, effect: ev.Effect) -> None:
         match effect:
             case ev.Broadcast(envelope):
+                self._hand_out(envelope.message)
                 self.node.transport.broadcast(envelope.raw)
             case ev.SendTo(peer, envelope):
                 self.node.transport.send(peer, envelope.raw)
             case ev.Promise(key, envelope):
-                self.node.journal.append(self._promise(key), envelope.raw)
+                self._write(key, envelope.raw, [envelope])
             case ev.Remember(key, envelopes):
-                self.node.journal.append(self._promise(key), pack([each.raw for each in envelopes]))
+                self._write(key, pack([each.raw for each in envelopes]), envelopes)
             case ev.SetPeers(peers):
                 self.node.transport.set_peers(dict(peers))
             case ev.Fetch():
@@ -367,17 +421,42 @@ class Runtime:
             case ev.Diagnose():
                 self._spawn(self._diagnose(effect))
             case ev.Keep():
-                self.node.journal.retain(set(map(self._promise, effect.promises)))
+                self.node.journal.retain(set(map(self._promise, effect.promises)), set(effect.payloads))
+                self._owed.intersection_update(effect.payloads)
                 self._spawn(self._clear(effect))
             case ev.WriteDown(records):
                 if self.node.ledger is not None:
                     self.node.ledger.append(self._scope, records)
             case Notice():
-                effect.tell()
+                effect.tell()  # the recorder has it
             case Join() if self._away:
                 pass  # the core asks again
             case Request():
                 self._spawn(self._ask(effect))
+
+    def _hand_out(self, message: Message) -> None:
+        """Send a small payload before its announcement, so that peers need not ask for it."""
+        transport = self.node.transport
+        if isinstance(message, Result) and message.size <= QUICK and isinstance(transport, HandsOut):
+            data = self.node.store.get(message.payload)
+            if data is not None:
+                transport.hand_out(data)
+
+    def _write(self, key: str, value: bytes, envelopes: Iterable[Envelope]) -> None:
+        """Store a promise durably, and with it those of the small payloads that it names and that are here (I8).
+
+        What is not here yet is made durable when it comes.
+        """
+        blobs = {}
+        for message in (envelope.message for envelope in envelopes):
+            if not isinstance(message, Result) or message.size > SMALL or self.node.journal.carries(message.payload):
+                continue
+            data = self.node.store.get(message.payload)
+            if data is None:
+                self._owed.add(message.payload)
+            elif len(data) <= SMALL:  # else its message is wrong about it, and it is synced as a file
+                blobs[message.payload] = data
+        self.node.journal.append(self._promise(key), value, blobs)
 
     async def _clear(self, effect: ev.Keep) -> None:
         """Drop data no longer needed, on another thread: it may be a lot."""
@@ -420,6 +499,10 @@ class Runtime:
                     return ev.BuffersLoaded(index, str(error))
 
     def _apply(self, task: ev.Apply) -> ev.Applied:
+        spans = self.node.spans
+        if task.step:
+            spans.end(task.step, "collect")
+            spans.begin(task.step, "apply", **{"psyche.results": len(task.payloads)})
         blobs = [self._blob(payload) for payload in task.payloads]
         if blobs:
             self.node.replica.apply(blobs, task.lrs, task.step)
@@ -427,6 +510,7 @@ class Runtime:
         if task.digest_due:
             describe = self.node.replica.snapshot if task.snapshot else self.node.replica.digest
             digest = describe(self.node.store.put, task.open_ids)
+        spans.over(task.step)
         return ev.Applied(task.epoch, task.height, digest, self.node.replica.prints() if task.prints else b"")
 
     def _blob_for_peer(self, digest: bytes) -> bytes | None:
@@ -447,16 +531,19 @@ class Runtime:
     async def _fetch(self, effect: ev.Fetch) -> None:
         loop = asyncio.get_running_loop()
         try:
-            data = await loop.run_in_executor(None, self.node.store.get, effect.payload)
+            data = None
+            if self.node.store.has(effect.payload):
+                data = await loop.run_in_executor(None, self.node.store.get, effect.payload)
             known = data is not None
             if data is None:
                 data = await self.node.transport.fetch(
                     effect.payload, effect.providers, max_size=effect.size, timeout=FETCH_TIMEOUT
                 )
-            if len(data) != effect.size:
-                raise PayloadError(f"{len(data)} bytes; {effect.size} were announced")
-            await loop.run_in_executor(None, self.node.replica.check, data, effect.step)
-            if not known:
+            if effect.size <= QUICK:
+                self._take(data, effect, known)
+            else:
+                await loop.run_in_executor(None, self._take, data, effect, known)
+            if effect.payload in self._owed:  # the journal names it, and does not carry it
                 await loop.run_in_executor(None, self.node.store.put, data)
         except PayloadError as error:
             self.handle(ev.Fetched(effect.payload, str(error), refused=True))
@@ -464,6 +551,19 @@ class Runtime:
             self.handle(ev.Fetched(effect.payload, str(error)))
         else:
             self.handle(ev.Fetched(effect.payload))
+
+    def _take(self, data: bytes, effect: ev.Fetch, known: bool) -> None:
+        """Check a payload, and store it unless it is known; called on another thread if that may take long.
+
+        Raises:
+            PayloadError: it is malformed.
+        """
+        if len(data) != effect.size:
+            raise PayloadError(f"{len(data)} bytes; {effect.size} were announced")
+        with self.node.spans.part(effect.step, "verify", **{"psyche.bytes": effect.size}):
+            self.node.replica.check(data, effect.step)
+            if not known:
+                self.node.store.put(data, len(data) > SMALL)
 
     async def _load(self, effect: ev.Load | ev.LoadBuffers, index: bytes, providers: tuple[bytes, ...]) -> None:
         """Bring index and pieces into the store, then let the training thread load them."""
@@ -482,9 +582,9 @@ class Runtime:
             mine = await self.downloads.index(effect.mine, effect.providers)
             theirs = await self.downloads.index(effect.theirs, effect.providers)
         except (TransportError, WireError) as error:
-            DifferenceNotFound(effect.round, str(error)).tell()
+            self._say(DifferenceNotFound(effect.round, str(error)))
             return
-        TensorDiffers(first_difference(mine, theirs), effect.round).tell()
+        self._say(TensorDiffers(first_difference(mine, theirs), effect.round))
 
     async def _ask(self, request: Request[Any]) -> None:
         """Ask the coordinator; a join that is refused for good ends the node, and the core repeats other requests."""
@@ -503,9 +603,21 @@ class Runtime:
         """Add the fields that the core does not know."""
         match request:
             case Join():
-                return Join(self.address, self.node.manifest)
+                return Join(self.address, self.node.manifest, self.node.region)
             case Witness():
                 up, down = self.node.traffic()
-                figures = replace(self.report, bytes_up=up, bytes_down=down, figures=self.figures)
-                return replace(request, report=figures)
+                prompt, tokens = self._take_written()
+                report = replace(
+                    self.report, bytes_up=up, bytes_down=down, figures=self.figures, prompt=prompt, tokens=tokens
+                )
+                return replace(request, report=report)
         return request
+
+    def _take_written(self) -> tuple[int, tuple[int, ...]]:
+        """The text that was continued first since the last report, and what was added to it."""
+        if not self.written:
+            return 0, ()
+        prompt, tokens = self.written[0][0], []
+        while self.written and self.written[0][0] == prompt:
+            tokens.append(self.written.popleft()[1])
+        return prompt, tuple(tokens)

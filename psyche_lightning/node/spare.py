@@ -30,6 +30,8 @@ class SpareWork(Protocol):
 class SpareTime:
     """Decides when a piece of work may begin.
 
+    Several works take turns: who did a piece comes last.
+
     A piece begins if it ends before the shortest of the latest waits of this kind did. It also begins if it would not
     matter much: if the delays of all pieces so far, and this whole piece, are within :data:`SHARE` of the time. So a
     slow piece waits until its time has come, and a node that never waits gives that share of its time.
@@ -45,22 +47,27 @@ class SpareTime:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.late = self.used = 0.0
         self._clock = clock
-        self._work: SpareWork | None = None
+        self._works: deque[SpareWork] = deque()
         self._start = 0.0
         self._past: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=COMPARED))
         self._kind = ""
         self._since = 0.0
         self._piece = 0.0, 0.0  # when the last one began and ended
 
-    def give(self, work: SpareWork | None) -> None:
-        """Set the work; None for no further one."""
-        self._work = work
-        if work is not None:
+    def give(self, work: SpareWork) -> None:
+        """Add work."""
+        if not self._works:
             self._start = self._clock()
+        self._works.append(work)
+
+    def withdraw(self, work: SpareWork) -> None:
+        """Do nothing more of a work that was given."""
+        if work in self._works:
+            self._works.remove(work)
 
     @property
     def seconds(self) -> float:
-        """Seconds since the work was given."""
+        """Seconds since work was given."""
         return self._clock() - self._start
 
     def rest(self, kind: str) -> None:
@@ -88,15 +95,22 @@ class SpareTime:
         Args:
             here: whether what the wait is for is here already.
         """
-        seconds = None if self._work is None else self._work.estimate()
-        if self._work is None or seconds is None:
-            return False
-        now, past = self._clock(), self._past[self._kind]
-        fits = not here and len(past) >= LEAST and now - self._since + seconds <= min(past)
-        spent = self.used if here else self.late  # who has waits to use delays nothing on purpose
-        if spent + (0.0 if fits else seconds) > SHARE * (now - self._start):
-            return False
-        self._work.work()
-        self._piece = now, self._clock()
-        self.used += self._piece[1] - now
-        return True
+        first = True
+        for work in self._works:
+            seconds = work.estimate()
+            if seconds is None:
+                continue
+            now, past = self._clock(), self._past[self._kind]
+            fits = not here and len(past) >= LEAST and now - self._since + seconds <= min(past)
+            spent = self.used if here else self.late  # who has waits to use delays nothing on purpose
+            # The share of the time is for whose turn it is, or small pieces would take it from large ones.
+            if (fits or first) and spent + (0.0 if fits else seconds) <= SHARE * (now - self._start):
+                work.work()
+                self._piece = now, self._clock()
+                self.used += self._piece[1] - now
+                if work in self._works:  # it may have withdrawn itself
+                    self._works.remove(work)
+                    self._works.append(work)
+                return True
+            first = False
+        return False

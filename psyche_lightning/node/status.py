@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from psyche_lightning.node.store import explained
+from psyche_lightning.node.files import explained
 from psyche_lightning.protocol.state import RunState
 
 FILE = "status.json"

@@ -1,37 +1,20 @@
-"""Stores a node's blobs by SHA-256 and its promises in a journal that survives ``kill -9`` (I8).
-
-Journal format: the magic bytes, then records::
-
-    body length u32 | crc32 of body u32 | crc32 of the eight bytes before u32 | body
-    body = key length u16 | key (UTF-8) | value
-
-Integers are little-endian. Every append syncs before it returns, so at most the last record can be torn. The header's
-checksum separates a torn end from a damaged middle, where a wrong length would hide later records.
-"""
+"""Stores a node's blobs by SHA-256."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import itertools
 import logging
 import os
-import struct
 import threading
-import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from psyche_lightning import system
-from psyche_lightning.errors import StoreError
+from psyche_lightning.node.files import explained, sync
 from psyche_lightning.wire.canonical import HASH_SIZE, sha256
 
 logger = logging.getLogger(__name__)
-
-MAGIC = b"psyche journal 1\n"
-_HEADER = struct.Struct("<III")
-_MAX_BODY = 1 << 28
 
 
 class BlobStore(Protocol):
@@ -127,8 +110,10 @@ class DirectoryBlobStore:
         self.path = Path(path)
         self._lock = threading.Lock()
         self._names = itertools.count()
-        self._durable: set[bytes] = set()  # already written and synced by this object
+        self._written: set[bytes] = set()  # by this object: a file of an earlier process may be torn
+        self._durable: set[bytes] = set()  # those of them that are synced
         self._young: set[bytes] = set()
+        self._new_folders: set[Path] = set()  # whose names are not synced
         with explained("prepare the blob folder", self.path):
             (self.path / "tmp").mkdir(parents=True, exist_ok=True)
             for leftover in (self.path / "tmp").iterdir():
@@ -141,24 +126,28 @@ class DirectoryBlobStore:
         with self._lock:
             self._young.add(digest)
         with explained("write to the blob folder", self.path):
-            if (not durable or digest in self._durable) and target.exists():
+            if digest in (self._durable if durable else self._written) and target.exists():
                 return digest
             if not target.parent.is_dir():
                 target.parent.mkdir(exist_ok=True)
-                system.sync(self.path)
+                self._new_folders.add(target.parent)
             temporary = self.path / "tmp" / f"{os.getpid()}-{next(self._names)}"
             try:
                 with open(temporary, "wb") as file:
                     file.write(data)
                     if durable:
-                        _sync(file)
+                        sync(file)
                 with self._lock:
                     os.replace(temporary, target)
             except OSError:
                 temporary.unlink(missing_ok=True)
                 raise
+            self._written.add(digest)
             if durable:
                 system.sync(target.parent)
+                if new := self._new_folders.copy():  # others may make more meanwhile
+                    system.sync(self.path)
+                    self._new_folders -= new
                 self._durable.add(digest)
         return digest
 
@@ -219,232 +208,7 @@ class DirectoryBlobStore:
                 return None
 
     def _unlink(self, digest: bytes) -> None:
+        self._written.discard(digest)
         self._durable.discard(digest)
         with explained("delete from the blob folder", self.path):
             self._file(digest).unlink(missing_ok=True)
-
-
-class MemoryJournal:
-    """A :class:`Journal` in memory for nodes without a folder."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, bytes] = {}
-
-    def append(self, key: str, value: bytes) -> None:
-        """Remember ``value``; the newest value of a key counts."""
-        self._values[key] = bytes(value)
-
-    def load(self) -> dict[str, bytes]:
-        """The newest value of each key, in the order in which the keys first came."""
-        return dict(self._values)
-
-    def retain(self, keys: Collection[str]) -> None:
-        """Forget every key that is not in ``keys``."""
-        self._values = {key: value for key, value in self._values.items() if key in keys}
-
-    def close(self) -> None:
-        """Nothing to release."""
-
-
-class Journal:
-    """A small file of a node's promises (key to value); appended records survive a crash.
-
-    Args:
-        path: the file; created, with its folder, if missing. A torn last record is cut off. Other processes
-            cannot open it meanwhile.
-
-    Raises:
-        StoreError: the file cannot be read or written, is in use, is not a journal, or is damaged before its end.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._lock = threading.Lock()
-        self._values: dict[str, bytes] = {}
-        with explained("open the journal", self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-            self._file: BinaryIO = os.fdopen(descriptor, "r+b", buffering=0)
-            try:
-                self._claim(self._file)
-                self._end = self._replay(self._file.read())
-            except BaseException:
-                self._file.close()
-                raise
-
-    def append(self, key: str, value: bytes) -> None:
-        """Write and sync one record; the newest value of a key counts. Any thread may call it.
-
-        Raises:
-            StoreError: the disk is full or the file cannot be written; the record is not stored.
-        """
-        record = _record(key, value)
-        with self._lock, explained("write to the journal", self.path):
-            if self._file.closed:
-                raise StoreError(f"the journal {self.path} is closed; open it again to go on")
-            try:
-                self._file.seek(self._end)
-                write_all(self._file, record)
-                _sync(self._file)
-            except OSError:
-                # A half-written record would become a damaged middle.
-                with contextlib.suppress(OSError):
-                    self._file.truncate(self._end)
-                raise
-            self._end += len(record)
-            self._values[key] = bytes(value)
-
-    def load(self) -> dict[str, bytes]:
-        """The newest value of each key, in the order in which the keys first came."""
-        with self._lock:
-            return dict(self._values)
-
-    def retain(self, keys: Collection[str]) -> None:
-        """Forget every key that is not in ``keys``, in one atomic step that also frees the space.
-
-        Raises:
-            StoreError: the new file cannot be written; the old one stays.
-        """
-        with self._lock, explained("rewrite the journal", self.path):
-            values = {key: value for key, value in self._values.items() if key in keys}
-            temporary = self.path.with_name(self.path.name + ".new")
-            file: BinaryIO | None = None
-            try:
-                file = open(temporary, "w+b", buffering=0)  # noqa: SIM115 - it becomes the journal
-                self._claim(file)
-                data = MAGIC + b"".join(_record(key, value) for key, value in values.items())
-                write_all(file, data)
-                _sync(file)
-                if not system.MOVES_OPEN_FILES:
-                    file.close()
-                    self._replace(temporary)
-                    file = self._file
-                else:
-                    os.replace(temporary, self.path)
-                    self._file.close()
-            except BaseException:
-                if file is not None:
-                    file.close()
-                temporary.unlink(missing_ok=True)
-                raise
-            self._file, self._end, self._values = file, len(data), values
-            system.sync(self.path.parent)
-
-    def _replace(self, temporary: Path) -> None:
-        """Replace the old file while neither is open; this releases the lock for a moment."""
-        self._file.close()
-        try:
-            os.replace(temporary, self.path)
-        finally:
-            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - stays open, too
-            self._claim(self._file)
-
-    def close(self) -> None:
-        """Release the file; idempotent."""
-        with self._lock:
-            self._file.close()
-
-    def _claim(self, file: BinaryIO) -> None:
-        """Keep other processes away."""
-        if not system.claim(file):
-            raise StoreError(
-                f"another process uses the journal {self.path}. Two nodes cannot share a folder: stop the other one, "
-                "or give this node a folder of its own."
-            )
-
-    def _replay(self, data: bytes) -> int:
-        """Read all records into ``_values``, repair the end, and return where the next record goes."""
-        if len(data) < len(MAGIC) and MAGIC.startswith(data):
-            self._file.seek(0)
-            write_all(self._file, MAGIC)
-            _sync(self._file)
-            system.sync(self.path.parent)
-            return len(MAGIC)
-        if not data.startswith(MAGIC):
-            raise StoreError(f"{self.path} is not a journal of this version; move it away or choose another folder")
-        offset = len(MAGIC)
-        while offset < len(data):
-            body, after = self._parse(data, offset)
-            if body is None:
-                logger.warning("the last record of the journal %s is torn and cut off", self.path)
-                self._file.truncate(offset)
-                _sync(self._file)
-                break
-            size = int.from_bytes(body[:2], "little")
-            self._values[body[2 : 2 + size].decode()] = body[2 + size :]
-            offset = after
-        return offset
-
-    def _parse(self, data: bytes, offset: int) -> tuple[bytes | None, int]:
-        """The record at ``offset`` and the next offset; no body if it is torn and last."""
-        start = offset + _HEADER.size
-        if start > len(data):
-            return None, offset
-        length, check, header_check = _HEADER.unpack_from(data, offset)
-        if zlib.crc32(data[offset : start - 4]) != header_check:
-            if not any(data[start:]):  # the file grew before its bytes arrived
-                return None, offset
-            raise self._damaged(offset)
-        body = data[start : start + length]
-        if len(body) == length and zlib.crc32(body) == check:
-            return body, start + length
-        if start + length >= len(data):
-            return None, offset
-        raise self._damaged(offset)
-
-    def _damaged(self, offset: int) -> StoreError:
-        return StoreError(
-            f"the journal {self.path} is damaged at byte {offset}, before its end, so what this node promised may be "
-            "lost. Restore the file, or move it away and start this node with a new identity."
-        )
-
-
-def _record(key: str, value: bytes) -> bytes:
-    name = key.encode()
-    body = len(name).to_bytes(2, "little") + name + value
-    if len(body) > _MAX_BODY:
-        raise StoreError(f"a journal record of {len(body)} bytes; at most {_MAX_BODY} are accepted: keep it as a blob")
-    head = struct.pack("<II", len(body), zlib.crc32(body))
-    return head + struct.pack("<I", zlib.crc32(head)) + body
-
-
-def write_all(file: BinaryIO, data: bytes) -> None:
-    """Write everything to an unbuffered file: one write may be partial.
-
-    Raises:
-        OSError: it cannot be written; a part may be there.
-    """
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def explained(action: str, path: Path) -> Iterator[None]:
-    """Turn an operating system error within into one with advice.
-
-    Args:
-        action: what fails, such as ``"write to the journal"``.
-        path: its file or folder.
-
-    Raises:
-        StoreError: in place of an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "Free some space there, or choose a folder on another disk"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = "Make it writable for this user, or choose another folder"
-        elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            advice = "Something else has that name: move it away, or choose another folder"
-        else:
-            advice = "Check the disk, or choose another folder"
-        reason = error.strerror or str(error)
-        raise StoreError(f"cannot {action} {path}: {reason}. {advice}; what was stored before is kept.") from error

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from psyche_lightning.errors import counted
-from psyche_lightning.logs import REMINDERS, next_reminder
+from psyche_lightning.logs import REMINDERS, duration, next_reminder
 from psyche_lightning.node.agreement import EpochLog
 from psyche_lightning.protocol.state import Phase, RunState
 from psyche_lightning.wire.identity import short
@@ -15,6 +17,22 @@ FIRST = 2.0
 """Seconds of unreported waiting."""
 COMPARED = 8
 """Past waits that define a usual wait."""
+
+
+@dataclass(frozen=True)
+class Awaited:
+    """What a node waits for.
+
+    Attributes:
+        text: in one line.
+        nodes: the nodes that it waits for, by node key; empty if it waits for something else.
+    """
+
+    text: str
+    nodes: tuple[bytes, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Wait:
@@ -47,6 +65,11 @@ class Wait:
         self._waited, self._told = 0.0, None
         self._due = min(max(FIRST, 2.0 * statistics.median(self._past)), REMINDERS[-1])
 
+    @property
+    def resting(self) -> bool:
+        """Whether the thread has nothing to do."""
+        return self._since is not None
+
     def worth_a_line(self, now: float, what: str) -> float | None:
         """The seconds waited so far if they are due for a report, else None.
 
@@ -73,8 +96,8 @@ def lacks(state: RunState) -> int:
     return max(0, state.config.init_min_clients - staying)
 
 
-def describe(state: RunState | None, log: EpochLog | None, next_apply: int | None, delay: int, node: bytes) -> str:
-    """Say what the node waits for.
+def describe(state: RunState | None, log: EpochLog | None, next_apply: int | None, delay: int, node: bytes) -> Awaited:
+    """What the node waits for.
 
     Args:
         state: the node's view of the run.
@@ -84,7 +107,7 @@ def describe(state: RunState | None, log: EpochLog | None, next_apply: int | Non
         node: this node's key.
     """
     if state is None:
-        return "waiting for the coordinator's state"
+        return Awaited("waiting for the coordinator's state")
     if state.phase is Phase.WAITING_FOR_MEMBERS:
         needed, lacking = state.config.init_min_clients, lacks(state)
         text = f"epoch {state.epoch}: waiting for {needed} members"
@@ -96,38 +119,48 @@ def describe(state: RunState | None, log: EpochLog | None, next_apply: int | Non
         held = state.checkpoint
         if held.digest and node not in state.holders:
             text += f", and for a holder of the parameters {short(held.digest)} of step {held.step}"
-        return text
+        return Awaited(text)
     if state.phase is Phase.PAUSED:
-        return "the run is paused; waiting for `psyche run resume`"
+        return Awaited("the run is paused; waiting for `psyche run resume`")
     if state.phase is Phase.WARMUP:
         ready = {record.proof.index for record in state.warmup_witnesses}
         unready = [client.node for i, client in enumerate(state.clients) if i not in ready]
         if node in unready and log is not None and log.epoch < state.epoch and next_apply is not None:
             what = f"this node lacks results of round {next_apply} of epoch {log.epoch}"
-            return f"epoch {state.epoch}: {what}; waiting for another member of that epoch"
-        late = [short(one) for one in unready]
-        return f"epoch {state.epoch}: waiting for {', '.join(late) or 'nobody'} to hold the parameters"
+            return Awaited(f"epoch {state.epoch}: {what}; waiting for another member of that epoch")
+        late = _names(unready) or "nobody"
+        return Awaited(f"epoch {state.epoch}: waiting for {late} to hold the parameters", tuple(unready))
     if state.phase is Phase.FINISHED:
-        return "the run is finished: waiting for its last parameters"
+        return Awaited("the run is finished: waiting for its last parameters")
     current = state.current
     if current is None or log is None or current.height not in log.rounds:
-        return f"phase {state.phase.name}: waiting for the coordinator"
+        if current is not None and all(node != one.node for one in (*state.clients, *state.exited_clients)):
+            long = duration(state.config.epoch_time)
+            return Awaited(
+                f"epoch {state.epoch} trains without this node, which joins the next one; an epoch takes {long}"
+            )
+        return Awaited(f"phase {state.phase.name}: waiting for the coordinator")
     if next_apply is None:
-        return f"round {current.height}: waiting for the epoch's parameters"
+        return Awaited(f"round {current.height}: waiting for the epoch's parameters")
     if next_apply <= current.height - delay:
-        return f"round {current.height}: catching up, applying round {next_apply}"
+        return Awaited(f"round {current.height}: catching up, applying round {next_apply}")
     here, about = log.rounds[current.height], log.rounds.get(current.height - delay + 1)
     missing = sorted(about.missing) if about else []
     if about and missing:
-        names = ", ".join(short(about.nodes[i]) for i in missing)
+        nodes = tuple(about.nodes[i] for i in missing)
         share = f"{len(missing)}/{len(about.batches)}"
-        return f"round {current.height}: waiting for results of {share} batches, from {names}"
+        return Awaited(f"round {current.height}: waiting for results of {share} batches, from {_names(nodes)}", nodes)
     if state.draining:
-        return f"round {current.height}: waiting for a quorum to name the parameters after step {state.step - 1}"
+        text = f"round {current.height}: waiting for a quorum to name the parameters after step {state.step - 1}"
+        return Awaited(text)
     reported = {record.proof.index for record in current.witnesses}
     silent = [n for i, n in enumerate(here.nodes) if here.selection.is_witness(i) and i not in reported]
     if not silent:
-        return f"round {current.height}: waiting for the witnesses to agree; they verified different results"
+        return Awaited(f"round {current.height}: waiting for the witnesses to agree; they verified different results")
     if node in silent:
-        return f"round {current.height}: waiting for the coordinator to take this node's report"
-    return f"round {current.height}: waiting for witnesses {', '.join(map(short, silent))}"
+        return Awaited(f"round {current.height}: waiting for the coordinator to take this node's report")
+    return Awaited(f"round {current.height}: waiting for witnesses {_names(silent)}", tuple(silent))
+
+
+def _names(nodes: Iterable[bytes]) -> str:
+    return ", ".join(map(short, nodes))

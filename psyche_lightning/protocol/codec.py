@@ -10,11 +10,13 @@ addressed by its slot), and ``{"splice": [first, removed, [new, ...]]}`` replace
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from functools import cache
 from typing import Any, TypeVar
@@ -43,29 +45,30 @@ _SIZES = {
     "broadcasts": (0, BLOOM_SIZE),
     "incarnation": (0, INCARNATION_SIZE),
 }
+_PLAIN = frozenset({int, float, str, bool, type(None)})
+"""Types of values that JSON has."""
 _T = TypeVar("_T")
 
 
 def to_json(value: Any, *, blooms: bool = True) -> Any:
     """Convert a dataclass of :mod:`~psyche_lightning.protocol.state` to JSON values."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = _hints(type(value))
-        out = {}
-        for name, hint in hints.items():
-            item = getattr(value, name)
-            if item is None or (name in _LEFT_OUT and not item) or (name in _BLOOMS and not blooms):
-                continue
-            # A whole number in a float field is read as a float, so it is written as one.
-            is_float = float in (hint, *typing.get_args(hint))
-            out[name] = float(item) if is_float else to_json(item, blooms=blooms)
-        return out
-    if isinstance(value, bytes):
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is bytes:
         return value.hex()
-    if isinstance(value, IntEnum):
-        return int(value)
     if isinstance(value, tuple):
         return [to_json(item, blooms=blooms) for item in value]
-    return value
+    if not dataclasses.is_dataclass(kind):
+        return int(value) if isinstance(value, IntEnum) else value
+    out = {}
+    for name, is_float in _written(kind):
+        item = getattr(value, name)
+        if item is None or (name in _LEFT_OUT and not item) or (name in _BLOOMS and not blooms):
+            continue
+        # A whole number in a float field is read as a float, so it is written as one.
+        out[name] = float(item) if is_float else to_json(item, blooms=blooms)
+    return out
 
 
 def from_json(cls: type[_T], data: Any) -> _T:
@@ -74,7 +77,11 @@ def from_json(cls: type[_T], data: Any) -> _T:
     Raises:
         WireError: a value is wrong; the text says which one and what was expected.
     """
-    value: _T = _decode(cls, data, cls.__name__)
+    kind: Any = cls
+    try:
+        value: _T = _reader(kind)(data)
+    except _MisfitError as error:
+        raise WireError(f"{cls.__name__}{error}") from None
     return value
 
 
@@ -135,82 +142,160 @@ def _hints(cls: type) -> dict[str, Any]:
     return {field.name: resolved[field.name] for field in dataclasses.fields(cls)}
 
 
-def _expect(holds: bool, path: str, expected: str, got: Any) -> None:
-    if not holds:
-        raise WireError(f"{path} is {str(got)[:60]!r}; expected {expected}")
+@cache
+def _written(cls: type) -> tuple[tuple[str, bool], ...]:
+    """The names of the fields, each with whether it is written as a float."""
+    return tuple((name, float in (hint, *typing.get_args(hint))) for name, hint in _hints(cls).items())
 
 
-def _decode(hint: Any, data: Any, path: str, sizes: tuple[int, ...] = ()) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):  # the only union is "or None", and to_json leaves out None
-        hint = arguments[0]
+class _MisfitError(Exception):
+    """A value is not what a reader reads; the readers of what it is in say where it is, from the inside out.
+
+    Args:
+        got: the value.
+        expected: what belongs there.
+    """
+
+    def __init__(self, got: Any, expected: str) -> None:
+        super().__init__()
+        self._path: list[str] = []
+        self._what = f" is {str(got)[:60]!r}; expected {expected}"
+
+    def within(self, place: str) -> _MisfitError:
+        """The same error, of what is at this place of a larger value."""
+        self._path.append(place)
+        return self
+
+    def __str__(self) -> str:
+        return "".join(reversed(self._path)) + self._what
+
+
+_Reader = Callable[[Any], Any]
+
+
+@cache
+def _reader(hint: Any, sizes: tuple[int, ...] = ()) -> _Reader:
+    """What reads values of a type; bytes have one of these sizes."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):  # only "or None", and to_json leaves out None
+        return _reader(arguments[0], sizes)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _decode_object(hint, data, path)
-    if origin is tuple:
-        _expect(isinstance(data, list) and len(data) <= MAX_ITEMS, path, f"a list of at most {MAX_ITEMS}", data)
-        if arguments[-1] is not Ellipsis:
-            _expect(len(data) == len(arguments), path, f"{len(arguments)} values", data)
-            return tuple(
-                _decode(h, item, f"{path}[{i}]", sizes) for i, (h, item) in enumerate(zip(arguments, data, strict=True))
-            )
-        return tuple(_decode(arguments[0], item, f"{path}[{i}]", sizes) for i, item in enumerate(data))
+        return _object_reader(hint)
+    if typing.get_origin(hint) is tuple:
+        if arguments[-1] is Ellipsis:
+            return _list_reader(_reader(arguments[0], sizes))
+        return _tuple_reader([_reader(each, sizes) for each in arguments])
     if isinstance(hint, type) and issubclass(hint, IntEnum):
-        known = {int(member): member for member in hint}
-        _expect(type(data) is int and data in known, path, f"one of {sorted(known)}", data)
-        return known[data]
-    return _SCALARS[hint](data, path, sizes)
+        return _number_reader(hint)
+    return _bytes_reader(sizes) if hint is bytes else _SCALARS[hint]
 
 
-def _decode_object(cls: type, data: Any, path: str) -> Any:
-    _expect(isinstance(data, dict), path, "an object", data)
+def _object_reader(cls: type) -> _Reader:
     hints = _hints(cls)
-    unknown = [name for name in data if name not in hints]
-    _expect(not unknown, path, f"only {', '.join(hints)}", ", ".join(map(str, unknown)))
-    values = {}
-    for name, hint in hints.items():
-        if name in data:
-            values[name] = _decode(hint, data[name], f"{path}.{name}", _SIZES.get(name, ()))
-        else:
-            optional = name in _LEFT_OUT or type(None) in typing.get_args(hint)
-            _expect(optional, f"{path}.{name}", "a value", "missing")
-    return cls(**values)
+    readers = [
+        (name, _reader(hint, _SIZES.get(name, ())), name in _LEFT_OUT or type(None) in typing.get_args(hint))
+        for name, hint in hints.items()
+    ]
+
+    def read(data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise _MisfitError(data, "an object")
+        if not data.keys() <= hints.keys():
+            unknown = ", ".join(str(name) for name in data if name not in hints)
+            raise _MisfitError(unknown, f"only {', '.join(hints)}")
+        values, name = {}, ""
+        try:
+            for name, reader, optional in readers:
+                if name in data:
+                    values[name] = reader(data[name])
+                elif not optional:
+                    raise _MisfitError("missing", "a value")
+        except _MisfitError as error:
+            raise error.within(f".{name}") from None
+        return cls(**values)
+
+    return read
 
 
-def _int(data: Any, path: str, sizes: tuple[int, ...]) -> int:
-    _expect(type(data) is int and 0 <= data < 1 << 64, path, "a whole number from 0 to 2^64 - 1", data)
-    return int(data)
+def _list_reader(reader: _Reader) -> _Reader:
+    def read(data: Any) -> Any:
+        if not (isinstance(data, list) and len(data) <= MAX_ITEMS):
+            raise _MisfitError(data, f"a list of at most {MAX_ITEMS}")
+        return _read_each(data, itertools.repeat(reader))
+
+    return read
 
 
-def _float(data: Any, path: str, sizes: tuple[int, ...]) -> float:
-    finite = math.isfinite(data) if type(data) is float else type(data) is int and abs(data) <= 1 << 53
-    _expect(finite, path, "a finite number", data)
+def _tuple_reader(readers: Sequence[_Reader]) -> _Reader:
+    def read(data: Any) -> Any:
+        if not (isinstance(data, list) and len(data) == len(readers)):
+            raise _MisfitError(data, f"a list of {len(readers)} values")
+        return _read_each(data, readers)
+
+    return read
+
+
+def _read_each(data: list[Any], readers: Iterable[_Reader]) -> tuple[Any, ...]:
+    values: list[Any] = []
+    try:
+        for item, reader in zip(data, readers, strict=False):
+            values.append(reader(item))
+    except _MisfitError as error:
+        raise error.within(f"[{len(values)}]") from None
+    return tuple(values)
+
+
+def _number_reader(kind: type[IntEnum]) -> _Reader:
+    known = {int(member): member for member in kind}
+
+    def read(data: Any) -> Any:
+        if type(data) is not int or data not in known:
+            raise _MisfitError(data, f"one of {sorted(known)}")
+        return known[data]
+
+    return read
+
+
+def _bytes_reader(sizes: tuple[int, ...]) -> _Reader:
+    digits = {2 * size for size in sizes}
+    expected = f"lower-case hex of {' or '.join(map(str, sizes))} bytes"
+
+    def read(data: Any) -> bytes:
+        if isinstance(data, str) and len(data) in digits:
+            with contextlib.suppress(ValueError):
+                value = bytes.fromhex(data)
+                if value.hex() == data:
+                    return value
+        raise _MisfitError(data, expected)
+
+    return read
+
+
+def _int(data: Any) -> int:
+    if not (type(data) is int and 0 <= data < 1 << 64):
+        raise _MisfitError(data, "a whole number from 0 to 2^64 - 1")
+    return data
+
+
+def _float(data: Any) -> float:
+    if not (math.isfinite(data) if type(data) is float else type(data) is int and abs(data) <= 1 << 53):
+        raise _MisfitError(data, "a finite number")
     return float(data)
 
 
-def _bool(data: Any, path: str, sizes: tuple[int, ...]) -> bool:
-    _expect(isinstance(data, bool), path, "true or false", data)
-    return bool(data)
+def _bool(data: Any) -> bool:
+    if not isinstance(data, bool):
+        raise _MisfitError(data, "true or false")
+    return data
 
 
-def _str(data: Any, path: str, sizes: tuple[int, ...]) -> str:
-    _expect(isinstance(data, str) and len(data) <= MAX_TEXT, path, f"text of at most {MAX_TEXT} characters", data)
-    return str(data)
+def _str(data: Any) -> str:
+    if not (isinstance(data, str) and len(data) <= MAX_TEXT):
+        raise _MisfitError(data, f"text of at most {MAX_TEXT} characters")
+    return data
 
 
-def _bytes(data: Any, path: str, sizes: tuple[int, ...]) -> bytes:
-    expected = f"lower-case hex of {' or '.join(map(str, sizes))} bytes"
-    _expect(isinstance(data, str) and len(data) in [2 * size for size in sizes], path, expected, data)
-    _expect(all(character in "0123456789abcdef" for character in data), path, expected, data)
-    return bytes.fromhex(data)
-
-
-_SCALARS: dict[Any, Callable[[Any, str, tuple[int, ...]], Any]] = {
-    int: _int,
-    float: _float,
-    bool: _bool,
-    str: _str,
-    bytes: _bytes,
-}
+_SCALARS: dict[Any, _Reader] = {int: _int, float: _float, bool: _bool, str: _str}
 
 
 def diff(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -100,14 +100,14 @@ class Permutation:
         if size == 1:  # a run of one node: 180 hashes in each round would find the same
             return current
         if not self._pivots:
-            hashes = (sha256(self._key, bytes([turn])) for turn in range(SHUFFLE_ROUNDS))
+            hashes = (sha256(self._key + bytes([turn])) for turn in range(SHUFFLE_ROUNDS))
             self._pivots = [int.from_bytes(digest[:8], "little") % size for digest in hashes]
         for turn, pivot in enumerate(self._pivots):
             flip = (pivot + size - current) % size
             position = max(current, flip)
             block = self._blocks.get((turn, position >> 8))
             if block is None:
-                block = sha256(self._key, bytes([turn]), struct.pack("<I", position >> 8))
+                block = sha256(self._key + struct.pack("<BI", turn, position >> 8))
                 self._blocks[turn, position >> 8] = block
             if block[(position & 255) >> 3] >> (position & 7) & 1:
                 current = flip
@@ -156,6 +156,8 @@ class CommitteeSelection:
 
     def committee(self, index: int) -> Committee:
         """The role of the client at ``index``."""
+        if not self.tie_breakers + self.verifiers:  # as in most runs: to find the position takes 180 hashes
+            return Committee.TRAINER
         position = self._committee(index)
         if position < self.tie_breakers:
             return Committee.TIE_BREAKER
@@ -173,7 +175,7 @@ class CommitteeSelection:
 
     def is_witness(self, index: int) -> bool:
         """Whether the client at ``index`` witnesses."""
-        return self._witness(index) < self.witness_count
+        return self.witness_count == self.clients or self._witness(index) < self.witness_count
 
     def witnesses(self) -> list[int]:
         """Indices of the clients that witness, ascending."""

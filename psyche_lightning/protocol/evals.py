@@ -21,6 +21,9 @@ MAX_TASKS = 16
 MAX_MEASURES = 16
 MAX_NAME = 64
 """Characters of the name of a task or a figure."""
+MAX_PROMPTS = 64
+MAX_PROMPT = 1000
+"""Characters of a beginning of a text."""
 _MOST = 1e30
 """Figures of this size and more are no measurements, and sums of them might not be finite."""
 

@@ -11,6 +11,9 @@ from psyche_lightning.protocol.state import CoordinatorConfig
 
 MAX_RUN_ID = 32
 """The most characters of a run's name (the limit of a Solana seed)."""
+MAX_REGION = 40
+REGION = f"at most {MAX_REGION} printable characters, without spaces at the ends"
+"""What :func:`is_region` allows, in words."""
 _RUN_ID = re.compile(rf"(?!\.)[A-Za-z0-9._-]{{1,{MAX_RUN_ID}}}")
 
 
@@ -46,6 +49,11 @@ _DURATIONS = (
     "cooldown_time",
     "waiting_for_members_extra_time",
 )
+
+
+def is_region(text: str) -> bool:
+    """Whether this can be the name of a node's region, which stands in terminals, logs and pages; it may be empty."""
+    return len(text) <= MAX_REGION and text.isprintable() and text == text.strip()
 
 
 def check_run_id(run_id: str) -> None:

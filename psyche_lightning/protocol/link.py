@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, field
 
 from psyche_lightning.errors import ConfigError
+from psyche_lightning.text import plain
 from psyche_lightning.wire.canonical import pack
 from psyche_lightning.wire.identity import KEY_SIZE, Identity
 
@@ -20,12 +21,33 @@ SECRET_SIZE = 16
 PROOF_SIZE = 32
 _SECRET = b"psyche-lightning join secret 1"
 _PROOF = b"psyche-lightning join proof 1"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9_+-]*")
 _PLACE = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}(/.*)?")
 
 
 def whole_url(text: str) -> str:
     """A coordinator's URL or join link as a user types it, with ``http://`` before a bare ``host:port``."""
     return f"http://{text}" if _PLACE.fullmatch(text.partition("#")[0]) else text
+
+
+def split_url(text: str) -> tuple[str, str]:
+    """A coordinator's whole URL, as :func:`whole_url` gives it, and its scheme, which names the coordinator's kind.
+
+    Raises:
+        ConfigError: it has no scheme; ``host:port`` with a wrong port has none.
+    """
+    url = whole_url(text)
+    scheme, colon, _ = url.partition(":")
+    if not colon or not _SCHEME.fullmatch(scheme) or scheme == "localhost":
+        raise no_url(url)
+    return url, scheme
+
+
+def no_url(url: str) -> ConfigError:
+    """The error for what is not a coordinator's URL."""
+    return ConfigError(
+        f"{plain(url.partition('#')[0])!r} is not a coordinator's URL; expected one such as http://127.0.0.1:8080"
+    )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,11 @@ class Creation:
         recipe: the :class:`~psyche_lightning.recipe.config.Recipe` of the run, if there is one.
         everybody: whether every node may join; if not, ``authorize`` names those that may.
         by_link: whether nodes need the run's join link, where the kind of coordinator has such links.
+        rates: points of an epoch, on a chain: shared by all, and taken from an ejected node; None for none.
+        mint: the token in which points are paid, on a chain; None if they are only counted.
+        name: the run's name for people, on a chain; None leaves it.
+        description: of the run, on a chain; None leaves it.
+        client_version: the version of psyche-lightning that nodes need, on a chain; empty for any, None leaves it.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -29,6 +34,16 @@ class Creation:
     recipe: Any = None
     everybody: bool = True
     by_link: bool = False
+    rates: tuple[int | None, int | None] = (None, None)
+    mint: str | None = None
+    name: str | None = None
+    description: str | None = None
+    client_version: str | None = None
+
+    @property
+    def described(self) -> bool:
+        """Whether it has what only a chain keeps: a name, a description, or a version."""
+        return not (self.name is self.description is self.client_version is None)
 
 
 class RunAdmin(Protocol):
@@ -86,17 +101,30 @@ class RunAdmin(Protocol):
         """
         ...
 
-    def restart_from(self, digest: str, step: int) -> str:
+    def restart_from(self, digest: str | None, step: int) -> str:
         """Go on from other parameters than the newest; returns in words what that means.
 
         Args:
-            digest: their digest in hex.
+            digest: their digest in hex; None for those that a quorum named after that step, on a chain.
             step: training steps that they contain.
         """
         ...
 
     def points(self) -> list[dict[str, Any]]:
         """Returns ``node``, ``earned``, ``slashed`` and ``claimed`` of each participant."""
+        ...
+
+    def rates(self, earned: int | None, slashed: int | None) -> str:
+        """Change the points of future epochs, on a chain; returns in words how many an epoch gives.
+
+        Args:
+            earned: shared by all that are there when an epoch ends; None leaves it.
+            slashed: taken from a node that is ejected; None leaves it.
+        """
+        ...
+
+    def fund(self, amount: int) -> str:
+        """Give tokens, in base units, to the treasurer that pays points; returns in words what it holds."""
         ...
 
     def claim(self, points: int | None) -> str:
@@ -112,8 +140,10 @@ class ClockReading:
         offset: how far it is ahead of this machine's clock.
         uncertainty: how far off the offset may be.
         answer_seconds: how long the fastest answer took, with connecting.
+        seen: the IP address from which this machine's requests come there; empty if that is not told.
     """
 
     offset: float
     uncertainty: float
     answer_seconds: float
+    seen: str = ""

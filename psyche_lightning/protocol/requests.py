@@ -25,6 +25,8 @@ from psyche_lightning.wire.canonical import sha256
 Answer = TypeVar("Answer", covariant=True)
 MAX_FIGURES = 32
 """Named figures of one report."""
+MAX_TOKENS = 16
+"""Tokens of a text in one report, as in Psyche's ``WitnessMetadata``."""
 FIGURE_NAME = re.compile(r"[a-z][A-Za-z0-9_.-]{0,47}(/[A-Za-z0-9_.-]{1,48})?")
 """Names of figures: a word, and perhaps a part of it behind a slash, such as the number of a parameter group."""
 
@@ -56,6 +58,10 @@ class Report:
         bytes_down: bytes that it read.
         figures: the newest value of each further figure of the sender, at most :data:`MAX_FIGURES`; each stays in its
             reports until it has a newer one. A chain carries none.
+        seconds: for which the sender trained since it started; a chain alone carries it, as a part of the time.
+        prompt: the beginning that the sender continues, by its place in the recipe's ``evals.prompts``.
+        tokens: those that it added to that text since its last report, at most :data:`MAX_TOKENS`; a chain alone
+            carries them.
     """
 
     step: int = 0
@@ -64,6 +70,9 @@ class Report:
     bytes_up: int = 0
     bytes_down: int = 0
     figures: tuple[Figure, ...] = ()
+    seconds: float = 0.0
+    prompt: int = 0
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,10 +98,13 @@ class Request(Generic[Answer]):
     Attributes:
         name: the request's name between node and server.
         reads: whether it only reads, so that nothing needs to be stored.
+        later: fields at its end that the first release did not have. They are left out where they are empty, so that
+            both releases understand each other.
     """
 
     name: ClassVar[str]
     reads: ClassVar[bool] = False
+    later: ClassVar[int] = 0
 
     @classmethod
     def answer_to_json(cls, answer: Any) -> Any:
@@ -138,19 +150,22 @@ class GetTerms(Request[Terms]):
 class Join(Request[None]):
     """Makes the sender a pending member; sent again to change its address.
 
-    The node core leaves both fields to the runtime, which knows them.
+    The node core leaves all fields to the runtime, which knows them.
 
     Attributes:
         address: the address of its transport.
         manifest: its sections of the run's manifest.
+        region: where it says that it is, for people; empty if it does not say. A chain has no place for it.
 
     Raises:
         ManifestMismatchError: the run has another manifest.
     """
 
     name = "join"
+    later = 1
     address: str = ""
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    region: str = ""
 
 
 @dataclass(frozen=True)
@@ -343,8 +358,8 @@ def encode(request: Request[Any], *, held: bool = False) -> list[Any]:
         if hint is WitnessProof:
             values += [value.position, value.index, value.witness]
         elif hint is Report:
-            *numbers, figures = (getattr(value, item.name) for item in fields(Report))
-            values.append([*numbers, [[figure.name, figure.step, figure.value] for figure in figures]])
+            numbers = [value.step, value.loss, value.tokens_per_second, value.bytes_up, value.bytes_down]
+            values.append([*numbers, [[figure.name, figure.step, figure.value] for figure in value.figures]])
         elif hint == tuple[bytes, ...]:
             values.append(list(value))
         elif hint == tuple[Measure, ...]:
@@ -353,6 +368,9 @@ def encode(request: Request[Any], *, held: bool = False) -> list[Any]:
             values += [manifest_digest(value), "" if held else manifest_text(value)]
         else:
             values.append(value)
+    least = len(values) - type(request).later
+    while len(values) > least and not values[-1]:
+        values.pop()
     return values
 
 
@@ -373,9 +391,11 @@ def decode(name: str, values: Any, manifests: Mapping[bytes, Mapping[str, Any]])
     if kind is None:
         raise WireError(f"unknown request {name[:40]!r}; known are {', '.join(REQUESTS)}")
     types = wire_types(kind)
-    if not isinstance(values, list) or [type(value) for value in values] != list(types):
+    least = len(types) - kind.later
+    told = types[: max(least, len(values))] if isinstance(values, list) else types
+    if not isinstance(values, list) or [type(value) for value in values] != list(told):
         raise WireError(f"{name} takes ({', '.join(each.__name__ for each in types)})")
-    rest = iter(values)
+    rest = iter((*values, *(each() for each in types[len(told) :])))
     found: dict[str, Any] = {}
     for item, hint in _FIELDS[kind]:
         if hint is WitnessProof:

@@ -15,8 +15,9 @@ from fractions import Fraction
 from typing import Annotated, Any, Literal, NamedTuple
 
 from psyche_lightning.distro.config import DistroConfig
+from psyche_lightning.distro.holding import Holding
 from psyche_lightning.errors import ConfigError
-from psyche_lightning.protocol.evals import MAX_NAME, MAX_TASKS
+from psyche_lightning.protocol.evals import MAX_NAME, MAX_PROMPT, MAX_PROMPTS, MAX_TASKS
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe.options import SHARED, NodeOptions, RunOptions, RunValues
 from psyche_lightning.recipe.schedule import KINDS, Constant, Schedule
@@ -209,8 +210,10 @@ LoggerName = Literal["csv", "tensorboard", "wandb"]
 
 
 @dataclass(frozen=True)
-class TrainerSection:
-    """``trainer``: how this node computes; nodes may differ.
+class TrainerSection(Holding):
+    """``trainer``: how this node computes and holds numbers in memory; nodes may differ.
+
+    It has the keys of :class:`~psyche_lightning.distro.holding.Holding`, too.
 
     Attributes:
         precision: Lightning's ``precision``.
@@ -218,12 +221,16 @@ class TrainerSection:
         validate_every: rounds between validations; 0 for never.
         validation_samples: samples of one validation.
         log_every: rounds between log lines.
-        accelerator: Lightning's ``accelerator``.
+        accelerator: Lightning's ``accelerator``; ``auto`` for the best of this machine.
+        devices: devices of this machine that train the node's share together; each has a process of its own.
+        inner: how they share the work. ``ddp``: each has the whole model. ``fsdp``: each has a part of it.
         threads: torch threads; null for torch's own choice.
         attn_implementation: how ``transformers`` computes attention: ``eager``, ``sdpa``, ``flex_attention``,
             ``flash_attention_2``, ...; null for the model's default.
         gradient_checkpointing: whether the backward pass computes activations again instead of keeping them.
         compile: whether ``torch.compile`` compiles the model.
+        device_memory: GB (10^9 bytes) of each device, for which the recipe is made: a dry run says whether it fits;
+            null to compare with none.
         logger: one of Lightning's loggers, which gets the figures of ``metrics.jsonl``; null for none.
         slowdown: how many times slower than it could this node computes, for demonstrations.
     """
@@ -233,33 +240,38 @@ class TrainerSection:
     validate_every: NonNegative = 0
     validation_samples: Count = 64
     log_every: Count = 10
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    devices: Count = 1
+    inner: Literal["ddp", "fsdp"] = "ddp"
     threads: Count | None = None
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    device_memory: Annotated[float, Range(0, above=True)] | None = None
     logger: LoggerName | None = None
     slowdown: Annotated[float, Range(1)] = 1.0
 
 
 @dataclass(frozen=True)
 class EvalsSection:
-    """``evals``: tasks of lm-eval that the nodes measure together while they wait for others.
+    """``evals``: what nodes do while they wait for others: measure tasks of lm-eval together, and write texts.
 
     Attributes:
         tasks: names of tasks; none for no evaluations.
         every: rounds between evaluations; 0 for one at the end, which the others have as well.
         limit: only so many questions of each task; null for all.
         tasks_from: a folder with tasks of your own, in lm-eval's form; nodes may differ.
+        prompts: beginnings of texts, which each node continues in turn; none for no texts.
 
     Raises:
-        ConfigError: the names are too many, too long or repeated, or other keys are set without any.
+        ConfigError: names or prompts are too many, too long or repeated, or other keys are set without tasks.
     """
 
     tasks: tuple[str, ...] = ()
     every: NonNegative = 0
     limit: Count | None = None
     tasks_from: str | None = None
+    prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.tasks and (self.every or self.limit or self.tasks_from):
@@ -269,6 +281,15 @@ class EvalsSection:
         for name in self.tasks:
             if not 0 < len(name) <= MAX_NAME:
                 raise ConfigError(f"evals.tasks has {name!r}; a task's name has 1 to {MAX_NAME} characters.")
+        if len(self.prompts) > MAX_PROMPTS or len(set(self.prompts)) < len(self.prompts):
+            raise ConfigError(
+                f"evals.prompts has {len(self.prompts)} texts; expected at most {MAX_PROMPTS}, each once."
+            )
+        for text in self.prompts:
+            if not 0 < len(text) <= MAX_PROMPT:
+                raise ConfigError(
+                    f"evals.prompts has a text of {len(text)} characters, {text[:40]!r}; expected 1 to {MAX_PROMPT}."
+                )
 
 
 @dataclass(frozen=True)
@@ -352,6 +373,7 @@ class Recipe:
                 **_part(self.node, NodeOptions),
                 **_part(self.run, RunValues),
                 **_part(self.distro, DistroConfig),
+                **_part(self.trainer, Holding),
                 "directory": None if alone else directory,
             },
             coordinator=coordinator,
@@ -363,6 +385,8 @@ class Recipe:
         )
 
 
-def _part(values: object, kind: type[CoordinatorConfig | RunValues | DistroConfig | NodeOptions]) -> dict[str, Any]:
+def _part(
+    values: object, kind: type[CoordinatorConfig | RunValues | DistroConfig | NodeOptions | Holding]
+) -> dict[str, Any]:
     """The fields of ``kind`` in ``values``, by name."""
     return {item.name: getattr(values, item.name) for item in fields(kind)}

@@ -5,14 +5,17 @@ The model is built on the meta device, where parameters have shapes but no value
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psyche_lightning.checkpoints.folder import local_model
+from psyche_lightning.errors import ConfigError
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe.adapter import adapted
-from psyche_lightning.recipe.config import Recipe
+from psyche_lightning.recipe.config import Recipe, TrainerSection
 from psyche_lightning.recipe.positions import check_positions
 
 if TYPE_CHECKING:
@@ -46,8 +49,10 @@ class Estimate:
     Attributes:
         parameters: number of parameters; tied ones count once.
         trainable: number of trainable parameters.
-        memory: memory of one node, by name, without activations and the framework.
+        memory: memory of one device of a node, by name, without activations and the framework.
+        stored: bytes of all parameters, as they are saved.
         payload: bytes that one node publishes in a round: with a schedule, in those with the largest k.
+        copied: bytes of main memory that a checkpoint's copy takes while it is written; on a node's first rank alone.
         steps: steps of an optimizer in a round, each of which an all-reduce would send gradients for.
         samples: samples of a round, of which each step of a node needs one.
         stages: those of the schedule; one without a schedule.
@@ -57,6 +62,8 @@ class Estimate:
     trainable: int
     memory: dict[str, int]
     payload: int
+    copied: int = 0
+    stored: int = 0
     steps: int = 1
     samples: int = 1
     stages: tuple[Stage, ...] = ()
@@ -86,6 +93,32 @@ def parameter_dtype(recipe: Recipe) -> torch.dtype:
     dtype = torch.bfloat16 if recipe.trainer.precision == "bf16-true" else getattr(torch, recipe.model.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def saved_dtype(recipe: Recipe, options: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype of saved parameters; None for that of the parameters in memory.
+
+    A checkpoint in bfloat16 stays one, although it is trained with more digits. An adapter is saved as it is trained.
+
+    Args:
+        recipe: the recipe.
+        options: those of the model's factory.
+
+    Raises:
+        OSError: the source's configuration cannot be read.
+    """
+    import torch
+
+    from psyche_lightning.checkpoints.pretrained import Source
+
+    if recipe.model.adapter:
+        return None
+    path = options.get("path")
+    named: str | None = recipe.checkpoint.save_dtype
+    if named is None and path is not None and not options.get("fresh"):
+        with contextlib.suppress(ConfigError):  # a plugin's own kind of path
+            named = Source.of(str(path)).dtype
+    return torch.bfloat16 if named == "bfloat16" else torch.float32 if recipe.checkpoint.save_dtype else None
 
 
 def named_as_trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
@@ -121,16 +154,30 @@ def meta_model(recipe: Recipe) -> torch.nn.Module:
 
     from psyche_lightning.checkpoints.dtypes import cast
 
-    options = recipe.model.options
-    if recipe.model.path is not None:
-        options["path"] = local_model(recipe.model.path, weights=False)
     with torch.device("meta"):
-        model = build(options)
+        model = build(_options(recipe))
         check_positions(model, recipe.data.seq_len)
         model = cast(model, parameter_dtype(recipe))
         if recipe.model.adapter:
             model = adapted(model, recipe.model.adapter, recipe.model.path, None)
     return model
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    """Options of the model's factory that lead to its configuration, without its parameters."""
+    options = recipe.model.options
+    if recipe.model.path is not None:
+        options["path"] = local_model(recipe.model.path, weights=False)
+    return options
+
+
+def _gradients(recipe: Recipe, trainable: list[torch.nn.Parameter]) -> dict[str, int]:
+    """Bytes of the gradients that a node holds at a time."""
+    wide = recipe.distro.float32_gradients
+    sizes = [FLOAT32 * one.numel() if wide else one.nbytes for one in trainable]
+    if recipe.trainer.gradients == "streamed":
+        return {"the largest gradient": max(sizes, default=0)}
+    return {"gradients": sum(sizes)}
 
 
 def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
@@ -145,19 +192,32 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
         ConfigError: its configuration is wrong, or it has no trainable parameters.
     """
     model = meta_model(recipe) if model is None else model
+    import torch
+
     from psyche_lightning.distro import Layout, PayloadCodec
+    from psyche_lightning.distro.delta import Delta
 
     named = named_as_trained(model)
     trainable = [parameter for _, parameter in named if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trainable)
     trained = sum(parameter.nbytes for parameter in trainable)
     low = sum(parameter.numel() for parameter in trainable if parameter.element_size() < FLOAT32)
+    layout = Layout(named, recipe.distro.chunk)
+    nowhere = [torch.device("meta")] * len(layout.entries)
     memory = {
         "parameters": sum(parameter.nbytes for _, parameter in named),
-        "gradients": FLOAT32 * count if recipe.distro.float32_gradients else trained,
-        "delta (what is yet to be sent)": FLOAT32 * count,
+        **_gradients(recipe, trainable),
+        "delta (what is yet to be sent)": Delta(layout, nowhere, recipe.trainer.delta).held,
     }
-    if low:
+    if low and recipe.trainer.masters == "split":
+        memory["what parameters lack of their masters"] = FLOAT32 * low - sum(
+            parameter.nbytes for parameter in trainable if parameter.element_size() < FLOAT32
+        )
+        if recipe.trainer.devices == 1 or recipe.trainer.inner == "ddp":  # with FSDP, each rank has a part of it
+            memory["the largest one in float32, for digests"] = FLOAT32 * max(
+                parameter.numel() for parameter in trainable if parameter.element_size() < FLOAT32
+            )
+    elif low:
         memory["float32 masters"] = FLOAT32 * low
     local = recipe.distro.local_steps > 0
     matrices = muon_matrices(recipe, model) if recipe.optimizer.name == "muon" else []
@@ -172,7 +232,7 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
             memory["where local steps led, in float32"] = FLOAT32 * low
     if recipe.evals.tasks:
         memory["copy for evaluations"] = trained
-    layout, distro = Layout(named, recipe.distro.chunk), recipe.distro
+    distro = recipe.distro
     codecs = [PayloadCodec(layout, stage, stage.version) for _, stage in distro.stages]
     parts = zip(distro.stages, codecs, distro.rounds(recipe.run.total_steps), strict=True)
     stages = [
@@ -185,9 +245,61 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
     return Estimate(
         parameters=sum(parameter.numel() for _, parameter in named),
         trainable=count,
-        memory=memory,
+        memory=_of_device(memory, recipe.trainer, model),
+        stored=memory["parameters"],
         payload=densest.payload,
+        copied=_copied(recipe, model),
         steps=densest.steps,
         samples=recipe.run.global_batch_size_end,
         stages=tuple(stages),
     )
+
+
+def _copied(recipe: Recipe, model: torch.nn.Module) -> int:
+    """Bytes of the copy that :class:`~psyche_lightning.checkpoints.model.ModelCopy` makes."""
+    import torch
+
+    from psyche_lightning.checkpoints.dtypes import dtypes, tensors
+    from psyche_lightning.node.parameters import persistent_buffers
+
+    kind = saved_dtype(recipe, _options(recipe))
+    wanted = {} if kind is None else dtypes(model, kind)
+    buffers = {id(one) for one in persistent_buffers(model).values()}
+    return sum(
+        tensor.numel() * wanted.get(name, tensor.dtype).itemsize
+        for name, tensor in tensors(model)
+        if isinstance(tensor, torch.nn.Parameter) or id(tensor) in buffers
+    )
+
+
+def _of_device(memory: dict[str, int], trainer: TrainerSection, model: torch.nn.Module) -> dict[str, int]:
+    """What a device of a node holds of that memory; of several with DDP, the one that keeps delta, too.
+
+    With FSDP, each holds its share of everything, and what is gathered for a while: the parameters outside of blocks,
+    and those of a block that computes and of the next one, and the gradients of one block and of what is outside, until
+    they are divided.
+    """
+    if trainer.devices == 1 or trainer.inner == "ddp":
+        return memory
+    shares = {name: -(-amount // trainer.devices) for name, amount in memory.items()}
+    block, outside = _blocks(model)
+    return {
+        **shares,
+        "parameters that are gathered for a while": 2 * block + outside,
+        "gradients until they are divided": block + outside,
+    }
+
+
+def _blocks(model: torch.nn.Module) -> tuple[int, int]:
+    """Bytes of the parameters of the largest block, an item of a list of modules, and of what lies in no block."""
+    import torch
+
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    inner = {id(one) for outer in lists for one in outer.modules() if one is not outer}
+    sizes = [
+        sum(parameter.nbytes for parameter in block.parameters())
+        for outer in lists
+        if id(outer) not in inner
+        for block in outer
+    ]
+    return max(sizes, default=0), sum(parameter.nbytes for parameter in model.parameters()) - sum(sizes)

@@ -56,6 +56,12 @@ def offer(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     return found, [key for key, _, _ in local]
 
 
+def has_recipe(terms: Terms) -> bool:
+    """Whether a run was created with a recipe."""
+    manifest: Mapping[str, Any] = terms.manifest or {}
+    return all(isinstance(manifest.get(name), dict) for name in NEEDED)
+
+
 def recipe_of(run: str, terms: Terms, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a run.
 
@@ -69,8 +75,7 @@ def recipe_of(run: str, terms: Terms, overrides: Sequence[str] = ()) -> Recipe:
             runs code from elsewhere, or an override is wrong.
     """
     manifest: Mapping[str, Any] = terms.manifest or {}
-    missing = [name for name in NEEDED if not isinstance(manifest.get(name), dict)]
-    if missing:
+    if not has_recipe(terms):
         raise ConfigError(
             f"run {run!r} was created without a recipe, so its manifest does not say what to train. Run the program or "
             "the recipe that its owner gives you: psyche train RECIPE --coordinator LINK"

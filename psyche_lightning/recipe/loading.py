@@ -155,12 +155,29 @@ def _check_together(recipe: Recipe) -> None:
     recipe.schedule  # noqa: B018 - building it checks it
     check_run_id(recipe.name)
     check_config(recipe.run.coordinator)
+    _check_streamed(recipe)
     run = recipe.run
     room = int((run.epoch_time - run.warmup_time) / run.max_round_train_time)
     if run.cold_start_warmup_steps > max(0, room):
         raise ConfigError(
             f"run.cold_start_warmup_steps is {run.cold_start_warmup_steps}; an epoch has room for {max(0, room)} "
             "rounds (epoch_time without warmup_time, by max_round_train_time), in which learning rates have to rise."
+        )
+
+
+def _check_streamed(recipe: Recipe) -> None:
+    """Refuse streamed gradients together with what needs all of them at once."""
+    whys = {
+        "optimizer.clip_grad_norm clips by the norm of all of them": recipe.optimizer.clip_grad_norm is not None,
+        "distro.local_steps needs them for the steps": recipe.distro.local_steps > 0,
+        "optimizer.name=muon makes directions of whole ones": recipe.optimizer.name == "muon",
+        "trainer.precision=16-mixed unscales all of them before a step": recipe.trainer.precision == "16-mixed",
+    }
+    why = next((text for text, so in whys.items() if so), None)
+    if recipe.trainer.gradients == "streamed" and why is not None:
+        raise ConfigError(
+            f"trainer.gradients is 'streamed', which frees each gradient as it comes, but {why}. Choose "
+            "trainer.gradients=kept, or change the other key."
         )
 
 

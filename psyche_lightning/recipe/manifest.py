@@ -55,8 +55,10 @@ def manifest(recipe: Recipe, fingerprint: str | None = None) -> dict[str, dict[s
         "data": data,
         "optimizer": optimizer,
     }
-    if recipe.evals.tasks:
-        sections[EVALS] = {"tasks": recipe.evals.tasks, "every": recipe.evals.every, "limit": recipe.evals.limit}
+    evals = recipe.evals
+    if evals.tasks or evals.prompts:
+        prompts = {"prompts": evals.prompts} if evals.prompts else {}
+        sections[EVALS] = {"tasks": evals.tasks, "every": evals.every, "limit": evals.limit, **prompts}
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(sections, allow_nan=False))
     return plain
 

@@ -1,9 +1,10 @@
 """How a process takes part in a run: one set of names for recipes, Trainer and Fabric.
 
 All nodes share :class:`RunValues` and :class:`~psyche_lightning.distro.DistroConfig`, the sections ``run`` and
-``distro`` of a run's manifest. Each node has its own :class:`NodeOptions`. A recipe has all of them as sections.
-:class:`RunOptions` has them in one list, in which a shared value may be left to the run: strategies take it, and a
-recipe becomes one for training.
+``distro`` of a run's manifest. Each node has its own :class:`NodeOptions` and
+:class:`~psyche_lightning.distro.holding.Holding`, a part of the section ``trainer``. A recipe has all of them as
+sections. :class:`RunOptions` has them in one list, in which a shared value may be left to the run: strategies take it,
+and a recipe becomes one for training.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from psyche_lightning.distro.config import DistroConfig
+from psyche_lightning.distro.holding import Holding
 from psyche_lightning.errors import ConfigError
-from psyche_lightning.protocol.limits import check_run_id
+from psyche_lightning.protocol.limits import REGION, check_run_id, is_region
 from psyche_lightning.protocol.link import JoinLink, whole_url
 from psyche_lightning.protocol.manifest import BY_SPEED, SHARES
 from psyche_lightning.protocol.state import CoordinatorConfig
@@ -80,6 +82,7 @@ class NodeOptions:
         directory: the folder for the node's key, promises and payloads, so that it can be killed and come back; each
             node needs its own.
         patience: longest time to wait for a round, in seconds.
+        region: where this node is, for the run's page: any name, such as ``eu-west``; empty to say nothing.
 
     Raises:
         ConfigError: a value has a wrong type or is out of range.
@@ -89,12 +92,15 @@ class NodeOptions:
     transport_options: Mapping[str, Any] = field(default_factory=dict)
     directory: str | os.PathLike[str] | None = None
     patience: float = 24 * 3600.0
+    region: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.transport_options, Mapping):
             raise ConfigError(f"node.transport_options is {self.transport_options!r}; expected options by name.")
         if not isinstance(self.patience, (int, float)) or math.isnan(self.patience) or self.patience <= 0:
             raise ConfigError(f"node.patience is {self.patience!r}; choose a number of seconds above 0.")
+        if not isinstance(self.region, str) or not is_region(self.region):
+            raise ConfigError(f"node.region is {self.region!r}; choose {REGION}, such as eu-west.")
 
     @property
     def folder(self) -> Path | None:
@@ -103,7 +109,7 @@ class NodeOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions(NodeOptions):
+class RunOptions(NodeOptions, Holding):
     """How this process takes part in a run. If a shared value is None, the run's value or the default counts.
 
     Attributes:
@@ -163,6 +169,7 @@ class RunOptions(NodeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Holding.__post_init__(self)
         if self.run is not None:
             check_run_id(self.run)  # it may come from somebody else, and names the node's folder
         for section, kind in SHARED.items():

@@ -4,45 +4,47 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 
 from psyche_lightning.errors import ConfigError, CoordinatorError
-from psyche_lightning.protocol.link import JoinLink
+from psyche_lightning.protocol.link import JoinLink, no_url
 from psyche_lightning.protocol.owner import Creation
 from psyche_lightning.server.answers import PROBLEM, RUNS, STATUS, Shape, misfit
 from psyche_lightning.server.channel import coordinator_error
-from psyche_lightning.server.tls import Door
+from psyche_lightning.server.tls import Door, is_near
 from psyche_lightning.server.token import check_token, find_token, read_token
 from psyche_lightning.text import plain
+from psyche_lightning.urls import http_parts
 
 URL_VARIABLE = "PSYCHE_COORDINATOR"
 TOKEN_VARIABLE = "PSYCHE_COORDINATOR_TOKEN"
 TOKEN_FILE_VARIABLE = "PSYCHE_COORDINATOR_TOKEN_FILE"
 TIMEOUT = 5.0
 MAX_ANSWER_SIZE = 64 * 1024 * 1024
+BACKUP_TIMEOUT = 60.0
+MAX_BACKUP_SIZE = 1024 * 1024 * 1024
+_KEY = re.compile("[0-9A-Fa-f]{64}")
 
 
 def check_url(url: str) -> str:
     """Returns the URL without a slash at its end; of a join link, only the URL.
 
     Raises:
-        ConfigError: it is not an http or https URL.
+        ConfigError: it is not an http or https URL, or has a space, a user's name, or letters that a URL may not have.
     """
     url = JoinLink.parse(url).url
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        raise ConfigError(f"{url!r} is not a coordinator's URL; expected one such as http://127.0.0.1:8080")
+    parts = http_parts(url)
+    good = parts is not None and f"{parts.path}{parts.query}".isascii() and "@" not in parts.netloc
+    if not good or " " in url:
+        raise no_url(url)
     return url.rstrip("/")
 
 
@@ -132,6 +134,26 @@ class CoordinatorAdmin:
         runs: list[dict[str, Any]] = self._shaped(self._ask("GET", "/v1/runs"), RUNS)["runs"]
         return runs
 
+    def backup(self) -> bytes:
+        """A backup of the coordinator: all runs, its key and the owner's token.
+
+        Raises:
+            ConfigError: it would travel to another machine without encryption.
+        """
+        if self.url.startswith("http:") and not is_near(self.url):
+            raise ConfigError(
+                f"{self.url} does not encrypt, and a backup has the coordinator's key; make it on the coordinator's "
+                "own machine, or give an https:// URL"
+            )
+        data = self._send("POST", "/v1/backup", {}, timeout=BACKUP_TIMEOUT, most=MAX_BACKUP_SIZE + 1)
+        if len(data) > MAX_BACKUP_SIZE:
+            raise CoordinatorError(
+                f"the backup of {self.url} has more than {MAX_BACKUP_SIZE} bytes; stop the coordinator and copy its "
+                "folder instead",
+                code="TooLarge",
+            )
+        return data
+
     def pause(self, run_id: str) -> dict[str, Any]:
         """Pause the run at the end of its epoch, or at once if no epoch has begun; returns the status."""
         return self.command(run_id, "pause")
@@ -145,12 +167,12 @@ class CoordinatorAdmin:
 
         Args:
             run_id: the run.
-            name: ``pause``, ``resume``, ``start``, ``update``, ``close``, ``authorize``, ``revoke``, ``kick``,
-                ``link`` or ``restart-from``.
+            name: ``pause``, ``resume``, ``start``, ``update``, ``close``, ``delete``, ``authorize``, ``revoke``,
+                ``kick``, ``link`` or ``restart-from``.
             body: the command's arguments.
         """
         answer = self._ask("POST", f"{_path(run_id)}/{name}", body)
-        return answer if name in ("close", "link") else self._shaped(answer, STATUS)
+        return answer if name in ("close", "delete", "link") else self._shaped(answer, STATUS)
 
     @cached_property
     def _token(self) -> str | None:
@@ -160,6 +182,17 @@ class CoordinatorAdmin:
         return read_token(Path(file)) if file else find_token(self.url)
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        return self._parse(self._send(method, path, body), 200)
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        *,
+        timeout: float = TIMEOUT,
+        most: int = MAX_ANSWER_SIZE,
+    ) -> bytes:
         retrying = Retrying(
             retry=retry_if_exception_type(OSError),
             wait=wait_exponential(multiplier=0.5, max=3.0) + wait_random(0.0, 0.5),
@@ -167,7 +200,7 @@ class CoordinatorAdmin:
             reraise=True,
         )
         try:
-            return retrying(self._once, method, path, body)
+            return retrying(self._once, method, path, body, timeout, most)
         except OSError as error:
             reason = getattr(error, "reason", error)
             raise CoordinatorError(
@@ -178,7 +211,7 @@ class CoordinatorAdmin:
                 retryable=True,
             ) from error
 
-    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _once(self, method: str, path: str, body: dict[str, Any] | None, timeout: float, most: int) -> bytes:
         headers = {"Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -187,8 +220,9 @@ class CoordinatorAdmin:
         if body is not None and self._token:  # reading needs no token, and a redirection must not carry it elsewhere
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
-            with self._door.open(request, TIMEOUT) as answer:
-                return self._parse(answer.read(MAX_ANSWER_SIZE), 200)
+            with self._door.open(request, timeout) as answer:
+                found: bytes = answer.read(most)
+                return found
         except urllib.error.HTTPError as error:
             with error:
                 problem = self._parse(error.read(MAX_ANSWER_SIZE), error.code)
@@ -232,6 +266,8 @@ class ServerRun:
 
     def create(self, wanted: Creation) -> dict[str, Any]:
         """Create the run, which is open at once."""
+        if wanted.rates != (None, None) or wanted.mint:
+            raise self._no_rates()
         manifest = None if wanted.manifest is None else dict(wanted.manifest)
         return self._admin.create(
             self._run,
@@ -245,6 +281,8 @@ class ServerRun:
 
     def update(self, wanted: Creation) -> dict[str, Any]:
         """Change the configuration of a halted run."""
+        if wanted.described:
+            raise ConfigError("a name, a description and a client version belong to runs on a chain")
         return self._admin.command(self._run, "update", config=dict(wanted.config))
 
     def start(self) -> dict[str, Any]:
@@ -264,9 +302,15 @@ class ServerRun:
         return self._admin.status(self._run)
 
     def close(self) -> str:
-        """Remove a halted run from the server."""
-        self._admin.command(self._run, "close")
-        return f"run {self._run} is removed from {self._admin.url}"
+        """Remove a halted run from the server, which keeps its history if it ever trained."""
+        answer = self._admin.command(self._run, "close")
+        text = f"run {self._run} is removed from {self._admin.url}"
+        if answer.get("archived"):
+            text += f"; its history stays there until `psyche run delete {self._run}`"
+        forgotten = answer.get("forgotten")
+        for one in forgotten if isinstance(forgotten, list) else ():
+            text += f"\nthe history of the closed run {plain(str(one))} is deleted there: only the newest ones are kept"
+        return text
 
     def authorize(self, node: str | None) -> str:
         """Let a node join, by its key in hex, or everybody."""
@@ -287,18 +331,32 @@ class ServerRun:
         status = self._admin.command(self._run, "kick", node=node)
         return f"{node} is removed from run {self._run} and may not join it again{_reentry(status)}"
 
-    def restart_from(self, digest: str, step: int) -> str:
+    def restart_from(self, digest: str | None, step: int) -> str:
         """Go on from other parameters than the newest."""
+        if digest is None:
+            raise ConfigError(
+                f"name the parameters by their digest: `psyche run restart-from {self._run} DIGEST {step}`"
+            )
         status = self._admin.command(self._run, "restart-from", digest=digest, step=step)
         return f"run {self._run} goes on from the parameters {digest[:8]} of step {step}: {status['waits_for']}"
 
     def _key(self, node: str) -> str:
-        """The whole key of a member that is given by the first digits of its key; other texts as they are."""
+        """The whole key of a member that is given by the first digits of its key; a whole key as it is.
+
+        Raises:
+            ConfigError: it is neither.
+        """
         status = self.status()
         keys = {each["signer"] for group in ("clients", "pending", "exited") for each in status[group]}
         found = sorted(key for key in keys if node and key.startswith(node.lower()))
         if len(found) > 1:
             raise ConfigError(f"{node} begins the keys of several nodes; give more of one: {', '.join(found)}")
+        if not found and not _KEY.fullmatch(node):
+            known = ", ".join(sorted(key[:8] for key in keys)) or "none yet"
+            raise ConfigError(
+                f"run {self._run} has no node whose key begins with {node!r}; its nodes: {known}. Of any other node, "
+                "give the whole key, 64 hexadecimal digits."
+            )
         return found[0] if found else node
 
     def link(self, *, new: bool = False) -> str:
@@ -309,6 +367,20 @@ class ServerRun:
         """Points of each node: the samples of decided rounds, in equal parts to those whose results they have."""
         points: list[dict[str, Any]] = self.status()["points"]
         return points
+
+    def rates(self, earned: int | None, slashed: int | None) -> str:
+        """Refuse: a server counts samples."""
+        raise self._no_rates()
+
+    def fund(self, amount: int) -> str:
+        """Refuse: a server does not pay."""
+        return self.claim(None)
+
+    def _no_rates(self) -> CoordinatorError:
+        return CoordinatorError(
+            f"{self._admin.url} gives a point for each sample and does not pay; a run on a chain has rates and a token",
+            code="NoTreasurer",
+        )
 
     def claim(self, points: int | None) -> str:
         """Refuse: a server does not pay."""

@@ -29,6 +29,11 @@ def _hex(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"([0-9a-f]{2})*", value) is not None
 
 
+def _change(value: Any) -> bool:
+    """The next change of k and local steps, or None."""
+    return value is None or not misfit(value, {"from_step": _COUNT, "k": _COUNT, "local_steps": _COUNT})
+
+
 _NONE = type(None)
 _TEXT, _COUNT, _MAYBE_COUNT, _MAYBE_NUMBER = (str,), (int,), (int, _NONE), (int, float, _NONE)
 _LINE: dict[str, Any] = {
@@ -58,6 +63,7 @@ STATUS: Shape = {
     "problem": (str, _NONE),
     "manifest_digest": (str, _NONE),
     "config": {"total_steps": _MAYBE_COUNT, "global_batch_size_end": _MAYBE_COUNT, "init_min_clients": _COUNT},
+    "settings": {"k": _MAYBE_COUNT, "local_steps": _MAYBE_COUNT, "next": _change},
     "clients": [_MEMBER],
     "exited": [_MEMBER],
     "pending": [_MEMBER],

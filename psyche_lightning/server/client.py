@@ -480,14 +480,8 @@ class HttpCoordinator:
             raise ValueError(f"it sent an unknown frame {kind[:20]!r}")
 
     def _take(self, value: dict[str, Any]) -> None:
-        state = state_from_json(value)
-        if self._state is not None and state.nonce < self._state.nonce:
-            raise CoordinatorError(
-                f"run {self.run_id!r} at {self.url} went back from change {self._state.nonce} to {state.nonce}: "
-                "the coordinator was started with another or an older directory. Start it with the right --dir.",
-                code="WentBack",
-            )
-        self._state, self._state_json = state, value
+        # It may be an older one: of a coordinator that was restored from a backup. Whoever watches decides about that.
+        self._state, self._state_json = state_from_json(value), value
         for news in self._watchers:
             news.set()
 

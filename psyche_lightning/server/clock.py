@@ -1,4 +1,7 @@
-"""Clocks: one that never steps, and how far this machine's is from a server's, by the Date header of HTTP answers."""
+"""Clocks: one that never steps, and how far this machine's is from a server's, by the Date header of HTTP answers.
+
+The same answers say from which address the requests came.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from psyche_lightning.errors import CoordinatorError
 from psyche_lightning.protocol.link import JoinLink
@@ -19,6 +22,8 @@ LOOKS = 8
 SPREAD = 0.13
 """Seconds between looks, so that together they see the server's second begin."""
 TIMEOUT = 5.0
+SEEN = "X-Psyche-Seen"
+"""Header of answers with the IP address from which the request came."""
 
 
 def steady(
@@ -68,7 +73,7 @@ def read_clock(
         ConfigError: the URL is malformed.
         CoordinatorError: the server does not answer, or does not tell the time.
     """
-    link = JoinLink.parse(url)
+    link, seen = JoinLink.parse(url), ""
     url, door = check_url(url), Door(link)
     found = []
     for number in range(looks):
@@ -78,7 +83,7 @@ def read_clock(
         sent = clock()
         try:
             with door.open(request, TIMEOUT) as answer:
-                received, said = clock(), answer.headers["Date"]
+                received, said, seen = clock(), answer.headers["Date"], answer.headers.get(SEEN, "")
         except urllib.error.HTTPError as error:  # an error answer has a date, too
             received, said = clock(), error.headers["Date"]
             error.close()
@@ -90,4 +95,4 @@ def read_clock(
             found.append(Look(sent, received, email.utils.parsedate_to_datetime(said or "").timestamp()))
         except (TypeError, ValueError):
             raise CoordinatorError(f"{url} does not tell the time", code="NoClock") from None
-    return combine(found)
+    return replace(combine(found), seen=seen)

@@ -24,20 +24,21 @@ class Guard:
 
     Attributes:
         sites: the server's names.
+        token: as given.
     """
 
     def __init__(self, token: str | None, hosts: Collection[str] = ()) -> None:
         self.sites = Sites(hosts)
-        self._token = token
+        self.token = token
 
     @property
     def secrets(self) -> list[bytes]:
         """The owner's token, if there is one, for proofs."""
-        return [] if self._token is None else [self._token.encode()]
+        return [] if self.token is None else [self.token.encode()]
 
     def obeys(self, request: web.Request) -> bool:
         """Whether whoever sends this is taken for the owner without a token."""
-        return self._token is None and _is_near(request)
+        return self.token is None and _is_near(request)
 
     @web.middleware
     async def check(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -56,13 +57,13 @@ class Guard:
     def _check_token(self, request: web.Request) -> None:
         if self.obeys(request):
             return
-        if self._token is None:
+        if self.token is None:
             raise CoordinatorError(
                 "this coordinator has no owner's token, so only programs on its own machine may create and change runs",
                 code="Unauthorized",
             )
         shown = request.headers.get(hdrs.AUTHORIZATION, "")
-        if not hmac.compare_digest(shown.encode(errors="surrogateescape"), f"Bearer {self._token}".encode()):
+        if not hmac.compare_digest(shown.encode(errors="surrogateescape"), f"Bearer {self.token}".encode()):
             raise CoordinatorError(
                 "creating and changing runs needs the token of this coordinator's owner. It lies in the folder of the "
                 f"coordinator's runs (--dir), as {FILE}: pass --token-file FILE, or set PSYCHE_COORDINATOR_TOKEN_FILE "
@@ -71,7 +72,12 @@ class Guard:
             )
 
 
-def _is_near(request: web.Request) -> bool:
-    """Whether the caller is a program on this machine, and not a proxy that speaks for others."""
+def caller(request: web.Request) -> str:
+    """The IP address from which a request comes; empty if a proxy speaks for somebody else."""
     relayed = any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host"))
-    return not relayed and is_loopback(request.remote or "")
+    return "" if relayed else request.remote or ""
+
+
+def _is_near(request: web.Request) -> bool:
+    """Whether the caller is a program on this machine."""
+    return is_loopback(caller(request))

@@ -29,6 +29,8 @@ COSTS = {"terms": 10.0, "rounds": 25.0, "join": 25.0, "accuse": 25.0, "health_ch
 """What the answers to some requests cost; those to the others, nothing beside the frame."""
 MAX_FRAME_OF_OTHERS = 256 * 1024
 """Bytes of a frame that is not a ``join``, which alone holds a manifest."""
+MAX_FRAME_OF_PAGES = 1024
+"""Bytes of a frame from a page, which has nothing to say."""
 CALL_RATE, CALL_STORE = 200.0, 2000.0
 """Units that the HTTP requests from an address cost in a second, and in advance."""
 ANSWER_UNIT = 16 * 1024
@@ -40,6 +42,8 @@ BODY_SECONDS = 30.0
 MAX_STRANGERS, MAX_STRANGERS_OF_HOST = 256, 64
 """Websockets of watchers and of nodes that are no members, in all and from one address."""
 MAX_RUNS = 256
+MAX_ARCHIVED = 200
+"""Closed runs whose history is kept; for one more, the oldest goes."""
 
 
 class Buckets:

@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 from psyche_lightning import aio
+from psyche_lightning.chronicle.entry import Kind
+from psyche_lightning.coordinator.recorder import RunRecorder
 from psyche_lightning.errors import PsycheError
 from psyche_lightning.logs import Outage, duration, speaking
-from psyche_lightning.protocol.codec import state_to_json
+from psyche_lightning.protocol.codec import diff, state_to_json
 from psyche_lightning.protocol.manifest import manifest_digest
 from psyche_lightning.protocol.requests import Answer, Request
 from psyche_lightning.protocol.state import RunState
+from psyche_lightning.version import __version__
 
 if TYPE_CHECKING:
+    from psyche_lightning.chronicle.writer import Chronicle
     from psyche_lightning.coordinator.host import RunHost
     from psyche_lightning.server.store import Store
 
@@ -51,6 +55,7 @@ class LiveRun:
         store: where changes are kept; None for a run that ends with its process.
         wall: seconds since 1970, for the dates of what happens; None for the run's own time.
         silence: see :data:`SILENCE`; None if members are always heard.
+        chronicle: the run's event files, or None.
 
     Attributes:
         host: the run, to read.
@@ -66,6 +71,7 @@ class LiveRun:
         store: Store | None = None,
         wall: Callable[[], float] | None = None,
         silence: float | None = None,
+        chronicle: Chronicle | None = None,
     ) -> None:
         self.host = host
         self.state: RunState = host.state
@@ -84,8 +90,15 @@ class LiveRun:
         self._lock = threading.RLock()
         self._listeners: list[Callable[[], None]] = []
         self._told = host.history.events.count
+        self._chronicle = chronicle
+        self._recorder: RunRecorder | None = None
+        if chronicle is not None:
+            self._recorder = RunRecorder(host.state.run_id, self._told, wall or clock, chronicle.add)
+            self._recorder.note(Kind.START, f"release {__version__}")
+            self._recorder.seen(host.state, host.history)
         self.manifests: dict[bytes, Mapping[str, Any]] = {}
         self._written: tuple[RunState | None, dict[str, Any]] = None, {}
+        self._changed: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = {}, {}, {}
         self._digested: tuple[Mapping[str, Any] | None, bytes] = None, b""
 
     @classmethod
@@ -150,6 +163,14 @@ class LiveRun:
             self._written = self.state, state_to_json(self.state)
         return self._written[1]
 
+    def change(self, known: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+        """The change from one :attr:`state_json` to another, made once for all who watch."""
+        before, after, change = self._changed
+        if before is not known or after is not current:
+            change = diff(known, current)
+            self._changed = known, current, change
+        return change
+
     def keep_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Keep a manifest with which a node joined, so that it need not travel again; few differ within a run."""
         if len(self.manifests) < MAX_MANIFESTS and all(manifest is not held for held in self.manifests.values()):
@@ -190,6 +211,11 @@ class LiveRun:
             if (until := self._heard_until()) < math.inf:
                 waits.append(until - self._clock())
             return max(SHORTEST_WAIT, min(waits)) if waits else None
+
+    def close(self) -> None:
+        """Close the event files."""
+        if self._chronicle is not None:
+            self._chronicle.close()
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call ``listener()``, from any thread, after every change; returns a function that ends this."""
@@ -235,6 +261,8 @@ class LiveRun:
         """Say so when nobody has been heard from for too long."""
         if not self._silent and self._clock() > self._heard_until():
             self._silent = True
+            if self._recorder is not None:
+                self._recorder.note(Kind.FAULT, str(self.problem))
             with speaking(self.state.run_id, "-"):
                 logger.warning("%s", self.problem)
 
@@ -250,6 +278,8 @@ class LiveRun:
             self._tell()
         self._unsaved = False
         self.state = self.host.state
+        if self._recorder is not None:
+            self._recorder.seen(self.state, self.host.history)
         for listener in list(self._listeners):
             listener()
 
@@ -259,6 +289,8 @@ class LiveRun:
             try:
                 store.save(self.host)
             except PsycheError as error:
+                if self._unstorable is None and self._recorder is not None:
+                    self._recorder.note(Kind.ERROR, str(error))
                 self._unstorable = str(error)
                 self._outage.fails(self._unstorable.removesuffix("."))
                 raise

@@ -12,10 +12,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from psyche_lightning.coordinator.history import Metrics
+from psyche_lightning.coordinator.metrics import Metrics
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning.server.live import LiveRun
-from psyche_lightning.server.status import members_of
+from psyche_lightning.server.nodes import members_of
 from psyche_lightning.version import __version__
 
 
@@ -79,8 +79,10 @@ def _samples(run: LiveRun) -> Iterator[Sample]:
         yield gauge("round_tokens", "Tokens of a round.", row.batch_size * state.max_seq_len)
         yield gauge("round_sent_bytes", "Bytes that a node sends in a round, the mean over the nodes.", row.bytes_up)
         yield gauge("round_received_bytes", "Bytes that a node receives in a round, likewise.", row.bytes_down)
-        for mean in row.figures:
-            yield gauge("figure", "Further figures of a step, means over the nodes.", mean.value, figure=mean.name)
+    # A node tells them with its next report, so the newest step has none yet; and not each step has them.
+    figures = {mean.name: mean.value for one in rows for mean in one.figures}
+    for name, value in figures.items():
+        yield gauge("figure", "Further figures of a step, means over the nodes.", value, figure=name)
     for one in {one.task: one for one in host.history.evaluations.since(0) if not one.undone}.values():
         for name, value in one.values.items():
             yield gauge("evaluation", "The newest evaluation of a task.", value, task=one.task, figure=name)

@@ -8,28 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Collection
 from functools import cached_property
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import hdrs, web
 
 from psyche_lightning.aio import within
+from psyche_lightning.chronicle.entry import COORDINATOR
+from psyche_lightning.chronicle.writer import Chronicle
 from psyche_lightning.coordinator.creation import check_settings, create_host
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.crowd import network, surplus
 from psyche_lightning.entrance import Entrance
-from psyche_lightning.errors import CoordinatorError, PsycheError
+from psyche_lightning.errors import CoordinatorError, PsycheError, counted
 from psyche_lightning.protocol.link import join_secret
 from psyche_lightning.protocol.manifest import manifest_text
+from psyche_lightning.server.archive import find, record_of
 from psyche_lightning.server.channel import MAX_FRAME_SIZE, NONCE_SIZE, SALT_SIZE, greet, problem
-from psyche_lightning.server.clock import steady
-from psyche_lightning.server.guard import Guard, Handler
+from psyche_lightning.server.clock import SEEN, steady
+from psyche_lightning.server.feed import Board, Feed, Watcher
+from psyche_lightning.server.guard import Guard, Handler, caller
 from psyche_lightning.server.limits import (
     BODY_SECONDS,
+    MAX_ARCHIVED,
+    MAX_FRAME_OF_PAGES,
     MAX_RUNS,
     MAX_STRANGERS,
     MAX_STRANGERS_OF_HOST,
@@ -50,12 +59,22 @@ from psyche_lightning.wire.identity import KEY_SIZE
 if TYPE_CHECKING:
     from psyche_lightning.server.metrics import Exposition
 
+logger = logging.getLogger(__name__)
+
 MAX_BODY_SIZE = MAX_FRAME_SIZE
 HEARTBEAT = 20.0
+PAGE_HEADERS = {
+    hdrs.CACHE_CONTROL: "no-cache",
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+"""Beside the page's own policy, which names the hashes of its script and its style."""
 RECONNECT_TIME = 10.0
 """Seconds in addition to the grace in which nodes find a coordinator again that was away for all of them."""
 STATUS = {
     "UnknownRun": 404,
+    "SeveralRuns": 409,
     "UnknownManifest": 404,
     "Unauthorized": 401,
     "ForeignOrigin": 403,
@@ -86,6 +105,8 @@ class CoordinatorServer:
             nothing.
         tls: whether to encrypt, with a certificate of the coordinator's key.
         heartbeat: seconds between pings; a node that is silent for one and a half of them is disconnected.
+        events: folder for the event files, which has one for each run; None for none.
+        max_runs: runs that it takes at once; None for 256.
     """
 
     def __init__(
@@ -100,8 +121,11 @@ class CoordinatorServer:
         grace: float = 5.0,
         tls: bool = False,
         heartbeat: float = HEARTBEAT,
+        events: Path | None = None,
+        max_runs: int | None = None,
     ) -> None:
         self.runs: dict[str, LiveRun] = {}
+        self.archived = store.archived()
         self._store = store
         self._identity = store.identity()
         self._clock = steady(wall) if clock is None else clock
@@ -111,10 +135,13 @@ class CoordinatorServer:
         self._grace = grace
         self._tls = coordinator_context(self._identity) if tls else None
         self._heartbeat = heartbeat
+        self._events = events
+        self._max_runs = max_runs or MAX_RUNS
         self._sessions: dict[tuple[str, bytes], Websocket] = {}
         self._sockets: set[web.WebSocketResponse] = set()
-        self._open: dict[Websocket, str] = {}  # in order of arrival, with their hosts
+        self._open: dict[Websocket | Watcher, str] = {}  # in order of arrival, with their hosts
         self._asking = Buckets(REQUEST_RATE, REQUEST_STORE)
+        self._board = Board(self.runs, self._clock, lambda: self.archived, store.archived_status)
         self._leaving: dict[tuple[str, bytes], asyncio.TimerHandle] = {}
         self._timekeepers: dict[str, asyncio.Task[None]] = {}
         self._runner: Entrance | None = None
@@ -167,9 +194,15 @@ class CoordinatorServer:
         await asyncio.gather(*closing, return_exceptions=True)
         if self._runner is not None:
             await self._runner.cleanup()
+        for run in self.runs.values():
+            run.close()
 
     def _live(self, host: RunHost) -> LiveRun:
-        return LiveRun(host, self._clock, self._store, self._wall, silence=SILENCE / HEARTBEAT * self._heartbeat)
+        run, silence = host.state.run_id, SILENCE / HEARTBEAT * self._heartbeat
+        chronicle = None
+        if self._events is not None:
+            chronicle = Chronicle(self._events / run, node=COORDINATOR, run=run, key=self.key.hex())
+        return LiveRun(host, self._clock, self._store, self._wall, silence=silence, chronicle=chronicle)
 
     def _add(self, run: LiveRun) -> LiveRun:
         self.runs[run.state.run_id] = run
@@ -238,8 +271,10 @@ class CoordinatorServer:
                 web.get("/", self._page),
                 web.get("/metrics", self._metrics),
                 web.get("/healthz", self._health),
+                web.get("/v1/feed", self._feed),
                 web.get("/v1/runs", self._list),
                 web.post("/v1/runs", self._create),
+                web.post("/v1/backup", self._backup),
                 web.get(run, self._status),
                 web.get(run + "/watch", self._watch),
                 web.post(run + "/pause", self._pause),
@@ -251,6 +286,7 @@ class CoordinatorServer:
                 web.post(run + "/kick", self._kick),
                 web.post(run + "/restart-from", self._restart_from),
                 web.post(run + "/close", self._close),
+                web.post(run + "/delete", self._delete),
                 web.post(run + "/link", self._link),
                 web.get("/v1/manifests/{digest}", self._manifest),
             ]
@@ -284,7 +320,9 @@ class CoordinatorServer:
 
     async def _page(self, request: web.Request) -> web.Response:
         page = resources.files("psyche_lightning.server").joinpath("page.html").read_text("utf-8")
-        return web.Response(text=page, content_type="text/html")
+        response = web.Response(text=page, content_type="text/html", headers=PAGE_HEADERS)
+        response.enable_compression()
+        return response
 
     async def _metrics(self, request: web.Request) -> web.Response:
         text, content_type = self._exposition.render(request.headers.get(hdrs.ACCEPT, ""))
@@ -302,19 +340,23 @@ class CoordinatorServer:
         return Exposition(self.runs.values, lambda: len(self._sockets))
 
     async def _list(self, request: web.Request) -> web.Response:
-        return web.json_response({"runs": [run_line(run) for run in self.runs.values()]})
+        lines = [run_line(run) for run in self.runs.values()]
+        return web.json_response({"runs": lines, "archived": self.archived}, headers={SEEN: caller(request)})
 
     async def _create(self, request: web.Request) -> web.Response:
         body = await self._body(request)
         host = create_host(body, self._entropy)
         run_id = host.state.run_id
-        if run_id not in self.runs and len(self.runs) >= MAX_RUNS:
+        if run_id not in self.runs and len(self.runs) >= self._max_runs:
             raise CoordinatorError(
-                f"this coordinator has {len(self.runs)} runs, which is its limit; close one: `psyche run close RUN`",
+                f"this coordinator has {counted(len(self.runs), 'run')}, which is its limit (--max-runs); close one: "
+                "`psyche run close RUN`",
                 code="TooManyRuns",
             )
         if run_id not in self.runs:
-            host.begin(self._clock())
+            now = self._clock()
+            host.history.ahead = self._wall() - now
+            host.begin(now)
             self._store.create(host, body)
             self._add(self._live(host))
         elif self._store.created(run_id) != body:  # an identical request may repeat one whose answer was lost
@@ -326,8 +368,12 @@ class CoordinatorServer:
         return web.json_response(run_status(self.runs[run_id]), status=201)
 
     async def _status(self, request: web.Request) -> web.Response:
+        name = request.match_info["run"]
+        if name not in self.runs and any(line["id"] == name for line in self.archived):
+            return web.json_response(self._store.archived_status(name))
         run = self._run(request)
-        return web.json_response(run_status(run, _number(request, "events"), _number(request, "metrics")))
+        places = (_number(request, name) for name in ("events", "metrics", "past", "rounds"))
+        return web.json_response(run_status(run, *places))
 
     async def _pause(self, request: web.Request) -> web.Response:
         return await self._command(request, lambda host, now: host.pause(now))
@@ -394,21 +440,68 @@ class CoordinatorServer:
         return key
 
     async def _close(self, request: web.Request) -> web.Response:
-        run = self._run(request)
+        """Close a halted run; its history is archived if it ever trained."""
+        run = self._halted(request)
         await self._body(request)
+        run_id = run.state.run_id
+        kept = run.host.history.dates.started is not None
+        forgotten: list[str] = []
+        if kept:
+            known = [line["id"] for line in self.archived]
+            self._store.archive(run_id, record_of(run, self._wall()))
+            self.archived = self._store.archived()
+            still = {line["id"] for line in self.archived}
+            forgotten = [one for one in known if one not in still]
+        else:
+            self._store.remove(run_id)
+        self._end(run_id)
+        for one in forgotten:
+            text = "the history of the closed run %s is deleted: those of the newest %d are kept"
+            logger.warning(text, one, MAX_ARCHIVED)
+        archived = run.state.scope if kept else None
+        return web.json_response({"closed": run_id, "archived": archived, "forgotten": forgotten})
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        """Delete a halted run with its history, or a closed one."""
+        name = request.match_info["run"]
+        await self._body(request)
+        if name in self.runs:
+            self._halted(request)
+            self._store.remove(name)
+            self._end(name)
+        else:
+            name = find(self.archived, name)
+            self._store.forget(name)
+            self.archived = self._store.archived()
+        run_id = name.partition("#")[0]
+        others = {*self.runs, *(line["run_id"] for line in self.archived)}
+        if self._events is not None and run_id not in others:  # runs of one name have one folder
+            shutil.rmtree(self._events / run_id, ignore_errors=True)
+        return web.json_response({"deleted": name})
+
+    def _halted(self, request: web.Request) -> LiveRun:
+        run = self._run(request)
         run_id = run.state.run_id
         if not run.state.phase.halted:
             raise CoordinatorError(
                 f"run {run_id!r} is open, in phase {run.state.phase.name}; pause it first: `psyche run pause {run_id}`",
                 code="CloseCoordinatorNotHalted",
             )
-        self._store.remove(run_id)
-        del self.runs[run_id]
+        return run
+
+    def _end(self, run_id: str) -> None:
+        """Serve a run no more."""
+        self.runs.pop(run_id).close()
         self._timekeepers.pop(run_id).cancel()
         for key, session in list(self._sessions.items()):
             if key[0] == run_id:
                 session.end()
-        return web.json_response({"closed": run_id})
+
+    async def _backup(self, request: web.Request) -> web.Response:
+        """A backup for the owner, with all that a coordinator in this one's place needs."""
+        await self._body(request)
+        data = self._store.backup(self._guard.token, self._wall())
+        return web.Response(body=data, content_type="application/octet-stream", headers={"Cache-Control": "no-store"})
 
     async def _link(self, request: web.Request) -> web.Response:
         """What a join link has besides the URL, which only the owner knows."""
@@ -436,6 +529,10 @@ class CoordinatorServer:
             manifest = run.host.manifest
             if manifest is not None and run.manifest_digest.hex() == wanted:
                 return web.Response(text=manifest_text(manifest), content_type="application/json")
+        scope = next((line["id"] for line in self.archived if line.get("manifest_digest") == wanted), None)
+        if scope is not None:
+            manifest = self._store.archived_status(scope)["manifest"]
+            return web.Response(text=manifest_text(manifest), content_type="application/json")
         raise CoordinatorError(f"no run has a manifest with the digest {wanted[:64]!r}", code="UnknownManifest")
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
@@ -449,6 +546,22 @@ class CoordinatorServer:
         # Called at each join: the run may have another link by then.
         secrets = None if self._guard.obeys(request) else lambda: [self._secret(run), *self._guard.secrets]
         session = Websocket(run, socket, greeting, secrets, self._arrived, self._heartbeat / 2)
+        try:
+            await self._serve(request, socket, session)
+        finally:
+            self._gone(session)
+        return socket
+
+    async def _feed(self, request: web.Request) -> web.StreamResponse:
+        """What the live page shows."""
+        socket = web.WebSocketResponse(heartbeat=self._heartbeat, max_msg_size=MAX_FRAME_OF_PAGES, compress=True)
+        await socket.prepare(request)
+        feed = Feed(self._board, request.query.get("run"))
+        await self._serve(request, socket, Watcher(socket, feed, self._wall))
+        return socket
+
+    async def _serve(self, request: web.Request, socket: web.WebSocketResponse, session: Websocket | Watcher) -> None:
+        """Serve a websocket, in place of the oldest one of a stranger if there are too many."""
         host = network(request.remote or "")
         strangers = {one: other for one, other in self._open.items() if not one.member}
         oldest = surplus(strangers, host, MAX_STRANGERS, MAX_STRANGERS_OF_HOST)
@@ -462,8 +575,6 @@ class CoordinatorServer:
         finally:
             self._sockets.discard(socket)
             self._open.pop(session, None)
-            self._gone(session)
-        return socket
 
 
 def _nonce(request: web.Request) -> bytes:

@@ -13,7 +13,6 @@ from typing import Any
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from psyche_lightning.errors import CoordinatorError, PsycheError, WireError
-from psyche_lightning.protocol.codec import diff
 from psyche_lightning.protocol.link import join_proof
 from psyche_lightning.protocol.requests import Join, decode
 from psyche_lightning.server.channel import (
@@ -143,8 +142,8 @@ class Websocket:
                 if self._full:
                     self._full = False
                     await self._send(["state", current])
-                elif current != known:
-                    await self._send(["change", known["nonce"], diff(known, current)])
+                elif change := self.run.change(known, current):
+                    await self._send(["change", known["nonce"], change])
                 known = current
                 if self._dismissed():
                     await self._dismiss()

@@ -45,8 +45,11 @@ class World(Protocol):
     def at(self, delay: float, action: Callable[[], None]) -> None:
         """Does something after ``delay`` virtual seconds."""
 
-    def trace(self, text: str) -> None:
-        """Notes something for the reader of the history."""
+    def trace(self, text: str, node: SimNode | None = None) -> None:
+        """Notes a fault, perhaps of a node, for the reader of the history."""
+
+    def begin_record(self, text: str) -> None:
+        """Has the coordinator, which begins or is back, write its events."""
 
     def state(self) -> RunState:
         """The run's state, which outlives the coordinator."""
@@ -163,7 +166,7 @@ class Faults:
     def end(self, node: SimNode) -> None:
         """Kill a node."""
         self.count += 1
-        self._simulation.trace(f"kill {node.name}")
+        self._simulation.trace(f"{node.name} is killed", node)
         node.end()
 
     def _kill(self, node: SimNode) -> None:
@@ -213,7 +216,7 @@ class Faults:
         more = self._simulation.state().step <= self._simulation.scenario.steps
         if more and node.core is not None and not node.done:
             self.count += 1
-            self._simulation.trace(f"the parameters of {node.name} change by themselves")
+            self._simulation.trace(f"the parameters of {node.name} change by themselves", node)
             node.head, node.flipped = sha256(node.head, b"flipped"), True
 
     def _fill(self, node: SimNode) -> None:
@@ -223,7 +226,7 @@ class Faults:
 
     def disk_failed(self, node: SimNode) -> None:
         """A write of a node failed: it withdraws and ends, and comes back when there is room."""
-        self._simulation.trace(f"the disk of {node.name} is full")
+        self._simulation.trace(f"the disk of {node.name} is full", node)
         self._leave(node)
         self._simulation.at(self._rng.uniform(1, 40), lambda: self._simulation.start(node))
 
@@ -241,7 +244,7 @@ class Faults:
     def _leap(self, node: SimNode) -> None:
         self.count += 1
         leap = self._rng.choice([1.0, 30.0, 3600.0])
-        self._simulation.trace(f"the clock of {node.name} leaps {leap:.0f} s ahead")
+        self._simulation.trace(f"the clock of {node.name} leaps {leap:.0f} s ahead", node)
         node.clock += leap
 
     def _lose_journal(self, node: SimNode) -> None:
@@ -251,7 +254,7 @@ class Faults:
         self.end(node)
         node.role = "forgetful"
         older = self._rng.random() < 0.5
-        self._simulation.trace(f"{node.name} loses {'the newest promises' if older else 'its journal'}")
+        self._simulation.trace(f"{node.name} loses {'the newest promises' if older else 'its journal'}", node)
         if older:
             newest = sorted(node.promises)[len(node.promises) // 2 :]
             node.promises = {key: kept for key, kept in node.promises.items() if key not in newest}
@@ -265,7 +268,7 @@ class Faults:
         if node.core is None or node.gone or node.done:
             return
         self.end(node)
-        self._simulation.trace(f"{node.name} loses its blobs")
+        self._simulation.trace(f"{node.name} loses its blobs", node)
         node.forget(blobs=True)
         self._simulation.at(self._rng.uniform(0.5, 10), lambda: self._simulation.start(node))
 
@@ -282,7 +285,7 @@ class Faults:
         if simulation.host is None:
             return
         self.count += 1
-        simulation.trace("kill the coordinator")
+        simulation.trace("the coordinator is killed")
         # It had stored every change before it announced it.
         simulation.disk, simulation.host = simulation.host.dump(), None
         simulation.at(self._rng.uniform(0.5, 15), self._restart_coordinator)
@@ -309,11 +312,11 @@ class Faults:
 
     def _restart_coordinator(self) -> None:
         simulation = self._simulation
-        simulation.trace("restart the coordinator")
         # Its clock begins with what the wall clock says, which may have been set meanwhile.
         simulation.clock = self._rng.uniform(0, 1e6)
         simulation.host = RunHost.load(simulation.disk)
         simulation.host.restarted(simulation.host_time)
+        simulation.begin_record("is back")
         simulation.changed()
 
     def _pause(self) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import StoreError, WireError
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.core import NodeCore
 from psyche_lightning.node.ledger import Row
 from psyche_lightning.node.notices import Finished
+from psyche_lightning.node.recorder import Recorder
 from psyche_lightning.protocol.messages import Envelope, Result
 from psyche_lightning.protocol.open_ids import OpenIds, closed, count
 from psyche_lightning.protocol.requests import Report
@@ -22,6 +24,8 @@ from psyche_lightning.wire.identity import Identity, short
 
 LAYOUT = sha256(b"simulated layout")
 BAD = b"malformed"
+PAYLOAD = len(BAD) + HASH_SIZE
+"""Bytes of a payload, besides one for each k of its step."""
 ABSTENTIONS = 0.01
 RATE = 2.0**-149
 """The learning rate, whose bits are 1."""
@@ -49,6 +53,8 @@ class SimNode:
         clock: how far its clock is ahead of virtual time; each process has a clock of its own.
         speed: samples that it trains in a second, where nodes differ.
         report: what it says of its speed.
+        distro: how updates are compressed; decides the sizes of payloads.
+        recorder: writes down its events; None without a trace.
     """
 
     index: int
@@ -77,6 +83,8 @@ class SimNode:
     follows: bool = True
     speed: float = 1.0
     report: Report = field(default_factory=Report)
+    distro: DistroConfig = field(default_factory=DistroConfig)
+    recorder: Recorder | None = None
 
     @property
     def name(self) -> str:
@@ -87,6 +95,10 @@ class SimNode:
     def digest(self) -> bytes:
         """Digest of its parameters and open ids."""
         return sha256(pack([self.head, self.open_ids]))
+
+    def payload_size(self, step: int) -> int:
+        """Bytes of each payload of a step."""
+        return PAYLOAD + self.distro.at(step).k
 
     def begin(self, core: NodeCore) -> None:
         """Starts with parameters of its own."""
@@ -167,9 +179,9 @@ class SimNode:
         """Does a task of the training thread."""
         match task:
             case ev.Train(epoch, height, step, batch):
-                blob = (BAD if self.role == "malformed" else b"ok") + sha256(
-                    self.identity.public, self.head, f"{epoch} {height}".encode()
-                )
+                k = self.distro.at(step).k - (self.role == "other k")
+                kind = BAD if self.role == "malformed" else b"ok".ljust(len(BAD))
+                blob = kind + sha256(self.identity.public, self.head, f"{epoch} {height}".encode()) + bytes(k)
                 (start, end), *again = closed(batch)
                 tokens = 0 if rng.random() < ABSTENTIONS else count(batch)
                 self.buffers = sha256(self.buffers, self.identity.public)
@@ -178,7 +190,8 @@ class SimNode:
                     epoch, height, step, start, end, 0, self.put(blob), len(blob), LAYOUT, lrs, 0, tokens, tuple(again)
                 )
                 return ev.Trained(epoch, height, result)
-            case ev.Apply(epoch, height, _, payloads, lrs, due, _, prints, open_ids):
+            case ev.Apply(epoch, height, step, payloads, lrs, due, _, prints, open_ids):
+                assert all(len(self.blobs[payload]) == self.payload_size(step) for payload in payloads)
                 if payloads:  # as in the runtime, an empty set leaves the parameters alone
                     self.head = sha256(self.head, *(self.blobs[payload] for payload in payloads), repr(lrs).encode())
                 self.open_ids = open_ids

@@ -34,6 +34,7 @@ ROLES = (
     "rates",  # other learning rates
     "accuse",  # accuses without proof
     "ask",  # asks for everything, all the time
+    "other k",  # payloads of another k than that of their step
 )
 SIGN_TWICE = ("equivocate", "flood")
 """The roles that sign two results for one round."""

@@ -46,6 +46,7 @@ class Scenario:
         copies: times that the coordinator is restored from an older copy of the same epoch.
         schedule: whether the learning rate is that of a schedule in the manifest.
         speeds: whether nodes differ in speed, shares follow what they say of it, and cheats boast.
+        changes: times that k and the number of local steps change during the run (``distro.schedule``).
     """
 
     seed: int
@@ -76,6 +77,7 @@ class Scenario:
     schedule: bool = False
     copies: int = 0
     speeds: bool = False
+    changes: int = 0
 
     @property
     def unreliable(self) -> int:
@@ -139,9 +141,10 @@ class Scenario:
         # A node without its journal signs a second result when an older coordinator asks again: no promise covers both.
         room = not drawn.copies and nodes - forgetful.unreliable >= quorum(nodes) and forgetful.ejects
         drawn = forgetful if room and rng.random() < 0.3 else drawn
-        # A coordinator restored from an older copy may have measured otherwise, and divide a round anew in another way.
-        speeds = rng.random() < 0.3 and not drawn.copies
-        return replace(drawn, replacements=min(drawn.replacements, drawn.spare), speeds=speeds)
+        speeds, changes = rng.random() < 0.3, rng.choice([0, 0, 1, 3])
+        return replace(
+            drawn, replacements=min(drawn.replacements, drawn.spare), speeds=speeds, changes=min(changes, drawn.steps)
+        )
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,15 @@ import base64
 import heapq
 import multiprocessing
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from psyche_lightning.chronicle.entry import SIMULATOR, Entry, Kind
 from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.coordinator.recorder import RunRecorder
+from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import CoordinatorError, StoreError, TransportError, WireError
 from psyche_lightning.node import events as ev
 from psyche_lightning.node.audit import Audit, audit
@@ -30,6 +34,7 @@ from psyche_lightning.node.notices import (
     TwoResults,
 )
 from psyche_lightning.node.rates import Rates
+from psyche_lightning.node.recorder import Recorder
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.witness import list_promise
 from psyche_lightning.protocol.committee import decided_root
@@ -63,10 +68,10 @@ class Simulation:
 
     Args:
         scenario: what may happen.
-        trace: called with ``(virtual time, text)`` for everything worth reading.
+        trace: called with each event, at virtual times: those that real nodes and coordinators write, and the faults.
     """
 
-    def __init__(self, scenario: Scenario, trace: Callable[[float, str], None] | None = None) -> None:
+    def __init__(self, scenario: Scenario, trace: Callable[[Entry], None] | None = None) -> None:
         self.scenario = scenario
         self.rng = random.Random(f"history {scenario.seed}")
         self.now = 0.0
@@ -111,6 +116,9 @@ class Simulation:
         self._announced = -1
         self._step = 0
         self._record: dict[tuple[int, int], bytes | None] = {}
+        self._distro = _distro(scenario)
+        self._recorder: RunRecorder | None = None
+        self.begin_record("begins")
         self.nodes: list[SimNode] = []
         for _ in range(scenario.nodes):
             self.add_node()
@@ -132,10 +140,18 @@ class Simulation:
         """What the coordinator's clock says."""
         return self.now + self.clock
 
-    def trace(self, text: str) -> None:
-        """Notes something for the reader of the history."""
+    def trace(self, text: str, node: SimNode | None = None) -> None:
+        """Notes a fault, perhaps of a node, for the reader of the history."""
         if self._trace:
-            self._trace(self.now, text)
+            about = (node.name,) if node is not None else ()
+            self._trace(Entry(self.now, Kind.FAULT, text, about=about, node=SIMULATOR, run=RUN))
+
+    def begin_record(self, text: str) -> None:
+        """Has the coordinator, which begins or is back, write its events."""
+        if self._trace and self.host is not None:
+            self._recorder = RunRecorder(RUN, self.host.history.events.count, lambda: self.now, self._trace)
+            self._recorder.note(Kind.START, text)
+            self._recorder.seen(self.host.state, self.host.history)
 
     def run(self) -> History:
         """Play the history to its end.
@@ -330,6 +346,8 @@ class Simulation:
         if self.host.state.nonce == self._announced:
             return
         self._observe(self.host.state)
+        if self._recorder is not None:
+            self._recorder.seen(self.host.state, self.host.history)
         self._announced = self.host.state.nonce
         for node in self.nodes:
             if node.core is not None:
@@ -376,7 +394,8 @@ class Simulation:
     def add_node(self) -> SimNode:
         """A new node, which is not running yet."""
         number = len(self.nodes)
-        node = SimNode(number, Identity(sha256(b"node", number.to_bytes(2, "little"))), speed=SPEEDS[number % 4])
+        identity = Identity(sha256(b"node", number.to_bytes(2, "little")))
+        node = SimNode(number, identity, speed=SPEEDS[number % 4], distro=self._distro)
         self.nodes.append(node)
         self._by_key[node.identity.public] = node
         return node
@@ -385,7 +404,9 @@ class Simulation:
         """Starts a node that is not running, unless it is gone for good."""
         if node.gone or node.core is not None:
             return
-        self.trace(f"start {node.name}")
+        if self._trace:
+            node.recorder = Recorder(node.name, node.identity.public, RUN, lambda: self.now, self._trace)
+            node.recorder.note(Kind.START, f"as a node that is {node.role}" if node.role else "")
         node.begin(self._core(node))
         state = self.state()
         if state.phase is not Phase.WAITING_FOR_MEMBERS:
@@ -400,7 +421,7 @@ class Simulation:
             self.scenario.overlap,
             3,
             LAYOUT,
-            lambda step: 64,
+            node.payload_size,
             True,
             keep_bytes=self.scenario.keep_bytes,
             rates=Rates(1, (lambda step: RATE) if self.scenario.schedule else None),
@@ -419,6 +440,8 @@ class Simulation:
             if self.host is not None and self.rng.random() < 0.2:
                 self._push(node, life)  # a reconnect brings the newest state
             self._give(node, ev.Tick())
+            if node.recorder is not None and node.core is not None:
+                node.recorder.awaits(None if node.working or node.queue else node.core.awaited())
             self.at(TICK, lambda: self._push_tick(node, life))
 
     def _give_if(self, node: SimNode, life: int, event: ev.Event) -> None:
@@ -431,8 +454,12 @@ class Simulation:
         life = node.life
         if isinstance(event, ev.Received):
             node.plays.hear(event.envelope)
+        if node.recorder is not None:
+            node.recorder.event(event)
         try:
             for effect in node.core.handle(event, self.now + node.clock):
+                if node.recorder is not None and node.core is not None:
+                    node.recorder.effect(effect, node.core.log)
                 for played in node.plays.play(effect):
                     if node.life == life:
                         self._carry_out(node, played)
@@ -455,8 +482,8 @@ class Simulation:
                 node.remember(key, envelopes)
             case ev.SetPeers(peers):
                 node.peers = tuple(key for key, _ in peers)
-            case ev.Fetch(payload, providers=providers):
-                self.at(self._latency(), lambda: self._fetch(node, life, payload, list(providers)))
+            case ev.Fetch(payload, _, step, providers):
+                self.at(self._latency(), lambda: self._fetch(node, life, payload, step, list(providers)))
             case ev.Train() | ev.Apply() | ev.TakeSnapshot() | ev.Load() | ev.ShareBuffers() | ev.LoadBuffers():
                 node.queue.append(effect)
                 self._work(node)
@@ -466,10 +493,8 @@ class Simulation:
                 node.write_down([row_of(self.scope, record) for record in records])
             case Finished():
                 node.done = effect
-                self.trace(f"{node.name} leaves: {effect}")
             case Notice():
                 self._notice(node, effect)
-                self.trace(f"{node.name}: {effect}")
             case Request():
                 self.at(self._latency(), lambda: self._ask(node, effect, life))
             case ev.StartOver(state):
@@ -502,7 +527,7 @@ class Simulation:
         for _ in range(copies):
             self.at(self._latency(), lambda: self._give_if(target, life, ev.Received(envelope)))
 
-    def _fetch(self, node: SimNode, life: int, digest: bytes, providers: list[bytes]) -> None:
+    def _fetch(self, node: SimNode, life: int, digest: bytes, step: int, providers: list[bytes]) -> None:
         """Tries the providers in turn, each with its delay and chance of failure."""
         if node.life != life:
             return
@@ -513,7 +538,7 @@ class Simulation:
             data = source.serve(digest)
             if data is None or self.faults.payload_lost() or sha256(data) != digest:
                 continue
-            if data.startswith(BAD):
+            if data.startswith(BAD) or len(data) != node.payload_size(step):
                 self._give(node, ev.Fetched(digest, "a malformed payload", refused=True))
                 return
             try:
@@ -537,7 +562,9 @@ class Simulation:
             return
         node.working = True
         task, life = node.queue.popleft(), node.life
-        seconds = self.rng.uniform(0.2, 3.0) if isinstance(task, ev.Train) else 0.02
+        seconds = 0.02
+        if isinstance(task, ev.Train):
+            seconds = self.rng.uniform(0.2, 3.0) * max(1, self._distro.at(task.step).local_steps)
         if self.scenario.speeds and isinstance(task, ev.Train):
             samples = count(task.batch)
             seconds = samples / (node.speed * self.rng.uniform(0.9, 1.1))
@@ -611,6 +638,21 @@ class Simulation:
             raise self._error(f"after round {height} of epoch {epoch} the parameters differ: {names}")
 
 
+def _distro(scenario: Scenario) -> DistroConfig:
+    """The configuration of a history, with a schedule of k and local steps if these change."""
+    rng = random.Random(f"distro {scenario.seed}")
+    firsts = sorted(rng.sample(range(1, scenario.steps + 1), scenario.changes))
+    schedule = [
+        {"from_step": first, "k": rng.choice([2, 6, 24, 96]), "local_steps": rng.choice([1, 2, 4])} for first in firsts
+    ]
+    return DistroConfig(local_steps=1, schedule=schedule) if schedule else DistroConfig()
+
+
+def _leave_ctrl_c_to_the_first() -> None:
+    """A terminal sends Ctrl-C to all processes; the one that began the others ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _attempt(seed: int) -> History | SimulationError:
     try:
         return simulate(seed)
@@ -623,11 +665,11 @@ def simulate_all(seeds: Iterable[int], workers: int) -> Iterator[History | Simul
     if workers == 1:
         yield from map(_attempt, seeds)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, _leave_ctrl_c_to_the_first) as pool:
         yield from pool.imap(_attempt, seeds, chunksize=4)
 
 
-def simulate(seed: int, trace: Callable[[float, str], None] | None = None) -> History:
+def simulate(seed: int, trace: Callable[[Entry], None] | None = None) -> History:
     """Play the history of a seed.
 
     Raises:

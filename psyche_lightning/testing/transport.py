@@ -28,7 +28,7 @@ import pytest
 from psyche_lightning.errors import AbsentError, TransportError
 from psyche_lightning.protocol.messages import MAX_MESSAGE_SIZE
 from psyche_lightning.testing.peers import LONG, Node, eventually
-from psyche_lightning.transports.base import Transport
+from psyche_lightning.transports.base import HandsOut, Transport
 from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity, short
 
@@ -239,6 +239,21 @@ class TransportContract(abc.ABC):
             a, b = await self.nodes(2)
             data = os.urandom(size)
             assert await a.transport.fetch(b.add(data), [b.key], max_size=size, timeout=LONG) == data
+
+        self.play(scene)
+
+    def test_a_blob_that_was_handed_out_arrives_like_any_other(self) -> None:
+        async def scene() -> None:
+            a, b, c = await self.nodes(3)
+            few, more = os.urandom(1000), os.urandom(2_000_000)
+            for data in (few, more):
+                digest = b.add(data)
+                if isinstance(b.transport, HandsOut):
+                    b.transport.hand_out(data)
+                b.transport.broadcast(digest)
+                for node in (a, c):
+                    await eventually(lambda node=node, digest=digest: digest in node.texts(b), "they hear of it")  # type: ignore[misc]
+                    assert await node.transport.fetch(digest, [b.key], max_size=len(data), timeout=LONG) == data
 
         self.play(scene)
 

@@ -9,13 +9,38 @@ from typing import Any
 
 import torch
 
-from psyche_lightning.errors import ConfigError
+from psyche_lightning.errors import ConfigError, counted
 from psyche_lightning.recipe.config import TrainerSection
+from psyche_lightning.system import devices
 
 logger = logging.getLogger(__name__)
 
 _COMPILERS = ("torch._dynamo", "torch._inductor")
 """The modules of the errors of ``torch.compile``."""
+
+
+_GPUS = {"auto": ("cuda", "mps"), "gpu": ("cuda", "mps"), "cuda": ("cuda",), "mps": ("mps",)}
+"""The kinds of devices that each ``trainer.accelerator`` may mean, but for the CPU."""
+
+
+def check_accelerator(trainer: TrainerSection) -> None:
+    """Refuse devices that this machine lacks, before a model is loaded.
+
+    Raises:
+        ConfigError: there is no such device, or not as many; the text says what there is.
+    """
+    found = devices()
+    count = max((found.get(kind, 0) for kind in _GPUS.get(trainer.accelerator, ())), default=0)
+    if not count and trainer.accelerator not in ("auto", "cpu"):
+        raise ConfigError(
+            f"trainer.accelerator is {trainer.accelerator!r}, but torch finds only {', '.join(found)} on this "
+            "machine. Set trainer.accelerator=auto, or install a torch that is built for it, and its driver."
+        )
+    if 0 < count < trainer.devices:
+        raise ConfigError(
+            f"trainer.devices is {trainer.devices}, but torch finds {counted(count, 'device')} on this machine. Set "
+            f"trainer.devices={count} or less, or trainer.accelerator=cpu."
+        )
 
 
 def apply_choices(model: torch.nn.Module, trainer: TrainerSection) -> None:

@@ -89,7 +89,7 @@ class Evals:
     def at_the_end(self, session: Session, model: torch.nn.Module, step: int) -> None:
         """Evaluate the last parameters, together with the nodes that do so now; returns when all is measured."""
         spare = session.spare
-        spare.give(None)
+        spare.withdraw(self)
         if spare.used:
             text = "evaluations took %.1f s of this node's waits, and delayed its rounds by %.2f s"
             logger.info(text, spare.used, spare.late)

@@ -19,25 +19,29 @@ LOGS = "logs"
 """The folder of their files, in the node's folder; each training has a ``version_N`` of its own in it."""
 
 
-def make_loggers(name: LoggerName | None, folder: Path, run: str, metrics_port: int | None) -> list[Logger]:
+def make_loggers(
+    name: LoggerName | None, folder: Path, run: str, metrics_port: int | None, metrics_host: str
+) -> list[Logger]:
     """The logger that a recipe names, and the one that Prometheus reads.
 
     Args:
         name: see :func:`make_logger`.
         folder: likewise.
         run: likewise, and the label of all metrics.
-        metrics_port: a port of this machine; None for none.
+        metrics_port: the port on which Prometheus reads the figures; None for none.
+        metrics_host: the address of this machine to which that port belongs.
 
     Raises:
-        ConfigError: as for :func:`make_logger`, or the port is taken.
+        ConfigError: as for :func:`make_logger`, or nothing can listen on that address and port.
     """
     named = make_logger(name, folder, run)
     loggers = [] if named is None else [named]
     if metrics_port is not None:
         from psyche_lightning.lightning.prometheus import PrometheusLogger
 
-        shown = PrometheusLogger(metrics_port, run=run)
-        logger.info("Prometheus finds this node's figures at http://127.0.0.1:%d/metrics", shown.port)
+        shown = PrometheusLogger(metrics_port, metrics_host, run=run)
+        place = f"[{metrics_host}]" if ":" in metrics_host else metrics_host
+        logger.info("Prometheus finds this node's figures at http://%s:%d/metrics", place, shown.port)
         loggers.append(shown)
     return loggers
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.hookspecs import DataProvider
 from psyche_lightning.lightning.weights import IGNORED, trained
+from psyche_lightning.lightning.world import World
 from psyche_lightning.muon import MuonAdamW, hidden_matrices
 from psyche_lightning.recipe.config import OptimizerSection
 from psyche_lightning.recipe.schedule import Schedule
@@ -66,27 +68,53 @@ class CausalModule(LightningModule):
         return loss
 
     @torch.no_grad()
-    def evaluate(self, samples: Sequence[dict[str, torch.Tensor]], batch_size: int) -> float:
+    def evaluate(
+        self, samples: Sequence[dict[str, torch.Tensor]], batch_size: int, world: World | None = None
+    ) -> float:
         """Mean cross-entropy over all trained tokens of the samples, in nats; NaN if they have none.
 
         Losses that a model adds for its training, such as that of a mixture's router, do not belong to it.
+
+        Args:
+            samples: as the data gives them.
+            batch_size: samples of a forward pass.
+            world: the ranks that divide the samples; all of them call it at once. None for this process alone.
         """
+        rank, ranks = (0, 1) if world is None else (world.rank, world.size)
         training = self.training
         self.eval()
         kept = [sample for sample in samples if trained(sample["labels"][None], self.shifts_labels)]
         total, tokens = 0.0, 0
-        for start in range(0, len(kept), batch_size):
-            part = kept[start : start + batch_size]
-            names = [name for name in INPUTS if name in part[0] and name != "labels"]
-            inputs = {name: torch.stack([sample[name] for sample in part]).to(self.device) for name in names}
+        for start in range(rank, len(kept) + rank, ranks * batch_size):
+            part = kept[start : start + ranks * batch_size : ranks]
+            shown = part or kept[:1]  # where nothing is left, the pass is made for the other ranks
+            names = [name for name in INPUTS if name in shown[0] and name != "labels"]
+            inputs = {name: torch.stack([sample[name] for sample in shown]).to(self.device) for name in names}
             with self.trainer.precision_plugin.forward_context():
                 logits = self.model(**inputs, **self._options).logits
-            for sample, row in zip(part, logits, strict=True):  # one at a time, as float32 takes much memory
+            for sample, row in zip(part, logits, strict=bool(part)):  # one at a time, as float32 takes much memory
                 labels = sample["labels"][1:].to(row.device)
                 total += float(cross_entropy(row[:-1].float(), labels, ignore_index=IGNORED, reduction="sum"))
                 tokens += trained(labels, False)
         self.train(training)
+        if world is not None:
+            total, all_tokens = world.sum([total, tokens])
+            tokens = int(all_tokens)
         return total / tokens if tokens else math.nan
+
+    @torch.no_grad()
+    def next_token(self, text: Sequence[int]) -> int:
+        """The likeliest token after a text; nothing is compiled for it, as texts differ in length."""
+        training = self.training
+        self.eval()
+        ids = torch.tensor([list(text)], device=self.device)
+        forward: Any = self.model if isinstance(self.model, FSDPModule) else self.model.forward  # the former gathers it
+        try:
+            with self.trainer.precision_plugin.forward_context():
+                logits: torch.Tensor = forward(input_ids=ids, **self._options).logits
+        finally:
+            self.train(training)
+        return int(logits[0, -1].argmax())
 
     def configure_optimizers(self) -> Any:
         """The recipe's optimizer with one group of trainable parameters for each factor on the learning rate.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,8 +13,7 @@ import torch
 from psyche_lightning.checkpoints.address import open_storage
 from psyche_lightning.checkpoints.folder import ADAPTER, cache_folder, complete_checkpoints, fetch_newest, local_model
 from psyche_lightning.checkpoints.manifest import Metadata
-from psyche_lightning.checkpoints.model import ModelCopy, tokenizer_files
-from psyche_lightning.checkpoints.pretrained import Source
+from psyche_lightning.checkpoints.model import tokenizer_files
 from psyche_lightning.checkpoints.writer import Writer
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.session import Session
@@ -25,6 +23,7 @@ from psyche_lightning.recipe.config import ModelSection, Recipe
 from psyche_lightning.recipe.manifest import start_section
 from psyche_lightning.text import plain
 from psyche_lightning.train.card import Facts, card
+from psyche_lightning.train.together import COPY
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,6 @@ class Checkpoints:
         folder: the node's folder.
         tokenizer: the tokenizer to save with each checkpoint; None for none.
         sections: the run's manifest; each checkpoint records its digest.
-        dtype: dtype of the saved parameters; None for that of the parameters in memory.
 
     Raises:
         PsycheError: the folder or address is not writable.
@@ -56,7 +54,6 @@ class Checkpoints:
         folder: Path,
         tokenizer: Any,
         sections: Mapping[str, Any],
-        dtype: torch.dtype | None = None,
     ) -> None:
         section = recipe.checkpoint
         storage = None if section.to is None else open_storage(section.to)
@@ -68,7 +65,6 @@ class Checkpoints:
         self._writers = section.writers
         self._run = run
         self._settings = without_start(sections)
-        self._dtype = dtype
         self._saved: int | None = None
 
     def after_round(self, session: Session, model: torch.nn.Module) -> None:
@@ -105,7 +101,7 @@ class Checkpoints:
     ) -> bool:
         metadata, known = self._metadata(standing), facts(session, model, standing.step)
         return self._writer.save(
-            lambda: ModelCopy(model, PREFIX, self._dtype),
+            lambda: session.on_shards(COPY),
             metadata,
             rank,
             card=lambda digest: card(self._recipe, metadata, digest, known),
@@ -159,29 +155,11 @@ class Beginning:
         return None if self.section is None else (self.section["step"], self.section["data_index"])
 
 
-def saved_dtype(recipe: Recipe, beginning: Beginning) -> torch.dtype | None:
-    """The dtype of saved parameters; None for that of the parameters in memory.
-
-    A checkpoint in bfloat16 stays one, although it is trained with more digits. An adapter is saved as it is trained.
-
-    Raises:
-        PsycheError: the source's configuration cannot be read.
-    """
-    if recipe.model.adapter:
-        return None
-    path = beginning.options.get("path")
-    named: str | None = recipe.checkpoint.save_dtype
-    if named is None and path is not None and not beginning.options.get("fresh"):
-        with contextlib.suppress(ConfigError):  # a plugin's own kind of path
-            named = Source.of(str(path)).dtype
-        if named != recipe.model.dtype == "float32":
-            logger.info(
-                "the parameters come from a checkpoint in %s and are trained in float32; checkpoints are saved in %s "
-                "(checkpoint.save_dtype)",
-                named,
-                "bfloat16" if named == "bfloat16" else "float32",
-            )
-    return torch.bfloat16 if named == "bfloat16" else torch.float32 if recipe.checkpoint.save_dtype else None
+def say_saved(recipe: Recipe, dtype: torch.dtype | None) -> None:
+    """Say so if checkpoints are not saved in the dtype of training, because the first one is not."""
+    if dtype is not None and recipe.checkpoint.save_dtype is None and recipe.model.dtype == "float32":
+        text = "the parameters come from a checkpoint in %s and are trained in float32; checkpoints are saved in %s"
+        logger.info(f"{text} (checkpoint.save_dtype)", *[str(dtype).removeprefix("torch.")] * 2)
 
 
 def begin(recipe: Recipe, fixed: Mapping[str, Any] | None) -> Beginning:

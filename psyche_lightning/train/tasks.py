@@ -234,7 +234,7 @@ def saved_tokenizer(tokenizer: Any) -> Any:
     from transformers import AutoTokenizer
 
     if tokenizer is None:
-        raise ConfigError("evals.tasks names tasks, but the data has no tokenizer with which to ask them.")
+        raise ConfigError("evals is set, but the data has no tokenizer for its texts.")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from psyche_lightning.errors import TransportError
 from psyche_lightning.protocol.messages import MAX_MESSAGE_SIZE
@@ -136,6 +136,17 @@ class Transport(Protocol):
 
     async def stop(self) -> None:
         """Close everything within a second or two; idempotent."""
+
+
+@runtime_checkable
+class HandsOut(Protocol):
+    """A transport that can send a blob before it is asked for it; others need no such method."""
+
+    def hand_out(self, blob: bytes) -> None:
+        """Say that the peers are about to fetch a blob: a message that names it follows.
+
+        The transport may send it at once, so that they need not ask, or do nothing, as for a large blob or many peers.
+        """
 
 
 def check_message(message: bytes) -> None:

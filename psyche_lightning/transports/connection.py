@@ -134,6 +134,7 @@ class ConnectionContext:
         download: the limit on receiving; downloads of blobs wait for it themselves.
         message: called with ``(peer, message)``; raises FloodError when the peer sends too many.
         gossip: called with ``(peer, body)`` of a GOSSIP frame; raises WireError when the frame is malformed, too.
+        handed: called with ``(peer, blob)`` when a peer sends a blob that nobody asked for.
         stall: seconds without progress after which a request fails.
     """
 
@@ -143,6 +144,7 @@ class ConnectionContext:
     download: Throttle
     message: Callable[[bytes, bytes], None]
     gossip: Callable[[bytes, bytes], None]
+    handed: Callable[[bytes, bytes], None]
     stall: float
 
 
@@ -399,7 +401,7 @@ class Connection:
                 self.heard = self._loop.time()
                 self._handle(kind, body)
                 if kind != Kind.BLOCK:
-                    pause = self._frames.wait(PING if kind == Kind.PING else 1.0, self.heard)
+                    pause = self._frames.wait(PING if kind in (Kind.PING, Kind.BLOB) else 1.0, self.heard)
                     if pause:
                         await asyncio.sleep(pause)
         except FloodError as error:
@@ -419,12 +421,11 @@ class Connection:
         self.close(f"the connection broke ({text})")
 
     def _handle(self, kind: int, body: bytes) -> None:
-        if kind in (Kind.MESSAGE, Kind.GOSSIP):
-            self._shared.download.charge(len(body))
-            if kind == Kind.GOSSIP:
-                self._shared.gossip(self.peer, body)
-                return
-            self._shared.message(self.peer, body)
+        shared = self._shared
+        unasked = {Kind.MESSAGE: shared.message, Kind.GOSSIP: shared.gossip, Kind.BLOB: shared.handed}
+        if kind in unasked:
+            shared.download.charge(len(body))
+            unasked[Kind(kind)](self.peer, body)
         elif kind == Kind.PING:
             self._check_patience()
             self._post(frame(Kind.PONG))

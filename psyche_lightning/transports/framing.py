@@ -15,6 +15,7 @@ BLOCK      request u32 | the next bytes of the part, at most 64 KiB
 ABSENT     request u32: the sender does not have the blob
 ENOUGH     request u32 | length u64: send no more than this many bytes of the part; 0 cancels the request
 GOSSIP     a message to pass on (see :mod:`~psyche_lightning.transports.gossip`)
+BLOB       a small blob that the receiver is about to want, up to ``MAX_HANDED``
 =========  ==========================================================================================================
 """
 
@@ -30,6 +31,10 @@ from psyche_lightning.protocol.messages import MAX_MESSAGE_SIZE
 from psyche_lightning.text import plain
 
 BLOCK_SIZE = 64 * 1024
+MAX_HANDED = 8 * 1024
+"""Largest blob, in bytes, that a node sends before it is asked for it."""
+MAX_HANDED_OUT = 64 * 1024
+"""Bytes of such a blob for all peers together up to which it does so."""
 _HEADER = struct.Struct("!IB")
 
 
@@ -49,6 +54,7 @@ class Kind(enum.IntEnum):
     ABSENT = 10
     ENOUGH = 11
     GOSSIP = 12
+    BLOB = 13
 
 
 LIMITS: dict[int, tuple[int, int]] = {
@@ -65,6 +71,7 @@ LIMITS: dict[int, tuple[int, int]] = {
     Kind.ABSENT: (4, 4),
     Kind.ENOUGH: (12, 12),
     Kind.GOSSIP: (43, 43 + 8 * 32 + MAX_MESSAGE_SIZE),
+    Kind.BLOB: (1, MAX_HANDED),
 }
 
 

@@ -44,7 +44,7 @@ from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.certificate import client_context, self_signed, server_context
 from psyche_lightning.wire.identity import KEY_SIZE, Identity, short, verify
 
-VERSION = 2
+VERSION = 3
 CHALLENGE_SIZE = 32
 SERVER_PURPOSE = "psyche-lightning tcp server 1"
 CLIENT_PURPOSE = "psyche-lightning tcp client 1"

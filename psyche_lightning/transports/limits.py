@@ -34,7 +34,7 @@ REFUSED = 50.0
 FRAME_RATE, FRAME_STORE = 1000.0, 5000.0
 """Frames of all kinds but blocks that a connection delivers in a second, and in advance; further ones wait."""
 PING = 20.0
-"""Frames as which a PING counts."""
+"""Frames as which a PING counts, and a BLOB."""
 MOVE_RATE, MOVE_STORE = 1 / 60, 4.0
 """Changes of a peer's address that this node follows in a second, and in advance."""
 SHORTEST_QUARANTINE, LONGEST_QUARANTINE = 60.0, 3600.0

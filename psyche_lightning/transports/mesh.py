@@ -26,7 +26,7 @@ from psyche_lightning.transports.base import Link, Progress, TransportContext, c
 from psyche_lightning.transports.cache import KEPT_SECONDS, BlobCache
 from psyche_lightning.transports.connection import Connection, ConnectionContext
 from psyche_lightning.transports.download import Download, DownloadAttempt
-from psyche_lightning.transports.framing import Kind, frame
+from psyche_lightning.transports.framing import MAX_HANDED, MAX_HANDED_OUT, Kind, frame
 from psyche_lightning.transports.gossip import Gossip
 from psyche_lightning.transports.handshake import RefusedError, UnwelcomeError
 from psyche_lightning.transports.limits import Allowance, Bucket, Quarantine, Said
@@ -35,6 +35,7 @@ from psyche_lightning.transports.peer import Peer
 from psyche_lightning.transports.pipe import Pipe
 from psyche_lightning.transports.reach import Reach
 from psyche_lightning.transports.throttle import Throttle
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import KEY_SIZE, short
 
 MAX_ARRIVING = 256  # connections that have not proved their key
@@ -148,7 +149,14 @@ class MeshTransport(abc.ABC):
         self._cache = BlobCache(context.read_blob)
         self._gossip = Gossip(context.identity.public, self._rng)
         self._shared = ConnectionContext(
-            context, self._cache, self._upload, self._download, self._told, self._heard, stall=self._silence / 2
+            context,
+            self._cache,
+            self._upload,
+            self._download,
+            self._told,
+            self._heard,
+            self._handed,
+            stall=self._silence / 2,
         )
         address = await self._open(context)
         self._running = True
@@ -202,6 +210,16 @@ class MeshTransport(abc.ABC):
             self._said.note(message)
             self._deliver(self._gossip.broadcast(bytes(message), self._now(), near, self._peers.keys() - near))
 
+    def hand_out(self, blob: bytes) -> None:
+        """See the contract. Large blobs, and those for many peers, wait until they are asked for: others share that."""
+        near = self._near()
+        if self._context is None or not 0 < len(blob) <= min(MAX_HANDED, MAX_HANDED_OUT // max(1, len(near))):
+            return
+        data = frame(Kind.BLOB, blob)
+        for key in near:
+            self._peers[key].put(data)
+            self._context.on_served(len(blob), len(blob))
+
     async def fetch(
         self,
         digest: bytes,
@@ -213,16 +231,23 @@ class MeshTransport(abc.ABC):
     ) -> bytes:
         """See the contract.
 
-        First asks the providers that are connected and whose blobs came fastest before; takes a large blob from several
-        at once. Keeps the bytes of a blob that nobody completed for the next attempt.
+        A blob that one of them handed out is here. Else it first asks those that are connected and whose blobs came
+        fastest before; takes a large blob from several at once. Keeps the bytes of a blob that nobody completed for the
+        next attempt.
         """
         unknown = [key for key in providers if key not in self._peers]
         if not self._running:
             raise TransportError(f"nobody delivered blob {short(digest)}: this node's transport is not running")
+        known = [self._peers[key] for key in dict.fromkeys(providers) if key in self._peers]
+        for peer in known:
+            for its, blob in peer.handed:
+                if its == digest and len(blob) <= max_size:
+                    if progress is not None:
+                        progress(len(blob), len(blob))
+                    return blob
         download = self._partial.pop(digest, None)
         if download is None or download.size is None or download.size > max_size:
             download = Download(digest, max_size)
-        known = [self._peers[key] for key in dict.fromkeys(providers) if key in self._peers]
         known.sort(key=lambda peer: peer.rank(download.max_size))
         fetch = DownloadAttempt(download, known, timeout, self._download, progress)
         try:
@@ -296,6 +321,12 @@ class MeshTransport(abc.ABC):
         if not good:
             peer.allowance.refused(message)
         return good
+
+    def _handed(self, sender: bytes, blob: bytes) -> None:
+        """Keep a blob that came unasked for the fetch that may follow."""
+        peer = self._peers.get(sender)
+        if peer is not None:
+            peer.handed.append((sha256(blob), blob))
 
     # -- blobs --------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import deque
 
 from psyche_lightning.aio import is_set_within
 from psyche_lightning.errors import TransportError
@@ -19,6 +20,7 @@ from psyche_lightning.wire.identity import short
 CONNECT_WAIT = 5.0  # seconds that a fetch waits for a link that is down
 USUAL_BANDWIDTH = 2.5e6  # bytes a second that are expected of a peer that has not delivered anything yet
 USUAL_ROUND_TRIP = 0.05
+KEPT = 2  # blobs that a peer handed out and this node has not asked for, or has
 ALLOWANCE = 15.0  # seconds before a peer that was never reached is reported: they learn of each other one by one
 MEASURED = 64 * 1024  # bytes from which on a transfer is long enough to measure the bandwidth
 _log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class Peer:
         seen: loop time at which an earlier connection last heard it.
         bandwidth: bytes a second of the last parts of blobs from it; None when not measured.
         trusted: whether it has always delivered the right bytes.
+        handed: the newest blobs that it sent unasked, with their SHA-256.
         dialler: the task that keeps the link up.
     """
 
@@ -69,6 +72,7 @@ class Peer:
         self.seen: float | None = None
         self.bandwidth: float | None = None
         self.trusted = True
+        self.handed: deque[tuple[bytes, bytes]] = deque(maxlen=KEPT)
         self.dialler: asyncio.Task[None] | None = None
         self._past_up = self._past_down = 0  # bytes of earlier connections and failed attempts
 

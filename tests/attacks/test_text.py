@@ -109,6 +109,7 @@ def test_a_server_that_answers_with_control_characters(hostile: str, capsys: pyt
         "config": {"total_steps": 9, "global_batch_size_end": 1, "init_min_clients": 1}, "incarnation": "00",
         "waits_for": "nobody", "problem": "none", "manifest_digest": "00", "by_link": False, "allowed": ["a"],
         "evaluations": [{"task": "t", "step": 1, "documents": 2, "measured": 1, "figures": {"acc": 0.5}}],
+        "settings": {"k": 4, "local_steps": None, "next": None},
     }  # fmt: skip
 
     async def answer(request: web.Request) -> web.Response:

@@ -35,6 +35,21 @@ def test_wire_counts_bytes(tmp_path):
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
+def test_wire_counts_the_stages_of_a_schedule(tmp_path, capsys):
+    arguments = ["--millions", "1", "--rounds", "300", "--json", str(tmp_path / "j")]
+    planned = "[{from_step: 101, k: 32}, {from_step: 201, k: 2, local_steps: 8}, {from_step: 900, k: 1}]"
+    assert main(["bench", "wire", *arguments, "--schedule", planned, "--local-steps", "2"]) == 0
+    stages = json.loads((tmp_path / "j").read_text())["stages"]
+    figures = [(row["first"], row["rounds"], row["k"], row["steps"]) for row in stages]
+    assert figures == [(1, 100, 4, 2), (101, 100, 32, 2), (201, 100, 2, 8)]
+    mean = sum(row["megabytes"] for row in stages) / 3
+    assert f"{mean:.3f} MB a round" in capsys.readouterr().out
+    # Each vote has a sign and one bit of magnitude on top of its place.
+    assert all(row["bits"] > 2 for row in stages)
+    assert main(["bench", "wire", "--schedule", "96"]) == 1
+    assert "expected a list such as" in capsys.readouterr().err
+
+
 def test_engine_times_every_part(tmp_path):
     (tmp_path / "demo.py").write_text(REFERENCE)
     for kind in ("blocks", "small", "odd"):

@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def test_nodes_send_what_the_doctor_and_the_plan_predict(start_demo: Callable[..
 @pytest.mark.parametrize(("seed", "options"), [(1, ["overlap=false"]), (2, ["overlap=true"]), (3, LOCAL)])
 def test_a_killed_node_does_not_stop_the_others(start_demo: Callable[..., Any], seed: int, options: list[str]) -> None:
     rng = random.Random(seed)
-    demo = start_demo("--rounds", "30", "max_round_train_time=15", *options)
+    demo = start_demo("--rounds", "100", "max_round_train_time=15", *options)  # long enough: quick ones take 40 ms
     demo.wait_for_step(rng.randint(1, 8))
     time.sleep(rng.uniform(0, 0.5))
     victim = rng.choice(demo.children("train"))
@@ -69,7 +70,7 @@ def test_a_killed_node_does_not_stop_the_others(start_demo: Callable[..., Any], 
     figures = demo.finish()
     assert len(figures["nodes"]) == 2
     assert len(digests(figures)) == 1
-    assert len(figures["history"]) == 30
+    assert len(figures["history"]) == 100
     gone = [event for event in figures["events"] if event["kind"] == "dropped"]
     assert len(gone) == 1
     survivors = {node["id"][:8] for node in figures["nodes"]}
@@ -90,6 +91,21 @@ def test_a_killed_coordinator_goes_on_from_where_it_was(start_demo: Callable[...
     assert len(digests(figures)) == 1
     steps = [row["step"] for row in figures["history"]]
     assert steps == list(range(1, 31))
+
+
+def test_a_killed_rank_ends_its_node_and_no_other(start_demo: Callable[..., Any]) -> None:
+    """Of three nodes: one of one device, one that divides its model among two, and one of two with the whole model."""
+    ranks = ["--devices", "1:2:fsdp", "--devices", "2:2:ddp", "trainer.accelerator=cpu", *LOCAL]
+    demo = start_demo("--rounds", "40", "max_round_train_time=15", *ranks)
+    demo.wait_for_step(3)
+    commands = {node: Path(f"/proc/{node}/cmdline").read_text().split("\0") for node in demo.children("train")}
+    [whole] = [node for node, command in commands.items() if "trainer.inner=ddp" in command]
+    [rank] = Path(f"/proc/{whole}/task/{whole}/children").read_text().split()
+    os.kill(int(rank), signal.SIGKILL)
+    figures = demo.finish()
+    assert len(figures["nodes"]) == 2
+    assert len(digests(figures)) == 1
+    assert len(figures["history"]) == 40
 
 
 @pytest.mark.parametrize("options", [[], ["overlap=false", *LOCAL]])

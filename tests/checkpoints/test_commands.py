@@ -28,6 +28,17 @@ def test_a_list_of_what_is_there(make: Make, tmp_path: Path, capsys: pytest.Capt
     assert "config.json has 2 bytes" in " ".join(captured.err.split())
 
 
+def test_of_a_nodes_folder_its_checkpoints_are_listed(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "node.key").write_bytes(bytes(32))
+    assert main(["checkpoints", str(tmp_path)]) == 1
+    assert f"at {tmp_path / 'checkpoints'}" in "".join(capsys.readouterr().err.split("\n"))
+    make(tmp_path / "checkpoints", 10)
+    assert main(["checkpoints", str(tmp_path)]) == 0
+    assert "│ 10 " in capsys.readouterr().out
+
+
 def test_a_checkpoint_whose_manifest_cannot_be_read_is_damaged_too(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

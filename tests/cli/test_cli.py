@@ -2,15 +2,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.text import Text
+from typer.main import get_command
 
 import psyche_lightning
+from psyche_lightning import cli
 from psyche_lightning.cli import COMMANDS, main
 
 PROGRAM = [sys.executable, "-m", "psyche_lightning"]
@@ -89,6 +95,56 @@ def test_every_listed_command_exists_and_explains_itself(name: str, capsys: pyte
     assert "Usage: psyche " + name in shown.replace("\n", "")
     assert main([name, "-h"]) == 0
     assert capsys.readouterr().out == shown
+
+
+def leaves(command: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each command below one, with the words that call it."""
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield words, command
+    else:
+        for name in inner:
+            yield from leaves(inner[name], (*words, name))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_s_help_has_examples_that_it_takes(name: str) -> None:
+    app: Any = get_command(cli._app(name))
+    for words, command in leaves(app.commands[name], (name,)):
+        title, *examples = (command.epilog or "").split("\n\n")
+        assert title == "[bold]Examples:[/bold]", f"psyche {' '.join(words)} has no examples"
+        for example in examples:
+            typed = shlex.split(Text.from_markup(example).plain)
+            program = typed.index("psyche")
+            assert all("=" in variable for variable in typed[:program])
+            assert len(f" {example}") <= 80, f"too long to be read in a terminal: {example}"
+            app.make_context("psyche", typed[program + 1 :])
+            if tuple(typed[program + 1 :][: len(words)]) == words:
+                command.make_context(" ".join(words), typed[program + 1 + len(words) :])
+
+
+def test_recipes_are_listed_with_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes" / "demo.yaml").write_text(
+        "# Mine alone.\n# And more.\n#\n# Not this.\n"
+        "model: {name: hf}\ndata: {name: text}\noptimizer: {lr: 1.0e-3}\nrun: {total_steps: 7}\n"
+    )
+    assert main(["recipes", "--json"]) == 0
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert {"consilience-40b", "mla-200m", "hf-llama", "tokens"} < set(found)
+    assert found["demo"]["about"] == "Mine alone. And more."
+    assert (found["demo"]["model"], found["demo"]["rounds"]) == ("hf", 7)
+    assert all(one["about"] and not one["error"] for one in found.values())
+    (tmp_path / "recipes" / "broken.yaml").write_text("run: [")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["recipes"]) == 1
+    table = capsys.readouterr().out
+    assert "Mine alone." in table
+    assert "broken" in table
+    assert max(map(len, table.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
@@ -246,9 +302,11 @@ def test_plugins_prints_what_there_is_and_what_failed(psyche: Psyche, tmp_path: 
     good = distribution(tmp_path / "good", "psyche-lightning-greet", "psyche_greet", GREET, version="3.1")
     done = psyche("plugins", path=(good,))
     assert done.returncode == 0
-    rows = {tuple(cell.strip() for cell in line.split("│")[1:-1]) for line in done.stdout.splitlines() if "│" in line}
-    assert ("transport", "tcp", "builtin.transports", "psyche-lightning 0.1.0") in rows
-    assert ("command", "greet", "psyche_greet", "psyche-lightning-greet 3.1") in rows
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    assert ["builtin.transports", "transport memory, tcp"] in [row[:2] for row in rows]
+    greet = [row[:2] for row in rows].index(["psyche_greet", "command greet"])
+    assert re.fullmatch(r"\d+ ms", rows[greet][2])
+    assert rows[greet + 1] == ["psyche-lightning-greet 3.1", "", ""]
     bad = distribution(tmp_path / "bad", "psyche-lightning-bad", "psyche_bad", "import nothing_at_all\n")
     done = psyche("plugins", path=(good, bad))
     assert done.returncode == 1
@@ -268,6 +326,25 @@ def test_plugins_prints_what_there_is_and_what_failed(psyche: Psyche, tmp_path: 
     assert "failed to load" not in psyche("greet", "--nothing", path=(good, bad)).stderr
 
 
+def test_plugins_names_a_plugin_that_ends_the_program(psyche: Psyche, tmp_path: Path) -> None:
+    bad = distribution(tmp_path / "bad", "psyche-lightning-bad", "psyche_bad", "raise SystemExit('no licence')\n")
+    done = psyche("plugins", path=(bad,))
+    assert done.returncode == 1
+    assert "psyche_bad of psyche-lightning-bad 1.0 failed to load: SystemExit: no licence" in done.stdout
+    assert psyche("run", "--help", path=(bad,)).returncode == 0
+
+
+def test_plugins_names_a_plugin_that_imports_what_takes_seconds(psyche: Psyche, tmp_path: Path) -> None:
+    heavy = distribution(tmp_path / "heavy", "psyche-lightning-heavy", "psyche_heavy", f"import torch\n{GREET}")
+    done = psyche("plugins", path=(heavy,))
+    assert done.returncode == 0
+    assert "psyche_heavy of psyche-lightning-heavy 1.0 imports torch while it loads" in done.stdout
+    report = json.loads(psyche("plugins", "--json", path=(heavy,)).stdout)
+    (found,) = [one for one in report["loadings"] if one["plugin"] == "psyche_heavy"]
+    assert found["heavy"] == ["torch"]
+    assert found["seconds"] > max(one["seconds"] for one in report["loadings"] if one["plugin"] == "mla")
+
+
 def test_a_dry_run_prints_recipe_size_and_traffic(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,7 +352,8 @@ def test_a_dry_run_prints_recipe_size_and_traffic(
     assert main(["train", "consilience-40b", "init_min_clients=20", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     for text in ("Recipe consilience-40b", "optimizer.schedule.stable_steps", "run.init_min_clients", "39.9 B", "2e-05",
-                 "float32 masters", "look-ahead copy", "total memory", "fp32 all-reduce", "│    20 │"):  # fmt: skip
+                 "what parameters lack of their masters", "look-ahead copy", "8, fsdp", "62.7 GB", "fits, and leaves",
+                 "total memory", "fp32 all-reduce", "│    20 │"):  # fmt: skip
         assert text in printed, text
 
 

@@ -32,3 +32,4 @@ def test_nothing_is_wrapped_or_cut_in_a_pipe() -> None:
 def test_a_width_that_is_asked_for_is_kept() -> None:
     text = printed(COLUMNS="60").communicate()[0].decode()
     assert max(map(len, text.splitlines())) <= 60
+    assert text.count("f") == 120, "what does not fit into a cell is folded, not cut"

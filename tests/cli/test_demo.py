@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from psyche_lightning.cli.demo.command import _finish, _show_pace, _slowdowns, _stretched, _sum_up
+from psyche_lightning.cli.demo.command import _by_node, _devices, _finish, _show_pace, _stretched, _sum_up
 from psyche_lightning.cli.demo.processes import Child, Processes
 from psyche_lightning.cli.demo.report import Figures, note_paces
 from psyche_lightning.cli.demo.stage import ServerStage
@@ -30,6 +30,15 @@ def test_a_schedule_fits_any_number_of_rounds(recipe: str, rounds: int) -> None:
     assert all(0 <= fitted.schedule(step) <= whole.optimizer.lr for step in range(1, rounds + 1))
     as_it_is = whole.optimizer.schedule.lengths(Fraction(1))
     assert _stretched(whole, steps) == [f"optimizer.schedule.{name}={length}" for name, length in as_it_is.items()]
+
+
+def test_a_schedule_of_k_keeps_its_shares_too() -> None:
+    given = "distro.schedule=[{from_step: 0, k: 96}, {from_step: 61, k: 12}, {from_step: 181, k: 6}]"
+    whole = load_recipe("demo", [given, "total_steps=240"])
+    for rounds, firsts in {240: (1, 61, 181), 24: (1, 7, 19), 1000: (1, 251, 751), 1: (1,)}.items():
+        fitted = load_recipe("demo", [*_stretched(whole, rounds), f"total_steps={rounds}"]).distro
+        assert [first for first, _ in fitted.stages] == list(firsts)
+        assert fitted.at(rounds).k == 6
 
 
 def status(step: int, **more: Any) -> dict[str, Any]:
@@ -62,6 +71,7 @@ def test_a_pipe_gets_lines_of_short_runs_too(rounds: int, every: int) -> None:
     assert [line.split("  ")[0] for line in lines] == [
         f"round {done}/{rounds}" for done in range(every, rounds + 1, every)
     ]
+    assert max(map(len, lines)) <= 80, "a log of 80 columns has whole lines"
 
 
 def test_a_node_alone_is_compared_with_nobody() -> None:
@@ -110,9 +120,18 @@ def test_the_pace_is_that_of_the_second_half() -> None:
 
 @pytest.mark.parametrize("given", ["3", "4:4", "-1:4", "3:0.5", "3:x", "x:4", "3:nan", "3:1e9"])
 def test_a_slow_node_is_named_by_number_and_factor(given: str) -> None:
-    assert _slowdowns(["0:2.5", "3:4"], 4) == {0: 2.5, 3: 4.0}
-    with pytest.raises(ConfigError, match=r"--slow .*: expected N:F, a node from 0 to 3 .* such as 3:4"):
-        _slowdowns([given], 4)
+    assert _by_node("--slow", ["0:2.5", "3:4"], 4, float, 1e3, "N:F, a node {}") == {0: 2.5, 3: 4.0}
+    with pytest.raises(ConfigError, match=r"--slow .*: expected N:F, a node from 0 to 3, from 1 to 1000, such as 3:4"):
+        _by_node("--slow", [given], 4, float, 1e3, "N:F, a node {}")
+
+
+def test_a_node_of_several_devices_is_named_by_number_and_devices() -> None:
+    named = {0: ["trainer.devices=2"], 3: ["trainer.devices=4", "trainer.inner=fsdp"]}
+    assert _devices(["0:2", "3:4:fsdp"], 4) == named
+    with pytest.raises(ConfigError, match=r"--devices 1:1\.5: expected N:D or N:D:INNER, a node from 0 to 3 and how"):
+        _devices(["1:1.5"], 4)
+    with pytest.raises(ConfigError, match=r"--devices 1:2:fspd: there is no 'fspd'; expected ddp or fsdp"):
+        _devices(["1:2:fspd"], 4)
 
 
 def test_a_node_that_failed_is_no_success_but_one_that_was_killed_is_part_of_the_show(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from psyche_lightning.doctor.speed import measure, sample_flops
 from psyche_lightning.errors import ConfigError, CoordinatorError, TransportError
 from psyche_lightning.recipe import load_recipe
 from psyche_lightning.recipe.estimate import estimate
+from psyche_lightning.server.admin import CoordinatorAdmin
 from psyche_lightning.server.clock import Look, combine, read_clock
 from psyche_lightning.server.server import CoordinatorServer
 from psyche_lightning.server.store import MemoryStore
@@ -228,12 +231,13 @@ def test_the_nodes_own_limits_bound_the_link() -> None:
 
 def test_a_model_that_does_not_fit_is_computed_and_is_a_problem() -> None:
     recipe = load_recipe("consilience-40b")
-    found = estimate(recipe)
+    assert 62e9 < sum(estimate(recipe).memory.values()) < 63e9, "on each of eight devices"
+    found = estimate(load_recipe("consilience-40b", ["trainer.devices=1"]))
     small = load_recipe("demo", ["threads=1"])
-    size = replace(estimate(small), memory={"parameters": 1 << 60})
+    size = replace(estimate(small), memory={"parameters": 1 << 60}, stored=1 << 60)
     rows = machine.needs(small, size, Path(), 3, torch.device("cpu"))
     assert [one.verdict for one in rows] == [Verdict.PROBLEM, Verdict.PROBLEM, Verdict.OK]
-    assert sum(found.memory.values()) > 400e9
+    assert sum(found.memory.values()) > 390e9
     speed = measure(small, estimate(small), torch.device("cpu"), nodes=3, share=8, fits=False, seconds=1)
     assert speed.steps == 0
     assert "does not fit" in speed.how
@@ -296,8 +300,9 @@ def test_operations_are_counted_on_the_meta_device() -> None:
     assert 0.5 * rule < sample_flops(recipe, found) < 2 * rule
 
 
-def test_a_device_that_is_not_there_is_a_problem() -> None:
-    device, found = machine.choose_device(load_recipe("demo", ["accelerator=tpu"]))
+def test_a_device_that_is_not_there_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "devices", lambda: ["cpu"])
+    device, found = machine.choose_device(load_recipe("demo", ["accelerator=cuda"]))
     assert (device.type, found.verdict) == ("cpu", Verdict.PROBLEM)
     assert machine.choose_device(load_recipe("demo"))[1].verdict is Verdict.OK
 
@@ -325,8 +330,9 @@ def test_few_open_files_are_a_problem() -> None:
     assert "ulimit -n" in found[2].advice
 
 
-def test_problems_are_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
-    code, figures = examine("demo", "--twin", "accelerator=tpu")
+def test_problems_are_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(machine, "devices", lambda: ["cpu"])
+    code, figures = examine("demo", "--twin", "accelerator=gpu")
     assert code == 1
     assert row(figures, "recipe", "device")["verdict"] == "problem"
     assert "1 problem," in capsys.readouterr().out
@@ -392,6 +398,7 @@ def test_the_clock_of_a_real_coordinator_is_read() -> None:
         async with serving() as url:
             reading = await elsewhere(lambda: read_clock(url))
             assert abs(reading.offset) <= reading.uncertainty + 0.05
+            assert reading.seen == "127.0.0.1"
             late = await elsewhere(lambda: read_clock(url, clock=lambda: time.time() - 100))
             assert late.offset == pytest.approx(100, abs=late.uncertainty + 0.05)
             found = connectivity.clock_finding("run", "the coordinator", late.offset, late.uncertainty)
@@ -462,6 +469,27 @@ def test_a_run_is_looked_at_with_its_coordinator(capsys: pytest.CaptureFixture[s
     asyncio.run(scene())
 
 
+def test_a_join_link_brings_the_run_and_its_recipe(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with serving() as url:
+            for name, *recipe in (("linked", "demo", "--twin"), ("bare",)):
+                created = ["run", "create", name, *recipe, "init_min_clients=5", "--coordinator", url]
+                assert await elsewhere(partial(main, created)) == 0
+            (tmp_path / "link").write_text(str(await elsewhere(partial(CoordinatorAdmin(url).link, "linked"))))
+            code, figures = await elsewhere(partial(examine, f"@{tmp_path / 'link'}", "trainer.micro_batch_size=1"))
+            assert code == 0
+            assert "waiting for members, 0 nodes" in row(figures, "run", "linked")["value"]
+            assert "5 nodes like this one" in row(figures, "prediction", "speed")["value"]
+            code, figures = await elsewhere(partial(examine, url, "--run", "bare"))
+            assert code == 0
+            assert row(figures, "run", "recipe")["verdict"] == "not measured"
+            code, figures = await elsewhere(partial(examine, url, "--run", "none"))
+            assert code == 1
+            assert "bare" in row(figures, "run", "run")["value"]
+
+    asyncio.run(scene())
+
+
 def test_a_run_names_what_its_nodes_report() -> None:
     recipe = load_recipe("demo")
     keys = [Identity.generate().public for _ in range(3)]
@@ -518,9 +546,11 @@ def test_which_coordinators_are_on_other_machines() -> None:
 
 
 @contextlib.asynccontextmanager
-async def listening(make: Callable[[], TcpTransport] = TcpTransport) -> AsyncIterator[link.Invitation]:
+async def listening(
+    make: Callable[[], TcpTransport] = TcpTransport, make_back: Callable[[], TcpTransport] = TcpTransport
+) -> AsyncIterator[link.Invitation]:
     stop, invited = asyncio.Event(), asyncio.get_running_loop().create_future()
-    task = asyncio.ensure_future(link.listen(make, invited.set_result, stop))
+    task = asyncio.ensure_future(link.listen(make, make_back, invited.set_result, stop))
     try:
         yield await asyncio.wait_for(invited, 10)
     finally:
@@ -582,6 +612,80 @@ def test_an_address_that_nobody_reaches_is_a_warning() -> None:
         link.BACK_SECONDS = link_seconds
 
 
+def test_a_listener_on_a_fixed_port_dials_back_from_another_one() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    async def scene(make_back: Callable[[], TcpTransport]) -> link.MeasuredLink:
+        async with listening(lambda: TcpTransport(port=port), make_back) as invitation:
+            return await link.call(TcpTransport, invitation, most_bytes=300_000, seconds=2)
+
+    assert asyncio.run(scene(TcpTransport)).called_back == "direct"
+    found = asyncio.run(scene(lambda: TcpTransport(port=port)))
+    assert found.called_back is None
+    assert "in use" in found.why_not
+    last = connectivity.link_findings(found)[-1]
+    assert last.verdict is Verdict.UNKNOWN  # nothing is wrong with the caller's address
+    assert "of its own" in last.value
+
+
+@pytest.mark.parametrize(("answer", "called_back"), [(["direct", ""], "direct"), (["", "no way", True, "more", 7], "")])
+def test_a_doctor_of_another_release_says_less_or_more(
+    monkeypatch: pytest.MonkeyPatch, answer: list[Any], called_back: str
+) -> None:
+    async def answers(self: Any, peer: bytes, *arguments: Any) -> list[Any]:
+        return answer
+
+    async def scene() -> link.MeasuredLink:
+        async with listening() as invitation:
+            return await link.call(TcpTransport, invitation, most_bytes=300_000, seconds=2)
+
+    monkeypatch.setattr(link._Listener, "_call", answers)
+    assert asyncio.run(scene()).called_back == called_back
+
+
+def a_link(address: str, called_back: str | None) -> link.MeasuredLink:
+    return link.MeasuredLink(address, "direct", 0.01, 1e6, 1e6, 0.0, 0.01, "tcp://192.168.1.5:4000", called_back)
+
+
+@pytest.mark.parametrize(
+    ("seen", "own", "links", "verdict", "says"),
+    [
+        ("", "", [], None, ""),
+        ("127.0.0.1", "127.0.0.1", [], None, ""),  # on the coordinator's own machine
+        ("203.0.113.7", "192.168.1.5", [], Verdict.UNKNOWN, "behind NAT"),
+        ("203.0.113.7", "203.0.113.7", [], Verdict.UNKNOWN, "no NAT"),
+        ("::ffff:203.0.113.7", "203.0.113.7", [], Verdict.UNKNOWN, "no NAT"),
+        ("2001:db8::7", "192.168.1.5", [], None, ""),  # another family says nothing
+        ("203.0.113.7", "192.168.1.5", [("tcp://198.51.100.1:1", "")], Verdict.WARNING, "do not reach it"),
+        ("203.0.113.7", "192.168.1.5", [("tcp://peer.example:1", "direct")], Verdict.OK, "port is forwarded; open"),
+        ("203.0.113.7", "203.0.113.7", [("tcp://peer.example:1", "direct")], Verdict.OK, "own address .*; open"),
+        ("203.0.113.7", "192.168.1.5", [("tcp://192.168.1.9:1", "direct")], Verdict.UNKNOWN, "nobody outside"),
+        ("", "", [("tcp://192.168.1.9:1", "direct"), ("tcp://peer.example:1", "")], Verdict.WARNING, "NAT or a"),
+        ("", "", [("tcp://peer.example:1", None)], None, ""),  # the peer could not try
+    ],
+)  # fmt: skip
+def test_what_is_known_of_nat(
+    seen: str, own: str, links: list[tuple[str, str | None]], verdict: Verdict | None, says: str
+) -> None:
+    found = connectivity.nat_finding(seen, own, [a_link(*one) for one in links])
+    assert (None if found is None else found.verdict) is verdict
+    assert found is None or re.search(says, found.value)
+
+
+def test_the_address_behind_a_proxy_is_not_taken_for_the_callers() -> None:
+    async def scene() -> None:
+        async with serving() as url:
+            request = urllib.request.Request(f"{url}/v1/runs", headers={"X-Forwarded-For": "203.0.113.9"})
+            answer = await elsewhere(lambda: urllib.request.urlopen(request, timeout=10))
+            with answer:
+                assert answer.headers["X-Psyche-Seen"] == ""
+
+    asyncio.run(scene())
+    assert connectivity.way_out("http://127.0.0.1:80") == "127.0.0.1"
+    assert connectivity.way_out("http://no-such-name.invalid") == ""
+
+
 def test_only_an_invited_doctor_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "CONNECT_SECONDS", 1.0)
 
@@ -614,6 +718,7 @@ def test_requests_that_a_caller_may_not_make_are_ignored(monkeypatch: pytest.Mon
                 assert await caller.ask("ping", kinds=(int,))
                 with pytest.raises(TransportError, match="sent a malformed answer"):
                     await caller.ask("ping", kinds=(bytes, bytes))
+                assert await caller.ask("ping", "of a later release", kinds=(int,))
             finally:
                 await transport.stop()
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -36,14 +37,19 @@ def test_two_nodes_train_from_empty_folders(tmp_path: Path) -> None:
         nodes = []
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
-            command = psyche("join", link[1], "trainer.accelerator=cpu")
+            region = ("--region", "eu-west") if name == "a" else ()
+            command = psyche("join", link[1], "trainer.accelerator=cpu", *region)
             nodes.append(subprocess.Popen(command, env=quiet, cwd=tmp_path / name, stdout=subprocess.DEVNULL))
         assert [node.wait(200) for node in nodes] == [0, 0]
+        with urllib.request.urlopen(f"{found[0]}/v1/runs/lan", timeout=30) as answer:
+            status = json.load(answer)
     finally:
         coordinator.kill()
         coordinator.wait()
         coordinator.stdout.close()
     results = [json.loads((tmp_path / name / "psyche-lan" / "result.json").read_text()) for name in ("a", "b")]
+    regions = {node["signer"]: node["region"] for node in (*status["clients"], *status["exited"])}
+    assert [regions[result["id"]] for result in results] == ["eu-west", None]
     assert results[0]["digest"] == results[1]["digest"]
     assert results[0]["id"] != results[1]["id"]
     assert [result["steps"] for result in results] == [4, 4]

@@ -16,7 +16,7 @@ from psyche_lightning.cli import main
 from psyche_lightning.cli.plan import parse_link, parse_memory, parse_trip, shell_lines
 from psyche_lightning.doctor import plan
 from psyche_lightning.doctor.prediction import Network
-from psyche_lightning.doctor.round_time import predict
+from psyche_lightning.doctor.round_time import MESSAGE, predict
 from psyche_lightning.doctor.speed import TrainingSpeed
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.recipe import Recipe, load_recipe
@@ -135,7 +135,7 @@ def test_tokens_and_bytes_are_those_of_whole_rounds(options: Plan) -> None:
     assert one.prediction == predict(one.given)
     assert one.rounds == int(HOURS * 3600 / one.prediction.round_seconds)
     assert one.tokens == one.rounds * 32 * 128
-    traffic = 3 * (estimate(one.recipe).payload + 600 + 32 * 4)
+    traffic = 3 * (estimate(one.recipe).payload + MESSAGE + 32 * 4)
     assert one.given.traffic == traffic
     assert one.sent == round(1.04 * traffic * one.rounds)
     assert one.fewer == pytest.approx(1.5 * 4 * one.estimate.trainable / traffic)

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from psyche_lightning.cli import main
+from psyche_lightning.cli.console import stdout
+from psyche_lightning.cli.run_picture import picture
 from psyche_lightning.protocol.requests import Join
 
 CODE = "import sys; from psyche_lightning.cli import main; sys.exit(main())"
@@ -76,6 +78,35 @@ def test_bare_keys_without_a_recipe(psyche, coordinator):
     assert (config["total_steps"], config["global_batch_size_start"], found["manifest_digest"]) == (None, None, None)
 
 
+def test_runs_that_can_be_joined_are_listed_with_what_they_ask_for(psyche, coordinator, tmp_path):
+    for name, *options in (["by-link"], ["other"], ["everyone", "--open"], ["few", "--invited"], ["shut", "--paused"]):
+        assert psyche("run", "create", f"j-{name}", *options, "init_min_clients=3")[0] == 0
+    link = psyche("run", "link", "j-by-link")[1].strip()
+    (tmp_path / "link").write_text(f"{link}\n")
+    code, text = psyche("run", "list", f"@{tmp_path / 'link'}", "--json")
+    assert code == 0
+    found = {row["run_id"]: row for row in json.loads(text) if row["run_id"].startswith("j-")}
+    assert {name: row["needs"] for name, row in found.items()} == {
+        "j-by-link": "this link", "j-everyone": "nothing", "j-other": "its own link", "j-few": "an invitation",
+    }  # fmt: skip
+    assert (found["j-other"]["wants"], found["j-other"]["clients"]) == (3, 0)
+    code, text = psyche("run", "list", link)
+    assert code == 0
+    assert "j-by-link" in text.split("j-other")[0]
+    assert "j-shut" not in text
+    assert "j-shut" in psyche("run", "list")[1]
+
+
+def test_a_link_in_a_file_that_is_not_there_is_explained(psyche, tmp_path):
+    code, text = psyche("run", "list", f"@{tmp_path / 'none'}")
+    assert code == 1
+    assert "No such file" in text
+    (tmp_path / "two").write_text("one\ntwo\n")
+    code, text = psyche("join", f"@{tmp_path / 'two'}")
+    assert code == 1
+    assert "one line" in text
+
+
 def test_who_joins_needs_nothing_but_the_link(psyche, coordinator):
     code, text = psyche("run", "create", "linked", "demo", "--twin", "k=20")
     assert code == 0
@@ -128,6 +159,14 @@ def test_what_nodes_share_is_fixed_by_the_creator(psyche, coordinator, given):
         "shares": "speed",
     }
     assert manifest == {"run": {**defaults, **given}}
+
+
+def test_the_status_says_which_k_and_local_steps_hold_and_what_comes_next(psyche):
+    planned = "distro.schedule=[{from_step: 0, k: 96}, {from_step: 200, k: 6, local_steps: 8}]"
+    assert psyche("run", "create", "scheduled", "local_steps=1", planned)[0] == 0
+    assert "k 96, 1 local step; from step 200 on k 6, 8 local steps\n" in psyche("run", "status", "scheduled")[1]
+    assert psyche("run", "create", "constant", "k=4")[0] == 0
+    assert "k 4\n" in psyche("run", "status", "constant")[1]
 
 
 def test_overlap_and_compression_are_fixed_by_the_creator(psyche, coordinator):
@@ -355,7 +394,10 @@ def test_a_name_that_is_none_is_refused_by_owner_and_node(psyche, tmp_path, monk
 def test_a_kick_needs_a_key(psyche):
     assert psyche("run", "create", "kicking")[0] == 0
     code, text = psyche("run", "kick", "kicking", "everybody")
-    assert (code, "not a node key" in text) == (1, True)
+    assert (code, "no node whose key begins with 'everybody'; its nodes: none yet" in " ".join(text.split())) == (
+        1,
+        True,
+    )
     code, text = psyche("run", "kick", "kicking", "ab" * 32)
     assert (code, "is removed from run kicking" in text) == (0, True)
     assert status(psyche, "kicking")["revoked"] == ["ab" * 32]
@@ -409,4 +451,27 @@ def test_watch_ends_with_the_run(psyche, monkeypatch):
     monkeypatch.setattr(ServerRun, "status", ends_at_the_third_look)
     code, text = psyche("run", "watch", "seen", "--every", "0.1")
     assert (code, len(looks)) == (0, 3)
-    assert "seen: finished" in text
+    assert "run seen, epoch 0: finished" in text
+
+
+def test_a_status_fits_eighty_columns_with_whole_addresses(psyche, coordinator, monkeypatch):
+    """Of a real status, with nodes as a large run has them."""
+    psyche("run", "create", "wide", "init_min_clients=2")
+    found = status(psyche, "wide")
+    address = "tcp://203.0.113.254:40463"
+    node = {
+        "key": "bb0b4882", "signer": "bb" * 32, "status": "withdrawn", "address": address, "step": 123_456,
+        "loss": 2.3456, "tokens_per_second": 123_456.7, "share": 0.25, "bytes_up": 123_456_789_012,
+        "bytes_down": 123_456_789_012,
+    }  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "80")
+    console = stdout()
+    with console.capture() as captured:
+        console.print(
+            picture({**found, "clients": [{**node, "region": "eu-\x1bwest"}, {**node, "region": None}, node]})
+        )
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(address in line for line in lines) == 3
+    assert "regions: eu-\\x1bwest 1" in lines
+    assert sum("withdrawn 123456 2.3456  123,457   25% 123 GB 123 GB" in line for line in lines) == 3

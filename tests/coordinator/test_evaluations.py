@@ -128,7 +128,7 @@ def test_they_are_stored_with_the_run_and_are_not_in_older_stores() -> None:
     host.handle(KEYS[0], share(0, 1.0), 1.0)
     data = json.loads(json.dumps(host.dump()))
     assert RunHost.load(data).history.evaluations.since(0) == host.history.evaluations.since(0)
-    assert host.dump(evaluations_from=1)["evaluations"] == {"first": 1, "items": []}
+    assert host.dump(since={"evaluations": 1})["evaluations"] == {"first": 1, "items": []}
     del data["evaluations"]
     assert RunHost.load(data).history.evaluations.count == 0
 

@@ -6,17 +6,18 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.host_in_motion import CONFIG, DIGEST, ROOT, finished, join, key, make, play, report, training
 
 from psyche_lightning.coordinator import history as history_module
 from psyche_lightning.coordinator import host as host_module
+from psyche_lightning.coordinator.history import History
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.errors import ConfigError, CoordinatorError, ManifestMismatchError, WireError
-from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.committee import round_selection
 from psyche_lightning.protocol.limits import PSYCHE_LIMITS, Limits
 from psyche_lightning.protocol.manifest import ABSENT
@@ -32,81 +33,13 @@ from psyche_lightning.protocol.requests import (
     Withdraw,
     Witness,
 )
-from psyche_lightning.protocol.state import Checkpoint, ClientStatus, CoordinatorConfig, Phase
-
-CONFIG = CoordinatorConfig(
-    warmup_time=10.0,
-    cooldown_time=10.0,
-    max_round_train_time=10.0,
-    round_witness_time=10.0,
-    epoch_time=1000.0,
-    global_batch_size_start=6,
-    global_batch_size_end=6,
-    total_steps=3,
-    init_min_clients=3,
-    min_clients=2,
-    waiting_for_members_extra_time=5.0,
-)
-DIGEST = b"d" * 32
-ROOT = b"r" * 32
-
-
-def key(i: int) -> bytes:
-    return bytes([i + 1]) * 32
-
-
-def make(seed: int = 7, limits: Limits | None = None, manifest: dict[str, Any] | None = None, **config: Any) -> RunHost:
-    return RunHost("run", replace(CONFIG, **config), seed=seed, manifest=manifest, limits=limits)
-
-
-def join(host: RunHost, who: Iterable[int], now: float = 0.0) -> None:
-    for i in who:
-        host.handle(key(i), Join(f"host:{i}", {"model": {"width": 8}}), now)
-
-
-def training(count: int = 3, **arguments: Any) -> RunHost:
-    host = make(**{"init_min_clients": count, **arguments})
-    join(host, range(count))
-    host.tick(5.0)
-    for i in range(count):
-        host.handle(key(i), WarmupWitness(0, i, DIGEST), 5.0)
-    assert host.state.phase is Phase.ROUND_TRAIN
-    return host
-
-
-def report(host: RunHost, i: int, now: float, figures: Report | None = None, **changes: Any) -> None:
-    """Client ``i`` reports as a witness; while the epoch drains, it also names the last parameters."""
-    state, round_ = host.state, host.state.current
-    assert round_ is not None
-    proof = round_selection(round_, state.config).witness_proof(round_.clients.index(key(i)))
-    heard = changes.pop("heard", range(3))
-    bloom = participants_bloom(round_.seed, [key(j) for j in heard])
-    named = {"step": state.step - 1, "digest": DIGEST} if state.draining else {}
-    witness = Witness(state.epoch, round_.height, proof, ROOT, bloom, bloom, report=figures or Report(round_.step))
-    host.handle(key(i), replace(witness, **{**named, **changes}), now)
-
-
-def play(host: RunHost, now: float, who: Iterable[int] = (0, 1), **changes: Any) -> None:
-    """One round in which ``who`` report at once, and the others not in time."""
-    height = host.rounds[-1].height
-    for i in who:
-        if host.state.phase.active and host.rounds[-1].height == height:
-            report(host, i, now, **changes)
-    if host.state.phase.active and host.rounds[-1].height == height:
-        host.tick(host.deadline() or now)
+from psyche_lightning.protocol.state import Checkpoint, ClientStatus, Phase
 
 
 def code_of(call: Callable[[], object]) -> str:
     with pytest.raises(CoordinatorError) as caught:
         call()
     return caught.value.code
-
-
-def finished(**arguments: Any) -> RunHost:
-    host = training(**arguments)
-    while host.state.phase.active:
-        play(host, 6.0)
-    return host
 
 
 def one_step(host: RunHost) -> None:
@@ -138,6 +71,21 @@ def test_a_finished_run_takes_no_newcomers() -> None:
     assert caught.value.code == "Halted"
     assert key(9) not in host.membership.members
     host.handle(key(0), Join("moved", {}), 8.0)  # a member may still move, and fetch the last parameters
+
+
+def test_a_member_may_say_where_it_is() -> None:
+    host = make()
+    host.handle(key(0), Join("a:1", {}, "eu-west"), 0.0)
+    host.handle(key(1), Join("b:1", {}), 0.0)
+    assert [node.region for node in host.history.nodes] == ["eu-west", None]
+    assert [node.region for node in History.load(host.history.dump({})).nodes] == ["eu-west", None]
+    for harmful in ("x" * 41, "eu\x1b[2J", " eu", "\u202eue"):
+        with pytest.raises(CoordinatorError, match=r"region is .*expected at most 40 printable") as caught:
+            host.handle(key(2), Join("c:1", {}, harmful), 0.0)
+        assert caught.value.code == "InvalidMember"
+        assert str(caught.value).isprintable()
+    host.handle(key(0), Join("a:1", {}), 1.0)  # started again, it says so no more
+    assert [node.region for node in host.history.nodes] == [None, None]
 
 
 def test_seeds_follow_from_run_epoch_and_height() -> None:
@@ -435,14 +383,14 @@ def test_dump_in_parts_together_makes_the_whole() -> None:
     host = training()
     early = host.dump()
     play(host, 6.0)
-    late = host.dump(rounds_from=1, events_from=host.history.events.count - 1, metrics_from=1)
+    late = host.dump(rounds_from=1, since={"events": host.history.events.count - 1, "metrics": 1})
     whole = host.dump()
     assert [r["height"] for r in late["history"]] == [1]
     assert late["events"] == {"first": host.history.events.count - 1, "items": whole["events"]["items"][-1:]}
     assert late["metrics"] == {"first": 1, "items": whole["metrics"]["items"][1:]}
     assert late["state"] == whole["state"]
     assert early["events"]["items"] == whole["events"]["items"][: len(early["events"]["items"])]
-    far = host.dump(events_from=99, metrics_from=99)
+    far = host.dump(since={"events": 99, "metrics": 99})
     assert far["events"] == {"first": host.history.events.count, "items": []}
 
 

@@ -170,6 +170,8 @@ def test_a_numpy_header_is_not_read_as_tokens(server: Server) -> None:
         ({"url": "ftp://x/y"}, "not an http or https URL"),
         ({"url": 5}, "5 is not an http"),
         ({"url": "http://[::1"}, "not an http or https URL"),
+        ({"url": "http://a..b/x"}, "not an http or https URL"),
+        ({"url": "http://a b/x"}, "not an http or https URL"),
         ({"url": "http://x/a.bin", "count": 2}, "exactly one {}"),
         ({"url": "http://x/{}{}.bin", "count": 2}, "exactly one {}"),
         ({"url": "http://x/{}.bin", "count": 0}, "count is 0"),

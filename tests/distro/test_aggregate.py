@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from psyche_lightning.distro import DistroConfig, Layout, Votes, sign_update
-from psyche_lightning.distro.aggregate import FLOAT32_VOTES, Aggregator
+from psyche_lightning.distro.aggregate import FLOAT32_VOTES, SPLIT_VOTES, Aggregator, split_bits
 from psyche_lightning.distro.arithmetic import full_precision
 from psyche_lightning.distro.transform import integer_basis, sandwich
 
@@ -131,17 +131,48 @@ def test_outer_products_and_the_dense_inverse_give_the_same_signs(chunk, dtype, 
                 assert torch.equal(aggregator.signs(2, 5).cpu(), expected[2:5])
 
 
-def test_many_peers_switch_to_float64_and_stay_exact():
+@pytest.mark.parametrize("peers", [FLOAT32_VOTES // 16, FLOAT32_VOTES // 16 + 1, SPLIT_VOTES // 16 + 1])
+def test_many_peers_are_summed_exactly(peers, device):
     config = DistroConfig(chunk=8, k=16)
     layout = make_layout(8, [(8, 24), (64,)])
-    votes = [random_votes(layout.chunk_count, config, seed) for seed in range(FLOAT32_VOTES // 16 + 1)]
+    few = [random_votes(layout.chunk_count, config, seed) for seed in range(min(peers, 90))]
+    votes = [few[number % len(few)] for number in range(peers)]
+    repeats = np.bincount(np.arange(peers) % len(few))
+    total = sum(int(times) * sums([one], config) for times, one in zip(repeats, few, strict=True))
     b = integer_basis(8)
     expected = [torch.empty(entry.shape) for entry in layout.entries]
-    blocks = torch.from_numpy(np.sign(b @ sums(votes, config) @ b.T)).float()
+    blocks = torch.from_numpy(np.sign(b @ total @ b.T)).float()
     for batch in layout.batches(100):
         put_back(layout, batch, blocks, expected)
-    assert flat(sign_update(votes, layout, config)) == flat(expected)
-    assert flat(sign_update(votes, layout, config)) == flat(sign_update(votes[::-1], layout, config, limit=1))
+    devices = [device] * len(layout.entries)
+    assert flat(sign_update(votes, layout, config, devices=devices)) == flat(expected)
+    if peers < 1000:
+        one_by_one = sign_update(votes[::-1], layout, config, devices=devices, limit=1)
+        assert flat(one_by_one) == flat(expected)
+        assert flat(sign_update(votes, layout, config, dtype=torch.float64)) == flat(expected)
+
+
+@pytest.mark.parametrize("chunk", [8, 64])
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("votes", [FLOAT32_VOTES + 1, 5000, SPLIT_VOTES])
+def test_float32_in_two_parts_gives_the_signs_of_integers(chunk, count, votes, device):
+    """Also where the parts nearly cancel, and with one product for all chunks or one for each."""
+    generator = np.random.default_rng([chunk, votes])
+    b = integer_basis(chunk)
+    row, column = np.argwhere(np.abs(b) == 127)[0][1], np.argwhere(np.abs(b) == 127)[-1][1]
+    total = np.zeros((count, chunk, chunk), np.int64)
+    for block in total:
+        where = generator.integers(0, chunk, (2, 6))
+        np.add.at(block, tuple(where), generator.multinomial(votes, np.ones(6) / 6) * generator.choice([-1, 1], 6))
+    total[0] = 0
+    total[0, row, column] = -votes  # as large as it gets
+    exact = b @ total @ b.T
+    assert np.abs(exact).max() == 127**2 * votes > 2**24
+    basis = torch.tensor(b, dtype=torch.float32, device=device)
+    blocks = torch.tensor(total, dtype=torch.float32, device=device)
+    with full_precision(device):
+        found = sandwich(basis, blocks, basis.T, split=split_bits(chunk))
+    assert np.array_equal(found.sign().cpu(), np.sign(exact))
 
 
 @pytest.fixture(params=["medium", "high", "mkldnn bf16", "autocast", "double", "defaults"])

@@ -111,7 +111,7 @@ def test_payloads_read_together_are_what_each_is_alone(kind, k_for, monkeypatch)
     config = DistroConfig(chunk=8, k=3, k_for=k_for)
     monkeypatch.setattr(magnitudes, "_BATCH", 8)
     for k in (1, 3, 9):
-        monkeypatch.setattr(codec._code(64, k), "batch", 8)
+        monkeypatch.setattr(codec.code_of(64, k), "batch", 8)
     parameters = dict(named())
     sender, payloads = kind(parameters.items(), lr=0.1, config=config), []
     for seed in range(3):

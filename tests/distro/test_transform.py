@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from psyche_lightning.distro import select, transform
+from psyche_lightning.distro.internals import has_quick_product
 
 
 def test_basis_of_size_4_is_the_published_one():  # vector 11
@@ -65,3 +66,21 @@ def test_subtracting_some_leaves_the_others():
     transform.subtract(blocks, positions, values)
     expected = coefficients.flatten(1).scatter(1, positions, 0.0).view_as(blocks)
     torch.testing.assert_close(transform.forward(blocks), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("size", [16, 64])
+def test_many_blocks_at_once_are_exact_where_integers_are(size, quick, monkeypatch):
+    monkeypatch.setattr(transform, "has_quick_product", lambda: quick and has_quick_product())
+    count = transform.MANY // size**2 + 3
+    generator = torch.Generator().manual_seed(size)
+    blocks = torch.randint(-3, 4, (count, size, size), generator=generator)
+    left = torch.tensor(transform.integer_basis(size))
+    expected = left @ blocks @ left.T
+    assert expected.abs().max() < 2**24
+    exact, floats = left.to(torch.float32), blocks.to(torch.float32)
+    assert torch.equal(transform.sandwich(exact, floats, exact.T).to(torch.int64), expected)
+    assert torch.equal(floats.to(torch.int64), blocks)
+    torch.testing.assert_close(transform.inverse(transform.forward(floats)), floats, atol=1e-4, rtol=0)
+    assert torch.equal(transform.sandwich(exact, floats, exact.T, (torch.empty_like(floats), floats)), floats)
+    assert torch.equal(floats.to(torch.int64), expected)

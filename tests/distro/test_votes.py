@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from psyche_lightning.distro import Votes, select
+from psyche_lightning.distro import select
+from psyche_lightning.distro.votes import VotesOn
 
 
 def test_positions_ascend_and_hold_the_largest_magnitudes():
@@ -26,7 +27,8 @@ def test_a_chunk_of_zeros_casts_no_votes():
     coefficients = torch.zeros(3, 8, 8)
     coefficients[1, 4, 4] = -2
     positions, values = select(coefficients, 4)
-    votes = Votes.of(positions.numpy().astype(np.int16), values.sign().numpy().astype(np.int8))
+    votes = VotesOn.chosen(positions, values.sign()).votes()
+    assert (votes.positions.dtype, votes.signs.dtype) == (np.int16, np.int8)
     assert (votes.signs[[0, 2]] == 0).all()
     assert (votes.positions[[0, 2]] == np.arange(4)).all()
     assert votes.signs[1, votes.positions[1].tolist().index(36)] == -1

@@ -51,6 +51,8 @@ def parse(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
         del rest[0]
     command: Any = typer.main.get_command(_app(rest[0]))
     while isinstance(command, TyperGroup):
+        if command.invoke_without_command and (not rest or rest[0].startswith("-")):
+            break
         assert rest, f"`psyche {' '.join(path)}` wants a sub-command"
         path.append(rest.pop(0))
         command = child(command, path[-1])
@@ -75,6 +77,7 @@ def test_every_command_in_a_block_can_be_typed(pages: list[Any], tmp_path: Path,
     found = set()
     for page in pages:
         page.write_files(tmp_path)
+    (tmp_path / "join-link").write_text("https://train.example.org:8080\n")  # which commands read as @join-link
     monkeypatch.chdir(tmp_path)
     for page in pages:
         for block in page.blocks:
@@ -101,7 +104,11 @@ def test_every_command_in_the_text_exists(pages: list[Any]) -> None:
             words = shlex.split(span)[1:]
             command: Any = None
             options = [word for word in words if word.startswith("-")]
-            for word in [word for word in words if not word.startswith("-")]:
+            for word in words:
+                if word.startswith("-"):
+                    if getattr(command, "invoke_without_command", False):
+                        break  # what follows belongs to its own options
+                    continue
                 group = typer.main.get_command(_app(words[0])) if command is None else command
                 if isinstance(group, TyperGroup):
                     command = child(group, word)
@@ -126,7 +133,7 @@ def test_every_option_in_the_text_is_one_of_some_command(pages: list[Any]) -> No
             known |= {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     for page in pages:
         for span in page.spans:
-            if span.split(" ")[0] in ("torchrun", "pip", "python", "git", "solana"):
+            if span.split(" ")[0] in ("torchrun", "pip", "python", "git", "solana", "systemctl"):
                 continue
             for option in re.findall(r"(?:^| )(--[a-z-]+)", span):
                 assert option in known, f"{page.name}: no command has {option} (in `{span}`)"

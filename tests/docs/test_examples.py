@@ -87,3 +87,31 @@ def test_the_conformance_kits_run_as_the_page_says(example: Path) -> None:
     output = run(["-m", "pytest", "-q", "-p", "no:pytest_anchorpy", "-p", "no:cacheprovider", *files], example)
     assert " passed" in output
     assert "failed" not in output
+
+
+def test_the_kit_for_networks_runs_as_the_page_says(example: Path) -> None:
+    few = "only_others or source_that_dies or makes_no_sense or half_a_message or crowd"  # of each kind of help one
+    options = ["-q", "-p", "no:pytest_anchorpy", "-p", "no:cacheprovider"]
+    output = run(["-m", "pytest", *options, "-k", few, "tests/test_network.py"], example)
+    assert " passed" in output
+    assert "failed" not in output
+
+
+def test_a_kit_s_assertion_that_fails_tells_the_values(tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text(
+        "from psyche_lightning.testing.transport import TransportContract\n"
+        "from psyche_lightning.transports.memory import MemoryTransport\n"
+        "class Backwards(MemoryTransport):\n"
+        "    async def fetch(self, *arguments, **options):\n"
+        "        return (await super().fetch(*arguments, **options))[::-1]\n"
+        "class TestMine(TransportContract):\n"
+        "    def make_transport(self):\n"
+        "        return Backwards()\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:pytest_anchorpy", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-k", "one_provider_that_has_it_serves", str(tmp_path)],
+        capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    assert "assert b'bolb' == b'blob'" in done.stdout

@@ -13,6 +13,11 @@ from psyche_lightning.plugins import KINDS
 from psyche_lightning.recipe.config import Recipe
 from psyche_lightning.recipe.loading import resolve
 from psyche_lightning.recipe.options import RunOptions
+from psyche_lightning.testing.coordinators import CoordinatorContract
+from psyche_lightning.testing.data import DataContract, OutageContract
+from psyche_lightning.testing.models import ModelContract
+from psyche_lightning.testing.network import NetworkTransportContract
+from psyche_lightning.testing.transport import TransportContract
 
 ROOT = Path(__file__).parents[2]
 PathOf = Callable[[str], Any]
@@ -30,6 +35,21 @@ def keys_of(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from keys_of(hints[item.name], f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", item.default
+
+
+def words(text: str) -> str:
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def test_the_page_of_plugins_states_every_rule_of_the_conformance_kits() -> None:
+    section = (ROOT / "docs" / "plugins.md").read_text().partition("### What the kits check\n")[2]
+    section = re.split(r"\n##+ ", section)[0]
+    for contract in (
+        TransportContract, NetworkTransportContract, ModelContract, DataContract, OutageContract, CoordinatorContract
+    ):  # fmt: skip
+        listed = re.split(r"\n\*\*", section.partition(f"(`{contract.__name__}`)")[2])[0]
+        rules = [words(rule) for rule in re.findall(r"^- (.*(?:\n  .*)*)", listed, re.MULTILINE)]
+        assert rules == [words(name[len("test_") :]) for name in vars(contract) if name.startswith("test_")]
 
 
 def test_every_link_leads_somewhere(pages: list[Any]) -> None:
@@ -81,7 +101,7 @@ def test_the_files_of_a_node_are_real(page: PathOf) -> None:
     names = [
         name for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in re.findall(r"`(.*?)/?`", row)
     ]
-    assert len(names) == 11
+    assert len(names) >= 14
     sources = "\n".join(path.read_text() for path in (ROOT / "psyche_lightning").rglob("*.py"))
     for name in names:
         assert f'"{name}"' in sources, name
@@ -124,9 +144,10 @@ def test_the_table_of_recipe_keys_is_complete_and_its_defaults_are_true(page: Pa
 
 
 def test_the_table_of_strategy_options_is_complete(page: PathOf) -> None:
-    table = page("lightning.md").text.partition("## Options")[2].partition("## Fabric")[0]
+    table = page("lightning.md").text.partition("## Options")[2].partition("\n## ")[0]
     names = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
-    assert sorted(re.findall(r"`(\w+)`", " ".join(names))) == sorted(item.name for item in fields(RunOptions))
+    options = [*(item.name for item in fields(RunOptions)), "inner"]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(names))) == sorted(options)
 
 
 def test_the_events_and_effects_of_the_core_are_all_there(page: PathOf) -> None:
@@ -161,4 +182,5 @@ def test_the_pictures_are_pictures(pages: list[Any]) -> None:
     assert len(names) == pages[0].prose.count("![") > 0
     for name in names:
         head = (ROOT / name).read_bytes()[:200]
-        assert head.startswith(b"\x89PNG") if name.endswith(".png") else b"<svg" in head, name
+        marks = {".png": head[1:4] == b"PNG", ".webp": head[8:12] == b"WEBP", ".svg": b"<svg" in head}
+        assert marks[Path(name).suffix], name

@@ -16,6 +16,7 @@ from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.errors import CoordinatorError, WireError
 from psyche_lightning.lightning.alone import Alone, AloneParts
 from psyche_lightning.node.events import Apply
+from psyche_lightning.node.journal import MemoryJournal
 from psyche_lightning.node.ledger import Ledger, read_ledger
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant, RoundWork
@@ -23,7 +24,7 @@ from psyche_lightning.node.rates import Rates
 from psyche_lightning.node.runtime import NodeParts
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.status import StatusFile
-from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
+from psyche_lightning.node.store import MemoryBlobStore
 from psyche_lightning.protocol.evals import Measure
 from psyche_lightning.protocol.requests import Evaluated
 from psyche_lightning.protocol.state import CoordinatorConfig
@@ -42,7 +43,6 @@ class Node:
     def __init__(self, folder: Path, overlap: bool = False, rates: Rates | None = None) -> None:
         folder.mkdir()
         self.folder = folder
-        self.ticks = 0
         self.works: list[RoundWork] = []
         self.losses: list[float | None] = []
         self.module = torch.nn.Linear(24, 12)
@@ -91,7 +91,7 @@ class Node:
             NodeParts(
                 identity=self.identity,
                 run_id="test",
-                coordinator=LocalCoordinator(self.host, self.identity, clock=lambda: float(self.ticks)),
+                coordinator=LocalCoordinator(self.host, self.identity, clock=self.steps),
                 transport=MemoryTransport(),
                 replica=self.replica,
                 manifest={"model": {}},
@@ -103,6 +103,12 @@ class Node:
             ),
             applied=self.note,
         )
+
+    def steps(self) -> float:
+        """The run's clock: the steps trained when its round is decided; the training thread's count would race it."""
+        state = self.host.state
+        trains = state.current is not None and state.current.step > 0
+        return float(state.step - 1 + (trains and not self.settings.overlap))
 
     def note(self, task: Apply) -> None:
         if task.payloads:  # drain rounds have none
@@ -131,7 +137,6 @@ class Node:
         loss.backward()
         lost, nonce = work.step in LOST, self.optimizer.nonce
         payload = self.optimizer.abstention() if lost else self.optimizer.encode()
-        self.ticks += 1
         figures = {"loss": math.nan if lost else loss.item(), "tokens": 0 if lost else len(inputs)}
         participant.submit(work, payload, nonce=nonce, lrs=self.optimizer.lr_bits(), **figures)  # type: ignore[arg-type]
         assert participant.wait_applied(work)

@@ -55,11 +55,6 @@ def test_coordinator_and_run_go_together(monkeypatch: pytest.MonkeyPatch, known:
         PsycheStrategy()
 
 
-def test_several_devices(trainer: Make) -> None:
-    with pytest.raises(ConfigError, match=r"devices=2.*Set devices=1 and start a process for each device"):
-        trainer(devices=2)
-
-
 def test_several_machines(trainer: Make) -> None:
     with pytest.raises(ConfigError, match=r"num_nodes=2.*start the same program on every machine"):
         trainer(num_nodes=2)

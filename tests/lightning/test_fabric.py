@@ -148,5 +148,7 @@ def test_what_is_missing_is_said(loader: Make) -> None:
     _, optimizer = f.setup(module, torch.optim.SGD(module.parameters(), lr=0.01))
     with pytest.raises(ConfigError, match="needs a batch of the run"):
         optimizer.step()
-    with pytest.raises(ConfigError, match="devices=2"):
-        Fabric(strategy="psyche", accelerator="cpu", devices=2)
+    module = network()
+    several = Fabric(strategy="psyche", accelerator="cpu", devices=2)
+    with pytest.raises(ConfigError, match=r"devices=2, but its ranks are not started: call fabric\.launch\(\) first"):
+        several.setup(module, torch.optim.SGD(module.parameters(), lr=0.01))

@@ -122,6 +122,16 @@ def test_the_coordinator_has_the_means_of_what_the_nodes_log(
         assert {name: one["value"] for name, one in node["figures"].items()} == pytest.approx(own.seen[12])
         assert {one["step"] for one in node["figures"].values()} == {12}
     assert len({row["gradient_norm"] for row in rows.values()}) == 3
+    # Each report also says how the round's time went, and what is trained.
+    timed = [row for row in status["metrics"] if row["parts"]]
+    assert len(timed) >= 8
+    for row in timed:
+        assert row["parts"].keys() == {"compute", "encode", "wait", "apply"}
+        assert all(seconds >= 0 for seconds in row["parts"].values())
+        assert row["learning_rate"] > 0
+    trained = sum(parameter.numel() for parameter in fits[0].trainer.model.parameters())
+    assert status["model"]["parameters"] == trained
+    assert timed[-1]["ratio"] == pytest.approx(4 * trained / timed[-1]["bytes_up"])
 
 
 def test_alone_the_loss_of_the_run_is_that_of_the_node(classifier: Make, loader: Make, trainer: Make) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from prometheus_client.parser import text_string_to_metric_families
 
 from psyche_lightning import PrometheusLogger
@@ -55,11 +56,35 @@ def test_pages_of_other_sites_read_nothing(shown: PrometheusLogger, headers: dic
         read(shown.port, **headers)
 
 
+def test_other_machines_read_it_where_asked(shown: PrometheusLogger) -> None:
+    everywhere = PrometheusLogger(0, "0.0.0.0")
+    try:
+        assert read(everywhere.port, Host="node-1:9200")["process_open_fds",] > 0
+        with pytest.raises(urllib.error.HTTPError, match="Refused"):
+            read(everywhere.port, Host="node-1:9200", Origin="https://page.example")
+    finally:
+        everywhere.finalize("success")
+    with pytest.raises(urllib.error.HTTPError, match="Refused"):  # on loopback other names are a trick
+        read(shown.port, Host="node-1:9200")
+
+
 def test_a_port_that_is_taken_is_said(shown: PrometheusLogger) -> None:
     with pytest.raises(ConfigError, match=f"cannot show metrics on 127.0.0.1:{shown.port}"):
         PrometheusLogger(shown.port)
     with pytest.raises(ConfigError, match="cannot show metrics"):
         PrometheusLogger(99999)
+
+
+def test_of_the_ranks_of_a_node_the_first_one_listens(shown: PrometheusLogger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    second = PrometheusLogger(shown.port)  # as the other ranks make theirs
+    second.log_metrics({"loss": 1.0}, 3)
+    second.finalize("success")
+    task = PrometheusLogger(0)  # a process that learns only later that its node has no other rank
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    task.log_metrics({"loss": 1.0}, 3)
+    assert read(task.port)["psyche_round_step",] == 3
+    task.finalize("success")
 
 
 def test_a_trainer_shows_what_its_module_logs(classifier: Make, loader: Make, trainer: Make) -> None:

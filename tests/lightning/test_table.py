@@ -76,7 +76,6 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], int]] = {
 """Options of a fit with a data set of six batches, and the steps that it makes."""
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "devices": ({"devices": 2}, "devices=2.*start a process for each device"),
     "num_nodes": ({"num_nodes": 2}, "num_nodes=2.*start the same program on every machine"),
     "overfit_batches": ({"overfit_batches": 1}, "small data set instead"),
 }
@@ -85,7 +84,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_each_argument_is_tried() -> None:
     table = rows("Arguments")
     assert {name for name, says in table.items() if says == "refused"} == set(REFUSED)
-    assert {name for name, says in table.items() if says != "refused"} == {*ARGUMENTS, "logger", "barebones"}
+    assert {name for name, says in table.items() if says != "refused"} == {*ARGUMENTS, "devices", "logger", "barebones"}
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

@@ -145,7 +145,8 @@ def train_psyche(name: str, links: list[Link], recipe: str, blocks: int, steps: 
             str(folder / "coordinator"),
         ]
         url = processes.add(Child("coordinator", serve, log, inside=far.inside)).url()
-        given = [f"total_steps={starts[-1] + rounds + LEFT_OUT}", f"init_min_clients={len(nodes)}", *overrides]
+        given = [f"total_steps={starts[-1] + rounds + LEFT_OUT}", f"init_min_clients={len(nodes)}", "run.shares=equal"]
+        given += overrides
         own = ["--coordinator", url, "--token-file", str(folder / "coordinator" / "owner.token")]
         create = Child("run", ["run", "create", "links", recipe, "--open", *given, *own], log, inside=far.inside)
         if processes.add(create).process.wait():

@@ -96,6 +96,7 @@ def network(links: Sequence[Link], seed: int = 0) -> Iterator[Network]:
     """
     if os.geteuid() != 0 or not os.path.exists("/dev/net/tun"):
         raise PermissionError("shaped links need root and /dev/net/tun: run this as root on Linux")
+    _clear_away()
     machines = [Machine(f"links-{os.getpid()}-{number}", f"10.77.0.{number + 1}") for number in range(len(links))]
     devices: list[int] = []
     try:
@@ -104,7 +105,7 @@ def network(links: Sequence[Link], seed: int = 0) -> Iterator[Network]:
         # A process of its own: the relay's speed must not depend on what the measuring program does.
         context = multiprocessing.get_context("fork")
         shaped = context.Value("b", True, lock=False)
-        relay: Any = context.Process(target=_relay, args=(devices, list(links), seed, shaped))
+        relay: Any = context.Process(target=_relay, args=(devices, list(links), seed, shaped, os.getpid()))
         relay.start()
         try:
             yield Network(machines, shaped)
@@ -116,6 +117,21 @@ def network(links: Sequence[Link], seed: int = 0) -> Iterator[Network]:
             os.close(device)
         for machine in machines:
             subprocess.run(["ip", "netns", "del", machine.name], check=False, capture_output=True)
+
+
+def _clear_away() -> None:
+    """Remove the namespaces of measurements that were killed, with the processes that are left in them."""
+    listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout
+    for line in listed.splitlines():
+        name = line.split()[0]
+        kind, _, owner = name.rpartition("-")[0].partition("-")
+        if kind != "links" or not owner.isdecimal() or os.path.exists(f"/proc/{owner}"):
+            continue
+        inside = subprocess.run(["ip", "netns", "pids", name], check=False, capture_output=True, text=True).stdout
+        for process in map(int, inside.split()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 def _join(machine: Machine) -> int:
@@ -134,8 +150,8 @@ def _join(machine: Machine) -> int:
     return device
 
 
-def _relay(devices: list[int], links: list[Link], seed: int, shaped: Any) -> None:
-    """Carry packets until the process is ended."""
+def _relay(devices: list[int], links: list[Link], seed: int, shaped: Any, measurer: int) -> None:
+    """Carry packets until the process is ended, or the one that measures is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who interrupts the measurement ends it, and that ends this
     chance, open_link = random.Random(seed), Link()
     owner = {bytes([10, 77, 0, number + 1]): number for number in range(len(devices))}
@@ -145,8 +161,8 @@ def _relay(devices: list[int], links: list[Link], seed: int, shaped: Any) -> Non
     selector = selectors.DefaultSelector()
     for number, device in enumerate(devices):
         selector.register(device, selectors.EVENT_READ, number)
-    while True:
-        timeout = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
+    while os.getppid() == measurer:
+        timeout = max(0.0, waiting[0][0] - time.monotonic()) if waiting else 1.0
         for key, _ in selector.select(timeout):
             link = links[key.data] if shaped.value else open_link
             for _ in range(64):
@@ -154,6 +170,8 @@ def _relay(devices: list[int], links: list[Link], seed: int, shaped: Any) -> Non
                     packet = os.read(key.fd, MTU)
                 except BlockingIOError:
                     break
+                except OSError:  # another measurement cleared away what a killed one left
+                    return
                 target = owner.get(packet[16:20])  # the destination, if this is IPv4
                 if target is None or packet[0] >> 4 != 4 or chance.random() < link.loss:
                     continue

@@ -14,6 +14,7 @@ import torch
 from psyche_lightning.coordinator.host import RunHost
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.logs import Speaker
+from psyche_lightning.node.journal import Journal, MemoryJournal
 from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import Notice
 from psyche_lightning.node.parameters import ParameterReplica
@@ -21,7 +22,7 @@ from psyche_lightning.node.participant import Participant, RoundWork
 from psyche_lightning.node.runtime import NodeParts
 from psyche_lightning.node.settings import Settings
 from psyche_lightning.node.status import StatusFile
-from psyche_lightning.node.store import BlobStore, Journal, MemoryBlobStore, MemoryJournal
+from psyche_lightning.node.store import BlobStore, MemoryBlobStore
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.server.local import LocalCoordinator
 from psyche_lightning.transports.base import Transport

@@ -14,7 +14,7 @@ import pytest
 
 from psyche_lightning.cli import main
 from psyche_lightning.errors import PsycheError
-from psyche_lightning.node.audit import audit
+from psyche_lightning.node.audit import _Cover, audit, audit_files
 from psyche_lightning.simulation.scenario import Scenario
 from psyche_lightning.simulation.simulator import Simulation
 
@@ -25,7 +25,7 @@ STEPS = 40
 @pytest.fixture(scope="module")
 def written() -> list[Rows]:
     """The ledgers of the four nodes of a run of several epochs, in which payloads were lost."""
-    simulation = Simulation(Scenario(5, 4, True, STEPS, 0.1, 0.5, 0.0, 0, 0, 0, 0, 0, 150.0, payload_loss=0.1))
+    simulation = Simulation(Scenario(6, 4, True, STEPS, 0.1, 0.5, 0.0, 0, 0, 0, 0, 0, 150.0, payload_loss=0.1))
     simulation.run()
     return [node.ledger for node in simulation.nodes]
 
@@ -71,6 +71,22 @@ def test_shares_by_weight_are_audited_too() -> None:
         row["weights"] = [0] * 4
     with pytest.raises(PsycheError, match="one of 1 to 256 for each of its clients"):
         audit(rows)
+
+
+def test_a_round_whose_weights_came_to_the_same_shares_is_one_round() -> None:
+    """As when a coordinator is restored from a copy, and measures a little differently."""
+    simulation = Simulation(Scenario(5, 4, True, STEPS, 0.0, 0.1, 0.0, 0, 0, 0, 0, 0, 150.0, speeds=True))
+    simulation.run()
+    rows = copy.deepcopy([row for node in simulation.nodes for row in node.ledger])
+    before = audit(rows)
+    one, *_ = of(rows, next(row["step"] for row in rows if len(set(row.get("weights", ()))) == 4))
+    weights = one["weights"]
+    one["weights"] = [weight - (weight > 64) for weight in weights]
+    assert audit(rows) == before
+    one["weights"] = [1] * len(weights)
+    assert f"two ledgers differ about round {one['height']} of epoch {one['epoch']}" in audit(rows).problems
+    one["weights"], one["batch_size"] = weights, one["batch_size"] + 1
+    assert f"two ledgers differ about round {one['height']} of epoch {one['epoch']}" in audit(rows).problems
 
 
 def forget(rows: Rows) -> None:
@@ -199,3 +215,33 @@ def test_the_command_fails_where_the_ledger_is_not_complete(
     (tmp_path / "ledger.jsonl").write_text("".join(lines))
     assert main(["run", "ledger", str(tmp_path), "--check"]) == 1
     assert "no ledger has the rounds of steps 5 to 5" in " ".join(capsys.readouterr().err.split())
+
+
+def test_ledger_files_of_any_size_are_audited_as_their_rows_are(written: list[Rows], tmp_path: Path) -> None:
+    ledgers = []
+    for number, rows in enumerate(written[:3]):
+        ledgers.append(tmp_path / str(number) / "ledger.jsonl")
+        ledgers[-1].parent.mkdir()
+        ledgers[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = audit(row for rows in written[:3] for row in rows)
+    assert audit_files(ledgers) == whole
+    newest = audit_files(ledgers, newest=5)
+    assert newest.lines == whole.lines[-5:]
+    assert (newest.ids, newest.ids_again, newest.trained) == (whole.ids, whole.ids_again, len(whole.lines))
+    # A coordinator that was restored from a copy has some rounds again.
+    ledgers[0].write_text("".join(json.dumps(row) + "\n" for row in (*written[0][5:], *written[0][:8])))
+    assert audit_files(ledgers) == whole
+    assert audit_files(ledgers, lambda row: False).run == ""
+
+
+def test_ids_that_are_missing_or_trained_twice_are_named() -> None:
+    cover = _Cover(3)
+    for interval in ((8, 10), (3, 5), (5, 8)):
+        cover.add(*interval)
+    assert cover.faults() == []
+    cover.add(12, 13)
+    assert cover.faults() == ["of the data ids, 10 to 11 are missing"]
+    twice = _Cover(0)
+    twice.add(0, 4)
+    twice.add(2, 3)
+    assert twice.faults() == ["of the data ids, 2 appears twice"]

@@ -427,6 +427,18 @@ def test_a_witness_whose_list_is_here_is_not_asked_for_it() -> None:
     assert gathered(talk) == []
 
 
+def test_a_witness_that_was_only_quicker_with_the_payloads_is_not_asked() -> None:
+    talk = differing()
+    both = [*commitments(talk.scene.result(1)), *commitments(talk.scene.result(2))]
+    all_three = merkle_root(sorted([*both, *commitments(talk.scene.result(3))]))
+    talk = differing(EMPTY_ROOT, all_three)
+    assert gathered(talk) == [1]  # it has a result of which this node has not heard
+    talk = differing(EMPTY_ROOT, all_three)
+    talk.hear(talk.scene.result(3))
+    assert gathered(talk) == []
+    assert talk.log.rounds[0].list_of(all_three)
+
+
 def test_a_payload_is_fetched_once_at_a_time_and_again_when_that_failed() -> None:
     talk = Talk()
     envelope = talk.scene.result(1)

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from ranks import run, sharded
 
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.errors import ConfigError, PayloadError, WireError
@@ -220,3 +221,11 @@ def test_the_size_of_a_snapshot_is_known_before() -> None:
     index = store.get(mine.snapshot(store.put))
     assert index is not None
     assert mine.size == decode_index(index).size
+
+
+@pytest.mark.slow
+def test_a_snapshot_goes_from_one_device_to_two_ranks_and_back() -> None:
+    first, second = run(sharded.replicas)
+    assert len(first) == 2
+    assert "lacks" in first[1]
+    assert first == second

@@ -16,6 +16,7 @@ from psyche_lightning.errors import ManifestMismatchError, PsycheError, StoreErr
 from psyche_lightning.node import events as ev
 from psyche_lightning.node import participant, runtime
 from psyche_lightning.node.events import StartOver
+from psyche_lightning.node.journal import Journal
 from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import (
     CannotGoOn,
@@ -32,8 +33,8 @@ from psyche_lightning.node.notices import (
     Waits,
 )
 from psyche_lightning.node.status import StatusFile
-from psyche_lightning.node.store import DirectoryBlobStore, Journal
-from psyche_lightning.protocol.requests import Join
+from psyche_lightning.node.store import DirectoryBlobStore
+from psyche_lightning.protocol.requests import Join, Report, Witness
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning.wire.canonical import sha256
 
@@ -46,6 +47,35 @@ def test_a_node_alone_trains_all_steps(make_run: Any, make_trainee: Any) -> None
     assert node.ids == list(range(20 * 6))
     assert run.host.state.phase is Phase.FINISHED
     assert run.host.state.checkpoint.step == 20
+
+
+def test_reports_carry_each_token_once_and_all_seconds_of_training(make_run: Any, make_trainee: Any) -> None:
+    run, reports, texts = make_run(1, 4), [], iter([[(0, 1)] * 3, [], [(0, 2), (1, 3), (1, 4)], [(1, 5)] * 20])
+    node = make_trainee(0, run)
+    coordinator = node.participant.node.coordinator
+    real = coordinator.request
+
+    async def request(asked: Any) -> Any:
+        if isinstance(asked, Witness) and asked.report.step:
+            reports.append(asked.report)
+        return await real(asked)
+
+    def compute(trainee: Any, work: Any) -> None:
+        for prompt, token in next(texts):
+            node.participant.wrote(prompt, token)
+
+    coordinator.request, node.compute = request, compute
+    run.go(node)
+    told: list[Report] = [one for step in range(1, 5) for one in reports if one.step == step]
+    assert told == reports
+    # One text a report; of more tokens than it holds the newest.
+    found = [(one.prompt, one.tokens) for one in told if one.tokens]
+    assert found[:2] == [(0, (1, 1, 1)), (0, (2,))]
+    assert found[2][0] == 1
+    assert [token for _, tokens in found[2:] for token in tokens][-16:] == [5] * 16
+    seconds = [one.seconds for one in told]
+    assert 0 < seconds[0] < seconds[-1]
+    assert seconds == sorted(seconds)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -77,7 +107,8 @@ def test_with_overlap_the_coordinator_goes_on_while_a_round_is_computed(make_run
 
 
 def test_to_apply_results_is_no_wait(make_run: Any, make_trainee: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    passed = [0.0]
+    start = float(int(time.monotonic()))  # the runtime compares its own clock with what this one said
+    passed = [start]
     monkeypatch.setattr(participant, "time", SimpleNamespace(monotonic=lambda: passed[0]))
     run = make_run(1, 6)
     node = make_trainee(0, run)
@@ -89,7 +120,7 @@ def test_to_apply_results_is_no_wait(make_run: Any, make_trainee: Any, monkeypat
 
     monkeypatch.setattr(node.participant.node.replica, "apply", long)
     run.go(node)
-    assert passed[0] == 6 * 1000.0
+    assert passed[0] == start + 6 * 1000.0
     assert node.participant.waited == 0.0
 
 

@@ -123,8 +123,24 @@ def test_waits_of_different_kinds_are_judged_apart() -> None:
     assert not spare.use()
     spare.rest("long")
     assert spare.use()
-    spare.give(None)
+    spare.withdraw(pieces)
     assert not spare.use()
+
+
+def test_works_take_turns_and_small_pieces_do_not_take_the_share_of_large_ones() -> None:
+    clock = Clock()
+    spare = SpareTime(clock)
+    small, large = Pieces(clock, iter([0.01] * 10000), guess=0.01), Pieces(clock, iter([0.5] * 1000), guess=0.5)
+    spare.give(small)
+    spare.give(large)
+    run(spare, clock, [0.02] * 2000, 0.5)  # where the large ones never fit
+    assert large.done >= 5
+    assert small.done > 1000
+    before = large.done
+    spare.withdraw(large)
+    run(spare, clock, [0.02] * 200, 0.5)
+    assert large.done == before
+    assert small.done > 1100
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from psyche_lightning import system
 from psyche_lightning.errors import PsycheError, StoreError
+from psyche_lightning.node.journal import MAGIC, Journal, MemoryJournal
 from psyche_lightning.node.ledger import read_ledger
-from psyche_lightning.node.store import MAGIC, BlobStore, DirectoryBlobStore, Journal, MemoryBlobStore, MemoryJournal
+from psyche_lightning.node.store import BlobStore, DirectoryBlobStore, MemoryBlobStore
 from psyche_lightning.wire.canonical import sha256
 
 
@@ -91,6 +92,7 @@ def _limited(tmp_path: Path, code: str) -> str:
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
+        "from psyche_lightning.node.journal import *\n"
         "from psyche_lightning.node.store import *\n"
         "from psyche_lightning.errors import StoreError\n"
         f"path = {str(tmp_path)!r}\n"
@@ -227,6 +229,78 @@ def test_damage_in_the_middle_is_never_taken_for_a_torn_end(tmp_path: Path) -> N
         assert path.read_bytes() == damaged
 
 
+def test_a_record_carries_the_blobs_that_it_names(tmp_path: Path) -> None:
+    one, two, three = os.urandom(3000), b"", os.urandom(50)
+    journal = Journal(tmp_path / "journal")
+    journal.append("old", b"1", {sha256(one): one})
+    journal.append("new", b"2", {sha256(two): two, sha256(three): three})
+    assert list(journal.blobs()) == [one, two, three]
+    journal.append("plain", b"3")
+    journal.close()
+    with contextlib.closing(Journal(tmp_path / "journal")) as journal:
+        assert journal.load() == {"old": b"1", "new": b"2", "plain": b"3"}
+        assert list(journal.blobs()) == [one, two, three]
+        journal.retain({"new"}, {sha256(one), sha256(three), sha256(b"elsewhere")})
+        assert list(journal.blobs()) == [one, three]
+        journal.append("newest", b"4", {sha256(two): two})
+    with contextlib.closing(Journal(tmp_path / "journal")) as journal:
+        assert journal.load() == {"new": b"2", "newest": b"4"}
+        assert list(journal.blobs()) == [one, three, two]
+        assert [journal.carries(sha256(blob)) for blob in (one, two, b"elsewhere")] == [True, True, False]
+
+
+def test_a_record_with_blobs_is_whole_or_torn(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with contextlib.closing(Journal(path)) as journal:
+        journal.append("a", b"1")
+        complete = path.stat().st_size
+        journal.append("b", b"2", {sha256(blob): blob for blob in (os.urandom(20), os.urandom(9))})
+    whole = path.read_bytes()
+    size = len(whole) - complete
+    torn = [whole[:cut] + tail for cut in range(complete, len(whole), 3) for tail in (b"", bytes(len(whole) - cut))]
+    # Where a first page was not written and a later one was, zeros stand in front.
+    torn += [whole[:complete] + bytes(gap) + whole[complete + gap :] for gap in range(16, size, 9)]
+    for data in torn:
+        path.write_bytes(data)
+        with contextlib.closing(Journal(path)) as journal:
+            assert journal.load() == {"a": b"1"}
+            assert not list(journal.blobs())
+            journal.append("c", b"3")
+        with contextlib.closing(Journal(path)) as journal:
+            assert journal.load() == {"a": b"1", "c": b"3"}
+
+
+def test_a_damaged_blob_in_the_middle_is_absent_and_other_damage_is_refused(tmp_path: Path) -> None:
+    path, one, two = tmp_path / "journal", os.urandom(30), os.urandom(20)
+    with contextlib.closing(Journal(path)) as journal:
+        journal.append("a", b"1", {sha256(one): one, sha256(two): two})
+        journal.append("b", b"2")
+    whole = path.read_bytes()
+    end = whole.index(two) + len(two)
+    for position in range(len(MAGIC), end):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x81
+        path.write_bytes(damaged)
+        if position < whole.index(one):
+            with pytest.raises(StoreError, match="damaged at byte"):
+                Journal(path)
+            continue
+        with contextlib.closing(Journal(path)) as journal:
+            assert journal.load() == {"a": b"1", "b": b"2"}
+            assert list(journal.blobs()) == [two if position < whole.index(two) else one]
+    path.write_bytes(whole[: len(MAGIC)] + bytes(16) + whole[len(MAGIC) + 16 :])
+    with pytest.raises(StoreError, match="damaged at byte"):  # zeros in front of a whole record are no torn end
+        Journal(path)
+
+
+def test_a_torn_file_of_an_earlier_process_is_written_again(tmp_path: Path) -> None:
+    digest = DirectoryBlobStore(tmp_path).put(b"kept", durable=False)
+    (tmp_path / digest.hex()[:2] / digest.hex()).write_bytes(bytes(4))
+    store = DirectoryBlobStore(tmp_path)
+    assert store.put(b"kept", durable=False) == digest
+    assert store.get(digest) == b"kept"
+
+
 @settings(max_examples=60)
 @given(st.binary(max_size=200), st.booleans())
 def test_arbitrary_files_load_or_are_refused(
@@ -266,7 +340,7 @@ def test_a_second_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     journal = Journal(tmp_path / "journal")
     journal.append("a", b"1")
     journal.retain({"a"})  # the new file is claimed as well
-    code = f"from psyche_lightning.node.store import Journal; Journal({str(tmp_path / 'journal')!r})"
+    code = f"from psyche_lightning.node.journal import Journal; Journal({str(tmp_path / 'journal')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert "another process uses the journal" in done.stderr
     journal.close()
@@ -276,7 +350,8 @@ def test_a_second_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_promises_survive_a_kill(tmp_path: Path) -> None:
     code = (
         "import os, signal\n"
-        "from psyche_lightning.node.store import DirectoryBlobStore, Journal\n"
+        "from psyche_lightning.node.journal import Journal\n"
+        "from psyche_lightning.node.store import DirectoryBlobStore\n"
         f"path = {str(tmp_path)!r}\n"
         "digest = DirectoryBlobStore(path + '/blobs').put(b'payload')\n"
         "Journal(path + '/journal').append('batch', digest)\n"

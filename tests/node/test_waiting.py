@@ -141,7 +141,7 @@ def without_holders() -> Scene:
 )
 def test_who_is_waited_for(make: Callable[[], Scene], applied: int | None, text: str) -> None:
     scene = make()
-    assert describe(scene.state, scene.log, applied, scene.settings.delay, KEYS[0]) == text
+    assert describe(scene.state, scene.log, applied, scene.settings.delay, KEYS[0]).text == text
 
 
 def test_only_who_is_a_witness_is_waited_for_as_one() -> None:
@@ -149,7 +149,7 @@ def test_only_who_is_a_witness_is_waited_for_as_one() -> None:
     scene.begin(but=(Train,))
     scene.hear(*[scene.result(i) for i in range(4)])
     two = names(*scene.log.rounds[0].selection.witnesses())
-    assert describe(scene.state, scene.log, 0, 1, b"") == f"round 0: waiting for witnesses {two}"
+    assert describe(scene.state, scene.log, 0, 1, b"").text == f"round 0: waiting for witnesses {two}"
 
 
 def test_who_holds_the_parameters_is_waited_for_by_those_who_do_not() -> None:
@@ -157,29 +157,41 @@ def test_who_holds_the_parameters_is_waited_for_by_those_who_do_not() -> None:
     state, held = scene.state, scene.state.checkpoint
     assert (state.phase, held.step) == (Phase.WAITING_FOR_MEMBERS, 1)
     text = f"epoch 1: waiting for 4 members, and for a holder of the parameters {short(held.digest)} of step 1"
-    assert describe(state, None, None, 1, KEYS[5]) == text
-    assert describe(state, None, None, 1, KEYS[0]) == "epoch 1: waiting for 4 members"
+    assert describe(state, None, None, 1, KEYS[5]).text == text
+    assert describe(state, None, None, 1, KEYS[0]).text == "epoch 1: waiting for 4 members"
 
 
 def test_a_node_without_the_last_results_waits_for_another_member_of_their_epoch() -> None:
     scene = later()
     state = replace(scene.state, phase=Phase.WARMUP, epoch=scene.state.epoch + 1, warmup_witnesses=())
     text = "epoch 1: this node lacks results of round 2 of epoch 0; waiting for another member of that epoch"
-    assert describe(state, scene.log, 2, 1, KEYS[0]) == text
-    assert describe(state, scene.log, 2, 1, b"") == f"epoch 1: waiting for {names(0, 1, 2, 3)} to hold the parameters"
+    assert describe(state, scene.log, 2, 1, KEYS[0]).text == text
+    outside = describe(state, scene.log, 2, 1, b"")
+    assert outside.text == f"epoch 1: waiting for {names(0, 1, 2, 3)} to hold the parameters"
+    assert outside.nodes == tuple(client.node for client in state.clients)
 
 
 def test_without_a_state_or_a_log_the_coordinator_is_waited_for() -> None:
-    assert describe(None, None, None, 1, KEYS[0]) == "waiting for the coordinator's state"
-    assert describe(RunState("run"), None, None, 1, KEYS[0]) == "phase UNINITIALIZED: waiting for the coordinator"
+    assert describe(None, None, None, 1, KEYS[0]).text == "waiting for the coordinator's state"
+    assert describe(RunState("run"), None, None, 1, KEYS[0]).text == "phase UNINITIALIZED: waiting for the coordinator"
     state = training().state
-    assert describe(state, None, 0, 1, KEYS[0]) == "phase ROUND_TRAIN: waiting for the coordinator"
-    assert describe(state, EpochLog(0, b"", 1, 1), 0, 1, KEYS[0]) == "phase ROUND_TRAIN: waiting for the coordinator"
+    assert describe(state, None, 0, 1, KEYS[0]).text == "phase ROUND_TRAIN: waiting for the coordinator"
+    empty = EpochLog(0, b"", 1, 1)
+    assert describe(state, empty, 0, 1, KEYS[0]).text == "phase ROUND_TRAIN: waiting for the coordinator"
+
+
+def test_who_comes_during_an_epoch_waits_for_the_next_one() -> None:
+    state = training().state
+    state = replace(state, config=replace(state.config, epoch_time=5400.0))
+    text = "epoch 0 trains without this node, which joins the next one; an epoch takes 1 h 30 min"
+    assert describe(state, None, None, 1, bytes(32)).text == text
+    gone = replace(state, exited_clients=state.clients[:1], clients=state.clients[1:])
+    assert describe(gone, None, None, 1, KEYS[0]).text == "phase ROUND_TRAIN: waiting for the coordinator"
 
 
 def test_a_warm_up_in_which_all_have_reported_waits_for_nobody() -> None:
     state = replace(warm().state, clients=())
-    assert describe(state, None, None, 1, KEYS[0]) == "epoch 0: waiting for nobody to hold the parameters"
+    assert describe(state, None, None, 1, KEYS[0]).text == "epoch 0: waiting for nobody to hold the parameters"
 
 
 def test_a_run_lacks_members_only_where_they_are_known_to_have_left() -> None:
@@ -191,11 +203,11 @@ def test_a_run_lacks_members_only_where_they_are_known_to_have_left() -> None:
     assert notice == TooFewMembers("r", 1, 3, 2)
     assert "it waits for 2 more members" in str(notice)
     assert "update r init_min_clients=1 min_clients=1" in str(notice)
-    assert describe(few, None, None, 1, stay.node) == "epoch 0: waits for 2 more members (has 1 of 3)"
+    assert describe(few, None, None, 1, stay.node).text == "epoch 0: waits for 2 more members (has 1 of 3)"
     assert not list(news(few, few, stay.signer)), "it is said once"
     gathered = replace(few, gathered_at=1.0)
     assert not list(news(full, gathered, stay.signer)), "newcomers are enough"
     paused = replace(few, phase=Phase.PAUSED, clients=(gone, gone))
     resumed = replace(paused, phase=Phase.WAITING_FOR_MEMBERS)
     assert not [each for each in news(paused, resumed, stay.signer) if isinstance(each, TooFewMembers)]
-    assert describe(resumed, None, None, 1, stay.node) == "epoch 0: waiting for 3 members"
+    assert describe(resumed, None, None, 1, stay.node).text == "epoch 0: waiting for 3 members"

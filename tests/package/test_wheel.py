@@ -14,6 +14,8 @@ from psyche_lightning import __version__
 from psyche_lightning.plugins import EXTRAS
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "psyche_lightning" / "page"
+"""Sources of the coordinator\'s page; the wheel has what is built from them."""
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in ("psyche_lightning", "recipes"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "node_modules"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-c", f"from setuptools.build_meta import build_wheel; build_wheel({str(folder)!r})"]
@@ -36,7 +38,7 @@ def test_it_has_every_file_of_the_package_and_every_recipe(wheel: Path) -> None:
     expected = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "psyche_lightning").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and PAGE not in path.parents
     }
     expected |= {f"psyche_lightning/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.*")}
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

@@ -39,6 +39,7 @@ TEXT, DIGEST = manifest_text(MANIFEST), manifest_digest(MANIFEST)
 TRAVELS: list[tuple[Request[Any], str, list[Any]]] = [
     (GetTerms(), "terms", []),
     (Join("host:1", MANIFEST), "join", ["host:1", DIGEST, TEXT]),
+    (Join("host:1", MANIFEST, "eu-west"), "join", ["host:1", DIGEST, TEXT, "eu-west"]),
     (Withdraw(), "withdraw", []),
     (WarmupWitness(1, 2, b"d" * 32), "warmup_witness", [1, 2, b"d" * 32]),
     (
@@ -72,7 +73,10 @@ TRAVELS: list[tuple[Request[Any], str, list[Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("request_", "name", "values"), TRAVELS, ids=[name for _, name, _ in TRAVELS])
+IDS = [f"{name} of {len(values)}" for _, name, values in TRAVELS]
+
+
+@pytest.mark.parametrize(("request_", "name", "values"), TRAVELS, ids=IDS)
 def test_a_request_travels_as_its_fields_and_arrives_as_it_was(request_: Request[Any], name: str, values: Any) -> None:
     assert (request_.name, encode(request_)) == (name, values)
     received = unpack(pack(encode(request_)), max_size=1 << 20)

@@ -146,6 +146,7 @@ def test_the_twin_replaces_what_it_names_before_the_overrides(path: Path) -> Non
         ("run.seed=18446744073709551616", r"run\.seed is 18446744073709551616; choose .* from 0 to 2\^64 - 1"),
         ("digest_evry=3", r"Did you mean 'run\.digest_every'\?"),
         ("patience=0", r"node\.patience is 0.*; choose a number of seconds above 0"),
+        ("region=" + "x" * 41, r"node\.region is 'x+'; choose at most 40 printable characters.*such as eu-west"),
         ("dtype=bfloat", r"model\.dtype is 'bfloat', which is not a choice\. Did you mean 'bfloat16'\?"),
         ("model.config=3", r"model\.config is 3 \(an integer\); a section with keys was expected"),
         ("kind=wsd", r"schedule 'wsd' has no final_lr; its fields are .*stable_steps"),
@@ -153,12 +154,29 @@ def test_the_twin_replaces_what_it_names_before_the_overrides(path: Path) -> Non
         ("warmup_steps=50", r"schedule of 50 steps has no steps left"),
         ("min_clients=2", r"init_min_clients is 1; it must be at least min_clients \(2\)"),
         ("global_batch_size_end=3", r"global_batch_size_end is 3"),
+        ("masters=half", r"trainer\.masters is 'half', which is not a choice"),
+        ("delta=int4", r"trainer\.delta is 'int4', which is not a choice"),
         ("name=" + "x" * 33, r"'x+' is no name of a run; it has 1 to 32 letters"),
     ],
 )
 def test_mistakes_are_explained(path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("clip_grad_norm=1", r"optimizer\.clip_grad_norm clips by the norm of all of them"),
+        ("distro.local_steps=2", r"distro\.local_steps needs them for the steps"),
+        ("optimizer.name=muon", r"optimizer\.name=muon makes directions of whole ones"),
+        ("precision=16-mixed", r"trainer\.precision=16-mixed unscales all of them"),
+    ],
+)
+def test_what_needs_all_gradients_goes_without_streaming(path: Path, override: str, message: str) -> None:
+    load_recipe(path, [override])
+    with pytest.raises(ConfigError, match=rf"{message}.*Choose trainer\.gradients=kept"):
+        load_recipe(path, [override, "trainer.gradients=streamed"])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 from psyche_lightning.server.admin import CoordinatorAdmin
 from psyche_lightning.server.server import CoordinatorServer
-from psyche_lightning.server.store import MemoryStore
+from psyche_lightning.server.store import MemoryStore, Store
 from psyche_lightning.testing.walking import walk
 
 QUICK = {"waiting_for_members_extra_time": 0.05, "warmup_time": 20, "cooldown_time": 5, "max_round_train_time": 20}
@@ -43,9 +43,11 @@ class ServerProcess:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        found = re.search(r"https?://[0-9.]+:(\d+)", line)
-        assert found, line + self._process.stdout.read()
+        said = ""  # nodes that come back at once may be spoken of before the address
+        while not (found := re.search(r"https?://[0-9.]+:(\d+)", said)):
+            line = self._process.stdout.readline()
+            assert line, f"it ended without an address: {said}"
+            said += line
         self.url, self.port = found[0], int(found[1])
         return self.url
 
@@ -108,8 +110,8 @@ def served() -> Callable[..., object]:
     """A server of this process on a free port: ``async with served(...) as (server, url)``."""
 
     @asynccontextmanager
-    async def serve(**options: object) -> AsyncIterator[tuple[CoordinatorServer, str]]:
-        server = CoordinatorServer(MemoryStore(), **options)  # type: ignore[arg-type]
+    async def serve(store: Store | None = None, **options: object) -> AsyncIterator[tuple[CoordinatorServer, str]]:
+        server = CoordinatorServer(store or MemoryStore(), **options)  # type: ignore[arg-type]
         url = await server.start("127.0.0.1", 0)
         try:
             yield server, url

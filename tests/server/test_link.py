@@ -14,7 +14,7 @@ from psyche_lightning.plugins import load_plugins
 from psyche_lightning.protocol.link import JoinLink
 from psyche_lightning.protocol.requests import GetTerms, Join
 from psyche_lightning.recipe.options import RunOptions
-from psyche_lightning.server.admin import CoordinatorAdmin
+from psyche_lightning.server.admin import CoordinatorAdmin, check_url
 from psyche_lightning.server.client import HttpCoordinator
 from psyche_lightning.wire.identity import Identity
 
@@ -97,3 +97,36 @@ def test_commands_and_nodes_take_a_host_and_a_port(served, run, capsys):
 
     run(main())
     assert "waiting for members" in capsys.readouterr().out
+
+
+NO_URLS = [
+    *("http://", "http://a b", "http://a\tb", "http://[::1", "http://a..b", f"http://{'a' * 64}", "http:/h", "ftp//h"),
+    *("http://h:0", "http://h:70000", "http://user:word@h:1", "http://h/\u00fc", "http://h/a b", "h"),
+    *("127.0.0.1:port", "localhost:port", "[::1]:port"),
+]
+COMMANDS = [
+    *("run status r --coordinator", "run list --coordinator", "top", "join --run r", "doctor --coordinator"),
+    *("train demo --run r --coordinator", "coordinator backup x --coordinator"),
+]
+
+
+PAIRS = [
+    *((COMMANDS[0], url) for url in NO_URLS),
+    *((command, url) for command in COMMANDS[1:] for url in ("http://a b", "http://[::1", "127.0.0.1:port")),
+]
+
+
+@pytest.mark.parametrize(("command", "url"), PAIRS)
+def test_what_is_no_url_is_said_by_every_command(command, url, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CoordinatorAdmin, "_once", lambda *given: pytest.fail("it asks a server"))
+    assert cli([*command.split(), url]) in (1, 2)
+    told = capsys.readouterr()
+    assert "is not a coordinator's URL; expected one such as http" in " ".join(told.err.split()), told
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h", "https://h:1/with/a/path/", "http://b\u00fccher.example", "http://[::1]:8080"]
+)
+def test_urls_that_can_be(url):
+    assert check_url(url) == url.rstrip("/")

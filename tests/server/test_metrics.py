@@ -51,7 +51,7 @@ def test_a_scrape_has_the_figures_that_the_status_has(served, walk, run, quick):
             await walk(client, manifest=manifest, until=lambda state: state.phase.active and state.step > 3)
             host = server.runs["r"].host
             row = host.history.metrics.since(0)[-1]
-            report = Report(row.step, 2.5, 100.0, 4000, 5000, (Figure("grad_norm", row.step, 0.25),))
+            report = Report(row.step, 2.5, 100.0, 4000, 5000, (Figure("grad_norm", row.step - 1, 0.25),))
             host.history.report(host.state.epoch, node.public, report)
             await client.request(Evaluated("arc", row.step, 8, 0, (Measure("acc", 3.0, 4.0),)))
             text, kind = await scrape(url)

@@ -5,8 +5,8 @@ from contextlib import closing
 
 import pytest
 
-from psyche_lightning.coordinator.history import Metrics
 from psyche_lightning.coordinator.host import RunHost
+from psyche_lightning.coordinator.metrics import Metrics
 from psyche_lightning.errors import CoordinatorError, PsycheError
 from psyche_lightning.protocol.codec import to_json
 from psyche_lightning.protocol.requests import Join

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from itertools import product
 
 import pytest
 
+from psyche_lightning.chronicle.entry import Entry
 from psyche_lightning.node.notices import Notice
+from psyche_lightning.simulation import simulator
 from psyche_lightning.simulation.roles import ROLES
 from psyche_lightning.simulation.scenario import History, Scenario, SimulationError
 from psyche_lightning.simulation.simulator import Simulation, simulate, simulate_all
@@ -44,6 +47,8 @@ def test_the_histories_cover_what_they_are_for(outcomes: list[History | Simulati
     assert any(scenario.journals for scenario in scenarios)
     assert any(scenario.blobs for scenario in scenarios)
     assert any(scenario.copies for scenario in scenarios)
+    assert any(scenario.copies and scenario.speeds for scenario in scenarios)
+    assert {scenario.changes for scenario in scenarios} == {0, 1, 3}
     assert {scenario.schedule for scenario in scenarios} == {True, False}
     assert {(scenario.speeds, bool(scenario.cheats)) for scenario in scenarios} == set(product((True, False), repeat=2))
     assert sum(scenario.kills for scenario in scenarios) > 80
@@ -64,9 +69,19 @@ def test_nodes_of_different_speed_get_shares_by_which_nobody_waits(overlap: bool
     assert outcome.seconds < 45
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+def test_payloads_have_the_k_of_their_own_step(overlap: bool) -> None:
+    """With overlap, results of two steps are under way at once; the simulation itself fails where one has another k."""
+    given = Scenario(9, 6, overlap, 12, 0.1, 0.5, 0.0, 2, 1, 0, 0, 1, 150.0, changes=3)
+    simulation = Simulation(given)
+    assert len({node.payload_size(step) for node in simulation.nodes for step in range(1, 13)}) > 2
+    simulation.nodes[0].role = "other k"
+    assert simulation.run().rounds >= 12
+
+
 def test_a_seed_replays_exactly() -> None:
-    traces: list[list[tuple[float, str]]] = [[], []]
-    outcomes = [simulate(7, lambda now, text, t=trace: t.append((now, text))) for trace in traces]  # type: ignore[misc]
+    traces: list[list[Entry]] = [[], []]
+    outcomes = [simulate(7, trace.append) for trace in traces]
     assert outcomes[0] == outcomes[1]
     assert traces[0] == traces[1]
 
@@ -74,13 +89,13 @@ def test_a_seed_replays_exactly() -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3, 6, 9, 13, 15, 18, 24, 27, 32, 40])
 def test_nothing_is_decided_by_what_a_notice_says(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In each of these histories a node decides without a list, repairs itself or leaves without the parameters."""
-    told: list[tuple[float, str]] = []
-    as_shipped = simulate(seed, lambda now, text: told.append((now, text)))
+    told: list[Entry] = []
+    as_shipped = simulate(seed, told.append)
     for kind in Notice.__subclasses__():
         monkeypatch.setattr(kind, "__str__", lambda notice: "other words")
-    reworded: list[tuple[float, str]] = []
-    assert simulate(seed, lambda now, text: reworded.append((now, text))) == as_shipped
-    assert [now for now, _ in reworded] == [now for now, _ in told]
+    reworded: list[Entry] = []
+    assert simulate(seed, reworded.append) == as_shipped
+    assert [entry.time for entry in reworded] == [entry.time for entry in told]
     assert reworded != told
 
 
@@ -125,3 +140,9 @@ def test_a_tenth_of_all_payload_deliveries_is_dropped_and_no_data_id_is_lost() -
         assert outcome.untrained <= 3 * 2 * nodes
         lost += outcome.faults
     assert lost > 400
+
+
+def test_ctrl_c_is_left_to_the_process_that_began_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulator, "_attempt", signal.getsignal)  # what each process does with a seed
+    found: list[object] = [*simulate_all([signal.SIGINT], workers=2)]
+    assert found == [signal.SIG_IGN]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -146,3 +148,37 @@ def test_the_machine_is_described_as_far_as_it_can_be(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "resource", None)
     assert system.cores() == os.cpu_count()
     assert (system.memory(), system.load(), system.open_files()) == (None, None, (None, None))
+
+
+KEEPS = """
+import resource, sys
+from psyche_lightning.system import keep_memory
+
+def step():
+    blocks = [bytearray(1 << 20) for _ in range(40)]
+    for block in blocks:
+        block[:] = b"x" * len(block)
+
+if sys.argv[1] == "kept":
+    assert keep_memory()
+for _ in range(5):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_what_a_step_frees_stays_for_the_next_one() -> None:
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", KEEPS, how]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("kept") < faults("given back") / 10
+
+
+def test_without_glibc_memory_is_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert not system.keep_memory()

@@ -14,7 +14,7 @@ from psyche_lightning.node.parameters import ParameterReplica, named_parameters,
 from psyche_lightning.node.store import MemoryBlobStore
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe.config import TrainerSection
-from psyche_lightning.train.computing import apply_choices, compiling
+from psyche_lightning.train.computing import apply_choices, check_accelerator, compiling
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "intermediate_size": 32}
@@ -80,6 +80,32 @@ def test_what_a_model_cannot_do_is_refused(model: str | None, choice: dict[str, 
     built = torch.nn.Linear(2, 2) if model is None else build(model)
     with pytest.raises(ConfigError, match=message):
         apply_choices(built, TrainerSection(**choice))
+
+
+@pytest.mark.parametrize(
+    ("cards", "choice", "message"),
+    [
+        (0, {"accelerator": "gpu"}, "'gpu', but torch finds only cpu on this machine"),
+        (0, {"accelerator": "cuda", "devices": 2}, "'cuda', but torch finds only cpu"),
+        (1, {"accelerator": "mps"}, "'mps', but torch finds only cpu, cuda"),
+        (1, {"devices": 2}, "trainer.devices is 2, but torch finds 1 device on this machine"),
+        (4, {"accelerator": "cuda", "devices": 5}, "trainer.devices is 5, but torch finds 4 devices"),
+    ],
+)
+def test_devices_that_do_not_exist_are_refused(
+    monkeypatch: pytest.MonkeyPatch, cards: int, choice: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=message):
+        check_accelerator(TrainerSection(**choice))
+
+
+@pytest.mark.parametrize(("cards", "accelerator"), [(0, "auto"), (0, "cpu"), (1, "cpu"), (2, "auto"), (2, "gpu")])
+def test_devices_that_exist_are_taken(monkeypatch: pytest.MonkeyPatch, cards: int, accelerator: str) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    check_accelerator(TrainerSection(accelerator=accelerator, devices=2))  # type: ignore[arg-type]  # of the choices
 
 
 def test_what_cannot_be_compiled_is_explained() -> None:

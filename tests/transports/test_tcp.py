@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from psyche_lightning.errors import TransportError
 from psyche_lightning.testing.peers import Node, eventually
 from psyche_lightning.transports import mesh
-from psyche_lightning.transports.framing import BLOCK_SIZE, LIMITS, Kind, frame, goodbye_text, read_frame
-from psyche_lightning.transports.handshake import SERVER_PURPOSE, Handshake, HandshakeError
+from psyche_lightning.transports.framing import BLOCK_SIZE, LIMITS, MAX_HANDED, Kind, frame, goodbye_text, read_frame
+from psyche_lightning.transports.handshake import SERVER_PURPOSE, VERSION, Handshake, HandshakeError
 from psyche_lightning.transports.tcp import TcpTransport, _address, _locate
+from psyche_lightning.wire.canonical import sha256
 from psyche_lightning.wire.identity import Identity, short
 
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -163,7 +164,7 @@ def test_a_proof_for_one_node_is_useless_at_another() -> None:
                 async with encrypted(victim, relay) as (onward_reader, onward_writer):
                     _, hello = await read_frame(onward_reader, {Kind.HELLO})
                     signature = middle.sign(SERVER_PURPOSE, "run", relay._binding)
-                    writer.write(frame(Kind.HELLO, bytes([2]), middle.public, hello[33:65], signature))
+                    writer.write(frame(Kind.HELLO, bytes([VERSION]), middle.public, hello[33:65], signature))
                     _, proof = await read_frame(reader, {Kind.PROOF})
                     assert proof[:32] == guest.public
                     onward_writer.write(frame(Kind.PROOF, proof))
@@ -288,17 +289,77 @@ def test_garbage_at_the_port_leaves_nothing_behind_and_peers_get_through() -> No
 frames = st.one_of(
     st.binary(max_size=300),
     st.builds(
-        lambda kind, body: struct.pack("!IB", len(body), kind) + body, st.integers(0, 12), st.binary(max_size=200)
+        lambda kind, body: struct.pack("!IB", len(body), kind) + body, st.integers(0, 13), st.binary(max_size=200)
     ),
     st.builds(
         lambda kind, number, rest: struct.pack("!IBI", 4 + len(rest), kind, number) + rest,
-        st.sampled_from([Kind.WANT, Kind.FOUND, Kind.BLOCK, Kind.ABSENT, Kind.ENOUGH, Kind.GOSSIP]),
+        st.sampled_from([Kind.WANT, Kind.FOUND, Kind.BLOCK, Kind.ABSENT, Kind.ENOUGH, Kind.GOSSIP, Kind.BLOB]),
         st.integers(0, 3),
         st.binary(max_size=40),
     ),
     st.builds(lambda number: frame(Kind.WANT, struct.pack("!I", number), bytes(32), WHOLE), st.integers(0, 2**32 - 1)),
     st.builds(lambda length, kind: struct.pack("!IB", length, kind), st.integers(0, 2**32 - 1), st.integers(0, 255)),
 )
+
+
+def test_a_small_blob_that_was_handed_out_need_not_be_asked_for() -> None:
+    async def scene() -> None:
+        async with living(TcpTransport(), TcpTransport(), TcpTransport()) as (a, b, c):
+            for node in (b, c):
+                await eventually(lambda node=node: a.connected(node) and node.connected(a), "they are linked")  # type: ignore[misc]
+            small, large = os.urandom(MAX_HANDED), os.urandom(MAX_HANDED + 1)
+            for data in (small, large):
+                digest = a.add(data)
+                a.transport.hand_out(data)
+                a.transport.broadcast(digest)
+                await eventually(lambda digest=digest: digest in b.texts(), "b hears of it")  # type: ignore[misc]
+                assert await b.transport.fetch(digest, [a.key], max_size=len(data), timeout=60) == data
+            assert a.asked == [sha256(large)]
+            with pytest.raises(TransportError, match="more than the 100 expected"):  # it asks then
+                await b.transport.fetch(sha256(small), [a.key], max_size=100, timeout=60)
+            with pytest.raises(TransportError, match="does not have it"):  # others did not hand it out
+                await b.transport.fetch(sha256(small), [c.key], max_size=len(small), timeout=60)
+
+    play(scene)
+
+
+def test_blobs_that_nobody_asked_for_take_bounded_memory_and_displace_only_their_sender_s() -> None:
+    async def scene() -> None:
+        guest = Identity.generate()
+        async with living(TcpTransport(), TcpTransport()) as (a, b):
+            introduce([a, b], guest)
+            await eventually(lambda: a.connected(b) and b.connected(a), "they are linked")
+            a.transport.hand_out(b"honest")
+            a.transport.broadcast(b"sent")
+            await eventually(lambda: b"sent" in b.texts(), "b hears of it")
+            async with admitted(b, guest) as (reader, writer):
+                for number in range(200):
+                    writer.write(frame(Kind.BLOB, b"%d" % number))
+                writer.write(frame(Kind.PING))
+                while (await read_frame(reader, EVERY))[0] != Kind.PONG:
+                    pass
+            kept = {key: [blob for _, blob in peer.handed] for key, peer in b.transport._peers.items()}  # type: ignore[attr-defined]
+            assert kept == {a.key: [b"honest"], guest.public: [b"198", b"199"]}
+
+    play(scene)
+
+
+def test_a_blob_is_not_handed_out_to_many() -> None:
+    async def scene() -> None:
+        async with living(*(TcpTransport() for _ in range(4))) as (a, b, *others):
+            for node in (b, *others):
+                await eventually(lambda node=node: a.connected(node) and node.connected(a), "they are linked")  # type: ignore[misc]
+            data = os.urandom(MAX_HANDED)
+            digest = a.add(data)
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(mesh, "MAX_HANDED_OUT", 3 * MAX_HANDED - 1)
+                a.transport.hand_out(data)
+            assert a.served == []
+            a.transport.hand_out(data)
+            assert a.served == 3 * [(MAX_HANDED, MAX_HANDED)]
+            assert await b.transport.fetch(digest, [a.key], max_size=MAX_HANDED, timeout=60) == data
+
+    play(scene)
 
 
 @pytest.mark.parametrize("proven", [False, True])

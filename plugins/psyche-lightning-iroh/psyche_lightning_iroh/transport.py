@@ -33,7 +33,7 @@ from psyche_lightning.wire.identity import short
 from psyche_lightning_iroh.address import Address, is_ip, split, usable
 from psyche_lightning_iroh.binding import use_fast_copy
 
-VERSION = 1
+VERSION = 2
 OVERHEAD = 1.03
 """Bytes on the wire for each byte: headers of QUIC, UDP, IP and Ethernet, and acknowledgements."""
 READ_SIZE = WRITE_SIZE = 256 * 1024

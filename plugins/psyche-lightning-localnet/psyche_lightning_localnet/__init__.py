@@ -2,8 +2,8 @@
 
 Ordinary clients use it like a validator: JSON-RPC over HTTP, subscriptions over a websocket. The programs run in
 Solana's own runtime (``solders.litesvm``); this package adds the parts of a cluster that clients see. It lacks some
-features of a validator: several nodes, blocks (``getBlock``), votes and stakes, durable nonces, simulation on older
-states, and accounts in parsed form.
+features of a validator: several nodes, votes and stakes, durable nonces, simulation on older states, and the parsed
+form of accounts other than those of SPL Token.
 
 In a test::
 

@@ -14,16 +14,17 @@ from solders.account import Account
 from solders.hash import Hash
 from solders.instruction import Instruction
 from solders.keypair import Keypair
-from solders.message import MessageV0
+from solders.message import Message, MessageV0
 from solders.pubkey import Pubkey
 from solders.system_program import TransferParams, transfer
 from solders.transaction import VersionedTransaction
 from solders.transaction_status import TransactionErrorFieldless
 
 from psyche_lightning_localnet.clock import SlotClock
-from psyche_lightning_localnet.encoding import inner_json, return_data_json, token_balances
+from psyche_lightning_localnet.encoding import inner_json, return_data_json
 from psyche_lightning_localnet.errors import LocalnetError, error_json
 from psyche_lightning_localnet.state import Accounts, History, Record
+from psyche_lightning_localnet.tokens import token_balances
 from psyche_lightning_localnet.transactions import Named, fee_of, memo_of, named
 from psyche_lightning_localnet.vm import LOADER, SYSTEM_PROGRAM, Outcome, Vm
 
@@ -340,7 +341,9 @@ class LocalChain:
         # The memo makes two equal airdrops in one slot different: a chain takes equal transactions only once.
         memo = Instruction(MEMO, f"airdrop {self._airdrops}".encode(), [])
         gift = transfer(TransferParams(from_pubkey=self.faucet.pubkey(), to_pubkey=to, lamports=lamports))
-        transaction = self.sign([gift, memo], self.faucet)
+        # A legacy transaction, as a validator's faucet sends: clients that know no newer ones must be able to read it.
+        message = Message.new_with_blockhash([gift, memo], self.faucet.pubkey(), self.blockhash(self.slot))
+        transaction = VersionedTransaction(message, [self.faucet])
         return str(transaction.signatures[0]), self.submit(transaction)
 
     def sign(self, instructions: Sequence[Instruction], *signers: Keypair) -> VersionedTransaction:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import base64
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import based58
@@ -17,18 +16,15 @@ from solders.transaction import VersionedTransaction
 from solders.transaction_metadata import InnerInstruction
 
 from psyche_lightning_localnet.errors import INVALID_REQUEST, UNSUPPORTED_VERSION, RpcError, invalid_params
+from psyche_lightning_localnet.parsed import parsed_instruction
 from psyche_lightning_localnet.state import Record
+from psyche_lightning_localnet.tokens import Read, parsed_json, read_account
 from psyche_lightning_localnet.transactions import Named
 
 ACCOUNT_ENCODINGS = ("binary", "base58", "base64", "base64+zstd", "jsonParsed")
 TRANSACTION_ENCODINGS = ("binary", "base58", "base64", "json", "jsonParsed")
 MAX_BASE58_DATA = 128
 RENT_EXEMPT_EPOCH = (1 << 64) - 1
-TOKEN_PROGRAMS = (
-    Pubkey.from_string("TokenkegQfeZyiNwAJbNbGKPFXCWuBvf9Ss623VQ5DA"),
-    Pubkey.from_string("TokenzQdBNbLqP5VEhdkAS6EPFLC1PHnBqCXEpPxuEb"),
-)
-TOKEN_ACCOUNT_SIZE, MINT_SIZE = 165, 82
 
 _ZSTD = zstandard.ZstdCompressor(level=1)
 
@@ -43,15 +39,19 @@ def base58(data: bytes) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def account_json(account: Account, encoding: str, data_slice: Mapping[str, int] | None = None) -> dict[str, Any]:
+def account_json(
+    account: Account, encoding: str, data_slice: Mapping[str, int] | None = None, *, read: Read
+) -> dict[str, Any]:
     """An account in the form of ``getAccountInfo``.
 
-    With ``jsonParsed``, validators show accounts of unknown programs in base64. This function does so for all programs.
+    With ``jsonParsed``, validators show accounts of unknown programs in base64. This function does so for all programs
+    but those of SPL Token.
 
     Args:
         account: the account.
         encoding: one of ``ACCOUNT_ENCODINGS``.
-        data_slice: ``offset`` and ``length`` of the requested part of the data.
+        data_slice: ``offset`` and ``length`` of the requested part of the data; a parsed account is shown whole.
+        read: reads the mint of a token account.
 
     Raises:
         RpcError: -32600, more than 128 bytes in base58.
@@ -60,7 +60,7 @@ def account_json(account: Account, encoding: str, data_slice: Mapping[str, int] 
     shown = data if data_slice is None else data[data_slice["offset"] : data_slice["offset"] + data_slice["length"]]
     return {
         "lamports": account.lamports,
-        "data": _data(shown, encoding),
+        "data": (parsed_json(account, read) if encoding == "jsonParsed" else None) or _data(shown, encoding),
         "owner": str(account.owner),
         "executable": account.executable,
         "rentEpoch": RENT_EXEMPT_EPOCH,
@@ -91,64 +91,9 @@ def matches(account: Account, filters: Sequence[Mapping[str, Any]]) -> bool:
             offset, wanted = item["memcmp"]
             if bytes(account.data[offset : offset + len(wanted)]) != wanted:
                 return False
-        if "tokenAccountState" in item and not _is_token_account(account):
+        if "tokenAccountState" in item and read_account(account) is None:
             return False
     return True
-
-
-def _is_token_account(account: Account) -> bool:
-    return account.owner in TOKEN_PROGRAMS and len(account.data) >= TOKEN_ACCOUNT_SIZE and account.data[108] != 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def token_amount(amount: int, decimals: int) -> dict[str, Any]:
-    """An amount of tokens in the form of a validator."""
-    text = f"{amount:0{decimals + 1}d}"
-    exact = text if decimals == 0 else f"{text[:-decimals]}.{text[-decimals:]}".rstrip("0").rstrip(".")
-    return {"amount": str(amount), "decimals": decimals, "uiAmount": float(exact), "uiAmountString": exact}
-
-
-def token_account(account: Account | None) -> tuple[Pubkey, Pubkey, int] | None:
-    """Mint, owner and amount of an SPL token account; None for another account."""
-    if account is None or not _is_token_account(account):
-        return None
-    data = bytes(account.data[:72])
-    return Pubkey(data[:32]), Pubkey(data[32:64]), struct.unpack_from("<Q", data, 64)[0]
-
-
-def mint_decimals(account: Account | None) -> int | None:
-    """Decimals of an SPL mint; None for another account."""
-    if account is None or account.owner not in TOKEN_PROGRAMS or len(account.data) < MINT_SIZE:
-        return None
-    return account.data[44]
-
-
-def token_balances(
-    keys: Sequence[Pubkey], accounts: Sequence[Account | None], read: Callable[[Pubkey], Account | None]
-) -> tuple[dict[str, Any], ...]:
-    """The token balances of a transaction's accounts, in the form of ``getTransaction``."""
-    found = []
-    for index, account in enumerate(accounts):
-        token = token_account(account)
-        if account is None or token is None or keys[index] == token[0]:
-            continue
-        mint, owner, amount = token
-        decimals = mint_decimals(read(mint))
-        if decimals is not None:
-            found.append(
-                {
-                    "accountIndex": index,
-                    "mint": str(mint),
-                    "owner": str(owner),
-                    "programId": str(account.owner),
-                    "uiTokenAmount": token_amount(amount, decimals),
-                }
-            )
-    return tuple(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,25 +136,19 @@ def _instruction(compiled: CompiledInstruction, stack_height: int | None) -> dic
 
 
 def transaction_json(record: Record, encoding: str, max_version: int | None) -> dict[str, Any]:
-    """A transaction in the form of ``getTransaction``.
+    """A transaction as a member of a block, in the form of ``getBlock``.
 
     Args:
         record: the transaction.
-        encoding: one of ``TRANSACTION_ENCODINGS``; with ``jsonParsed``, the answer describes the accounts, and
-            instructions name theirs, as a validator does for unknown programs.
+        encoding: one of ``TRANSACTION_ENCODINGS``; with ``jsonParsed``, the answer describes the accounts, and the
+            instructions of well-known programs; others name their accounts.
         max_version: the newest version that the caller understands; None for legacy transactions only.
 
     Raises:
         RpcError: -32015, the transaction has a newer version.
     """
     transaction = VersionedTransaction.from_bytes(record.transaction)
-    version = 0 if isinstance(transaction.message, MessageV0) else None
-    if version is not None and max_version is None:
-        raise RpcError(
-            UNSUPPORTED_VERSION,
-            f"Transaction version ({version}) is not supported by the requesting client. Please try the request again "
-            f'with the following configuration parameter: "maxSupportedTransactionVersion": {version}',
-        )
+    version = _version(transaction, max_version)
     parsed = encoding == "jsonParsed"
     loaded = record.addresses[record.static :]
     meta: dict[str, Any] = {
@@ -232,13 +171,41 @@ def transaction_json(record: Record, encoding: str, max_version: int | None) -> 
         }
     if record.return_data is not None:
         meta["returnData"] = record.return_data
-    answer = {
-        "slot": record.slot,
-        "blockTime": record.time,
-        "transaction": _transaction(transaction, record, encoding),
-        "meta": meta,
+    return {"transaction": _transaction(transaction, record, encoding), "meta": meta, **version}
+
+
+def accounts_json(record: Record, max_version: int | None) -> dict[str, Any]:
+    """A transaction's accounts as a member of a block, in the form of ``getBlock`` with ``accounts``.
+
+    Raises:
+        RpcError: -32015, the transaction has a newer version.
+    """
+    transaction = VersionedTransaction.from_bytes(record.transaction)
+    version = _version(transaction, max_version)
+    meta = {
+        "err": record.err,
+        "status": {"Ok": None} if record.err is None else {"Err": record.err},
+        "fee": record.fee,
+        "preBalances": list(record.before),
+        "postBalances": list(record.after),
+        "preTokenBalances": list(record.tokens_before),
+        "postTokenBalances": list(record.tokens_after),
     }
-    return answer if max_version is None else {**answer, "version": "legacy" if version is None else version}
+    signatures = [str(signature) for signature in transaction.signatures]
+    shown = {"signatures": signatures, "accountKeys": _account_keys(transaction, record)}
+    return {"transaction": shown, "meta": meta, **version}
+
+
+def _version(transaction: VersionedTransaction, newest: int | None) -> dict[str, Any]:
+    """The member ``version``, which only callers get that say what they understand."""
+    version = 0 if isinstance(transaction.message, MessageV0) else None
+    if version is not None and newest is None:
+        raise RpcError(
+            UNSUPPORTED_VERSION,
+            f"Transaction version ({version}) is not supported by the requesting client. Please try the request again "
+            f'with the following configuration parameter: "maxSupportedTransactionVersion": {version}',
+        )
+    return {} if newest is None else {"version": "legacy" if version is None else version}
 
 
 def _transaction(transaction: VersionedTransaction, record: Record, encoding: str) -> Any:
@@ -262,16 +229,7 @@ def _transaction(transaction: VersionedTransaction, record: Record, encoding: st
             "numReadonlyUnsignedAccounts": header.num_readonly_unsigned_accounts,
         }
     else:
-        names = Named((), record.static, record.writable_loaded, header)
-        shown["accountKeys"] = [
-            {
-                "pubkey": address,
-                "signer": names.signs(index),
-                "writable": names.writable(index),
-                "source": "transaction" if index < record.static else "lookupTable",
-            }
-            for index, address in enumerate(record.addresses)
-        ]
+        shown["accountKeys"] = _account_keys(transaction, record)
         shown["instructions"] = [_parsed(item, record) for item in instructions]
     if isinstance(message, MessageV0):
         shown["addressTableLookups"] = [
@@ -285,17 +243,29 @@ def _transaction(transaction: VersionedTransaction, record: Record, encoding: st
     return {"signatures": [str(signature) for signature in transaction.signatures], "message": shown}
 
 
+def _account_keys(transaction: VersionedTransaction, record: Record) -> list[dict[str, Any]]:
+    names = Named((), record.static, record.writable_loaded, transaction.message.header)
+    return [
+        {
+            "pubkey": address,
+            "signer": names.signs(index),
+            "writable": names.writable(index),
+            "source": "transaction" if index < record.static else "lookupTable",
+        }
+        for index, address in enumerate(record.addresses)
+    ]
+
+
 def _inner_parsed(calls: Mapping[str, Any], record: Record) -> dict[str, Any]:
     return {"index": calls["index"], "instructions": [_parsed(item, record) for item in calls["instructions"]]}
 
 
 def _parsed(instruction: Mapping[str, Any], record: Record) -> dict[str, Any]:
-    return {
-        "programId": record.addresses[instruction["programIdIndex"]],
-        "accounts": [record.addresses[index] for index in instruction["accounts"]],
-        "data": instruction["data"],
-        "stackHeight": instruction["stackHeight"],
-    }
+    program = record.addresses[instruction["programIdIndex"]]
+    accounts = [record.addresses[index] for index in instruction["accounts"]]
+    known = parsed_instruction(program, accounts, based58.b58decode(instruction["data"].encode()))
+    shown = {"accounts": accounts, "data": instruction["data"]} if known is None else known
+    return {**shown, "programId": program, "stackHeight": instruction["stackHeight"]}
 
 
 def filters_of(given: object) -> tuple[dict[str, Any], ...]:

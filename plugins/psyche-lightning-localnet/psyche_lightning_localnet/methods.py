@@ -1,12 +1,17 @@
-"""The methods of JSON-RPC: those of a validator for accounts and transactions, and our own for the clock."""
+"""The methods of JSON-RPC: those of a validator, and our own for the clock."""
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from solders.account import Account
+from solders.pubkey import Pubkey
 from solders.transaction import VersionedTransaction
 
+from psyche_lightning_localnet import blocks, tokens
 from psyche_lightning_localnet.chain import GENESIS, MAX_PROCESSING_AGE, LocalChain
 from psyche_lightning_localnet.encoding import (
     ACCOUNT_ENCODINGS,
@@ -15,16 +20,14 @@ from psyche_lightning_localnet.encoding import (
     filters_of,
     inner_json,
     matches,
-    mint_decimals,
     return_data_json,
-    token_account,
-    token_amount,
     transaction_json,
 )
 from psyche_lightning_localnet.errors import (
-    BLOCK_NOT_AVAILABLE,
     INTERNAL_ERROR,
+    INVALID_REQUEST,
     NODE_UNHEALTHY,
+    SCAN_ABORTED,
     SIGNATURE_VERIFICATION,
     RpcError,
     error_json,
@@ -32,12 +35,22 @@ from psyche_lightning_localnet.errors import (
     preflight_failure,
     simulation_json,
 )
-from psyche_lightning_localnet.rpc import API_VERSION, Config, Method, Params, require_context, with_context
+from psyche_lightning_localnet.rpc import (
+    API_VERSION,
+    Config,
+    Method,
+    Params,
+    require_context,
+    require_settled,
+    with_context,
+)
 from psyche_lightning_localnet.transactions import decode, decode_message, fee_of, with_blockhash
-from psyche_lightning_localnet.vm import SLOTS_PER_EPOCH
 
 MAX_MULTIPLE_ACCOUNTS = 100
 MAX_DATA_SIZE = 10 * 1024 * 1024
+MAX_SCAN = 64 * 1024 * 1024
+"""The most bytes of accounts in one list, with ``ACCOUNT_META`` for each account besides its data."""
+ACCOUNT_META = 256
 MAX_ADVANCED = 1 << 40
 """One call advances the clock by fewer slots than this."""
 MAX_STATUSES = 256
@@ -68,29 +81,6 @@ def get_slot(chain: LocalChain, params: Params) -> Any:
     config = params.config(0)
     require_context(chain, config)
     return chain.slot_at(config.commitment)
-
-
-def get_epoch_info(chain: LocalChain, params: Params) -> Any:
-    """The cluster's epoch and its slot in it."""
-    config = params.config(0)
-    require_context(chain, config)
-    slot = chain.slot_at(config.commitment)
-    return {
-        "absoluteSlot": slot,
-        "blockHeight": slot,
-        "epoch": slot // SLOTS_PER_EPOCH,
-        "slotIndex": slot % SLOTS_PER_EPOCH,
-        "slotsInEpoch": SLOTS_PER_EPOCH,
-        "transactionCount": chain.history.count,
-    }
-
-
-def get_block_time(chain: LocalChain, params: Params) -> Any:
-    """Time of a slot in seconds since 1970."""
-    slot = params.integer(0)
-    if slot > chain.slot:
-        raise RpcError(BLOCK_NOT_AVAILABLE, f"Block not available for slot {slot}")
-    return chain.clock.unix_time(slot)
 
 
 def get_latest_blockhash(chain: LocalChain, params: Params) -> Any:
@@ -134,9 +124,9 @@ def get_account_info(chain: LocalChain, params: Params) -> Any:
     """One account."""
     key, config = params.pubkey(0), params.config(1)
     require_context(chain, config)
-    form = config.choice("encoding", ACCOUNT_ENCODINGS, "binary"), config.data_slice
+    form = _form(config, "binary")
     account = chain.account(key, config.commitment)
-    shown = None if account is None else account_json(account, *form)
+    shown = None if account is None else account_json(account, *form, read=chain.account)
     return with_context(chain, config, shown)
 
 
@@ -144,24 +134,48 @@ def get_multiple_accounts(chain: LocalChain, params: Params) -> Any:
     """Up to a hundred accounts."""
     keys, config = params.pubkeys(0, MAX_MULTIPLE_ACCOUNTS), params.config(1)
     require_context(chain, config)
-    form = config.choice("encoding", ACCOUNT_ENCODINGS, "base64"), config.data_slice
+    form = _form(config, "base64")
     accounts = [chain.account(key, config.commitment) for key in keys]
-    shown = [None if item is None else account_json(item, *form) for item in accounts]
+    shown = [None if item is None else account_json(item, *form, read=chain.account) for item in accounts]
     return with_context(chain, config, shown)
+
+
+def _form(config: Config, default: str) -> tuple[str, dict[str, int] | None]:
+    """Encoding and requested part of accounts."""
+    encoding, part = config.choice("encoding", ACCOUNT_ENCODINGS, default), config.data_slice
+    if encoding == "jsonParsed" and part is not None:
+        raise RpcError(
+            INVALID_REQUEST,
+            "Sliced account data can only be encoded using binary (base 58) or base64 encoding.",
+        )
+    return encoding, part
 
 
 def get_program_accounts(chain: LocalChain, params: Params) -> Any:
     """The accounts of a program that pass filters."""
     program, config = params.pubkey(0), params.config(1)
     require_context(chain, config)
-    form = config.choice("encoding", ACCOUNT_ENCODINGS, "binary"), config.data_slice
     filters = filters_of(config.get("filters"))
-    shown = [
-        {"pubkey": str(key), "account": account_json(account, *form)}
-        for key, account in chain.accounts.owned(chain.slot_at(config.commitment), program)
-        if matches(account, filters)
-    ]
+    found = chain.accounts.owned(chain.slot_at(config.commitment), program)
+    shown = _listed(chain, config, ((key, account) for key, account in found if matches(account, filters)))
     return with_context(chain, config, shown) if config.flag("withContext") else shown
+
+
+def _listed(chain: LocalChain, config: Config, found: Iterable[tuple[Pubkey, Account]]) -> list[dict[str, Any]]:
+    encoding, part = _form(config, "binary")
+    shown = []
+    size = 0
+    for key, account in found:
+        size += ACCOUNT_META + (len(account.data) if part is None else min(len(account.data), part["length"]))
+        if size > MAX_SCAN:
+            raise RpcError(SCAN_ABORTED, "scan aborted: The accumulated scan results exceeded the limit")
+        shown.append({"pubkey": str(key), "account": account_json(account, encoding, part, read=chain.account)})
+    return shown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def get_token_account_balance(chain: LocalChain, params: Params) -> Any:
@@ -170,22 +184,90 @@ def get_token_account_balance(chain: LocalChain, params: Params) -> Any:
     account = chain.account(key, config.commitment)
     if account is None:
         raise invalid_params("Invalid param: could not find account")
-    token = token_account(account)
-    decimals = None if token is None else mint_decimals(chain.account(token[0], config.commitment))
-    if token is None or decimals is None:
+    token = tokens.read_account(account)
+    mint = None if token is None else tokens.read_mint(chain.account(token.mint, config.commitment))
+    if token is None or mint is None:
         raise invalid_params("Invalid param: not a Token account")
-    return with_context(chain, config, token_amount(token[2], decimals))
+    return with_context(chain, config, tokens.token_amount(token.amount, mint.decimals))
 
 
 def get_token_supply(chain: LocalChain, params: Params) -> Any:
     """The supply of an SPL mint."""
     key, config = params.pubkey(0), params.config(1)
     account = chain.account(key, config.commitment)
-    decimals = mint_decimals(account)
-    if account is None or decimals is None:
+    if account is None:
+        raise invalid_params("Invalid param: could not find account")
+    mint = tokens.read_mint(account)
+    if mint is None:
         raise invalid_params("Invalid param: not a Token mint")
-    supply = int.from_bytes(bytes(account.data[36:44]), "little")
-    return with_context(chain, config, token_amount(supply, decimals))
+    return with_context(chain, config, tokens.token_amount(mint.supply, mint.decimals))
+
+
+def get_token_largest_accounts(chain: LocalChain, params: Params) -> Any:
+    """The twenty accounts with the most tokens of a mint."""
+    key, config = params.pubkey(0), params.config(1)
+    program, mint = _mint(chain, key, config)
+    found = (
+        (token.amount, str(address))
+        for address, _, token in _token_accounts(chain, config, program)
+        if token.mint == key
+    )
+    value = [
+        {"address": address, **tokens.token_amount(amount, mint.decimals)}
+        for amount, address in heapq.nlargest(blocks.LARGEST, found)
+    ]
+    return with_context(chain, config, value)
+
+
+def get_token_accounts_by_owner(chain: LocalChain, params: Params) -> Any:
+    """The token accounts of an owner, of one mint or of one token program."""
+    return _tokens_of(chain, params, lambda token, key: token.owner == key)
+
+
+def get_token_accounts_by_delegate(chain: LocalChain, params: Params) -> Any:
+    """The token accounts that a delegate may spend from, of one mint or of one token program."""
+    return _tokens_of(chain, params, lambda token, key: token.delegate == key)
+
+
+def _tokens_of(chain: LocalChain, params: Params, wanted: Callable[[tokens.TokenAccount, Pubkey], bool]) -> Any:
+    key, which, config = params.pubkey(0), params.required(1), params.config(2)
+    require_context(chain, config)
+    if not isinstance(which, dict) or len(which) != 1 or not {"mint", "programId"} & which.keys():
+        raise invalid_params('Invalid params: expected {"mint": ADDRESS} or {"programId": ADDRESS}.')
+    named = Params(list(which.values())).pubkey(0)
+    mint = named if "mint" in which else None
+    if mint is not None:
+        program, _ = _mint(chain, mint, config)
+    elif named in tokens.PROGRAMS:
+        program = named
+    else:
+        raise invalid_params("Invalid param: unrecognized Token program id")
+    found = (
+        (address, account)
+        for address, account, token in _token_accounts(chain, config, program)
+        if wanted(token, key) and mint in (None, token.mint)
+    )
+    return with_context(chain, config, _listed(chain, config, found))
+
+
+def _mint(chain: LocalChain, key: Pubkey, config: Config) -> tuple[Pubkey, tokens.Mint]:
+    """A mint, and the token program that owns it."""
+    account = chain.account(key, config.commitment)
+    if account is None:
+        raise invalid_params("Invalid param: could not find mint")
+    mint = tokens.read_mint(account)
+    if mint is None:
+        raise invalid_params("Invalid param: not a Token mint")
+    return account.owner, mint
+
+
+def _token_accounts(
+    chain: LocalChain, config: Config, program: Pubkey
+) -> Iterator[tuple[Pubkey, Account, tokens.TokenAccount]]:
+    for key, account in chain.accounts.owned(chain.slot_at(config.commitment), program):
+        token = tokens.read_account(account)
+        if token is not None:
+            yield key, account, token
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +327,8 @@ def simulate_transaction(chain: LocalChain, params: Params) -> Any:
         changes = outcome.changes if outcome.err is None else {}
         accounts = [changes.get(key) or chain.account(key, config.commitment) for key in keys]
         value["accounts"] = [
-            None if item is None or item.lamports == 0 else account_json(item, encoding) for item in accounts
+            None if item is None or item.lamports == 0 else account_json(item, encoding, read=chain.account)
+            for item in accounts
         ]
     return with_context(chain, config, value)
 
@@ -276,21 +359,21 @@ def get_signature_statuses(chain: LocalChain, params: Params) -> Any:
 def get_transaction(chain: LocalChain, params: Params) -> Any:
     """One transaction."""
     signature = params.signature(0)
-    given = params.raw(1)
-    config = Config({"encoding": given}) if isinstance(given, str) else params.config(1)
-    _require_settled(config)
+    config = params.options(1)
+    require_settled(config)
     record = chain.history.get(signature)
     if record is None or record.slot > chain.slot_at(config.commitment):
         return None
     encoding = config.choice("encoding", TRANSACTION_ENCODINGS, "json")
-    return transaction_json(record, encoding, config.integer("maxSupportedTransactionVersion"))
+    shown = transaction_json(record, encoding, config.integer("maxSupportedTransactionVersion"))
+    return {"slot": record.slot, "blockTime": record.time, **shown}
 
 
 def get_signatures_for_address(chain: LocalChain, params: Params) -> Any:
     """The transactions that name an address, newest first."""
     address, config = str(params.pubkey(0)), params.config(1)
     require_context(chain, config)
-    _require_settled(config)
+    require_settled(config)
     limit = config.integer("limit")
     if limit is not None and not 1 <= limit <= MAX_SIGNATURES:
         raise invalid_params(f"Invalid limit; max {MAX_SIGNATURES}")
@@ -348,11 +431,6 @@ def _only(config: Config, *names: str) -> dict[str, Any]:
 def _require_signatures(transaction: VersionedTransaction) -> None:
     if not all(transaction.verify_with_results()):
         raise RpcError(SIGNATURE_VERIFICATION, "Transaction signature verification failure")
-
-
-def _require_settled(config: Config) -> None:
-    if config.commitment == "processed":
-        raise invalid_params("Method does not support commitment below `confirmed`")
 
 
 def _wanted_accounts(config: Config, named: int) -> tuple[list[Any], str] | None:
@@ -430,13 +508,12 @@ def set_healthy(chain: LocalChain, params: Params) -> Any:
 
 
 METHODS: dict[str, Method] = {
+    **blocks.METHODS,
     "getVersion": get_version,
     "getHealth": get_health,
     "getGenesisHash": get_genesis_hash,
     "getSlot": get_slot,
     "getBlockHeight": get_slot,
-    "getEpochInfo": get_epoch_info,
-    "getBlockTime": get_block_time,
     "getLatestBlockhash": get_latest_blockhash,
     "isBlockhashValid": is_blockhash_valid,
     "getMinimumBalanceForRentExemption": get_minimum_balance,
@@ -446,6 +523,9 @@ METHODS: dict[str, Method] = {
     "getProgramAccounts": get_program_accounts,
     "getTokenAccountBalance": get_token_account_balance,
     "getTokenSupply": get_token_supply,
+    "getTokenLargestAccounts": get_token_largest_accounts,
+    "getTokenAccountsByOwner": get_token_accounts_by_owner,
+    "getTokenAccountsByDelegate": get_token_accounts_by_delegate,
     "sendTransaction": send_transaction,
     "simulateTransaction": simulate_transaction,
     "getSignatureStatuses": get_signature_statuses,

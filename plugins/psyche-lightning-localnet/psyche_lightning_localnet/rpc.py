@@ -90,6 +90,11 @@ class Params:
             raise invalid_params("Invalid params: expected an object of options.")
         return Config(value or {}, commitment)
 
+    def options(self, index: int) -> Config:
+        """The options of a method that once took only an encoding there, as a word."""
+        value = self.raw(index)
+        return Config({"encoding": value}) if isinstance(value, str) else self.config(index)
+
     def _list(self, index: int, most: int) -> list[Any]:
         values = self.required(index)
         if not isinstance(values, list):
@@ -144,12 +149,12 @@ class Config:
             raise invalid_params(f"Invalid params: unknown variant `{value}`, expected one of {', '.join(choices)}.")
         return str(value)
 
-    def flag(self, name: str) -> bool:
-        """A boolean option; false if it is missing."""
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        """A boolean option."""
         value = self._values.get(name)
         if value is not None and not isinstance(value, bool):
             raise invalid_params(f"Invalid params: {name}: expected a boolean.")
-        return bool(value)
+        return default if value is None else bool(value)
 
     def integer(self, name: str) -> int | None:
         """An unsigned integer option, or None."""
@@ -199,6 +204,16 @@ def require_context(chain: LocalChain, config: Config) -> None:
     slot = chain.slot_at(config.commitment)
     if config.min_context_slot is not None and config.min_context_slot > slot:
         raise RpcError(MIN_CONTEXT_SLOT, "Minimum context slot has not been reached", {"contextSlot": slot})
+
+
+def require_settled(config: Config) -> None:
+    """Check that the client asks for a commitment at which blocks do not change.
+
+    Raises:
+        RpcError: -32602, it asks for ``processed``.
+    """
+    if config.commitment == "processed":
+        raise invalid_params("Method does not support commitment below `confirmed`")
 
 
 def parse(text: str | bytes) -> Any:

@@ -8,9 +8,12 @@ import logging
 import socket
 from collections.abc import Callable, Collection
 from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
+from psyche_lightning_localnet.blocks import cluster_nodes
 from psyche_lightning_localnet.chain import LocalChain
 from psyche_lightning_localnet.errors import LedgerError, LocalnetError
 from psyche_lightning_localnet.ledger import Ledger
@@ -68,7 +71,9 @@ class LocalServer:
         self._sockets: set[web.WebSocketResponse] = set()
         self._runner: web.AppRunner | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        own: dict[str, Method] = {} if ledger is None else {"psyche_snapshot": self._snapshot}
+        own: dict[str, Method] = {"getClusterNodes": self._nodes}
+        if ledger is not None:
+            own["psyche_snapshot"] = self._snapshot
         self._methods = Methods(chain, {**METHODS, **own})
 
     async def __aenter__(self) -> LocalServer:
@@ -149,6 +154,9 @@ class LocalServer:
                     await ledger.save_aside(self.chain)
                 except LedgerError as error:  # the previous file stays, and the next attempt may succeed
                     _log.error("%s", error)
+
+    def _nodes(self, chain: LocalChain, params: Params) -> Any:
+        return cluster_nodes(urlsplit(self.url).netloc, urlsplit(self.ws_url).netloc)
 
     def _snapshot(self, chain: LocalChain, params: Params) -> bool:
         if self._ledger is not None:

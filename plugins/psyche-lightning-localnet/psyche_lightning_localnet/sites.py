@@ -15,11 +15,12 @@ from aiohttp import hdrs, web
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_PREFLIGHT = {
+_PREFLIGHT: dict[str, str] = {
     hdrs.ACCESS_CONTROL_ALLOW_METHODS: "POST, GET, OPTIONS",
-    hdrs.ACCESS_CONTROL_ALLOW_HEADERS: "content-type, solana-client",  # web3.js sends the second
     hdrs.ACCESS_CONTROL_MAX_AGE: "600",
 }
+_ALLOWED = "content-type, solana-client"  # web3.js sends the second
+_MAX_HEADERS = 1024
 
 
 class Sites:
@@ -46,10 +47,14 @@ class Sites:
         if not self._trusts(origin, host or ""):
             text = f"a page of {origin[:80]!r} may not use this chain; pages of this machine may, and of --allow-host."
             return web.Response(status=403, text=text)
-        readable = {hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: origin, hdrs.VARY: hdrs.ORIGIN}
+        readable: dict[str, str] = {hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: origin, hdrs.VARY: hdrs.ORIGIN}
         if request.method == hdrs.METH_OPTIONS:
-            return web.Response(status=204, headers={**readable, **_PREFLIGHT})
-        response = await handler(request)
+            return web.Response(status=204, headers={**readable, **_PREFLIGHT, **_wanted(request)})
+        try:
+            response = await handler(request)
+        except web.HTTPException as error:  # a page must be able to read why its request was refused
+            error.headers.update(readable)
+            raise
         if not response.prepared:  # a websocket has sent its headers
             response.headers.update(readable)
         return response
@@ -64,6 +69,15 @@ class Sites:
         name = _name(origin)
         own = bool(host) and _place(origin) == host.lower()
         return own or is_loopback(name) or name in self._hosts
+
+
+def _wanted(request: web.Request) -> dict[str, str]:
+    """The answer to what a preflight asks for: clients add headers of their own, and browsers ask before local use."""
+    headers = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")[:_MAX_HEADERS]
+    allowed: dict[str, str] = {hdrs.ACCESS_CONTROL_ALLOW_HEADERS: headers or _ALLOWED}
+    if request.headers.get("Access-Control-Request-Private-Network") == "true":
+        allowed["Access-Control-Allow-Private-Network"] = "true"
+    return allowed
 
 
 def is_loopback(host: str) -> bool:

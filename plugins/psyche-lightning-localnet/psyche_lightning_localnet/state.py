@@ -73,6 +73,13 @@ class Accounts:
             for owner in {account.owner for _, account in dropped if account is not None} - kept:
                 self._disown(owner, key)
 
+    def visible(self, slot: int) -> Iterator[tuple[Pubkey, Account]]:
+        """All accounts at the end of a slot."""
+        for key in self._versions:
+            account = self.get(slot, key)
+            if account is not None:
+                yield key, account
+
     def newest(self) -> Iterator[tuple[Pubkey, Account]]:
         """All current accounts."""
         for key, versions in self._versions.items():
@@ -134,10 +141,13 @@ class Record:
 
 
 class History:
-    """Finds records by signature and by address.
+    """Finds records by signature, by address and by slot.
 
     Args:
         limit: the most records to keep; the oldest are forgotten.
+
+    Attributes:
+        count: number of all records, including forgotten ones.
     """
 
     def __init__(self, limit: int) -> None:
@@ -145,6 +155,7 @@ class History:
         self._limit = limit
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._by_address: dict[str, deque[str]] = {}
+        self._by_slot: dict[int, deque[str]] = {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -156,15 +167,33 @@ class History:
         """Add the newest record."""
         self.count += 1
         self._records[record.signature] = record
+        self._by_slot.setdefault(record.slot, deque()).append(record.signature)
         for address in record.addresses:
             self._by_address.setdefault(address, deque()).append(record.signature)
         while len(self._records) > self._limit:
             _, oldest = self._records.popitem(last=False)
+            _forget_first(self._by_slot, oldest.slot)
             for address in oldest.addresses:
-                signatures = self._by_address[address]
-                signatures.popleft()  # the oldest record is the first one of each of its addresses
-                if not signatures:
-                    del self._by_address[address]
+                _forget_first(self._by_address, address)
+
+    @property
+    def first_slot(self) -> int:
+        """The first slot from which on no record is forgotten."""
+        oldest = next(iter(self._records.values()), None)
+        return 0 if oldest is None or self.count == len(self._records) else oldest.slot + 1
+
+    def at(self, slot: int) -> list[Record]:
+        """The remembered records of a slot, in order."""
+        return [self._records[signature] for signature in self._by_slot.get(slot, ())]
+
+    def count_at(self, slot: int) -> int:
+        """The number of all records up to a slot, including forgotten ones."""
+        later = 0
+        for record in self.newest():
+            if record.slot <= slot:
+                break
+            later += 1
+        return self.count - later
 
     def get(self, signature: str) -> Record | None:
         """A record by its signature; None if it is unknown or forgotten."""
@@ -184,3 +213,11 @@ class History:
                 return
             else:
                 yield self._records[signature]
+
+
+def _forget_first(index: dict[Any, deque[str]], key: Any) -> None:
+    """Drop the oldest record from an index: it is the first one of each of its keys."""
+    signatures = index[key]
+    signatures.popleft()
+    if not signatures:
+        del index[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,10 @@ from psyche_lightning_localnet.errors import (
 )
 from psyche_lightning_localnet.rpc import Params, call, parse, refusal
 from psyche_lightning_localnet.state import Record
+from psyche_lightning_localnet.tokens import Read
 from psyche_lightning_localnet.vm import SYSTEM_PROGRAM
 
-KINDS = ("account", "program", "logs", "signature", "slot", "root")
+KINDS = ("account", "program", "logs", "signature", "slot", "slotsUpdates", "root")
 MAX_SUBSCRIPTIONS = 1024
 """The most subscriptions of one connection."""
 _GONE = Account(0, b"", SYSTEM_PROGRAM)
@@ -127,7 +128,7 @@ class Hub:
         elif kind == "logs":
             key = _mentioned(params.required(0))
         self._numbers += 1
-        if kind in ("slot", "root"):
+        if kind in ("slot", "slotsUpdates", "root"):
             return Subscription(self._numbers, kind, None, "processed")
         config = params.config(1)
         return Subscription(
@@ -163,10 +164,35 @@ class Hub:
         text = json.dumps({"parent": parent, "root": root, "slot": slot})
         for listener, subscription in self._subscriptions("slot"):
             _tell(listener, subscription, text)
-        if root > self._root:
+        rooted = root > self._root
+        if rooted:
             self._root = root
             for listener, subscription in self._subscriptions("root"):
                 _tell(listener, subscription, json.dumps(root))
+        watching = self._subscriptions("slotsUpdates")
+        for update in self._updates(slot, parent, root if rooted else None) if watching else ():
+            text = json.dumps({**update, "timestamp": self._chain.clock.unix_ms()})
+            for listener, subscription in watching:
+                _tell(listener, subscription, text)
+
+    def _updates(self, slot: int, parent: int, root: int | None) -> Iterator[dict[str, Any]]:
+        """What has happened to slots when one begins: its parent is complete, and older ones have settled."""
+        records = self._chain.history.at(parent)
+        failed = sum(record.err is not None for record in records)
+        stats = {
+            "numTransactionEntries": len(records),
+            "numSuccessfulTransactions": len(records) - failed,
+            "numFailedTransactions": failed,
+            "maxTransactionsPerEntry": min(1, len(records)),  # each transaction runs alone
+        }
+        yield {"type": "completed", "slot": parent}
+        yield {"type": "frozen", "slot": parent, "stats": stats}
+        yield {"type": "createdBank", "slot": slot, "parent": parent}
+        confirmed = slot - self._chain.lags["confirmed"]
+        if confirmed > 0:
+            yield {"type": "optimisticConfirmation", "slot": confirmed}
+        if root is not None:
+            yield {"type": "root", "slot": root}
 
     def settled(self, commitment: str, block: Block) -> None:
         """Notify the subscribers of a block whose events are now visible at a commitment."""
@@ -216,7 +242,7 @@ class Hub:
         form = (key, subscription.encoding, json.dumps(subscription.data_slice))
         if form not in shown:
             account = self._chain.accounts.get(slot, key) or _GONE
-            shown[form] = _account_text(account, subscription.encoding, subscription.data_slice)
+            shown[form] = _account_text(account, subscription.encoding, subscription.data_slice, self._chain.account)
         text = shown[form]
         return _with_slot(slot, f'{{"pubkey": "{key}", "account": {text}}}' if keyed else text)
 
@@ -231,11 +257,11 @@ def _mentioned(wanted: object) -> str | None:
     raise invalid_params('Invalid params: logs of "all", "allWithVotes" or {"mentions": [ADDRESS]}.')
 
 
-def _account_text(account: Account, encoding: str, data_slice: dict[str, int] | None) -> str:
+def _account_text(account: Account, encoding: str, data_slice: dict[str, int] | None, read: Read) -> str:
     try:
-        return json.dumps(account_json(account, encoding, data_slice))
+        return json.dumps(account_json(account, encoding, data_slice, read=read))
     except RpcError:  # too long for base58, but a notification cannot be refused
-        shown = account_json(account, "base64", {"offset": 0, "length": 0})
+        shown = account_json(account, "base64", {"offset": 0, "length": 0}, read=read)
         problem = "error: data too large for bs58 encoding"
         return json.dumps({**shown, "data": problem if encoding == "binary" else [problem, encoding]})
 

@@ -27,6 +27,7 @@ from solders.transaction_status import (
 )
 
 from psyche_lightning_localnet.errors import LocalnetError
+from psyche_lightning_localnet.tokens import native_mints
 from psyche_lightning_localnet.transactions import Fee, Named, fee_of, require_locks
 
 SLOTS_PER_EPOCH = 432_000
@@ -93,6 +94,8 @@ class Vm:
             .with_log_bytes_limit(LOG_LIMIT)
         )
         self._svm.set_epoch_schedule(EpochSchedule.without_warmup())
+        for key, mint in native_mints().items():
+            self._svm.set_account(key, mint)
         self._rent: Rent = self._svm.get_rent()
         self._slot = 0
         self._deployed: dict[Pubkey, int] = {}

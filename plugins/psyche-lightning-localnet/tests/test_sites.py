@@ -75,6 +75,18 @@ def test_programs_and_pages_of_this_machine_use_it():
         assert "content-type" in allowed["Access-Control-Allow-Headers"]
         async with session.post(server.url, json=HEALTH) as answer:
             assert "Access-Control-Allow-Origin" not in answer.headers
+        # A client's own headers, and a browser that asks before it lets a page of the network use this machine.
+        own = {
+            **asks,
+            "Access-Control-Request-Headers": "content-type,x-own",
+            "Access-Control-Request-Private-Network": "true",
+        }
+        async with session.options(server.url, headers=own) as answer:
+            assert answer.headers["Access-Control-Allow-Headers"] == "content-type,x-own"
+            assert answer.headers["Access-Control-Allow-Private-Network"] == "true"
+        # A page can read why its request was refused.
+        async with session.put(server.url, json=HEALTH, headers={"Origin": PAGE}) as answer:
+            assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (405, PAGE)
 
     play(test)
 

@@ -30,6 +30,10 @@ COMMANDS = {
     "airdrop": Command("psyche_lightning_solana.wallets:airdrop", "Ask a faucet for SOL."),
     "deploy": Command("psyche_lightning_solana.deploy.command:deploy", "Put a program on a chain, or upgrade it."),
     "keygen": Command("psyche_lightning_solana.wallets:keygen", "Write a new wallet to a file."),
+    "mint": Command("psyche_lightning_solana.mint:mint", "Make a token, with which a run may pay its points."),
+    "can-join": Command("psyche_lightning_solana.permission:can_join", "Say whether this wallet can join a run now."),
+    "authorization": Command("psyche_lightning_solana.permission:authorization", "Show who may join a run by whom."),
+    "delegate": Command("psyche_lightning_solana.permission:delegate", "Let other wallets join in this one's place."),
     "cost": Command("psyche_lightning_solana.cost:cost", "Measure what a recipe's run costs on a chain."),
 }
 

@@ -11,7 +11,7 @@ class Refusal:
 
     Attributes:
         number: of the transaction's ``Custom`` error.
-        name: its name, in the log line and as a ``CoordinatorError.code``.
+        name: its name in the log line: Psyche's.
         message: the log line's text.
         retryable: whether the same instruction may succeed later without intervention.
     """
@@ -21,9 +21,19 @@ class Refusal:
     message: str
     retryable: bool = False
 
+    @property
+    def code(self) -> str:
+        """The ``CoordinatorError.code``, as the state machine names it."""
+        return code_of(self.name)
+
+
+def code_of(name: str) -> str:
+    """The ``CoordinatorError.code`` of an error of the programs: Psyche marks those of the state machine."""
+    return name.removeprefix("CoordinatorError")
+
 
 def _table(first: int, *rows: tuple[str, str]) -> dict[int, Refusal]:
-    return {first + i: Refusal(first + i, *row, retryable=row[0] in _PASSING) for i, row in enumerate(rows)}
+    return {first + i: Refusal(first + i, *row, retryable=code_of(row[0]) in _PASSING) for i, row in enumerate(rows)}
 
 
 # These depend on the run's state, which may change between an update and the transaction.
@@ -34,10 +44,9 @@ _ANCHOR = {
     for number, name, message in (
         (101, "InstructionFallbackNotFound", "Fallback functions are not supported"),
         (102, "InstructionDidNotDeserialize", "The program could not deserialize the given instruction"),
-        (2001, "ConstraintHasOne", "A has one constraint was violated"),
         (2003, "ConstraintRaw", "A raw constraint was violated"),
         (2006, "ConstraintSeeds", "A seeds constraint was violated"),
-        (2014, "ConstraintTokenMint", "A token mint constraint was violated"),
+        (2009, "ConstraintAssociated", "An associated constraint was violated"),
         (2015, "ConstraintTokenOwner", "A token owner constraint was violated"),
         (2040, "ConstraintDuplicateMutableAccount", "A duplicate mutable account was passed"),
         (3000, "AccountDiscriminatorAlreadySet", "The account discriminator was already set on this account"),
@@ -61,42 +70,39 @@ _COORDINATOR = _table(
     ("UpdateConfigFinished", "Cannot update config of finished run"),
     ("UpdateConfigNotHalted", "Cannot update config when not halted"),
     ("CoordinatorAccountIncorrectSize", "Coordinator account incorrect size"),
-    ("ClientsFull", "All client slots are taken"),
+    ("ClientsFull", "Clients list full"),
     ("ConfigSanityCheckFailed", "Config sanity check failed"),
     ("ModelSanityCheckFailed", "Model sanity check failed"),
     ("ProgressSanityCheckFailed", "Progress sanity check failed"),
     ("SignerNotAClient", "Signer not a client"),
     ("SignerMismatch", "Signer mismatch"),
     ("CloseCoordinatorNotHalted", "Cannot close coordinator account when not halted"),
-    ("NoActiveRound", "Coordinator error: No active round"),
-    ("InvalidWitness", "Coordinator error: Invalid witness"),
-    ("InvalidRunState", "Coordinator error: Invalid run state"),
-    ("DuplicateWitness", "Coordinator error: Duplicate witness"),
-    ("InvalidHealthCheck", "Coordinator error: Invalid health check"),
-    ("Halted", "Coordinator error: Halted"),
-    ("InvalidCheckpoint", "Coordinator error: Invalid checkpoint"),
-    ("WitnessesFull", "Coordinator error: Witnesses full"),
-    ("CannotResume", "Coordinator error: Cannot resume"),
-    ("InvalidWithdraw", "Coordinator error: Invalid withdraw"),
-    ("InvalidCommitteeSelection", "Coordinator error: Invalid committee selection"),
-    ("InvalidCommitteeProof", "Coordinator error: Invalid committee proof"),
-    ("MoreClientsThanBatches", "There are more clients than batches in a round"),
-    ("RunIdInvalidLength", "The run id has 1 to 32 bytes"),
+    ("CoordinatorErrorNoActiveRound", "Coordinator error: No active round"),
+    ("CoordinatorErrorInvalidWitness", "Coordinator error: Invalid witness"),
+    ("CoordinatorErrorInvalidRunState", "Coordinator error: Invalid run state"),
+    ("CoordinatorErrorDuplicateWitness", "Coordinator error: Duplicate witness"),
+    ("CoordinatorErrorInvalidHealthCheck", "Coordinator error: Invalid health check"),
+    ("CoordinatorErrorHalted", "Coordinator error: Halted"),
+    ("CoordinatorErrorInvalidCheckpoint", "Coordinator error: Invalid checkpoint"),
+    ("CoordinatorErrorWitnessesFull", "Coordinator error: Witnesses full"),
+    ("CoordinatorErrorCannotResume", "Coordinator error: Cannot resume"),
+    ("CoordinatorErrorInvalidWithdraw", "Coordinator error: Invalid withdraw"),
+    ("CoordinatorErrorInvalidCommitteeSelection", "Coordinator error: Invalid committee selection"),
+    ("CoordinatorErrorInvalidCommitteeProof", "Coordinator error: Invalid committee proof"),
+    ("MoreClientsThanBatches", "There are more clients than total number of batches to assign"),
+    ("RunIdInvalidLength", "run_id must be 32 bytes or less"),
 )
 
 _AUTHORIZER = _table(
     6000,
-    ("AuthorizationIsActive", "An active authorization cannot be closed; revoke it first"),
-    (
-        "ClosingConditionsNotReached",
-        "An authorization with delegates is closed 30 days after the grantor's last update",
-    ),
+    ("AuthorizationActiveIsTrue", "AuthorizationActive is true"),
+    ("AuthorizationClosingConditionsNotReachedYet", "Authorization closing conditions not reached yet"),
 )
 
 _TREASURER = _table(
     6000,
-    ("InvalidParameter", "A parameter is invalid"),
-    ("RunIdInvalidLength", "The run id has 1 to 32 bytes"),
+    ("InvalidParameter", "Invalid parameter"),
+    ("RunIdInvalidLength", "run_id must be 32 bytes or less"),
 )
 
 REFUSALS: dict[str, dict[int, Refusal]] = {
@@ -106,8 +112,8 @@ REFUSALS: dict[str, dict[int, Refusal]] = {
 }
 """Each program's errors by number."""
 
-NUMBERS: dict[str, int] = {refusal.name: number for number, refusal in REFUSALS["coordinator"].items()}
-"""The coordinator's numbers by name."""
+NUMBERS: dict[str, int] = {refusal.code: number for number, refusal in REFUSALS["coordinator"].items()}
+"""The coordinator's numbers by code."""
 
 
 def refusal(number: int, program: str = "coordinator") -> Refusal:
@@ -120,17 +126,17 @@ class Refused(Exception):
     """The program refuses.
 
     Attributes:
-        name: of the error.
+        code: of the error, as in :attr:`Refusal.code`.
         number: the transaction's ``Custom`` number.
     """
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-        self.number = NUMBERS[name]
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+        self.number = NUMBERS[code]
 
 
-def require(holds: object, name: str) -> None:
+def require(holds: object, code: str) -> None:
     """Refuse with that error unless ``holds``."""
     if not holds:
-        raise Refused(name)
+        raise Refused(code)

@@ -108,7 +108,7 @@ class RunKeys:
         self, name: str, accounts: Mapping[str, Pubkey], arguments: Mapping[str, Any], trailer: bytes = b""
     ) -> Instruction:
         own = {
-            "instance": self.instance,
+            "coordinator_instance": self.instance,
             "coordinator_account": self.coordinator_account,
             "manifest": self.manifest,
             "system_program": SYSTEM_PROGRAM,
@@ -379,4 +379,5 @@ def authorization_grantee_update(
 def authorization_close(authorizer: Pubkey, grantor: Pubkey, spill: Pubkey, authorization: Pubkey) -> Instruction:
     """Close an inactive authorization; ``spill`` gets the rent."""
     spec = AUTHORIZER.instructions["authorization_close"]
-    return build(spec, authorizer, {"grantor": grantor, "spill": spill, "authorization": authorization})
+    accounts = {"grantor": grantor, "spill": spill, "authorization": authorization, "system_program": SYSTEM_PROGRAM}
+    return build(spec, authorizer, accounts)

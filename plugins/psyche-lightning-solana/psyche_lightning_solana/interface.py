@@ -81,7 +81,7 @@ class ProgramSpec:
 
 
 def _metas(text: str) -> tuple[Meta, ...]:
-    """Read ``"payer sw, instance w, system"``: s for signer, w for writable."""
+    """Read ``"payer sw, run w, system_program"``: s for signer, w for writable."""
     metas = []
     for item in filter(None, text.split(", ")):
         name, _, flags = item.partition(" ")
@@ -97,8 +97,8 @@ def _instruction(name: str, metas: str, more: str = "", /, **arguments: Type) ->
     return InstructionSpec(name, _metas(metas), Struct(name, arguments), _metas(more))
 
 
-_OWNER = "authority s, instance, coordinator_account w, manifest w"
-_USER = "user s, instance, coordinator_account w, manifest w"
+_OWNER = "authority s, coordinator_instance, coordinator_account w, manifest w"
+_USER = "user s, coordinator_instance, coordinator_account w, manifest w"
 _REPORT: dict[str, Type] = {
     "proof": PROOF,
     "participant_bloom": BLOOM,
@@ -117,13 +117,13 @@ COORDINATOR = _program(
     "coordinator",
     _instruction(
         "init_coordinator",
-        "payer sw, instance w, coordinator_account w, system_program, authorizer, manifest w",
+        "payer sw, coordinator_instance w, coordinator_account w, system_program, authorizer, manifest w",
         main_authority=PUBKEY,
         join_authority=PUBKEY,
         run_id=String(1 << 16),
         client_version=String(MAX_CLIENT_VERSION),
     ),
-    _instruction("free_coordinator", "authority s, spill w, instance w, coordinator_account w, manifest w"),
+    _instruction("free_coordinator", "authority s, spill w, coordinator_instance w, coordinator_account w, manifest w"),
     _instruction(
         "update",
         _OWNER,
@@ -143,7 +143,7 @@ COORDINATOR = _program(
     _instruction("restart_from", _OWNER, step=U32, digest=Raw(32)),
     _instruction(
         "join_run",
-        "user s, authorization, instance, coordinator_account w, manifest w, node s",
+        "user s, authorization, coordinator_instance, coordinator_account w, manifest w, node s",
         client_id=CLIENT_ID,
     ),
     _instruction("tick", _USER),
@@ -155,11 +155,13 @@ COORDINATOR = _program(
     _instruction("kick", _OWNER, signer=PUBKEY),
     _instruction(
         "set_manifest",
-        "authority s, instance, coordinator_account, manifest w",
+        "authority s, coordinator_instance, coordinator_account, manifest w",
         digest=Raw(32),
         address=String(MAX_MANIFEST_ADDRESS),
     ),
-    _instruction("set_address", "user sw, address w, instance, system_program", address=String(MAX_NODE_ADDRESS)),
+    _instruction(
+        "set_address", "user sw, address w, coordinator_instance, system_program", address=String(MAX_NODE_ADDRESS)
+    ),
     accounts=(
         Struct(
             "CoordinatorInstance",
@@ -192,7 +194,7 @@ AUTHORIZER = _program(
         delegates_clear=BOOL,
         delegates_added=Vector(PUBKEY),
     ),
-    _instruction("authorization_close", "grantor s, spill w, authorization w"),
+    _instruction("authorization_close", "grantor s, spill w, authorization w, system_program"),
     accounts=(
         Struct(
             "Authorization",
@@ -243,7 +245,7 @@ TREASURER = _program(
     _instruction("participant_create", "payer sw, user s, run, participant w, system_program"),
     _instruction(
         "participant_claim",
-        "user s, user_collateral w, run w, run_collateral w, participant w, coordinator_account, token_program",
+        "user s, user_collateral w, run w, run_collateral w, coordinator_account, participant w, token_program",
         claim_earned_points=U64,
     ),
     accounts=(
@@ -254,8 +256,8 @@ TREASURER = _program(
                 "index": U64,
                 "main_authority": PUBKEY,
                 "join_authority": PUBKEY,
-                "coordinator_instance": PUBKEY,
                 "coordinator_account": PUBKEY,
+                "coordinator_instance": PUBKEY,
                 "collateral_mint": PUBKEY,
                 "total_claimed_collateral_amount": U64,
                 "total_claimed_earned_points": U64,

@@ -1,8 +1,7 @@
 """The programs' interfaces as legacy Anchor IDL, which anchorpy reads: ``idl/<program>.json``.
 
-``python -m psyche_lightning_solana.legacy_idl`` rewrites the files from
-:mod:`psyche_lightning_solana.interface`. The coordinator account is not in them: it is zero-copy, see
-:mod:`psyche_lightning_solana.account`. An IDL cannot describe the witness instructions' trailers, either.
+``python -m psyche_lightning_solana.legacy_idl`` rewrites the files. They are :mod:`psyche_lightning_solana.anchor_idl`
+in the form before Anchor 0.30, without the zero-copy accounts, whose C structs that form cannot mark as such.
 """
 
 from __future__ import annotations
@@ -11,34 +10,33 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psyche_lightning_solana.borsh import Array, Enum, FixedVector, Option, Struct, Type, Vector
-from psyche_lightning_solana.errors import REFUSALS
-from psyche_lightning_solana.interface import PROGRAMS, InstructionSpec, Meta, ProgramSpec
+from psyche_lightning_solana import anchor_idl
+from psyche_lightning_solana.interface import PROGRAMS, ProgramSpec
 
 if TYPE_CHECKING:
     from anchorpy_core.idl import Idl
 
 FOLDER = Path(__file__).with_name("idl")
-_VERSION = "0.1.0"
 
 
 def idl(program: ProgramSpec) -> dict[str, Any]:
     """The IDL of a program, as JSON values."""
-    kinds: dict[str, Any] = {}
-    for spec in program.instructions.values():
-        _collect(spec.arguments, kinds)
-        del kinds[spec.arguments.name]
-    for account in program.accounts.values():
-        _collect(account, kinds)
-        del kinds[account.name]
-    own = [refusal for number, refusal in REFUSALS[program.name].items() if number >= 6000]
+    newer = anchor_idl.idl(program)
+    kinds = {item["name"]: _kind(item["type"]) for item in newer["types"] if "serialization" not in item}
     return {
-        "version": _VERSION,
+        "version": newer["metadata"]["version"],
         "name": program.name,
-        "instructions": [_instruction(spec) for spec in program.instructions.values()],
-        "accounts": [{"name": kind.name, "type": _struct(kind)} for kind in program.accounts.values()],
-        "types": [{"name": name, "type": body} for name, body in kinds.items()],
-        "errors": [{"code": refusal.number, "name": refusal.name, "msg": refusal.message} for refusal in own],
+        "instructions": [
+            {
+                "name": _camel(item["name"]),
+                "accounts": [_account(account) for account in item["accounts"]],
+                "args": _fields(item["args"]),
+            }
+            for item in newer["instructions"]
+        ],
+        "accounts": [{"name": name, "type": kinds.pop(name)} for name in program.accounts],
+        "types": [{"name": name, "type": kind} for name, kind in kinds.items()],
+        "errors": newer["errors"],
     }
 
 
@@ -47,43 +45,41 @@ def _camel(name: str) -> str:
     return first + "".join(part[:1].upper() + part[1:] for part in rest)
 
 
-def _instruction(spec: InstructionSpec) -> dict[str, Any]:
-    accounts = [_account(meta) for meta in spec.accounts]
-    return {"name": _camel(spec.name), "accounts": accounts, "args": _fields(spec.arguments)}
+def _account(account: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": _camel(account["name"]),
+        "isMut": account.get("writable", False),
+        "isSigner": account.get("signer", False),
+    }
 
 
-def _account(meta: Meta) -> dict[str, Any]:
-    return {"name": _camel(meta.name), "isMut": meta.writable, "isSigner": meta.signer}
+def _fields(fields: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"name": _camel(field["name"]), "type": _older(field["type"])} for field in fields]
 
 
-def _fields(kind: Struct) -> list[dict[str, Any]]:
-    return [{"name": _camel(name), "type": field.idl()} for name, field in kind.fields.items()]
+def _kind(kind: dict[str, Any]) -> dict[str, Any]:
+    """The definition of a struct or an enum."""
+    if kind["kind"] == "struct":
+        return {"kind": "struct", "fields": _fields(kind["fields"])}
+    variants = [
+        {name: list(map(_older, part)) if name == "fields" else part for name, part in variant.items()}
+        for variant in kind["variants"]
+    ]
+    return {"kind": "enum", "variants": variants}
 
 
-def _struct(kind: Struct) -> dict[str, Any]:
-    return {"kind": "struct", "fields": _fields(kind)}
-
-
-def _collect(kind: Type, kinds: dict[str, Any]) -> None:
-    """Define the types that ``kind`` needs, inner types first."""
-    if isinstance(kind, (Option, Vector, Array)):
-        _collect(kind.item, kinds)
-    elif isinstance(kind, Struct):
-        for field in kind.fields.values():
-            _collect(field, kinds)
-        kinds[kind.name] = _struct(kind)
-    elif isinstance(kind, FixedVector):
-        _collect(kind.item, kinds)
-        items = {"name": "data", "type": {"array": [kind.item.idl(), kind.count]}}
-        kinds[kind.name] = {"kind": "struct", "fields": [items, {"name": "len", "type": "u64"}]}
-    elif isinstance(kind, Enum):
-        variants: list[dict[str, Any]] = []
-        for name, body in kind.variants.items():
-            variants.append({"name": name})
-            if body is not None:
-                _collect(body, kinds)
-                variants[-1]["fields"] = [body.idl()]
-        kinds[kind.name] = {"kind": "enum", "variants": variants}
+def _older(kind: Any) -> Any:
+    """A type in the older form."""
+    if kind == "pubkey":
+        return "publicKey"
+    if not isinstance(kind, dict):
+        return kind
+    [(word, inner)] = kind.items()
+    if word == "defined":
+        return {"defined": inner["name"]}
+    if word == "array":
+        return {"array": [_older(inner[0]), inner[1]]}
+    return {word: _older(inner)}
 
 
 def text(program: ProgramSpec) -> str:

@@ -17,14 +17,15 @@ from psyche_lightning.protocol.owner import Creation
 from psyche_lightning.protocol.state import CoordinatorConfig, Phase
 from psyche_lightning.wire.canonical import HASH_SIZE
 from psyche_lightning_solana import account
-from psyche_lightning_solana.account import RunAccounts
+from psyche_lightning_solana.account import Rates, RunAccounts
 from psyche_lightning_solana.client.admin import SolanaAdmin
+from psyche_lightning_solana.client.directory import runs_of
 from psyche_lightning_solana.client.fees import sol
 from psyche_lightning_solana.client.ledger import Ledger
 from psyche_lightning_solana.client.rpc import RpcProblem, unreachable
 from psyche_lightning_solana.client.run import SolanaRun
 from psyche_lightning_solana.client.story import Story
-from psyche_lightning_solana.client.translate import of_recipe
+from psyche_lightning_solana.client.translate import described, of_recipe
 from psyche_lightning_solana.layout import COORDINATOR_SIZE
 
 NOWHERE = Pubkey.default()
@@ -54,7 +55,10 @@ class SolanaRunAdmin:
         """Create the run's accounts; :meth:`start` opens it."""
 
         async def work(admin: SolanaAdmin) -> dict[str, Any]:
-            await admin.create(_config(wanted), everybody=wanted.everybody, **_described(wanted))
+            mint = None if wanted.mint is None else address_of(wanted.mint, "a token's address")
+            await admin.create(
+                _config(wanted), everybody=wanted.everybody, mint=mint, rates=wanted.rates, **_described(wanted)
+            )
             return await self._status(admin)
 
         return self._do(work)
@@ -64,10 +68,15 @@ class SolanaRunAdmin:
 
         async def work(admin: SolanaAdmin) -> dict[str, Any]:
             before = await admin.look()
-            if wanted.recipe is None:
-                await admin.update(config={**asdict(before.state.config), **wanted.config})
+            if wanted.recipe is not None:
+                values = {"config": _config(wanted), **_described(wanted)}
             else:
-                await admin.update(config=_config(wanted), **_described(wanted))
+                values = {"config": {**asdict(before.state.config), **wanted.config}} if wanted.config else {}
+            texts = {"name": wanted.name, "description": wanted.description}
+            given = {field: text for field, text in texts.items() if text is not None}
+            if given:
+                values["metadata"] = described({**before.described, **values.get("metadata", {}), **given})
+            await admin.update(**values, client_version=wanted.client_version)
             return await self._status(admin)
 
         return self._do(work)
@@ -130,18 +139,18 @@ class SolanaRunAdmin:
 
     def authorize(self, node: str | None) -> str:
         """Let a wallet join."""
-        self._do(lambda admin: admin.authorize(_wallet(node)))
+        self._do(lambda admin: admin.authorize(wallet_of(node)))
         return f"{node or 'everybody'} may join run {self._run}"
 
     def revoke(self, node: str | None) -> str:
         """Revoke it."""
-        held = self._do(lambda admin: admin.revoke(_wallet(node)))
+        held = self._do(lambda admin: admin.revoke(wallet_of(node)))
         who = node or "everybody"
         return f"{who} may not join run {self._run} again" if held else f"{who} had no authorization"
 
     def kick(self, node: str) -> str:
         """Remove a wallet at once, and revoke it."""
-        wallet = _wallet(node)
+        wallet = wallet_of(node)
         assert wallet is not None
         there = self._do(lambda admin: admin.kick(wallet))
         text = f"{node} is removed from run {self._run}" if there else f"{node} takes no part in run {self._run} now"
@@ -155,8 +164,10 @@ class SolanaRunAdmin:
             )
         return self._url
 
-    def restart_from(self, digest: str, step: int) -> str:
+    def restart_from(self, digest: str | None, step: int) -> str:
         """Go on from other parameters than the newest."""
+        if digest is None:
+            digest = self._do(lambda admin: admin.named_after(step)).hex()
         try:
             raw = bytes.fromhex(digest)
         except ValueError:
@@ -176,10 +187,54 @@ class SolanaRunAdmin:
             for row in found
         ]
 
+    def rates(self, earned: int | None, slashed: int | None) -> str:
+        """The points of future epochs, changed if given."""
+
+        async def work(admin: SolanaAdmin) -> RunAccounts:
+            if (earned, slashed) == (None, None):
+                return await admin.look()
+            return await admin.update(rates=(earned, slashed))
+
+        run = self._do(work)
+        now, then = run.current_rates, run.future_rates
+        text = f"an epoch of run {self._run} gives {_points(then)}"
+        return text if now == then else f"{text}; the running one, or the last, {_points(now)}"
+
+    def fund(self, amount: int) -> str:
+        """Give tokens of the wallet to the treasurer."""
+        held = self._do(lambda admin: admin.fund(amount))
+        return f"the treasurer of run {self._run} holds {held:,} base units of its token, to pay as many points"
+
     def claim(self, points: int | None) -> str:
         """Have the treasurer pay this wallet."""
         paid = self._do(lambda admin: admin.claim(points))
         return f"{paid:,} points were paid" if paid else "there is nothing to pay"
+
+
+def _points(rates: Rates) -> str:
+    return (
+        f"{rates.earning_total_shared:,} points to all together and takes {rates.slashing_per_client:,} when ejecting"
+    )
+
+
+def list_runs(url: str) -> list[dict[str, Any]]:
+    """The runs of the coordinator program at a ``solana:`` URL, by name.
+
+    Raises:
+        CoordinatorError: no service answers, or none lists a program's accounts.
+    """
+
+    async def work() -> list[dict[str, Any]]:
+        run = SolanaRun.at(url, "none")  # any name will do: only the chain is asked
+        try:
+            await run.check_chain()
+            return await runs_of(run.reader, run.program)
+        except RpcProblem as problem:
+            raise unreachable(problem, "the list of runs", run.cluster.name) from problem
+        finally:
+            await run.close()
+
+    return asyncio.run(work())
 
 
 def read_account(data: bytes, name: str) -> dict[str, Any]:
@@ -247,13 +302,23 @@ def _short(value: Any) -> str:
     return " ".join(words)
 
 
-def _wallet(node: str | None) -> Pubkey | None:
+def wallet_of(node: str | None) -> Pubkey | None:
+    """A wallet's address; None for everybody."""
     if node is None:
         return None
+    return address_of(node, "a wallet's address")
+
+
+def address_of(text: str, what: str) -> Pubkey:
+    """An address that a user typed.
+
+    Raises:
+        ConfigError: it is none.
+    """
     try:
-        return Pubkey.from_string(node)
+        return Pubkey.from_string(text)
     except ValueError:
-        raise ConfigError(f"{node!r} is not a wallet's address: expected 32 bytes in base58") from None
+        raise ConfigError(f"{text!r} is not {what}: expected 32 bytes in base58") from None
 
 
 def _config(wanted: Creation) -> dict[str, Any]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @hookimpl
 def register_coordinators(register: Register[CoordinatorKind]) -> None:
     """Register the coordinator."""
-    register("solana", CoordinatorKind(client=coordinator, owner=_owner, account=_account, demo=_demo))
+    register("solana", CoordinatorKind(client=coordinator, owner=_owner, account=_account, demo=_demo, runs=_runs))
 
 
 def coordinator(url: str, run_id: str, identity: Identity, options: Mapping[str, Any]) -> Coordinator:
@@ -40,6 +40,12 @@ def _owner(url: str, run_id: str, token: str | None) -> RunAdmin:
     from psyche_lightning_solana.owner_side import SolanaRunAdmin
 
     return SolanaRunAdmin(url, run_id)
+
+
+def _runs(url: str) -> list[dict[str, Any]]:
+    from psyche_lightning_solana.owner_side import list_runs
+
+    return list_runs(url)
 
 
 def _account(data: bytes, name: str) -> dict[str, Any]:

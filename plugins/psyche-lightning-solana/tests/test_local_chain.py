@@ -90,7 +90,7 @@ def test_anchorpy_from_another_process(local):
             update = Context(accounts={"grantor": grantor.pubkey(), "authorization": address})
             await program.rpc["authorization_grantor_update"](True, ctx=update)
             assert (await kind.fetch(address, Confirmed)).active
-            close = Context(accounts={"grantor": grantor.pubkey(), "spill": grantor.pubkey(), "authorization": address})
+            close = Context(accounts={**accounts, "spill": grantor.pubkey()})
             with pytest.raises(ProgramError) as caught:
                 await program.rpc["authorization_close"](ctx=close)
             assert caught.value.code == 6000

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 import torch
 
 from psyche_lightning.distro import DisTrO, DistroConfig, LocalSteps, select, transform
+from psyche_lightning.distro.holding import DeltaForm, Holding
 from psyche_lightning.distro.layout import Layout
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.muon import MuonAdamW, hidden_matrices
@@ -26,8 +27,8 @@ Batches = Sequence[Sequence[torch.Tensor]]
 Round = Callable[[Batches, Sequence[float]], float]
 """Trains the model with the batches and learning rates of a round's steps; returns the bytes that a node sends."""
 Inner = Literal["adamw", "muon"]
-SCHEDULED = ("then", "since")
-"""The fields of a schedule of k, which most methods do without."""
+RARE = {"then": 0, "since": 0, "delta": "float32"}
+"""Fields that most trainings leave at these values, and whose texts then leave them out."""
 TITLES = {"adamw": "AdamW", "muon": "Muon"}
 
 
@@ -60,14 +61,15 @@ class Method(ABC):
         rounds = [f"H={own['h']}"] if "h" in own else []
         later = f" and {own['then']} from round {own['since']} on" if own.get("then") else ""
         density = [f"k={own['k']}{later}", f"{own['chunk']}x{own['chunk']}"] if "k" in own else []
-        return ", ".join(rounds + density)
+        held = [f"delta in {own['delta']}"] if own.get("delta", "float32") != "float32" else []
+        return ", ".join(rounds + density + held)
 
     @abstractmethod
     def begin(self, model: torch.nn.Module, nodes: int) -> Round:
         """Prepare to train a model."""
 
     def __str__(self) -> str:
-        given = [(key, value) for key, value in asdict(self).items() if value or key not in SCHEDULED]
+        given = [(key, value) for key, value in asdict(self).items() if value != RARE.get(key)]
         values = [f"{key}={str(value).lower()}" for key, value in given]
         return f"{self.name}:{','.join(values)}"
 
@@ -204,6 +206,7 @@ class Votes(Method):
         overlap: whether results are applied one round later.
         then: another k, from the round ``since`` on; 0 for none.
         since: the first round with it, from 1.
+        delta: the dtype in which delta is kept.
     """
 
     k: int = 12
@@ -213,6 +216,7 @@ class Votes(Method):
     overlap: bool = False
     then: int = 0
     since: int = 0
+    delta: DeltaForm = "float32"
     name = "distro"
     title = "DisTrO"
 
@@ -229,7 +233,12 @@ class Votes(Method):
             named.setdefault(hidden.get(name, False), []).append((name, parameter))
         config, steps = _compression(self), itertools.count(1)
         optimizers = [
-            DisTrO([{"params": group, "muon": muon} for muon, group in named.items()], 0.0, config=config)
+            DisTrO(
+                [{"params": group, "muon": muon} for muon, group in named.items()],
+                0.0,
+                config=config,
+                holding=Holding(delta=self.delta),
+            )
             for _ in range(nodes)
         ]
         waiting: deque[tuple[list[bytes], int]] = deque()
@@ -266,6 +275,7 @@ class Local(Method):
             and its error feedback is empty. 0 for never.
         then: another k, from the round ``since`` on; 0 for none.
         since: the first round with it, from 1.
+        delta: the dtype in which delta is kept.
     """
 
     h: int = 8
@@ -277,6 +287,7 @@ class Local(Method):
     join_every: int = 0
     then: int = 0
     since: int = 0
+    delta: DeltaForm = "float32"
     name = "local"
     title = "local steps of {inner}"
 
@@ -290,7 +301,9 @@ class Local(Method):
         config, rounds = _compression(self), itertools.count(1)
 
         def newcomer() -> tuple[LocalSteps, torch.optim.Optimizer]:
-            return LocalSteps(model.named_parameters(), 0.0, config, self.scale), _optimizer(self.inner, model)
+            holding = Holding(delta=self.delta)
+            shared = LocalSteps(model.named_parameters(), 0.0, config, self.scale, holding=holding)
+            return shared, _optimizer(self.inner, model)
 
         members = [newcomer() for _ in range(nodes)]
         done = joined = 0

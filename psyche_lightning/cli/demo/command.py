@@ -7,7 +7,7 @@ import signal
 import time
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,19 +15,21 @@ from rich.table import Table
 from rich.text import Text
 
 from psyche_lightning.cli.console import stdout
-from psyche_lightning.cli.demo.processes import Child, Processes
+from psyche_lightning.cli.demo.processes import Child, Ends, Processes
 from psyche_lightning.cli.demo.report import Figures, Paces, note_paces, plot, read_results, read_validation
 from psyche_lightning.cli.demo.stage import Stage, find_stage
-from psyche_lightning.cli.demo.view import View, megabytes
-from psyche_lightning.errors import ConfigError, PsycheError, counted
+from psyche_lightning.cli.demo.view import View
+from psyche_lightning.doctor.finding import size
+from psyche_lightning.errors import KILLED, ConfigError, PsycheError, counted
 from psyche_lightning.json_text import json_text
 
 if TYPE_CHECKING:
     from psyche_lightning.recipe import Recipe
 
+_Number = TypeVar("_Number", int, float)
 RUN = "demo"
 MARK = "psyche-demo.json"
-POLL = 0.3
+POLL = 1.0
 GRACE = 60.0
 """Seconds in which nodes must write their results after the run is finished."""
 SAMPLES = 16
@@ -56,12 +58,28 @@ def demo(
             metavar="N:F", help="Let node N, counted from 0, compute F times slower, such as 3:4; may be repeated."
         ),
     ] = None,
+    devices: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N:D[:INNER]",
+            help="Let node N, counted from 0, train with D devices, such as 1:2, or 1:2:fsdp to divide the model among "
+            "them; may be repeated.",
+        ),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     keep: Annotated[
         Path, typer.Option("--keep", metavar="DIR", help="Folder for all files; an earlier demo's is replaced.")
     ] = Path("psyche-demo"),
 ) -> None:
-    """Train a small language model on real text with several nodes on this machine, over real sockets."""
+    """Train a small language model on real text with several nodes on this machine, over real sockets.
+
+    Examples:
+        psyche demo
+        psyche demo --nodes 4 --slow 3:4 --rounds 40
+        psyche demo trainer.accelerator=cpu --devices 0:2
+        psyche demo trainer.accelerator=cpu --devices 1:2:fsdp --devices 2:2:ddp
+        psyche demo k=8 --keep /tmp/my-demo
+    """
     for interrupt in (signal.SIGINT, signal.SIGTERM):  # a shell may have started this process with interrupts ignored
         signal.signal(interrupt, signal.default_int_handler)
     console = stdout()
@@ -71,7 +89,10 @@ def demo(
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise ConfigError(f"the folder of --json {json_file} does not exist; create it first")
 
-    slowdowns = _slowdowns(slow or [], nodes)
+    slowdowns = _by_node(
+        "--slow", slow or [], nodes, float, 1e3, "N:F, a node {} and how many times slower it computes"
+    )
+    several = _devices(devices or [], nodes)
 
     from psyche_lightning.recipe import load_recipe
     from psyche_lightning.recipe.estimate import estimate
@@ -83,15 +104,15 @@ def demo(
     if rounds:
         given = [*_stretched(resolved, rounds), *given, f"total_steps={rounds}"]
         resolved = load_recipe(recipe, given, twin=twin)
-    size = estimate(resolved)
+    estimated = estimate(resolved)
     # A single node exchanges no updates; its figures are compared with an all-reduce of two nodes.
-    all_reduce = size.allreduce_bytes_per_round(max(nodes, 2))
+    all_reduce = estimated.allreduce_bytes_per_round(max(nodes, 2))
     steps = resolved.run.coordinator.total_steps
     _prepare(keep)
     console.print(
         Text.assemble(
             ("psyche demo", "bold"),
-            f": {counted(nodes, 'node')}, {size.trainable / 1e6:.2f} M parameters, {counted(steps, 'round')}. "
+            f": {counted(nodes, 'node')}, {estimated.trainable / 1e6:.2f} M parameters, {counted(steps, 'round')}. "
             "Ctrl-C stops everything.",
         )
     )
@@ -109,14 +130,17 @@ def demo(
             # All hold the same parameters, so one node is enough to validate them.
             extra = [f"node.directory={folder}", *([] if number == 0 else ["trainer.validate_every=0"])]
             extra += [f"trainer.slowdown={slowdowns[number]}"] if number in slowdowns else []
+            extra += several.get(number, [])
             arguments = ["train", *common, "--run", RUN, *extra]
             child = Child(f"node {number}", arguments, folder / "log.txt", stage.environment(number))
             children.append(processes.add(child))
+        endings = Ends(keep, RUN)
         with View(console, all_reduce=all_reduce if nodes > 1 else None, rounds=steps) as view:
-            status = _watch(stage, children, view, paces)
+            status = _watch(stage, children, view, paces, endings)
         _finish(children)
+        endings.look(children)
         more = stage.finish(folders)
-    figures = _figures(status, folders, size.trainable, all_reduce, steps)
+    figures = _figures(status, folders, estimated.trainable, all_reduce, steps)
     figures.paces, figures.seq_len = paces, resolved.data.seq_len
     if len(figures.digests) != 1:
         ends = ", ".join(f"{node['id'][:8]} with {node['digest'][:16]}" for node in figures.nodes)
@@ -131,24 +155,45 @@ def demo(
         _show_pace(console, figures)
 
 
-def _slowdowns(given: list[str], nodes: int) -> dict[int, float]:
-    """How many times slower nodes compute, by number.
+def _by_node(
+    option: str, given: list[str], nodes: int, kind: type[_Number], most: float, expected: str
+) -> dict[int, _Number]:
+    """The numbers that an option gives to single nodes, by number of the node.
 
     Raises:
-        ConfigError: a text is not ``N:F``.
+        ConfigError: a text is not a node and such a number, from 1.
     """
-    found: dict[int, float] = {}
+    found: dict[int, _Number] = {}
     for text in given:
-        number, _, factor = text.partition(":")
+        number, _, value = text.partition(":")
         try:
-            found[int(number)] = float(factor)
-            if not (0 <= int(number) < nodes and 1 <= float(factor) < 1e3):
+            found[int(number)] = kind(value)
+            if not (0 <= int(number) < nodes and 1 <= found[int(number)] <= most):
                 raise ValueError
         except ValueError:
             raise ConfigError(
-                f"--slow {text}: expected N:F, a node from 0 to {nodes - 1} and how many times slower it computes, "
-                f"from 1 to 1000, such as {nodes - 1}:4"
+                f"{option} {text}: expected {expected.format(f'from 0 to {nodes - 1}')}, from 1 to {most:g}, such as "
+                f"{nodes - 1}:{2 if kind is int else 4}"
             ) from None
+    return found
+
+
+def _devices(given: list[str], nodes: int) -> dict[int, list[str]]:
+    """Overrides for the nodes that ``--devices`` names, by number of the node.
+
+    Raises:
+        ConfigError: a text is not a node and its devices, or names no way to share their work.
+    """
+    from psyche_lightning.lightning.device import INNER
+
+    found: dict[int, list[str]] = {}
+    for text in given:
+        place, colon, inner = text.rpartition(":") if text.count(":") > 1 else (text, "", "")
+        if colon and inner not in INNER:
+            raise ConfigError(f"--devices {text}: there is no {inner!r}; expected {' or '.join(INNER)}")
+        expected = "N:D or N:D:INNER, a node {} and how many devices it has"
+        for number, count in _by_node("--devices", [place], nodes, int, 64, expected).items():
+            found[number] = [f"trainer.devices={count}", *([f"trainer.inner={inner}"] if inner else [])]
     return found
 
 
@@ -160,9 +205,13 @@ def _for_shares(recipe: Recipe, nodes: int) -> list[str]:
 
 
 def _stretched(recipe: Recipe, rounds: int) -> list[str]:
-    """Overrides that scale the schedule to this number of rounds."""
-    lengths = recipe.optimizer.schedule.lengths(Fraction(rounds, recipe.run.coordinator.total_steps))
-    return [f"optimizer.schedule.{name}={length}" for name, length in lengths.items()]
+    """Overrides that scale the schedules, of the rate and of k, to this number of rounds."""
+    share = Fraction(rounds, recipe.run.coordinator.total_steps)
+    lengths = recipe.optimizer.schedule.lengths(share)
+    found = [f"optimizer.schedule.{name}={length}" for name, length in lengths.items()]
+    if recipe.distro.schedule:
+        found.append(f"distro.schedule={json_text(recipe.distro.stretched(share))}")
+    return found
 
 
 def _prepare(folder: Path) -> None:
@@ -178,14 +227,15 @@ def _prepare(folder: Path) -> None:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another with --keep DIR") from error
 
 
-def _watch(stage: Stage, nodes: list[Child], view: View, paces: Paces) -> dict[str, Any]:
-    """Show the run until it is finished, and note how fast its nodes are; returns its last status.
+def _watch(stage: Stage, nodes: list[Child], view: View, paces: Paces, ends: Ends) -> dict[str, Any]:
+    """Show the run until it is finished, and note how fast its nodes are and who ends; returns its last status.
 
     Raises:
         PsycheError: all nodes have ended before the run is finished.
     """
     while True:
         status = stage.look(nodes)
+        ends.look(nodes)
         if status is not None:
             view.show(status)
             note_paces(paces, status)
@@ -210,7 +260,7 @@ def _finish(nodes: list[Child]) -> None:
             raise PsycheError(
                 f"{node.name} did not end within {GRACE:.0f} s after the run; its last lines:\n{node.tail()}"
             )
-        if node.code > 0:
+        if node.code > 0 and node.code != KILLED:  # that one says that a rank of the node was killed
             raise PsycheError(f"{node.name} failed with exit code {node.code}; its last lines:\n{node.tail()}")
 
 
@@ -242,10 +292,10 @@ def _sum_up(console: Console, figures: Figures, folder: Path, unit: str) -> None
         table.add_row(
             node["id"][:8],
             node["digest"][:16],
-            megabytes(node["socket_bytes_up"] / rounds),
-            megabytes(node["socket_bytes_down"] / rounds),
-            megabytes(node["payload_bytes_up"] / rounds),
-            megabytes(node["payload_bytes_computed"]),
+            size(node["socket_bytes_up"] / rounds),
+            size(node["socket_bytes_down"] / rounds),
+            size(node["payload_bytes_up"] / rounds),
+            size(node["payload_bytes_computed"]),
         )
     console.print(table)
     for name, ends in summary["loss"].items():

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from psyche_lightning import system
+from psyche_lightning.chronicle.entry import DEMO, Entry, Kind
+from psyche_lightning.chronicle.writer import Chronicle
 from psyche_lightning.errors import PsycheError
+from psyche_lightning.node.status import FILE as STATUS
 
 PSYCHE = ("-m", "psyche_lightning")
 START_TIMEOUT = 60.0
@@ -95,6 +99,51 @@ class Child:
     def signal(self, number: int) -> None:
         """Send a signal to its whole session, if it still runs."""
         system.send_signal(self.process, number)
+
+
+class Ends:
+    """Writes down how processes end, into event files: of a kill, the process itself has nothing to say.
+
+    Args:
+        folder: for the files.
+        run: the run's name.
+        now: seconds since 1970.
+    """
+
+    def __init__(self, folder: Path, run: str, now: Callable[[], float] = time.time) -> None:
+        self._chronicle = Chronicle(folder, node=DEMO, run=run)
+        self._now = now
+        self._over: dict[int, int] = {}
+
+    def look(self, children: Sequence[Child]) -> None:
+        """Write down who has ended since the last look."""
+        for child in children:
+            code, number = child.code, child.process.pid
+            if code is None or number in self._over:
+                continue
+            self._over[number] = code
+            node = _node_of(child.log.with_name(STATUS))
+            kind = Kind.LEAVE if code == 0 else Kind.FAULT
+            about = (node,) if node else ()
+            self._chronicle.add(Entry(self._now(), kind, f"{child.name} {_ended(code)}", about=about))
+
+
+def _ended(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def _node_of(status: Path) -> str:
+    """The short key of the node with that status file; empty if it has none, as it ended before it joined."""
+    try:
+        return str(json.loads(status.read_text())["node"])[:8]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 class Processes:

@@ -93,7 +93,7 @@ class ServerStage:
     def create(self, run_id: str, recipe: str, overrides: list[str], twin: bool) -> None:
         """Create the run."""
         from psyche_lightning.cli.owner import administer
-        from psyche_lightning.cli.run import wanted
+        from psyche_lightning.cli.run_creation import wanted
         from psyche_lightning.server.token import FILE
 
         self._run = run_id

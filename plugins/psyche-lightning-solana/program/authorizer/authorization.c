@@ -59,7 +59,7 @@ u64 authorization_grantor_update(Input *input) {
   TRY(need_signer(grantor, "grantor"));
   Authorization authorization;
   TRY(load_authorization(input, account, &authorization));
-  REQUIRE(same_key(&authorization.grantor, grantor->key), fail_account("authorization", ConstraintHasOne));
+  REQUIRE(same_key(&authorization.grantor, grantor->key), fail_account("authorization", ConstraintRaw));
 
   Clock clock;
   sol_get_clock_sysvar(&clock);
@@ -83,7 +83,7 @@ u64 authorization_grantee_update(Input *input) {
   TRY(need_signer(grantee, "grantee"));
   Authorization authorization;
   TRY(load_authorization(input, account, &authorization));
-  REQUIRE(same_key(&authorization.grantee, grantee->key), fail_account("authorization", ConstraintHasOne));
+  REQUIRE(same_key(&authorization.grantee, grantee->key), fail_account("authorization", ConstraintRaw));
   TRY(need_program(&input->accounts[3], &SYSTEM_PROGRAM, "system_program"));
 
   u64 kept = clear ? 0 : authorization.delegates_length;
@@ -99,21 +99,22 @@ u64 authorization_close(Input *input) {
   Reader arguments = reader(input->data, input->data_length);
   TRY(ended(&arguments));
 
-  TRY(need_accounts(input, 3));
+  TRY(need_accounts(input, 4));
   Account *grantor = &input->accounts[0], *spill = &input->accounts[1], *account = &input->accounts[2];
   TRY(need_signer(grantor, "grantor"));
   TRY(need_writable(spill, "spill"));
   Authorization authorization;
   TRY(load_authorization(input, account, &authorization));
-  REQUIRE(same_key(&authorization.grantor, grantor->key), fail_account("authorization", ConstraintHasOne));
+  REQUIRE(same_key(&authorization.grantor, grantor->key), fail_account("authorization", ConstraintRaw));
   const Account *both[2] = {spill, account};
   TRY(need_distinct(both, COUNT(both), "spill"));
+  TRY(need_program(&input->accounts[3], &SYSTEM_PROGRAM, "system_program"));
 
-  REQUIRE(!authorization.active, AuthorizationIsActive);
+  REQUIRE(!authorization.active, AuthorizationActiveIsTrue);
   Clock clock;
   sol_get_clock_sysvar(&clock);
   // The grantee paid for the list of delegates: the grantor cannot take that rent at once.
   if (authorization.delegates_length > 0 && clock.unix_timestamp - authorization.grantor_update < CLOSING_DELAY)
-    return ClosingConditionsNotReached;
+    return AuthorizationClosingConditionsNotReachedYet;
   return close_account(account, spill);
 }

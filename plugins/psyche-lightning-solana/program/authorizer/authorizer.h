@@ -6,8 +6,8 @@
 #define CLOSING_DELAY (30 * 86400)
 
 #define AUTHORIZER_ERRORS(X)                                                            \
-  X(AuthorizationIsActive, "An active authorization cannot be closed; revoke it first") \
-  X(ClosingConditionsNotReached, "An authorization with delegates is closed 30 days after the grantor's last update")
+  X(AuthorizationActiveIsTrue, "AuthorizationActive is true")                            \
+  X(AuthorizationClosingConditionsNotReachedYet, "Authorization closing conditions not reached yet")
 
 enum {
   BeforeAuthorizerErrors = 5999,
@@ -22,7 +22,7 @@ u64 authorization_create(Input *input);
 u64 authorization_grantor_update(Input *input);
 // payer (signs, pays), grantee (signs), authorization, system program; delegates_clear, delegates_added
 u64 authorization_grantee_update(Input *input);
-// grantor (signs), spill (gets the lamports), authorization
+// grantor (signs), spill (gets the lamports), authorization, system program
 u64 authorization_close(Input *input);
 
 // The authorization account, writable and at the address that its content says.

@@ -24,7 +24,7 @@ NOINLINE u64 need_program(const Account *account, const Key *program, const char
 }
 
 NOINLINE u64 need_key(const Account *account, const Key *key, const char *name) {
-  return same_key(account->key, key) ? 0 : fail_account(name, ConstraintHasOne);
+  return same_key(account->key, key) ? 0 : fail_account(name, ConstraintRaw);
 }
 
 NOINLINE u64 need_owned(const Account *account, const Key *program, u64 discriminator, u64 length, const char *name) {

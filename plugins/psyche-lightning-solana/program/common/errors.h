@@ -10,10 +10,9 @@
 #define FRAMEWORK_ERRORS(X)                                                                            \
   X(InstructionFallbackNotFound, 101, "Fallback functions are not supported")                          \
   X(InstructionDidNotDeserialize, 102, "The program could not deserialize the given instruction")      \
-  X(ConstraintHasOne, 2001, "A has one constraint was violated")                                       \
   X(ConstraintRaw, 2003, "A raw constraint was violated")                                              \
   X(ConstraintSeeds, 2006, "A seeds constraint was violated")                                          \
-  X(ConstraintTokenMint, 2014, "A token mint constraint was violated")                                 \
+  X(ConstraintAssociated, 2009, "An associated constraint was violated")                               \
   X(ConstraintTokenOwner, 2015, "A token owner constraint was violated")                               \
   X(ConstraintDuplicateMutableAccount, 2040, "A duplicate mutable account was passed")                 \
   X(AccountDiscriminatorAlreadySet, 3000, "The account discriminator was already set on this account") \

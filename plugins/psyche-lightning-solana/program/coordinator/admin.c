@@ -139,7 +139,7 @@ NOINLINE u64 set_checkpoint(Input *input) {
   TRY(open_context(&context, input, 1, 0));
   Run *run = &context.run;
   if (!same_key(context.user->key, &context.main_authority)) {
-    REQUIRE(input->accounts_length > 4, InvalidCheckpoint);
+    REQUIRE(input->accounts_length > 4, CoordinatorErrorInvalidCheckpoint);
     const Slice scope = TEXT("CoordinatorCheckpoint");
     TRY(need_authorization(&context, &input->accounts[4], &context.main_authority, &scope));
   }

@@ -17,8 +17,8 @@ NOINLINE u64 open_instance(Context *context, Input *input, u64 at, u64 flags) {
   TRY(need_seeds(context->instance, seeds, 3, input->program, name));
   context->main_authority = instance->main_authority;
   context->join_authority = instance->join_authority;
-  if (flags & AUTHORITY) TRY(need_key(context->user, &context->main_authority, "authority"));
-  if (flags & JOIN_AUTHORITY) TRY(need_key(context->user, &context->join_authority, "authority"));
+  if (flags & AUTHORITY) TRY(need_key(context->user, &context->main_authority, name));
+  if (flags & JOIN_AUTHORITY) TRY(need_key(context->user, &context->join_authority, name));
   return 0;
 }
 

@@ -70,8 +70,8 @@ NOINLINE u64 send_witness(Input *input) {
   TRY(need_member(&context));
   TRY(need_running_round(run));
   const Progress *progress = &run->account->progress;
-  REQUIRE(!bound || (epoch == progress->epoch && height == current_round(run)->height), InvalidWitness);
-  REQUIRE(step == 0 || step == progress->step, InvalidWitness);
+  REQUIRE(!bound || (epoch == progress->epoch && height == current_round(run)->height), CoordinatorErrorInvalidWitness);
+  REQUIRE(step == 0 || step == progress->step, CoordinatorErrorInvalidWitness);
   TRY(witness(run, context.user->key, &report, held, &digest));
   return finish(&context);
 }
@@ -87,8 +87,8 @@ NOINLINE u64 send_warmup_witness(Input *input) {
   TRY(open_context(&context, input, 1, 0));
   Run *run = &context.run;
   TRY(need_member(&context));
-  REQUIRE(!halted(run), Halted);
-  REQUIRE(!bound || epoch == run->account->progress.epoch, InvalidWitness);
+  REQUIRE(!halted(run), CoordinatorErrorHalted);
+  REQUIRE(!bound || epoch == run->account->progress.epoch, CoordinatorErrorInvalidWitness);
   TRY(warmup_witness(run, context.user->key, report.index, &report.merkle));
   return finish(&context);
 }

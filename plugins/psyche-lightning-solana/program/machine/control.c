@@ -5,7 +5,7 @@
 
 u64 pause(Run *run) {
   Coordinator *account = run->account;
-  REQUIRE(!halted(run), Halted);
+  REQUIRE(!halted(run), CoordinatorErrorHalted);
   u8 phase = account->run_state;
   if (phase == ROUND_TRAIN || phase == ROUND_WITNESS) {
     if (!account->pending_pause) run->changed = true;
@@ -27,7 +27,7 @@ u64 resume(Run *run) {
   bool unstarted = account->run_state == UNINITIALIZED;
   if (unstarted && account->progress.step == 0) account->progress.step = 1;
   REQUIRE(account->progress.step > 0, ProgressSanityCheckFailed);
-  REQUIRE(unstarted || account->run_state == PAUSED, CannotResume);
+  REQUIRE(unstarted || account->run_state == PAUSED, CoordinatorErrorCannotResume);
   enter(run, is_finished(run) ? FINISHED : WAITING_FOR_MEMBERS);
   account->next_active++;
   settle(run);
@@ -58,8 +58,8 @@ u64 restart_from(Run *run, u32 step, const Key *digest) {
   Coordinator *account = run->account;
   Manifest *manifest = run->manifest;
   u8 phase = account->run_state;
-  REQUIRE(phase == WAITING_FOR_MEMBERS || phase == WARMUP || phase == PAUSED, InvalidRunState);
-  REQUIRE(!zero_key(digest) && step < account->progress.step, InvalidCheckpoint);
+  REQUIRE(phase == WAITING_FOR_MEMBERS || phase == WARMUP || phase == PAUSED, CoordinatorErrorInvalidRunState);
+  REQUIRE(!zero_key(digest) && step < account->progress.step, CoordinatorErrorInvalidCheckpoint);
   if (is_back(run, step, digest)) return 0;
   go_back(run, step);
   manifest->checkpoint_digest = *digest;

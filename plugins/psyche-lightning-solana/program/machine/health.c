@@ -59,14 +59,14 @@ NOINLINE u64 health_check(Run *run, const Key *signer, const HealthClaim *claim)
   Coordinator *account = run->account;
   TRY(need_running_round(run));
   u32 height = current_round(run)->height;
-  REQUIRE(height > 0 && is_healthy(run, signer), InvalidHealthCheck);
+  REQUIRE(height > 0 && is_healthy(run, signer), CoordinatorErrorInvalidHealthCheck);
   u64 slot = (height - 1) % STORED_ROUNDS, member = find_member(run, &claim->signer);
   // There are no verifiers and tie-breakers (config_is_sane): everybody trains.
-  REQUIRE(claim->committee == TRAINER && member != NOBODY, InvalidCommitteeProof);
-  REQUIRE(index_in(run, slot, member) == claim->index, InvalidCommitteeProof);
-  REQUIRE(position_in(&account->rounds[slot], &TEXT("committee"), claim->index) == claim->position, InvalidCommitteeProof);
+  REQUIRE(claim->committee == TRAINER && member != NOBODY, CoordinatorErrorInvalidCommitteeProof);
+  REQUIRE(index_in(run, slot, member) == claim->index, CoordinatorErrorInvalidCommitteeProof);
+  REQUIRE(position_in(&account->rounds[slot], &TEXT("committee"), claim->index) == claim->position, CoordinatorErrorInvalidCommitteeProof);
   u64 index = find_client(run, &claim->signer);
   if (index == NOBODY || account->clients.items[index].state != HEALTHY) return 0;  // gone already
-  REQUIRE(missed_all(run, height, &account->clients.items[index]), InvalidHealthCheck);
+  REQUIRE(missed_all(run, height, &account->clients.items[index]), CoordinatorErrorInvalidHealthCheck);
   return drop(run, &account->clients.items[index]);
 }

@@ -84,7 +84,7 @@ NOINLINE u64 leave(Run *run, const Key *signer, u8 state) {
   u64 member = find_member(run, signer), client = find_client(run, signer);
   bool pending = member != NOBODY && account->members[member].active == account->next_active;
   bool healthy = client != NOBODY && account->clients.items[client].state == HEALTHY;
-  REQUIRE(pending || healthy, InvalidWithdraw);
+  REQUIRE(pending || healthy, CoordinatorErrorInvalidWithdraw);
   if (pending && account->members[member].active != 0) {
     account->members[member].active = 0;
     run->changed = true;

@@ -45,7 +45,7 @@ INLINE u64 within(u64 length, u64 most) { return length < most ? length : most; 
 void settle(Run *run);
 // Whether all steps are trained, and the parameters after them named.
 bool is_finished(const Run *run);
-// Refuses with Halted, else settles.
+// Refuses with CoordinatorErrorHalted, else settles.
 u64 tick(Run *run);
 // Whether the round trains a step, or only drains the pipeline.
 bool trains(const Run *run, const Round *round);

@@ -235,7 +235,7 @@ NOINLINE void settle(Run *run) {
 }
 
 u64 tick(Run *run) {
-  REQUIRE(!halted(run), Halted);
+  REQUIRE(!halted(run), CoordinatorErrorHalted);
   settle(run);
   return 0;
 }

@@ -4,7 +4,7 @@
 #include "treasurer/treasurer.h"
 
 enum { PAYER, NEW_USER, NEW_RUN, NEW_PARTICIPANT, SYSTEM, CREATE_ACCOUNTS };
-enum { USER, USER_COLLATERAL, RUN, RUN_COLLATERAL, PARTICIPANT, COORDINATOR_ACCOUNT, TOKEN, CLAIM_ACCOUNTS };
+enum { USER, USER_COLLATERAL, RUN, RUN_COLLATERAL, COORDINATOR_ACCOUNT, PARTICIPANT, TOKEN, CLAIM_ACCOUNTS };
 
 NOINLINE u64 participant_create(Input *input) {
   Reader arguments = reader(input->data, input->data_length);
@@ -24,7 +24,7 @@ NOINLINE u64 participant_create(Input *input) {
 // The points of a user in the run's coordinator account, which is checked; nothing for who never joined.
 static NOINLINE u64 read_earned(const Account *account, const Treasury *treasury, const Key *user, u64 *earned) {
   const char *name = "coordinator_account";
-  TRY(need_key(account, &treasury->coordinator_account, name));
+  TRY(need_key(account, &treasury->coordinator_account, "run"));
   TRY(need_owned(account, &treasury->coordinator_program, COORDINATOR_DISCRIMINATOR, sizeof(Coordinator), name));
   const Coordinator *coordinator = (const Coordinator *)account->data;
   if (coordinator->version != COORDINATOR_VERSION || coordinator->members_length > MAX_CLIENTS)
@@ -60,13 +60,12 @@ NOINLINE u64 participant_claim(Input *input) {
   TRY(need_writable(&accounts[RUN], "run"));
   Treasury treasury;
   TRY(load_treasury(input, &accounts[RUN], &treasury));
-  TRY(need_token_account(&accounts[USER_COLLATERAL], &treasury.collateral_mint, user, "user_collateral"));
-  TRY(need_undelegated(&accounts[USER_COLLATERAL], "user_collateral"));
-  TRY(need_token_account(&accounts[RUN_COLLATERAL], &treasury.collateral_mint, run, "run_collateral"));
-  Participant participant;
-  TRY(load_participant(input, &accounts[PARTICIPANT], run, user, &participant));
+  TRY(need_own_tokens(&accounts[USER_COLLATERAL], &treasury.collateral_mint, user, "user_collateral"));
+  TRY(need_associated(&accounts[RUN_COLLATERAL], &treasury.collateral_mint, run, "run_collateral"));
   u64 earned;
   TRY(read_earned(&accounts[COORDINATOR_ACCOUNT], &treasury, user, &earned));
+  Participant participant;
+  TRY(load_participant(input, &accounts[PARTICIPANT], run, user, &participant));
   TRY(need_program(&accounts[TOKEN], &TOKEN_PROGRAM, "token_program"));
 
   TRY(count(&treasury, &participant, earned, points));

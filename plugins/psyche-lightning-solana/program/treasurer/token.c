@@ -25,19 +25,31 @@ _Static_assert(sizeof(TokenAccount) == 165, "the size that the token program che
 enum { TRANSFER = 3 };
 enum { CREATE_IDEMPOTENT = 1 };
 
-NOINLINE u64 need_token_account(const Account *account, const Key *mint, const Key *owner, const char *name) {
+NOINLINE u64 need_token_account(const Account *account, const char *name) {
   TRY(need_writable(account, name));
   if (!same_key(account->owner, &TOKEN_PROGRAM)) return fail_account(name, AccountOwnedByWrongProgram);
   if (account->data_length != sizeof(TokenAccount)) return fail_account(name, AccountDidNotDeserialize);
-  const TokenAccount *token = (const TokenAccount *)account->data;
-  if (token->state == 0) return fail_account(name, AccountNotInitialized);
-  if (!same_bytes(&token->mint, mint, sizeof(Key))) return fail_account(name, ConstraintTokenMint);
-  if (!same_bytes(&token->owner, owner, sizeof(Key))) return fail_account(name, ConstraintTokenOwner);
-  return 0;
+  return ((const TokenAccount *)account->data)->state == 0 ? fail_account(name, AccountNotInitialized) : 0;
 }
 
-u64 need_undelegated(const Account *account, const char *name) {
-  return ((const TokenAccount *)account->data)->has_delegate == 0 ? 0 : fail_account(name, ConstraintRaw);
+NOINLINE u64 need_own_tokens(const Account *account, const Key *mint, const Key *owner, const char *name) {
+  TRY(need_token_account(account, name));
+  const TokenAccount *token = (const TokenAccount *)account->data;
+  bool own = same_bytes(&token->mint, mint, sizeof(Key)) && same_bytes(&token->owner, owner, sizeof(Key));
+  return own && token->has_delegate == 0 ? 0 : fail_account(name, ConstraintRaw);
+}
+
+NOINLINE u64 need_associated(const Account *account, const Key *mint, const Key *owner, const char *name) {
+  TRY(need_token_account(account, name));
+  const TokenAccount *token = (const TokenAccount *)account->data;
+  if (!same_bytes(&token->owner, owner, sizeof(Key))) return fail_account(name, ConstraintTokenOwner);
+  Slice seeds[3] = {{owner, sizeof(Key)}, {&TOKEN_PROGRAM, sizeof(Key)}, {mint, sizeof(Key)}};
+  Key address;
+  u8 bump;
+  if (sol_try_find_program_address(seeds, COUNT(seeds), &ASSOCIATED_TOKEN_PROGRAM, &address, &bump) ||
+      !same_key(&address, account->key))
+    return fail_account(name, ConstraintAssociated);
+  return 0;
 }
 
 NOINLINE u64 make_associated(const Input *input, const Association *association) {

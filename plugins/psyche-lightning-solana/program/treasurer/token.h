@@ -6,10 +6,12 @@
 extern const Key TOKEN_PROGRAM;
 extern const Key ASSOCIATED_TOKEN_PROGRAM;
 
-// A token account of that mint and owner.
-u64 need_token_account(const Account *account, const Key *mint, const Key *owner, const char *name);
-// Nobody but its owner may take from it.
-u64 need_undelegated(const Account *account, const char *name);
+// A token account, of any mint and owner.
+u64 need_token_account(const Account *account, const char *name);
+// A token account of that mint and owner, from which nobody else may take.
+u64 need_own_tokens(const Account *account, const Key *mint, const Key *owner, const char *name);
+// The associated token account of that mint and owner.
+u64 need_associated(const Account *account, const Key *mint, const Key *owner, const char *name);
 
 // Make the associated token account, unless it exists: anybody may have made it before.
 typedef struct {

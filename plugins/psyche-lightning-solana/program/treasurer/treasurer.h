@@ -7,8 +7,8 @@
 #define PARTICIPANT_DISCRIMINATOR 0x0636b3f74f6c8e20ull  // S("account:Participant")[:8]
 
 #define TREASURER_ERRORS(X)                      \
-  X(InvalidParameter, "A parameter is invalid") \
-  X(RunIdInvalidLength, "The run id has 1 to 32 bytes")
+  X(InvalidParameter, "Invalid parameter") \
+  X(RunIdInvalidLength, "run_id must be 32 bytes or less")
 
 enum {
   BeforeTreasurerErrors = 5999,
@@ -23,8 +23,8 @@ typedef struct {
   u64 index;
   Key main_authority;  // who commands the run through the treasurer
   Key join_authority;
-  Key coordinator_instance;
   Key coordinator_account;
+  Key coordinator_instance;
   Key collateral_mint;
   u64 total_claimed_collateral_amount;
   u64 total_claimed_earned_points;
@@ -55,8 +55,8 @@ u64 run_checkpoint(Input *input);
 u64 run_restart_from(Input *input);
 // payer (signs, pays), user (signs), run, participant (made), system_program.
 u64 participant_create(Input *input);
-// user (signs), user_collateral (writable), run (writable), run_collateral (writable), participant (writable),
-// coordinator_account, token_program. Argument: how many points.
+// user (signs), user_collateral (writable), run (writable), run_collateral (writable), coordinator_account,
+// participant (writable), token_program. Argument: how many points.
 u64 participant_claim(Input *input);
 
 // treasury.c

@@ -23,8 +23,8 @@ static NOINLINE u64 open_run_account(const Input *input, Treasury *treasury) {
   TRY(need_signer(&accounts[AUTHORITY_ACCOUNT], "authority"));
   TRY(load_treasury(input, &accounts[RUN], treasury));
   TRY(need_key(&accounts[AUTHORITY_ACCOUNT], &treasury->main_authority, "run"));
-  TRY(need_key(&accounts[COORDINATOR_INSTANCE], &treasury->coordinator_instance, "coordinator_instance"));
-  TRY(need_key(&accounts[COORDINATOR_ACCOUNT], &treasury->coordinator_account, "coordinator_account"));
+  TRY(need_key(&accounts[COORDINATOR_INSTANCE], &treasury->coordinator_instance, "run"));
+  TRY(need_key(&accounts[COORDINATOR_ACCOUNT], &treasury->coordinator_account, "run"));
   return need_program(&accounts[COORDINATOR_PROGRAM], &treasury->coordinator_program, "coordinator_program");
 }
 

@@ -5,9 +5,11 @@ Every method does only the missing steps, so you can repeat an interrupted call.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from solders.instruction import Instruction
@@ -17,16 +19,20 @@ from solders.system_program import CreateAccountWithSeedParams, create_account_w
 
 from psyche_lightning.errors import ConfigError, CoordinatorError
 from psyche_lightning.protocol.state import Phase
+from psyche_lightning.wire.canonical import ZERO_HASH
 from psyche_lightning_solana import instructions
 from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.addresses import authorization_address
 from psyche_lightning_solana.client import manifest as store
 from psyche_lightning_solana.client.fees import SIGNATURE_FEE, sol, units
-from psyche_lightning_solana.client.owner import Direct, Owner, Treasury, find_owner
+from psyche_lightning_solana.client.ledger import Call, Ledger
+from psyche_lightning_solana.client.owner import MINT_SIZE, TOKEN_PROGRAM, Direct, Owner, Treasury, find_owner
 from psyche_lightning_solana.client.rpc import RpcProblem, unreachable
-from psyche_lightning_solana.client.run import EVERYBODY, SolanaRun
+from psyche_lightning_solana.client.run import EVERYBODY, SolanaRun, halted
 from psyche_lightning_solana.client.sender import Receipt
 from psyche_lightning_solana.client.translate import config_section, metadata_section, plain_model
+from psyche_lightning_solana.errors import Refused
+from psyche_lightning_solana.instructions import decode
 from psyche_lightning_solana.interface import AUTHORIZER, CHECKPOINT_SCOPE, JOIN_SCOPE
 from psyche_lightning_solana.layout import COORDINATOR_SIZE, INSTANCE_SIZE, MANIFEST_SIZE
 from psyche_lightning_solana.types import CONFIG, METADATA, MODEL
@@ -54,6 +60,27 @@ class Points:
     earned: int
     slashed: int
     claimed: int = 0
+
+
+@dataclass(frozen=True)
+class Authorization:
+    """A permission to join a run.
+
+    Attributes:
+        place: address of its account.
+        authorizer: the program that owns it.
+        grantor: the run's join authority.
+        grantee: who may join; zeros for everybody.
+        active: whether it is not revoked.
+        delegates: wallets that may join in the grantee's place.
+    """
+
+    place: Pubkey
+    authorizer: Pubkey
+    grantor: Pubkey
+    grantee: Pubkey
+    active: bool
+    delegates: tuple[Pubkey, ...]
 
 
 class SolanaAdmin:
@@ -97,6 +124,7 @@ class SolanaAdmin:
         client_version: str = "",
         everybody: bool = False,
         mint: Pubkey | None = None,
+        rates: tuple[int | None, int | None] = (None, None),
     ) -> RunAccounts:
         """Create a run, not yet open to nodes: accounts, configuration, manifest.
 
@@ -110,6 +138,7 @@ class SolanaAdmin:
             client_version: the plugin version that nodes need; empty accepts any.
             everybody: whether every wallet may join; otherwise :meth:`authorize` allows them.
             mint: the token that a treasurer pays for points; without one, points are only counted.
+            rates: as in :meth:`update`; without any, nodes earn no points.
 
         Returns:
             The run.
@@ -117,21 +146,52 @@ class SolanaAdmin:
         Raises:
             ConfigError: values that the layout has no room for.
             CoordinatorError: another wallet owns the run (``NotOwner``), it is open with other values
-                (``UpdateConfigNotHalted``), or the wallet cannot pay (``Unfunded``).
+                (``UpdateConfigNotHalted``), the wallet cannot pay (``Unfunded``), ``mint`` is no token (``NoToken``),
+                or the run exists and pays another one (``WrongToken``).
         """
         wanted = config_section(config)
         model = dict(model or plain_model(self.run.run_id, max_seq_len))
         metadata = dict(metadata or metadata_section(self.run.run_id))
         instance = await self.run.instance()
         if instance is None:
+            if mint is not None:
+                await self._check_mint(mint)
             await self._check_funds()
             await self._init(client_version, mint)
+        elif mint is not None:
+            await self._check_treasury(mint)
         await self.update(
-            config=wanted, model=model, metadata=metadata, manifest=manifest, client_version=client_version
+            config=wanted,
+            model=model,
+            metadata=metadata,
+            manifest=manifest,
+            client_version=client_version,
+            rates=rates,
         )
         if everybody:
             await self.authorize(None)
         return await self.look()
+
+    async def _check_mint(self, mint: Pubkey) -> None:
+        try:
+            found = await self.run.reader.account(mint)
+        except RpcProblem as problem:
+            raise unreachable(problem, "the token", self.run.cluster.name) from problem
+        if found is None or found.owner != TOKEN_PROGRAM or len(found.data) != MINT_SIZE:
+            raise CoordinatorError(
+                f"{mint} is no token on {self.run.cluster.name}; give the address of a mint of the SPL token program. "
+                "`psyche solana mint` makes one.",
+                code="NoToken",
+            )
+
+    async def _check_treasury(self, mint: Pubkey) -> None:
+        treasury = await Treasury.of(self.run)
+        if treasury is None or treasury.mint != mint:
+            pays = "does not pay" if treasury is None else f"pays the token {treasury.mint}"
+            raise CoordinatorError(
+                f"run {self.run.run_id!r} exists and {pays}; what it pays is decided when it is created",
+                code="WrongToken",
+            )
 
     async def _init(self, client_version: str, mint: Pubkey | None) -> None:
         """Create the three accounts in one transaction: all of them or none.
@@ -205,8 +265,10 @@ class SolanaAdmin:
             await self._command("update", owner.update(**changes), owner)
         if client_version is not None and client_version != run.client_version:
             await self._command("update_client_version", owner.version(client_version), owner)
-        if rates != (None, None):
-            await self._command("set_future_epoch_rates", owner.rates(*rates), owner)
+        current = run.future_rates
+        new = tuple(None if wanted == now else wanted for wanted, now in zip(rates, astuple(current), strict=True))
+        if new != (None, None):
+            await self._command("set_future_epoch_rates", owner.rates(*new), owner)
         if manifest is not None:
             await self._set_manifest(run, owner, dict(manifest))
         return await self.look()
@@ -262,6 +324,37 @@ class SolanaAdmin:
         _, owner = await self._owned()
         await self._command("restart_from", owner.restart(step, digest), owner)
         return await self.look()
+
+    async def named_after(self, step: int) -> bytes:
+        """The digest of the parameters after a step, as most witnesses named them.
+
+        Raises:
+            CoordinatorError: nobody named any after that step (``InvalidCheckpoint``), or no service answers.
+        """
+        run, keys = await self.look(), await self.run.keys()
+        if run.state.checkpoint.step == step and run.state.checkpoint.digest:
+            return run.state.checkpoint.digest
+        try:
+            entries = await Ledger(self.run.reader, keys.coordinator_account).entries()
+        except RpcProblem as problem:
+            raise unreachable(problem, "the run's transactions", self.run.cluster.name) from problem
+        named: Counter[bytes] = Counter()
+        steps = set()
+        for entry in entries:
+            for call in entry.calls if entry.error is None else ():
+                given = _witness(call, self.run.program)
+                if given.get("digest", ZERO_HASH) != ZERO_HASH:
+                    steps.add(given["step"])
+                    named[given["digest"]] += given["step"] == step
+        if not named.total():
+            known = ", ".join(map(str, sorted(steps)[-5:])) or "none"
+            raise CoordinatorError(
+                f"no witness of run {self.run.run_id!r} named the parameters after step {step}; the last steps that "
+                f"they named are {known}. With a checkpoint's digest: `psyche run restart-from "
+                f"{self.run.run_id} DIGEST {step}`",
+                code="InvalidCheckpoint",
+            )
+        return named.most_common(1)[0][0]
 
     async def pause(self) -> RunAccounts:
         """Halt the run after its epoch, or at once between epochs. A halted run stays halted.
@@ -364,6 +457,56 @@ class SolanaAdmin:
         await self._transact("kick", [self.run.anchored(keys).kick(self.run.wallet.public, wallet)])
         return True
 
+    async def authorization(self, grantee: Pubkey | None) -> Authorization | None:
+        """A wallet's or everybody's (None) authorization to join; None without one."""
+        run, instance = await self.look(), await self.run.instance()
+        assert instance is not None
+        assert run.manifest is not None
+        authorizer, grantor = Pubkey(run.manifest.authorizer), instance.join_authority
+        place = authorization_address(authorizer, grantor, grantee or EVERYBODY, JOIN_SCOPE)
+        held = await self._authorization(place)
+        if held is None:
+            return None
+        delegates = tuple(Pubkey(key) for key in held["delegates"])
+        return Authorization(place, authorizer, grantor, grantee or EVERYBODY, bool(held["active"]), delegates)
+
+    async def delegate(self, wallets: Sequence[Pubkey], *, clear: bool = False) -> Authorization:
+        """Let wallets join with this wallet's authorization; ``clear`` first takes it from the former ones.
+
+        Raises:
+            CoordinatorError: this wallet has no authorization of its own (``NotAuthorized``).
+        """
+        me = self.run.wallet.public
+        held = await self.authorization(me)
+        if held is None:
+            raise CoordinatorError(
+                f"the wallet {me} has no authorization of its own for run {self.run.run_id!r}, so it can delegate "
+                f"none. The run's owner grants one: `psyche run authorize {self.run.run_id} {me}`",
+                code="NotAuthorized",
+            )
+        part = instructions.authorization_grantee_update(held.authorizer, me, me, held.place, wallets, clear)
+        await self._transact("authorization_grantee_update", [part])
+        after = await self.authorization(me)
+        assert after is not None
+        return after
+
+    async def can_join(self) -> str:
+        """Check what a join needs of the run and of this wallet, besides a node; returns in words what the run does.
+
+        Raises:
+            CoordinatorError: ``Halted``, ``NoManifest``, ``WrongVersion`` or ``NotAuthorized``.
+        """
+        run, instance = await self.look(), await self.run.instance()
+        assert instance is not None
+        if run.state.phase.halted:
+            raise halted(run.state)
+        if await self.run.run_manifest(run) is None:
+            raise CoordinatorError(f"run {self.run.run_id!r} has no manifest, so nodes cannot join", code="NoManifest")
+        self.run.check_version(run)
+        await self.run.authorization(run, instance)
+        phase = run.state.phase.name.lower().replace("_", " ")
+        return f"the wallet {self.run.wallet.public} can join run {self.run.run_id}: {phase}, epoch {run.state.epoch}"
+
     async def _grantor(self, scope: str) -> tuple[Pubkey, bytes]:
         """The authorizer's program and the scope's name, if this wallet may grant them."""
         if scope not in SCOPES:
@@ -416,18 +559,39 @@ class SolanaAdmin:
         claimed = await treasury.claimed([Pubkey(m.signer) for m in run.members]) if treasury else {}
         return [Points(Pubkey(m.signer), m.earned, m.slashed, claimed.get(Pubkey(m.signer), 0)) for m in run.members]
 
+    async def fund(self, amount: int) -> int:
+        """Give the treasurer tokens of this wallet; returns the base units that it then holds.
+
+        Raises:
+            CoordinatorError: the run has no treasurer (``NoTreasurer``), or the wallet has too few (``Unfunded``).
+        """
+        treasury = await self._treasury()
+        held = await treasury.held(self.run.wallet.public)
+        if held < amount:
+            raise CoordinatorError(
+                f"the wallet {self.run.wallet.public} holds {held:,} base units of the token {treasury.mint}, and "
+                f"{amount:,} were to be given",
+                code="Unfunded",
+            )
+        await self._transact("transfer", [treasury.fund(self.run.wallet.public, amount)])
+        return await treasury.vault()
+
+    async def _treasury(self) -> Treasury:
+        treasury = await Treasury.of(self.run)
+        if treasury is None:
+            raise CoordinatorError(
+                f"run {self.run.run_id!r} has no treasurer: its points are counted, but not paid",
+                code="NoTreasurer",
+            )
+        return treasury
+
     async def claim(self, points: int | None = None) -> int:
         """Have the treasurer pay this wallet's points: all, or the given number; returns the paid points.
 
         Raises:
             CoordinatorError: the run has no treasurer (``NoTreasurer``), or points are lacking.
         """
-        run, treasury = await self.look(), await Treasury.of(self.run)
-        if treasury is None:
-            raise CoordinatorError(
-                f"run {self.run.run_id!r} has no treasurer: its points are counted, but not paid",
-                code="NoTreasurer",
-            )
+        run, treasury = await self.look(), await self._treasury()
         me = self.run.wallet.public
         mine = next((member for member in run.members if member.signer == bytes(me)), None)
         claimed = (await treasury.claimed([me])).get(me, 0)
@@ -500,6 +664,15 @@ class SolanaAdmin:
                 "devnet `psyche solana airdrop` gives SOL away.",
                 code="Unfunded",
             )
+
+
+def _witness(call: Call, program: Pubkey) -> dict[str, Any]:
+    """The arguments of a witness instruction; empty for another call."""
+    with contextlib.suppress(Refused):
+        if call.program == program:
+            name, given = decode(call.data)
+            return given if name == "witness" else {}
+    return {}
 
 
 def _model(model: Mapping[str, Any]) -> bytes:

@@ -9,6 +9,7 @@ import math
 import random
 import struct
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -45,11 +46,12 @@ from psyche_lightning_solana.client import timekeeper
 from psyche_lightning_solana.client.addressbook import MAX_AGE, AddressBook
 from psyche_lightning_solana.client.cluster import Cluster
 from psyche_lightning_solana.client.feed import Feed, Snapshot
-from psyche_lightning_solana.client.fees import SIGNATURE_FEE, sol, units
+from psyche_lightning_solana.client.fees import sol, units
 from psyche_lightning_solana.client.ledger import Ledger
+from psyche_lightning_solana.client.purse import FEW, Purse
 from psyche_lightning_solana.client.rounds import History, precedes, replay, with_former_clients
 from psyche_lightning_solana.client.rpc import RpcProblem, Sleep, unreachable
-from psyche_lightning_solana.client.run import SolanaRun
+from psyche_lightning_solana.client.run import SolanaRun, halted
 from psyche_lightning_solana.client.sender import Receipt
 from psyche_lightning_solana.client.wallet import Wallet
 from psyche_lightning_solana.instructions import RunKeys
@@ -58,9 +60,9 @@ from psyche_lightning_solana.layout import ADDRESS_SIZE
 
 logger = logging.getLogger(__name__)
 
-FEW_TRANSACTIONS = 100
-"""A wallet must be able to pay for this many to join."""
 LARGEST_FLOAT = 3.0e38
+BUSY_STEPS = 16
+"""Steps over which a report says how much of the time the node trained, as in Psyche."""
 EVALS, EVAL_NAME = 8, 32
 """Evaluations in a report, and the bytes of a name, as in Psyche's ``WitnessMetadata``."""
 
@@ -102,6 +104,7 @@ class SolanaCoordinator:
         self._patience = patience
         self._clock = clock
         self._sleep = sleep
+        self._own_purse: Purse | None = None
         self._feed: Feed | None = None
         self._keys: RunKeys | None = None
         self._book = AddressBook(self.run, clock)
@@ -111,11 +114,13 @@ class SolanaCoordinator:
         self._joined = False
         self._bytes: tuple[float, int] | None = None
         self._evaluations: dict[str, Evaluation] = {}  # of this node alone, the newest of each task
+        self._busy: deque[tuple[float, int, float]] = deque(maxlen=BUSY_STEPS + 1)  # when, step, seconds trained so far
         self._told: tuple[int, float, tuple[int, int]] | None = None  # step, loss, and where they were reported
         self._in_flight: dict[Hashable, asyncio.Task[Any]] = {}
         self._ticker: asyncio.Task[None] | None = None
         self._landed: set[tuple[Hashable, ...]] = set()
         self._replayed = (-1, 0)  # epoch, and transactions that did not suffice
+        self._returns = 0
         self._closed = False
 
     @property
@@ -142,7 +147,9 @@ class SolanaCoordinator:
                 answer = await self._terms()
             case GetRounds(epoch, first):
                 answer = await self._rounds(epoch, first)
-            case Join(address, manifest):
+            case Join(address, manifest, region):
+                if region:
+                    logger.warning("node.region is %r; a run on a chain has no place for it, so nobody sees it", region)
                 await self._become_member(address, dict(manifest))
             case Withdraw():
                 await self._withdraw()
@@ -183,14 +190,15 @@ class SolanaCoordinator:
 
         Raises:
             ManifestMismatchError: the run has another manifest.
-            CoordinatorError: ``NoManifest``, ``NotAuthorized``, ``Unfunded``; ``Halted`` when this node is new and the
-                run is not open; ``Replaced`` when another process uses the wallet.
+            CoordinatorError: ``NoManifest``, ``WrongVersion``, ``NotAuthorized``, ``Unfunded``; ``Halted`` when this
+                node is new and the run is not open; ``Replaced`` when another process uses the wallet.
         """
         run = await self._look()
         await self._check_manifest(run, manifest)
+        self.run.check_version(run)
         if run.state.phase.halted:
             if not self._joined:
-                raise _halted(run.state)
+                raise halted(run.state)
             return  # earlier members wait; a join counts only once the run is open again
         await self._once("join", lambda: self._join(address))
         self._joined = True
@@ -248,6 +256,7 @@ class SolanaCoordinator:
                 news.clear()
                 if feed.latest is not None:
                     run = self._decode(feed.latest)
+                    self._follow_back(feed)
                     self._check_alone(run)
                     self._history.observe(run.state)
                     await self._look_up(run)
@@ -308,6 +317,13 @@ class SolanaCoordinator:
         clients = run.pending if run.state.phase is Phase.WAITING_FOR_MEMBERS else run.state.clients
         with contextlib.suppress(RpcProblem):
             await self._book.update((client.signer for client in clients), all_of_them=gathering)
+
+    def _follow_back(self, feed: Feed) -> None:
+        """Forget what a chain that went back undid."""
+        if feed.returns != self._returns:
+            self._returns = feed.returns
+            self._history, self._ledger, self._replayed = History(), None, (-1, 0)
+            self._landed.clear()
 
     def _check_alone(self, run: RunAccounts) -> None:
         """Raise an error if another process joined with this wallet."""
@@ -390,6 +406,8 @@ class SolanaCoordinator:
         if not parts:
             return
         await self._check_funds(new_address=bool(address) and not self._book.get(self.signer))
+        with contextlib.suppress(RpcProblem):
+            await self._purse.foresee(max(0, state.config.total_steps - state.step + 1))
         signers = [self._node_key] if "join_run" in names else []
         receipt = await self._transact("+".join(names), parts, run, signers)
         await self._book.update([self.signer], all_of_them=True)
@@ -399,14 +417,14 @@ class SolanaCoordinator:
         """Check before the first transaction that the wallet can pay for a hundred."""
         try:
             balance = await self.run.reader.balance(self.run.wallet.public)
-            needed = await self.run.reader.rent(0) + FEW_TRANSACTIONS * SIGNATURE_FEE
+            needed = await self.run.reader.rent(0) + FEW * self.run.sender.price
             needed += await self.run.reader.rent(ADDRESS_SIZE) if new_address else 0
         except RpcProblem as problem:
             raise unreachable(problem, "the wallet's balance", self.run.cluster.name) from problem
         if balance < needed:
             raise CoordinatorError(
                 f"the wallet {self.run.wallet.public} holds {sol(balance)} on {self.run.cluster.name}; a node needs at "
-                f"least {sol(needed)} to begin: storage for its address, which comes back, and {FEW_TRANSACTIONS} "
+                f"least {sol(needed)} to begin: storage for its address, which comes back, and {FEW} "
                 "transactions. `psyche solana cost RECIPE` shows a whole run's cost; on a local chain and on devnet "
                 f"`psyche solana airdrop` gives SOL away.",
                 code="Unfunded",
@@ -461,11 +479,36 @@ class SolanaCoordinator:
         assert self._feed is not None
         slot = self._feed.latest.slot if self._feed.latest is not None else None
         try:
-            return await self.run.sender.send(name, parts, units=units(name), signers=signers, min_slot=slot)
+            receipt = await self.run.sender.send(name, parts, units=units(name), signers=signers, min_slot=slot)
         except CoordinatorError as error:
             if not error.retryable:
                 self._feed.look()  # the run may have moved on
             raise
+        if self._joined and name != "withdraw" and await self._purse.sent():
+            await self._once("dry", self._leave_dry)
+        return receipt
+
+    @property
+    def _purse(self) -> Purse:
+        if self._own_purse is None:
+            self._own_purse = Purse(self.run.reader, self.run.sender, self.run.cluster.name)
+        return self._own_purse
+
+    async def _leave_dry(self) -> None:
+        """Leave while the wallet can pay for it: the others go on at once, and do not wait for a silent node."""
+        assert self._feed is not None
+        me = self.run.wallet.public
+        logger.warning("the wallet %s runs dry: the node leaves the run", me)
+        with contextlib.suppress(CoordinatorError):
+            await self._withdraw()
+        self._feed.fail(
+            CoordinatorError(
+                f"the wallet {me} on {self.run.cluster.name} pays for only a few more transactions, so the node left "
+                "the run while it could. Send the wallet SOL and start the node again: it goes on from its folder. On a"
+                " local chain and on devnet `psyche solana airdrop` gives SOL away.",
+                code="Unfunded",
+            )
+        )
 
     async def _figures(self, report: Report, epoch: int, height: int) -> dict[str, Any]:
         """A report in the form of Psyche's metadata: the run's step, and the newest loss, sent once.
@@ -481,7 +524,10 @@ class SolanaCoordinator:
         round_ = state.round_at(height) if state.epoch == epoch else None
         if self._told is None or self._told[:2] != (report.step, report.loss):
             self._told = report.step, report.loss, (epoch, height)
+        if report.seconds > 0 and (not self._busy or report.step > self._busy[-1][1]):
+            self._busy.append((now, report.step, report.seconds))
         return {
+            "efficency": _single(_efficiency(self._busy)),
             "step": (round_.step if round_ is not None else 0) or state.step,
             "tokens_per_sec": _single(report.tokens_per_second),
             "bandwidth_per_sec": _single(rate),
@@ -491,6 +537,8 @@ class SolanaCoordinator:
                 for task, one in self._evaluations.items()
                 if one.main is not None
             ][:EVALS],
+            "prompt_index": report.prompt,
+            "prompt_results": list(report.tokens),
         }
 
     async def _health_check(self, epoch: int, height: int, signers: tuple[bytes, ...]) -> int:
@@ -527,6 +575,18 @@ class SolanaCoordinator:
         return True
 
 
+def _efficiency(steps: Sequence[tuple[float, int, float]]) -> float:
+    """The part of the time in which the node trained; 0 before its second step.
+
+    Args:
+        steps: of each when it was told, its number, and the seconds of all training up to its end.
+    """
+    if len(steps) < 2:
+        return 0.0
+    (began, _, before), (ended, _, after) = steps[0], steps[-1]
+    return min(1.0, max(0.0, after - before) / max(ended - began, 1e-6))
+
+
 def _at(state: RunState, epoch: int, height: int) -> bool:
     return state.epoch == epoch and state.current is not None and state.current.height == height
 
@@ -536,14 +596,3 @@ def _single(value: float) -> float:
     if math.isnan(value):
         return math.inf
     return struct.unpack("<f", struct.pack("<f", min(max(value, -LARGEST_FLOAT), LARGEST_FLOAT)))[0]  # type: ignore[no-any-return]
-
-
-def _halted(state: RunState) -> CoordinatorError:
-    text = {
-        Phase.UNINITIALIZED: f"is not started yet; its owner starts it with `psyche run start {state.run_id}`",
-        Phase.PAUSED: f"is paused; its owner resumes it with `psyche run resume {state.run_id}`",
-        Phase.FINISHED: f"is finished: all {state.config.total_steps} steps are trained",
-    }[state.phase]
-    return CoordinatorError(
-        f"run {state.run_id!r} {text}. A node that joins now would have nothing to do.", code="Halted"
-    )

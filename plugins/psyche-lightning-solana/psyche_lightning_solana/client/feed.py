@@ -37,6 +37,8 @@ LONGEST_GAP = 30.0
 """Seconds between subscription attempts; each failure adds two."""
 SLOW_POLL = 15.0
 """Seconds between polls while a subscription works: it may have died silently."""
+SAID_AFTER, BELIEVED_AFTER, LAGGED_AFTER = 3.0, 4.0, 15.0
+"""Seconds of an older state until it is said, until it counts at a later slot, and at an earlier one."""
 CLOCK_JUMP = 2.0
 """Seconds by which the chain's clock may differ from its expected time without a notification."""
 ROUNDS = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
@@ -100,6 +102,7 @@ class Feed:
         subscriptions: number working now.
         polls: number of polls.
         away: the chain and why it cannot be reached at the moment; None if it can.
+        returns: how often the chain went back.
     """
 
     def __init__(
@@ -132,6 +135,9 @@ class Feed:
         self._chain_time_at = clock()
         self._heard = clock()
         self._wanted, self._wanted_slot = 0, 0
+        self.returns = 0
+        self._odd_since: float | None = None
+        self._odd_said = False
         self._look = asyncio.Event()
         self._news: set[asyncio.Event] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -197,7 +203,12 @@ class Feed:
         return self._take(Snapshot(slot, coordinator.data, b"" if manifest is None else manifest.data))
 
     def _take(self, snapshot: Snapshot) -> Snapshot:
-        if self.latest is None or snapshot.nonce > self.latest.nonce:
+        if self.latest is not None and self._went_back(snapshot, self.latest):
+            self.returns += 1
+            self._wanted, self._wanted_slot, self._odd_since = 0, 0, None
+            self.latest = snapshot
+            self._tell()
+        elif self.latest is None or snapshot.nonce > self.latest.nonce:
             self.latest = snapshot
             self._tell()
         elif snapshot.nonce == self.latest.nonce and snapshot.slot >= self.latest.slot:
@@ -207,11 +218,44 @@ class Feed:
                 self._tell()
         return self.latest
 
+    def _went_back(self, snapshot: Snapshot, latest: Snapshot) -> bool:
+        """Whether the chain lost changes that it had shown, as a local chain that was killed, or one with forks.
+
+        A service that lags shows an older state at an older slot, and catches up. An older state at a later slot cannot
+        be: but one odd answer is not believed, only what is still so a little later.
+        """
+        if snapshot.nonce >= latest.nonce:
+            if snapshot.slot >= latest.slot:
+                self._odd_since = None
+            return False
+        now = self._clock()
+        if self._odd_since is None:
+            self._odd_since = now
+            return False
+        odd = now - self._odd_since
+        if odd >= SAID_AFTER and not self._odd_said:
+            self._odd_said = True
+            logger.warning(
+                "the chain %s went back: at slot %d it shows change %d of the run, after change %d at slot %d. This "
+                "node goes on with what the chain has, unless a service that lags catches up soon.",
+                self._cluster.name,
+                snapshot.slot,
+                snapshot.nonce,
+                latest.nonce,
+                latest.slot,
+            )
+        back = odd >= (BELIEVED_AFTER if snapshot.slot >= latest.slot else LAGGED_AFTER)
+        if back:
+            self._odd_said = False
+            logger.warning("this node now follows the chain %s from change %d on", self._cluster.name, snapshot.nonce)
+        return back
+
     def _tell(self) -> None:
         for event in self._news:
             event.set()
 
-    def _fail(self, error: CoordinatorError) -> None:
+    def fail(self, error: CoordinatorError) -> None:
+        """End with this error."""
         self.failure = error
         self._tell()
 
@@ -221,7 +265,8 @@ class Feed:
         while self.failure is None:
             self.polls += 1
             try:
-                await self.refresh(self._wanted_slot)
+                behind = self.latest is None or self.latest.nonce < self._wanted
+                await self.refresh(self._wanted_slot if behind and self._odd_since is None else None)
                 self._outage.works()
                 self.away = None
                 if self.latest is not None and self.latest.nonce < self._wanted:
@@ -231,14 +276,17 @@ class Feed:
                 self._outage.fails(f"{problem.endpoint}: {problem.text}")
                 self.away = f"the chain {self._cluster.name}: {problem.endpoint}: {problem.text}"
                 never = self.latest is None and self._clock() - self._heard > self._patience
+                self._wanted, self._wanted_slot = 0, 0  # what a chain told before it went away may be lost
                 if not problem.retryable or never:
-                    self._fail(unreachable(problem, "the run's account", self._cluster.name))
+                    self.fail(unreachable(problem, "the run's account", self._cluster.name))
                     return
             except CoordinatorError as error:
-                self._fail(error)
+                self.fail(error)
                 return
             self._look.clear()
-            pause = asyncio.ensure_future(self._sleep(SLOW_POLL if self.subscriptions else self._cluster.options.poll))
+            odd = self._odd_since is not None
+            wait = SLOW_POLL if self.subscriptions and not odd else self._cluster.options.poll
+            pause = asyncio.ensure_future(self._sleep(wait))
             look = asyncio.ensure_future(self._look.wait())
             try:
                 await asyncio.wait((pause, look), return_when=asyncio.FIRST_COMPLETED)

@@ -39,6 +39,9 @@ class Fees:
         provider: the RPC services, which report prices.
         options: the user's bounds.
         clock: monotonic seconds.
+
+    Attributes:
+        highest: lamports that the most expensive transaction with one signature cost at most.
     """
 
     def __init__(self, provider: PoolProvider, options: Options, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,6 +50,7 @@ class Fees:
         self._clock = clock
         self._prices: dict[tuple[Pubkey, ...], tuple[float, int]] = {}
         self._count = 0
+        self.highest = SIGNATURE_FEE
 
     async def instructions(self, units: int, accounts: Sequence[Pubkey]) -> list[Instruction]:
         """The two instructions that precede the others.
@@ -60,7 +64,9 @@ class Fees:
         # transaction. That is right for a resent one, but wrong for two ticks.
         self._count += 1
         limit = max(1, min(units, self._options.compute_limit - VARIANTS)) + self._count % VARIANTS
-        return budget(min(limit, self._options.compute_limit), price)
+        limit = min(limit, self._options.compute_limit)
+        self.highest = max(self.highest, SIGNATURE_FEE + -(-limit * price // 1_000_000))
+        return budget(limit, price)
 
     async def price(self, accounts: Sequence[Pubkey]) -> int:
         """Micro-lamports for each compute unit: the third quartile of the recent transactions' prices."""
@@ -109,6 +115,7 @@ UNITS = {
     "write manifest": 20_000,
     "run_create": 250_000,
     "create_token_account": 60_000,
+    "transfer": 20_000,
     "participant_create": 60_000,
     "participant_claim": 60_000,
 }

@@ -20,6 +20,8 @@ from psyche_lightning_solana.layout import discriminator
 
 TOKEN_PROGRAM = Pubkey.from_string("TokenkegQfeZyiNwAJbNbGKPFXCWuBvf9Ss623VQ5DA")
 ASSOCIATED_TOKEN_PROGRAM = Pubkey.from_string("ATokenGPvbdGVxr1b2hvZbsiqW5xWH25efTNsLJA8knL")
+MINT_SIZE = 82
+"""Bytes of a token's own account."""
 AMOUNT_AT = 64
 """Offset of the amount (u64) in a token account."""
 
@@ -240,10 +242,21 @@ class Treasury:
 
     async def vault(self) -> int:
         """Tokens that the treasury holds."""
+        return await self.held(self.place)
+
+    def fund(self, giver: Pubkey, amount: int) -> Instruction:
+        """The instruction that gives the treasury tokens of a wallet."""
+        from spl.token.instructions import TransferParams, transfer
+
+        source, vault = token_account(giver, self.mint), token_account(self.place, self.mint)
+        return transfer(TransferParams(TOKEN_PROGRAM, source, vault, giver, amount))
+
+    async def held(self, owner: Pubkey) -> int:
+        """Base units of the token that an owner holds."""
         try:
-            found = await self._run.reader.account(token_account(self.place, self.mint))
+            found = await self._run.reader.account(token_account(owner, self.mint))
         except RpcProblem as problem:
-            raise unreachable(problem, "the treasury", self._run.cluster.name) from problem
+            raise unreachable(problem, "a token account", self._run.cluster.name) from problem
         return 0 if found is None else int.from_bytes(found.data[AMOUNT_AT : AMOUNT_AT + 8], "little")
 
     async def claim(self, me: Pubkey, points: int) -> tuple[str, list[Instruction]]:

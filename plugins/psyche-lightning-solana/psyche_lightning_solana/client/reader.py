@@ -9,19 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import based58
 import zstandard
-from solders.account_decoder import UiAccountEncoding
+from solders.account_decoder import UiAccountEncoding, UiDataSliceConfig
 from solders.commitment_config import CommitmentLevel
 from solders.hash import Hash
 from solders.pubkey import Pubkey
 from solders.rpc.config import (
     RpcAccountInfoConfig,
     RpcContextConfig,
+    RpcProgramAccountsConfig,
     RpcSendTransactionConfig,
     RpcSignaturesForAddressConfig,
     RpcSignatureStatusConfig,
     RpcTransactionConfig,
 )
+from solders.rpc.filter import Memcmp
 from solders.rpc.requests import (
     Body,
     GetBalance,
@@ -29,6 +32,7 @@ from solders.rpc.requests import (
     GetGenesisHash,
     GetMinimumBalanceForRentExemption,
     GetMultipleAccounts,
+    GetProgramAccounts,
     GetSignaturesForAddress,
     GetSignatureStatuses,
     GetTransaction,
@@ -184,6 +188,28 @@ class Reader:
         for at in range(0, len(keys), MOST_ACCOUNTS):
             found += (await self.accounts(keys[at : at + MOST_ACCOUNTS]))[1]
         return found
+
+    async def owned(self, program: Pubkey, size: int, start: bytes, part: slice) -> dict[Pubkey, bytes]:
+        """A part of each account of a program.
+
+        Args:
+            program: owns the accounts.
+            size: bytes of such an account.
+            start: how it begins.
+            part: the wanted bytes.
+        """
+        wanted = UiDataSliceConfig(part.start, part.stop - part.start)
+        config = RpcAccountInfoConfig(encoding=UiAccountEncoding.Base64, commitment=self.level, data_slice=wanted)
+        filters: list[int | Memcmp] = [size, Memcmp(0, based58.b58encode(start).decode())]
+
+        def decode(result: Any) -> dict[Pubkey, bytes]:
+            found = {Pubkey.from_string(row["pubkey"]): account_of(row["account"]) for row in result}
+            parts = {key: account.data for key, account in found.items() if account is not None}
+            if any(len(data) != wanted.length for data in parts.values()):
+                raise ValueError("it answered with another part of an account")
+            return parts
+
+        return await self.provider.ask(GetProgramAccounts(program, RpcProgramAccountsConfig(config, filters)), decode)
 
     async def balance(self, key: Pubkey) -> int:
         """Lamports of an account; 0 if it is missing."""

@@ -13,6 +13,8 @@ from solders.pubkey import Pubkey
 
 from psyche_lightning.errors import CoordinatorError, WireError
 from psyche_lightning.protocol.limits import check_run_id
+from psyche_lightning.protocol.state import Phase, RunState
+from psyche_lightning.version import __version__
 from psyche_lightning_solana import account
 from psyche_lightning_solana.account import RunAccounts
 from psyche_lightning_solana.addresses import (
@@ -339,6 +341,20 @@ class SolanaRun:
                 raise unreachable(problem, "the run's manifest", self.cluster.name) from problem
         return self._manifests[fixed.digest]
 
+    def check_version(self, run: RunAccounts) -> None:
+        """Check that the run takes this version; ``test`` and nothing stand for any, as in Psyche.
+
+        Raises:
+            CoordinatorError: it wants another one (``WrongVersion``).
+        """
+        wanted = run.client_version
+        if wanted not in ("", "test", __version__):
+            raise CoordinatorError(
+                f"run {self.run_id!r} wants version {wanted} of psyche-lightning, and this is {__version__}. Install "
+                "that one with its plugins, or ask the run's owner.",
+                code="WrongVersion",
+            )
+
     async def authorization(self, run: RunAccounts, instance: Instance) -> Pubkey:
         """The authorization that lets the wallet join: its own, everybody's, or a delegating grantee's.
 
@@ -389,3 +405,15 @@ def _instance_size(data: bytes) -> int:
     """The used bytes of an instance account: the name at its end varies in length."""
     at = 8 + 1 + 3 * 32
     return at + 4 + min(int.from_bytes(data[at : at + 4], "little"), len(data))
+
+
+def halted(state: RunState) -> CoordinatorError:
+    """Why a run takes no nodes now."""
+    text = {
+        Phase.UNINITIALIZED: f"is not started yet; its owner starts it with `psyche run start {state.run_id}`",
+        Phase.PAUSED: f"is paused; its owner resumes it with `psyche run resume {state.run_id}`",
+        Phase.FINISHED: f"is finished: all {state.config.total_steps} steps are trained",
+    }[state.phase]
+    return CoordinatorError(
+        f"run {state.run_id!r} {text}. A node that joins now would have nothing to do.", code="Halted"
+    )

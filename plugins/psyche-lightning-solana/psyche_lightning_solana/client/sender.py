@@ -42,6 +42,7 @@ from psyche_lightning_solana.client.rpc import (
     unreachable,
 )
 from psyche_lightning_solana.client.wallet import Wallet
+from psyche_lightning_solana.errors import code_of
 
 MAX_TRANSACTION_SIZE = 1232
 BLOCKHASH_AGE = 10.0
@@ -222,6 +223,11 @@ class Sender:
                 raise self._late(name, tries)
             self._blockhashes.forget(blockhash)
 
+    @property
+    def price(self) -> int:
+        """Lamports that a transaction of this sender costs at most, by those so far."""
+        return self._fees.highest
+
     async def close(self) -> None:
         """Briefly wait for pending log records."""
         if self._details:
@@ -324,7 +330,9 @@ class Sender:
             )
         found = next((match for line in _lines(logs) if (match := ANCHOR_ERROR.search(line))), None)
         if found is not None:
-            return CoordinatorError(f"the program refused {name}: {found[3].rstrip('.')} ({found[2]})", code=found[1])
+            return CoordinatorError(
+                f"the program refused {name}: {found[3].rstrip('.')} ({found[2]})", code=code_of(found[1])
+            )
         if error_name(error) == "InvalidProgramForExecution" or error_name(error) == "ProgramAccountNotFound":
             return CoordinatorError(
                 f"{name} needs a program that is not deployed on {self._cluster}; `psyche solana deploy` puts it there",

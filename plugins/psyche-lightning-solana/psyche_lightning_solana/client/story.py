@@ -18,7 +18,8 @@ from psyche_lightning.coordinator.history import History
 from psyche_lightning.errors import counted
 from psyche_lightning.protocol.requests import Report
 from psyche_lightning.protocol.state import MISSED_ROUNDS, Client, CoordinatorConfig, Phase, RunState
-from psyche_lightning.server.status import member, metrics_row
+from psyche_lightning.server.nodes import member
+from psyche_lightning.server.status import metrics_row
 from psyche_lightning.wire.identity import short
 from psyche_lightning_solana.account import ManifestAccount, RunAccounts
 from psyche_lightning_solana.addresses import incarnation
@@ -111,7 +112,7 @@ class Story:
             try:
                 return decode(call.data)[0]
             except Refused as error:
-                return error.name
+                return error.code
         return NAMES.get(call.data[:8], "")
 
     def _apply(self, call: Call, clock: Clock) -> None:

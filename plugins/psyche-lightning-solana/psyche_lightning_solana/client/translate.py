@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from psyche_lightning.errors import ConfigError
 from psyche_lightning.protocol.limits import PSYCHE_LIMITS, check_config
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning_solana.layout import CONFIG
@@ -17,7 +18,7 @@ from psyche_lightning_solana.layout import CONFIG
 if TYPE_CHECKING:
     from psyche_lightning.recipe import Recipe
 
-SHORT = 64
+SHORT, DESCRIPTION = 64, 280
 _DURATIONS = (
     "warmup_time",
     "cooldown_time",
@@ -109,10 +110,23 @@ def metadata_section(name: str, description: str = "", parameters: int = 0, voca
     """A run's metadata for lists."""
     return {
         "name": name.encode()[:SHORT].decode("utf-8", "ignore"),
-        "description": description.encode()[:280].decode("utf-8", "ignore"),
+        "description": description.encode()[:DESCRIPTION].decode("utf-8", "ignore"),
         "num_parameters": parameters,
         "vocab_size": vocabulary,
     }
+
+
+def described(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's metadata from what people wrote.
+
+    Raises:
+        ConfigError: a text does not fit into its field.
+    """
+    for field, most in (("name", SHORT), ("description", DESCRIPTION)):
+        size = len(values[field].encode())
+        if size > most:
+            raise ConfigError(f"the run's {field} has {size} bytes; the account keeps {most}")
+    return dict(values)
 
 
 def of_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_commands_of_somebody_who_is_not_the_owner(training: Run, name: str) -> 
         "restart": lambda: keys.restart_from(key, 0, PARAMETERS),
         "kick": lambda: keys.kick(key, training.wallets[0].pubkey()),
     }[name]()
-    assert training.refused(instruction, thief) == "ConstraintHasOne"
+    assert training.refused(instruction, thief) == "ConstraintRaw"
 
 
 def test_accounts_that_are_missing(training: Run) -> None:
@@ -111,8 +111,8 @@ def test_the_accounts_of_another_run(training: Run) -> None:
     """Its owner commands only it: none of its accounts stands in for those of the run that is attacked."""
     other = training.make("another", training.stranger)
     swaps = {
-        training.keys.instance: (other.instance, {"ConstraintHasOne"}),
-        training.keys.coordinator_account: (other.coordinator_account, {"ConstraintHasOne"}),
+        training.keys.instance: (other.instance, {"ConstraintRaw"}),
+        training.keys.coordinator_account: (other.coordinator_account, {"ConstraintRaw"}),
         training.keys.manifest: (other.manifest, {"ConstraintSeeds"}),
     }
     swapped = 0
@@ -126,9 +126,9 @@ def test_the_accounts_of_another_run(training: Run) -> None:
                 swapped += 1
     assert swapped == 3 * 15
     mine = altered(training.keys.set_paused(training.stranger.pubkey(), True), a1=other.instance)
-    assert training.refused(mine, training.stranger) == "ConstraintHasOne"
+    assert training.refused(mine, training.stranger) == "ConstraintRaw"
     whole = altered(mine, a3=other.manifest)
-    assert training.refused(whole, training.stranger) == "ConstraintHasOne"
+    assert training.refused(whole, training.stranger) == "ConstraintRaw"
 
 
 def test_accounts_of_another_owner_or_kind(training: Run) -> None:
@@ -145,7 +145,7 @@ def test_accounts_of_another_owner_or_kind(training: Run) -> None:
         # A copy that the program owns could not come to be; its address gives it away all the same.
         run.vm.put(copy, run.program, run.vm.data(key))
         refusal = run.refused(altered(instruction, **{f"a{place}": copy}), user)
-        assert refusal == ("ConstraintHasOne" if place == 2 else "ConstraintSeeds")
+        assert refusal == ("ConstraintRaw" if place == 2 else "ConstraintSeeds")
 
 
 @pytest.mark.parametrize(

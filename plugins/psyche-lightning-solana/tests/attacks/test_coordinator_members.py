@@ -148,8 +148,8 @@ def test_the_address_of_another(training: Run) -> None:
     run.do(theirs, victim)
     place = theirs.accounts[1].pubkey
     before = run.vm.data(place)
-    assert run.refused(altered(run.keys.set_address(thief.pubkey(), "mine"), a1=place), thief) == "ConstraintHasOne"
-    assert run.refused(altered(run.keys.set_address(thief.pubkey(), ""), a1=place), thief) == "ConstraintHasOne"
+    assert run.refused(altered(run.keys.set_address(thief.pubkey(), "mine"), a1=place), thief) == "ConstraintRaw"
+    assert run.refused(altered(run.keys.set_address(thief.pubkey(), ""), a1=place), thief) == "ConstraintRaw"
     own = altered(run.keys.set_address(victim.pubkey(), "x"), a2=run.make("another", thief).instance)
     assert run.refused(own, victim) == "ConstraintSeeds"
     assert run.vm.data(place) == before

@@ -11,9 +11,10 @@ from spl.token.constants import TOKEN_PROGRAM_ID
 from spl.token.instructions import InitializeMintParams, MintToParams, initialize_mint, mint_to
 
 from psyche_lightning.errors import ConfigError, CoordinatorError
-from psyche_lightning.protocol.requests import Join
+from psyche_lightning.protocol.requests import GetRounds, Join
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning.recipe import load_recipe
+from psyche_lightning.wire.canonical import sha256
 
 MANIFEST = {"run": {"overlap": False, "seed": 1}, "model": {"names": [f"layer.{i}" for i in range(3000)]}}
 
@@ -193,6 +194,21 @@ def test_points_are_counted_and_paid_by_a_treasurer(run, play, player, reached, 
     run(test, programs=True)
 
 
+def test_the_parameters_after_a_step_are_found_in_the_ledger(run, play, player, reached, manifest):
+    async def test(world):
+        admin = await world.owner(init_min_clients=1, min_clients=1)
+        node = world.node()
+        await node.request(Join("", manifest))
+        await play([player(node)], reached(Phase.FINISHED))
+        world.chain.advance(2)
+        assert await admin.named_after(2) == sha256(bytes([3])), "as the player names them"
+        assert await admin.named_after(4) == (await admin.look()).state.checkpoint.digest
+        with pytest.raises(CoordinatorError, match="after step 9; the last steps that they named are 0, 1, 2, 3, 4"):
+            await admin.named_after(9)
+
+    run(test, programs=True)
+
+
 def test_a_recipe_in_psyches_form():
 
     values = of_recipe(load_recipe("demo", ["total_steps=50", "max_round_train_time=0.5"]))
@@ -205,3 +221,38 @@ def test_a_recipe_in_psyches_form():
     assert "data" not in values["manifest"]
     with pytest.raises(ConfigError, match="65535"):
         config_section({**values["config"], "global_batch_size_end": 70_000})
+
+
+def test_a_run_goes_on_from_an_earlier_step(run, play, player, reached, manifest):
+    """What ``psyche run update --restart-from-step`` does, between two epochs, and the nodes' epoch after it."""
+
+    async def test(world):
+        owner = await world.owner(epoch_time=601, total_steps=6)
+        clients = [world.node() for _ in range(2)]
+        players = [player(client) for client in clients]
+        for client in clients:
+            await client.request(Join("tcp://127.0.0.1:1", manifest))
+        await play(players, lambda state: state.step >= 4)
+        await owner.pause()
+        paused = await play(players, reached(Phase.PAUSED))
+        assert paused.checkpoint.step >= 3
+        digest = await owner.named_after(2)
+        assert digest == sha256(bytes([3])), "the witnesses of step 3 named what they held after step 2"
+        with pytest.raises(CoordinatorError, match="named the parameters after step 77"):
+            await owner.named_after(77)
+        state = (await owner.restart_from(2, digest)).state
+        assert (state.checkpoint.step, state.checkpoint.digest, state.step) == (2, digest, 3)
+        await owner.resume()
+        for one in players:
+            one.states.clear()
+        last = await play(players, reached(Phase.FINISHED))
+        assert last.checkpoint.step == 6
+        seen = [state for state in players[0].states if state.phase is Phase.ROUND_TRAIN]
+        assert (seen[0].epoch_digest, seen[0].step) == (digest, 3)
+        assert [round_.step for round_ in await clients[0].request(GetRounds(seen[0].epoch, 0))] == [3, 4, 5, 6, 0]
+        _, story = await world.ledger(owner)
+        assert any(
+            "goes back to the parameters" in event["text"] for event in story.status(await owner.look())["events"]
+        )
+
+    run(test, programs=True)

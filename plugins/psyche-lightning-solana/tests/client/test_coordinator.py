@@ -6,6 +6,7 @@ import math
 
 import pytest
 from psyche_lightning_solana.client import timekeeper
+from psyche_lightning_solana.client.coordinator import _efficiency
 from psyche_lightning_solana.client.ledger import Ledger
 from psyche_lightning_solana.instructions import decode
 from solders.account import Account
@@ -101,6 +102,10 @@ def test_every_report_has_the_step_of_the_run_and_each_loss_is_told_once(run, pl
         return figures, {row["step"]: row["loss"] for row in story.status(await owner.look())["metrics"]}
 
     figures, rows = run(test, programs=True)
+    assert all(0.0 <= row["efficency"] <= 1.0 for row in figures)
+    assert any(row["efficency"] > 0 for row in figures), "the part of the time in which the node trained"
+    assert all(row["prompt_index"] in (0, 1) and row["prompt_results"][1:] == [7] for row in figures)
+    assert {1, 2, 3, 4} <= {row["prompt_results"][0] for row in figures}
     steps = [row["step"] for row in figures]
     assert set(steps) == {1, 2, 3, 4, 5}  # the rounds that drain have the next one
     # Psyche's website forgets whatever comes before a lower step.
@@ -109,6 +114,13 @@ def test_every_report_has_the_step_of_the_run_and_each_loss_is_told_once(run, pl
     assert told == {(step + late, 2.0 + step / 4) for step in range(1, 5)}
     if not late:
         assert rows == {step: 2.0 + step / 4 for step in range(1, 5)}
+
+
+def test_efficiency_is_the_part_of_the_time_whatever_the_shares_were():
+    assert _efficiency([]) == _efficiency([(5.0, 1, 2.0)]) == 0.0
+    # 2, 0 (a step without a share) and 4 of 20 seconds.
+    assert _efficiency([(10.0, 1, 3.0), (15.0, 2, 5.0), (30.0, 4, 9.0)]) == 6.0 / 20.0
+    assert _efficiency([(10.0, 1, 3.0), (11.0, 2, 9.0)]) == 1.0
 
 
 def test_joining_sends_only_what_is_not_so_yet(run, play, player, reached):
@@ -134,7 +146,8 @@ def test_joining_sends_only_what_is_not_so_yet(run, play, player, reached):
         state = await play(players, reached(Phase.ROUND_TRAIN, 1))
         assert state.epoch_digest == state.checkpoint.digest
         assert len(state.clients) == 2
-        assert sum("join_run" in name for name, _ in await world.rows(client)) == 2
+        joins = [result for name, result in await world.rows(client) if "join_run" in name]
+        assert joins.count("ok") == 2  # one for each epoch; a blockhash may expire on a busy machine
 
     run(test, programs=True)
 

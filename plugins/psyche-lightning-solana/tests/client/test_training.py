@@ -11,12 +11,13 @@ from psyche_lightning_solana.client.coordinator import SolanaCoordinator
 
 from psyche_lightning.distro import DisTrO, DistroConfig
 from psyche_lightning.node.audit import audit
+from psyche_lightning.node.journal import MemoryJournal
 from psyche_lightning.node.ledger import Ledger, read_ledger
 from psyche_lightning.node.parameters import ParameterReplica
 from psyche_lightning.node.participant import Participant
 from psyche_lightning.node.runtime import NodeParts
 from psyche_lightning.node.settings import Settings
-from psyche_lightning.node.store import MemoryBlobStore, MemoryJournal
+from psyche_lightning.node.store import MemoryBlobStore
 from psyche_lightning.protocol.state import Phase
 from psyche_lightning.transports.memory import MemoryNetwork, MemoryTransport
 from psyche_lightning.wire.identity import Identity

@@ -214,6 +214,6 @@ def test_error_numbers() -> None:
     names = ["UpdateConfigFinished", "NoActiveRound", "Halted", "InvalidCommitteeSelection", "RunIdInvalidLength"]
     assert [NUMBERS[name] for name in names] == [6000, 6010, 6015, 6020, 6023]
     assert len([number for number in REFUSALS["coordinator"] if number >= 6000]) == 24
-    assert refusal(6015).name == "Halted"
+    assert (refusal(6015).name, refusal(6015).code) == ("CoordinatorErrorHalted", "Halted")
     assert refusal(6012).retryable
     assert refusal(77).name == "Custom77"

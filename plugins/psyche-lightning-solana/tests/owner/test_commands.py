@@ -92,6 +92,85 @@ def test_a_run_from_its_creation_to_its_end(psyche, chain, tmp_path):
     assert "there is no run 'r'" in text
 
 
+def test_rates_and_a_token_that_pays_points(psyche, chain):
+    code, text = psyche("solana", "mint", "1000", "--url", chain)
+    assert code == 0, text
+    token = text.strip()
+    code, text = psyche("run", "create", "paid", "demo", "--twin", "--reward-mint", token, "--rate", "90", "--paused")
+    assert code == 0, text
+    assert "gives 90 points to all together and takes 0 when ejecting" in psyche("run", "rates", "paid")[1]
+    assert "gives 90 points to all together and takes 7" in psyche("run", "rates", "paid", "--slash", "7")[1]
+    assert "holds 600 base units of its token" in psyche("run", "fund", "paid", "600")[1]
+    assert "holds 400 base units of the token" in psyche("run", "fund", "paid", "401")[1]
+    assert "there is nothing to pay" in psyche("run", "claim", "paid")[1]
+    again = ("run", "create", "paid", "demo", "--twin", "--paused", "--reward-mint")
+    assert psyche(*again, token)[0] == 0, "an interrupted creation is called again"
+    assert f"pays the token {token}" in psyche(*again, psyche("solana", "mint", "1", "--url", chain)[1].strip())[1]
+    assert f"{OTHER} is no token" in psyche("run", "create", "other", "demo", "--twin", "--reward-mint", OTHER)[1]
+    assert "not a token's address" in psyche("run", "create", "other", "demo", "--twin", "--reward-mint", "x")[1]
+
+
+def test_a_run_is_described_and_wants_a_version(psyche):
+    assert psyche("run", "create", "named", "demo", "--twin", "--paused")[0] == 0
+    options = ("--name", "A try", "--description", "of words", "--client-version", "9.9")
+    code, text = psyche("run", "update", "named", *options)
+    assert code == 0, text
+    about = json.loads(psyche("run", "status", "named", "--json")[1])["about"]
+    assert (about["name"], about["description"], about["client version"]) == ("A try", "of words", "9.9")
+    assert int(about["parameters"].replace(",", "")) > 0, "what was not given stays"
+    assert "is not started yet" in psyche("solana", "can-join", "named")[1]
+    assert psyche("run", "start", "named")[0] == 0
+    assert "wants version 9.9 of psyche-lightning, and this is" in psyche("solana", "can-join", "named")[1]
+    assert psyche("run", "pause", "named")[0] == 0
+    assert psyche("run", "update", "named", "--client-version", "")[0] == 0
+    assert psyche("run", "start", "named")[0] == 0
+    code, text = psyche("solana", "can-join", "named")
+    assert code == 0
+    assert "can join run named: waiting for members, epoch 0" in text
+    assert "keeps 64" in psyche("run", "update", "named", "--name", "x" * 65)[1]
+    assert "no witness of run 'named' named the parameters" in psyche(
+        "run", "update", "named", "--restart-from-step", "3"
+    )[1].replace("\n", " ")
+    assert "nothing to change" in psyche("run", "update", "named")[1]
+
+
+def test_an_authorization_is_read_and_delegated(psyche, monkeypatch):
+    assert psyche("run", "create", "guarded", "demo", "--twin", "--invited")[0] == 0
+    address = json.loads(psyche("run", "status", "guarded", "--json")[1])  # the owner's own wallet is no member yet
+    assert address["clients"] == []
+    assert "everybody has no authorization" in psyche("solana", "authorization", "guarded")[1]
+    assert "may not join" in psyche("solana", "can-join", "guarded")[1]
+    assert "has no authorization of its own" in psyche("solana", "delegate", "guarded", OTHER)[1]
+    me = re.search(r"psyche run authorize guarded (\w+)", psyche("solana", "can-join", "guarded")[1])[1]
+    assert psyche("run", "authorize", "guarded", me)[0] == 0
+    assert psyche("solana", "can-join", "guarded")[0] == 0
+    code, text = psyche("solana", "delegate", "guarded", OTHER)
+    assert code == 0, text
+    assert f"{me} delegates its authorization to {OTHER}" in text
+    assert f"#grantee={me}" in text
+    shown = psyche("solana", "authorization", "guarded", me)[1]
+    assert f"{me}: active" in shown
+    assert f"delegated to {OTHER}" in shown
+    assert "to nobody" in psyche("solana", "delegate", "guarded", "--clear")[1]
+
+
+def test_a_chains_runs_are_listed(psyche):
+    for name, steps in (("listed-b", "7"), ("listed-a", "9")):
+        assert psyche("run", "create", name, "demo", "--twin", f"total_steps={steps}", "--paused")[0] == 0
+    assert psyche("run", "start", "listed-a")[0] == 0
+    code, text = psyche("run", "list", "--json")
+    assert code == 0, text
+    rows = [row for row in json.loads(text) if row["run_id"].startswith("listed")]
+    address = json.loads(psyche("run", "status", "listed-a", "--json")[1])["account"]
+    a, b = rows
+    assert (a["run_id"], a["phase"], a["step"], a["total_steps"], a["clients"], a["account"]) == (
+        "listed-a", "waiting_for_members", 1, 9, 0, address
+    )  # fmt: skip
+    assert (b["run_id"], b["phase"], b["total_steps"]) == ("listed-b", "uninitialized", 7)
+    shown = psyche("run", "list")[1]
+    assert re.search(r"listed-a +│ waiting for members +│ 0 +│ 0/9 +│ 0", shown), shown
+
+
 def test_an_account_that_never_was_ours_is_shown(psyche, tmp_path):
     """One of Psyche's own: no manifest account, and every field that only Psyche's programs set."""
     from psyche_lightning_solana.account import RunAccounts

@@ -55,7 +55,7 @@ class Gate:
         accounts = {
             "user": user.pubkey(),
             "authorization": authorization,
-            "instance": self.world.instance,
+            "coordinator_instance": self.world.instance,
             "coordinator_account": self.world.account,
             "manifest": self.world.manifest,
             "node": user.pubkey(),
@@ -125,6 +125,7 @@ def test_a_revoked_and_a_closed_one(gate: Gate) -> None:
         "grantor": world.joiner.pubkey(),
         "spill": world.vm.payer.pubkey(),
         "authorization": granted,
+        "system_program": SYSTEM_PROGRAM,
     }
     must(world.vm.send([call(world.authorizer, GRANT, accounts, {"active": False})], [world.joiner]))
     assert gate.join(granted).error == 2003

@@ -210,8 +210,8 @@ def test_each_signature_is_needed(world: World) -> None:
 def test_only_the_grantor_grants_revokes_and_closes(world: World) -> None:
     must(world.create())
     for attempt in (world.grant, world.close):
-        assert error_of(attempt(grantor=world.grantee.pubkey()), "authorization") == 2001
-    assert error_of(world.delegate(keys(1), grantee=world.grantor.pubkey()), "authorization") == 2001
+        assert error_of(attempt(grantor=world.grantee.pubkey()), "authorization") == 2003
+    assert error_of(world.delegate(keys(1), grantee=world.grantor.pubkey()), "authorization") == 2003
     assert world.read()["active"] is False
 
 
@@ -220,7 +220,7 @@ def test_an_authorization_of_another_grantor_is_of_no_use(world: World) -> None:
     thief = world.vm.wallet()
     own = World(world.vm, world.program, thief, world.grantee)
     must(own.create())
-    assert error_of(own.grant(authorization=world.address()), "authorization") == 2001
+    assert error_of(own.grant(authorization=world.address()), "authorization") == 2003
     assert error_of(own.create(authorization=world.address()), None) == 2006
     assert world.read()["active"] is False
 

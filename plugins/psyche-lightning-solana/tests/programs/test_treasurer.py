@@ -69,13 +69,15 @@ def test_what_creation_makes(world: Treasury) -> None:
         "index": world.index,
         "main_authority": bytes(world.authority.pubkey()),
         "join_authority": bytes(world.joiner.pubkey()),
-        "coordinator_instance": bytes(world.instance),
         "coordinator_account": bytes(world.account),
+        "coordinator_instance": bytes(world.instance),
         "collateral_mint": bytes(world.mint),
         "total_claimed_collateral_amount": 0,
         "total_claimed_earned_points": 0,
         "coordinator_program": bytes(world.coordinator),
     }
+    data = world.vm.data(world.run)
+    assert (data[81:113], data[113:145]) == (bytes(world.account), bytes(world.instance)), "where Psyche has them"
     vault = world.vm.data(world.vault)
     assert (vault[:32], vault[32:64]) == (bytes(world.mint), bytes(world.run))
     instance = COORDINATOR.accounts["CoordinatorInstance"]

@@ -157,8 +157,8 @@ class ModelProgram:
         instance = _read(kind, data[8:], "AccountDidNotDeserialize")
         seeds = (b"coordinator", instance["run_id"].encode(), bytes([instance["bump"]]))
         require(self._is_derived(given.key, *seeds), "ConstraintSeeds")
-        require(not owner or user.key == instance["main_authority"], "ConstraintHasOne")
-        require(not joins or user.key == instance["join_authority"], "ConstraintHasOne")
+        require(not owner or user.key == instance["main_authority"], "ConstraintRaw")
+        require(not joins or user.key == instance["join_authority"], "ConstraintRaw")
         return instance
 
     def _context(self, given: list[_Given], at: int = 1, *, owner: bool = False, **how: bool) -> _Context:
@@ -172,13 +172,13 @@ class ModelProgram:
         data = self._owned(coordinator, self.program_id, COORDINATOR_DISCRIMINATOR, 16)
         require(len(data) == COORDINATOR_SIZE, "CoordinatorAccountIncorrectSize")
         require(data[8:16] == struct.pack("<Q", 1), "AccountDidNotDeserialize")
-        require(coordinator.key == instance["coordinator_account"], "ConstraintHasOne")
+        require(coordinator.key == instance["coordinator_account"], "ConstraintRaw")
         require(manifest.writable, "AccountNotMutable")
         more = self._owned(manifest, self.program_id, MANIFEST_DISCRIMINATOR, MANIFEST_SIZE)
         record = view_manifest(more)
         seeds = (b"manifest", instance["run_id"].encode(), bytes([int(record["bump"])]))
         require(self._is_derived(manifest.key, *seeds), "ConstraintSeeds")
-        require(record["coordinator_account"].tobytes() == coordinator.key, "ConstraintHasOne")
+        require(record["coordinator_account"].tobytes() == coordinator.key, "ConstraintRaw")
         keys = (instance_at.key, coordinator.key, manifest.key)
         run = self.run(coordinator.key, manifest.key) if self._remember else read(data, more)
         return _Context(given[0].key, instance, keys, run)
@@ -376,7 +376,7 @@ class ModelProgram:
     def _address(self, user: _Given, given: _Given) -> bytes:
         require(given.writable, "AccountNotMutable")
         data = self._owned(given, self.program_id, discriminator("NodeAddress"), ADDRESS_SIZE)
-        require(data[16:48] == user.key, "ConstraintHasOne")
+        require(data[16:48] == user.key, "ConstraintRaw")
         return data
 
 

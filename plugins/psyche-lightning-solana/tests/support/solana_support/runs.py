@@ -132,7 +132,7 @@ class Run:
         outcome = self.send(instruction, *signers)
         assert outcome.error is not None, "it was accepted"
         assert self.snapshot() == before, "a refusal changed something"
-        return refusal(outcome.error).name if isinstance(outcome.error, int) else outcome.error
+        return refusal(outcome.error).code if isinstance(outcome.error, int) else outcome.error
 
     def snapshot(self) -> list[bytes]:
         """The run's accounts."""

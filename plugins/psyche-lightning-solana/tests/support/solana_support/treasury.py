@@ -220,7 +220,7 @@ class Treasury:
 
     def coordinate(self, spec: InstructionSpec, arguments: Any = b"", **changed: Address) -> Outcome:
         """An instruction of the user to the coordinator."""
-        accounts = self.accounts() | {"instance": self.instance, "manifest": self.manifest} | changed
+        accounts = self.accounts() | {"manifest": self.manifest} | changed
         return self.send(call(self.coordinator, spec, accounts, arguments))
 
     def give_points(self, earned: int, user: Pubkey | None = None) -> None:
