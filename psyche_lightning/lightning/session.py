@@ -50,7 +50,7 @@ from psyche_lightning.node.ledger import FILE as LEDGER
 from psyche_lightning.node.ledger import Ledger
 from psyche_lightning.node.notices import Finished
 from psyche_lightning.node.parameters import ParameterReplica, persistent_buffers
-from psyche_lightning.node.participant import Participant, RoundWork
+from psyche_lightning.node.participant import Participant, RoundWork, reason_to_leave
 from psyche_lightning.node.rates import Rates
 from psyche_lightning.node.recorder import LogRecorder, Recorder
 from psyche_lightning.node.replica import Replica
@@ -726,7 +726,7 @@ class Session:
 
     def fails(self, error: BaseException) -> None:
         """Note the error that ends training; the log gives it as the reason when the node leaves."""
-        self._why = _reason(error)
+        self._why = reason_to_leave(error)
 
     def close(self) -> None:
         """Leave the run; idempotent.
@@ -769,11 +769,3 @@ def node_key(folder: Path) -> Identity:
         ConfigError: the key cannot be read or written.
     """
     return Identity.load_or_create(folder / "node.key")
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "Ctrl-C"
-    if isinstance(error, SystemExit):  # Trainer raises it on the signal
-        return "SIGTERM" if type(error).__name__ == "SIGTERMException" else "the program ends"
-    return str(error) if isinstance(error, PsycheError) else f"{type(error).__name__}: {error}"

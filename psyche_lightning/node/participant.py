@@ -53,6 +53,15 @@ class RoundWork:
     batch: tuple[Interval, ...]
 
 
+def reason_to_leave(error: BaseException) -> str:
+    """Why a node leaves whose training ends with ``error``, for people."""
+    if isinstance(error, KeyboardInterrupt):
+        return "Ctrl-C"
+    if isinstance(error, SystemExit):  # Trainer raises it on the signal
+        return "SIGTERM" if type(error).__name__ == "SIGTERMException" else "the program ends"
+    return str(error) if isinstance(error, PsycheError) else f"{type(error).__name__}: {error}"
+
+
 def result_of(
     work: RoundWork,
     payload: bytes,
@@ -165,9 +174,10 @@ class Participant:
                 f"the coordinator did not let this node join within {START_TIMEOUT:.0f} s: {what}. Try again later."
             ) from None
         except BaseException as error:  # interrupted, perhaps after the coordinator let this node join
-            self.stop(withdraw=True)
-            if isinstance(error, CancelledError) and self._interruption is not None:
-                raise self._interruption from None
+            cause = (self._interruption if isinstance(error, CancelledError) else None) or error
+            self.stop(reason_to_leave(cause), withdraw=True)
+            if cause is not error:
+                raise cause from None
             raise
 
     def stop(self, why: str = "", *, withdraw: bool | None = None, linger: float = 5.0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import signal
@@ -122,8 +123,10 @@ def test_there_is_no_bad_time_for_a_signal(
     loader: Make,
     trainer: Make,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The run waits for a third node or has no end, so whoever overlooks the signal hangs."""
+    caplog.set_level(logging.INFO, "psyche_lightning")
     url, run = create_run(init_min_clients=1 if moment == "a member" else 3, total_steps=10**6)
     run_start = Runtime.start
 
@@ -158,7 +161,11 @@ def test_there_is_no_bad_time_for_a_signal(
     assert signal.getsignal(number) is handler
     status = CoordinatorAdmin(url).status(run)
     assert not status["pending"]
-    assert [event["kind"] for event in status["events"]].count("left") == (moment in ("joined", "a member"))
+    joined = moment in ("joined", "a member")
+    assert [event["kind"] for event in status["events"]].count("left") == joined
+    reason = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+    told = [record.getMessage() for record in caplog.records if "leaves the run" in record.getMessage()]
+    assert told == [f"leaves the run: {reason}"] * joined, "the log gives the reason at whatever moment it came"
 
 
 class Notes(Callback):
