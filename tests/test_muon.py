@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from psyche_lightning import MuonAdamW
 from psyche_lightning.distro import DistroConfig
 from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.optimizers import build_distro
-from psyche_lightning.muon import hidden_matrices
+from psyche_lightning.muon import InFloat32, hidden_matrices, product_dtype, products_on, to_directions
 
 
 class Net(nn.Module):
@@ -111,10 +112,33 @@ def test_its_steps_are_those_of_torch() -> None:
         train(ours, optimizer, seed)
         loss(theirs, seed).backward()
         for one in (muon, adamw):
-            one.step()
+            with products_on(torch.device("cpu")):
+                one.step()
             one.zero_grad()
     assert same(ours, theirs)
     assert loss(ours, 9).item() < before - 0.1
+
+
+def test_without_instructions_for_bfloat16_products_are_in_float32() -> None:
+    gradient = torch.randn(20, 24, generator=torch.Generator().manual_seed(0))
+
+    def step(dtype: torch.dtype, nesterov: bool) -> torch.Tensor:
+        matrix = nn.Parameter(torch.zeros(20, 24))
+        matrix.grad = gradient.clone()
+        muon = torch.optim.Muon([matrix], 1.0, 0.0, 0.75, nesterov)
+        with InFloat32() if dtype is torch.float32 else contextlib.nullcontext():
+            muon.step()
+        assert muon.state[matrix]["momentum_buffer"].equal(0.25 * gradient)
+        return matrix.detach()
+
+    for nesterov in (True, False):
+        exact, usual = step(torch.float32, nesterov), step(torch.bfloat16, nesterov)
+        assert torch.allclose(exact, usual, atol=2e-2)
+        assert usual.equal(usual.bfloat16().float())
+        assert not exact.equal(exact.bfloat16().float())
+    (ours,) = to_directions([gradient.clone()], [{}], 0.75)
+    expected = step(product_dtype(torch.device("cpu")), True)
+    assert torch.allclose(ours, -0.2 * 24**0.5 * expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_returns_what_its_closure_returns() -> None:

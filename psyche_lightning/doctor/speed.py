@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from psyche_lightning.bench.engine import best
-from psyche_lightning.muon import to_directions
+from psyche_lightning.muon import product_dtype, to_directions
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe.adapter import adapted
 from psyche_lightning.recipe.estimate import Estimate, meta_model, muon_matrices, parameter_dtype
@@ -324,14 +324,14 @@ def _exchange_by_size(
 
 
 def muon_seconds(recipe: Recipe, device: torch.device) -> float:
-    """Seconds for the products by which Muon makes one step, at the rate of a large bfloat16 product."""
+    """Seconds for the products by which Muon makes one step, at the rate of a large product in the dtype of these."""
     counter = FlopCounterMode(display=False)
     matrices = muon_matrices(recipe, meta_model(recipe))
     if not matrices:
         return 0.0
     with torch.no_grad(), counter:
         to_directions([torch.empty_like(one) for one in matrices], [{} for _ in matrices], 0.95)
-    return counter.get_total_flops() / matmul_rate(device, torch.bfloat16)
+    return counter.get_total_flops() / matmul_rate(device, product_dtype(device))
 
 
 def _finish(device: torch.device) -> None:
