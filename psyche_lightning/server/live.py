@@ -37,6 +37,8 @@ LOOK_AGAIN = 1.0
 MAX_MANIFESTS = 8
 SILENCE = 25.0
 """Seconds without a word from any member after which a run's time stands still: more than between two pings."""
+GATHER = 0.005
+"""Seconds for which a change with which the run does not go on waits for others, to be stored and told with them."""
 SHORTEST_WAIT = 0.001
 """Seconds. Timers may fire slightly early, and a slow clock must not turn the wait into a busy loop."""
 
@@ -58,7 +60,6 @@ class LiveRun:
         chronicle: the run's event files, or None.
 
     Attributes:
-        host: the run, to read.
         state: the last stored state.
         manifests: some of the manifests with which nodes joined, by digest.
         last_heard: the clock's reading when a member was last heard from.
@@ -73,7 +74,7 @@ class LiveRun:
         silence: float | None = None,
         chronicle: Chronicle | None = None,
     ) -> None:
-        self.host = host
+        self._host = host
         self.state: RunState = host.state
         self._clock = clock
         self._store = store
@@ -111,6 +112,14 @@ class LiveRun:
             return run
 
     @property
+    def host(self) -> RunHost:
+        """The run, to read. What waits for others to be stored with them is stored first."""
+        with self._lock, contextlib.suppress(PsycheError):
+            if self._unstorable is None:
+                self._save()
+        return self._host
+
+    @property
     def unstorable(self) -> str | None:
         """Why changes cannot be stored, for people; None if they can."""
         return self._unstorable
@@ -142,16 +151,45 @@ class LiveRun:
         with self._lock:
             if request.reads:
                 self._save()
-                return self.host.handle(signer, request, self._time())
+                return self._host.handle(signer, request, self._time())
             answer = self.act(lambda host, now: host.handle(signer, request, now))
-            if signer in self.host.membership.members:
+            if signer in self._host.membership.members:
                 self.heard()
             return answer
+
+    async def answer(self, signer: bytes, request: Request[Answer]) -> Answer:
+        """Like :meth:`handle`, but changes that come at about the same time are stored together, and told together.
+
+        At the end of a round all members report, and then wait for the next one. The last report, with which that
+        begins, waits for nothing.
+
+        Raises:
+            PsycheError: as of :meth:`handle`.
+        """
+        if request.reads:
+            return self.handle(signer, request)
+        with self._lock:
+            if self._unstorable is not None:
+                self._save()
+            before = self._host.state.phase_start
+            try:
+                answer = self._host.handle(signer, request, self._time())
+            except PsycheError:
+                self._save()  # the refusal may follow from it
+                raise
+            self._unsaved = True
+            pause = GATHER if self._host.state.phase_start == before else 0.0
+            if signer in self._host.membership.members:
+                self.heard()
+        await asyncio.sleep(pause)
+        with self._lock:
+            self._advance()
+        return answer
 
     @property
     def manifest_digest(self) -> bytes:
         """SHA-256 of the run's manifest, which is large; empty if there is none."""
-        manifest = self.host.manifest
+        manifest = self._host.manifest
         if manifest is not self._digested[0]:
             self._digested = manifest, b"" if manifest is None else manifest_digest(manifest)
         return self._digested[1]
@@ -185,7 +223,7 @@ class LiveRun:
         """
         with self._lock:
             self._save()
-            result = action(self.host, self._time())
+            result = action(self._host, self._time())
             self._unsaved = True
             self._advance()
             return result
@@ -206,7 +244,7 @@ class LiveRun:
         with self._lock:
             if self._unsaved or self._silent:
                 return LOOK_AGAIN
-            deadline, now = self.host.deadline(), self._time()
+            deadline, now = self._host.deadline(), self._time()
             waits = [] if deadline is None else [deadline - now]
             if (until := self._heard_until()) < math.inf:
                 waits.append(until - self._clock())
@@ -249,12 +287,12 @@ class LiveRun:
             self._now += max(0.0, min(reading, self._heard_until()) - self._reading)
         self._reading = reading
         if self._wall is not None:
-            self.host.history.ahead = self._wall() - self._now
+            self._host.history.ahead = self._wall() - self._now
         return self._now
 
     def _heard_until(self) -> float:
         """The clock's reading up to which silence is usual."""
-        listens = self._silence is not None and bool(self.host.membership.members)
+        listens = self._silence is not None and bool(self._host.membership.members)
         return self.last_heard + self._silence if listens and self._silence is not None else math.inf
 
     def _listen(self) -> None:
@@ -267,7 +305,7 @@ class LiveRun:
                 logger.warning("%s", self.problem)
 
     def _advance(self) -> None:
-        self._unsaved = self.host.tick(self._time()) or self._unsaved
+        self._unsaved = self._host.tick(self._time()) or self._unsaved
         self._save()
 
     def _save(self) -> None:
@@ -277,9 +315,9 @@ class LiveRun:
             self._store_with(self._store)
             self._tell()
         self._unsaved = False
-        self.state = self.host.state
+        self.state = self._host.state
         if self._recorder is not None:
-            self._recorder.seen(self.state, self.host.history)
+            self._recorder.seen(self.state, self._host.history)
         for listener in list(self._listeners):
             listener()
 
@@ -287,7 +325,7 @@ class LiveRun:
         self._time()  # what has passed since the last attempt counts only if that succeeded
         with speaking(self.state.run_id, "-"):
             try:
-                store.save(self.host)
+                store.save(self._host)
             except PsycheError as error:
                 if self._unstorable is None and self._recorder is not None:
                     self._recorder.note(Kind.ERROR, str(error))
@@ -299,7 +337,7 @@ class LiveRun:
 
     def _tell(self) -> None:
         """Log what has happened to the run; within a node's process the node tells."""
-        events = self.host.history.events
+        events = self._host.history.events
         with speaking(self.state.run_id, "-"):
             for event in events.since(self._told):
                 logger.info("%s", event.text)

@@ -52,7 +52,7 @@ Sample = tuple[str, str, dict[str, str], float | None]
 
 
 def _samples(run: LiveRun) -> Iterator[Sample]:
-    state, host = run.state, run.host
+    host, state = run.host, run.state
 
     def gauge(name: str, text: str, value: float | None, /, **labels: str) -> Sample:
         return f"psyche_run_{name}", text, {"run": state.run_id, **labels}, value

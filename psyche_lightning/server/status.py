@@ -40,7 +40,7 @@ def run_line(run: LiveRun) -> dict[str, Any]:
         ``loss``; ``created``, ``started``, ``ended`` and ``archived``, in seconds since 1970; ``seconds_left``,
         ``waits_for`` and ``problem``. What is unknown is null.
     """
-    state, host = run.state, run.host
+    host, state = run.host, run.state
     total = None if "total_steps" in host.unset else state.config.total_steps
     state_word = "ending" if state.draining else _STATES[state.phase]
     newest = host.history.metrics.newest(USUAL)

@@ -176,7 +176,7 @@ class Websocket:
             raise WireError(f"a request {asked.name[:40]!r} of {len(frame)} bytes; at most {MAX_FRAME_OF_OTHERS}")
         await self._pay(cost(asked.name))
         try:
-            answer = ["ok", asked.number, self._answer(asked)]
+            answer = ["ok", asked.number, await self._answer(asked)]
         except WireError:
             raise
         except PsycheError as error:
@@ -196,7 +196,7 @@ class Websocket:
             for secret in self._secrets()
         )
 
-    def _answer(self, asked: Frame) -> Any:
+    async def _answer(self, asked: Frame) -> Any:
         if asked.name == SYNC:
             self._full = True
             self._news.wake()
@@ -204,7 +204,7 @@ class Websocket:
         request = decode(asked.name, asked.values, self.run.manifests)
         if isinstance(request, Join):
             self.run.host.membership.check_link(self.signer, shown=self._invited(), tried=bool(self._proof))
-        answer = request.answer_to_json(self.run.handle(self.signer, request))
+        answer = request.answer_to_json(await self.run.answer(self.signer, request))
         if isinstance(request, Join):
             self.member = True
             self.run.keep_manifest(request.manifest)

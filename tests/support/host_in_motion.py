@@ -11,7 +11,7 @@ from psyche_lightning.protocol.bloom import participants_bloom
 from psyche_lightning.protocol.committee import round_selection
 from psyche_lightning.protocol.limits import Limits
 from psyche_lightning.protocol.requests import Join, Report, WarmupWitness, Witness
-from psyche_lightning.protocol.state import CoordinatorConfig, Phase
+from psyche_lightning.protocol.state import CoordinatorConfig, Phase, RunState
 
 CONFIG = CoordinatorConfig(
     warmup_time=10.0,
@@ -54,15 +54,20 @@ def training(count: int = 3, **arguments: Any) -> RunHost:
 
 
 def report(host: RunHost, i: int, now: float, figures: Report | None = None, **changes: Any) -> None:
-    """Client ``i`` reports as a witness; while the epoch drains, it also names the last parameters."""
-    state, round_ = host.state, host.state.current
+    """Client ``i`` reports as a witness."""
+    host.handle(key(i), witness(host.state, i, figures, **changes), now)
+
+
+def witness(state: RunState, i: int, figures: Report | None = None, **changes: Any) -> Witness:
+    """The report of client ``i``; while the epoch drains, it also names the last parameters."""
+    round_ = state.current
     assert round_ is not None
     proof = round_selection(round_, state.config).witness_proof(round_.clients.index(key(i)))
     heard = changes.pop("heard", range(3))
     bloom = participants_bloom(round_.seed, [key(j) for j in heard])
     named = {"step": state.step - 1, "digest": DIGEST} if state.draining else {}
-    witness = Witness(state.epoch, round_.height, proof, ROOT, bloom, bloom, report=figures or Report(round_.step))
-    host.handle(key(i), replace(witness, **{**named, **changes}), now)
+    made = Witness(state.epoch, round_.height, proof, ROOT, bloom, bloom, report=figures or Report(round_.step))
+    return replace(made, **{**named, **changes})
 
 
 def play(host: RunHost, now: float, who: Iterable[int] = (0, 1), **changes: Any) -> None:
