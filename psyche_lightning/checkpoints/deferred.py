@@ -7,10 +7,11 @@ values that it would have had: random numbers come from the generator's state at
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -20,14 +21,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from psyche_lightning.checkpoints.dtypes import cast, tensors
 from psyche_lightning.checkpoints.pretrained import kept_in
+from psyche_lightning.checkpoints.stored import Stored, read_later
 from psyche_lightning.distro.internals import written_to
 from psyche_lightning.errors import CheckpointError
 from psyche_lightning.system import return_memory
 
 logger = logging.getLogger(__name__)
-
-Values: TypeAlias = Mapping[str, Callable[[], torch.Tensor]]
-"""What gives a tensor on the CPU as it was built, by the tensor's name; each call makes it anew."""
 
 LEAST = 1 << 16
 """Tensors of fewer elements are built at once."""
@@ -41,6 +40,8 @@ _REPLACING = {
     torch.ops.aten.zero_,
 }
 """Operations after which nothing is left of what a tensor held."""
+_COPYING = {torch.ops.aten._to_copy, torch.ops.aten.cat, torch.ops.aten.clone, torch.ops.aten.stack}
+"""What loading does with tensors of files, such as to put experts together."""
 
 
 def built(make: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:
@@ -62,17 +63,23 @@ def built(make: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.M
 def outlined(make: Callable[[], torch.nn.Module], dtype: torch.dtype) -> tuple[torch.nn.Module, Values]:
     """A model in the dtype of training with its large tensors on the meta device, and what gives their values.
 
-    Tensors that were read from a checkpoint have theirs, and so has a model whose code cannot be followed.
+    Those of a checkpoint that ``transformers`` loads stay in its files. A model whose code cannot be followed has them.
     """
     return_memory()  # tensors come and go: in pieces, those that are gone would take more than the model
-    model, values = _followed(make, dtype)
+    model, values = _followed(make, dtype, stored=True)
     return cast(model, dtype), values
 
 
-def _followed(make: Callable[[], torch.nn.Module], dtype: torch.dtype) -> tuple[torch.nn.Module, Values]:
+def _followed(
+    make: Callable[[], torch.nn.Module], dtype: torch.dtype, *, stored: bool = False
+) -> tuple[torch.nn.Module, Values]:
     state = torch.get_rng_state()
     try:
-        with kept_in(dtype), Deferred() as deferred:
+        with contextlib.ExitStack() as within:
+            within.enter_context(kept_in(dtype))
+            deferred = within.enter_context(Deferred())
+            if stored:
+                within.enter_context(read_later(deferred.promised, deferred.least))
             model = make()
         return model, deferred.values(model)
     except CheckpointError:
@@ -126,17 +133,51 @@ class _Write:
 
 @dataclass
 class _Memory:
-    """What shall be in the memory of a tensor, and of its views."""
+    """What shall be in the memory of a tensor, and of its views.
+
+    Attributes:
+        elements: their number.
+        dtype: their dtype.
+        writes: what is written, one after the other.
+        begins: gives what is there before, contiguous; None if that does not matter.
+        part: the same for an interval alone; None if that is no less work.
+    """
 
     elements: int
     dtype: torch.dtype
     writes: list[_Write] = field(default_factory=list)
+    begins: Callable[[], torch.Tensor] | None = None
+    part: Callable[[int, int], torch.Tensor] | None = None
 
     def value(self, place: tuple[Any, ...]) -> torch.Tensor:
-        memory = torch.empty(self.elements, dtype=self.dtype)
+        memory = torch.empty(self.elements, dtype=self.dtype) if self.begins is None else self.begins().reshape(-1)
         for write in self.writes:
             write.do(memory)
         return memory.as_strided(*place)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of a model that has no memory yet."""
+
+    _memory: _Memory
+    _place: tuple[Any, ...]
+
+    def __call__(self) -> torch.Tensor:
+        """Makes it on the CPU as it was built, each time anew."""
+        return self._memory.value(self._place)
+
+    @property
+    def part(self) -> Callable[[int, int], torch.Tensor] | None:
+        """Makes the elements of an interval alone, flat; None if that is no less work."""
+        size, stride, _ = self._place
+        outline = torch.empty_strided(size, stride, device="meta")
+        whole = outline.is_contiguous() and outline.numel() == self._memory.elements
+        return self._memory.part if whole and not self._memory.writes else None
+
+
+Values: TypeAlias = Mapping[str, Value]
+"""What gives tensors, by name."""
 
 
 class Deferred(TorchDispatchMode):
@@ -147,11 +188,14 @@ class Deferred(TorchDispatchMode):
 
     Args:
         least: tensors of fewer elements are built at once; None for :data:`LEAST`.
+
+    Attributes:
+        least: as given.
     """
 
     def __init__(self, least: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations for these
-        self._least = LEAST if least is None else least
+        self.least = LEAST if least is None else least
         self._looks = _Looks(self._memory)
         self._memories: weakref.WeakKeyDictionary[torch.UntypedStorage, _Memory] = weakref.WeakKeyDictionary()
 
@@ -164,13 +208,21 @@ class Deferred(TorchDispatchMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._looks.__exit__(*error)  # type: ignore[no-untyped-call]
 
-    def values(self, model: torch.nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
+    def promised(self, stored: Stored) -> torch.Tensor:
+        """A tensor without memory for one in a file; copies of it get none, either."""
+        outline = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        self._memories[outline.untyped_storage()] = _Memory(
+            outline.numel(), outline.dtype, begins=stored, part=stored.part
+        )
+        return outline
+
+    def values(self, model: torch.nn.Module) -> dict[str, Value]:
         """The values of a model's tensors that are on the meta device because of this context.
 
         Raises:
             NotFollowedError: two of them share their memory.
         """
-        found: dict[str, Callable[[], torch.Tensor]] = {}
+        found: dict[str, Value] = {}
         seen: set[int] = set()
         for name, tensor in tensors(model):
             memory = self._memory(tensor)
@@ -179,7 +231,7 @@ class Deferred(TorchDispatchMode):
             if id(memory) in seen:
                 raise NotFollowedError(f"{name} shares its memory with another tensor")
             seen.add(id(memory))
-            found[name] = _bound(memory, _place(tensor))
+            found[name] = Value(memory, _place(tensor))
         return found
 
     def __torch_dispatch__(
@@ -199,6 +251,8 @@ class Deferred(TorchDispatchMode):
             return self._written(memory, func, args, kwargs)
         if any(self._memory(one) is not None for one in tree_leaves(written_to(func, args, kwargs))):
             raise NotFollowedError(f"{func} writes to a new tensor")
+        if func.overloadpacket in _COPYING and self._stored(args, kwargs):
+            return self._copied_later(func, args, kwargs)
         return func(*self._real(args), **self._real(kwargs))
 
     def _memory(self, tensor: Any) -> _Memory | None:
@@ -212,10 +266,42 @@ class Deferred(TorchDispatchMode):
         if device.type != "cpu":
             return func(*args, **kwargs)
         outline = func(*args, **{**kwargs, "device": torch.device("meta")})
-        if outline.numel() < self._least or not outline.is_floating_point():
+        if outline.numel() < self.least or not outline.is_floating_point():
             return func(*args, **{**kwargs, "device": device})
         self._memories[outline.untyped_storage()] = _Memory(outline.numel(), outline.dtype)
         return outline
+
+    def _stored(self, *found: Any) -> bool:
+        """Whether all tensors come from files."""
+        memories = [self._memory(one) for one in tree_leaves(found) if isinstance(one, torch.Tensor)]
+        return all(one is not None and one.begins is not None for one in memories)
+
+    def _copied_later(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A copy of tensors in files, which are read later."""
+        outline = func(*args, **({**kwargs, "device": torch.device("meta")} if "device" in kwargs else kwargs))
+        if not outline.is_floating_point() or not outline.is_contiguous():
+            return func(*self._real(args), **self._real(kwargs))
+        values = tree_map_only(torch.Tensor, self._as_now, (args, kwargs))
+
+        def copied() -> torch.Tensor:
+            given, options = tree_map_only(Value, lambda value: value(), values)
+            result: torch.Tensor = func(*given, **options)
+            return result
+
+        part = values[0][0].part if func.overloadpacket is torch.ops.aten._to_copy else None
+        self._memories[outline.untyped_storage()] = _Memory(
+            outline.numel(),
+            outline.dtype,
+            begins=copied,
+            part=None if part is None else lambda start, stop: part(start, stop).to(outline.dtype),
+        )
+        return outline
+
+    def _as_now(self, tensor: torch.Tensor) -> Value:
+        """A tensor's value, also if something is written to it later."""
+        memory = self._memory(tensor)
+        assert memory is not None
+        return Value(replace(memory, writes=[*memory.writes]), _place(tensor))
 
     def _written(self, memory: _Memory, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target, *others = args
@@ -230,6 +316,7 @@ class Deferred(TorchDispatchMode):
         whole = target.is_contiguous() and target.numel() == memory.elements
         if whole and func.overloadpacket in _REPLACING:
             memory.writes.clear()
+            memory.begins = memory.part = None
         memory.writes.append(_Write(func, _place(target), arguments, options, state))
         return target
 
@@ -269,7 +356,3 @@ class _Looks(TorchFunctionMode):
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.size(), tensor.stride(), int(tensor.storage_offset())
-
-
-def _bound(memory: _Memory, place: tuple[Any, ...]) -> Callable[[], torch.Tensor]:
-    return lambda: memory.value(place)

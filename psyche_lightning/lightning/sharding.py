@@ -29,8 +29,9 @@ def shard(module: torch.nn.Module, world: World, *, itself: bool = False, values
         module: a LightningModule, whose ``training_step`` calls its children.
         world: the ranks of the node.
         itself: whether the module is called itself, so that its own parameters are divided as well.
-        values: of tensors that are on the meta device, by name. Rank 0 makes one after the other, and each rank keeps
-            its part, so no rank ever holds the whole model.
+        values: of tensors that are on the meta device, by name. Each rank reads its part of those that lie in files.
+            Of the others rank 0 makes one after the other, and each rank keeps its part. So no rank ever holds the
+            whole model.
 
     Raises:
         ConfigError: nothing in the module can be divided.
@@ -72,11 +73,15 @@ def _fill(module: torch.nn.Module, values: Values, ranks: Ranks, device: torch.d
     for name, tensor in list(tensors(module)):
         if name not in values:
             continue
-        value = values[name]().to(tensor.dtype) if ranks.rank == 0 else None
-        if value is not None and not bool(torch.isfinite(value).all()):
-            bad.append(name)
+        part = values[name].part
         fill(tensor, torch.empty_like(tensor, device=device))
-        ranks.spread(value, tensor)
+        if part is not None:  # all ranks can read the files
+            held(tensor).copy_(part(*extents(tensor, ranks)[ranks.rank]))
+        else:
+            value = values[name]().to(tensor.dtype) if ranks.rank == 0 else None
+            ranks.spread(value, tensor)
+        if not bool(torch.isfinite(held(tensor)).all()):
+            bad.append(name)
     problem = ranks.agree(f"{counted(len(bad), 'parameter')} such as {bad[0]!r}" if bad else None)
     if problem is not None:
         raise CheckpointError(

@@ -12,8 +12,8 @@ import torch
 
 from psyche_lightning.builtin.models import hf
 from psyche_lightning.checkpoints import deferred
-from psyche_lightning.checkpoints.deferred import Deferred, built
-from psyche_lightning.checkpoints.dtypes import cast, tensors
+from psyche_lightning.checkpoints.deferred import Deferred, built, outlined
+from psyche_lightning.checkpoints.dtypes import cast, fill, tensors
 from psyche_lightning.plugins import load_plugins
 from tests.checkpoints.test_dtypes import KINDS, SMALL, build
 
@@ -125,3 +125,34 @@ def test_a_checkpoint_is_read_in_the_dtype_of_training(kind: str, saved: torch.d
     theirs, _ = drawn(lambda: cast(hf(larger), torch.bfloat16))
     ours, _ = drawn(lambda: built(lambda: hf(larger), torch.bfloat16))
     same(ours, theirs)
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gemma", "glm4_moe", "deepseek_v3", "mamba"])
+def test_a_checkpoint_stays_in_its_files_until_parts_are_read(kind: str, saved: torch.dtype, tmp_path: Path) -> None:
+    model: Any = cast(build(kind), saved)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    wanted = cast(hf({"path": str(tmp_path)}), torch.bfloat16)
+    ours, values = outlined(lambda: hf({"path": str(tmp_path)}), torch.bfloat16)
+    left = {name: value for name, value in tensors(ours) if value.is_meta}
+    assert left.keys() == values.keys()
+    assert {name for name, value in wanted.named_parameters() if value.numel() >= 8} <= left.keys()
+    parted = 0
+    for name, tensor in left.items():
+        value, size, part = torch.empty(tensor.numel(), dtype=tensor.dtype), tensor.numel(), values[name].part
+        if part is None:  # experts, which transformers puts together
+            value = values[name]().reshape(-1)
+        else:
+            parted += 1
+            for start, stop in ((0, size // 3), (size // 3, size), (size, size)):
+                value[start:stop] = part(start, stop)
+        fill(tensor, value.view(tensor.shape))
+    assert parted > len(left) / 2
+    same(ours, wanted)
+    assert ours.generation_config.to_dict() == wanted.generation_config.to_dict()  # type: ignore[union-attr]
+    assert ours.name_or_path == wanted.name_or_path
+    larger = {"path": str(tmp_path), "vocab_size": 80}
+    theirs, _ = drawn(lambda: cast(hf(larger), torch.bfloat16))
+    with_rows, _ = drawn(lambda: outlined(lambda: hf(larger), torch.bfloat16)[0])
+    assert with_rows.get_input_embeddings().weight.shape == theirs.get_input_embeddings().weight.shape  # type: ignore[operator]

@@ -22,13 +22,14 @@ LARGE = {
     "model_type": "llama", "vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 13,
     "num_attention_heads": 12,
 }  # fmt: skip
+FEW = {**LARGE, **SMALL, "hidden_size": 32}
 
 
 def _world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), [])
 
 
-def _filled(fields: dict[str, Any], seed: int) -> torch.nn.Module:
+def _filled(fields: dict[str, Any], seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
     model, values = outlined(lambda: hf(fields), torch.bfloat16)
     module = torch.nn.ModuleDict({"model": model})
@@ -36,12 +37,27 @@ def _filled(fields: dict[str, Any], seed: int) -> torch.nn.Module:
     return module
 
 
-def same() -> str:
-    """Compare with a model that one process builds; gives the error of one with values that are not finite."""
+def same(folder: str) -> list[str]:
+    """Compare with a model that one process builds or reads; gives the errors of those with values not finite."""
     deferred.LEAST = 8
     torch.manual_seed(3)
     wanted: Any = built(lambda: hf(TIED), torch.bfloat16)
-    ours: Any = _filled(TIED, 3 + dist.get_rank())["model"]  # type: ignore[index]  # rank 0's values count
+    _compare(_filled(TIED, 3 + dist.get_rank()), wanted)  # rank 0's values count
+    saved = {"path": folder}
+    _compare(_filled(saved), built(lambda: hf(saved), torch.bfloat16))
+    return [_refused({**TIED, "initializer_range": float("inf")}), _refused({"path": f"{folder}-bad"})]
+
+
+def _refused(fields: dict[str, Any]) -> str:
+    try:
+        _filled(fields)
+    except CheckpointError as error:
+        return str(error)
+    return "it was taken"
+
+
+def _compare(module: Any, wanted: Any) -> None:
+    ours = module["model"]
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
     tokens = torch.arange(9)[None]
     with torch.no_grad():  # it gathers what is there by then
@@ -52,17 +68,17 @@ def same() -> str:
     for name, value in tensors(wanted):
         whole = ranks.whole(found[name])
         assert whole is None or (whole.dtype == value.dtype and torch.equal(whole, value)), name
-    try:
-        _filled({**TIED, "initializer_range": float("inf")}, 0)
-    except CheckpointError as error:
-        return str(error)
-    return "it was taken"
 
 
-def peak() -> tuple[int, int, int]:
-    """The peak of a rank above what it had before, in bytes; parameters of the model, and of its largest tensor."""
-    _filled({**LARGE, **SMALL, "num_attention_heads": 1, "hidden_size": 32}, 0)  # so that torch has what it loads once
+def peak(fields: dict[str, Any], small: dict[str, Any]) -> tuple[int, int, int]:
+    """The peak of a rank above what it had before, in bytes; parameters of the model, and of its largest tensor.
+
+    Args:
+        fields: of the model.
+        small: of another one that comes first, so that torch has what it loads once.
+    """
+    _filled(small)
     start = memory("VmRSS")
-    model = _filled(LARGE, 0)
+    model = _filled(fields)
     sizes = [one.numel() for one in model.parameters()]
     return memory("VmHWM") - start, sum(sizes), max(sizes)
