@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from psyche_lightning.checkpoints.building import BUILDING
 from psyche_lightning.checkpoints.pretrained import Source, kept_in, load
 from psyche_lightning.errors import ConfigError, PsycheError, nearest
 from psyche_lightning.hookspecs import ModelFactory, Register, hookimpl
@@ -101,7 +102,8 @@ def _fresh(resolved: PreTrainedConfig, trusted: bool) -> PreTrainedModel:
 def _built(source: str, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """Call ``build``, make its model ready to train, and turn its errors into a ConfigError."""
     try:
-        model = build()
+        with BUILDING:
+            model = build()
         model.train()
         return model
     except PsycheError:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, and without a public place
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from psyche_lightning.checkpoints.building import BUILDING
 from psyche_lightning.checkpoints.dtypes import cast, tensors
 from psyche_lightning.checkpoints.pretrained import kept_in
 from psyche_lightning.checkpoints.stored import Stored, read_later
@@ -56,8 +57,9 @@ def built(make: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.M
     Raises:
         PsycheError: ``make`` does.
     """
-    model, values = _followed(make, dtype)
-    return cast(model, dtype, values)
+    with BUILDING:
+        model, values = _followed(make, dtype)
+        return cast(model, dtype, values)
 
 
 def outlined(make: Callable[[], torch.nn.Module], dtype: torch.dtype) -> tuple[torch.nn.Module, Values]:
@@ -66,8 +68,9 @@ def outlined(make: Callable[[], torch.nn.Module], dtype: torch.dtype) -> tuple[t
     Those of a checkpoint that ``transformers`` loads stay in its files. A model whose code cannot be followed has them.
     """
     return_memory()  # tensors come and go: in pieces, those that are gone would take more than the model
-    model, values = _followed(make, dtype, stored=True)
-    return cast(model, dtype), values
+    with BUILDING:
+        model, values = _followed(make, dtype, stored=True)
+        return cast(model, dtype), values
 
 
 def _followed(

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from psyche_lightning.checkpoints.building import BUILDING
+
 
 def cast(
     model: torch.nn.Module, dtype: torch.dtype, values: Mapping[str, Callable[[], torch.Tensor]] | None = None
@@ -74,13 +76,14 @@ def _outline(model: Any, dtype: torch.dtype) -> torch.nn.Module:
     """The model on the meta device as ``from_pretrained`` begins with it: made under the default dtype ``dtype``."""
     config = copy.deepcopy(model.config)
     _note(config, dtype)  # some modules look there
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            outline: torch.nn.Module = type(model)(config)
-    finally:
-        torch.set_default_dtype(before)
+    with BUILDING:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                outline: torch.nn.Module = type(model)(config)
+        finally:
+            torch.set_default_dtype(before)
     return outline
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from psyche_lightning.checkpoints.building import BUILDING
 from psyche_lightning.errors import CheckpointError, ConfigError, counted
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def load(kind: Any, source: Source, **options: Any) -> Any:
     """
     import torch
 
-    with _own_words():
+    with BUILDING, _own_words():
         model, report = kind.from_pretrained(
             source.name,
             **source.options,

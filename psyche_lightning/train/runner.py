@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch.utils.data import DataLoader
 
 from psyche_lightning import system
+from psyche_lightning.checkpoints.building import BUILDING
 from psyche_lightning.checkpoints.deferred import Values, built, outlined
 from psyche_lightning.checkpoints.model import ModelCopy
 from psyche_lightning.errors import CheckpointError, ConfigError, counted
@@ -133,16 +134,17 @@ def _train(
     terms = None if coordinator_url is None else terms_of(coordinator_url, run)
     beginning = begin(recipe, None if terms is None else terms.manifest or {})
     provider: DataProvider = plugins.data_providers()[recipe.data.name](recipe.data.options, seed=recipe.run.seed)
-    torch.manual_seed(recipe.run.seed)  # all nodes build the same parameters, so none downloads them
     factory = plugins.models()[recipe.model.name]
     # Lightning's own bf16-true would round buffers as well, such as rotary frequencies.
     rounded = recipe.trainer.precision == "bf16-true"
     make = functools.partial(factory, dict(beginning.options))
     values: Values = {}
-    if divided and not recipe.model.adapter:  # no rank holds the whole of it
-        model, values = outlined(make, parameter_dtype(recipe))
-    else:
-        model = built(make, parameter_dtype(recipe))
+    with BUILDING:
+        torch.manual_seed(recipe.run.seed)  # all nodes build the same parameters, so none downloads them
+        if divided and not recipe.model.adapter:  # no rank holds the whole of it
+            model, values = outlined(make, parameter_dtype(recipe))
+        else:
+            model = built(make, parameter_dtype(recipe))
     model.train()
     apply_choices(model, recipe.trainer)
     check_parameters(model)
