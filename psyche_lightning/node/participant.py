@@ -169,10 +169,9 @@ class Participant:
             raise
         except FutureTimeoutError:
             what = self._runtime.waiting()
-            self.stop(withdraw=True)
-            raise PsycheError(
-                f"the coordinator did not let this node join within {START_TIMEOUT:.0f} s: {what}. Try again later."
-            ) from None
+            late = f"the coordinator did not let this node join within {START_TIMEOUT:.0f} s: {what}"
+            self.stop(late, withdraw=True)
+            raise PsycheError(f"{late}. Try again later.") from None
         except BaseException as error:  # interrupted, perhaps after the coordinator let this node join
             cause = (self._interruption if isinstance(error, CancelledError) else None) or error
             self.stop(reason_to_leave(cause), withdraw=True)

@@ -141,7 +141,7 @@ class Runtime:
         self.wait = Wait()
         self.busy_since: float | None = None
         self._away = False
-        self._joined = False
+        self._asked = self._joined = False
         self._owed: set[bytes] = set()  # payloads that the journal names and that are not here
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -210,6 +210,7 @@ class Runtime:
         self.core = self._make_core(*self._kept())
         context = TransportContext(node.identity, self._scope, self._on_message, self._blob_for_peer, node.served)
         self.address = await self.node.transport.start(context)
+        self._asked = True
         await self.node.coordinator.request(self._completed(Join()))
         self._joined = True
         self._say(Joined(self.node.identity.public, self.node.coordinator.signer, self.address))
@@ -218,7 +219,7 @@ class Runtime:
 
     async def stop(self, why: str, *, withdraw: bool, linger: float) -> None:
         """Leave: wait for peers that still need this node, tell the coordinator, close everything."""
-        if self._joined:
+        if self._joined or (self._asked and withdraw):  # in time or not, the coordinator may have let it in
             self._say(Left(why))
         if self.core.finished:
             await self._see_peers_off(linger)

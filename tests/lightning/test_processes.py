@@ -24,11 +24,13 @@ from psyche_lightning import PsycheStrategy
 from psyche_lightning.lightning import session
 from psyche_lightning.node.participant import Participant
 from psyche_lightning.node.runtime import NodeParts, Runtime
+from psyche_lightning.protocol.requests import Join, Request
 from psyche_lightning.server.admin import CoordinatorAdmin
+from psyche_lightning.server.client import HttpCoordinator
 
 Make = Callable[..., Any]
 SCRIPT = Path(__file__).with_name("user_script.py")
-PATIENCE = 120.0
+PATIENCE = 240.0
 
 
 def start(url: str, run: str, *arguments: str, first: str = "") -> subprocess.Popen[str]:
@@ -100,7 +102,7 @@ def test_signals_while_waiting_for_others_leave_the_run(create_run: Make, tmp_pa
         for process, number in zip(processes, (signal.SIGTERM, signal.SIGINT), strict=True):
             process.send_signal(number)
         for process in processes:
-            process.wait(30)
+            process.wait(PATIENCE)
     finally:
         told = []
         for process in processes:
@@ -114,7 +116,7 @@ def test_signals_while_waiting_for_others_leave_the_run(create_run: Make, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["about to join", "has a node", "joining", "joined", "a member"])
+@pytest.mark.parametrize("moment", ["about to join", "has a node", "joining", "let in", "joined", "a member"])
 def test_there_is_no_bad_time_for_a_signal(
     moment: str,
     number: signal.Signals,
@@ -128,7 +130,7 @@ def test_there_is_no_bad_time_for_a_signal(
     """The run waits for a third node or has no end, so whoever overlooks the signal hangs."""
     caplog.set_level(logging.INFO, "psyche_lightning")
     url, run = create_run(init_min_clients=1 if moment == "a member" else 3, total_steps=10**6)
-    run_start = Runtime.start
+    run_start, ask = Runtime.start, HttpCoordinator.request
 
     class Signal(Callback):
         def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -152,8 +154,16 @@ def test_there_is_no_bad_time_for_a_signal(
             os.kill(os.getpid(), number)
             await asyncio.sleep(0.5)  # the training thread still waits for this
 
+    async def request(client: HttpCoordinator, asked: Request[Any]) -> Any:
+        answer = await ask(client, asked)
+        if moment == "let in" and isinstance(asked, Join):  # which the node does not hear in time
+            os.kill(os.getpid(), number)
+            await asyncio.Event().wait()
+        return answer
+
     monkeypatch.setattr(session, "Participant", Signalled)
     monkeypatch.setattr(Runtime, "start", start)
+    monkeypatch.setattr(HttpCoordinator, "request", request)
     strategy = PsycheStrategy(coordinator=url, run=run)
     handler = signal.getsignal(number)
     with pytest.raises(SystemExit):
@@ -161,7 +171,7 @@ def test_there_is_no_bad_time_for_a_signal(
     assert signal.getsignal(number) is handler
     status = CoordinatorAdmin(url).status(run)
     assert not status["pending"]
-    joined = moment in ("joined", "a member")
+    joined = moment in ("let in", "joined", "a member")
     assert [event["kind"] for event in status["events"]].count("left") == joined
     reason = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
     told = [record.getMessage() for record in caplog.records if "leaves the run" in record.getMessage()]
