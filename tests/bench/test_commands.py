@@ -108,7 +108,10 @@ def test_what_ddp_cannot_train_is_refused_with_a_way_out():
 def test_a_process_that_fails_stops_the_others(tmp_path):
     mark = tmp_path / "number"
     sleeps = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(600)"
-    fails = f"import pathlib, time\nwhile not pathlib.Path({str(mark)!r}).exists(): time.sleep(0.01)\nexit('no luck')"
+    mark.touch()
+    fails = (
+        f"import pathlib, time\nwhile not pathlib.Path({str(mark)!r}).read_text(): time.sleep(0.01)\nexit('no luck')"
+    )
     with pytest.raises(PsycheError, match="no luck"):
         run([["-c", sleeps], ["-c", fails]], tmp_path / "log")
     with pytest.raises(ProcessLookupError):

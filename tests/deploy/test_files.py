@@ -278,8 +278,8 @@ def slurm_job(script: Path, **variables: str) -> subprocess.Popen[bytes]:
     """The script itself, with stand-ins for the cluster's programs and for a node that takes its time to leave."""
     folder = script.parent
     for name, text in {
-        "srun": 'for task in 0 1; do SLURM_PROCID=$task "$@" & tasks+=($!); done\n'
-        "trap 'kill -TERM \"${tasks[@]}\"' TERM; wait; wait",
+        "srun": "trap 'kill -TERM $(jobs -p)' TERM\n"  # before a task can be seen, and the signal come
+        'for task in 0 1; do SLURM_PROCID=$task "$@" & done; wait; wait',
         "scontrol": 'echo "scontrol $*" >> "$SLURM_SUBMIT_DIR/said"',
         "psyche": "trap 'sleep 0.2; echo left >> \"$SLURM_SUBMIT_DIR/said\"; exit 143' TERM\n"
         'echo "$PSYCHE_PORT${SLURM_NTASKS:-}${SLURM_PROCID:-} $*" >> "$SLURM_SUBMIT_DIR/said"\n'
