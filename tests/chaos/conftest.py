@@ -94,4 +94,4 @@ def start_demo(tmp_path: Path) -> Iterator[Callable[..., Demo]]:
     for demo in started:
         if demo.process.poll() is None:
             demo.process.send_signal(signal.SIGINT)
-            demo.process.wait(30)
+            demo.process.wait(60)

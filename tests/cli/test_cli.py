@@ -248,7 +248,7 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
         assert process.stderr is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(60) == 130
         assert "Traceback" not in process.stderr.read()
 
 

@@ -41,7 +41,7 @@ def coordinator(tmp_path_factory):
     process, url = start(tmp_path_factory.mktemp("coordinator"))
     yield url
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     assert "Traceback" not in process.stdout.read()
     process.stdout.close()
 
@@ -272,7 +272,7 @@ def private(tmp_path, monkeypatch, psyche):
     monkeypatch.setenv("PSYCHE_COORDINATOR", url)
     yield tmp_path / "runs" / "owner.token", process
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     process.stdout.close()
 
 

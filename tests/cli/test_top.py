@@ -123,7 +123,7 @@ def test_ctrl_c_ends_it_with_130_and_no_traceback(served: Served) -> None:
         assert process.stdout.readline().startswith("run r, epoch 0: waiting for members")
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == ""
 

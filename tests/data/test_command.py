@@ -168,7 +168,7 @@ def test_a_folder_is_served_until_it_is_told_to_stop(texts: Path, tmp_path: Path
         assert remote.fingerprint == TokenData(0, 5, path=str(out), shuffle=False).fingerprint
         assert bytes(remote.samples(0, 1)[0]["input_ids"].tolist()) == b"first"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.communicate()

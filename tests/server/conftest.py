@@ -61,7 +61,7 @@ class ServerProcess:
         """Send a signal and return the exit code."""
         assert self._process is not None
         self._process.send_signal(number)
-        code = self._process.wait(10)
+        code = self._process.wait(60)
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._process = None

@@ -185,12 +185,15 @@ def test_a_client_of_a_busy_server_tries_again(served, run, monkeypatch):
     run(main())
 
 
-async def answers(raw, frames):
-    """How many of these requests are answered before an answer takes long."""
+async def answers(raw, frames, sure=0):
+    """How many of these requests are answered before an answer takes long.
+
+    The first ``sure`` ones do not, except on a busy machine.
+    """
     count = 0
     with contextlib.suppress(asyncio.TimeoutError):
         for frame in frames:
-            await asyncio.wait_for(raw.answer(frame), 0.5)
+            await asyncio.wait_for(raw.answer(frame), 0.5 if count >= sure else 30.0)
             count += 1
     return count
 
@@ -210,7 +213,7 @@ def test_a_node_that_asks_too_much_is_answered_later_and_others_at_once(served, 
         async with served() as (_, url):
             await create(url)
             one, other = await Raw.open(url, identity=greedy), await Raw.open(url, identity=modest)
-            assert 2 <= await answers(one, frames(one, greedy)) <= most
+            assert 2 <= await answers(one, frames(one, greedy), sure=2) <= most
             await other.answer(next(frames(other, modest)))
             again = await Raw.open(url, identity=greedy)  # is no way around it
             assert await answers(again, frames(again, greedy)) == 0

@@ -14,6 +14,8 @@ from psyche_lightning.wire.identity import Identity
 
 SERVER, NODE = 0.4, 0.2
 """Seconds between pings."""
+GRACE = 1.5
+"""Seconds in which a node comes back whose link only seemed to be silent, as the machine is busy."""
 LONG = 3.0
 """Seconds of silence: longer than a round may take, than the grace, and than anybody waits for a pong."""
 
@@ -62,12 +64,12 @@ class Way:
 @contextlib.asynccontextmanager
 async def three_nodes(served, quick, heartbeat=SERVER, **settings):
     """A server, the way to it of each node, and the nodes."""
-    async with served(grace=0.3, heartbeat=heartbeat) as (server, url), contextlib.AsyncExitStack() as opened:
+    async with served(grace=GRACE, heartbeat=heartbeat) as (server, url), contextlib.AsyncExitStack() as opened:
         given = {**quick, "init_min_clients": 3, "min_clients": 2, "global_batch_size_start": 3, "total_steps": 10**6}
         await asyncio.to_thread(CoordinatorAdmin(url).create, "r", {**given, **settings})
         ways = [await opened.enter_async_context(Way(url)) for _ in range(3)]
         nodes = [
-            HttpCoordinator(way.url, "r", Identity.generate(), heartbeat=NODE, connect_timeout=0.3) for way in ways
+            HttpCoordinator(way.url, "r", Identity.generate(), heartbeat=NODE, connect_timeout=1.0) for way in ways
         ]
         for node in nodes:
             opened.push_async_callback(node.close)

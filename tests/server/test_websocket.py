@@ -46,7 +46,7 @@ class Raw:
         return raw
 
     async def frame(self):
-        return json.loads(await self.socket.receive_str(timeout=10))
+        return json.loads(await self.socket.receive_str(timeout=30))
 
     async def answer(self, frame):
         """Send a frame; the answer to it, past what else comes."""
@@ -60,7 +60,7 @@ class Raw:
         """Send a frame that ends the connection; the error's text."""
         kind, number, problem = await self.answer(frame)
         assert (kind, number, problem["code"]) == ("error", 0, "BadRequest")
-        while (message := await self.socket.receive(10)).type is aiohttp.WSMsgType.TEXT:
+        while (message := await self.socket.receive(30)).type is aiohttp.WSMsgType.TEXT:
             pass
         assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, 4002)
         await self.close()
@@ -220,7 +220,7 @@ def test_garbage_oversized_and_text_frames_leave_the_server_well(served, run):
             for size in (9 * 2**20,):
                 raw = await Raw.open(url, identity=alice)
                 await raw.socket.send_bytes(bytes(size))  # compresses to next to nothing
-                while (message := await raw.socket.receive(10)).type is aiohttp.WSMsgType.TEXT:
+                while (message := await raw.socket.receive(30)).type is aiohttp.WSMsgType.TEXT:
                     pass
                 assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, 1009)
                 await raw.close()

@@ -65,7 +65,7 @@ def test_the_banner_says_what_there_is():
     with subprocess.Popen([*COMMAND, "--port", "0", "--frozen"], stdout=subprocess.PIPE, text=True) as process:
         lines = [process.stdout.readline() for _ in range(3)]
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert lines[0].startswith("solana-localnet on http://127.0.0.1:")
     assert "frozen" in lines[1]
     assert f"faucet       {faucet_keypair().pubkey()}" in lines[2]

@@ -113,7 +113,7 @@ def test_the_banner_says_what_there_is():
     ) as process:
         lines = [process.stdout.readline() for _ in range(6)]
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     text = "".join(lines)
     assert "psyche solana localnet on http://127.0.0.1:" in lines[0]
     for name in ("authorizer", "coordinator", "treasurer"):
