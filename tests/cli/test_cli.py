@@ -36,7 +36,7 @@ def psyche(tmp_path: Path) -> Psyche:
             **variables,
         }
         return subprocess.run(
-            [*PROGRAM, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+            [*PROGRAM, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
         )
 
     return run

@@ -194,7 +194,7 @@ def test_a_joiner_with_other_data_is_refused_with_the_field(
     assert "12800 bytes" in str(caught.value)
     right = replace(recipe, data=DataSection("tokens", {"path": str(tmp_path / "tokens"), "vocab_size": 256}, SEQ_LEN))
     train_recipe(right, coordinator_url=url, run_id=run, directory=tmp_path / "3")
-    thread.join(60)
+    thread.join(240)
     assert not thread.is_alive()
 
 

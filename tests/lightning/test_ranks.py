@@ -21,8 +21,9 @@ from psyche_lightning.lightning.world import check_devices
 from psyche_lightning.server.admin import CoordinatorAdmin
 
 Make = Callable[..., Any]
+pytestmark = pytest.mark.timeout(600)  # many trainings, in two processes beside others
 SCRIPT = Path(__file__).with_name("ranks_script.py")
-PATIENCE = 300.0
+PATIENCE = 540.0
 CASES: list[dict[str, Any]] = [
     {"statistics": True, "equal": False},
     {"batch": 3, "steps": 3, "accumulate": 2},

@@ -10,7 +10,7 @@ from typing import Any
 from psyche_lightning.recipe.config import Recipe
 from psyche_lightning.train.runner import train_recipe
 
-PATIENCE = 120.0
+PATIENCE = 240.0
 
 
 def train_all(recipes: Sequence[Recipe], url: str, run: str, folders: Sequence[Path]) -> list[Any]:

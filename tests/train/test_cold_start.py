@@ -34,7 +34,7 @@ def test_two_nodes_begin_anew_after_a_pause(
         results[number] = train_recipe(recipe, coordinator_url=url, run_id=run, directory=tmp_path / str(number))
 
     def until(holds: Callable[[dict[str, Any]], bool]) -> None:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 240
         while not holds(admin.status(run)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -48,7 +48,7 @@ def test_two_nodes_begin_anew_after_a_pause(
     paused = admin.status(run)["step"]
     admin.resume(run)
     for thread in threads:
-        thread.join(120)
+        thread.join(240)
     assert results[0]["digest"] == results[1]["digest"]
     for number in (0, 1):
         rows = [json.loads(line) for line in (tmp_path / str(number) / "metrics.jsonl").read_text().splitlines()]

@@ -22,7 +22,7 @@ from psyche_lightning.train.runner import train_recipe
 
 TRAIN = [sys.executable, "-m", "psyche_lightning", "train", "demo", "--twin"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-PATIENCE = 120.0
+PATIENCE = 240.0
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
