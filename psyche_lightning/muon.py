@@ -6,10 +6,10 @@ import contextlib
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from psyche_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 ADJUSTED = "match_rms_adamw"
@@ -75,8 +76,9 @@ class MuonAdamW(torch.optim.Optimizer):
     Each group has ``muon``, which says whose rule moves it, besides ``lr``, ``weight_decay``, ``momentum`` (Muon's) and
     ``betas`` (AdamW's), which schedulers may change.
 
-    Matrices may be DTensors, as ``fully_shard`` makes them: every rank gathers one after the other, makes the same step
-    as with the whole matrix, and keeps its part.
+    Matrices may be DTensors. Of those that ``fully_shard`` has divided over a mesh of one dimension, each rank has at
+    most one as a whole at a time, makes its step, and gives every rank its part back; any others every rank gathers.
+    What comes out is equal to the bit to the steps of one device.
 
     Args:
         params: the module to train, whose :func:`hidden_matrices` Muon trains; or groups of your own, dictionaries with
@@ -145,26 +147,70 @@ class MuonAdamW(torch.optim.Optimizer):
         for rule in self._rules:
             rule.state = self.state
             rule.step()
-        for group, parameter in divided:
-            self._step_divided(group, parameter)
+        self._step_divided(divided)
         return result
 
-    def _step_divided(self, group: dict[str, Any], parameter: DTensor) -> None:
-        """Make Muon's step with a matrix of which this rank has a part."""
-        from torch.distributed.tensor import distribute_tensor
+    def _step_divided(self, divided: Iterable[tuple[dict[str, Any], DTensor]]) -> None:
+        """Make Muon's step with matrices of which this rank has a part."""
+        from torch.distributed.tensor import Shard, distribute_tensor
 
-        if parameter.grad is None:
-            return
-        given = cast("DTensor", parameter.grad)
-        momentum = self.state[parameter].setdefault(MOMENTUM, torch.zeros_like(given))
-        whole, gradient, whole_momentum = (one.full_tensor() for one in (parameter, given, momentum))
-        whole.grad = gradient
+        in_rows: dict[Hashable, list[_Divided]] = {}
+        for group, parameter in divided:
+            if parameter.grad is None:
+                continue
+            gradient = cast("DTensor", parameter.grad)
+            momentum = self.state[parameter].setdefault(MOMENTUM, torch.zeros_like(gradient))
+            values, mesh = (parameter, gradient, momentum), parameter.device_mesh
+            if mesh.ndim == 1 and all(one.placements == (Shard(0),) for one in values):
+                kind = (mesh, *(one.dtype for one in values))
+                in_rows.setdefault(kind, []).append(_Divided(group, *values))
+                continue
+            whole, whole_gradient, whole_momentum = (one.full_tensor() for one in values)
+            self._step_whole(group, whole, whole_gradient, whole_momentum)
+            for part, found in ((parameter, whole), (momentum, whole_momentum)):
+                part.copy_(distribute_tensor(found, mesh, part.placements, src_data_rank=None))
+        for matrices in in_rows.values():
+            matrices.sort(key=_Divided.work)  # those of a turn shall take equally long
+            ranks = matrices[0].parameter.device_mesh.size()
+            for first in range(0, len(matrices), ranks):
+                self._step_turn(matrices[first : first + ranks])
+
+    def _step_turn(self, matrices: Sequence[_Divided]) -> None:
+        """Make the step with one matrix for each rank, or for the first ones."""
+        mesh = matrices[0].parameter.device_mesh
+        mine = dict(enumerate(matrices)).get(mesh.get_local_rank())
+        rows, columns = (0, 0) if mine is None else mine.parameter.shape
+        each = -(-rows // mesh.size())
+        theirs = [columns * max(0, min(each, rows - each * rank)) for rank in range(mesh.size())]  # parts of my matrix
+        ours = [matrix.parameter.to_local().numel() for matrix in matrices]  # my parts of all
+        ours += [0] * (mesh.size() - len(matrices))
+
+        def gathered(parts: Iterable[DTensor]) -> torch.Tensor:
+            flat = torch.cat([part.to_local().reshape(-1) for part in parts])
+            return _exchanged(flat, ours, theirs, mesh).view(rows, columns)
+
+        def returned(whole: torch.Tensor, parts: Iterable[DTensor]) -> None:
+            flat = _exchanged(whole.view(-1), theirs, ours, mesh)
+            for part, values in zip(parts, torch.split(flat, ours), strict=False):
+                part.to_local().copy_(values.view_as(part.to_local()))
+
+        whole = gathered(matrix.parameter for matrix in matrices)
+        gradient = gathered(matrix.gradient for matrix in matrices)
+        momentum = gathered(matrix.momentum for matrix in matrices)
+        if mine is not None:
+            self._step_whole(mine.group, whole, gradient, momentum)
+        returned(whole, (matrix.parameter for matrix in matrices))
+        returned(momentum, (matrix.momentum for matrix in matrices))
+
+    def _step_whole(
+        self, group: dict[str, Any], matrix: torch.Tensor, gradient: torch.Tensor, momentum: torch.Tensor
+    ) -> None:
+        matrix.grad = gradient
         rule = self._rules[0]
-        rule.param_groups = [{**group, "params": [whole]}]
-        rule.state = defaultdict(dict, {whole: {MOMENTUM: whole_momentum}})
+        rule.param_groups = [{**group, "params": [matrix]}]
+        rule.state = defaultdict(dict, {matrix: {MOMENTUM: momentum}})
         rule.step()
-        for part, values in ((parameter, whole), (momentum, whole_momentum)):
-            part.copy_(distribute_tensor(values, part.device_mesh, part.placements, src_data_rank=None))
+        rule.param_groups, rule.state = [], self.state  # or the matrix would stay until the next step
 
     @cached_property
     def _rules(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
@@ -213,6 +259,32 @@ class InFloat32(TorchFunctionMode):
         if func is torch.Tensor.bfloat16:  # it gives a copy, in which Muon then writes
             return args[0].to(torch.float32, copy=True)
         return func(*args, **(kwargs or {}))
+
+
+class _Divided(NamedTuple):
+    """A matrix in rows of which each rank has some, and its group."""
+
+    group: dict[str, Any]
+    parameter: DTensor
+    gradient: DTensor
+    momentum: DTensor
+
+    def work(self) -> int:
+        """What its products with its transpose take, in multiplications."""
+        return self.parameter.numel() * min(self.parameter.shape)
+
+
+def _exchanged(sent: torch.Tensor, sizes: list[int], expected: list[int], mesh: DeviceMesh) -> torch.Tensor:
+    """What the ranks have for this one, by rank, as it has a part of a flat tensor for each of them."""
+    found, width = sent.new_empty(sum(expected)), sent.element_size()
+    torch.distributed.all_to_all_single(
+        found.view(torch.uint8),  # since not every backend knows every dtype
+        sent.view(torch.uint8),
+        [width * size for size in expected],
+        [width * size for size in sizes],
+        group=mesh.get_group(),
+    )
+    return found
 
 
 @torch.no_grad()

@@ -60,7 +60,12 @@ def test_two_ranks_are_one_device_to_the_bit():
 
 @pytest.mark.slow
 def test_muon_s_own_steps_are_those_with_whole_matrices():
-    run(sharded.own_steps)
+    *rows, columns = zip(*run(sharded.own_steps), strict=True)
+    for (alone, one), (_, other) in rows:
+        assert one + other == alone, "each matrix belongs to one rank"
+        assert one > 0 < other
+    (alone, one), (_, other) = columns
+    assert one == other == alone
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from support.golden import model as golden_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from psyche_lightning import MuonAdamW
 from psyche_lightning.distro import (
@@ -199,22 +200,43 @@ def rounds(options, dtype, shard=True, how=None, muon=False):
     assert torch.equal(ours.prints(), ours.prints())
 
 
+def by_columns(dtype):
+    """A model whose matrices are divided in another way than ``fully_shard`` does."""
+    model = Model(dtype)
+    for module in (model.inner, model.back):
+        module.weight = torch.nn.Parameter(distribute_tensor(module.weight.detach(), mesh(), [Shard(1)]))
+    return model
+
+
 def own_steps():
-    """Steps of Muon and AdamW beside those of one device, with a matrix that has no gradient at times."""
-    for dtype in (torch.float32, torch.bfloat16):
-        models = Model(dtype), sharded_model(dtype)
+    """Steps of Muon and AdamW beside those of one device, with a matrix that has no gradient at times.
+
+    Returns the arithmetic of Muon's products on one device, and here: with each matrix on one rank, and on every one.
+    """
+    found = []
+    for dtype, divided in (
+        (torch.float32, sharded_model),
+        (torch.bfloat16, sharded_model),
+        (torch.float32, by_columns),
+    ):
+        models = Model(dtype), divided(dtype)
         made = [MuonAdamW(groups(model, DistroConfig(), muon=True)) for model in models]
+        work = [0, 0]
         for step in range(1, 4):
-            for model, optimizer in zip(models, made, strict=True):
+            for number, (model, optimizer) in enumerate(zip(models, made, strict=True)):
                 for name, value in noise(model, step).items():
                     parameter = dict(model.named_parameters())[name]
                     parameter.grad = like(parameter, value) if step != 2 or name != "inner.weight" else None
-                optimizer.step()
-            found = [{name: whole(p.detach()) for name, p in model.named_parameters()} for model in models]
-            assert same(*found)
+                with FlopCounterMode(display=False) as counter:
+                    optimizer.step()
+                work[number] += counter.get_total_flops()
+            values = [{name: whole(p.detach()) for name, p in model.named_parameters()} for model in models]
+            assert same(*values)
             momenta = [[whole(one["momentum_buffer"]) for one in o.state.values() if len(one) == 1] for o in made]
             assert len(momenta[0]) == 3
             assert all(map(torch.equal, *momenta))
+        found.append(tuple(work))
+    return found
 
 
 def golden():
