@@ -27,7 +27,7 @@ def test_parts_of_ranks_are_those_of_the_whole_model(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[-1, -1] = torch.nan  # on the last rank
     model.save_pretrained(tmp_path / "saved-bad")
-    for new, read in run(filling.same, str(tmp_path / "saved")):
+    for new, read in run(filling.same, str(tmp_path / "saved"), timeout=300.0):
         assert "the model begins with values that are not finite" in new
         assert "in 1 parameter such as 'model.model.layers.1.mlp.up_proj.weight'" in read
 
