@@ -223,7 +223,7 @@ def test_a_node_that_vanishes_is_dropped_after_the_grace_and_named(served, walk,
             assert all(state.step >= 5 for state in await walking)
             (event,) = dropped()
             assert event.text.startswith(vanishes.public[:4].hex())
-            assert "closed" in event.text
+            assert "its connection was" in event.text  # closed; or lost, if the server was writing to it just then
             assert event.epoch == 0
             await asyncio.gather(*(client.close() for client in others))
 
