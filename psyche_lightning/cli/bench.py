@@ -141,6 +141,9 @@ def engine(
         Path | None, typer.Option(help="Folder of a checkout of github.com/bloc97/DeMo to compare with.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the fastest counts.")] = 5,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Instead, divide the models among so many processes over gloo.")
+    ] = 1,
     threads: Threads = None,
     json_file: Json = None,
     png: Png = None,
@@ -149,6 +152,7 @@ def engine(
 
     Examples:
         psyche bench engine --millions 10 --threads 1
+        psyche bench engine --millions 100 --threads 1 --devices 2
     """
     import torch
 
@@ -160,6 +164,9 @@ def engine(
     if threads:
         torch.set_num_threads(threads)
     config = DistroConfig(chunk, k)
+    if devices > 1:
+        _divided(millions or [100.0], config, devices, repeats, json_file)
+        return
     theirs = None if reference is None else load_reference(reference)
     console = stdout()
     models = [("blocks", 0.4), ("blocks", 10.0), ("small", 10.0), ("odd", 10.0), ("blocks", 100.0)]
@@ -207,6 +214,30 @@ def engine(
     for name in ("adamw", *(["reference"] if theirs else [])):
         lines[name] = (names, [1e9 * one.times[name] / one.parameters for one in results])
     picture(png, "One step with 4 peers", "model", "ns per parameter", lines)
+
+
+def _divided(millions: list[float], config: DistroConfig, devices: int, repeats: int, json_file: Path | None) -> None:
+    """Show what a step takes of each device, and of one alone."""
+    import torch
+
+    from psyche_lightning.bench.divided import measure
+
+    threads, console = torch.get_num_threads(), stdout()
+    found = []
+    for size in track(millions, console=console):
+        table = _table(
+            f"One step of {size:g} M parameters: k={config.k} of {config.chunk}x{config.chunk}, 4 peers, float32, "
+            f"threads of a device: {threads}",
+            *("device", "encode, s", "apply, s", "memory at the peak, bytes a parameter"),
+        )
+        for count in (1, devices):
+            for rank, one in enumerate(measure(size, config, count, repeats, threads), 1):
+                table.add_row(
+                    f"{rank} of {count}", f"{one.encode:.3f}", f"{one.apply:.3f}", f"{one.memory / one.parameters:.1f}"
+                )
+                found.append({"devices": count, "device": rank, **asdict(one)})
+        console.print(table)
+    write_json(json_file, {"threads": threads, "chunk": config.chunk, "k": config.k, "devices": found})
 
 
 @bench.command()

@@ -14,7 +14,7 @@ from psyche_lightning.doctor.finding import size as size_text
 from psyche_lightning.errors import counted
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe import Recipe
-from psyche_lightning.recipe.estimate import Estimate, estimate
+from psyche_lightning.recipe.estimate import AT_WORK, Estimate, estimate
 
 
 def print_dry_run(recipe: Recipe) -> None:
@@ -82,11 +82,12 @@ def _size(recipe: Recipe, size: Estimate, active: int | None) -> Table:
     known = sum(size.memory.values())
     each = f" ({known / size.parameters:.3g} bytes a parameter)"
     table.add_row("total memory, without activations", size_text(known) + each, style="bold")
-    table.add_row(f"activations of {micro}", "not known" if active is None else f"about {size_text(active)}")
+    gone = ", which are gone when Muon computes" if AT_WORK in size.memory else ""
+    table.add_row(f"activations of {micro}", "not known" if active is None else f"about {size_text(active)}{gone}")
     if trainer.device_memory is not None:
         table.add_row(
             f"a device with {trainer.device_memory:g} GB",
-            _fits(trainer.device_memory * 1e9, known, active),
+            _fits(trainer.device_memory * 1e9, size, active),
             style="bold",
         )
     where = "main memory, while a checkpoint is written" + " (first rank)" * (trainer.devices > 1)
@@ -96,9 +97,9 @@ def _size(recipe: Recipe, size: Estimate, active: int | None) -> Table:
     return table
 
 
-def _fits(there: float, known: int, active: int | None) -> str:
+def _fits(there: float, size: Estimate, active: int | None) -> str:
     """Whether a device can hold this."""
-    rest = there - known - (active or 0)
+    rest = there - size.with_activations(active or 0)
     if rest < 0:
         return f"lacks {size_text(-rest)}"
     without = "" if active is not None else ", without activations"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 FLOAT32 = 4
+DIRECTIONS, AT_WORK = "directions of Muon, in float32", "Muon at work on a matrix"
 
 
 class Stage(NamedTuple):
@@ -67,6 +68,15 @@ class Estimate:
     steps: int = 1
     samples: int = 1
     stages: tuple[Stage, ...] = ()
+
+    def with_activations(self, active: int) -> int:
+        """Memory of a device when it is fullest.
+
+        Args:
+            active: bytes of activations, which are gone when Muon computes.
+        """
+        muon = sum(self.memory.get(name, 0) for name in (DIRECTIONS, AT_WORK))
+        return sum(self.memory.values()) - muon + max(muon, active)
 
     @property
     def published(self) -> int:
@@ -223,6 +233,8 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
     matrices = muon_matrices(recipe, model) if recipe.optimizer.name == "muon" else []
     if matrices:  # the node's own Muon keeps its momentum as the gradients are, and DisTrO's in float32
         memory["momentum of Muon"] = sum(one.nbytes if local else FLOAT32 * one.numel() for one in matrices)
+        if not local and not recipe.distro.float32_gradients:
+            memory[DIRECTIONS] = FLOAT32 * sum(one.numel() for one in matrices if one.element_size() < FLOAT32)
     if recipe.distro.lookahead:
         memory["look-ahead copy"] = trained
     if local:
@@ -245,7 +257,7 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
     return Estimate(
         parameters=sum(parameter.numel() for _, parameter in named),
         trainable=count,
-        memory=_of_device(memory, recipe.trainer, model),
+        memory={**_of_device(memory, recipe.trainer, model), **_muon_at_work(recipe, matrices)},
         stored=memory["parameters"],
         payload=densest.payload,
         copied=_copied(recipe, model),
@@ -253,6 +265,29 @@ def estimate(recipe: Recipe, model: torch.nn.Module | None = None) -> Estimate:
         samples=recipe.run.global_batch_size_end,
         stages=tuple(stages),
     )
+
+
+def _muon_at_work(recipe: Recipe, matrices: list[torch.nn.Parameter]) -> dict[str, int]:
+    """Bytes of what Muon computes with at a time, for the matrix that takes the most.
+
+    There are the average of gradient and momentum; what becomes of it, twice, and two products of that; and of a matrix
+    that devices divide, the whole. Only with ``trainer.accelerator: cpu`` it is known that a CPU multiplies.
+    """
+    if not matrices:
+        return {}
+    import torch
+
+    from psyche_lightning.muon import product_dtype
+
+    product = product_dtype(torch.device("cpu" if recipe.trainer.accelerator == "cpu" else "cuda")).itemsize
+    local, divided = recipe.distro.local_steps > 0, recipe.trainer.devices > 1 and recipe.trainer.inner == "fsdp"
+    found = []
+    for matrix in matrices:
+        count, least = matrix.numel(), min(matrix.shape)
+        width = matrix.element_size() if local else FLOAT32
+        gathered = (3 if local else 2) * width * count  # gradient and momentum; the node's own Muon moves the parameter
+        found.append(divided * gathered + (max(width, product) + 2 * product) * count + 2 * product * least**2)
+    return {AT_WORK: max(found)}
 
 
 def _copied(recipe: Recipe, model: torch.nn.Module) -> int:

@@ -80,6 +80,15 @@ def test_engine_as_a_command(tmp_path):
     assert json.loads((tmp_path / "j").read_text())["models"][0]["times"]["encode"] > 0
 
 
+def test_engine_on_several_devices(tmp_path, capsys):
+    arguments = ["--millions", "0.4", "--chunk", "32", "--repeats", "1", "--devices", "2", "--threads", "1"]
+    assert main(["bench", "engine", *arguments, "--json", str(tmp_path / "j")]) == 0
+    figures = json.loads((tmp_path / "j").read_text())["devices"]
+    assert [(one["device"], one["devices"]) for one in figures] == [(1, 1), (1, 2), (2, 2)]
+    assert all(one["encode"] > 0 and one["apply"] > 0 for one in figures)
+    assert "2 of 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("local_steps", ["0", "2"])
 def test_a_step_is_timed_with_each_strategy(tmp_path, capsys, local_steps):
     arguments = ["--steps", "5", "--repeats", "1", "--local-steps", local_steps, "--json", str(tmp_path / "j")]

@@ -18,7 +18,7 @@ from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.optimizers import TakenStep
 from psyche_lightning.plugins import load_plugins
 from psyche_lightning.recipe import load_recipe
-from psyche_lightning.recipe.estimate import Estimate, estimate, meta_model, saved_dtype
+from psyche_lightning.recipe.estimate import Estimate, estimate, meta_model, muon_matrices, saved_dtype
 from psyche_lightning.recipe.loading import recipe_folders
 from psyche_lightning.train.activations import activations
 from psyche_lightning.train.module import CausalModule
@@ -121,26 +121,26 @@ def said(name: str) -> str:
 
 
 def needed(name: str, *overrides: str) -> tuple[float, float, float]:
-    """GB of a device for which a recipe is made, what is known of it, and what activations take."""
+    """GB of a device for which a recipe is made, what it needs when it is fullest, and what activations take."""
     recipe = load_recipe(name, overrides)
     found = activations(recipe)
     assert recipe.trainer.device_memory is not None
     assert found is not None
-    return recipe.trainer.device_memory, sum(estimate(recipe).memory.values()) / 1e9, found / 1e9
+    return recipe.trainer.device_memory, estimate(recipe).with_activations(found) / 1e9, found / 1e9
 
 
 def test_recipes_for_cards_fit_or_say_what_is_lacking() -> None:
-    there, known, active = needed("consilience-40b")
-    assert (there, known + active < 0.9 * there) == (80, True)
+    there, fullest, active = needed("consilience-40b")
+    assert (there, fullest < 0.9 * there) == (80, True)
     assert f"about {active:.0f} GB of activations" in said("consilience-40b")
-    there, known, active = needed("mla-1b")
-    assert (there, known + active < 0.9 * there) == (24, True)
-    there, known, active = needed("mla-8b")
-    assert f"lack {known + active - there:.0f} GB each" in said("mla-8b")
-    assert f"{known:.1f} GB for their shares" in said("mla-8b")
+    there, fullest, active = needed("mla-1b")
+    assert (there, fullest < 0.9 * there) == (24, True)
+    there, fullest, active = needed("mla-8b")
+    assert f"lack {fullest - there:.0f} GB each" in said("mla-8b")
+    assert f"{fullest - active:.1f} GB for their shares" in said("mla-8b")
     assert f"about {active:.1f} GB of activations" in said("mla-8b")
-    there, known, active = needed("mla-8b", "trainer.devices=3")
-    assert known + active < there
+    there, fullest, _ = needed("mla-8b", "trainer.devices=3")
+    assert fullest < there
     assert "With `trainer.devices=3` it fits" in said("mla-8b")
     assert [round(size_of(name).parameters / BILLION) for name in ("mla-1b", "mla-8b")] == [1, 8]
 
@@ -152,8 +152,11 @@ def test_each_device_holds_its_share() -> None:
     whole = held()
     assert held("trainer.devices=2") == whole, "with DDP each has everything"
     fsdp = held("trainer.devices=2", "trainer.inner=fsdp")
+    work = whole.pop("Muon at work on a matrix")
     assert {name: fsdp[name] for name in whole} == {name: -(-amount // 2) for name, amount in whole.items()}
     model: Any = meta_model(load_recipe("demo"))
+    largest = max(one.numel() for one in muon_matrices(load_recipe("demo"), model))
+    assert fsdp["Muon at work on a matrix"] == work + 2 * 4 * largest, "its gradient and momentum as a whole"
     blocks = [sum(one.nbytes for one in block.parameters()) for block in model.model.layers]
     outside = whole["parameters"] - sum(blocks)
     assert fsdp["parameters that are gathered for a while"] == 2 * max(blocks) + outside
@@ -258,6 +261,7 @@ def test_the_memory_is_what_a_node_holds_after_a_round(dtype: str, settings: tup
     assert [name for name in passing if name in memory] == list(passing[: 2 if dtype == "bfloat16" else 1]) * bool(
         recipe.distro.local_steps
     )
+    passing = (*passing, "directions of Muon, in float32", "Muon at work on a matrix")
     for name in (*passing, "votes of its last two payloads", "the largest one in float32, for digests"):
         memory.pop(name, None)
     assert memory.pop("parameters") == found["parameters"]
