@@ -20,6 +20,7 @@ from psyche_lightning.recipe import load_recipe
 from psyche_lightning.train.module import CausalModule
 from psyche_lightning.train.runner import train_recipe
 
+SCRIPT = Path(__file__).with_name("stopped_script.py")
 TRAIN = [sys.executable, "-m", "psyche_lightning", "train", "demo", "--twin"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 PATIENCE = 240.0
@@ -65,6 +66,38 @@ def test_an_interrupted_training_is_saved_has_no_result_and_goes_on(tmp_path: Pa
     finally:
         for _, process in nodes.values():
             process.kill()
+
+
+@pytest.mark.slow
+def test_ranks_that_divide_a_model_stop_at_a_signal_and_go_on_exactly(tmp_path: Path) -> None:
+    """Whole updates are sent and nothing is kept of them, so that a checkpoint is all that a run has."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    given = ["demo", "--twin", "trainer.devices=2", "trainer.inner=fsdp", f"data.config.path={tmp_path / 'text.txt'}"]
+    given += ["micro_batch_size=2", "validate_every=0", "decay=0", "optimizer.name=adamw"]
+    given += ["schedule.kind=constant", "schedule.warmup_steps=0", "schedule.final_lr=null", "total_steps=5"]
+
+    def train(name: str, *more: str, number: int = 0, at: int = 0) -> subprocess.Popen[str]:
+        command = [sys.executable, str(SCRIPT), str(number), str(at), *given, f"node.directory={tmp_path / name}"]
+        return subprocess.Popen(
+            [*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+        )
+
+    def end(process: subprocess.Popen[str], code: int) -> str:
+        log, _ = process.communicate(timeout=2 * PATIENCE)
+        assert process.returncode == code, log
+        return log
+
+    whole, first = train("whole"), train("node", number=signal.SIGTERM, at=2)
+    assert "stopped after step 2 of 5" in end(first, 143)
+    end(whole, 0)
+    resume = f"checkpoint.resume={tmp_path / 'node' / 'checkpoints'}"
+    # A Ctrl-C in its first round would end it at once, as there is nothing to save yet.
+    assert "stopped after step 4 of 5" in end(train("node", resume, number=signal.SIGINT, at=2), 130)
+    assert not (tmp_path / "node" / "result.json").exists()
+    end(train("node", resume), 0)
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "node")]
+    assert [found["rounds"] for found in results] == [5, 1]
+    assert results[0]["digest"] == results[1]["digest"]
 
 
 @pytest.mark.parametrize("good", [0, 2])
