@@ -233,12 +233,11 @@ def keep_from_asking(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
-def terminated(trainer: Trainer, number: int) -> None:
-    """Note SIGTERM as Trainer's handler does, and pass it on to the ranks that it started.
+def terminated(trainer: Trainer) -> None:
+    """Note SIGTERM as Trainer's handler does, and nothing else.
 
-    Its own handler also begins a collective at once, in the middle of whatever other collective it interrupted.
+    Its own also passes the signal on to the ranks that it started, and begins a collective at once, in the middle of
+    whatever other one it interrupted. Rank 0 tells the others when it leaves: one that ended before it would end the
+    node with an error.
     """
-    connector = trainer._signal_connector
-    if not connector.received_sigterm and (launcher := trainer.strategy.launcher) is not None:
-        launcher.kill(number)
-    connector.received_sigterm = True
+    trainer._signal_connector.received_sigterm = True

@@ -429,7 +429,7 @@ class PsycheStrategy(LocalCollectives, SingleDeviceStrategy):
 
         def handle(number: int, frame: Any) -> None:
             if fit.world is not None:
-                terminated(fit.trainer, number)
+                terminated(fit.trainer)
             elif callable(before):
                 before(number, frame)
             self._terminated = True
