@@ -229,10 +229,9 @@ def product_dtype(device: torch.device) -> torch.dtype:
 
     Such a CPU takes some 30 times as long in bfloat16.
     """
-    if device.type != "cpu":
-        return torch.bfloat16
-    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call] # torch leaves it without types
-    return torch.bfloat16 if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    # A Mac's or another CPU is taken for one without.
+    capable = device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return torch.bfloat16 if capable else torch.float32
 
 
 class _Muon(torch.optim.Muon):

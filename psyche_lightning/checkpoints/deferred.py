@@ -23,7 +23,7 @@ from psyche_lightning.checkpoints.building import BUILDING
 from psyche_lightning.checkpoints.dtypes import cast, tensors
 from psyche_lightning.checkpoints.pretrained import kept_in
 from psyche_lightning.checkpoints.stored import Stored, read_later
-from psyche_lightning.distro.internals import written_to
+from psyche_lightning.distro.internals import CAST, written_to
 from psyche_lightning.errors import CheckpointError
 from psyche_lightning.system import return_memory
 
@@ -41,7 +41,7 @@ _REPLACING = {
     torch.ops.aten.zero_,
 }
 """Operations after which nothing is left of what a tensor held."""
-_COPYING = {torch.ops.aten._to_copy, torch.ops.aten.cat, torch.ops.aten.clone, torch.ops.aten.stack}
+_COPYING = {CAST, torch.ops.aten.cat, torch.ops.aten.clone, torch.ops.aten.stack}
 """What loading does with tensors of files, such as to put experts together."""
 
 
@@ -291,7 +291,7 @@ class Deferred(TorchDispatchMode):
             result: torch.Tensor = func(*given, **options)
             return result
 
-        part = values[0][0].part if func.overloadpacket is torch.ops.aten._to_copy else None
+        part = values[0][0].part if func.overloadpacket is CAST else None
         self._memories[outline.untyped_storage()] = _Memory(
             outline.numel(),
             outline.dtype,

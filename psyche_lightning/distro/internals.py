@@ -39,6 +39,10 @@ untraced = _disable_dynamo
 The public decorator imports the compiler at once; this one does when the function is called."""
 
 
+CAST = torch.ops.aten._to_copy
+"""The operation that copies a tensor in another dtype or to another device, as dispatch modes see it."""
+
+
 def written_to(operation: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> list[Any]:
     """Those of the arguments of an operation of ``torch.ops`` that it writes to."""
     known = operation._schema.arguments
