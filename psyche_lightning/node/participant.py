@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import queue
+import signal
 import struct
 import threading
 import time
@@ -57,8 +58,9 @@ def reason_to_leave(error: BaseException) -> str:
     """Why a node leaves whose training ends with ``error``, for people."""
     if isinstance(error, KeyboardInterrupt):
         return "Ctrl-C"
-    if isinstance(error, SystemExit):  # Trainer raises it on the signal
-        return "SIGTERM" if type(error).__name__ == "SIGTERMException" else "the program ends"
+    if isinstance(error, SystemExit):  # which Trainer and Fabric raise on the signal
+        signalled = type(error).__name__ == "SIGTERMException" or error.code == 128 + signal.SIGTERM
+        return "SIGTERM" if signalled else "the program ends"
     return str(error) if isinstance(error, PsycheError) else f"{type(error).__name__}: {error}"
 
 
