@@ -181,7 +181,7 @@ class Participant:
                 raise cause from None
             raise
 
-    def stop(self, why: str = "", *, withdraw: bool | None = None, linger: float = 5.0) -> None:
+    def stop(self, why: str = "", *, withdraw: bool | None = None, linger: float = 15.0) -> None:
         """Leave the run and close everything within seconds; idempotent.
 
         Args:
