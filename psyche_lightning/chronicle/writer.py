@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from psyche_lightning.chronicle.entry import Entry, line_of
 from psyche_lightning.text import plain
@@ -64,7 +65,7 @@ class Chronicle:
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
         self._size = 0
-        with self._lock, self._harmless():
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in past(self.folder):  # a kill came while it was compressed
                 if path.suffix != ".gz":
@@ -74,10 +75,8 @@ class Chronicle:
     def add(self, entry: Entry) -> None:
         """Write an entry down."""
         line = line_of(entry.values(whole=False))
-        with self._lock:
-            if self._file is None:
-                return
-            with self._harmless():
+        with self._writing():
+            if self._file is not None:
                 self._file.write(line)
                 self._size += len(line)
                 if self._size >= self._segment:
@@ -119,14 +118,19 @@ class Chronicle:
             excess -= size
 
     @contextlib.contextmanager
-    def _harmless(self) -> Any:
+    def _writing(self) -> Iterator[None]:
+        """Holds the lock. A warning comes when it is free again: who listens to the log may add it as an entry."""
         try:
-            yield
+            with self._lock:
+                try:
+                    yield
+                except OSError:
+                    if self._file is not None:
+                        with contextlib.suppress(OSError):
+                            self._file.close()
+                    self._file = None
+                    raise
         except OSError as error:
-            if self._file is not None:
-                with contextlib.suppress(OSError):
-                    self._file.close()
-            self._file = None
             logger.warning("no more events in %s: %s", self.folder, plain(error.strerror or str(error)))
 
 

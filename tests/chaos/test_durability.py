@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from chaos.power_cuts import cut_power
-from support.fleet import PATIENCE, Fleet
+from support.fleet import Fleet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -36,7 +36,7 @@ def test_everybody_stops_politely_and_nothing_is_lost(tmp_path: Path) -> None:
         fleet.until(lambda found: found["step"] > 40, "40 steps")
         for number in (0, 1):
             fleet.nodes[number].signal(signal.SIGTERM)
-        codes = [fleet.nodes[number].process.wait(PATIENCE) for number in (0, 1)]
+        codes = [fleet.ended(number) for number in (0, 1)]
         stopped = fleet.status()
         for number in (0, 1):
             fleet.start(number=number)

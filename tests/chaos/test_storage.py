@@ -26,7 +26,7 @@ def test_a_node_whose_disk_is_full_leaves_and_the_others_go_on(tmp_path: Path) -
             fleet.start(*([f"node.directory={disk.path / 'node'}"] if number == 0 else []))
         fleet.until(lambda found: found["step"] > 10, "10 steps")
         disk.fill()
-        code, log = fleet.nodes[0].process.wait(120), fleet.log(0)
+        code, log = fleet.ended(0), fleet.log(0)
         del fleet.nodes[0]
         step = fleet.status()["step"]
         found = fleet.until(lambda found: found["step"] > step + 10, "10 more steps of the others")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import resource
+import threading
+from pathlib import Path
 
+import pytest
 from support.killed import killed
 
 from psyche_lightning.chronicle.entry import COORDINATOR, SIMULATOR, Entry, Kind
+from psyche_lightning.chronicle.writer import FILE, Chronicle
 from psyche_lightning.logs import speaking
 from psyche_lightning.node.notices import KeepsOwnBuffers
 from psyche_lightning.node.recorder import LogRecorder, Recorder
@@ -97,3 +102,25 @@ def test_the_log_adds_warnings_and_saved_checkpoints_of_this_node_alone() -> Non
         (Kind.FAULT, "lost a peer"),
         (Kind.SAVE, "wrote the checkpoint"),
     ]
+
+
+def test_events_that_end_as_the_disk_is_full_do_not_stop_whom_the_log_is_recorded_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = Chronicle(tmp_path, node="aabb", run="run")
+    record = Recorder("aabb", b"", "run", lambda: 0.0, files.add)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / FILE).stat().st_size, before[1]))
+        try:
+            with LogRecorder(record, "aabb").listening():
+                record.note(Kind.FAULT, "this does not fit")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    writer = threading.Thread(target=full, daemon=True)
+    writer.start()
+    writer.join(60.0)
+    assert not writer.is_alive()
+    assert "no more events" in caplog.text

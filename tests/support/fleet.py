@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -156,8 +157,7 @@ class Fleet:
                     raise
             self._check()
             time.sleep(POLL)
-        tails = "\n".join(f"--- {node.name}\n{node.tail()}" for node in self.nodes.values() if node.code is None)
-        raise FleetError(f"waited in vain for {what}:\n{tails or 'no node is left'}")
+        raise self._in_vain(what)
 
     def finish(self, patience: float = PATIENCE) -> dict[int, str]:
         """Wait for the end of the run; returns the digests with which nodes ended, by their numbers.
@@ -169,11 +169,26 @@ class Fleet:
         deadline = time.monotonic() + PATIENCE
         while any(node.code is None for node in self.nodes.values()):
             if time.monotonic() > deadline:
-                raise FleetError("nodes did not leave the finished run")
+                raise self._in_vain("nodes to leave the finished run")
             time.sleep(POLL)
         self._check()
         results = {number: self.place(number) / "result.json" for number in self.nodes}
         return {number: json.loads(file.read_text())["digest"] for number, file in results.items() if file.exists()}
+
+    def ended(self, number: int) -> int:
+        """Wait until a node has ended by itself; returns its exit code.
+
+        Raises:
+            FleetError: it did not in time.
+        """
+        try:
+            return self.nodes[number].process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise self._in_vain(f"node {number} to end") from None
+
+    def _in_vain(self, what: str) -> FleetError:
+        tails = "\n".join(f"--- {node.name}\n{node.tail()}" for node in self.nodes.values() if node.code is None)
+        return FleetError(f"waited in vain for {what}:\n{tails or 'no node is left'}")
 
     def _check(self) -> None:
         failed = [node for node in self.nodes.values() if node.code not in (None, 0, -signal.SIGKILL)]
