@@ -59,6 +59,8 @@ FROM_MAPS, KEPT = 32 << 20, 256 << 20
 """A block of so many bytes is memory of its own; at most so many bytes stay with the process when it frees others."""
 LARGE = 1 << 20
 """The same of a process that shares a model with others, and so gathers and frees its parts all the time."""
+FILLING = 1 << 17
+"""The same while it fills its parts, once: between these, what is read and freed would leave gaps."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 
 
@@ -71,12 +73,15 @@ def keep_memory() -> bool:
     return _set_malloc({_MMAP_THRESHOLD: FROM_MAPS, _TRIM_THRESHOLD: KEPT})
 
 
-def return_memory() -> bool:
+def return_memory(block: int = LARGE) -> bool:
     """Have this process give memory back that it frees in large blocks; returns whether its C library can.
 
     What it keeps it keeps in pieces. Of a model whose layers are gathered and freed, these may take more than the rest.
+
+    Args:
+        block: bytes of the smallest such block. Each costs time: the system clears its pages.
     """
-    return _set_malloc({_MMAP_THRESHOLD: LARGE})
+    return _set_malloc({_MMAP_THRESHOLD: block})
 
 
 def _set_malloc(options: dict[int, int]) -> bool:

@@ -25,7 +25,7 @@ from psyche_lightning.checkpoints.pretrained import kept_in
 from psyche_lightning.checkpoints.stored import Stored, read_later
 from psyche_lightning.distro.internals import CAST, written_to
 from psyche_lightning.errors import CheckpointError
-from psyche_lightning.system import return_memory
+from psyche_lightning.system import FILLING, return_memory
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def outlined(make: Callable[[], torch.nn.Module], dtype: torch.dtype) -> tuple[t
 
     Those of a checkpoint that ``transformers`` loads stay in its files. A model whose code cannot be followed has them.
     """
-    return_memory()  # tensors come and go: in pieces, those that are gone would take more than the model
+    return_memory(FILLING)  # tensors come and go: in pieces, those that are gone would take more than the model
     with BUILDING:
         model, values = _followed(make, dtype, stored=True)
         return cast(model, dtype), values
