@@ -22,12 +22,17 @@ INNER = ("ddp", "fsdp")
 """How the ranks of a node may share their work."""
 
 
-def check_inner(inner: str) -> str:
-    """Refuse an unknown way to share work."""
+def check_inner(inner: str, save_distributed_checkpoint: bool) -> str:
+    """Refuse an unknown way to share work, and checkpoints in parts of what each rank has as a whole."""
     if inner not in INNER:
         raise ConfigError(
             f"inner is {inner!r}; choose ddp, where each rank of a node has the whole model, or fsdp, where each has a "
             "part of it."
+        )
+    if save_distributed_checkpoint and inner != "fsdp":
+        raise ConfigError(
+            f"save_distributed_checkpoint has each rank write its part of the model, but with inner={inner!r} each has "
+            "all of it; set inner='fsdp', or leave it out."
         )
     return inner
 

@@ -14,21 +14,24 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.plugins import CheckpointIO, Precision
 from lightning.fabric.strategies.single_device import SingleDeviceStrategy
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from psyche_lightning.distro.holding import DeltaForm, GradientsForm, MastersForm
 from psyche_lightning.distro.shards import Ranks
-from psyche_lightning.errors import ConfigError, DataError
+from psyche_lightning.errors import CheckpointError, ConfigError, DataError
 from psyche_lightning.lightning.collectives import LocalCollectives
 from psyche_lightning.lightning.device import check_inner
+from psyche_lightning.lightning.distributed_checkpoint import META, is_distributed, load_module, restore, save
 from psyche_lightning.lightning.entry import Entry, enter
 from psyche_lightning.lightning.internals import FabricRanks
 from psyche_lightning.lightning.loader import WITHOUT_A_BATCH, RoundLoader, check_loader
@@ -105,6 +108,8 @@ class PsycheFabricStrategy(LocalCollectives, SingleDeviceStrategy):
         tokens_per_sample: tokens per sample in displayed figures.
         inner: with several devices, how their ranks share the node's work. ``ddp``: each has the whole model and trains
             its part of a share, and gradients are reduced. ``fsdp``: each has a part of the model, too.
+        save_distributed_checkpoint: with ``inner="fsdp"``, whether each rank writes its part of a checkpoint, which is
+            a folder then. Else rank 0 gathers the model into a file, without delta.
         accelerator: as in Lightning's strategies.
         checkpoint_io: as in Lightning's strategies.
         precision: as in Lightning's strategies.
@@ -156,6 +161,7 @@ class PsycheFabricStrategy(LocalCollectives, SingleDeviceStrategy):
         manifest: Mapping[str, Mapping[str, Any]] | None = None,
         tokens_per_sample: int = 1,
         inner: str = "ddp",
+        save_distributed_checkpoint: bool = False,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision: Precision | None = None,
@@ -194,7 +200,8 @@ class PsycheFabricStrategy(LocalCollectives, SingleDeviceStrategy):
             manifest=manifest or {},
             tokens_per_sample=tokens_per_sample,
         ).in_environment()
-        self.inner = check_inner(inner)
+        self.inner = check_inner(inner, save_distributed_checkpoint)
+        self._in_parts = save_distributed_checkpoint
         super().__init__("cpu", accelerator, checkpoint_io, precision)
         self._step: TakenStep | None = None
         self._loader: RoundLoader | None = None
@@ -442,7 +449,71 @@ class PsycheFabricStrategy(LocalCollectives, SingleDeviceStrategy):
         """Called by ``fabric.save``: the module's state, as of a node with one device; empty without the whole."""
         if self._shards is None:
             return super().get_module_state_dict(module)
+        if self._in_parts:
+            self._shards.reshard(module)
+            return super().get_module_state_dict(module)
         return whole_state(module, self._shards)
+
+    def save_checkpoint(
+        self, path: Any, state: dict[str, Any], storage_options: Any = None, filter: Any = None
+    ) -> None:
+        """Called by ``fabric.save`` on all ranks.
+
+        Raises:
+            CheckpointError: it is to be written in parts, and a rank cannot write its own.
+        """
+        if self._shards is None or self._step is None or not self._in_parts:
+            super().save_checkpoint(path, state, storage_options, filter)
+            return
+        found = {name: self._state_of(one) for name, one in state.items()}
+        for name, wanted in (filter or {}).items():
+            found[name] = {key: value for key, value in found[name].items() if wanted(key, value)}
+        parts = {name: found.pop(name) for name, one in state.items() if isinstance(one, Module)}
+        steps = [name for name, one in state.items() if isinstance(one, Optimizer)]
+        parts |= {name: self._step.own_state() for name in steps}
+        save(Path(self.broadcast(path)), parts, self._step.distro.state_dict() if steps else None, found, self._shards)
+
+    def _state_of(self, one: Any) -> Any:
+        if isinstance(one, Module):
+            return self.get_module_state_dict(one)
+        if isinstance(one, Optimizer):
+            return self.get_optimizer_state(one)
+        return one.state_dict() if isinstance(one, Stateful) else one
+
+    def load_checkpoint(
+        self, path: Any, state: Any = None, strict: bool = True, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Called by ``fabric.load``.
+
+        Raises:
+            CheckpointError: it was written in parts, and lacks some, or a rank cannot read its own.
+            ConfigError: it was written in parts, and ``state`` does not say what to restore.
+        """
+        folder = Path(path)
+        if not is_distributed(folder):
+            return super().load_checkpoint(path, state, strict, weights_only)
+        if not isinstance(state, dict):
+            raise ConfigError(
+                f"{folder} was written in parts, which go to the objects that they are of. Give a dictionary, such as "
+                'fabric.load(path, {"model": model, "optimizer": optimizer}).'
+            )
+        rest = super().load_checkpoint(folder / META, weights_only=weights_only)
+        for name, one in state.copy().items():
+            if isinstance(one, Module):
+                if self._shards is not None:
+                    self._shards.reshard(one)
+                self.load_module_state_dict(one, load_module(folder, name, one), strict)
+            elif name in rest and isinstance(one, Optimizer):
+                one.load_state_dict({"state": {}, "param_groups": rest.pop(name)["param_groups"]})
+                if self._step is not None:
+                    restore(folder, name, self._step)
+            elif name in rest and isinstance(one, Stateful):
+                one.load_state_dict(rest.pop(name))
+            elif name in rest:
+                state[name] = rest.pop(name)
+            elif strict:
+                raise CheckpointError(f"the checkpoint {folder} has no {name!r}; it has {', '.join(map(repr, rest))}")
+        return rest
 
     def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Called by ``fabric.load``: restore :meth:`get_module_state_dict`."""

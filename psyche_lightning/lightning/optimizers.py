@@ -150,6 +150,18 @@ class TakenStep:
                 group["lr"] = rate
         self.made += 1
 
+    @property
+    def named(self) -> dict[str, torch.nn.Parameter]:
+        """The optimizer's parameters by name, in the order in which torch numbers them."""
+        groups = self.distro.param_groups
+        names = [name for group in groups for name in group["param_names"]]
+        return dict(zip(names, self.parameters, strict=True))
+
+    def own_state(self) -> dict[str, dict[str, Any]]:
+        """What local steps left in the optimizer, by parameter."""
+        state = self.optimizer.state
+        return {name: dict(state[parameter]) for name, parameter in self.named.items() if parameter in state}
+
     def load_own_state(self, saved: Mapping[str, Any]) -> None:
         """Restore what local steps left in the optimizer, without its learning rates.
 

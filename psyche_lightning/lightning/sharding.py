@@ -122,11 +122,11 @@ def whole_state(module: torch.nn.Module, ranks: Ranks) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_whole_state(module: torch.nn.Module, state: Mapping[str, Any], ranks: Ranks, strict: bool) -> None:
-    """Take this rank's part of a ``state_dict`` with whole tensors."""
+    """Take this rank's part of a ``state_dict`` with whole tensors, or with parts."""
     ranks.reshard(module)
     parts = dict(state)
     for name, ours in module.state_dict().items():
-        if isinstance(ours, DTensor) and name in parts:
+        if isinstance(ours, DTensor) and name in parts and not isinstance(parts[name], DTensor):
             start, stop = extents(ours, ranks)[ranks.rank]
             held(ours).copy_(parts[name].reshape(-1)[start:stop])
             parts[name] = ours

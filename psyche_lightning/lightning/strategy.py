@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from psyche_lightning.errors import ConfigError
 from psyche_lightning.lightning.callback import CoordinatorCallback
 from psyche_lightning.lightning.collectives import LocalCollectives, tell_of_monitors
 from psyche_lightning.lightning.device import check_inner
+from psyche_lightning.lightning.distributed_checkpoint import META, is_distributed, load_module, restore, save
 from psyche_lightning.lightning.entry import Entry, Memory, enter
 from psyche_lightning.lightning.internals import (
     TrainerRanks,
@@ -56,6 +58,11 @@ from psyche_lightning.lightning.training import Training
 from psyche_lightning.lightning.world import World
 from psyche_lightning.protocol.state import CoordinatorConfig
 from psyche_lightning.recipe.options import RunOptions
+
+_OWN = "optimizer_0"
+"""The name of the optimizer's state in a checkpoint that ranks write in parts, as with Lightning's strategies."""
+_FOLDER = "folder"
+"""Says, in the state of an optimizer, that such a checkpoint has the rest of it."""
 
 
 class PsycheStrategy(LocalCollectives, SingleDeviceStrategy):
@@ -112,6 +119,8 @@ class PsycheStrategy(LocalCollectives, SingleDeviceStrategy):
         tokens_per_sample: tokens per sample in displayed figures.
         inner: with several devices, how their ranks share the node's work. ``ddp``: each has the whole model and trains
             its part of a share, and gradients are reduced. ``fsdp``: each has a part of the model, too.
+        save_distributed_checkpoint: with ``inner="fsdp"``, whether each rank writes its part of a checkpoint, which is
+            a folder then. Else rank 0 gathers the model into a file, without delta.
         accelerator: as in Lightning's strategies.
         checkpoint_io: as in Lightning's strategies.
         precision_plugin: as in Lightning's strategies.
@@ -166,6 +175,7 @@ class PsycheStrategy(LocalCollectives, SingleDeviceStrategy):
         manifest: Mapping[str, Mapping[str, Any]] | None = None,
         tokens_per_sample: int = 1,
         inner: str = "ddp",
+        save_distributed_checkpoint: bool = False,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
@@ -204,7 +214,8 @@ class PsycheStrategy(LocalCollectives, SingleDeviceStrategy):
             manifest=manifest or {},
             tokens_per_sample=tokens_per_sample,
         ).in_environment()
-        self.inner = check_inner(inner)
+        self.inner = check_inner(inner, save_distributed_checkpoint)
+        self._in_parts = save_distributed_checkpoint
         super().__init__("cpu", accelerator, checkpoint_io, precision_plugin)
         self._memory = Memory()
         self._rest()
@@ -335,7 +346,7 @@ class PsycheStrategy(LocalCollectives, SingleDeviceStrategy):
         So the checkpoint gives parameters, the callbacks' state and delta; whoever joins late steps the schedulers to
         the run's step, with or without a checkpoint.
         """
-        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
+        checkpoint = self._read(checkpoint_path, weights_only)
         trainer = trainer_of(self.lightning_module)
         fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         # Searches, which come later, go back to checkpoints of their own.
@@ -364,9 +375,7 @@ class PsycheStrategy(LocalCollectives, SingleDeviceStrategy):
         if fit.trainer.fit_loop.skip:
             return
         if self._resumed is not None:
-            fit.taken.load_own_state(self._resumed.optimizer)
-            if STATE_KEY in self._resumed.optimizer:
-                fit.taken.distro.load_state_dict(self._resumed.optimizer[STATE_KEY])
+            self._restore(fit.taken, self._resumed.optimizer)
         training = self._join(fit)
         training.first_round(0 if self._resumed is None else self._resumed.step)
 
@@ -515,7 +524,49 @@ class PsycheStrategy(LocalCollectives, SingleDeviceStrategy):
         module, shards = self.lightning_module, self.shards
         if module is None or shards is None:
             return super().lightning_module_state_dict()
+        if self._in_parts:
+            shards.reshard(module)
+            return super().lightning_module_state_dict()
         return whole_state(module, shards)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Called by Trainer on all ranks.
+
+        Raises:
+            CheckpointError: it is to be written in parts, and a rank cannot write its own.
+        """
+        shards = self.shards
+        if shards is None or not self._in_parts:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        parts, distro = {"state_dict": checkpoint.pop("state_dict")}, None
+        if checkpoint.get("optimizer_states") and self._fit is not None and self._fit.step is not None:
+            parts[_OWN], distro = self._fit.step.own_state(), self._fit.step.distro.state_dict()
+        save(Path(self.broadcast(filepath)), parts, distro, checkpoint, shards)
+
+    def _read(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
+        """Trainer's checkpoint; of one in parts, the optimizer's state is restored when there is an optimizer."""
+        folder = Path(path)
+        if not is_distributed(folder):
+            found: dict[str, Any] = super().load_checkpoint(path, weights_only)
+            return found
+        found = super().load_checkpoint(folder / META, weights_only)
+        module, shards = self.lightning_module, self.shards
+        assert module is not None  # Trainer loads after it connected one
+        if shards is not None:
+            shards.reshard(module)
+        states = [{**state, _FOLDER: folder} for state in found.get("optimizer_states", [])]
+        more = {"optimizer_states": states} if states else {}
+        return {**found, **more, "state_dict": load_module(folder, "state_dict", module)}
+
+    def _restore(self, step: TakenStep, saved: Mapping[str, Any]) -> None:
+        """Restore the state of an optimizer's own steps, and DisTrO's."""
+        if _FOLDER in saved:
+            restore(saved[_FOLDER], _OWN, step)
+            return
+        step.load_own_state(saved)
+        if STATE_KEY in saved:
+            step.distro.load_state_dict(saved[STATE_KEY])
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Restore :meth:`lightning_module_state_dict`."""
@@ -542,9 +593,7 @@ class PsycheStrategy(LocalCollectives, SingleDeviceStrategy):
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             optimizer.load_state_dict({"state": {}, "param_groups": saved["param_groups"]})
             if step is not None:
-                step.load_own_state(saved)
-                if STATE_KEY in saved:
-                    step.distro.load_state_dict(saved[STATE_KEY])
+                self._restore(step, saved)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

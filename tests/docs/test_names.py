@@ -146,7 +146,7 @@ def test_the_table_of_recipe_keys_is_complete_and_its_defaults_are_true(page: Pa
 def test_the_table_of_strategy_options_is_complete(page: PathOf) -> None:
     table = page("lightning.md").text.partition("## Options")[2].partition("\n## ")[0]
     names = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
-    options = [*(item.name for item in fields(RunOptions)), "inner"]
+    options = [*(item.name for item in fields(RunOptions)), "inner", "save_distributed_checkpoint"]
     assert sorted(re.findall(r"`(\w+)`", " ".join(names))) == sorted(options)
 
 

@@ -9,6 +9,7 @@ import sys
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -84,6 +85,9 @@ def train(case):
     model = Model(norm, case.get("muon")).to(getattr(torch, case.get("dtype", "float32")))
     if case.get("other") and os.environ.get("LOCAL_RANK", "0") != "0":
         model.unused = torch.nn.Linear(3, 3)
+    callbacks = [Trouble(*case["trouble"])] if "trouble" in case else []
+    if "saved" in case:
+        callbacks.append(ModelCheckpoint(case["saved"], "{step}", every_n_train_steps=2, save_top_k=-1))
     trainer = Trainer(
         strategy=PsycheStrategy(directory=case.get("directory"), **case.get("options", {})),
         accelerator="cpu",
@@ -91,15 +95,16 @@ def train(case):
         max_steps=case.get("steps", 4),
         gradient_clip_val=case.get("clip", 1.0),
         accumulate_grad_batches=case.get("accumulate", 1),
-        callbacks=[Trouble(*case["trouble"])] if "trouble" in case else [],
+        callbacks=callbacks,
         num_sanity_val_steps=0,
         logger=False,
         log_every_n_steps=1,
-        enable_checkpointing=False,
+        enable_checkpointing="saved" in case,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, loader, DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8))
+    validation = DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8)
+    trainer.fit(model, loader, validation, ckpt_path=case.get("resumed"))
     session = trainer.strategy.session
     found = {
         "rank": trainer.global_rank,
@@ -132,12 +137,14 @@ def train_with_fabric(case):
     session = fabric.strategy.session
     found = {"rank": fabric.global_rank, "digest": digest(module), "loss": session.loss, "samples": session.samples}
     if "saved" in case:
-        fabric.save(case["saved"], {"model": model, "optimizer": optimizer})
+        state = {"model": model, "optimizer": optimizer, "round": session.rounds}
+        fabric.save(case["saved"], state)
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.zero_()
-        fabric.load(case["saved"], {"model": model, "optimizer": optimizer})
-        found["loaded"] = digest(module)
+        state["round"] = 0
+        left = fabric.load(case["saved"], state)
+        found |= {"loaded": digest(module), "round": state["round"], "left": list(left)}
     print("FOUND " + json.dumps({**found, "rounds": session.rounds}), flush=True)
     fabric.strategy.close()
 

@@ -38,7 +38,8 @@ def described(strategy: type) -> dict[str, str]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_strategy_takes_what_a_run_needs(strategy: type) -> None:
     taken, hints, wanted = parameters(strategy), get_type_hints(strategy.__init__), get_type_hints(RunOptions)  # type: ignore[misc]
-    assert set(taken) == {*(item.name for item in fields(RunOptions)), "inner"}, "which is of the node's devices"
+    devices = {"inner", "save_distributed_checkpoint"}
+    assert set(taken) == {*(item.name for item in fields(RunOptions)), *devices}
     for item in fields(RunOptions):
         if item.default_factory is MISSING:
             assert taken[item.name].default == item.default, item.name

@@ -83,6 +83,11 @@ def test_ranks_that_share_one_model_train_what_one_device_would(
         for inner in ("fsdp", "ddp"):
             cases.append({**case, "fabric": {**case["fabric"], "inner": inner}, "equal": True, "scaled": True})
     cases[-2]["saved"] = str(tmp_path / "saved.ckpt")
+    in_parts = {
+        "fabric": {**cases[-2]["fabric"], "save_distributed_checkpoint": True},
+        "saved": str(tmp_path / "parts"),
+    }
+    cases.append({**cases[-2], **in_parts})
     cases += [{"options": {"inner": "fsdp", "gradients": how}, "clip": None} for how in ("kept", "streamed")]
     two = start(cases)
     alone = [{**CASES[1], "batch": 6, "devices": 1}, {**CASES[3], "devices": 1, "muon": True}]
@@ -94,7 +99,7 @@ def test_ranks_that_share_one_model_train_what_one_device_would(
     first, others = ([one for one in found(text) if one["rank"] == rank] for rank in (0, 1))
     assert len(first) == len(others) == len(cases), text
     assert [one["digest"] for one in first] == [one["digest"] for one in others]
-    assert [one["samples"] for one in first] == [12, 8, 5, 8, 6, 6, 16, 16, 8, 8]
+    assert [one["samples"] for one in first] == [12, 8, 5, 8, 6, 6, 16, 16, 16, 8, 8]
     assert set(ones[0]["figures"]) == {"gradient_norm", "momentum_norm"}
     assert first[0]["figures"] == pytest.approx(ones[0]["figures"], rel=1e-3)
     assert ones[0]["loss"] == pytest.approx(first[0]["loss"], rel=1e-5)
@@ -102,11 +107,34 @@ def test_ranks_that_share_one_model_train_what_one_device_would(
     for divided, whole in (first[4:6], first[6:8]):
         assert divided["rounds"] == whole["rounds"]
         assert divided["loss"] == pytest.approx(whole["loss"], rel=1e-5)
-    assert first[8]["digest"] == first[9]["digest"], "one micro-batch, streamed or not"
-    assert [one["gradients"] for one in first[8:]] == [6, 0]
-    assert first[6]["loaded"] == others[6]["loaded"] == first[6]["digest"]
+    assert first[9]["digest"] == first[10]["digest"], "one micro-batch, streamed or not"
+    assert [one["gradients"] for one in first[9:]] == [6, 0]
+    for one in (first[6], others[6], first[8], others[8]):
+        assert (one["loaded"], one["round"], one["left"]) == (first[6]["digest"], 2, [])
     shapes = {name: list(tensor.shape) for name, tensor in torch.load(tmp_path / "saved.ckpt")["model"].items()}
     assert shapes == {"scale": [], "0.weight": [2, 6], "0.bias": [2]}
+
+
+def test_checkpoints_in_parts_resume_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: Make) -> None:
+    options = {"inner": "fsdp", "save_distributed_checkpoint": True, "local_steps": 2}
+    case = {"options": options, "muon": True, "steps": 4, "saved": str(tmp_path / "saved")}
+    resumed = {**case, "saved": str(tmp_path / "again"), "resumed": str(tmp_path / "saved" / "step=2.ckpt")}
+    two = start([case, resumed])
+    text = end(two)
+    assert two.returncode == 0, text
+    assert "delta begins empty" not in text
+    assert [one["steps"] for one in found(text)] == [4] * 4
+    assert len({one["digest"] for one in found(text)}) == 1
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"step=2.ckpt", "step=4.ckpt"}
+    assert "state_dict" not in torch.load(tmp_path / "saved" / "step=2.ckpt" / "meta.pt", weights_only=False)
+
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "[]"])
+    script = runpy.run_path(str(SCRIPT))
+    model = script["Model"](torch.nn.LayerNorm(8))
+    data = torch.utils.data.TensorDataset(torch.ones(2, 6), torch.ones(2).long())
+    one = trainer(strategy=PsycheStrategy(), num_sanity_val_steps=0)
+    one.validate(model, torch.utils.data.DataLoader(data), ckpt_path=tmp_path / "saved" / "step=4.ckpt", verbose=False)
+    assert script["digest"](model) == found(text)[0]["digest"], "one device has it as a whole"
 
 
 @pytest.mark.slow
