@@ -303,10 +303,12 @@ class NodeCore:
             return None
         head = state.current.height
         for height in range(self.settings.applied_before(head), head + 1):
+            if self._trained >= (log.epoch, height):
+                continue
             known = log.rounds.get(height)
             mine = known is not None and known.index_of(self.public) in known.batches
             past = applied is not None and applied > self.settings.applied_before(height)
-            if mine and not past and self._trained < (log.epoch, height):
+            if mine and not past:
                 return known
         return None
 
@@ -389,6 +391,8 @@ class NodeCore:
                 heard |= {entry.trainer for entry in about.entries.values()}
             absent = {about.round.clients[index] for index in about.batches if index not in heard}
             silent = absent if silent is None else silent & absent
+            if not silent:
+                return
         healthy = {client.signer for client in state.healthy}
         signers = tuple(sorted((silent or set()) & healthy - {self.signer}))
         if signers and self._out.once(("health", height)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 
 STORED_ROUNDS = 4
 MOST_WEIGHT = 256
@@ -269,7 +270,7 @@ class RunState:
             return None
         return self.rounds[slot]
 
-    @property
+    @cached_property
     def healthy(self) -> tuple[Client, ...]:
         """The healthy clients, in list order."""
         return tuple(client for client in self.clients if client.status is ClientStatus.HEALTHY)
