@@ -37,8 +37,10 @@ def is_distributed(path: Path) -> bool:
     Raises:
         CheckpointError: it was not written to its end.
     """
-    if not path.is_dir() or (path / META).is_file():
-        return path.is_dir()
+    if not path.is_dir():
+        return False
+    if (path / META).is_file():
+        return True
     raise CheckpointError(
         f"{str(path)!r} is a folder without {META}: no checkpoint, or one that was not written to its end. Give another"
     )
@@ -93,7 +95,7 @@ def load(folder: Path, tensors: dict[str, Any]) -> None:
         raise CheckpointError(f"cannot load the checkpoint {folder}: {problem}")
 
 
-def load_module(folder: Path, name: str, module: torch.nn.Module) -> dict[str, Any]:
+def load_module(folder: Path, name: str, module: torch.nn.Module, ranks: Ranks | None) -> dict[str, Any]:
     """Fill a module's ``state_dict`` as far as the checkpoint has it, and return it.
 
     A name that the module lacks has None: ``load_state_dict`` tells of it, as of those that the checkpoint lacks.
@@ -101,11 +103,14 @@ def load_module(folder: Path, name: str, module: torch.nn.Module) -> dict[str, A
     Args:
         folder: the checkpoint's.
         name: under which :func:`save` got the ``state_dict``.
-        module: its ranks have resharded it, if it is divided.
+        module: the module.
+        ranks: those that share it; None if each has it as a whole.
 
     Raises:
         CheckpointError: it has nothing of that name; or as of :func:`load`.
     """
+    if ranks is not None:
+        ranks.reshard(module)
     ours = module.state_dict()
     names = list(dict.fromkeys(path[1] for path in _entries(folder) if path[0] == name and len(path) > 1))
     if not names:

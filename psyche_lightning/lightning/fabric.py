@@ -500,9 +500,7 @@ class PsycheFabricStrategy(LocalCollectives, SingleDeviceStrategy):
         rest = super().load_checkpoint(folder / META, weights_only=weights_only)
         for name, one in state.copy().items():
             if isinstance(one, Module):
-                if self._shards is not None:
-                    self._shards.reshard(one)
-                self.load_module_state_dict(one, load_module(folder, name, one), strict)
+                self.load_module_state_dict(one, load_module(folder, name, one, self._shards), strict)
             elif name in rest and isinstance(one, Optimizer):
                 one.load_state_dict({"state": {}, "param_groups": rest.pop(name)["param_groups"]})
                 if self._step is not None:

@@ -551,13 +551,11 @@ class PsycheStrategy(LocalCollectives, SingleDeviceStrategy):
             found: dict[str, Any] = super().load_checkpoint(path, weights_only)
             return found
         found = super().load_checkpoint(folder / META, weights_only)
-        module, shards = self.lightning_module, self.shards
+        module = self.lightning_module
         assert module is not None  # Trainer loads after it connected one
-        if shards is not None:
-            shards.reshard(module)
         states = [{**state, _FOLDER: folder} for state in found.get("optimizer_states", [])]
         more = {"optimizer_states": states} if states else {}
-        return {**found, **more, "state_dict": load_module(folder, "state_dict", module)}
+        return {**found, **more, "state_dict": load_module(folder, "state_dict", module, self.shards)}
 
     def _restore(self, step: TakenStep, saved: Mapping[str, Any]) -> None:
         """Restore the state of an optimizer's own steps, and DisTrO's."""

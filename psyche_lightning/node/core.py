@@ -381,7 +381,7 @@ class NodeCore:
         height, back = current.height, self.settings.delay - 1
         if state.phase is not Phase.ROUND_TRAIN or height < MISSED_ROUNDS:
             return
-        silent: set[bytes] | None = None
+        silent = {client.signer for client in state.healthy} - {self.signer}
         for before in range(height - MISSED_ROUNDS, height):
             about, agreed = log.rounds.get(before - back), log.agreements.get(before - back)
             if about is None or agreed is None or not agreed.entries:
@@ -389,14 +389,11 @@ class NodeCore:
             heard = {entry.trainer for entry in agreed.entries}
             if height < SETTLING:
                 heard |= {entry.trainer for entry in about.entries.values()}
-            absent = {about.round.clients[index] for index in about.batches if index not in heard}
-            silent = absent if silent is None else silent & absent
+            silent &= {about.round.clients[index] for index in about.batches if index not in heard}
             if not silent:
                 return
-        healthy = {client.signer for client in state.healthy}
-        signers = tuple(sorted((silent or set()) & healthy - {self.signer}))
-        if signers and self._out.once(("health", height)):
-            self._out.emit(HealthCheck(state.epoch, height, signers))
+        if self._out.once(("health", height)):
+            self._out.emit(HealthCheck(state.epoch, height, tuple(sorted(silent))))
 
     def _leave(self, state: RunState) -> None:
         """Leave the finished run once this node has its parameters or cannot get them."""

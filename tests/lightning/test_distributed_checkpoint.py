@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lightning.fabric import Fabric
@@ -14,8 +12,6 @@ from psyche_lightning import PsycheStrategy
 from psyche_lightning.errors import CheckpointError, ConfigError
 from psyche_lightning.lightning.distributed_checkpoint import META, is_distributed
 from psyche_lightning.lightning.fabric import PsycheFabricStrategy
-
-Make = Callable[..., Any]
 
 
 def test_a_rank_that_cannot_write_or_read_its_part_is_an_error_of_all(tmp_path: Path) -> None:
@@ -29,7 +25,7 @@ def test_a_rank_that_cannot_write_or_read_its_part_is_an_error_of_all(tmp_path: 
     assert not (tmp_path / "taken" / META).exists()
 
 
-def test_a_folder_that_is_no_checkpoint_is_explained(trainer: Make, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_checkpoint_is_explained(tmp_path: Path) -> None:
     assert not is_distributed(tmp_path / "nothing")
     with pytest.raises(
         CheckpointError, match=r"without meta\.pt: no checkpoint, or one that was not written to its end"
